@@ -1,0 +1,58 @@
+"""The one place that knows where shipped files live: tasks, presets, models, recipes, profiles.
+
+In an installed wheel they lie under ``arte_edge/_data/<kind>``; in a checkout
+they are the sibling folders that people edit. A reference that looks like a path
+(it has a ``/`` or ends in ``.toml``) is a path; anything else is a shipped name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from arte_edge.errors import InputError, nearest
+
+__all__ = ["KINDS", "find", "names", "root"]
+
+_PACKAGE = Path(__file__).parent
+
+# kind -> (folder in the wheel under _data or in the package, folder of the checkout)
+KINDS = {
+    "tasks": _PACKAGE / "tasks" / "data",
+    "presets": _PACKAGE / "distill" / "presets",
+    "models": _PACKAGE / "models" / "registry",
+    "export": _PACKAGE.parent / "export",
+    "devices": _PACKAGE.parent / "devices",
+    "suites": _PACKAGE.parent / "benchmarks" / "suites",
+}
+
+
+def root(kind: str) -> Path:
+    """Return the folder that holds the shipped files of `kind`."""
+    shipped = _PACKAGE / "_data" / kind
+    return shipped if shipped.is_dir() else KINDS[kind]
+
+
+def names(kind: str) -> list[str]:
+    """Return the shipped names of `kind`, sorted: ``*.toml`` stems, or folders with a ``task.toml``."""
+    folder = root(kind)
+    if kind == "tasks":
+        return sorted(p.parent.name for p in folder.glob("*/task.toml"))
+    return sorted(p.stem for p in folder.glob("*.toml"))
+
+
+def find(kind: str, ref: str) -> Path:
+    """Return the path behind `ref`, a shipped name or a path.
+
+    Raises:
+        InputError: no such file or name; the hint gives the nearest shipped name.
+    """
+    if "/" in ref or ref.endswith(".toml") or ref in (".", ".."):
+        path = Path(ref).expanduser()
+        if path.exists():
+            return path
+        raise InputError(f"{ref}: no such file or folder", f"Shipped {kind}: {', '.join(names(kind))}.")
+    if ref in names(kind):
+        folder = root(kind)
+        return folder / ref if kind == "tasks" else folder / f"{ref}.toml"
+    what = kind.removesuffix("s")
+    raise InputError(f"No shipped {what} is named '{ref}'", nearest(ref, names(kind)))

@@ -1,0 +1,68 @@
+"""The ``arte-edge`` command: registers the verbs, catches `ArteError` once, sets the exit code.
+
+Verb files import nothing heavy before their verb runs, so that ``--help`` answers
+at once on a Raspberry Pi as well.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+from arte_edge import __version__
+from arte_edge.cli import models, tasks
+from arte_edge.cli.console import err
+from arte_edge.errors import ArteError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="arte-edge",
+    help="Make a small language model good at your task, and prove it on your device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(tasks.app, name="tasks")
+app.add_typer(models.app, name="models")
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"arte-edge {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> None:
+    """Options before the verb."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 done, 1 failed, 2 your input, 3 gate, 4 stopped early."""
+    args = sys.argv[1:] if argv is None else argv
+    try:
+        code = app(args=args, prog_name="arte-edge", standalone_mode=False)
+    except ArteError as error:
+        if "--debug" in args:
+            raise
+        err.print(f"[bold red]error:[/] {error.message}", markup=True)
+        if error.hint:
+            err.print(error.hint, markup=False)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        err.print("Interrupted. Nothing finished is lost: the same command goes on.", markup=False)
+        return 4
+    return code if isinstance(code, int) else 0

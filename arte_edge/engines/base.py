@@ -1,0 +1,100 @@
+"""What every engine can do, whatever runs behind it.
+
+An engine takes prompts that are already rendered (`arte_edge.prompts`): the text
+that is hashed is the text that is decoded. Failed calls are completions too, with
+`error` set, so that a batch never loses a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Completion", "Engine", "EngineIdentity", "Request", "Sampling"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 is greedy; `seed` and `Request.sample` make a draw repeatable."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    grammar: str | None = None  # GBNF; only engines with `supports_grammar` take it
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call: a rendered prompt, and which of several draws from it this is."""
+
+    prompt: str
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class EngineIdentity:
+    """What decides the text an engine writes; part of every stored row's key."""
+
+    kind: str  # llamacpp | transformers | openai
+    model: str  # sha256 of the weights, or the server's model name
+    quantization: str = ""
+    adapter: str = ""  # sha256 of a LoRA adapter, empty if none
+    runtime: str = ""  # for example llama_cpp 0.3.36; recorded, not part of the key
+
+    def key(self) -> str:
+        return "/".join((self.kind, self.model, self.quantization, self.adapter))
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came back for one request.
+
+    `finish`: "stop" (a stop string, which is kept in `text`), "eos", "length", "loop" or "error".
+    """
+
+    text: str
+    finish: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens that came from a shared prefix
+    error: str = ""
+
+
+class Engine(Protocol):
+    """The protocol; `llamacpp`, `transformers` and `openai` implement it."""
+
+    @property
+    def identity(self) -> EngineIdentity: ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the model's own chat template, or None for a raw-text model."""
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """``bos_token`` and ``eos_token`` as text, for the template."""
+
+    @property
+    def supports_grammar(self) -> bool: ...
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """Complete each prompt; one completion a request, in order. A prefix that prompts share is computed once."""
+
+    def continue_shared(self, prefix: str, suffixes: Sequence[str], sampling: Sampling) -> list[Completion]:
+        """Complete ``prefix + suffix`` for each suffix with the prefix computed once."""
+
+    def choose(self, prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> NDArray[np.float64]:
+        """Return log-probabilities ``[n_suffix, n_choice]`` of each choice after ``prefix + suffix``."""
+
+    def count_tokens(self, text: str) -> int: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,66 @@
+"""The one family of errors that reach a user, and the exit code each one ends with.
+
+    ArteError            1  the run failed
+    ├── InputError       2  your input: a key, a file, a name, a model we cannot read
+    ├── GateError        3  a fidelity gate failed: the exported file is not the student
+    ├── StoppedEarly     4  stopped on purpose; the same command goes on
+    └── EngineError      1  a model runtime or a server did not do its work
+
+A message says what is wrong and where (``run.toml: align.learning_rat``); the
+hint says what to do about it. `arte_edge.cli` catches `ArteError` once and
+prints both; a traceback appears only with ``--debug``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = ["ArteError", "EngineError", "GateError", "InputError", "StoppedEarly", "nearest"]
+
+
+class ArteError(Exception):
+    """What is wrong and what to do about it, in two plain sentences."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class InputError(ArteError):
+    """Something the user gave us cannot be used as it is."""
+
+    exit_code = 2
+
+
+class GateError(ArteError):
+    """An exported file differs from the student by more than its threshold."""
+
+    exit_code = 3
+
+
+class StoppedEarly(ArteError):
+    """A budget or a check ended the run; nothing is lost and it can go on."""
+
+    exit_code = 4
+
+
+class EngineError(ArteError):
+    """A runtime or a server failed in a way that retrying did not mend."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint that names the nearest of `known`, or lists a few of them."""
+    options = sorted(known)
+    if close := get_close_matches(name, options, n=1, cutoff=0.5):
+        return f"Did you mean '{close[0]}'?"
+    if not options:
+        return ""
+    shown = ", ".join(options[:12]) + (", …" if len(options) > 12 else "")
+    return f"Known: {shown}."

@@ -1,0 +1,32 @@
+"""Optional parts: say exactly which pip command brings the missing one."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from arte_edge.errors import ArteError
+
+__all__ = ["EXTRAS", "need"]
+
+# extra -> the modules it must provide; the keys are the extras of pyproject.toml
+EXTRAS = {
+    "train": ("torch", "transformers", "trl", "peft", "datasets", "accelerate"),
+    "gguf": ("llama_cpp", "gguf"),
+    "onnx": ("onnxruntime",),
+    "optimum": ("optimum",),
+    "ray": ("ray",),
+}
+
+
+def need(extra: str, why: str) -> None:
+    """Raise unless every module of `extra` can be imported. Imports none of them.
+
+    Raises:
+        ArteError: with the pip command that installs the extra.
+    """
+    missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
+    if missing:
+        raise ArteError(
+            f"{why} needs {', '.join(missing)}, which is not installed",
+            f"pip install 'arte-edge[{extra}]'",
+        )
