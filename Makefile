@@ -1,0 +1,56 @@
+# Every check has one spelling: people and CI type the same targets. `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Rewritten only after a complete install, so an interrupted one starts over.
+STAMP := $(VENV)/.installed
+
+# llama-cpp-python compiles llama.cpp when it is installed; its vision library is not used here.
+# A GPU build: make setup CMAKE_ARGS="-DGGML_CUDA=on" (pip keeps built wheels, so after changing
+# this on a machine that has built one: .venv/bin/pip cache remove llama_cpp_python, make clean).
+CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
+export CMAKE_ARGS
+
+.PHONY: help setup quickstart test check docs clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+
+setup: $(STAMP) ## make .venv and install everything that distilling and testing need
+
+quickstart: setup ## distil a real 135M student from a real teacher on this machine
+	$(BIN)/arte-edge distill quickstart
+
+test: setup ## run every test; the ones that use real models download them once
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+check: setup ## lint, formatting, types, layout rules, and that docs/cli.md is up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_layout.py
+	$(BIN)/python docs/build_cli_reference.py --check
+
+docs: setup ## write docs/cli.md from the code
+	$(BIN)/python docs/build_cli_reference.py
+
+clean: ## remove .venv, builds and tool caches; runs and downloaded models stay
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: $(PYTHON) was not found. Install Python 3.11 or newer, or name yours: make setup PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: $(PYTHON) is $$($(PYTHON) --version 2>&1), and 3.11 or newer is needed: make setup PYTHON=python3.12" >&2; exit 2; }
+	@command -v $${CXX:-c++} >/dev/null || { \
+	  echo "make: no C++ compiler, and llama-cpp-python is compiled here. Debian, Ubuntu, Raspberry Pi OS:" \
+	       "apt install build-essential; macOS: xcode-select --install" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "make: $(PYTHON) cannot make a virtual environment. Debian, Ubuntu: apt install python3-venv" >&2; exit 2; }
+	@echo "Installing. Compiling llama.cpp is the long part: several quiet minutes on two cores."
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
+	$(BIN)/python -m pip install -c constraints.txt -e '.[train,gguf,dev]'
+	@touch $@
