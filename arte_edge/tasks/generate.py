@@ -1,0 +1,45 @@
+"""Writes the data of the shipped tasks: ``python -m arte_edge.tasks.generate [NAME ...]``.
+
+The files in the repository are this program's output and nothing else; a test
+compares them byte by byte. Descriptions and technique prompts are prose and stand
+in each task's hand-written ``task.toml``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from arte_edge import catalog
+from arte_edge.tasks.generators import boolean_expressions
+from arte_edge.tasks.rows import write_rows
+from arte_edge.tasks.task import Example
+
+__all__ = ["GENERATORS", "write_data"]
+
+GENERATORS: dict[str, Callable[[], dict[str, list[Example]]]] = {
+    "boolean_expressions": boolean_expressions.generate,
+}
+
+
+def write_data(name: str, folder: Path) -> None:
+    """Write the three splits of the shipped task `name` into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in GENERATORS[name]().items():
+        write_rows(folder / f"{split}.jsonl", rows)
+
+
+def main(names: list[str]) -> int:
+    """Write the data of `names`, or of every shipped task."""
+    if unknown := set(names) - set(GENERATORS):
+        print(f"no generator for {', '.join(sorted(unknown))}; known: {', '.join(GENERATORS)}")
+        return 2
+    for name in names or GENERATORS:
+        write_data(name, catalog.root("tasks") / name)
+        print(name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,60 @@
+"""What is wrong with a task, collected: a person mends ten rows at once, not one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from arte_edge.errors import InputError, nearest
+
+__all__ = ["Problem", "explain_validation", "refuse"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: `where` is ``file:line`` or ``file: key``; `hint` says what to do."""
+
+    where: str
+    what: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+def refuse(problems: Sequence[Problem], ref: str) -> None:
+    """Raise the first of `problems` with its hint, and say how to see the others.
+
+    Raises:
+        InputError: unless there are no problems.
+    """
+    if not problems:
+        return
+    first, others = problems[0], len(problems) - 1
+    more = f"{others} more: `arte-edge tasks check {ref}` lists them all." if others else ""
+    raise InputError(str(first), " ".join(part for part in (first.hint, more) if part))
+
+
+def explain_validation(error: ValidationError, model: type[BaseModel], file: str) -> Iterator[Problem]:
+    """Turn each complaint of pydantic about `file` into a problem; an unknown key names its nearest."""
+    for item in error.errors():
+        path = [str(part) for part in item["loc"]]
+        key = ".".join(path) or "(the whole file)"
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(model, path[:-1])
+            yield Problem(f"{file}: {key}", "unknown key", nearest(path[-1], known))
+        elif item["type"] == "missing":
+            yield Problem(f"{file}: {key}", "this key is missing")
+        else:
+            yield Problem(f"{file}: {key}", item["msg"].removeprefix("Value error, "))
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """Return the keys that `model` knows in the table at `path`."""
+    at: Any = model
+    for part in path:
+        at = at.model_fields[part].annotation
+    return list(at.model_fields)
