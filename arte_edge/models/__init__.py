@@ -1,0 +1,8 @@
+"""Models: names, places and identities. `resolve` is the way in; everything else serves it."""
+
+from __future__ import annotations
+
+from arte_edge.models.local import LocalModel
+from arte_edge.models.resolve import resolve
+
+__all__ = ["LocalModel", "resolve"]
