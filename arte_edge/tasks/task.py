@@ -39,7 +39,7 @@ SPLITS = ("seed", "validation", "test")
 BOOLEANS = ("True", "False")
 
 # "(A) circle" at the start of a line, the way BIG-Bench Hard lists its options
-_LINE_OPTION = re.compile(r"^[ \t]*\(([A-Z])\)(?=\s|$)", re.MULTILINE)
+_LINE_OPTION = re.compile(r"^[ \t]*\(([A-Z])\)", re.MULTILINE)
 _ANY_OPTION = re.compile(r"\(([A-Z])\)(?=\s|$)")
 
 
