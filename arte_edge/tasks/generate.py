@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from arte_edge import catalog
-from arte_edge.tasks.generators import boolean_expressions
+from arte_edge.tasks.generators import boolean_expressions, date_understanding, home, object_counting
 from arte_edge.tasks.rows import write_rows
 from arte_edge.tasks.task import Example
 
@@ -20,6 +20,10 @@ __all__ = ["GENERATORS", "write_data"]
 
 GENERATORS: dict[str, Callable[[], dict[str, list[Example]]]] = {
     "boolean_expressions": boolean_expressions.generate,
+    "date_understanding": date_understanding.generate,
+    "home_commands": home.generate_calls,
+    "home_intents": home.generate_intents,
+    "object_counting": object_counting.generate,
 }
 
 
