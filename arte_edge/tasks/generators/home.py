@@ -106,34 +106,43 @@ def _share_out(draw: Draw, intent: _Intent) -> dict[str, list[str]]:
 def _rows(
     draw: Draw, intent: _Intent, frames: Sequence[str], target: str, n_rows: int, used: set[str]
 ) -> list[Example]:
-    """Return `n_rows` new rows that use each frame about equally often."""
+    """Return `n_rows` new rows that use each frame about equally often.
+
+    Small talk makes no row new: "lock the back door" and "hey, lock the back door" are one.
+    """
     rows: list[Example] = []
     least, most = _WORDS[target]
     turns: list[str] = []
     while len(rows) < n_rows:
         turns = turns or draw.shuffled(frames)
         frame = turns.pop()
-        text, values = _speak(draw, intent, frame)
-        if text not in used and least <= len(text.split()) <= most:
-            used.add(text)
+        wish, values = _fill_in(draw, frame)
+        text = _chat(draw, intent, wish, asked=frame in intent.asked)
+        if wish not in used and least <= len(text.split()) <= most:
+            used.add(wish)
             answer = intent.label if target == "label" else intent.call.format(**values)
             rows.append(Example(text, answer))
     return rows
 
 
-def _speak(draw: Draw, intent: _Intent, frame: str) -> tuple[str, dict[str, str]]:
-    """Return an utterance made of `frame`, and the slot values in it."""
-    _, fillers, small_talk = _phrases()
+def _fill_in(draw: Draw, frame: str) -> tuple[str, dict[str, str]]:
+    """Return `frame` with words for its slots, and the slot values they stand for."""
+    fillers = _phrases()[1]
     values: dict[str, str] = {}
 
-    def fill_in(match: re.Match[str]) -> str:
+    def word(match: re.Match[str]) -> str:
         spoken = draw.pick(tuple(fillers[match[1]]))
         values[match[1]] = fillers[match[1]][spoken]
         return spoken
 
-    text = _SLOT.sub(fill_in, frame)
+    return _SLOT.sub(word, frame), values
+
+
+def _chat(draw: Draw, intent: _Intent, wish: str, *, asked: bool) -> str:
+    """Return `wish`, at times with small talk before or after it."""
+    text = wish
     if draw.chance(0.35):
-        text = f"{draw.pick(small_talk['opening'])}, {text}"
+        text = f"{draw.pick(_phrases()[2]['opening'])}, {text}"
     if draw.chance(0.35):
-        text = f"{text}, {draw.pick(intent.closing if frame in intent.asked else intent.after_hint)}"
-    return text, values
+        text = f"{text}, {draw.pick(intent.closing if asked else intent.after_hint)}"
+    return text
