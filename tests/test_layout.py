@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import sys
 import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -85,6 +88,33 @@ def test_every_extra_has_the_modules_it_must_bring() -> None:
     assert set(EXTRAS) == set(PROJECT["optional-dependencies"]) - {"all", "dev"}
 
 
+def imported_by(path: Path) -> Iterator[str]:
+    """Yield the top-level modules that a file imports, at the top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_what_is_imported_is_declared(path: Path) -> None:
+    # A module that only arrives with somebody else's package goes when that package changes.
+    extras = PROJECT["optional-dependencies"]
+    texts = [
+        *PROJECT["dependencies"],
+        *(text for extra in extras if extra != "dev" for text in extras[extra]),
+    ]
+    declared = {canonicalize_name(Requirement(text).name) for text in texts}
+    installed = packages_distributions()
+    optional = {module for modules in EXTRAS.values() for module in modules}  # not all installed here
+    others = set(imported_by(path)) - sys.stdlib_module_names - optional - {"arte_edge"}
+    missing = [
+        name for name in others if declared.isdisjoint(map(canonicalize_name, installed.get(name, [name])))
+    ]
+    assert missing == []
+
+
 def test_pins_are_in_constraints_and_inside_the_ranges() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = {
@@ -115,3 +145,10 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)\s#]+)[^)]*\)", text)
     local = [target for target in targets if "://" not in target and not target.startswith("mailto:")]
     assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_the_index_leads_to_every_page_of_the_documentation() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "index.md"]
+    assert pages
+    assert [name for name in pages if f"({name}" not in index] == []
