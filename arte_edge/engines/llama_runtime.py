@@ -1,0 +1,219 @@
+"""llama.cpp's low-level calls as three small Python objects: a model, a context, a grammar.
+
+Everything that touches a pointer is here, so that the scheduler above it
+(`llama_batch`) reads as an algorithm. The high-level API of llama-cpp-python
+decodes one sequence at a time; the calls below decode many together.
+
+Notation: n_row rows (tokens) in one decode, v vocabulary size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arte_edge.errors import EngineError, InputError
+
+__all__ = ["Grammar", "LlamaContext", "LlamaModel", "Row", "default_threads"]
+
+_N_BATCH = 2048
+_N_UBATCH = 512
+_log_callback: Any = None  # llama.cpp keeps a pointer to it, so it must outlive every model
+
+
+def default_threads() -> int:
+    """Return the cores this process may use; containers often grant fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _library() -> Any:
+    """Import llama_cpp once and silence its log, which would otherwise bury the progress lines."""
+    global _log_callback
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise EngineError("Running GGUF models needs llama-cpp-python", "pip install 'arte-edge[gguf]'") from error
+    if _log_callback is None:
+
+        @llama_cpp.llama_log_callback
+        def silent(level: int, text: bytes, user_data: int) -> None:
+            return None
+
+        _log_callback = silent
+        llama_cpp.llama_backend_init()
+        llama_cpp.llama_log_set(_log_callback, None)
+    return llama_cpp
+
+
+@dataclass(frozen=True)
+class Row:
+    """One token of a decode: where it stands, whose it is, and whether its logits are wanted."""
+
+    token: int
+    position: int
+    sequence: int
+    want: bool = False
+
+
+class LlamaModel:
+    """Weights and vocabulary of one GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        self.lib = _library()
+        self.path = path
+        self.handle = self.lib.llama_model_load_from_file(
+            str(path).encode(), self.lib.llama_model_default_params()
+        )
+        if not self.handle:
+            raise InputError(
+                f"{path}: llama.cpp {self.lib.__version__} cannot load this file",
+                "It may be truncated or of a newer model family: check its sha256, or update llama-cpp-python.",
+            )
+        self.vocab = self.lib.llama_model_get_vocab(self.handle)
+        self.n_vocab: int = self.lib.llama_vocab_n_tokens(self.vocab)
+        self.n_ctx_train: int = self.lib.llama_model_n_ctx_train(self.handle)
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the ids of `text`, special tokens parsed, BOS in front if the model wants one and has none."""
+        raw = text.encode()
+        buffer = (ctypes.c_int32 * (len(raw) + 16))()
+        n = self.lib.llama_tokenize(self.vocab, raw, len(raw), buffer, len(buffer), True, True)
+        ids = list(buffer[:n])
+        bos = self.lib.llama_vocab_bos(self.vocab)
+        # A chat template that writes BOS itself would otherwise give two.
+        return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == bos else ids
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """Return the bytes of one token; control tokens are empty unless `special`."""
+        buffer = ctypes.create_string_buffer(256)
+        n = self.lib.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
+        return bytes(buffer.raw[: max(n, 0)])
+
+    def is_end(self, token: int) -> bool:
+        """Return whether the token ends generation (EOS, end of turn and their like)."""
+        return bool(self.lib.llama_vocab_is_eog(self.vocab, token))
+
+    def special(self, name: str) -> str:
+        """Return the text of the ``bos`` or ``eos`` token, empty if the model has none."""
+        token = getattr(self.lib, f"llama_vocab_{name}")(self.vocab)
+        return self.piece(token, special=True).decode(errors="replace") if token >= 0 else ""
+
+    def metadata(self, key: str) -> str | None:
+        """Return one metadata value of the GGUF as text."""
+        buffer = ctypes.create_string_buffer(1 << 20)
+        n = self.lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
+        return buffer.value.decode(errors="replace") if n >= 0 else None
+
+    def close(self) -> None:
+        if self.handle:
+            self.lib.llama_model_free(self.handle)
+            self.handle = None
+
+
+class LlamaContext:
+    """A KV cache of `n_seq` sequences with `n_ctx_seq` tokens each, and the decode call.
+
+    The cache is split (one stream a sequence): copying a prefix copies buffers, but
+    attention runs over a sequence's own cells only, which is faster from about 20
+    sequences on (measured: DESIGN of the project, 2 cores, SmolLM2-135M F16).
+    """
+
+    def __init__(
+        self, model: LlamaModel, n_seq: int, n_ctx_seq: int, threads: int, adapter: Path | None = None
+    ) -> None:
+        lib = model.lib
+        params = lib.llama_context_default_params()
+        params.n_ctx = n_seq * n_ctx_seq
+        params.n_batch, params.n_ubatch, params.n_seq_max = _N_BATCH, _N_UBATCH, n_seq
+        params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = 1
+        params.kv_unified = False
+        self.model, self.lib, self.n_seq, self.n_ctx_seq = model, lib, n_seq, n_ctx_seq
+        self.n_batch = _N_BATCH
+        self.handle = lib.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise EngineError(
+                f"No memory for {n_seq} sequences of {n_ctx_seq} tokens", "Lower the engine's `parallel`."
+            )
+        self._memory = lib.llama_get_memory(self.handle)
+        self._batch = lib.llama_batch_init(_N_BATCH, 0, 1)
+        self._adapter = None
+        if adapter is not None:
+            self._adapter = lib.llama_adapter_lora_init(model.handle, str(adapter).encode())
+            if not self._adapter:
+                raise InputError(f"{adapter}: not a LoRA adapter of {model.path.name}")
+            adapters = (lib.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+            scales = (ctypes.c_float * 1)(1.0)
+            lib.llama_set_adapters_lora(self.handle, adapters, 1, scales)
+
+    def decode(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """Decode up to `n_batch` rows; return the logits ``[n_wanted, v]`` of the rows that want them, in order.
+
+        The array is a view that the next decode overwrites.
+        """
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        n_wanted = 0
+        for i, row in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = row.token, row.position, 1
+            batch.seq_id[i][0] = row.sequence
+            batch.logits[i] = int(row.want)
+            n_wanted += row.want
+        status = self.lib.llama_decode(self.handle, batch)
+        if status != 0:
+            raise EngineError(
+                f"llama_decode returned {status} for {len(rows)} tokens", "Lower the engine's `parallel`."
+            )
+        if n_wanted == 0:
+            return np.empty((0, self.model.n_vocab), dtype=np.float32)
+        logits = self.lib.llama_get_logits(self.handle)
+        return np.ctypeslib.as_array(logits, shape=(n_wanted, self.model.n_vocab))
+
+    def copy(self, source: int, target: int) -> None:
+        self.lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def drop(self, sequence: int) -> None:
+        self.lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    def close(self) -> None:
+        if self.handle:
+            self.lib.llama_batch_free(self._batch)
+            self.lib.llama_free(self.handle)
+            if self._adapter:
+                self.lib.llama_adapter_lora_free(self._adapter)
+            self.handle = None
+
+
+class Grammar:
+    """A GBNF grammar's state for one sequence."""
+
+    def __init__(self, model: LlamaModel, source: str) -> None:
+        self._lib = model.lib
+        self._handle = self._lib.llama_sampler_init_grammar(model.vocab, source.encode(), b"root")
+        if not self._handle:
+            raise InputError(f"The grammar does not parse: {source[:80]!r}", "See llama.cpp's GBNF notes.")
+
+    def mask(self, tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return `logits` with -inf where the grammar forbids the token."""
+        n = len(tokens)
+        data = (self._lib.llama_token_data * n)()
+        view = np.frombuffer(data, dtype=[("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])
+        view["id"], view["logit"] = tokens, logits
+        candidates = self._lib.llama_token_data_array(data=data, size=n, selected=-1, sorted=False)
+        self._lib.llama_sampler_apply(self._handle, ctypes.byref(candidates))
+        return np.array(view["logit"])
+
+    def accept(self, token: int) -> None:
+        self._lib.llama_sampler_accept(self._handle, token)
+
+    def close(self) -> None:
+        if self._handle:
+            self._lib.llama_sampler_free(self._handle)
+            self._handle = None

@@ -1,0 +1,230 @@
+"""The run folder: what was computed stays computed, whatever kills the process.
+
+    runs/<name>/
+        run.toml        the configuration as resolved; it decides whether a folder is this run's
+        calls.jsonl     every engine call ever made here, keyed by its content
+        events.jsonl    what happened when
+        <stage>/        manifest.json and the stage's data, one JSONL file each
+
+A call's key is the sha256 of model identity, rendered prompt, sampling and sample
+number, never of code, stage or file names: changing a later setting pays for nothing
+twice. Calls are appended in groups, each written at once and fsynced. The floats of
+a batch depend on who shares it, so a group that was torn by a crash is dropped whole
+when the file is opened, and the same group is decoded again: a killed run ends with
+the same data as one that was not.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from arte_edge.errors import ArteError, InputError
+
+__all__ = ["CallLog", "Stage", "content_key", "read_jsonl", "write_atomic", "write_jsonl"]
+
+Row = dict[str, Any]
+
+
+def content_key(*parts: Any) -> str:
+    """Return the sha256 of `parts` as canonical JSON."""
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn "no space" and "read-only" into errors a user can act on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ArteError(
+                f"{path}: the disk is full; nothing that was finished is lost",
+                "Free some space and give the same command again.",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+        raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the whole new one.
+
+    Raises:
+        ArteError: the disk is full; no half file stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+    """Write all `rows` atomically, one JSON object a line."""
+    write_atomic(path, b"".join(_line(row) for row in rows))
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """Read a file that `write_jsonl` wrote.
+
+    Raises:
+        ArteError: a line is not a JSON object; says which.
+    """
+    rows: list[Row] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        row = _parsed(line)
+        if row is None:
+            raise ArteError(f"{path}:{number}: not a JSON object", "Remove the stage's folder to make it again.")
+        rows.append(row)
+    return rows
+
+
+def _parsed(line: bytes) -> Row | None:
+    try:
+        value = json.loads(line)
+    except ValueError:  # UnicodeDecodeError is one too
+        return None
+    return value if isinstance(value, dict) else None
+
+
+class CallLog:
+    """An append-only JSONL file of rows with a ``key``, written in groups that are whole or absent.
+
+    A row of status "error" is kept for the record and does not count as done, so a
+    failed call is tried again by the next run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._done: dict[str, Row] = {}
+        with _disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._size = self._recover()
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def get(self, key: str) -> Row | None:
+        """Return the finished row of `key`, if there is one."""
+        return self._done.get(key)
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Append `rows` as one group and fsync. Either all of them are in the file afterwards or none.
+
+        Raises:
+            ArteError: the disk is full; the file ends where it ended before.
+        """
+        if not rows:
+            return
+        data = b"".join(_line({**row, "left": len(rows) - 1 - i}) for i, row in enumerate(rows))
+        with _disk_errors(self.path):
+            try:
+                written = 0
+                while written < len(data):
+                    written += os.pwrite(self._fd, data[written:], self._size + written)
+                os.fsync(self._fd)
+            except OSError:
+                os.ftruncate(self._fd, self._size)
+                raise
+        self._size += len(data)
+        for row in rows:
+            self._remember(row)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _remember(self, row: Row) -> None:
+        if row.get("status") != "error":
+            self._done[row["key"]] = row
+
+    def _recover(self) -> int:
+        """Read whole groups, cut off a torn tail, return the size that is left in bytes."""
+        size, offset = 0, 0
+        group: list[Row] = []
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
+            row = _parsed(line) if line.endswith(b"\n") else None
+            if row is None or "key" not in row or "left" not in row:
+                if line.endswith(b"\n"):
+                    raise ArteError(
+                        f"{self.path}:{number}: this line is damaged",
+                        "Delete the line (its call is then made again) and give the same command again.",
+                    )
+                break
+            offset += len(line)
+            group.append(row)
+            if row["left"] == 0:
+                for done in group:
+                    self._remember(done)
+                group, size = [], offset
+        os.ftruncate(self._fd, size)
+        return size
+
+
+class Stage:
+    """One stage's folder: its data files and a manifest that says it is done and from what."""
+
+    def __init__(self, folder: Path, inputs: Any) -> None:
+        self.folder = folder
+        self.inputs = content_key(inputs)
+
+    @property
+    def _manifest_path(self) -> Path:
+        return self.folder / "manifest.json"
+
+    def manifest(self) -> Row | None:
+        """Return the manifest if the stage is done, from these inputs, and its files are unchanged."""
+        try:
+            manifest = json.loads(self._manifest_path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        if not isinstance(manifest, dict) or manifest.get("inputs") != self.inputs:
+            return None
+        same = all(file_sha256(self.folder / name) == sha for name, sha in manifest["files"].items())
+        return manifest if same else None
+
+    def finish(self, summary: Row) -> Row:
+        """Record the stage's files (by sha256) and `summary`; the stage counts as done from here on."""
+        files = {
+            str(path.relative_to(self.folder)): file_sha256(path)
+            for path in sorted(self.folder.rglob("*.jsonl"))
+            if not path.name.startswith(".")
+        }
+        manifest = {"inputs": self.inputs, "files": files, "summary": summary}
+        write_atomic(self._manifest_path, json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+        return manifest
+
+    def write(self, name: str, rows: Iterable[Row]) -> None:
+        write_jsonl(self.folder / name, rows)
+
+    def read(self, name: str) -> list[Row]:
+        return read_jsonl(self.folder / name)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file, empty if it is missing."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
