@@ -1,14 +1,239 @@
-"""``arte-edge tasks``: list, show, check and start task folders."""
+"""``arte-edge tasks``: list, show, check and start task folders.
+
+What is printed comes from the seed split: the test split is counted, never shown.
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
+
+from arte_edge import catalog
+from arte_edge.cli.console import emit_json, err, out
+from arte_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from arte_edge.tasks.problems import Problem
+    from arte_edge.tasks.task import Task
 
 __all__ = ["app"]
 
 app = typer.Typer(help="Tasks: what a student learns, with its data.", no_args_is_help=True)
 
+Bbh = Annotated[
+    Path | None,
+    typer.Option("--bbh", metavar="DIR", help="Take tasks from a folder of BIG-Bench Hard files."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-@app.callback()
-def _root() -> None:
-    """Tasks: what a student learns, with its data."""
+
+@app.command("ls")
+def ls(bbh: Bbh = None, as_json: Json = False) -> None:
+    """List the shipped tasks, or those of a BIG-Bench Hard folder."""
+    from arte_edge.tasks.load import load_task
+
+    tasks = [_summary(load_task(name, bbh=bbh)) for name in _names(bbh)]
+    if as_json:
+        emit_json(tasks)
+        return
+    rows = [("task", "answer", "rows", "what it is")]
+    for task in tasks:
+        sizes = "/".join(str(n) for n in task["n_rows"].values())
+        rows.append((task["name"], task["answer"]["kind"], sizes, task["description"]))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    left = max(out.width - sum(widths) - 2 * len(widths), 1)  # two blanks between columns
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        out.print("  ".join([*cells, shorten(row[3], left, placeholder="…")]), markup=False, no_wrap=True)
+    err.print("rows: seed / validation / test", markup=False)
+
+
+@app.command("show")
+def show(
+    ref: Annotated[str, typer.Argument(help="A shipped name, a task folder, data.jsonl or hub:org/name.")],
+    n_examples: Annotated[int, typer.Option("--examples", "-n", min=0, help="How many seed examples.")] = 3,
+    bbh: Bbh = None,
+    as_json: Json = False,
+) -> None:
+    """Show a task: description, answer kind, techniques and some seed examples."""
+    from arte_edge.tasks.load import load_task
+
+    task = load_task(ref, bbh=bbh)
+    summary = _summary(task) | {
+        "techniques": list(task.techniques),
+        "examples": [asdict(example) for example in task.seed[:n_examples]],
+        "notes": list(task.notes),
+    }
+    if as_json:
+        emit_json(summary)
+        return
+    choices = f" ({', '.join(task.answer.choices)})" if task.answer.choices else ""
+    sizes = ", ".join(f"{n} {split}" for split, n in summary["n_rows"].items())
+    seed = "" if task.split_seed is None else f" (split by seed {task.split_seed})"
+    lines = [
+        task.name,
+        task.description,
+        "",
+        f"answer   {task.answer.kind}{choices}",
+        f"rows     {sizes}{seed}",
+    ]
+    lines.append(f"sha256   {task.sha256[:16]}…")
+    lines += [f"note     {note}" for note in task.notes]
+    for number, technique in enumerate(task.techniques, start=1):
+        lines += ["", f"technique {number}: {technique}"]
+    for example in task.seed[:n_examples]:
+        lines += ["", f"input    {example.input}", f"target   {example.target}"]
+    out.print("\n".join(lines), markup=False)
+
+
+@app.command("check")
+def check(
+    refs: Annotated[
+        list[str] | None, typer.Argument(help="Tasks to check; all shipped ones if none.")
+    ] = None,
+    bbh: Bbh = None,
+    as_json: Json = False,
+) -> None:
+    """Run every check on tasks and list all that is wrong. Exit code 2 if anything is."""
+    reports = [_report(ref, bbh) for ref in refs or _names(bbh)]
+    if as_json:
+        emit_json(reports)
+    else:
+        for report in reports:
+            _print_report(report)
+    if bad := [report["task"] for report in reports if report["problems"]]:
+        n_problems = sum(len(report["problems"]) for report in reports)
+        raise InputError(f"{n_problems} problems in {', '.join(bad)}", "They are listed above.")
+
+
+@app.command("new")
+def new(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The task folder to write.")],
+    jsonl: Annotated[
+        Path | None, typer.Option("--jsonl", metavar="FILE", help="Split this labelled file into the task.")
+    ] = None,
+    hub: Annotated[
+        str | None, typer.Option("--hub", metavar="ORG/NAME", help="Split this Hub dataset into the task.")
+    ] = None,
+    input_column: Annotated[str, typer.Option("--input", help="Column of the input.")] = "input",
+    target_column: Annotated[str, typer.Option("--target", help="Column of the right answer.")] = "target",
+    split_seed: Annotated[int, typer.Option("--seed", help="Seed of the split.")] = 0,
+    description: Annotated[str, typer.Option("--description", help="What the task is.")] = "",
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", metavar="MODEL", help="Let this model propose the technique prompts."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Start a task folder: a skeleton to fill in, or one made of a labelled file.
+
+    With --teacher, a model proposes the four technique prompts, for a new task or for one that is there.
+    """
+    from arte_edge.tasks.columns import hub_records, jsonl_records, task_name
+    from arte_edge.tasks.table import task_from_table
+    from arte_edge.tasks.write import check_vacant, write_skeleton, write_task
+
+    if jsonl and hub:
+        raise InputError("--jsonl and --hub exclude each other")
+    filled_in = (folder / "task.toml").is_file()
+    if teacher and not (jsonl or hub or filled_in):
+        hint = "Add --jsonl FILE, or start the folder without --teacher, fill it in and run this again."
+        raise InputError("A teacher proposes techniques from a description and seeds: there are none", hint)
+    name = task_name(folder.resolve().name)
+    if jsonl or hub:
+        check_vacant(folder)
+        records = (
+            jsonl_records(jsonl, input_column, target_column)
+            if jsonl
+            else hub_records(hub or "", input_column, target_column)
+        )
+        task = task_from_table(name, records, split_seed=split_seed, description=description)
+        write_task(folder, task)
+        for note in task.notes:
+            err.print(note, markup=False)
+    elif not teacher:
+        write_skeleton(folder, name, description)
+    techniques = _propose(folder, teacher) if teacher else ()
+    if as_json:
+        emit_json({"folder": str(folder), "name": name, "techniques": list(techniques)})
+        return
+    for technique in techniques:
+        out.print(f"- {technique}", markup=False)
+    out.print(
+        f"Wrote {folder}. Next: fill in task.toml, then `arte-edge tasks check {folder}`.", markup=False
+    )
+
+
+def _propose(folder: Path, teacher: str) -> tuple[str, ...]:
+    from arte_edge.engines.open import open_engine
+    from arte_edge.tasks.folder import load_folder
+    from arte_edge.tasks.propose import propose_techniques
+    from arte_edge.tasks.write import set_techniques
+
+    task = load_folder(folder, techniques_required=False)
+    engine = open_engine(teacher)
+    try:
+        techniques = propose_techniques(engine, task.description, task.seed)
+    finally:
+        engine.close()
+    set_techniques(folder, techniques)
+    return techniques
+
+
+def _names(bbh: Path | None) -> list[str]:
+    from arte_edge.tasks.bbh import bbh_names
+
+    return catalog.names("tasks") if bbh is None else bbh_names(bbh)
+
+
+def _summary(task: Task) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "description": task.description,
+        "answer": task.answer.model_dump(mode="json"),
+        "n_rows": {
+            "seed": len(task.seed),
+            "validation": len(task.validation),
+            "test": len(task.test_keys()),
+        },
+        "split_seed": task.split_seed,
+        "sha256": task.sha256,
+    }
+
+
+def _report(ref: str, bbh: Path | None) -> dict[str, Any]:
+    """Return what is wrong with a task (`problems`) and what is only weak (`remarks`)."""
+    from arte_edge.tasks.advice import advise
+    from arte_edge.tasks.folder import read_folder
+    from arte_edge.tasks.load import find_folder, load_task
+
+    task: Task | None
+    problems: list[Problem] = []
+    try:
+        if folder := None if bbh else find_folder(ref):
+            task, problems = read_folder(folder)
+        else:
+            task = load_task(ref, bbh=bbh)
+    except InputError as error:
+        return {"task": ref, "problems": [{"where": "", "what": error.message, "hint": error.hint}]}
+    report: dict[str, Any] = {"task": ref, "problems": [asdict(problem) for problem in problems]}
+    if task:
+        report |= {"n_rows": _summary(task)["n_rows"], "sha256": task.sha256, "remarks": advise(task)}
+    return report
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    if not report["problems"]:
+        sizes = "/".join(str(n) for n in report["n_rows"].values())
+        out.print(f"{report['task']}: good, {sizes} rows", markup=False)
+    for problem in report["problems"]:
+        where = f"{problem['where']}: " if problem["where"] else ""
+        out.print(f"{report['task']}: {where}{problem['what']}", markup=False, soft_wrap=True)
+        if problem["hint"]:
+            out.print(f"    {problem['hint']}", markup=False, soft_wrap=True)
+    for remark in report.get("remarks", ()):
+        out.print(f"    {remark}", markup=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Tasks: what a student is to learn, where its examples come from, and when an answer is right."""

@@ -18,8 +18,16 @@ __all__ = ["bbh_names", "load_bbh"]
 
 
 def bbh_names(folder: Path) -> list[str]:
-    """Return the names of the tasks in `folder`, sorted."""
-    return sorted(path.stem for path in folder.glob("*.json"))
+    """Return the names of the tasks in `folder`, sorted.
+
+    Raises:
+        InputError: no such folder, or no JSON file in it.
+    """
+    names = sorted(path.stem for path in folder.glob("*.json"))
+    if not names:
+        what = "has no JSON files" if folder.is_dir() else "is no folder"
+        raise InputError(f"{folder} {what}", "--bbh takes a folder of BIG-Bench Hard's <task>.json files.")
+    return names
 
 
 def load_bbh(folder: Path, name: str, *, split_seed: int = 0, max_rows: int | None = None) -> Task:

@@ -94,7 +94,7 @@ def _records(
         cells = []
         for column in (input_column, target_column):
             if column not in row:
-                hint = f"{nearest(column, row)} Name the columns with input=… and target=…."
+                hint = f"{nearest(column, row)} Name the columns: --input and --target, or ?input=…&target=…."
                 raise InputError(f"{where}: no column '{column}'", hint)
             cell = names[column](row[column]) if column in names else row[column]
             if not isinstance(cell, str | int | float) or not str(cell).strip():

@@ -37,23 +37,25 @@ class TaskFile(BaseModel):
     techniques: tuple[str, ...] = Field(description="reasoning-technique prompts, four by habit")
 
 
-def load_folder(folder: Path) -> Task:
-    """Load the task in `folder`.
+def load_folder(folder: Path, *, techniques_required: bool = True) -> Task:
+    """Load the task in `folder`; a teacher that is to propose techniques takes it without them.
 
     Raises:
         InputError: the first thing that is wrong with it, with file and line.
     """
-    task, problems = read_folder(folder)
+    task, problems = read_folder(folder, techniques_required=techniques_required)
     refuse(problems, str(folder))
     assert task is not None  # without problems there is a task
     return task
 
 
-def read_folder(folder: Path) -> tuple[Task | None, list[Problem]]:
+def read_folder(folder: Path, *, techniques_required: bool = True) -> tuple[Task | None, list[Problem]]:
     """Return the task in `folder` if it is sound, and everything that is wrong with it."""
     file, problems = _read_task_file(folder / "task.toml")
     if file is None:
         return None, problems
+    if techniques_required:
+        problems += _check_techniques(file.techniques)
     splits: dict[str, list[Row]] = {}
     for split in SPLITS:
         splits[split], bad = read_rows(folder / f"{split}.jsonl", file.answer)
@@ -109,12 +111,15 @@ def _read_task_file(path: Path) -> tuple[TaskFile | None, list[Problem]]:
     if not file.description.strip():
         hint = "Two or three sentences: what goes in, what comes out, the rules."
         problems.append(Problem(f"{path.name}: description", "is empty", hint))
-    if len([t for t in file.techniques if t.strip()]) < max(2, len(file.techniques)):
-        hint = "Write four, or let a teacher propose them: `arte-edge tasks new DIR --teacher MODEL`."
-        problems.append(
-            Problem(f"{path.name}: techniques", "at least two prompts are needed, none empty", hint)
-        )
     return file, problems
+
+
+def _check_techniques(techniques: tuple[str, ...]) -> list[Problem]:
+    # Rationales are compared with each other, so one technique is as good as none.
+    if len(techniques) >= 2 and all(technique.strip() for technique in techniques):
+        return []
+    hint = "Write four, or let a teacher propose them: `arte-edge tasks new DIR --teacher MODEL`."
+    return [Problem("task.toml: techniques", "at least two prompts are needed, none of them empty", hint)]
 
 
 def _overlaps(splits: dict[str, list[Row]]) -> list[Problem]:

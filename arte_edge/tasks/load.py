@@ -31,7 +31,7 @@ from arte_edge.tasks.folder import load_folder
 from arte_edge.tasks.table import task_from_table
 from arte_edge.tasks.task import Task
 
-__all__ = ["load_task"]
+__all__ = ["find_folder", "load_task"]
 
 _SPLITTING = ("seed", "rows")
 _COLUMNS = (*_SPLITTING, "input", "target")
@@ -65,6 +65,16 @@ def load_task(ref: str, *, bbh: Path | None = None) -> Task:
         return load_bbh(path.parent, path.stem, **_splitting(ref, options, _SPLITTING))
     _splitting(ref, options, ())
     return load_folder(_folder(name))
+
+
+def find_folder(ref: str) -> Path | None:
+    """Return the task folder that `ref` names, or None if it is a table that we split ourselves.
+
+    Raises:
+        InputError: no shipped task has this name, or there is no such folder.
+    """
+    name, _ = _parse(ref)
+    return None if name.startswith("hub:") or name.endswith((".jsonl", ".json")) else _folder(name)
 
 
 def _load_hub(ref: str, name: str, options: dict[str, str]) -> Task:
