@@ -1,0 +1,242 @@
+"""The fit finds the parameters that made the data, and survives the matrices that real runs give."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+
+from arte_edge.distill import irt
+from arte_edge.distill.irt import ItemParameters, fit_2pl, probability, top_k
+from arte_edge.errors import InputError
+
+Floats = NDArray[np.float64]
+numbers = st.floats(-30, 30)
+
+
+def simulate(n_respondent: int, n_item: int, seed: int) -> tuple[Floats, Floats, Floats, Floats]:
+    """True discrimination, difficulty, ability and the responses drawn from them."""
+    rng = np.random.default_rng(seed)
+    alpha, beta = rng.lognormal(0, 0.5, n_item), rng.normal(0, 1, n_item)
+    ability = rng.normal(0, 1, n_respondent)
+    right = rng.random((n_respondent, n_item)) < probability(ability, alpha, beta)
+    return alpha, beta, ability, right.astype(np.float64)
+
+
+def parameters(alpha: list[float], varied: list[bool] | None = None) -> ItemParameters:
+    n = len(alpha)
+    flags = np.array(varied) if varied else np.ones(n, dtype=bool)
+    return ItemParameters(np.array(alpha), np.zeros(n), np.zeros(3), flags)
+
+
+def log_posterior(responses: Floats, alpha: Floats, beta: Floats) -> float:
+    """The marginal posterior written out respondent by respondent, on another grid."""
+    theta = np.linspace(-6, 6, 400)
+    density = np.exp(-(theta**2) / 2)
+    total = -0.5 * float(np.sum((np.log(alpha) / 0.5) ** 2 + (beta / 2.0) ** 2))
+    for row in responses:
+        likelihood = density.copy()
+        for answer, a, b in zip(row, alpha, beta, strict=True):
+            chance = 1 / (1 + np.exp(-a * (theta - b)))
+            likelihood *= 1.0 if np.isnan(answer) else chance if answer else 1 - chance
+        total += float(np.log(likelihood.sum() / density.sum()))
+    return total
+
+
+def test_parameters_are_recovered_from_200_respondents() -> None:
+    found = []
+    for seed in range(4):
+        alpha, beta, ability, responses = simulate(200, 100, seed)
+        fit = fit_2pl(responses)
+        pairs = ((fit.discrimination, alpha), (fit.difficulty, beta), (fit.ability, ability))
+        found.append([np.corrcoef(one, other)[0, 1] for one, other in pairs])
+        # Seed 3 holds an item of α 5.3 that one respondent in 200 got right: nobody can know that α,
+        # and the linear correlation hangs on it (0.81). The logarithm judges all items alike.
+        assert np.corrcoef(np.log(fit.discrimination), np.log(alpha))[0, 1] > 0.85
+        assert np.median(fit.discrimination) == pytest.approx(np.median(alpha), rel=0.15)
+    assert (np.median(found, axis=0) >= [0.90, 0.95, 0.95]).all(), found
+    assert np.min(found, axis=0)[1:].min() > 0.93, found
+
+
+def test_estimates_are_the_maximum_of_the_posterior_they_claim() -> None:
+    responses = simulate(10, 6, 3)[3]
+    responses[2, 1] = np.nan
+    responses[:, 5] = responses[:, 0]
+    fit = fit_2pl(responses)
+    top = log_posterior(responses, fit.discrimination, fit.difficulty)
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        factor, shift = np.exp(rng.normal(0, 0.1, 6)), rng.normal(0, 0.1, 6)
+        assert log_posterior(responses, fit.discrimination * factor, fit.difficulty + shift) < top
+
+
+def test_a_finer_grid_of_abilities_gives_the_same_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+    responses = simulate(20, 100, 0)[3]
+    coarse = fit_2pl(responses)
+    monkeypatch.setattr(irt, "ABILITY_NODES", np.linspace(-5, 5, 161))
+    fine = fit_2pl(responses)
+    np.testing.assert_allclose(coarse.discrimination, fine.discrimination, atol=5e-4)
+    np.testing.assert_allclose(coarse.difficulty, fine.difficulty, atol=5e-4)
+
+
+@given(st.floats(0.01, 10), numbers, st.lists(numbers, min_size=2, max_size=10))
+def test_the_chance_of_a_right_answer_rises_with_ability(
+    alpha: float, beta: float, abilities: list[float]
+) -> None:
+    chance = probability(sorted(abilities), [alpha], [beta])[:, 0]
+    assert ((chance >= 0) & (chance <= 1)).all()
+    assert (np.diff(chance) >= 0).all()
+    assert probability([beta], [alpha], [beta])[0, 0] == 0.5
+
+
+def test_probability_does_not_overflow() -> None:
+    assert probability([1e4, -1e4], [5.0], [0.0])[:, 0].tolist() == [1.0, 0.0]
+
+
+def test_the_order_of_respondents_does_not_matter() -> None:
+    responses = simulate(16, 60, 1)[3]
+    order = np.random.default_rng(0).permutation(16)
+    one, other = fit_2pl(responses), fit_2pl(responses[order])
+    np.testing.assert_allclose(other.discrimination, one.discrimination, atol=1e-6)
+    np.testing.assert_allclose(other.ability, one.ability[order], atol=1e-6)
+
+
+def test_the_order_of_items_does_not_matter() -> None:
+    responses = simulate(16, 60, 1)[3]
+    order = np.random.default_rng(0).permutation(60)
+    one, other = fit_2pl(responses), fit_2pl(responses[:, order])
+    assert np.array_equal(other.discrimination, one.discrimination[order])
+    assert np.array_equal(other.difficulty, one.difficulty[order])
+    assert np.array_equal(other.varied, one.varied[order])
+
+
+cells = st.sampled_from([0.0, 1.0, np.nan])
+
+
+@settings(max_examples=30, deadline=None)
+@given(arrays(np.float64, st.tuples(st.integers(2, 12), st.integers(1, 15)), elements=cells))
+def test_no_small_matrix_makes_the_estimates_explode(responses: Floats) -> None:
+    fit = fit_2pl(responses)
+    assert fit.ability.shape == responses.shape[:1]
+    assert fit.discrimination.shape == fit.difficulty.shape == fit.varied.shape == responses.shape[1:]
+    assert ((fit.discrimination > 0.02) & (fit.discrimination < 20)).all()
+    assert (np.abs(fit.difficulty) < 10).all()
+    assert (np.abs(fit.ability) < 5).all()
+
+
+def test_items_without_variation_get_finite_values_and_are_taken_last() -> None:
+    responses = simulate(12, 40, 2)[3]
+    responses[:, 3], responses[:, 7] = 1, 0
+    fit = fit_2pl(responses)
+    assert fit.difficulty[3] == fit.difficulty.min() and fit.difficulty[7] == fit.difficulty.max()
+    assert not fit.varied[[3, 7]].any()
+    flat = np.flatnonzero(~fit.varied)
+    assert set(top_k(fit, 40)[-flat.size :]) == set(flat)
+
+
+def test_coin_tosses_and_wrong_labels_end_at_the_bottom() -> None:
+    responses = simulate(20, 60, 4)[3]
+    ability = responses.mean(axis=1)
+    responses[:, :5] = (ability < np.median(ability))[:, None]  # only the weak are right
+    responses[:, 5:10] = np.random.default_rng(0).random((20, 5)) < 0.5
+    fit = fit_2pl(responses)
+    assert set(top_k(fit, 60)[-5:]) <= set(range(5)) | set(np.flatnonzero(~fit.varied))
+    assert fit.discrimination[:5].max() < 0.5
+    assert fit.discrimination[5:10].mean() < fit.discrimination[10:].mean()
+
+
+def test_missing_answers_are_left_out_of_the_evidence() -> None:
+    alpha, beta, ability, responses = simulate(200, 60, 5)
+    responses[np.random.default_rng(0).random(responses.shape) < 0.3] = np.nan
+    fit = fit_2pl(responses)
+    assert np.corrcoef(fit.difficulty, beta)[0, 1] > 0.9
+    assert np.corrcoef(fit.discrimination, alpha)[0, 1] > 0.8
+    assert np.corrcoef(fit.ability, ability)[0, 1] > 0.9
+
+
+def test_an_item_or_a_respondent_without_answers_is_the_prior() -> None:
+    responses = simulate(10, 20, 6)[3]
+    responses[:, 4] = np.nan
+    responses[3, :] = np.nan
+    fit = fit_2pl(responses)
+    assert fit.discrimination[4] == pytest.approx(1.0, abs=1e-4)
+    assert fit.difficulty[4] == pytest.approx(0.0, abs=1e-4)
+    assert not fit.varied[4]
+    assert fit.ability[3] == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("responses", "told"),
+    [
+        ([[0, 1]], "respondents by items"),
+        ([1, 0, 1], "respondents by items"),
+        (np.zeros((3, 0)), "respondents by items"),
+        ([[0, 1], [0.5, 1]], "not 0.5"),
+        ([[0, 1], [-1, 1]], "not -1"),
+    ],
+)
+def test_what_is_no_response_matrix_is_refused(responses: object, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        fit_2pl(responses)
+
+
+def test_top_k_is_the_largest_discriminations_best_first() -> None:
+    assert top_k(parameters([0.2, 3.0, 1.0, 2.0]), 3).tolist() == [1, 3, 2]
+
+
+def test_top_k_breaks_ties_by_index() -> None:
+    assert top_k(parameters([1.0, 2.0, 1.0, 2.0, 1.0]), 4).tolist() == [1, 3, 0, 2]
+    responses = np.tile(simulate(8, 5, 7)[3], (1, 3))  # every item three times
+    order = top_k(fit_2pl(responses), 15).tolist()
+    assert all(order.index(i) < order.index(i + 5) < order.index(i + 10) for i in range(5))
+
+
+def test_top_k_takes_items_without_variation_only_when_nothing_else_is_left() -> None:
+    params = parameters([9.0, 1.0, 2.0], [False, True, True])
+    assert top_k(params, 2).tolist() == [2, 1]
+    assert top_k(params, 3).tolist() == [2, 1, 0]
+
+
+def test_groups_are_taken_in_equal_numbers_each_at_its_best() -> None:
+    alpha = [5.0, 4.9, 4.8, 4.7, 1.0, 0.9, 0.8, 0.7]
+    answers = ["True"] * 4 + ["False"] * 4
+    assert top_k(parameters(alpha), 4, groups=answers).tolist() == [0, 1, 4, 5]
+
+
+def test_a_seat_that_cannot_be_shared_goes_to_the_best_item_left() -> None:
+    alpha = [1.0, 0.9, 3.0, 2.5, 0.2]
+    assert top_k(parameters(alpha), 3, groups=["A", "A", "B", "B", "B"]).tolist() == [2, 3, 0]
+
+
+def test_a_group_too_small_leaves_its_seats_to_the_others() -> None:
+    groups = ["A"] + ["B"] * 5
+    assert sorted(top_k(parameters([0.1, 5, 4, 3, 2, 1]), 4, groups=groups)) == [0, 1, 2, 3]
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 3), st.sampled_from("ABC")), min_size=1, max_size=40), st.data())
+def test_a_balanced_set_is_as_even_as_the_groups_allow(
+    items: list[tuple[float, str]], data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(1, len(items)))
+    groups = [group for _, group in items]
+    chosen = top_k(parameters([alpha for alpha, _ in items]), k, groups=groups)
+    assert len(set(chosen.tolist())) == k
+    taken, there = Counter(groups[i] for i in chosen), Counter(groups)
+    most = max(taken.values())
+    assert all(taken[group] >= min(most - 1, there[group]) for group in there)
+
+
+@pytest.mark.parametrize("k", [0, -1, 4])
+def test_an_impossible_k_is_refused_with_the_numbers(k: int) -> None:
+    with pytest.raises(InputError, match=f"{k} questions cannot be taken from 3"):
+        top_k(parameters([1.0, 2.0, 3.0]), k)
+
+
+def test_groups_must_name_every_item() -> None:
+    with pytest.raises(ValueError, match="2 groups for 3 items"):
+        top_k(parameters([1.0, 2.0, 3.0]), 2, groups=["A", "B"])
