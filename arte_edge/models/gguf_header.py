@@ -43,6 +43,7 @@ class GgufHeader:
     architecture: str
     quantization: str
     tensor_count: int
+    parameter_count: int
     data_offset_bytes: int
     metadata: dict[str, Any] = field(repr=False)
 
@@ -143,7 +144,7 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
         metadata[key] = cursor.value(cursor.scalar("I"), key)
     _refuse_what_is_no_model(metadata, tensor_count)
     bytes_by_type: dict[str, int] = {}
-    end_bytes = 0
+    end_bytes = parameter_count = 0
     for _ in range(tensor_count):
         name = cursor.text()
         dimensions = cursor.scalar("I")
@@ -154,7 +155,9 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
         if kind not in TENSOR_TYPES:
             raise ValueError(f"tensor {name} has the unknown type {kind}; a newer arte-edge may know it")
         label, block_values, block_bytes = TENSOR_TYPES[kind]
-        size_bytes = math.prod(shape) // block_values * block_bytes
+        count = math.prod(shape)
+        parameter_count += count
+        size_bytes = count // block_values * block_bytes
         bytes_by_type[label] = bytes_by_type.get(label, 0) + size_bytes
         end_bytes = max(end_bytes, offset_bytes + size_bytes)
     alignment = metadata.get("general.alignment", 32)
@@ -168,7 +171,9 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
         raise ValueError("it does not say its architecture (general.architecture)")
     quantization = FILE_TYPES.get(metadata.get("general.file_type", -1))
     quantization = quantization or max(bytes_by_type, key=lambda label: bytes_by_type[label])
-    return GgufHeader(path, architecture, quantization, tensor_count, data_offset_bytes, metadata)
+    return GgufHeader(
+        path, architecture, quantization, tensor_count, parameter_count, data_offset_bytes, metadata
+    )
 
 
 def _refuse_what_is_no_model(metadata: dict[str, Any], tensor_count: int) -> None:
