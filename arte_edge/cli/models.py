@@ -1,14 +1,128 @@
-"""``arte-edge models``: the models that can be named, fetched and converted."""
+"""``arte-edge models``: the models that can be named, fetched, converted and checked."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
+
+from arte_edge.cli.console import emit_json, err, out
+
+if TYPE_CHECKING:
+    from arte_edge.models.registry import Entry
 
 __all__ = ["app"]
 
-app = typer.Typer(help="List, fetch, find and check models.", no_args_is_help=True)
+app = typer.Typer(
+    help="Models: what has a name, what is here, and whether it is whole.", no_args_is_help=True
+)
+
+_REF = "A name of 'models ls', a .gguf file, a checkpoint folder or a Hub id (org/name[@revision][:QUANT])."
+
+Ref = Annotated[str, typer.Argument(help=_REF)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Checkpoint = Annotated[
+    bool, typer.Option("--checkpoint", help="As a safetensors folder; a GGUF is converted once.")
+]
 
 
 @app.command("ls")
-def ls() -> None:
-    """List the models of the registry."""
+def ls(as_json: Json = False) -> None:
+    """List the models that have a name, and which of them are on this machine."""
+    from arte_edge.models import registry
+    from arte_edge.models.home import user_registry
+
+    models = [_summary(entry) for entry in registry.entries().values()]
+    if as_json:
+        emit_json(models)
+        return
+    from rich.table import Table
+
+    from arte_edge.models.disk import megabytes
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("model", "role", "size", "licence", "here"):
+        table.add_column(title, justify="right" if title == "size" else "left", no_wrap=title == "model")
+    for model in models:
+        here = ["file"] if model["path"] else []
+        here += ["checkpoint"] if model["checkpoint"] else []
+        row = (model["name"], model["role"], megabytes(model["size_bytes"]), model["license"])
+        table.add_row(*row, " + ".join(here) or "-")
+    out.print(table)
+    err.print(f"Add your own in {user_registry()}", markup=False, soft_wrap=True)
+
+
+@app.command("pull")
+def pull(
+    refs: Annotated[list[str], typer.Argument(help=_REF)],
+    checkpoint: Checkpoint = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch models, verify them, and with --checkpoint make them ready for training."""
+    from arte_edge.cli.model_progress import model_progress
+    from arte_edge.models import resolve
+
+    pulled = []
+    for ref in refs:
+        with model_progress(ref) as progress:
+            model = resolve(ref, offline=offline, progress=progress)
+            folder = model.checkpoint(progress) if checkpoint else None
+        pulled.append(asdict(model) | {"checkpoint": folder})
+        if as_json:
+            continue
+        out.print(f"{model.name}  {model.quantization}  sha256 {model.sha256[:16]}…", markup=False)
+        for path in (model.gguf or model.folder, folder):
+            if path:
+                out.print(f"  {path}", markup=False, soft_wrap=True)
+    if as_json:
+        emit_json(pulled)
+
+
+@app.command("path")
+def path(ref: Ref, checkpoint: Checkpoint = False, as_json: Json = False) -> None:
+    """Print where a model lies. Fetches nothing; a model that is not here is an error."""
+    from arte_edge.cli.model_progress import model_progress
+    from arte_edge.models import resolve
+
+    with model_progress(ref) as progress:
+        model = resolve(ref, offline=True, progress=progress)
+        found = model.checkpoint(progress) if checkpoint else model.gguf or model.folder
+    if as_json:
+        emit_json({"name": model.name, "path": found})
+    else:
+        out.print(str(found), markup=False, soft_wrap=True)
+
+
+@app.command("check")
+def check(
+    refs: Annotated[list[str] | None, typer.Argument(help=_REF + " None: every named model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read models again, whole, and compare sums. Ends with 1 if one is damaged, or asked for and missing."""
+    from arte_edge.models import registry
+    from arte_edge.models.check import check as check_model
+
+    findings = [check_model(ref) for ref in refs or registry.entries()]
+    if as_json:
+        emit_json([asdict(finding) for finding in findings])
+    else:
+        for finding in findings:
+            out.print(f"{finding.state:8}{finding.name}", markup=False)
+            out.print(f"        {finding.detail}", markup=False, soft_wrap=True)
+    bad = {"damaged", "missing"} if refs else {"damaged"}
+    if any(finding.state in bad for finding in findings):
+        raise typer.Exit(1)
+
+
+def _summary(entry: Entry) -> dict[str, Any]:
+    """Return an entry of the registry with where its file and checkpoint lie, None if they are not here."""
+    from arte_edge.models.convert import checkpoint_folder
+    from arte_edge.models.download import cached
+
+    folder = checkpoint_folder(entry.name, entry.sha256)
+    return dict(entry.model_dump(mode="json")) | {
+        "path": cached(entry),
+        "checkpoint": folder if folder.is_dir() else None,
+    }

@@ -17,15 +17,20 @@ from arte_edge.models.hashing import sha256_file
 from arte_edge.models.home import Progress, home, is_offline, locked, room
 from arte_edge.models.registry import Entry
 
-__all__ = ["cached", "pull"]
+__all__ = ["cached", "place", "pull"]
 
 # The file itself, one wheel of a mirror beside it, and a little for the file system.
 _SPARE_BYTES = 120_000_000
 
 
+def place(entry: Entry) -> Path:
+    """Return where the file of `entry` is kept; it need not exist."""
+    return home() / "models" / entry.name / entry.file
+
+
 def cached(entry: Entry) -> Path | None:
     """Return the file of `entry` if it is in the cache and whole."""
-    path = home() / "models" / entry.name / entry.file
+    path = place(entry)
     if not path.is_file() or path.stat().st_size != entry.size_bytes:
         return None
     return path if sha256_file(path) == entry.sha256 else None
@@ -49,7 +54,7 @@ def pull(entry: Entry, *, offline: bool = False, progress: Progress | None = Non
     with locked(entry.name, progress):
         if path := cached(entry):  # another process was first
             return path
-        final = room("models", entry.name) / entry.file
+        final = place(entry)
         final.unlink(missing_ok=True)  # damaged since it was fetched
         staging = room("staging", f"{entry.name}-{entry.sha256[:12]}")
         with full_disk_is_clear(staging, f"model '{entry.name}'"):

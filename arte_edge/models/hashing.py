@@ -23,13 +23,17 @@ _WORTH_REMEMBERING_BYTES = 4_000_000
 _IDENTITY = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer.model")
 
 
-def sha256_file(path: Path) -> str:
-    """Return the sha256 of `path` in hexadecimal, from memory if the file is unchanged."""
+def sha256_file(path: Path, *, fresh: bool = False) -> str:
+    """Return the sha256 of `path` in hexadecimal, from memory if the file is unchanged.
+
+    Args:
+        fresh: read the file whatever is remembered; a disk can go bad without a change of time.
+    """
     path = path.resolve()
     state = path.stat()
     known = _load()
     mark = [state.st_size, state.st_mtime_ns]
-    if (row := known.get(str(path))) and row[:2] == mark:
+    if not fresh and (row := known.get(str(path))) and row[:2] == mark:
         return str(row[2])
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -64,6 +64,7 @@ class Entry(_Frozen):
     description: str = ""
     role: Literal["student", "teacher"]
     license: str
+    license_url: str = ""
     file: _FileName
     size_bytes: int = Field(gt=0)
     sha256: _Sha256
