@@ -12,6 +12,7 @@ weak student under many one-shot examples, which is what the preference score ra
 
 Scenarios:
     textbook  α log-normal(0, 0.5), β ~ N(0, 1), independent respondents ~ N(0, 1).
+    hard      textbook, but β ~ N(1.2, 1): small models and questions too hard for most.
     rough     what a real matrix is like: β ~ N(0.7, 1), 20 % of the items answered by
               coin, 10 % with the wrong label (α negative), and respondents that are
               models under four shot counts, alike in ability and in their quirks.
@@ -44,12 +45,13 @@ RESULTS = Path(__file__).parent / "results" / "irt_recovery"
 RESPONDENTS = (8, 12, 16, 20, 40, 80, 200)
 GIRTH_RESPONDENTS = (8, 20, 200)
 N_ITEM, K, N_FRESH, SHOTS = 100, 40, 400, 4
+MEAN_DIFFICULTY = {"textbook": 0.0, "hard": 1.2, "rough": 0.7, "floor": 0.0}
 
 
 def draw(scenario: str, n_respondent: int, rng: np.random.Generator) -> tuple[Floats, Floats, Floats, Floats]:
     """Return true α and β ``[N_ITEM]``, abilities ``[n_respondent]`` and the matrix."""
     alpha = rng.lognormal(0, 0.5, N_ITEM)
-    beta = rng.normal(0.7 if scenario == "rough" else 0, 1, N_ITEM)
+    beta = rng.normal(MEAN_DIFFICULTY[scenario], 1, N_ITEM)
     ability = rng.normal(0, 1, n_respondent)
     quirks = np.zeros((n_respondent, N_ITEM))
     if scenario == "rough":
@@ -67,8 +69,7 @@ def probability_of(
     """Return the chance ``[n, N_ITEM]`` of a right answer under the scenario's own law."""
     logit = alpha * (ability[:, None] - beta) + quirks
     floor = 0.5 if scenario == "floor" else 0.0
-    chance: Floats = floor + (1 - floor) * probability(logit.ravel(), [1.0], [0.0]).reshape(logit.shape)
-    return chance
+    return floor + (1 - floor) * probability(logit.ravel(), [1.0], [0.0]).reshape(logit.shape)
 
 
 def item_total(matrix: Floats) -> Floats:
@@ -76,7 +77,8 @@ def item_total(matrix: Floats) -> Floats:
     rest = matrix.sum(axis=1, keepdims=True) - matrix
     item, rest = matrix - matrix.mean(axis=0), rest - rest.mean(axis=0)
     scale = np.sqrt((item**2).sum(axis=0) * (rest**2).sum(axis=0))
-    return np.divide((item * rest).sum(axis=0), scale, out=np.full(N_ITEM, -1.0), where=scale > 0)
+    correlation: Floats = np.full(N_ITEM, -1.0)  # an item without variation: last
+    return np.divide((item * rest).sum(axis=0), scale, out=correlation, where=scale > 0)
 
 
 def best(score: Floats) -> NDArray[np.intp]:
@@ -94,15 +96,18 @@ def one_matrix(scenario: str, n_respondent: int, seed: int, girth: bool) -> dict
         "respondents": n_respondent,
         "seed": seed,
         "fit_seconds": time.process_time() - started,
-        "constant_items": int((~params.varied).sum()),
+        "unsolved_items": int((~params.solved).sum()),
+        "solved_by_all": int(matrix.all(axis=0).sum()),
         **recovery(params, alpha, beta),
         "ability_correlation": np.corrcoef(params.ability, ability)[0, 1],
     }
     at_student = probability([-1.0], params.discrimination, params.difficulty)[0]
-    information = np.where(params.varied, params.discrimination**2 * at_student * (1 - at_student), 0)
+    information = params.discrimination**2 * at_student * (1 - at_student)
+    varied = params.solved & ~matrix.all(axis=0)
     chosen = {
         "fit": top_k(params, K),
-        "fit_alpha_only": best(params.discrimination),  # items without variation not put last
+        "fit_alpha_only": best(params.discrimination),  # unsolved items where their α puts them
+        "fit_varied_first": best(np.where(varied, params.discrimination, 0)),  # solved by all last, too
         "information": best(information),  # of the fit, at the narrow population's ability
         "item_total": best(item_total(matrix)),
         "random": rng.permutation(N_ITEM)[:K],
@@ -216,7 +221,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     rows = []
-    for scenario in ("textbook", "rough", "floor"):
+    for scenario in MEAN_DIFFICULTY:
         for n in RESPONDENTS:
             for seed in range(args.seeds):
                 girth = scenario == "textbook" and n in GIRTH_RESPONDENTS and seed < args.girth_seeds
@@ -235,7 +240,7 @@ def main() -> None:
     cells = ",\n".join(json.dumps(cell) for cell in summary)
     document = f'{{"about": {json.dumps(about)},\n"cells": [\n{cells}\n]}}\n'
     (args.out / "summary.json").write_text(document, encoding="utf-8")
-    for scenario in ("textbook", "rough", "floor"):
+    for scenario in MEAN_DIFFICULTY:
         print(table(summary, scenario))
 
 
