@@ -1,0 +1,121 @@
+"""Engine calls that go through the store: what was answered once is never asked again.
+
+Calls are sent in groups of fixed make-up. A group that is not finished is sent whole,
+so that a resumed run decodes the same batches, and gets the same text, as one that
+was never interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arte_edge.distill.progress import Reporter
+from arte_edge.engines.base import Completion, Engine, Request, Sampling
+from arte_edge.store import CallLog, content_key
+
+__all__ = ["Calls"]
+
+
+class Calls:
+    """The calls of one run. `made` counts engine calls of this process, `kept` those found in the store."""
+
+    def __init__(self, log: CallLog, reporter: Reporter, group: int = 32) -> None:
+        self._log, self._reporter, self._group = log, reporter, group
+        self.made = 0
+        self.kept = 0
+
+    def complete(
+        self, engine: Engine, requests: Sequence[Request], sampling: Sampling, what: str
+    ) -> list[Completion]:
+        """Complete every request, in order; `what` names them in the progress line."""
+        identity, how = engine.identity.key(), sampling.as_dict()
+        keys = [content_key("complete", identity, r.prompt, how, r.sample) for r in requests]
+        with self._reporter.bar(what, len(requests)) as step:
+            for start in range(0, len(requests), self._group):
+                group = range(start, min(start + self._group, len(requests)))
+                todo = [i for i in group if self._log.get(keys[i]) is None]
+                fresh = engine.complete([requests[i] for i in todo], sampling) if todo else []
+                self._log.append(
+                    [_completion_row(keys[i], what, c) for i, c in zip(todo, fresh, strict=True)]
+                )
+                self._count(len(todo), len(group) - len(todo))
+                step(len(group), sum(c.completion_tokens for c in fresh), len(group) - len(todo))
+                failed = {keys[i]: c for i, c in zip(todo, fresh, strict=True) if c.finish == "error"}
+                self._failed = {**getattr(self, "_failed", {}), **failed}
+        return [self._completion(key) for key in keys]
+
+    def _completion(self, key: str) -> Completion:
+        row = self._log.get(key)
+        if row is None:
+            return self._failed[key]
+        names = ("text", "finish", "prompt_tokens", "completion_tokens", "cached_tokens")
+        return Completion(**{name: row[name] for name in names})
+
+    def choose(
+        self,
+        engine: Engine,
+        prefixes: Sequence[str],
+        suffixes: Sequence[str],
+        choices: Sequence[Sequence[str]],
+        what: str,
+    ) -> NDArray[np.float64]:
+        """Return log-probabilities ``[n_prefix, n_suffix, n_choice]``; one group a prefix.
+
+        `choices` are those of each suffix; shorter lists are padded with NaN.
+        """
+        identity = engine.identity.key()
+        n_choice = max(len(options) for options in choices)
+        scores = np.full((len(prefixes), len(suffixes), n_choice), np.nan)
+        with self._reporter.bar(what, len(prefixes) * len(suffixes)) as step:
+            for p, prefix in enumerate(prefixes):
+                key = content_key("choose", identity, prefix, list(suffixes), [list(c) for c in choices])
+                row = self._log.get(key)
+                if row is None:
+                    row = {
+                        "key": key,
+                        "what": what,
+                        "logp": _choose_ragged(engine, prefix, suffixes, choices),
+                    }
+                    self._log.append([row])
+                    self._count(len(suffixes), 0)
+                    step(len(suffixes))
+                else:
+                    self._count(0, len(suffixes))
+                    step(len(suffixes), 0, len(suffixes))
+                for s, values in enumerate(row["logp"]):
+                    scores[p, s, : len(values)] = values
+        return scores
+
+    def _count(self, made: int, kept: int) -> None:
+        self.made += made
+        self.kept += kept
+
+
+def _choose_ragged(
+    engine: Engine, prefix: str, suffixes: Sequence[str], choices: Sequence[Sequence[str]]
+) -> list[list[float]]:
+    """Score suffixes that have the same choices together; letters of a list differ from question to question."""
+    found: dict[int, list[float]] = {}
+    for options in sorted({tuple(c) for c in choices}):
+        mine = [i for i, c in enumerate(choices) if tuple(c) == options]
+        for i, values in zip(mine, engine.choose(prefix, [suffixes[i] for i in mine], options), strict=True):
+            found[i] = [round(float(value), 6) for value in values]
+    return [found[i] for i in range(len(suffixes))]
+
+
+def _completion_row(key: str, what: str, completion: Completion) -> dict[str, Any]:
+    return {
+        "key": key,
+        "what": what,
+        "status": "error" if completion.finish == "error" else "ok",
+        "text": completion.text,
+        "finish": completion.finish,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": completion.completion_tokens,
+        "cached_tokens": completion.cached_tokens,
+        **({"error": completion.error} if completion.error else {}),
+    }

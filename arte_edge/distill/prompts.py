@@ -1,0 +1,122 @@
+"""Every prompt of the method, in one place: what teacher and student are asked, word for word.
+
+Each function returns chat messages; `arte_edge.engines.render` makes text of them.
+Worked examples are turns of the conversation: chat models hold a format far better
+when they seem to have kept to it before. A prefill starts the model's answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from arte_edge.engines.render import Message
+from arte_edge.tasks.task import Example, Task
+
+__all__ = [
+    "ANSWER_CLOSE",
+    "ANSWER_OPEN",
+    "ANSWER_STOPS",
+    "FORCE",
+    "STEPS",
+    "Worked",
+    "direct_messages",
+    "question_messages",
+    "question_prefill",
+    "question_text",
+    "rationale_messages",
+    "student_messages",
+    "worked_seeds",
+]
+
+ANSWER_OPEN, ANSWER_CLOSE = "<ans>", "</ans>"
+STEPS = "Let's think step by step."
+# What stands in place of the student's own reasoning when its answer is forced.
+FORCE = f"{STEPS} The answer is {ANSWER_OPEN}"
+ANSWER_STOPS = (ANSWER_CLOSE, "\nQuestion:", "\n\n\n")
+
+_TAG_RULE = f"End with the final answer between {ANSWER_OPEN} and {ANSWER_CLOSE}."
+_BRIEF = "Reason in one to three short sentences."
+
+
+class Worked(NamedTuple):
+    """A question with its worked answer, tags included: one shot."""
+
+    question: str
+    answer: str
+
+
+def worked_seeds(seeds: Sequence[Example], n: int) -> list[Worked]:
+    """Return the first `n` seeds as shots, spread over their answers; a seed without reasoning shows its answer."""
+    by_target: dict[str, list[Example]] = {}
+    for seed in seeds:
+        by_target.setdefault(seed.target, []).append(seed)
+    # Round-robin over the answers: eight shots of one label teach a small model that label.
+    turns = sorted((rank, i, seed) for i, group in enumerate(by_target.values()) for rank, seed in enumerate(group))
+    return [
+        Worked(seed.input, f"{seed.rationale} {ANSWER_OPEN}{seed.target}{ANSWER_CLOSE}".strip())
+        for _, _, seed in turns[:n]
+    ]
+
+
+def _turns(shots: Sequence[Worked], opening: str = "") -> list[Message]:
+    return [
+        message
+        for shot in shots
+        for message in (
+            {"role": "user", "content": f"Question: {shot.question}"},
+            {"role": "assistant", "content": f"{opening} {shot.answer.strip()}".strip()},
+        )
+    ]
+
+
+def question_text(number: int, text: str, target: str) -> str:
+    """Return one question in the tags of the paper (section 3.1)."""
+    return f"<Question_{number}><input>{text}</input><target>{target}</target></Question_{number}>"
+
+
+def question_messages(task: Task, seeds: Sequence[Example], n_new: int) -> list[Message]:
+    """Ask the teacher for `n_new` more questions like `seeds`, in tags (paper, section 3.1)."""
+    shown = "\n".join(question_text(i, seed.input, seed.target) for i, seed in enumerate(seeds, 1))
+    first, last = len(seeds) + 1, len(seeds) + n_new
+    content = (
+        f"Task: {task.description.strip()}\n\n"
+        f"Here are {len(seeds)} questions of this task with their right answers:\n{shown}\n\n"
+        f"Write {n_new} new questions of the same task, numbered {first} to {last}, in the same tags. "
+        "Make them differ from these and from each other, and make sure that each target is right."
+    )
+    return [{"role": "user", "content": content}]
+
+
+def question_prefill(n_seeds: int) -> str:
+    """Return the start of the teacher's answer: the first new question's opening tags."""
+    return f"<Question_{n_seeds + 1}><input>"
+
+
+def rationale_messages(
+    task: Task, question: str, technique: str | None, shots: Sequence[Worked] = ()
+) -> list[Message]:
+    """Ask the teacher to reason about `question`.
+
+    With `technique` None this is the *naive* prompt of alignment and tailoring: the
+    technique's own words are erased, so that the teacher learns by itself when to use
+    it (paper, section 3.4, "prompt erasure").
+    """
+    how = technique.strip() if technique else STEPS
+    system = f"{task.description.strip()}\n{_BRIEF} {_TAG_RULE}"
+    ask = {"role": "user", "content": f"Question: {question}\n\n{how}"}
+    return [{"role": "system", "content": system}, *_turns(shots), ask]
+
+
+def student_messages(task: Task, question: str, shots: Sequence[Worked] = ()) -> list[Message]:
+    """Ask the student, after `shots`; its answer is started with `STEPS` (paper, section 3.3)."""
+    system = f"{task.description.strip()}\n{_TAG_RULE}"
+    ask = {"role": "user", "content": f"Question: {question}"}
+    return [{"role": "system", "content": system}, *_turns(shots, STEPS), ask]
+
+
+def direct_messages(task: Task, question: str, shots: Sequence[Worked] = ()) -> list[Message]:
+    """Ask for the answer alone, without reasoning; `shots` must show the same."""
+    system = f"{task.description.strip()}\nGive the answer alone, between {ANSWER_OPEN} and {ANSWER_CLOSE}."
+    ask = {"role": "user", "content": f"Question: {question}"}
+    return [{"role": "system", "content": system}, *_turns(shots), ask]

@@ -1,0 +1,68 @@
+"""Open the right engine for a model: llama.cpp for GGUF files, transformers for checkpoints, a server for openai:."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, cast
+
+from arte_edge.engines.base import Engine
+from arte_edge.errors import InputError
+from arte_edge.models.home import Progress
+from arte_edge.models.local import LocalModel
+from arte_edge.models.resolve import resolve
+
+__all__ = ["is_server", "open_engine", "open_local"]
+
+Kind = Literal["auto", "llamacpp", "transformers"]
+
+
+def is_server(ref: str) -> bool:
+    """Return whether `ref` names a model behind an OpenAI-compatible server."""
+    return ref.startswith("openai:")
+
+
+def open_engine(
+    ref: str, *, kind: Kind = "auto", parallel: int = 32, offline: bool = False, progress: Progress | None = None
+) -> Engine:
+    """Open the engine of `ref`, fetching the model if it is not here yet.
+
+    Raises:
+        InputError: an unknown model, or one that this kind of engine cannot run.
+    """
+    if is_server(ref):
+        from arte_edge.engines.openai import OpenAIEngine
+
+        model, found, url = ref.removeprefix("openai:").partition("@")
+        if not found or not model:
+            raise InputError(f"{ref}: not of the form openai:MODEL@URL", "openai:qwen@http://127.0.0.1:8000/v1")
+        return cast(Engine, OpenAIEngine(model, url))
+    return open_local(resolve(ref, offline=offline, progress=progress), kind=kind, parallel=parallel)
+
+
+def open_local(
+    model: LocalModel, *, kind: Kind = "auto", parallel: int = 32, adapter: tuple[Path, str] | None = None
+) -> Engine:
+    """Open the engine of a model on this machine. `adapter` is a LoRA adapter's path and sha256.
+
+    For llama.cpp the adapter is a GGUF file, for transformers a PEFT folder.
+    """
+    path, sha256 = adapter or (None, "")
+    if kind == "llamacpp" or (kind == "auto" and model.gguf is not None):
+        if model.gguf is None:
+            raise InputError(
+                f"{model.name}: engine = 'llamacpp' needs a GGUF file, this is a checkpoint",
+                "Use engine = 'transformers', or give the path of a .gguf file.",
+            )
+        from arte_edge.engines.llamacpp import LlamaCppEngine
+
+        return LlamaCppEngine(
+            model.gguf,
+            sha256=model.sha256,
+            quantization=model.quantization,
+            adapter=path,
+            adapter_sha256=sha256,
+            parallel=parallel,
+        )
+    from arte_edge.engines.hf import TransformersEngine
+
+    return cast(Engine, TransformersEngine(model.checkpoint(), sha256=model.sha256, adapter=path))
