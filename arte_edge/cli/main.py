@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import click
 import typer
+from rich.markup import escape
 
 from arte_edge import __version__
 from arte_edge.cli import models, tasks
@@ -51,18 +51,19 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 failed, 2 your input, 3 gate, 4 stopped early."""
     args = sys.argv[1:] if argv is None else argv
     try:
-        code = app(args=args, prog_name="arte-edge", standalone_mode=False)
+        # Standalone mode: Typer shows its own usage errors. Their classes moved between its releases
+        # (0.29 has its own copy of click), so they are not caught by name here.
+        app(args=args, prog_name="arte-edge")
     except ArteError as error:
         if "--debug" in args:
             raise
-        err.print(f"[bold red]error:[/] {error.message}", markup=True)
+        err.print(f"[bold red]error:[/] {escape(error.message)}", markup=True, soft_wrap=True)
         if error.hint:
-            err.print(error.hint, markup=False)
+            err.print(error.hint, markup=False, soft_wrap=True)
         return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        err.print("Interrupted. Nothing finished is lost: the same command goes on.", markup=False)
-        return 4
-    return code if isinstance(code, int) else 0
+    except SystemExit as done:
+        if done.code == 130:  # what Typer makes of Ctrl-C
+            err.print("Interrupted. Nothing finished is lost: the same command goes on.", markup=False)
+            return 4
+        return done.code if isinstance(done.code, int) else 0
+    return 0
