@@ -38,10 +38,6 @@ def load_bbh(folder: Path, name: str, *, split_seed: int = 0, max_rows: int | No
     """
     path = folder / f"{name}.json"
     if not path.is_file():
-        if not folder.is_dir():
-            raise InputError(
-                f"{folder}: no such folder", "--bbh takes a folder of BIG-Bench Hard's JSON files."
-            )
         raise InputError(f"No task '{name}' in {folder}", nearest(name, bbh_names(folder)))
     about = prose("bbh")
     ours = about["tasks"].get(name)

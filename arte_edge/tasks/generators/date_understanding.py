@@ -1,8 +1,8 @@
 """Dates to be worked out from what is said about other days, as a choice of four options.
 
-Half of the wrong options are what other questions about the same day would give, half
-lie beside the right one: if all lay beside it, the right option could be told without
-reading the question, as the one that the others resemble.
+The wrong options are the answer to another question about the same day, and both answers
+with one and the same slip. If all wrong options lay around the right one, it could be told
+without reading the question, as the one that the others resemble.
 """
 
 from __future__ import annotations
@@ -154,14 +154,31 @@ def _question(draw: Draw, today: date) -> tuple[str, date]:
 
 def _wrong(draw: Draw, today: date, right: date) -> list[date]:
     """Return three wrong dates, see the module's docstring."""
-    beside = [right + _days(step) for step in (-2, -1, 1, 2)]
-    beside += [_months_later(right, step) for step in (-12, -1, 1, 12)]
-    if right.day <= 12:
-        beside.append(date(right.year, right.day, right.month))
     others = [today + _days(step) for step in _DAY_STEPS.values()]
     others += [_months_later(today, step) for step in _MONTH_STEPS.values()]
-    wrong: list[date] = []
-    for day in [*draw.sample(others, 2), *draw.shuffled(beside), *draw.shuffled(others)]:
-        if day != right and day not in wrong:
-            wrong.append(day)
-    return draw.shuffled(wrong[:3])
+    while True:
+        other = draw.pick(others)
+        slip = draw.pick(_SLIPS)
+        wrong = [other, slip(right), slip(other)]
+        if len({right, *wrong}) == 4:
+            return draw.shuffled(wrong)
+
+
+def _swapped(day: date) -> date:
+    """Return the date that is read when day and month change places, if there is one."""
+    return date(day.year, day.day, day.month) if day.day <= 12 else day
+
+
+# Ways to be wrong by one mistake. Each has its opposite, so that of two options that differ
+# by a slip neither looks like the mistake.
+_SLIPS: tuple[Callable[[date], date], ...] = (
+    lambda day: day + _days(1),
+    lambda day: day - _days(1),
+    lambda day: day + _days(2),
+    lambda day: day - _days(2),
+    lambda day: _months_later(day, 1),
+    lambda day: _months_later(day, -1),
+    lambda day: _months_later(day, 12),
+    lambda day: _months_later(day, -12),
+    _swapped,
+)

@@ -1,0 +1,158 @@
+"""Reading task folders: what is sound loads, what is not is named with file and line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arte_edge.errors import InputError
+from arte_edge.tasks.folder import load_folder, read_folder
+from arte_edge.tasks.task import Example
+
+Write = Callable[[Path, list[dict[str, Any]]], Path]
+
+
+def row(number: int, target: str = "even") -> dict[str, Any]:
+    return {"input": f"Is {number} even or odd?", "target": target}
+
+
+def append(folder: Path, file: str, line: str) -> None:
+    with (folder / file).open("a", encoding="utf-8") as stream:
+        stream.write(line + "\n")
+
+
+def edit(folder: Path, old: str, new: str) -> None:
+    path = folder / "task.toml"
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_a_sound_folder_loads(parity: Path) -> None:
+    task = load_folder(parity)
+    assert (task.name, task.folder, task.split_seed) == ("parity", parity, None)
+    assert (len(task.seed), len(task.validation), len(task.load_test())) == (4, 20, 10)
+    assert task.seed[1] == Example("Is 1 even or odd?", "odd")
+    assert task.answer.options("") == ("even", "odd")
+
+
+def test_targets_are_brought_to_canonical_form(parity: Path) -> None:
+    append(parity, "seed.jsonl", '{"input": "Is 99 even or odd?", "target": " ODD. "}')
+    assert load_folder(parity).seed[-1].target == "odd"
+
+
+@pytest.mark.parametrize(
+    ("line", "where", "hint"),
+    [
+        ('{"input": "x", "target": "evn"}', "seed.jsonl:5: target 'evn' is not one of even, odd", "'even'"),
+        ('{"input": "x", "target": "even"', "seed.jsonl:5: not JSON", "One object a line"),
+        ("[1, 2]", "seed.jsonl:5: not an object", ""),
+        ('{"input": "x", "targt": "even"}', "seed.jsonl:5: no 'target'", "It has: input, targt."),
+        ('{"input": "x", "target": 4}', "seed.jsonl:5: 'target' must be a string", ""),
+        ('{"input": " ", "target": "even"}', "seed.jsonl:5: 'input' must be a string", ""),
+        ('{"input": "x", "target": "even", "inputs": "y"}', "seed.jsonl:5: unknown key 'inputs'", "'input'"),
+        (
+            '{"input": "is 1 EVEN  or odd?", "target": "odd"}',
+            "seed.jsonl:5: the same input as seed.jsonl:2",
+            "",
+        ),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(parity: Path, line: str, where: str, hint: str) -> None:
+    append(parity, "seed.jsonl", line)
+    with pytest.raises(InputError) as caught:
+        load_folder(parity)
+    assert caught.value.message.startswith(where)
+    assert hint in caught.value.hint
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("split", "n_before"), [("seed", 4), ("validation", 24)])
+def test_splits_that_overlap_are_refused(parity: Path, split: str, n_before: int) -> None:
+    append(parity, "test.jsonl", f'{{"input": "is {n_before - 1}   even or ODD?", "target": "odd"}}')
+    with pytest.raises(InputError, match=rf"test.jsonl:11: the same input as {split}.jsonl:"):
+        load_folder(parity)
+
+
+def test_a_validation_set_of_3_rows_is_refused_with_the_number_needed(
+    parity: Path, write_jsonl: Write
+) -> None:
+    write_jsonl(parity / "validation.jsonl", [row(4), row(6), row(8)])
+    with pytest.raises(InputError, match=r"validation.jsonl: 3 rows, at least 20 are needed"):
+        load_folder(parity)
+
+
+def test_letters_must_be_among_the_options(parity: Path, write_jsonl: Write) -> None:
+    edit(parity, 'choices = ["even", "odd"]\n', "")
+    rows = [{"input": f"{n}?\n(A) even\n(B) odd", "target": "(A)"} for n in range(24)]
+    write_jsonl(parity / "validation.jsonl", rows[4:])
+    write_jsonl(parity / "test.jsonl", [{"input": "9", "target": "(A)"}])
+    write_jsonl(parity / "seed.jsonl", [*rows[:3], rows[3] | {"target": "c"}])
+    _, problems = read_folder(parity)
+    assert [str(problem) for problem in problems] == [
+        "seed.jsonl:4: target (C) is not among the options (A) to (B)",
+        "test.jsonl:1: the input lists no options",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "hint"),
+    [
+        ("description =", "descripton =", "task.toml: description: this key is missing", ""),
+        ("[answer]", "[answer]\nchoises = []", "task.toml: answer.choises: unknown key", "'choices'"),
+        ("name =", "nane = 1\nname =", "task.toml: nane: unknown key", "'name'"),
+        ('"choice"', '"choise"', "task.toml: answer.kind: Input should be", ""),
+        ('["even", "odd"]', '["even", "Even"]', "task.toml: answer.choices: two choices differ only", ""),
+        ('"parity"', '"Parity!"', "task.toml: name: String should match", ""),
+        ("name =", "name", "task.toml: not TOML", ""),
+        ("Say whether a number is even or odd.", " ", "task.toml: description: is empty", "Two or three"),
+        (', "Halve the number."', "", "task.toml: techniques: at least two prompts", "--teacher"),
+        ('"Halve the number."', '" "', "task.toml: techniques: at least two prompts", "--teacher"),
+    ],
+)
+def test_a_bad_task_file_is_named_by_key(parity: Path, old: str, new: str, where: str, hint: str) -> None:
+    edit(parity, old, new)
+    with pytest.raises(InputError) as caught:
+        load_folder(parity)
+    assert caught.value.message.startswith(where)
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("file", ["task.toml", "seed.jsonl", "validation.jsonl", "test.jsonl"])
+def test_a_missing_file_is_named(parity: Path, file: str) -> None:
+    (parity / file).unlink()
+    with pytest.raises(InputError, match=f"{file}: this file is missing"):
+        load_folder(parity)
+
+
+def test_bytes_that_are_not_utf8_are_an_input_error(parity: Path) -> None:
+    (parity / "seed.jsonl").write_bytes(b'{"input": "\xff"}')
+    with pytest.raises(InputError, match=r"seed.jsonl: cannot be read as UTF-8"):
+        load_folder(parity)
+
+
+def test_every_problem_is_listed_and_the_error_counts_them(parity: Path) -> None:
+    append(parity, "seed.jsonl", "nonsense")
+    append(parity, "validation.jsonl", '{"input": "x", "target": "both"}')
+    (parity / "test.jsonl").unlink()
+    task, problems = read_folder(parity)
+    assert task is None
+    assert [problem.where for problem in problems] == ["seed.jsonl:5", "validation.jsonl:21", "test.jsonl"]
+    with pytest.raises(InputError) as caught:
+        load_folder(parity)
+    assert "2 more: `arte-edge tasks check" in caught.value.hint
+
+
+def test_a_line_separator_inside_a_string_does_not_move_the_line_numbers(parity: Path) -> None:
+    append(parity, "seed.jsonl", '{"input": "a\u2028b", "target": "odd"}')
+    append(parity, "seed.jsonl", '{"input": "c", "target": "neither"}')
+    with pytest.raises(InputError, match=r"seed.jsonl:6: target 'neither'"):
+        load_folder(parity)
+
+
+def test_a_teacher_that_proposes_techniques_takes_a_task_without_them(parity: Path) -> None:
+    edit(parity, '["Look at the last digit.", "Halve the number."]', "[]")
+    assert load_folder(parity, techniques_required=False).techniques == ()

@@ -1,0 +1,74 @@
+"""The one number that an answer states."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arte_edge.tasks.number import WORDS, canonical_number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("4.", "4"),
+        ("1,234", "1234"),
+        ("1,234.50", "1234.5"),
+        ("-$5", "-5"),
+        ("−35", "-35"),
+        ("minus four", "-4"),
+        ("4 apples", "4"),
+        ("5 m2", "5"),
+        ("12kg", "12"),
+        ("5%", "5"),
+        ("**5**", "5"),
+        ("5 (five)", "5"),
+        ("1e3", "1000"),
+        (".5", "0.5"),
+        ("007", "7"),
+        ("-0", "0"),
+        ("= 8", "8"),
+    ],
+)
+def test_a_number_is_read_as_people_write_it(text: str, number: str) -> None:
+    assert canonical_number(text) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "none", "v2", "the answer", "²x3"),
+        *("2 + 3 = 5", "3,5", "5-6", "10:30", "1.2.3", "1,23", "2x3", "½"),
+        *("twenty-one", "one hundred", "2 million", "two thirds", "3 dozen"),
+    ],
+)
+def test_a_text_that_states_no_number_or_several_is_not_guessed_at(text: str) -> None:
+    assert canonical_number(text) is None
+
+
+@pytest.mark.parametrize(("value", "word"), list(enumerate(WORDS)))
+def test_number_words_up_to_twenty_are_numbers(value: int, word: str) -> None:
+    assert canonical_number(f"{word.title()} things") == str(value)
+
+
+@given(st.integers(), st.sampled_from(["{}", "{}.", " {} ", "{} units", "${}", "({})", "{:,}", "= {:,}."]))
+def test_every_whole_number_survives_its_spellings(value: int, spelling: str) -> None:
+    assert canonical_number(spelling.format(value)) == str(value)
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=4))
+def test_a_decimal_keeps_its_value(value: Decimal) -> None:
+    form = canonical_number(format(value, "f"))
+    assert form is not None
+    assert Decimal(form) == value
+
+
+@given(st.text())
+def test_any_text_gives_none_or_a_plain_number_that_reads_as_itself(text: str) -> None:
+    form = canonical_number(text)
+    if form is not None:
+        assert canonical_number(form) == form
+        Decimal(form)

@@ -1,0 +1,73 @@
+"""What a task knows of itself, and what it does not give away."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from arte_edge.errors import InputError
+from arte_edge.tasks.folder import load_folder
+from arte_edge.tasks.task import Answer, Example, listed_letters
+
+
+def test_an_example_is_known_by_its_content() -> None:
+    assert Example("Is 4\n even?", "x").key == Example(" is 4 EVEN? ", "y").key
+    assert Example("Is 4 even?", "x").key != Example("Is 5 even?", "x").key
+
+
+def test_options_are_the_letters_that_the_input_lists() -> None:
+    text = "Which (A) one (B)?\nOptions:\n(A) circle\n(B) kite\n(C)square"
+    assert Answer(kind="choice").options(text) == ("(A)", "(B)", "(C)")
+    assert listed_letters("Pick (A) this or (B) that.") == ("(A)", "(B)")
+    assert listed_letters("Vitamin (A) is good") == ()
+    assert listed_letters("(B) one\n(C) two") == ()
+
+
+def test_options_of_the_other_kinds_do_not_depend_on_the_input() -> None:
+    assert Answer(kind="boolean").options("") == ("True", "False")
+    assert Answer(kind="choice", choices=("yes", "no")).options("(A) x (B) y") == ("yes", "no")
+    assert Answer(kind="number").options("1") == Answer(kind="text").options("1") == ()
+    assert [Answer(kind=kind).closed for kind in ("choice", "boolean", "number", "text")] == [
+        *(True, True, False, False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "choices"),
+    [("choice", ("on", "On.")), ("choice", ("only",)), ("choice", ("a", "!")), ("number", ("1", "2"))],
+)
+def test_choices_that_cannot_be_told_apart_are_refused(kind: str, choices: tuple[str, ...]) -> None:
+    with pytest.raises(ValidationError):
+        Answer.model_validate({"kind": kind, "choices": choices})
+
+
+def test_the_test_split_is_reached_by_load_test_alone(parity: Path) -> None:
+    task = load_folder(parity)
+    test = task.load_test()
+    assert task.test_keys() == {example.key for example in test}
+    held = repr(task) + repr(
+        [getattr(task, f.name) for f in dataclasses.fields(task) if f.name != "test_loader"]
+    )
+    assert not any(example.input in held for example in test)
+
+
+def test_a_test_split_that_changed_after_loading_is_refused(
+    parity: Path, write_jsonl: Callable[[Path, list[dict[str, object]]], Path]
+) -> None:
+    task = load_folder(parity)
+    write_jsonl(parity / "test.jsonl", [{"input": "Is 99 even or odd?", "target": "odd"}])
+    with pytest.raises(InputError, match="changed after the task was loaded"):
+        task.load_test()
+
+
+@pytest.mark.parametrize("file", ["task.toml", "seed.jsonl", "validation.jsonl", "test.jsonl"])
+def test_the_identity_of_a_task_follows_its_content(parity: Path, file: str) -> None:
+    before = load_folder(parity).sha256
+    assert load_folder(parity).sha256 == before
+    text = (parity / file).read_text(encoding="utf-8")
+    (parity / file).write_text(text.replace("Is ", "Is it so that ").replace("Say", "Tell"), encoding="utf-8")
+    assert load_folder(parity).sha256 != before
