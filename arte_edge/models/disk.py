@@ -16,7 +16,15 @@ from pathlib import Path
 
 from arte_edge.errors import ArteError
 
-__all__ = ["FULL_MARKS", "DiskFull", "check_room", "full_disk_is_clear", "megabytes", "publish"]
+__all__ = [
+    "FULL_MARKS",
+    "DiskFull",
+    "check_room",
+    "full_disk_is_clear",
+    "megabytes",
+    "publish",
+    "unwritable",
+]
 
 # No space, quota used up, file size limit reached: the same to a user.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -34,6 +42,15 @@ class DiskFull(ArteError):
         )
 
 
+def unwritable(error: OSError, folder: Path) -> ArteError:
+    """Return the error for a system that refuses to read or write below `folder`."""
+    where = error.filename or folder
+    return ArteError(
+        f"{where}: {error.strerror or error}",
+        "Check the rights of that folder, or set ARTE_EDGE_HOME to one you may write to.",
+    )
+
+
 def megabytes(size_bytes: int) -> str:
     """Return `size_bytes` as a short text in decimal megabytes or gigabytes."""
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
@@ -48,12 +65,15 @@ def check_room(folder: Path, need_bytes: int, what: str) -> None:
 
 @contextmanager
 def full_disk_is_clear(staging: Path, what: str) -> Iterator[None]:
-    """Turn "no space left" into `DiskFull` and remove `staging`, which would keep the disk full."""
+    """Turn "no space left" into `DiskFull` and remove `staging`, which would keep the disk full.
+
+    Other refusals of the system, such as missing rights, become an `ArteError` that names the path.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in _FULL:
-            raise
+            raise unwritable(error, staging) from error
         shutil.rmtree(staging, ignore_errors=True)
         raise DiskFull(staging.parent, what) from error
     except DiskFull:

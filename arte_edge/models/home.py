@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from arte_edge.models.disk import unwritable
+
 __all__ = ["Progress", "home", "is_offline", "locked", "room", "slug", "user_registry"]
 
 # What is going on, bytes done, bytes in all (0: not known).
@@ -51,9 +53,16 @@ def is_offline(asked: bool = False) -> bool:
 
 
 def room(*parts: str) -> Path:
-    """Return a folder below `home`, created if need be."""
+    """Return a folder below `home`, created if need be.
+
+    Raises:
+        ArteError: the system does not allow it.
+    """
     folder = home().joinpath(*parts)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(error, folder) from error
     return folder
 
 

@@ -132,7 +132,8 @@ def _validated(path: Path, name: str, table: dict[str, Any]) -> Entry:
     try:
         return Entry.model_validate(table)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key is also a missing one: the misspelling is what helps.
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])
         hint = "The keys are described in docs/models.md."
         if first["type"] == "extra_forbidden":
