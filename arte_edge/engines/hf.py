@@ -1,0 +1,268 @@
+"""The transformers engine: checkpoint folders (safetensors), on a GPU where there is one.
+
+The module is not called `transformers`, so that nobody's import of the library finds
+it. Adapters are merged into the weights on loading: one model to run, and the one
+that is deployed. No code from a checkpoint is run, no pickles are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arte_edge.engines.base import Completion, EngineIdentity, Request, Sampling
+from arte_edge.engines.batching import plan, shared_prefix
+from arte_edge.engines.choices import spans
+from arte_edge.engines.sampling import draw
+from arte_edge.errors import InputError
+from arte_edge.extras import need
+from arte_edge.models.hashing import sha256_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from arte_edge.engines.hf_text import Writer
+
+__all__ = ["TransformersEngine", "adapter_sha256"]
+
+_COMPACT_BELOW = 0.75  # of a batch's rows still writing: then the finished ones leave its cache
+
+
+def adapter_sha256(folder: Path) -> str:
+    """Return one sha256 of a LoRA adapter: its weights, and of its configuration all but the base's place.
+
+    Raises:
+        InputError: not an adapter folder with safetensors.
+    """
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if not weights.is_file() or not config.is_file():
+        raise InputError(
+            f"{folder}: no adapter here", f"An adapter folder holds {weights.name} and {config.name}."
+        )
+    settings = json.loads(config.read_text("utf-8"))
+    settings.pop("base_model_name_or_path", None)
+    canonical = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(f"{sha256_file(weights)}\n{canonical}".encode()).hexdigest()
+
+
+class TransformersEngine:
+    """An `Engine` over a checkpoint folder, optionally with a PEFT adapter folder."""
+
+    supports_grammar = False
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        sha256: str,
+        adapter: Path | None = None,
+        device: str = "auto",
+        batch_tokens: int = 16_384,
+    ) -> None:
+        """Load the checkpoint: 16 bits (bfloat16) on CUDA, 32 bits elsewhere.
+
+        `batch_tokens` bounds rows times length in one batch, prompts and answers together.
+
+        Raises:
+            InputError: not a checkpoint that transformers loads without running its code.
+            ArteError: torch or transformers is not installed.
+        """
+        need("train", "Running checkpoint folders")
+        import torch
+        import transformers
+
+        from arte_edge.engines.hf_forward import Forward
+        from arte_edge.engines.hf_text import Text
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(device)
+        dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
+        self._model, tokenizer = _load(folder, adapter, dtype)
+        self._model.to(self._device).eval()
+        self._text = Text(tokenizer, self._model.generation_config.eos_token_id)
+        self._forward = Forward(self._model, self._device)
+        self._batch_tokens = batch_tokens
+        self._template: str | None = (
+            tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+        )
+        config = self._model.config.get_text_config()
+        self._context: int = getattr(config, "max_position_embeddings", None) or 2**31
+        # Padding between a prefix and its suffix would count against a sliding window.
+        self._window: int = getattr(config, "sliding_window", None) or 2**31
+        self.identity = EngineIdentity(
+            kind="transformers",
+            model=sha256,
+            quantization=str(dtype).removeprefix("torch."),
+            adapter=adapter_sha256(adapter) if adapter else "",
+            runtime=f"transformers {transformers.__version__}, torch {torch.__version__}",
+        )
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._template
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        return {"bos_token": self._text.bos, "eos_token": self._text.eos}
+
+    def count_tokens(self, text: str) -> int:
+        return len(self._text.tokens(text))
+
+    def close(self) -> None:
+        """Free the model's memory; the engine cannot be used afterwards."""
+        import torch
+
+        vars(self).pop("_model", None)
+        vars(self).pop("_forward", None)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """See `Engine.complete`. A prompt too long for the model is a completion with finish "error".
+
+        Raises:
+            InputError: a grammar, which this engine does not take.
+        """
+        return self._complete(requests, sampling, share_all=False)
+
+    def continue_shared(self, prefix: str, suffixes: Sequence[str], sampling: Sampling) -> list[Completion]:
+        """See `Engine.continue_shared`. What is shared is found in the tokens, so the seam is exact."""
+        return self._complete([Request(prefix + suffix) for suffix in suffixes], sampling, share_all=True)
+
+    def choose(self, prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> NDArray[np.float64]:
+        """Return log-probabilities ``[n_suffix, n_choice]``; see `choices.spans` for which tokens count.
+
+        Raises:
+            InputError: no prompt before the choices, or one too long for the model.
+        """
+        contexts: list[list[int]] = []
+        tails: list[list[list[int]]] = []  # [n_suffix][n_choice][n_token]
+        for suffix in suffixes:
+            lists = [self._text.tokens(prefix + suffix + choice) for choice in choices]
+            ranges = spans(lists, self._text.tokens(prefix + suffix))
+            contexts.append(lists[0][: ranges[0][0]])
+            tails.append([tokens[start:end] for tokens, (start, end) in zip(lists, ranges, strict=True)])
+        longest_tail = max((len(tail) for row in tails for tail in row), default=0)
+        if contexts and not min(map(len, contexts)):
+            raise InputError("Choices need a prompt before them: a model scores no first token")
+        if (longest := max(map(len, contexts), default=0) + longest_tail) > self._context:
+            raise InputError(f"A prompt of {longest} tokens exceeds the model's context of {self._context}")
+        scores = np.zeros((len(suffixes), len(choices)))
+        # A tail of one token is read off its context's logits; longer ones need a row for each choice.
+        rows_per_context = len(choices) if longest_tail > 1 else 1
+        budget = self._batch_tokens // rows_per_context
+        common = shared_prefix(contexts)
+        for batch in plan(contexts, longest_tail, budget):
+            rows = [contexts[i] for i in batch]
+            shared = self._share(common, rows, longest_tail)
+            scores[batch] = self._score(rows, shared, [tails[i] for i in batch])
+        return scores
+
+    def _complete(self, requests: Sequence[Request], sampling: Sampling, share_all: bool) -> list[Completion]:
+        if sampling.grammar:
+            raise InputError("The transformers engine takes no grammar", "Use a GGUF of the model for that.")
+        from arte_edge.engines.hf_text import Writer
+
+        prompts = [self._text.tokens(request.prompt) for request in requests]
+        new = sampling.max_tokens
+        done: dict[int, Completion] = {}
+        for i, tokens in enumerate(prompts):
+            if not tokens or len(tokens) + new > self._context:
+                why = f"exceed the model's context of {self._context} tokens" if tokens else "are empty"
+                done[i] = Completion("", "error", error=f"prompt and answer {why}")
+        todo = [i for i in range(len(requests)) if i not in done]
+        rows = [prompts[i] for i in todo]
+        common = shared_prefix(rows) if share_all else None
+        for batch in plan(rows, new, self._batch_tokens):
+            own = [rows[j] for j in batch]
+            shared = self._share(shared_prefix(own) if common is None else common, own, new)
+            writers = [Writer(self._text, requests[todo[j]], rows[j], sampling) for j in batch]
+            self._write(own, shared, writers, sampling)
+            done |= {todo[j]: w.completion(shared) for j, w in zip(batch, writers, strict=True)}
+        return [done[i] for i in range(len(requests))]
+
+    def _share(self, shared: int, rows: Sequence[Sequence[int]], new_tokens: int) -> int:
+        """Return how many tokens to take from a prefix: none where it would not be exact."""
+        return shared if max(map(len, rows)) + new_tokens <= self._window else 0
+
+    def _write(
+        self, rows: Sequence[Sequence[int]], shared: int, writers: Sequence[Writer], sampling: Sampling
+    ) -> None:
+        """Decode a batch until every writer has enough."""
+        logits, state = self._forward.prefill(rows, shared)
+        live = list(writers)
+        while True:
+            tokens = _draws(logits, live, sampling)
+            wanted = [not w.finish and w.push(t) for w, t in zip(live, tokens, strict=True)]
+            if not any(wanted):
+                return
+            if sum(wanted) < _COMPACT_BELOW * len(live):
+                keep = [i for i, more in enumerate(wanted) if more]
+                state.keep(keep)
+                live, tokens = [live[i] for i in keep], [tokens[i] for i in keep]
+            logits = self._forward.step(state, tokens)
+
+    def _score(
+        self, rows: Sequence[Sequence[int]], shared: int, tails: Sequence[Sequence[Sequence[int]]]
+    ) -> NDArray[np.float64]:
+        """Return the summed log-probabilities ``[b, n_choice]`` of the tails of each row."""
+        import torch
+
+        logits, state = self._forward.prefill(rows, shared)
+        n_choice = len(tails[0])
+        flat = [tail for row in tails for tail in row]  # [b * n_choice]
+        first = torch.log_softmax(logits, dim=-1).cpu()
+        scores = [float(first[i // n_choice, tail[0]]) if tail else 0.0 for i, tail in enumerate(flat)]
+        if max(map(len, flat)) > 1:
+            state.repeat(n_choice)
+            # The last token of a tail is only predicted, never read.
+            rest = torch.log_softmax(self._forward.extend(state, [tail[:-1] for tail in flat]), dim=-1)
+            for i, tail in enumerate(flat):
+                for j, token in enumerate(tail[1:]):
+                    scores[i] += float(rest[i, j, token])
+        return np.array(scores, dtype=np.float64).reshape(len(tails), n_choice)
+
+
+def _draws(logits: torch.Tensor, writers: Sequence[Writer], sampling: Sampling) -> list[int]:
+    """Return the next token of each row from logits ``[b, v]``; each writer draws with its own generator."""
+    if sampling.temperature <= 0.0:
+        greedy: list[int] = logits.argmax(dim=-1).tolist()
+        return greedy
+    rows = logits.cpu().numpy()
+    return [
+        0 if writer.finish else draw(row, sampling, writer.rng)
+        for row, writer in zip(rows, writers, strict=True)
+    ]
+
+
+def _load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return model and tokenizer, the adapter merged in."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.disable_progress_bar()  # the command shows progress of its own
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no checkpoint here (config.json is missing)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{folder}: transformers cannot load this checkpoint: {first_line}",
+            "It needs safetensors weights, a tokenizer, and a family that transformers itself knows.",
+        ) from error
+    if adapter is not None:
+        from peft import PeftModel
+
+        adapter_sha256(adapter)  # refuses a folder with pickled weights before peft would read them
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=False).merge_and_unload()
+    return model, tokenizer

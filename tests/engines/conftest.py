@@ -1,0 +1,236 @@
+"""A tiny HTTP server with a tiny model behind it, and faults in front of any server."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx
+import pytest
+
+FAULTS = ("429", "500", "cut", "cut-body", "garbage", "truncated", "no-completion", "hang")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One request as it arrived."""
+
+    path: str
+    body: dict[str, Any]
+    headers: dict[str, str]
+    at_s: float
+
+
+Answer = Callable[[Seen], tuple[int, Any]]
+
+
+@dataclass
+class Front:
+    """A server on a loopback port that passes requests to `answer`, after the faults of each row.
+
+    `faults[i]` are those of the i-th distinct POST body, one an attempt, so that what
+    happens to a row does not depend on the order in which threads arrive.
+    """
+
+    answer: Answer
+    faults: Sequence[Sequence[str]] = ()
+    retry_after: str = "0.05"
+    hang_s: float = 2.0
+    seen: list[Seen] = field(default_factory=list)
+    _left: dict[str, list[str]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self) -> Front:
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    @property
+    def posts(self) -> list[Seen]:
+        return [seen for seen in self.seen if seen.path.endswith("/completions")]
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _fault(self, body: str) -> str:
+        with self._lock:
+            n = len(self._left)
+            left = self._left.setdefault(body, list(self.faults[n]) if n < len(self.faults) else [])
+            return left.pop(0) if left else ""
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        front = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args: object) -> None:
+                return
+
+            def do_GET(self) -> None:
+                self._serve(b"")
+
+            def do_POST(self) -> None:
+                self._serve(self.rfile.read(int(self.headers["Content-Length"])))
+
+            def _serve(self, raw: bytes) -> None:
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                seen = Seen(self.path, json.loads(raw or b"{}"), headers, time.monotonic())
+                front.seen.append(seen)
+                fault = front._fault(raw.decode()) if self.path.endswith("/completions") else ""
+                if fault == "429":
+                    self._send(429, b'{"error": {"message": "busy"}}', {"Retry-After": front.retry_after})
+                elif fault == "500":
+                    self._send(500, b"Internal Server Error")
+                elif fault in ("cut", "hang"):
+                    time.sleep(front.hang_s if fault == "hang" else 0)
+                    self.close_connection = True
+                elif fault == "garbage":
+                    self._send(200, b"<html>\xff not json </html>")
+                elif fault == "no-completion":
+                    self._send(200, b'{"object": "list", "choices": []}')
+                else:
+                    status, document = front.answer(seen)
+                    data = json.dumps(document).encode()
+                    if fault == "truncated":
+                        self._send(200, data[: len(data) // 2])
+                    elif fault == "cut-body":
+                        self._send(200, data[: len(data) // 2], {"Content-Length": str(len(data))})
+                        self.close_connection = True
+                    else:
+                        self._send(status, data)
+
+            def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(data))} | (headers or {})).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+        return Handler
+
+
+@dataclass
+class TinyModel:
+    """Answers like an OpenAI-compatible server over a vocabulary of words, with log-probabilities.
+
+    `owned_by` decides which server it passes for. `echo`: "right", "shifted" (each value
+    belongs to the next token) or "off" (no values for the prompt).
+    """
+
+    models: tuple[str, ...] = ("tiny",)
+    owned_by: str = "someone"
+    echo: str = "right"
+    logprobs: bool = True
+    routes: tuple[str, ...] = ("completions", "chat/completions")
+    vocabulary = ("yes", "no", " True", " False", "(", ")", "A", "B", "C", " one", " two", ".", " 8")
+
+    def __call__(self, seen: Seen) -> tuple[int, Any]:
+        if seen.path == "/v1/models":
+            return 200, {"data": [{"id": name, "owned_by": self.owned_by} for name in self.models]}
+        if seen.path.removeprefix("/v1/") not in self.routes:
+            return 404, {"error": {"message": f"no route {seen.path}"}}
+        if seen.path.endswith("/chat/completions"):
+            text = f"reply to {seen.body['messages'][-1]['content']}"
+            choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
+            n_prompt = 3
+        else:
+            prompt = seen.body["prompt"]
+            text = f" after {prompt[-12:]}"
+            n_prompt = len(self.tokens(prompt))
+            choice = {"text": text}
+            if self.logprobs and "logprobs" in seen.body:
+                choice["logprobs"] = self._logprobs(prompt, bool(seen.body.get("echo")))
+        n_written = 1 if seen.body.get("logprobs") else 4
+        usage = {"prompt_tokens": n_prompt, "completion_tokens": n_written}
+        return 200, {"choices": [choice | {"finish_reason": "length"}], "usage": usage}
+
+    def tokens(self, text: str) -> list[str]:
+        words = sorted(self.vocabulary, key=len, reverse=True)
+        return re.findall("|".join(map(re.escape, words)) + r"|\s?\w+|\W", text)
+
+    def log_probability(self, before: Sequence[str], token: str) -> float:
+        """Depend on the last two tokens; those outside the vocabulary get a constant."""
+        key = "".join(before[-2:])
+
+        def score(word: str) -> float:
+            return sum((i + 1) * ord(c) for i, c in enumerate(key + word)) % 17 / 3
+
+        total = math.log(sum(math.exp(score(word)) for word in self.vocabulary))
+        return score(token) - total if token in self.vocabulary else -9.0
+
+    def _logprobs(self, prompt: str, echo: bool) -> dict[str, Any]:
+        prompt_tokens = self.tokens(prompt)
+        top = {word: self.log_probability(prompt_tokens, word) for word in self.vocabulary}
+        best = max(top, key=lambda word: top[word])
+        tokens = [*prompt_tokens, best] if echo and self.echo != "off" else [best]
+        values: list[float | None] = [
+            self.log_probability((*prompt_tokens, best)[:i], (*prompt_tokens, best)[i])
+            for i in range(len(prompt_tokens) + 1 - len(tokens), len(prompt_tokens) + 1)
+        ]
+        if len(tokens) > 1:
+            values[0] = None
+            if self.echo == "shifted":
+                values = [None, *values[2:], -1.0]
+        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": [top]}
+
+
+def _forward_to(base: str) -> Answer:
+    """Return an answerer that asks the real server at `base` (without ``/v1``)."""
+    client = httpx.Client(timeout=300, trust_env=False)
+
+    def answer(seen: Seen) -> tuple[int, Any]:
+        method = "POST" if seen.body else "GET"
+        real = client.request(method, base + seen.path, json=seen.body or None)
+        return real.status_code, real.json()
+
+    return answer
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Front]]:
+    """Start a `Front`; all are closed at the end of the test."""
+    started: list[Front] = []
+
+    def start(answer: Answer | None = None, **settings: Any) -> Front:
+        started.append(Front(answer or TinyModel(), **settings).start())
+        return started[-1]
+
+    yield start
+    for front in started:
+        front.close()
+
+
+@pytest.fixture
+def tiny_model() -> type[TinyModel]:
+    return TinyModel
+
+
+@pytest.fixture
+def forward_to() -> Callable[[str], Answer]:
+    return _forward_to
+
+
+@pytest.fixture
+def every_fault() -> tuple[str, ...]:
+    return FAULTS
+
+
+@pytest.fixture(autouse=True)
+def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the keys of the person who runs the tests out of them."""
+    monkeypatch.delenv("ARTE_EDGE_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
