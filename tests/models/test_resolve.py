@@ -1,0 +1,131 @@
+"""References to what is on disk: every kind is told apart, everything unusable is named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from arte_edge.errors import InputError
+from arte_edge.models import LocalModel, resolve
+from arte_edge.models.hashing import sha256_file
+
+MakeGguf = Callable[..., Path]
+
+
+def _checkpoint(folder: Path, **config: object) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def test_a_gguf_is_named_after_its_file(model_cache: Path, make_gguf: MakeGguf) -> None:
+    path = make_gguf("student.Q8_0.gguf")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert resolve(str(path)) == LocalModel("student.Q8_0", sha256, path, None, "Q8_0")
+
+
+def test_a_folder_is_a_checkpoint_or_the_one_gguf_in_it(
+    model_cache: Path, make_gguf: MakeGguf, tmp_path: Path
+) -> None:
+    folder = _checkpoint(tmp_path / "tuned", torch_dtype="float32")
+    model = resolve(str(folder))
+    assert (model.name, model.folder, model.gguf, model.quantization) == ("tuned", folder, None, "F32")
+    assert model.checkpoint() == folder
+    gguf = make_gguf()
+    (tmp_path / "one").mkdir()
+    gguf = gguf.rename(tmp_path / "one" / "x.gguf")
+    assert resolve(str(tmp_path / "one")).gguf == gguf
+
+
+def test_a_checkpoints_identity_is_its_weights_shape_and_tokens(model_cache: Path, tmp_path: Path) -> None:
+    folder = _checkpoint(tmp_path / "tuned", dtype="bfloat16")
+    before = resolve(str(folder)).sha256
+    (folder / "trainer_state.json").write_text("{}")
+    assert resolve(str(folder)).sha256 == before
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        kept = (folder / name).read_bytes()
+        (folder / name).write_bytes(kept + b" ")
+        assert resolve(str(folder)).sha256 != before, name
+        (folder / name).write_bytes(kept)
+    assert resolve(str(folder)).sha256 == before
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "an adapter, not a model"),
+        ({"config.json": "{}", "pytorch_model.bin": ""}, "pickles"),
+        ({"a.gguf": "", "b.gguf": ""}, "holds 2 GGUF files"),
+        ({"notes.txt": ""}, "no model here"),
+        ({"config.json": "{", "model.safetensors": ""}, "not valid JSON"),
+        (
+            {
+                "config.json": "{}",
+                "model-00001-of-00002.safetensors": "",
+                "model.safetensors.index.json": '{"weight_map": {"x": "model-00002-of-00002.safetensors"}}',
+            },
+            "model-00002-of-00002.safetensors is missing",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_model_is_named(
+    model_cache: Path, tmp_path: Path, files: dict[str, str], said: str
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(InputError, match=said) as caught:
+        resolve(str(folder))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("ref", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "nowhere.gguf"])
+def test_a_path_that_is_not_there_is_never_taken_for_a_name(model_cache: Path, ref: str) -> None:
+    with pytest.raises(InputError, match="no such file or folder"):
+        resolve(ref)
+
+
+def test_a_cut_gguf_is_refused_before_a_runtime_sees_it(model_cache: Path, make_gguf: MakeGguf) -> None:
+    path = make_gguf()
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(InputError, match="cut short"):
+        resolve(str(path))
+
+
+def test_a_large_file_is_summed_once_until_it_changes(
+    model_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(b"a" * 5_000_000)
+    first = sha256_file(path)
+    reads: list[Path] = []
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *a, **k: (reads.append(self), opened(self, *a, **k))[1])
+    assert sha256_file(path) == first and path not in reads
+    state = path.stat()
+    path.write_bytes(b"b" * 5_000_000)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    assert sha256_file(path) == hashlib.sha256(b"b" * 5_000_000).hexdigest() != first
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert sha256_file(path, fresh=True) == sha256_file(path)
+
+
+def test_a_broken_memory_of_sums_is_no_error(model_cache: Path, tmp_path: Path) -> None:
+    (model_cache / "hashes.json").write_text("[1, 2")
+    path = tmp_path / "large"
+    path.write_bytes(b"a" * 5_000_000)
+    assert sha256_file(path) == hashlib.sha256(b"a" * 5_000_000).hexdigest()
+
+
+def test_a_model_is_a_file_or_a_folder_and_never_both(tmp_path: Path) -> None:
+    for gguf, folder in ((None, None), (tmp_path, tmp_path)):
+        with pytest.raises(ValueError, match="either"):
+            LocalModel("x", "0", gguf, folder, "F16")
