@@ -40,8 +40,7 @@ def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
     """Return how many leading tokens are worth sharing: those of all rows, less one to decode in each."""
     if len(rows) < 2:
         return 0
-    first, last = min(rows), max(rows)  # what these two share, all between them share
-    shared = min(_common(first, last), min(map(len, rows)) - 1)
+    shared = min(min(map(len, rows)) - 1, *(_common(rows[0], row) for row in rows[1:]))
     return shared if shared >= _SHORTEST_PREFIX else 0
 
 

@@ -42,14 +42,14 @@ _VLLM = Dialect(
 _LLAMA_SERVER = Dialect(
     "llama-server",
     extra=_LLAMA_EXTRA,
-    candidates=1000,
+    candidates=5000,
     grammar=True,
     tokenize=("/tokenize", "content", "tokens"),
 )
 _LLAMA_CPP_PYTHON = Dialect(
     "llama-cpp-python",
     extra=_LLAMA_EXTRA,
-    candidates=1000,
+    candidates=5000,
     grammar=True,
     tokenize=("/extras/tokenize/count", "input", "count"),
 )

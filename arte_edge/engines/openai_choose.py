@@ -34,6 +34,9 @@ R = TypeVar("R")
 
 _PROBE = "1 2 3 4 5 6 7"  # what follows is plain to any model, so a value of another token shows
 _AGREE_NATS = 0.1  # two evaluations of one token in 16 bits differ by less
+# llama-cpp-python lists no candidates where the token drawn is an end token. The list is the same
+# whichever token is drawn, so others are drawn until one shows it.
+_DRAWS = ({"temperature": 0.0}, *({"temperature": 2.0, "seed": seed} for seed in range(8)))
 
 
 class Many(Protocol):
@@ -119,21 +122,28 @@ class Scorer:
 
     def _candidates(self, prompt: str) -> dict[str, float]:
         """Return the likeliest next tokens and their log-probabilities."""
-        answer = self._post({"prompt": prompt, "logprobs": self._n_candidates})
-        found: dict[str, float] = {}
-        if logprobs := answer.choices[0].logprobs:
-            if logprobs.top_logprobs:
-                found = logprobs.top_logprobs[0] or {}
-            elif logprobs.content:
-                tops = logprobs.content[0].get("top_logprobs", [])
-                found = {str(top["token"]): float(top["logprob"]) for top in tops}
-        found = {token: value for token, value in found.items() if token}
-        if not found:
-            raise EngineError(
-                "The server gives no log-probabilities, so it cannot score given answers",
-                "Start it with them (llama-cpp-python: --logits_all true), or score by generating.",
-            )
-        return found
+        for draw in _DRAWS:
+            answer = self._post({"prompt": prompt, "logprobs": self._n_candidates, **draw})
+            if found := _listed(answer):
+                return found
+            if answer.choices[0].finish_reason != "stop":
+                break
+        raise EngineError(
+            "The server gives no log-probabilities, so it cannot score given answers",
+            "Start it with them (llama-cpp-python: --logits_all true), or score by generating.",
+        )
+
+
+def _listed(answer: Answer) -> dict[str, float]:
+    """Return the candidates for an answer's first token, none if the server gave none."""
+    logprobs = answer.choices[0].logprobs
+    found: dict[str, float] = {}
+    if logprobs and logprobs.top_logprobs:
+        found = logprobs.top_logprobs[0] or {}
+    elif logprobs and logprobs.content:
+        tops = logprobs.content[0].get("top_logprobs", [])
+        found = {str(top["token"]): float(top["logprob"]) for top in tops}
+    return {token: value for token, value in found.items() if token}
 
 
 @dataclass

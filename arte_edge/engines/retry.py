@@ -109,9 +109,7 @@ def run(
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(Transient),
         wait=wait,
-        stop=tenacity.stop_any(
-            tenacity.stop_after_attempt(policy.attempts), tenacity.stop_when_event_set(stop), impatient
-        ),
+        stop=lambda state: state.attempt_number >= policy.attempts or stop.is_set() or impatient(state),
         sleep=tenacity.sleep_using_event(stop),
         before_sleep=lambda state: on_retry(failure(state)),
         reraise=True,

@@ -65,7 +65,7 @@ class Server:
         self._retry, self._limiter, self._meter, self._timeout_s = retry, limiter, meter, timeout_s
         self._loopback = _is_loopback(self.url.host)
         self._variable, key = self._find_key()
-        self._redact = (lambda text: text.replace(key, "***")) if key else (lambda text: text)
+        self._redact: Callable[[str], str] = lambda text: text.replace(key, "***") if key else text
         self._client = httpx.Client(
             timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s), pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
@@ -93,6 +93,11 @@ class Server:
         `tokens` is the expected size of prompt and answer, for the rate limit. Raises `CallFailed`.
         """
         self._meter.request()
+        ticket = Ticket(0.0, 0)
+
+        def before() -> None:
+            nonlocal ticket
+            ticket = self._limiter.acquire(tokens)
 
         def counted(document: Any) -> T:
             # Before `read`, which may refuse it: it is paid for all the same.
@@ -102,11 +107,6 @@ class Server:
                 self._limiter.settle(ticket, prompt_tokens + completion_tokens)
             return read(document)
 
-        def before() -> None:
-            nonlocal ticket
-            ticket = self._limiter.acquire(tokens)
-
-        ticket = Ticket(0.0, 0)
         return self._call("POST", f"{self.url}{path}", body, counted, before, self._meter.retry)
 
     def post_beside(self, path: str, body: Mapping[str, Any]) -> Any:

@@ -110,7 +110,9 @@ def body(
         return document
     messages = messages_of(request.prompt)
     document |= {"messages": messages, dialect.max_tokens: sampling.max_tokens}
-    return document | dialect.prefill if messages[-1]["role"] == "assistant" else document
+    if messages[-1]["role"] == "assistant":
+        document |= dialect.prefill
+    return document
 
 
 def completion(
@@ -142,8 +144,8 @@ def completion(
         finish, error = "error", "the server's content filter cut the answer off"
     else:
         # Where stop strings are kept, one that is not there ended nothing, and no guess is needed.
-        prefill = None if dialect.keeps_stops else prefill
-        text, finish = with_stop(text, choice, sampling.stop, prefill)
+        guess_from = None if dialect.keeps_stops else prefill
+        text, finish = with_stop(text, choice, sampling.stop, guess_from)
         error = ""
     return Completion(
         text=text,

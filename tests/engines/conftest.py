@@ -135,6 +135,7 @@ class TinyModel:
     owned_by: str = "someone"
     echo: str = "right"
     logprobs: bool = True
+    ends_at_once: bool = False  # greedily, and then lists no candidates
     routes: tuple[str, ...] = ("completions", "chat/completions")
     vocabulary = ("yes", "no", " True", " False", "(", ")", "A", "B", "C", " one", " two", ".", " 8")
 
@@ -155,8 +156,13 @@ class TinyModel:
             if self.logprobs and "logprobs" in seen.body:
                 choice["logprobs"] = self._logprobs(prompt, bool(seen.body.get("echo")))
         n_written = 1 if seen.body.get("logprobs") else 4
+        finish = "length"
+        if self.ends_at_once and "logprobs" in choice and seen.body["temperature"] == 0:
+            if not seen.body.get("echo"):
+                choice["logprobs"] = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
+            finish = "stop"
         usage = {"prompt_tokens": n_prompt, "completion_tokens": n_written}
-        return 200, {"choices": [choice | {"finish_reason": "length"}], "usage": usage}
+        return 200, {"choices": [choice | {"finish_reason": finish}], "usage": usage}
 
     def tokens(self, text: str) -> list[str]:
         words = sorted(self.vocabulary, key=len, reverse=True)

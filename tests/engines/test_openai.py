@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 import subprocess
@@ -10,6 +9,7 @@ import time
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from arte_edge.engines.base import Request, Sampling
@@ -283,20 +283,22 @@ def expected_scores(model, contexts, choices, start, end):
     return scores
 
 
-@pytest.mark.parametrize("echo", ["right", "shifted", "off"])
+@pytest.mark.parametrize(
+    ("echo", "ends_at_once"), [("right", False), ("shifted", False), ("off", False), ("off", True)]
+)
 @pytest.mark.parametrize(
     ("choices", "start", "end"),
     [((" True", " False"), 0, 1), (("(A)", "(B)", "(C)"), 1, 2), (("(A)",), 0, 3)],
 )
-def test_choices_are_scored_right_however_the_server_echoes(serve, tiny_model, echo, choices, start, end):
-    model = tiny_model(echo=echo)
+def test_choices_are_scored_right_however_the_server_echoes(
+    serve, tiny_model, echo, ends_at_once, choices, start, end
+):
+    model = tiny_model(echo=echo, ends_at_once=ends_at_once)
     suffixes = ["yes one.", "no two.", "no."]
     engine = opened(serve(model))
     scores = engine.choose("one two. ", suffixes, choices)
     contexts = ["one two. " + suffix for suffix in suffixes]
-    assert scores == pytest.approx(
-        pytest.importorskip("numpy").array(expected_scores(model, contexts, choices, start, end))
-    )
+    assert scores == pytest.approx(np.array(expected_scores(model, contexts, choices, start, end)))
 
 
 def test_a_choice_outside_the_candidates_counts_as_the_least_of_them(serve, tiny_model):
@@ -392,17 +394,13 @@ def test_a_real_server_that_hangs_is_asked_again(llama_server, serve, forward_to
 def test_a_real_server_scores_choices_like_the_model_itself(llama_server, smollm2):
     from arte_edge.engines.llamacpp import LlamaCppEngine
 
-    prefix, suffixes, choices = (
-        "Q: What is the capital",
-        [" of France? A:", " of Spain? A:"],
-        [" Paris", " Madrid"],
-    )
+    prefix, choices = "True or false?", [" True", " False"]
+    suffixes = [" 2 + 2 = 4. Answer:", " London is in Spain. Answer:", " 5 is less than 3. Answer:"]
     remote = OpenAIEngine("tiny", f"{llama_server}/v1", mode="completions", timeout_s=60.0)
     local = LlamaCppEngine(smollm2.gguf, sha256=smollm2.sha256)
     served, own = remote.choose(prefix, suffixes, choices), local.choose(prefix, suffixes, choices)
     local.close()
     assert served == pytest.approx(own, abs=0.3)  # other batch shapes, a 4-bit model
-    assert (served.argmax(axis=1) == [0, 1]).all() and math.isfinite(served.sum())
 
 
 @pytest.mark.model
