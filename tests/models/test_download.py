@@ -158,6 +158,7 @@ def test_a_password_in_the_index_address_stays_out_of_the_error(
     talkative = tmp_path / "talkative"  # pip hides passwords in most of its messages, not in all
     (talkative / "pip").mkdir(parents=True)
     said = "ERROR: no answer from https://someone:hunter2@127.0.0.1/simple"
+    (talkative / "pip" / "__init__.py").touch()
     (talkative / "pip" / "__main__.py").write_text(f"import sys; print({said!r}); sys.exit(1)")
     monkeypatch.setenv("PYTHONPATH", f"{talkative}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     with pytest.raises(ArteError) as caught:
