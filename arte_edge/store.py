@@ -93,7 +93,9 @@ def read_jsonl(path: Path) -> list[Row]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         row = _parsed(line)
         if row is None:
-            raise ArteError(f"{path}:{number}: not a JSON object", "Remove the stage's folder to make it again.")
+            raise ArteError(
+                f"{path}:{number}: not a JSON object", "Remove the stage's folder to make it again."
+            )
         rows.append(row)
     return rows
 

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from arte_edge import __version__
-from arte_edge.cli import models, tasks
+from arte_edge.cli import distill, models, tasks
 from arte_edge.cli.console import err
 from arte_edge.errors import ArteError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command()(distill.distill)
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(models.app, name="models")
 

@@ -70,7 +70,13 @@ class Elicit(_Section):
     question_tokens: int = Field(default=300, ge=16, description="tokens for one prompt's questions")
     rationale_tokens: int = Field(default=120, ge=8)
     rouge: float = Field(default=0.7, gt=0.0, le=1.0, description="ROUGE-L from which two questions are one")
-    label: LabelPolicy = Field(default="vote", description="whose answer counts as a draft's label")
+    label: LabelPolicy = Field(default="teacher", description="whose answer counts as a draft's label")
+    grammar: bool = Field(default=True, description="hold the end of a rationale to an answer in its tags")
+    opinion_shots: int = Field(
+        default=24,
+        ge=0,
+        description="closed answers: shots of the teacher's bare answer, which votes; 0: none",
+    )
     max_prompts: int = Field(
         default=0, ge=0, description="prompts before giving up; 0: ten times what would do if all were valid"
     )
@@ -92,7 +98,8 @@ class Prefer(_Section):
         default="likelihood", description="accuracy: generate and match (paper); see docs/runs.md"
     )
     bias_free: bool = Field(
-        default=True, description="closed answers: order drafts by the score without the answer bias they induce"
+        default=True,
+        description="closed answers: order drafts by the score without the answer bias they induce",
     )
     answer_tokens: int = Field(default=96, ge=4, description="tokens the student may write (accuracy)")
 
@@ -107,7 +114,9 @@ class Align(_Section):
     batch_size: int = Field(default=4, ge=1, description="pairs an optimizer step (paper: 16)")
     epochs: float = Field(default=1.0, gt=0.0)
     beta: float = Field(default=0.1, gt=0.0)
-    sft_weight: float = Field(default=1.0, ge=0.0, description="weight of the SFT loss on chosen; 0: DPO alone")
+    sft_weight: float = Field(
+        default=1.0, ge=0.0, description="weight of the SFT loss on chosen; 0: DPO alone"
+    )
     lora_rank: int = Field(default=8, ge=1)
     probe_every: int = Field(default=4, ge=1, description="optimizer steps between looks for a collapse")
     probe_prompts: int = Field(default=4, ge=1, description="held-out prompts of such a look")
@@ -116,9 +125,11 @@ class Align(_Section):
 class Tailor(_Section):
     """Step 5: the aligned teacher writes the training data."""
 
-    questions: int = Field(default=150, ge=8, description="training examples wanted (paper: about 290 a task)")
+    questions: int = Field(
+        default=150, ge=8, description="training examples wanted (paper: about 290 a task)"
+    )
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
-    label: LabelPolicy = Field(default="drop-disagreement")
+    label: LabelPolicy = Field(default="vote", description="as in elicit")
     max_prompts: int = Field(default=0, ge=0, description="as in elicit")
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from arte_edge.cli.console import emit_json, err
@@ -48,22 +49,21 @@ class Reporter:
         self.say(f"[bold yellow]warning:[/] {text}")
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Bracket a stage: its time is reported, also when it fails."""
+    def stage(self, name: str) -> Iterator[Callable[[], float]]:
+        """Bracket a stage; yields a clock in seconds. Its time is recorded also when it fails."""
         self.event("stage", name=name, state="begin")
         began = time.monotonic()
-        done = False
+        state = "failed"
         try:
-            yield
-            done = True
+            yield lambda: time.monotonic() - began
+            state = "done"
         finally:
-            seconds = round(time.monotonic() - began, 2)
-            self.event("stage", name=name, state="end" if done else "failed", seconds=seconds)
+            self.event("stage", name=name, state=state, seconds=round(time.monotonic() - began, 2))
 
-    def done(self, name: str, text: str, seconds: float | None = None, kept: bool = False) -> None:
-        """Print the closing line of a stage."""
-        clock = "kept" if kept else f"{seconds:.0f} s"
-        self.say(f"[green]✓[/] [bold]{name:<9}[/] {text} [dim]({clock})[/]")
+    def done(self, name: str, text: str, seconds: float | None) -> None:
+        """Print the closing line of a stage; `seconds` is None if it was kept from an earlier start."""
+        clock = "kept" if seconds is None else f"{seconds:.0f} s"
+        self.say(f"[green]✓[/] [bold]{name:<9}[/] {escape(text)} [dim]({clock})[/]")
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Any]:

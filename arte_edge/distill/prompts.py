@@ -20,13 +20,15 @@ __all__ = [
     "FORCE",
     "STEPS",
     "Worked",
+    "answer_shots",
     "direct_messages",
     "question_messages",
     "question_prefill",
     "question_text",
     "rationale_messages",
     "student_messages",
-    "worked_seeds",
+    "tagged",
+    "teacher_shots",
 ]
 
 ANSWER_OPEN, ANSWER_CLOSE = "<ans>", "</ans>"
@@ -46,17 +48,27 @@ class Worked(NamedTuple):
     answer: str
 
 
-def worked_seeds(seeds: Sequence[Example], n: int) -> list[Worked]:
-    """Return the first `n` seeds as shots, spread over their answers; a seed without reasoning shows its answer."""
+def teacher_shots(task: Task, n: int) -> list[Worked]:
+    """Return `n` shots for the teacher: the task's worked examples first, then seeds with their bare answers."""
+    worked = [Worked(w.input, f"{w.reasoning.strip()} {tagged(w.target)}") for w in task.worked[:n]]
+    shown = {w.question for w in worked}
+    return worked + answer_shots([seed for seed in task.seed if seed.input not in shown], n - len(worked))
+
+
+def answer_shots(seeds: Sequence[Example], n: int) -> list[Worked]:
+    """Return `n` of `seeds` with their bare answers as shots, spread over the answers."""
     by_target: dict[str, list[Example]] = {}
     for seed in seeds:
         by_target.setdefault(seed.target, []).append(seed)
     # Round-robin over the answers: eight shots of one label teach a small model that label.
-    turns = sorted((rank, i, seed) for i, group in enumerate(by_target.values()) for rank, seed in enumerate(group))
-    return [
-        Worked(seed.input, f"{seed.rationale} {ANSWER_OPEN}{seed.target}{ANSWER_CLOSE}".strip())
-        for _, _, seed in turns[:n]
-    ]
+    groups = list(by_target.values())
+    turns = sorted((rank, i) for i, group in enumerate(groups) for rank in range(len(group)))
+    return [Worked(groups[i][rank].input, tagged(groups[i][rank].target)) for rank, i in turns[: max(n, 0)]]
+
+
+def tagged(answer: str) -> str:
+    """Return an answer in its tags."""
+    return f"{ANSWER_OPEN}{answer}{ANSWER_CLOSE}"
 
 
 def _turns(shots: Sequence[Worked], opening: str = "") -> list[Message]:

@@ -39,7 +39,9 @@ def _library() -> Any:
     try:
         import llama_cpp
     except ImportError as error:
-        raise EngineError("Running GGUF models needs llama-cpp-python", "pip install 'arte-edge[gguf]'") from error
+        raise EngineError(
+            "Running GGUF models needs llama-cpp-python", "pip install 'arte-edge[gguf]'"
+        ) from error
     if _log_callback is None:
 
         @llama_cpp.llama_log_callback

@@ -22,7 +22,12 @@ def is_server(ref: str) -> bool:
 
 
 def open_engine(
-    ref: str, *, kind: Kind = "auto", parallel: int = 32, offline: bool = False, progress: Progress | None = None
+    ref: str,
+    *,
+    kind: Kind = "auto",
+    parallel: int = 32,
+    offline: bool = False,
+    progress: Progress | None = None,
 ) -> Engine:
     """Open the engine of `ref`, fetching the model if it is not here yet.
 
@@ -34,7 +39,9 @@ def open_engine(
 
         model, found, url = ref.removeprefix("openai:").partition("@")
         if not found or not model:
-            raise InputError(f"{ref}: not of the form openai:MODEL@URL", "openai:qwen@http://127.0.0.1:8000/v1")
+            raise InputError(
+                f"{ref}: not of the form openai:MODEL@URL", "openai:qwen@http://127.0.0.1:8000/v1"
+            )
         return cast(Engine, OpenAIEngine(model, url))
     return open_local(resolve(ref, offline=offline, progress=progress), kind=kind, parallel=parallel)
 

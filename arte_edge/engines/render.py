@@ -24,13 +24,15 @@ Message = Mapping[str, str]
 CHAT_JSON = "openai-chat"  # `Engine.chat_template` of a server that renders messages itself
 
 
-def render(engine: Engine, messages: Sequence[Message], prefill: str = "") -> str:
+def render(engine: Engine, messages: Sequence[Message], prefill: str = "", *, plain: bool = False) -> str:
     """Return the prompt text for `messages` (``role`` and ``content`` each), ending where the model goes on.
+
+    With `plain` the model's own template is left aside.
 
     Raises:
         InputError: the model's chat template does not render.
     """
-    template = engine.chat_template
+    template = None if plain else engine.chat_template
     if template == CHAT_JSON:
         tail = [{"role": "assistant", "content": prefill}] if prefill else []
         document = {"messages": [*map(dict, messages), *tail]}

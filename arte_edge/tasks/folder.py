@@ -12,8 +12,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arte_edge.tasks.problems import Problem, explain_validation, refuse
-from arte_edge.tasks.rows import Row, read_rows
-from arte_edge.tasks.task import SPLITS, Answer, Example, Task, rows_sha256
+from arte_edge.tasks.rows import Row, check_target, read_rows
+from arte_edge.tasks.task import SPLITS, Answer, Example, Task, WorkedExample, rows_sha256
 
 __all__ = ["MIN_ROWS", "TaskFile", "check_sizes", "load_folder", "read_folder"]
 
@@ -35,6 +35,9 @@ class TaskFile(BaseModel):
     description: str = Field(description="what the task is, as told to the teacher and the student")
     answer: Answer = Field(description="what answers look like")
     techniques: tuple[str, ...] = Field(description="reasoning-technique prompts, four by habit")
+    worked: tuple[WorkedExample, ...] = Field(
+        default=(), description="examples with reasoning, for a teacher that needs to be shown how"
+    )
 
 
 def load_folder(folder: Path, *, techniques_required: bool = True) -> Task:
@@ -63,6 +66,7 @@ def read_folder(folder: Path, *, techniques_required: bool = True) -> tuple[Task
         if not bad:
             problems += check_sizes(split, len(splits[split]), f"{split}.jsonl")
     problems += _overlaps(splits)
+    problems += _check_worked(file, splits)
     if problems:
         return None, problems
     examples = {split: tuple(row.example for row in rows) for split, rows in splits.items()}
@@ -79,6 +83,7 @@ def read_folder(folder: Path, *, techniques_required: bool = True) -> tuple[Task
         techniques=tuple(technique.strip() for technique in file.techniques),
         seed=examples["seed"],
         validation=examples["validation"],
+        worked=file.worked,
         folder=folder,
         test_inputs=frozenset(example.key for example in examples["test"]),
         test_sha256=rows_sha256(examples["test"]),
@@ -120,6 +125,22 @@ def _check_techniques(techniques: tuple[str, ...]) -> list[Problem]:
         return []
     hint = "Write four, or let a teacher propose them: `arte-edge tasks new DIR --teacher MODEL`."
     return [Problem("task.toml: techniques", "at least two prompts are needed, none of them empty", hint)]
+
+
+def _check_worked(file: TaskFile, splits: dict[str, list[Row]]) -> list[Problem]:
+    """Return what is wrong with the worked examples: no answer of the task, or a row that must stay unseen."""
+    problems: list[Problem] = []
+    hidden = {row.example.key: row.where for split in SPLITS[1:] for row in splits[split]}
+    for number, worked in enumerate(file.worked, 1):
+        where = f"task.toml: worked {number}"
+        checked = check_target(where, worked.input, worked.target, file.answer)
+        if isinstance(checked, Problem):
+            problems.append(checked)
+        if not worked.reasoning.strip():
+            problems.append(Problem(where, "reasoning is empty", "One to three short sentences."))
+        if row := hidden.get(Example(worked.input, worked.target).key):
+            problems.append(Problem(where, f"the same input as {row}", "The teacher must not see it: take a seed."))
+    return problems
 
 
 def _overlaps(splits: dict[str, list[Row]]) -> list[Problem]:

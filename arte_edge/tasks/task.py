@@ -29,6 +29,7 @@ __all__ = [
     "Example",
     "Kind",
     "Task",
+    "WorkedExample",
     "content_key",
     "listed_letters",
     "rows_sha256",
@@ -131,6 +132,19 @@ class Answer(BaseModel):
         return self.choices
 
 
+class WorkedExample(BaseModel):
+    """A hand-written example with its reasoning: what a good rationale of this task looks like.
+
+    Shown to the teacher, where teacher.shots asks for it; small teachers need it most.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input: str = Field(description="a question of the task, in no split but seed")
+    reasoning: str = Field(description="one to three short sentences that lead to the answer")
+    target: str = Field(description="the right answer")
+
+
 def _no_test() -> tuple[Example, ...]:
     return ()
 
@@ -149,6 +163,7 @@ class Task:
     techniques: tuple[str, ...]
     seed: tuple[Example, ...]
     validation: tuple[Example, ...]
+    worked: tuple[WorkedExample, ...] = ()
     folder: Path | None = None
     split_seed: int | None = None
     notes: tuple[str, ...] = ()
@@ -177,6 +192,8 @@ class Task:
 
     @cached_property
     def sha256(self) -> str:
-        """The identity of the task: description, answer kind, and the three splits."""
+        """The identity of the task: its words (description, techniques, worked examples) and the three splits."""
         splits = [rows_sha256(self.seed), rows_sha256(self.validation), self.test_sha256]
-        return _sha256_json([self.description, self.answer.model_dump(mode="json"), splits])
+        worked = [example.model_dump() for example in self.worked]
+        words = [self.description, self.answer.model_dump(mode="json"), list(self.techniques), worked]
+        return _sha256_json([words, splits])

@@ -1,0 +1,72 @@
+"""``arte-edge distill``: turn a task into a tailored student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["distill"]
+
+
+def distill(
+    run: Annotated[
+        str | None, typer.Argument(help="A run.toml, or a shipped preset's name (see `arte-edge ls`).")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Task: a shipped name, a folder, hub:org/name.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Teacher: name, path, Hub id, openai:MODEL@URL.")
+    ] = None,
+    student: Annotated[str | None, typer.Option(help="Student: name, path or Hub id.")] = None,
+    bbh: Annotated[
+        Path | None, typer.Option(help="Folder of BIG-Bench-Hard files that holds the task.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
+    runs: Annotated[Path, typer.Option(help="Where run folders lie.")] = Path("runs"),
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one key, as in align.learning_rate=1e-6.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say calls, tokens, minutes and cost from a short probe, and stop."),
+    ] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Go on although the teacher is not clearly above the student.")
+    ] = False,
+    update: Annotated[
+        bool,
+        typer.Option("--update", help="Change the settings of a run that exists; finished calls are kept."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on stdout.")] = False,
+) -> None:
+    """Distil a student: check, elicit, calibrate, prefer, align, tailor, tune, evaluate.
+
+    Killed at any moment, the same command goes on where it stopped.
+    """
+    from arte_edge import catalog
+    from arte_edge.distill.pipeline import run_pipeline
+    from arte_edge.distill.settings import build, load_toml, parse_set
+
+    path = catalog.find("presets", run) if run is not None else None
+    flags: dict[str, Any] = {
+        **({"name": name} if name else {}),
+        **({"task": _given(ref=task, bbh=str(bbh.resolve()) if bbh else None)} if task or bbh else {}),
+        **({"teacher": {"model": teacher}} if teacher else {}),
+        **({"student": {"model": student}} if student else {}),
+    }
+    layers = [load_toml(path)] if path else []
+    config = build(run or "--set", *layers, flags, parse_set(set_ or []))
+    folder_name = config.name or (
+        path.stem if path else f"{Path(config.task.ref).stem}-{_short(config.student.model)}"
+    )
+    folder = runs / folder_name
+    run_pipeline(config, folder, anyway=anyway, update=update, dry_run=dry_run, as_json=as_json)
+
+
+def _given(**values: str | None) -> dict[str, str]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _short(model: str) -> str:
+    return Path(model.split("@")[0].split(":")[-1]).name.lower().removesuffix(".gguf")

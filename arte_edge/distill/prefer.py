@@ -1,0 +1,161 @@
+"""Step 3, prefer: the student's one-shot score of every draft (paper, section 3.3).
+
+A draft example (question, rationale) is shown to the student as its only example; the
+score says how well the student then answers the preference set. Three ways to score:
+
+* ``accuracy``: the student writes, the tagged answer must match (the paper's);
+* ``forced``: the answer tag is opened for it and the choices are compared;
+* ``likelihood``: the probability of the right answer, no text written at all.
+
+A question's score is the mean over its rationales.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from arte_edge.distill.answering import written
+from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, Worked, student_messages
+from arte_edge.distill.run import Run, Summary
+from arte_edge.distill.scores import Score, score_answers, score_log_probabilities, score_open
+from arte_edge.engines.base import Engine
+from arte_edge.store import Stage
+from arte_edge.tasks.task import Example
+
+__all__ = ["prefer"]
+
+Row = dict[str, Any]
+
+
+def prefer(run: Run) -> Summary:
+    """Write scores.jsonl (one row a rationale) and questions.jsonl (one row a question)."""
+    config, student = run.config.prefer, run.config.student
+
+    def body(stage: Stage) -> Summary:
+        questions = {row["id"]: row for row in run.read("elicit", "questions.jsonl")}
+        drafts = [row for row in run.read("elicit", "rationales.jsonl") if row["usable"]]
+        examples = [Example(r["input"], r["target"]) for r in run.read("calibrate", "preference_set.jsonl")]
+        shots = [Worked(questions[d["question"]]["input"], d["text"]) for d in drafts]
+        engine = run.engine(student)
+        scores = (
+            _by_writing(run, engine, shots, examples)
+            if config.score == "accuracy"
+            else _by_probability(run, engine, shots, examples)
+        )
+        use_free = config.bias_free and run.task.answer.closed
+        rows = [
+            {
+                "question": draft["question"],
+                "technique": draft["technique"],
+                "score": round(score.free if use_free else score.value, 6),
+                "measured": round(score.value, 6),
+                "bias_free": round(score.free, 6),
+                "bias": round(score.bias, 6),
+                "accuracy": None if np.isnan(score.accuracy) else round(score.accuracy, 6),
+                "tokens": draft["tokens"],
+                "text": draft["text"],
+            }
+            for draft, score in zip(drafts, scores, strict=True)
+        ]
+        means = _question_means(rows, questions)
+        stage.write("scores.jsonl", rows)
+        stage.write("questions.jsonl", means)
+        return _summary(rows, len(examples))
+
+    inputs = {
+        "prefer": config.model_dump(mode="json"),
+        "student": run.identity(student),
+        "data": run.outputs("elicit", "calibrate"),
+    }
+    return run.stage("prefer", inputs, body, _say)
+
+
+def _prompts(run: Run, engine: Engine, shot: Worked, examples: Sequence[Example]) -> list[str]:
+    student = run.config.student
+    return [run.render(engine, student_messages(run.task, e.input, [shot]), FORCE, student) for e in examples]
+
+
+def _by_probability(
+    run: Run, engine: Engine, shots: Sequence[Worked], examples: Sequence[Example]
+) -> list[Score]:
+    answer = run.task.answer
+    soft = run.config.prefer.score == "likelihood"
+    if answer.closed:
+        options = [answer.options(e.input) for e in examples]
+        choices = [[option + ANSWER_CLOSE for option in row] for row in options]
+        truth = np.array([row.index(e.target) for row, e in zip(options, examples, strict=True)])
+    else:
+        choices = [[e.target + ANSWER_CLOSE] for e in examples]
+    scores = []
+    for shot in shots:
+        logp = run.calls.choose(engine, [""], _prompts(run, engine, shot, examples), choices, "scores")[0]
+        scores.append(
+            score_log_probabilities(logp, truth, soft=soft) if answer.closed else score_open(logp[:, 0])
+        )
+    return scores
+
+
+def _by_writing(
+    run: Run, engine: Engine, shots: Sequence[Worked], examples: Sequence[Example]
+) -> list[Score]:
+    scores = []
+    targets = [e.target for e in examples]
+    for shot in shots:
+        answered = written(
+            run, engine, run.config.student, examples, [shot], run.config.prefer.answer_tokens, "scores"
+        )
+        scores.append(score_answers(answered.answers, targets, answered.right.tolist()))
+    return scores
+
+
+def _question_means(rows: Sequence[Row], questions: dict[str, Row]) -> list[Row]:
+    by_question: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        by_question[row["question"]].append(row["score"])
+    return [
+        {
+            "id": key,
+            "input": questions[key]["input"],
+            "target": questions[key]["label"],
+            "score": round(float(np.mean(values)), 6),
+            "rationales": len(values),
+        }
+        for key, values in by_question.items()
+    ]
+
+
+def _summary(rows: Sequence[Row], k: int) -> Summary:
+    score = np.array([row["score"] for row in rows])
+    measured = np.array([row["measured"] for row in rows])
+    bias = np.array([row["bias"] for row in rows])
+    tokens = np.array([row["tokens"] for row in rows], dtype=float)
+    return {
+        "drafts": len(rows),
+        "k": k,
+        "mean": float(score.mean()),
+        "sd": float(score.std()),
+        "bias_mean": float(bias.mean()),
+        "measured_against_bias": _correlation(measured, bias),
+        "score_against_bias": _correlation(score, bias),
+        "score_against_length": _correlation(score, tokens),
+    }
+
+
+def _correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float | None:
+    """Return Pearson's r, or None where one side does not vary."""
+    if len(a) < 3 or a.std() == 0 or b.std() == 0:
+        return None
+    return round(float(np.corrcoef(a, b)[0, 1]), 4)
+
+
+def _say(summary: Summary) -> str:
+    against = summary["measured_against_bias"]
+    trap = "" if against is None else f"; r with the induced answer bias {against:+.2f}"
+    return (
+        f"{summary['drafts']} drafts × {summary['k']} questions, score {summary['mean']:.3f} ± {summary['sd']:.3f}"
+        + trap
+    )

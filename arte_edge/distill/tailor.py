@@ -1,0 +1,114 @@
+"""Step 5, tailor: the aligned teacher writes the student's training data (paper, section 3.5).
+
+Questions are drawn with the prompt of alignment at temperature 1; rationales come
+from the naive prompt, greedily: which technique to use is now the teacher's choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from arte_edge.distill.questions import Drafts, QuestionPlan, draft_questions
+from arte_edge.distill.rationales import label_rows, opinions, write_rationales
+from arte_edge.distill.run import Run, Summary
+from arte_edge.engines.base import Engine
+from arte_edge.errors import StoppedEarly
+from arte_edge.store import Stage
+
+__all__ = ["tailor"]
+
+_MOST_ROUNDS = 6
+
+
+def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summary:
+    """Write train.jsonl: rows of input, label, rationale. `engine` opens the aligned teacher.
+
+    Raises:
+        StoppedEarly: the teacher's budget of prompts is spent before enough examples were usable.
+    """
+    config = run.config.tailor
+
+    def body(stage: Stage) -> Summary:
+        wanted, rows, rejected, prompts = config.questions, [], [], 0
+        # Labels drop some questions, so the teacher is asked for more until enough are left.
+        asked = wanted
+        for _ in range(_MOST_ROUNDS):
+            drafts, rationales, labels = _write(run, engine(), asked)
+            usable = {row["question"]: row for row in rationales if row["usable"]}
+            rows = [
+                {
+                    "id": q["id"],
+                    "input": q["input"],
+                    "label": q["label"],
+                    "rationale": usable[q["id"]]["text"],
+                }
+                for q in drafts.valid
+                if q["id"] in usable
+            ]
+            rejected, prompts = drafts.rejected, drafts.prompts
+            if len(rows) >= wanted:
+                break
+            share = max(len(rows) / len(drafts.valid), 0.1)
+            asked = max(asked + 8, round(wanted / share * 1.05))
+        else:
+            raise StoppedEarly(
+                f"tailor: {len(rows)} of {wanted} examples usable out of {asked} questions "
+                f"(label policy {config.label}, readable rationales {labels['readable']:.0%})",
+                "Lower tailor.questions, take tailor.label = 'vote' or 'teacher', or a stronger teacher.",
+            )
+        stage.write("train.jsonl", rows[:wanted])
+        stage.write("rejected.jsonl", rejected)
+        words = [len(row["rationale"].split()) for row in rows[:wanted]]
+        return {
+            "examples": len(rows[:wanted]),
+            "questions": len(drafts.valid),
+            "prompts": prompts,
+            "rejected": drafts.reasons(),
+            "labels": labels,
+            "answers": _spread(rows[:wanted]),
+            "rationale_words": round(sum(words) / max(len(words), 1), 1),
+        }
+
+    inputs: dict[str, Any] = {
+        "tailor": config.model_dump(mode="json"),
+        "elicit": run.config.elicit.model_dump(mode="json"),
+        "teacher": run.identity(run.config.teacher),
+        "adapter": adapter_sha256,
+        "task": run.task.sha256,
+    }
+    return run.stage("tailor", inputs, body, _say)
+
+
+def _write(run: Run, engine: Engine, n: int) -> tuple[Drafts, list[dict[str, Any]], dict[str, Any]]:
+    config, elicit, teacher = run.config.tailor, run.config.elicit, run.config.teacher
+    plan = QuestionPlan(
+        wanted=n,
+        shown=elicit.shown,
+        asked=elicit.asked,
+        temperature=config.temperature,
+        tokens=elicit.question_tokens,
+        rouge=elicit.rouge,
+        max_prompts=config.max_prompts,
+        seed=run.config.seed + 1,  # other draws of seeds than in elicit
+    )
+    drafts = draft_questions(run, engine, teacher, plan, "tailored questions")
+    rationales = write_rationales(
+        run, engine, teacher, drafts.valid, [None], elicit.rationale_tokens, "tailored rationales"
+    )
+    votes = opinions(run, engine, teacher, drafts.valid, "bare answers")
+    return drafts, rationales, label_rows(run, drafts.valid, rationales, votes, config.label)
+
+
+def _spread(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Count the labels; of many different ones only the most frequent ten."""
+    from collections import Counter
+
+    return dict(Counter(row["label"] for row in rows).most_common(10))
+
+
+def _say(summary: Summary) -> str:
+    return (
+        f"{summary['examples']} training examples from {summary['questions']} questions, "
+        f"{summary['rationale_words']:.0f} words a rationale"
+    )
