@@ -128,7 +128,7 @@ def _check_techniques(techniques: tuple[str, ...]) -> list[Problem]:
 
 
 def _check_worked(file: TaskFile, splits: dict[str, list[Row]]) -> list[Problem]:
-    """Return what is wrong with the worked examples: no answer of the task, or a row that must stay unseen."""
+    """Return what is wrong with the worked examples: no answer of the task, or a row to be kept unseen."""
     problems: list[Problem] = []
     hidden = {row.example.key: row.where for split in SPLITS[1:] for row in splits[split]}
     for number, worked in enumerate(file.worked, 1):
@@ -139,7 +139,9 @@ def _check_worked(file: TaskFile, splits: dict[str, list[Row]]) -> list[Problem]
         if not worked.reasoning.strip():
             problems.append(Problem(where, "reasoning is empty", "One to three short sentences."))
         if row := hidden.get(Example(worked.input, worked.target).key):
-            problems.append(Problem(where, f"the same input as {row}", "The teacher must not see it: take a seed."))
+            problems.append(
+                Problem(where, f"the same input as {row}", "The teacher must not see it: take a seed.")
+            )
     return problems
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -53,8 +53,8 @@ def explain_validation(error: ValidationError, model: type[BaseModel], file: str
 
 
 def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """Return the keys that `model` knows in the table at `path`."""
+    """Return the keys that `model` knows in the table at `path`; a number in it is a place in a list."""
     at: Any = model
     for part in path:
-        at = at.model_fields[part].annotation
+        at = get_args(at)[0] if part.isdecimal() else at.model_fields[part].annotation
     return list(at.model_fields)

@@ -35,14 +35,21 @@ Task: {description}
 
 {examples}
 
-Propose four different reasoning techniques by which a person could find the answer to any input of this \
-task: for example going step by step, recalling a rule, eliminating wrong answers, or restating the input. \
-Write each as an instruction to that person, in one or two sentences, fitted to this task. \
-Do not solve an example and do not mention one. Write them in this form:
-<Technique_1>...</Technique_1>
-<Technique_2>...</Technique_2>
-<Technique_3>...</Technique_3>
-<Technique_4>...</Technique_4>"""
+Write four different instructions for a person who has to solve this task, one for each way of thinking: \
+going step by step, recalling the rule, eliminating wrong answers, restating the input. \
+Each is one or two sentences, fits this task and is true for every input. Do not solve or mention an example."""
+
+# A small model that has not seen such an answer solves the examples instead of writing instructions.
+_SHOWN_ASK = _ASK.format(
+    description="Sort a list of words in alphabetical order. The answer is the sorted words.",
+    examples="Input: plum, apple, pear\nAnswer: apple, pear, plum",
+)
+_SHOWN = (
+    "Go through the alphabet from the first letter on and write down each word when its letter comes.",
+    "Recall that words with the same first letter are ordered by the next one, then compare word by word.",
+    "Cross out every word that cannot come next because another one comes before it, and repeat.",
+    "Rewrite the list with the first two letters of each word in capitals, then order those letters.",
+)
 
 
 def propose_techniques(engine: Engine, task_description: str, seeds: Sequence[Example]) -> tuple[str, ...]:
@@ -59,7 +66,12 @@ def propose_techniques(engine: Engine, task_description: str, seeds: Sequence[Ex
         shown = [seeds[(call * _N_SEEDS + i) % len(seeds)] for i in range(min(_N_SEEDS, len(seeds)))]
         examples = "\n\n".join(f"Input: {seed.input}\nAnswer: {seed.target}" for seed in shown)
         ask = _ASK.format(description=task_description, examples=examples)
-        prompt = render(engine, [{"role": "user", "content": ask}], _START)
+        messages = [
+            {"role": "user", "content": _SHOWN_ASK},
+            {"role": "assistant", "content": _tagged(_SHOWN)},
+            {"role": "user", "content": ask},
+        ]
+        prompt = render(engine, messages, _START)
         # The first answer is the teacher's best; the others must differ from it.
         sampling = Sampling(temperature=0.8 if call else 0.0, max_tokens=500, stop=("</Technique_4>",))
         completion = engine.complete([Request(prompt, sample=call)], sampling)[0]
@@ -74,6 +86,11 @@ def propose_techniques(engine: Engine, task_description: str, seeds: Sequence[Ex
     )
 
 
+def _tagged(techniques: Sequence[str]) -> str:
+    lines = (f"<Technique_{n}>{text}</Technique_{n}>" for n, text in enumerate(techniques, start=1))
+    return "\n".join(lines)
+
+
 def parse_techniques(text: str) -> list[str]:
     """Return the tagged techniques in `text`, which may or may not repeat the tag it was started with."""
     started = text if text.lstrip().startswith(_START) else _START + text
@@ -86,7 +103,7 @@ def _new_ones(proposed: Sequence[str], kept: Sequence[str], shown: Sequence[str]
     for text in proposed:
         fits = _CHARACTERS[0] <= len(text) <= _CHARACTERS[1] and "<" not in text and "..." not in text
         quotes = any(fold_label(example) in fold_label(text) for example in shown)
-        if fits and not quotes and not any(_alike(text, other) for other in [*kept, *new]):
+        if fits and not quotes and not any(_alike(text, other) for other in [*_SHOWN, *kept, *new]):
             new.append(text)
     return [text if "sentence" in text.lower() else f"{text} {_BRIEF}" for text in new]
 

@@ -192,7 +192,7 @@ class Task:
 
     @cached_property
     def sha256(self) -> str:
-        """The identity of the task: its words (description, techniques, worked examples) and the three splits."""
+        """The identity of the task: its words (description to worked examples) and the three splits."""
         splits = [rows_sha256(self.seed), rows_sha256(self.validation), self.test_sha256]
         worked = [example.model_dump() for example in self.worked]
         words = [self.description, self.answer.model_dump(mode="json"), list(self.techniques), worked]

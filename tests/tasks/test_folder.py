@@ -156,3 +156,42 @@ def test_a_line_separator_inside_a_string_does_not_move_the_line_numbers(parity:
 def test_a_teacher_that_proposes_techniques_takes_a_task_without_them(parity: Path) -> None:
     edit(parity, '["Look at the last digit.", "Halve the number."]', "[]")
     assert load_folder(parity, techniques_required=False).techniques == ()
+
+
+WORKED = """
+[[worked]]
+input = "Is 1 even or odd?"
+reasoning = "Its last digit is odd."
+target = "odd"
+"""
+
+
+def test_worked_examples_load_and_are_part_of_the_identity(parity: Path) -> None:
+    before = load_folder(parity).sha256
+    append(parity, "task.toml", WORKED)
+    task = load_folder(parity)
+    assert [worked.reasoning for worked in task.worked] == ["Its last digit is odd."]
+    assert task.sha256 != before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where"),
+    [
+        ("Is 1 even", "Is 7 even", "task.toml: worked 1: the same input as validation.jsonl:4"),
+        ("Is 1 even", "Is 25 even", "task.toml: worked 1: the same input as test.jsonl:2"),
+        (
+            'target = "odd"',
+            'target = "uneven"',
+            "task.toml: worked 1: target 'uneven' is not one of even, odd",
+        ),
+        ('"Its last digit is odd."', '" "', "task.toml: worked 1: reasoning is empty"),
+        ("reasoning =", "resoning =", "task.toml: worked.0.reasoning: this key is missing"),
+    ],
+)
+def test_a_worked_example_that_gives_hidden_rows_away_or_is_wrong_is_refused(
+    parity: Path, old: str, new: str, where: str
+) -> None:
+    append(parity, "task.toml", WORKED.replace(old, new))
+    with pytest.raises(InputError) as caught:
+        load_folder(parity)
+    assert caught.value.message == where

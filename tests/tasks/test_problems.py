@@ -17,6 +17,7 @@ class Inner(BaseModel):
 class Outer(BaseModel):
     model_config = ConfigDict(extra="forbid")
     inner: Inner
+    many: tuple[Inner, ...] = ()
     steps: int
 
 
@@ -32,10 +33,11 @@ def test_the_first_problem_is_raised_with_its_hint_alone() -> None:
 
 def test_every_complaint_of_a_model_becomes_a_problem() -> None:
     with pytest.raises(ValidationError) as caught:
-        Outer.model_validate({"inner": {"rat": 1}, "step": 4})
+        Outer.model_validate({"inner": {"rat": 1}, "many": [{}, {"rete": 1}], "step": 4})
     problems = list(explain_validation(caught.value, Outer, "x.toml"))
     assert sorted((str(problem), problem.hint) for problem in problems) == [
         ("x.toml: inner.rat: unknown key", "Did you mean 'rate'?"),
+        ("x.toml: many.1.rete: unknown key", "Did you mean 'rate'?"),
         ("x.toml: step: unknown key", "Did you mean 'steps'?"),
         ("x.toml: steps: this key is missing", ""),
     ]
