@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from arte_edge.engines.hf import TransformersEngine, adapter_sha256  # noqa: E402
+from arte_edge.engines.hf_text import Text  # noqa: E402
 
 CORPUS = "the cat sat on the mat. is it True or False? question answer one two three (A) (B) (C)\n"
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -149,14 +150,29 @@ def test_rows_keep_their_order_whatever_their_lengths(engine):
 
 def test_a_text_ends_with_the_stop_string_that_ended_it(engine):
     full = alone(engine, [PREFIX], Sampling(max_tokens=30))[0].text
-    stop = full[8:11]
+    stop = full[8:20]  # longer than any token
     cut = full[: full.index(stop) + len(stop)]
     (row,) = engine.complete([Request(PREFIX)], Sampling(max_tokens=30, stop=("never there", stop)))
     assert (row.text, row.finish) == (cut, "stop")
     assert row.completion_tokens < 30
-    others = engine.complete([Request(PREFIX), Request("one")], Sampling(max_tokens=30, stop=(stop,)))
-    assert others[0].text == cut, "a row that stops leaves the batch without disturbing the others"
-    assert others[1].text == alone(engine, ["one"], Sampling(max_tokens=30, stop=(stop,)))[0].text
+
+
+def test_rows_that_stop_leave_the_batch_without_disturbing_the_others(engine, monkeypatch):
+    words = ("one", "two", "three", "cat", "mat", "True", "False", "question", "answer", "the")
+    full = [row.text for row in alone(engine, [PREFIX + word for word in words], Sampling(max_tokens=30))]
+    # A letter that some rows write early, some late and some never.
+    stop = max(set("".join(full)), key=lambda c: len({text.find(c) for text in full if c in text}))
+    ended = [text[: text.index(stop) + 1] if stop in text else text for text in full]
+    assert 2 < sum(stop in text for text in full) < len(full) and len(set(map(len, ended))) > 4
+    sizes = []
+    step = engine._forward.step
+    monkeypatch.setattr(
+        engine._forward, "step", lambda state, tokens: (sizes.append(len(tokens)), step(state, tokens))[1]
+    )
+    rows = engine.continue_shared(PREFIX, words, Sampling(max_tokens=30, stop=(stop,)))
+    assert sizes[-1] < sizes[0], "nothing is computed for rows that have ended"
+    assert [row.text for row in rows] == ended
+    assert [row.finish for row in rows] == ["stop" if stop in text else "length" for text in full]
 
 
 def test_finish_is_length_at_the_budget_and_eos_at_an_end_token(tmp_path, folder, engine):
@@ -268,6 +284,20 @@ def test_a_begin_token_is_added_once_and_only_where_the_tokenizer_adds_one(tmp_p
     bare = engine.count_tokens("<s>cat") - 1
     assert engine.count_tokens("cat") == bare + extra
     assert engine.count_tokens("cat<|im_end|>") == bare + extra + 1, "special tokens are parsed from text"
+
+
+def test_special_tokens_are_no_text_and_a_first_blank_is_kept():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    text = Text(tiny_tokenizer(adds_bos=False), None)
+    assert text.decode(text.tokens("a cat<|im_end|>"), []) == "a cat"
+    # Tokenizers of the SentencePiece kind drop the blank before the first word that they decode.
+    tokenizer = Tokenizer(models.WordLevel({"▁the": 0, "▁cat": 1, "</s>": 2}, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    text = Text(transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>"), None)
+    assert text.tokens("the cat") == [0, 1]
+    assert text.decode([1], [0]) == " cat"
 
 
 def test_template_and_special_tokens_are_the_tokenizers(engine):

@@ -69,10 +69,19 @@ def test_a_row_that_fails_to_the_end_is_an_error_row_and_its_neighbours_are_whol
 
 
 def test_retry_after_is_waited_for_by_every_thread(serve):
-    front = serve(faults=[["429"]], retry_after="0.3")
-    opened(front, max_concurrency=1).complete(requests(2), Sampling())
-    first, again, other = (seen.at_s for seen in front.posts)
-    assert again - first >= 0.3 and other >= again
+    front = serve(faults=[["429"]], retry_after="0.6")
+    opened(front, max_concurrency=2).complete(requests(12), Sampling())
+    refused, again = [seen.at_s for seen in front.posts if seen.body["prompt"] == "question 000"]
+    assert again - refused >= 0.6
+    # One may have been on its way when the other thread was told to wait.
+    assert sum(refused + 0.1 < seen.at_s < refused + 0.6 for seen in front.posts) <= 1
+
+
+def test_the_token_limit_charges_what_was_used_and_not_what_was_expected(serve):
+    engine = opened(serve(), max_concurrency=1, tokens_per_minute=1000)
+    engine._server._limiter._sleep = lambda seconds: pytest.fail(f"waited {seconds} s")
+    rows = engine.complete(requests(9), Sampling(max_tokens=600))
+    assert [row.finish for row in rows] == ["length"] * 9
 
 
 def test_a_retry_after_beyond_patience_ends_the_call(serve):
