@@ -78,7 +78,8 @@ def item_total(matrix: Floats) -> Floats:
     item, rest = matrix - matrix.mean(axis=0), rest - rest.mean(axis=0)
     scale = np.sqrt((item**2).sum(axis=0) * (rest**2).sum(axis=0))
     correlation: Floats = np.full(N_ITEM, -1.0)  # an item without variation: last
-    return np.divide((item * rest).sum(axis=0), scale, out=correlation, where=scale > 0)
+    np.divide((item * rest).sum(axis=0), scale, out=correlation, where=scale > 0)
+    return correlation
 
 
 def best(score: Floats) -> NDArray[np.intp]:
