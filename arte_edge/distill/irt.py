@@ -19,7 +19,7 @@ Why not the girth library (0.8): from 200 respondents it recovers α equally wel
 two agree to r = 0.99), but it has no prior on β, so from 8 to 20 its difficulties are
 far behind (r 0.47 to 0.77 with the truth against 0.74 to 0.87), its maximum-likelihood
 α stands on its bounds for up to half of the items, its own small-sample variant needs
-numpy's float128, absent on Windows and most ARM, and it takes seconds for the same
+numpy's float128, absent on Windows and Apple silicon, and it takes seconds for the same
 matrix. Measurements: docs/preference-set.md.
 """
 
