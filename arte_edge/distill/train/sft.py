@@ -1,0 +1,167 @@
+"""Supervised fine-tuning of the student, on completions alone.
+
+TRL's trainer gets token ids and labels that are made here, so that what is learned
+is what an engine will be asked: the prompt's own tokens carry no loss, and the end
+token closes each completion.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from arte_edge.distill.train.common import (
+    Progress,
+    arguments,
+    history_of,
+    keep_going,
+    load,
+    lora_config,
+    quiet_training,
+)
+from arte_edge.distill.train.completion_head import score_completions_only
+from arte_edge.distill.train.merge import MergeCheck, check_merge, merge_adapter, write_checkpoint
+from arte_edge.distill.train.order import training_order
+from arte_edge.distill.train.settings import SftSettings
+from arte_edge.distill.train.tokens import Encoder, check_rows
+from arte_edge.distill.train.workspace import Workspace, checkpoint_key, finished
+from arte_edge.errors import InputError
+from arte_edge.store import content_key, write_jsonl
+
+__all__ = ["SftResult", "encode_sft", "train_sft"]
+
+_MERGE_PROMPTS = 8
+_IGNORED = -100  # the label that torch's cross-entropy leaves out
+
+
+@dataclass(frozen=True)
+class SftResult:
+    """A tuned student."""
+
+    checkpoint: Path  # 16-bit safetensors, with the base's tokenizer files
+    steps: int
+    examples: int  # rows that were trained on
+    dropped: int  # rows longer than max_length
+    seconds: float
+    history: tuple[dict[str, float], ...]  # a row a step: loss, learning_rate, mean_token_accuracy, …
+    merge: MergeCheck | None  # for LoRA
+
+
+def train_sft(
+    checkpoint: Path,
+    rows: Sequence[Mapping[str, str]],
+    out: Path,
+    settings: SftSettings | None = None,
+    *,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> SftResult:
+    """Fine-tune `checkpoint` on `rows` (``prompt`` and ``completion``, rendered text) into the folder `out`.
+
+    Killed at any moment, the same call goes on from its last checkpoint to the same
+    weights; a finished one returns at once. `resume` False starts over.
+
+    Raises:
+        InputError: no rows, a row without its texts, no row that fits, an unreadable checkpoint,
+            or an `out` that holds something else.
+        ArteError: the training libraries are missing, or a merged adapter is not the same model.
+    """
+    settings = settings or SftSettings()
+    check_rows(rows, ("prompt", "completion"), "training example")
+    request = content_key("sft", checkpoint_key(checkpoint), [dict(r) for r in rows], settings.model_dump())
+    if report := finished(out, request, resume):
+        return _result(out, report)
+    began = time.monotonic()
+    workspace = Workspace(out, request, resume)
+    with quiet_training():
+        trainer, counts = _trainer(checkpoint, rows, settings, workspace, progress)
+        last = workspace.last_checkpoint()
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        history = history_of(trainer)
+        staged, merge = _write(trainer.model, checkpoint, rows, settings, workspace)
+    write_jsonl(staged / "log.jsonl", history)
+    seconds = round(time.monotonic() - began, 3)
+    report = {
+        "steps": trainer.state.global_step,
+        **counts,
+        "seconds": seconds,
+        "history": history,
+        "merge": merge,
+    }
+    workspace.finish(staged, report)
+    return _result(out, report)
+
+
+def encode_sft(
+    encoder: Encoder, rows: Sequence[Mapping[str, str]], max_length: int
+) -> list[dict[str, list[int]]]:
+    """Return ``input_ids`` and ``labels`` of each row that fits; a prompt's labels are -100."""
+    encoded = []
+    for row in rows:
+        prompt = encoder.prompt(row["prompt"])
+        completion = encoder.completion(row["prompt"], row["completion"])
+        if len(prompt) + len(completion) <= max_length:
+            labels = [_IGNORED] * len(prompt) + completion
+            encoded.append({"input_ids": prompt + completion, "labels": labels})
+    return encoded
+
+
+def _trainer(
+    checkpoint: Path,
+    rows: Sequence[Mapping[str, str]],
+    settings: SftSettings,
+    workspace: Workspace,
+    progress: Progress | None,
+) -> tuple[Any, dict[str, int]]:
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer = load(checkpoint, frozen=settings.lora is not None)
+    encoded = encode_sft(Encoder(tokenizer), rows, settings.max_length)
+    if not encoded:
+        raise InputError(
+            f"No training example fits into {settings.max_length} tokens", "Raise max_length or shorten them."
+        )
+    order = training_order(
+        [len(row["input_ids"]) for row in encoded], settings.batch_size, settings.epochs, settings.seed
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(packing=False, **arguments(workspace, settings, len(order), "linear")),
+        train_dataset=Dataset.from_list([encoded[i] for i in order]),
+        processing_class=tokenizer,
+        peft_config=lora_config(settings.lora) if settings.lora else None,
+        callbacks=[keep_going(workspace, settings.save_every_s, progress)],
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for data
+    score_completions_only(trainer.model.get_base_model() if settings.lora else trainer.model)
+    return trainer, {"examples": len(encoded), "dropped": len(rows) - len(encoded)}
+
+
+def _write(
+    model: Any,
+    checkpoint: Path,
+    rows: Sequence[Mapping[str, str]],
+    settings: SftSettings,
+    workspace: Workspace,
+) -> tuple[Path, dict[str, Any] | None]:
+    """Write the trained model to the work folder; return where, and the check of a merge."""
+    staged = workspace.folder / "result"
+    shutil.rmtree(staged, ignore_errors=True)
+    if settings.lora is None:
+        return write_checkpoint(model, checkpoint, staged, settings.dtype), None
+    adapter = workspace.folder / "adapter"
+    model.save_pretrained(adapter)
+    merge_adapter(checkpoint, adapter, staged, settings.dtype)
+    prompts = [row["prompt"] + row["completion"] for row in rows[:_MERGE_PROMPTS]]
+    return staged, asdict(check_merge(checkpoint, adapter, staged, prompts))
+
+
+def _result(out: Path, report: Mapping[str, Any]) -> SftResult:
+    merge = MergeCheck(**report["merge"]) if report["merge"] else None
+    return SftResult(**{**report, "checkpoint": out, "history": tuple(report["history"]), "merge": merge})

@@ -1,0 +1,107 @@
+"""Where a training keeps what it needs to go on after a kill, and how it knows that it may.
+
+    .<out>.work/
+        request         which training this is; another one starts afresh
+        checkpoints/    the trainer's, each with a `complete` mark written after all else
+        adapters/       DPO: the adapters that were probed
+        probes.jsonl    DPO: what the probes said
+
+A checkpoint without its mark was cut by a kill and is thrown away. The result
+appears under its own name by one rename, and the folder is removed after that.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from arte_edge.errors import InputError
+from arte_edge.models.disk import publish
+from arte_edge.store import content_key, write_atomic
+
+__all__ = ["Workspace", "checkpoint_key", "finished"]
+
+_MARK = "complete"
+
+
+def checkpoint_key(checkpoint: Path) -> str:
+    """Return what tells one checkpoint folder from another: its configuration and its tensors' head.
+
+    Raises:
+        InputError: no such checkpoint.
+    """
+    try:
+        config = (checkpoint / "config.json").read_text(encoding="utf-8")
+        files = sorted(checkpoint.glob("model*.safetensors"))
+        if not files:
+            raise FileNotFoundError(checkpoint / "model.safetensors")
+        return content_key(config, [[file.name, file.stat().st_size] for file in files], _sample(files[0]))
+    except OSError as error:
+        raise InputError(
+            f"{checkpoint}: not a checkpoint ({error})", "Give a transformers checkpoint."
+        ) from error
+
+
+def _sample(file: Path, size_bytes: int = 1 << 20) -> str:
+    """Return bytes from the middle of `file`, as hexadecimal text: enough to tell trained weights apart."""
+    with file.open("rb") as data:
+        data.seek(max(0, file.stat().st_size // 2))
+        return data.read(size_bytes).hex()
+
+
+class Workspace:
+    """The work folder of one training, and the place of its result."""
+
+    def __init__(self, out: Path, request: str, resume: bool) -> None:
+        self.out, self._request = out, request
+        self.folder = out.with_name(f".{out.name}.work")
+        mark = self.folder / "request"
+        known = mark.read_text(encoding="utf-8") if mark.is_file() else ""
+        if known != request or not resume:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            write_atomic(mark, request.encode())
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def mark(self, step: int) -> None:
+        """Say that the checkpoint of `step` is whole."""
+        write_atomic(self.checkpoints / f"checkpoint-{step}" / _MARK, b"")
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest whole checkpoint; throw away what a kill left half written."""
+        whole: list[Path] = []
+        for folder in self.checkpoints.glob("checkpoint-*"):
+            if (folder / _MARK).exists():
+                whole.append(folder)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+    def finish(self, staged: Path, report: dict[str, Any]) -> None:
+        """Put `staged` in the place of the result, with its report, and remove the work folder."""
+        document = json.dumps({"request": self._request, **report}, indent=1, ensure_ascii=False)
+        write_atomic(staged / "training.json", document.encode())
+        shutil.rmtree(self.out, ignore_errors=True)
+        publish(staged, self.out)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def finished(out: Path, request: str, resume: bool) -> dict[str, Any] | None:
+    """Return the report of a result that is already there and is this training's.
+
+    Raises:
+        InputError: `out` holds something that no training wrote.
+    """
+    if not out.exists():
+        return None
+    try:
+        report: dict[str, Any] = json.loads((out / "training.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{out}: exists and is not the result of a training", "Choose another folder."
+        ) from error
+    return report if resume and report.pop("request", None) == request else None

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arte_edge.distill.train.settings import Lora, SftSettings
+from arte_edge.distill.train.sft import encode_sft, train_sft
+from arte_edge.distill.train.tokens import Encoder
+from arte_edge.errors import InputError
+
+FULL = SftSettings(learning_rate=1e-2, batch_size=4, epochs=6, seed=3)
+LORA = FULL.model_copy(update={"lora": Lora(rank=8, alpha=16), "learning_rate": 2e-2})
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Train once with all weights and once with LoRA."""
+    rows = [
+        {"prompt": f"<|user|>Is {i} true?" + " and" * (i % 5) + "\n", "completion": f"<ans>{i % 2}</ans>"}
+        for i in range(12)
+    ]
+    folder = tmp_path_factory.mktemp("sft")
+    return {
+        name: train_sft(tiny_checkpoint(), rows, folder / name, settings)
+        for name, settings in (("full", FULL), ("lora", LORA))
+    }
+
+
+def test_prompt_tokens_carry_no_loss_and_the_end_token_does(tiny_checkpoint: Any) -> None:
+    from transformers import AutoTokenizer
+
+    for adds_bos in (False, True):
+        coder = Encoder(AutoTokenizer.from_pretrained(tiny_checkpoint(adds_bos=adds_bos)))
+        prompt, completion = "<|user|>Is true?\n", "<ans>no</ans>"
+        (row,) = encode_sft(coder, [{"prompt": prompt, "completion": completion}], 64)
+        ids, labels = row["input_ids"], row["labels"]
+        n_prompt = len(coder.prompt(prompt))
+        assert labels[:n_prompt] == [-100] * n_prompt
+        assert labels[n_prompt:] == ids[n_prompt:]
+        assert ids[-1] == coder.tokenizer.eos_token_id
+        assert coder.tokenizer.decode(ids[n_prompt:-1]) == completion
+        assert ids.count(coder.tokenizer.bos_token_id) == int(adds_bos)
+
+
+def test_a_row_that_is_too_long_is_dropped_not_cut(tiny_checkpoint: Any) -> None:
+    from transformers import AutoTokenizer
+
+    coder = Encoder(AutoTokenizer.from_pretrained(tiny_checkpoint()))
+    rows = [{"prompt": "no " * n, "completion": "yes"} for n in (1, 200)]
+    assert len(encode_sft(coder, rows, 32)) == 1
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_student_learns(kind: str, tuned: Any) -> None:
+    history = tuned[kind].history
+    assert len(history) == tuned[kind].steps == 18
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_loaded_student_writes_what_it_learned(kind: str, tuned: Any) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tuned[kind].checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(tuned[kind].checkpoint)
+    ids = Encoder(tokenizer).prompt("<|user|>Is 3 true? and and and\n")
+    out = model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0, len(ids) :]
+    text = tokenizer.decode(out)
+    assert text.startswith("<ans>") and text.endswith("</ans><eos>")
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_checkpoint_is_16_bit_with_the_bases_own_files(
+    kind: str, tuned: Any, tiny_checkpoint: Any
+) -> None:
+    import torch
+
+    base, out = tiny_checkpoint(), tuned[kind].checkpoint
+    assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
+    assert weights(out).keys() == weights(base).keys()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (out, base))
+    assert ours == theirs
+    for file in out.iterdir():
+        assert str(out.parent).encode() not in file.read_bytes(), file.name
+    assert not list(out.parent.glob(".*"))  # nothing is left of the work folder
+
+
+def test_an_adapter_is_merged_and_checked(tuned: Any) -> None:
+    assert tuned["full"].merge is None
+    merge = tuned["lora"].merge
+    assert merge.tokens > 50 and 0 < merge.max_abs_diff < 1 and merge.top1_agreement >= 0.97
+
+
+def test_a_finished_training_returns_at_once_and_another_one_does_not(
+    tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path
+) -> None:
+    settings = FULL.model_copy(update={"epochs": 1.0})
+    steps: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        steps.append(done)
+
+    first = train_sft(tiny_checkpoint(), sft_rows, tmp_path / "out", settings, progress=progress)
+    assert steps == [1, 2, 3]
+    assert train_sft(tiny_checkpoint(), sft_rows, tmp_path / "out", settings, progress=progress) == first
+    assert steps == [1, 2, 3]
+    train_sft(tiny_checkpoint(), sft_rows[:8], tmp_path / "out", settings, progress=progress)
+    assert steps == [1, 2, 3, 1, 2]
+
+
+def test_a_folder_of_somebody_elses_is_not_replaced(
+    tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="not the result of a training"):
+        train_sft(tiny_checkpoint(), sft_rows, tmp_path, FULL)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_rows_that_all_are_too_long_are_an_input_error(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "no " * 200, "completion": "yes"}]
+    with pytest.raises(InputError, match="fits into 32 tokens"):
+        train_sft(tiny_checkpoint(), rows, tmp_path / "out", FULL.model_copy(update={"max_length": 32}))
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from arte_edge.distill.train.settings import SftSettings
+from arte_edge.distill.train.sft import train_sft
+checkpoint, rows, out, settings, last = json.loads(sys.argv[1])
+def progress(done, total):
+    if done == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+train_sft(Path(checkpoint), rows, Path(out), SftSettings(**settings), progress=progress)
+"""
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_killed_training_goes_on_to_the_same_weights(
+    kind: str, tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path
+) -> None:
+    import torch
+
+    settings = (FULL if kind == "full" else LORA).model_copy(update={"epochs": 2.0, "save_every_s": 0.0})
+    whole = train_sft(tiny_checkpoint(), sft_rows, tmp_path / "whole", settings)
+    out = tmp_path / "killed"
+    call = json.dumps([str(tiny_checkpoint()), sft_rows, str(out), settings.model_dump(), 4])
+    child = subprocess.run([sys.executable, "-c", KILLED, call], capture_output=True, text=True)
+    assert child.returncode == -9, child.stderr
+    assert not out.exists()
+    (tmp_path / ".killed.work" / "checkpoints" / "checkpoint-4").mkdir(exist_ok=True)  # cut while written
+    steps: list[int] = []
+    again = train_sft(
+        tiny_checkpoint(), sft_rows, out, settings, progress=lambda done, total: steps.append(done)
+    )
+    assert steps == [4, 5, 6]  # three steps were kept
+    assert [row["loss"] for row in again.history] == [row["loss"] for row in whole.history]
+    a, b = weights(whole.checkpoint), weights(again.checkpoint)
+    assert all(torch.equal(a[name], b[name]) for name in a)
