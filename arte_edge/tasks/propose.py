@@ -37,7 +37,8 @@ Task: {description}
 
 Write four different instructions for a person who has to solve this task, one for each way of thinking: \
 going step by step, recalling the rule, eliminating wrong answers, restating the input. \
-Each is one or two sentences, fits this task and is true for every input. Do not solve or mention an example."""
+Each is one or two sentences, fits this task and holds for every input. \
+Do not solve or mention an example."""
 
 # A small model that has not seen such an answer solves the examples instead of writing instructions.
 _SHOWN_ASK = _ASK.format(
