@@ -13,9 +13,10 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Forward", "State"]
 
@@ -29,7 +30,7 @@ class State:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""
-        index = torch.tensor(rows, device=self.mask.device)
+        index = self.mask.new_tensor(rows)
         self.cache.batch_select_indices(index)
         self.mask = self.mask[index]
 
@@ -52,6 +53,8 @@ class Forward:
 
     def prefill(self, rows: Sequence[Sequence[int]], shared: int) -> tuple[torch.Tensor, State]:
         """Decode `rows`, whose first `shared` tokens are the same; return the next logits ``[b, v]``."""
+        import torch
+
         cache = None
         if shared:
             cache = self._prefix(tuple(rows[0][:shared]))
@@ -73,6 +76,8 @@ class Forward:
 
     def extend(self, state: State, tails: Sequence[Sequence[int]]) -> torch.Tensor:
         """Append a tail to each row, short ones padded at the end; return all their logits ``[b, n, v]``."""
+        import torch
+
         width = max(len(tail) for tail in tails)
         ids = torch.tensor([[*tail, *[0] * (width - len(tail))] for tail in tails], dtype=torch.long)
         # What follows a row's last token is never looked at, so the mask need not hide it.
@@ -81,6 +86,8 @@ class Forward:
 
     def _prefix(self, tokens: tuple[int, ...]) -> Any:
         """Return a cache ``[1, s]`` of the prefix, the caller's to change; computed once for equal tokens."""
+        import torch
+
         if self._held[0] != tokens:
             state = State(None, torch.ones((1, len(tokens)), dtype=torch.long, device=self._device))
             self._call(torch.tensor([tokens]), state, **self._last_only)
@@ -88,6 +95,8 @@ class Forward:
         return copy.deepcopy(self._held[1])
 
     def _call(self, ids: torch.Tensor, state: State, **options: int) -> torch.Tensor:
+        import torch
+
         positions = (state.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with torch.inference_mode():
             out = self._model(

@@ -373,3 +373,26 @@ def test_a_pickled_adapter_is_refused(folder, adapter, tmp_path):
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     with pytest.raises(InputError, match="no adapter here"):
         TransformersEngine(folder, sha256="0", adapter=pickled, device="cpu")
+
+
+# --- the real small model --------------------------------------------------------------------------
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_a_checkpoint_agrees_with_the_gguf_that_it_was_made_from(smollm2):
+    from arte_edge.engines.llamacpp import LlamaCppEngine
+
+    here = TransformersEngine(smollm2.checkpoint(), sha256=smollm2.sha256, device="cpu")
+    there = LlamaCppEngine(smollm2.gguf, sha256=smollm2.sha256)
+    prompt = "<|im_start|>user\nName the capital of France.<|im_end|>\n<|im_start|>assistant\nThe capital of"
+    assert here.count_tokens(prompt) == there.count_tokens(prompt)
+    sampling = Sampling(max_tokens=6)
+    ours, theirs = (engine.complete([Request(prompt)], sampling)[0] for engine in (here, there))
+    assert ours.text == theirs.text and "Paris" in ours.text
+    suffixes = [" 2 + 2 = 4. Answer:", " London is in Spain. Answer:", " 5 is less than 3. Answer:"]
+    choices = [" True", " False"]
+    ours, theirs = (engine.choose("True or false?", suffixes, choices) for engine in (here, there))
+    # llama.cpp rounds activations to 8 bits on their way into 4-bit weights.
+    assert ours == pytest.approx(theirs, abs=0.3)
+    there.close()
