@@ -61,7 +61,7 @@ def distill(
         path.stem if path else f"{Path(config.task.ref).stem}-{_short(config.student.model)}"
     )
     folder = runs / folder_name
-    run_pipeline(config, folder, anyway=anyway, update=update, dry_run=dry_run, as_json=as_json)
+    run_pipeline(config, folder, anyway=anyway, update=update, as_json=as_json)
 
 
 def _given(**values: str | None) -> dict[str, str]:

@@ -67,6 +67,7 @@ class Elicit(_Section):
     shown: int = Field(default=3, ge=1, description="seed questions shown in each prompt (paper: 3)")
     asked: int = Field(default=5, ge=1, description="questions asked for in each prompt (paper: 5)")
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="for questions, here and in tailor")
     question_tokens: int = Field(default=300, ge=16, description="tokens for one prompt's questions")
     rationale_tokens: int = Field(default=120, ge=8)
     rouge: float = Field(default=0.7, gt=0.0, le=1.0, description="ROUGE-L from which two questions are one")
@@ -118,6 +119,7 @@ class Align(_Section):
         default=1.0, ge=0.0, description="weight of the SFT loss on chosen; 0: DPO alone"
     )
     lora_rank: int = Field(default=8, ge=1)
+    shots: int = Field(default=0, ge=0, description="worked examples in the prompts of rationale pairs")
     probe_every: int = Field(default=4, ge=1, description="optimizer steps between looks for a collapse")
     probe_prompts: int = Field(default=4, ge=1, description="held-out prompts of such a look")
 

@@ -21,6 +21,7 @@ def elicit(run: Run) -> Summary:
             shown=config.shown,
             asked=config.asked,
             temperature=config.temperature,
+            top_p=run.config.elicit.top_p,
             tokens=config.question_tokens,
             rouge=config.rouge,
             max_prompts=config.max_prompts,

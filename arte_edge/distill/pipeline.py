@@ -3,31 +3,81 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from arte_edge.cli.console import emit_json, out
 from arte_edge.distill.calibrate import calibrate
 from arte_edge.distill.check import check
+from arte_edge.distill.closing import show_closing
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.elicit import elicit
+from arte_edge.distill.evaluate import evaluate
 from arte_edge.distill.prefer import prefer
 from arte_edge.distill.progress import Reporter
 from arte_edge.distill.run import Run, open_folder
+from arte_edge.distill.tailor import tailor
+from arte_edge.engines.base import Engine
+from arte_edge.extras import need
 from arte_edge.tasks.load import load_task
 
 __all__ = ["run_pipeline"]
 
 
-def run_pipeline(
-    config: RunConfig, folder: Path, *, anyway: bool, update: bool, dry_run: bool, as_json: bool
-) -> None:
-    """Run every stage of `config` in `folder`; stages that are done from the same inputs are kept."""
+def run_pipeline(config: RunConfig, folder: Path, *, anyway: bool, update: bool, as_json: bool) -> None:
+    """Run every stage of `config` in `folder`; stages that are done from the same inputs are kept.
+
+    Raises:
+        InputError: a task, model or run folder that cannot be used.
+        StoppedEarly: a check or a budget ended the run; the same command goes on.
+    """
+    need("train", "distilling")
+    from arte_edge.distill.tune import tune
+
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
     open_folder(config, folder, task, update=update)
     reporter = Reporter(folder / "events.jsonl", as_json=as_json)
     run = Run(config, task, folder, reporter)
     try:
+        reporter.say(
+            f"[bold]{task.name}[/]: {config.student.model} learns from {config.teacher.model} → {folder}"
+        )
+        adapter = None
+        if config.aligned:
+            from arte_edge.distill.align import align, refuse_server
+
+            refuse_server(run)
         check(run, anyway=anyway)
-        elicit(run)
-        calibrate(run)
-        prefer(run)
+        if config.aligned:
+            elicit(run)
+            calibrate(run)
+            prefer(run)
+            _, adapter = align(run)
+        tailor(run, lambda: _writer(run, adapter), adapter[1] if adapter else "")
+        _, tuned = tune(run)
+        evaluation = evaluate(run, tuned)
+        _close(run, evaluation, as_json)
     finally:
         run.close()
+
+
+def _writer(run: Run, adapter: tuple[Path, str] | None) -> Engine:
+    """Return the teacher that writes the training data: aligned, or as it is."""
+    if adapter is None:
+        return run.engine(run.config.teacher)
+    return run.engine_with(run.local(run.config.teacher), adapter, run.config.teacher)
+
+
+def _close(run: Run, evaluation: dict[str, Any], as_json: bool) -> None:
+    calls = (run.calls.made, run.calls.kept)
+    if as_json:
+        emit_json(
+            {
+                "event": "done",
+                "run": str(run.folder),
+                "calls_made": calls[0],
+                "calls_kept": calls[1],
+                **evaluation,
+            }
+        )
+    else:
+        show_closing(out, evaluation, run.folder, calls)

@@ -50,6 +50,7 @@ class QuestionPlan:
     shown: int
     asked: int
     temperature: float
+    top_p: float
     tokens: int
     rouge: float
     max_prompts: int
@@ -147,7 +148,9 @@ def draft_questions(run: Run, engine: Engine, config: ModelConfig, plan: Questio
     drafts = Drafts()
     filters = _Filter(run.task, plan.rouge)
     empty_rounds = 0
-    sampling = Sampling(temperature=plan.temperature, max_tokens=plan.tokens, seed=plan.seed)
+    sampling = Sampling(
+        temperature=plan.temperature, top_p=plan.top_p, max_tokens=plan.tokens, seed=plan.seed
+    )
     while len(drafts.valid) < plan.wanted:
         missing = plan.wanted - len(drafts.valid)
         rate = max(len(drafts.valid) / (drafts.prompts * plan.asked), 0.1) if drafts.prompts else 0.5

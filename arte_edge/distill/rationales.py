@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from arte_edge.distill.config import ModelConfig
-from arte_edge.distill.labels import Policy, agrees, decide
 from arte_edge.distill.grammar import rationale_grammar
+from arte_edge.distill.labels import Policy, agrees, decide
 from arte_edge.distill.prompts import (
     ANSWER_CLOSE,
     ANSWER_OPEN,

@@ -10,6 +10,7 @@ from arte_edge.distill.calls import Calls
 from arte_edge.distill.config import ModelConfig, RunConfig
 from arte_edge.distill.progress import Reporter
 from arte_edge.distill.settings import differences, dump_toml, load_toml
+from arte_edge.distill.student_file import base_file
 from arte_edge.engines.base import Engine
 from arte_edge.engines.open import is_server, open_engine, open_local
 from arte_edge.engines.render import Message, render
@@ -43,7 +44,7 @@ class Run:
             self._engines[key] = (
                 open_engine(model.model)
                 if is_server(model.model)
-                else open_local(self.local(model), kind=model.engine, parallel=model.parallel)
+                else open_local(self._deployed(model), kind=model.engine, parallel=model.parallel)
             )
         return self._engines[key]
 
@@ -52,6 +53,11 @@ class Run:
         if config.model not in self._models:
             self._models[config.model] = resolve(config.model)
         return self._models[config.model]
+
+    def _deployed(self, config: ModelConfig) -> LocalModel:
+        """Return the model as it is decoded: the student from its F16 file, any other as it came."""
+        model = self.local(config)
+        return base_file(model) if config == self.config.student else model
 
     def identity(self, config: ModelConfig) -> list[Any]:
         """Return what decides the texts of a configured model: an input of stages."""

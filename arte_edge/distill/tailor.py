@@ -87,6 +87,7 @@ def _write(run: Run, engine: Engine, n: int) -> tuple[Drafts, list[dict[str, Any
         shown=elicit.shown,
         asked=elicit.asked,
         temperature=config.temperature,
+        top_p=run.config.elicit.top_p,
         tokens=elicit.question_tokens,
         rouge=elicit.rouge,
         max_prompts=config.max_prompts,

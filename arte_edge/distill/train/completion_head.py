@@ -11,6 +11,8 @@ from __future__ import annotations
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from arte_edge.distill.train.shared_prompt import attends_fully, pair_hidden_states
+
 if TYPE_CHECKING:
     import torch
 
@@ -20,52 +22,50 @@ __all__ = ["score_completions_only"]
 _PLAIN_HEADS = ("llama", "qwen2", "gemma3_text")
 
 
-def score_completions_only(model: Any) -> bool:
+def score_completions_only(model: Any, *, pairs: bool = False) -> bool:
     """Replace the forward pass that TRL gave `model` (not its PEFT wrapper); return whether it was.
 
-    It is left alone on a GPU, for other families, and for a TRL that works in another way.
+    `pairs`: batches are preference pairs, whose prompt is then computed once. The model is
+    left alone on a GPU, for other families, and for a TRL that works in another way.
     """
     from trl.trainer import utils
 
     known = hasattr(utils, "FusedCausalLMOutput") and model.config.model_type in _PLAIN_HEADS
     if not known or model.device.type != "cpu":
         return False
-    theirs = model.forward
+    theirs, shared = model.forward, pairs and attends_fully(model.config)
 
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return theirs(*args, labels=labels, **kwargs)
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
-        return utils.FusedCausalLMOutput(**_scores(self.get_output_embeddings(), hidden, labels[:, 1:]))
+        mask = labels[:, 1:] != -100
+        if shared:
+            ids, attention = kwargs["input_ids"], kwargs["attention_mask"]
+            hidden = pair_hidden_states(self.base_model, ids, attention, labels)
+        else:
+            hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1][mask]
+        scores = _scores(self.get_output_embeddings(), hidden, labels[:, 1:][mask])
+        spread = {name: _spread(values, mask) for name, values in scores.items()}
+        loss = -spread["log_probs"].sum() / mask.sum().clamp(min=1)
+        return utils.FusedCausalLMOutput(loss=loss, label_mask=mask, **spread)
 
     model.forward = MethodType(forward, model)
     return True
 
 
-def _scores(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return TRL's per-token fields ``[n_row, n_token]``, zero where the label is -100.
-
-    `hidden` is ``[n_row, n_token, n_dim]``; `labels` are the next tokens.
-    """
+def _scores(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return TRL's per-token fields ``[n_label]`` for `hidden` ``[n_label, n_dim]``."""
     import torch
 
-    mask = labels != -100
-    targets = labels[mask]
-    logits = head(hidden[mask]).float()  # [n_label, n_vocab]
+    logits = head(hidden).float()  # [n_label, n_vocab]
     log_total = logits.logsumexp(-1)
     log_probs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_total
     with torch.no_grad():
         entropy = log_total - (torch.exp(logits - log_total.unsqueeze(-1)) * logits).sum(-1)
         mean_logits, is_top1 = logits.mean(-1), logits.argmax(-1) == targets
+    return {"log_probs": log_probs, "entropy": entropy, "mean_logits": mean_logits, "is_top1": is_top1}
 
-    def spread(values: torch.Tensor) -> torch.Tensor:
-        return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
-    return {
-        "loss": -log_probs.sum() / mask.sum().clamp(min=1),
-        "log_probs": spread(log_probs),
-        "entropy": spread(entropy),
-        "mean_logits": spread(mean_logits),
-        "is_top1": spread(is_top1),
-        "label_mask": mask,
-    }
+def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return `values` ``[n_label]`` at the places of `mask` ``[n_row, n_token]``, zero elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
