@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arte_edge.distill.train.collapse import ProbeResult
+from arte_edge.distill.train.dpo import encode_pairs, train_dpo
+from arte_edge.distill.train.settings import CollapseLimits, DpoSettings, Lora
+from arte_edge.distill.train.tokens import Encoder
+from arte_edge.errors import InputError
+
+PAIRS = [
+    {
+        "prompt": f"<|user|>Write a question {i % 4}." + " not" * (i % 3) + "\n",
+        "chosen": f"<ans>yes{i}</ans>",
+        "rejected": "maybe " * (1 + i % 3) + "no",
+    }
+    for i in range(12)
+]
+FAST = DpoSettings(
+    learning_rate=2e-2,
+    batch_size=2,
+    accumulate=1,
+    epochs=1.0,
+    lora=Lora(rank=4, alpha=8),
+    probe_every=2,
+    seed=1,
+)
+
+
+def adapter(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def healthy(folder: Path) -> ProbeResult:
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    return ProbeResult(valid_rate=0.75, mean_tokens=40.0)
+
+
+def test_the_chosen_texts_win_and_the_adapter_is_a_peft_folder(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    settings = FAST.model_copy(update={"epochs": 4.0, "probe_every": 8})
+    result = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "out", settings, probe=healthy)
+    assert (result.steps, result.kept_step, result.collapse, result.dropped) == (24, 24, "", 0)
+    assert len(result.history) == 24
+    assert result.history[-1]["rewards/margins"] > 1.0 > abs(result.history[0]["rewards/margins"])
+    assert result.history[-1]["logps/chosen"] > result.history[0]["logps/chosen"]  # the SFT part holds it
+    assert [look["step"] for look in result.probes] == [0, 8, 16, 24]
+    rows = [json.loads(line) for line in (result.adapter / "log.jsonl").read_text().splitlines()]
+    assert len(rows) == 24 + 4 and rows[0] == result.history[0] and rows[-1]["probe"]["step"] == 24
+    base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(), dtype=torch.float32)
+    ids = torch.tensor([[4, 30, 31]])
+    before = base(ids).logits
+    assert not torch.allclose(PeftModel.from_pretrained(base, result.adapter)(ids).logits, before, atol=0.1)
+    for file in result.adapter.iterdir():
+        content = file.read_bytes()
+        assert str(tmp_path).encode() not in content and str(tiny_checkpoint()).encode() not in content
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_sigmoid_alone_is_the_papers_loss(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    import math
+
+    paper = FAST.model_copy(update={"losses": ("sigmoid",), "learning_rate": 1e-7})
+    both = FAST.model_copy(update={"loss_weights": (1.0, 0.5), "learning_rate": 1e-7})
+    first = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "a", paper).history[0]
+    second = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "b", both).history[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)  # policy and reference are still the same
+    assert second["loss"] > first["loss"] + 0.5
+
+
+def test_the_rate_warms_up_and_falls_as_a_cosine(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    settings = FAST.model_copy(update={"epochs": 4.0, "probe_every": 100})
+    rates = [
+        row["learning_rate"] for row in train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "a", settings).history
+    ]
+    peak = rates.index(max(rates))
+    assert peak == 3 and rates[peak] == pytest.approx(2e-2)  # 10 % of 24 steps, rounded up
+    assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[12] == pytest.approx(2e-2 * 0.6, rel=0.2) and rates[-1] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [(ProbeResult(0.1, 40.0), "valid drafts fell"), (ProbeResult(0.75, 400.0), "mean length went")],
+)
+def test_a_broken_teacher_stops_the_training_and_the_last_good_adapter_is_kept(
+    broken: ProbeResult, named: str, tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    import torch
+
+    seen: list[dict[str, Any]] = []
+
+    def probe(folder: Path) -> ProbeResult:
+        seen.append(adapter(folder))
+        return broken if len(seen) == 3 else healthy(folder)  # looks after 0, 2 and 4 steps
+
+    result = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "out", FAST, probe=probe)
+    assert (result.steps, result.kept_step) == (4, 2)
+    assert named in result.collapse and result.probes[-1]["reason"] == result.collapse
+    kept = adapter(result.adapter)
+    assert all(torch.equal(kept[name], seen[1][name]) for name in kept)
+    assert not all(torch.equal(kept[name], seen[2][name]) for name in kept)
+
+
+def test_falling_log_probability_of_chosen_stops_between_looks_and_without_a_probe(
+    tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    limits = CollapseLimits(max_chosen_drop_nats=1e-3)
+    swapped = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in PAIRS]
+    settings = FAST.model_copy(
+        update={"limits": limits, "probe_every": 100, "losses": ("sigmoid",), "learning_rate": 0.3}
+    )
+    result = train_dpo(tiny_checkpoint(), swapped, tmp_path / "out", settings)
+    assert "nats" in result.collapse
+    assert result.kept_step == 0 and 0 < result.steps < 6
+    assert not any(tensor.any() for name, tensor in adapter(result.adapter).items() if "lora_B" in name)
+
+
+def test_pairs_are_tokenized_as_the_engines_do(tiny_checkpoint: Any) -> None:
+    from transformers import AutoTokenizer
+
+    coder = Encoder(AutoTokenizer.from_pretrained(tiny_checkpoint(adds_bos=True)))
+    pair = {"prompt": "<bos><|user|>the ans", "chosen": "wer is no", "rejected": "wer is yes"}
+    (encoded,) = encode_pairs(coder, [pair], 64)
+    assert (
+        encoded["prompt_ids"] == coder.prompt("<bos><|user|>the ans") and encoded["prompt_ids"].count(1) == 1
+    )
+    for key in ("chosen", "rejected"):
+        ids = encoded[f"{key}_ids"]
+        assert ids[-1] == 2 and coder.tokenizer.decode(ids[:-1]) == pair[key]
+
+
+def test_a_pair_that_is_too_long_is_dropped_and_counted(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    long = {"prompt": "Is it?\n", "chosen": "yes", "rejected": "no " * 300}
+    settings = FAST.model_copy(update={"max_length": 128})
+    result = train_dpo(tiny_checkpoint(), [*PAIRS, long], tmp_path / "out", settings)
+    assert (result.pairs, result.dropped) == (12, 1)
+    with pytest.raises(InputError, match="fits into 128 tokens"):
+        train_dpo(tiny_checkpoint(), [long], tmp_path / "none", settings)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An alignment that nobody disturbed."""
+    return train_dpo(tiny_checkpoint(), PAIRS, tmp_path_factory.mktemp("dpo") / "out", FAST, probe=healthy)
+
+
+def test_a_finished_alignment_returns_at_once(whole: Any, tiny_checkpoint: Any) -> None:
+    def unwanted(folder: Path) -> ProbeResult:
+        raise AssertionError("asked twice")
+
+    assert train_dpo(tiny_checkpoint(), PAIRS, whole.adapter, FAST, probe=unwanted) == whole
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from arte_edge.distill.train.collapse import ProbeResult
+from arte_edge.distill.train.dpo import train_dpo
+from arte_edge.distill.train.settings import DpoSettings
+checkpoint, pairs, out, settings, step, look = json.loads(sys.argv[1])
+looks = []
+def probe(folder):
+    looks.append(folder.name)
+    if len(looks) == look:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ProbeResult(0.75, 40.0)
+def progress(done, total):
+    if done == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+train_dpo(Path(checkpoint), pairs, Path(out), DpoSettings(**settings), probe=probe, progress=progress)
+"""
+
+
+@pytest.mark.parametrize(
+    ("killed", "steps", "looks"),
+    [
+        ({"step": 4}, [3, 4, 5, 6], ["step-4", "step-6"]),  # between two checkpoints
+        ({"look": 3}, [5, 6], ["step-4", "step-6"]),  # while the teacher writes
+        ({"look": 4}, [], ["step-6"]),  # at the last look of all
+    ],
+)
+def test_a_killed_alignment_goes_on_to_the_same_adapter(
+    killed: dict[str, int],
+    steps: list[int],
+    looks: list[str],
+    whole: Any,
+    tiny_checkpoint: Any,
+    tmp_path: Path,
+) -> None:
+    import torch
+
+    out = tmp_path / "killed"
+    settings = FAST.model_dump(mode="json")
+    call = [str(tiny_checkpoint()), PAIRS, str(out), settings, killed.get("step", 0), killed.get("look", 0)]
+    child = subprocess.run([sys.executable, "-c", KILLED, json.dumps(call)], capture_output=True, text=True)
+    assert child.returncode == -9, child.stderr
+    taken: list[int] = []
+    asked: list[str] = []
+
+    def probe(folder: Path) -> ProbeResult:
+        asked.append(folder.name)
+        return healthy(folder)
+
+    again = train_dpo(
+        tiny_checkpoint(), PAIRS, out, FAST, probe=probe, progress=lambda done, total: taken.append(done)
+    )
+    assert (taken, asked) == (steps, looks)
+    assert again.probes == whole.probes
+    assert [row["loss"] for row in again.history] == [row["loss"] for row in whole.history]
+    a, b = adapter(whole.adapter), adapter(again.adapter)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
