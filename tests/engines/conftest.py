@@ -1,21 +1,20 @@
-"""A tiny HTTP server with a tiny model behind it, and faults in front of any server."""
+"""A tiny server with faults in front of it, and tiny checkpoints."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import string
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-
-FAULTS = ("429", "500", "cut", "cut-body", "garbage", "truncated", "no-completion", "hang")
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class Front:
     """A server on a loopback port that passes requests to `answer`, after the faults of each row.
 
     `faults[i]` are those of the i-th distinct POST body, one an attempt, so that what
-    happens to a row does not depend on the order in which threads arrive.
+    happens to a row does not depend on the order in which threads arrive: "429", "500",
+    "cut" and "cut-body" (the connection), "garbage", "truncated", "no-completion", "hang".
     """
 
     answer: Answer
@@ -166,7 +166,7 @@ class TinyModel:
 
     def tokens(self, text: str) -> list[str]:
         words = sorted(self.vocabulary, key=len, reverse=True)
-        return re.findall("|".join(map(re.escape, words)) + r"|\s?\w+|\W", text)
+        return re.findall("|".join(map(re.escape, words)) + "|.", text)
 
     def log_probability(self, before: Sequence[str], token: str) -> float:
         """Depend on the last two tokens; those outside the vocabulary get a constant."""
@@ -194,18 +194,6 @@ class TinyModel:
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": [top]}
 
 
-def _forward_to(base: str) -> Answer:
-    """Return an answerer that asks the real server at `base` (without ``/v1``)."""
-    client = httpx.Client(timeout=300, trust_env=False)
-
-    def answer(seen: Seen) -> tuple[int, Any]:
-        method = "POST" if seen.body else "GET"
-        real = client.request(method, base + seen.path, json=seen.body or None)
-        return real.status_code, real.json()
-
-    return answer
-
-
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Front]]:
     """Start a `Front`; all are closed at the end of the test."""
@@ -225,18 +213,86 @@ def tiny_model() -> type[TinyModel]:
     return TinyModel
 
 
-@pytest.fixture
-def forward_to() -> Callable[[str], Answer]:
-    return _forward_to
-
-
-@pytest.fixture
-def every_fault() -> tuple[str, ...]:
-    return FAULTS
-
-
 @pytest.fixture(autouse=True)
 def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the keys of the person who runs the tests out of them."""
     monkeypatch.delenv("ARTE_EDGE_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+_CORPUS = "the cat sat on the mat. is it True or False? question answer one two three (A) (B) (C)\n"
+
+
+def _tiny_tokenizer(adds_bos: bool = False) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=160,
+        special_tokens=["<s>", "</s>", "<|im_end|>"],
+        # No half characters: different tokens must be different texts.
+        initial_alphabet=sorted(set(string.ascii_letters + string.digits + string.punctuation) | {"Ġ", "Ċ"}),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_CORPUS] * 4, trainer)
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    )
+
+
+def _tiny_checkpoint(folder: Path, family: str = "llama", adds_bos: bool = False) -> Path:
+    """A two-layer model with weights large enough that its next token is no near-tie."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = _tiny_tokenizer(adds_bos)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.4,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None,
+    }
+    if family == "mistral":
+        sizes["sliding_window"] = 12
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_checkpoint() -> Callable[..., Path]:
+    """Write a two-layer checkpoint into a folder: ``tiny_checkpoint(folder, "mistral", adds_bos=True)``."""
+    return _tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _tiny_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def llama(llama_folder: Path) -> Iterator[Any]:
+    """The transformers engine over a two-layer random Llama."""
+    pytest.importorskip("torch")
+    from arte_edge.engines.hf import TransformersEngine
+
+    engine = TransformersEngine(llama_folder, sha256="0" * 64, device="cpu")
+    yield engine
+    engine.close()
