@@ -65,17 +65,17 @@ def align(run: Run) -> tuple[Summary, Adapter]:
             )
         stage.write("pairs.jsonl", pairs)
         run.release()  # the trainer needs the memory that engines hold
-        with run.reporter.bar("DPO", 1) as step:
+        with run.reporter.percent("DPO") as progress:
             result = train_dpo(
                 model.checkpoint(),
                 [{key: pair[key] for key in ("prompt", "chosen", "rejected")} for pair in pairs],
                 stage.folder / "adapter",
                 _settings(run),
                 probe=_probe(run),
+                progress=progress,
             )
-            step(1)
-        if result.stopped:
-            run.reporter.warn(f"alignment stopped early: {result.stopped}; step {result.kept_step} is kept")
+        if result.collapse:
+            run.reporter.warn(f"alignment stopped early: {result.collapse}; step {result.kept_step} is kept")
         adapter = _deployed(run, stage.folder)
         return {
             "pairs": len(pairs),
@@ -85,7 +85,7 @@ def align(run: Run) -> tuple[Summary, Adapter]:
             "lengths": length_report(pairs),
             "steps": result.steps,
             "kept_step": result.kept_step,
-            "stopped": result.stopped,
+            "stopped": result.collapse,
             "margin": _last(result.history, "rewards/margins"),
             "accuracy": _last(result.history, "rewards/accuracies"),
             "adapter_sha256": adapter[1],

@@ -81,7 +81,7 @@ def forced(
     if answer.closed:
         options = [answer.options(example.input) for example in examples]
         choices = [[option + ANSWER_CLOSE for option in row] for row in options]
-        scores = run.calls.choose(engine, [""], prompts, choices, what)[0]
+        scores = run.calls.choose(engine, [prompts], choices, what)[0]
         best = np.nanargmax(scores, axis=1)
         return _judged(run, examples, [row[i] for row, i in zip(options, best, strict=True)])
     sampling = Sampling(max_tokens=_OPEN_ANSWER_TOKENS, stop=(ANSWER_CLOSE, "\n"))

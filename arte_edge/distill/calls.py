@@ -25,6 +25,7 @@ class Calls:
 
     def __init__(self, log: CallLog, reporter: Reporter, group: int = 32) -> None:
         self._log, self._reporter, self._group = log, reporter, group
+        self._failed: dict[str, Completion] = {}
         self.made = 0
         self.kept = 0
 
@@ -44,8 +45,8 @@ class Calls:
                 )
                 self._count(len(todo), len(group) - len(todo))
                 step(len(group), sum(c.completion_tokens for c in fresh), len(group) - len(todo))
-                failed = {keys[i]: c for i, c in zip(todo, fresh, strict=True) if c.finish == "error"}
-                self._failed = {**getattr(self, "_failed", {}), **failed}
+                # A failed call has no finished row in the store; this process still needs its reason.
+                self._failed |= {keys[i]: c for i, c in zip(todo, fresh, strict=True) if c.finish == "error"}
         return [self._completion(key) for key in keys]
 
     def _completion(self, key: str) -> Completion:
@@ -58,36 +59,30 @@ class Calls:
     def choose(
         self,
         engine: Engine,
-        prefixes: Sequence[str],
-        suffixes: Sequence[str],
+        groups: Sequence[Sequence[str]],
         choices: Sequence[Sequence[str]],
         what: str,
     ) -> NDArray[np.float64]:
-        """Return log-probabilities ``[n_prefix, n_suffix, n_choice]``; one group a prefix.
+        """Return log-probabilities ``[n_group, n_prompt, n_choice]`` of `choices` after each prompt.
 
-        `choices` are those of each suffix; shorter lists are padded with NaN.
+        The prompts of one group should begin alike: what they share is computed once. `choices`
+        are those of each prompt of a group; shorter lists are padded with NaN.
         """
         identity = engine.identity.key()
-        n_choice = max(len(options) for options in choices)
-        scores = np.full((len(prefixes), len(suffixes), n_choice), np.nan)
-        with self._reporter.bar(what, len(prefixes) * len(suffixes)) as step:
-            for p, prefix in enumerate(prefixes):
-                key = content_key("choose", identity, prefix, list(suffixes), [list(c) for c in choices])
+        width = max(len(options) for options in choices)
+        scores = np.full((len(groups), len(choices), width), np.nan)
+        with self._reporter.bar(what, len(groups) * len(choices)) as step:
+            for g, prompts in enumerate(groups):
+                key = content_key("choose", identity, list(prompts), [list(c) for c in choices])
                 row = self._log.get(key)
+                kept = len(prompts) if row is not None else 0
                 if row is None:
-                    row = {
-                        "key": key,
-                        "what": what,
-                        "logp": _choose_ragged(engine, prefix, suffixes, choices),
-                    }
+                    row = {"key": key, "what": what, "logp": _choose_ragged(engine, prompts, choices)}
                     self._log.append([row])
-                    self._count(len(suffixes), 0)
-                    step(len(suffixes))
-                else:
-                    self._count(0, len(suffixes))
-                    step(len(suffixes), 0, len(suffixes))
-                for s, values in enumerate(row["logp"]):
-                    scores[p, s, : len(values)] = values
+                self._count(len(prompts) - kept, kept)
+                step(len(prompts), 0, kept)
+                for i, values in enumerate(row["logp"]):
+                    scores[g, i, : len(values)] = values
         return scores
 
     def _count(self, made: int, kept: int) -> None:
@@ -96,15 +91,15 @@ class Calls:
 
 
 def _choose_ragged(
-    engine: Engine, prefix: str, suffixes: Sequence[str], choices: Sequence[Sequence[str]]
+    engine: Engine, prompts: Sequence[str], choices: Sequence[Sequence[str]]
 ) -> list[list[float]]:
-    """Score suffixes that have the same choices together; letters of a list differ from question to question."""
+    """Score prompts that have the same choices together; the letters of a list differ between questions."""
     found: dict[int, list[float]] = {}
     for options in sorted({tuple(c) for c in choices}):
         mine = [i for i, c in enumerate(choices) if tuple(c) == options]
-        for i, values in zip(mine, engine.choose(prefix, [suffixes[i] for i in mine], options), strict=True):
+        for i, values in zip(mine, engine.choose("", [prompts[i] for i in mine], options), strict=True):
             found[i] = [round(float(value), 6) for value in values]
-    return [found[i] for i in range(len(suffixes))]
+    return [found[i] for i in range(len(prompts))]
 
 
 def _completion_row(key: str, what: str, completion: Completion) -> dict[str, Any]:

@@ -90,13 +90,11 @@ def _by_probability(
         truth = np.array([row.index(e.target) for row, e in zip(options, examples, strict=True)])
     else:
         choices = [[e.target + ANSWER_CLOSE] for e in examples]
-    scores = []
-    for shot in shots:
-        logp = run.calls.choose(engine, [""], _prompts(run, engine, shot, examples), choices, "scores")[0]
-        scores.append(
-            score_log_probabilities(logp, truth, soft=soft) if answer.closed else score_open(logp[:, 0])
-        )
-    return scores
+    groups = [_prompts(run, engine, shot, examples) for shot in shots]
+    logp = run.calls.choose(engine, groups, choices, "scores")
+    if answer.closed:
+        return [score_log_probabilities(one, truth, soft=soft) for one in logp]
+    return [score_open(one[:, 0]) for one in logp]
 
 
 def _by_writing(

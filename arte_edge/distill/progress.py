@@ -98,3 +98,17 @@ class Reporter:
             finally:
                 self._bar = None
         self.event("calls", what=what, n=total, tokens=tokens, kept=cached)
+
+    @contextmanager
+    def percent(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Show a training's progress; yields ``progress(done, total)`` in steps."""
+        with self.bar(what, 100) as step:
+            shown = 0
+
+            def progress(done: int, total: int) -> None:
+                nonlocal shown
+                now = 100 * done // max(total, 1)
+                step(now - shown)
+                shown = now
+
+            yield progress

@@ -88,7 +88,7 @@ def opinions(
         for row in questions
     ]
     choices = [[option + ANSWER_CLOSE for option in row] for row in options]
-    best = np.nanargmax(run.calls.choose(engine, [""], prompts, choices, what)[0], axis=1)
+    best = np.nanargmax(run.calls.choose(engine, [prompts], choices, what)[0], axis=1)
     return [row[i] for row, i in zip(options, best, strict=True)]
 
 

@@ -28,15 +28,7 @@ def tune(run: Run) -> tuple[Summary, LocalModel]:
         rows = _rows(run)
         stage.write("rows.jsonl", rows)
         run.release()
-        with run.reporter.bar("SFT", 100) as step:
-            seen = 0
-
-            def progress(done: int, total: int) -> None:
-                nonlocal seen
-                now = 100 * done // max(total, 1)
-                step(now - seen)
-                seen = now
-
+        with run.reporter.percent("SFT") as progress:
             result = train_sft(
                 base.checkpoint(), rows, stage.folder / "student", _settings(run), progress=progress
             )

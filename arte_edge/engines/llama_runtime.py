@@ -33,6 +33,10 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _silent(level: int, text: bytes, user_data: int) -> None:
+    """Swallow one line of llama.cpp's log."""
+
+
 def _library() -> Any:
     """Import llama_cpp once and silence its log, which would otherwise bury the progress lines."""
     global _log_callback
@@ -43,12 +47,7 @@ def _library() -> Any:
             "Running GGUF models needs llama-cpp-python", "pip install 'arte-edge[gguf]'"
         ) from error
     if _log_callback is None:
-
-        @llama_cpp.llama_log_callback
-        def silent(level: int, text: bytes, user_data: int) -> None:
-            return None
-
-        _log_callback = silent
+        _log_callback = llama_cpp.llama_log_callback(_silent)
         llama_cpp.llama_backend_init()
         llama_cpp.llama_log_set(_log_callback, None)
     return llama_cpp

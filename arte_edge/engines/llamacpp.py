@@ -128,8 +128,17 @@ class _Writer:
 
     def _on_logits(self, position: int, logits: NDArray[np.float32]) -> int | None:
         token = self._draw(logits)
+        self._finish = self._reason_to_end(token)
+        if not self._finish:
+            return token
+        if self._grammar is not None:
+            self._grammar.close()
+        return None
+
+    def _reason_to_end(self, token: int) -> str:
+        """Append `token` to the text; return why the completion ends with it, empty if it does not."""
         if self._model.is_end(token):
-            return self._end("eos")
+            return "eos"
         self._written.append(token)
         piece = self._model.piece(token)
         start = len(self._text)
@@ -138,12 +147,12 @@ class _Writer:
             found = self._text.find(stop, max(0, start - len(stop)))
             if found >= 0:
                 del self._text[found + len(stop) :]
-                return self._end("stop")
+                return "stop"
         if len(self._written) >= self._sampling.max_tokens:
-            return self._end("length")
+            return "length"
         if len(self._written) % _LOOP_EVERY == 0 and in_loop(self._written):
-            return self._end("loop")
-        return token
+            return "loop"
+        return ""
 
     def _draw(self, logits: NDArray[np.float32]) -> int:
         if self._grammar is None:
@@ -156,11 +165,6 @@ class _Writer:
             token = draw(self._grammar.mask(every, logits), self._sampling, self._rng)
         self._grammar.accept(token)
         return token
-
-    def _end(self, reason: str) -> None:
-        self._finish = reason
-        if self._grammar is not None:
-            self._grammar.close()
 
     def completion(self, shared: int) -> Completion:
         return Completion(
