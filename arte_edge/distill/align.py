@@ -150,7 +150,7 @@ def _settings(run: Run) -> DpoSettings:
         beta=config.beta,
         losses=("sigmoid", "sft") if both else ("sigmoid",),
         loss_weights=(1.0, config.sft_weight) if both else (),
-        lora=Lora(rank=config.lora_rank, alpha=2.0 * config.lora_rank),
+        lora=Lora(rank=config.lora_rank, alpha=2.0 * config.lora_rank, targets=config.lora_targets),
         probe_every=config.probe_every,
         seed=run.config.seed,
     )

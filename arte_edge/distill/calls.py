@@ -24,7 +24,7 @@ class Calls:
     """The calls of one run. `made` counts engine calls of this process, `kept` those found in the store."""
 
     def __init__(self, log: CallLog, reporter: Reporter, group: int = 32) -> None:
-        self._log, self._reporter, self._group = log, reporter, group
+        self._log, self._reporter, self.group = log, reporter, group
         self._failed: dict[str, Completion] = {}
         self.made = 0
         self.kept = 0
@@ -36,8 +36,8 @@ class Calls:
         identity, how = engine.identity.key(), sampling.as_dict()
         keys = [content_key("complete", identity, r.prompt, how, r.sample) for r in requests]
         with self._reporter.bar(what, len(requests)) as step:
-            for start in range(0, len(requests), self._group):
-                group = range(start, min(start + self._group, len(requests)))
+            for start in range(0, len(requests), self.group):
+                group = range(start, min(start + self.group, len(requests)))
                 todo = [i for i in group if self._log.get(keys[i]) is None]
                 fresh = engine.complete([requests[i] for i in todo], sampling) if todo else []
                 self._log.append(

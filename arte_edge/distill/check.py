@@ -121,10 +121,12 @@ def _complaint(summary: Summary) -> str | None:
             f"the teacher is near chance: {teacher['accuracy']:.0%} right (95 % interval "
             f"{teacher['low']:.0%} to {teacher['high']:.0%}, n = {n}); guessing gives {summary['chance']:.0%}"
         )
-    if teacher["accuracy"] <= pupil["accuracy"] or summary["p_value"] >= 0.05:
+    # The question has a direction, is the teacher better, so half of the two-sided p answers it.
+    one_sided = summary["p_value"] / 2
+    if teacher["accuracy"] <= pupil["accuracy"] or one_sided >= 0.05:
         return (
             f"the teacher is not clearly above the student: {teacher['accuracy']:.0%} against "
-            f"{pupil['accuracy']:.0%} with the student's answer forced (n = {n}, paired p = {summary['p_value']:.2g})"
+            f"{pupil['accuracy']:.0%} with the student's answer forced (n = {n}, one-sided paired p = {one_sided:.2g})"
         )
     return None
 

@@ -65,6 +65,11 @@ class Elicit(_Section):
 
     questions: int = Field(default=40, ge=4, description="valid draft questions (paper: 250 a task)")
     shown: int = Field(default=3, ge=1, description="seed questions shown in each prompt (paper: 3)")
+    draw_every: int = Field(
+        default=1,
+        ge=1,
+        description="prompts that show one draw of seeds; more share their prefill, but vary less",
+    )
     asked: int = Field(default=5, ge=1, description="questions asked for in each prompt (paper: 5)")
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="for questions, here and in tailor")
@@ -119,6 +124,9 @@ class Align(_Section):
         default=1.0, ge=0.0, description="weight of the SFT loss on chosen; 0: DPO alone"
     )
     lora_rank: int = Field(default=8, ge=1)
+    lora_targets: tuple[str, ...] = Field(
+        default=(), description="layers that get an adapter, such as q_proj; empty: every linear layer"
+    )
     shots: int = Field(default=0, ge=0, description="worked examples in the prompts of rationale pairs")
     probe_every: int = Field(default=4, ge=1, description="optimizer steps between looks for a collapse")
     probe_prompts: int = Field(default=4, ge=1, description="held-out prompts of such a look")

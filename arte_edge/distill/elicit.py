@@ -20,6 +20,7 @@ def elicit(run: Run) -> Summary:
             wanted=config.questions,
             shown=config.shown,
             asked=config.asked,
+            draw_every=config.draw_every,
             temperature=config.temperature,
             top_p=run.config.elicit.top_p,
             tokens=config.question_tokens,

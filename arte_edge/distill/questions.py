@@ -8,6 +8,7 @@ the reason.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections import Counter
@@ -55,6 +56,7 @@ class QuestionPlan:
     rouge: float
     max_prompts: int
     seed: int
+    draw_every: int = 1
 
     @property
     def budget(self) -> int:
@@ -129,12 +131,13 @@ def parse_questions(text: str) -> list[tuple[str, str] | str]:
 def question_prompts(
     run: Run, engine: Engine, config: ModelConfig, plan: QuestionPlan, first: int, n: int
 ) -> list[Request]:
-    """Return prompts number `first` to ``first + n - 1``; each shows its own draw of seeds."""
+    """Return prompts number `first` to ``first + n - 1``; every `plan.draw_every` of them show the same seeds."""
     requests = []
     for i in range(first, first + n):
-        seeds = random.Random(f"{plan.seed}/{i}").sample(list(run.task.seed), plan.shown)
+        rng = random.Random(f"{plan.seed}/{i // plan.draw_every}")
+        seeds = rng.sample(list(run.task.seed), min(plan.shown, len(run.task.seed)))
         messages = question_messages(run.task, seeds, plan.asked)
-        requests.append(Request(run.render(engine, messages, question_prefill(plan.shown), config), i))
+        requests.append(Request(run.render(engine, messages, question_prefill(len(seeds)), config), i))
     return requests
 
 
@@ -154,7 +157,10 @@ def draft_questions(run: Run, engine: Engine, config: ModelConfig, plan: Questio
     while len(drafts.valid) < plan.wanted:
         missing = plan.wanted - len(drafts.valid)
         rate = max(len(drafts.valid) / (drafts.prompts * plan.asked), 0.1) if drafts.prompts else 0.5
-        n = min(max(4, -(-missing // max(1, round(plan.asked * rate)))), 64, plan.budget - drafts.prompts)
+        # One full batch at most: a second one with a few prompts in it would decode as long as a full one.
+        n = min(
+            max(4, math.ceil(missing / (plan.asked * rate))), run.calls.group, plan.budget - drafts.prompts
+        )
         if n <= 0 or empty_rounds >= _EMPTY_ROUNDS:
             raise StoppedEarly(
                 f"{what}: only {len(drafts.valid)} of {plan.wanted} valid questions after {drafts.prompts} "

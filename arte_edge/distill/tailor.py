@@ -86,6 +86,7 @@ def _write(run: Run, engine: Engine, n: int) -> tuple[Drafts, list[dict[str, Any
         wanted=n,
         shown=elicit.shown,
         asked=elicit.asked,
+        draw_every=elicit.draw_every,
         temperature=config.temperature,
         top_p=run.config.elicit.top_p,
         tokens=elicit.question_tokens,
