@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from arte_edge.errors import InputError
+
 __all__ = ["distill"]
 
 
@@ -31,6 +33,13 @@ def distill(
         bool,
         typer.Option("--dry-run", help="Say calls, tokens, minutes and cost from a short probe, and stop."),
     ] = False,
+    prices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROMPT,COMPLETION",
+            help="For --dry-run: dollars for a million tokens of a teacher behind a server.",
+        ),
+    ] = None,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Go on although the teacher is not clearly above the student.")
     ] = False,
@@ -45,7 +54,6 @@ def distill(
     Killed at any moment, the same command goes on where it stopped.
     """
     from arte_edge import catalog
-    from arte_edge.distill.pipeline import run_pipeline
     from arte_edge.distill.settings import build, load_toml, parse_set
 
     path = catalog.find("presets", run) if run is not None else None
@@ -57,6 +65,16 @@ def distill(
     }
     layers = [load_toml(path)] if path else []
     config = build(run or "--set", *layers, flags, parse_set(set_ or []))
+    if prices and not dry_run:
+        raise InputError("--prices goes with --dry-run", "A run itself counts calls and tokens, not dollars.")
+    if dry_run:
+        from arte_edge.distill.dry_run import dry_run as plan_run
+        from arte_edge.distill.dry_run import parse_prices
+
+        plan_run(config, prices=parse_prices(prices) if prices else None, as_json=as_json)
+        return
+    from arte_edge.distill.pipeline import run_pipeline
+
     folder_name = config.name or (
         path.stem if path else f"{Path(config.task.ref).stem}-{_short(config.student.model)}"
     )

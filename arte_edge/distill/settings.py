@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from arte_edge.distill.config import RunConfig
 from arte_edge.errors import InputError, nearest
 
-__all__ = ["build", "differences", "dump_toml", "load_toml", "parse_set"]
+__all__ = ["build", "differences", "dump_toml", "load_toml", "parse_set", "problems_of"]
 
 
 def load_toml(path: Path) -> dict[str, Any]:
@@ -43,7 +43,9 @@ def parse_set(assignments: Sequence[str]) -> dict[str, Any]:
             value = text.strip()  # a bare word is a string: quotes do not survive every shell
         table = tables
         for part in parts[:-1]:
-            table = table.setdefault(part, {})
+            below = table.get(part)
+            table[part] = below if isinstance(below, dict) else {}  # task=x, then task.ref=y
+            table = table[part]
         table[parts[-1]] = value
     return tables
 
@@ -70,16 +72,30 @@ def build(source: str, *layers: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tables)
     except ValidationError as error:
-        problems, hints = [], []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"])
-            if item["type"] == "extra_forbidden":
-                problems.append(f"unknown key '{key}'")
-                hints.append(nearest(str(item["loc"][-1]), _keys_at(item["loc"][:-1])))
-            else:
-                message = item["msg"].removeprefix("Value error, ")
-                problems.append(f"{key}: {message}" if key else message)
+        problems, hints = zip(*_problems(error), strict=True)
         raise InputError(f"{source}: " + "; ".join(problems), " ".join(filter(None, hints))) from error
+
+
+def problems_of(tables: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what is wrong with nested tables as (message, hint) pairs; empty if they are a run."""
+    try:
+        RunConfig.model_validate(tables)
+    except ValidationError as error:
+        return _problems(error)
+    return []
+
+
+def _problems(error: ValidationError) -> list[tuple[str, str]]:
+    found = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            hint = nearest(str(item["loc"][-1]), _keys_at(item["loc"][:-1]))
+            found.append((f"unknown key '{key}'", hint))
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            found.append((f"{key}: {message}" if key else message, ""))
+    return found
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:

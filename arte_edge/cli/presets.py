@@ -1,0 +1,127 @@
+"""``arte-edge ls | show | copy | check``: run files, shipped or your own, before anything is run.
+
+A preset is an ordinary run file with a comment that says what it is for. `check` finds
+what would stop a run, without fetching a model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import shorten
+from typing import Annotated, Any
+
+import typer
+
+from arte_edge import catalog
+from arte_edge.cli.console import emit_json, out
+from arte_edge.errors import InputError
+
+__all__ = ["check", "copy", "describe", "ls", "show"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[str, typer.Argument(help="A shipped preset's name, or the path of a run file.")]
+
+
+def ls(as_json: Json = False) -> None:
+    """List the shipped presets: run files to start from."""
+    presets = [_summary(name) for name in catalog.names("presets")]
+    if as_json:
+        emit_json(presets)
+        return
+    for preset in presets:
+        out.print(f"{preset['name']:<12}{preset['description']}", markup=False, soft_wrap=True)
+        models = f"{preset['student']} learns {preset['task']} from {preset['teacher']}"
+        out.print(f"{'':<12}{shorten(models, 200, placeholder='…')}", markup=False, soft_wrap=True)
+
+
+def show(name: Name, as_json: Json = False) -> None:
+    """Print a run file with its comments; with --json, every key with the value that it resolves to."""
+    from arte_edge.distill.settings import build, load_toml
+
+    path = catalog.find("presets", name)
+    if as_json:
+        emit_json(build(name, load_toml(path)).model_dump(mode="json"))
+    else:
+        out.print(_read(path).rstrip(), markup=False, soft_wrap=True)
+
+
+def copy(
+    name: Name,
+    dest: Annotated[Path, typer.Argument(metavar="DEST.toml", help="The file to write; it must not exist.")],
+    as_json: Json = False,
+) -> None:
+    """Copy a preset to a file of your own. Nothing is ever overwritten."""
+    text = _read(catalog.find("presets", name))
+    if dest.suffix != ".toml":
+        raise InputError(f"{dest}: a run file ends in .toml", f"For example {dest}.toml.")
+    try:
+        with dest.open("x", encoding="utf-8") as file:  # "x": two copies at once cannot both win
+            file.write(text)
+    except FileExistsError as error:
+        raise InputError(f"{dest}: exists already", "Give another name, or remove it first.") from error
+    except OSError as error:
+        raise InputError(f"{dest}: cannot be written ({error.strerror})") from error
+    if as_json:
+        emit_json({"preset": name, "file": str(dest)})
+        return
+    out.print(f"Wrote {dest}. Next: change it, `arte-edge check {dest}`, `arte-edge distill {dest}`.")
+
+
+def check(
+    ref: Annotated[str, typer.Argument(metavar="FILE|NAME", help="A run file, or a shipped preset's name.")],
+    as_json: Json = False,
+) -> None:
+    """Say all that is wrong with a run file: keys, values, task, models. Exit code 2 if anything is.
+
+    Fetches no model; a Hub id is taken at its word.
+    """
+    from arte_edge.distill.check_file import find_problems
+    from arte_edge.distill.settings import load_toml
+
+    tables = load_toml(catalog.find("presets", ref))
+    problems = find_problems(tables)
+    if as_json:
+        emit_json({"run": ref, "problems": [{"what": what, "hint": hint} for what, hint in problems]})
+    else:
+        for what, hint in problems:
+            out.print(f"{ref}: {what}", markup=False, soft_wrap=True)
+            if hint:
+                out.print(f"    {hint}", markup=False, soft_wrap=True)
+    if problems:
+        raise InputError(f"{ref}: {len(problems)} problem{'s' * (len(problems) > 1)}", "Listed above.")
+    if not as_json:
+        out.print(f"{ref}: good", markup=False)
+
+
+def describe(text: str) -> str:
+    """Return the first sentence of a run file's opening comment, less the line that says how to call it."""
+    words: list[str] = []
+    for line in text.splitlines():
+        comment = line.removeprefix("#").strip()
+        if not line.startswith("#") or (words and not comment):
+            break
+        if comment and not comment.startswith("arte-edge "):
+            words.append(comment)
+    first, _, _ = " ".join(words).partition(". ")
+    return f"{first.rstrip('.')}." if first else ""
+
+
+def _summary(name: str) -> dict[str, Any]:
+    from arte_edge.distill.settings import build, load_toml
+
+    path = catalog.find("presets", name)
+    config = build(name, load_toml(path))
+    return {
+        "name": name,
+        "description": describe(_read(path)),
+        "task": config.task.ref,
+        "teacher": config.teacher.model,
+        "student": config.student.model,
+    }
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error

@@ -1,0 +1,45 @@
+"""docs/presets.md is what the code says, and has a row for every key of a run."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from arte_edge.distill.config import RunConfig
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = (DOCS / "presets.md").read_text(encoding="utf-8")
+BUILDER = runpy.run_path(str(DOCS / "build_presets_page.py"))
+
+
+def keys() -> list[str]:
+    dumped = RunConfig().model_dump()
+    return [
+        f"{name}.{key}" if key else name
+        for name, value in dumped.items()
+        for key in (value if isinstance(value, dict) else [""])
+    ]
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert BUILDER["render"](PAGE) == PAGE, "python docs/build_presets_page.py"
+
+
+@pytest.mark.parametrize("key", keys())
+def test_every_key_has_exactly_one_row(key: str) -> None:
+    assert sum(line.startswith(f"| `{key}` |") for line in PAGE.splitlines()) == 1
+
+
+def test_a_row_tells_the_default_and_what_each_preset_sets() -> None:
+    [row] = [line for line in PAGE.splitlines() if line.startswith("| `align.learning_rate` |")]
+    default = RunConfig().align.learning_rate
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[2:4] == [f"`{default}`", "`1e-07`"]
+
+
+def test_a_page_with_another_default_is_out_of_date() -> None:
+    changed = PAGE.replace("| `tune.epochs` | `2.0` |", "| `tune.epochs` | `3.0` |")
+    assert changed != PAGE
+    assert BUILDER["render"](changed) == PAGE
