@@ -165,6 +165,7 @@ def _question_plan(run: Run) -> QuestionPlan:
         rouge=elicit.rouge,
         max_prompts=elicit.max_prompts,
         seed=run.config.seed,
+        draw_every=elicit.draw_every,
     )
 
 
@@ -172,9 +173,10 @@ def _drafts_per_prompt(run: Run, answers: Sequence[Completion]) -> float:
     elicit, task = run.config.elicit, run.task
     known: tuple[Example, ...] = (*task.seed, *task.validation)
     near = NearDuplicates(elicit.rouge, (example.input for example in known))
+    opening = question_prefill(min(elicit.shown, len(task.seed)))
     n_valid = 0
     for answer in answers:
-        for draft in parse_questions(question_prefill(elicit.shown) + answer.text):
+        for draft in parse_questions(opening + answer.text):
             if isinstance(draft, str) or canonical(draft[1], task.answer) is None or near.find(draft[0]):
                 continue
             near.add(draft[0])

@@ -51,7 +51,7 @@ def test_show_keeps_the_comments_and_json_resolves_every_key(capsys: Capture) ->
     text = catalog.find("presets", "quickstart").read_text(encoding="utf-8")
     assert capsys.readouterr().out.strip() == text.strip()
     config = run_json(capsys, "show", "quickstart")
-    assert config["tailor"]["questions"] == 72
+    assert f"questions = {config['tailor']['questions']}\n" in text
     assert config["tailor"]["label"] == "vote"  # a default that the file does not set
 
 
