@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +60,10 @@ def quiet_training() -> Iterator[None]:
     logging.disable_progress_bar()
     disable_progress_bar()
     try:
-        yield
+        # A library's word to its developers about a name it will rename means nothing to a user.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         if shown[0]:
             logging.enable_progress_bar()

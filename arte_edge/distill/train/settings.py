@@ -39,7 +39,9 @@ class SftSettings(_Training):
     batch_size: int = Field(default=8, ge=1)
     warmup: float = Field(default=0.03, ge=0, le=1)
     lora: Lora | None = Field(default=None, description="None: all weights are trained")
-    dtype: Literal["bfloat16", "float16"] = Field(default="bfloat16", description="of the written checkpoint")
+    dtype: Literal["auto", "bfloat16", "float16"] = Field(
+        default="auto", description="of the written checkpoint; auto: float16, for Gemma bfloat16"
+    )
 
 
 class CollapseLimits(_Settings):

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 TEXT = "Is true and false true? no yes maybe the answer is not 0123456789 <ans> </ans> . \n"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Train tiny models on one thread: threads that wait for each other cost more than they bring."""
+    import torch
+
+    threads = torch.get_num_threads()
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the trainings that a test starts and kills
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    del os.environ["OMP_NUM_THREADS"]
 
 
 def _save_tokenizer(folder: Path, adds_bos: bool) -> int:

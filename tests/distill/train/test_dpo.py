@@ -190,8 +190,10 @@ train_dpo(Path(checkpoint), pairs, Path(out), DpoSettings(**settings), probe=pro
     ("killed", "steps", "looks"),
     [
         ({"step": 4}, [3, 4, 5, 6], ["step-4", "step-6"]),  # between two checkpoints
-        ({"look": 3}, [5, 6], ["step-4", "step-6"]),  # while the teacher writes
-        ({"look": 4}, [], ["step-6"]),  # at the last look of all
+        # while the teacher writes
+        pytest.param({"look": 3}, [5, 6], ["step-4", "step-6"], marks=pytest.mark.slow),
+        # at the last look of all
+        pytest.param({"look": 4}, [], ["step-6"], marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_alignment_goes_on_to_the_same_adapter(

@@ -88,21 +88,15 @@ def test_the_checkpoint_is_16_bit_with_the_bases_own_files(
     import torch
 
     base, out = tiny_checkpoint(), tuned[kind].checkpoint
-    assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in weights(out).values()} == {torch.float16}
     assert weights(out).keys() == weights(base).keys()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (out, base))
-    assert ours == theirs
+    assert ours == theirs | {"dtype": "float16"}
     for file in out.iterdir():
         assert str(out.parent).encode() not in file.read_bytes(), file.name
     assert not list(out.parent.glob(".*"))  # nothing is left of the work folder
-
-
-def test_an_adapter_is_merged_and_checked(tuned: Any) -> None:
-    assert tuned["full"].merge is None
-    merge = tuned["lora"].merge
-    assert merge.tokens > 50 and 0 < merge.max_abs_diff < 1 and merge.top1_agreement >= 0.97
 
 
 def test_a_finished_training_returns_at_once_and_another_one_does_not(
@@ -150,7 +144,7 @@ train_sft(Path(checkpoint), rows, Path(out), SftSettings(**settings), progress=p
 """
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_killed_training_goes_on_to_the_same_weights(
     kind: str, tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path
 ) -> None:
