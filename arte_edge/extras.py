@@ -10,7 +10,7 @@ __all__ = ["EXTRAS", "need"]
 
 # extra -> the modules it must provide; the keys are the extras of pyproject.toml
 EXTRAS = {
-    "train": ("torch", "transformers", "trl", "peft", "datasets", "accelerate"),
+    "train": ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "scipy", "rouge_score"),
     "gguf": ("llama_cpp", "gguf"),
     "onnx": ("onnxruntime",),
     "optimum": ("optimum",),

@@ -35,7 +35,7 @@ Row = dict[str, Any]
 def content_key(*parts: Any) -> str:
     """Return the sha256 of `parts` as canonical JSON."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 @contextmanager
@@ -75,7 +75,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def _line(row: Row) -> bytes:
-    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    # A server that cuts an emoji in half sends a lone surrogate; json.loads reads it back.
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass") + b"\n"
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:

@@ -20,7 +20,7 @@ def elicit(run: Run) -> Summary:
             wanted=config.questions,
             shown=config.shown,
             asked=config.asked,
-            draw_every=config.draw_every,
+            one_draw=config.one_draw,
             temperature=config.temperature,
             top_p=run.config.elicit.top_p,
             tokens=config.question_tokens,

@@ -22,7 +22,7 @@ from arte_edge.distill.run import Run
 from arte_edge.engines.base import Completion, Engine, Request, Sampling
 from arte_edge.errors import EngineError, StoppedEarly
 from arte_edge.tasks.answers import canonical
-from arte_edge.tasks.task import Example, Task
+from arte_edge.tasks.task import Example, Task, content_key
 
 __all__ = [
     "Drafts",
@@ -56,7 +56,7 @@ class QuestionPlan:
     rouge: float
     max_prompts: int
     seed: int
-    draw_every: int = 1
+    one_draw: bool = False
 
     @property
     def budget(self) -> int:
@@ -84,20 +84,23 @@ class NearDuplicates:
 
         self._threshold = threshold
         self._scorer = rouge_scorer.RougeScorer(["rougeL"])
-        self._known: list[tuple[str, Counter[str]]] = []
+        self._known: list[tuple[str, str, Counter[str]]] = []
         for text in known:
             self.add(text)
 
     def add(self, text: str) -> None:
-        self._known.append((text, _words(text)))
+        self._known.append((text, content_key(text), _words(text)))
 
     def find(self, text: str) -> str | None:
         """Return a known text that `text` nearly repeats."""
-        words = _words(text)
-        for known, theirs in self._known:
+        key, words = content_key(text), _words(text)
+        for known, their_key, theirs in self._known:
+            # ROUGE reads Latin letters and digits alone: to it a text without them repeats nothing.
+            if key == their_key:
+                return known
             # The longest common subsequence is at most the words in common: most pairs end here.
             common = sum((words & theirs).values())
-            if 2 * common < self._threshold * (words.total() + theirs.total()):
+            if 2 * common < self._threshold * (words.total() + theirs.total()) - 1e-9:
                 continue
             if self._scorer.score(known, text)["rougeL"].fmeasure >= self._threshold:
                 return known
@@ -131,10 +134,10 @@ def parse_questions(text: str) -> list[tuple[str, str] | str]:
 def question_prompts(
     run: Run, engine: Engine, config: ModelConfig, plan: QuestionPlan, first: int, n: int
 ) -> list[Request]:
-    """Return prompts number `first` to ``first + n - 1``; every `plan.draw_every` of them show the same seeds."""
+    """Return prompts number `first` to ``first + n - 1``, each with its own draw of seeds or all with one."""
     requests = []
     for i in range(first, first + n):
-        rng = random.Random(f"{plan.seed}/{i // plan.draw_every}")
+        rng = random.Random(f"{plan.seed}/{first if plan.one_draw else i}")
         seeds = rng.sample(list(run.task.seed), min(plan.shown, len(run.task.seed)))
         messages = question_messages(run.task, seeds, plan.asked)
         requests.append(Request(run.render(engine, messages, question_prefill(len(seeds)), config), i))

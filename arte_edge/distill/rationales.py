@@ -28,6 +28,8 @@ __all__ = ["label_rows", "opinions", "rationale_prompt", "rationale_sampling", "
 
 Row = dict[str, Any]
 
+_OPINION_GROUP = 16
+
 
 def rationale_prompt(
     run: Run, engine: Engine, config: ModelConfig, question: str, technique: str | None
@@ -88,8 +90,14 @@ def opinions(
         for row in questions
     ]
     choices = [[option + ANSWER_CLOSE for option in row] for row in options]
-    best = np.nanargmax(run.calls.choose(engine, [prompts], choices, what)[0], axis=1)
-    return [row[i] for row, i in zip(options, best, strict=True)]
+    found: list[str | None] = []
+    # Small groups: when more questions are drafted later, the groups before them are kept.
+    for start in range(0, len(prompts), _OPINION_GROUP):
+        part = slice(start, start + _OPINION_GROUP)
+        scores = run.calls.choose(engine, [prompts[part]], choices[part], what)[0]
+        best = np.nanargmax(scores, axis=1)
+        found += [row[i] for row, i in zip(options[part], best, strict=True)]
+    return found
 
 
 def _row(run: Run, question: Row, technique: int, completion: Completion) -> Row:

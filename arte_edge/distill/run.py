@@ -140,7 +140,7 @@ def open_folder(config: RunConfig, folder: Path, task: Task, *, update: bool) ->
         if keys or not same_task:
             what = ", ".join(keys[:6]) + (", …" if len(keys) > 6 else "") if keys else "the task's examples"
             raise InputError(
-                f"{folder} holds another run: {what} differ{'' if len(keys) > 1 else 's'}",
+                f"{folder} holds another run: {what} differ{'s' if len(keys) == 1 else ''}",
                 "Give this run another --name, or go on with --update: finished calls are kept, "
                 "and the stages that the change touches are made again.",
             )

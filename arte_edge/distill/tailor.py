@@ -6,6 +6,7 @@ from the naive prompt, greedily: which technique to use is now the teacher's cho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,9 @@ from arte_edge.store import Stage
 __all__ = ["tailor"]
 
 _MOST_ROUNDS = 6
+_FIRST_ASK = (
+    1.6  # a weak teacher contradicts itself on a third of its questions; one large batch beats two small
+)
 
 
 def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summary:
@@ -32,7 +36,7 @@ def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summa
     def body(stage: Stage) -> Summary:
         wanted, rows, rejected, prompts = config.questions, [], [], 0
         # Labels drop some questions, so the teacher is asked for more until enough are left.
-        asked = wanted
+        asked = wanted if config.label == "teacher" else math.ceil(wanted * _FIRST_ASK)
         for _ in range(_MOST_ROUNDS):
             drafts, rationales, labels = _write(run, engine(), asked)
             usable = {row["question"]: row for row in rationales if row["usable"]}
@@ -86,7 +90,7 @@ def _write(run: Run, engine: Engine, n: int) -> tuple[Drafts, list[dict[str, Any
         wanted=n,
         shown=elicit.shown,
         asked=elicit.asked,
-        draw_every=elicit.draw_every,
+        one_draw=elicit.one_draw,
         temperature=config.temperature,
         top_p=run.config.elicit.top_p,
         tokens=elicit.question_tokens,

@@ -55,7 +55,7 @@ def _rendered(template: str, messages: Sequence[Message], special: Mapping[str, 
                 raise
             first = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
             return _call(compiled, [first, *messages[2:]], special)
-    except (TemplateError, TypeError, ValueError, IndexError, KeyError) as error:
+    except Exception as error:  # a template is a program from a download: it may raise anything
         raise InputError(
             f"The model's chat template does not render: {error}",
             "Mend `chat_template` in the model's tokenizer_config.json, or pass template = 'none' for raw text.",
