@@ -65,10 +65,8 @@ class Elicit(_Section):
 
     questions: int = Field(default=40, ge=4, description="valid draft questions (paper: 250 a task)")
     shown: int = Field(default=3, ge=1, description="seed questions shown in each prompt (paper: 3)")
-    draw_every: int = Field(
-        default=1,
-        ge=1,
-        description="prompts that show one draw of seeds; more share their prefill, but vary less",
+    one_draw: bool = Field(
+        default=False, description="one draw of seeds a round of prompts: they share prefill, but vary less"
     )
     asked: int = Field(default=5, ge=1, description="questions asked for in each prompt (paper: 5)")
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)

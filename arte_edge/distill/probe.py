@@ -165,7 +165,7 @@ def _question_plan(run: Run) -> QuestionPlan:
         rouge=elicit.rouge,
         max_prompts=elicit.max_prompts,
         seed=run.config.seed,
-        draw_every=elicit.draw_every,
+        one_draw=elicit.one_draw,
     )
 
 
