@@ -26,15 +26,17 @@ quickstart: setup ## distil a real 135M student from a real teacher on this mach
 test: setup ## run every test; the ones that use real models download them once
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-check: setup ## lint, formatting, types, layout rules, and that docs/cli.md is up to date
+check: setup ## lint, formatting, types, layout rules, and that the generated pages are up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_layout.py
 	$(BIN)/python docs/build_cli_reference.py --check
+	$(BIN)/python docs/build_presets_page.py --check
 
-docs: setup ## write docs/cli.md from the code
+docs: setup ## write the generated pages of docs/ from the code
 	$(BIN)/python docs/build_cli_reference.py
+	$(BIN)/python docs/build_presets_page.py
 
 clean: ## remove .venv, builds and tool caches; runs and downloaded models stay
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

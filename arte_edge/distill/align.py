@@ -115,17 +115,18 @@ def _pairs(run: Run) -> tuple[list[Row], int]:
         rationales = [{**row, "score": lot.random()} for row in rationales]
         min_gap = 0.0
     engine = run.engine(run.config.teacher)
+    shown = min(elicit.shown, len(run.task.seed))
     texts = {row["id"]: row["input"] for row in questions}
     asked, asked_ties = draw_question_pairs(
-        questions, run.config.wanted_question_pairs, elicit.asked, elicit.shown + 1, min_gap, seed
+        questions, run.config.wanted_question_pairs, elicit.asked, shown + 1, min_gap, seed
     )
     reasoned, reasoned_ties = draw_rationale_pairs(
         rationales, run.config.wanted_rationale_pairs, min_gap, seed
     )
     for i, pair in enumerate(asked):
-        seeds = random.Random(f"{seed}/align/{i}").sample(list(run.task.seed), elicit.shown)
+        seeds = random.Random(f"{seed}/align/{i}").sample(list(run.task.seed), shown)
         messages = question_messages(run.task, seeds, elicit.asked)
-        pair["prompt"] = _rendered(run, engine, messages, question_prefill(elicit.shown))
+        pair["prompt"] = _rendered(run, engine, messages, question_prefill(shown))
     for pair in reasoned:
         shots = teacher_shots(run.task, config.shots)
         messages = rationale_messages(run.task, texts[pair["question"]], None, shots)
@@ -159,6 +160,7 @@ def _settings(run: Run) -> DpoSettings:
 def _probe(run: Run) -> Callable[[Path], ProbeResult]:
     """Return the look for a collapse: let the teacher with the adapter so far write a few held-out drafts."""
     config, elicit = run.config.align, run.config.elicit
+    shown = min(elicit.shown, len(run.task.seed))
 
     def look(adapter_dir: Path) -> ProbeResult:
         engine = _open_with(run, adapter_dir, adapter_dir.parent / f"{adapter_dir.name}.gguf")
@@ -169,7 +171,7 @@ def _probe(run: Run) -> Callable[[Path], ProbeResult]:
                     list(run.task.seed), elicit.shown
                 )
                 messages = question_messages(run.task, seeds, elicit.asked)
-                requests.append(Request(_rendered(run, engine, messages, question_prefill(elicit.shown)), i))
+                requests.append(Request(_rendered(run, engine, messages, question_prefill(shown)), i))
             sampling = Sampling(
                 temperature=elicit.temperature, top_p=elicit.top_p, max_tokens=elicit.question_tokens, seed=-1
             )
@@ -177,9 +179,7 @@ def _probe(run: Run) -> Callable[[Path], ProbeResult]:
         finally:
             engine.close()
         drafts = [
-            draft
-            for answer in answers
-            for draft in parse_questions(question_prefill(elicit.shown) + answer.text)
+            draft for answer in answers for draft in parse_questions(question_prefill(shown) + answer.text)
         ]
         valid = [d for d in drafts if not isinstance(d, str) and canonical(d[1], run.task.answer) is not None]
         tokens = [answer.completion_tokens for answer in answers]

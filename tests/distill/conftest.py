@@ -1,0 +1,150 @@
+"""A task made in code and engines that follow a script, so that stages run without any model."""
+
+from __future__ import annotations
+
+import random
+import re
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from arte_edge.distill.config import RunConfig
+from arte_edge.distill.progress import Reporter
+from arte_edge.distill.run import Run
+from arte_edge.engines.base import Completion, EngineIdentity, Request, Sampling
+from arte_edge.models.local import LocalModel
+from arte_edge.tasks.task import Answer, Example, Task, rows_sha256
+
+TEACHER, STUDENT = "scripted-teacher", "scripted-student"
+
+
+def parity(start: int, stop: int) -> tuple[Example, ...]:
+    return tuple(Example(f"Is {n} even or odd?", "odd" if n % 2 else "even") for n in range(start, stop))
+
+
+def make_task(n_validation: int = 40) -> Task:
+    test = parity(500, 520)
+    return Task(
+        name="parity",
+        description="Say whether a number is even or odd.",
+        answer=Answer(kind="choice", choices=("even", "odd")),
+        techniques=("Look at the last digit.", "Halve it.", "Count in twos.", "Say it in words."),
+        seed=parity(0, 8),
+        validation=parity(100, 100 + n_validation),
+        test_inputs=frozenset(example.key for example in test),
+        test_sha256=rows_sha256(test),
+        test_loader=lambda: test,
+    )
+
+
+def draft(sample: int) -> str:
+    """Return a teacher's answer with five questions that share no word with each other."""
+    rng = random.Random(sample)
+    blocks = []
+    for number in range(4, 9):
+        words = " ".join("".join(rng.choices(string.ascii_lowercase, k=7)) for _ in range(5))
+        blocks.append(f"<Question_{number}><input>{words}</input><target>even</target></Question_{number}>")
+    return "\n".join(blocks).removeprefix("<Question_4><input>")
+
+
+@dataclass
+class ScriptedEngine:
+    """An `Engine` that knows the parity of the numbers for which `knows` says so, and counts its calls.
+
+    `drafts` answers the prompts that ask for questions, from the request's sample number.
+    """
+
+    name: str
+    knows: Callable[[int], bool] = lambda n: True
+    drafts: Callable[[int], str] = draft
+    chat_template: str | None = None
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    supports_grammar: bool = False
+    calls: int = 0
+
+    @property
+    def identity(self) -> EngineIdentity:
+        return EngineIdentity("scripted", self.name)
+
+    def answer(self, prompt: str) -> str:
+        numbers = re.findall(r"Is (\d+) even or odd", prompt.rpartition("Question:")[2])
+        if not numbers:
+            return "even"
+        n = int(numbers[-1])
+        return "odd" if n % 2 == int(self.knows(n)) else "even"
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        self.calls += len(requests)
+        return [
+            Completion(
+                self.drafts(request.sample)
+                if request.prompt.endswith("<input>")
+                else f"It is seen at once. <ans>{self.answer(request.prompt)}</ans>",
+                "stop",
+                prompt_tokens=9,
+                completion_tokens=7,
+            )
+            for request in requests
+        ]
+
+    def continue_shared(self, prefix: str, suffixes: Sequence[str], sampling: Sampling) -> list[Completion]:
+        return self.complete([Request(prefix + suffix) for suffix in suffixes], sampling)
+
+    def choose(self, prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> NDArray[np.float64]:
+        self.calls += len(suffixes)
+        answers = [self.answer(prefix + suffix) for suffix in suffixes]
+        return np.array([[-0.1 if c.startswith(answer) else -2.4 for c in choices] for answer in answers])
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
+    def close(self) -> None:
+        return
+
+
+@dataclass
+class House:
+    """The scripted teacher and student, a task, and a folder in which runs open."""
+
+    folder: Path
+    task: Task = field(default_factory=make_task)
+    # Out of four numbers the student knows two: what guessing gives.
+    teacher: ScriptedEngine = field(default_factory=lambda: ScriptedEngine(TEACHER))
+    student: ScriptedEngine = field(
+        default_factory=lambda: ScriptedEngine(STUDENT, knows=lambda n: n % 4 < 2)
+    )
+
+    def config(self, **tables: Any) -> RunConfig:
+        base = {"teacher": {"model": TEACHER}, "student": {"model": STUDENT}, "elicit": {"questions": 8}}
+        return RunConfig.model_validate(base | tables)
+
+    def run(self, **tables: Any) -> Run:
+        return Run(self.config(**tables), self.task, self.folder, Reporter(quiet=True))
+
+    @property
+    def calls(self) -> int:
+        return self.teacher.calls + self.student.calls
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+    """A house whose engines open in place of real ones."""
+    folder = tmp_path / "run"
+    house = House(folder)
+
+    def find(ref: str) -> LocalModel:
+        return LocalModel(ref, f"sha256 of {ref}", tmp_path / f"{ref}.gguf", None, "F16")
+
+    def open_scripted(model: LocalModel, **_: Any) -> ScriptedEngine:
+        return {TEACHER: house.teacher, STUDENT: house.student}[model.name]
+
+    monkeypatch.setattr("arte_edge.distill.run.resolve", find)
+    monkeypatch.setattr("arte_edge.distill.run.open_local", open_scripted)
+    monkeypatch.setattr("arte_edge.distill.pipeline.load_task", lambda ref, **_: house.task)
+    return house
