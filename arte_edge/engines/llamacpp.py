@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.engines.base import Completion, EngineIdentity, Request, Sampling
+from arte_edge.engines.choices import spans
 from arte_edge.engines.llama_batch import Job, run
 from arte_edge.engines.llama_runtime import Grammar, LlamaContext, LlamaModel, default_threads
 from arte_edge.engines.sampling import draw, in_loop, log_softmax_at, request_rng
@@ -177,21 +178,14 @@ class _Writer:
 
 
 class _Chooser:
-    """Log-probabilities of several continuations of one prompt, at prefill cost.
-
-    Each choice is tokenised together with the prompt, so that a token which spans the
-    seam is the one the model would write. With several choices a choice counts the
-    tokens from where the choices part to where it stands alone: what follows is the
-    same question for no other choice. With one choice all its tokens count.
-    """
+    """Log-probabilities of several continuations of one prompt, at prefill cost; `choices` says which tokens count."""
 
     def __init__(self, model: LlamaModel, prompt: str, choices: Sequence[str]) -> None:
         lists = [model.tokens(prompt + choice) for choice in choices]
-        start = _seam(lists, model.tokens(prompt))
         # What to add up for each choice: (tokens before, next token) pairs.
         self._terms = [
-            [(tuple(tokens[:i]), tokens[i]) for i in range(start, _stands_alone(tokens, lists, start))]
-            for tokens in lists
+            [(tuple(tokens[:i]), tokens[i]) for i in range(start, end)]
+            for tokens, (start, end) in zip(lists, spans(lists, model.tokens(prompt)), strict=True)
         ]
         contexts = {before for terms in self._terms for before, _ in terms}
         self._score: dict[tuple[int, ...], dict[int, float]] = {}
@@ -214,20 +208,3 @@ class _Chooser:
 
     def log_probabilities(self) -> list[float]:
         return [sum(self._score[before][token] for before, token in terms) for terms in self._terms]
-
-
-def _seam(lists: Sequence[Sequence[int]], prompt: Sequence[int]) -> int:
-    """Return the first token position that the choices do not all share."""
-    first = lists[0] if len(lists) > 1 else list(prompt)
-    n = min(len(tokens) for tokens in [first, *lists])
-    return next((i for i in range(n) if any(tokens[i] != first[i] for tokens in lists)), n)
-
-
-def _stands_alone(tokens: Sequence[int], lists: Sequence[Sequence[int]], start: int) -> int:
-    """Return the end of the shortest prefix of `tokens` that no other list begins with."""
-    if len(lists) == 1:
-        return len(tokens)
-    for end in range(start + 1, len(tokens) + 1):
-        if sum(list(other[:end]) == list(tokens[:end]) for other in lists) == 1:
-            return end
-    return len(tokens)

@@ -35,14 +35,9 @@ def open_engine(
         InputError: an unknown model, or one that this kind of engine cannot run.
     """
     if is_server(ref):
-        from arte_edge.engines.openai import OpenAIEngine
+        from arte_edge.engines.openai import OpenAIEngine, parse_ref
 
-        model, found, url = ref.removeprefix("openai:").partition("@")
-        if not found or not model:
-            raise InputError(
-                f"{ref}: not of the form openai:MODEL@URL", "openai:qwen@http://127.0.0.1:8000/v1"
-            )
-        return cast(Engine, OpenAIEngine(model, url))
+        return cast(Engine, OpenAIEngine(*parse_ref(ref)))
     return open_local(resolve(ref, offline=offline, progress=progress), kind=kind, parallel=parallel)
 
 
