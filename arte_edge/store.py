@@ -31,6 +31,9 @@ __all__ = ["CallLog", "Stage", "content_key", "read_jsonl", "write_atomic", "wri
 
 Row = dict[str, Any]
 
+# What a stage's manifest vouches for: its data, and the weights that later stages load.
+_HASHED = {".jsonl", ".gguf", ".safetensors"}
+
 
 def content_key(*parts: Any) -> str:
     """Return the sha256 of `parts` as canonical JSON."""
@@ -211,8 +214,9 @@ class Stage:
         """Record the stage's files (by sha256) and `summary`; the stage counts as done from here on."""
         files = {
             str(path.relative_to(self.folder)): file_sha256(path)
-            for path in sorted(self.folder.rglob("*.jsonl"))
-            if not path.name.startswith(".")
+            for path in sorted(self.folder.rglob("*"))
+            if path.suffix in _HASHED
+            and not any(part.startswith(".") for part in path.relative_to(self.folder).parts)
         }
         manifest = {"inputs": self.inputs, "files": files, "summary": summary}
         write_atomic(self._manifest_path, json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from arte_edge.distill.config import RunConfig
 from arte_edge.distill.pairs import draw_question_pairs, draw_rationale_pairs, length_report
 from arte_edge.distill.prompts import question_messages, question_prefill, rationale_messages, teacher_shots
 from arte_edge.distill.questions import parse_questions
@@ -21,7 +22,7 @@ from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.dpo import train_dpo
 from arte_edge.distill.train.settings import DpoSettings, Lora
 from arte_edge.engines.base import Engine, Request, Sampling
-from arte_edge.engines.open import open_local
+from arte_edge.engines.open import is_server, open_local
 from arte_edge.engines.render import Message
 from arte_edge.errors import InputError, StoppedEarly
 from arte_edge.models.hashing import sha256_file
@@ -34,15 +35,15 @@ Row = dict[str, Any]
 Adapter = tuple[Path, str]
 
 
-def refuse_server(run: Run) -> None:
+def refuse_server(config: RunConfig) -> None:
     """Raise if the run wants to align a teacher whose weights are on somebody's server.
 
     Raises:
         InputError: with what can be done instead.
     """
-    if run.config.aligned and run.teacher_is_server:
+    if config.aligned and is_server(config.teacher.model):
         raise InputError(
-            f"teacher.model: {run.config.teacher.model} is a server, and alignment needs the teacher's weights",
+            f"teacher.model: {config.teacher.model} is a server, and alignment needs the teacher's weights",
             'Take data = "original-teacher" (the teacher writes the data as it is), or a local teacher.',
         )
 

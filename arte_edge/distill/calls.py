@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from arte_edge.distill.progress import Reporter
 from arte_edge.engines.base import Completion, Engine, Request, Sampling
+from arte_edge.errors import EngineError
 from arte_edge.store import CallLog, content_key
 
 __all__ = ["Calls"]
@@ -30,9 +31,20 @@ class Calls:
         self.kept = 0
 
     def complete(
-        self, engine: Engine, requests: Sequence[Request], sampling: Sampling, what: str
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        what: str,
+        *,
+        spare: bool = False,
     ) -> list[Completion]:
-        """Complete every request, in order; `what` names them in the progress line."""
+        """Complete every request, in order; `what` names them in the progress line.
+
+        Raises:
+            EngineError: a server left calls unanswered, and they are not `spare`. A stage made of
+                failures would look finished, and a dead server like a bad model.
+        """
         identity, how = engine.identity.key(), sampling.as_dict()
         keys = [content_key("complete", identity, r.prompt, how, r.sample) for r in requests]
         with self._reporter.bar(what, len(requests)) as step:
@@ -47,7 +59,15 @@ class Calls:
                 step(len(group), sum(c.completion_tokens for c in fresh), len(group) - len(todo))
                 # A failed call has no finished row in the store; this process still needs its reason.
                 self._failed |= {keys[i]: c for i, c in zip(todo, fresh, strict=True) if c.finish == "error"}
-        return [self._completion(key) for key in keys]
+        done = [self._completion(key) for key in keys]
+        lost = [c for c in done if c.finish == "error"]
+        # A local engine fails only on a prompt that cannot be answered, and will again: that counts as wrong.
+        if lost and not spare and engine.identity.kind == "openai":
+            raise EngineError(
+                f"{what}: {len(lost)} of {len(done)} calls failed: {lost[0].error}",
+                "The other answers are kept. Give the same command again when the server answers.",
+            )
+        return done
 
     def _completion(self, key: str) -> Completion:
         row = self._log.get(key)

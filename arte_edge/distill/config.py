@@ -22,6 +22,7 @@ __all__ = [
     "RunConfig",
     "Tailor",
     "TaskConfig",
+    "TeacherConfig",
     "Tune",
 ]
 
@@ -52,6 +53,12 @@ class ModelConfig(_Section):
     )
     parallel: int = Field(default=32, ge=1, le=200, description="sequences that are decoded together")
     shots: int = Field(default=0, ge=0, le=40, description="worked seed examples shown before each question")
+
+
+class TeacherConfig(ModelConfig):
+    """The teacher: as any model, but shown worked examples unless told otherwise."""
+
+    shots: int = Field(default=8, ge=0, le=40, description="worked examples shown before each question")
 
 
 class Check(_Section):
@@ -167,7 +174,7 @@ class RunConfig(_Section):
     seed: int = Field(default=0, ge=0)
     data: Data = Field(default="arte", description="what the student learns from; the others are ablations")
     task: TaskConfig = TaskConfig()
-    teacher: ModelConfig = ModelConfig(model="qwen2.5-coder-0.5b-instruct", shots=8)
+    teacher: TeacherConfig = TeacherConfig(model="qwen2.5-coder-0.5b-instruct")
     student: ModelConfig = ModelConfig(model="smollm2-135m-instruct")
     check: Check = Check()
     elicit: Elicit = Elicit()

@@ -47,7 +47,7 @@ def dry_run(config: RunConfig, *, prices: Prices | None = None, as_json: bool = 
     with TemporaryDirectory(prefix="arte-edge-") as folder:
         run = Run(config, task, Path(folder), Reporter(quiet=True))
         try:
-            refuse_server(run)
+            refuse_server(config)
             if prices and not run.teacher_is_server:
                 raise InputError(f"--prices: {config.teacher.model} runs here and costs nothing")
             if not as_json:

@@ -31,8 +31,10 @@ def run_pipeline(config: RunConfig, folder: Path, *, anyway: bool, update: bool,
         StoppedEarly: a check or a budget ended the run; the same command goes on.
     """
     need("train", "distilling")
+    from arte_edge.distill.align import align, refuse_server
     from arte_edge.distill.tune import tune
 
+    refuse_server(config)
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
     open_folder(config, folder, task, update=update)
     reporter = Reporter(folder / "events.jsonl", as_json=as_json)
@@ -42,10 +44,6 @@ def run_pipeline(config: RunConfig, folder: Path, *, anyway: bool, update: bool,
             f"[bold]{task.name}[/]: {config.student.model} learns from {config.teacher.model} → {folder}"
         )
         adapter = None
-        if config.aligned:
-            from arte_edge.distill.align import align, refuse_server
-
-            refuse_server(run)
         check(run, anyway=anyway)
         if config.aligned:
             elicit(run)

@@ -172,7 +172,7 @@ def draft_questions(run: Run, engine: Engine, config: ModelConfig, plan: Questio
                 "command goes on.",
             )
         requests = question_prompts(run, engine, config, plan, drafts.prompts, n)
-        answers = run.calls.complete(engine, requests, sampling, what)
+        answers = run.calls.complete(engine, requests, sampling, what, spare=True)
         before = len(drafts.valid)
         _collect(drafts, answers, drafts.prompts, plan, filters)
         if all(answer.finish == "error" for answer in answers):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arte_edge.distill.calls import Calls
 from arte_edge.distill.config import ModelConfig, RunConfig
@@ -20,6 +20,9 @@ from arte_edge.models.resolve import resolve
 from arte_edge.store import CallLog, Stage, write_atomic
 from arte_edge.tasks.task import Task
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 __all__ = ["Run", "open_folder"]
 
 Summary = dict[str, Any]
@@ -30,6 +33,7 @@ class Run:
 
     def __init__(self, config: RunConfig, task: Task, folder: Path, reporter: Reporter) -> None:
         self.config, self.task, self.folder, self.reporter = config, task, folder, reporter
+        self._lock = _locked(folder)
         self._log = CallLog(folder / "calls.jsonl")
         self.calls = Calls(self._log, reporter)
         self._engines: dict[str, Engine] = {}
@@ -82,6 +86,7 @@ class Run:
     def close(self) -> None:
         self.release()
         self._log.close()
+        self._lock.release()
 
     def render(self, engine: Engine, messages: list[Message], prefill: str, config: ModelConfig) -> str:
         """Render `messages` for `engine`, as plain text where the configuration says so."""
@@ -122,6 +127,25 @@ class Run:
     def read(self, stage: str, file: str) -> list[dict[str, Any]]:
         """Return the rows of a finished stage's file."""
         return Stage(self.folder / stage, {}).read(file)
+
+
+def _locked(folder: Path) -> FileLock:
+    """Keep other processes out of a run folder: two writers would overwrite each other's calls.
+
+    Raises:
+        InputError: another process works in it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            f"{folder}: another process works in this run folder",
+            "Wait for it, or give this run another --name.",
+        ) from error
+    return lock
 
 
 def open_folder(config: RunConfig, folder: Path, task: Task, *, update: bool) -> None:

@@ -79,11 +79,11 @@ class LlamaCppEngine:
         writers: list[_Writer | None] = []
         for request in requests:
             tokens = self.model.tokens(request.prompt)
-            fits = len(tokens) + sampling.max_tokens <= self.model.n_ctx_train
+            fits = 0 < len(tokens) <= self.model.n_ctx_train - sampling.max_tokens
             writers.append(_Writer(self.model, request, tokens, sampling) if fits else None)
         jobs = [writer.job for writer in writers if writer is not None]
         shared = self._run(jobs, sampling.max_tokens) if jobs else 0
-        too_long = f"prompt and answer exceed the model's context of {self.model.n_ctx_train} tokens"
+        too_long = f"an empty prompt, or more than the model's context of {self.model.n_ctx_train} tokens"
         return [
             Completion("", "error", error=too_long) if writer is None else writer.completion(shared)
             for writer in writers
