@@ -11,7 +11,7 @@ import pytest
 
 from arte_edge.cli.main import main
 from arte_edge.distill import probe
-from arte_edge.distill.config import ModelConfig, RunConfig
+from arte_edge.distill.config import ModelConfig, RunConfig, TeacherConfig
 from arte_edge.distill.dry_run import parse_prices
 from arte_edge.distill.plan import Kind
 from arte_edge.distill.progress import Reporter
@@ -163,7 +163,7 @@ def test_a_model_that_answers_nothing_is_an_error(
 
 
 def test_the_student_is_not_the_teacher(engine: PacedEngine, tmp_path: Path) -> None:
-    config = RunConfig(teacher=ModelConfig(model="a", shots=8), student=ModelConfig(model="b"))
+    config = RunConfig(teacher=TeacherConfig(model="a", shots=8), student=ModelConfig(model="b"))
     run = Run(config, load_task("home_intents"), tmp_path, Reporter(quiet=True))
     shapes = probe.measure(run, [Kind("teacher", "rationale"), Kind("student", "written")]).shapes
     run.close()
