@@ -18,7 +18,6 @@ from hypothesis import HealthCheck, settings
 
 from arte_edge.models import LocalModel, resolve
 
-
 # A test says what must hold, not how busy the machine may be meanwhile.
 settings.register_profile("arte", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("arte")
