@@ -5,6 +5,7 @@ from __future__ import annotations
 from arte_edge.distill.questions import QuestionPlan, draft_questions
 from arte_edge.distill.rationales import label_rows, opinions, write_rationales
 from arte_edge.distill.run import Run, Summary
+from arte_edge.errors import StoppedEarly
 from arte_edge.store import Stage
 
 __all__ = ["elicit"]
@@ -40,6 +41,13 @@ def elicit(run: Run) -> Summary:
         )
         votes = opinions(run, engine, teacher, drafts.valid, "bare answers")
         labels = label_rows(run, drafts.valid, rationales, votes, config.label)
+        if not any(row["usable"] for row in rationales):
+            raise StoppedEarly(
+                f"elicit: none of {len(rationales)} rationales is usable ({labels['readable']:.0%} have a readable "
+                f"answer, label policy {config.label})",
+                "Raise elicit.rationale_tokens, show the teacher more worked examples (teacher.shots), "
+                "or take a stronger one.",
+            )
         stage.write("questions.jsonl", drafts.valid)
         stage.write("rejected.jsonl", drafts.rejected)
         stage.write("rationales.jsonl", rationales)

@@ -12,9 +12,16 @@ from arte_edge.tasks.task import BOOLEANS, Answer
 __all__ = ["rationale_grammar"]
 
 
-def rationale_grammar(answer: Answer) -> str:
-    """Return the grammar for one rationale of a task with this kind of answer."""
-    return f'root ::= [^<]+ "{ANSWER_OPEN}" answer "{ANSWER_CLOSE}"\nanswer ::= {_answer(answer)}\n'
+# Of a text in English a token is four characters or so; three leave room for the tags and a longer answer.
+_CHARS_PER_TOKEN = 3
+_MOST_CHARS = 1500  # llama.cpp refuses grammars with more repetitions than 2000
+
+
+def rationale_grammar(answer: Answer, tokens: int) -> str:
+    """Return the grammar for one rationale that must come to its answer within about `tokens` tokens."""
+    most = max(_CHARS_PER_TOKEN * (tokens - 12), 16)
+    reasoning = f"[^<]{{1,{min(most, _MOST_CHARS)}}}"
+    return f'root ::= {reasoning} "{ANSWER_OPEN}" answer "{ANSWER_CLOSE}"\nanswer ::= {_answer(answer)}\n'
 
 
 def _answer(answer: Answer) -> str:

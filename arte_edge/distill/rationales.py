@@ -69,7 +69,7 @@ def write_rationales(
 def rationale_sampling(run: Run, engine: Engine, tokens: int) -> Sampling:
     """Return how rationales are decoded: greedily, the end held to the format where that is possible."""
     hold = run.config.elicit.grammar and engine.supports_grammar
-    grammar = rationale_grammar(run.task.answer) if hold else None
+    grammar = rationale_grammar(run.task.answer, tokens) if hold else None
     return Sampling(max_tokens=tokens, stop=ANSWER_STOPS, grammar=grammar)
 
 

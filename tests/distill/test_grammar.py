@@ -12,8 +12,8 @@ from arte_edge.tasks.task import Answer
 
 
 def rule(answer: Answer) -> str:
-    root, rule, last = rationale_grammar(answer).split("\n")
-    assert root == 'root ::= [^<]+ "<ans>" answer "</ans>"'
+    root, rule, last = rationale_grammar(answer, 60).split("\n")
+    assert root == 'root ::= [^<]{1,144} "<ans>" answer "</ans>"'
     assert last == ""
     return rule.removeprefix("answer ::= ")
 
@@ -40,3 +40,10 @@ def test_what_the_number_rule_allows_is_a_number(number: str) -> None:
 
 def test_free_text_stays_on_one_line_and_out_of_tags() -> None:
     assert rule(Answer(kind="text")) == "[^<\\n]+"
+
+
+@pytest.mark.parametrize("tokens", [8, 60, 512, 100_000])
+def test_the_reasoning_ends_within_the_budget_and_within_what_llama_cpp_accepts(tokens: int) -> None:
+    match = re.search(r"\{1,(\d+)\}", rationale_grammar(Answer(kind="boolean"), tokens))
+    assert match
+    assert 16 <= int(match[1]) <= min(max(16, 3 * tokens), 2000)
