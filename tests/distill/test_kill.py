@@ -18,8 +18,10 @@ _KILLS = 10
 # The smallest run that passes through every stage; one 135M model plays teacher and student.
 _SMALL = [
     "elicit.questions=4",
-    "elicit.shown=4",
-    "elicit.top_p=0.9",
+    "elicit.shown=8",
+    "elicit.temperature=0.8",
+    "elicit.rouge=1.0",
+    "elicit.one_draw=true",
     "elicit.question_tokens=96",
     "elicit.rationale_tokens=36",
     "elicit.max_prompts=60",
@@ -35,6 +37,7 @@ _SMALL = [
     'align.lora_targets=["q_proj","v_proj"]',
     "align.probe_prompts=1",
     "tailor.questions=8",
+    "tailor.temperature=0.8",
     "tailor.label=teacher",
     "tailor.max_prompts=80",
     "tune.method=lora",
@@ -87,7 +90,7 @@ def test_a_run_killed_ten_times_makes_no_call_twice_and_ends_with_the_same_data(
     for _ in range(_KILLS):
         process = start(killed)
         try:
-            process.wait(timeout=moments.uniform(0.05, 0.4) * whole_s)
+            process.wait(timeout=moments.uniform(0.05, 0.3) * whole_s)
             done_early += 1
         except subprocess.TimeoutExpired:
             process.kill()
