@@ -48,21 +48,16 @@ def common_prefix(lists: Sequence[Sequence[int]]) -> int:
     return shortest - 1
 
 
-def run(context: LlamaContext, jobs: Sequence[Job], held: Sequence[int] = ()) -> tuple[list[int], int]:
-    """Decode every job to its end. `held` is the prefix that sequence 0 still holds from the last run.
-
-    Returns the prefix that sequence 0 holds now, and how many of its tokens were shared.
-    """
+def run(context: LlamaContext, jobs: Sequence[Job]) -> int:
+    """Decode every job to its end in a cleared context; return how many leading tokens they shared."""
     shared = common_prefix([job.tokens for job in jobs]) if len(jobs) > 1 else 0
     shared = min([shared, *(min(job.wanted) for job in jobs)])
     if shared < _SHORTEST_PREFIX:
         shared = 0
     prefix = jobs[0].tokens[:shared]
-    if prefix != list(held):
-        context.drop(0)
-        for start in range(0, shared, context.n_batch):
-            piece = prefix[start : start + context.n_batch]
-            context.decode([Row(token, start + i, 0) for i, token in enumerate(piece)])
+    for start in range(0, shared, context.n_batch):
+        piece = prefix[start : start + context.n_batch]
+        context.decode([Row(token, start + i, 0) for i, token in enumerate(piece)])
 
     waiting = deque(jobs)
     free = list(range(context.n_seq - 1, 0, -1))
@@ -75,7 +70,7 @@ def run(context: LlamaContext, jobs: Sequence[Job], held: Sequence[int] = ()) ->
             if shared:
                 context.copy(0, slot)
         _step(context, live, free)
-    return prefix, shared
+    return shared
 
 
 def _step(context: LlamaContext, live: dict[int, Job], free: list[int]) -> None:

@@ -180,6 +180,10 @@ class LlamaContext:
     def copy(self, source: int, target: int) -> None:
         self.lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
+    def clear(self) -> None:
+        """Forget every sequence, as if the context were new."""
+        self.lib.llama_memory_clear(self._memory, True)
+
     def drop(self, sequence: int) -> None:
         self.lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 

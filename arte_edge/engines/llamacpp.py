@@ -55,7 +55,6 @@ class LlamaCppEngine:
         self._parallel = parallel
         self._threads = threads or int(os.environ.get("ARTE_EDGE_THREADS", "0")) or default_threads()
         self._context: LlamaContext | None = None
-        self._held: list[int] = []
 
     @property
     def chat_template(self) -> str | None:
@@ -100,17 +99,17 @@ class LlamaCppEngine:
         return np.array([chooser.log_probabilities() for chooser in choosers])
 
     def _run(self, jobs: list[Job], max_new: int) -> int:
+        """Decode `jobs` in a context that depends on them alone: what ran before must not move a float."""
         longest = max(len(job.tokens) for job in jobs) + max_new
-        if self._context is None or self._context.n_ctx_seq < longest:
+        n_ctx_seq = -(-longest // _CTX_STEP) * _CTX_STEP
+        if self._context is None or self._context.n_ctx_seq != n_ctx_seq:
             if self._context is not None:
                 self._context.close()
-            n_ctx_seq = -(-longest // _CTX_STEP) * _CTX_STEP
             self._context = LlamaContext(
                 self.model, self._parallel + 1, n_ctx_seq, self._threads, self._adapter
             )
-            self._held = []
-        self._held, shared = run(self._context, jobs, self._held)
-        return shared
+        self._context.clear()
+        return run(self._context, jobs)
 
 
 class _Writer:

@@ -90,7 +90,7 @@ def test_a_run_killed_ten_times_makes_no_call_twice_and_ends_with_the_same_data(
     for _ in range(_KILLS):
         process = start(killed)
         try:
-            process.wait(timeout=moments.uniform(0.05, 0.3) * whole_s)
+            process.wait(timeout=moments.uniform(0.03, 0.16) * whole_s)
             done_early += 1
         except subprocess.TimeoutExpired:
             process.kill()
