@@ -121,7 +121,8 @@ def arguments(
         "train_sampling_strategy": "sequential",
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": schedule,
-        "warmup_steps": math.ceil(settings.warmup * n_step),
+        # Rounded down: a warm-up of one step would be one step at rate zero.
+        "warmup_steps": int(settings.warmup * n_step),
         "max_length": None,  # what is too long was dropped, with a count, not cut
         "seed": settings.seed,
         "bf16": cuda,
