@@ -12,7 +12,7 @@ from pathlib import Path
 
 from arte_edge.errors import InputError, nearest
 from arte_edge.tasks.table import Record, prose, task_from_table
-from arte_edge.tasks.task import Task
+from arte_edge.tasks.task import Task, WorkedExample
 
 __all__ = ["bbh_names", "load_bbh"]
 
@@ -42,6 +42,7 @@ def load_bbh(folder: Path, name: str, *, split_seed: int = 0, max_rows: int | No
     about = prose("bbh")
     ours = about["tasks"].get(name)
     extra: dict[str, object] = ours if isinstance(ours, dict) else {}
+    worked = extra.get("worked")
     group = about["techniques"].get(str(extra.get("group")), [])
     return task_from_table(
         name,
@@ -50,6 +51,9 @@ def load_bbh(folder: Path, name: str, *, split_seed: int = 0, max_rows: int | No
         max_rows=max_rows,
         description=str(extra.get("description", "")),
         techniques=tuple(str(item) for item in group) if isinstance(group, list) else (),
+        worked=tuple(WorkedExample.model_validate(item) for item in worked)
+        if isinstance(worked, list)
+        else (),
     )
 
 

@@ -17,7 +17,7 @@ from arte_edge.tasks.infer import infer_answer
 from arte_edge.tasks.problems import Problem
 from arte_edge.tasks.rows import check_target
 from arte_edge.tasks.split import split_examples
-from arte_edge.tasks.task import Answer, Example, Task, content_key, rows_sha256
+from arte_edge.tasks.task import SPLITS, Answer, Example, Task, WorkedExample, content_key, rows_sha256
 
 __all__ = ["Record", "clean", "prose", "task_from_table"]
 
@@ -48,8 +48,11 @@ def task_from_table(
     answer: Answer | None = None,
     description: str = "",
     techniques: tuple[str, ...] = (),
+    worked: tuple[WorkedExample, ...] = (),
 ) -> Task:
     """Return a task of `records`; what is not given is inferred or filled with general prompts.
+
+    A worked example that stands in a split to be kept unseen is left out, with a note.
 
     Raises:
         InputError: too few rows, or more than one in twenty does not fit the answer kind.
@@ -58,6 +61,10 @@ def task_from_table(
     examples, notes = clean(records, answer)
     splits = split_examples(examples, answer, split_seed, max_rows)
     test = splits["test"]
+    hidden = {example.key for split in SPLITS[1:] for example in splits[split]}
+    shown = tuple(example for example in worked if content_key(example.input) not in hidden)
+    if len(shown) < len(worked):
+        notes.append(f"left out {len(worked) - len(shown)} worked examples that stand in a hidden split")
     generic = prose("generic")
     kind = "label" if answer.choices else answer.kind
     return Task(
@@ -68,6 +75,7 @@ def task_from_table(
         techniques=techniques or _strings(generic[kind]["techniques"]),
         seed=splits["seed"],
         validation=splits["validation"],
+        worked=shown,
         split_seed=split_seed,
         notes=tuple(notes),
         test_inputs=frozenset(example.key for example in test),

@@ -11,6 +11,7 @@ import pytest
 from arte_edge.errors import InputError
 from arte_edge.tasks.bbh import bbh_names, load_bbh
 from arte_edge.tasks.table import prose
+from arte_edge.tasks.task import content_key
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = Path(os.environ.get("ARTE_EDGE_BBH", ROOT.parent / "shared" / "bbh"))
@@ -83,3 +84,18 @@ def test_all_27_published_files_load_with_the_right_kind() -> None:
         assert 60 <= len(task.validation) <= 100, name
         assert len(task.test_keys()) >= 45, name
         assert len(task.notes) <= 2, name
+
+
+def test_worked_examples_come_with_a_task_that_has_them_and_stand_in_no_hidden_split(tmp_path: Path) -> None:
+    worked = prose("bbh")["tasks"]["boolean_expressions"]["worked"]  # type: ignore[index]
+    shown = [example["input"] for example in worked]
+    rows = [{"input": f"{text} ", "target": "True"} for text in shown]
+    rows += [{"input": f"True and {'not not ' * n}True is", "target": "True"} for n in range(1, 60)]
+    rows += [{"input": f"False and {'not not ' * n}True is", "target": "False"} for n in range(1, 60)]
+    (tmp_path / "boolean_expressions.json").write_text(json.dumps({"examples": rows}), encoding="utf-8")
+    task = load_bbh(tmp_path, "boolean_expressions")
+    hidden = {example.key for example in (*task.validation, *task.load_test())}
+    kept = [example.input for example in task.worked]
+    assert 0 < len(kept) < len(shown) and set(kept) < set(shown)
+    assert not {content_key(text) for text in kept} & hidden
+    assert any(f"left out {len(shown) - len(kept)} worked examples" in note for note in task.notes)
