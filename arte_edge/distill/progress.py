@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from arte_edge.cli.console import emit_json, err
 
@@ -39,8 +41,8 @@ class Reporter:
         if self._as_json:
             emit_json(row)
 
-    def say(self, text: str) -> None:
-        """Print one line for people."""
+    def say(self, text: RenderableType) -> None:
+        """Print something for people."""
         if not self._quiet:
             (self._bar.console if self._bar else err).print(text)
 
@@ -63,7 +65,12 @@ class Reporter:
     def done(self, name: str, text: str, seconds: float | None) -> None:
         """Print the closing line of a stage; `seconds` is None if it was kept from an earlier start."""
         clock = "kept" if seconds is None else f"{seconds:.0f} s"
-        self.say(f"[green]✓[/] [bold]{name:<9}[/] {escape(text)} [dim]({clock})[/]")
+        line = Table.grid(padding=(0, 1, 0, 0))  # what does not fit goes on under its own column
+        line.add_column()
+        line.add_column(min_width=9)
+        line.add_column()
+        line.add_row("[green]✓[/]", f"[bold]{name}[/]", f"{escape(text)} [dim]({clock})[/]")
+        self.say(line)
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Any]:

@@ -45,6 +45,11 @@ def split_examples(
     def rank(example: Example) -> str:
         return hashlib.sha256(f"{split_seed}:{example.key}".encode()).hexdigest()
 
+    # Within a split by another hash than the one that cut it: at the edges of a cut one answer
+    # has more of the lowest ranks than the others, and stages take the first n rows of a split.
+    def place(example: Example) -> str:
+        return hashlib.sha256(f"{split_seed}:place:{example.key}".encode()).hexdigest()
+
     ordered = sorted(examples, key=rank)
     if answer.closed:
         ordered = _interleave(ordered, split_seed)
@@ -52,7 +57,7 @@ def split_examples(
     splits: dict[str, tuple[Example, ...]] = {}
     start = 0
     for split, n_rows in split_sizes(len(ordered)).items():
-        splits[split] = tuple(sorted(ordered[start : start + n_rows], key=rank))
+        splits[split] = tuple(sorted(ordered[start : start + n_rows], key=place))
         start += n_rows
     return splits
 
