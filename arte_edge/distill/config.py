@@ -51,8 +51,13 @@ class ModelConfig(_Section):
     template: Literal["auto", "none"] = Field(
         default="auto", description="none: plain text although the model has a chat template"
     )
-    parallel: int = Field(default=32, ge=1, le=200, description="sequences that are decoded together")
+    parallel: int = Field(
+        default=32, ge=1, le=200, description="sequences decoded together; a server's requests at once"
+    )
     shots: int = Field(default=0, ge=0, le=40, description="worked seed examples shown before each question")
+    requests_per_minute: float = Field(default=0.0, ge=0.0, description="of a server; 0: no limit")
+    tokens_per_minute: float = Field(default=0.0, ge=0.0, description="of a server; 0: no limit")
+    timeout_s: float = Field(default=120.0, gt=0.0, description="how long one call to a server may take")
 
 
 class TeacherConfig(ModelConfig):

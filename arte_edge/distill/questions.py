@@ -174,7 +174,7 @@ def draft_questions(run: Run, engine: Engine, config: ModelConfig, plan: Questio
         requests = question_prompts(run, engine, config, plan, drafts.prompts, n)
         answers = run.calls.complete(engine, requests, sampling, what, spare=True)
         before = len(drafts.valid)
-        _collect(drafts, answers, drafts.prompts, plan, filters)
+        _collect(drafts, answers, drafts.prompts, plan.wanted, filters)
         if all(answer.finish == "error" for answer in answers):
             raise EngineError(f"{what}: every call failed: {answers[0].error}", "The same command goes on.")
         drafts.prompts += n
@@ -183,13 +183,13 @@ def draft_questions(run: Run, engine: Engine, config: ModelConfig, plan: Questio
 
 
 def _collect(
-    drafts: Drafts, answers: Sequence[Completion], first: int, plan: QuestionPlan, filters: _Filter
+    drafts: Drafts, answers: Sequence[Completion], first: int, wanted: int, filters: _Filter
 ) -> None:
     for i, answer in enumerate(answers, first):
         if answer.finish == "error":
             drafts.rejected.append({"reason": "call failed", "text": answer.error, "prompt": i})
             continue
-        for draft in parse_questions(question_prefill(plan.shown) + answer.text):
+        for draft in parse_questions(question_prefill(0) + answer.text):
             if isinstance(draft, str):
                 drafts.rejected.append({"reason": draft, "text": answer.text[:400], "prompt": i})
                 continue
@@ -197,7 +197,7 @@ def _collect(
             reason, target = filters.check(question, target)
             if reason:
                 drafts.rejected.append({"reason": reason, "text": f"{question} => {target}", "prompt": i})
-            elif len(drafts.valid) < plan.wanted:
+            elif len(drafts.valid) < wanted:
                 key = Example(question, target).key
                 drafts.valid.append({"id": key[:16], "input": question, "target": target, "prompt": i})
 

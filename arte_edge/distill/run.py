@@ -12,7 +12,7 @@ from arte_edge.distill.progress import Reporter
 from arte_edge.distill.settings import differences, dump_toml, load_toml
 from arte_edge.distill.student_file import base_file
 from arte_edge.engines.base import Engine
-from arte_edge.engines.open import is_server, open_engine, open_local
+from arte_edge.engines.open import ServerLimits, is_server, open_engine, open_local
 from arte_edge.engines.render import Message, render
 from arte_edge.errors import InputError
 from arte_edge.models.local import LocalModel
@@ -46,7 +46,7 @@ class Run:
         key = f"{model.model}|{model.engine}|{model.parallel}"
         if key not in self._engines:
             self._engines[key] = (
-                open_engine(model.model)
+                open_engine(model.model, parallel=model.parallel, limits=_limits(model))
                 if is_server(model.model)
                 else open_local(self._deployed(model), kind=model.engine, parallel=model.parallel)
             )
@@ -127,6 +127,10 @@ class Run:
     def read(self, stage: str, file: str) -> list[dict[str, Any]]:
         """Return the rows of a finished stage's file."""
         return Stage(self.folder / stage, {}).read(file)
+
+
+def _limits(model: ModelConfig) -> ServerLimits:
+    return ServerLimits(model.requests_per_minute or None, model.tokens_per_minute or None, model.timeout_s)
 
 
 def _locked(folder: Path) -> FileLock:

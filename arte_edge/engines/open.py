@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, cast
 
@@ -11,9 +12,21 @@ from arte_edge.models.home import Progress
 from arte_edge.models.local import LocalModel
 from arte_edge.models.resolve import resolve
 
-__all__ = ["is_server", "open_engine", "open_local"]
+__all__ = ["ServerLimits", "is_server", "open_engine", "open_local"]
 
 Kind = Literal["auto", "llamacpp", "transformers"]
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """How a server wants to be treated. None: no limit."""
+
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    timeout_s: float = 120.0
+
+
+_NO_LIMITS = ServerLimits()
 
 
 def is_server(ref: str) -> bool:
@@ -28,8 +41,12 @@ def open_engine(
     parallel: int = 32,
     offline: bool = False,
     progress: Progress | None = None,
+    limits: ServerLimits = _NO_LIMITS,
 ) -> Engine:
     """Open the engine of `ref`, fetching the model if it is not here yet.
+
+    `parallel` is how many sequences decode together, or how many requests a server gets at once;
+    `limits` are for servers alone.
 
     Raises:
         InputError: an unknown model, or one that this kind of engine cannot run.
@@ -37,7 +54,7 @@ def open_engine(
     if is_server(ref):
         from arte_edge.engines.openai import OpenAIEngine, parse_ref
 
-        return cast(Engine, OpenAIEngine(*parse_ref(ref)))
+        return cast(Engine, OpenAIEngine(*parse_ref(ref), max_concurrency=parallel, **asdict(limits)))
     return open_local(resolve(ref, offline=offline, progress=progress), kind=kind, parallel=parallel)
 
 

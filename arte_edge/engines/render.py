@@ -68,15 +68,26 @@ def _call(compiled: Any, messages: Sequence[Message], special: Mapping[str, str]
 
 @lru_cache(maxsize=16)
 def _compiled(template: str) -> Any:
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """``{% generation %}`` marks what an assistant wrote, for training masks; it prints what is inside."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja2's own attribute)
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
 
     # The settings and helpers that transformers gives chat templates, which are written against them.
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.globals["raise_exception"] = raise_exception
     # A fixed date: a prompt that changes at midnight would pay for every call again.

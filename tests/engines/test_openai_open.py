@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
 import logging
 import socket
+import time
 
 import pytest
 
 from arte_edge.engines.base import Request, Sampling
+from arte_edge.engines.open import ServerLimits, open_engine
 from arte_edge.engines.openai import OpenAIEngine, parse_ref
 from arte_edge.engines.retry import CallFailed, RetryPolicy
 from arte_edge.errors import InputError
@@ -25,6 +28,24 @@ def test_a_reference_is_a_model_and_an_address():
     for wrong in ("openai:model", "openai:@http://host", "gguf:m@http://host", "openai:m@host"):
         with pytest.raises(InputError, match="names no server"):
             parse_ref(wrong)
+
+
+def test_an_opened_server_is_treated_as_its_limits_say(serve, tiny_model):
+    under_way, most = [0], [0]
+
+    def answer(seen):
+        under_way[0] += 1
+        most[0] = max(most[0], under_way[0])
+        time.sleep(0.03)
+        under_way[0] -= 1
+        return tiny_model()(seen)
+
+    limits = ServerLimits(requests_per_minute=600.0, tokens_per_minute=1e6, timeout_s=7.0)
+    engine = open_engine(f"openai:tiny@{serve(answer).url}", parallel=2, limits=limits)
+    prompt = json.dumps({"messages": [{"role": "user", "content": "question"}]})
+    engine.complete([Request(prompt, i) for i in range(8)], Sampling(max_tokens=4))
+    assert most[0] == 2
+    assert isinstance(engine, OpenAIEngine) and engine._server._client.timeout.read == 7.0
 
 
 def test_a_wrong_key_is_raised_at_once_with_the_variable_and_without_the_key(serve, monkeypatch, caplog):

@@ -97,3 +97,8 @@ def test_blocks_are_trimmed_and_loops_can_break_as_templates_expect() -> None:
         "{% for m in messages %}\n  {% if loop.index > 1 %}{% break %}{% endif %}\n{{ m.role }}{% endfor %}"
     )
     assert rendered(template, USER, USER) == "user"
+
+
+def test_what_a_template_marks_as_generated_is_printed() -> None:
+    template = "{% for m in messages %}{% generation %}{{ m.content }}|{% endgeneration %}{% endfor %}"
+    assert rendered(template, SYSTEM, USER) == f"{SYSTEM['content']}|{USER['content']}|"
