@@ -40,6 +40,7 @@ _QUESTION = re.compile(
 )
 _BLOCK = re.compile(r"<Question_\d+>(.*?)(?=<Question_\d+>|\Z)", re.DOTALL)
 _LONGEST = 1500  # characters of one question; beyond it a teacher is rambling
+_ALIKE = 0.25  # share of seeds that nearly repeat another from which such repeats are the task's nature
 _EMPTY_ROUNDS = 3  # rounds without one valid draft after which more of the same is hopeless
 
 
@@ -153,6 +154,11 @@ def draft_questions(run: Run, engine: Engine, config: ModelConfig, plan: Questio
     """
     drafts = Drafts()
     filters = _Filter(run.task, plan.rouge)
+    if filters.alike > _ALIKE:
+        run.reporter.warn(
+            f"{what}: {filters.alike:.0%} of this task's own seeds nearly repeat another "
+            f"(ROUGE-L {plan.rouge:g}), so drafts are refused for exact repeats alone"
+        )
     empty_rounds = 0
     sampling = Sampling(
         temperature=plan.temperature, top_p=plan.top_p, max_tokens=plan.tokens, seed=plan.seed
@@ -208,7 +214,9 @@ class _Filter:
     def __init__(self, task: Task, rouge: float) -> None:
         self._task = task
         self._test = task.test_keys()
-        self._near = NearDuplicates(rouge, [])
+        self.alike = _share_alike([seed.input for seed in task.seed], rouge)
+        # ROUGE reads words alone: to it expressions that differ in their brackets are the same.
+        self._near = NearDuplicates(rouge if self.alike <= _ALIKE else math.inf, [])
         self._labels = {
             **{seed.input: "repeats a seed" for seed in task.seed},
             **{item.input: "overlaps validation" for item in task.validation},
@@ -230,6 +238,16 @@ class _Filter:
             return self._labels.get(known, "repeats a draft"), target
         self._near.add(question)
         return "", answer
+
+
+def _share_alike(texts: Sequence[str], rouge: float) -> float:
+    """Return the share of `texts` that nearly repeat an earlier one."""
+    near = NearDuplicates(rouge, [])
+    n = 0
+    for text in texts:
+        n += near.find(text) is not None
+        near.add(text)
+    return n / max(len(texts), 1)
 
 
 def _list(reasons: dict[str, int]) -> str:

@@ -43,7 +43,9 @@ class Run:
     def engine(self, which: ModelConfig | str) -> Engine:
         """Return the open engine of a configured model or a model reference."""
         model = which if isinstance(which, ModelConfig) else ModelConfig(model=which)
-        key = f"{model.model}|{model.engine}|{model.parallel}"
+        # One model may be teacher and student: the teacher decodes as it came, the student from F16.
+        student = model == self.config.student
+        key = f"{model.model}|{model.engine}|{model.parallel}|{student}"
         if key not in self._engines:
             self._engines[key] = (
                 open_engine(model.model, parallel=model.parallel, limits=_limits(model))

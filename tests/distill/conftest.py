@@ -125,7 +125,9 @@ class House:
         return RunConfig.model_validate(base | tables)
 
     def run(self, **tables: Any) -> Run:
-        return Run(self.config(**tables), self.task, self.folder, Reporter(quiet=True))
+        return Run(
+            self.config(**tables), self.task, self.folder, Reporter(self.folder / "events.jsonl", quiet=True)
+        )
 
     @property
     def calls(self) -> int:

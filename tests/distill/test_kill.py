@@ -1,4 +1,4 @@
-"""A real run, killed ten times with SIGKILL: no call is made twice, and the drafts are those of a run left alone."""
+"""A real run, killed ten times with SIGKILL: no call is made twice, and its data is that of a run left alone."""
 
 from __future__ import annotations
 
@@ -46,11 +46,16 @@ _SMALL = [
     "evaluate.shots=[0]",
     "evaluate.answer_tokens=24",
 ]
-# What was drafted and chosen, to the byte.
+# What was drafted, chosen, scored, paired, written, trained on and answered, to the byte.
 _DATA = (
     "elicit/questions.jsonl",
     "elicit/rationales.jsonl",
     "calibrate/preference_set.jsonl",
+    "prefer/scores.jsonl",
+    "align/pairs.jsonl",
+    "tailor/train.jsonl",
+    "tune/rows.jsonl",
+    "evaluate/answers.jsonl",
 )
 
 
@@ -69,10 +74,14 @@ def finish(runs: Path) -> None:
     assert process.wait(timeout=560) == 0, (runs / "log").read_text(errors="replace")[-3000:]
 
 
+def calls(runs: Path) -> Counter[str]:
+    return Counter(json.loads(line)["key"] for line in (runs / "run/calls.jsonl").read_text().splitlines())
+
+
 @pytest.mark.model
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_run_killed_ten_times_makes_no_call_twice_and_drafts_the_same(
+def test_a_run_killed_ten_times_makes_no_call_twice_and_ends_with_the_same_data(
     smollm2: LocalModel, tmp_path: Path
 ) -> None:
     smollm2.checkpoint()
@@ -96,7 +105,8 @@ def test_a_run_killed_ten_times_makes_no_call_twice_and_drafts_the_same(
     assert done_early < _KILLS, "no kill hit a run that was still at work"
     finish(killed)
 
-    keys = Counter(json.loads(line)["key"] for line in (killed / "run/calls.jsonl").read_text().splitlines())
+    keys = calls(killed)
     assert keys and max(keys.values()) == 1
     for name in _DATA:
         assert (killed / "run" / name).read_bytes() == (alone / "run" / name).read_bytes(), name
+    assert keys == calls(alone)

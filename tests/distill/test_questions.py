@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from arte_edge.distill.questions import Drafts, NearDuplicates, QuestionPlan, draft_questions, parse_questions
 from arte_edge.errors import EngineError, StoppedEarly
+from arte_edge.tasks.task import Example
 
 
 def block(number: int, text: str, target: str) -> str:
@@ -127,6 +129,13 @@ def drafted(house: Any, wanted: int, max_prompts: int = 0) -> Drafts:
     return draft_questions(run, run.engine(teacher), teacher, plan(wanted, max_prompts), "drafts")
 
 
+VARIED = (
+    Example("Do nine ducks walk in the park in two rows?", "odd"),
+    Example("Twelve eggs fill a box", "even"),
+    Example("My house number is 31", "odd"),
+)
+
+
 class TestDrafting:
     def refused(self, house: Any, text: str, target: str) -> dict[str, int]:
         """Return the reasons against one draft that stands among good ones."""
@@ -148,19 +157,26 @@ class TestDrafting:
         assert self.refused(house, "  is 503 EVEN\n or odd? ", "odd") == {"overlaps test": 1}
 
     def test_a_question_of_the_validation_split_is_refused(self, house: Any) -> None:
-        # The seeds are near-duplicates of all numbers here, so the split keeps one question of its own.
-        from dataclasses import replace
-
-        from arte_edge.tasks.task import Example
-
         mine = Example("what becomes of seven halves when doubled", "odd")
-        house.task = replace(house.task, validation=(*house.task.validation, mine))
+        house.task = replace(house.task, seed=VARIED, validation=(*house.task.validation, mine))
         assert self.refused(house, "What becomes of seven halves once doubled?", "odd") == {
             "overlaps validation": 1
         }
 
     def test_a_repeated_seed_is_refused(self, house: Any) -> None:
-        assert self.refused(house, "Is 3 even, or odd", "odd") == {"repeats a seed": 1}
+        house.task = replace(house.task, seed=VARIED)
+        assert self.refused(house, "Do nine ducks walk through the park in two rows?", "odd") == {
+            "repeats a seed": 1
+        }
+
+    def test_where_seeds_repeat_each_other_only_an_exact_repeat_is_refused(self, house: Any) -> None:
+        assert self.refused(house, "is 3  even or ODD?", "odd") == {"repeats a seed": 1}
+        events = (house.folder / "events.jsonl").read_text(encoding="utf-8")
+        assert "88% of this task's own seeds nearly repeat another" in events
+        house.folder = house.folder.with_name("another run")
+        good = house.teacher.drafts
+        house.teacher.drafts = lambda i: f"Is 77 even or odd?</input><target>odd</target>\n{good(i)}"
+        assert "Is 77 even or odd?" in {row["input"] for row in drafted(house, 5).valid}
 
     def test_a_repeated_draft_is_refused(self, house: Any) -> None:
         once = house.teacher.drafts(0)

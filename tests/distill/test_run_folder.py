@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
-from arte_edge.distill.run import open_folder
+import arte_edge.distill.run as run_module
+from arte_edge.distill.progress import Reporter
+from arte_edge.distill.run import Run, open_folder
 from arte_edge.distill.settings import build, load_toml
 from arte_edge.errors import InputError
+from arte_edge.models.local import LocalModel
 
 
 def test_the_resolved_run_is_written_once_and_opens_again(house: Any) -> None:
@@ -44,6 +47,19 @@ def test_an_update_goes_on_and_is_the_run_from_then_on(house: Any) -> None:
     open_folder(other, house.folder, house.task, update=False)
     with pytest.raises(InputError, match="seed differs"):
         open_folder(house.config(), house.folder, house.task, update=False)
+
+
+@pytest.mark.parametrize("first", ["teacher", "student"])
+def test_a_model_that_teaches_itself_is_decoded_as_each_whoever_comes_first(
+    smollm2: LocalModel, house: Any, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    monkeypatch.setattr(run_module, "open_local", lambda model, **_: model.quantization)
+    config = house.config(teacher={"model": smollm2.name}, student={"model": smollm2.name})
+    monkeypatch.setattr(run_module, "resolve", lambda ref: smollm2)
+    run = Run(config, house.task, house.folder, Reporter(quiet=True))
+    order = [config.teacher, config.student] if first == "teacher" else [config.student, config.teacher]
+    opened = {type(model).__name__: run.engine(model) for model in order}
+    assert opened == {"TeacherConfig": "Q4_1", "ModelConfig": "F16"}
 
 
 def test_a_run_file_that_is_no_toml_is_refused_with_its_line(house: Any) -> None:
