@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from arte_edge.distill.calls import Calls
 from arte_edge.distill.config import ModelConfig, RunConfig
 from arte_edge.distill.progress import Reporter
-from arte_edge.distill.settings import differences, dump_toml, load_toml
+from arte_edge.distill.settings import build, differences, dump_toml, load_toml
 from arte_edge.distill.student_file import base_file
 from arte_edge.engines.base import Engine
 from arte_edge.engines.open import ServerLimits, is_server, open_engine, open_local
@@ -164,7 +164,7 @@ def open_folder(config: RunConfig, folder: Path, task: Task, *, update: bool) ->
     path = folder / "run.toml"
     header = f'# The run as resolved. task_sha256 = "{task.sha256}"\n'
     if path.is_file() and not update:
-        there = load_toml(path)
+        there = _with_defaults(path)
         keys = differences(there, load_toml_text(resolved))
         same_task = header in path.read_text(encoding="utf-8")
         if keys or not same_task:
@@ -176,6 +176,15 @@ def open_folder(config: RunConfig, folder: Path, task: Task, *, update: bool) ->
             )
         return
     write_atomic(path, (header + resolved).encode())
+
+
+def _with_defaults(path: Path) -> dict[str, Any]:
+    """Return the run in a folder, with the defaults of keys that are younger than it."""
+    there = load_toml(path)
+    try:
+        return load_toml_text(dump_toml(build(str(path), there)))
+    except InputError:  # a key that is gone: say so by comparing what is written there
+        return there
 
 
 def load_toml_text(text: str) -> dict[str, Any]:

@@ -62,6 +62,18 @@ def test_a_model_that_teaches_itself_is_decoded_as_each_whoever_comes_first(
     assert opened == {"TeacherConfig": "Q4_1", "ModelConfig": "F16"}
 
 
+def test_a_folder_from_before_a_key_existed_goes_on(house: Any) -> None:
+    open_folder(house.config(), house.folder, house.task, update=False)
+    file = house.folder / "run.toml"
+    younger = "timeout_s = 120.0\n"
+    assert younger in file.read_text()
+    file.write_text(file.read_text().replace(younger, ""))
+    open_folder(house.config(), house.folder, house.task, update=False)
+    file.write_text(file.read_text() + "\n[gone]\nkey = 1\n")
+    with pytest.raises(InputError, match="another run: gone"):
+        open_folder(house.config(), house.folder, house.task, update=False)
+
+
 def test_a_run_file_that_is_no_toml_is_refused_with_its_line(house: Any) -> None:
     house.folder.mkdir()
     (house.folder / "run.toml").write_text("seed = = 1\n")
