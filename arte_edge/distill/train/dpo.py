@@ -16,6 +16,7 @@ from typing import Any
 from arte_edge.distill.train.common import (
     Progress,
     arguments,
+    free_memory,
     history_of,
     keep_going,
     load,
@@ -84,11 +85,13 @@ def train_dpo(
     with quiet_training():
         trainer, counts = _trainer(checkpoint, pairs, settings, workspace, watch, progress)
         _run(trainer, workspace, watch)
-        history = history_of(trainer)
+        history, steps = history_of(trainer), trainer.state.global_step
+        del trainer
+        free_memory()
     staged = copy_adapter(watch.adapter(watch.good_step), workspace.folder / "result")
     write_jsonl(staged / "log.jsonl", [*history, *({"probe": look} for look in watch.looks)])
     report = {
-        "steps": trainer.state.global_step,
+        "steps": steps,
         "kept_step": watch.good_step,
         "collapse": watch.reason,
         **counts,

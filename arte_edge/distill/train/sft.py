@@ -17,6 +17,7 @@ from typing import Any
 from arte_edge.distill.train.common import (
     Progress,
     arguments,
+    free_memory,
     history_of,
     keep_going,
     load,
@@ -81,12 +82,14 @@ def train_sft(
         trainer, counts = _trainer(checkpoint, rows, settings, workspace, progress)
         last = workspace.last_checkpoint()
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-        history = history_of(trainer)
+        history, steps = history_of(trainer), trainer.state.global_step
         staged, merge = _write(trainer.model, checkpoint, rows, settings, workspace)
+        del trainer
+        free_memory()
     write_jsonl(staged / "log.jsonl", history)
     seconds = round(time.monotonic() - began, 3)
     report = {
-        "steps": trainer.state.global_step,
+        "steps": steps,
         **counts,
         "seconds": seconds,
         "history": history,

@@ -10,7 +10,8 @@ import pytest
 
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.dpo import encode_pairs, train_dpo
-from arte_edge.distill.train.settings import CollapseLimits, DpoSettings, Lora
+from arte_edge.distill.train.settings import CollapseLimits, DpoSettings, Lora, SftSettings
+from arte_edge.distill.train.sft import train_sft
 from arte_edge.distill.train.tokens import Encoder
 from arte_edge.errors import InputError
 
@@ -69,6 +70,21 @@ def test_the_chosen_texts_win_and_the_adapter_is_a_peft_folder(tiny_checkpoint: 
         content = file.read_bytes()
         assert str(tmp_path).encode() not in content and str(tiny_checkpoint()).encode() not in content
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_ended_training_holds_no_model_in_memory(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    import gc
+
+    from transformers import LlamaForCausalLM
+
+    def models() -> int:
+        return sum(type(thing) is LlamaForCausalLM for thing in gc.get_objects())
+
+    checkpoint, before = tiny_checkpoint(), models()
+    train_dpo(checkpoint, PAIRS, tmp_path / "dpo", FAST)
+    rows = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in PAIRS]
+    train_sft(checkpoint, rows, tmp_path / "sft", SftSettings(learning_rate=1e-3, batch_size=4))
+    assert models() <= before
 
 
 def test_sigmoid_alone_is_the_papers_loss(tiny_checkpoint: Any, tmp_path: Path) -> None:
