@@ -9,8 +9,6 @@ that are shipped.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +17,9 @@ from numpy.typing import NDArray
 
 from arte_edge.errors import InputError
 from arte_edge.models.gguf_fields import Field, GgufFields, read_fields
-from arte_edge.models.gguf_layout import Layout, checkpoint_family, layout_of
-from arte_edge.models.gguf_write import Tensor, write_gguf
+from arte_edge.models.gguf_layout import Layout, checkpoint_family, layout_of, weight_tensor
+from arte_edge.models.gguf_write import FILE_TYPES, Tensor, write_gguf
+from arte_edge.models.weights import Weight, read_weights
 
 __all__ = ["checkpoint_to_gguf"]
 
@@ -33,7 +32,6 @@ _STALE = (
     "quantize.",
     "split.",
 )
-_FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # llama.cpp: LLAMA_FTYPE_ALL_F32, _MOSTLY_F16, _MOSTLY_BF16
 _UINT32 = 4
 
 
@@ -53,37 +51,19 @@ def checkpoint_to_gguf(
     layout = layout_of(base)
     if (arch := checkpoint_family(checkpoint)) != layout.arch:
         raise InputError(f"{checkpoint}: is {arch}, but {base_gguf} is {layout.arch}", _SAME_BASE)
-    sources = _tensor_files(checkpoint)
+    sources = read_weights(checkpoint)
     names = _checked_names(base, layout, sources)
-    tensors = [_tensor(base, layout, name, source, sources[source], dtype) for source, name in names.items()]
+    tensors = [_tensor(base, layout, name, sources[source], dtype) for source, name in names.items()]
     tensors += [_copied(base, name) for name in base.shapes if name.startswith("rope_")]
     fields = {key: field for key, field in base.fields.items() if not key.startswith(_STALE)}
-    fields["general.file_type"] = Field(_UINT32, _FILE_TYPES[dtype])
+    fields["general.file_type"] = Field(_UINT32, FILE_TYPES[dtype])
     return write_gguf(out, layout.arch, fields, tensors)
 
 
 _SAME_BASE = "Give the GGUF file that the checkpoint was converted from before it was trained."
 
 
-def _tensor_files(checkpoint: Path) -> dict[str, Path]:
-    """Return the file of each tensor, for a checkpoint in one file or in shards."""
-    from safetensors import SafetensorError, safe_open
-
-    index = checkpoint / "model.safetensors.index.json"
-    try:
-        if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: checkpoint / Path(file).name for name, file in weight_map.items()}
-        single = checkpoint / "model.safetensors"
-        with safe_open(single, framework="pt") as file:
-            return {name: single for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(
-            f"{checkpoint}: no readable model.safetensors", "Give a whole checkpoint."
-        ) from error
-
-
-def _checked_names(base: GgufFields, layout: Layout, sources: dict[str, Path]) -> dict[str, str]:
+def _checked_names(base: GgufFields, layout: Layout, sources: dict[str, Weight]) -> dict[str, str]:
     """Return checkpoint name -> GGUF name in the base's order, or raise for what does not match the base.
 
     `output.weight` may come or go: some files hold a tied output matrix twice.
@@ -99,28 +79,14 @@ def _checked_names(base: GgufFields, layout: Layout, sources: dict[str, Path]) -
     return {written[name]: name for name in sorted(written, key=lambda name: order.get(name, -1))}
 
 
-def _tensor(base: GgufFields, layout: Layout, name: str, source: str, file: Path, dtype: str) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as tensors:
-        shape = tuple(tensors.get_slice(source).get_shape())
+def _tensor(base: GgufFields, layout: Layout, name: str, weight: Weight, dtype: str) -> Tensor:
     expected = base.shapes.get(name, base.shapes["token_embd.weight"])
-    if shape != expected:
-        raise InputError(f"{file}: {source} is {list(shape)}, in {base.path} {list(expected)}", _SAME_BASE)
-    kept = len(shape) == 1 or name.endswith("_norm.weight")
-    return Tensor(name, shape, "F32" if kept else dtype, _loader(layout, name, source, file))
-
-
-def _loader(layout: Layout, name: str, source: str, file: Path) -> Callable[[], NDArray[np.float32]]:
-    def load() -> NDArray[np.float32]:
-        import torch
-        from safetensors import safe_open
-
-        with safe_open(file, framework="pt") as tensors:  # through torch: numpy has no bfloat16
-            values: NDArray[np.float32] = tensors.get_tensor(source).to(torch.float32).numpy()
-        return layout.to_gguf(name, values)
-
-    return load
+    if weight.shape != expected:
+        raise InputError(
+            f"{weight.path}: {weight.name} is {list(weight.shape)}, in {base.path} {list(expected)}",
+            _SAME_BASE,
+        )
+    return weight_tensor(layout, name, weight, dtype)
 
 
 def _copied(base: GgufFields, name: str) -> Tensor:

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arte_edge.errors import ArteError, InputError
+from arte_edge.models.gguf_write import encode, widened
+from arte_edge.models.weights import read_weights
+
+
+def save(folder: Path, **tensors: Any) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    save_file({name: torch.as_tensor(value) for name, value in tensors.items()}, folder / "model.safetensors")
+
+
+def test_blocks_and_the_whole_are_what_safetensors_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    torch.manual_seed(1)
+    wide, half = torch.randn(70, 33), torch.randn(9).half()
+    save(tmp_path, wide=wide, narrow=wide.bfloat16(), half=half)
+    monkeypatch.setattr("arte_edge.models.weights._BLOCK_BYTES", 33 * 4 * 8)
+    found = read_weights(tmp_path)
+    assert len(list(found["wide"].blocks())) == 9
+    for name, expected in (("wide", wide), ("narrow", wide.bfloat16()), ("half", half)):
+        whole = widened(found[name].load())
+        assert np.array_equal(whole, expected.float().numpy())
+        assert np.array_equal(np.concatenate([widened(block) for block in found[name].blocks()]), whole)
+
+
+def test_every_bfloat16_becomes_the_float16_that_rounding_through_float32_gives() -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    finite = bits[np.isfinite(widened(bits))]
+    values = widened(finite)
+    fits = np.abs(values) < 65520
+    got = encode(finite[fits], "F16", "x")
+    assert np.array_equal(got, values[fits].astype(np.float16).view(np.uint16))
+    with pytest.raises(ArteError, match="not finite in F16"):
+        encode(finite[~fits], "F16", "x")
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=50))
+def test_float32_becomes_the_bfloat16_that_ggml_rounds_to(values: list[float]) -> None:
+    import gguf
+
+    row = np.array(values, dtype=np.float32)
+    expected = gguf.quantize(row, gguf.GGMLQuantizationType.BF16).view(np.uint16)
+    if np.isfinite(widened(expected)).all():
+        assert np.array_equal(encode(row, "BF16", "x"), expected)
+    else:
+        with pytest.raises(ArteError):
+            encode(row, "BF16", "x")
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_by_name(dtype: str, value: float) -> None:
+    row = np.array([1.0, value], dtype=np.float32)
+    for block in (row, row.astype(np.float16), (row.view(np.uint32) >> 16).astype(np.uint16)):
+        with pytest.raises(ArteError, match=r"blk\.0"):
+            encode(block, dtype, "blk.0")
+
+
+def test_numbers_that_gguf_has_no_plain_form_of_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, packed=np.zeros((4, 4), dtype=np.uint8))
+    with pytest.raises(InputError, match="packed is U8"):
+        read_weights(tmp_path)
+
+
+@given(st.binary(max_size=200), st.booleans())
+def test_damaged_files_are_input_errors_never_others(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, framed: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    head = struct.pack("<Q", len(content)) if framed else b""
+    (folder / "model.safetensors").write_bytes(head + content)
+    with contextlib.suppress(InputError):  # any other error would be a crash
+        assert read_weights(folder) == {}
+
+
+@pytest.mark.parametrize("offsets", [[0, 8], [0, 64], [-4, 12], [100, 116]])
+def test_a_tensor_outside_its_file_is_refused(offsets: list[int], tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": offsets}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    with pytest.raises(InputError, match="outside the file"):
+        read_weights(tmp_path)
