@@ -12,6 +12,10 @@ STAMP := $(VENV)/.installed
 CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 export CMAKE_ARGS
 
+# optimum-onnx needs an older transformers than the rest, so its exports run in an environment of their own.
+OPTIMUM := .venv-optimum
+OPTIMUM_STAMP := $(OPTIMUM)/.installed
+
 .PHONY: help setup quickstart test check docs clean
 .DEFAULT_GOAL := help
 
@@ -20,10 +24,11 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv and install everything that distilling and testing need
 
-quickstart: setup ## distil a real 135M student from a real teacher on this machine
+quickstart: setup ## distil a real 135M student on this machine, then export it and prove the files
 	$(BIN)/arte-edge distill quickstart
+	$(BIN)/arte-edge export runs/quickstart --gguf Q4_K_M --onnx int4 -o runs/quickstart/export
 
-test: setup ## run every test; the ones that use real models download them once
+test: setup $(OPTIMUM_STAMP) ## run every test; the ones that use real models download them once
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 check: setup ## lint, formatting, types, layout rules, and that the generated pages are up to date
@@ -33,13 +38,15 @@ check: setup ## lint, formatting, types, layout rules, and that the generated pa
 	$(BIN)/pytest -q tests/test_layout.py
 	$(BIN)/python docs/build_cli_reference.py --check
 	$(BIN)/python docs/build_presets_page.py --check
+	$(BIN)/python docs/build_student_schema.py --check
 
 docs: setup ## write the generated pages of docs/ from the code
 	$(BIN)/python docs/build_cli_reference.py
 	$(BIN)/python docs/build_presets_page.py
+	$(BIN)/python docs/build_student_schema.py
 
 clean: ## remove .venv, builds and tool caches; runs and downloaded models stay
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OPTIMUM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
@@ -55,4 +62,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing. Compiling llama.cpp is the long part: several quiet minutes on two cores."
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
 	$(BIN)/python -m pip install -c constraints.txt -e '.[train,gguf,dev]'
+	@touch $@
+
+$(OPTIMUM_STAMP): constraints-optimum.txt $(STAMP)
+	@test -x $(OPTIMUM)/bin/python || $(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/python -m pip install --quiet -c constraints-optimum.txt 'optimum-onnx[onnxruntime]' torch
 	@touch $@

@@ -12,7 +12,7 @@ __all__ = ["EXTRAS", "need"]
 EXTRAS = {
     "train": ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "scipy", "rouge_score"),
     "gguf": ("llama_cpp", "gguf"),
-    "onnx": ("onnxruntime",),
+    "onnx": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir", "tokenizers"),
     "optimum": ("optimum",),
     "ray": ("ray",),
 }

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from arte_edge import __version__
-from arte_edge.cli import distill, models, presets, tasks
+from arte_edge.cli import distill, export, models, presets, tasks, verify
 from arte_edge.cli.console import err
 from arte_edge.errors import ArteError
 
@@ -28,6 +28,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(distill.distill)
+app.command()(export.export)
+app.command()(verify.verify)
 for verb in (presets.ls, presets.show, presets.copy, presets.check):
     app.command()(verb)
 app.add_typer(tasks.app, name="tasks")

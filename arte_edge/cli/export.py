@@ -1,0 +1,162 @@
+"""``arte-edge export``: the files for a device, each proven to be the student or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from arte_edge.errors import GateError, InputError
+
+if TYPE_CHECKING:
+    from arte_edge.export.artifact import Format
+    from arte_edge.export.pipeline import Outcome
+    from arte_edge.export.recipe import Recipe
+    from arte_edge.export.source import Source
+
+__all__ = ["export"]
+
+_DEFAULT_RECIPE = "laptop"
+
+
+def export(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN|FOLDER|HUB-ID|GGUF",
+            help="A run's folder or name, a checkpoint or LoRA adapter folder, a Hub id, a registry name, a GGUF.",
+        ),
+    ] = None,
+    gguf: Annotated[
+        str | None, typer.Option(metavar="TYPES", help="GGUF types, as in Q4_K_M,Q8_0,F16.")
+    ] = None,
+    onnx: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMATS", help="int4, int8, fp32, optimum-fp32, optimum-int8[-arm64|-avx2|-avx512]."
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A shipped recipe or your own .toml; --gguf and --onnx replace its formats."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Where to; RUN/export for a run, else NAME-export."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Task to verify with, for a source that is no run (see `tasks ls`).")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="An adapter's 16-bit base, in place of the one it names.")
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option("--llama-cpp", metavar="DIR", help="Convert with your checkout of llama.cpp."),
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List recipes and formats, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say sizes, memory and minutes, make nothing.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace another student's files that lie in DIR.")
+    ] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Use only models of this machine.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON lines on stdout, the last with the result.")
+    ] = False,
+) -> None:
+    """Export a student to GGUF and ONNX files, and verify each against it.
+
+    A file that fails is named *.rejected and the exit code is 3. Stopped at any moment,
+    the same command goes on; finished files are kept.
+    """
+    if list_:
+        from arte_edge.export.listing import show_list
+
+        show_list(as_json)
+        return
+    if source is None:
+        raise InputError("export: what?", "Name a run, a checkpoint folder, a Hub id or a GGUF; see --help.")
+    from arte_edge.export.recipe import load_recipe
+
+    plan = load_recipe(recipe or _DEFAULT_RECIPE)
+    formats = _formats(plan, gguf, onnx)
+    opened = _open(source, plan, task, base, offline)
+    folder = out or _folder(source, opened.name, opened.lineage.source)
+    if dry_run:
+        from arte_edge.export.dry_run import show_plan
+
+        show_plan(opened, formats, plan, folder, as_json)
+        return
+    from arte_edge.distill.progress import Reporter
+    from arte_edge.export.pipeline import export as run
+
+    reporter = Reporter(as_json=as_json)
+    reporter.say(f"[bold]{opened.name}[/] → {folder}: {', '.join(f.label for f in formats)}")
+    outcome = run(opened, formats, plan, folder, reporter, llama_cpp=llama_cpp, force=force)
+    _close(outcome, folder, as_json)
+
+
+def _formats(recipe: Recipe, gguf: str | None, onnx: str | None) -> tuple[Format, ...]:
+    from arte_edge.export.artifact import parse_list
+
+    return recipe.formats if gguf is None and onnx is None else parse_list(gguf, onnx, recipe.onnx.arch)
+
+
+def _open(source: str, recipe: Recipe, task: str | None, base: str | None, offline: bool) -> Source:
+    from arte_edge.cli.model_progress import model_progress
+    from arte_edge.export.source import open_source
+
+    with model_progress(Path(source).name or source) as progress:
+        return open_source(
+            source,
+            task=task,
+            base=base,
+            n_training=recipe.gguf.imatrix_prompts,
+            n_prompt=recipe.verify.prompts,
+            offline=offline,
+            progress=progress,
+        )
+
+
+def _folder(source: str, name: str, kind: str) -> Path:
+    """Return where the files go if nobody says: into the run, else beside where the command is given."""
+    if kind != "run":
+        return Path(f"{name}-export")
+    given = Path(source).expanduser()
+    return (given if given.is_dir() else Path("runs") / source) / "export"
+
+
+def _close(outcome: Outcome, folder: Path, as_json: bool) -> None:
+    """Print the table, and end with the right exit code.
+
+    Raises:
+        GateError: a file was rejected.
+        ArteError: no file was, but a format could not be made.
+    """
+    from arte_edge.cli.console import emit_json, out
+    from arte_edge.export.table import show_outcome
+
+    if as_json:
+        failures = [
+            {"format": f.format.label, "message": f.error.message, "hint": f.error.hint}
+            for f in outcome.failures
+        ]
+        emit_json(
+            {
+                "event": "done",
+                "folder": str(folder),
+                "rejected": [artifact.file for artifact in outcome.rejected],
+                "failures": failures,
+                "student": outcome.student.model_dump(mode="json"),
+            }
+        )
+    else:
+        show_outcome(out, outcome, folder)
+    if outcome.rejected:
+        names = ", ".join(artifact.file for artifact in outcome.rejected)
+        raise GateError(f"Not the student: {names}", "The reasons stand above and in student.json.")
+    if outcome.failures:
+        raise outcome.failures[0].error

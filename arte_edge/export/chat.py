@@ -1,0 +1,113 @@
+"""A checkpoint's chat template and special tokens, read from its files alone.
+
+Rendering needs neither torch nor transformers, so a plan, a Modelfile and prompts can
+be made on any machine. The words are rendered by `arte_edge.engines.render`, the one
+place where prompts are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from arte_edge.engines.base import Engine
+from arte_edge.engines.render import Message, render
+from arte_edge.errors import InputError
+
+__all__ = ["Chat", "read_chat"]
+
+# What ends a turn in the families we know; llama.cpp stops at these by itself, Ollama's older builds do not.
+_ENDS = ("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How a model is spoken to."""
+
+    chat_template: str | None
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    adds_bos: bool = False  # the tokenizer writes the begin token itself
+    stops: tuple[str, ...] = ()  # texts of the tokens that end an answer
+
+    def render(self, messages: Sequence[Message], prefill: str = "", *, plain: bool = False) -> str:
+        """Return the prompt text for `messages`; `plain` leaves the template aside.
+
+        Raises:
+            InputError: the template does not render.
+        """
+        return render(cast(Engine, self), messages, prefill, plain=plain)  # it reads two attributes only
+
+    @property
+    def template_sha256(self) -> str:
+        """The sha256 of the template's text, empty if there is none."""
+        text = self.chat_template
+        return "" if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_chat(checkpoint: Path) -> Chat:
+    """Return the chat of the checkpoint in a folder.
+
+    Raises:
+        InputError: one of its tokenizer files is not JSON.
+    """
+    config = _json(checkpoint / "tokenizer_config.json")
+    special = _json(checkpoint / "special_tokens_map.json") | config
+    tokens = {name: text for name in ("bos_token", "eos_token") if (text := _text(special.get(name)))}
+    inner = _json(checkpoint / "tokenizer.json")
+    bos = tokens.get("bos_token", "")
+    adds_bos = bool(bos) and (
+        config.get("add_bos_token") is True or _writes(inner.get("post_processor"), bos)
+    )
+    template = checkpoint / "chat_template.jinja"
+    own = template.read_text("utf-8") if template.is_file() else _template(config.get("chat_template"))
+    return Chat(own, tokens, adds_bos, _stops(checkpoint, inner, tokens))
+
+
+def _stops(checkpoint: Path, inner: dict[str, Any], tokens: dict[str, str]) -> tuple[str, ...]:
+    """Return the texts of the end token, of those generation_config.json names, and of known ends of turns."""
+    added = {row.get("id"): row.get("content", "") for row in inner.get("added_tokens") or ()}
+    named = _json(checkpoint / "generation_config.json").get("eos_token_id")
+    ids = named if isinstance(named, list) else [named]
+    texts = [tokens.get("eos_token", ""), *(added.get(number, "") for number in ids)]
+    texts += [text for text in _ENDS if text in added.values()]
+    return tuple(dict.fromkeys(text for text in texts if text))
+
+
+def _template(value: Any) -> str | None:
+    """Return the default template of a tokenizer_config.json: one text, or one of several by name."""
+    if isinstance(value, list):
+        by_name = {row.get("name"): row.get("template") for row in value if isinstance(row, dict)}
+        value = by_name.get("default")
+    return value if isinstance(value, str) and value else None
+
+
+def _text(token: Any) -> str:
+    """Return a special token's text, which is written plainly or as a table with its content."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else ""
+
+
+def _writes(processor: Any, token: str) -> bool:
+    """True if a post-processor of tokenizer.json begins every text with `token`."""
+    if not isinstance(processor, dict):
+        return False
+    if processor.get("type") == "Sequence":
+        return any(_writes(part, token) for part in processor.get("processors") or ())
+    first = (processor.get("single") or [{}])[0]
+    return isinstance(first, dict) and (first.get("SpecialToken") or {}).get("id") == token
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return a JSON object, empty if there is no such file."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not valid JSON", "Fetch the checkpoint again.") from error
+    return value if isinstance(value, dict) else {}

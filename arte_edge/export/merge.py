@@ -1,0 +1,120 @@
+"""Fold a LoRA adapter into its 16-bit base on the CPU, and prove by logits that nothing was lost.
+
+The most common way to ruin a fine-tuned model is to merge its adapter into a quantized
+base. Here the base must be 16-bit, the sum is made in 32 bits and rounded once, and
+base plus adapter is compared with the result before the folder gets its name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arte_edge.errors import InputError
+from arte_edge.export.student import Merge
+from arte_edge.export.weights import refuse_quantized
+from arte_edge.extras import need
+from arte_edge.models.disk import full_disk_is_clear, publish
+from arte_edge.models.hashing import sha256_file
+from arte_edge.models.home import Progress
+from arte_edge.models.local import LocalModel
+from arte_edge.models.resolve import resolve
+
+__all__ = ["Adapter", "is_adapter", "merge", "read_adapter"]
+
+_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter's folder and the model it belongs to."""
+
+    folder: Path
+    base_ref: str
+    base: LocalModel
+    rank: int
+
+    @property
+    def sha256(self) -> str:
+        return sha256_file(self.folder / _WEIGHTS)
+
+
+def is_adapter(folder: Path) -> bool:
+    """True if a folder holds a PEFT adapter and no model of its own."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def read_adapter(
+    folder: Path, base: str | None = None, *, offline: bool = False, progress: Progress | None = None
+) -> Adapter:
+    """Return the adapter in `folder` and its base, which is fetched if it is not here.
+
+    Args:
+        base: a model reference, in place of the one that the adapter's own config names.
+
+    Raises:
+        InputError: not a LoRA adapter in safetensors, or a base that is not there.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        kind, named = str(config.get("peft_type", "")).upper(), config.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not readable as JSON", "Save the adapter again.") from error
+    if kind != "LORA":
+        raise InputError(f"{path}: peft_type is '{kind}', only LoRA adapters can be folded in")
+    if not (folder / _WEIGHTS).is_file():
+        raise InputError(
+            f"{folder}: no {_WEIGHTS}", "Save the adapter as safetensors; pickles are never opened."
+        )
+    ref = base or named
+    if not isinstance(ref, str) or not ref:
+        raise InputError(f"{path}: names no base model", "Name it with --base.")
+    beside = folder / ref
+    model = resolve(
+        str(beside) if not Path(ref).exists() and beside.is_dir() else ref, offline=offline, progress=progress
+    )
+    return Adapter(folder, ref, model, int(config.get("r") or 0))
+
+
+def merge(adapter: Adapter, base: Path, out: Path, prompts: Sequence[str]) -> Merge:
+    """Write the base checkpoint with the adapter folded in to `out`, whole or not at all.
+
+    Args:
+        base: the checkpoint folder of ``adapter.base``.
+        prompts: rendered texts on whose every token the logits are compared.
+
+    Raises:
+        InputError: the base is quantized, or the adapter does not fit it.
+        ArteError: packages are missing, the disk is full, or the merged model is another one.
+    """
+    need("train", "Merging an adapter")
+    refuse_quantized(base, "the adapter's base")
+    from arte_edge.distill.train.merge import check_merge, merge_adapter
+
+    staging = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed merge left
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with full_disk_is_clear(staging, "the merged student"):
+        try:
+            merge_adapter(base, adapter.folder, staging)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise InputError(
+                f"{adapter.folder}: does not fit its base: {str(error).strip().splitlines()[0][:200]}",
+                "Name the model that it was trained on with --base.",
+            ) from error
+        check = check_merge(base, adapter.folder, staging, prompts)
+        shutil.rmtree(out, ignore_errors=True)
+        publish(staging, out)
+    return Merge(
+        adapter_sha256=adapter.sha256,
+        max_abs_diff=check.max_abs_diff,
+        mean_abs_diff=check.mean_abs_diff,
+        update_mean_abs=check.update_mean_abs,
+        top1_agreement=check.top1_agreement,
+        tokens=check.tokens,
+    )

@@ -1,0 +1,89 @@
+"""A checkpoint as an ONNX model for onnxruntime, through onnxruntime-genai's model builder.
+
+The builder writes fused attention with a cache that grows in place, and weights of 4 or 8 bits
+in blocks (MatMulNBits), which is what makes it the fastest ONNX layout on a CPU. The folder
+runs in onnxruntime-genai and in plain onnxruntime (`onnx_session`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from arte_edge.errors import ArteError, InputError
+from arte_edge.export.onnx_check import require_sound
+from arte_edge.export.onnx_child import run_worker
+from arte_edge.export.onnx_folder import checkpoint_files, copy_tokenizer, refuse_leaks, staged
+from arte_edge.export.onnx_standard import standardize
+from arte_edge.extras import need
+
+__all__ = ["GenaiSettings", "build"]
+
+
+class GenaiSettings(BaseModel):
+    """How the builder stores weights and multiplies with them.
+
+    Attributes:
+        precision: bits of the weights of matrix products. The embedding stays fp32, as does the cache.
+        block_size: weights that share one scale; smaller is more exact and larger on disk.
+        accuracy_level: what products are computed in: 4 int8 (fastest on a CPU), 3 bf16, 2 fp16, 1 fp32.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    precision: Literal["fp32", "int8", "int4"] = "int4"
+    block_size: Literal[16, 32, 64, 128, 256] = 32
+    accuracy_level: int = Field(default=4, ge=1, le=4)
+
+
+def build(checkpoint: Path, out: Path, settings: GenaiSettings) -> Path:
+    """Export `checkpoint` to the folder `out`, which appears whole and checked or not at all.
+
+    Args:
+        checkpoint: a folder of config.json, safetensors and tokenizer files; nothing is fetched.
+        out: ``model.onnx``, ``model.onnx.data``, ``genai_config.json`` and the checkpoint's
+            tokenizer files, byte for byte. An earlier export there is replaced.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: `checkpoint` is no checkpoint, or `out` is taken by something else.
+        ArteError: a package is missing, the builder failed, or what it wrote is not sound.
+    """
+    need("onnx", "Exporting to ONNX")
+    need("train", "Exporting to ONNX")
+    checkpoint = checkpoint.absolute()
+    checkpoint_files(checkpoint)
+    with staged(out) as folder:
+        job = {"job": "genai", "arguments": _arguments(checkpoint, folder, settings)}
+        try:
+            run_worker(job, folder.parent, what="onnxruntime-genai's model builder")
+        except ArteError as error:
+            if "is not currently supported" in error.message:
+                raise InputError(
+                    f"{checkpoint} is of a family that onnxruntime-genai's builder does not know",
+                    "Export it to GGUF, or to the portable ONNX layout if optimum knows it.",
+                ) from error
+            raise
+        standardize(folder / "model.onnx")
+        tokenizer = copy_tokenizer(checkpoint, folder)
+        require_sound(folder, checkpoint)
+        refuse_leaks(folder, checkpoint, besides=tokenizer)
+    return out
+
+
+def _arguments(checkpoint: Path, folder: Path, settings: GenaiSettings) -> list[str]:
+    options = ["hf_token=false", "hf_remote=false"]
+    if settings.precision != "fp32":
+        options += [f"block_size={settings.block_size}", f"accuracy_level={settings.accuracy_level}"]
+    return [
+        *("-i", str(checkpoint)),
+        *("-o", str(folder)),
+        *("-p", settings.precision),
+        *("-e", "cpu"),
+        *("-c", str(folder.parent / "cache")),
+        *("--extra_options", *options),
+    ]

@@ -1,0 +1,96 @@
+"""What ends a text, and text to ids and back, read from files alone: no torch, no transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from arte_edge.errors import InputError
+
+__all__ = ["FileTokenizer", "end_tokens", "read_json"]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds, empty if there is no such file.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no readable JSON: {error}", "Make or copy the folder again.") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} does not hold a JSON object", "Make or copy the folder again.")
+    return data
+
+
+def end_tokens(checkpoint: Path) -> frozenset[int]:
+    """Return the ids that end a text of a checkpoint: its generation config's and its tokenizer's own.
+
+    config.json is asked where there is no generation config. A chat model ends each turn with the
+    tokenizer's ``eos_token``, which base configs often fail to list.
+    """
+    config = read_json(checkpoint / "config.json")
+    ids = read_json(checkpoint / "generation_config.json").get("eos_token_id")
+    if ids is None:
+        ids = config.get("eos_token_id")
+    if ids is None:
+        ids = (config.get("text_config") or {}).get("eos_token_id")
+    listed = [ids] if isinstance(ids, int) else list(ids or ())
+    own = _token_text(read_json(checkpoint / "tokenizer_config.json").get("eos_token"))
+    added = {row["content"]: row["id"] for row in _added(checkpoint)}
+    return frozenset(listed) | (frozenset([added[own]]) if own in added else frozenset())
+
+
+def _token_text(token: object) -> str:
+    """Return a special token's text; tokenizer_config.json writes it plain or as an object."""
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
+
+
+def _added(folder: Path) -> list[dict[str, Any]]:
+    return list(read_json(folder / "tokenizer.json").get("added_tokens") or ())
+
+
+class FileTokenizer:
+    """The tokenizer of a folder, through the `tokenizers` library and tokenizer.json.
+
+    Attributes:
+        bos: the text of the token that the tokenizer itself puts in front, empty if it puts none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the tokenizer.
+
+        Raises:
+            InputError: the folder has no tokenizer.json that can be read.
+        """
+        from tokenizers import Tokenizer
+
+        path = folder / "tokenizer.json"
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise InputError(
+                f"{path} cannot be read as a tokenizer: {error}", "Copy the folder again."
+            ) from error
+        config = read_json(folder / "tokenizer_config.json")
+        bos = _token_text(config.get("bos_token"))
+        bos_id = self._tokenizer.token_to_id(bos) if bos else None
+        adds_bos = bos_id is not None and self._tokenizer.encode("a").ids[:1] == [bos_id]
+        self.bos = bos if adds_bos else ""
+        self._bos_ids = [bos_id] if adds_bos and bos_id is not None else []
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the ids of `text`, special tokens parsed, with the BOS in front that the model expects."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids if self.bos and text.startswith(self.bos) else [*self._bos_ids, *ids]
+
+    def text(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Return the text of `ids`; special tokens are left out unless `special`."""
+        decoded: str = self._tokenizer.decode(list(ids), skip_special_tokens=not special)
+        return decoded

@@ -1,0 +1,179 @@
+"""What an export will take before it begins: sizes on disk, peak memory, minutes.
+
+Sizes follow llama.cpp's choice of types tensor by tensor and are exact to a few
+percent; memory and minutes are rules of thumb from one machine, and are called rough
+wherever they are shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from arte_edge.export.artifact import FULL_WIDTH, Format
+from arte_edge.export.build import needs_imatrix, uses_base
+from arte_edge.export.gguf.quant_types import find_type, quality_warning
+from arte_edge.export.recipe import Recipe
+from arte_edge.models.gguf_types import TENSOR_TYPES
+
+__all__ = ["Line", "Plan", "plan", "predicted_bytes"]
+
+_BITS = {label: 8 * size / block for label, block, size in TENSOR_TYPES.values()}
+_BLOCKS = {label: block for label, block, _ in TENSOR_TYPES.values()}
+# What llama.cpp takes where a row is not whole blocks of 256 (llama-quant.cpp, tensor_type_fallback).
+_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_SMALL_BLOCKS = "IQ4_NL"
+# Mixes whose name says "medium" and more: half of these matrices get more bits.
+_MORE = {"Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "Q4_K_M": "Q6_K", "Q5_K_M": "Q6_K"}
+_MORE_PARTS = ("v_proj", "down_proj", "qkv_proj")
+_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
+_HEAD_BYTES_PER_TOKEN = 38  # vocabulary and merges of a GGUF: 1.8 MB for SmolLM2's 49,152 tokens
+_FOLDER_BYTES = 4_000_000  # tokenizer files of an ONNX folder
+_GIGABYTE = 1_000_000_000
+
+# Measured on SmolLM2-135M, one core of a busy two-core machine; seconds a parameter, or a parameter and token.
+_CONVERT_S, _QUANTIZE_S, _GENAI_S, _OPTIMUM_S = 2.5e-8, 9e-8, 3e-7, 6e-7
+_FORWARD_S, _WRITE_S = 2.5e-11, 2.5e-10
+_PROMPT_TOKENS, _TRAINING_TOKENS, _ANSWER_TOKENS = 110, 150, 60
+_OPEN_S = 15.0  # torch, transformers and the runtimes, once
+
+
+@dataclass(frozen=True)
+class Line:
+    """One format: what its file will weigh, and what it takes to make and to verify."""
+
+    format: Format
+    size_bytes: int
+    bits_per_weight: float
+    minutes: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An export beforehand. `shared_minutes` are conversion, importance matrix and opening the student."""
+
+    lines: tuple[Line, ...]
+    base_bytes: int  # the 16-bit GGUF that is removed at the end, 0 if none is made or it is kept
+    memory_bytes: int
+    memory_step: str
+    shared_minutes: float
+    imatrix: bool
+
+    @property
+    def disk_bytes(self) -> int:
+        """The most that lies on the disk at once."""
+        return self.base_bytes + sum(line.size_bytes for line in self.lines)
+
+    @property
+    def minutes(self) -> float:
+        return self.shared_minutes + sum(line.minutes for line in self.lines)
+
+
+def plan(
+    shapes: Mapping[str, tuple[int, ...]],
+    formats: Sequence[Format],
+    recipe: Recipe,
+    *,
+    n_training: int,
+    n_prompt: int,
+    n_example: int,
+) -> Plan:
+    """Return the plan for a checkpoint with tensors of these `shapes`, texts and examples of these numbers."""
+    n_parameter = sum(math.prod(shape) for shape in shapes.values())
+    imatrix = recipe.gguf.imatrix and n_training > 0 and any(map(needs_imatrix, formats))
+    # The student answers once for all files, but reads the prompts beside each.
+    read_s = 2 * n_prompt * _PROMPT_TOKENS * n_parameter * _FORWARD_S
+    write_s = n_example * _ANSWER_TOKENS * n_parameter * _WRITE_S
+    lines = tuple(_line(format, shapes, n_parameter, read_s + write_s) for format in formats)
+    base = Format("gguf", recipe.gguf.base)
+    converts = any(uses_base(format, base.type) for format in formats)
+    shared_s = _OPEN_S + write_s + (n_parameter * _CONVERT_S if converts else 0)
+    shared_s += n_training * _TRAINING_TOKENS * n_parameter * _FORWARD_S if imatrix else 0
+    step, memory = max(_memory(formats, shapes, n_parameter, imatrix).items(), key=lambda item: item[1])
+    return Plan(
+        lines=lines,
+        base_bytes=predicted_bytes(base, shapes) if converts and base not in formats else 0,
+        memory_bytes=memory,
+        memory_step=step,
+        shared_minutes=shared_s / 60,
+        imatrix=imatrix,
+    )
+
+
+def _line(format: Format, shapes: Mapping[str, tuple[int, ...]], n_parameter: int, verify_s: float) -> Line:
+    size = predicted_bytes(format, shapes)
+    make = {"onnx-genai": _GENAI_S, "onnx-optimum": _OPTIMUM_S}.get(format.family, _QUANTIZE_S)
+    make = _CONVERT_S if format.type in FULL_WIDTH else make
+    notes: list[str] = []
+    if format.family == "gguf" and (known := quality_warning(find_type(format.type), n_parameter)):
+        notes.append(known)
+    bits = 8 * (size - _overhead(format, shapes)) / n_parameter
+    return Line(format, size, bits, (n_parameter * make + verify_s) / 60, tuple(notes))
+
+
+def predicted_bytes(format: Format, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return about how many bytes the file or folder of `format` will have."""
+    is_tied = not any(name.endswith("lm_head.weight") for name in shapes)
+    bits = 0.0
+    for name, shape in shapes.items():
+        n_value = math.prod(shape)
+        if format.family == "gguf":
+            bits += n_value * _gguf_bits(format.type, name, shape, is_tied)
+        else:
+            bits += n_value * _onnx_bits(format, name, shape, is_tied)
+    return round(bits / 8) + _overhead(format, shapes)
+
+
+def _overhead(format: Format, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the bytes of a file or folder that are not weights."""
+    n_vocab = max((shape[0] for name, shape in shapes.items() if name.endswith(_EMBEDDINGS)), default=0)
+    return _FOLDER_BYTES if format.is_folder else _HEAD_BYTES_PER_TOKEN * n_vocab
+
+
+def _gguf_bits(type: str, name: str, shape: tuple[int, ...], is_tied: bool) -> float:
+    quant = find_type(type)
+    if len(shape) < 2:
+        return 32.0
+    label = quant.default
+    if quant.is_quantized and label != "Q8_0":
+        if name.endswith("lm_head.weight") or (is_tied and name.endswith("embed_tokens.weight")):
+            label = "Q6_K"
+        elif type in _MORE and any(part in name for part in _MORE_PARTS):
+            # Half of the layers; an average is all that a sum of sizes needs.
+            return (_fitting(_MORE[type], shape) + _fitting(label, shape)) / 2
+    return _fitting(label, shape)
+
+
+def _fitting(label: str, shape: tuple[int, ...]) -> float:
+    """Return the bits a weight of a tensor type, or of the one that is taken where its blocks do not fit."""
+    if shape[-1] % _BLOCKS.get(label, 1):
+        label = _FALLBACK.get(label, _SMALL_BLOCKS)
+    return _BITS.get(label, 16.0)
+
+
+def _onnx_bits(format: Format, name: str, shape: tuple[int, ...], is_tied: bool) -> float:
+    if format.type == "fp32" or len(shape) < 2:
+        return 32.0
+    if format.family == "onnx-optimum":
+        return 8.0
+    if name.endswith("embed_tokens.weight") and not is_tied:
+        return 32.0  # only products of matrices are quantized, and a tied output matrix is one
+    return {"int4": 4.0, "int8": 8.0}[format.type] + 1.0  # a float32 scale for 32 weights
+
+
+def _memory(
+    formats: Sequence[Format], shapes: Mapping[str, tuple[int, ...]], n_parameter: int, imatrix: bool
+) -> dict[str, int]:
+    """Return the rough peak of each step in bytes."""
+    largest = max(math.prod(shape) for shape in shapes.values())
+    verify = 4 * n_parameter + max(predicted_bytes(format, shapes) for format in formats) + _GIGABYTE
+    steps = {"verifying": verify}
+    if any(format.family == "gguf" for format in formats):
+        steps["quantizing"] = 6 * largest + 700_000_000
+    if imatrix:
+        steps["importance matrix"] = 4 * n_parameter + _GIGABYTE
+    if any(format.is_folder for format in formats):
+        steps["building ONNX"] = 6 * n_parameter + _GIGABYTE
+    return steps

@@ -1,0 +1,101 @@
+"""Where a file comes from, in its own metadata: GGUF keys that any reader of the format shows.
+
+Standard keys are those of ggml/docs/gguf.md (``general.base_model.*``,
+``general.dataset.*``, ``general.license``); ours stand below ``arte_edge.``. Nothing
+of the machine goes into a file: names of models that were given as paths lose their
+folders, servers lose their address, and `leaks` looks at the result.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePath
+
+from arte_edge.export.student import SCHEMA_VERSION, Lineage, Parent, Student
+from arte_edge.models.gguf_fields import Field, read_fields
+from arte_edge.models.registry import entries
+
+__all__ = ["PAPER", "gguf_keys", "leaks", "parent_of", "public_name"]
+
+PAPER = "arXiv:2406.19227"
+_STRING, _UINT32 = 8, 4  # GGUF value types
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?(:[\w.-]+)?")
+
+
+def public_name(ref: str) -> str:
+    """Return how a model reference may be called in public: without folders and server addresses."""
+    if ref.startswith("openai:"):
+        return ref.removeprefix("openai:").partition("@http")[0]
+    looks_local = ref.startswith((".", "/", "~")) or "\\" in ref or ref.endswith(".gguf")
+    if looks_local or ("/" in ref and (Path(ref).exists() or not _HUB_ID.fullmatch(ref))):
+        return PurePath(ref.replace("\\", "/").rstrip("/")).name or "model"
+    return ref
+
+
+def parent_of(ref: str, sha256: str = "", quantization: str = "") -> Parent:
+    """Return what may be told of the model behind `ref`; a registry entry adds its licence and sum."""
+    known = entries().get(ref)
+    if known is None:
+        return Parent(name=public_name(ref), sha256=sha256, quantization=quantization)
+    return Parent(
+        name=known.hub.id if known.hub else known.name,
+        sha256=sha256 or known.sha256,
+        quantization=quantization,
+        license=known.license,
+    )
+
+
+def gguf_keys(student: Student, lineage: Lineage, template_sha256: str) -> dict[str, Field]:
+    """Return the metadata that every GGUF of this student carries beside what its runtime needs."""
+    texts: dict[str, str] = {"general.name": student.name}
+    numbers: dict[str, int] = {"arte_edge.schema_version": SCHEMA_VERSION}
+    if lineage.base:
+        numbers["general.base_model.count"] = 1
+        texts |= _model("general.base_model.0", lineage.base)
+        texts["general.license"] = lineage.base.license
+    if lineage.data:
+        numbers["general.dataset.count"] = 1
+        texts["general.dataset.0.name"] = f"{lineage.task} {lineage.data.file}"
+        texts["general.dataset.0.description"] = f"{lineage.data.rows} rows, sha256 {lineage.data.sha256}"
+        texts["arte_edge.data.sha256"] = lineage.data.sha256
+    if lineage.teacher:
+        texts["arte_edge.teacher.name"] = lineage.teacher.name
+        texts["arte_edge.teacher.sha256"] = lineage.teacher.sha256
+    if lineage.method == "arte":
+        texts["arte_edge.paper"] = PAPER
+    if lineage.seed is not None:
+        numbers["arte_edge.seed"] = lineage.seed
+    texts |= {
+        "arte_edge.source": lineage.source,
+        "arte_edge.task.name": lineage.task,
+        "arte_edge.task.sha256": lineage.task_sha256,
+        "arte_edge.method": lineage.method,
+        "arte_edge.student.sha256": student.sha256,
+        "arte_edge.template.sha256": template_sha256,
+    }
+    fields = {key: Field(_STRING, text.encode()) for key, text in texts.items() if text}
+    return fields | {key: Field(_UINT32, number) for key, number in numbers.items()}
+
+
+def _model(prefix: str, parent: Parent) -> dict[str, str]:
+    keys = {f"{prefix}.name": parent.name}
+    if _HUB_ID.fullmatch(parent.name):
+        repository = parent.name.partition("@")[0].partition(":")[0]
+        keys[f"{prefix}.organization"] = repository.partition("/")[0]
+        keys[f"{prefix}.repo_url"] = f"https://huggingface.co/{repository}"
+    return keys
+
+
+def leaks(gguf: Path, private: Iterable[str]) -> list[str]:
+    """Return the metadata keys of a GGUF file whose text holds one of the `private` texts.
+
+    Raises:
+        InputError: not a GGUF.
+    """
+    words = [word.encode() for word in private if word]
+    return [
+        key
+        for key, field in read_fields(gguf).fields.items()
+        if isinstance(field.value, bytes) and any(word in field.value for word in words)
+    ]

@@ -1,0 +1,190 @@
+"""A recipe: which files to make for a device, how, and how close to the student they must be.
+
+Recipes are the TOML files of ``export/`` (and the user's own). A key that does not
+exist is an error that names the nearest one; thresholds that a recipe leaves out are
+those of `arte_edge.export.verify.thresholds`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from arte_edge import catalog
+from arte_edge.errors import InputError, nearest
+from arte_edge.export.artifact import Arch, Format, format_of, gguf_format, onnx_format, unique
+from arte_edge.export.verify.thresholds import Thresholds, thresholds_for
+
+__all__ = ["GgufSettings", "OnnxSettings", "Recipe", "VerifySettings", "build", "load_recipe"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GgufSettings(_Section):
+    """The GGUF files of a recipe."""
+
+    types: tuple[str, ...] = Field(default=(), description="llama.cpp's names: Q4_K_M, Q8_0, F16, …")
+    base: Literal["F16", "BF16", "F32"] = Field(
+        default="F16", description="the 16-bit file that all others are made from"
+    )
+    imatrix: bool = Field(
+        default=True,
+        description="weigh rounding errors by the tailored training prompts, where there are any",
+    )
+    imatrix_prompts: int = Field(default=200, ge=1, description="training prompts that are read for it")
+    overrides: dict[str, str] = Field(
+        default={}, description="tensor pattern = type, in every quantized file of the recipe"
+    )
+    overrides_for: dict[str, dict[str, str]] = Field(
+        default={}, description="the same for one type alone: [gguf.overrides_for.Q4_K_M]"
+    )
+
+    @field_validator("types")
+    @classmethod
+    def _known(cls, types: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_checked(gguf_format, name).type for name in types)
+
+    @field_validator("overrides_for")
+    @classmethod
+    def _known_types(cls, tables: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+        return {_checked(gguf_format, name).type: table for name, table in tables.items()}
+
+    def overrides_of(self, type: str) -> dict[str, str]:
+        """Return the per-tensor overrides of one type, those meant for it alone last."""
+        return {**self.overrides, **self.overrides_for.get(type, {})}
+
+
+class OnnxSettings(_Section):
+    """The ONNX folders of a recipe."""
+
+    formats: tuple[str, ...] = Field(
+        default=(), description="int4, int8, fp32 (onnxruntime-genai), optimum-fp32, optimum-int8-arm64, …"
+    )
+    arch: Arch = Field(default="avx2", description="processor of an optimum int8 that names none")
+    block_size: Literal[16, 32, 64, 128, 256] = Field(
+        default=32, description="weights that share one scale (int4)"
+    )
+    accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
+        default=4, description="activations of int4 products: 4 int8 (fast), 1 float32 (exact)"
+    )
+
+    @field_validator("formats")
+    @classmethod
+    def _known(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
+        for name in formats:
+            _checked(onnx_format, name)
+        return formats
+
+
+class VerifySettings(_Section):
+    """How much the gate looks at, and what it lets pass."""
+
+    prompts: int = Field(default=24, ge=4, description="held-out prompts whose logits are compared")
+    examples: int = Field(
+        default=40, ge=0, description="held-out examples of the task that student and file answer; 0: none"
+    )
+    thresholds: dict[str, Thresholds] = Field(
+        default={}, description="by format, as in [verify.thresholds.Q4_K_M]; what is left out is built in"
+    )
+
+    @field_validator("thresholds")
+    @classmethod
+    def _known(cls, tables: dict[str, Thresholds]) -> dict[str, Thresholds]:
+        for name in tables:
+            _checked(format_of, name)
+        return tables
+
+    def limits(self, format: Format) -> Thresholds:
+        """Return the thresholds of one format: the built-in ones with the recipe's on top.
+
+        A table for ``optimum-int8`` holds for every processor, one for ``optimum-int8-arm64`` goes before it.
+        """
+        limits = thresholds_for(format.type)
+        general = format.label.removesuffix(f"-{format.arch}")
+        for name in dict.fromkeys((general, format.label)):
+            if name in self.thresholds:
+                given = self.thresholds[name]
+                limits = limits.model_copy(
+                    update={key: getattr(given, key) for key in given.model_fields_set}
+                )
+        return limits
+
+
+class Recipe(_Section):
+    """A whole recipe."""
+
+    gguf: GgufSettings = GgufSettings()
+    onnx: OnnxSettings = OnnxSettings()
+    verify: VerifySettings = VerifySettings()
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """What the recipe makes, GGUF first."""
+        ggufs = [gguf_format(name) for name in self.gguf.types]
+        return unique([*ggufs, *(onnx_format(name, self.onnx.arch) for name in self.onnx.formats)])
+
+
+def load_recipe(ref: str) -> Recipe:
+    """Load a shipped recipe by name, or a recipe file by path.
+
+    Raises:
+        InputError: there is none, it is not TOML, or a key or value in it is wrong; all are named at once.
+    """
+    path = catalog.find("export", ref)
+    return build(str(path if path.name != f"{ref}.toml" else ref), _tables(path))
+
+
+def _tables(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not TOML: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def build(source: str, tables: Mapping[str, Any]) -> Recipe:
+    """Return the recipe in nested tables; `source` is named in errors.
+
+    Raises:
+        InputError: every problem at once, an unknown key with its nearest neighbour.
+    """
+    try:
+        return Recipe.model_validate(tables)
+    except ValidationError as error:
+        found = [_problem(item["type"], item["loc"], item["msg"]) for item in error.errors()]
+        messages, hints = zip(*found, strict=True)
+        raise InputError(f"{source}: " + "; ".join(messages), " ".join(filter(None, hints))) from error
+
+
+def _problem(kind: str, location: tuple[int | str, ...], message: str) -> tuple[str, str]:
+    """Return what is wrong at one key, and a hint."""
+    key = ".".join(str(part) for part in location)
+    if kind == "extra_forbidden":
+        return f"unknown key '{key}'", nearest(str(location[-1]), _keys_at(location[:-1]))
+    return f"{key}: {message.removeprefix('Value error, ')}", ""
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            continue  # the name of a format in a table of thresholds
+        options = [field.annotation, *get_args(field.annotation)]
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(model.model_fields)
+
+
+def _checked(parse: Callable[[str], Format], name: str) -> Format:
+    """Return a parsed format, with the reason in the kind of error that pydantic collects."""
+    try:
+        return parse(name)
+    except InputError as error:
+        raise ValueError(f"{error.message}. {error.hint}") from error

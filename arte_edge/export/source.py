@@ -1,0 +1,148 @@
+"""What is exported: a run, a checkpoint folder, an adapter, a Hub id or a GGUF, made one thing.
+
+A source knows its 16-bit checkpoint (an adapter's once it is merged), where it comes
+from, and the texts that go with it. Only a run knows its task and its training data by
+itself; for the others ``--task`` names a task, and without one the gate compares on
+its own dialogues and there is no importance matrix.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from arte_edge.errors import InputError
+from arte_edge.export.chat import Chat, read_chat
+from arte_edge.export.merge import Adapter, is_adapter, read_adapter
+from arte_edge.export.modelfile import Asking
+from arte_edge.export.provenance import parent_of, public_name
+from arte_edge.export.student import Lineage
+from arte_edge.export.texts import held_out, neutral, seed_texts
+from arte_edge.export.weights import refuse_quantized
+from arte_edge.models.home import Progress, slug
+from arte_edge.models.resolve import from_folder, resolve
+from arte_edge.tasks.load import load_task
+from arte_edge.tasks.task import Task
+
+__all__ = ["Source", "open_source", "with_task"]
+
+_FULL = ("F16", "BF16", "F32", "")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an export starts from. `checkpoint` is the base's for an adapter, until it is merged."""
+
+    name: str  # safe as a file name
+    checkpoint: Path
+    chat: Chat
+    lineage: Lineage
+    adapter: Adapter | None = None
+    task: Task | None = None
+    training: tuple[str, ...] = ()  # rendered texts for the importance matrix; empty: none can be made
+    training_from: str = ""
+    prompts: tuple[str, ...] = ()  # rendered and held out
+    prompts_from: str = ""
+    asking: Asking | None = None  # how a tailored student is asked
+    plain: bool = False  # asked without its chat template
+    notes: tuple[str, ...] = ()
+
+
+def open_source(
+    ref: str,
+    *,
+    task: str | None = None,
+    base: str | None = None,
+    n_training: int = 200,
+    n_prompt: int = 24,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> Source:
+    """Return what `ref` names: a run's folder or name, a checkpoint or adapter folder, a Hub id, a GGUF.
+
+    Args:
+        task: a task's reference, for a model that is no run (or in place of the run's).
+        base: an adapter's base, in place of the one it names.
+        n_training: training texts that an importance matrix may read, at most.
+        n_prompt: held-out prompts that the gate compares on, at most.
+        offline: use only what is on this machine.
+
+    Raises:
+        InputError: no such thing, an unfinished run, quantized weights, a task that changed.
+        ArteError: it cannot be fetched or converted.
+    """
+    folder = Path(ref).expanduser()
+    if not folder.exists() and re.fullmatch(r"[\w.-]+", ref) and (Path("runs") / ref / "run.toml").is_file():
+        folder = Path("runs") / ref
+    if (folder / "run.toml").is_file():
+        from arte_edge.export.run_source import open_run
+
+        if base:
+            raise InputError("--base goes with an adapter", f"{ref} is a run, and its student is merged.")
+        return open_run(folder, task, n_training, n_prompt)
+    if folder.is_dir() and is_adapter(folder):
+        source = _adapter(read_adapter(folder, base, offline=offline, progress=progress), progress)
+    elif base:
+        raise InputError("--base goes with an adapter", f"{ref} is not one.")
+    else:
+        source = _model(ref, offline, progress)
+    return with_task(source, load_task(task) if task else None, n_training, n_prompt)
+
+
+def with_task(source: Source, task: Task | None, n_training: int, n_prompt: int) -> Source:
+    """Return `source` with the texts of `task`, or with the built-in ones if there is none."""
+    if task is None:
+        return replace(source, prompts=neutral(source.chat), prompts_from="arte-edge's built-in dialogues")
+    return replace(
+        source,
+        task=task,
+        lineage=source.lineage.model_copy(update={"task": task.name, "task_sha256": task.sha256}),
+        training=seed_texts(task, source.chat, n_training),
+        training_from=f"{task.name} seed examples",
+        prompts=held_out(task, source.chat, n_prompt),
+        prompts_from=f"validation examples of {task.name}",
+    )
+
+
+def _model(ref: str, offline: bool, progress: Progress | None) -> Source:
+    model = resolve(ref, offline=offline, progress=progress)
+    checkpoint = model.checkpoint(progress)
+    refuse_quantized(checkpoint, "the checkpoint")
+    notes: tuple[str, ...] = ()
+    if model.quantization not in _FULL:
+        notes = (
+            f"{public_name(ref)} is quantized ({model.quantization}) itself. Files are compared with it as it "
+            "is unpacked; what it lost before is not in the figures.",
+        )
+    parent = parent_of(ref, model.sha256, model.quantization)
+    return Source(
+        name=slug(
+            Path(public_name(model.name).partition("@")[0].partition(":")[0]).name.removesuffix(".gguf")
+        ),
+        checkpoint=checkpoint,
+        chat=read_chat(checkpoint),
+        lineage=Lineage(source="gguf" if model.gguf else "checkpoint", base=parent),
+        notes=notes,
+    )
+
+
+def _adapter(adapter: Adapter, progress: Progress | None) -> Source:
+    checkpoint = adapter.base.checkpoint(progress)
+    refuse_quantized(checkpoint, "the adapter's base")
+    from_folder(checkpoint)  # whole, and no pickles
+    notes: tuple[str, ...] = ()
+    if adapter.base.quantization not in _FULL:
+        notes = (
+            f"The adapter's base is a {adapter.base.quantization} GGUF: it is unpacked to 16 bits and merged "
+            "there. If the adapter was trained on the original, name that with --base.",
+        )
+    parent = parent_of(adapter.base_ref, adapter.base.sha256, adapter.base.quantization)
+    return Source(
+        name=slug(adapter.folder.resolve().name),
+        checkpoint=checkpoint,
+        chat=read_chat(checkpoint),
+        lineage=Lineage(source="adapter", base=parent),
+        adapter=adapter,
+        notes=notes,
+    )

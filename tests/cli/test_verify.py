@@ -1,0 +1,153 @@
+"""``arte-edge verify``: the table, the JSON and the exit code, on tiny models made in code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from arte_edge.cli.main import main
+
+Capture = pytest.CaptureFixture[str]
+WORDS = (
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "then",
+    "it",
+    "was",
+    "asked",
+    "what",
+    "two",
+    "three",
+    "?",
+    "!",
+)
+
+
+def write_checkpoint(folder: Path, seed: int = 0, template: str = "{{ messages[-1].content }} ?") -> Path:
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=template
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.4,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(capsys: Capture, *argv: str) -> tuple[int, str, str]:
+    code = main(["verify", *argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("a") / "student")
+
+
+def test_a_model_is_itself_and_the_table_fits_80_columns(
+    capsys: Capture, student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run(capsys, str(student), str(student))
+    assert code == 0
+    assert max(map(len, out.splitlines()[3:])) <= 80
+    for check in ("tokens", "template", "stop tokens", "kl mean", "top-1 agreement", "perplexity ratio"):
+        assert check in out
+    assert "B is A, within these limits." in out and "judged as F16" in out
+    assert "comparing logits" in err and "comparing logits" not in out
+
+
+def test_another_model_ends_with_3_and_says_what_differs(
+    capsys: Capture, student: Path, tmp_path: Path
+) -> None:
+    other = write_checkpoint(tmp_path / "other", seed=1, template="{{ messages[-1].content }} !")
+    code, out, err = run(capsys, str(student), str(other))
+    assert code == 3
+    assert "FAILED" in out and "B is not A." in out
+    assert "template: " in out and "kl mean: " in out
+    assert "other is not student: template" in err
+
+
+def test_json_is_the_verdict_on_one_line_whatever_the_exit_code(
+    capsys: Capture, student: Path, tmp_path: Path
+) -> None:
+    other = write_checkpoint(tmp_path / "other", seed=1)
+    code, out, _ = run(capsys, str(student), str(other), "--json")
+    verdict: dict[str, Any] = json.loads(out)
+    assert code == 3 and verdict["passed"] is False
+    assert {c["name"] for c in verdict["checks"] if not c["passed"]} >= {"kl mean", "kl p99"}
+    assert "kl mean" in verdict["reason"] and verdict["fidelity"]["n_tokens"] > 100
+    assert str(tmp_path) not in out
+
+
+def test_a_type_gives_its_own_limits_and_prompts_can_be_given(
+    capsys: Capture, student: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("the cat sat on a mat\nwhat two and three are\n", encoding="utf-8")
+    code, out, _ = run(
+        capsys, str(student), str(student), "--type", "int4", "--prompts", str(prompts), "--json"
+    )
+    verdict = json.loads(out)
+    assert code == 0 and verdict["fidelity"]["n_prompts"] == 2
+    assert next(c["threshold"] for c in verdict["checks"] if c["name"] == "perplexity ratio") == 1.1
+
+
+def test_a_task_adds_the_paired_accuracy(capsys: Capture, student: Path) -> None:
+    code, out, _ = run(capsys, str(student), str(student), "--task", "home_intents", "--limit", "3", "--json")
+    verdict = json.loads(out)
+    assert code == 0
+    assert (verdict["accuracy"]["n"], verdict["accuracy"]["split"]) == (3, "validation")
+    assert verdict["accuracy"]["difference"] == 0.0
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all"])
+def test_a_file_that_no_runtime_opens_is_a_failed_check(
+    capsys: Capture, student: Path, tmp_path: Path, content: bytes
+) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(content)
+    code, out, _ = run(capsys, str(student), str(broken))
+    assert code == 3
+    assert "opens" in out and "broken.gguf" in out
+
+
+def test_input_that_names_nothing_ends_with_2(capsys: Capture, student: Path, tmp_path: Path) -> None:
+    for argv in (
+        ["no-such-model-name", str(student)],
+        [str(student), str(tmp_path / "none.gguf")],
+        [str(student), str(student), "--type", "Q9"],
+        [str(student), str(student), "--task", "no_such_task"],
+        [str(tmp_path), str(student)],
+    ):
+        code, out, err = run(capsys, *argv)
+        assert (code, out) == (2, ""), (argv, err)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arte_edge.errors import InputError
+from arte_edge.export.chat import read_chat
+
+
+def write(folder: Path, **files: Any) -> Path:
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), "utf-8")
+    return folder
+
+
+BEGINS = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
+}
+
+
+def test_the_template_file_goes_before_the_configuration(tmp_path: Path) -> None:
+    write(tmp_path, tokenizer_config={"chat_template": "old", "eos_token": "</s>"})
+    assert read_chat(tmp_path).chat_template == "old"
+    (tmp_path / "chat_template.jinja").write_text("new")
+    assert read_chat(tmp_path).chat_template == "new"
+
+
+def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
+    templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    assert read_chat(write(tmp_path, tokenizer_config={"chat_template": templates})).chat_template == "d"
+
+
+def test_special_tokens_are_read_in_both_spellings(tmp_path: Path) -> None:
+    write(
+        tmp_path, tokenizer_config={"bos_token": {"content": "<s>"}}, special_tokens_map={"eos_token": "</s>"}
+    )
+    assert read_chat(tmp_path).special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+@pytest.mark.parametrize(
+    ("config", "processor", "adds"),
+    [
+        ({"bos_token": "<s>"}, BEGINS, True),
+        ({"bos_token": "<s>"}, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, BEGINS]}, True),
+        ({"bos_token": "<|x|>"}, BEGINS, False),
+        ({"bos_token": "<s>"}, None, False),
+        ({"bos_token": "<s>", "add_bos_token": True}, None, True),
+        ({}, BEGINS, False),
+    ],
+)
+def test_whether_the_tokenizer_writes_the_begin_token(
+    tmp_path: Path, config: dict[str, Any], processor: Any, adds: bool
+) -> None:
+    write(tmp_path, tokenizer_config=config, tokenizer={"post_processor": processor})
+    assert read_chat(tmp_path).adds_bos is adds
+
+
+def test_stops_are_the_end_tokens_of_all_three_sources(tmp_path: Path) -> None:
+    added = [
+        {"id": 5, "content": "<|eot_id|>"},
+        {"id": 7, "content": "<|stop|>"},
+        {"id": 9, "content": "<x>"},
+    ]
+    write(
+        tmp_path,
+        tokenizer_config={"eos_token": "</s>"},
+        tokenizer={"added_tokens": added},
+        generation_config={"eos_token_id": [7]},
+    )
+    assert read_chat(tmp_path).stops == ("</s>", "<|stop|>", "<|eot_id|>")
+
+
+def test_a_folder_without_tokenizer_files_has_no_template(tmp_path: Path) -> None:
+    chat = read_chat(tmp_path)
+    assert chat.chat_template is None and chat.template_sha256 == "" and chat.stops == ()
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        read_chat(tmp_path)

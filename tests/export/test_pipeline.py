@@ -1,0 +1,244 @@
+"""The whole export on a tiny model: real files, and a gate whose word the test decides.
+
+Most of it with full-width types: llama.cpp's quantizer runs in a process of its own, which takes a second.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gguf")
+pytest.importorskip("llama_cpp")
+
+from arte_edge.distill.progress import Reporter
+from arte_edge.errors import ArteError, InputError
+from arte_edge.export.artifact import parse_list
+from arte_edge.export.pipeline import Outcome, export
+from arte_edge.export.recipe import Recipe, build
+from arte_edge.export.source import Source, open_source
+from arte_edge.export.student import read_student
+from arte_edge.export.verify.check import Check
+from arte_edge.export.verify.gate import Verdict
+from arte_edge.models.gguf_fields import read_fields
+from arte_edge.models.gguf_header import read_header
+
+RECIPE = build("test", {"gguf": {"imatrix": False}, "verify": {"examples": 0}})
+
+
+class Interrupt(BaseException):
+    """A kill in the middle of an export."""
+
+
+@dataclass
+class Gate:
+    """Stands in for the gate, which is slow: says no to the types in `refuses` and counts its calls."""
+
+    refuses: set[str] = field(default_factory=set)
+    judged: list[str] = field(default_factory=list)
+
+    def verify_file(self, reference: Any, artifact: Path, *_: Any, **__: Any) -> Verdict:
+        type = read_header(artifact).quantization  # the file is whole when it is judged
+        self.judged.append(type)
+        passed = type not in self.refuses
+        note = "" if passed else "it answers in another language"
+        return Verdict(passed, (Check("kl mean", 0.5, 0.1, passed, note),), artifact=artifact.name)
+
+
+class Closed:
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gate:
+    gate = Gate()
+    monkeypatch.setenv("ARTE_EDGE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("arte_edge.export.verify.gate.verify_file", gate.verify_file)
+    monkeypatch.setattr("arte_edge.export.judge.open_model", lambda path: Closed())
+    return gate
+
+
+@pytest.fixture
+def source(tiny_run: Path, gate: Gate) -> Source:
+    return open_source(str(tiny_run))
+
+
+def run(source: Source, out: Path, ggufs: str, recipe: Recipe = RECIPE, **more: Any) -> Outcome:
+    return export(source, parse_list(ggufs, None), recipe, out, Reporter(quiet=True), **more)
+
+
+def visible(out: Path) -> dict[str, bytes]:
+    """Return every file that a user sees."""
+    files = (path for path in out.rglob("*") if path.is_file())
+    named = {path.relative_to(out): path for path in files}
+    return {str(n): p.read_bytes() for n, p in named.items() if not any(x.startswith(".") for x in n.parts)}
+
+
+def test_many_formats_in_one_call_share_one_conversion(
+    source: Source, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from arte_edge.export.gguf import convert as module
+
+    conversions: list[Path] = []
+    real = module.convert
+
+    def counted(checkpoint: Path, out: Path, *rest: Any, **more: Any) -> Path:
+        conversions.append(out)
+        return real(checkpoint, out, *rest, **more)
+
+    monkeypatch.setattr(module, "convert", counted)
+    outcome = run(source, tmp_path / "out", "F16,Q8_0,Q4_0")
+    assert len(conversions) == 1
+    assert [a.quantization for a in outcome.artifacts] == ["F16", "Q8_0", "Q4_0"] == gate.judged
+    names = {f"tiny-{type}.gguf" for type in gate.judged}
+    beside = {"Modelfile", "student.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}
+    assert set(visible(tmp_path / "out")) - {"tokenizer/chat_template.jinja"} == names | beside
+    assert {path.name for path in (tmp_path / "out" / ".export").iterdir()} == {"lock", "records"}
+    # Ollama gets the first quantized file, wherever F16 stood.
+    assert "FROM ./tiny-Q8_0.gguf" in (tmp_path / "out" / "Modelfile").read_text()
+
+
+def test_the_same_command_again_makes_and_judges_nothing(source: Source, gate: Gate, tmp_path: Path) -> None:
+    run(source, tmp_path / "out", "BF16,F16")
+    before = visible(tmp_path / "out")
+    gate.judged.clear()
+    run(source, tmp_path / "out", "BF16,F16")
+    assert gate.judged == [] and visible(tmp_path / "out") == before
+
+
+def test_another_format_later_joins_the_others(source: Source, gate: Gate, tmp_path: Path) -> None:
+    run(source, tmp_path / "out", "BF16")
+    outcome = run(source, tmp_path / "out", "F32")
+    assert gate.judged == ["BF16", "F32"]
+    assert {a.quantization for a in outcome.student.artifacts} == {"BF16", "F32"}
+    assert read_student(tmp_path / "out") == outcome.student
+
+
+def test_a_file_that_fails_is_renamed_and_the_others_are_made(
+    source: Source, gate: Gate, tmp_path: Path
+) -> None:
+    gate.refuses = {"F32"}
+    outcome = run(source, tmp_path / "out", "F32,BF16")
+    assert [a.status for a in outcome.artifacts] == ["rejected", "ok"]
+    files = visible(tmp_path / "out")
+    assert "tiny-F32.gguf.rejected" in files and "tiny-F32.gguf" not in files
+    document = json.loads(files["student.json"])
+    assert "another language" in document["artifacts"][0]["reason"]
+    assert document["artifacts"][0]["file"] == "tiny-F32.gguf.rejected"
+    assert b"F32" not in files["Modelfile"] and b"FROM ./tiny-BF16.gguf" in files["Modelfile"]
+
+
+def test_looser_limits_bring_a_rejected_file_back(source: Source, gate: Gate, tmp_path: Path) -> None:
+    gate.refuses = {"F32"}
+    run(source, tmp_path / "out", "F32")
+    gate.refuses = set()
+    loose = {"gguf": {"imatrix": False}, "verify": {"examples": 0, "thresholds": {"F32": {"kl_mean": 9.0}}}}
+    outcome = run(source, tmp_path / "out", "F32", build("loose", loose))
+    assert outcome.artifacts[0].status == "ok" and gate.judged == ["F32", "F32"]
+    assert "tiny-F32.gguf" in (files := visible(tmp_path / "out")) and "tiny-F32.gguf.rejected" not in files
+
+
+def test_a_format_that_cannot_be_made_does_not_stop_the_others(
+    source: Source, gate: Gate, tmp_path: Path
+) -> None:
+    outcome = run(source, tmp_path / "out", "IQ2_XXS,BF16")  # the first needs an importance matrix
+    assert [f.format.type for f in outcome.failures] == ["IQ2_XXS"]
+    assert [a.quantization for a in outcome.artifacts] == ["BF16"]
+    assert (tmp_path / "out" / ".export" / "base").is_dir()  # the next attempt starts from it
+
+
+def test_a_folder_with_another_student_is_refused(
+    source: Source, gate: Gate, tiny_student: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(tiny_student, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    run(source, tmp_path / "out", "BF16")
+    with pytest.raises(InputError, match="another student"):
+        run(open_source(str(other)), tmp_path / "out", "F16")
+    run(open_source(str(other)), tmp_path / "out", "F16", force=True)
+    files = visible(tmp_path / "out")
+    assert "other-F16.gguf" in files and "tiny-BF16.gguf" not in files
+
+
+def test_every_gguf_says_where_it_comes_from_and_no_path(source: Source, gate: Gate, tmp_path: Path) -> None:
+    outcome = run(source, tmp_path / "out", "BF16,F16")
+    for artifact in outcome.artifacts:
+        keys = read_fields(tmp_path / "out" / artifact.file).fields
+        assert keys["general.name"].value == b"tiny"
+        assert keys["arte_edge.student.sha256"].value == outcome.student.student.sha256.encode()
+        assert keys["general.base_model.0.name"].value and keys["general.dataset.count"].value == 1
+    private = [str(tmp_path), str(Path.home())]
+    for name, data in visible(tmp_path / "out").items():
+        assert not [text for text in private if text.encode() in data], name
+
+
+def test_the_tokenizer_beside_the_files_is_the_base_s(source: Source, gate: Gate, tmp_path: Path) -> None:
+    run(source, tmp_path / "out", "F16")
+    for path in (tmp_path / "out" / "tokenizer").iterdir():
+        assert path.read_bytes() == (source.checkpoint / path.name).read_bytes()
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_work(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arte_edge.export.workshop.shutil.disk_usage", lambda path: SimpleNamespace(free=9))
+    with pytest.raises(ArteError, match="are needed"):
+        run(source, tmp_path / "out", "F16")
+
+
+def test_nothing_to_make_is_an_error(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No format"):
+        export(source, (), RECIPE, tmp_path / "out", Reporter(quiet=True))
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Cut the process at the n-th rename: every file's and every record's last step."""
+    real = Path.replace
+    left = 0
+
+    def replace(self: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Interrupt
+        return real(self, target)
+
+    def after(n: int) -> None:
+        nonlocal left
+        left = n
+
+    monkeypatch.setattr(Path, "replace", replace)
+    yield after
+
+
+def test_an_export_cut_at_any_rename_shows_no_file_that_is_not_whole_and_goes_on(
+    source: Source, gate: Gate, tmp_path: Path, interrupted: Callable[[int], None]
+) -> None:
+    gate.refuses = {"F32"}
+    interrupted(0)
+    run(source, tmp_path / "alone", "BF16,F32,F16")
+    whole = visible(tmp_path / "alone")
+    n = 0
+    while True:
+        n += 1
+        out = tmp_path / f"cut-{n}"
+        interrupted(n)
+        try:
+            run(source, out, "BF16,F32,F16")
+            break
+        except (Interrupt, ArteError):
+            shown = visible(out)
+            assert [name for name in shown if shown[name] != whole.get(name)] == []
+        interrupted(0)
+        run(source, out, "BF16,F32,F16")
+        assert visible(out) == whole
+    assert n > 12

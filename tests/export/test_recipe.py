@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from arte_edge import catalog
+from arte_edge.errors import InputError
+from arte_edge.export.artifact import format_of
+from arte_edge.export.recipe import Recipe, build, load_recipe
+from arte_edge.export.verify.thresholds import thresholds_for
+
+WANTED = {"laptop", "raspberry-pi-5", "raspberry-pi-4", "browser-onnx", "f16", "everything"}
+
+
+def test_every_shipped_recipe_loads_and_can_be_judged() -> None:
+    names = catalog.names("export")
+    assert set(names) >= WANTED
+    for name in names:
+        recipe = load_recipe(name)
+        assert recipe.formats, name
+        for format in recipe.formats:
+            recipe.verify.limits(format)
+
+
+@pytest.mark.parametrize(
+    ("tables", "key", "near"),
+    [
+        ({"ggfu": {}}, "ggfu", "gguf"),
+        ({"gguf": {"typs": []}}, "gguf.typs", "types"),
+        (
+            {"verify": {"thresholds": {"Q4_K_M": {"kl_maen": 1}}}},
+            "verify.thresholds.Q4_K_M.kl_maen",
+            "kl_mean",
+        ),
+    ],
+)
+def test_an_unknown_key_names_its_nearest_neighbour(tables: dict[str, object], key: str, near: str) -> None:
+    with pytest.raises(InputError, match=f"mine: unknown key '{key}'") as error:
+        build("mine", tables)
+    assert f"'{near}'" in error.value.hint
+
+
+def test_every_problem_is_named_at_once() -> None:
+    with pytest.raises(InputError) as error:
+        build("mine", {"gguf": {"types": ["Q4_X"]}, "onnx": {"block_size": 33}, "verify": {"prompts": 0}})
+    message = error.value.message
+    assert "Q4_X" in message and "onnx.block_size" in message and "verify.prompts" in message
+
+
+def test_thresholds_for_a_format_that_is_none_are_refused() -> None:
+    with pytest.raises(InputError, match=r"verify\.thresholds"):
+        build("mine", {"verify": {"thresholds": {"Q4_Z": {"kl_mean": 1.0}}}})
+
+
+def test_a_recipe_changes_the_limits_it_names_and_leaves_the_others() -> None:
+    recipe = build("mine", {"verify": {"thresholds": {"Q4_K_M": {"kl_mean": 0.5}}}})
+    limits, built_in = recipe.verify.limits(format_of("Q4_K_M")), thresholds_for("Q4_K_M")
+    assert limits.kl_mean == 0.5 and limits.top1 == built_in.top1
+    assert recipe.verify.limits(format_of("Q8_0")) == thresholds_for("Q8_0")
+
+
+def test_limits_for_one_processor_go_before_those_for_all() -> None:
+    tables = {"optimum-int8": {"kl_mean": 0.5, "top1": 0.5}, "optimum-int8-arm64": {"kl_mean": 0.7}}
+    recipe = build("mine", {"verify": {"thresholds": tables}})
+    arm, avx = (recipe.verify.limits(format_of(f"optimum-int8-{arch}")) for arch in ("arm64", "avx2"))
+    assert (arm.kl_mean, arm.top1) == (0.7, 0.5)
+    assert (avx.kl_mean, avx.top1) == (0.5, 0.5)
+
+
+def test_overrides_for_one_type_go_on_top_of_those_for_all() -> None:
+    tables = {"overrides": {"token_embd": "Q8_0"}, "overrides_for": {"q4_k_m": {"ffn_down": "Q6_K"}}}
+    gguf = build("mine", {"gguf": tables}).gguf
+    assert gguf.overrides_of("Q4_K_M") == {"token_embd": "Q8_0", "ffn_down": "Q6_K"}
+    assert gguf.overrides_of("Q8_0") == {"token_embd": "Q8_0"}
+
+
+def test_a_recipe_file_of_ones_own_is_found_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[gguf]\ntypes = ["q8_0"]\n[onnx]\nformats = ["optimum-int8"]\narch = "arm64"\n')
+    assert [f.label for f in load_recipe(str(path)).formats] == ["Q8_0", "optimum-int8-arm64"]
+
+
+def test_a_name_that_is_no_recipe_names_the_nearest() -> None:
+    with pytest.raises(InputError) as error:
+        load_recipe("raspberry-pi")
+    assert "raspberry-pi-" in error.value.hint
+
+
+def test_a_file_that_is_no_toml_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text("[gguf\n")
+    with pytest.raises(InputError, match="not TOML"):
+        load_recipe(str(path))
+
+
+def test_an_empty_recipe_makes_nothing() -> None:
+    assert Recipe().formats == ()

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from arte_edge.distill.prompts import STEPS
+from arte_edge.errors import InputError
+from arte_edge.export.source import open_source
+from arte_edge.tasks.load import load_task
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to be damaged."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
+
+
+def test_a_run_knows_its_task_its_texts_and_where_it_comes_from(tiny_run: Path) -> None:
+    source = open_source(str(tiny_run), n_training=8, n_prompt=5)
+    assert source.name == "tiny" and source.checkpoint == tiny_run / "tune" / "student"
+    assert source.task is not None and source.task.name == "home_intents"
+    assert len(source.training) == 8 and all("<ans>" in text for text in source.training)
+    assert len(source.prompts) == 5
+    lineage = source.lineage
+    assert lineage.source == "run" and lineage.method == "arte" and lineage.seed == 0
+    assert lineage.base is not None and lineage.base.license == "Apache-2.0"
+    assert lineage.teacher is not None and "/" in lineage.teacher.name
+    assert lineage.data is not None and lineage.data.rows == 12
+    assert lineage.tuning is not None and lineage.tuning.method == "lora"
+
+
+def test_a_run_s_student_is_asked_as_it_was_trained(tiny_run: Path) -> None:
+    asking = open_source(str(tiny_run)).asking
+    assert asking is not None
+    assert asking.before == "Question: " and asking.prefill == STEPS
+    assert load_task("home_intents").description.strip() in asking.system
+
+
+def test_no_text_of_the_test_split_is_read(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object) -> None:
+        raise AssertionError("the test split was opened")
+
+    monkeypatch.setattr("arte_edge.tasks.task.Task.load_test", refuse)
+    source = open_source(str(tiny_run), n_prompt=10_000)
+    validation = {example.input for example in load_task("home_intents").validation}
+    assert len(source.prompts) == len(validation)
+    assert not [text for text in source.training if any(f"Question: {v}\n" in text for v in validation)]
+
+
+def test_a_run_is_found_by_its_name(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(tiny_run, tmp_path / "runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert open_source("mine").lineage.source == "run"
+
+
+def test_a_run_without_a_tuned_student_says_how_to_go_on(run: Path) -> None:
+    (run / "tune" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="no tuned student") as error:
+        open_source(str(run))
+    assert "arte-edge distill" in error.value.hint
+
+
+def test_weights_that_changed_since_the_run_are_noticed(run: Path) -> None:
+    path = run / "tune" / "student" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="changed since the run"):
+        open_source(str(run))
+
+
+def test_a_task_that_changed_since_the_run_is_noticed(run: Path) -> None:
+    text = (run / "run.toml").read_text()
+    (run / "run.toml").write_text(text.replace('task_sha256 = "', 'task_sha256 = "' + "0" * 64 + '" # "'))
+    with pytest.raises(InputError, match="changed after the run"):
+        open_source(str(run))
+    assert open_source(str(run), task="home_intents").task is not None
+
+
+def test_a_checkpoint_without_a_task_is_compared_on_the_built_in_texts(tiny_student: Path) -> None:
+    source = open_source(str(tiny_student))
+    assert source.name == "tiny-student" and source.lineage.source == "checkpoint"
+    assert source.task is None and source.training == () and source.asking is None
+    assert len(source.prompts) >= 8 and "built-in" in source.prompts_from
+
+
+def test_a_task_brings_training_texts_and_held_out_prompts(tiny_student: Path) -> None:
+    source = open_source(str(tiny_student), task="home_intents", n_training=6, n_prompt=7)
+    task = load_task("home_intents")
+    assert len(source.training) == 6 and len(source.prompts) == 7
+    assert source.lineage.task_sha256 == task.sha256
+    assert all(any(seed.input in text for seed in task.seed) for text in source.training)
+
+
+def test_the_tokenizer_of_a_name_is_no_path(tiny_student: Path) -> None:
+    base = open_source(str(tiny_student)).lineage.base
+    assert base is not None and base.name == "tiny-student"
+
+
+def test_an_adapter_knows_its_base(tiny_adapter: Path, tiny_student: Path) -> None:
+    source = open_source(str(tiny_adapter))
+    assert source.adapter is not None and source.checkpoint == tiny_student.absolute()
+    assert source.lineage.source == "adapter"
+    assert source.lineage.base is not None and source.lineage.base.name == "tiny-student"
+
+
+def test_an_adapter_of_a_four_bit_base_is_refused(
+    tiny_adapter: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    four = Path(shutil.copytree(tiny_student, tmp_path / "four-bit"))
+    config = json.loads((four / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (four / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="quantized"):
+        open_source(str(tiny_adapter), base=str(four))
+
+
+@pytest.mark.parametrize("change", [{"peft_type": "IA3"}, {"base_model_name_or_path": None}])
+def test_an_adapter_that_cannot_be_merged_says_why(
+    tiny_adapter: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    folder = Path(shutil.copytree(tiny_adapter, tmp_path / "odd"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=r"adapter_config\.json"):
+        open_source(str(folder))
+
+
+def test_base_goes_with_adapters_only(tiny_student: Path, tiny_run: Path) -> None:
+    for ref in (tiny_student, tiny_run):
+        with pytest.raises(InputError, match="--base"):
+            open_source(str(ref), base="x")
