@@ -123,6 +123,8 @@ def predicted_bytes(format: Format, shapes: Mapping[str, tuple[int, ...]]) -> in
             bits += n_value * _gguf_bits(format.type, name, shape, is_tied)
         else:
             bits += n_value * _onnx_bits(format, name, shape, is_tied)
+            if is_tied and name.endswith("embed_tokens.weight") and _unties(format):
+                bits += n_value * _onnx_bits(format, "lm_head.weight", shape, False)
     return round(bits / 8) + _overhead(format, shapes)
 
 
@@ -153,13 +155,18 @@ def _fitting(label: str, shape: tuple[int, ...]) -> float:
     return _BITS.get(label, 16.0)
 
 
+def _unties(format: Format) -> bool:
+    """True if the builder stores a tied embedding a second time, as the output matrix."""
+    return format.family == "onnx-optimum" or format.type == "int8"
+
+
 def _onnx_bits(format: Format, name: str, shape: tuple[int, ...], is_tied: bool) -> float:
     if format.type == "fp32" or len(shape) < 2:
         return 32.0
     if format.family == "onnx-optimum":
         return 8.0
-    if name.endswith("embed_tokens.weight") and not is_tied:
-        return 32.0  # only products of matrices are quantized, and a tied output matrix is one
+    if name.endswith("embed_tokens.weight") and not (is_tied and format.type == "int4"):
+        return 32.0  # only products of matrices are quantized; int4 looks tokens up in the product's matrix
     return {"int4": 4.0, "int8": 8.0}[format.type] + 1.0  # a float32 scale for 32 weights
 
 
@@ -174,6 +181,8 @@ def _memory(
         steps["quantizing"] = 6 * largest + 700_000_000
     if imatrix:
         steps["importance matrix"] = 4 * n_parameter + _GIGABYTE
-    if any(format.is_folder for format in formats):
+    if any(format.family == "onnx-genai" for format in formats):
         steps["building ONNX"] = 6 * n_parameter + _GIGABYTE
+    if any(format.family == "onnx-optimum" for format in formats):
+        steps["building ONNX"] = 15 * n_parameter + _GIGABYTE
     return steps

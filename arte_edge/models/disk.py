@@ -24,6 +24,7 @@ __all__ = [
     "megabytes",
     "publish",
     "unwritable",
+    "whole_file",
 ]
 
 # No space, quota used up, file size limit reached: the same to a user.
@@ -100,3 +101,25 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def whole_file(out: Path, partial: Path | None = None) -> Iterator[Path]:
+    """Yield the path to write to, `partial` or one beside `out`; it becomes `out` when the block ends well.
+
+    When it does not, nothing is left; what a killed process left the next one overwrites.
+
+    Raises:
+        ArteError: the disk is full or not writable.
+    """
+    partial = partial or out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(out)
+    except OSError as error:
+        raise ArteError(
+            f"{out}: {error.strerror or error}", "Free some space or choose another folder."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.errors import ArteError
+from arte_edge.models.disk import whole_file
 from arte_edge.models.gguf_fields import Field
 from arte_edge.models.weights import Values
 
@@ -57,17 +58,8 @@ def write_gguf(out: Path, arch: str, fields: Mapping[str, Field], tensors: Seque
     Raises:
         ArteError: the disk is full or not writable, or a value does not fit its type.
     """
-    partial = out.with_name(f".{out.name}.partial")  # the next attempt overwrites a killed one's
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(out) as partial:
         _write(partial, arch, fields, tensors)
-        partial.replace(out)
-    except OSError as error:
-        raise ArteError(
-            f"{out}: {error.strerror or error}", "Free some space or choose another folder."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return out
 
 

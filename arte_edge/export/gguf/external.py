@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from arte_edge.errors import ArteError, InputError
+from arte_edge.models.disk import whole_file
 from arte_edge.models.gguf_header import read_header
 from arte_edge.models.gguf_write import FILE_TYPES
 
@@ -36,12 +37,11 @@ def convert_with(llama_cpp: Path, checkpoint: Path, out: Path, dtype: str = "F16
         raise InputError(f"'{dtype}' is not a type to convert to", f"Choose from {', '.join(FILE_TYPES)}.")
     if not checkpoint.is_dir():
         raise InputError(f"{checkpoint}: no such folder", "Give a transformers checkpoint.")
-    out.parent.mkdir(parents=True, exist_ok=True)
     # The script fills {…} in names itself, and adds nothing to a name without one.
     partial = out.with_name(f".{out.name}.partial".replace("{", "_").replace("}", "_"))
     command = [sys.executable, str(script.absolute()), str(checkpoint.absolute())]
     command += ["--outfile", str(partial.absolute()), "--outtype", dtype.lower()]
-    try:
+    with whole_file(out, partial):
         done = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
@@ -54,13 +54,6 @@ def convert_with(llama_cpp: Path, checkpoint: Path, out: Path, dtype: str = "F16
         if done.returncode != 0 or not partial.is_file():
             raise _failure(script, done)
         _check(script, partial, dtype)
-        partial.replace(out)
-    except OSError as error:
-        raise ArteError(
-            f"{out}: {error.strerror or error}", "Free some space or choose another folder."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return out
 
 

@@ -16,8 +16,9 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.errors import ArteError, InputError
+from arte_edge.errors import InputError
 from arte_edge.export.gguf.tensor_table import read_table
+from arte_edge.models.disk import whole_file
 
 __all__ = ["CHUNK_TOKENS", "Imatrix", "base_name", "read_imatrix", "write_imatrix"]
 
@@ -100,17 +101,8 @@ def write_imatrix(imatrix: Imatrix, out: Path) -> Path:
     Raises:
         ArteError: the disk is full or not writable.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
+    with whole_file(out) as partial:
         _write(imatrix, partial)
-        partial.replace(out)
-    except OSError as error:
-        raise ArteError(
-            f"{out}: {error.strerror or error}", "Free some space or choose another folder."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return out
 
 

@@ -27,6 +27,7 @@ from arte_edge.export.gguf.quant_types import (
 )
 from arte_edge.export.gguf.tensor_table import TensorTable, read_table
 from arte_edge.extras import need
+from arte_edge.models.disk import whole_file
 from arte_edge.models.gguf_header import read_header
 
 __all__ = ["QuantReport", "quantize"]
@@ -63,8 +64,7 @@ def quantize(
     _check_request(quant, types, before, matrix, imatrix)
     started = time.monotonic()
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(out, partial):
         for left_over in out.parent.glob(f".{_glob_safe(out.name)}.*.partial"):
             left_over.unlink(missing_ok=True)
         job = QuantJob(
@@ -81,13 +81,6 @@ def quantize(
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         size_bytes = partial.stat().st_size
-        partial.replace(out)
-    except OSError as error:
-        raise ArteError(
-            f"{out}: {error.strerror or error}", "Free some space or choose another folder."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return make_report(quant, types, before, after, matrix, log, size_bytes, time.monotonic() - started)
 
 
