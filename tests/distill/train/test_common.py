@@ -35,12 +35,14 @@ def test_a_training_speaks_to_nobody_and_prints_nothing(
     assert capfd.readouterr().out == ""
 
 
-def test_progress_bars_are_back_afterwards() -> None:
+def test_progress_bars_are_afterwards_as_they_were() -> None:
     from transformers.utils import logging
 
-    with quiet_training():
-        assert not logging.is_progress_bar_enabled()
-    assert logging.is_progress_bar_enabled()
+    for set_before, was in ((logging.disable_progress_bar, False), (logging.enable_progress_bar, True)):
+        set_before()
+        with quiet_training():
+            assert not logging.is_progress_bar_enabled()
+        assert logging.is_progress_bar_enabled() is was
 
 
 def test_an_unreadable_checkpoint_is_an_input_error(tmp_path: Path) -> None:
