@@ -1,15 +1,16 @@
 """How fast does one student write in each ONNX layout and runtime? Decoding, side by side in one run.
 
-    python benchmarks/onnx_speed.py smollm2-135m-instruct           # exports, then measures
-    python benchmarks/onnx_speed.py --folders /tmp/onnx --rounds 7  # exports kept there are used again
+    python benchmarks/onnx_speed.py                              # exports, then measures, one thread
+    python benchmarks/onnx_speed.py --threads 2 --prompt 64 512  # exports kept in --folders are used again
 
 Every subject is a process of its own, loaded beforehand; the subjects write in turn, round after
-round, so that whatever else the machine does meets all of them alike. One decode is a prompt of
-64 tokens and 64 greedy tokens after it; the first is not counted, nor is the first round. Both
-the clock and the CPU time of the process are kept: with one thread they agree on an idle machine,
-and on a busy one only CPU time compares.
+round, so that whatever else the machine does meets all of them alike. One decode is a prompt and
+64 greedy tokens after it; the first is not counted, nor is the first round. Both the clock and the
+CPU time of the process are kept: with one thread they agree on an idle machine, and on a busy one
+only CPU time compares.
 
-ORTModelForCausalLM runs in the environment that has optimum, through `generate`, as its users do.
+"optimum" is what optimum itself writes with its own defaults, run in its ORTModelForCausalLM by
+`generate`, in the environment that has it. "portable" is our export of that layout.
 
 Writes rows.jsonl (one line a decode) and summary.json under benchmarks/results/onnx/.
 """
@@ -24,27 +25,30 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "onnx"
-N_PROMPT, N_NEW = int(os.environ.get("NP", "64")), 64
+N_NEW = 64
 # name -> folder, runtime
 SUBJECTS = {
     "genai int4, onnxruntime-genai": ("genai-int4", "genai"),
-    "genai int4, arte-edge session": ("genai-int4", "session"),
-    "optimum int8, arte-edge session": ("optimum-int8", "session"),
+    "genai int4, our session": ("genai-int4", "session"),
+    "portable int8, our session": ("portable-int8", "session"),
+    "portable int8, ORTModelForCausalLM": ("portable-int8", "ortmodel"),
     "optimum int8, ORTModelForCausalLM": ("optimum-int8", "ortmodel"),
-    "optimum fp32, arte-edge session": ("optimum-fp32", "session"),
+    "portable fp32, our session": ("portable-fp32", "session"),
     "optimum fp32, ORTModelForCausalLM": ("optimum-fp32", "ortmodel"),
 }
 RATIOS = [
-    ("genai int4, arte-edge session", "optimum int8, arte-edge session"),
-    ("genai int4, onnxruntime-genai", "optimum int8, arte-edge session"),
-    ("optimum int8, arte-edge session", "optimum int8, ORTModelForCausalLM"),
-    ("optimum fp32, arte-edge session", "optimum fp32, ORTModelForCausalLM"),
+    ("genai int4, our session", "optimum int8, ORTModelForCausalLM"),
+    ("genai int4, our session", "portable int8, our session"),
+    ("portable int8, our session", "optimum int8, ORTModelForCausalLM"),
+    ("portable int8, our session", "portable int8, ORTModelForCausalLM"),
+    ("portable fp32, our session", "optimum fp32, ORTModelForCausalLM"),
 ]
 Stamp = Callable[[], None]
 Decode = Callable[[list[int], int, Stamp], list[int]]
@@ -146,20 +150,40 @@ def serve(kind: str, folder: Path, threads: int) -> None:
         print(json.dumps(row), file=answers, flush=True)
 
 
+def make_stock(checkpoint: Path, folders: Path, arch: str) -> None:
+    """Export and quantize as optimum's documentation shows it. `checkpoint` is one that transformers 4 reads."""
+    from optimum.onnxruntime import AutoQuantizationConfig, ORTModelForCausalLM, ORTQuantizer
+
+    fp32 = folders / "optimum-fp32"
+    ORTModelForCausalLM.from_pretrained(checkpoint, export=True).save_pretrained(fp32)
+    config = getattr(AutoQuantizationConfig, arch)(is_static=False, per_channel=True)
+    ORTQuantizer.from_pretrained(fp32).quantize(save_dir=folders / "optimum-int8", quantization_config=config)
+
+
 def export(model: str, folders: Path, arch: str) -> None:
     """Make whichever of the exports is not there yet."""
     from arte_edge.export import onnx_genai, onnx_optimum
+    from arte_edge.export.onnx_transformers4 import for_transformers_4
     from arte_edge.models import resolve
 
     checkpoint = resolve(model).checkpoint()
     if not (out := folders / "genai-int4").exists():
         onnx_genai.build(checkpoint, out, onnx_genai.GenaiSettings(precision="int4"))
-    fp32 = folders / "optimum-fp32"
+    fp32 = folders / "portable-fp32"
     if not fp32.exists():
         onnx_optimum.build(checkpoint, fp32, onnx_optimum.OptimumSettings(precision="fp32"))
-    if not (out := folders / "optimum-int8").exists():
+    if not (out := folders / "portable-int8").exists():
         settings = onnx_optimum.OptimumSettings.model_validate({"precision": "int8", "arch": arch})
         onnx_optimum.build(checkpoint, out, settings, fp32=fp32)
+    if not (folders / "optimum-int8").exists():
+        with tempfile.TemporaryDirectory() as name:
+            readable = Path(name)
+            for path in checkpoint.glob("*.safetensors"):
+                (readable / path.name).symlink_to(path)
+            config = for_transformers_4(json.loads((checkpoint / "config.json").read_text("utf-8")))
+            (readable / "config.json").write_text(json.dumps(config), "utf-8")
+            command = [str(onnx_optimum.find_python()), __file__, "--folders", str(folders), "--arch", arch]
+            subprocess.run([*command, "--make-stock", name], check=True)
 
 
 def main() -> None:
@@ -170,10 +194,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--arch", default="avx512", choices=["arm64", "avx2", "avx512"])
+    parser.add_argument("--prompt", type=int, nargs="+", default=[64, 512], help="tokens of the prompt")
     parser.add_argument("--serve", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--make-stock", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         return serve(options.serve[0], Path(options.serve[1]), options.threads)
+    if options.make_stock:
+        return make_stock(options.make_stock, options.folders, options.arch)
     from arte_edge.export.onnx_optimum import find_python
 
     export(options.model, options.folders, options.arch)
@@ -186,19 +214,19 @@ def main() -> None:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         assert ask(subjects[name]) == "ready", name
-    # A text with no end token in it: ids of plain words, the same for every subject.
-    prompt = [(7919 * i) % 20_000 + 1_000 for i in range(N_PROMPT)]
     rows = []
     for turn in range(options.rounds + 1):
-        for name, process in subjects.items():
-            row = {"subject": name, "round": turn, **ask(process, prompt)}
-            print(
-                f"{turn} {name:36} {row['wall_tokens_per_s']:7.1f} {row['cpu_tokens_per_s']:7.1f}", flush=True
-            )
-            rows.append(row)
+        for n_prompt in options.prompt:
+            # ids of plain words, the same for every subject
+            prompt = [(7919 * i) % 20_000 + 1_000 for i in range(n_prompt)]
+            for name, process in subjects.items():
+                row = {"subject": name, "prompt": n_prompt, "round": turn, **ask(process, prompt)}
+                speeds = f"{row['wall_tokens_per_s']:7.1f} {row['cpu_tokens_per_s']:7.1f}"
+                print(f"{turn} {n_prompt:4} {name:36} {speeds}", flush=True)
+                rows.append(row)
     for process in subjects.values():
         process.communicate()
-    write([row for row in rows if row["round"]], rows, options)
+    write(rows, options)
 
 
 def ask(process: subprocess.Popen[str], prompt: list[int] | None = None) -> Any:
@@ -210,40 +238,39 @@ def ask(process: subprocess.Popen[str], prompt: list[int] | None = None) -> Any:
     return json.loads(process.stdout.readline())
 
 
-def write(counted: list[dict[str, Any]], rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Write the raw rows and their medians, and print the medians as a Markdown table."""
-    median = {
-        name: {
-            key: statistics.median(row[key] for row in counted if row["subject"] == name)
-            for key in ("wall_tokens_per_s", "cpu_tokens_per_s")
-        }
-        for name in SUBJECTS
-    }
     import onnxruntime
     import onnxruntime_genai
 
+    keys = ("wall_tokens_per_s", "cpu_tokens_per_s")
+    prompts = {}
+    for n_prompt in options.prompt:
+        counted = [row for row in rows if row["round"] and row["prompt"] == n_prompt]
+        median = {
+            name: {k: statistics.median(row[k] for row in counted if row["subject"] == name) for k in keys}
+            for name in SUBJECTS
+        }
+        ratio = {f"{a} / {b}": {k: median[a][k] / median[b][k] for k in keys} for a, b in RATIOS}
+        prompts[n_prompt] = {"median": median, "ratio": ratio}
+        print(
+            f"\n{n_prompt} tokens of prompt\n\n| subject | tokens/s, clock | tokens/s, CPU time |\n|---|---:|---:|"
+        )
+        for name, row in [*median.items(), *ratio.items()]:
+            print(f"| {name} | {row[keys[0]]:.2f} | {row[keys[1]]:.2f} |")
     summary = {
         "command": shlex.join(["python", "benchmarks/onnx_speed.py", *sys.argv[1:]]),
-        "machine": platform.processor() or platform.machine(),
+        "machine": platform.machine(),
         "threads": options.threads,
         "arch": options.arch,
         "onnxruntime": onnxruntime.__version__,
         "onnxruntime_genai": onnxruntime_genai.__version__,
         "load_average": os.getloadavg(),
-        "median": median,
-        "ratio": {
-            f"{fast} / {slow}": {key: median[fast][key] / median[slow][key] for key in median[fast]}
-            for fast, slow in RATIOS
-        },
+        "prompts": prompts,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (RESULTS / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print("\n| subject | tokens/s, clock | tokens/s, CPU time |\n|---|---:|---:|")
-    for name, row in median.items():
-        print(f"| {name} | {row['wall_tokens_per_s']:.1f} | {row['cpu_tokens_per_s']:.1f} |")
-    for name, row in summary["ratio"].items():
-        print(f"{name}: {row['wall_tokens_per_s']:.2f} clock, {row['cpu_tokens_per_s']:.2f} CPU")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["verify"]
 
 _MODEL = "A name of 'models ls', a Hub id, a checkpoint folder, a .gguf file, or a folder with an ONNX model."
+_SHORT = 64  # characters of a note that stand in the table, on two lines
 _SIXTEEN_BITS = ("F32", "F16", "BF16", "fp32", "fp16", "")
 
 
@@ -147,9 +148,12 @@ def _print(verdict: Verdict, judged_as: str) -> None:
     for check in verdict.checks:
         state = "FAILED" if not check.passed else "-" if check.threshold is None else "ok"
         style = "bold red" if not check.passed else ""
-        note = check.note if check.passed else "see below"
+        note = check.note if check.passed and len(check.note) <= _SHORT else "see below"
         table.add_row(check.name, _measured(check), _limit(check), Text(state, style=style), Text(note))
     out.print(table)
+    for check in verdict.checks:
+        if check.passed and len(check.note) > _SHORT:
+            out.print(f"\n{check.name} (passed): {check.note}", markup=False)
     for check in verdict.failed:
         out.print(f"\n{check.name}: {check.note}", markup=False)
     out.print("\nB is A, within these limits." if verdict.passed else "\nB is not A.", markup=False)

@@ -129,6 +129,7 @@ def accuracy_of(verdict: Mapping[str, Any], who: str) -> Accuracy | None:
         return None
     is_artifact = who == "artifact"
     return Accuracy(
+        task=found["task"],
         split=found["split"],
         n=found["n"],
         right=round(found[who] * found["n"]),

@@ -54,7 +54,7 @@ def run_worker(job: Mapping[str, Any], folder: Path, *, python: str = sys.execut
     """
     log_path = folder / "log.txt"
     temporary = folder / "tmp"
-    temporary.mkdir()
+    temporary.mkdir(exist_ok=True)
     environment = {**child_environment(), "TMPDIR": str(temporary), "TEMP": str(temporary)}
     with log_path.open("wb") as log:
         child = subprocess.Popen(

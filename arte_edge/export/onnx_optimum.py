@@ -108,7 +108,8 @@ def build(checkpoint: Path, out: Path, settings: OptimumSettings, *, fp32: Path 
         out: ``onnx/model.onnx`` or ``onnx/model_quantized.onnx`` (the names transformers.js knows),
             config files, and the checkpoint's tokenizer files, byte for byte. An earlier export
             there is replaced.
-        fp32: an fp32 export of the same checkpoint by this function, to quantize without a new one.
+        fp32: an fp32 export of the same checkpoint by this function, to quantize without a new one;
+            unused with precision "fp32".
 
     Returns:
         `out`.
@@ -125,14 +126,20 @@ def build(checkpoint: Path, out: Path, settings: OptimumSettings, *, fp32: Path 
         work = folder.parent
         source, written = work / "checkpoint", work / "written"
         written.mkdir()
-        job = {
-            "job": "optimum",
-            "checkpoint": str(_readable(checkpoint, weights, source)),
-            "out": str(written),
-            "fp32": None if fp32 is None else str(model_file(fp32).absolute()),
-            "arch": settings.arch if settings.precision == "int8" else None,
-        }
-        run_worker(job, work, python=str(python), what="optimum")
+        if fp32 is None or settings.precision == "fp32":
+            readable = _readable(checkpoint, weights, source)
+            job = {"job": "optimum", "checkpoint": str(readable), "out": str(written)}
+            run_worker(job, work, python=str(python), what="optimum's export")
+            job = {"job": "slim", "path": str(written / "model.onnx")}
+            run_worker(job, work, what="Simplifying optimum's graph")
+        else:
+            _readable(checkpoint, [], source)
+        if settings.precision == "int8":
+            whole = model_file(fp32).absolute() if fp32 else written / "model.onnx"
+            written = work / "quantized"
+            written.mkdir()
+            job = {"job": "quantize", "source": str(whole), "out": str(written), "arch": settings.arch}
+            run_worker(job, work, python=str(python), what="optimum's quantizer")
         (folder / "onnx").mkdir()
         for path in sorted(written.glob("*.onnx*")):
             path.replace(folder / "onnx" / path.name)

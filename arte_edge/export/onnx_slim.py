@@ -12,6 +12,7 @@ touched and none is added, so the file stays as portable as it was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,14 @@ def expand_target(wanted: Sequence[Any], shape: Sequence[Any]) -> list[int] | No
     return target
 
 
-def slim(source: Path, out: Path) -> tuple[int, int]:
-    """Write the model in `source` to `out` without its shape arithmetic; return the nodes before and after.
+def slim(path: Path) -> tuple[int, int]:
+    """Take the shape arithmetic out of the model in `path`, in place; return the nodes before and after.
 
-    Weights that lie in other files must lie beside `out` too.
+    Weights that lie in other files are not read.
     """
     import onnx
 
-    model = onnx.load(str(source), load_external_data=False)
+    model = onnx.load(str(path), load_external_data=False)
     before = len(model.graph.node)
     values, shapes = _symbols(model)
     skipped: dict[str, str] = {}
@@ -82,30 +83,113 @@ def slim(source: Path, out: Path) -> tuple[int, int]:
                     node.input[i] = _constant(model, row)
     _bypass(model, skipped)
     _remove_unused(model)
-    onnx.save(model, str(out))
+    partial = path.with_name(f".{path.name}.partial")
+    onnx.save(model, str(partial))
+    partial.replace(path)
     return before, len(model.graph.node)
 
 
 def _symbols(model: Any) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-    """Return the entries of each small integer tensor, and each tensor's shape; ints, or symbols where they vary."""
-    import onnx
-    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+    """Return the entries of each small integer vector, and each tensor's shape: ints, or text where they vary.
 
-    lean = onnx.ModelProto()
-    lean.CopyFrom(model)
-    inference: Any = SymbolicShapeInference(_FOREVER, True, False, 0)
-    inference._preprocess(lean)
+    The class has no public way to its findings; onnxruntime's own optimizers read them as we do.
+    """
+    import onnx
+    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference, get_shape_from_value_info
+
+    inference: Any = SymbolicShapeInference(_FOREVER, auto_merge=True, guess_output_rank=False, verbose=0)
+    inference._preprocess(_without_weights(model))
     while inference.run_:
         inference._infer_impl()
     values = {
         name: [_plain(size) for size in data]
         for name, data in inference.sympy_data_.items()
-        if isinstance(data, list) and len(data) <= _LARGEST_SHAPE
+        if _is_vector(data) and len(data) <= _LARGEST_SHAPE
     }
-    shapes = {}
-    for name in inference.known_vi_:
-        shape = inference._try_get_shape_from_name(name) if hasattr(inference, "_try_get_shape_from_name") else None
-        shape = shape if shape is not None else _shape(inference, name)
-        if shape is not None:
-            shapes[name] = [_plain(size) for size in shape]
+    for tensor in model.graph.initializer:
+        if (
+            tensor.data_type == onnx.TensorProto.INT64
+            and len(tensor.dims) == 1
+            and tensor.dims[0] <= _LARGEST_SHAPE
+        ):
+            values[tensor.name] = [int(size) for size in onnx.numpy_helper.to_array(tensor)]
+    shapes = {
+        name: [_plain(size) for size in shape]
+        for name, info in inference.known_vi_.items()
+        if (shape := get_shape_from_value_info(info)) is not None
+    }
     return values, shapes
+
+
+def _without_weights(model: Any) -> Any:
+    """Return a copy of `model` in which all tensors that may not be shapes are inputs: a type, a shape, no bytes."""
+    import onnx
+
+    graph = onnx.GraphProto(name=model.graph.name)
+    for field in ("node", "input", "output", "value_info"):
+        getattr(graph, field).extend(getattr(model.graph, field))
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) <= _LARGEST_SHAPE and tensor.data_location != onnx.TensorProto.EXTERNAL:
+            graph.initializer.append(tensor)
+        else:
+            info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            graph.input.append(info)
+    return onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def _is_vector(data: Any) -> bool:
+    return isinstance(data, list) or (getattr(data, "ndim", 0) == 1 and data.dtype.kind in "iu")
+
+
+def _plain(size: Any) -> int | str:
+    """Return a size as int if it is one, else as text, in which equal expressions are equal."""
+    text = str(size)
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def _keeps_all(node: Any, values: Mapping[str, list[Any]], shapes: Mapping[str, list[Any]]) -> bool:
+    """Return whether a Slice takes everything along its one axis: from 0 to the size, in steps of 1."""
+    shape = shapes.get(node.input[0])
+    if shape is None or len(node.input) < 4 or any(name not in values for name in node.input[1:]):
+        return False
+    starts, ends, axes, *steps = (values[name] for name in node.input[1:])
+    if starts != [0] or len(axes) != 1 or not isinstance(axes[0], int) or steps not in ([], [[1]]):
+        return False
+    return bool(ends == [shape[axes[0]]])
+
+
+def _constant(model: Any, row: Sequence[int]) -> str:
+    """Return the name of an initializer that holds `row`, added if there is none yet."""
+    import numpy as np
+    import onnx
+
+    name = "shape_" + "_".join(str(size).replace("-", "m") for size in row)
+    if not any(tensor.name == name for tensor in reversed(model.graph.initializer)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(row, np.int64), name))
+    return name
+
+
+def _bypass(model: Any, skipped: Mapping[str, str]) -> None:
+    """Let whoever reads an output in `skipped` read that node's input instead. Outputs of the graph stay."""
+    kept = {value.name for value in model.graph.output}
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            while name in skipped and name not in kept:
+                name = skipped[name]
+            node.input[i] = name
+
+
+def _remove_unused(model: Any) -> None:
+    """Remove nodes and initializers that no output of the graph depends on. Nodes are in order of use."""
+    used = {value.name for value in model.graph.output}
+    nodes = []
+    for node in reversed(model.graph.node):
+        if used.intersection(node.output):
+            used.update(name for name in node.input if name)
+            nodes.append(node)
+    tensors = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.node[:], model.graph.value_info[:]
+    model.graph.node.extend(reversed(nodes))
+    if len(tensors) != len(model.graph.initializer):
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(tensors)

@@ -1,11 +1,12 @@
 """What runs in the exporters' own process: onnxruntime-genai's model builder, or optimum.
 
-A script for any interpreter, so it imports nothing of arte-edge and only the standard library
-at its top. It is started as ``python -P onnx_worker.py`` and reads one JSON document from its
-first line of input:
+A script for any interpreter, so it imports nothing but the standard library at its top. It is
+started as ``python -P onnx_worker.py`` and reads one JSON document from its first line of input:
 
     {"job": "genai", "arguments": [...]}     the arguments of onnxruntime_genai.models.builder
-    {"job": "optimum", "checkpoint": "...", "out": "...", "fp32": "..." or null, "arch": "..." or null}
+    {"job": "optimum", "checkpoint": "...", "out": "..."}
+    {"job": "slim", "path": "..."}
+    {"job": "quantize", "source": "...", "out": "...", "arch": "avx2"}
 
 The input stays open as long as the parent lives. When it ends, even because the parent was
 killed, this process ends too: nothing goes on writing into a folder that nobody waits for.
@@ -18,11 +19,12 @@ import os
 import runpy
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main", "run_genai", "run_optimum"]
+__all__ = ["main", "run_genai", "run_optimum", "run_quantize", "run_slim"]
 
 _BUILDER = "onnxruntime_genai.models.builder"
 
@@ -33,38 +35,36 @@ def run_genai(arguments: list[str]) -> None:
     runpy.run_module(_BUILDER, run_name="__main__", alter_sys=True)
 
 
-def run_optimum(checkpoint: str, out: str, fp32: str | None, arch: str | None) -> None:
-    """Write ``out/model.onnx`` and its config files or, with `arch`, ``out/model_quantized.onnx``.
+def run_optimum(checkpoint: str, out: str) -> None:
+    """Write ``model.onnx`` and its config files to `out`, from a checkpoint that transformers 4 reads."""
+    from optimum.exporters.onnx import main_export
 
-    Args:
-        checkpoint: a folder with weights and a config that transformers 4 reads.
-        out: an empty folder.
-        fp32: an earlier fp32 ``model.onnx`` to quantize; without it the checkpoint is exported first.
-        arch: the instruction set to quantize for: "arm64", "avx2" or "avx512".
-    """
-    folder = Path(out)
-    if fp32 is None:
-        from optimum.exporters.onnx import main_export
-
-        # "-with-past" gives the graph a key-value cache; numerical validation is the gate's work.
-        main_export(
-            checkpoint,
-            output=folder,
-            task="text-generation-with-past",
-            device="cpu",
-            dtype="fp32",
-            framework="pt",
-            library_name="transformers",
-            local_files_only=True,
-            do_validation=False,
-        )
-        fp32 = str(folder / "model.onnx")
-    if arch is not None:
-        _quantize(Path(fp32), folder, arch)
+    # "-with-past" gives the graph a key-value cache; numerical validation is the gate's work.
+    main_export(
+        checkpoint,
+        output=Path(out),
+        task="text-generation-with-past",
+        device="cpu",
+        dtype="fp32",
+        framework="pt",
+        library_name="transformers",
+        local_files_only=True,
+        do_validation=False,
+    )
 
 
-def _quantize(source: Path, folder: Path, arch: str) -> None:
-    """Quantize the weights of `source` to int8, and their inputs while the model runs (dynamic).
+def run_slim(path: str) -> None:
+    """Take the shape arithmetic out of a model, in place; one that resists is as good as it was, only slower."""
+    from arte_edge.export.onnx_slim import slim  # only where arte-edge is: not optimum's environment
+
+    try:
+        print("nodes before and after:", slim(Path(path)))
+    except Exception:
+        traceback.print_exc()
+
+
+def run_quantize(source: str, out: str, arch: str) -> None:
+    """Write ``model_quantized.onnx`` to `out`: weights in int8, their inputs quantized while the model runs.
 
     Weights have one scale a row (per channel). Without an 8-bit dot product, avx2 and avx512 add
     pairs of products in 16 bits, which overflows when weights are signed: optimum's avx2 has unsigned
@@ -77,12 +77,24 @@ def _quantize(source: Path, folder: Path, arch: str) -> None:
     options: dict[str, Any] = {"is_static": False, "per_channel": True}
     if arch == "avx512":
         options["reduce_range"] = True
-    quantizer = ORTQuantizer.from_pretrained(source.parent, file_name=source.name)
-    external = any(source.parent.glob(f"{source.name}_data*"))
-    quantizer.quantize(make(**options), save_dir=folder, use_external_data_format=external)
-    if source.parent == folder:
-        for path in [source, *folder.glob(f"{source.name}_data*")]:
-            path.unlink()
+    path = Path(source)
+    options["nodes_to_exclude"] = _attention_products(path)
+    quantizer = ORTQuantizer.from_pretrained(path.parent, file_name=path.name)
+    external = any(path.parent.glob(f"{path.name}_data*"))
+    quantizer.quantize(make(**options), save_dir=Path(out), use_external_data_format=external)
+
+
+def _attention_products(source: Path) -> list[str]:
+    """Return the names of the products of two activations: queries with keys, weights with values.
+
+    Quantizing these would quantize the whole cache anew at every token, with one scale for all of
+    it: slower, and less exact. onnxruntime's own `quantize_dynamic` leaves them alone too.
+    """
+    import onnx
+
+    graph = onnx.load(str(source), load_external_data=False).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in constants]
 
 
 def _end_with_the_parent() -> None:
@@ -96,7 +108,12 @@ def main() -> None:
     """Read one job from the input and do it."""
     job: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    jobs: dict[str, Callable[..., None]] = {"genai": run_genai, "optimum": run_optimum}
+    jobs: dict[str, Callable[..., None]] = {
+        "genai": run_genai,
+        "optimum": run_optimum,
+        "slim": run_slim,
+        "quantize": run_quantize,
+    }
     jobs[job.pop("job")](**job)
 
 

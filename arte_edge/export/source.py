@@ -97,7 +97,6 @@ def with_task(source: Source, task: Task | None, n_training: int, n_prompt: int)
     return replace(
         source,
         task=task,
-        lineage=source.lineage.model_copy(update={"task": task.name, "task_sha256": task.sha256}),
         training=seed_texts(task, source.chat, n_training),
         training_from=f"{task.name} seed examples",
         prompts=held_out(task, source.chat, n_prompt),

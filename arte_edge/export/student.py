@@ -92,7 +92,7 @@ class Lineage(_Section):
     source: Literal["run", "checkpoint", "adapter", "gguf"] = Field(description="what was exported")
     base: Parent | None = Field(default=None, description="the student before it was tuned")
     teacher: Parent | None = None
-    task: str = Field(default="", description="name of the task")
+    task: str = Field(default="", description="what it was tuned for")
     task_sha256: str = ""
     method: str = Field(default="", description="arte: the method of arXiv:2406.19227")
     seed: int | None = None
@@ -165,6 +165,7 @@ class Fidelity(_Section):
 class Accuracy(_Section):
     """Right answers of one file on held-out examples of the task."""
 
+    task: str = Field(default="", description="name of the task; a run's is the one it was tuned for")
     split: str = Field(description="which examples: validation")
     n: int = Field(ge=1)
     right: int = Field(ge=0)

@@ -68,10 +68,9 @@ def summary_lines(outcome: Outcome, out: Path) -> list[str]:
             f"({compared.prompts_from}). KL in nats a token."
         )
     if own := outcome.student.student_accuracy:
-        task = outcome.student.lineage.task
         lines.append(
             f"The student itself: {own.accuracy:.0%} ({100 * own.low:.0f}–{100 * own.high:.0f}) of {own.n} "
-            f"{own.split} examples of {task}. Intervals are 95 %."
+            f"{own.split} examples of {own.task}. Intervals are 95 %."
         )
     for artifact in outcome.artifacts:
         lines += [f"{artifact.file}: {note}" for note in artifact.notes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from arte_edge.export.verify.check import Check
 from arte_edge.export.verify.fidelity import Fidelity
@@ -43,17 +44,14 @@ def fidelity_checks(found: Fidelity, limits: Thresholds) -> list[Check]:
             f"standard error {noise:.2%}",
         ),
     )
-    return [
-        Check(
-            name,
-            value,
-            limit,
-            passed,
-            note if passed else f"{value:.4g}: {cause}.",
-            "at least" if name == "top-1 agreement" else "at most",
-        )
-        for name, value, limit, passed, note in rows
-    ]
+    checks: list[Check] = []
+    for name, value, limit, passed, note in rows:
+        bound: Literal["at least", "at most"] = "at least" if name == "top-1 agreement" else "at most"
+        if not passed:
+            told = all(check.passed for check in checks)  # the cause once, not four times
+            note = f"{value:.4g}, not {bound} {limit:g}" + (f": {cause}." if told else ".")
+        checks.append(Check(name, value, limit, passed, note, bound))
+    return checks
 
 
 def _within(value: float, limit: float | None, sign: int = 1) -> bool:
@@ -69,6 +67,7 @@ def _cause(found: Fidelity) -> str:
             "or laid out wrongly (such as attention heads that were not permuted)"
         )
     return (
-        "more than rounding to this type costs: rounded twice (such as an adapter merged into a 4-bit base), "
-        "a damaged tensor, other weights than the reference's, or a type too small for this model"
+        "more than this type may cost. Either the type is too small for this model (take a larger one, or an "
+        "importance matrix), or the weights were rounded twice (such as an adapter merged into a 4-bit base), "
+        "a tensor is damaged, or they are not the reference's"
     )

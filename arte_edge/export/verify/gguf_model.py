@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,7 @@ from arte_edge.engines.llamacpp import LlamaCppEngine
 from arte_edge.engines.render import Message
 from arte_edge.errors import InputError
 from arte_edge.export.verify.opened import Memo, rendered
+from arte_edge.models.gguf_fields import read_fields
 from arte_edge.models.gguf_header import read_header
 
 __all__ = ["GgufModel"]
@@ -23,7 +26,9 @@ __all__ = ["GgufModel"]
 _CHUNK = 128  # rows of logits at once: with a vocabulary of 262,144 they are 134 MB
 _CTX_STEP = 256  # tokens; contexts grow in steps, so that few are made
 _PARALLEL = 16
-_ADDED = (1 << 3) | (1 << 4)  # llama.cpp: LLAMA_TOKEN_ATTR_CONTROL, LLAMA_TOKEN_ATTR_USER_DEFINED
+_CONTROL, _USER_DEFINED = 1 << 3, 1 << 4  # llama.cpp: LLAMA_TOKEN_ATTR_*
+_ADDED = _CONTROL | _USER_DEFINED
+_NORMAL = 1  # GGUF: tokenizer.ggml.token_type of an ordinary token
 
 
 class GgufModel:
@@ -48,6 +53,7 @@ class GgufModel:
         self._model = self._engine.model
         self._context: LlamaContext | None = None
         lib, vocab = self._model.lib, self._model.vocab
+        self._path = path
         self.name = path.name
         self.runtime = self._engine.identity.runtime
         self.quantization = header.quantization
@@ -77,8 +83,48 @@ class GgufModel:
             return f"[{token}]"
         return self._model.piece(token, special=True).decode(errors="replace")
 
-    def file_tokens(self, text: str) -> None:
-        return None
+    def file_tokens(self, text: str) -> list[int] | None:
+        """See `Opened.file_tokens`; None unless `text` holds a token that llama.cpp made special by its name.
+
+        Some families have ``</s>`` as an ordinary word of their vocabulary. llama.cpp
+        ends generations there whatever the file says, and parses it in prompts.
+        """
+        if not any(name in text for name in self._promoted):
+            return None
+        lib, vocab = self._model.lib, self._model.vocab
+        begin = self._model.tokens("")
+        ids = list(begin)
+        for part in self._specials.split(text):
+            if part in self._special_ids:
+                ids.append(self._special_ids[part])
+                continue
+            raw = part.encode()
+            buffer = (ctypes.c_int32 * (len(raw) + 16))()
+            ids += buffer[: lib.llama_tokenize(vocab, raw, len(raw), buffer, len(buffer), False, False)]
+        return ids[1:] if len(begin) == 1 and ids[:2] == begin * 2 else ids
+
+    @cached_property
+    def _promoted(self) -> frozenset[str]:
+        """Tokens that are ordinary in the file and special in the runtime."""
+        field = read_fields(self._path).fields.get("tokenizer.ggml.token_type")
+        kinds = [] if field is None else field.value
+        lib, vocab = self._model.lib, self._model.vocab
+        return frozenset(
+            self.token_text(token)
+            for token, kind in enumerate(kinds)
+            if kind == _NORMAL and lib.llama_vocab_get_attr(vocab, token) & _CONTROL
+        )
+
+    @cached_property
+    def _special_ids(self) -> dict[str, int]:
+        lib, vocab = self._model.lib, self._model.vocab
+        ids = (token for token in range(self.n_vocab) if lib.llama_vocab_get_attr(vocab, token) & _ADDED)
+        return {text: token for token in ids if (text := self.token_text(token)) not in self._promoted}
+
+    @cached_property
+    def _specials(self) -> re.Pattern[str]:
+        longest_first = sorted(filter(None, self._special_ids), key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "(?!)")
 
     def words(self) -> list[str]:
         texts = (

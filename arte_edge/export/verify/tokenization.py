@@ -150,13 +150,11 @@ def check_stops(reference: Opened, artifact: Opened, allowed: int | None) -> Che
     The artifact must stop at every token that the reference's files declare, declare
     none of its own, and stop nowhere else but at tokens that are ends by their name.
     """
-    by_name = set()
-    for text in _ENDS_BY_NAME:
-        ids = [token for token in reference.tokens(text) if reference.token_text(token) == text]
-        by_name.update(ids[:1])
     missing = reference.eos_tokens - artifact.stop_tokens
     undeclared = artifact.eos_tokens - reference.eos_tokens - reference.stop_tokens
-    odd = (artifact.stop_tokens - reference.stop_tokens - by_name) | undeclared
+    extra = artifact.stop_tokens - reference.stop_tokens
+    by_name = {token for token in extra if _is_end_by_name(reference, token)}
+    odd = (extra - by_name) | undeclared
     # Where one file names a single end and another a list, the single one must be in the list.
     swapped = set()
     if not missing and not odd and artifact.eos_tokens.isdisjoint(reference.eos_tokens):
@@ -174,6 +172,10 @@ def check_stops(reference: Opened, artifact: Opened, allowed: int | None) -> Che
     else:
         note = _names(artifact, artifact.stop_tokens)
     return Check("stop tokens", n, allowed, allowed is None or n <= allowed, note)
+
+
+def _is_end_by_name(reference: Opened, token: int) -> bool:
+    return token < reference.n_vocab and reference.token_text(token) in _ENDS_BY_NAME
 
 
 def _names(model: Opened, tokens: set[int] | frozenset[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Tiny:
     gguf: Path
 
 
-def _tokenizer() -> Any:
+def _tokenizer(unreachable: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -58,6 +59,10 @@ def _tokenizer() -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
+    if unreachable:  # a word of the vocabulary that no merge makes
+        whole = json.loads(tokenizer.to_str())
+        whole["model"]["vocab"][unreachable] = len(whole["model"]["vocab"])
+        tokenizer = Tokenizer.from_str(json.dumps(whole))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, SPECIAL.index(BOS))]
     )
@@ -66,12 +71,12 @@ def _tokenizer() -> Any:
     )
 
 
-def write_checkpoint(folder: Path) -> Path:
+def write_checkpoint(folder: Path, unreachable: str = "") -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(unreachable)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -99,8 +104,6 @@ def write_base(path: Path, checkpoint: Path) -> Path:
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    import json
-
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     kinds = gguf.TokenType
     writer = gguf.GGUFWriter(path, "llama")

@@ -182,3 +182,20 @@ def test_an_adapter_merged_into_a_4_bit_base_is_caught(reference: Opened, tiny: 
     assert good.passed, good.reason
     assert {"kl mean", "kl p99"} <= failed(bad)
     assert "4-bit base" in note(bad, "kl mean")
+
+
+def test_a_word_that_llama_cpp_alone_takes_for_an_end_is_told_and_not_held_against_the_file(
+    tmp_path: Path,
+) -> None:
+    # Qwen2.5-Coder has "</s>" as an ordinary word, and llama.cpp parses it and stops there by its name.
+    from arte_edge.export.verify import open_model
+
+    from .conftest import write_checkpoint
+
+    checkpoint = write_checkpoint(tmp_path / "student", unreachable="</s>")
+    model = open_model(checkpoint)
+    verdict = judge(model, to_gguf(checkpoint, tmp_path / "F16.gguf"))
+    assert verdict.passed, verdict.reason
+    tokens = next(check for check in verdict.checks if check.name == "tokens")
+    assert "cut otherwise by llama_cpp itself" in tokens.note and "</s>" in tokens.note
+    model.close()

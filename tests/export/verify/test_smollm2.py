@@ -55,7 +55,7 @@ def judge(student: Opened, artifact: Path) -> Verdict:
     return verify_file(student, artifact, built_in_prompts(student)[_PROMPTS])
 
 
-@pytest.mark.parametrize("type", ["F16", "Q8_0", "Q4_K_M"])
+@pytest.mark.parametrize("type", ["F16", "Q8_0"])
 def test_a_good_file_raises_no_alarm(student: Opened, f16: Path, type: str) -> None:
     verdict = judge(student, f16 if type == "F16" else quantized(f16, type))
     assert verdict.judged_as == type

@@ -28,6 +28,8 @@ class Fake:
     file_cut: Callable[[str], list[int]] | None = None
     vocabulary: list[str] = field(default_factory=lambda: ["one", " two", "three"])
 
+    n_vocab: int = 1 << 20
+
     @property
     def added_tokens(self) -> tuple[str, ...]:
         return self.names
@@ -145,6 +147,7 @@ def test_one_word_of_the_vocabulary_that_is_cut_otherwise_is_found_and_named() -
 def test_equal_stops_pass_and_so_do_ends_that_a_runtime_knows_by_name() -> None:
     assert stops(Fake()).passed
     assert stops(Fake(stop_tokens=frozenset([1, 2, 3]))).passed  # <|fim_pad|>: llama.cpp always ends there
+    assert not stops(Fake(stop_tokens=frozenset([1, 2, 4]))).passed
     assert stops(Fake(stop_tokens=frozenset([1]))).passed  # <|endoftext|> is not declared
 
 
