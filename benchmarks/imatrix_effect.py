@@ -1,6 +1,6 @@
 """What does an importance matrix of the task's own prompts buy, and what does Q4_0 cost?
 
-    python benchmarks/imatrix_effect.py                      # both models, two hours on one busy core
+    python benchmarks/imatrix_effect.py                      # both models, about an hour on one core
     python benchmarks/imatrix_effect.py --models smollm2-135m-instruct --weights off-grid
 
 For each model: an importance matrix from the seed questions of two shipped tasks, rendered as
@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -107,18 +107,22 @@ def make_files(name: str, weights: str, n_train: int, work: Path) -> tuple[dict[
     return files, about
 
 
-def measure(files: dict[str, Path], n_held: int, done: set[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+def measure(files: dict[str, Path], n_held: int, done: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     """Yield one row a prompt and quantized file; all files are open at once, so F16 runs once a prompt."""
     opened = {label: open_model(path) for label, path in files.items()}
     reference = opened.pop("F16")
     tasks = [load_task(task) for task in TASKS]
-    prompts = [text for task in tasks for text in texts(reference, task, task.validation[:n_held])]
+    prompts = {
+        f"{task.name}/{number}": text
+        for task in tasks
+        for number, text in enumerate(texts(reference, task, task.validation[:n_held]))
+    }
     earlier: list[list[int]] = []
-    for number, prompt in enumerate(prompts):
+    for key, prompt in prompts.items():
         ids = reference.tokens(prompt)
         known = max((common(ids, other) for other in earlier), default=0)
         earlier.append(ids)
-        missing = [label for label in opened if (label, number) not in done]
+        missing = [label for label in opened if (label, key) not in done]
         if not missing:
             continue
         exact = reference.logits(ids)
@@ -127,7 +131,7 @@ def measure(files: dict[str, Path], n_held: int, done: set[tuple[str, int]]) -> 
             gap = found.nll_artifact - found.nll_reference
             yield {
                 "file": label,
-                "prompt": number,
+                "prompt": key,
                 "positions": len(found.kl),
                 "kl_sum": float(found.kl.sum()),
                 "kl_max": float(found.kl.max()),
@@ -135,7 +139,7 @@ def measure(files: dict[str, Path], n_held: int, done: set[tuple[str, int]]) -> 
                 "nll_gap_sum": float(gap.sum()),
                 "nll_reference_sum": float(found.nll_reference.sum()),
             }
-        print(f"prompt {number + 1} of {len(prompts)}", file=sys.stderr, flush=True)
+        print(f"{key}, {len(earlier)} of {len(prompts)}", file=sys.stderr, flush=True)
     for model in (reference, *opened.values()):
         model.close()
 
@@ -162,7 +166,7 @@ def summarise(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[dict[st
         entry["imatrix"] = {"prompts": facts["prompts"], "tokens": facts["tokens"]}
         for kind in TYPES:
             with_, without = (
-                sorted((row for row in mine if row["file"] == label), key=lambda row: int(row["prompt"]))
+                sorted((row for row in mine if row["file"] == label), key=lambda row: str(row["prompt"]))
                 for label in (f"{kind} imatrix", kind)
             )
             sizes = np.array([row["positions"] for row in without], dtype=float)
@@ -202,7 +206,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--weights", nargs="+", default=("as-is", "off-grid"), choices=("as-is", "off-grid"))
     parser.add_argument("--train", type=int, default=30, help="seed questions a task for the matrix")
-    parser.add_argument("--held", type=int, default=20, help="validation questions a task to compare on")
+    parser.add_argument("--held", type=int, default=12, help="validation questions a task to compare on")
     parser.add_argument("--work", type=Path, default=Path("runs/imatrix_effect"), help="where the files go")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -220,12 +224,7 @@ def main() -> None:
                     rows.append({"model": name, "weights": weights} | found)
                     file.write(json.dumps(rows[-1]) + "\n")
                     file.flush()
-            made = {
-                "train": args.train,
-                "held": args.held,
-                "tasks": TASKS,
-                "python": platform.python_version(),
-            }
+            made = {"tasks": TASKS} | {name: version(name) for name in ("llama-cpp-python", "torch", "numpy")}
             summary = summarise(rows, about)
             text = json.dumps({"made_with": made, "about": about, "summary": summary}, indent=1)
             last.write_text(text + "\n")

@@ -1,0 +1,1 @@
+"""How fast and how right a file is on this machine: cases, runtimes, clocks, sensors, results."""

@@ -1,0 +1,181 @@
+"""One line of results: what was measured, on what, with every sample kept.
+
+A row is one test of one file (``pp512``: reading 512 tokens; ``tg128``: writing 128) with one
+number of threads. Names and units are those of llama.cpp's ``llama-bench -o json`` where they mean
+the same, so that its tools read our rows; ours stand beside them, with the unit in the name. A
+test that did not end is a row too, with a status and a reason.
+
+Nothing in a row is personal: no host, user, address or path.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["SCHEMA_VERSION", "DeviceFacts", "QualityRow", "Reading", "SpeedRow", "Status"]
+
+SCHEMA_VERSION = 1
+
+# ok; the child process died; the kernel killed it for memory; too long; refused before it began
+Status = Literal["ok", "crashed", "out-of-memory", "timeout", "refused"]
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DeviceFacts(_Row):
+    """The machine that measured, as far as it matters to speed. `arte_edge.device.detect` fills it."""
+
+    profile: str = Field(default="", description="name of the shipped or own profile, empty if none fits")
+    fingerprint: str = Field(description="16 hex digits over the facts that do not change between runs")
+    cpu: str = Field(description="the processor as its maker calls it")
+    arch: str = Field(description="x86_64, aarch64, …")
+    cores: int = Field(ge=1, description="cores this process may use")
+    features: tuple[str, ...] = Field(default=(), description="avx2, avx512_vnni, asimddp, i8mm, …")
+    memory_bytes: int = Field(ge=0)
+    os: str = Field(default="", description="Linux 6.6, without the build's host")
+    governor: str = Field(default="", description="of the clock: performance, ondemand, …")
+    virtual: str = Field(default="", description="kvm, qemu-user, container; empty: bare metal or unknown")
+    power: str = Field(default="", description="mains, battery; empty: unknown")
+
+
+class Reading(_Row):
+    """The sensors at one moment. None: this machine does not tell."""
+
+    t_s: float = Field(description="seconds since the test began")
+    temperature_c: float | None = None
+    clock_mhz: float | None = None
+    throttle_bits: int | None = Field(
+        default=None, description="as `vcgencmd get_throttled` on a Raspberry Pi"
+    )
+    power_w: float | None = None
+
+
+class SpeedRow(_Row):
+    """One test of one file. Times in the unit of the name; `_ts` is tokens a second, as in llama-bench."""
+
+    schema_version: Literal[1] = 1
+    status: Status = "ok"
+    reason: str = Field(default="", description="why it is not ok, and what to do")
+
+    # what
+    test: str = Field(description="pp512, tg128, tg128@d512, as llama-bench names it")
+    model_filename: str = Field(description="name of the file or folder, without its path")
+    model_type: str = Field(default="", description="architecture, as in llama")
+    model_size: int = Field(ge=0, description="bytes of the file or of a folder's files")
+    model_n_params: int = Field(default=0, ge=0)
+    format: Literal["gguf", "onnx-genai", "onnx", "safetensors", "null"]
+    quantization: str = ""
+    sha256: str = Field(default="", description="of the file; of a folder, one sum over its files")
+    tensor_sha256: str = Field(default="", description="of the tensor data alone: what results are keyed on")
+
+    # with what
+    runtime: str = Field(default="", description="llama_cpp 0.3.36, xllamacpp …, onnxruntime …")
+    build_commit: str = Field(default="", description="of llama.cpp, where the runtime tells")
+    build: str = Field(
+        default="", description="what the runtime says of its build and of the CPU features it uses"
+    )
+    n_threads: int = Field(ge=1)
+    n_batch: int = Field(default=0, ge=0)
+    n_ubatch: int = Field(default=0, ge=0)
+    type_k: str = ""
+    type_v: str = ""
+    flash_attn: bool | None = None
+    use_mmap: bool | None = None
+    n_prompt: int = Field(ge=0)
+    n_gen: int = Field(ge=0)
+    n_depth: int = Field(default=0, ge=0, description="tokens in the cache before the test begins")
+
+    # how fast
+    test_time: str = Field(default="", description="when it began, ISO 8601, UTC")
+    n_warmup: int = Field(default=0, ge=0, description="repetitions before the first that counts")
+    avg_ns: int = 0
+    stddev_ns: int = 0
+    avg_ts: float = 0.0
+    stddev_ts: float = 0.0
+    samples_ns: tuple[int, ...] = ()
+    samples_ts: tuple[float, ...] = ()
+    median_ts: float = 0.0
+    cv: float = Field(default=0.0, description="standard deviation over mean of `samples_ts`")
+    load_ms: float | None = Field(default=None, description="opening the file until it could decode")
+    ttft_ms: float | None = Field(
+        default=None, description="median; from the prompt to the first token, pp rows"
+    )
+    ttft_samples_ms: tuple[float, ...] = ()
+    itl_p50_ms: float | None = Field(
+        default=None, description="between two tokens, tg rows; every token counts"
+    )
+    itl_p90_ms: float | None = Field(default=None, description="only from 64 tokens on (MLPerf)")
+    itl_p95_ms: float | None = None
+    itl_p99_ms: float | None = Field(default=None, description="only from 662 tokens on (MLPerf)")
+    itl_samples_ms: tuple[tuple[float, ...], ...] = Field(default=(), description="[repetition][token]")
+    burst_ts: float | None = Field(default=None, description="rate of the first part of the test")
+    sustained_ts: float | None = Field(default=None, description="rate of its last third")
+    slope_percent_per_min: float | None = Field(default=None, description="of the rate over the test")
+    slowed: bool | None = Field(default=None, description="the slope is below zero beyond chance and matters")
+
+    # at what cost
+    peak_rss_bytes: int | None = Field(
+        default=None, description="of the child process, weights it mapped included"
+    )
+    mapped_bytes: int | None = Field(default=None, description="of the model's files, in memory at the end")
+    temperature_c_max: float | None = None
+    clock_mhz_min: float | None = None
+    throttled: bool | None = Field(default=None, description="None: this machine does not tell")
+    throttle_reason: str = ""
+    energy_j: float | None = Field(
+        default=None, description="measured during the counted repetitions, never estimated"
+    )
+    energy_source: str = Field(default="", description="rapl, pmic, ina219, meter; empty: not measured")
+    readings: tuple[Reading, ...] = Field(default=(), description="the sensors, about once a second")
+    load_average: float | None = Field(default=None, description="of the last minute, before the test")
+
+    # beside what was expected (arte_edge.device.roofline)
+    expected_ts: float | None = None
+    expected_from: str = Field(default="", description="probe, published")
+
+    device: DeviceFacts
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+
+class QualityRow(_Row):
+    """Right answers of one file on a task, measured on the device that will run it."""
+
+    schema_version: Literal[1] = 1
+    status: Status = "ok"
+    reason: str = ""
+    model_filename: str
+    format: Literal["gguf", "onnx-genai", "onnx", "safetensors", "null"]
+    quantization: str = ""
+    sha256: str = ""
+    tensor_sha256: str = ""
+    runtime: str = ""
+    n_threads: int = Field(ge=1)
+    task: str
+    task_sha256: str = ""
+    split: Literal["test", "validation"]
+    partial: bool = Field(default=False, description="--limit: not all of the split, for trying out only")
+    n: int = Field(ge=0)
+    right: int = Field(ge=0)
+    low: float = Field(ge=0, le=1, description="95 % Wilson interval")
+    high: float = Field(ge=0, le=1)
+    reference: str = Field(default="", description="what it is paired with: the 16-bit student's file name")
+    reference_right: int | None = None
+    difference: float | None = Field(default=None, description="paired, file minus reference")
+    difference_low: float | None = None
+    difference_high: float | None = None
+    p_value: float | None = Field(default=None, description="exact McNemar test of the pairs")
+    answers: tuple[tuple[str, str, bool], ...] = Field(
+        default=(),
+        description="per example: sha256 of its input (16 hex digits), the answer read, right or not",
+    )
+    answer_tokens_mean: float | None = Field(default=None, description="tokens written an answer")
+    answer_seconds_p50: float | None = Field(default=None, description="from the prompt to the last token")
+    answer_seconds_p95: float | None = None
+    device: DeviceFacts
