@@ -15,6 +15,7 @@ EXTRAS = {
     "onnx": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir", "tokenizers"),
     "optimum": ("optimum",),
     "ray": ("ray",),
+    "xllamacpp": ("xllamacpp",),
 }
 
 
