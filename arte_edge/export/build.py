@@ -109,7 +109,8 @@ class Builder:
                 imatrix = sha256_file(self.imatrix) if self.imatrix and needs_imatrix(format) else ""
                 inputs += [self.recipe.gguf.base, self.recipe.gguf.overrides_of(format.type), imatrix]
         elif format.family == "onnx-genai":
-            inputs += [self.recipe.onnx.block_size, self.recipe.onnx.accuracy_level]
+            onnx = self.recipe.onnx
+            inputs += [onnx.block_size, onnx.accuracy_level, onnx.algorithm, onnx.mixed]
         return inputs
 
     def _gguf(self, format: Format, target: Path) -> dict[str, Any]:
@@ -161,6 +162,8 @@ class Builder:
             precision=cast(Any, format.type),
             block_size=self.recipe.onnx.block_size,
             accuracy_level=self.recipe.onnx.accuracy_level,
+            algorithm=self.recipe.onnx.algorithm,
+            mixed=self.recipe.onnx.mixed,
         )
         build(self.source.checkpoint, target, settings)
         return {}

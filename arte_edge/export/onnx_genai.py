@@ -30,6 +30,9 @@ class GenaiSettings(BaseModel):
         precision: bits of the weights of matrix products. The embedding stays fp32, as does the cache.
         block_size: weights that share one scale; smaller is more exact and larger on disk.
         accuracy_level: what products are computed in: 4 int8 (fastest on a CPU), 3 bf16, 2 fp16, 1 fp32.
+        algorithm: how int4 scales are found: "k_quant" (searched), "rtn" (plain rounding), "auto" for
+            k_quant wherever the builder can.
+        mixed: 8 bits in place of 4 for the output and the layers that matter most (k_quant only).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,6 +40,8 @@ class GenaiSettings(BaseModel):
     precision: Literal["fp32", "int8", "int4"] = "int4"
     block_size: Literal[16, 32, 64, 128, 256] = 32
     accuracy_level: int = Field(default=4, ge=1, le=4)
+    algorithm: Literal["auto", "k_quant", "rtn"] = "auto"
+    mixed: bool = True
 
 
 def build(checkpoint: Path, out: Path, settings: GenaiSettings) -> Path:
@@ -51,13 +56,18 @@ def build(checkpoint: Path, out: Path, settings: GenaiSettings) -> Path:
         `out`.
 
     Raises:
-        InputError: `checkpoint` is no checkpoint, or `out` is taken by something else.
+        InputError: `checkpoint` is no checkpoint, k-quant was asked for and cannot be, or `out` is taken.
         ArteError: a package is missing, the builder failed, or what it wrote is not sound.
     """
     need("onnx", "Exporting to ONNX")
     need("train", "Exporting to ONNX")
     checkpoint = checkpoint.absolute()
     checkpoint_files(checkpoint)
+    if settings.algorithm == "k_quant" and not _even_blocks(checkpoint, settings.block_size):
+        raise InputError(
+            f"{checkpoint}: rows of an odd number of {settings.block_size} weights cannot be k-quantized",
+            'Take a smaller block_size, or algorithm = "rtn".',
+        )
     with staged(out) as folder:
         job = {"job": "genai", "arguments": _arguments(checkpoint, folder, settings)}
         try:
@@ -86,10 +96,13 @@ def _arguments(checkpoint: Path, folder: Path, settings: GenaiSettings) -> list[
     options = ["hf_token=false", "hf_remote=false"]
     if settings.precision != "fp32":
         options += [f"block_size={settings.block_size}", f"accuracy_level={settings.accuracy_level}"]
-    if settings.precision == "int4" and _even_blocks(checkpoint, settings.block_size):
+    searched = settings.precision == "int4" and settings.algorithm != "rtn"
+    if searched and _even_blocks(checkpoint, settings.block_size):
         # Plain rounding costs SmolLM2-135M a third of its perplexity, more than the gate lets pass. K-quant
         # scales, and 8 bits for the output and the layers that matter most, cost a tenth, and 30 % of size.
-        options += ["algo_config=k_quant", "matmul_mixed_precision=last_matmul:int8,mixed_layers:int8"]
+        options.append("algo_config=k_quant")
+        if settings.mixed:
+            options.append("matmul_mixed_precision=last_matmul:int8,mixed_layers:int8")
     return [
         *("-i", str(checkpoint)),
         *("-o", str(folder)),

@@ -73,6 +73,12 @@ class OnnxSettings(_Section):
     accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
         default=4, description="activations of int4 products: 4 int8 (fast), 1 float32 (exact)"
     )
+    algorithm: Literal["auto", "k_quant", "rtn"] = Field(
+        default="auto", description="scales of int4: k_quant searches them, rtn rounds plainly"
+    )
+    mixed: bool = Field(
+        default=True, description="8 bits for the output and the layers that matter most (int4)"
+    )
 
     @field_validator("formats")
     @classmethod

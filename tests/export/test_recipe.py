@@ -60,6 +60,12 @@ def test_a_recipe_changes_the_limits_it_names_and_leaves_the_others() -> None:
     assert recipe.verify.limits(format_of("Q8_0")) == thresholds_for("Q8_0")
 
 
+def test_a_recipe_can_switch_a_limit_off() -> None:
+    recipe = build("mine", {"verify": {"thresholds": {"Q4_K_M": {"kl_mean": "off"}}}})
+    assert recipe.verify.limits(format_of("Q4_K_M")).kl_mean is None
+    assert recipe.verify.limits(format_of("Q4_K_M")).kl_p99 == thresholds_for("Q4_K_M").kl_p99
+
+
 def test_limits_for_one_processor_go_before_those_for_all() -> None:
     tables = {"optimum-int8": {"kl_mean": 0.5, "top1": 0.5}, "optimum-int8-arm64": {"kl_mean": 0.7}}
     recipe = build("mine", {"verify": {"thresholds": tables}})

@@ -11,7 +11,9 @@ quick start's measured 0.12; larger models lose less. A recipe may set its own.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from arte_edge.errors import InputError, nearest
 
@@ -19,7 +21,7 @@ __all__ = ["STRICTEST", "TYPES", "Thresholds", "thresholds_for"]
 
 
 class Thresholds(BaseModel):
-    """Limits of the gate; None measures without gating. Divergence is in nats a token."""
+    """Limits of the gate; None ("off" in a recipe) measures without gating. Divergence is in nats a token."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,6 +50,12 @@ class Thresholds(BaseModel):
     accuracy_drop: float | None = Field(
         default=None, ge=0, le=1, description="share of a task's examples that may be lost beyond chance"
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        """Read "off" as no limit: TOML has no word for None."""
+        return None if value == "off" else value
 
 
 def _limits(kl_mean: float, kl_p99: float, top1: float, ratio: float, drop: float) -> Thresholds:
