@@ -78,23 +78,29 @@ def run_quantize(source: str, out: str, arch: str) -> None:
     if arch == "avx512":
         options["reduce_range"] = True
     path = Path(source)
-    options["nodes_to_exclude"] = _attention_products(path)
+    options["nodes_to_exclude"] = _left_as_they_are(path)
     quantizer = ORTQuantizer.from_pretrained(path.parent, file_name=path.name)
     external = any(path.parent.glob(f"{path.name}_data*"))
     quantizer.quantize(make(**options), save_dir=Path(out), use_external_data_format=external)
 
 
-def _attention_products(source: Path) -> list[str]:
-    """Return the names of the products of two activations: queries with keys, weights with values.
+def _left_as_they_are(source: Path) -> list[str]:
+    """Return the names of the products that int8 would spoil.
 
-    Quantizing these would quantize the whole cache anew at every token, with one scale for all of
-    it: slower, and less exact. onnxruntime's own `quantize_dynamic` leaves them alone too.
+    Products of two activations (queries with keys, weights with values): quantizing these would quantize
+    the whole cache anew at every token, with one scale for all of it: slower, and less exact.
+    onnxruntime's own `quantize_dynamic` leaves them alone too.
+
+    The MLP's way back (down_proj): what goes into it has outliers a hundred times the rest ("massive
+    activations", arXiv 2402.17762), and one scale for all tokens leaves the rest no bits. Without it
+    the divergence of the quick start's student falls from 0.60 to 0.08 nats a token.
     """
     import onnx
 
     graph = onnx.load(str(source), load_external_data=False).graph
     constants = {tensor.name for tensor in graph.initializer}
-    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in constants]
+    products = [node for node in graph.node if node.op_type == "MatMul"]
+    return [n.name for n in products if n.input[1] not in constants or "/down_proj/" in n.name]
 
 
 def _end_with_the_parent() -> None:

@@ -164,7 +164,7 @@ def _onnx_bits(format: Format, name: str, shape: tuple[int, ...], is_tied: bool)
     if format.type == "fp32" or len(shape) < 2:
         return 32.0
     if format.family == "onnx-optimum":
-        return 8.0
+        return 32.0 if name.endswith("down_proj.weight") else 8.0  # int8 would spoil that product
     if name.endswith("embed_tokens.weight") and not (is_tied and format.type == "int4"):
         return 32.0  # only products of matrices are quantized; int4 looks tokens up in the product's matrix
     if format.type == "int4" and not name.endswith(_EMBEDDINGS):

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from arte_edge import catalog
 from arte_edge.errors import InputError, nearest
 from arte_edge.export.artifact import Arch, Format, format_of, gguf_format, onnx_format, unique
-from arte_edge.export.verify.thresholds import Thresholds, thresholds_for
+from arte_edge.export.verify.thresholds import TYPES, Thresholds, thresholds_for
 
 __all__ = ["GgufSettings", "OnnxSettings", "Recipe", "VerifySettings", "build", "load_recipe"]
 
@@ -111,8 +111,8 @@ class VerifySettings(_Section):
 
         A table for ``optimum-int8`` holds for every processor, one for ``optimum-int8-arm64`` goes before it.
         """
-        limits = thresholds_for(format.type)
         general = format.label.removesuffix(f"-{format.arch}")
+        limits = thresholds_for(general if general in TYPES else format.type)
         for name in dict.fromkeys((general, format.label)):
             if name in self.thresholds:
                 given = self.thresholds[name]

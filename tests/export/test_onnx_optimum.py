@@ -97,11 +97,12 @@ def test_32_cached_steps_foretell_what_the_whole_text_foretells(exported: Callab
 def test_int8_is_smaller_and_still_close(exported: Callable[[str], Path], arch: str) -> None:
     small, whole = exported(arch), exported("fp32")
     assert model_file(small).name == "model_quantized.onnx"
-    assert model_file(small).stat().st_size < 0.6 * model_file(whole).stat().st_size
+    assert model_file(small).stat().st_size < 0.7 * model_file(whole).stat().st_size
     kinds = read_graph(model_file(small)).op_types
     assert kinds["DynamicQuantizeLinear"]
-    # Products of two activations stay as they are: two of attention in each layer, and the rotary angles.
-    assert kinds["MatMul"] == 5
+    # What int8 would spoil stays as it is: in each layer two products of activations and the MLP's way
+    # back; and the rotary angles.
+    assert kinds["MatMul"] == 7
     close = OnnxSession(small, threads=1).logits(IDS), OnnxSession(whole, threads=1).logits(IDS)
     assert np.corrcoef(close[0].ravel(), close[1].ravel())[0, 1] > 0.95
 

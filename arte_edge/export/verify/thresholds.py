@@ -68,7 +68,8 @@ _FOUR = _limits(0.25, 2.5, 0.75, 1.06, 0.03)
 _THREE = _limits(0.40, 4.0, 0.65, 1.15, 0.05)
 _TWO = _limits(1.00, 6.0, 0.50, 1.60, 0.10)
 
-# Names as `arte_edge.models.gguf_types.FILE_TYPES` has them, and the ONNX precisions in lower case.
+# Names as `arte_edge.models.gguf_types.FILE_TYPES` has them, and the ONNX precisions in lower case;
+# a whole label such as "optimum-int8" goes before the precision alone.
 TYPES: dict[str, Thresholds] = {
     "F32": _EXACT,
     "F16": _EXACT,
@@ -86,6 +87,8 @@ TYPES: dict[str, Thresholds] = {
     "fp32": _EXACT,
     "fp16": _EXACT,
     "int8": _limits(0.02, 0.2, 0.92, 1.005, 0.01),
+    # Activations are quantized too, with one scale for all tokens that are read together.
+    "optimum-int8": _limits(0.15, 1.0, 0.78, 1.04, 0.02),
     "int4": _limits(0.35, 3.5, 0.68, 1.10, 0.03),
 }
 STRICTEST = "F16"
