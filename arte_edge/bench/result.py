@@ -157,6 +157,7 @@ class QualityRow(_Row):
     tensor_sha256: str = ""
     runtime: str = ""
     n_threads: int = Field(ge=1)
+    test_time: str = Field(default="", description="when it began, ISO 8601, UTC")
     task: str
     task_sha256: str = ""
     split: Literal["test", "validation"]

@@ -26,6 +26,7 @@ class RuntimeFacts:
     type_v: str = ""
     flash_attn: bool | None = None
     use_mmap: bool | None = None
+    bos: int | None = None  # the token that the model wants in front of every text
     notes: tuple[str, ...] = field(default=())
 
 
@@ -47,7 +48,7 @@ class SpeedModel(Protocol):
     def read(self, tokens: Sequence[int]) -> int:
         """Append `tokens` to the cache (prefill); return the most likely next token, its logits computed."""
 
-    def step(self, token: int) -> int:
-        """Append one token to the cache (decode); return the most likely next one."""
+    def step(self, token: int) -> object:
+        """Append one token to the cache (decode), the next logits computed; what it returns is not looked at."""
 
     def close(self) -> None: ...

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from arte_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from arte_edge.distill.config import RunConfig
+    from arte_edge.distill.deploy import DeviceSide
 
 __all__ = ["distill"]
 
@@ -79,7 +83,20 @@ def distill(
         path.stem if path else f"{Path(config.task.ref).stem}-{_short(config.student.model)}"
     )
     folder = runs / folder_name
-    run_pipeline(config, folder, anyway=anyway, update=update, as_json=as_json)
+    run_pipeline(
+        config, folder, anyway=anyway, update=update, as_json=as_json, device_side=_device_side(config)
+    )
+
+
+def _device_side(config: RunConfig) -> DeviceSide | None:
+    """Return what a run needs of the rooms above it, None if it needs nothing."""
+    if not (config.deploy.device or config.prefer.student_file):
+        return None
+    from arte_edge.distill.deploy import DeviceSide
+    from arte_edge.export.gguf.quantize import quantize
+    from arte_edge.publish.deploy_rates import deploy_rates
+
+    return DeviceSide(deploy_rates, quantize)
 
 
 def _given(**values: str | None) -> dict[str, str]:

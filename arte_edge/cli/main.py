@@ -13,7 +13,20 @@ import typer
 from rich.markup import escape
 
 from arte_edge import __version__
-from arte_edge.cli import distill, export, models, presets, tasks, verify
+from arte_edge.cli import (
+    bench,
+    card,
+    devices,
+    distill,
+    export,
+    models,
+    presets,
+    push,
+    recommend,
+    report,
+    tasks,
+    verify,
+)
 from arte_edge.cli.console import err
 from arte_edge.errors import ArteError
 
@@ -30,10 +43,16 @@ app = typer.Typer(
 app.command()(distill.distill)
 app.command()(export.export)
 app.command()(verify.verify)
+app.command()(bench.bench)
+app.command()(recommend.recommend)
+app.command()(report.report)
+app.command()(card.card)
+app.command()(push.push)
 for verb in (presets.ls, presets.show, presets.copy, presets.check):
     app.command()(verb)
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(models.app, name="models")
+app.add_typer(devices.app, name="devices")
 
 
 def _version(show: bool) -> None:

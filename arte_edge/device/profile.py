@@ -6,16 +6,21 @@ stands beside the number, since a peak on paper and a rate that somebody measure
 
 from __future__ import annotations
 
+import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from arte_edge import catalog
 from arte_edge.errors import InputError, nearest
 
-__all__ = ["Fact", "Match", "Profile", "Remote", "Runtimes", "load_profile", "read_profile"]
+__all__ = ["Fact", "Match", "Profile", "Remote", "Runtimes", "checked_host", "load_profile", "read_profile"]
+
+# A word for ssh's command line: never an option, never something that a shell or scp reads otherwise.
+_HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 Evidence = Literal["measured", "published", "data-sheet", "derived", "assumed"]
 
@@ -56,7 +61,20 @@ class Remote(_Table):
     host: str = Field(description="as the system's ssh takes it: pi@kitchen, or an alias of ~/.ssh/config")
     workdir: str = Field(default="", description="folder there; empty: ~/.cache/arte-edge-device")
     python: str = Field(default="python3", description="interpreter there, 3.11 or newer")
+    ssh_config: str = Field(default="", description="another file than ~/.ssh/config, for `ssh -F`")
     notes: str = Field(default="", description="cooling, supply, ambient: goes into results as free text")
+
+    @field_validator("host")
+    @classmethod
+    def _plain_host(cls, host: str) -> str:
+        return checked_host(host)
+
+    @field_validator("workdir", "python", "notes")
+    @classmethod
+    def _one_line(cls, text: str) -> str:
+        if not text.isprintable() or text.startswith("-"):
+            raise ValueError("must be one line of printable text that does not begin with '-'")
+        return text
 
 
 class Profile(_Table):
@@ -84,7 +102,33 @@ class Profile(_Table):
     runtimes: Runtimes = Runtimes()
     remote: Remote | None = None
     recipe: str = Field(default="", description="export recipe made for it")
+    sources: dict[str, str] = Field(
+        default={}, description="where the plain entries above (cores, memory_bytes, …) are from"
+    )
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_own(self) -> bool:
+        """One device that can be reached, not a kind of device."""
+        return self.remote is not None
+
+    def facts(self) -> dict[str, Fact]:
+        """Return the numbers that carry their evidence, by key, those that are known."""
+        named = {key: getattr(self, key) for key in type(self).model_fields}
+        return {key: value for key, value in named.items() if isinstance(value, Fact)}
+
+
+def checked_host(host: str) -> str:
+    """Return `host` if it is safe to hand to ssh and scp as one argument.
+
+    Raises:
+        ValueError: it begins with ``-`` (an option), or holds a space, a colon or another special character.
+    """
+    if not _HOST.fullmatch(host):
+        raise ValueError(
+            f"{host!r} is no user@host or alias; ports and addresses with ':' go into ~/.ssh/config"
+        )
+    return host
 
 
 def load_profile(ref: str) -> Profile:
@@ -93,22 +137,43 @@ def load_profile(ref: str) -> Profile:
     Raises:
         InputError: no such profile, not TOML, an unknown key or a bad value; says the file and the key.
     """
-    path = catalog.find("devices", ref)
-    return read_profile(path)
+    return read_profile(catalog.find("devices", ref))
 
 
 def read_profile(path: Path) -> Profile:
-    """Return the profile in a TOML file. Raises InputError as `load_profile` does."""
+    """Return the profile in a TOML file; what it does not say is its base's. Raises as `load_profile` does."""
+    tables = _tables(path)
+    base = tables.get("base", "")
+    inherited = dict(_tables(_base_path(path, base))) if base else {}
+    inherited.pop("match", None)  # a device of one's own is never detected as a kind of device
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        return Profile.model_validate({"name": path.stem, **inherited, **tables})
+    except ValidationError as error:
+        unknown = [found for found in error.errors() if found["type"] == "extra_forbidden"]
+        first = (unknown or error.errors())[0]  # a misspelt key is also why its right name is missing
+        key = ".".join(str(part) for part in first["loc"])
+        if unknown:
+            known = _keys_beside(first["loc"])
+            raise InputError(f"{path}: unknown key '{key}'", nearest(str(first["loc"][-1]), known)) from error
+        raise InputError(f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def _tables(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: not readable as TOML: {error}") from error
-    try:
-        return Profile.model_validate({"name": path.stem, **tables})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            known = Profile.model_fields if len(first["loc"]) == 1 else ()
-            raise InputError(f"{path}: unknown key '{key}'", nearest(key, known)) from error
-        raise InputError(f"{path}: {key}: {first['msg']}") from error
+
+
+def _base_path(path: Path, base: Any) -> Path:
+    if base in (shipped := catalog.names("devices")):
+        return catalog.find("devices", base)
+    raise InputError(f"{path}: base: no shipped device is named '{base}'", nearest(str(base), shipped))
+
+
+def _keys_beside(loc: tuple[int | str, ...]) -> Iterable[str]:
+    """Return the keys that stand where the unknown one stood: of the profile, or of one of its tables."""
+    if len(loc) == 1:
+        return Profile.model_fields
+    tables: dict[str, type[BaseModel]] = {"match": Match, "runtimes": Runtimes, "remote": Remote}
+    return tables.get(str(loc[0]), Fact).model_fields

@@ -15,6 +15,7 @@ __all__ = [
     "Calibrate",
     "Check",
     "Data",
+    "Deploy",
     "Elicit",
     "Evaluate",
     "ModelConfig",
@@ -118,6 +119,17 @@ class Prefer(_Section):
         description="closed answers: order drafts by the score without the answer bias they induce",
     )
     answer_tokens: int = Field(default=96, ge=4, description="tokens the student may write (accuracy)")
+    race: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="score only what the order needs; auto: from 40 drafts and 24 questions on; off: all (paper)",
+    )
+    race_share: float = Field(default=0.25, gt=0.0, le=1.0, description="of the full grid, at most")
+    race_error: float = Field(
+        default=0.05, gt=0.0, lt=0.5, description="risk at which a draft's place counts as decided"
+    )
+    student_file: str = Field(
+        default="", description="score with the student quantized so, as in Q4_K_M; empty: with 16 bits"
+    )
 
 
 class Align(_Section):
@@ -172,6 +184,21 @@ class Evaluate(_Section):
     teacher: bool = Field(default=True, description="test the teacher as well")
 
 
+class Deploy(_Section):
+    """The device that the student is for, and how long an answer may take there: see docs/recommend.md."""
+
+    device: str = Field(default="", description="profile, or fingerprint in `rates`; empty: no time limit")
+    file: str = Field(default="Q4_K_M", description="quantization, or name, of the file that will run there")
+    max_answer_seconds: float = Field(
+        default=3.0, gt=0.0, description="from the prompt to the answer's last token"
+    )
+    rates: str = Field(
+        default="",
+        description="where its speed was measured: a student.json, a bench.jsonl, or a folder with them; "
+        "empty: predicted",
+    )
+
+
 class RunConfig(_Section):
     """A whole run, as in ``run.toml``."""
 
@@ -189,6 +216,7 @@ class RunConfig(_Section):
     tailor: Tailor = Tailor()
     tune: Tune = Tune()
     evaluate: Evaluate = Evaluate()
+    deploy: Deploy = Deploy()
 
     @model_validator(mode="after")
     def _pairs_for_data(self) -> RunConfig:

@@ -59,13 +59,15 @@ def evaluate(run: Run, tuned: LocalModel) -> Summary:
         "student": run.identity(run.config.student),
         "tuned": tuned.sha256,
         "task": run.task.sha256,
+        **run.deploy_inputs(),
     }
     return run.stage("evaluate", inputs, body, _say)
 
 
 def _write(run: Run, engine: Engine, examples: tuple[Example, ...], shots: int, what: str) -> Answered:
     worked = teacher_shots(run.task, shots)
-    return written(run, engine, run.config.student, examples, worked, run.config.evaluate.answer_tokens, what)
+    tokens = run.most_tokens(run.config.evaluate.answer_tokens)
+    return written(run, engine, run.config.student, examples, worked, tokens, what)
 
 
 def _teacher(run: Run, examples: tuple[Example, ...]) -> Answered:
@@ -133,6 +135,7 @@ def _summary(
         "format_share": None if share is None else round(share, 4),
         "chance": round(chance(run, examples), 4),
         "partial": bool(run.config.evaluate.limit) and run.config.evaluate.limit < len(run.task.test_keys()),
+        **run.deploy_inputs(),
     }
 
 

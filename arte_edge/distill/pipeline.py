@@ -10,11 +10,13 @@ from arte_edge.distill.calibrate import calibrate
 from arte_edge.distill.check import check
 from arte_edge.distill.closing import show_closing
 from arte_edge.distill.config import RunConfig
+from arte_edge.distill.deploy import DeviceSide, settle
 from arte_edge.distill.elicit import elicit
 from arte_edge.distill.evaluate import evaluate
 from arte_edge.distill.prefer import prefer
 from arte_edge.distill.progress import Reporter
 from arte_edge.distill.run import Run, open_folder
+from arte_edge.distill.student_file import quantized_file
 from arte_edge.distill.tailor import tailor
 from arte_edge.engines.base import Engine
 from arte_edge.extras import need
@@ -23,8 +25,18 @@ from arte_edge.tasks.load import load_task
 __all__ = ["run_pipeline"]
 
 
-def run_pipeline(config: RunConfig, folder: Path, *, anyway: bool, update: bool, as_json: bool) -> None:
+def run_pipeline(
+    config: RunConfig,
+    folder: Path,
+    *,
+    anyway: bool,
+    update: bool,
+    as_json: bool,
+    device_side: DeviceSide | None = None,
+) -> None:
     """Run every stage of `config` in `folder`; stages that are done from the same inputs are kept.
+
+    `device_side` is what ``[deploy]`` and ``prefer.student_file`` ask of later rooms.
 
     Raises:
         InputError: a task, model or run folder that cannot be used.
@@ -43,6 +55,7 @@ def run_pipeline(config: RunConfig, folder: Path, *, anyway: bool, update: bool,
         reporter.say(
             f"[bold]{task.name}[/]: {config.student.model} learns from {config.teacher.model} → {folder}"
         )
+        _prepare(run, device_side, update)
         adapter = None
         check(run, anyway=anyway)
         if config.aligned:
@@ -56,6 +69,21 @@ def run_pipeline(config: RunConfig, folder: Path, *, anyway: bool, update: bool,
         _close(run, evaluation, as_json)
     finally:
         run.close()
+
+
+def _prepare(run: Run, device_side: DeviceSide | None, update: bool) -> None:
+    """Fix the budget, and make the file that scores: what cannot be had is said before anything is paid for."""
+    run.budget = settle(run, device_side, update=update)
+    if (budget := run.budget) is not None:
+        deploy = run.config.deploy
+        run.reporter.say(
+            f"{deploy.device}, {deploy.file}: {deploy.max_answer_seconds:g} s less {budget.prompt_tokens} prompt "
+            f"tokens at {budget.rates.prefill_tokens_per_s:.0f}/s leave {budget.answer_tokens} tokens to answer "
+            f"at {budget.rates.decode_tokens_per_s:.1f}/s ({budget.rates.evidence})"
+        )
+    run.quantize = device_side.quantize if device_side else None
+    if kind := run.config.prefer.student_file:
+        quantized_file(run.local(run.config.student), kind, run.quantize)
 
 
 def _writer(run: Run, adapter: tuple[Path, str] | None) -> Engine:

@@ -7,19 +7,22 @@ score says how well the student then answers the preference set. Three ways to s
 * ``forced``: the answer tag is opened for it and the choices are compared;
 * ``likelihood``: the probability of the right answer, no text written at all.
 
-A question's score is the mean over its rationales.
+A question's score is the mean over its rationales. Where the device's time is limited, drafts that
+are too long pay for it (`arte_edge.distill.deploy`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from arte_edge.distill.answering import written
+from arte_edge.distill.deploy import pay
 from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, Worked, student_messages
+from arte_edge.distill.racing import Raced, is_raced, race_scores
 from arte_edge.distill.run import Run, Summary
 from arte_edge.distill.scores import Score, score_answers, score_log_probabilities, score_open
 from arte_edge.engines.base import Engine
@@ -34,44 +37,69 @@ Row = dict[str, Any]
 def prefer(run: Run) -> Summary:
     """Write scores.jsonl (one row a rationale) and questions.jsonl (one row a question)."""
     config, student = run.config.prefer, run.config.student
+    usable = sum(row["usable"] for row in run.read("elicit", "rationales.jsonl"))
+    racing = is_raced(config, usable, len(run.read("calibrate", "preference_set.jsonl")))
 
     def body(stage: Stage) -> Summary:
         questions = {row["id"]: row for row in run.read("elicit", "questions.jsonl")}
         drafts = [row for row in run.read("elicit", "rationales.jsonl") if row["usable"]]
         examples = [Example(r["input"], r["target"]) for r in run.read("calibrate", "preference_set.jsonl")]
         shots = [Worked(questions[d["question"]]["input"], d["text"]) for d in drafts]
-        engine = run.engine(student)
-        scores = (
-            _by_writing(run, engine, shots, examples)
-            if config.score == "accuracy"
-            else _by_probability(run, engine, shots, examples)
-        )
+        engine = run.scoring_engine()
+        raced = None
+        if racing:
+            raced = race_scores(run, engine, shots, [d["question"] for d in drafts], examples)
+            scores = raced.scores
+        else:
+            by = _by_writing if config.score == "accuracy" else _by_probability
+            scores = by(run, engine, shots, examples)
         use_free = config.bias_free and run.task.answer.closed
+        in_time = [_in_time(run, engine, draft["text"]) for draft in drafts]
         rows = [
             {
                 "question": draft["question"],
                 "technique": draft["technique"],
-                "score": round(score.free if use_free else score.value, 6),
+                "score": round(cost(score.free if use_free else score.value), 6),
                 "measured": round(score.value, 6),
                 "bias_free": round(score.free, 6),
                 "bias": round(score.bias, 6),
                 "accuracy": None if np.isnan(score.accuracy) else round(score.accuracy, 6),
                 "tokens": draft["tokens"],
                 "text": draft["text"],
+                **length,
             }
-            for draft, score in zip(drafts, scores, strict=True)
+            for draft, score, (cost, length) in zip(drafts, scores, in_time, strict=True)
         ]
+        if raced is not None:
+            for row, items, error in zip(rows, raced.items, raced.errors, strict=True):
+                row |= {"items": items, "standard_error": round(error, 6)}
         means = _question_means(rows, questions)
         stage.write("scores.jsonl", rows)
         stage.write("questions.jsonl", means)
-        return _summary(rows, len(examples))
+        return _summary(rows, len(examples)) | _race_summary(raced, config.race_error)
 
+    unused = set() if config.student_file else {"student_file"}
+    unused |= set() if racing else {"race_share", "race_error"}
     inputs = {
-        "prefer": config.model_dump(mode="json"),
+        # A key that is not used must not be an input: older runs were made without it.
+        "prefer": config.model_dump(mode="json", exclude=unused | {"race"}),
         "student": run.identity(student),
         "data": run.outputs("elicit", "calibrate"),
+        **run.deploy_inputs(),
     }
     return run.stage("prefer", inputs, body, _say)
+
+
+def _in_time(run: Run, engine: Engine, text: str) -> tuple[Callable[[float], float], Row]:
+    """Return what a draft's length does to its score, and what its row says of it; nothing without a budget."""
+    if run.budget is None:
+        return (lambda score: score), {}
+    tokens, most = engine.count_tokens(f" {text.strip()}"), run.budget.answer_tokens
+    row = {"student_tokens": tokens, "over_budget": tokens > most}
+    if run.config.prefer.score == "accuracy":  # there the student itself was cut off
+        return (lambda score: score), row
+    log = not run.task.answer.closed
+    return (lambda score: pay(score, tokens, most, log=log)), row
 
 
 def _prompts(run: Run, engine: Engine, shot: Worked, examples: Sequence[Example]) -> list[str]:
@@ -102,10 +130,9 @@ def _by_writing(
 ) -> list[Score]:
     scores = []
     targets = [e.target for e in examples]
+    tokens = run.most_tokens(run.config.prefer.answer_tokens)
     for shot in shots:
-        answered = written(
-            run, engine, run.config.student, examples, [shot], run.config.prefer.answer_tokens, "scores"
-        )
+        answered = written(run, engine, run.config.student, examples, [shot], tokens, "scores")
         scores.append(score_answers(answered.answers, targets, answered.right.tolist()))
     return scores
 
@@ -140,6 +167,21 @@ def _summary(rows: Sequence[Row], k: int) -> Summary:
         "measured_against_bias": _correlation(measured, bias),
         "score_against_bias": _correlation(score, bias),
         "score_against_length": _correlation(score, tokens),
+        **({"over_budget": sum(r["over_budget"] for r in rows)} if "over_budget" in rows[0] else {}),
+    }
+
+
+def _race_summary(raced: Raced | None, error: float) -> Summary:
+    if raced is None:
+        return {}
+    return {
+        "race": {
+            "measured": raced.cells,
+            "of": raced.of_cells,
+            "rounds": raced.rounds,
+            "open": raced.open,
+            "error": error,
+        }
     }
 
 
@@ -153,7 +195,16 @@ def _correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float | No
 def _say(summary: Summary) -> str:
     against = summary["measured_against_bias"]
     trap = "" if against is None else f"; r with the induced answer bias {against:+.2f}"
+    long = summary.get("over_budget")
+    slow = f"; {long} longer than the device has time for" if long else ""
+    if race := summary.get("race"):
+        share = race["measured"] / race["of"]
+        slow += (
+            f"; raced: {race['measured']} of {race['of']} scores measured ({share:.0%}), {race['open']} drafts' "
+            f"places open at {race['error']:.0%} risk"
+        )
     return (
         f"{summary['drafts']} drafts × {summary['k']} questions, score {summary['mean']:.3f} ± {summary['sd']:.3f}"
         + trap
+        + slow
     )

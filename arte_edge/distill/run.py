@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from arte_edge.distill.calls import Calls
 from arte_edge.distill.config import ModelConfig, RunConfig
+from arte_edge.distill.deploy import Budget
 from arte_edge.distill.progress import Reporter
 from arte_edge.distill.settings import build, differences, dump_toml, load_toml
-from arte_edge.distill.student_file import base_file
+from arte_edge.distill.student_file import base_file, quantized_file
 from arte_edge.engines.base import Engine
 from arte_edge.engines.open import ServerLimits, is_server, open_engine, open_local
 from arte_edge.engines.render import Message, render
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Run", "open_folder"]
 
 Summary = dict[str, Any]
+Quantize = Callable[[Path, Path, str], object]
 
 
 class Run:
@@ -39,6 +41,8 @@ class Run:
         self._engines: dict[str, Engine] = {}
         self._models: dict[str, LocalModel] = {}
         self._done: dict[str, dict[str, Any]] = {}
+        self.budget: Budget | None = None  # of an answer on the device; the pipeline sets it
+        self.quantize: Quantize | None = None  # likewise; what `prefer.student_file` is made with
 
     def engine(self, which: ModelConfig | str) -> Engine:
         """Return the open engine of a configured model or a model reference."""
@@ -78,6 +82,21 @@ class Run:
                 model, kind=config.engine, parallel=config.parallel, adapter=adapter
             )
         return self._engines[key]
+
+    def scoring_engine(self) -> Engine:
+        """Return the engine that scores drafts: the student's own, or that of its quantized file."""
+        config, kind = self.config.student, self.config.prefer.student_file
+        if not kind:
+            return self.engine(config)
+        return self.engine_with(quantized_file(self.local(config), kind, self.quantize), None, config)
+
+    def most_tokens(self, wanted: int) -> int:
+        """Return how many tokens an answer may have: `wanted`, or fewer where the device is slow."""
+        return wanted if self.budget is None else min(wanted, self.budget.answer_tokens)
+
+    def deploy_inputs(self) -> dict[str, Any]:
+        """Return what a budget adds to the inputs of a stage that keeps to it; without one, nothing."""
+        return {} if self.budget is None else {"answer_budget": self.budget.answer_tokens}
 
     def release(self) -> None:
         """Close every engine: training needs the memory."""

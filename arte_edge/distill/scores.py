@@ -17,7 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Score", "score_answers", "score_log_probabilities", "score_open"]
+__all__ = [
+    "Score",
+    "answer_bias",
+    "probabilities",
+    "score_answers",
+    "score_log_probabilities",
+    "score_open",
+]
 
 Floats = NDArray[np.float64]
 
@@ -44,15 +51,16 @@ def score_log_probabilities(logp: Floats, truth: NDArray[np.intp], *, soft: bool
         soft: take the probability of the right choice (``likelihood``) instead of 1 for right (``forced``).
     """
     rows = np.arange(len(truth))
-    raw = _softmax(logp)
-    free = _softmax(logp - np.nanmean(logp, axis=0, keepdims=True))
+    raw, free = probabilities(logp, free=False), probabilities(logp, free=True)
     picked = np.nanargmax(raw, axis=1)
     right = picked == truth
     if soft:
         value, without = raw[rows, truth].mean(), free[rows, truth].mean()
     else:
         value, without = right.mean(), (np.nanargmax(free, axis=1) == truth).mean()
-    return Score(float(value), float(without), _bias(picked.tolist(), truth.tolist()), float(right.mean()))
+    return Score(
+        float(value), float(without), answer_bias(picked.tolist(), truth.tolist()), float(right.mean())
+    )
 
 
 def score_answers(answers: Sequence[str | None], targets: Sequence[str], right: Sequence[bool]) -> Score:
@@ -61,7 +69,9 @@ def score_answers(answers: Sequence[str | None], targets: Sequence[str], right: 
     recall = [hits[[t == target for t in targets]].mean() for target in sorted(set(targets))]
     accuracy = float(hits.mean())
     given = [answer for answer in answers if answer is not None]
-    return Score(accuracy, float(np.mean(recall)), _bias(given, list(targets)) if given else 0.0, accuracy)
+    return Score(
+        accuracy, float(np.mean(recall)), answer_bias(given, list(targets)) if given else 0.0, accuracy
+    )
 
 
 def score_open(log_probabilities: Floats, right: Sequence[bool] = ()) -> Score:
@@ -70,12 +80,15 @@ def score_open(log_probabilities: Floats, right: Sequence[bool] = ()) -> Score:
     return Score(value, value, 0.0, float(np.mean(right)) if len(right) else float("nan"))
 
 
-def _softmax(logp: Floats) -> Floats:
+def probabilities(logp: Floats, *, free: bool) -> Floats:
+    """Return each choice's share ``[n_item, n_choice]``; `free` with its mean log-probability taken out first."""
+    if free:
+        logp = logp - np.nanmean(logp, axis=0, keepdims=True)
     weight = np.exp(logp - np.nanmax(logp, axis=1, keepdims=True))
     return np.asarray(weight / np.nansum(weight, axis=1, keepdims=True))
 
 
-def _bias(given: Sequence[object], targets: Sequence[object]) -> float:
+def answer_bias(given: Sequence[object], targets: Sequence[object]) -> float:
     """Return the total variation distance between the answers given and the right ones."""
     kinds = {*given, *targets}
     return 0.5 * sum(abs(given.count(k) / len(given) - targets.count(k) / len(targets)) for k in kinds)

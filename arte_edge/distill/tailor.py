@@ -1,13 +1,14 @@
 """Step 5, tailor: the aligned teacher writes the student's training data (paper, section 3.5).
 
 Questions are drawn with the prompt of alignment at temperature 1; rationales come
-from the naive prompt, greedily: which technique to use is now the teacher's choice.
+from the naive prompt, greedily: which technique to use is now the teacher's choice. What the
+student's device has no time for trains nobody (`arte_edge.distill.deploy`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from arte_edge.distill.questions import Drafts, QuestionPlan, draft_questions
@@ -40,6 +41,8 @@ def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summa
         for _ in range(_MOST_ROUNDS):
             drafts, rationales, labels = _write(run, engine(), asked)
             usable = {row["question"]: row for row in rationales if row["usable"]}
+            too_long = _too_long(run, usable.values())
+            usable = {key: row for key, row in usable.items() if key not in too_long}
             rows = [
                 {
                     "id": q["id"],
@@ -58,7 +61,8 @@ def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summa
         else:
             raise StoppedEarly(
                 f"tailor: {len(rows)} of {wanted} examples usable out of {asked} questions "
-                f"(label policy {config.label}, readable rationales {labels['readable']:.0%})",
+                f"(label policy {config.label}, readable rationales {labels['readable']:.0%}"
+                + (f", {len(too_long)} too long for the device)" if too_long else ")"),
                 "Lower tailor.questions, take tailor.label = 'vote' or 'teacher', or a stronger teacher.",
             )
         stage.write("train.jsonl", rows[:wanted])
@@ -72,6 +76,7 @@ def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summa
             "labels": labels,
             "answers": _spread(rows[:wanted]),
             "rationale_words": round(sum(words) / max(len(words), 1), 1),
+            **({} if run.budget is None else {"over_budget": len(too_long)}),
         }
 
     inputs: dict[str, Any] = {
@@ -80,6 +85,7 @@ def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summa
         "teacher": run.identity(run.config.teacher),
         "adapter": adapter_sha256,
         "task": run.task.sha256,
+        **run.deploy_inputs(),
     }
     return run.stage("tailor", inputs, body, _say)
 
@@ -99,11 +105,18 @@ def _write(run: Run, engine: Engine, n: int) -> tuple[Drafts, list[dict[str, Any
         seed=run.config.seed + 1,  # other draws of seeds than in elicit
     )
     drafts = draft_questions(run, engine, teacher, plan, "tailored questions")
-    rationales = write_rationales(
-        run, engine, teacher, drafts.valid, [None], elicit.rationale_tokens, "tailored rationales"
-    )
+    tokens = run.most_tokens(elicit.rationale_tokens)
+    rationales = write_rationales(run, engine, teacher, drafts.valid, [None], tokens, "tailored rationales")
     votes = opinions(run, engine, teacher, drafts.valid, "bare answers")
     return drafts, rationales, label_rows(run, drafts.valid, rationales, votes, config.label)
+
+
+def _too_long(run: Run, rationales: Iterable[dict[str, Any]]) -> set[str]:
+    """Return the questions whose rationale the student could not write in the device's time, in its own tokens."""
+    if run.budget is None:
+        return set()
+    count, most = run.engine(run.config.student).count_tokens, run.budget.answer_tokens
+    return {row["question"] for row in rationales if count(f" {row['text'].strip()}") > most}
 
 
 def _spread(rows: list[dict[str, Any]]) -> dict[str, int]:

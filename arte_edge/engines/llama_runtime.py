@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.engines.llama_layout import DEFAULT_LAYOUT, Layout
+from arte_edge.engines.llama_rows import RowBatch
+from arte_edge.engines.xllama_library import load_xllamacpp
 from arte_edge.errors import EngineError, InputError
 
-__all__ = ["Grammar", "LlamaContext", "LlamaModel", "Row", "default_threads"]
+__all__ = ["N_BATCH", "Grammar", "LlamaContext", "LlamaModel", "Row", "default_threads"]
 
-_N_BATCH = 2048
-_N_UBATCH = 512
+N_BATCH = 2048  # rows of one decode
+_RUNTIMES = ("auto", "llama-cpp-python", "xllamacpp")
+_INSTALL = "pip install 'arte-edge[gguf]', or 'arte-edge[xllamacpp]' where that would have to compile (ARM)."
 _log_callback: Any = None  # llama.cpp keeps a pointer to it, so it must outlive every model
 
 
@@ -38,14 +43,26 @@ def _silent(level: int, text: bytes, user_data: int) -> None:
 
 
 def _library() -> Any:
-    """Import llama_cpp once and silence its log, which would otherwise bury the progress lines."""
-    global _log_callback
+    """Return llama.cpp as llama-cpp-python or, where that is missing, xllamacpp brings it, its log silenced.
+
+    ``ARTE_EDGE_GGUF_RUNTIME`` chooses one of the two. The log would bury the progress lines.
+    """
+    chosen = os.environ.get("ARTE_EDGE_GGUF_RUNTIME", "auto")
+    if chosen not in _RUNTIMES:
+        raise InputError(f"ARTE_EDGE_GGUF_RUNTIME={chosen}: not a runtime", f"One of {', '.join(_RUNTIMES)}.")
     try:
-        import llama_cpp
+        return load_xllamacpp() if chosen == "xllamacpp" else _llama_cpp()
     except ImportError as error:
-        raise EngineError(
-            "Running GGUF models needs llama-cpp-python", "pip install 'arte-edge[gguf]'"
-        ) from error
+        if chosen == "auto":
+            with suppress(ImportError):
+                return load_xllamacpp()
+        raise EngineError("Running GGUF models needs llama-cpp-python or xllamacpp", _INSTALL) from error
+
+
+def _llama_cpp() -> Any:
+    global _log_callback
+    import llama_cpp
+
     if _log_callback is None:
         _log_callback = llama_cpp.llama_log_callback(_silent)
         llama_cpp.llama_backend_init()
@@ -66,8 +83,9 @@ class Row:
 class LlamaModel:
     """Weights and vocabulary of one GGUF file."""
 
-    def __init__(self, path: Path) -> None:
-        self.lib = _library()
+    def __init__(self, path: Path, library: Any = None) -> None:
+        """Load `path`; `library` is None for the one that is installed, or that of `load_xllamacpp`."""
+        self.lib = library or _library()
         self.path = path
         self.handle = self.lib.llama_model_load_from_file(
             str(path).encode(), self.lib.llama_model_default_params()
@@ -75,11 +93,13 @@ class LlamaModel:
         if not self.handle:
             raise InputError(
                 f"{path}: llama.cpp {self.lib.__version__} cannot load this file",
-                "It may be truncated or of a newer model family: check its sha256, or update llama-cpp-python.",
+                f"It may be truncated or of a newer model family: check its sha256, or update {self.lib.__name__}.",
             )
         self.vocab = self.lib.llama_model_get_vocab(self.handle)
         self.n_vocab: int = self.lib.llama_vocab_n_tokens(self.vocab)
         self.n_ctx_train: int = self.lib.llama_model_n_ctx_train(self.handle)
+        self._pieces: dict[int, bytes] = {}
+        self._ends: dict[int, bool] = {}
 
     def tokens(self, text: str) -> list[int]:
         """Return the ids of `text`, special tokens parsed, BOS in front if the model wants one and has none."""
@@ -93,13 +113,20 @@ class LlamaModel:
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """Return the bytes of one token; control tokens are empty unless `special`."""
+        if not special and token in self._pieces:
+            return self._pieces[token]
         buffer = ctypes.create_string_buffer(256)
         n = self.lib.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
-        return bytes(buffer.raw[: max(n, 0)])
+        text = bytes(buffer.raw[: max(n, 0)])
+        if not special:
+            self._pieces[token] = text
+        return text
 
     def is_end(self, token: int) -> bool:
         """Return whether the token ends generation (EOS, end of turn and their like)."""
-        return bool(self.lib.llama_vocab_is_eog(self.vocab, token))
+        if token not in self._ends:
+            self._ends[token] = bool(self.lib.llama_vocab_is_eog(self.vocab, token))
+        return self._ends[token]
 
     def special(self, name: str) -> str:
         """Return the text of the ``bos`` or ``eos`` token, empty if the model has none."""
@@ -112,6 +139,20 @@ class LlamaModel:
         n = self.lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return buffer.value.decode(errors="replace") if n >= 0 else None
 
+    def size(self, *keys: str) -> int:
+        """Return the first number that the file has under one of `keys` (without the family's name), else 0.
+
+        Where a value differs from layer to layer, the file holds a list, which counts as none.
+        """
+        family = self.metadata("general.architecture") or ""
+        found = (self.metadata(f"{family}.{key}") for key in keys)
+        return next((int(value) for value in found if value and value.isdigit()), 0)
+
+    @property
+    def can_rewind(self) -> bool:
+        """Return whether the last tokens of a sequence can be taken back (not where a state is kept instead)."""
+        return not self.size("ssm.state_size", "wkv.head_size", "ssm.inner_size", "shortconv.l_cache")
+
     def close(self) -> None:
         if self.handle:
             self.lib.llama_model_free(self.handle)
@@ -119,32 +160,34 @@ class LlamaModel:
 
 
 class LlamaContext:
-    """A KV cache of `n_seq` sequences with `n_ctx_seq` tokens each, and the decode call.
-
-    The cache is split (one stream a sequence): copying a prefix copies buffers, but
-    attention runs over a sequence's own cells only, which is faster from about 20
-    sequences on (measured: DESIGN of the project, 2 cores, SmolLM2-135M F16).
-    """
+    """A KV cache of `n_seq` sequences with `n_ctx_seq` tokens each, and the decode call."""
 
     def __init__(
-        self, model: LlamaModel, n_seq: int, n_ctx_seq: int, threads: int, adapter: Path | None = None
+        self,
+        model: LlamaModel,
+        n_seq: int,
+        n_ctx_seq: int,
+        threads: int,
+        adapter: Path | None = None,
+        layout: Layout = DEFAULT_LAYOUT,
     ) -> None:
         lib = model.lib
         params = lib.llama_context_default_params()
         params.n_ctx = n_seq * n_ctx_seq
-        params.n_batch, params.n_ubatch, params.n_seq_max = _N_BATCH, _N_UBATCH, n_seq
+        params.n_batch, params.n_ubatch, params.n_seq_max = N_BATCH, layout.ubatch, n_seq
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = 1
-        params.kv_unified = False
+        params.flash_attn_type = int(layout.flash)
+        if layout.unified:
+            params.kv_unified = True
         self.model, self.lib, self.n_seq, self.n_ctx_seq = model, lib, n_seq, n_ctx_seq
-        self.n_batch = _N_BATCH
+        self.n_batch, self.layout = N_BATCH, layout
         self.handle = lib.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise EngineError(
                 f"No memory for {n_seq} sequences of {n_ctx_seq} tokens", "Lower the engine's `parallel`."
             )
         self._memory = lib.llama_get_memory(self.handle)
-        self._batch = lib.llama_batch_init(_N_BATCH, 0, 1)
+        self._batch = RowBatch(lib, N_BATCH)
         self._adapter = None
         if adapter is not None:
             self._adapter = lib.llama_adapter_lora_init(model.handle, str(adapter).encode())
@@ -159,19 +202,28 @@ class LlamaContext:
 
         The array is a view that the next decode overwrites.
         """
-        batch = self._batch
-        batch.n_tokens = len(rows)
-        n_wanted = 0
-        for i, row in enumerate(rows):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = row.token, row.position, 1
-            batch.seq_id[i][0] = row.sequence
-            batch.logits[i] = int(row.want)
-            n_wanted += row.want
-        status = self.lib.llama_decode(self.handle, batch)
+        table = np.array([(r.token, r.position, r.sequence, r.want) for r in rows], dtype=np.int32)
+        tokens, positions, sequences, wanted = table.reshape(-1, 4).T
+        return self.decode_arrays(tokens, positions, sequences, wanted.astype(np.int8))
+
+    def decode_arrays(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        wanted: NDArray[np.int8],
+    ) -> NDArray[np.float32]:
+        """`decode` for rows that are arrays ``[n_row]`` already.
+
+        In a split cache the rows of neighbouring sequences are multiplied together only if they
+        come in the order of their sequences (llama.cpp's `llama_batch_allocr::split_equal`).
+        """
+        status = self.lib.llama_decode(self.handle, self._batch.fill(tokens, positions, sequences, wanted))
         if status != 0:
             raise EngineError(
-                f"llama_decode returned {status} for {len(rows)} tokens", "Lower the engine's `parallel`."
+                f"llama_decode returned {status} for {len(tokens)} tokens", "Lower the engine's `parallel`."
             )
+        n_wanted = int(np.count_nonzero(wanted))
         if n_wanted == 0:
             return np.empty((0, self.model.n_vocab), dtype=np.float32)
         logits = self.lib.llama_get_logits(self.handle)
@@ -181,15 +233,19 @@ class LlamaContext:
         self.lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def clear(self) -> None:
-        """Forget every sequence, as if the context were new."""
-        self.lib.llama_memory_clear(self._memory, True)
+        """Forget every sequence, as if the context were new.
 
-    def drop(self, sequence: int) -> None:
-        self.lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+        Values stay in memory where no sequence looks: zeroing gigabytes takes longer than a short call.
+        """
+        self.lib.llama_memory_clear(self._memory, False)
+
+    def drop(self, sequence: int, start: int = -1) -> None:
+        """Forget a sequence, or its tokens from position `start` on."""
+        self.lib.llama_memory_seq_rm(self._memory, sequence, start, -1)
 
     def close(self) -> None:
         if self.handle:
-            self.lib.llama_batch_free(self._batch)
+            self._batch.close()
             self.lib.llama_free(self.handle)
             if self._adapter:
                 self.lib.llama_adapter_lora_free(self._adapter)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,11 @@ from numpy.typing import NDArray
 
 from arte_edge.engines.base import Completion, EngineIdentity, Request, Sampling
 from arte_edge.engines.choices import spans
-from arte_edge.engines.llama_batch import Job, run
+from arte_edge.engines.llama_batch import Branch, Job, run
+from arte_edge.engines.llama_layout import check_fits
+from arte_edge.engines.llama_probe import layout_for
 from arte_edge.engines.llama_runtime import Grammar, LlamaContext, LlamaModel, default_threads
+from arte_edge.engines.llama_stems import MAX_LEVELS
 from arte_edge.engines.sampling import draw, in_loop, log_softmax_at, request_rng
 
 __all__ = ["LlamaCppEngine"]
@@ -43,13 +47,14 @@ class LlamaCppEngine:
         parallel: int = 32,
         threads: int | None = None,
     ) -> None:
+        """Load the file. `parallel` is how many sequences decode together at most."""
         self.model = LlamaModel(gguf)
         self.identity = EngineIdentity(
             kind="llamacpp",
             model=sha256,
             quantization=quantization,
             adapter=adapter_sha256,
-            runtime=f"llama_cpp {self.model.lib.__version__}",
+            runtime=f"{self.model.lib.__name__} {self.model.lib.__version__}",
         )
         self._adapter = adapter
         self._parallel = parallel
@@ -81,10 +86,10 @@ class LlamaCppEngine:
             fits = 0 < len(tokens) <= self.model.n_ctx_train - sampling.max_tokens
             writers.append(_Writer(self.model, request, tokens, sampling) if fits else None)
         jobs = [writer.job for writer in writers if writer is not None]
-        shared = self._run(jobs, sampling.max_tokens) if jobs else 0
+        self._run(jobs, sampling.max_tokens)
         too_long = f"an empty prompt, or more than the model's context of {self.model.n_ctx_train} tokens"
         return [
-            Completion("", "error", error=too_long) if writer is None else writer.completion(shared)
+            Completion("", "error", error=too_long) if writer is None else writer.completion()
             for writer in writers
         ]
 
@@ -94,22 +99,41 @@ class LlamaCppEngine:
 
     def choose(self, prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> NDArray[np.float64]:
         """Return log-probabilities ``[n_suffix, n_choice]``; see `_Chooser` for which tokens count."""
-        choosers = [_Chooser(self.model, prefix + suffix, choices) for suffix in suffixes]
-        self._run([job for chooser in choosers for job in chooser.jobs], 0)
-        return np.array([chooser.log_probabilities() for chooser in choosers])
+        return np.array(self.choose_each([prefix + suffix for suffix in suffixes], [choices] * len(suffixes)))
 
-    def _run(self, jobs: list[Job], max_new: int) -> int:
-        """Decode `jobs` in a context that depends on them alone: what ran before must not move a float."""
-        longest = max(len(job.tokens) for job in jobs) + max_new
+    def choose_each(
+        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
+    ) -> list[NDArray[np.float64]]:
+        """`choose` for prompts that each have choices of their own ``[n_choice]``: one batch for all of them."""
+        choosers = [_Chooser(self.model, prompt, own) for prompt, own in zip(prompts, choices, strict=True)]
+        self._run([job for chooser in choosers for job in chooser.jobs], 0)
+        return [chooser.log_probabilities() for chooser in choosers]
+
+    def _run(self, jobs: list[Job], max_new: int) -> None:
+        """Decode `jobs` in a context that depends on them alone: what ran before must not move a float.
+
+        Raises:
+            EngineError: no memory for the context.
+        """
+        if not jobs:
+            return
+        longest = max(job.longest for job in jobs) + max_new
         n_ctx_seq = -(-longest // _CTX_STEP) * _CTX_STEP
-        if self._context is None or self._context.n_ctx_seq != n_ctx_seq:
-            if self._context is not None:
-                self._context.close()
-            self._context = LlamaContext(
-                self.model, self._parallel + 1, n_ctx_seq, self._threads, self._adapter
+        # Few prompts need few sequences; powers of two, so that few contexts are made.
+        slots = min(self._parallel, 1 << (len(jobs) - 1).bit_length())
+        n_seq = slots + MAX_LEVELS
+        made = self._context
+        if made is None or (made.n_seq, made.n_ctx_seq) != (n_seq, n_ctx_seq):
+            if made is not None:
+                made.close()
+            self._context = None
+            layout = layout_for(self.model, self.identity.model, self._threads)
+            check_fits(self.model, n_seq, MAX_LEVELS, n_ctx_seq, layout.ubatch)
+            self._context = made = LlamaContext(
+                self.model, n_seq, n_ctx_seq, self._threads, self._adapter, layout
             )
-        self._context.clear()
-        return run(self._context, jobs)
+        made.clear()
+        run(made, jobs)
 
 
 class _Writer:
@@ -117,7 +141,8 @@ class _Writer:
 
     def __init__(self, model: LlamaModel, request: Request, tokens: list[int], sampling: Sampling) -> None:
         self._model, self._sampling = model, sampling
-        self._rng = request_rng(request, sampling)
+        self._greedy = sampling.temperature <= 0.0 and not sampling.grammar
+        self._rng = None if self._greedy else request_rng(request, sampling)
         self._grammar = Grammar(model, sampling.grammar) if sampling.grammar else None
         self._stops = [stop.encode() for stop in sampling.stop]
         self._text = bytearray()
@@ -155,6 +180,8 @@ class _Writer:
         return ""
 
     def _draw(self, logits: NDArray[np.float32]) -> int:
+        if self._rng is None:
+            return int(logits.argmax())
         if self._grammar is None:
             return draw(logits, self._sampling, self._rng)
         # Most draws fit the grammar already; masking the whole vocabulary is the slow path.
@@ -166,13 +193,13 @@ class _Writer:
         self._grammar.accept(token)
         return token
 
-    def completion(self, shared: int) -> Completion:
+    def completion(self) -> Completion:
         return Completion(
             text=self._text.decode(errors="replace"),
             finish=self._finish,
             prompt_tokens=self._n_prompt,
             completion_tokens=len(self._written),
-            cached_tokens=shared,
+            cached_tokens=self.job.shared,
         )
 
 
@@ -186,24 +213,35 @@ class _Chooser:
             [(tuple(tokens[:i]), tokens[i]) for i in range(start, end)]
             for tokens, (start, end) in zip(lists, spans(lists, model.tokens(prompt)), strict=True)
         ]
-        contexts = {before for terms in self._terms for before, _ in terms}
+        self._next: dict[tuple[int, ...], set[int]] = {}  # tokens before -> the tokens that may follow
+        for before, token in (term for terms in self._terms for term in terms):
+            self._next.setdefault(before, set()).add(token)
         self._score: dict[tuple[int, ...], dict[int, float]] = {}
-        self.jobs = [
-            self._job(context, contexts)
-            for context in sorted(contexts)
-            # A context that another one begins with gets its logits on the way.
-            if not any(other != context and other[: len(context)] == context for other in contexts)
-        ]
+        # A context that another one begins with gets its logits on the way; in this order it comes before it.
+        ways = sorted(self._next)
+        ways = [way for way, after in zip(ways, [*ways[1:], ()], strict=True) if after[: len(way)] != way]
+        if model.can_rewind:
+            self.jobs = [self._job(ways)] if ways else []
+        else:
+            self.jobs = [self._job([way]) for way in ways]
 
-    def _job(self, tokens: tuple[int, ...], contexts: set[tuple[int, ...]]) -> Job:
-        wanted = frozenset(i for i in range(len(tokens)) if tokens[: i + 1] in contexts)
+    def _job(self, ways: list[tuple[int, ...]]) -> Job:
+        """Return a job that decodes each way to its end, going back to where the next one leaves it."""
 
         def on_logits(position: int, logits: NDArray[np.float32]) -> None:
-            before = tokens[: position + 1]
-            ids = sorted({token for terms in self._terms for ctx, token in terms if ctx == before})
+            before = tuple(job.tokens[: position + 1])
+            ids = sorted(self._next[before])
             self._score[before] = dict(zip(ids, log_softmax_at(logits, ids).tolist(), strict=True))
 
-        return Job(tokens=list(tokens), wanted=wanted, on_logits=on_logits)
+        job = Job(tokens=list(ways[0]), wanted=self._wanted(ways[0], 0), on_logits=on_logits)
+        for last, way in pairwise(ways):
+            start = next(i for i, token in enumerate(way) if i == len(last) or token != last[i])
+            job.branches.append(Branch(start, list(way[start:]), self._wanted(way, start)))
+        return job
 
-    def log_probabilities(self) -> list[float]:
-        return [sum(self._score[before][token] for before, token in terms) for terms in self._terms]
+    def _wanted(self, way: tuple[int, ...], start: int) -> frozenset[int]:
+        return frozenset(i for i in range(start, len(way)) if way[: i + 1] in self._next)
+
+    def log_probabilities(self) -> NDArray[np.float64]:
+        """Return them ``[n_choice]``."""
+        return np.array([sum(self._score[before][token] for before, token in terms) for terms in self._terms])

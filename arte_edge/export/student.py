@@ -3,8 +3,8 @@
 The one document that travels with the files. Its schema is published as
 ``docs/student.schema.json`` and has a version; a reader refuses a version it does not
 know. Results are keyed on the hash of the *tensor data*, so that rewriting a file's
-metadata orphans nothing. It holds no time and no path: the same export writes the same
-bytes.
+metadata orphans nothing. It holds no path, and no time but that of a measurement: the same
+export writes the same bytes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from arte_edge.errors import InputError
+from arte_edge.export.results import Accuracy, Evaluation, Section, Speed, SpeedTest
 from arte_edge.store import write_atomic
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Artifact",
     "Check",
     "Data",
+    "Evaluation",
     "Fidelity",
     "Figures",
     "FileSum",
@@ -32,10 +34,12 @@ __all__ = [
     "Merge",
     "Parent",
     "Speed",
+    "SpeedTest",
     "Student",
     "StudentFile",
     "Tokenizer",
     "Tuning",
+    "carry_results",
     "read_student",
     "write_student",
 ]
@@ -45,11 +49,7 @@ FILE_NAME = "student.json"
 _SHA256 = r"^[0-9a-f]{64}$"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Parent(_Section):
+class Parent(Section):
     """A model that this one comes from."""
 
     name: str = Field(description="registry name, Hub id, or the last part of a path")
@@ -58,7 +58,7 @@ class Parent(_Section):
     license: str = Field(default="", description="SPDX id, or the name its author gives")
 
 
-class Data(_Section):
+class Data(Section):
     """The rows a student learned from."""
 
     file: str = Field(description="name of the file, without its folder")
@@ -66,7 +66,7 @@ class Data(_Section):
     sha256: str = Field(pattern=_SHA256)
 
 
-class Tuning(_Section):
+class Tuning(Section):
     """How the student was trained; only what a run folder records."""
 
     method: str = Field(description="full or lora")
@@ -75,7 +75,7 @@ class Tuning(_Section):
     epochs: float | None = None
 
 
-class Merge(_Section):
+class Merge(Section):
     """How far base plus adapter is from the merged weights, in logits."""
 
     adapter_sha256: str = Field(pattern=_SHA256)
@@ -86,7 +86,7 @@ class Merge(_Section):
     tokens: int = Field(ge=1)
 
 
-class Lineage(_Section):
+class Lineage(Section):
     """Where the student comes from."""
 
     source: Literal["run", "checkpoint", "adapter", "gguf"] = Field(description="what was exported")
@@ -101,7 +101,7 @@ class Lineage(_Section):
     merge: Merge | None = None
 
 
-class Student(_Section):
+class Student(Section):
     """The 16-bit model that every file is compared with."""
 
     name: str
@@ -111,7 +111,7 @@ class Student(_Section):
     parameter_count: int = Field(ge=1)
 
 
-class FileSum(_Section):
+class FileSum(Section):
     """One file and its sum."""
 
     file: str
@@ -119,14 +119,14 @@ class FileSum(_Section):
     sha256: str = Field(pattern=_SHA256)
 
 
-class Tokenizer(_Section):
+class Tokenizer(Section):
     """The tokenizer's files, byte for byte those of the base."""
 
     files: tuple[FileSum, ...] = ()
     chat_template_sha256: str = Field(default="", description="of the template's text; empty: it has none")
 
 
-class Check(_Section):
+class Check(Section):
     """One check of the gate."""
 
     name: str
@@ -137,7 +137,7 @@ class Check(_Section):
     note: str = ""
 
 
-class Figures(_Section):
+class Figures(Section):
     """Next-token distributions of file and student on the same tokens. Divergence in nats a token."""
 
     n_prompts: int = Field(ge=1)
@@ -151,7 +151,7 @@ class Figures(_Section):
     perplexity_ratio_error: float | None = Field(description="standard error of its logarithm")
 
 
-class Fidelity(_Section):
+class Fidelity(Section):
     """The gate's verdict on one file against the 16-bit student."""
 
     passed: bool
@@ -162,40 +162,7 @@ class Fidelity(_Section):
     checks: tuple[Check, ...] = ()
 
 
-class Accuracy(_Section):
-    """Right answers of one file on held-out examples of the task."""
-
-    task: str = Field(default="", description="name of the task; a run's is the one it was tuned for")
-    split: str = Field(description="which examples: validation")
-    n: int = Field(ge=1)
-    right: int = Field(ge=0)
-    accuracy: float = Field(ge=0, le=1)
-    low: float = Field(ge=0, le=1, description="95 % Wilson interval")
-    high: float = Field(ge=0, le=1)
-    difference: float | None = Field(default=None, description="paired, file minus student")
-    difference_low: float | None = None
-    difference_high: float | None = None
-    p_value: float | None = Field(default=None, description="exact McNemar test of the pairs")
-
-
-class Speed(_Section):
-    """Speed of one file on one device. Written by `arte-edge bench`; empty after an export."""
-
-    device: str = Field(description="name of the device's profile or its fingerprint")
-    runtime: str = Field(description="runtime, version and build")
-    threads: int = Field(ge=1)
-    ttft_ms: float | None = None
-    prefill_tokens_per_s: float | None = None
-    decode_tokens_per_s: float | None = None
-    itl_p50_ms: float | None = None
-    itl_p95_ms: float | None = None
-    peak_rss_bytes: int | None = None
-    temperature_c_max: float | None = None
-    throttled: bool | None = None
-    energy_j: float | None = None
-
-
-class Artifact(_Section):
+class Artifact(Section):
     """One exported file, or folder of files."""
 
     file: str = Field(description="name beside student.json; a folder ends in /")
@@ -213,11 +180,12 @@ class Artifact(_Section):
     imatrix_sha256: str = Field(default="", description="importance matrix used; empty: none")
     notes: tuple[str, ...] = Field(default=(), description="what is not as the format's name suggests")
     fidelity: Fidelity
-    accuracy: Accuracy | None = None
+    accuracy: Accuracy | None = Field(default=None, description="the gate's, where the file was made")
     speeds: tuple[Speed, ...] = ()
+    evaluations: tuple[Evaluation, ...] = Field(default=(), description="measured on devices")
 
 
-class StudentFile(_Section):
+class StudentFile(Section):
     """The whole of ``student.json``."""
 
     schema_version: Literal[1] = 1
@@ -226,6 +194,7 @@ class StudentFile(_Section):
     lineage: Lineage
     tokenizer: Tokenizer = Tokenizer()
     student_accuracy: Accuracy | None = Field(default=None, description="the 16-bit student's own")
+    student_evaluations: tuple[Evaluation, ...] = Field(default=(), description="its own, on devices")
     artifacts: tuple[Artifact, ...] = ()
 
 
@@ -267,3 +236,29 @@ def read_student(folder: Path) -> StudentFile | None:
         raise InputError(
             f"{path}: {key}: {error.errors()[0]['msg']}", "Remove it and export again."
         ) from error
+
+
+def carry_results(folder: Path, new: StudentFile) -> StudentFile:
+    """Return `new` with what was measured on the same tensors, as the ``student.json`` in `folder` has it.
+
+    A file that is made again is the same file to its results. A damaged document has none.
+    """
+    try:
+        old = read_student(folder)
+    except InputError:
+        return new
+    if old is None:
+        return new
+    known = {artifact.tensor_sha256: artifact for artifact in old.artifacts}
+    artifacts = []
+    for artifact in new.artifacts:
+        if (was := known.get(artifact.tensor_sha256)) is not None:
+            found = {"speeds": was.speeds, "evaluations": was.evaluations}
+            artifact = artifact.model_copy(
+                update={k: v for k, v in found.items() if not getattr(artifact, k)}
+            )
+        artifacts.append(artifact)
+    update: dict[str, Any] = {"artifacts": tuple(artifacts)}
+    if old.student.sha256 == new.student.sha256:
+        update["student_evaluations"] = old.student_evaluations
+    return new.model_copy(update=update)

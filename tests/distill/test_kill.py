@@ -30,6 +30,7 @@ _SMALL = [
     "calibrate.items=10",
     "calibrate.k=8",
     "calibrate.shots=[0,1]",
+    "prefer.race=on",
     "align.question_pairs=1",
     "align.rationale_pairs=3",
     "align.min_gap=0.0",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from arte_edge.engines.base import Request, Sampling
-from arte_edge.engines.llama_batch import common_prefix
+from arte_edge.engines.llama_stems import grow_stems
 from arte_edge.models.local import LocalModel
 
 pytest.importorskip("llama_cpp")

@@ -7,6 +7,7 @@ unless this is the final evaluation: a gate that looked at the test split would 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from arte_edge.export.verify.prompts import plain_text
 from arte_edge.tasks.answers import extract, matches
 from arte_edge.tasks.task import Example, Task
 
-__all__ = ["Accuracy", "check_accuracy", "measure_accuracy"]
+__all__ = ["ANSWER_TOKENS", "Accuracy", "Answered", "answers", "check_accuracy", "measure_accuracy"]
 
 ANSWER_TOKENS = 96  # what the evaluation of a run allows by default
 _SURE = 0.05
@@ -63,6 +64,18 @@ class Accuracy:
             "gained": self.paired.only_b,
             "p_value": self.paired.p_value,
         }
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model wrote for one example, and what was read out of it."""
+
+    example: Example
+    prompt: str
+    text: str
+    answer: str | None  # None: no answer was found in the text
+    right: bool
+    seconds: float | None  # from the prompt to the last token, where it was timed
 
 
 def measure_accuracy(
@@ -105,16 +118,42 @@ def measure_accuracy(
 def _right(
     model: Opened, task: Task, examples: Sequence[Example], plain: bool, progress: Progress | None
 ) -> NDArray[np.bool_]:
-    texts: list[str] = []
-    for start in range(0, len(examples), _BATCH):
+    found = answers(model, task, examples, plain, progress=progress)
+    return np.array([one.right for one in found], dtype=np.bool_)
+
+
+def answers(
+    model: Opened,
+    task: Task,
+    examples: Sequence[Example],
+    plain: bool = False,
+    *,
+    max_tokens: int = ANSWER_TOKENS,
+    timed: bool = False,
+    progress: Progress | None = None,
+) -> list[Answered]:
+    """Let `model` answer `examples` greedily, in their order; with `plain` without its chat template.
+
+    With `timed` they are asked one at a time, as a user asks, and each is timed.
+    """
+    found: list[Answered] = []
+    asked: set[str] = set()
+    size = 1 if timed else _BATCH
+    for start in range(0, len(examples), size):
         if progress is not None:
             progress(f"answers of {model.name}", start, len(examples))
-        part = examples[start : start + _BATCH]
+        part = examples[start : start + size]
         prompts = [_prompt(model, task, example, plain) for example in part]
-        texts += model.generate(prompts, ANSWER_TOKENS, ANSWER_STOPS)
-    answers = [extract(text, task.answer) for text in texts]
-    right = [matches(a, e.target, task.answer) for a, e in zip(answers, examples, strict=True)]
-    return np.array(right, dtype=np.bool_)
+        begin = time.perf_counter()
+        texts = model.generate(prompts, max_tokens, ANSWER_STOPS)
+        # What was asked before is remembered, not written again: that is no time of the model's.
+        seconds = time.perf_counter() - begin if timed and prompts[0] not in asked else None
+        asked.update(prompts)
+        for example, prompt, text in zip(part, prompts, texts, strict=True):
+            answer = extract(text, task.answer)
+            right = matches(answer, example.target, task.answer)
+            found.append(Answered(example, prompt, text, answer, right, seconds))
+    return found
 
 
 def _prompt(model: Opened, task: Task, example: Example, plain: bool) -> str:

@@ -1,0 +1,209 @@
+"""What is measured: the settings of a bench, and the single cases that its lists multiply out to.
+
+Names and defaults are those of ``llama-bench`` where they mean the same. Lists are written as there:
+``1,2,4``, ``1-4``, ``1-9+4``, ``128-1024*2``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from arte_edge.bench.result import DeviceFacts
+from arte_edge.errors import InputError
+
+__all__ = ["RUNTIMES", "BenchSettings", "Case", "cases", "default_threads", "parse_counts"]
+
+Runtime = Literal[
+    "auto", "llama-cpp-python", "xllamacpp", "onnxruntime-genai", "onnxruntime", "transformers", "null"
+]
+CacheType = Literal["f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+RUNTIMES: tuple[str, ...] = tuple(Runtime.__args__)  # type: ignore[attr-defined]
+
+_MOST_TOKENS = 1_000_000
+_RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
+
+
+class BenchSettings(BaseModel):
+    """How to measure. Every list multiplies the cases. Times in the unit of the name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n_prompt: tuple[int, ...] = Field(default=(512,), description="tokens to read; 0: no such test")
+    n_gen: tuple[int, ...] = Field(default=(128,), description="tokens to write; 0: no such test")
+    n_depth: tuple[int, ...] = Field(default=(0,), description="tokens in the cache before the clock starts")
+    threads: tuple[int, ...] = Field(default=(0,), description="0: one for each core worth using")
+    repetitions: int = Field(default=5, ge=1, le=10_000)
+    warmup: bool = Field(default=True, description="repeat until the rate is steady before anything counts")
+    warmup_s: float = Field(default=20.0, gt=0, description="steady or not, no more warm-up after this")
+    delay_s: float = Field(default=0.0, ge=0, description="rest before each test")
+    sustained_s: float = Field(default=0.0, ge=0, description="go on writing for so long")
+    timeout_s: float = Field(default=1800.0, gt=0, description="of one test, above `sustained_s`")
+    power_watts: float | None = Field(default=None, gt=0, description="steady reading of your own meter")
+    type_k: tuple[CacheType, ...] = Field(default=("f16",), description="of the cache's keys, GGUF only")
+    type_v: tuple[CacheType, ...] = Field(default=("f16",), description="of the cache's values, GGUF only")
+    runtime: Runtime = "auto"
+    roofline: bool = Field(default=True, description="foretell the rate of writing beside what is measured")
+
+    @field_validator("n_prompt", "n_gen", "n_depth", "threads")
+    @classmethod
+    def _in_range(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        if not values or min(values) < 0 or max(values) > _MOST_TOKENS:
+            raise ValueError(f"must be numbers from 0 to {_MOST_TOKENS}, at least one")
+        return tuple(dict.fromkeys(values))
+
+    @field_validator("threads", mode="before")
+    @classmethod
+    def _auto(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(0 if item == "auto" else item for item in value)
+        return (0,) if value == "auto" else value
+
+    @field_validator("type_k", "type_v")
+    @classmethod
+    def _some(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        if not values:
+            raise ValueError("must name at least one type")
+        return values
+
+    def argv(self) -> list[str]:
+        """Return the flags of ``arte-edge bench`` that say the same, for another machine."""
+        words = ["-p", _joined(self.n_prompt), "-n", _joined(self.n_gen), "-d", _joined(self.n_depth)]
+        words += ["-t", ",".join("auto" if n == 0 else str(n) for n in self.threads)]
+        words += ["-r", str(self.repetitions), "-ctk", ",".join(self.type_k), "-ctv", ",".join(self.type_v)]
+        words += ["--warmup" if self.warmup else "--no-warmup", "--warmup-seconds", f"{self.warmup_s:g}"]
+        words += ["--delay", f"{self.delay_s:g}", "--sustained", f"{self.sustained_s:g}"]
+        words += ["--timeout", f"{self.timeout_s:g}", "--runtime", self.runtime]
+        words += ["--roofline" if self.roofline else "--no-roofline"]
+        return words if self.power_watts is None else [*words, "--power-watts", f"{self.power_watts:g}"]
+
+
+class Case(BaseModel):
+    """One test of one model, all that the child process has to know. Either `n_prompt` or `n_gen` is 0."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Path
+    runtime: str
+    n_prompt: int
+    n_gen: int
+    n_depth: int
+    threads: int
+    type_k: str
+    type_v: str
+    repetitions: int
+    warmup: bool
+    warmup_s: float
+    delay_s: float
+    sustained_s: float
+    power_watts: float | None
+    timeout_s: float
+    roofline: bool = False
+
+    @property
+    def test(self) -> str:
+        """``pp512``, ``tg128@d1024``: as llama-bench calls it."""
+        name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        return f"{name}@d{self.n_depth}" if self.n_depth else name
+
+    @property
+    def context_tokens(self) -> int:
+        return self.n_prompt + self.n_gen + self.n_depth
+
+
+def cases(path: Path, settings: BenchSettings, device: DeviceFacts) -> Iterator[Case]:
+    """Yield the cases of one model, in the order of llama-bench: threads, depth, then reading and writing."""
+    common = settings.model_dump(
+        include={
+            "runtime",
+            "repetitions",
+            "warmup",
+            "warmup_s",
+            "delay_s",
+            "power_watts",
+            "timeout_s",
+            "roofline",
+        }
+    )
+    for type_k in settings.type_k:
+        for type_v in settings.type_v:
+            for threads in settings.threads:
+                for n_depth in settings.n_depth:
+                    tests = [(n, 0) for n in settings.n_prompt] + [(0, n) for n in settings.n_gen]
+                    for n_prompt, n_gen in tests:
+                        if n_prompt or n_gen:
+                            yield Case(
+                                path=path,
+                                n_prompt=n_prompt,
+                                n_gen=n_gen,
+                                n_depth=n_depth,
+                                threads=threads or default_threads(device),
+                                type_k=type_k,
+                                type_v=type_v,
+                                sustained_s=settings.sustained_s if n_gen else 0.0,
+                                **common,
+                            )
+
+
+def default_threads(device: DeviceFacts) -> int:
+    """Return how many threads decode best if nobody says: one for each fast physical core.
+
+    Two threads of one core share its arithmetic, and the slow cores of a big.LITTLE hold the
+    fast ones up. ``ARTE_EDGE_THREADS`` goes before.
+    """
+    if told := os.environ.get("ARTE_EDGE_THREADS", ""):
+        if not told.isdigit() or int(told) < 1:
+            raise InputError(f"ARTE_EDGE_THREADS={told}: not a number of threads", "For example 4.")
+        return int(told)
+    import psutil
+
+    threads = min(device.cores, psutil.cpu_count(logical=False) or device.cores)
+    if device.profile:
+        from arte_edge.device.catalogue import find_device
+
+        with contextlib.suppress(InputError):  # an own profile that is gone
+            threads = min(threads, find_device(device.profile).cores)
+    return max(1, threads)
+
+
+def parse_counts(flag: str, text: str) -> tuple[int, ...]:
+    """Return the numbers of a list as llama-bench reads it; ``auto`` is 0.
+
+    Raises:
+        InputError: not such a list, or more than a thousand numbers.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        if part.strip() == "auto" and flag == "-t":
+            numbers.append(0)
+            continue
+        found = _RANGE.fullmatch(part.strip())
+        if found is None:
+            raise InputError(f"{flag} {text}: '{part}' is no number and no range", "As in 1,2,4 or 1-8*2.")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if flag == "-t" and first == 0:
+            raise InputError(f"{flag} {text}: 0 threads do nothing", "auto takes one for each fast core.")
+        numbers += _steps(first, last, found[3] or "+", int(found[4] or 1))
+        if len(numbers) > 1000:
+            raise InputError(f"{flag} {text}: more than a thousand numbers", "Give a larger step.")
+    return tuple(numbers)
+
+
+def _steps(first: int, last: int, sign: str, step: int) -> Sequence[int]:
+    numbers = [first]
+    while len(numbers) <= 1001:
+        following = numbers[-1] + step if sign == "+" else numbers[-1] * step
+        if following > last or following <= numbers[-1]:
+            break
+        numbers.append(following)
+    return numbers
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))

@@ -1,0 +1,272 @@
+"""Two sets of results side by side, test by test, and only where they measured the same thing.
+
+Rates are compared as ratios (`arte_edge.bench.ratio`), right answers in pairs, example by example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from arte_edge.bench.pairs import Pair, pair
+from arte_edge.bench.ratio import Ratio, ratio
+from arte_edge.bench.result import QualityRow, SpeedRow
+from arte_edge.errors import InputError
+
+__all__ = ["Comparison", "QualityPair", "SpeedPair", "compare"]
+
+Row = SpeedRow | QualityRow
+
+# What must be the same for two speeds to be about the same work, in the words of the flags.
+_PROTOCOL = ("n_prompt", "n_gen", "n_depth", "n_threads", "type_k", "type_v")
+
+
+@dataclass(frozen=True)
+class SpeedPair:
+    """One test, measured twice."""
+
+    a: SpeedRow
+    b: SpeedRow
+
+    @cached_property
+    def rate(self) -> Ratio | None:
+        """Return the ratio of the rates; None if a side did not end well."""
+        return ratio(self.a.samples_ts, self.b.samples_ts) if self.a.ok and self.b.ok else None
+
+    @property
+    def verdict(self) -> str:
+        """``faster``, ``slower`` or ``same`` (no difference beyond chance), ``?`` where nothing can be said."""
+        if self.rate is None or self.rate.beyond_chance is None or self.throttled:
+            return "?"
+        return "same" if not self.rate.beyond_chance else "faster" if self.rate.value > 1 else "slower"
+
+    @property
+    def throttled(self) -> bool:
+        """Some side was held back, so that the ratio says more of the cooling than of the files."""
+        return bool(self.a.throttled or self.b.throttled)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        keys = ("model_filename", "tensor_sha256", "runtime", "status", "reason", "median_ts", "ttft_ms")
+        keys += (
+            "itl_p50_ms",
+            "itl_p95_ms",
+            "load_ms",
+            "peak_rss_bytes",
+            "energy_j",
+            "throttled",
+            "test_time",
+        )
+        return {
+            **{key: getattr(self.a, key) for key in ("test", *_PROTOCOL)},
+            "a": {key: getattr(self.a, key) for key in keys},
+            "b": {key: getattr(self.b, key) for key in keys},
+            "ratio": None if self.rate is None else asdict(self.rate),
+            "verdict": self.verdict,
+        }
+
+
+@dataclass(frozen=True)
+class QualityPair:
+    """One task, answered twice."""
+
+    a: QualityRow
+    b: QualityRow
+
+    @cached_property
+    def paired(self) -> Pair:
+        """Return the difference on the examples that both answered."""
+        return pair(self.a, self.b)
+
+    @property
+    def verdict(self) -> str:
+        """``better``, ``worse`` or ``same`` (exact McNemar test, p < 0.05)."""
+        if self.paired.p_value >= 0.05:
+            return "same"
+        return "better" if self.paired.difference > 0 else "worse"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        keys = ("model_filename", "tensor_sha256", "runtime", "n", "right", "low", "high", "partial")
+        keys += ("answer_seconds_p50", "answer_seconds_p95", "answer_tokens_mean", "test_time")
+        return {
+            "task": self.a.task,
+            "split": self.a.split,
+            "a": {key: getattr(self.a, key) for key in keys},
+            "b": {key: getattr(self.b, key) for key in keys},
+            "paired": asdict(self.paired) | {"reference": self.a.model_filename},
+            "verdict": self.verdict,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What could be paired, what could not, and what is not the same on both sides."""
+
+    speeds: tuple[SpeedPair, ...]
+    qualities: tuple[QualityPair, ...]
+    only_a: tuple[str, ...] = ()
+    only_b: tuple[str, ...] = ()
+    differs: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {
+            "speeds": [one.as_dict() for one in self.speeds],
+            "qualities": [one.as_dict() for one in self.qualities],
+            "only_a": self.only_a,
+            "only_b": self.only_b,
+            "differs": self.differs,
+        }
+
+
+def compare(a: Sequence[Row], b: Sequence[Row], *, force: bool = False) -> Comparison:
+    """Pair the rows of `a` and `b`.
+
+    Of several results of one test the newest counts. Speeds are paired by test, depth,
+    threads, cache types and device; answers by task and split, on whatever machine. Rows
+    of the same tensors go together, else of the same file name, else of the same type, else
+    what is left if each side has one model; the same runtime before another one.
+
+    Args:
+        force: pair by the test's name alone where nothing else is the same, and say what differs.
+
+    Raises:
+        InputError: nothing on the two sides is comparable; says what differs.
+    """
+    speeds = [_newest(row for row in side if isinstance(row, SpeedRow)) for side in (a, b)]
+    answers = [
+        _newest(row for row in side if isinstance(row, QualityRow) and row.status == "ok" and row.answers)
+        for side in (a, b)
+    ]
+    if not any(speeds[0] + answers[0]) or not any(speeds[1] + answers[1]):
+        raise InputError("One side holds no result", "Measure it first: arte-edge bench MODEL.")
+    speed_pairs = [SpeedPair(x, y) for x, y in _pairs(speeds[0], speeds[1], _speed_protocol)]
+    quality_pairs = [QualityPair(x, y) for x, y in _pairs(answers[0], answers[1], _quality_protocol)]
+    differs: list[str] = []
+    if not speed_pairs and not quality_pairs:
+        differs = _differences(speeds, answers)
+        if not force:
+            raise InputError(
+                "The two were not measured in the same way: " + "; ".join(differs or ["other tests"]),
+                "Measure both alike, or give --force to see them side by side all the same.",
+            )
+        speed_pairs = [SpeedPair(x, y) for x, y in _pairs(speeds[0], speeds[1], _forced_protocol)]
+        if not speed_pairs:
+            raise InputError("There is no test of one kind on both sides", "; ".join(differs))
+    differs += _notes(speed_pairs, quality_pairs)
+    paired = {id(row) for one in (*speed_pairs, *quality_pairs) for row in (one.a, one.b)}
+    left = [tuple(_name(row) for row in (*speeds[i], *answers[i]) if id(row) not in paired) for i in range(2)]
+    return Comparison(tuple(speed_pairs), tuple(quality_pairs), left[0], left[1], tuple(differs))
+
+
+R = TypeVar("R", SpeedRow, QualityRow)
+
+
+def _newest(rows: Iterable[R]) -> list[R]:
+    """Return the last row of each test of each model on each device, in the order of their first."""
+    found: dict[Hashable, R] = {}
+    for row in rows:
+        what = _speed_protocol(row) if isinstance(row, SpeedRow) else _quality_protocol(row)
+        model = row.tensor_sha256 or row.sha256 or row.model_filename
+        found[model, _runtime_kind(row), row.n_threads, row.device.fingerprint, what] = row
+    return list(found.values())
+
+
+def _speed_protocol(row: SpeedRow) -> Hashable:
+    return (row.device.fingerprint, *(getattr(row, key) for key in _PROTOCOL))
+
+
+def _forced_protocol(row: SpeedRow) -> Hashable:
+    return ("pp" if row.n_prompt else "") + ("tg" if row.n_gen else "")
+
+
+def _quality_protocol(row: QualityRow) -> Hashable:
+    return (row.task_sha256, row.split)
+
+
+def _runtime_kind(row: Row) -> str:
+    return row.runtime.partition(" ")[0]
+
+
+def _pairs(a: Sequence[R], b: Sequence[R], protocol: Callable[[R], Hashable]) -> list[tuple[R, R]]:
+    """Return pairs of one protocol, each row in one pair at most, the surest matches first, in the order of `a`."""
+    single = all(len({row.model_filename for row in side}) == 1 for side in (a, b))
+    ways: tuple[Callable[[R, R], bool], ...] = (
+        lambda x, y: bool(x.tensor_sha256) and x.tensor_sha256 == y.tensor_sha256,
+        lambda x, y: x.model_filename == y.model_filename,
+        lambda x, y: (x.format, x.quantization) == (y.format, y.quantization),
+        lambda x, y: single,
+    )
+    partner: dict[int, int] = {}
+    for same_model in ways:
+        for same_runtime in (True, False):
+            for i, x in enumerate(a):
+                for j, y in enumerate(b):
+                    if i in partner or j in partner.values():
+                        continue
+                    if same_runtime and _runtime_kind(x) != _runtime_kind(y):
+                        continue
+                    if protocol(x) == protocol(y) and same_model(x, y):
+                        partner[i] = j
+    return [(a[i], b[partner[i]]) for i in sorted(partner)]
+
+
+def _differences(speeds: Sequence[Sequence[SpeedRow]], answers: Sequence[Sequence[QualityRow]]) -> list[str]:
+    """Return in words what is not the same on the two sides and keeps them from being paired."""
+    found: list[str] = []
+    if all(speeds):
+        for key in _PROTOCOL:
+            first, second = (sorted({getattr(row, key) for row in side}) for side in speeds)
+            if not set(first) & set(second):
+                found.append(f"{key} {_listed(first)} against {_listed(second)}")
+        first, second = ({row.device.fingerprint for row in side} for side in speeds)
+        if not first & second:
+            names = [speeds[i][0].device for i in range(2)]
+            shown = [name.profile or name.cpu or "?" for name in names]
+            found.append(
+                f"device {shown[0]} ({names[0].fingerprint}) against {shown[1]} ({names[1].fingerprint})"
+            )
+    if all(answers):
+        for what in ("task", "task_sha256", "split"):
+            first, second = (sorted({str(getattr(row, what)) for row in side}) for side in answers)
+            if not set(first) & set(second):
+                found.append(
+                    f"{what} {_listed(t[:16] for t in first)} against {_listed(t[:16] for t in second)}"
+                )
+    if not found and not (all(speeds) or all(answers)):
+        found.append("one side holds speeds alone, the other answers alone")
+    return found or ["other tests, or other models"]
+
+
+def _notes(speeds: Sequence[SpeedPair], answers: Sequence[QualityPair]) -> list[str]:
+    """Return what is not the same within the pairs, each once."""
+    found: dict[str, None] = {}
+    for one in speeds:
+        for key in ("runtime", "build_commit", "n_batch", "n_ubatch", "flash_attn", *_PROTOCOL):
+            first, second = getattr(one.a, key), getattr(one.b, key)
+            if first != second:
+                found[f"{key} {first} against {second}"] = None
+        for key in ("governor", "power", "os"):
+            first, second = getattr(one.a.device, key), getattr(one.b.device, key)
+            if first != second and first and second:
+                found[f"{key} {first} against {second}"] = None
+        if one.throttled:
+            sides = [name for name, row in (("A", one.a), ("B", one.b)) if row.throttled]
+            found[f"{one.a.test}: {' and '.join(sides)} throttled"] = None
+    for pair_ in answers:
+        if pair_.paired.n < max(pair_.a.n, pair_.b.n):
+            found[f"{pair_.a.task}: compared on the {pair_.paired.n} examples that both answered"] = None
+    return list(found)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ",".join(map(str, values))
+
+
+def _name(row: Row) -> str:
+    if isinstance(row, SpeedRow):
+        return f"{row.model_filename} {row.test}, {row.n_threads} threads"
+    return f"{row.model_filename} {row.task} ({row.split})"

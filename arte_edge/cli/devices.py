@@ -1,0 +1,265 @@
+"""``arte-edge devices``: kinds of devices and their facts, this machine, and devices of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from arte_edge.cli.console import emit_json, err, out
+
+if TYPE_CHECKING:
+    from arte_edge.device.profile import Profile
+    from arte_edge.device.shape import ModelShape
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Devices: what is known of them, what this one is, and your own over ssh.", no_args_is_help=True
+)
+
+_REF = "A name of 'devices ls', a .toml file, or user@host."
+
+Ref = Annotated[str, typer.Argument(help=_REF)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Model = Annotated[
+    Path | None,
+    typer.Option("--model", metavar="PATH", help="Say if this model fits and how fast it should be."),
+]
+Context = Annotated[int, typer.Option("--context", min=1, help="Tokens of context, with --model.")]
+
+
+@app.command("ls")
+def ls(as_json: Json = False) -> None:
+    """List the shipped profiles and your own devices."""
+    from arte_edge.device.catalogue import find_device, own_folder, own_names, shipped
+
+    devices = [*shipped(), *(find_device(name) for name in own_names())]
+    if as_json:
+        emit_json([_json(device) for device in devices])
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title, justify in (("device", "left"), ("memory", "right"), ("cores", "right"), ("decodes", "right")):
+        table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("what", overflow="fold")
+    for device in devices:
+        rate = device.effective_bandwidth
+        table.add_row(
+            device.name,
+            f"{device.memory_bytes[0] / 2**30:g} GB",
+            str(device.cores),
+            f"{rate.value / 1e9:.1f} GB/s" if rate else "?",
+            f"{device.title}, {device.remote.host}" if device.remote else device.title,
+        )
+    out.print(table)
+    err.print(f"Your own are in {own_folder()}", markup=False, soft_wrap=True)
+
+
+@app.command("show")
+def show(device: Ref, model: Model = None, context: Context = 2048, as_json: Json = False) -> None:
+    """Print every fact of a device with its source; with --model, if it fits and how fast it should be."""
+    from arte_edge.device.catalogue import find_device
+    from arte_edge.device.fit import fit_profile
+    from arte_edge.device.roofline import expected
+    from arte_edge.device.shape import ModelShape
+
+    profile = find_device(device)
+    shape = ModelShape.of(model) if model else None
+    fits = fit_profile(shape, profile, context) if shape else None
+    speed = expected(shape, profile, context) if shape else None
+    if as_json:
+        emit_json(_json(profile) | _model_json(shape, fits, speed))
+        return
+    _show_profile(profile)
+    if shape and fits:
+        _show_model(shape, fits, speed)
+
+
+@app.command("detect")
+def detect(
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Measure memory bandwidth, about 2 seconds; kept for next time.")
+    ] = False,
+    model: Model = None,
+    context: Context = 2048,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine is, which profile fits it, and which sensors it has."""
+    from arte_edge.device import memory
+    from arte_edge.device.bandwidth import probe as bandwidth
+    from arte_edge.device.detect import board
+    from arte_edge.device.detect import detect as facts_of
+    from arte_edge.device.fit import fit, repacked_types
+    from arte_edge.device.roofline import expected_here
+    from arte_edge.device.shape import ModelShape
+
+    facts = facts_of()
+    found: dict[str, Any] = facts.model_dump(mode="json") | {"board": board()}
+    found |= {"available_bytes": memory.available_bytes(), "sensors": _sensors()}
+    found["read_bytes_per_s"] = bandwidth(facts.cores, fresh=True) if probe else None
+    shape = ModelShape.of(model) if model else None
+    repacked = repacked_types(facts.arch, facts.features)
+    fits = fit(shape, found["available_bytes"], context, repacked=repacked) if shape else None
+    speed = expected_here(shape, facts.cores, context, fresh=probe) if shape else None
+    if as_json:
+        emit_json(found | _model_json(shape, fits, speed))
+        return
+    for key, value in found.items():
+        _line(key, _readable(key, value))
+    if shape and fits:
+        _show_model(shape, fits, speed)
+
+
+@app.command("add")
+def add(
+    name: Annotated[str, typer.Argument(help="What you call it, as in kitchen-pi.")],
+    host: Annotated[
+        str, typer.Argument(metavar="USER@HOST", help="As ssh takes it; an alias of ssh's is good.")
+    ],
+    base: Annotated[str, typer.Option(help="Shipped profile to take the facts from.")] = "",
+    workdir: Annotated[str, typer.Option(help="Folder there, in place of ~/.cache/arte-edge-device.")] = "",
+    python: Annotated[str, typer.Option(help="Interpreter there, 3.11 or newer.")] = "",
+    title: Annotated[str, typer.Option(help="As people call it.")] = "",
+    notes: Annotated[str, typer.Option(help="Cooling, supply, place: goes into results.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Add a device of your own. Nothing is sent to it; `devices check` reaches it."""
+    from arte_edge.device.catalogue import add_device
+
+    path = add_device(name, host, base=base, workdir=workdir, python=python, title=title, notes=notes)
+    if as_json:
+        emit_json({"name": name, "file": str(path)})
+        return
+    out.print(f"Wrote {path}. Next: `arte-edge devices check {name}`.", markup=False, soft_wrap=True)
+
+
+@app.command("check")
+def check(
+    device: Ref,
+    clean: Annotated[
+        bool, typer.Option("--clean", help="Then remove all that arte-edge keeps there: its work folder.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Reach a device over ssh and say if it is ready to measure. Changes nothing there, unless --clean."""
+    from dataclasses import asdict
+
+    from arte_edge.device.catalogue import find_device
+    from arte_edge.device.work_folder import check as look
+    from arte_edge.device.work_folder import clean as remove
+    from arte_edge.errors import ArteError
+
+    profile = find_device(device)
+    report = look(profile)
+    failed = [finding for finding in report.findings if finding.state == "failed"]
+    unreached = any(finding.what == "ssh" for finding in failed)
+    removed = remove(profile) if clean and not unreached else ""
+    if as_json:
+        emit_json(asdict(report) | {"removed": removed})
+    else:
+        for finding in report.findings:
+            _line(
+                finding.what,
+                finding.text if finding.state == "ok" else f"{finding.state}: {finding.text}",
+            )
+            if finding.hint:
+                _line("", finding.hint)
+        if removed:
+            _line("removed", removed)
+    if failed:
+        raise ArteError(f"{device} is not ready: {failed[0].text}", failed[0].hint)
+
+
+@app.command("rm")
+def rm(
+    name: Annotated[str, typer.Argument(help="A device of your own.")],
+    as_json: Json = False,
+) -> None:
+    """Forget a device of your own. Nothing on the device is touched."""
+    from arte_edge.device.catalogue import remove_device
+
+    path = remove_device(name)
+    if as_json:
+        emit_json({"name": name, "file": str(path)})
+    else:
+        out.print(f"Removed {path}", markup=False, soft_wrap=True)
+
+
+def _sensors() -> list[str]:
+    """Return which readings this machine gives; one reading of each is taken."""
+    from arte_edge.bench.sensors import Sensors
+
+    with Sensors() as sensors:
+        pass
+    first = sensors.readings()[0]
+    return [key for key, value in first.model_dump(exclude={"t_s"}).items() if value is not None]
+
+
+def _json(profile: Profile) -> dict[str, Any]:
+    return profile.model_dump(mode="json", exclude_none=True)
+
+
+def _model_json(shape: ModelShape | None, fits: Any, speed: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    if shape is None:
+        return {}
+    return {
+        "model": asdict(shape),
+        "fit": fits.as_json() | {"in_words": fits.in_words()},
+        "expected": asdict(speed) if speed else None,
+    }
+
+
+def _show_profile(profile: Profile) -> None:
+    facts = profile.facts()
+    for key, value in profile.model_dump(exclude_none=True).items():
+        if not value:
+            continue
+        if key in facts:
+            fact = facts[key]
+            _line(key, f"{fact.value:g}  ({fact.evidence}: {fact.source})")
+        elif key in ("remote", "runtimes"):
+            _line(key, ", ".join(f"{part} = {_readable(part, said)}" for part, said in value.items() if said))
+        elif key == "notes":
+            for note in value:
+                _line("note", note)
+        elif key not in ("match", "sources"):
+            source = profile.sources.get(key, "")
+            _line(key, _readable(key, value) + (f"  ({source})" if source else ""))
+
+
+def _show_model(shape: ModelShape, fits: Any, speed: Any) -> None:
+    _line(
+        "model",
+        f"{shape.name}: {shape.quantization or shape.format}, {shape.token_bytes / 1e6:.1f} MB a token",
+    )
+    _line("fit", fits.in_words())
+    if fits.verdict == "no":
+        _line("", f"largest context that fits: {fits.largest_context_tokens} tokens")
+    if speed:
+        bound = "at most" if speed.is_upper_bound else "about"
+        _line("expected", f"{bound} {speed.decode_tokens_per_s:.1f} tokens/s ({speed.source}: {speed.basis})")
+    else:
+        _line("expected", "nothing is known of this device's memory")
+
+
+def _readable(key: str, value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_readable(key, item) for item in value) or "-"
+    if value is None or value == "":
+        return "-"
+    if key.endswith("_bytes"):
+        return f"{value / 2**30:.2f} GiB"
+    return f"{value / 1e9:.1f} GB/s" if key.endswith("_per_s") else str(value)
+
+
+def _line(key: str, text: str) -> None:
+    """Print one fact in 80 columns, its name at the left."""
+    from textwrap import wrap
+
+    for number, part in enumerate(wrap(text, 58, break_long_words=False, break_on_hyphens=False) or ["-"]):
+        out.print(f"{'' if number else key:<21}{part}", markup=False, soft_wrap=True)

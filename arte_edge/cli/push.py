@@ -1,0 +1,99 @@
+"""``arte-edge push``: show what would go to the Hub; send it only with ``--yes``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from arte_edge.cli.console import emit_json, err, out
+
+if TYPE_CHECKING:
+    from arte_edge.publish.preview import Preview
+    from arte_edge.publish.push import Sent
+
+__all__ = ["push"]
+
+
+def push(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="An export's folder, or a checkpoint's, with its card.")
+    ],
+    to: Annotated[
+        str, typer.Option("--to", metavar="USER/REPO", help="Repository of the Hub; made if missing.")
+    ],
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Send it. Without this nothing leaves the machine.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="May be told though it looks personal; may be repeated."),
+    ] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Message of the commit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what would be sent to the Hugging Face Hub, and with --yes send it.
+
+    Refuses (exit 2) while a file holds something personal: a host, a user, an address,
+    a path, a token. Files that the gate rejected are never sent.
+    """
+    from arte_edge.publish.push import refuse_findings, send, show
+
+    found = show(folder.expanduser(), to, allow=tuple(allow or ()))
+    if not as_json:
+        _print(found, to, private)
+    elif found.findings or not yes:
+        emit_json(_document(found, to, private, None))
+    refuse_findings(found)
+    if not yes:
+        err.print("Nothing was sent. To send it: the same command with --yes.", markup=False, soft_wrap=True)
+        return
+    sent = send(found, to, private=private, message=message or "")
+    if as_json:
+        emit_json(_document(found, to, private, sent))
+    else:
+        out.print(f"\nSent: {sent.url}", markup=False, soft_wrap=True)
+
+
+def _print(found: Preview, repo: str, private: bool) -> None:
+    from rich.table import Table
+
+    from arte_edge.models.disk import megabytes
+
+    kind = "private if it is new" if private else "public if it is new"
+    out.print(f"To {repo} ({kind}):\n", markup=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", no_wrap=True)
+    for file in found.files:
+        table.add_row(file.name, _size(file.size_bytes), style=None)
+    table.add_row(f"{len(found.files)} files", megabytes(found.size_bytes), style="bold")
+    out.print(table, markup=False)
+    if found.kept:
+        out.print("\nNot sent:", markup=False)
+        for name, reason in found.kept:
+            out.print(f"  {name}: {reason}", markup=False, soft_wrap=True)
+    out.print("\nHead of the card:", markup=False)
+    for line in found.head.splitlines():
+        out.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def _size(size_bytes: int) -> str:
+    from arte_edge.models.disk import megabytes
+
+    return megabytes(size_bytes) if size_bytes >= 100_000 else f"{size_bytes} B"
+
+
+def _document(found: Preview, repo: str, private: bool, sent: Sent | None) -> dict[str, Any]:
+    return {
+        "to": repo,
+        "private": private,
+        "files": [{"file": file.name, "size_bytes": file.size_bytes} for file in found.files],
+        "size_bytes": found.size_bytes,
+        "not_sent": [{"file": name, "reason": reason} for name, reason in found.kept],
+        "personal": [{"file": f.file, "key": f.key, "kind": f.kind, "text": f.text} for f in found.findings],
+        "head": found.head,
+        "sent": None if sent is None else {"url": sent.url, "commit": sent.commit},
+    }

@@ -1,0 +1,206 @@
+"""The system's own ``ssh``, one connection to a device: ``~/.ssh/config``, agents, jump hosts and host keys hold.
+
+What runs there is a POSIX ``sh`` script that is a constant of this package; everything that varies
+is handed to it as a quoted argument. Nothing runs in a shell here. One master connection
+(``ssh -M``) is a child of this process and carries every command, since a handshake costs a small
+board most of a second; where it is gone, the next command makes a new one.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from arte_edge.device.ssh_errors import ConnectionLost, RemoteError, say_failure
+from arte_edge.errors import ArteError, InputError
+
+__all__ = ["Channel", "Ssh", "check_host"]
+
+_CONNECT_S = 20
+# A link that says nothing for 3 x 10 s is gone (ssh_config(5), ServerAliveInterval).
+_OPTIONS = (
+    *("-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}", "-o", "ServerAliveInterval=10"),
+    *("-o", "ServerAliveCountMax=3", "-o", "ClearAllForwardings=yes", "-o", "RequestTTY=no"),
+    *("-o", "RemoteCommand=none", "-o", "PermitLocalCommand=no"),
+)
+_LOST = 255  # ssh's own exit code; our scripts never end with it
+_MARK = "@arte-edge@"  # what a login script prints before it is not ours
+
+
+def check_host(host: str) -> str:
+    """Return `host` if ssh may be given it.
+
+    Raises:
+        InputError: it is empty, would be read as an option, or holds blanks or control characters.
+    """
+    if not host or host.startswith("-") or any(c.isspace() or not c.isprintable() for c in host):
+        raise InputError(
+            f"{host!r} is not a host that ssh can be given", "Write it as ssh takes it: pi@kitchen"
+        )
+    return host
+
+
+@dataclass
+class Channel:
+    """A command that runs there, its ends in our hands."""
+
+    host: str
+    process: subprocess.Popen[bytes]
+    errors: IO[bytes]
+    sent: IO[bytes] = field(init=False)
+    got: IO[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.process.stdin and self.process.stdout
+        self.sent, self.got = self.process.stdin, self.process.stdout
+
+    def finish(self) -> None:
+        """Wait for the command's end.
+
+        Raises:
+            ConnectionLost, RemoteError, ArteError: as `Ssh.run` does.
+        """
+        with suppress(BrokenPipeError):
+            self.sent.close()
+        code = self.process.wait()
+        if code:
+            self.errors.seek(0)
+            text = self.errors.read().decode(errors="replace")
+            raise say_failure(self.host, text) if code == _LOST else RemoteError(self.host, code, text)
+
+
+class Ssh:
+    """One device over ssh. Use as a context manager; opening connects nothing yet."""
+
+    def __init__(self, host: str, *, config: str = "") -> None:
+        """Remember whom to call.
+
+        Args:
+            host: ``user@host``, or an alias of the ssh configuration.
+            config: another file than ``~/.ssh/config``.
+
+        Raises:
+            InputError: `host` cannot be one.
+            ArteError: there is no ssh on this machine.
+        """
+        self.host = check_host(host)
+        if shutil.which("ssh") is None:
+            raise ArteError("There is no ssh on this machine", "Install the OpenSSH client.")
+        self._base = ["ssh", *(("-F", config) if config else ()), *_OPTIONS]
+        self._folder: Path | None = None
+        self._master: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Ssh:
+        # Windows' ssh cannot share a connection. The name of a socket must stay below 104 bytes.
+        if os.name != "nt":
+            self._folder = Path(tempfile.mkdtemp(prefix="arte-ssh-"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hang_up()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def hang_up(self) -> None:
+        """End the master connection, if there is one."""
+        if self._master is not None:
+            self._master.terminate()
+            try:
+                self._master.wait(5)
+            except subprocess.TimeoutExpired:
+                self._master.kill()
+                self._master.wait()
+            self._master = None
+
+    def run(self, script: str, *args: str, timeout_s: float = 120) -> str:
+        """Run `script` there with ``$1``, ``$2``… = `args` and return what it printed.
+
+        Raises:
+            ConnectionLost: the connection broke, or nothing came back in `timeout_s`; trying again may help.
+            RemoteError: the script ended with another code than 0.
+            ArteError: the connection is refused for a reason that trying again does not mend.
+        """
+        command = [*self._command(), self._line(script, args)]
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            self.hang_up()  # whatever hangs, the next command gets a fresh connection
+            raise ConnectionLost(self.host, f"no answer in {timeout_s:.0f} s") from error
+        errors = done.stderr.decode(errors="replace")
+        if done.returncode == _LOST:
+            raise say_failure(self.host, errors)
+        if done.returncode:
+            raise RemoteError(self.host, done.returncode, errors)
+        return done.stdout.decode(errors="replace").partition(f"{_MARK}\n")[2]
+
+    @contextmanager
+    def open(self, script: str, *args: str) -> Iterator[Channel]:
+        """Run `script` there with its input and output as pipes; it is ended when the block ends.
+
+        What a login script prints comes first on ``got``: the reader must know its own lines.
+        """
+        command = [*self._command(), self._line(script, args)]
+        with tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, bufsize=0
+            )
+            try:
+                yield Channel(self.host, process, errors)
+            finally:
+                process.kill()
+                process.wait()
+                for pipe in (process.stdin, process.stdout):
+                    with suppress(OSError):
+                        assert pipe is not None
+                        pipe.close()
+
+    def _line(self, script: str, args: tuple[str, ...]) -> str:
+        """Return the one string that the login shell there, whichever it is, takes apart into these words."""
+        return shlex.join(["exec", "sh", "-c", f"printf '%s\\n' {_MARK}\n{script}", "sh", *args])
+
+    def _command(self) -> list[str]:
+        share = self._shared()
+        return [*self._base, *share, "--", self.host]
+
+    def _shared(self) -> list[str]:
+        """Return the options that join the master connection; make one if there is none."""
+        if self._folder is None:
+            return ["-o", "ControlMaster=no", "-o", "ControlPath=none"]
+        socket = self._folder / "s"
+        share = ["-o", "ControlMaster=no", "-o", f"ControlPath={socket}"]
+        if self._master is not None and self._master.poll() is None:
+            return share
+        socket.unlink(missing_ok=True)
+        with tempfile.TemporaryFile() as errors:
+            # -N: no command, only the connection. A session of its own: Ctrl-C must not reach it,
+            # since the command that ends the work there travels over it.
+            self._master = subprocess.Popen(
+                [
+                    *(*self._base, "-o", "ControlMaster=yes", "-o", "ControlPersist=no"),
+                    *("-o", f"ControlPath={socket}", "-N", "--", self.host),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+            )
+            until = time.monotonic() + 2 * _CONNECT_S
+            while not socket.exists():
+                if self._master.poll() is not None or time.monotonic() > until:
+                    self.hang_up()
+                    errors.seek(0)
+                    raise say_failure(self.host, errors.read().decode(errors="replace"))
+                time.sleep(0.02)
+        return share

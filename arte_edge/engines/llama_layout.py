@@ -1,0 +1,99 @@
+"""How a llama.cpp context is laid out, what memory it takes, and whether that is there.
+
+The cache of keys and values is all that grows with the work: sequences times tokens
+times bytes a token. It is known before anything is allocated, so a context that
+cannot fit is refused in words instead of by the kernel. The cost does not depend on
+the number of prompts: they queue for the sequences there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arte_edge.errors import EngineError
+
+__all__ = ["DEFAULT_LAYOUT", "Layout", "available_bytes", "check_fits", "context_bytes"]
+
+_F16_BYTES, _F32_BYTES = 2, 4
+_KEPT_FREE = 0.05  # of what is available: allocating the last byte is how machines die
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a context is made with; the text it writes depends on it only by rounding.
+
+    * `unified`: one cache for all sequences. Copying a prefix is free and a batch needs no
+      splitting, but attention looks at every cell of every sequence. Split (the default): a
+      cache for each, copied whole.
+    * `flash`: attention without the matrix of scores in memory.
+    * `ubatch`: rows that llama.cpp multiplies at once.
+    """
+
+    unified: bool = False
+    flash: bool = True
+    ubatch: int = 512
+
+
+DEFAULT_LAYOUT = Layout()
+
+
+def context_bytes(model: Any, n_seq: int, n_ctx_seq: int, ubatch: int) -> int:
+    """Return what a context of `n_seq` sequences with `n_ctx_seq` tokens each allocates, in bytes, about.
+
+    Keys and values (16 bits), logits of one row a sequence, and the activations of one
+    `ubatch`: the widest tensor, which is logits or the feed-forward layer's, twice. For
+    models with layers that remember less than the whole context it is an upper bound.
+    """
+    logits = n_seq * model.n_vocab * _F32_BYTES
+    widest = max(model.n_vocab // 2, model.size("embedding_length") * 4, model.size("feed_forward_length"))
+    activations = 2 * ubatch * widest * _F32_BYTES
+    return n_seq * n_ctx_seq * kv_bytes_per_token(model) + logits + activations
+
+
+def kv_bytes_per_token(model: Any) -> int:
+    """Return the bytes that one token of one sequence takes in the cache."""
+    heads = model.size("attention.head_count") or 1
+    width = model.size("embedding_length") // heads
+    key = model.size("attention.key_length") or width
+    value = model.size("attention.value_length") or width
+    kv_heads = model.size("attention.head_count_kv") or heads
+    return int(model.size("block_count") * kv_heads * (key + value) * _F16_BYTES)
+
+
+def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how much memory this process may still take: the machine's, or its container's if that is less."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        # Cached files count as used there and are given up on demand.
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        given_up = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+        return free if limit == "max" else min(free, int(limit) - used + given_up)
+    except (OSError, ValueError):
+        return free
+
+
+def check_fits(model: Any, n_seq: int, spare: int, n_ctx_seq: int, ubatch: int) -> None:
+    """Refuse a context that the memory at hand cannot hold.
+
+    Args:
+        n_seq: all sequences, of which `spare` hold prefixes and are needed whatever `parallel` is.
+
+    Raises:
+        EngineError: it does not fit; the hint names the number of sequences that would.
+    """
+    room = int(available_bytes() * (1 - _KEPT_FREE))
+    need = context_bytes(model, n_seq, n_ctx_seq, ubatch)
+    if need <= room:
+        return
+    fitting = n_seq - spare
+    while fitting > 0 and context_bytes(model, fitting + spare, n_ctx_seq, ubatch) > room:
+        fitting -= 1
+    size = f"{n_seq - spare} sequences of {n_ctx_seq} tokens need {need / 1e9:.1f} GB, {room / 1e9:.1f} GB are free"
+    hint = f"parallel = {fitting} would fit." if fitting else "Not one fits: shorten the prompts or the answers."
+    raise EngineError(f"{model.path.name}: {size}", hint)

@@ -1,0 +1,141 @@
+"""Which context layout is fastest here: measured once per machine, model and llama.cpp, then remembered.
+
+Batches differ by tens of percent between layouts, and which one wins depends on the
+processor. The choice moves results by rounding only, but a run that goes on after an
+interruption should repeat its batches to the bit: so the first answer is written down
+in the cache folder and stays. ``ARTE_EDGE_PROBE=0`` takes `DEFAULT_LAYOUT` instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arte_edge.engines.llama_layout import DEFAULT_LAYOUT, Layout, available_bytes, context_bytes
+from arte_edge.models.home import locked, room
+
+if TYPE_CHECKING:
+    from arte_edge.engines.llama_runtime import LlamaModel
+
+__all__ = ["CANDIDATES", "layout_for", "probe"]
+
+# The first is the default. In a unified cache attention is only fast row by row, below 64 rows
+# (ggml's GGML_FA_TILE_Q), because longer tiles look at the cells of all sequences.
+CANDIDATES = (DEFAULT_LAYOUT, Layout(flash=False), Layout(unified=True, ubatch=63))
+
+_SEQUENCES = 24
+_PREFIX, _SUFFIX, _STEPS = 192, 24, 3  # tokens shared, tokens of each question, decode steps timed
+_ANSWER = 40  # tokens of an answer: what a step weighs against the suffix
+_ROUNDS = 2
+_WORTH = 0.95  # another layout must take less than this of the default's time
+_SLOW_S = 4.0  # a model whose first round takes longer keeps the default: there is no short probe for it
+
+
+def layout_for(model: LlamaModel, sha256: str, threads: int) -> Layout:
+    """Return the layout to decode `model` with on this machine; the same one every time.
+
+    A file without a known `sha256` gets the default.
+    """
+    if not sha256 or os.environ.get("ARTE_EDGE_PROBE", "1") == "0":
+        return DEFAULT_LAYOUT
+    facts = [_machine(), threads, sha256, f"{model.lib.__name__} {model.lib.__version__}", _SEQUENCES]
+    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+    path = room("layouts") / f"{name}.json"
+    if (known := _read(path)) is not None:
+        return known
+    with locked(f"layout-{name}"):
+        if (known := _read(path)) is not None:
+            return known
+        seconds = probe(model, threads)
+        chosen = _choose(seconds)
+        _write(path, {"layout": asdict(chosen), "seconds": [round(s, 4) for s in seconds]})
+        return chosen
+
+
+def probe(model: LlamaModel, threads: int) -> list[float]:
+    """Return the seconds that each of `CANDIDATES` takes for a small grid, infinite where it was not tried."""
+    seconds = [float("inf")] * len(CANDIDATES)
+    for turn in range(_ROUNDS):
+        for i, layout in enumerate(CANDIDATES):
+            n_ctx = _PREFIX + _SUFFIX + _STEPS + 1
+            if context_bytes(model, _SEQUENCES + 1, -(-n_ctx // 256) * 256, layout.ubatch) < available_bytes():
+                began = time.perf_counter()
+                seconds[i] = min(seconds[i], _grid_seconds(model, threads, layout))
+                if turn == 0 and i == 0 and time.perf_counter() - began > _SLOW_S:
+                    return seconds
+    return seconds
+
+
+def _grid_seconds(model: LlamaModel, threads: int, layout: Layout) -> float:
+    """Time the suffixes and some steps of `_SEQUENCES` sequences after one prefix, steps weighed as `_ANSWER`."""
+    from arte_edge.engines.llama_runtime import LlamaContext
+
+    n_ctx_seq = -(-(_PREFIX + _SUFFIX + _STEPS + 1) // 256) * 256
+    context = LlamaContext(model, _SEQUENCES + 1, n_ctx_seq, threads, layout=layout)
+    try:
+        _decode(context, 1, 0, _PREFIX, first=_SEQUENCES)
+        for slot in range(_SEQUENCES):
+            context.copy(_SEQUENCES, slot)
+        _decode(context, _SEQUENCES, _PREFIX, 1)  # carries out the copies
+        began = time.perf_counter()
+        _decode(context, _SEQUENCES, _PREFIX + 1, _SUFFIX)
+        suffix_s = time.perf_counter() - began
+        steps = []
+        for step in range(_STEPS):
+            began = time.perf_counter()
+            _decode(context, _SEQUENCES, _PREFIX + 1 + _SUFFIX + step, 1)
+            steps.append(time.perf_counter() - began)
+        return suffix_s + _ANSWER * min(steps)
+    finally:
+        context.close()
+
+
+def _decode(context: object, n_seq: int, start: int, n: int, first: int = 0) -> None:
+    """Decode `n` made-up tokens of each of `n_seq` sequences from position `start` on, logits of the last ones."""
+    from arte_edge.engines.llama_runtime import LlamaContext
+
+    assert isinstance(context, LlamaContext)
+    at: NDArray[np.int32] = np.tile(np.arange(start, start + n, dtype=np.int32), n_seq)
+    sequences = np.repeat(np.arange(first, first + n_seq, dtype=np.int32), n)
+    tokens = ((at * 31 + sequences * 7) % min(context.model.n_vocab, 1000)).astype(np.int32)
+    context.decode_arrays(tokens, at, sequences, (at == start + n - 1).astype(np.int8))
+
+
+def _choose(seconds: list[float]) -> Layout:
+    best = min(range(len(CANDIDATES)), key=lambda i: seconds[i])
+    return CANDIDATES[best] if seconds[best] < _WORTH * seconds[0] else DEFAULT_LAYOUT
+
+
+def _machine() -> str:
+    """Return what tells this kind of machine from another: the processor's name, its kind and its cores."""
+    name = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{platform.machine()} {name} {os.cpu_count()}"
+
+
+def _read(path: Path) -> Layout | None:
+    try:
+        layout = Layout(**json.loads(path.read_text("utf-8"))["layout"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return layout if layout in CANDIDATES else None
+
+
+def _write(path: Path, row: dict[str, object]) -> None:
+    from arte_edge.models.disk import whole_file
+
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(row) + "\n", "utf-8")

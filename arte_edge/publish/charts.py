@@ -1,0 +1,210 @@
+"""The charts of a report, each from the rows that it shows. A chart without data is None."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from arte_edge.publish.charts_axes import Axis, around, number
+from arte_edge.publish.charts_plot import Plot
+
+__all__ = [
+    "Figure",
+    "accuracy_chart",
+    "front_chart",
+    "histogram_chart",
+    "length_chart",
+    "loss_chart",
+    "questions_chart",
+    "time_chart",
+]
+
+Rows = Sequence[dict[str, Any]]
+_MOST_QUESTIONS = 16
+_WORDS_A_BIN = 10
+_SCORE = "preference score"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart and what stands below it."""
+
+    svg: str
+    caption: str
+
+
+def time_chart(seconds: dict[str, float]) -> Figure | None:
+    """Bars of minutes (or seconds) a stage."""
+    found = {name: value for name, value in seconds.items() if value > 0}
+    if not found:
+        return None
+    longest = max(found.values())
+    unit, scale = ("minutes", 60) if longest > 180 else ("seconds", 1)
+    total = sum(found.values())
+    plot = Plot(
+        Axis(unit, 0, longest / scale * 1.06),
+        list(found),
+        title="Time a stage",
+        desc="; ".join(f"{name} {value:.0f} s" for name, value in found.items()),
+    )
+    for row, value in enumerate(found.values()):
+        plot.bar(row, value / scale, 4, tip=f"{number(value / scale)}")
+    return Figure(plot.svg(), f"{total / 60:.1f} minutes in all, over all starts of the run.")
+
+
+def histogram_chart(values: Sequence[float], label: str, what: str) -> Figure | None:
+    """How often which value occurs."""
+    if len(values) < 3:
+        return None
+    data = np.asarray(values, dtype=float)
+    n_bins = int(np.clip(np.ceil(np.sqrt(data.size)), 5, 24))
+    width = (data.max() - data.min()) or max(abs(float(data[0])), 1.0) * 0.1
+    edges = np.linspace(data.max() - width, data.max(), n_bins + 1)
+    counts, _ = np.histogram(data, edges)
+    plot = Plot(
+        around(label, [float(edges[0]), float(edges[-1])]),
+        Axis(what, 0, float(counts.max()) * 1.1),
+        title=f"How {label} is spread over {what}",
+        desc=f"{data.size} {what}, from {number(data.min())} to {number(data.max())}, median {number(np.median(data))}",
+    )
+    for n, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+        if n:
+            plot.box(
+                (float(low), float(high)), (0, float(n)), 4, tip=f"{n} from {number(low)} to {number(high)}"
+            )
+    plot.rule(float(np.median(data)), "median")
+    return Figure(
+        plot.svg(),
+        f"{data.size} {what}, mean {number(data.mean())}, standard deviation {number(data.std())}.",
+    )
+
+
+def questions_chart(scores: Rows, questions: Rows) -> Figure | None:
+    """A row a question: its rationales' scores by technique, and their mean as a bar."""
+    by_question: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in scores:
+        by_question[row["question"]].append(row)
+    ranked = sorted((q for q in questions if q["id"] in by_question), key=lambda q: -q["score"])
+    if not ranked:
+        return None
+    half = _MOST_QUESTIONS // 2
+    shown = ranked if len(ranked) <= _MOST_QUESTIONS else [*ranked[:half], *ranked[-half:]]
+    values = [row["score"] for q in shown for row in by_question[q["id"]]]
+    techniques = sorted({row["technique"] for row in scores})
+    plot = Plot(
+        around(_SCORE, values),
+        [str(q["input"]) for q in shown],
+        title="Score of each question's rationales",
+        desc=f"{len(shown)} questions, best first; {number(min(values))} to {number(max(values))}",
+        legend=[*((f"technique {t + 1}", t) for t in techniques), ("mean", 7)],
+    )
+    for i, question in enumerate(shown):
+        for row in by_question[question["id"]]:
+            plot.mark(row["score"], i, row["technique"], tip=f"{row['score']:.3f}: {row['text']}")
+        plot.mark(question["score"], i, 7)
+    part = "" if len(shown) == len(ranked) else f" The best and the worst {half} of {len(ranked)}."
+    return Figure(plot.svg(), f"A draft question a row, the highest mean first.{part}")
+
+
+def length_chart(scores: Rows, budget: int | None = None) -> Figure | None:
+    """Words of a rationale against its score, with the mean of each ten words: the paper's appendix."""
+    points = [(len(str(row["text"]).split()), float(row["score"]), int(row["technique"])) for row in scores]
+    if len(points) < 3:
+        return None
+    words, values = np.array([p[0] for p in points]), np.array([p[1] for p in points])
+    means = []
+    for start in range(0, int(words.max()) + 1, _WORDS_A_BIN):
+        inside = values[(words >= start) & (words < start + _WORDS_A_BIN)]
+        if inside.size >= 2:
+            means.append((start + _WORDS_A_BIN / 2, float(inside.mean())))
+    techniques = sorted({p[2] for p in points})
+    varies = words.std() > 0 and values.std() > 0
+    r = float(np.corrcoef(words, values)[0, 1]) if varies else None
+    said = "no correlation can be told" if r is None else f"r = {r:+.2f}"
+    plot = Plot(
+        around("words in the rationale", [float(w) for w in words]),
+        around(_SCORE, [float(v) for v in values]),
+        title="Length of a rationale against its score",
+        desc=f"{len(points)} rationales of {words.min()} to {words.max()} words; {said}",
+        legend=[*((f"technique {t + 1}", t) for t in techniques), ("mean of ten words", 6)],
+    )
+    if len(means) > 1:
+        plot.line(means, 6, style="dashed")
+    for (x, y, technique), row in zip(points, scores, strict=True):
+        plot.mark(x, y, technique, tip=f"{x} words, {y:.3f}: {row['text']}")
+    for middle, mean in means:
+        plot.mark(middle, mean, 6)
+    long = "" if budget is None else f" Drafts over {budget} tokens paid for their length."
+    return Figure(plot.svg(), f"{len(points)} rationales, {said}.{long}")
+
+
+def loss_chart(log: Rows, key: str, label: str, what: str) -> Figure | None:
+    """A quantity of a training, step by step."""
+    points = [(float(i + 1), float(row[key])) for i, row in enumerate(log) if row.get(key) is not None]
+    if len(points) < 3:
+        return None
+    plot = Plot(
+        around("optimizer steps logged", [p[0] for p in points]),
+        around(label, [p[1] for p in points]),
+        title=f"{what}: {label}",
+        desc=f"from {number(points[0][1])} to {number(points[-1][1])} in {len(points)} steps",
+    )
+    plot.line(points, 4)
+    for x, y in points if len(points) <= 40 else ():
+        plot.mark(x, y, 4, tip=f"{y:.4f}")
+    return Figure(
+        plot.svg(), f"{what}, {label}: {number(points[0][1])} at first, {number(points[-1][1])} at the end."
+    )
+
+
+def accuracy_chart(rows: Rows, chance: float | None) -> Figure | None:
+    """Right answers with their 95 % intervals; each row has label, accuracy, low, high and series."""
+    if not rows:
+        return None
+    plot = Plot(
+        Axis("right answers, %", 0, max(5.0, min(100.0, 105 * max(row["high"] for row in rows)))),
+        [str(row["label"]) for row in rows],
+        title="Right answers, with 95 % intervals",
+        desc="; ".join(f"{r['label']} {r['accuracy']:.1%} ({r['low']:.1%} to {r['high']:.1%})" for r in rows),
+    )
+    if chance is not None:
+        plot.rule(100 * chance, "always guessing")
+    for i, row in enumerate(rows):
+        series = int(row["series"])
+        plot.whisker((100 * row["low"], 100 * row["high"]), (i, i), series)
+        plot.mark(100 * row["accuracy"], i, series, tip=f"{row['accuracy']:.1%}, n = {row['n']}")
+    return Figure(plot.svg(), f"n = {rows[0]['n']}. Bars are 95 % Wilson intervals.")
+
+
+def front_chart(device: str, points: Rows, front: Sequence[str], accuracy: bool) -> Figure | None:
+    """Decode rate against accuracy (or size) of each file; each point has file, decode, predicted, y, low, high."""
+    if not points:
+        return None
+    speeds = [p["decode"] for p in points]
+    names = [f"{p['name']}{' (predicted)' if p['predicted'] else ''}" for p in points]
+    ends = [p[key] for p in points for key in ("y", "low", "high") if p.get(key) is not None]
+    y_axis = around("right answers, %" if accuracy else "size, MB", ends)
+    plot = Plot(
+        around("decode, tokens/s (logarithmic)", speeds, log=True),
+        Axis(y_axis.label, max(y_axis.low, 0.0), min(y_axis.high, 100.0) if accuracy else y_axis.high),
+        title=f"{'Accuracy' if accuracy else 'Size'} against speed on {device}",
+        desc="; ".join(
+            f"{n}: {number(p['decode'])} tokens/s, {number(p['y'])}"
+            for n, p in zip(names, points, strict=True)
+        ),
+        legend=list(zip(names, range(len(names)), strict=True)),
+    )
+    on = sorted((p for p in points if p["file"] in front), key=lambda p: p["decode"])
+    plot.line([(p["decode"], p["y"]) for p in on], 7, style="dashed")
+    for i, p in enumerate(points):
+        if p.get("low") is not None:
+            plot.whisker((p["decode"], p["decode"]), (p["low"], p["high"]), i)
+        plot.mark(
+            p["decode"], p["y"], i, hollow=p["predicted"], tip=f"{p['file']}: {number(p['decode'])} tokens/s"
+        )
+    guess = " Hollow marks are predicted, not measured." if any(p["predicted"] for p in points) else ""
+    return Figure(plot.svg(), f"The dashed line joins the front: files that no other beats.{guess}")

@@ -1,0 +1,169 @@
+"""The YAML head of a model card: add what is missing, replace what we measured, keep all the rest.
+
+A person edits a card by hand, so a key that is there stays as it is, in its place and with its
+comments, down to the byte. Two exceptions: a key that the command line names, and the results in
+``model-index`` that carry our mark, which a rerun replaces; results of others in it stay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from arte_edge.errors import InputError
+
+__all__ = ["MARK", "FrontMatter", "merge_head", "merge_model_index", "read_head", "split_card"]
+
+MARK = {"measured_by": "arte-edge"}  # in metrics[].args: this result is ours to replace
+
+# As the Hub reads a card (huggingface_hub.repocard: REGEX_YAML_BLOCK).
+_BLOCK = re.compile(r"\A(\ufeff?\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|\Z))")
+
+
+@dataclass(frozen=True)
+class FrontMatter:
+    """A card in its parts, which make up the whole text in order. Without a head the first three are empty."""
+
+    opening: str
+    block: str
+    closing: str
+    body: str
+    newline: str
+
+    @property
+    def text(self) -> str:
+        return self.opening + self.block + self.closing + self.body
+
+
+def split_card(text: str) -> FrontMatter:
+    """Return the parts of a card."""
+    newline = "\r\n" if "\r\n" in text else "\n"
+    if not (found := _BLOCK.match(text)):
+        return FrontMatter("", "", "", text, newline)
+    return FrontMatter(found[1], found[2], found[3], text[found.end() :], newline)
+
+
+def read_head(card: FrontMatter, name: str = "README.md") -> dict[str, Any]:
+    """Return the keys of a card's head.
+
+    Raises:
+        InputError: it is no YAML mapping; says the line.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        found = yaml.safe_load(card.block) if card.block.strip() else {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 2}" if mark else ""
+        reason = getattr(error, "problem", None) or "not readable"
+        raise InputError(f"{name}{line}: its head is no valid YAML: {reason}", "Mend it by hand.") from error
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{name}: its head is no mapping of keys", "Write 'key: value' lines between the ---."
+        )
+    return found
+
+
+def merge_head(
+    card: FrontMatter, wanted: Mapping[str, Any], replace: Collection[str] = (), name: str = "README.md"
+) -> FrontMatter:
+    """Return `card` with the keys of `wanted` in its head: those that are missing, and those in `replace`.
+
+    A key of `replace` whose value is None is removed.
+
+    Raises:
+        InputError: the head is no YAML mapping in block style.
+    """
+    there = read_head(card, name)
+    spans = _spans(card.block, name) if there else {}
+    edits: list[tuple[int, int, str]] = []
+    added = ""
+    for key, value in wanted.items():
+        if key in there:
+            if key not in replace or there[key] == value:
+                continue
+            begin, end = spans[key]
+            edits.append((begin, end, "" if value is None else _dump(key, value, card.newline)))
+        elif value is not None:
+            added += _dump(key, value, card.newline)
+    block = card.block
+    for begin, end, text in sorted(edits, reverse=True):
+        whole = end == len(block)  # the last line has no line end of its own
+        block = block[:begin] + (text.rstrip("\r\n") if whole else text) + block[end:]
+    if added:
+        gap = card.newline if block and not block.endswith(("\n", "\r")) else ""
+        block = block + gap + added.rstrip("\r\n")
+    if card.closing:
+        return FrontMatter(card.opening, block, card.closing, card.body, card.newline)
+    if not added:
+        return card
+    bom = "\ufeff" if card.body.startswith("\ufeff") else ""
+    rest = card.body.removeprefix("\ufeff")
+    line_end = card.newline
+    return FrontMatter(f"{bom}---{line_end}", block, f"{line_end}---{line_end}", rest, line_end)
+
+
+def merge_model_index(there: Any, ours: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return the ``model-index`` `there` with our earlier results replaced by `ours`; None if none is left.
+
+    Whatever in it does not look as the Hub wants it is kept as it is.
+    """
+    if not isinstance(there, list) or not there:
+        return ours or None
+    kept = [_without_ours(entry) for entry in there]
+    kept = [entry for entry in kept if entry is not None]
+    if not ours:
+        return kept or None
+    for entry in kept:
+        if isinstance(entry, dict) and entry.get("name") == ours[0]["name"]:
+            entry["results"] = [*(entry.get("results") or []), *ours[0]["results"]]
+            return kept
+    return [*kept, *ours]
+
+
+def _without_ours(entry: Any) -> Any:
+    if not isinstance(entry, dict) or not isinstance(entry.get("results"), list):
+        return entry
+    results = []
+    for result in entry["results"]:
+        if isinstance(result, dict) and isinstance(result.get("metrics"), list):
+            metrics = [metric for metric in result["metrics"] if not _is_ours(metric)]
+            if not metrics and result["metrics"]:
+                continue
+            result = {**result, "metrics": metrics}
+        results.append(result)
+    return None if entry["results"] and not results else {**entry, "results": results}
+
+
+def _is_ours(metric: Any) -> bool:
+    args = metric.get("args") if isinstance(metric, dict) else None
+    return isinstance(args, dict) and all(args.get(key) == value for key, value in MARK.items())
+
+
+def _spans(block: str, name: str) -> dict[str, tuple[int, int]]:
+    """Return where each top-level key with its value stands, as character positions; comments behind it are not its."""
+    import yaml
+
+    root = yaml.compose(block, Loader=yaml.SafeLoader)
+    if not isinstance(root, yaml.MappingNode) or root.flow_style:
+        raise InputError(f"{name}: its head is written in braces", "Write one 'key: value' a line.")
+    starts = [key.start_mark.index for key, _ in root.value]
+    spans = {}
+    for (key, _), begin, after in zip(root.value, starts, [*starts[1:], len(block)], strict=True):
+        lines = block[begin:after].splitlines(keepends=True)
+        while len(lines) > 1 and (not lines[-1].strip() or lines[-1].startswith("#")):
+            lines.pop()
+        spans[str(key.value)] = (begin, begin + len("".join(lines)))
+    return spans
+
+
+def _dump(key: str, value: Any, newline: str) -> str:
+    import yaml
+
+    text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=10_000, line_break=newline)
+    return str(text)

@@ -1,0 +1,125 @@
+"""What a GGUF file says of itself after it was measured: ``arte_edge.bench.*`` and ``arte_edge.fidelity.*``.
+
+Few scalars, one group a device: a loader prints all of them. Only what may be told is written (see
+`shown`), so no throttled rate and no accuracy on a part of a split. The keys of an earlier run are
+replaced as a whole. Tensors are not touched, hence results stay with the file; its own sum
+in ``student.json`` follows.
+
+    arte_edge.bench.count                       uint32
+    arte_edge.bench.{i}.device, .runtime, .date string
+    arte_edge.bench.{i}.threads                 uint32
+    arte_edge.bench.{i}.prefill_tps, .decode_tps, .ttft_ms   float32
+    arte_edge.bench.{i}.peak_rss_bytes          uint64
+    arte_edge.bench.{i}.throttled               bool; missing where the device does not tell
+    arte_edge.bench.{i}.task, .split            string, with .accuracy float32 and .accuracy_n uint32
+    arte_edge.fidelity.kl_mean, .top1_agreement, .ppl_ratio  float32, against the 16-bit student
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from arte_edge.errors import InputError
+from arte_edge.export.student import Artifact, write_student
+from arte_edge.export.sums import sums_of
+from arte_edge.models.gguf_fields import Field
+from arte_edge.publish.gguf_rewrite import rewrite
+from arte_edge.publish.shown import accuracy_on, device_title, speeds
+from arte_edge.publish.speeds import student_lock
+from arte_edge.publish.where import read_export
+
+__all__ = ["BENCH", "FIDELITY", "bench_fields", "fidelity_fields", "write_keys"]
+
+BENCH, FIDELITY = "arte_edge.bench.", "arte_edge.fidelity."
+_UINT32, _FLOAT32, _BOOL, _STRING, _UINT64 = 4, 6, 7, 8, 10
+
+
+def bench_fields(artifact: Artifact, *, allow_throttled: bool = False) -> dict[str, Field]:
+    """Return the keys that tell the measured speeds of a file; none if nothing was measured."""
+    told = speeds(artifact, allow_throttled)
+    if not told:
+        return {}
+    fields = {f"{BENCH}count": Field(_UINT32, len(told))}
+    for i, speed in enumerate(told):
+        quality = accuracy_on(artifact, speed.fingerprint) if speed.fingerprint else None
+        values: dict[str, tuple[int, str | float | None]] = {
+            "device": (_STRING, device_title(speed)),
+            "runtime": (_STRING, speed.runtime),
+            "threads": (_UINT32, speed.threads),
+            "depth": (_UINT32, speed.n_depth or None),
+            "prefill_tps": (_FLOAT32, speed.prefill_tokens_per_s),
+            "decode_tps": (_FLOAT32, speed.decode_tokens_per_s),
+            "ttft_ms": (_FLOAT32, speed.ttft_ms),
+            "peak_rss_bytes": (_UINT64, speed.peak_rss_bytes),
+            "throttled": (_BOOL, speed.throttled),
+            "date": (_STRING, speed.date or None),
+            "task": (_STRING, quality.task if quality else None),
+            "split": (_STRING, quality.split if quality else None),
+            "accuracy": (_FLOAT32, quality.accuracy if quality else None),
+            "accuracy_n": (_UINT32, quality.n if quality else None),
+        }
+        for name, (kind, value) in values.items():
+            if value is not None:
+                fields[f"{BENCH}{i}.{name}"] = Field(
+                    kind, value.encode() if isinstance(value, str) else value
+                )
+    return fields
+
+
+def fidelity_fields(artifact: Artifact) -> dict[str, Field]:
+    """Return the keys that tell how near the file is to the 16-bit student."""
+    if (figures := artifact.fidelity.figures) is None:
+        return {}
+    found = {
+        "kl_mean": figures.kl_mean,
+        "top1_agreement": figures.top1,
+        "ppl_ratio": figures.perplexity_ratio,
+    }
+    return {f"{FIDELITY}{name}": Field(_FLOAT32, v) for name, v in found.items() if v is not None}
+
+
+def write_keys(
+    folder: Path, *, allow_throttled: bool = False, note: Callable[[str], None] | None = None
+) -> tuple[str, ...]:
+    """Write what is known of every accepted GGUF into it; return the files that changed.
+
+    Their new sums go into ``student.json``. A kill in between leaves an old sum there, which the next
+    run corrects, since the tensors say which file it is.
+
+    Raises:
+        InputError: a file holds other tensors than ``student.json`` says, and is not touched; or there
+            is no readable ``student.json``.
+        ArteError: no room for a second copy of a file, or the disk refuses.
+    """
+    changed: list[str] = []
+    with student_lock(folder):
+        student = read_export(folder)
+        artifacts = list(student.artifacts)
+        for i, artifact in enumerate(artifacts):
+            if artifact.format != "gguf" or artifact.status != "ok":
+                continue
+            if not (folder / artifact.file).is_file():
+                if note:
+                    note(f"{artifact.file} is not here; its keys were not written")
+                continue
+            artifacts[i], is_new = _write_one(folder / artifact.file, artifact, allow_throttled)
+            if is_new:
+                changed.append(artifact.file)
+            if artifacts[i] != artifact:
+                write_student(folder, student.model_copy(update={"artifacts": tuple(artifacts)}))
+    return tuple(changed)
+
+
+def _write_one(path: Path, artifact: Artifact, allow_throttled: bool) -> tuple[Artifact, bool]:
+    """Rewrite one file; return its entry with the sums that it now has, and whether the file changed."""
+    sums = sums_of(path)
+    if sums.tensor_sha256 != artifact.tensor_sha256:
+        raise InputError(
+            f"{artifact.file}: its tensors are not those that student.json describes",
+            "Export it again; results of another file are not written into it.",
+        )
+    fields = bench_fields(artifact, allow_throttled=allow_throttled) | fidelity_fields(artifact)
+    done = rewrite(path, fields, drop=(BENCH, FIDELITY))
+    update = {"sha256": done.sha256 or sums.sha256, "size_bytes": path.stat().st_size}
+    return artifact.model_copy(update=update), done.changed

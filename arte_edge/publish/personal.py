@@ -1,0 +1,158 @@
+"""Find what says who made a file and where: names of people and machines, addresses, paths, secrets.
+
+Looked for in every text that would be sent: cards, JSON, JSONL, YAML, the metadata of GGUF and
+safetensors files, and, for paths only, the bytes of ONNX models. A tokenizer's files are the
+base model's, byte for byte, and hold all the words there are; only secrets and this machine's own
+paths count there. What is found is told by file and key, and never in full if it is a secret.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import ipaddress
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Finding", "Machine", "this_machine"]
+
+# Names that many machines share, or that are words: they tell nobody's name.
+_COMMON = frozenset(
+    (
+        "root",
+        "user",
+        "admin",
+        "ubuntu",
+        "debian",
+        "pi",
+        "runner",
+        "nobody",
+        "guest",
+        "test",
+        "build",
+        "docker",
+    )
+) | {"localhost", "localdomain", "local", "raspberrypi", "jetson", "home", "work", "model", "main", "default"}
+_SECRET = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}|"
+    r"\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bxox[abpr]-[\w-]{10,}"
+)
+# Places where people's files and a system's temporary ones lie; a path on the web has a letter before its slash.
+_PATH = re.compile(
+    r"(?<![\w.:/~-])(?:/(?:home|Users|root|tmp|mnt|media|opt|srv|var|private|Volumes|data|workspace|work)/[\w.@~+-]+"
+    r"|~/[\w.@+-]+|[A-Za-z]:[\\/]+Users[\\/]+[^\\/\s\"']+|file:///?\S+)"
+)
+_IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]|\.\d)")
+_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:.])")
+_MAC = re.compile(r"(?<![\w:-])[0-9A-Fa-f]{2}(?:([:-])[0-9A-Fa-f]{2})(?:\1[0-9A-Fa-f]{2}){4}(?![\w:-])")
+_MAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b")
+_SHOWN = 60  # characters of what was found
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One personal thing: where it stands, of which kind it is, and its text, cut if it is a secret."""
+
+    file: str
+    key: str
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.key}: {self.kind}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What identifies this machine and the person at it."""
+
+    names: frozenset[str]  # of the person and of machines
+    folders: tuple[str, ...]  # longest first
+    secrets: frozenset[str] = frozenset()
+
+    def findings(
+        self,
+        text: str,
+        file: str,
+        key: str,
+        *,
+        allow: Collection[str] = (),
+        words: bool = True,
+        mail: bool = True,
+    ) -> Iterator[Finding]:
+        """Yield what `text` tells of a person or a machine.
+
+        Args:
+            allow: texts that may be told after all.
+            words: look for names and addresses too, not for secrets and folders alone.
+            mail: an e-mail address counts.
+        """
+        for kind, found in self._all(text, words, mail):
+            if kind == "a secret":
+                yield Finding(file, key, kind, f"{found[:6]}…")
+            elif found not in allow:
+                yield Finding(file, key, kind, found if len(found) <= _SHOWN else f"{found[:_SHOWN]}…")
+
+    def _all(self, text: str, words: bool, mail: bool) -> Iterator[tuple[str, str]]:
+        for found in _unique(m.group() for m in _SECRET.finditer(text)):
+            yield "a secret", found
+        for secret in self.secrets:
+            if secret in text and not _SECRET.search(secret):
+                yield "a secret", secret
+        paths = [folder for folder in self.folders if re.search(rf"{re.escape(folder)}(?![\w.-])", text)]
+        if words:
+            paths += _unique(m.group() for m in _PATH.finditer(text))
+        for found in paths[:1]:
+            yield "a path", found
+        if not words:
+            return
+        for name in sorted(self.names):
+            if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text):
+                yield "a name of this machine or its user", name
+        for found in _unique(m.group() for m in (*_IPV4.finditer(text), *_IPV6.finditer(text))):
+            if _is_address(found):
+                yield "an address", found
+        for found in _unique(m.group() for m in _MAC.finditer(text)):
+            yield "an address", found
+        for found in _unique(m.group() for m in _MAIL.finditer(text)) if mail else ():
+            yield "an e-mail address", found
+
+
+def this_machine(more: Iterable[str] = (), secrets: Iterable[str] = ()) -> Machine:
+    """Return what identifies the machine that this runs on.
+
+    Args:
+        more: names beside its own: hosts that it reaches over ssh.
+        secrets: tokens in use.
+    """
+    names = {socket.gethostname(), socket.gethostname().partition(".")[0], *more}
+    with contextlib.suppress(OSError, KeyError):  # a container may not know its own user
+        names.add(getpass.getuser())
+    names |= {os.environ.get(key, "") for key in ("USER", "LOGNAME", "USERNAME", "SUDO_USER", "HOSTNAME")}
+    folders = {Path.home(), Path.cwd(), Path(tempfile.gettempdir())}
+    texts = {text for folder in folders for text in (str(folder), os.path.realpath(folder))}
+    return Machine(
+        frozenset(name for name in names if len(name) >= 3 and name.lower() not in _COMMON),
+        tuple(sorted((text for text in texts if len(text) > 3), key=len, reverse=True)),
+        frozenset(secret for secret in secrets if len(secret) >= 8),
+    )
+
+
+def _is_address(text: str) -> bool:
+    try:
+        found = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    if found.is_loopback or found.is_unspecified or found.is_multicast:
+        return False
+    # "::" joins words in code and "1::" is no host; a version has small numbers and begins with 0 or 1.
+    return len(text) > 6 if found.version == 6 else not text.startswith("0.")
+
+
+def _unique(found: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(found))

@@ -1,0 +1,232 @@
+"""What is known of each file on one device: measured there where it was, else predicted and marked so.
+
+Measurements are those that `arte-edge bench` merged into ``student.json`` and the raw rows of
+``bench.jsonl``, found by the hash of the tensor data. A run that was throttled and one under an
+emulator say nothing about the device and are left out. Of several measurements of a file
+(threads, runtimes) the one that writes fastest counts, with its own prefill rate and memory.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from arte_edge.bench.result import QualityRow, SpeedRow
+from arte_edge.export.results import Accuracy, Evaluation
+from arte_edge.export.student import Artifact, StudentFile
+from arte_edge.publish.front import Candidate, Figure
+from arte_edge.publish.wants import Wants
+
+__all__ = [
+    "Measured",
+    "Prediction",
+    "Predictor",
+    "Row",
+    "accuracies",
+    "candidates",
+    "evaluations",
+    "from_rows",
+    "measured",
+]
+
+Row = SpeedRow | QualityRow
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What arithmetic says of a file on a device: rates in tokens/s, memory in bytes."""
+
+    decode_tokens_per_s: float | None = None
+    ram_bytes: int | None = None
+    source: str = ""
+    prefill_tokens_per_s: float | None = None
+    prefill_source: str = ""
+
+
+Predictor = Callable[[Artifact], Prediction | None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measurement of one file: rates in tokens/s, memory in bytes, and what ran it."""
+
+    decode: float | None
+    prefill: float | None
+    ram_bytes: int | None
+    source: str
+
+
+def candidates(
+    student: StudentFile,
+    names: frozenset[str],
+    wants: Wants,
+    rows: Sequence[Row] = (),
+    predict: Predictor | None = None,
+) -> list[Candidate]:
+    """Return what is known of every artifact on the device that goes by one of `names`."""
+    rates = accuracies(student, rows)
+    return [
+        _candidate(artifact, names, wants, rows, predict, rates.get(artifact.file))
+        for artifact in student.artifacts
+    ]
+
+
+def accuracies(student: StudentFile, rows: Sequence[Row] = ()) -> dict[str, Accuracy]:
+    """Return the accuracy of each file: on the test split where every file has that, else the gate's.
+
+    Files are only compared on the same examples, so one file's test split does not stand beside another's
+    validation split.
+    """
+    own = {a.file: a.accuracy for a in student.artifacts if a.accuracy is not None}
+    tested: dict[str, Evaluation] = {}
+    for artifact in student.artifacts:
+        whole = [e for e in evaluations(artifact, rows) if e.split == "test" and not e.partial]
+        if whole:
+            tested[artifact.file] = max(whole, key=lambda e: (e.n, e.difference is not None, e.test_time))
+    wanted = {a.file for a in student.artifacts if a.status == "ok" and (a.accuracy or a.file in tested)}
+    same = len({(found.task, found.n) for found in tested.values()}) == 1
+    return {**tested} if same and wanted <= set(tested) else own
+
+
+def evaluations(artifact: Artifact, rows: Sequence[Row] = ()) -> list[Evaluation]:
+    """Return what was measured of a file's answers on devices: merged entries, and rows not merged yet."""
+    found = list(artifact.evaluations)
+    for row in rows:
+        if isinstance(row, QualityRow) and row.status == "ok" and row.n > 0 and _is(artifact, row):
+            found.append(_evaluation(row))
+    return found
+
+
+def measured(
+    artifact: Artifact, names: frozenset[str], rows: Sequence[Row] = ()
+) -> tuple[Measured | None, int]:
+    """Return the measurement that counts, None if there is none; and how many throttled ones were left out."""
+    speeds = [s for s in artifact.speeds if names & ({s.device, s.fingerprint, s.profile} - {""})]
+    found = [
+        Measured(
+            speed.decode_tokens_per_s,
+            speed.prefill_tokens_per_s,
+            speed.peak_rss_bytes,
+            f"{speed.runtime}, {speed.threads} threads",
+        )
+        for speed in speeds
+        if not speed.throttled
+    ]
+    mine = [row for row in rows if isinstance(row, SpeedRow) and row.ok and _is(artifact, row)]
+    mine = [row for row in mine if _on(row, names)]
+    found += from_rows([row for row in mine if not row.throttled])
+    throttled = sum(bool(one.throttled) for one in speeds) + sum(bool(row.throttled) for row in mine)
+    return max(found, key=lambda one: one.decode or 0.0, default=None), throttled
+
+
+def from_rows(rows: Sequence[SpeedRow]) -> list[Measured]:
+    """Return one measurement for each runtime and number of threads; an empty cache first (``n_depth`` least)."""
+    groups: dict[tuple[str, int], list[SpeedRow]] = defaultdict(list)
+    for row in rows:
+        groups[row.runtime, row.n_threads].append(row)
+    found = []
+    for (runtime, threads), group in groups.items():
+        depth = min(row.n_depth for row in group)
+        writes = [row.median_ts or row.avg_ts for row in group if row.n_gen and row.n_depth == depth]
+        reads = [row.median_ts or row.avg_ts for row in group if not row.n_gen and row.n_depth == depth]
+        ram = [row.peak_rss_bytes for row in group if row.peak_rss_bytes is not None]
+        found.append(
+            Measured(
+                median(writes) if writes else None,
+                median(reads) if reads else None,
+                max(ram, default=None),
+                f"{runtime}, {threads} threads",
+            )
+        )
+    return found
+
+
+def _candidate(
+    artifact: Artifact,
+    names: frozenset[str],
+    wants: Wants,
+    rows: Sequence[Row],
+    predict: Predictor | None,
+    accuracy: Accuracy | None,
+) -> Candidate:
+    best, throttled = measured(artifact, names, rows)
+    guess = predict(artifact) if predict and (best is None or None in (best.decode, best.ram_bytes)) else None
+    source = best.source if best else ""
+    decode = _measured(best.decode if best else None, source)
+    ram = _measured(best.ram_bytes if best else None, source)
+    prefill = _measured(best.prefill if best else None, source)
+    if guess is not None:
+        decode = decode or _predicted(guess.decode_tokens_per_s, guess.source)
+        ram = ram or _predicted(guess.ram_bytes, guess.source)
+        prefill = prefill or _predicted(guess.prefill_tokens_per_s, guess.prefill_source)
+    notes = (f"{throttled} throttled measurement(s) left out",) if throttled else ()
+    answer_s = _answer_s(artifact, names, rows) or _computed_answer_s(decode, prefill, wants)
+    return Candidate(artifact, accuracy, decode, prefill, ram, answer_s, notes)
+
+
+def _measured(value: float | None, source: str) -> Figure | None:
+    return Figure(float(value), "measured", source) if value else None
+
+
+def _predicted(value: float | None, source: str) -> Figure | None:
+    return Figure(float(value), "predicted", source) if value else None
+
+
+def _answer_s(artifact: Artifact, names: frozenset[str], rows: Sequence[Row]) -> Figure | None:
+    """Return the time that 19 of 20 answers took on the device, of the most examples."""
+    found = [
+        (e.n, e.answer_seconds_p95)
+        for e in evaluations(artifact, rows)
+        if e.answer_seconds_p95 is not None and names & ({e.device, e.fingerprint} - {""})
+    ]
+    if not found:
+        return None
+    n, seconds = max(found)
+    return Figure(seconds, "measured", f"95 % of {n} answers")
+
+
+def _computed_answer_s(decode: Figure | None, prefill: Figure | None, wants: Wants) -> Figure | None:
+    """Return the time of an answer of the length in `wants`. It is arithmetic, so it is a prediction."""
+    if decode is None or prefill is None:
+        return None
+    seconds = wants.prompt_tokens / prefill.value + wants.answer_tokens / decode.value
+    source = (
+        f"{wants.prompt_tokens} prompt and {wants.answer_tokens} answer tokens at {decode.evidence} rates"
+    )
+    return Figure(seconds, "predicted", source)
+
+
+def _evaluation(row: QualityRow) -> Evaluation:
+    return Evaluation(
+        task=row.task,
+        split=row.split,
+        n=row.n,
+        right=row.right,
+        accuracy=row.right / row.n,
+        low=row.low,
+        high=row.high,
+        difference=row.difference,
+        difference_low=row.difference_low,
+        difference_high=row.difference_high,
+        p_value=row.p_value,
+        device=row.device.profile or row.device.fingerprint,
+        fingerprint=row.device.fingerprint,
+        runtime=row.runtime,
+        threads=row.n_threads,
+        partial=row.partial,
+        answer_seconds_p50=row.answer_seconds_p50,
+        answer_seconds_p95=row.answer_seconds_p95,
+    )
+
+
+def _is(artifact: Artifact, row: Row) -> bool:
+    if row.tensor_sha256:
+        return row.tensor_sha256 == artifact.tensor_sha256
+    return bool(row.sha256) and row.sha256 == artifact.sha256
+
+
+def _on(row: Row, names: frozenset[str]) -> bool:
+    emulated = "qemu" in row.device.virtual
+    return not emulated and bool({row.device.profile, row.device.fingerprint} & (names - {""}))

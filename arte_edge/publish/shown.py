@@ -1,0 +1,58 @@
+"""Which measurements may be told: the ones rule for the card, its front matter, GGUF keys and the Hub.
+
+A speed that was taken while the device throttled says what cooling it had, not how fast it is; it
+is told only if somebody allows it. An accuracy on a part of the split is for trying out and is
+never told. A file that the gate rejected is not told at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from arte_edge import catalog
+from arte_edge.export.student import Accuracy, Artifact, Evaluation, Speed, StudentFile
+
+__all__ = ["accuracies", "accuracy_on", "device_title", "evaluations", "files", "left_out", "speeds"]
+
+
+def files(student: StudentFile) -> list[Artifact]:
+    """Return the files that passed the gate, largest first."""
+    passed = (artifact for artifact in student.artifacts if artifact.status == "ok")
+    return sorted(passed, key=lambda artifact: (-artifact.size_bytes, artifact.file))
+
+
+def speeds(artifact: Artifact, allow_throttled: bool = False) -> list[Speed]:
+    """Return the measured speeds of a file that may be told, in a fixed order."""
+    told = [speed for speed in artifact.speeds if speed.measured and (allow_throttled or not speed.throttled)]
+    return sorted(told, key=lambda s: (s.device, s.fingerprint, s.runtime, s.threads, s.n_depth))
+
+
+def left_out(artifact: Artifact) -> int:
+    """Return how many speeds of a file are known only from a throttled device."""
+    return sum(speed.measured and bool(speed.throttled) for speed in artifact.speeds)
+
+
+def evaluations(found: Sequence[Evaluation]) -> list[Evaluation]:
+    """Return those on a whole split, the test split first."""
+    whole = [one for one in found if not one.partial]
+    return sorted(whole, key=lambda e: (e.split != "test", e.task, e.device, e.fingerprint, e.runtime))
+
+
+def accuracies(artifact: Artifact) -> list[Accuracy]:
+    """Return every accuracy of this very file that may be told: on devices, then the gate's."""
+    found: list[Accuracy] = list(evaluations(artifact.evaluations))
+    return [*found, *([artifact.accuracy] if artifact.accuracy else [])]
+
+
+def accuracy_on(artifact: Artifact, fingerprint: str) -> Evaluation | None:
+    """Return the accuracy that was measured on the device with this fingerprint, the test split's if there is one."""
+    mine = (one for one in evaluations(artifact.evaluations) if one.fingerprint == fingerprint)
+    return next(mine, None)
+
+
+def device_title(speed: Speed | Evaluation) -> str:
+    """Return what a device may be called in public: its kind and processor, never the name that its owner gave it."""
+    cpu = speed.cpu if isinstance(speed, Speed) else ""
+    if speed.device in catalog.names("devices"):
+        return speed.device
+    return cpu or f"device {speed.fingerprint or speed.device}"

@@ -1,0 +1,78 @@
+"""Where the files of a run or an export lie: student.json, bench.jsonl beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from arte_edge.errors import InputError
+from arte_edge.export.student import FILE_NAME, StudentFile, read_student
+from arte_edge.publish.rates import Row
+
+__all__ = ["BENCH_NAME", "find_export", "find_run", "read_bench", "read_export"]
+
+BENCH_NAME = "bench.jsonl"
+
+
+def find_run(ref: str) -> Path:
+    """Return the folder of a run: a path, or a name under ``runs/``.
+
+    Raises:
+        InputError: there is no such folder, or it holds no run.
+    """
+    path = Path(ref).expanduser()
+    path = path if path.is_dir() else Path("runs") / ref
+    if not path.is_dir():
+        raise InputError(f"{ref}: no such folder", "Give a run's folder, or its name under runs/.")
+    if not (path / "run.toml").is_file():
+        raise InputError(
+            f"{path}: no run: it has no run.toml", "Give the folder that `arte-edge distill` made."
+        )
+    return path
+
+
+def find_export(ref: str | Path) -> Path:
+    """Return the folder that holds ``student.json``: `ref` itself, its ``export``, or the only one below it.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    path = Path(ref).expanduser()
+    if not path.exists() and (Path("runs") / path).is_dir():
+        path = Path("runs") / path
+    if path.is_file() and path.name in (FILE_NAME, BENCH_NAME):
+        return path.parent
+    for folder in (path, path / "export"):
+        if (folder / FILE_NAME).is_file():
+            return folder
+    below = sorted(path.glob(f"*/{FILE_NAME}"))
+    if len(below) == 1:
+        return below[0].parent
+    if below:
+        names = ", ".join(found.parent.name for found in below)
+        raise InputError(f"{path}: several exports: {names}", "Name one of them.")
+    raise InputError(f"{ref}: no {FILE_NAME} here", "Make files first: arte-edge export RUN.")
+
+
+def read_export(folder: Path) -> StudentFile:
+    """Return ``student.json`` of `folder`.
+
+    Raises:
+        InputError: it is missing, damaged, or of another version.
+    """
+    if (student := read_student(folder)) is None:
+        raise InputError(f"{folder}: no {FILE_NAME} here", "Make files first: arte-edge export RUN.")
+    return student
+
+
+def read_bench(folder: Path) -> list[Row]:
+    """Return the rows of ``bench.jsonl`` in `folder`; none if nothing was measured yet.
+
+    Raises:
+        InputError: the rows are of another version.
+    """
+    path = folder / BENCH_NAME
+    if not path.is_file():
+        return []
+    from arte_edge.bench.rows import read_rows
+
+    return list(read_rows(path))

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from arte_edge.bench.sensors import Sensors, power_supply
+from arte_edge.bench.throttle import judge
+
+# A stand-in for the firmware's command: a real process, whose answers a test can change while it runs.
+VCGENCMD = """#!/bin/sh
+case "$1" in
+  get_throttled) cat "{folder}/throttled" ;;
+  measure_clock) echo "frequency(0)=1500345728" ;;
+  measure_temp) echo "temp=61.5'C" ;;
+  *) echo "error=1 error_msg=\\"Command not registered\\"" ;;
+esac
+"""
+
+Write = Callable[..., None]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write files of a fake machine: ``write({"sys/class/…": "48000"})``."""
+
+    def put(files: dict[str, str]) -> None:
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text + "\n")
+
+    return put
+
+
+@pytest.fixture
+def vcgencmd(tmp_path: Path) -> Path:
+    folder = tmp_path / "firmware"
+    folder.mkdir()
+    (folder / "throttled").write_text("throttled=0x0\n")
+    script = folder / "vcgencmd"
+    script.write_text(VCGENCMD.format(folder=folder))
+    script.chmod(0o755)
+    return script
+
+
+def wait_for(sensors: Sensors, n: int) -> None:
+    deadline = time.monotonic() + 20
+    while len(sensors.readings()) < n and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(sensors.readings()) >= n
+
+
+PI = {
+    "sys/class/thermal/thermal_zone0/type": "cpu-thermal",
+    "sys/class/thermal/thermal_zone0/temp": "48312",
+    "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "2400000",
+    "sys/devices/system/cpu/cpu1/cpufreq/scaling_cur_freq": "600000",
+}
+
+
+def test_a_machine_without_sensors_gives_empty_readings_and_no_error(tmp_path: Path) -> None:
+    with Sensors(period_s=0.02, root=tmp_path) as sensors:
+        wait_for(sensors, 3)
+    assert (sensors.bits_before, sensors.bits_after, sensors.limit_c) == (None, None, None)
+    times = [reading.t_s for reading in sensors.readings()]
+    assert times == sorted(times) and 0 <= times[0] < times[-1]
+    for reading in sensors.readings():
+        assert set(reading.model_dump(exclude={"t_s"}).values()) == {None}
+
+
+def test_temperature_and_the_fastest_clock_come_from_the_kernel(tmp_path: Path, write: Write) -> None:
+    write(PI)
+    with Sensors(period_s=0.02, root=tmp_path) as sensors:
+        wait_for(sensors, 1)
+        write({"sys/class/thermal/thermal_zone0/temp": "83000"})
+        wait_for(sensors, len(sensors.readings()) + 2)
+    first, last = sensors.readings()[0], sensors.readings()[-1]
+    assert (first.temperature_c, first.clock_mhz, first.throttle_bits) == (48.312, 2400.0, None)
+    assert last.temperature_c == 83.0
+
+
+def test_on_a_pi_the_firmware_says_clock_and_throttling(tmp_path: Path, write: Write, vcgencmd: Path) -> None:
+    write(PI)
+    with Sensors(period_s=0.02, root=tmp_path, vcgencmd=str(vcgencmd)) as sensors:
+        wait_for(sensors, 1)
+        (vcgencmd.parent / "throttled").write_text("throttled=0x50005\n")
+        wait_for(sensors, len(sensors.readings()) + 2)
+        (vcgencmd.parent / "throttled").write_text("throttled=0x50000\n")
+    readings = sensors.readings()
+    assert readings[0].clock_mhz == pytest.approx(1500.35, abs=0.01)  # not the 2400 that were asked for
+    assert readings[0].temperature_c == 48.312
+    assert readings[0].throttle_bits == 0 and 0x50005 in [reading.throttle_bits for reading in readings]
+    assert (sensors.bits_before, sensors.bits_after) == (0, 0x50000)
+    throttled, reason = judge(sensors.bits_before, readings, sensors.bits_after)
+    assert throttled is True and "official power supply" in reason and "too hot" in reason
+
+
+def test_without_a_thermal_zone_the_firmware_says_the_temperature(tmp_path: Path, vcgencmd: Path) -> None:
+    with Sensors(period_s=0.02, root=tmp_path, vcgencmd=str(vcgencmd)) as sensors:
+        wait_for(sensors, 1)
+    assert sensors.readings()[0].temperature_c == 61.5
+
+
+@pytest.mark.parametrize("answer", ["VCHI initialization failed", "throttled=", ""])
+def test_a_firmware_that_does_not_answer_is_left_alone(
+    tmp_path: Path, write: Write, vcgencmd: Path, answer: str
+) -> None:
+    write(PI)
+    (vcgencmd.parent / "throttled").write_text(answer)
+    with Sensors(period_s=0.02, root=tmp_path, vcgencmd=str(vcgencmd)) as sensors:
+        wait_for(sensors, 1)
+    assert sensors.readings()[0].clock_mhz == 2400.0 and sensors.bits_after is None
+
+
+def test_the_processors_zone_is_read_and_no_other(tmp_path: Path, write: Write) -> None:
+    zones = {"acpitz": 27800, "iwlwifi_1": 90000, "gpu-thermal": 91000, "soc-thermal": 70000}
+    for n, (kind, value) in enumerate(zones.items()):
+        folder = f"sys/class/thermal/thermal_zone{n}"
+        write({f"{folder}/type": kind, f"{folder}/temp": str(value)})
+    with Sensors(root=tmp_path) as sensors:
+        pass
+    assert sensors.readings()[0].temperature_c == 70.0
+    for n, (kind, value) in enumerate({"bigcore0-thermal": 76000, "bigcore1-thermal": 79000}.items(), 4):
+        folder = f"sys/class/thermal/thermal_zone{n}"
+        write({f"{folder}/type": kind, f"{folder}/temp": str(value)})
+    folder = "sys/class/thermal/thermal_zone5"
+    write({f"{folder}/trip_point_0_type": "passive", f"{folder}/trip_point_0_temp": "85000"})
+    write({f"{folder}/trip_point_1_type": "critical", f"{folder}/trip_point_1_temp": "115000"})
+    with Sensors(root=tmp_path) as sensors:
+        pass
+    assert sensors.readings()[0].temperature_c == 79.0  # the hottest of the cores
+    assert sensors.limit_c == 85.0
+
+
+def test_on_x86_the_package_is_read_and_its_counters_tell_throttling(tmp_path: Path, write: Write) -> None:
+    chip, cpu = "sys/class/hwmon/hwmon3", "sys/devices/system/cpu/cpu0/thermal_throttle"
+    write({"sys/class/hwmon/hwmon0/name": "nvme", "sys/class/hwmon/hwmon0/temp1_input": "99000"})
+    write({f"{chip}/name": "coretemp", f"{chip}/temp1_label": "Package id 0", f"{chip}/temp1_input": "62000"})
+    write({f"{chip}/temp1_crit": "100000", f"{chip}/temp2_label": "Core 0", f"{chip}/temp2_input": "64000"})
+    write({f"{cpu}/package_throttle_count": "7", f"{cpu}/core_throttle_count": "5"})
+    with Sensors(period_s=0.02, root=tmp_path) as sensors:
+        wait_for(sensors, 2)
+        assert judge(sensors.bits_before, sensors.readings(), sensors.bits_after) == (False, "")
+        write({f"{cpu}/core_throttle_count": "6"})
+    assert sensors.readings()[0].temperature_c == 62.0
+    assert sensors.limit_c == 100.0
+    throttled, reason = judge(sensors.bits_before, sensors.readings(), sensors.bits_after)
+    assert throttled is True and "too hot" in reason
+
+
+def test_a_sensor_that_vanishes_or_writes_nonsense_is_none_from_there(tmp_path: Path, write: Write) -> None:
+    write(PI)
+    with Sensors(period_s=0.02, root=tmp_path) as sensors:
+        wait_for(sensors, 1)
+        (tmp_path / "sys/class/thermal/thermal_zone0/temp").unlink()
+        write({"sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "<unknown>"})
+        wait_for(sensors, len(sensors.readings()) + 2)
+    last = sensors.readings()[-1]
+    assert (last.temperature_c, last.clock_mhz) == (None, 600.0)
+
+
+def test_the_users_meter_stands_in_the_readings(tmp_path: Path) -> None:
+    with Sensors(root=tmp_path, power_watts=6.5) as sensors:
+        pass
+    assert sensors.readings()[0].power_w == 6.5
+
+
+def test_a_second_of_reading_costs_next_to_nothing(tmp_path: Path, write: Write) -> None:
+    write(PI)
+    sensors = Sensors(period_s=0.005, root=tmp_path)
+    before = os.times()
+    with sensors:
+        wait_for(sensors, 200)
+    used = os.times()
+    spent = used.user + used.system - before.user - before.system
+    assert spent / len(sensors.readings()) < 0.01  # CPU seconds a reading, and one a second is taken
+
+
+def test_the_block_ends_at_once_however_long_the_period(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with Sensors(period_s=60, root=tmp_path) as sensors:
+        pass
+    assert time.monotonic() - begin < 5 and len(sensors.readings()) == 1
+
+
+def test_the_supply_is_named_or_nothing_is() -> None:
+    assert power_supply() in ("mains", "battery", "")

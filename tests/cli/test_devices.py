@@ -1,0 +1,130 @@
+"""``arte-edge devices``: what it prints, in which form, and how it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arte_edge import catalog
+from arte_edge.cli.main import main
+from arte_edge.device.kernels import write_zero_model
+
+Capture = pytest.CaptureFixture[str]
+
+
+def run_json(capsys: Capture, *argv: str) -> Any:
+    assert main(["devices", *argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_zero_model(tmp_path / "tiny.gguf", "Q8_0", 2, 64, 128)
+
+
+def test_ls_shows_what_ships_and_ones_own_in_80_columns(capsys: Capture, model_cache: Path) -> None:
+    assert main(["devices", "add", "kitchen", "pi@kitchen", "--base", "raspberry-pi-5"]) == 0
+    capsys.readouterr()
+    assert main(["devices", "ls"]) == 0
+    printed = capsys.readouterr()
+    assert all(len(line) <= 80 for line in printed.out.splitlines())
+    assert all(name in printed.out for name in [*catalog.names("devices"), "kitchen", "pi@kitchen"])
+    assert str(model_cache) in printed.err.replace("\n", "")
+    rows = run_json(capsys, "ls")
+    assert [row["name"] for row in rows] == [*catalog.names("devices"), "kitchen"]
+
+
+@pytest.mark.parametrize("name", catalog.names("devices"))
+def test_show_gives_every_fact_with_its_source(capsys: Capture, name: str) -> None:
+    told = run_json(capsys, "show", name)
+    assert main(["devices", "show", name]) == 0
+    printed = capsys.readouterr().out
+    words = " ".join(printed.split())
+    assert all(len(line) <= 80 or " " not in line[21:] for line in printed.splitlines())
+    for fact in (value for value in told.values() if isinstance(value, dict) and "evidence" in value):
+        assert f"({fact['evidence']}: {fact['source']})" in words
+    for source in told["sources"].values():
+        assert source in words
+
+
+def test_show_with_a_model_says_if_it_fits_and_how_fast_it_should_be(capsys: Capture, model: Path) -> None:
+    told = run_json(capsys, "show", "raspberry-pi-5", "--model", str(model))
+    assert told["fit"]["verdict"] == "fits" and told["fit"]["needed_bytes"] > 0
+    assert told["expected"]["source"] == "published"
+    assert told["model"]["n_layer"] == 2
+    assert main(["devices", "show", "orange-pi-5", "--model", str(model), "--context", "64"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "keys and values of 64 tokens" in printed and "tokens/s (assumed: half of 34.0 GB/s" in printed
+
+
+def test_detect_describes_this_machine(capsys: Capture, model_cache: Path) -> None:
+    told = run_json(capsys, "detect")
+    assert told["cores"] >= 1 and told["read_bytes_per_s"] is None
+    assert isinstance(told["sensors"], list)
+    assert main(["devices", "detect"]) == 0
+    printed = capsys.readouterr().out
+    assert told["fingerprint"] in printed and all(len(line) <= 80 for line in printed.splitlines())
+
+
+def test_detect_probes_when_asked(
+    capsys: Capture, model_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arte_edge.device.bandwidth.measure", lambda threads: 12.5e9)
+    assert run_json(capsys, "detect", "--probe")["read_bytes_per_s"] == 12.5e9
+    assert main(["devices", "detect", "--probe"]) == 0
+    assert "12.5 GB/s" in capsys.readouterr().out
+
+
+def test_add_show_rm_is_a_round_trip(capsys: Capture, model_cache: Path) -> None:
+    added = run_json(capsys, "add", "kitchen", "pi@kitchen", "--base", "raspberry-pi-4b", "--notes", "fan")
+    assert Path(added["file"]).is_file()
+    told = run_json(capsys, "show", "kitchen")
+    assert told["remote"]["host"] == "pi@kitchen" and told["remote"]["notes"] == "fan" and told["cores"] == 4
+    assert main(["devices", "show", "kitchen"]) == 0
+    assert "host = pi@kitchen" in capsys.readouterr().out
+    assert run_json(capsys, "rm", "kitchen")["name"] == "kitchen"
+    assert main(["devices", "show", "kitchen"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["show", "raspberry-pi-6"], "Did you mean 'raspberry-pi-"),
+        (["rm", "raspberry-pi-5"], "Shipped profiles stay."),
+        (["add", "kitchen", "--", "-oProxyCommand=x"], "no user@host"),
+        (["add", "raspberry-pi-5", "pi@x"], "shipped profile"),
+        (["check", "raspberry-pi-5"], "devices add"),
+        (["show", "raspberry-pi-5", "--model", "/nowhere.gguf"], "no model"),
+    ],
+)
+def test_bad_input_ends_with_2_and_says_what_to_do(
+    capsys: Capture, model_cache: Path, argv: list[str], says: str
+) -> None:
+    assert main(["devices", *argv]) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_check_prints_what_was_found_and_fails_if_something_did(
+    capsys: Capture, model_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from arte_edge.device import work_folder
+    from arte_edge.device.work_folder import Finding, Report
+
+    found = (
+        Finding("ssh", "ok", "Linux aarch64"),
+        Finding("disk", "warning", "1 MB free", "A lot is needed."),
+    )
+    monkeypatch.setattr(work_folder, "check", lambda profile: Report(profile.remote.host, found))
+    monkeypatch.setattr(work_folder, "clean", lambda profile: "/home/pi/.cache/arte-edge-device")
+    assert main(["devices", "check", "pi@kitchen"]) == 0
+    printed = capsys.readouterr().out
+    assert "Linux aarch64" in printed and "warning: 1 MB free" in printed and "A lot is needed." in printed
+    assert run_json(capsys, "check", "pi@kitchen", "--clean")["removed"] == "/home/pi/.cache/arte-edge-device"
+    failed = Report("pi@kitchen", (Finding("ssh", "failed", "no answer", "Is it on?"),))
+    monkeypatch.setattr(work_folder, "check", lambda profile: failed)
+    assert main(["devices", "check", "pi@kitchen", "--clean", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["removed"] == "" and "Is it on?" in printed.err

@@ -1,0 +1,29 @@
+"""``arte-edge report`` on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from arte_edge.cli.main import main
+
+
+def test_the_page_is_written_beside_the_run_and_what_is_missing_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").write_text('name = "r"\n')
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    out = capsys.readouterr().out
+    assert "not in it: check: this stage has not finished" in out
+    assert out.splitlines()[-1] == f"The report: {tmp_path / 'report.html'}"
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "x" / "y.html"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert Path(document["report"]).is_file() and len(document["missing"]) == 9
+
+
+def test_what_is_no_run_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no run.toml" in capsys.readouterr().err

@@ -1,0 +1,42 @@
+"""The memory probe: plausible, short, kept per machine, and lost without harm."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from arte_edge.device import bandwidth
+from arte_edge.device.detect import detect
+
+
+def test_the_probe_reads_at_a_rate_that_memory_can_have_and_is_short() -> None:
+    start = time.perf_counter()
+    rate = bandwidth.measure(1, 64_000_000)
+    assert 2e8 < rate < 1e12
+    assert time.perf_counter() - start < 5
+
+
+def test_a_probe_is_kept_under_this_machine_and_made_again_when_asked(
+    model_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = iter([1e9, 2e9, 3e9])
+    monkeypatch.setattr(bandwidth, "measure", lambda threads: next(rates))
+    assert [bandwidth.probe(2), bandwidth.probe(2), bandwidth.probe(1)] == [1e9, 1e9, 2e9]
+    assert bandwidth.probe(2, fresh=True) == 3e9
+    assert bandwidth.probe(2) == 3e9
+    kept = json.loads((model_cache / "probes.json").read_text())
+    assert kept == {detect().fingerprint: {"read_bandwidth": {"2": 3e9, "1": 2e9}}}
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"x": ', '{"' + detect().fingerprint + '": 3}'])
+def test_a_damaged_or_unwritable_memory_of_probes_is_no_error(
+    model_cache: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    (model_cache / "probes.json").write_text(content)
+    monkeypatch.setattr(bandwidth, "measure", lambda threads: 4e9)
+    assert bandwidth.probe(2) == 4e9
+    monkeypatch.setenv("ARTE_EDGE_HOME", "/proc/nowhere")
+    assert bandwidth.probe(2) == 4e9

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from arte_edge.bench.result import DeviceFacts, QualityRow, SpeedRow
+from arte_edge.errors import InputError
+from arte_edge.export.student import StudentFile, read_student
+from arte_edge.publish.card import CARD, CardOptions, render_card, write_card
+from arte_edge.publish.speeds import merge_rows
+
+Make = Callable[..., SpeedRow]
+MakeQuality = Callable[..., QualityRow]
+
+
+def read(folder: Path) -> StudentFile:
+    found = read_student(folder)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def measured(export_folder: Path, speed_row: Make, quality_row: MakeQuality) -> StudentFile:
+    rows = [speed_row("tg128", 20.5), speed_row("pp512", 150.0), quality_row(80)]
+    return merge_rows(export_folder, rows)
+
+
+def part(text: str, name: str) -> str:
+    return text.split(f"<!-- arte-edge:{name}:start -->")[1].split(f"<!-- arte-edge:{name}:end -->")[0]
+
+
+def test_the_hubs_own_reader_accepts_the_head(measured: StudentFile) -> None:
+    data = ModelCard(render_card(measured, CardOptions(datasets=("ada/intents",)))).data
+    assert (data.base_model, data["base_model_relation"]) == (
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "finetune",
+    )
+    assert (data.license, data.datasets, data.pipeline_tag) == (
+        "apache-2.0",
+        ["ada/intents"],
+        "text-generation",
+    )
+    assert data.library_name == "llama-cpp-python"
+    assert {"gguf", "arte-edge", "arxiv:2406.19227"} <= set(data.tags or [])
+    found = {(r.metric_type, r.dataset_split): r for r in data.eval_results or []}
+    score = found["accuracy", "test"]
+    assert (score.metric_value, score.dataset_name) == (0.8, "home_intents")
+    assert score.metric_args is not None
+    assert score.metric_args["quantization"] == "Q8_0"
+    assert (score.metric_args["device"], score.metric_args["threads"]) == ("raspberry-pi-5", 4)
+    assert (score.metric_args["n"], score.metric_args["low"]) == (100, 0.72)
+    assert found["decode_tokens_per_s", None].metric_value == 20.5
+
+
+def test_no_data_set_is_named_that_nobody_published(measured: StudentFile) -> None:
+    assert ModelCard(render_card(measured, CardOptions())).data.datasets is None
+
+
+def test_files_named_after_their_student_are_its_quantization(measured: StudentFile) -> None:
+    data = ModelCard(render_card(measured, CardOptions(base_model="ada/tiny"))).data
+    assert (data.base_model, data["base_model_relation"]) == ("ada/tiny", "quantized")
+
+
+def test_a_licence_that_the_hub_does_not_list_is_other_with_its_name(measured: StudentFile) -> None:
+    data = ModelCard(render_card(measured, CardOptions(license="My Own 1.0"))).data
+    assert (data.license, data.license_name) == ("other", "My Own 1.0")
+
+
+def test_the_body_tells_files_accuracies_and_speeds(measured: StudentFile) -> None:
+    text = render_card(measured, CardOptions())
+    assert "| 80.0% | 72.0% to 88.0% |" in part(text, "accuracy")
+    assert "tiny-Q8_0.gguf" in part(text, "files")
+    assert "0.0058" in part(text, "files")
+    assert "raspberry-pi-5" in part(text, "bench")
+    assert "| 150.0 | 20.5 | 900 ms |" in part(text, "bench")
+    assert "arXiv:2406.19227" in part(text, "lineage")
+    assert "rejected" not in text
+    assert "Q4_K_M" not in text
+
+
+def test_the_16_bit_score_is_never_a_files(export_folder: Path) -> None:
+    student = read(export_folder)
+    bare = student.artifacts[0].model_copy(update={"accuracy": None})
+    text = render_card(student.model_copy(update={"artifacts": (bare,)}), CardOptions())
+    rows = [line for line in part(text, "accuracy").splitlines() if "90.0%" in line]
+    assert len(rows) == 1
+    assert rows[0].startswith("| 16-bit student (F16) |")
+    assert "| `tiny-Q8_0.gguf` | not measured |" in text
+    assert ModelCard(text).data.eval_results is None
+
+
+def test_a_throttled_rate_is_kept_out_unless_allowed(export_folder: Path, speed_row: Make) -> None:
+    student = merge_rows(export_folder, [speed_row("tg128", 9.25, throttled=True)])
+    text = render_card(student, CardOptions())
+    assert "9.2" not in text
+    assert "1 measurement(s) left out: the device had throttled." in part(text, "bench")
+    allowed = render_card(student, CardOptions(allow_throttled=True))
+    assert "(throttled)" in part(allowed, "bench")
+    assert "throttled: true" in allowed
+
+
+def test_an_accuracy_of_part_of_the_split_is_kept_out(export_folder: Path, quality_row: MakeQuality) -> None:
+    student = merge_rows(export_folder, [quality_row(3, n=4, partial=True, low=0.3, high=0.95)])
+    assert "75.0%" not in render_card(student, CardOptions())
+
+
+def test_a_second_run_changes_nothing(export_folder: Path, measured: StudentFile) -> None:
+    assert write_card(export_folder, measured).changed
+    before = (export_folder / CARD).read_bytes()
+    assert not write_card(export_folder, measured).changed
+    assert (export_folder / CARD).read_bytes() == before
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_card_edited_by_hand_stays_as_it_was_outside_the_markers(
+    export_folder: Path, measured: StudentFile, speed_row: Make, newline: str
+) -> None:
+    write_card(export_folder, measured)
+    path = export_folder / CARD
+    text = path.read_text("utf-8")
+    text = text.replace("license: apache-2.0\n", "license: mit  # asked our lawyer\n# a comment\n")
+    text = text.replace("## Speed\n", "## How fast\n\nMeasured in my kitchen, with a fan.  \n")
+    text = (
+        text.replace("tags:\n", "language: de\ntags:\n- mine\n") + "\n## Thanks\n\n\tTo Ada | and Bob.\n\n\n"
+    )
+    path.write_bytes(text.replace("\n", newline).encode())
+    student = merge_rows(export_folder, [speed_row("tg128", 33.25, test_time="2026-12-01T00:00:00Z")])
+    assert write_card(export_folder, student).changed
+    before, after = text, path.read_bytes().decode()
+    assert ("\r\n" in after) == (newline == "\r\n")
+    assert after.count("\r") == (after.count("\n") if newline == "\r\n" else 0)
+    after = after.replace("\r\n", "\n")
+    assert "| 33.2 |" in part(after, "bench")
+    for name in ("bench",):
+        before, after = (t.replace(part(t, name), "") for t in (before, after))
+    head, body = (t.split("\n---\n", 1) for t in (before, after))
+    assert head[1] == body[1]  # all words
+    index = "model-index:"
+    assert head[0].split(index)[0] == body[0].split(index)[0]  # all keys but the results
+    assert "33.25" in body[0].split(index)[1]
+
+
+def test_a_card_that_is_not_ours_gets_the_parts_at_its_end(
+    export_folder: Path, measured: StudentFile
+) -> None:
+    path = export_folder / CARD
+    path.write_text("# Mine\n\nAll mine.")
+    write_card(export_folder, measured)
+    text = path.read_text("utf-8")
+    assert "\n---\n# Mine\n\nAll mine.\n\n## Where it comes from\n" in text
+    assert "20.5" in part(text, "bench")
+
+
+def test_a_part_that_was_taken_out_stays_out(export_folder: Path, measured: StudentFile) -> None:
+    write_card(export_folder, measured)
+    path = export_folder / CARD
+    text = path.read_text("utf-8")
+    cut = text.split("## Accuracy")[0] + "## Speed" + text.split("## Speed")[1]
+    path.write_text(cut)
+    assert not write_card(export_folder, measured).changed
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda text: text.replace("<!-- arte-edge:bench:end -->", ""),
+        lambda text: text + "<!-- arte-edge:bench:start -->",
+        lambda text: text.replace("<!-- arte-edge:accuracy:end -->", "").replace(
+            "<!-- arte-edge:bench:end -->", "<!-- arte-edge:accuracy:end -->\n<!-- arte-edge:bench:end -->"
+        ),
+    ],
+)
+def test_broken_markers_are_told_and_nothing_is_lost(
+    export_folder: Path, measured: StudentFile, break_it: Callable[[str], str]
+) -> None:
+    write_card(export_folder, measured)
+    path = export_folder / CARD
+    path.write_text(break_it(path.read_text("utf-8")))
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"README\.md: the markers of"):
+        write_card(export_folder, measured)
+    assert path.read_bytes() == before
+
+
+def test_a_name_cannot_break_out_of_its_cell(export_folder: Path, speed_row: Make, pi5: DeviceFacts) -> None:
+    evil = pi5.model_copy(update={"profile": "", "cpu": "a|b <!-- arte-edge:bench:end -->\n# x `"})
+    student = merge_rows(export_folder, [speed_row(device=evil)])
+    write_card(export_folder, student)
+    assert not write_card(export_folder, student).changed
+    assert "a\\|b &lt;!--" in (export_folder / CARD).read_text("utf-8")
+
+
+def test_the_name_that_somebody_gave_a_device_is_not_told(
+    export_folder: Path, speed_row: Make, pi5: DeviceFacts
+) -> None:
+    own = pi5.model_copy(update={"profile": "adas-kitchen"})
+    text = render_card(merge_rows(export_folder, [speed_row(device=own)]), CardOptions())
+    assert "kitchen" not in text
+    assert "Cortex-A76" in text
+
+
+def test_the_checkpoints_card_is_a_finetune_and_names_no_quantized_file(
+    measured: StudentFile,
+) -> None:
+    text = render_card(measured, CardOptions(checkpoint=True))
+    data = ModelCard(text).data
+    assert (data.library_name, data["base_model_relation"]) == ("transformers", "finetune")
+    assert "Q8_0" not in text
+    assert [r.metric_value for r in data.eval_results or []] == [0.9]

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arte_edge.errors import InputError
+from arte_edge.publish.front_matter import MARK, merge_head, merge_model_index, read_head, split_card
+
+HAND = """---
+# written by hand
+license: mit          # my choice
+tags:
+- one
+# before language
+language: en
+
+model-index: []   # ours
+# the end
+---
+# Title
+
+Words.
+"""
+
+
+def test_a_key_that_is_there_stays_with_its_comments_and_its_place() -> None:
+    card = merge_head(split_card(HAND), {"license": "apache-2.0", "pipeline_tag": "text-generation"})
+    assert card.text == HAND.replace("# the end\n", "# the end\npipeline_tag: text-generation\n")
+
+
+def test_only_the_named_key_is_replaced() -> None:
+    wanted = {"model-index": [{"name": "m", "results": []}]}
+    card = merge_head(split_card(HAND), wanted, replace=("model-index",))
+    assert card.text == HAND.replace("model-index: []   # ours\n", "model-index:\n- name: m\n  results: []\n")
+
+
+def test_a_list_is_replaced_whole_and_the_comment_behind_it_stays() -> None:
+    card = merge_head(split_card(HAND), {"tags": ["two", "three"]}, replace=("tags",))
+    assert "tags:\n- two\n- three\n# before language\nlanguage: en\n" in card.text
+
+
+def test_a_key_is_removed() -> None:
+    card = merge_head(split_card(HAND), {"tags": None}, replace=("tags",))
+    assert card.text == HAND.replace("tags:\n- one\n", "")
+
+
+def test_a_card_without_a_head_gets_one_and_keeps_its_words() -> None:
+    card = merge_head(split_card("# Mine\r\n\r\nText"), {"license": "mit"})
+    assert card.text == "---\r\nlicense: mit\r\n---\r\n# Mine\r\n\r\nText"
+
+
+def test_line_ends_and_a_byte_order_mark_stay() -> None:
+    text = "\ufeff---\r\nlicense: mit\r\n---\r\nText\r\n"
+    card = merge_head(split_card(text), {"tags": ["a", "b"]})
+    assert card.text == "\ufeff---\r\nlicense: mit\r\ntags:\r\n- a\r\n- b\r\n---\r\nText\r\n"
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [("a: [1", r"README\.md:\d+: its head is no valid YAML"), ("- a", "no mapping"), ("{a: 1}", "in braces")],
+)
+def test_a_head_that_cannot_be_kept_is_refused(block: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        merge_head(split_card(f"---\n{block}\n---\n"), {"license": "mit"})
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=12)
+VALUES: Any = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+HEADS = st.dictionaries(st.from_regex(r"[a-z][a-z_-]{0,8}", fullmatch=True), VALUES, min_size=1, max_size=5)
+
+
+@given(there=HEADS, wanted=HEADS, body=TEXT, crlf=st.booleans())
+def test_any_head_keeps_its_keys_and_gains_the_missing_ones(
+    there: dict[str, Any], wanted: dict[str, Any], body: str, crlf: bool
+) -> None:
+    text = f"---\n{yaml.safe_dump(there, sort_keys=False, allow_unicode=True)}---\n{body}"
+    card = split_card(text.replace("\n", "\r\n") if crlf else text)
+    found = merge_head(card, wanted, replace=list(wanted)[:1])
+    first = next(iter(wanted))
+    expected = {**{k: v for k, v in wanted.items() if v is not None}, **there}
+    if wanted[first] is None:
+        expected.pop(first, None)
+    else:
+        expected[first] = wanted[first]
+    assert read_head(found) == expected
+    assert found.body == card.body
+    assert merge_head(found, wanted, replace=list(wanted)[:1]).text == found.text
+
+
+def metric(value: float, **args: Any) -> dict[str, Any]:
+    return (
+        {"type": "accuracy", "value": value, "args": args} if args else {"type": "accuracy", "value": value}
+    )
+
+
+def entry(*metrics: dict[str, Any], name: str = "m") -> dict[str, Any]:
+    result = {"task": {"type": "t"}, "dataset": {"type": "d", "name": "d"}, "metrics": list(metrics)}
+    return {"name": name, "results": [result]}
+
+
+def test_our_results_are_replaced_and_those_of_others_stay() -> None:
+    theirs = entry(metric(0.5), metric(0.1, **MARK))
+    found = merge_model_index([theirs, entry(metric(0.2, **MARK), name="n")], [entry(metric(0.9, **MARK))])
+    assert found is not None
+    assert [e["name"] for e in found] == ["m"]
+    assert [m["value"] for r in found[0]["results"] for m in r["metrics"]] == [0.5, 0.9]
+    assert merge_model_index(found, [entry(metric(0.9, **MARK))]) == found
+
+
+def test_no_results_leave_no_index_of_ours() -> None:
+    assert merge_model_index([entry(metric(0.1, **MARK))], []) is None
+    assert merge_model_index(None, []) is None
+    assert merge_model_index([entry(metric(0.5))], []) == [entry(metric(0.5))]

@@ -1,0 +1,266 @@
+"""The file to take: what each wish drops, what chance may do, what is predicted, and what to relax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from arte_edge.bench.result import DeviceFacts, QualityRow, SpeedRow
+from arte_edge.device.profile import Profile
+from arte_edge.errors import InputError
+from arte_edge.export.results import Accuracy, Speed
+from arte_edge.export.student import Artifact, Fidelity, Lineage, Student, StudentFile
+from arte_edge.publish.front import Candidate, Figure, front_of
+from arte_edge.publish.rates import Prediction
+from arte_edge.publish.recommend import drop_text, recommend
+from arte_edge.publish.wants import Wants, parse_size, size_text
+
+PI = Profile(name="raspberry-pi-5", title="Raspberry Pi 5", cores=4, memory_bytes=(8_000_000_000,))
+
+
+def sums(name: str) -> str:
+    return f"{abs(hash(name)):064x}"[-64:]
+
+
+def accuracy(right: int, n: int = 100, *, difference: float = 0.0, p: float = 1.0) -> Accuracy:
+    share = right / n
+    return Accuracy(
+        task="t",
+        split="validation",
+        n=n,
+        right=right,
+        accuracy=share,
+        low=max(0.0, share - 0.1),
+        high=min(1.0, share + 0.1),
+        difference=difference,
+        difference_low=difference - 0.05,
+        difference_high=difference + 0.05,
+        p_value=p,
+    )
+
+
+def artifact(
+    name: str, size_mb: int, *, right: Accuracy | None = None, decode: float = 0.0, **more: Any
+) -> Artifact:
+    speed = Speed(
+        device="raspberry-pi-5",
+        runtime="llama_cpp 1",
+        threads=4,
+        decode_tokens_per_s=decode,
+        prefill_tokens_per_s=decode * 5,
+        peak_rss_bytes=(size_mb + 80) * 10**6,
+    )
+    kind = {"format": "gguf", "quantization": name, "status": "ok", "bits_per_weight": 5.0, **more}
+    return Artifact(
+        file=f"m-{name}.gguf",
+        size_bytes=size_mb * 10**6,
+        sha256=sums(name),
+        tensor_sha256=sums(name),
+        fidelity=Fidelity(passed=True),
+        accuracy=right,
+        speeds=(speed,) if decode else (),
+        **kind,
+    )
+
+
+def student(*artifacts: Artifact) -> StudentFile:
+    return StudentFile(
+        arte_edge_version="0",
+        student=Student(name="m", sha256="ab" * 32, architecture="llama", dtype="F16", parameter_count=9),
+        lineage=Lineage(source="run"),
+        artifacts=artifacts,
+    )
+
+
+F16 = artifact("F16", 270, right=accuracy(50), decode=10)
+Q8 = artifact("Q8_0", 145, right=accuracy(50), decode=20)
+Q4 = artifact("Q4_K_M", 105, right=accuracy(45, difference=-0.05, p=0.2), decode=30)
+
+
+def test_the_fastest_of_those_that_cannot_be_told_from_the_best_is_picked() -> None:
+    found = recommend(student(F16, Q8, Q4), PI, Wants())
+    assert found.pick == "m-Q4_K_M.gguf"
+    assert "cannot be told from the best" in found.why and "5.0 points more of 100 examples" in found.why
+    worse = Q4.model_copy(update={"accuracy": accuracy(30, difference=-0.2, p=0.001)})
+    found = recommend(student(F16, Q8, worse), PI, Wants())
+    assert found.pick == "m-Q8_0.gguf"  # its interval ends at 40 %, the best has 50 %
+
+
+@pytest.mark.parametrize(
+    ("wants", "out", "wish"),
+    [
+        (Wants(max_size_bytes=120_000_000), {"m-F16.gguf", "m-Q8_0.gguf"}, "max_size"),
+        (Wants(max_ram_bytes=300_000_000), {"m-F16.gguf"}, "max_ram"),
+        (Wants(min_decode=15), {"m-F16.gguf"}, "min_decode"),
+        (Wants(max_drop=2), {"m-Q4_K_M.gguf"}, "max_drop"),
+        # 256 tokens at 50, 100, 150 a second and 64 at 10, 20, 30: 11.5 s, 5.8 s, 3.8 s
+        (Wants(max_answer_seconds=6), {"m-F16.gguf"}, "max_answer_seconds"),
+    ],
+)
+def test_each_wish_drops_the_files_that_do_not_keep_it_and_says_so(
+    wants: Wants, out: set[str], wish: str
+) -> None:
+    found = recommend(student(F16, Q8, Q4), PI, wants)
+    assert {drop.file for drop in found.drops} == out
+    assert {drop.wish for drop in found.drops} == {wish}
+    assert all("wanted" in drop.reason for drop in found.drops)
+    assert found.pick not in out and found.pick is not None
+
+
+def test_a_drop_is_told_with_its_interval_and_whether_it_may_be_chance() -> None:
+    assert drop_text(accuracy(45, difference=-0.05, p=0.2)) == (
+        "5.0 points lost (-10.0 to +0.0, p = 0.2, n = 100), may be chance"
+    )
+    assert drop_text(accuracy(45, difference=-0.05, p=0.01)).endswith("beyond chance")
+    assert drop_text(accuracy(52, difference=0.02, p=0.5)).startswith("+2.0 points")
+
+
+def test_when_no_file_keeps_every_wish_the_nearest_and_its_price_are_named() -> None:
+    found = recommend(student(F16, Q8, Q4), PI, Wants(min_decode=25, max_drop=2))
+    assert found.pick is None
+    assert found.relax is not None
+    # Q8_0 misses the speed alone, Q4_K_M the accuracy alone: the faster of the two is nearest.
+    assert (found.relax.file, found.relax.text) == ("m-Q4_K_M.gguf", "--max-drop 5")
+    found = recommend(student(F16, Q8), PI, Wants(min_decode=25, max_size_bytes=120_000_000))
+    assert found.relax is not None and found.relax.text == "--max-size 145MB and --min-decode 20"
+    # What is asked for then is kept.
+    assert (
+        recommend(student(F16, Q8), PI, Wants(min_decode=20, max_size_bytes=145_000_000)).pick
+        == "m-Q8_0.gguf"
+    )
+
+
+def test_a_file_that_the_gate_rejected_is_never_picked() -> None:
+    bad = Q4.model_copy(update={"status": "rejected", "reason": "KL"})
+    found = recommend(student(Q8, bad), PI, Wants())
+    assert found.pick == "m-Q8_0.gguf"
+    assert [(drop.file, drop.wish) for drop in found.drops] == [("m-Q4_K_M.gguf", "gate")]
+    assert recommend(student(bad), PI, Wants()).why == "No file passed the fidelity gate."
+
+
+def test_what_was_not_measured_there_is_predicted_and_says_so() -> None:
+    elsewhere = Profile(name="orange-pi-5", title="o", cores=4, memory_bytes=(1,))
+    found = recommend(
+        student(Q8, Q4), elsewhere, Wants(min_decode=10), predict=lambda a: Prediction(12.0, 10**8, "sums")
+    )
+    pick = found.candidate(found.pick or "")
+    assert pick.decode == Figure(12.0, "predicted", "sums") and pick.ram is not None and pick.ram.predicted
+    assert "(predicted)" in found.why and any("~ is predicted" in note for note in found.notes)
+    nothing = recommend(student(Q8), elsewhere, Wants(min_decode=10))
+    assert nothing.pick is None and nothing.drops[0].reason == "decode: neither measured nor predicted here"
+    assert "was not measured" in nothing.why and nothing.relax is None
+
+
+def facts(**changes: Any) -> DeviceFacts:
+    known = {"profile": "raspberry-pi-5", "fingerprint": "0" * 16, "cpu": "c", "arch": "aarch64", "cores": 4}
+    return DeviceFacts(**{**known, "memory_bytes": 8 * 10**9, **changes})
+
+
+def row(a: Artifact, rate: float, device: DeviceFacts, **more: Any) -> SpeedRow:
+    kind = {"n_prompt": 0, "n_gen": 128, "test": "tg128", "n_threads": 4, **more}
+    return SpeedRow(
+        model_filename=a.file,
+        model_size=a.size_bytes,
+        format="gguf",
+        tensor_sha256=a.tensor_sha256,
+        median_ts=rate,
+        device=device,
+        **kind,
+    )
+
+
+def test_raw_rows_count_but_not_throttled_failed_emulated_or_foreign_ones() -> None:
+    bare = artifact("Q8_0", 145, right=accuracy(50))
+    rows = [
+        row(bare, 21, facts(), peak_rss_bytes=200_000_000),
+        row(bare, 18, facts(), n_threads=2),
+        row(bare, 99, facts(), throttled=True),
+        row(bare, 98, facts(virtual="qemu-user")),
+        row(bare, 97, facts(profile="orange-pi-5")),
+        row(bare, 96, facts(), status="crashed"),
+        row(bare, 95, facts(), n_threads=3, n_depth=512),
+        row(artifact("Q4_0", 1), 94, facts()),
+    ]
+    found = recommend(student(bare), PI, Wants(), rows=[*rows[:6], rows[7]])
+    c = found.candidates[0]
+    assert c.decode is not None and (c.decode.value, c.decode.source) == (21, ", 4 threads")
+    assert c.ram is not None and c.ram.value == 200_000_000
+    assert any("throttled" in note for note in found.notes)
+    by_print = recommend(student(bare), PI, Wants(), rows=rows[:1], names=frozenset({"0" * 16}))
+    assert by_print.candidates[0].decode is not None
+
+
+def quality(a: Artifact, **more: Any) -> QualityRow:
+    known = {
+        "split": "test",
+        "n": 200,
+        "right": 90,
+        "low": 0.4,
+        "high": 0.5,
+        "answer_seconds_p95": 2.5,
+        **more,
+    }
+    return QualityRow(
+        model_filename=a.file,
+        format="gguf",
+        tensor_sha256=a.tensor_sha256,
+        n_threads=4,
+        task="t",
+        device=facts(),
+        **known,
+    )
+
+
+def test_answers_on_the_device_stand_before_the_gates_but_never_beside_other_examples() -> None:
+    both = [quality(Q8, difference=-0.01), quality(Q4, difference=-0.03)]
+    found = recommend(student(Q8, Q4), PI, Wants(max_drop=2), rows=both)
+    assert [c.accuracy.n for c in found.candidates if c.accuracy] == [200, 200]
+    assert [drop.file for drop in found.drops] == ["m-Q4_K_M.gguf"]
+    assert found.candidates[0].answer_s == Figure(2.5, "measured", "95 % of 200 answers")
+    for rows in (both[:1], [both[0], quality(Q4, partial=True)], [both[0], quality(Q4, n=150)]):
+        found = recommend(student(Q8, Q4), PI, Wants(), rows=rows)
+        assert [c.accuracy.n for c in found.candidates if c.accuracy] == [100, 100]
+
+
+def test_the_front_holds_what_no_other_file_beats() -> None:
+    found = recommend(student(F16, Q8, Q4), PI, Wants())
+    assert found.front.files == ("m-Q4_K_M.gguf", "m-Q8_0.gguf")  # F16 is slower, larger and no better
+    assert found.front.axes == ("accuracy", "decode", "size")
+    without = [Candidate(a, None, Figure(1.0 + i, "measured")) for i, a in enumerate((F16, Q8, Q4))]
+    assert front_of(without).files == ("m-Q4_K_M.gguf",) and front_of(without).axes == ("decode", "size")
+    mixed = [
+        Candidate(F16, F16.accuracy, Figure(1.0, "measured")),
+        Candidate(Q4, None, Figure(9.0, "measured")),
+    ]
+    assert front_of(mixed).left_out == ("m-Q4_K_M.gguf",)
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("1GB", 10**9),
+        ("1g", 10**9),
+        ("512MiB", 512 * 2**20),
+        (" 1.5 GB ", 1_500_000_000),
+        ("800", 800),
+        ("2KB", 2000),
+    ],
+)
+def test_sizes_are_read(text: str, size_bytes: int) -> None:
+    assert parse_size(text, "--max-ram") == size_bytes
+
+
+@pytest.mark.parametrize("text", ["", "much", "1XB", "-1GB", "0", "1.2.3GB", "GB"])
+def test_what_is_no_size_is_refused_naming_the_option(text: str) -> None:
+    with pytest.raises(InputError, match="--max-ram"):
+        parse_size(text, "--max-ram")
+
+
+def test_sizes_are_written_short() -> None:
+    assert [size_text(n) for n in (105_455_648, 1_250_000_000, 90_038_385, 12)] == [
+        "105 MB",
+        "1.25 GB",
+        "90.0 MB",
+        "12 B",
+    ]

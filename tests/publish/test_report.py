@@ -1,0 +1,269 @@
+"""One page that holds the run's story, says what is missing, runs nothing and asks no network."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arte_edge.bench.result import DeviceFacts, Reading, SpeedRow
+from arte_edge.errors import InputError
+from arte_edge.export.results import Accuracy
+from arte_edge.export.student import (
+    Artifact,
+    Fidelity,
+    Figures,
+    Lineage,
+    Student,
+    StudentFile,
+    write_student,
+)
+from arte_edge.publish.report import render, write_report
+from arte_edge.publish.report_data import read_story
+
+BAD = '<script>alert("pwned")</script>'
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def write(path: Path, *rows: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def finish(folder: Path, stage: str, summary: dict[str, Any]) -> None:
+    write(folder / stage / "manifest.json", {"inputs": "", "files": {}, "summary": summary})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder whose models wrote nasty texts, with an export and a benchmark."""
+    folder = tmp_path / "myrun"
+    folder.mkdir()
+    (folder / "run.toml").write_text(
+        'name = "my run"\nseed = 3\n[prefer]\nscore = "likelihood"\n[task]\nref = "t"\n'
+    )
+    share = {"accuracy": 0.5, "low": 0.4, "high": 0.6}
+    finish(
+        folder, "check", {"n": 40, "teacher": share, "student": share, "student_forced": share, "chance": 0.2}
+    )
+    finish(folder, "elicit", {"old": "run without figures"})
+    scores = [
+        {"question": f"q{i % 3}", "technique": i % 4, "score": 0.4 + i / 50, "text": f"{BAD} {'so ' * i}"}
+        for i in range(12)
+    ]
+    write(folder / "prefer" / "scores.jsonl", *scores)
+    questions = [{"id": f"q{i}", "input": f"{BAD} question {i}", "score": 0.5} for i in range(3)]
+    write(folder / "prefer" / "questions.jsonl", *questions)
+    finish(folder, "prefer", {"drafts": 12, "k": 8, "mean": 0.5, "sd": 0.1, "measured_against_bias": None})
+    write(folder / "tailor" / "train.jsonl", {"input": BAD, "rationale": BAD, "label": BAD})
+    finish(folder, "tailor", {"examples": 1})
+    test = {"gained": 9, "lost": 1, "difference": 0.3, "low": 0.2, "high": 0.4, "p_value": 0.001}
+    row = {"setting": "0-shot", "n": 100, "right": 50}
+    rows = [{"model": "base student", **row, **share}, {"model": "tuned student", **row, **share}]
+    finish(folder, "evaluate", {"rows": rows, "paired": {"0-shot": test}, "format_share": 0.5, "chance": 0.2})
+    events = [
+        {"event": "stage", "name": "check", "state": "begin"},
+        {"event": "calls", "n": 120, "tokens": 900, "kept": 20},
+        {"event": "stage", "name": "check", "state": "done", "seconds": 12.5},
+        {"event": "warning", "text": f"beware {BAD}"},
+    ]
+    write(folder / "events.jsonl", *events)
+    with (folder / "events.jsonl").open("a") as file:
+        file.write('{"event": "sta')  # a killed process tears its last line
+    write_student(folder / "export", export())
+    (folder / "export" / "bench.jsonl").write_text("".join(r.model_dump_json() + "\n" for r in bench()))
+    return folder
+
+
+def export() -> StudentFile:
+    figures = Figures(n_prompts=9, n_tokens=99, kl_mean=0.01, kl_p99=0.1, kl_max=0.2, top1=0.97,
+                      perplexity_reference=9, perplexity_ratio=1, perplexity_ratio_error=0.1)  # fmt: skip
+    accuracy = Accuracy(split="validation", n=40, right=20, accuracy=0.5, low=0.4, high=0.6, difference=-0.05)
+    artifacts = tuple(
+        Artifact(
+            file=f"m-{name}.gguf",
+            format="gguf",
+            quantization=name,
+            status="ok",
+            size_bytes=size,
+            sha256=char * 64,
+            tensor_sha256=char * 64,
+            bits_per_weight=5,
+            fidelity=Fidelity(passed=True, figures=figures),
+            accuracy=accuracy,
+        )
+        for name, size, char in (("Q8_0", 145_000_000, "a"), ("Q4_K_M", 105_000_000, "b"))
+    )
+    student = Student(
+        name="m", sha256="c" * 64, architecture="llama", dtype="F16", parameter_count=135_000_000
+    )
+    return StudentFile(
+        arte_edge_version="0", student=student, lineage=Lineage(source="run"), artifacts=artifacts
+    )
+
+
+def bench() -> list[SpeedRow]:
+    device = DeviceFacts(
+        profile="raspberry-pi-5", fingerprint="0" * 16, cpu="A76", arch="aarch64", cores=4, memory_bytes=8 * 10**9
+    )  # fmt: skip
+    known: dict[str, Any] = {"model_size": 1, "format": "gguf", "n_threads": 4, "device": device, "test": "tg64",
+                             "n_prompt": 0, "n_gen": 64}  # fmt: skip
+    times = tuple(20.0 + i % 5 for i in range(64))
+    readings = tuple(Reading(t_s=float(i), temperature_c=50.0 + i) for i in range(9))
+    rows = [
+        SpeedRow(
+            model_filename=f"m-{name}.gguf",
+            tensor_sha256=char * 64,
+            median_ts=rate,
+            itl_samples_ms=(times,),
+            readings=readings,
+            temperature_c_max=58.0,
+            throttled=False,
+            **known,
+        )
+        for name, char, rate in (("Q8_0", "a", 30.0), ("Q4_K_M", "b", 45.0))
+    ]
+    lost = {"status": "out-of-memory", "reason": f"killed {BAD}"}
+    return [*rows, SpeedRow(model_filename="m-F16.gguf", **known, **lost)]
+
+
+class Page(HTMLParser):
+    """Collects tags, addresses and text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [
+            value or "" for name, value in attrs if name in ("src", "href", "action", "xlink:href")
+        ]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_tells_the_run(run: Path) -> None:
+    page = Page(render(read_story(str(run))))
+    for words in (
+        "my run",
+        "50% right before, 50% after (0-shot, 100 test examples; +30.0 points (+20.0 to +40.0), p = 0.001,",
+        "Of the first gain 50% is format",
+        "12 s, 100 calls, 900 tokens written",
+        "12 drafts scored on 8 questions",
+        "mean probability of the right answer",
+        "m-Q4_K_M.gguf on raspberry-pi-5, 4 threads",
+        "at most 58 °C; not throttled",
+        "m-F16.gguf, tg64: out-of-memory. killed",
+        "105 MB",
+    ):
+        assert words in page.text, words
+    assert (
+        page.tags.count("svg") == 10
+    )  # accuracy, time, three of scores, the front, two traces with temperature
+
+
+def test_what_models_wrote_stays_text(run: Path) -> None:
+    html = render(read_story(str(run)))
+    page = Page(html)
+    assert "script" not in page.tags and "<script" not in html
+    assert page.text.count(BAD) >= 6
+
+
+def test_nothing_is_fetched(run: Path) -> None:
+    html = render(read_story(str(run)))
+    assert [a for a in Page(html).addresses if a != "data:,"] == []
+    assert not re.search(r"https?://|@import|url\(", html)
+    assert "default-src 'none'" in html
+
+
+def test_nothing_of_this_machine_is_in_it_and_it_is_the_same_each_time(run: Path) -> None:
+    html = render(read_story(str(run)))
+    assert str(run.parent) not in html
+    assert render(read_story(str(run))) == html
+
+
+def test_what_is_missing_is_said_and_not_drawn(run: Path) -> None:
+    story = read_story(str(run))
+    assert story.missing == [
+        "calibrate: this stage has not finished",
+        "align: this stage has not finished",
+        "tune: this stage has not finished",
+    ]
+    shutil.rmtree(run / "export")
+    shutil.rmtree(run / "prefer")
+    (run / "events.jsonl").unlink()
+    bare = read_story(str(run))
+    page = Page(render(bare))
+    assert "files: no files yet" in page.text and "prefer: this stage has not finished" in page.text
+    assert page.tags.count("svg") == 1 and "What the student prefers" not in page.text
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("")
+    page = Page(render(read_story(str(tmp_path))))
+    assert "svg" not in page.tags and page.text.count("has not finished") == 8
+
+
+def test_a_folder_that_is_no_run_and_a_damaged_file_are_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run"):
+        read_story(str(tmp_path))
+    (run / "prefer" / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match=r"prefer/manifest\.json"):
+        read_story(str(run))
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+
+    def call(page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+        fixed = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+                 "--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'chrome'}")  # fmt: skip
+        command = [CHROMIUM, *fixed, *flags, page.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+    return call
+
+
+def test_a_browser_draws_it_without_a_complaint(run: Path, tmp_path: Path, browse: Any) -> None:
+    page = write_report(read_story(str(run)), tmp_path / "report.html")
+    # A probe, in a copy of the page that may run it, writes down what the browser laid out and fetched.
+    probe = """<script>addEventListener("load", () => { document.title = JSON.stringify({
+      boxes: [...document.querySelectorAll("svg")].map(s => s.getBoundingClientRect()).map(b => [b.width, b.height]),
+      fetched: performance.getEntriesByType("resource").map(e => e.name),
+      wide: document.documentElement.scrollWidth - innerWidth }) })</script></body>"""
+    copy = tmp_path / "probe.html"
+    html = (
+        page.read_text()
+        .replace("style-src", "script-src 'unsafe-inline'; style-src")
+        .replace("</body>", probe)
+    )
+    copy.write_text(html)
+    done = browse(copy, "--window-size=420,900", "--dump-dom")
+    assert "CONSOLE" not in done.stderr, done.stderr
+    found = json.loads(re.search(r"<title>(\{.*?)</title>", done.stdout)[1].replace("&quot;", '"'))  # type: ignore[index]
+    assert len(found["boxes"]) == 10 and all(w > 250 and h > 60 for w, h in found["boxes"])
+    assert found["fetched"] == []
+    assert found["wide"] <= 0  # a narrow window need not scroll sideways
+    for name, scheme in (("dark", 0), ("light", 1)):
+        shot = tmp_path / f"{name}.png"
+        flags = (
+            f"--blink-settings=preferredColorScheme={scheme}",
+            f"--screenshot={shot}",
+            "--window-size=900,1200",
+        )
+        assert "CONSOLE" not in browse(page, *flags).stderr
+        assert shot.stat().st_size > 20_000  # a blank page is a tenth of that
