@@ -68,7 +68,7 @@ def test_every_shipped_toml_parses() -> None:
             pytest.fail(f"{relative(path)}: {error}")
 
 
-@pytest.mark.parametrize("kind", ["tasks", "presets", "models", "export", "devices"])
+@pytest.mark.parametrize("kind", ["tasks", "presets", "models", "export", "devices", "suites"])
 def test_the_catalogue_finds_every_shipped_file_of_a_kind(kind: str) -> None:
     found = {catalog.find(kind, name) for name in catalog.names(kind)}
     expected = catalog.root(kind).glob("*/" if kind == "tasks" else "*.toml")

@@ -20,7 +20,19 @@ __all__ = ["Comparison", "QualityPair", "SpeedPair", "compare"]
 Row = SpeedRow | QualityRow
 
 # What must be the same for two speeds to be about the same work, in the words of the flags.
-_PROTOCOL = ("n_prompt", "n_gen", "n_depth", "n_threads", "type_k", "type_v")
+_PROTOCOL: tuple[str, ...] = ("n_prompt", "n_gen", "n_depth", "n_threads", "type_k", "type_v")
+# What a comparison in JSON says of each side.
+_MODEL_KEYS: tuple[str, ...] = ("model_filename", "tensor_sha256", "runtime", "test_time")
+_SPEED_KEYS: tuple[str, ...] = (
+    *_MODEL_KEYS,
+    *("status", "reason", "median_ts", "ttft_ms", "itl_p50_ms", "itl_p95_ms", "load_ms"),
+    *("peak_rss_bytes", "energy_j", "energy_source", "throttled"),
+)
+_QUALITY_KEYS: tuple[str, ...] = (
+    *_MODEL_KEYS,
+    *("n", "right", "low", "high", "partial"),
+    *("answer_seconds_p50", "answer_seconds_p95", "answer_tokens_mean"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,20 +61,10 @@ class SpeedPair:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
-        keys = ("model_filename", "tensor_sha256", "runtime", "status", "reason", "median_ts", "ttft_ms")
-        keys += (
-            "itl_p50_ms",
-            "itl_p95_ms",
-            "load_ms",
-            "peak_rss_bytes",
-            "energy_j",
-            "throttled",
-            "test_time",
-        )
         return {
             **{key: getattr(self.a, key) for key in ("test", *_PROTOCOL)},
-            "a": {key: getattr(self.a, key) for key in keys},
-            "b": {key: getattr(self.b, key) for key in keys},
+            "a": {key: getattr(self.a, key) for key in _SPEED_KEYS},
+            "b": {key: getattr(self.b, key) for key in _SPEED_KEYS},
             "ratio": None if self.rate is None else asdict(self.rate),
             "verdict": self.verdict,
         }
@@ -89,13 +91,11 @@ class QualityPair:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
-        keys = ("model_filename", "tensor_sha256", "runtime", "n", "right", "low", "high", "partial")
-        keys += ("answer_seconds_p50", "answer_seconds_p95", "answer_tokens_mean", "test_time")
         return {
             "task": self.a.task,
             "split": self.a.split,
-            "a": {key: getattr(self.a, key) for key in keys},
-            "b": {key: getattr(self.b, key) for key in keys},
+            "a": {key: getattr(self.a, key) for key in _QUALITY_KEYS},
+            "b": {key: getattr(self.b, key) for key in _QUALITY_KEYS},
             "paired": asdict(self.paired) | {"reference": self.a.model_filename},
             "verdict": self.verdict,
         }
@@ -141,7 +141,8 @@ def compare(a: Sequence[Row], b: Sequence[Row], *, force: bool = False) -> Compa
         _newest(row for row in side if isinstance(row, QualityRow) and row.status == "ok" and row.answers)
         for side in (a, b)
     ]
-    if not any(speeds[0] + answers[0]) or not any(speeds[1] + answers[1]):
+    sides: list[list[Row]] = [[*speeds[i], *answers[i]] for i in range(2)]
+    if not all(sides):
         raise InputError("One side holds no result", "Measure it first: arte-edge bench MODEL.")
     speed_pairs = [SpeedPair(x, y) for x, y in _pairs(speeds[0], speeds[1], _speed_protocol)]
     quality_pairs = [QualityPair(x, y) for x, y in _pairs(answers[0], answers[1], _quality_protocol)]
@@ -150,16 +151,17 @@ def compare(a: Sequence[Row], b: Sequence[Row], *, force: bool = False) -> Compa
         differs = _differences(speeds, answers)
         if not force:
             raise InputError(
-                "The two were not measured in the same way: " + "; ".join(differs or ["other tests"]),
-                "Measure both alike, or give --force to see them side by side all the same.",
+                "The two were not measured in the same way: " + "; ".join(differs),
+                "Measure both alike, or give --force to see their speeds side by side all the same.",
             )
         speed_pairs = [SpeedPair(x, y) for x, y in _pairs(speeds[0], speeds[1], _forced_protocol)]
         if not speed_pairs:
             raise InputError("There is no test of one kind on both sides", "; ".join(differs))
-    differs += _notes(speed_pairs, quality_pairs)
-    paired = {id(row) for one in (*speed_pairs, *quality_pairs) for row in (one.a, one.b)}
-    left = [tuple(_name(row) for row in (*speeds[i], *answers[i]) if id(row) not in paired) for i in range(2)]
-    return Comparison(tuple(speed_pairs), tuple(quality_pairs), left[0], left[1], tuple(differs))
+    differs += [note for note in _notes(speed_pairs, quality_pairs) if note not in differs]
+    paired = {id(one.a) for one in speed_pairs} | {id(one.b) for one in speed_pairs}
+    paired |= {id(one.a) for one in quality_pairs} | {id(one.b) for one in quality_pairs}
+    only_a, only_b = (tuple(_name(row) for row in side if id(row) not in paired) for side in sides)
+    return Comparison(tuple(speed_pairs), tuple(quality_pairs), only_a, only_b, tuple(differs))
 
 
 R = TypeVar("R", SpeedRow, QualityRow)
@@ -222,8 +224,7 @@ def _differences(speeds: Sequence[Sequence[SpeedRow]], answers: Sequence[Sequenc
             first, second = (sorted({getattr(row, key) for row in side}) for side in speeds)
             if not set(first) & set(second):
                 found.append(f"{key} {_listed(first)} against {_listed(second)}")
-        first, second = ({row.device.fingerprint for row in side} for side in speeds)
-        if not first & second:
+        if not {row.device.fingerprint for row in speeds[0]} & {row.device.fingerprint for row in speeds[1]}:
             names = [speeds[i][0].device for i in range(2)]
             shown = [name.profile or name.cpu or "?" for name in names]
             found.append(

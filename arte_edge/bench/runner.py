@@ -50,7 +50,11 @@ def run_bench(
     rows: list[SpeedRow] = []
     for number, (target, case) in enumerate(todo, 1):
         label = f"{number}/{len(todo)} {target.model_filename} {case.test}, {case.threads} threads"
-        row = run_case(target, case, device, lambda text, label=label: reporter.progress(f"{label}: {text}"))
+
+        def show(text: str, label: str = label) -> None:
+            reporter.progress(f"{label}: {text}")
+
+        row = run_case(target, case, device, show)
         rows.append(row)
         on_row(row)
     return rows

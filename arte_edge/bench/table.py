@@ -27,6 +27,8 @@ _COLUMNS = (
     ("MiB", 5, ">"),
     ("°C", 4, ">"),
 )
+_WIDTHS = [width for _, width, _ in _COLUMNS]
+_SIDES = "".join(side for _, _, side in _COLUMNS)
 _MIB = 1 << 20
 _WORDS = {
     "crashed": "crashed",
@@ -49,7 +51,7 @@ class Table:
         model = (row.model_filename, row.sha256, row.runtime if row.ok else "")
         if self._model is None or model[:2] != self._model[:2]:
             lines += self.end()
-            lines += [*heading(row), "", _line([name for name, _, _ in _COLUMNS]), _rule()]
+            lines += [*heading(row), "", _line([name for name, _, _ in _COLUMNS]), _rule(_WIDTHS, _SIDES)]
         self._model = model
         lines.append(_line(_cells(row)))
         self._notes += _notes(row)
@@ -86,7 +88,7 @@ def summary(rows: Sequence[SpeedRow]) -> list[str]:
         return []
     titles = ("model", "thr", "MiB", "read t/s", "write t/s", "TTFT ms", "p95")
     widths = (23, 3, 4, 8, 9, 7, 5)
-    lines = [_row(titles, widths, "<>>>>>>"), _row(["-" * w for w in widths], widths, "<>>>>>>")]
+    lines = [_row(titles, widths, "<>>>>>>"), _rule(widths, "<>>>>>>")]
     for (name, threads, _), group in groups.items():
         reads = [row for row in group if row.n_prompt and row.ok]
         writes = [row for row in group if row.n_gen and row.ok]
@@ -151,9 +153,9 @@ def _cells(row: SpeedRow) -> list[str]:
     if not row.ok:
         rate = _WORDS[row.status]
     elif len(row.samples_ts) > 1:
-        rate = f"{_number(row.avg_ts)} ± {_number(row.stddev_ts)}"
+        rate = f"{_number(row.median_ts)} ± {_number(row.stddev_ts)}"
     else:
-        rate = _number(row.avg_ts)
+        rate = _number(row.median_ts)
     heat = "" if row.temperature_c_max is None else f"{row.temperature_c_max:.0f}"
     memory = "" if row.peak_rss_bytes is None else f"{row.peak_rss_bytes / _MIB:.0f}"
     return [
@@ -199,7 +201,7 @@ def _number(value: float | None) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return _row(cells, [width for _, width, _ in _COLUMNS], "".join(side for _, _, side in _COLUMNS))
+    return _row(cells, _WIDTHS, _SIDES)
 
 
 def _row(cells: Sequence[str], widths: Sequence[int], sides: str) -> str:
@@ -207,12 +209,9 @@ def _row(cells: Sequence[str], widths: Sequence[int], sides: str) -> str:
     return "| " + " | ".join(shown) + " |"
 
 
-def _rule() -> str:
-    return _row(
-        ["-" * width if side == "<" else "-" * (width - 1) + ":" for _, width, side in _COLUMNS],
-        [width for _, width, _ in _COLUMNS],
-        "".join(side for _, _, side in _COLUMNS),
-    )
+def _rule(widths: Sequence[int], sides: str) -> str:
+    cells = ["-" * w if side == "<" else "-" * (w - 1) + ":" for w, side in zip(widths, sides, strict=True)]
+    return _row(cells, widths, sides)
 
 
 def _cut(text: str) -> str:

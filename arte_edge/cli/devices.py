@@ -89,6 +89,7 @@ def detect(
 ) -> None:
     """Say what this machine is, which profile fits it, and which sensors it has."""
     from arte_edge.device import memory
+    from arte_edge.device.bandwidth import is_busy
     from arte_edge.device.bandwidth import probe as bandwidth
     from arte_edge.device.detect import board
     from arte_edge.device.detect import detect as facts_of
@@ -99,6 +100,8 @@ def detect(
     facts = facts_of()
     found: dict[str, Any] = facts.model_dump(mode="json") | {"board": board()}
     found |= {"available_bytes": memory.available_bytes(), "sensors": _sensors()}
+    if (probe or model) and is_busy():
+        err.print("This machine is busy: what is measured now is too low, and is not kept.", markup=False)
     found["read_bytes_per_s"] = bandwidth(facts.cores, fresh=True) if probe else None
     shape = ModelShape.of(model) if model else None
     repacked = repacked_types(facts.arch, facts.features)

@@ -16,6 +16,7 @@ from arte_edge import __version__
 from arte_edge.cli import (
     bench,
     card,
+    compare,
     devices,
     distill,
     export,
@@ -44,6 +45,7 @@ app.command()(distill.distill)
 app.command()(export.export)
 app.command()(verify.verify)
 app.command()(bench.bench)
+app.command()(compare.compare)
 app.command()(recommend.recommend)
 app.command()(report.report)
 app.command()(card.card)

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-__all__ = ["measure", "probe", "remembered"]
+__all__ = ["is_busy", "measure", "probe", "remembered"]
 
 _FILE_NAME = "probes.json"
 _MAX_BYTES = 512_000_000  # in all: past every cache of a small machine, and past those of most servers
@@ -64,7 +64,8 @@ def remembered(kind: str, key: str, measured: Callable[[], Any], *, fresh: bool 
     """Return what was measured on this machine under `kind` and `key`, or measure it now and keep it.
 
     Kept in the cache folder under the machine's fingerprint, so that a home shared by several
-    machines does not mix them up. A cache that cannot be written costs the next probe, no more.
+    machines does not mix them up. Nothing is kept of a machine that was busy with something else, and
+    a cache that cannot be written costs the next probe, no more.
     """
     from arte_edge.device.detect import detect
     from arte_edge.models.home import home
@@ -73,7 +74,10 @@ def remembered(kind: str, key: str, measured: Callable[[], Any], *, fresh: bool 
     machine = detect().fingerprint
     if not fresh and (found := _load(path).get(machine, {}).get(kind, {}).get(key)) is not None:
         return found
+    busy = is_busy()
     value = measured()
+    if busy:  # good enough for now, and too low to be believed next time
+        return value
     known = _load(path)
     known.setdefault(machine, {}).setdefault(kind, {})[key] = value
     with contextlib.suppress(OSError):
@@ -82,6 +86,13 @@ def remembered(kind: str, key: str, measured: Callable[[], Any], *, fresh: bool 
         partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
     return value
+
+
+def is_busy() -> bool:
+    """Return whether other programs took more than half of the cores during the last minute."""
+    if not hasattr(os, "getloadavg"):
+        return False
+    return os.getloadavg()[0] > max(1.0, (os.cpu_count() or 1) / 2)
 
 
 def _load(path: Path) -> dict[str, dict[str, dict[str, Any]]]:

@@ -7,7 +7,7 @@ A file becomes ``<work>/blobs/<sha256>`` there; until it is whole and its sum is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from arte_edge.device.patience import Patience
 from arte_edge.device.ssh import Ssh
+from arte_edge.device.ssh_errors import ConnectionLost
 from arte_edge.errors import ArteError
 from arte_edge.models.hashing import sha256_file
 
@@ -37,16 +38,17 @@ done
 """
 # $1 part file: wait until what an older, cut connection still delivers has arrived; its size
 _SETTLED = r"""
-umask 077
-mkdir -p "$(dirname "$1")" || exit 1
-[ -e "$1" ] || { : > "$1" && echo 0; exit; }
+[ -e "$1" ] || { echo 0; exit 0; }
 a=-1; b=$(wc -c < "$1")
 while [ "$a" != "$b" ]; do a=$b; sleep "$2"; b=$(wc -c < "$1"); done
 echo "$b"
 """
-_APPEND = 'exec cat >> "$1"'
-# $1 part file, $2 sum, $3 whole file. sync: a name on the card must never stand for bytes that are not.
-_VERIFY = r"""
+# $1 part file, $2 sum, $3 whole file, $4 its size. A cut connection looks like the end of the input, so
+# the size comes before the sum. sync: a name on the card must never stand for bytes that are not.
+_APPEND = r"""
+umask 077
+mkdir -p "$(dirname "$1")" && cat >> "$1" || exit 1
+if [ "$(wc -c < "$1")" -lt "$4" ]; then echo short; exit 0; fi
 if command -v sha256sum >/dev/null 2>&1; then s=$(sha256sum < "$1"); else s=$(shasum -a 256 < "$1"); fi
 if [ "${s%% *}" != "$2" ]; then rm -f "$1"; echo wrong; exit 0; fi
 sync "$1" 2>/dev/null || sync
@@ -92,17 +94,21 @@ def _blob(path: Path, name: str) -> Blob:
     return Blob(path, name, sha256_file(path), path.stat().st_size)
 
 
+def _there(ssh: Ssh, work: str, blobs: Sequence[Blob]) -> dict[str, int | None]:
+    """Return for every sum how many bytes of it are there; None: all of it, checked."""
+    lines = ssh.run(_SIZES, f"{work}/blobs", *(blob.sha256 for blob in blobs)).splitlines()
+    pairs = zip(blobs, (line.split() for line in lines), strict=True)
+    return {blob.sha256: None if state == "=" else int(size) for blob, (state, size) in pairs}
+
+
 def missing_bytes(ssh: Ssh, work: str, blobs: Sequence[Blob]) -> int:
     """Return how many bytes of `blobs` are not there yet. Raises as `Ssh.run` does."""
-    sizes = ssh.run(_SIZES, f"{work}/blobs", *(blob.sha256 for blob in blobs)).splitlines()
-    unique: dict[str, int] = {}
-    for blob, line in zip(blobs, sizes, strict=True):
-        whole, _, size = line.partition(" ")
-        unique[blob.sha256] = 0 if whole == "=" else max(0, blob.size_bytes - int(size))
-    return sum(unique.values())
+    sizes = {blob.sha256: blob.size_bytes for blob in blobs}
+    there = _there(ssh, work, blobs)
+    return sum(max(0, sizes[key] - done) for key, done in there.items() if done is not None)
 
 
-def send(ssh: Ssh, work: str, blobs: Iterable[Blob], *, patience: Patience, tick: Tick | None = None) -> None:
+def send(ssh: Ssh, work: str, blobs: Sequence[Blob], *, patience: Patience, tick: Tick | None = None) -> None:
     """Bring every blob there. What is there already is not sent again; a cut connection is resumed.
 
     Raises:
@@ -110,40 +116,54 @@ def send(ssh: Ssh, work: str, blobs: Iterable[Blob], *, patience: Patience, tick
         RemoteError: the disk there is full, or a command failed.
         ArteError: the bytes arrive damaged twice.
     """
+    there = patience.keep_trying(partial(_there, ssh, work, blobs))
     for blob in blobs:
-        for _ in range(2):
-            if patience.keep_trying(partial(_send_one, ssh, work, blob, patience, tick)):
-                break
-        else:
-            raise ArteError(
-                f"{blob.name} arrived on {ssh.host} with other bytes than it left here, twice",
-                "The card or the memory there may be going bad; or the file was written to meanwhile.",
-            )
+        tries_left = 2
+        while there[blob.sha256] is not None:
+            if patience.keep_trying(partial(_send_one, ssh, work, blob, there, patience, tick)):
+                there[blob.sha256] = None
+                continue
+            tries_left -= 1
+            if not tries_left:
+                raise ArteError(
+                    f"{blob.name} arrived on {ssh.host} with other bytes than it left here, twice",
+                    "The card or the memory there may be going bad; or the file was written to meanwhile.",
+                )
 
 
-def _send_one(ssh: Ssh, work: str, blob: Blob, patience: Patience, tick: Tick | None) -> bool:
-    """Send what is missing of one file; False if its sum was wrong, and then nothing of it is left there."""
+def _send_one(
+    ssh: Ssh, work: str, blob: Blob, there: dict[str, int | None], patience: Patience, tick: Tick | None
+) -> bool:
+    """Send what is missing of one file; False if its sum was wrong, and then nothing of it is left there.
+
+    Args:
+        there: bytes that are there, by sum; 0 after a try that may have left some.
+    """
     whole = f"{work}/blobs/{blob.sha256}"
     part = f"{whole}.part"
-    if ssh.run(_SIZES, f"{work}/blobs", blob.sha256).startswith("="):
-        return True
-    done_bytes = int(ssh.run(_SETTLED, part, _SETTLE_S))
+    done_bytes = there[blob.sha256] or 0
+    if done_bytes:
+        done_bytes = int(ssh.run(_SETTLED, part, _SETTLE_S))
     patience.reached(blob.sha256, done_bytes)
-    if done_bytes < blob.size_bytes:
-        with blob.local.open("rb") as file, ssh.open(_APPEND, part) as channel:
-            file.seek(done_bytes)
-            with suppress(BrokenPipeError):  # whatever ended it, `finish` says why
-                while data := file.read(_CHUNK_BYTES):
-                    view = memoryview(data)
-                    while view:
-                        view = view[channel.sent.write(view) :]
-                    done_bytes += len(data)
-                    if tick:
-                        tick(blob.name, done_bytes, blob.size_bytes)
-            channel.finish()
-    # Summing a gigabyte takes a Raspberry Pi Zero 2 W half a minute.
-    answer = ssh.run(_VERIFY, part, blob.sha256, whole, timeout_s=120 + blob.size_bytes / 5e6)
-    return answer.strip() == "right"
+    there[blob.sha256] = max(1, done_bytes)  # from here on some may be there
+    with (
+        blob.local.open("rb") as file,
+        ssh.open(_APPEND, part, blob.sha256, whole, str(blob.size_bytes)) as channel,
+    ):
+        file.seek(done_bytes)
+        with suppress(BrokenPipeError):  # whatever ended it, `finish` says why
+            while data := file.read(_CHUNK_BYTES):
+                view = memoryview(data)
+                while view:
+                    view = view[channel.sent.write(view) :]
+                done_bytes += len(data)
+                if tick:
+                    tick(blob.name, done_bytes, blob.size_bytes)
+        answer = channel.finish().strip()
+    if answer == "short":
+        raise ConnectionLost(ssh.host, "it ended before the file did")
+    there[blob.sha256] = 0
+    return answer == "right"
 
 
 def place(ssh: Ssh, work: str, folder: str, blobs: Sequence[Blob]) -> None:

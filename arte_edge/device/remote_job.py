@@ -87,7 +87,8 @@ class RemoteJob:
             nonlocal at, said
             words = ("follow", self.folder, str(at[0]), str(at[1]))
             with self.ssh.open(_JOB, self.python, self.wheel, *words) as channel:
-                for line in io.BufferedReader(channel.got):  # type: ignore[type-var]
+                lines = io.BufferedReader(channel.got)  # type: ignore[type-var]
+                for line in lines:
                     event = _event(line)
                     if event is None:
                         continue
@@ -128,7 +129,10 @@ class RemoteJob:
         for line in self.ssh.run(_JOB, self.python, self.wheel, verb, self.folder).splitlines():
             if (event := _event(line.encode())) is not None:
                 return event
-        raise ArteError(f"{self.ssh.host}: no answer from our own part there", "Try --clean.")
+        raise ArteError(
+            f"{self.ssh.host}: no answer from our own part there",
+            "arte-edge devices check … --clean makes it new.",
+        )
 
 
 def _event(line: bytes) -> dict[str, Any] | None:

@@ -30,7 +30,16 @@ _CONNECT_S = 20
 _OPTIONS = (
     *("-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}", "-o", "ServerAliveInterval=10"),
     *("-o", "ServerAliveCountMax=3", "-o", "ClearAllForwardings=yes", "-o", "RequestTTY=no"),
-    *("-o", "RemoteCommand=none", "-o", "PermitLocalCommand=no"),
+    *(
+        "-o",
+        "RemoteCommand=none",
+        "-o",
+        "PermitLocalCommand=no",
+        "-o",
+        "ForwardAgent=no",
+        "-o",
+        "ForwardX11=no",
+    ),
 )
 _LOST = 255  # ssh's own exit code; our scripts never end with it
 _MARK = "@arte-edge@"  # what a login script prints before it is not ours
@@ -63,19 +72,21 @@ class Channel:
         assert self.process.stdin and self.process.stdout
         self.sent, self.got = self.process.stdin, self.process.stdout
 
-    def finish(self) -> None:
-        """Wait for the command's end.
+    def finish(self) -> str:
+        """Close its input, wait for its end and return what it printed that was not read yet.
 
         Raises:
             ConnectionLost, RemoteError, ArteError: as `Ssh.run` does.
         """
         with suppress(BrokenPipeError):
             self.sent.close()
+        printed = self.got.read().decode(errors="replace")
         code = self.process.wait()
         if code:
             self.errors.seek(0)
             text = self.errors.read().decode(errors="replace")
             raise say_failure(self.host, text) if code == _LOST else RemoteError(self.host, code, text)
+        return printed.rpartition(f"{_MARK}\n")[2]
 
 
 class Ssh:
@@ -149,7 +160,7 @@ class Ssh:
     def open(self, script: str, *args: str) -> Iterator[Channel]:
         """Run `script` there with its input and output as pipes; it is ended when the block ends.
 
-        What a login script prints comes first on ``got``: the reader must know its own lines.
+        What a login script prints comes first on ``got``: who reads there must know its own lines.
         """
         command = [*self._command(), self._line(script, args)]
         with tempfile.TemporaryFile() as errors:

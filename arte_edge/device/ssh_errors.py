@@ -40,7 +40,8 @@ class RemoteError(ArteError):
         if self.is_full:
             super().__init__(
                 f"{host}: the disk there is full",
-                "Free some space there (arte-edge's own folder: `--clean`); the same command goes on.",
+                "Free some space there (`arte-edge devices check … --clean` removes our own folder); "
+                "the same command goes on.",
             )
         else:
             super().__init__(f"{host}: {said}", hint)

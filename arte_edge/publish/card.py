@@ -101,13 +101,16 @@ def _fresh(student: StudentFile, options: CardOptions) -> str:
 def _about(student: StudentFile, options: CardOptions) -> str:
     """Return one paragraph that says what this is, and the lines that run it."""
     lineage = student.lineage
-    base = f" of {lineage.base.name}" if lineage.base else ""
-    purpose = f"tuned for one task, `{lineage.task}`" if lineage.task else "a small language model"
+    tuned = (
+        "A finetune" if lineage.tuning or lineage.source in ("run", "adapter") else "A small language model"
+    )
+    base = f" of {lineage.base.name}" if lineage.base and tuned == "A finetune" else ""
+    purpose = f" for one task, `{lineage.task}`" if lineage.task else ""
     if options.checkpoint:
-        return f"A 16-bit checkpoint{base}, {purpose}."
+        return f"{tuned}{base}{purpose}: the 16-bit checkpoint."
     text = (
-        f"Files{base}, {purpose}, for llama.cpp or onnxruntime on small devices. Each was compared with the "
-        "16-bit student before it was let out; what was measured on a device stands below."
+        f"{tuned}{base}{purpose}, as files for llama.cpp or onnxruntime on small devices. Each file was "
+        "compared with the 16-bit student before it was let out; what was measured on devices stands below."
     )
     ggufs = [artifact.file for artifact in shown.files(student) if artifact.format == "gguf"]
     if ggufs:  # files are sorted, the smallest last: the one for the smallest device

@@ -78,7 +78,7 @@ def lineage_section(student: StudentFile, options: CardOptions) -> str:
         )
         rows.append(("tuning", ", ".join(filter(None, told))))
     if lineage.data:
-        rows.append(("data", f"{lineage.data.rows} rows, sha256 `{lineage.data.sha256[:16]}…`"))
+        rows.append(("data", f"{lineage.data.rows} rows, sha256 {lineage.data.sha256[:16]}…"))
     if lineage.seed is not None:
         rows.append(("seed", str(lineage.seed)))
     rows.append(("made with", f"arte-edge {student.arte_edge_version}"))
@@ -179,7 +179,7 @@ def _accuracy_row(name: str, accuracy: Accuracy, student: StudentFile) -> tuple[
     place = (
         f"{shown.device_title(accuracy)}, {accuracy.runtime}"
         if isinstance(accuracy, Evaluation)
-        else "the machine that made it"
+        else "where it was made"
     )
     return (
         name,

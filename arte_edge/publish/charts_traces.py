@@ -45,7 +45,7 @@ def traced(rows: Sequence[SpeedRow]) -> list[SpeedRow]:
 def trace_of(row: SpeedRow) -> Trace:
     """Return the charts of one row that holds token times."""
     where = row.device.profile or row.device.cpu
-    name = f"{row.model_filename} on {where}, {row.n_threads} threads"
+    name = f"{row.model_filename} on {where}, {row.n_threads} thread{'s' * (row.n_threads != 1)}"
     times = [np.asarray(one, dtype=float) for one in row.itl_samples_ms if one]
     every = np.concatenate(times)
     top = float(min(every.max(), np.percentile(every, 99.5) * 1.5))

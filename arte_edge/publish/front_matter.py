@@ -85,7 +85,7 @@ def merge_head(
     added = ""
     for key, value in wanted.items():
         if key in there:
-            if key not in replace or there[key] == value:
+            if key not in replace or (value is not None and there[key] == value):
                 continue
             begin, end = spans[key]
             edits.append((begin, end, "" if value is None else _dump(key, value, card.newline)))

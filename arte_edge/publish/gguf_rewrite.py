@@ -12,6 +12,7 @@ Layout: ggml/docs/gguf.md, versions 2 and 3, little-endian.
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 import os
 import re
@@ -25,6 +26,7 @@ from typing import Any
 from arte_edge.errors import ArteError, InputError
 from arte_edge.models.disk import megabytes, whole_file
 from arte_edge.models.gguf_fields import Field
+from arte_edge.models.gguf_types import TENSOR_TYPES
 
 __all__ = ["Rewritten", "encode_field", "rewrite"]
 
@@ -195,13 +197,25 @@ class _Reader:
                 (alignment,) = struct.unpack_from("<I", self.data, value_at)
         if alignment <= 0 or alignment & (alignment - 1):
             raise ValueError(f"{_ALIGNMENT} is {alignment}")
-        start = self.at
+        start, end_bytes = self.at, 0
         for _ in range(n_tensor):
             self._text()
-            self._skip(8 * self._number("I") + 12)  # shape; type and offset
+            n_value = math.prod([self._number("Q") for _ in range(self._dimensions())])
+            kind, offset_bytes = self._number("I"), self._number("Q")
+            _, block_values, block_bytes = TENSOR_TYPES.get(
+                kind, ("", 1, 0)
+            )  # a newer type: its place at least
+            end_bytes = max(end_bytes, offset_bytes + n_value // block_values * block_bytes)
         records = self.data[start : self.at]
         data_start = self.at + -self.at % alignment
+        if n_tensor and data_start + end_bytes > len(self.data):
+            raise ValueError("it is cut short")
         return _Head(version, n_tensor, list(pairs.items()), records, alignment, data_start)
+
+    def _dimensions(self) -> int:
+        if (count := self._number("I")) > 4:
+            raise ValueError(f"a tensor has {count} dimensions")
+        return count
 
     def _value(self, kind: int, depth: int) -> None:
         if kind == _STRING:

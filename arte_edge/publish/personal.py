@@ -44,8 +44,8 @@ _SECRET = re.compile(
 )
 # Places where people's files and a system's temporary ones lie; a path on the web has a letter before its slash.
 _PATH = re.compile(
-    r"(?<![\w.:/~-])(?:/(?:home|Users|root|tmp|mnt|media|opt|srv|var|private|Volumes|data|workspace|work)/[\w.@~+-]+"
-    r"|~/[\w.@+-]+|[A-Za-z]:[\\/]+Users[\\/]+[^\\/\s\"']+|file:///?\S+)"
+    r"(?<![\w.:/~-])(?:/(?:home|Users|root|tmp|mnt|media|opt|srv|var|private|Volumes|data|workspace|work)/[\w.@~+/-]+"
+    r"|~/[\w.@+/-]+|[A-Za-z]:[\\/]+Users[\\/]+[^\\/\s\"']+|file:///?\S+)"
 )
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:.])")
@@ -104,10 +104,12 @@ class Machine:
         for secret in self.secrets:
             if secret in text and not _SECRET.search(secret):
                 yield "a secret", secret
-        paths = [folder for folder in self.folders if re.search(rf"{re.escape(folder)}(?![\w.-])", text)]
-        if words:
-            paths += _unique(m.group() for m in _PATH.finditer(text))
-        for found in paths[:1]:
+        paths = _unique(m.group() for m in _PATH.finditer(text)) if words else []
+        for folder in self.folders:  # longest first; told once
+            whole = any(path.startswith(folder) for path in paths)
+            if not whole and re.search(rf"{re.escape(folder)}(?![\w.-])", text):
+                paths.append(folder)
+        for found in paths:
             yield "a path", found
         if not words:
             return

@@ -38,20 +38,18 @@ def machine_here() -> Machine:
 
 
 def _own_hosts() -> Iterable[str]:
-    """Yield the words of the addresses of one's own devices (`arte-edge devices add`)."""
-    import platformdirs
-
+    """Yield what one's own devices are called and the words of their addresses (`arte-edge devices add`)."""
+    from arte_edge.device.catalogue import own_folder
     from arte_edge.device.profile import read_profile
 
-    folder = platformdirs.user_config_path("arte-edge", appauthor=False) / "devices"
-    for path in sorted(folder.glob("*.toml")):
+    for path in sorted(own_folder().glob("*.toml")):
+        yield path.stem
         try:
             profile = read_profile(path)
-        except InputError:  # somebody else's business
+        except InputError:  # `arte-edge devices check` says what is wrong with it
             continue
         if profile.remote:
-            yield from re.split(r"[@.]", profile.remote.host)
-            yield profile.remote.host
+            yield from (profile.remote.host, *re.split(r"[@.]", profile.remote.host))
 
 
 def _token() -> str | None:

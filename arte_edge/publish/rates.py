@@ -109,7 +109,7 @@ def measured(
             speed.decode_tokens_per_s,
             speed.prefill_tokens_per_s,
             speed.peak_rss_bytes,
-            f"{speed.runtime}, {speed.threads} threads",
+            f"{speed.runtime}, {speed.threads} thread{'s' * (speed.threads != 1)}",
         )
         for speed in speeds
         if not speed.throttled
@@ -137,7 +137,7 @@ def from_rows(rows: Sequence[SpeedRow]) -> list[Measured]:
                 median(writes) if writes else None,
                 median(reads) if reads else None,
                 max(ram, default=None),
-                f"{runtime}, {threads} threads",
+                f"{runtime}, {threads} thread{'s' * (threads != 1)}",
             )
         )
     return found

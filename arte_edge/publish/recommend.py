@@ -2,7 +2,8 @@
 
 Of the files that keep every wish and are on the front, the pick is the fastest of those that
 are as accurate as the best, as far as anyone can tell: their 95 % interval reaches up to the best
-file's accuracy. With few examples that is most of them, and speed decides.
+file's accuracy. With few examples that is most of them, and speed decides. A file whose speed is
+only predicted is not picked before one that was measured, however fast it should be.
 
 ``max_drop`` is judged on the paired difference from the 16-bit student as it was measured, whether
 or not it is beyond chance; what chance alone may do is said beside it. A wish that cannot be
@@ -105,8 +106,13 @@ def recommend(
         return Recommendation(
             name, tuple(found), front, tuple(drops), None, _none(good, relax), relax, notes, model
         )
-    # Wishes can only take files away, so some kept one is on the front of what is kept.
-    pick, why = _pick(kept, front_of(kept))
+    sure = [c for c in kept if c.decode and not c.decode.predicted] or kept
+    pick, why = _pick(sure, front_of(sure), len(kept))
+    notes += tuple(
+        f"{c.file} may be faster: {c.decode.value:.1f} tokens/s predicted; measure it."
+        for c in kept
+        if c not in sure and c.decode and c.decode.value > _speed(pick)
+    )
     return Recommendation(name, tuple(found), front, tuple(drops), pick.file, why, None, notes, model)
 
 
@@ -159,9 +165,10 @@ def drop_text(accuracy: Accuracy) -> str:
     return text
 
 
-def _pick(kept: Sequence[Candidate], front: Front) -> tuple[Candidate, str]:
+def _pick(kept: Sequence[Candidate], front: Front, n_kept: int) -> tuple[Candidate, str]:
+    """Return the pick among `kept`, all measured or none, and why."""
     best_first = sorted(
-        (c for c in kept if c.file in front.files),
+        [c for c in kept if c.file in front.files] or kept,  # too little may be known for any front
         key=lambda c: (-(c.accuracy.accuracy if c.accuracy else 0.0), -_speed(c), c.artifact.size_bytes),
     )
     top = best_first[0]
@@ -171,13 +178,13 @@ def _pick(kept: Sequence[Candidate], front: Front) -> tuple[Candidate, str]:
         reach = top.accuracy.accuracy
         equal = [c for c in best_first if c.accuracy is not None and c.accuracy.high >= reach]
     pick = min(equal, key=lambda c: (-_speed(c), c.artifact.size_bytes, c.file))
-    if len(kept) == 1:
+    if n_kept == 1:
         return pick, f"It is the only file that keeps every wish{_speed_text(pick)}."
     if pick.accuracy is None or top.accuracy is None:
         return pick, f"It is the fastest that keeps every wish{_speed_text(pick)}; accuracy was not measured."
     if pick is top:
         others = "it is the most accurate" + (" and the fastest of its equals" if len(equal) > 1 else "")
-        return pick, f"Of {len(kept)} files that keep every wish {others}{_speed_text(pick)}."
+        return pick, f"Of {n_kept} files that keep every wish {others}{_speed_text(pick)}."
     gap = 100 * (top.accuracy.accuracy - pick.accuracy.accuracy)
     return pick, (
         f"It is the fastest of those whose accuracy cannot be told from the best{_speed_text(pick)}; "

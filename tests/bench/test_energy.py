@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -144,9 +143,9 @@ def test_a_reading_that_fails_makes_the_sum_unknown_not_small(tmp_path: Path) ->
     put(tmp_path, {f"{chip}/name": "ina219", f"{chip}/power1_input": "5200000"})
     meter = EnergyMeter(root=tmp_path, period_s=0.02)
     meter.start()
-    os.replace(tmp_path / chip / "power1_input", tmp_path / "gone")
+    (tmp_path / chip / "power1_input").replace(tmp_path / "gone")
     time.sleep(0.2)
-    os.replace(tmp_path / "gone", tmp_path / chip / "power1_input")
+    (tmp_path / "gone").replace(tmp_path / chip / "power1_input")
     assert meter.stop() == (None, "")
 
 

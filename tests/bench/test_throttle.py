@@ -26,7 +26,10 @@ def test_a_cool_machine_with_clean_bits_was_not_throttled() -> None:
 def test_a_machine_that_tells_nothing_is_not_judged() -> None:
     assert judge(None, [], None) == (None, "")
     assert judge(None, readings(*[(None, None, None)] * 8), None) == (None, "")
-    assert judge(None, readings(*[(60.0, None, None)] * 8), None) == (None, "")  # hot or not, it takes a clock
+    assert judge(None, readings(*[(60.0, None, None)] * 8), None) == (
+        None,
+        "",
+    )  # hot or not, it takes a clock
 
 
 @pytest.mark.parametrize(

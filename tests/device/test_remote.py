@@ -249,3 +249,24 @@ def test_checking_changes_nothing_and_finds_what_is_wrong(
     device.knows("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ")
     (finding,) = check(profile).findings
     assert finding.state == "failed" and "host key" in finding.text and "ssh kitchen" in finding.hint
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_real_verb_measures_there_in_an_environment_of_its_own(
+    device: Any, profile: Profile, smollm2: Any
+) -> None:
+    """Nothing replaced: pip installs the device-side parts there, `arte-edge bench` measures, rows come back."""
+    said = Said()
+    # An interpreter that has no llama-cpp-python, as a fresh device's.
+    plain = Remote(host="kitchen", ssh_config=device.config, python=sys._base_executable)
+    mine = profile.model_copy(update={"remote": plain})
+    words = ["-p", "8", "-n", "8", "-r", "1", "-t", "1", "--no-warmup"]
+    rows = bench_remote(mine, [smollm2.gguf], words, reporter=said)
+    assert [(row.test, row.status) for row in rows] == [("pp8", "ok"), ("tg8", "ok")]
+    assert all(row.runtime.startswith("xllamacpp") and row.sha256 for row in rows)
+    assert "xllamacpp, prebuilt" in said.text
+    (env,) = device.work.glob("env-*")
+    installed = {path.name.partition("-")[0] for path in env.glob("lib/python3*/site-packages/*.dist-info")}
+    assert {"xllamacpp", "arte_edge", "numpy"} <= installed
+    assert installed.isdisjoint({"torch", "transformers", "scipy", "llama_cpp_python"})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -161,15 +160,22 @@ def test_a_probe_that_dies_is_an_error_that_says_why(model_cache: Path) -> None:
 def test_a_real_file_is_predicted_from_zeros_alone(
     smollm2: LocalModel, model_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Wide limits: other programs may run while one of the two is measured. The benchmark is the strict one.
+    # Wide limits and three tries: other programs may run while one of the two is measured. The
+    # benchmark is the strict one.
     pytest.importorskip("llama_cpp")
     assert smollm2.gguf is not None
-    monkeypatch.setattr(kernels, "_MODEL_BYTES", 100_000_000)
-    start = time.perf_counter()
-    told = expected_here(ModelShape.of(smollm2.gguf), 1)
-    measured = 1 / benchmark().decode_seconds(smollm2.gguf, 1)
-    assert told.source == "probe" and not told.is_upper_bound
-    assert 0.5 < told.decode_tokens_per_s / measured < 2
-    again = time.perf_counter()
-    assert expected_here(ModelShape.of(smollm2.gguf), 1) == told  # from memory
-    assert time.perf_counter() - again < (again - start) / 2
+    monkeypatch.setattr("arte_edge.device.bandwidth.is_busy", lambda: False)
+    shape, ratios = ModelShape.of(smollm2.gguf), []
+    for _ in range(3):
+        told = expected_here(shape, 1, fresh=True)
+        assert told.source == "probe" and not told.is_upper_bound
+        ratios.append(told.decode_tokens_per_s * benchmark().decode_seconds(smollm2.gguf, 1))
+        if 0.5 < ratios[-1] < 2:
+            break
+    assert 0.5 < ratios[-1] < 2, ratios
+
+    def missing(*args: object) -> float:
+        raise AssertionError("it was measured twice")
+
+    monkeypatch.setattr(kernels, "_in_child", missing)
+    assert expected_here(shape, 1) == told  # from memory

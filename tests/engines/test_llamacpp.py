@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from arte_edge.engines.base import Request, Sampling
-from arte_edge.engines.llama_stems import grow_stems
 from arte_edge.models.local import LocalModel
 
 pytest.importorskip("llama_cpp")
@@ -33,14 +32,6 @@ def engine(smollm2: LocalModel) -> Iterator[LlamaCppEngine]:
 
 def texts(engine: LlamaCppEngine, prompts: list[str], sampling: Sampling) -> list[str]:
     return [c.text for c in engine.complete([Request(prompt) for prompt in prompts], sampling)]
-
-
-@pytest.mark.parametrize(
-    ("lists", "shared"),
-    [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2]], 1), ([[1, 2, 3], [9, 2]], 0), ([[1]], 0)],
-)
-def test_a_shared_prefix_leaves_every_list_a_token_of_its_own(lists: list[list[int]], shared: int) -> None:
-    assert common_prefix(lists) == shared
 
 
 @pytest.mark.model

@@ -152,6 +152,19 @@ def test_what_was_not_measured_there_is_predicted_and_says_so() -> None:
     assert "was not measured" in nothing.why and nothing.relax is None
 
 
+def test_a_predicted_file_is_not_picked_before_a_measured_one() -> None:
+    bare = artifact("Q4_0", 100, right=accuracy(50))
+    found = recommend(student(Q8, bare), PI, Wants(), predict=lambda a: Prediction(99.0, 10**8, "sums"))
+    assert found.pick == "m-Q8_0.gguf"
+    assert "m-Q4_0.gguf may be faster: 99.0 tokens/s predicted; measure it." in found.notes
+
+
+def test_where_little_is_known_of_any_file_one_is_still_named() -> None:
+    fast, right = artifact("Q8_0", 145, decode=20), artifact("Q4_0", 100, right=accuracy(50))
+    found = recommend(student(fast, right), PI, Wants())
+    assert found.pick == "m-Q8_0.gguf" and found.front.files == ()
+
+
 def facts(**changes: Any) -> DeviceFacts:
     known = {"profile": "raspberry-pi-5", "fingerprint": "0" * 16, "cpu": "c", "arch": "aarch64", "cores": 4}
     return DeviceFacts(**{**known, "memory_bytes": 8 * 10**9, **changes})
@@ -179,10 +192,9 @@ def test_raw_rows_count_but_not_throttled_failed_emulated_or_foreign_ones() -> N
         row(bare, 98, facts(virtual="qemu-user")),
         row(bare, 97, facts(profile="orange-pi-5")),
         row(bare, 96, facts(), status="crashed"),
-        row(bare, 95, facts(), n_threads=3, n_depth=512),
         row(artifact("Q4_0", 1), 94, facts()),
     ]
-    found = recommend(student(bare), PI, Wants(), rows=[*rows[:6], rows[7]])
+    found = recommend(student(bare), PI, Wants(), rows=rows)
     c = found.candidates[0]
     assert c.decode is not None and (c.decode.value, c.decode.source) == (21, ", 4 threads")
     assert c.ram is not None and c.ram.value == 200_000_000

@@ -80,6 +80,7 @@ class LlamaSpeedModel:
         params.n_ctx, params.n_batch, params.n_ubatch = context_tokens, _N_BATCH, _N_UBATCH
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = _FLASH_AUTO
+        params.swa_full = False
         params.type_k, params.type_v = _TYPES[type_k], _TYPES[type_v]
         self._types = type_k, type_v
         self._context = lib.llama_init_from_model(self._model.handle, params)

@@ -1,0 +1,252 @@
+"""The ways to write the answers of one draft's preference questions: one child process for each.
+
+    python benchmarks/preference_peers.py SUBJECT WORK.json      # started by preference_scoring.py
+
+Prints one JSON line: seconds of the timed part, tokens written, the texts. Loading the model and a
+short warm-up are outside the clock.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+Work = dict[str, Any]
+Texts = tuple[list[str], int]  # texts, tokens written
+_WARM_UP = "Question: is it warm?\nAnswer:"
+
+
+def ours(work: Work) -> Callable[[], Texts]:
+    """Return arte-edge's engine on all drafts of the work, in one call."""
+    from arte_edge.engines.base import Request, Sampling
+
+    engine = _engine(work)
+    engine.complete([Request(_WARM_UP)], Sampling(max_tokens=2))
+    sampling = Sampling(max_tokens=work["tokens"], stop=tuple(work["stop"]))
+
+    def write() -> Texts:
+        done = engine.complete([Request(prompt) for prompt in work["prompts"]], sampling)
+        return [c.text for c in done], sum(c.completion_tokens for c in done)
+
+    return write
+
+
+def likelihood(work: Work) -> Callable[[], Texts]:
+    """Return the scores of the given answers: no text is written, the tokens are scores."""
+    engine = _engine(work)
+    engine.choose("", [_WARM_UP], ["yes", "no"])
+
+    def score() -> Texts:
+        rows = engine.choose_each(work["forced"], work["choices"])
+        best = [c[int(row.argmax())] for row, c in zip(rows, work["choices"], strict=True)]
+        return [f"<ans>{choice}" for choice in best], len(rows)
+
+    return score
+
+
+def _engine(work: Work) -> Any:
+    from arte_edge.engines.llamacpp import LlamaCppEngine
+
+    parallel = 64 if len(work["prompts"]) > 64 else 40
+    return LlamaCppEngine(Path(work["gguf"]), sha256="", parallel=parallel, threads=work["threads"])
+
+
+def ceiling(work: Work) -> Callable[[], Texts]:
+    """Return the best rate of one-token rows with logits for each, over sequence counts, at the work's depth."""
+    import numpy as np
+
+    from arte_edge.engines.llama_runtime import LlamaContext, LlamaModel
+
+    model = LlamaModel(Path(work["gguf"]))
+    depth, steps = work["ceiling_depth"], 6
+
+    def best() -> Texts:
+        rates = {}
+        for n in (32, 48, 64, 96):
+            n_ctx = -(-(depth + steps + 1) // 256) * 256
+            context = LlamaContext(model, n + 1, n_ctx, work["threads"])
+            at = np.arange(depth, dtype=np.int32)
+            context.decode_arrays(at % 900 + 50, at, at * 0 + n, (at * 0).astype(np.int8))
+            for slot in range(n):
+                context.copy(n, slot)
+            slots, times = np.arange(n, dtype=np.int32), []
+            for step in range(steps + 1):
+                began = time.perf_counter()
+                row = slots * 0
+                context.decode_arrays(slots % 900 + 50, row + depth + step, slots, (row + 1).astype(np.int8))
+                times.append(time.perf_counter() - began)
+            context.close()
+            rates[n] = n * steps / sum(times[1:])
+        return [json.dumps({n: round(rate, 1) for n, rate in rates.items()})], round(max(rates.values()))
+
+    return best
+
+
+def transformers_generate(work: Work) -> Callable[[], Texts]:
+    """Return `generate` on the whole batch after a prefix computed once; float32, padding after the prefix."""
+    import copy
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+    torch.set_num_threads(work["threads"])
+    tokenizer = AutoTokenizer.from_pretrained(work["checkpoint"])
+    dtype = torch.bfloat16 if work["dtype"] == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(work["checkpoint"], dtype=dtype).eval()
+    rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in work["prompts"]]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    shared = next(i for i in range(min(map(len, rows))) if len({row[i] for row in rows}) > 1)
+    width = max(map(len, rows))
+    ids = torch.tensor([r[:shared] + [pad] * (width - len(r)) + r[shared:] for r in rows])
+    mask = torch.ones_like(ids)
+    for i, row in enumerate(rows):
+        mask[i, shared : shared + width - len(row)] = 0
+
+    def write() -> Texts:
+        with torch.inference_mode():
+            cache = DynamicCache(config=model.config)
+            model(ids[:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            batch = copy.deepcopy(cache)
+            batch.batch_repeat_interleave(len(rows))
+            out = model.generate(
+                ids,
+                attention_mask=mask,
+                past_key_values=batch,
+                max_new_tokens=work["tokens"],
+                do_sample=False,
+                stop_strings=work["stop"],
+                tokenizer=tokenizer,
+                pad_token_id=pad,
+            )
+        new = [_until_end(row, tokenizer.eos_token_id, pad) for row in out[:, width:].tolist()]
+        texts = [_cut(tokenizer.decode(row, skip_special_tokens=True), work["stop"]) for row in new]
+        return texts, sum(map(len, new))
+
+    return write
+
+
+def _until_end(row: list[int], eos: int, pad: int) -> list[int]:
+    return row[: next((i for i, token in enumerate(row) if token in (eos, pad)), len(row))]
+
+
+def _cut(text: str, stops: list[str]) -> str:
+    ends = [at + len(stop) for stop in stops if (at := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def llama_cpp_python(work: Work) -> Callable[[], Texts]:
+    """Return llama-cpp-python's `create_completion`, which keeps the cache of the last prompt's common prefix."""
+    from llama_cpp import Llama
+
+    model = Llama(
+        work["gguf"], n_ctx=1024, n_threads=work["threads"], n_threads_batch=work["threads"], verbose=False
+    )
+    model.create_completion(_WARM_UP, max_tokens=2)
+
+    def one(prompt: str) -> tuple[str, int]:
+        out: Any = model.create_completion(
+            prompt, max_tokens=work["tokens"], temperature=0.0, stop=work["stop"], repeat_penalty=1.0
+        )
+        return out["choices"][0]["text"], out["usage"]["completion_tokens"]
+
+    return lambda: _gathered([one(prompt) for prompt in work["prompts"]])
+
+
+def llama_cpp_python_server(work: Work) -> Callable[[], Texts]:
+    """Return llama-cpp-python's own server, which answers one request at a time."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"model": work["gguf"], "port": port, "n_ctx": 1024, "n_threads": work["threads"]}
+    options |= {"n_threads_batch": work["threads"], "cache": "true", "cache_type": "ram"}
+    command = [sys.executable, "-m", "llama_cpp.server"]
+    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return _over_http(work, f"http://127.0.0.1:{port}", process, workers=1)
+
+
+def llama_server(work: Work) -> Callable[[], Texts]:
+    """Return llama-server, as xllamacpp carries it, with a slot for each of `slots` parallel requests."""
+    import xllamacpp
+
+    slots = work["slots"]
+    params = xllamacpp.CommonParams()
+    params.model.path = work["gguf"]
+    params.n_parallel, params.n_ctx = slots, slots * 512
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = work["threads"]
+    params.cache_prompt, params.cont_batching = True, True
+    params.kv_unified = work["unified"]
+    params.n_threads_http = slots + 2
+    server = xllamacpp.Server(params)
+    return _over_http(work, server.listening_address, server, workers=slots)
+
+
+def _over_http(work: Work, base: str, keep: Any, workers: int) -> Callable[[], Texts]:
+    import httpx
+
+    client = httpx.Client(
+        base_url=base, timeout=600, trust_env=False, limits=httpx.Limits(max_connections=64)
+    )
+    body = {"max_tokens": work["tokens"], "temperature": 0.0, "stop": work["stop"], "cache_prompt": True}
+    body |= {"repeat_penalty": 1.0, "top_k": 0, "min_p": 0.0}
+
+    def one(prompt: str) -> tuple[str, int]:
+        answer = client.post("/v1/completions", json=body | {"prompt": prompt}).raise_for_status().json()
+        return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
+
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            one(_WARM_UP)
+            break
+        except httpx.HTTPError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+    def write() -> Texts:
+        with ThreadPoolExecutor(workers) as pool:
+            found = list(pool.map(one, work["prompts"]))
+        if isinstance(keep, subprocess.Popen):
+            keep.kill()
+        return _gathered(found)
+
+    return write
+
+
+def _gathered(found: list[tuple[str, int]]) -> Texts:
+    return [text for text, _ in found], sum(tokens for _, tokens in found)
+
+
+SUBJECTS: dict[str, tuple[Callable[[Work], Callable[[], Texts]], dict[str, Any]]] = {
+    "arte-edge": (ours, {}),
+    "arte-edge likelihood": (likelihood, {}),
+    "ceiling": (ceiling, {}),
+    "transformers fp32": (transformers_generate, {"dtype": "fp32"}),
+    "transformers bf16": (transformers_generate, {"dtype": "bf16"}),
+    "llama-cpp-python": (llama_cpp_python, {}),
+    "llama-cpp-python server": (llama_cpp_python_server, {}),
+    **{f"llama-server {n} slots": (llama_server, {"slots": n, "unified": False}) for n in (8, 20, 40)},
+    **{f"llama-server {n} slots unified": (llama_server, {"slots": n, "unified": True}) for n in (8, 20, 40)},
+}
+
+
+def main() -> None:
+    subject, path = sys.argv[1:]
+    opener, options = SUBJECTS[subject]
+    write = opener(json.loads(Path(path).read_text("utf-8")) | options)
+    began = time.perf_counter()
+    texts, tokens = write()
+    seconds = time.perf_counter() - began
+    print(json.dumps({"seconds": round(seconds, 3), "tokens": tokens, "texts": texts}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

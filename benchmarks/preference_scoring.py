@@ -1,0 +1,179 @@
+"""How fast are a draft's preference questions answered? arte-edge and its peers on identical work.
+
+    python benchmarks/preference_scoring.py run MODEL.gguf --checkpoint DIR --draft 0 --threads 2
+    python benchmarks/preference_scoring.py report
+
+The work: one draft example (a question and a rationale that a teacher wrote, `drafts.json`) before
+each of 40 validation questions of `home_intents`, greedy, at most 64 tokens, the same stop strings;
+prompts as the pipeline renders them. Each subject is a process of its own (`preference_peers.py`),
+one after the other in every run, so that the machine's moods meet all of them. Run it on an idle
+machine: llama.cpp with as many threads as cores collapses when something else runs.
+
+"ceiling" is no peer: rows of one token each with logits, as fast as `llama_decode` takes them, best of
+four sequence counts at the depth that the work has on average. Rows go to results/preference_scoring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from preference_peers import SUBJECTS
+
+RESULTS = Path(__file__).parent / "results" / "preference_scoring"
+K, TOKENS = 40, 64
+OURS = "arte-edge"
+NO_PEERS = (OURS, f"{OURS}, 3 drafts", f"{OURS} likelihood", "ceiling")
+
+
+def make_work(gguf: Path, checkpoint: str, drafts: list[int], threads: int) -> dict[str, Any]:
+    """Return prompts and settings for some drafts of `drafts.json`."""
+    from arte_edge.distill.prompts import (
+        ANSWER_CLOSE,
+        ANSWER_STOPS,
+        FORCE,
+        STEPS,
+        Worked,
+        student_messages,
+    )
+    from arte_edge.engines.llamacpp import LlamaCppEngine
+    from arte_edge.engines.render import render
+    from arte_edge.tasks.load import load_task
+
+    task = load_task("home_intents")
+    examples = task.validation[:K]
+    rows = json.loads((RESULTS / "drafts.json").read_text("utf-8"))
+    shots = [Worked(rows[i]["question"], rows[i]["rationale"]) for i in drafts]
+    engine = LlamaCppEngine(gguf, sha256="", threads=threads)
+    messages = [student_messages(task, example.input, [shot]) for shot in shots for example in examples]
+    prompts = [render(engine, message, STEPS) for message in messages]
+    lengths = [engine.count_tokens(prompt) for prompt in prompts]
+    options = [[o + ANSWER_CLOSE for o in task.answer.options(e.input)] for e in examples]
+    return {
+        "gguf": str(gguf),
+        "checkpoint": checkpoint,
+        "threads": threads,
+        "tokens": TOKENS,
+        "stop": list(ANSWER_STOPS),
+        "prompts": prompts,
+        "forced": [render(engine, message, FORCE) for message in messages],
+        "choices": options * len(shots),
+        "targets": [example.target for example in examples] * len(shots),
+        "ceiling_depth": round(statistics.mean(lengths)) + TOKENS // 4,
+    }
+
+
+def measure(subject: str, label: str, work: dict[str, Any], name: str, drafts: list[int]) -> dict[str, Any]:
+    """Run one subject in a process of its own; return its row."""
+    from arte_edge.tasks.answers import extract
+    from arte_edge.tasks.load import load_task
+
+    answer = load_task("home_intents").answer
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(work, file)
+        file.flush()
+        command = [sys.executable, str(Path(__file__).with_name("preference_peers.py")), subject, file.name]
+        environment = os.environ | {"ARTE_EDGE_PROBE": "0", "OMP_NUM_THREADS": str(work["threads"])}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{subject}: {done.stderr[-2000:]}")
+    out = json.loads(done.stdout.strip().splitlines()[-1])
+    answers = [extract(text, answer) for text in out["texts"]] if subject != "ceiling" else out["texts"]
+    row = {"model": name, "subject": label, "drafts": drafts, "k": K, "threads": work["threads"]}
+    row |= {"seconds": out["seconds"], "tokens": out["tokens"]}
+    row["tokens_per_s"] = out["tokens"] if subject == "ceiling" else round(out["tokens"] / out["seconds"], 1)
+    return row | {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "answers": answers}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    work = make_work(arguments.gguf, arguments.checkpoint, arguments.draft, arguments.threads)
+    for subject in arguments.subjects or [s for s in SUBJECTS if s != "transformers bf16"]:
+        label = subject
+        if subject == OURS and len(arguments.draft) > 1:
+            label = f"{OURS}, {len(arguments.draft)} drafts"
+        row = measure(subject, label, work, arguments.name, arguments.draft)
+        with (arguments.rows or RESULTS / "rows.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{label:32} {row['seconds']:8.2f} s {row['tokens_per_s']:8.1f} tokens/s", flush=True)
+
+
+def report() -> str:
+    """Return the table of all rows as Markdown: medians, ratios, and answers that agree with ours."""
+    text = (RESULTS / "rows.jsonl").read_text("utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        lines += [f"## {model}", ""]
+        lines += ["| subject | runs | s a draft | tokens/s | share of the ceiling | answers as ours |"]
+        lines += ["|---|---|---|---|---|---|"]
+        by_subject = defaultdict(list)
+        for row in mine:
+            by_subject[row["subject"]].append(row)
+        rates = {s: statistics.median(r["tokens_per_s"] for r in found) for s, found in by_subject.items()}
+        for subject, found in sorted(by_subject.items(), key=lambda item: -rates[item[0]]):
+            seconds = statistics.median(r["seconds"] / len(r["drafts"]) for r in found)
+            share = rates[subject] / rates["ceiling"] if "ceiling" in rates else float("nan")
+            cells = [subject, str(len(found)), f"{seconds:.1f}", f"{rates[subject]:.0f}", f"{share:.0%}"]
+            if subject == "ceiling" or "likelihood" in subject:
+                cells[2:] = ["", cells[3], "", ""] if subject == "ceiling" else [cells[2], "", "", ""]
+                lines.append(f"| {' | '.join(cells)} |")
+                continue
+            lines.append(f"| {' | '.join([*cells, _agreement(found, by_subject[OURS])])} |")
+        peers = {s: rate for s, rate in rates.items() if s not in NO_PEERS}
+        if peers and OURS in rates:
+            best = max(peers, key=lambda s: peers[s])
+            lines += [
+                "",
+                f"Fastest peer: {best}; arte-edge writes {rates[OURS] / peers[best]:.2f} × its tokens/s.",
+            ]
+        likely = by_subject.get(f"{OURS} likelihood")
+        if likely and OURS in by_subject:
+            cost = statistics.median(r["seconds"] for r in by_subject[OURS])
+            ratio = cost / statistics.median(r["seconds"] for r in likely)
+            lines += ["", f"`likelihood` costs 1/{ratio:.1f} of `accuracy`, both by arte-edge."]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _agreement(found: list[dict[str, Any]], ours: list[dict[str, Any]]) -> str:
+    reference = {tuple(row["drafts"]): row["answers"] for row in ours}
+    pairs = [
+        (a, b)
+        for row in found
+        if (known := reference.get(tuple(row["drafts"])))
+        for a, b in zip(row["answers"], known, strict=True)
+    ]
+    return f"{sum(a == b for a, b in pairs) / len(pairs):.1%} of {len(pairs)}" if pairs else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run", help="measure, and append rows")
+    one.add_argument("gguf", type=Path)
+    one.add_argument("--checkpoint", required=True, help="the same weights as safetensors, for transformers")
+    one.add_argument("--name", required=True, help="of the model, in the table")
+    one.add_argument("--draft", type=int, nargs="+", default=[0], help="numbers in drafts.json")
+    one.add_argument("--subjects", nargs="+", choices=SUBJECTS, help="all unless given")
+    one.add_argument("--threads", type=int, default=os.cpu_count())
+    one.add_argument("--rows", type=Path, help="another file for the rows")
+    commands.add_parser("report", help="print the table")
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        run(arguments)
+    else:
+        print(report())
+
+
+if __name__ == "__main__":
+    main()

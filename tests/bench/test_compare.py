@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arte_edge.bench.compare import Comparison, compare
+from arte_edge.bench.ratio import ratio, t_quantile
+from arte_edge.bench.result import DeviceFacts, QualityRow, SpeedRow
+from arte_edge.bench.rows import append_rows
+from arte_edge.bench.sides import rows_of
+from arte_edge.bench.table import as_json
+from arte_edge.errors import InputError
+
+PI = DeviceFacts(fingerprint="a" * 16, cpu="Cortex-A76", arch="aarch64", cores=4, memory_bytes=8 << 30)
+LAPTOP = PI.model_copy(update={"fingerprint": "b" * 16, "cpu": "Laptop", "arch": "x86_64"})
+
+
+def speed(
+    name: str = "student-Q8_0.gguf", rates: tuple[float, ...] = (20.0, 20.2, 19.8), **more: Any
+) -> SpeedRow:
+    values: dict[str, Any] = {
+        "test": "tg128",
+        "model_filename": name,
+        "model_size": 1000,
+        "format": "gguf",
+        "quantization": name.partition("-")[2].partition(".")[0],
+        "tensor_sha256": f"sum of {name}",
+        "runtime": "llama_cpp 0.3.36",
+        "n_threads": 4,
+        "n_prompt": 0,
+        "n_gen": 128,
+        "samples_ts": rates,
+        "samples_ns": tuple(int(128e9 / rate) for rate in rates),
+        "median_ts": float(np.median(rates)) if rates else 0.0,
+        "device": PI,
+    }
+    return SpeedRow(**values | more)
+
+
+def quality(rights: str, name: str = "student-Q8_0.gguf", **more: Any) -> QualityRow:
+    values: dict[str, Any] = {
+        "model_filename": name,
+        "format": "gguf",
+        "n_threads": 4,
+        "task": "home_intents",
+        "task_sha256": "t" * 64,
+        "split": "test",
+        "n": len(rights),
+        "right": rights.count("1"),
+        "low": 0.0,
+        "high": 1.0,
+        "answers": tuple((f"{i:016x}", "x", right == "1") for i, right in enumerate(rights)),
+        "device": PI,
+    }
+    return QualityRow(**values | more)
+
+
+def only(found: Comparison) -> Any:
+    assert len(found.speeds) == 1
+    return found.speeds[0]
+
+
+def test_the_same_file_measured_again_is_the_same() -> None:
+    one = only(compare([speed()], [speed(rates=(20.1, 19.9, 20.3))]))
+    assert one.verdict == "same" and one.rate.low < 1 < one.rate.high
+
+
+def test_a_difference_beyond_the_spread_is_marked() -> None:
+    one = only(compare([speed()], [speed(rates=(30.0, 30.3, 29.7))]))
+    assert (one.verdict, one.rate.value) == ("faster", pytest.approx(1.5, rel=0.01))
+    assert 1 < one.rate.low < 1.5 < one.rate.high
+    assert only(compare([speed(rates=(30.0, 30.3, 29.7))], [speed()])).verdict == "slower"
+    noisy = only(compare([speed(rates=(20.0, 10.0, 30.0))], [speed(rates=(30.0, 15.0, 45.0))]))
+    assert noisy.verdict == "same"  # the same factor, lost in the spread
+
+
+def test_one_sample_a_side_tells_no_difference_from_chance() -> None:
+    one = only(compare([speed(rates=(20.0,))], [speed(rates=(30.0,))]))
+    assert one.verdict == "?" and one.rate.low is None
+
+
+def test_two_files_of_one_export_are_paired_test_by_test() -> None:
+    a = [speed(), speed(test="pp512", n_prompt=512, n_gen=0, rates=(90.0, 91.0))]
+    b = [speed("student-Q4_K_M.gguf", test="pp512", n_prompt=512, n_gen=0, rates=(70.0, 71.0))]
+    found = compare(a, [*b, speed("student-Q4_K_M.gguf", rates=(33.0, 33.5))])
+    assert [(one.a.test, one.b.test) for one in found.speeds] == [("tg128", "tg128"), ("pp512", "pp512")]
+    assert found.only_a == found.only_b == ()
+
+
+def test_many_files_are_paired_by_their_tensors_and_the_newest_counts() -> None:
+    names = ("student-Q8_0.gguf", "student-Q4_K_M.gguf")
+    a = [speed(names[0], (20.0, 20.1)), speed(names[1], (30.0, 30.1))]
+    b = [
+        speed(names[1], (11.0, 11.1)),
+        speed("renamed.gguf", (21.0, 21.1), tensor_sha256=f"sum of {names[0]}"),
+        speed(names[1], (33.0, 33.1)),
+    ]
+    found = compare(a, b)
+    pairs = {one.a.model_filename: (one.b.model_filename, one.b.median_ts) for one in found.speeds}
+    assert pairs == {names[0]: ("renamed.gguf", 21.05), names[1]: (names[1], 33.05)}
+
+
+def test_another_runtime_is_paired_only_if_the_same_is_not_there_and_it_is_said() -> None:
+    other = speed(runtime="xllamacpp 2026.1", rates=(10.0, 10.1))
+    same = only(compare([speed()], [other, speed()]))
+    assert same.b.runtime == "llama_cpp 0.3.36"
+    found = compare([speed()], [other])
+    assert only(found).b is other
+    assert "runtime llama_cpp 0.3.36 against xllamacpp 2026.1" in found.differs
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"n_threads": 2}, "n_threads 4 against 2"),
+        ({"n_gen": 64, "test": "tg64"}, "n_gen 128 against 64"),
+        ({"n_depth": 512, "test": "tg128@d512"}, "n_depth 0 against 512"),
+        ({"type_k": "q8_0"}, "type_k"),
+        ({"device": LAPTOP}, "device Cortex-A76 (aaaaaaaaaaaaaaaa) against Laptop (bbbbbbbbbbbbbbbb)"),
+    ],
+)
+def test_different_protocols_are_refused_and_named(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError) as refused:
+        compare([speed()], [speed(**change)])
+    assert said in refused.value.message and "--force" in refused.value.hint
+    forced = compare([speed()], [speed(**change)], force=True)
+    assert only(forced).rate is not None and any(said in text for text in forced.differs)
+
+
+def test_a_sweep_is_compared_where_the_two_meet_and_the_rest_is_listed() -> None:
+    a = [speed(n_threads=threads) for threads in (1, 2, 4)]
+    found = compare(a, [speed(n_threads=4)])
+    assert only(found).a.n_threads == 4
+    assert found.only_a == ("student-Q8_0.gguf tg128, 1 threads", "student-Q8_0.gguf tg128, 2 threads")
+
+
+def test_a_throttled_or_failed_side_gives_no_verdict() -> None:
+    found = compare([speed()], [speed(rates=(10.0, 10.1), throttled=True)])
+    assert only(found).verdict == "?" and "tg128: B throttled" in found.differs
+    failed = speed(rates=(), status="out-of-memory", reason="killed")
+    assert only(compare([speed()], [failed])).rate is None
+
+
+def test_answers_are_compared_in_pairs_across_machines() -> None:
+    a = quality("1111111100" * 4)
+    b = quality("1111111000" * 4, "student-Q4_K_M.gguf", device=LAPTOP)
+    found = compare([a], [b]).qualities[0]
+    assert (found.paired.n, found.paired.difference) == (40, pytest.approx(-0.1))
+    assert found.verdict == "same" and found.paired.p_value == pytest.approx(0.125)
+    worse = quality("1111000000" * 4, "student-Q4_K_M.gguf")
+    assert compare([a], [worse]).qualities[0].verdict == "worse"
+
+
+def test_partial_answers_are_paired_on_what_both_answered() -> None:
+    found = compare([quality("1" * 40)], [quality("1" * 10, "b.gguf", partial=True)])
+    assert found.qualities[0].paired.n == 10
+    assert any("10 examples that both answered" in text for text in found.differs)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"split": "validation"}, "split"), ({"task_sha256": "u"}, "task_sha256")]
+)
+def test_other_questions_are_refused_even_by_force(change: dict[str, Any], said: str) -> None:
+    for force in (False, True):
+        with pytest.raises(InputError) as refused:
+            compare([quality("10")], [quality("10", **change)], force=force)
+        assert said in str(refused.value)
+
+
+def test_an_empty_side_is_refused() -> None:
+    with pytest.raises(InputError, match="no result"):
+        compare([], [speed()])
+
+
+def test_the_interval_is_that_of_welchs_test() -> None:
+    # R: t.test(log(c(30, 31, 33)), log(c(20, 20.5, 22, 21))) -> 95 % interval of the difference
+    scipy_stats = pytest.importorskip("scipy.stats")
+    x, y = np.log([20, 20.5, 22, 21]), np.log([30, 31, 33])
+    interval = scipy_stats.ttest_ind(y, x, equal_var=False).confidence_interval()
+    found = ratio([20, 20.5, 22, 21], [30, 31, 33])
+    assert found is not None and found.low is not None and found.high is not None
+    assert (np.log(found.low), np.log(found.high)) == pytest.approx((interval.low, interval.high), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.7062), (2, 4.30265), (4, 2.77645), (30, 2.04227), (1000, 1.96234)]
+)
+def test_the_quantile_is_that_of_the_tables(freedom: float, t: float) -> None:
+    assert t_quantile(0.975, freedom) == pytest.approx(t, rel=1e-3)
+
+
+@given(
+    st.lists(st.floats(0.01, 1e5), min_size=2, max_size=8),
+    st.lists(st.floats(0.01, 1e5), min_size=2, max_size=8),
+)
+def test_the_other_way_round_is_the_reciprocal(a: list[float], b: list[float]) -> None:
+    there, back = ratio(a, b), ratio(b, a)
+    assert there is not None and back is not None
+    assert there.low is not None and there.high is not None and back.high is not None
+    assert there.low <= there.value * (1 + 1e-9) and there.value <= there.high * (1 + 1e-9)
+    assert there.value * back.value == pytest.approx(1)
+    assert there.beyond_chance == back.beyond_chance or min(abs(there.low - 1), abs(there.high - 1)) < 1e-6
+
+
+def test_results_are_found_wherever_they_are_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "export"
+    folder.mkdir(parents=True)
+    rows = [speed(), speed("student-Q4_K_M.gguf"), quality("10")]
+    append_rows(folder / "bench.jsonl", rows)
+    (folder / "student-Q4_K_M.gguf").write_bytes(b"GGUF")
+    (tmp_path / "printed.json").write_text(as_json(rows))
+    everything = [folder, folder.parent, folder / "bench.jsonl", tmp_path / "printed.json"]
+    assert all(rows_of(path) == rows for path in everything)
+    assert rows_of(folder / "student-Q4_K_M.gguf") == [rows[1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("empty.jsonl", "", "holds no results"),
+        ("torn.json", "[{", "not readable as JSON"),
+        ("object.json", "{}", "not a list"),
+        ("old.json", '[{"schema_version": 9, "task": "x"}]', "row 1: schema_version"),
+        ("model.gguf", "GGUF", "arte-edge bench"),
+    ],
+)
+def test_what_holds_no_results_is_refused(tmp_path: Path, name: str, text: str, said: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError) as refused:
+        rows_of(tmp_path / name)
+    assert said in str(refused.value)
+    with pytest.raises(InputError, match="no such file"):
+        rows_of(tmp_path / "nothing")

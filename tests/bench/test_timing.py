@@ -1,0 +1,145 @@
+"""The clock counts what it says it counts, and itself costs next to nothing."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arte_edge.bench.case import Case
+from arte_edge.bench.runtime import RuntimeFacts
+from arte_edge.bench.runtimes.null import NullSpeedModel
+from arte_edge.bench.timing import draw_tokens, measure
+
+
+def case(**told: Any) -> Case:
+    common = {
+        "path": Path("null"),
+        "runtime": "null",
+        "n_prompt": 0,
+        "n_gen": 0,
+        "n_depth": 0,
+        "threads": 1,
+        "type_k": "f16",
+        "type_v": "f16",
+        "repetitions": 3,
+        "warmup": False,
+        "warmup_s": 5.0,
+        "delay_s": 0.0,
+        "sustained_s": 0.0,
+        "power_watts": None,
+        "timeout_s": 60.0,
+    }
+    return Case.model_validate(common | told)
+
+
+class Recorder:
+    """A model that writes down what is asked of it, and takes the time that it is told to take."""
+
+    n_vocab, context_tokens = 50, 4096
+    facts = RuntimeFacts(runtime="recorder", bos=1)
+
+    def __init__(self, clear_s: float = 0.0, read_s: Sequence[float] = (), step_s: float = 0.0) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.clear_s, self.read_s, self.step_s = clear_s, list(read_s), step_s
+
+    def clear(self) -> None:
+        self.calls.append(("clear", None))
+        time.sleep(self.clear_s)
+
+    def read(self, tokens: Sequence[int]) -> int:
+        self.calls.append(("read", list(tokens)))
+        time.sleep(self.read_s.pop(0) if self.read_s else 0.0)
+        return 0
+
+    def step(self, token: int) -> None:
+        self.calls.append(("step", token))
+        time.sleep(self.step_s)
+
+    def close(self) -> None: ...
+
+
+def test_tokens_are_the_same_each_time_inside_the_vocabulary_and_begin_with_bos() -> None:
+    tokens = draw_tokens(2000, 50, None)
+    assert tokens == draw_tokens(2000, 50, None)
+    assert set(tokens) == set(range(50))
+    assert draw_tokens(5, 50, 7)[0] == 7
+    assert draw_tokens(5, 50, 7)[1:] == tokens[1:5]
+    assert draw_tokens(0, 50, 7) == []
+
+
+def test_emptying_and_filling_the_cache_is_outside_of_the_clock() -> None:
+    model = Recorder(clear_s=0.05, read_s=[0.05] * 3, step_s=0.002)
+    timed = measure(model, case(n_gen=4, n_depth=8))
+    assert [name for name, _ in model.calls] == ["clear", "read", *["step"] * 4] * 3
+    assert max(timed.samples_ns) < 50e6
+    assert all(len(times) == 5 for times in timed.token_ns)
+    assert [times[-1] - times[0] for times in timed.token_ns] == timed.samples_ns
+
+
+def test_the_time_of_reading_is_that_of_one_call_with_the_whole_prompt() -> None:
+    model = Recorder(read_s=[0.03, 0.02, 0.02])
+    timed = measure(model, case(n_prompt=9))
+    assert [len(tokens) for name, tokens in model.calls if name == "read"] == [9, 9, 9]
+    assert [round(ns / 1e7) for ns in timed.samples_ns] == [3, 2, 2]
+    assert timed.token_ns == []
+
+
+def test_warm_up_ends_when_three_in_a_row_agree_and_counts_none_of_them() -> None:
+    model = Recorder(read_s=[0.2, 0.1, 0.05, *[0.03] * 20])
+    timed = measure(model, case(n_prompt=4, warmup=True))
+    assert 5 <= timed.n_warmup <= 8
+    assert max(timed.samples_ns) < 50e6
+    slow = Recorder(read_s=[0.05, 0.1] * 20)
+    assert measure(slow, case(n_prompt=4, warmup=True, warmup_s=0.2)).n_warmup < 5, "the limit in seconds"
+    assert measure(Recorder(read_s=[0.001, 0.003] * 20), case(n_prompt=4, warmup=True)).n_warmup == 10
+
+
+def test_sustained_goes_on_until_the_time_is_over() -> None:
+    timed = measure(Recorder(step_s=0.002), case(n_gen=10, sustained_s=0.4))
+    assert 0.3 < sum(timed.samples_ns) / 1e9 < 0.6
+    assert len(timed.samples_ns) > 3
+
+
+class Meter:
+    def __init__(self, joules: Sequence[float | None]) -> None:
+        self.joules = list(joules)
+
+    def start(self) -> None: ...
+
+    def stop(self) -> tuple[float | None, str]:
+        value = self.joules.pop(0)
+        return value, "rapl" if value is not None else ""
+
+
+def test_energy_is_the_sum_of_the_repetitions_or_unknown() -> None:
+    timed = measure(Recorder(), case(n_gen=2), Meter([1.0, 2.0, 3.5]))
+    assert (timed.energy_j, timed.energy_source) == (6.5, "rapl")
+    timed = measure(Recorder(), case(n_gen=2), Meter([1.0, None, 3.5]))
+    assert (timed.energy_j, timed.energy_source) == (None, ""), "a part of it must not pass for all of it"
+
+
+def test_the_harness_takes_less_than_two_percent_of_a_millisecond_token() -> None:
+    # No model on a small device decodes 1000 tokens/s; the best of several, for a busy machine.
+    model = NullSpeedModel(4096)
+    spans = [min(measure(model, case(n_gen=1024, repetitions=5)).samples_ns) / 1024 for _ in range(5)]
+    assert min(spans) < 0.02 * 1e6, f"{min(spans):.0f} ns a token"
+
+
+def test_a_model_of_known_speed_is_measured_at_its_speed() -> None:
+    best = 0.0
+    for _ in range(5):
+        timed = measure(NullSpeedModel(4096, 5.0), case(n_gen=40))
+        steps = [b - a for times in timed.token_ns for a, b in zip(times, times[1:], strict=False)]
+        best = max(best, 1e9 / statistics.median(steps))
+    assert 0.95 * 200 < best <= 200  # sleep wakes up late, never early
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_single_token_can_be_measured(n: int) -> None:
+    timed = measure(Recorder(), case(n_gen=n, repetitions=1))
+    assert len(timed.token_ns[0]) == n + 1

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arte_edge.bench.result import DeviceFacts, QualityRow, SpeedRow
+from arte_edge.bench.rows import append_rows
+from arte_edge.cli.main import main
+
+DEVICE = DeviceFacts(
+    fingerprint="a" * 16,
+    profile="raspberry-pi-5",
+    cpu="Cortex-A76",
+    arch="aarch64",
+    cores=4,
+    memory_bytes=8 << 30,
+)
+
+
+def speed(name: str, test: str, rate: float, **more: Any) -> SpeedRow:
+    reads = int(test[2:]) if test.startswith("pp") else 0
+    writes = 0 if reads else int(test[2:])
+    samples = tuple(rate * factor for factor in (0.99, 1.0, 1.01, 1.0))
+    values: dict[str, Any] = {
+        "test": test,
+        "model_filename": name,
+        "model_size": 1000,
+        "format": "gguf",
+        "runtime": "llama_cpp 0.3.36",
+        "n_threads": 4,
+        "n_prompt": reads,
+        "n_gen": writes,
+        "samples_ts": samples,
+        "samples_ns": tuple(int(1e9 * (reads + writes) / sample) for sample in samples),
+        "median_ts": rate,
+        "peak_rss_bytes": 300 << 20,
+        "device": DEVICE,
+    }
+    return SpeedRow(**values | more)
+
+
+def quality(name: str, right: int) -> QualityRow:
+    answers = tuple((f"{i:016x}", "on", i < right) for i in range(100))
+    return QualityRow(
+        model_filename=name,
+        format="gguf",
+        runtime="llama_cpp 0.3.36",
+        n_threads=4,
+        task="home_intents",
+        split="test",
+        n=100,
+        right=right,
+        low=0,
+        high=1,
+        answers=answers,
+        answer_seconds_p50=0.8,
+        answer_seconds_p95=1.2,
+        device=DEVICE,
+    )
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> tuple[str, str]:
+    a, b = "a-student-with-a-rather-long-name-as-people-give-them-Q8_0.gguf", "student-Q4_K_M.gguf"
+    append_rows(tmp_path / "a.jsonl", [speed(a, "pp512", 1234.5), speed(a, "tg128", 20), quality(a, 90)])
+    append_rows(tmp_path / "b.jsonl", [speed(b, "pp512", 900), speed(b, "tg128", 30), quality(b, 80)])
+    return str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+
+
+def test_the_table_says_ratio_interval_and_verdict_in_80_columns(
+    sides: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *sides]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    lines = {line.split()[0]: line for line in out.splitlines() if line.startswith(("pp", "tg"))}
+    assert "1.500 [1.4" in lines["tg128"] and lines["tg128"].endswith("faster")
+    assert lines["pp512"].endswith("slower")
+    assert "A 90/100 = 90.0%, B 80/100 = 80.0%; B - A -10.0%" in " ".join(out.split())
+    assert "p = 0.002: worse" in " ".join(out.split())
+    assert "A 0.80 s (p95 1.20)" in out and "A 300 MiB, B 300 MiB" in out
+
+
+def test_json_holds_the_same(sides: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *sides, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [one["verdict"] for one in document["speeds"]] == ["slower", "faster"]
+    assert document["speeds"][1]["ratio"]["value"] == pytest.approx(1.5)
+    assert document["qualities"][0]["paired"]["difference"] == pytest.approx(-0.1)
+
+
+def test_another_protocol_ends_with_2_and_force_shows_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    append_rows(Path(files[0]), [speed("m.gguf", "tg128", 20)])
+    append_rows(Path(files[1]), [speed("m.gguf", "tg64", 30, n_threads=2)])
+    assert main(["compare", *files]) == 2
+    said = capsys.readouterr()
+    assert "n_gen 128 against 64; n_threads 4 against 2" in " ".join(said.err.split()) and not said.out
+    assert main(["compare", *files, "--force"]) == 0
+    out = capsys.readouterr().out
+    assert "1.5" in out and "n_gen 128 against 64" in out
+
+
+def test_nothing_measured_ends_with_2_and_says_how_to_measure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", str(tmp_path), str(tmp_path)]) == 2
+    assert "arte-edge bench" in capsys.readouterr().err

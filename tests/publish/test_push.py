@@ -1,0 +1,149 @@
+"""A push over real HTTP, to a Hub in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arte_edge.bench.result import SpeedRow
+from arte_edge.cli.main import main
+
+Capture = pytest.CaptureFixture[str]
+REPO = "ada/tiny-GGUF"
+NAME = "tiny-Q8_0.gguf"
+
+
+@pytest.fixture
+def ready(export_folder: Path, speed_row: Callable[..., SpeedRow], capsys: Capture) -> Path:
+    """An export as `arte-edge bench` and `arte-edge card` leave it."""
+    lines = [speed_row("tg128", 20.5), speed_row("pp512", 150.0)]
+    (export_folder / "bench.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in lines))
+    assert main(["card", str(export_folder)]) == 0
+    capsys.readouterr()
+    return export_folder
+
+
+def test_nothing_is_sent_without_yes(ready: Path, hub: Callable[..., Any], capsys: Capture) -> None:
+    server = hub()
+    assert main(["push", str(ready), "--to", REPO]) == 0
+    told = capsys.readouterr()
+    assert server.requests == []
+    assert f"To {REPO} (public if it is new)" in told.out
+    assert NAME in told.out
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in told.out
+    assert "tiny-Q4_K_M.gguf.rejected: rejected by the gate" in told.out
+    assert "Nothing was sent." in told.err
+
+
+def test_with_yes_the_hub_has_what_the_preview_showed(
+    ready: Path, hub: Callable[..., Any], capsys: Capture
+) -> None:
+    server = hub()
+    assert main(["push", str(ready), "--to", REPO, "--private", "--yes", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(server.files) == {file["file"] for file in told["files"]}
+    assert all(server.files[name] == (ready / name).read_bytes() for name in server.files)
+    assert "tiny-Q4_K_M.gguf.rejected" not in server.files
+    assert server.repos[REPO]["visibility"] == "private"
+    assert told["sent"]["url"].endswith(REPO)
+    assert any("validate-yaml" in request for request in server.requests)  # the Hub judged the card
+
+
+def test_a_push_that_was_cut_off_goes_on_and_sends_large_files_once(
+    ready: Path, hub: Callable[..., Any], capsys: Capture
+) -> None:
+    server = hub()
+    server.fail_uploads = 1
+    assert main(["push", str(ready), "--to", REPO, "--yes"]) == 1
+    told = capsys.readouterr().err
+    assert "The same command goes on where it stopped." in told
+    assert server.commits == []
+    for _ in range(2):
+        assert main(["push", str(ready), "--to", REPO, "--yes"]) == 0
+    puts = [request for request in server.requests if request.startswith("PUT")]
+    assert len(puts) == 2  # the one that failed, and one
+    assert server.files[NAME] == (ready / NAME).read_bytes()
+
+
+def test_something_personal_stops_it_before_the_hub_is_asked(
+    ready: Path, hub: Callable[..., Any], capsys: Capture
+) -> None:
+    server = hub()
+    card = ready / "README.md"
+    card.write_text(card.read_text() + "on 192.168.7.9\n")
+    assert main(["push", str(ready), "--to", REPO, "--yes"]) == 2
+    told = capsys.readouterr().err
+    assert "README.md:" in told
+    assert "192.168.7.9" in told
+    assert server.requests == []
+    assert main(["push", str(ready), "--to", REPO, "--yes", "--allow", "192.168.7.9"]) == 0
+    assert "README.md" in server.files
+
+
+def test_a_token_is_in_no_message_and_no_file(
+    ready: Path, hub: Callable[..., Any], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = hub()
+    token = "hf_" + "x" * 34
+    card = ready / "README.md"
+    before = card.read_text()
+    card.write_text(f"{before}{token}\n")
+    assert main(["push", str(ready), "--to", REPO, "--yes"]) == 2
+    card.write_text(before)
+    server.refuse = 403
+    assert main(["push", str(ready), "--to", REPO, "--yes"]) == 2
+    monkeypatch.setenv("HF_TOKEN", token.replace("x", "y"))
+    server.refuse = 0
+    assert main(["push", str(ready), "--to", REPO, "--yes"]) == 2
+    told = capsys.readouterr()
+    assert "does not let this token write" in told.err
+    assert token not in told.out + told.err
+    assert "yyyyyyyy" not in told.out + told.err
+    assert server.files == {}
+
+
+def test_without_a_token_it_says_how_to_log_in(
+    ready: Path, hub: Callable[..., Any], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = hub()
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(ready / "none"))
+    assert main(["push", str(ready), "--to", REPO, "--yes"]) == 2
+    assert "hf auth login" in capsys.readouterr().err
+    assert server.requests == []
+
+
+def test_a_hub_that_is_not_there_is_told_at_once(
+    ready: Path, hub: Callable[..., Any], capsys: Capture, monkeypatch: pytest.MonkeyPatch, closed_port: int
+) -> None:
+    hub()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port}")
+    assert main(["push", str(ready), "--to", REPO, "--yes"]) == 1
+    assert "cannot be reached" in capsys.readouterr().err
+
+
+def test_the_checkpoints_card_is_written_beside_it(ready: Path, tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    before = {path: path.read_bytes() for path in ready.iterdir()}
+    assert main(["card", str(ready), "--checkpoint", str(folder)]) == 0
+    assert "base_model_relation: finetune" in (folder / "README.md").read_text()
+    assert {path: path.read_bytes() for path in ready.iterdir()} == before
+
+
+def test_the_card_is_shown_without_writing_it(ready: Path, capsys: Capture) -> None:
+    (ready / "README.md").unlink()
+    assert main(["card", str(ready), "--dry-run", "--base-model", "ada/tiny"]) == 0
+    assert "base_model_relation: quantized" in capsys.readouterr().out
+    assert not (ready / "README.md").exists()
+
+
+def test_a_second_card_says_that_nothing_is_to_do(ready: Path, capsys: Capture) -> None:
+    assert main(["card", str(ready)]) == 0
+    assert "Nothing to change" in capsys.readouterr().out
+    assert main(["card", str(ready), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["changed"] == []
