@@ -24,9 +24,12 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv and install everything that distilling and testing need
 
-quickstart: setup ## distil a real 135M student on this machine, then export it and prove the files
+quickstart: setup ## distil a real 135M student here, export it, prove the files, measure them, say which to take
 	$(BIN)/arte-edge distill quickstart
 	$(BIN)/arte-edge export runs/quickstart --gguf Q4_K_M --onnx int4 -o runs/quickstart/export
+	$(BIN)/arte-edge bench runs/quickstart --suite quick
+	$(BIN)/arte-edge recommend runs/quickstart
+	$(BIN)/arte-edge report runs/quickstart
 
 test: setup $(OPTIMUM_STAMP) ## run every test; the ones that use real models download them once
 	$(BIN)/pytest $(PYTEST_ARGS)

@@ -125,7 +125,8 @@ class Comparison:
 def compare(a: Sequence[Row], b: Sequence[Row], *, force: bool = False) -> Comparison:
     """Pair the rows of `a` and `b`.
 
-    Of several results of one test the newest counts. Speeds are paired by test, depth,
+    Of several results of one test a sound one stands before one of a throttled machine and
+    that before a failure, the whole of a split before a part, and then the newest. Speeds are paired by test, depth,
     threads, cache types and device; answers by task and split, on whatever machine. Rows
     of the same tensors go together, else of the same file name, else of the same type, else
     what is left if each side has one model; the same runtime before another one.
@@ -168,13 +169,22 @@ R = TypeVar("R", SpeedRow, QualityRow)
 
 
 def _newest(rows: Iterable[R]) -> list[R]:
-    """Return the last row of each test of each model on each device, in the order of their first."""
+    """Return the soundest, then last row of each test of each model on each device, in the order of their first."""
     found: dict[Hashable, R] = {}
     for row in rows:
         what = _speed_protocol(row) if isinstance(row, SpeedRow) else _quality_protocol(row)
         model = row.tensor_sha256 or row.sha256 or row.model_filename
-        found[model, _runtime_kind(row), row.n_threads, row.device.fingerprint, what] = row
+        key = model, _runtime_kind(row), row.n_threads, row.device.fingerprint, what
+        if key not in found or _soundness(row) >= _soundness(found[key]):
+            found[key] = row
     return list(found.values())
+
+
+def _soundness(row: Row) -> int:
+    """Return what goes before what: sound, throttled, failed; all of a split, a part of it."""
+    if isinstance(row, QualityRow):
+        return 0 if row.partial else 1
+    return 0 if not row.ok else 1 if row.throttled else 2
 
 
 def _speed_protocol(row: SpeedRow) -> Hashable:

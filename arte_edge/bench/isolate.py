@@ -73,7 +73,7 @@ def run_child(
                     break
                 doing = _say(message, on_progress) or doing
             else:
-                timed_out = child.poll() is None and not _gone(child, 0.0)
+                timed_out = not _gone(child, 0.0)
         finally:
             code, peak_bytes = _end(child, 0.0 if answer is None and timed_out else _LINGER_S)
         if answer is not None:

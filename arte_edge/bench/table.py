@@ -87,7 +87,7 @@ def summary(rows: Sequence[SpeedRow]) -> list[str]:
     if len({name for name, _, _ in groups}) < 2:
         return []
     titles = ("model", "thr", "MiB", "read t/s", "write t/s", "TTFT ms", "p95")
-    widths = (23, 3, 4, 8, 9, 7, 5)
+    widths = (22, 3, 4, 8, 9, 7, 5)
     lines = [_row(titles, widths, "<>>>>>>"), _rule(widths, "<>>>>>>")]
     for (name, threads, _), group in groups.items():
         reads = [row for row in group if row.n_prompt and row.ok]
@@ -180,7 +180,8 @@ def _notes(row: SpeedRow) -> list[str]:
     if row.slowed and row.sustained_ts is not None and row.burst_ts is not None:
         said.append(f"slowed down: {_number(row.burst_ts)} t/s at first, {_number(row.sustained_ts)} at last")
     if row.expected_ts is not None:
-        said.append(f"expected {_number(row.expected_ts)} t/s ({row.expected_from})")
+        word = "at most" if "upper bound" in row.expected_from else "expected"
+        said.append(f"{word} {_number(row.expected_ts)} t/s ({row.expected_from})")
     if row.energy_j is not None:
         per_token = row.energy_j / max(1, len(row.samples_ns) * (row.n_prompt or row.n_gen))
         said.append(f"{per_token * 1e3:.3g} mJ a token ({row.energy_source})")

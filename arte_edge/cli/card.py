@@ -106,10 +106,10 @@ def card(
         if merged_student != student:
             changed.append("student.json")
         student = merged_student
+        done = write_eval_results(path, student, benchmarks, repo=options.repo, note=notes.append)
         if gguf_keys:
             changed += write_keys(path, allow_throttled=allow_throttled, note=notes.append)
             student = read_export(path)
-        done = write_eval_results(path, student, benchmarks, repo=options.repo, note=notes.append)
         changed += [file.relative_to(path).as_posix() for file in done]
     else:
         student = merge_into(student, rows).student

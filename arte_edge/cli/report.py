@@ -15,7 +15,8 @@ __all__ = ["report"]
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name under runs/.")],
     output: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where to; RUN/report.html unless given.")
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Where to; RUN/report.html unless given."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Path and what is missing, on stdout.")] = False,
 ) -> None:

@@ -34,7 +34,7 @@ _LAYER_S = 20e-6
 
 # Weights that stay in the mapped file take longer than the probe's zeros, by about as much for every
 # type; repacked ones do not. The one constant here that was fitted to files: five of them, on the
-# machine of benchmarks/results/roofline, where two others that had no part in it are predicted too.
+# machine of benchmarks/results/roofline; to which types it applies was chosen with two more in view.
 _MAPPED = 1.2
 
 

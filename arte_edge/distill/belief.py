@@ -49,8 +49,8 @@ class Belief:
         Greedy: each takes the largest part of the variance that the ones before it leave.
         """
         rest = self.covariance + _JITTER * np.eye(len(self.covariance))
-        for item in np.flatnonzero(measured):
-            rest = _given(rest, int(item))
+        for known in np.flatnonzero(measured):
+            rest = _given(rest, int(known))
         open_, chosen = ~measured, []
         for _ in range(min(n, int(open_.sum()))):
             gain = np.where(open_, rest.sum(axis=0) ** 2 / np.maximum(np.diag(rest), _JITTER), -1.0)
@@ -81,7 +81,8 @@ def believe(values: Floats) -> Belief:
     filled, left = values.copy(), np.zeros(d)
     for _ in range(_ROUNDS):
         extra = np.zeros((k, k))
-        for rows in patterns.values():
+        for drafts in patterns.values():
+            rows = np.array(drafts)
             seen = known[rows[0]]
             if seen.all():
                 continue

@@ -19,6 +19,7 @@ from arte_edge.errors import InputError
 from arte_edge.export.student import Artifact, Evaluation, StudentFile
 from arte_edge.models.home import is_offline
 from arte_edge.publish import shown
+from arte_edge.publish.front_matter import dump_yaml
 from arte_edge.store import write_atomic
 
 __all__ = ["FOLDER", "Benchmark", "check_registered", "parse_benchmark", "write_eval_results"]
@@ -95,17 +96,17 @@ def write_eval_results(
     Raises:
         InputError: nothing was measured on a whole test split, or several tasks were and none is named.
     """
+    found = [(benchmark, *pair) for benchmark in benchmarks for pair in _scores(student, benchmark)]
+    for benchmark in benchmarks:  # all of them are asked for before the first file is written
+        if (text := check_registered(benchmark)) and note:
+            note(text)
     written = []
-    for benchmark in benchmarks:
-        found = _scores(student, benchmark)
-        if text := check_registered(benchmark):
-            (note or (lambda _: None))(text)
-        for artifact, evaluation in found:
-            path = folder / FOLDER / f"{benchmark.slug}-{artifact.quantization.lower()}.yaml"
-            data = _dump(_entry(benchmark, artifact, evaluation, repo))
-            if not path.is_file() or path.read_bytes() != data:
-                write_atomic(path, data)
-                written.append(path)
+    for benchmark, artifact, evaluation in found:
+        path = folder / FOLDER / f"{benchmark.slug}-{artifact.quantization.lower()}.yaml"
+        data = dump_yaml(_entry(benchmark, artifact, evaluation, repo)).encode()
+        if not path.is_file() or path.read_bytes() != data:
+            write_atomic(path, data)
+            written.append(path)
     return written
 
 
@@ -151,10 +152,3 @@ def _entry(benchmark: Benchmark, artifact: Artifact, evaluation: Evaluation, rep
         notes=notes,
     )
     return eval_result_entries_to_yaml([entry])
-
-
-def _dump(entries: Any) -> bytes:
-    import yaml  # type: ignore[import-untyped]
-
-    text = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=10_000)
-    return str(text).encode()

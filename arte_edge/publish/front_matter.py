@@ -14,7 +14,7 @@ from typing import Any
 
 from arte_edge.errors import InputError
 
-__all__ = ["MARK", "FrontMatter", "merge_head", "merge_model_index", "read_head", "split_card"]
+__all__ = ["MARK", "FrontMatter", "dump_yaml", "merge_head", "merge_model_index", "read_head", "split_card"]
 
 MARK = {"measured_by": "arte-edge"}  # in metrics[].args: this result is ours to replace
 
@@ -51,7 +51,7 @@ def read_head(card: FrontMatter, name: str = "README.md") -> dict[str, Any]:
     Raises:
         InputError: it is no YAML mapping; says the line.
     """
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         found = yaml.safe_load(card.block) if card.block.strip() else {}
@@ -163,7 +163,11 @@ def _spans(block: str, name: str) -> dict[str, tuple[int, int]]:
 
 
 def _dump(key: str, value: Any, newline: str) -> str:
+    return dump_yaml({key: value}, newline)
+
+
+def dump_yaml(value: Any, newline: str = "\n") -> str:
+    """Return `value` as YAML in block style, keys in their order, long texts on one line."""
     import yaml
 
-    text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=10_000, line_break=newline)
-    return str(text)
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=10_000, line_break=newline))

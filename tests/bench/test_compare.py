@@ -105,6 +105,13 @@ def test_many_files_are_paired_by_their_tensors_and_the_newest_counts() -> None:
     assert pairs == {names[0]: ("renamed.gguf", 21.05), names[1]: (names[1], 33.05)}
 
 
+def test_a_sound_result_is_not_hidden_by_a_later_one_that_is_not() -> None:
+    a = [speed(), speed(rates=(9.0, 9.1), throttled=True), speed(rates=(), status="crashed")]
+    assert only(compare(a, [speed()])).a is a[0]
+    answered = [quality("1" * 40), quality("0" * 5, partial=True)]
+    assert compare(answered, [quality("1" * 40)]).qualities[0].paired.n == 40
+
+
 def test_another_runtime_is_paired_only_if_the_same_is_not_there_and_it_is_said() -> None:
     other = speed(runtime="xllamacpp 2026.1", rates=(10.0, 10.1))
     same = only(compare([speed()], [other, speed()]))

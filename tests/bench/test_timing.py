@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def test_a_model_of_known_speed_is_measured_at_its_speed() -> None:
     best = 0.0
     for _ in range(5):
         timed = measure(NullSpeedModel(4096, 5.0), case(n_gen=40))
-        steps = [b - a for times in timed.token_ns for a, b in zip(times, times[1:], strict=False)]
+        steps = [b - a for times in timed.token_ns for a, b in pairwise(times)]
         best = max(best, 1e9 / statistics.median(steps))
     assert 0.95 * 200 < best <= 200  # sleep wakes up late, never early
 

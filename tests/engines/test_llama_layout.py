@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from arte_edge.engines import llama_layout, llama_probe
@@ -69,30 +70,23 @@ class TestMemory:
 
     @pytest.mark.model
     def test_a_real_context_takes_about_what_was_said(self, smollm2: LocalModel) -> None:
-        """In a process of its own: resident memory counts only what was touched, so every cell is written."""
-        psutil = pytest.importorskip("psutil")
         pytest.importorskip("llama_cpp")
-        from arte_edge.engines.base import Request, Sampling
-        from arte_edge.engines.llamacpp import LlamaCppEngine
+        from arte_edge.engines.llama_runtime import LlamaContext, LlamaModel, Row
 
         assert smollm2.gguf is not None
-        engine = LlamaCppEngine(smollm2.gguf, sha256="", parallel=16)
-        engine.complete([Request("warm")], Sampling(max_tokens=1))
-        before = psutil.Process().memory_info().rss
-        engine.complete([Request(f"{i} one two three")] and [Request(str(i)) for i in range(16)], Sampling(max_tokens=480))
-        grown = psutil.Process().memory_info().rss - before
-        engine.close()
-        assert grown < context_bytes(_Opened(smollm2), 19, 512, 512) * 1.1
+        model = LlamaModel(smollm2.gguf)
 
+        def resident_bytes(n_seq: int) -> int:
+            context = LlamaContext(model, n_seq, 512, 1)
+            context.decode([Row(at % 50 + 40, at, 0, True) for at in range(16)])
+            taken = psutil.Process().memory_info().rss
+            context.close()
+            return int(taken)
 
-class _Opened:
-    """The sizes of a model's file, without loading it again."""
-
-    def __new__(cls, model: LocalModel) -> Any:
-        from arte_edge.engines.llama_runtime import LlamaModel
-
-        assert model.gguf is not None
-        return LlamaModel(model.gguf)
+        small, large = resident_bytes(2), resident_bytes(42)
+        said = context_bytes(model, 42, 512, 512) - context_bytes(model, 2, 512, 512)
+        model.close()
+        assert 0.7 * said < large - small < 1.15 * said
 
 
 class TestProbe:
@@ -118,13 +112,17 @@ class TestProbe:
         assert layout_for(model, "abc", 2) == CANDIDATES[1]
         assert len(asked) == 1
 
-    def test_it_belongs_to_a_model_and_a_number_of_threads(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_belongs_to_a_model_and_a_number_of_threads(
+        self, model: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         asked = self.times(monkeypatch, 2.0, 1.0, 3.0)
         for sha256, threads in (("abc", 2), ("abd", 2), ("abc", 1)):
             layout_for(model, sha256, threads)
         assert len(asked) == 3
 
-    def test_a_hair_is_not_worth_leaving_the_default(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_hair_is_not_worth_leaving_the_default(
+        self, model: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         self.times(monkeypatch, 1.0, 0.97, 1.2)
         assert layout_for(model, "abc", 2) == DEFAULT_LAYOUT
 

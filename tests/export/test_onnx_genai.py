@@ -107,9 +107,7 @@ def test_greedy_text_equals_that_of_onnxruntime_genai(genai: Callable[[str], Pat
     assert session.generate(IDS, 24, stop={ours[3]}) == ours[:3]
 
 
-def test_a_k_quant_that_the_builder_cannot_do_is_refused_when_it_was_asked_for(
-    tiny_student: Path, tmp_path: Path
-) -> None:
+def test_a_k_quant_that_cannot_be_is_refused(tiny_student: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="odd number of 256"):
         build(tiny_student, tmp_path / "odd", GenaiSettings(block_size=256, algorithm="k_quant"))
 
@@ -130,8 +128,7 @@ def test_quantized_weights_have_the_blocks_that_were_asked_for(
     assert {row["bits"] for row in attributes} == {4, 8}  # the output and the layers that matter most get 8
     plain = build(tiny_student, tmp_path / "plain", settings.model_copy(update={"algorithm": "rtn"}))
     graph = onnx.load(str(model_file(plain)), load_external_data=False).graph
-    bits = {row.i for node in graph.node for row in node.attribute if row.name == "bits"}
-    assert bits == {4}
+    assert {row.i for node in graph.node for row in node.attribute if row.name == "bits"} == {4}
     sizes = [(genai(precision) / "model.onnx.data").stat().st_size for precision in PRECISIONS]
     assert sizes[0] > sizes[1] > sizes[2]
 

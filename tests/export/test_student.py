@@ -84,7 +84,7 @@ def test_every_figure_with_a_unit_says_it_in_its_name() -> None:
     unitless = {"top1", "accuracy", "low", "high", "difference", "difference_low", "difference_high"}
     units = ("_ms", "_per_s", "_bytes", "_c_max", "_j", "_ratio", "_ratio_error", "_mean", "_p99", "_max")
     schema = StudentFile.model_json_schema()["$defs"]
-    for table in ("Speed", "Figures", "Artifact"):
+    for table in ("Speed", "SpeedTest", "Figures", "Artifact"):
         for name, field in schema[table]["properties"].items():
             kinds = {field.get("type"), *(option.get("type") for option in field.get("anyOf", ()))}
             if "number" in kinds and name not in unitless | {"bits_per_weight", "perplexity_reference"}:

@@ -158,6 +158,6 @@ def test_a_checkpoint_is_sent_with_its_card_and_looked_through(tmp_path: Path) -
     }
     assert [name for name, _ in shown.kept] == ["optimizer.pt"]
     assert [str(f) for f in shown.findings] == [
-        "config.json:_name_or_path: a path: /root",
+        "config.json:_name_or_path: a path: /root/base",
         "model.safetensors:__metadata__.trained_in: a path: /home/grace/run",
     ]

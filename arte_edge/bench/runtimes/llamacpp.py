@@ -38,7 +38,10 @@ _TYPES = {
     "bf16": 30,
 }
 _BUFFER = re.compile(rb"(\S+) model buffer size\s*=\s*([\d.]+) MiB")
-_FLASH = re.compile(rb"[Ff]lash[ _][Aa]ttention was auto, set to (\w+)|flash_attn\s*=\s*(\w+)")
+_FLASH = re.compile(
+    rb"Flash Attention (?:was auto, |not supported, )?(?:set to )?(enabled|disabled)"
+    rb"|flash_attn\s*=\s*(enabled|disabled)"
+)
 _log: Any = None  # llama.cpp keeps a pointer to it
 
 
@@ -181,8 +184,8 @@ class LlamaSpeedModel:
         def listen(level: int, text: bytes, user_data: Any) -> None:
             if found := _BUFFER.search(text):
                 heard[found[1].decode(errors="replace")] = found[2].decode()
-            elif (found := _FLASH.search(text)) and (word := found[1] or found[2]) != b"auto":
-                heard["flash"] = word.decode(errors="replace").lower()
+            elif found := _FLASH.search(text):
+                heard["flash"] = (found[1] or found[2]).decode()
 
         self._lib.llama_backend_init()
         _log = self._lib.llama_log_callback(listen)

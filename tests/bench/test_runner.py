@@ -1,0 +1,125 @@
+"""One child a case: what is measured comes back whole, what fails becomes a row, and the sweep goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from arte_edge.bench.case import BenchSettings
+from arte_edge.bench.result import DeviceFacts, SpeedRow
+from arte_edge.bench.runner import run_bench
+from arte_edge.errors import InputError
+
+QUICK = BenchSettings(n_prompt=(16,), n_gen=(80,), repetitions=3, warmup_s=1, threads=(1,), roofline=False)
+
+
+class Quiet:
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def progress(self, text: str) -> None:
+        self.said.append(text)
+
+
+def bench(paths: list[Path], settings: BenchSettings, device: DeviceFacts) -> list[SpeedRow]:
+    seen: list[SpeedRow] = []
+    rows = run_bench(paths, settings, device=device, reporter=Quiet(), on_row=seen.append)
+    assert rows == seen
+    return rows
+
+
+def test_a_gguf_is_measured_with_everything_a_row_promises(
+    bench_gguf: Path, this_device: DeviceFacts
+) -> None:
+    pytest.importorskip("llama_cpp")
+    reads, writes = bench([bench_gguf], QUICK, this_device)
+    assert (reads.status, writes.status) == ("ok", "ok"), (reads.reason, writes.reason)
+    assert (reads.test, writes.test) == ("pp16", "tg80")
+    assert reads.model_type == "llama" and reads.quantization == "F16" and reads.format == "gguf"
+    assert reads.model_size == bench_gguf.stat().st_size
+    assert len(reads.sha256) == len(reads.tensor_sha256) == 64 and reads.sha256 != reads.tensor_sha256
+    assert reads.runtime.startswith("llama_cpp ") and "CPU" in reads.build and reads.build_commit
+    assert (reads.n_batch, reads.n_ubatch, reads.type_k, reads.flash_attn) == (2048, 512, "f16", True)
+    assert reads.use_mmap is True
+    assert len(reads.samples_ns) == 3 and reads.n_warmup >= 1
+    assert reads.ttft_ms == pytest.approx(sorted(reads.samples_ns)[1] / 1e6)
+    assert reads.samples_ts[0] == pytest.approx(16e9 / reads.samples_ns[0], rel=1e-3)
+    assert reads.itl_p50_ms is None and writes.ttft_ms is None
+    assert [len(one) for one in writes.itl_samples_ms] == [80] * 3
+    assert writes.itl_p50_ms and writes.itl_p90_ms and writes.itl_p95_ms
+    assert writes.itl_p99_ms is None, "240 tokens are too few"
+    for row in (reads, writes):
+        assert row.load_ms and row.peak_rss_bytes and row.peak_rss_bytes > row.model_size
+        assert row.mapped_bytes is None or row.mapped_bytes > 0
+        assert row.readings and row.test_time.endswith("Z")
+    text = writes.model_dump_json()
+    assert str(bench_gguf.parent) not in text, "nothing of this machine's folders is in a row"
+
+
+def test_a_child_that_is_killed_is_a_row_and_the_next_case_runs(this_device: DeviceFacts) -> None:
+    import psutil
+
+    def kill_the_first() -> None:
+        ends = time.monotonic() + 20
+        while time.monotonic() < ends:
+            found = [
+                c for c in psutil.Process().children() if "arte_edge.bench.child" in " ".join(c.cmdline())
+            ]
+            if found:
+                os.kill(found[0].pid, signal.SIGKILL)
+                return
+            time.sleep(0.01)
+
+    settings = QUICK.model_copy(update={"n_prompt": (16, 8), "n_gen": (0,), "warmup": False})
+    killer = threading.Thread(target=kill_the_first)
+    killer.start()
+    first, second = bench([Path("null:50")], settings, this_device)
+    killer.join()
+    assert first.status == "crashed" and "Killed" in first.reason
+    assert second.status == "ok" and second.median_ts == pytest.approx(20, rel=0.1)
+
+
+def test_a_test_that_takes_too_long_is_a_row(this_device: DeviceFacts) -> None:
+    settings = QUICK.model_copy(update={"n_prompt": (100,), "n_gen": (0,), "timeout_s": 2.0})
+    (row,) = bench([Path("null:100")], settings, this_device)
+    assert row.status == "timeout" and "--timeout" in row.reason
+
+
+def test_what_does_not_fit_is_refused_before_it_is_opened(
+    bench_gguf: Path, this_device: DeviceFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arte_edge.device.memory.available_bytes", lambda *root: 1_000_000)
+    rows = bench([bench_gguf], QUICK, this_device)
+    assert [row.status for row in rows] == ["refused", "refused"]
+    assert "does not fit" in rows[0].reason
+
+
+def test_a_runtime_that_says_no_is_a_row(bench_gguf: Path, this_device: DeviceFacts) -> None:
+    pytest.importorskip("llama_cpp")
+    settings = QUICK.model_copy(update={"n_gen": (0,), "runtime": "xllamacpp", "type_k": ("q8_0",)})
+    (row,) = bench([bench_gguf], settings, this_device)
+    assert row.status == "refused" and "cache types" in row.reason
+
+
+def test_a_damaged_file_and_a_wrong_runtime_are_refused_before_anything_is_measured(
+    bench_gguf: Path, tmp_path: Path, this_device: DeviceFacts
+) -> None:
+    short = tmp_path / "short.gguf"
+    short.write_bytes(bench_gguf.read_bytes()[:-5000])
+    with pytest.raises(InputError, match=r"short\.gguf"):
+        bench([Path("null"), short], QUICK, this_device)
+    with pytest.raises(InputError, match="does not run gguf"):
+        bench([bench_gguf], QUICK.model_copy(update={"runtime": "onnxruntime"}), this_device)
+
+
+def test_depth_is_filled_before_the_clock_starts(bench_gguf: Path, this_device: DeviceFacts) -> None:
+    pytest.importorskip("llama_cpp")
+    settings = QUICK.model_copy(update={"n_prompt": (8,), "n_gen": (8,), "n_depth": (64,)})
+    rows = bench([bench_gguf], settings, this_device)
+    assert [(row.test, row.status) for row in rows] == [("pp8@d64", "ok"), ("tg8@d64", "ok")]
+    assert [row.n_depth for row in rows] == [64, 64]

@@ -1,0 +1,126 @@
+"""Each runtime behind the clock reads and writes what the model says: the same tokens, from one cache."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arte_edge.bench.runtimes.open import choose_runtime, open_speed_model
+from arte_edge.errors import InputError
+
+PROMPT = [5, 17, 60, 2, 33, 8, 41]
+
+# In a process of its own: llama.cpp's log is ours there, and xllamacpp must not meet it.
+CHECK = """
+import json, sys
+from pathlib import Path
+from arte_edge.bench.runtimes import open_speed_model
+model = open_speed_model(Path(sys.argv[1]), threads=1, context_tokens=64, runtime=sys.argv[2])
+prompt = json.loads(sys.argv[3])
+def after(*parts):
+    model.clear()
+    for part in parts[:-1]:
+        model.step(part) if isinstance(part, int) else model.read(part)
+    return model.read(parts[-1])
+whole = after(prompt)
+stepped = after(prompt[:3], *prompt[3:-1], prompt[-1:])
+again = after(prompt)
+other = [after(prompt[i:]) for i in range(1, 6)]
+facts = model.facts
+model.close()
+print(json.dumps([whole, stepped, again, other, facts.runtime, facts.bos]))
+"""
+
+
+def check(path: Path, runtime: str) -> list[Any]:
+    command = [sys.executable, "-c", CHECK, str(path), runtime, json.dumps(PROMPT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("runtime", "module"), [("llama-cpp-python", "llama_cpp"), ("xllamacpp", "xllamacpp")]
+)
+def test_gguf(bench_gguf: Path, runtime: str, module: str) -> None:
+    pytest.importorskip(module)
+    whole, stepped, again, other, name, bos = check(bench_gguf, runtime)
+    assert whole == stepped == again
+    assert set(other) != {whole}, "the model says the same whatever it reads, so the test shows nothing"
+    assert name.startswith(module)
+    if runtime == "llama-cpp-python":
+        assert bos == 94
+
+
+def test_the_cache_types_of_llama_bench_are_taken(bench_gguf: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    model = open_speed_model(bench_gguf, threads=1, context_tokens=64, type_k="f32", type_v="bf16")
+    assert (model.facts.type_k, model.facts.type_v) == ("f32", "bf16")
+    model.read(PROMPT)
+    model.close()
+
+
+def test_more_than_the_context_is_refused_and_not_a_crash(bench_gguf: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    model = open_speed_model(bench_gguf, threads=1, context_tokens=256)
+    model.read([1] * 256)
+    with pytest.raises(InputError, match="room for 0"):
+        model.read([1])
+    model.close()
+
+
+def test_a_checkpoint(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.4,
+        max_position_embeddings=128,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(96)}, unk_token="0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1").save_pretrained(tmp_path)
+    whole, stepped, again, other, name, _ = check(tmp_path, "auto")
+    assert whole == stepped == again and set(other) != {whole}
+    assert name.startswith("transformers ")
+    with pytest.raises(InputError, match="made for 128 tokens"):
+        open_speed_model(tmp_path, threads=1, context_tokens=129)
+
+
+def test_a_runtime_is_chosen_by_the_kind_of_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.gguf").touch()
+    (tmp_path / "genai").mkdir()
+    (tmp_path / "genai" / "genai_config.json").touch()
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "model.onnx").touch()
+    found = set()
+    monkeypatch.setattr("arte_edge.bench.runtimes.open.find_spec", lambda name: name in found or None)
+    monkeypatch.delenv("ARTE_EDGE_GGUF_RUNTIME", raising=False)
+    gguf = tmp_path / "a.gguf"
+    assert choose_runtime(gguf) == "llama-cpp-python", "its error says how to install it"
+    found.add("xllamacpp")
+    assert choose_runtime(gguf) == "xllamacpp"
+    found.add("llama_cpp")
+    assert choose_runtime(gguf) == "llama-cpp-python"
+    monkeypatch.setenv("ARTE_EDGE_GGUF_RUNTIME", "xllamacpp")
+    assert choose_runtime(gguf) == "xllamacpp"
+    assert choose_runtime(gguf, "llama-cpp-python") == "llama-cpp-python"
+    assert choose_runtime(tmp_path / "genai") == "onnxruntime-genai"
+    found.add("onnxruntime")
+    assert choose_runtime(tmp_path / "genai") == "onnxruntime"
+    assert choose_runtime(tmp_path / "plain") == "onnxruntime"
+    assert choose_runtime(Path("null:3")) == "null"
+    with pytest.raises(InputError, match="no model"):
+        choose_runtime(tmp_path)

@@ -1,0 +1,123 @@
+"""``arte-edge bench``: data on stdout in every format, a wrong word is exit 2, help comes at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from arte_edge.bench.result import SpeedRow
+from arte_edge.cli.main import main
+
+QUICK = ["-p", "4", "-n", "8", "-r", "2", "--no-warmup", "-t", "1", "--no-roofline"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = main(["bench", *words])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_a_table_on_stdout_and_progress_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "null:1", *QUICK)
+    assert code == 0
+    assert "| pp4 " in out and "| tg8 " in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "1/2 null:1 pp4" in err and "|" not in err
+
+
+def test_json_lines_and_csv_say_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for form in ("json", "jsonl", "csv"):
+        file = tmp_path / f"rows.{form}"
+        code, out, _ = run(capsys, "null", *QUICK, "-o", form, "--output-file", str(file))
+        assert code == 0
+        assert file.read_text() == out
+        if form == "csv":
+            assert out.splitlines()[0].startswith("schema_version,status,reason,test,")
+            continue
+        rows = json.loads(out) if form == "json" else [json.loads(line) for line in out.splitlines()]
+        assert [SpeedRow.model_validate(row).test for row in rows] == ["pp4", "tg8"]
+        assert {
+            "avg_ts",
+            "stddev_ts",
+            "samples_ns",
+            "samples_ts",
+            "n_prompt",
+            "n_gen",
+            "model_filename",
+        } <= set(rows[0])
+    _, out, _ = run(capsys, "null", *QUICK, "--json")
+    assert len(json.loads(out)) == 2
+
+
+def test_lists_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["-p", "2-4+2", "-n", "0", "-t", "1,2", "-r", "1", "--no-warmup", "-o", "jsonl"]
+    _, out, _ = run(capsys, "null", *words)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [(row["n_threads"], row["test"]) for row in rows] == [
+        (1, "pp2"),
+        (1, "pp4"),
+        (2, "pp2"),
+        (2, "pp4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "which model"),
+        (["nothing.gguf"], "no such file"),
+        (["null", "-o", "xml"], "no such format"),
+        (["null", "-p", "x"], "-p x"),
+        (["null", "-r", "0"], "repetitions"),
+        (["null", "--runtime", "vllm"], "runtime"),
+        (["null", "--suite", "quik"], "quik"),
+        (["null", "--output-file", "a.xlsx"], "what format"),
+        (["null", "--split", "train"], "not a split"),
+        (["null", "--device", "no-such-board"], "no-such-board"),
+        (["null", "--task", "no_such_task", "--no-speed"], "no_such_task"),
+    ],
+    ids=str,
+)
+def test_a_wrong_word_is_exit_2(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    code, out, err = run(capsys, *words)
+    assert code == 2
+    assert said in err and out == ""
+
+
+def test_if_no_test_ends_well_the_exit_code_says_so_and_the_rows_are_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, err = run(capsys, "null:1000", "-p", "9", "-n", "0", "--timeout", "1.5", "-o", "json")
+    assert code == 1
+    assert json.loads(out)[0]["status"] == "timeout"
+    assert "--timeout" in err
+
+
+def test_help_takes_less_than_half_a_second_of_the_processor() -> None:
+    # Its time, not the clock's: a busy machine makes the clock run, slow code makes both run.
+    import resource
+
+    command = [sys.executable, "-m", "arte_edge", "bench", "--help"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    assert "--n-prompt" in done.stdout
+
+
+def test_the_verb_and_its_child_need_no_torch_and_no_runtime(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'onnx', 'scipy', 'trl'): sys.modules[name] = None\n"
+        "from arte_edge.cli.main import main\n"
+        f"sys.exit(main(['bench', 'null', *{QUICK!r}, '-o', 'json']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)) == 2
