@@ -16,6 +16,7 @@ EXTRAS = {
     "optimum": ("optimum",),
     "ray": ("ray",),
     "xllamacpp": ("xllamacpp",),
+    "lm-eval": ("lm_eval",),
 }
 
 

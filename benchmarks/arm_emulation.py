@@ -38,6 +38,7 @@ from arte_edge.device.patience import Patience
 from arte_edge.device.profile import Profile, Remote
 from arte_edge.device.remote import Row, bench_remote
 from arte_edge.device.ssh import Ssh
+from arte_edge.device.work_folder import clean
 
 RESULTS = Path(__file__).parent / "results" / "arm_emulation"
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
@@ -188,6 +189,9 @@ def main() -> int:
     parser.add_argument("--task", type=Path, help="a task's folder: its accuracy too")
     parser.add_argument("--limit", type=int, default=1, help="examples of it, minutes each")
     parser.add_argument("--cpu", default="cortex-a76", help="as QEMU names it; the default is a Pi 5's")
+    parser.add_argument(
+        "--keep", action="store_true", help="an environment of an earlier run; sizes are then its"
+    )
     given = parser.parse_args()
     root = given.root.absolute()
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -204,6 +208,8 @@ def measure(given: argparse.Namespace, config: str) -> int:
         "cpu": given.cpu,
         "emulator": run("qemu-aarch64-static", "--version").split("\n")[0],
     }
+    if not given.keep:
+        clean(profile)
     # Emulated, a token takes seconds: the shortest tests that still go through prefill and decode.
     words = ["-p", "8", "-n", "4", "-r", "1", "-t", "1", "--no-warmup"]
     rows: list[Row] = []

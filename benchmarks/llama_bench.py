@@ -108,23 +108,33 @@ def compare(tool: Path, model: Path, threads: int, rounds: int, repetitions: int
         for name, measure in both if number % 2 == 0 else reversed(both):
             for test, rates in measure().items():
                 samples.setdefault(test, {}).setdefault(name, []).extend(rates)
-    rows = []
-    for test, found in samples.items():
-        a, b = (statistics.median(found[name]) for name in ("llama-bench", "arte-edge"))
-        rows.append(
-            {
-                "model": model.name,
-                "threads": threads,
-                "test": test,
-                "llama_bench_ts": round(a, 2),
-                "arte_edge_ts": round(b, 2),
-                "ratio": round(b / a, 4),
-                "ratio_of_best": round(max(found["arte-edge"]) / max(found["llama-bench"]), 4),
-                "limit": LIMITS[test[:2]],
-                "samples_ts": {name: [round(rate, 2) for rate in rates] for name, rates in found.items()},
-            }
-        )
-    return rows
+    return [summed_up(model.name, threads, test, found) for test, found in samples.items()]
+
+
+def summed_up(model: str, threads: int, test: str, found: dict[str, list[float]]) -> dict[str, Any]:
+    """Return the row of one test from all samples of both."""
+    a, b = (statistics.median(found[name]) for name in ("llama-bench", "arte-edge"))
+    return {
+        "model": model,
+        "threads": threads,
+        "test": test,
+        "llama_bench_ts": round(a, 2),
+        "arte_edge_ts": round(b, 2),
+        "ratio": round(b / a, 4),
+        "ratio_of_best": round(max(found["arte-edge"]) / max(found["llama-bench"]), 4),
+        "limit": LIMITS[test[:2]],
+        "samples_ts": {name: [round(rate, 2) for rate in rates] for name, rates in found.items()},
+    }
+
+
+def pooled(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of an earlier call and of this one, the samples of the same test put together."""
+    found: dict[tuple[str, int, str], dict[str, list[float]]] = {}
+    for row in [*before, *rows]:
+        samples = found.setdefault((row["model"], row["threads"], row["test"]), {})
+        for name, rates in row["samples_ts"].items():
+            samples.setdefault(name, []).extend(rates)
+    return [summed_up(*key, samples) for key, samples in found.items()]
 
 
 def readme(rows: list[dict[str, Any]]) -> str:
@@ -149,10 +159,15 @@ def readme(rows: list[dict[str, Any]]) -> str:
         shown = f"{row['llama_bench_ts']} | {row['arte_edge_ts']} | {row['ratio']:.3f}"
         shown += f" | {row['ratio_of_best']:.3f} | {row['limit']}"
         lines.append(f"| {row['model']} | {row['threads']} | {row['test']} | {shown} |")
+    n = [len(rates) for row in rows for rates in row["samples_ts"].values()]
     worst = {
         kind: min((r["ratio"] for r in rows if r["test"].startswith(kind)), default=0.0) for kind in LIMITS
     }
-    lines += ["", f"Lowest ratio: writing {worst['tg']:.3f}, reading {worst['pp']:.3f}.", ""]
+    lines += ["", f"Lowest ratio: writing {worst['tg']:.3f}, reading {worst['pp']:.3f}."]
+    lines += [
+        f"{min(n)} to {max(n)} repetitions of each, from several processes: a process may be slow as a whole.",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -165,7 +180,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repetitions", type=int, default=2, help="in each round")
     parser.add_argument("--work", type=Path, default=Path("build-llama-bench"), help="folder of the build")
-    parser.add_argument("--keep", action="store_true", help="keep rows of other files and numbers of threads")
+    parser.add_argument("--keep", action="store_true", help="add the samples to those that are there")
     args = parser.parse_args()
     tool = build(args.llama_cpp, args.work)
     rows: list[dict[str, Any]] = []
@@ -177,9 +192,7 @@ def main() -> int:
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / "rows.jsonl"
     if args.keep and file.is_file():
-        known = {(row["model"], row["threads"], row["test"]) for row in rows}
-        before = [json.loads(line) for line in file.read_text().splitlines()]
-        rows = [row for row in before if (row["model"], row["threads"], row["test"]) not in known] + rows
+        rows = pooled([json.loads(line) for line in file.read_text().splitlines()], rows)
     rows.sort(key=lambda row: (row["model"], row["threads"], row["test"]))
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (RESULTS / "README.md").write_text(readme(rows))

@@ -222,7 +222,9 @@ def _over_http(work: Work, base: str, keep: Any, workers: int) -> Callable[[], T
 
 
 def _gathered(found: list[tuple[str, int]]) -> Texts:
-    return [text for text, _ in found], sum(tokens for _, tokens in found)
+    """Join single answers; llama.cpp's own interfaces strip the stop string, so an open tag gets its end back."""
+    texts = [text + "</ans>" if text.count("<ans>") > text.count("</ans>") else text for text, _ in found]
+    return texts, sum(tokens for _, tokens in found)
 
 
 SUBJECTS: dict[str, tuple[Callable[[Work], Callable[[], Texts]], dict[str, Any]]] = {

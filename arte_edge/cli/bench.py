@@ -98,6 +98,8 @@ def bench(
         raise InputError("bench: which model?", f"{_MODEL} For example: arte-edge bench model.gguf")
     if split not in ("test", "validation"):
         raise InputError(f"--split {split}: not a split", "test or validation.")
+    if not speed and task is None:
+        raise InputError("--no-speed: nothing is left to measure", "Give a --task, or leave it out.")
     given: dict[str, Any] = {
         "repetitions": repetitions,
         "warmup": warmup,
@@ -197,7 +199,12 @@ def _save(paths: Sequence[Path], rows: Sequence[SpeedRow | QualityRow]) -> None:
     from arte_edge.bench.rows import FILE_NAME, append_rows
     from arte_edge.export.student import FILE_NAME as STUDENT
 
-    folders = {path.name: path.resolve().parent for path in paths}
+    names = [path.name for path in paths]
+    folders = {path.name: path.resolve().parent for path in paths if names.count(path.name) == 1}
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        err.print(
+            f"{', '.join(twice)}: named twice, so its results are not kept", markup=False, soft_wrap=True
+        )
     for folder in sorted(set(folders.values())):
         mine = [row for row in rows if folders.get(row.model_filename) == folder]
         if not mine or not (folder / STUDENT).is_file():

@@ -125,6 +125,8 @@ class Ssh:
     def hang_up(self) -> None:
         """End the master connection, if there is one."""
         if self._master is not None:
+            assert self._master.stdin is not None
+            self._master.stdin.close()
             self._master.terminate()
             try:
                 self._master.wait(5)
@@ -195,14 +197,14 @@ class Ssh:
             return share
         socket.unlink(missing_ok=True)
         with tempfile.TemporaryFile() as errors:
-            # -N: no command, only the connection. A session of its own: Ctrl-C must not reach it,
-            # since the command that ends the work there travels over it.
+            # A session of its own: Ctrl-C must not reach it, since the command that ends the work there
+            # travels over it. `cat` ends when our end of its pipe does, however this process ends.
             self._master = subprocess.Popen(
                 [
                     *(*self._base, "-o", "ControlMaster=yes", "-o", "ControlPersist=no"),
-                    *("-o", f"ControlPath={socket}", "-N", "--", self.host),
+                    *("-o", f"ControlPath={socket}", "--", self.host, "exec cat"),
                 ],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 start_new_session=True,

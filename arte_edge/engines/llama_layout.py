@@ -49,7 +49,7 @@ def context_bytes(model: Any, n_seq: int, n_ctx_seq: int, ubatch: int) -> int:
     logits = n_seq * model.n_vocab * _F32_BYTES
     widest = max(model.n_vocab // 2, model.size("embedding_length") * 4, model.size("feed_forward_length"))
     activations = 2 * ubatch * widest * _F32_BYTES
-    return n_seq * n_ctx_seq * kv_bytes_per_token(model) + logits + activations
+    return int(n_seq * n_ctx_seq * kv_bytes_per_token(model) + logits + activations)
 
 
 def kv_bytes_per_token(model: Any) -> int:

@@ -144,8 +144,10 @@ class Builder:
 
         if self.llama_cpp is not None:
             from arte_edge.export.gguf.external import convert_with
+            from arte_edge.models.gguf_rewrite import rewrite
 
             convert_with(self.llama_cpp, self.source.checkpoint, target, type)
+            rewrite(target, self.keys)
         else:
             from arte_edge.export.gguf.convert import convert
 

@@ -36,6 +36,7 @@ from arte_edge.export.student import (
     Merge,
     Student,
     StudentFile,
+    carry_results,
     write_student,
 )
 from arte_edge.export.workshop import Made, Workshop, remove
@@ -239,6 +240,7 @@ def _tell(
         student_accuracy=own,
         artifacts=artifacts,
     )
+    document = carry_results(out, document)
     write_student(out, document)
     return document
 

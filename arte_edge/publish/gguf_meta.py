@@ -24,7 +24,7 @@ from arte_edge.errors import InputError
 from arte_edge.export.student import Artifact, write_student
 from arte_edge.export.sums import sums_of
 from arte_edge.models.gguf_fields import Field
-from arte_edge.publish.gguf_rewrite import rewrite
+from arte_edge.models.gguf_rewrite import rewrite
 from arte_edge.publish.shown import accuracy_on, device_title, speeds
 from arte_edge.publish.speeds import student_lock
 from arte_edge.publish.where import read_export

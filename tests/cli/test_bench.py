@@ -77,6 +77,7 @@ def test_lists_sweep(capsys: pytest.CaptureFixture[str]) -> None:
         (["null", "--suite", "quik"], "quik"),
         (["null", "--output-file", "a.xlsx"], "what format"),
         (["null", "--split", "train"], "not a split"),
+        (["null", "--no-speed"], "nothing is left"),
         (["null", "--device", "no-such-board"], "no-such-board"),
         (["null", "--task", "no_such_task", "--no-speed"], "no_such_task"),
     ],

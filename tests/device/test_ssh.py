@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,24 @@ def test_one_connection_carries_all_commands_and_nothing_of_it_stays(device: Any
         folder, master = ssh._folder, ssh._master
     assert not folder.exists()
     assert master.poll() is not None
+
+
+def test_a_caller_that_is_killed_leaves_no_connection_behind(device: Any) -> None:
+    code = (
+        "import sys, time\nfrom arte_edge.device.ssh import Ssh\n"
+        "with Ssh('kitchen', config=sys.argv[1]) as ssh:\n"
+        " ssh.run('true')\n print(ssh._master.pid, flush=True)\n time.sleep(60)"
+    )
+    words = [sys.executable, "-c", code, device.config]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=Path(__file__).resolve().parents[2]) as caller:
+        assert caller.stdout is not None
+        pid = int(caller.stdout.readline())
+        caller.kill()
+    status = Path(f"/proc/{pid}/status")
+    until = time.monotonic() + 10
+    while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not status.exists() or "State:\tZ" in status.read_text()
 
 
 @pytest.mark.parametrize("host", ["", "-oProxyCommand=touch pwned", "pi@kitchen x", "pi\n", "\x1b[2J"])

@@ -19,7 +19,7 @@ from arte_edge.tasks.load import load_task
 
 pytest.importorskip("llama_cpp")
 from arte_edge.engines import llamacpp
-from arte_edge.engines.llama_runtime import LlamaContext, Row, default_threads
+from arte_edge.engines.llama_runtime import LlamaContext, Row
 from arte_edge.engines.llamacpp import LlamaCppEngine
 from arte_edge.engines.sampling import log_softmax_at
 
@@ -54,7 +54,7 @@ def prompts(engine: LlamaCppEngine, opening: str) -> list[str]:
 
 def plain(engine: LlamaCppEngine, tokens: list[int], start: int) -> NDArray[np.float32]:
     """Return the logits after tokens `start` … of one sequence, decoded alone from its first token ``[n, v]``."""
-    context = LlamaContext(engine.model, 1, 512, default_threads())
+    context = LlamaContext(engine.model, 1, 512, engine._threads)
     try:
         rows = [Row(token, at, 0, at >= start) for at, token in enumerate(tokens)]
         return context.decode(rows).copy()
@@ -103,8 +103,7 @@ def test_what_is_written_together_is_what_each_prompt_gets_alone(
         end = next((i for i, token in enumerate(tokens) if engine.model.is_end(token)), len(tokens))
         text = b"".join(engine.model.piece(token) for token in tokens[:end]).decode(errors="replace")
         same_answer += extract(text, answer) == extract(completion.text, answer)
-    print(np.median(distances), max(distances), same_step, steps, same_answer)
-    assert np.median(distances) < 1e-2
+    assert np.median(distances) < 1e-2  # measured 0.009; the furthest single logit of a row 0.04
     assert same_step >= 0.995 * steps
     assert same_answer >= 0.99 * len(texts)
 
@@ -112,7 +111,7 @@ def test_what_is_written_together_is_what_each_prompt_gets_alone(
 def test_scores_without_writing_are_those_of_the_slow_way(engine: LlamaCppEngine) -> None:
     """`choose` against one decode a token of each choice, to its end where the choices part for good."""
     choices = ["light_on</ans>", "light_off</ans>", "lock</ans>", "weather</ans>"]
-    texts = prompts(engine, FORCE)[:: K]
+    texts = prompts(engine, FORCE)[::K]
     scores = engine.choose_each(texts, [choices] * len(texts))
     for text, row in zip(texts, scores, strict=True):
         lists = [engine.model.tokens(text + choice) for choice in choices]

@@ -24,11 +24,12 @@ from arte_edge.export.artifact import parse_list
 from arte_edge.export.pipeline import Outcome, export
 from arte_edge.export.recipe import Recipe, build
 from arte_edge.export.source import Source, open_source
-from arte_edge.export.student import read_student
+from arte_edge.export.student import Speed, read_student, write_student
 from arte_edge.export.verify.check import Check
 from arte_edge.export.verify.gate import Verdict
 from arte_edge.models.gguf_fields import read_fields
 from arte_edge.models.gguf_header import read_header
+from arte_edge.models.gguf_rewrite import rewrite
 
 RECIPE = build("test", {"gguf": {"imatrix": False}, "verify": {"examples": 0}})
 
@@ -50,6 +51,11 @@ class Gate:
         passed = type not in self.refuses
         note = "" if passed else "it answers in another language"
         return Verdict(passed, (Check("kl mean", 0.5, 0.1, passed, note),), artifact=artifact.name)
+
+
+def rewrite_copy(gguf: Path, out: Path, drop: tuple[str, ...]) -> Path:
+    rewrite(Path(shutil.copy(gguf, out)), {}, drop)
+    return out
 
 
 class Closed:
@@ -178,6 +184,33 @@ def test_every_gguf_says_where_it_comes_from_and_no_path(source: Source, gate: G
     private = [str(tmp_path), str(Path.home())]
     for name, data in visible(tmp_path / "out").items():
         assert not [text for text in private if text.encode() in data], name
+
+
+def test_a_file_of_the_user_s_own_converter_says_where_it_comes_from_too(
+    source: Source, gate: Gate, tmp_path: Path
+) -> None:
+    run(source, tmp_path / "ours", "F16")
+    ours = tmp_path / "ours" / "tiny-F16.gguf"
+    bare = rewrite_copy(ours, tmp_path / "bare.gguf", drop=("arte_edge.", "general.name"))
+    checkout = tmp_path / "llama.cpp"
+    checkout.mkdir()
+    (checkout / "convert_hf_to_gguf.py").write_text(
+        f"import shutil, sys; shutil.copy({str(bare)!r}, sys.argv[sys.argv.index('--outfile') + 1])"
+    )
+    run(source, tmp_path / "theirs", "F16", llama_cpp=checkout)
+    fields = read_fields(tmp_path / "theirs" / "tiny-F16.gguf").fields
+    assert "arte_edge.student.sha256" in fields and "arte_edge.student.sha256" not in read_fields(bare).fields
+    assert fields["general.name"] == read_fields(ours).fields["general.name"]
+
+
+def test_what_was_measured_survives_another_export(source: Source, gate: Gate, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = run(source, out, "F16").student
+    speed = Speed(device="kitchen", runtime="llama_cpp", threads=4, decode_tokens_per_s=9.0)
+    artifact = first.artifacts[0].model_copy(update={"speeds": (speed,)})
+    write_student(out, first.model_copy(update={"artifacts": (artifact,)}))
+    (out / "tiny-F16.gguf").unlink()
+    assert run(source, out, "F16").student.artifacts[0].speeds == (speed,)
 
 
 def test_the_tokenizer_beside_the_files_is_the_base_s(source: Source, gate: Gate, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from arte_edge.export.student import FILE_NAME, read_student
 from arte_edge.export.sums import sums_of
 from arte_edge.models import LocalModel
 from arte_edge.models.gguf_fields import Field, read_fields
+from arte_edge.models.gguf_rewrite import rewrite
 from arte_edge.publish.gguf_meta import write_keys
-from arte_edge.publish.gguf_rewrite import rewrite
 from arte_edge.publish.speeds import merge_rows
 
 gguf = pytest.importorskip("gguf")
