@@ -18,6 +18,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +105,10 @@ def compare(tool: Path, model: Path, threads: int, rounds: int, repetitions: int
     """Measure both in turn and return a row a test."""
     samples: dict[str, dict[str, list[float]]] = {}
     for number in range(rounds):
-        both = [("llama-bench", lambda: theirs(tool, model, threads, repetitions))]
-        both.append(("arte-edge", lambda: ours(model, threads, repetitions)))
+        both: list[tuple[str, Callable[[], dict[str, list[float]]]]] = [
+            ("llama-bench", partial(theirs, tool, model, threads, repetitions)),
+            ("arte-edge", partial(ours, model, threads, repetitions)),
+        ]
         for name, measure in both if number % 2 == 0 else reversed(both):
             for test, rates in measure().items():
                 samples.setdefault(test, {}).setdefault(name, []).extend(rates)
@@ -183,19 +187,20 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="add the samples to those that are there")
     args = parser.parse_args()
     tool = build(args.llama_cpp, args.work)
-    rows: list[dict[str, Any]] = []
-    for threads in map(int, args.threads.split(",")):
-        for model in args.models:
-            rows += compare(tool, model, threads, args.rounds, args.repetitions)
-            for row in rows[-2:]:
-                print(f"{row['model']} {row['threads']} {row['test']}: {row['ratio']:.3f}", flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / "rows.jsonl"
+    rows: list[dict[str, Any]] = []
     if args.keep and file.is_file():
-        rows = pooled([json.loads(line) for line in file.read_text().splitlines()], rows)
-    rows.sort(key=lambda row: (row["model"], row["threads"], row["test"]))
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (RESULTS / "README.md").write_text(readme(rows))
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for threads in map(int, args.threads.split(",")):
+        for model in args.models:
+            found = compare(tool, model, threads, args.rounds, args.repetitions)
+            for row in found:
+                print(f"{row['model']} {row['threads']} {row['test']}: {row['ratio']:.3f}", flush=True)
+            # Written file by file: what was measured stays if the rest is stopped.
+            rows = sorted(pooled(rows, found), key=lambda row: (row["model"], row["threads"], row["test"]))
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (RESULTS / "README.md").write_text(readme(rows))
     return int(any(row["ratio"] < row["limit"] for row in rows))
 
 

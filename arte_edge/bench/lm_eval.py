@@ -6,7 +6,7 @@ works, and torch is not needed. Tokens are the runtime's own. What does not work
 draw samples (temperature above zero), and tasks whose data must be fetched where there is no network.
 
 https://github.com/EleutherAI/lm-evaluation-harness (`pip install lm_eval`; it brings `datasets`,
-scikit-learn and others, some 500 MB, so it is an extra of its own and no part of the device's install).
+scikit-learn and much else, so it is an extra of its own and no part of the device's install).
 """
 
 from __future__ import annotations

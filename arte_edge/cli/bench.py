@@ -81,6 +81,13 @@ def bench(
     device: Annotated[
         str | None, typer.Option(metavar="NAME|USER@HOST", help="Measure there, over ssh (see 'devices').")
     ] = None,
+    compile_there: Annotated[
+        bool, typer.Option("--compile", help="With --device: compile llama-cpp-python there.")
+    ] = False,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", metavar="TASK,..", help="lm-evaluation-harness, as a second opinion."),
+    ] = None,
     output: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
     as_json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
     output_file: Annotated[
@@ -121,13 +128,17 @@ def bench(
 
         paths = find_targets(models, _fetch)
         if device is not None:
+            if lm_eval:
+                raise InputError("--lm-eval does not go with --device", "It runs here: leave --device out.")
             words = settings.argv() + ([] if speed else ["--no-speed"])
             words += ["--split", split, "--limit", str(limit)] if task else []
-            rows = _there(device, paths, words, task, bbh, out)
+            rows = _there(device, paths, words, task, bbh, compile_there, out)
         else:
             rows = _here(paths, settings, speed, task, {"split": split, "limit": limit, "bbh": bbh}, out)
     if save:
         _save(paths, rows)
+    if lm_eval:
+        _second_opinion(paths, lm_eval.split(","), settings.threads[0], limit)
     if rows and not any(row.status == "ok" for row in rows):
         raise ArteError(f"No test ended well: {rows[0].status}", rows[0].reason)
 
@@ -176,8 +187,27 @@ def _here(
     return rows
 
 
+def _second_opinion(paths: Sequence[Path], tasks: Sequence[str], threads: int, limit: int) -> None:
+    """Print what lm-evaluation-harness says; its figures are no rows of ours, so they go to stderr."""
+    from arte_edge.bench.lm_eval import run_lm_eval
+
+    for path in paths:
+        for score in run_lm_eval(path, tasks, threads=threads, limit=limit):
+            error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
+            part = ", partial" if score.partial else ""
+            value = f"{score.metric} {score.value:.4f}{error}, n = {score.n}{part}"
+            text = f"{path.name}: {score.task} {value} ({score.harness})"
+            err.print(text, markup=False, soft_wrap=True)
+
+
 def _there(
-    device: str, paths: Sequence[Path], words: Sequence[str], task: str | None, bbh: Path | None, out: Output
+    device: str,
+    paths: Sequence[Path],
+    words: Sequence[str],
+    task: str | None,
+    bbh: Path | None,
+    compile_there: bool,
+    out: Output,
 ) -> list[SpeedRow | QualityRow]:
     """Measure on another device; it runs this same verb there."""
     from arte_edge.device.catalogue import find_device
@@ -191,7 +221,15 @@ def _there(
         if bbh is not None:
             raise InputError("--bbh does not go with --device", "Give a task folder with --task.")
         folder = catalog.find("tasks", task)
-    return bench_remote(find_device(device), paths, words, reporter=Reporter(), task=folder, on_row=out.row)
+    return bench_remote(
+        find_device(device),
+        paths,
+        words,
+        reporter=Reporter(),
+        task=folder,
+        compile_there=compile_there,
+        on_row=out.row,
+    )
 
 
 def _save(paths: Sequence[Path], rows: Sequence[SpeedRow | QualityRow]) -> None:
