@@ -224,7 +224,7 @@ def _show_profile(profile: Profile) -> None:
             continue
         if key in facts:
             fact = facts[key]
-            _line(key, f"{fact.value:g}  ({fact.evidence}: {fact.source})")
+            _line(key, f"{_fact_text(key, fact.value)}  ({fact.evidence}: {fact.source})")
         elif key in ("remote", "runtimes"):
             _line(key, ", ".join(f"{part} = {_readable(part, said)}" for part, said in value.items() if said))
         elif key == "notes":
@@ -248,6 +248,14 @@ def _show_model(shape: ModelShape, fits: Any, speed: Any) -> None:
         _line("expected", f"{bound} {speed.decode_tokens_per_s:.1f} tokens/s ({speed.source}: {speed.basis})")
     else:
         _line("expected", "nothing is known of this device's memory")
+
+
+def _fact_text(key: str, value: float) -> str:
+    """Return a fact of a profile with its unit; the names are those of `profile.Profile`."""
+    if key.endswith("_bandwidth"):
+        return f"{value / 1e9:.1f} GB/s"
+    unit = {"power_w": "W", "throttle_c": "°C", "token_overhead_s": "s"}.get(key, "")
+    return f"{value:g} {unit}".rstrip()
 
 
 def _readable(key: str, value: Any) -> str:
