@@ -11,7 +11,8 @@ in the student's own tokens. With a budget, a run changes in three places:
   write in time, ``min(1, budget / tokens)``, and a log-probability gets the share's logarithm
   added. So a draft that is a little too long is a little worse, and the teacher still hears
   which of two long drafts taught the student more.
-* tailor: rationales are asked for at that length, and longer ones train nobody.
+* tailor: rationales are written as ever, and those that are too long train nobody. Cutting them off
+  at the budget was tried: half sentences before the answer, and a student that lost its format.
 * evaluate: base and tuned student stop at the budget.
 
 Drafts are elicited as ever: preferences need both short and long ones to choose from.

@@ -105,7 +105,8 @@ def _write(run: Run, engine: Engine, n: int) -> tuple[Drafts, list[dict[str, Any
         seed=run.config.seed + 1,  # other draws of seeds than in elicit
     )
     drafts = draft_questions(run, engine, teacher, plan, "tailored questions")
-    tokens = run.most_tokens(elicit.rationale_tokens)
+    # Not cut off at a device's budget: a rationale that breaks off teaches the student to break off.
+    tokens = elicit.rationale_tokens
     rationales = write_rationales(run, engine, teacher, drafts.valid, [None], tokens, "tailored rationales")
     votes = opinions(run, engine, teacher, drafts.valid, "bare answers")
     return drafts, rationales, label_rows(run, drafts.valid, rationales, votes, config.label)
