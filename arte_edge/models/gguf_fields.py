@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from arte_edge.errors import InputError
+from arte_edge.models.gguf_cursor import ARRAY, SCALARS, STRING
 from arte_edge.models.gguf_header import read_header
 
 __all__ = ["Field", "GgufFields", "read_fields"]
-
-# GGUF value type -> struct code of one little-endian scalar
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def read_fields(path: Path) -> GgufFields:
 def _field(file: BinaryIO) -> tuple[str, Field]:
     key = _string(file).decode("utf-8")
     (kind,) = struct.unpack("<I", file.read(4))
-    if kind != _ARRAY:
+    if kind != ARRAY:
         return key, Field(kind, _values(file, kind, 1)[0])
     item_kind, count = struct.unpack("<IQ", file.read(12))
     return key, Field(kind, _values(file, item_kind, count), item_kind)
@@ -98,7 +95,7 @@ def _string(file: BinaryIO) -> bytes:
 
 
 def _values(file: BinaryIO, kind: int, count: int) -> list[Any]:
-    if kind == _STRING:
+    if kind == STRING:
         return [_string(file) for _ in range(count)]
-    size_bytes = struct.calcsize("<" + _SCALARS[kind])
-    return list(struct.unpack(f"<{count}{_SCALARS[kind]}", file.read(size_bytes * count)))
+    size_bytes = struct.calcsize("<" + SCALARS[kind])
+    return list(struct.unpack(f"<{count}{SCALARS[kind]}", file.read(size_bytes * count)))

@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.errors import InputError
+from arte_edge.models.gguf_cursor import ARRAY, SCALARS, STRING, CutShort, GgufCursor
 from arte_edge.models.gguf_types import FILE_TYPES, TENSOR_TYPES
 
 __all__ = ["GgufHeader", "read_header"]
 
-# value type number -> struct code; 8 is a string, 9 an array
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _NOT_A_MODEL = {
     "adapter": "a LoRA adapter",
@@ -59,45 +57,23 @@ class GgufHeader:
         return int(self.metadata.get(f"{self.architecture}.context_length", 0))
 
 
-class _Cut(Exception):
-    """The file ends before what its head promises."""
-
-
-class _Cursor:
-    """Reads little-endian values from a mapped file and never past its end."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at, self.size = data, 0, len(data)
-
-    def skip(self, count: int) -> int:
-        start = self.at
-        if count > self.size - start:
-            raise _Cut
-        self.at = start + count
-        return start
-
-    def scalar(self, code: str) -> Any:
-        return struct.unpack_from("<" + code, self.data, self.skip(struct.calcsize("<" + code)))[0]
-
-    def text(self) -> str:
-        length = self.scalar("Q")
-        start = self.skip(length)
-        return self.data[start : start + length].decode("utf-8", errors="replace")
+class _Cursor(GgufCursor):
+    """Keeps every value but the items of arrays."""
 
     def value(self, kind: int, where: str) -> Any:
-        if kind == _STRING:
+        if kind == STRING:
             return self.text()
-        if kind == _ARRAY:
+        if kind == ARRAY:
             return self._array(where)
-        if kind not in _SCALARS:
+        if kind not in SCALARS:
             raise ValueError(f"{where} has the unknown value type {kind}")
-        return self.scalar(_SCALARS[kind])
+        return self.scalar(SCALARS[kind])
 
     def _array(self, where: str) -> int:
         kind, count = self.scalar("I"), self.scalar("Q")
-        if kind in _SCALARS:
-            self.skip(count * struct.calcsize("<" + _SCALARS[kind]))
-        elif kind == _STRING:
+        if kind in SCALARS:
+            self.skip(count * struct.calcsize("<" + SCALARS[kind]))
+        elif kind == STRING:
             for _ in range(count):
                 self.skip(self.scalar("Q"))
         else:
@@ -114,7 +90,7 @@ def read_header(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(path, _Cursor(data))
-    except _Cut:
+    except CutShort:
         raise InputError(
             f"{path}: cut short, {path.stat().st_size} bytes are fewer than its head promises",
             "Fetch the file again.",
@@ -164,8 +140,8 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
     if not isinstance(alignment, int) or alignment <= 0:
         raise ValueError(f"general.alignment is {alignment}")
     data_offset_bytes = -(-cursor.at // alignment) * alignment
-    if data_offset_bytes + end_bytes > cursor.size:
-        raise _Cut
+    if data_offset_bytes + end_bytes > len(cursor.data):
+        raise CutShort
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         raise ValueError("it does not say its architecture (general.architecture)")

@@ -25,14 +25,13 @@ from typing import Any
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.models.disk import megabytes, whole_file
+from arte_edge.models.gguf_cursor import ARRAY, SCALARS, STRING, CutShort, GgufCursor
 from arte_edge.models.gguf_fields import Field
 from arte_edge.models.gguf_types import TENSOR_TYPES
 
 __all__ = ["Rewritten", "encode_field", "rewrite"]
 
-# GGUF value type -> struct code of one little-endian scalar; 8 is a string, 9 an array
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY, _UINT32 = 8, 9, 4
+_UINT32 = 4  # GGUF value type
 _ALIGNMENT = "general.alignment"
 _FIXED = (_ALIGNMENT, "general.architecture")  # what the tensors and every reader depend on
 _KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
@@ -95,22 +94,22 @@ def encode_field(field: Field) -> bytes:
     Raises:
         ValueError: a type that there is not, or a value that does not fit it.
     """
-    if field.kind != _ARRAY:
+    if field.kind != ARRAY:
         return struct.pack("<I", field.kind) + _encoded(field.kind, [field.value])
     item_kind = field.item_kind
-    if item_kind is None or item_kind == _ARRAY:
+    if item_kind is None or item_kind == ARRAY:
         raise ValueError("an array needs a type of items that is no array")
-    return struct.pack("<IIQ", _ARRAY, item_kind, len(field.value)) + _encoded(item_kind, field.value)
+    return struct.pack("<IIQ", ARRAY, item_kind, len(field.value)) + _encoded(item_kind, field.value)
 
 
 def _encoded(kind: int, values: list[Any]) -> bytes:
-    if kind == _STRING:
+    if kind == STRING:
         texts = [value.encode() if isinstance(value, str) else bytes(value) for value in values]
         return b"".join(struct.pack("<Q", len(text)) + text for text in texts)
-    if kind not in _SCALARS:
+    if kind not in SCALARS:
         raise ValueError(f"{kind} is no type of values")
     try:
-        return struct.pack(f"<{len(values)}{_SCALARS[kind]}", *values)
+        return struct.pack(f"<{len(values)}{SCALARS[kind]}", *values)
     except (struct.error, OverflowError) as error:
         raise ValueError(str(error)) from error
 
@@ -166,28 +165,25 @@ def _read(path: Path) -> _Head:
         raise InputError(f"{path.name}: cannot be read: {error.strerror or error}") from error
 
 
-class _Reader:
-    """Walks over the head of a mapped file and never past its end."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
+class _Reader(GgufCursor):
+    """Walks over the head and keeps its pairs as they stand."""
 
     def head(self) -> _Head:
         if self.data[:4] != b"GGUF":
             raise ValueError(f"it begins with {self.data[:4]!r}")
-        self._skip(4)
-        version = self._number("I")
+        self.skip(4)
+        version = self.scalar("I")
         if version not in (2, 3):
             raise ValueError(f"version {version}, we know 2 and 3, little-endian")
-        n_tensor, n_pair = self._number("Q"), self._number("Q")
+        n_tensor, n_pair = self.scalar("Q"), self.scalar("Q")
         pairs: dict[str, bytes] = {}
         alignment = 32
         for _ in range(n_pair):
             start = self.at
-            key = self._text().decode("utf-8", errors="surrogateescape")
+            key = self.raw_text().decode("utf-8", errors="surrogateescape")
             if key in pairs:
                 raise ValueError(f"the key {key} stands in it twice")
-            kind = self._number("I")
+            kind = self.scalar("I")
             value_at = self.at
             self._value(kind, 0)
             pairs[key] = self.data[start : self.at]
@@ -199,9 +195,9 @@ class _Reader:
             raise ValueError(f"{_ALIGNMENT} is {alignment}")
         start, end_bytes = self.at, 0
         for _ in range(n_tensor):
-            self._text()
-            n_value = math.prod([self._number("Q") for _ in range(self._dimensions())])
-            kind, offset_bytes = self._number("I"), self._number("Q")
+            self.raw_text()
+            n_value = math.prod([self.scalar("Q") for _ in range(self._dimensions())])
+            kind, offset_bytes = self.scalar("I"), self.scalar("Q")
             _, block_values, block_bytes = TENSOR_TYPES.get(
                 kind, ("", 1, 0)
             )  # a newer type: its place at least
@@ -209,43 +205,27 @@ class _Reader:
         records = self.data[start : self.at]
         data_start = self.at + -self.at % alignment
         if n_tensor and data_start + end_bytes > len(self.data):
-            raise ValueError("it is cut short")
+            raise CutShort
         return _Head(version, n_tensor, list(pairs.items()), records, alignment, data_start)
 
     def _dimensions(self) -> int:
-        if (count := self._number("I")) > 4:
+        if (count := self.scalar("I")) > 4:
             raise ValueError(f"a tensor has {count} dimensions")
         return count
 
     def _value(self, kind: int, depth: int) -> None:
-        if kind == _STRING:
-            self._text()
-        elif kind == _ARRAY:
-            item_kind, count = self._number("I"), self._number("Q")
-            if item_kind in _SCALARS:
-                self._skip(struct.calcsize("<" + _SCALARS[item_kind]) * count)
+        if kind == STRING:
+            self.raw_text()
+        elif kind == ARRAY:
+            item_kind, count = self.scalar("I"), self.scalar("Q")
+            if item_kind in SCALARS:
+                self.skip(struct.calcsize("<" + SCALARS[item_kind]) * count)
                 return
             if depth == _MAX_DEPTH:
                 raise ValueError("arrays in arrays in arrays")
             for _ in range(count):
                 self._value(item_kind, depth + 1)
-        elif kind in _SCALARS:
-            self._skip(struct.calcsize("<" + _SCALARS[kind]))
+        elif kind in SCALARS:
+            self.skip(struct.calcsize("<" + SCALARS[kind]))
         else:
             raise ValueError(f"the unknown value type {kind}")
-
-    def _text(self) -> bytes:
-        length = self._number("Q")
-        start = self._skip(length)
-        return self.data[start : start + length]
-
-    def _number(self, code: str) -> int:
-        start = self._skip(struct.calcsize("<" + code))
-        return int(struct.unpack_from("<" + code, self.data, start)[0])
-
-    def _skip(self, count: int) -> int:
-        start = self.at
-        if count > len(self.data) - start:
-            raise ValueError("it is cut short")
-        self.at = start + count
-        return start

@@ -18,13 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.errors import InputError
+from arte_edge.models.gguf_cursor import ARRAY, SCALARS, STRING, CutShort, GgufCursor
 from arte_edge.models.gguf_types import TENSOR_TYPES
 
 __all__ = ["TensorInfo", "TensorTable", "read_table"]
 
-# GGUF value type -> struct code of one scalar; 8 is a string, 9 an array (ggml/docs/gguf.md)
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 _KEPT_ITEMS = 256  # longer arrays are vocabularies: only their length is kept
 
 
@@ -85,31 +83,16 @@ def read_table(path: Path) -> TensorTable:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-class _Cursor:
-    """Reads little-endian values and never past the end."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
-
-    def take(self, size_bytes: int) -> bytes:
-        if size_bytes > len(self.data) - self.at:
-            raise ValueError("it is cut short")
-        self.at += size_bytes
-        return self.data[self.at - size_bytes : self.at]
-
-    def scalar(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
-
-    def text(self) -> str:
-        return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
+class _Cursor(GgufCursor):
+    """Keeps every value but the items of long arrays."""
 
     def value(self, kind: int) -> Any:
-        if kind == _STRING:
+        if kind == STRING:
             return self.text()
-        if kind != _ARRAY:
+        if kind != ARRAY:
             return self.scalar(_code(kind))
         item_kind, count = self.scalar("I"), self.scalar("Q")
-        if item_kind != _STRING:
+        if item_kind != STRING:
             raw = self.take(struct.calcsize("<" + _code(item_kind)) * count)
             items = struct.unpack(f"<{count}{_code(item_kind)}", raw) if count <= _KEPT_ITEMS else ()
         elif count <= _KEPT_ITEMS:
@@ -122,9 +105,9 @@ class _Cursor:
 
 
 def _code(kind: int) -> str:
-    if kind not in _SCALARS:
+    if kind not in SCALARS:
         raise ValueError(f"it has the unknown value type {kind}")
-    return _SCALARS[kind]
+    return SCALARS[kind]
 
 
 def _parse(path: Path, cursor: _Cursor) -> TensorTable:
@@ -147,7 +130,7 @@ def _parse(path: Path, cursor: _Cursor) -> TensorTable:
         for info in records
     }
     if any(info.offset_bytes + info.size_bytes > len(cursor.data) for info in tensors.values()):
-        raise ValueError("it is cut short")
+        raise CutShort
     return TensorTable(path, tensors, metadata)
 
 
