@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.engines.llama_amx import model_params
 from arte_edge.engines.llama_layout import DEFAULT_LAYOUT, Layout
 from arte_edge.engines.llama_rows import RowBatch
 from arte_edge.engines.xllama_library import load_xllamacpp
@@ -87,9 +88,7 @@ class LlamaModel:
         """Load `path`; `library` is None for the one that is installed, or that of `load_xllamacpp`."""
         self.lib = library or _library()
         self.path = path
-        self.handle = self.lib.llama_model_load_from_file(
-            str(path).encode(), self.lib.llama_model_default_params()
-        )
+        self.handle = self.lib.llama_model_load_from_file(str(path).encode(), model_params(self.lib))
         if not self.handle:
             raise InputError(
                 f"{path}: llama.cpp {self.lib.__version__} cannot load this file",
