@@ -197,6 +197,9 @@ class Deploy(_Section):
         description="where its speed was measured: a student.json, a bench.jsonl, or a folder with them; "
         "empty: predicted",
     )
+    draws: int = Field(
+        default=8, ge=0, description="rationales drawn anew for a question whose first is too long, at most"
+    )
 
 
 class RunConfig(_Section):

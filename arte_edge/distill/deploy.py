@@ -11,8 +11,8 @@ in the student's own tokens. With a budget, a run changes in three places:
   write in time, ``min(1, budget / tokens)``, and a log-probability gets the share's logarithm
   added. So a draft that is a little too long is a little worse, and the teacher still hears
   which of two long drafts taught the student more.
-* tailor: rationales are written as ever, and those that are too long train nobody. Cutting them off
-  at the budget was tried: half sentences before the answer, and a student that lost its format.
+* tailor: the teacher is shown worked examples that fit, what is too long trains nobody, and the
+  questions that this leaves with nothing get draws (`arte_edge.distill.within`).
 * evaluate: base and tuned student stop at the budget.
 
 Drafts are elicited as ever: preferences need both short and long ones to choose from.
@@ -28,7 +28,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -117,7 +117,7 @@ def settle(run: Run, device_side: DeviceSide | None, *, update: bool) -> Budget 
     prompt_tokens = _prompt_tokens(run)
     tokens = budget_tokens(config.max_answer_seconds, prompt_tokens, rates)
     budget = Budget(tokens, prompt_tokens, rates)
-    document = {"deploy": config.model_dump(mode="json"), "budget": asdict(budget)}
+    document = {"deploy": _settings(config), "budget": asdict(budget)}
     write_atomic(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
     run.reporter.event("deploy", **document)
     return budget
@@ -127,12 +127,17 @@ def _kept(path: Path, config: Deploy) -> Budget | None:
     """Return what was decided from the same settings, None if there is nothing that can be read."""
     try:
         document = json.loads(path.read_bytes())
-        if document["deploy"] != config.model_dump(mode="json"):
+        if document["deploy"] != _settings(config):
             return None
         budget = document["budget"]
         return Budget(budget["answer_tokens"], budget["prompt_tokens"], Rates(**budget["rates"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _settings(config: Deploy) -> dict[str, Any]:
+    """Return the settings that decide a budget; what a run does with it is no part of them."""
+    return config.model_dump(mode="json", exclude={"draws"})
 
 
 def _prompt_tokens(run: Run) -> int:

@@ -15,6 +15,7 @@ from arte_edge.distill.prompts import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
     ANSWER_STOPS,
+    Worked,
     answer_shots,
     direct_messages,
     rationale_messages,
@@ -24,7 +25,14 @@ from arte_edge.distill.run import Run
 from arte_edge.engines.base import Completion, Engine, Request, Sampling
 from arte_edge.tasks.answers import comparable, extract
 
-__all__ = ["label_rows", "opinions", "rationale_prompt", "rationale_sampling", "write_rationales"]
+__all__ = [
+    "label_rows",
+    "opinions",
+    "rationale_prompt",
+    "rationale_row",
+    "rationale_sampling",
+    "write_rationales",
+]
 
 Row = dict[str, Any]
 
@@ -32,10 +40,15 @@ _OPINION_GROUP = 16
 
 
 def rationale_prompt(
-    run: Run, engine: Engine, config: ModelConfig, question: str, technique: str | None
+    run: Run,
+    engine: Engine,
+    config: ModelConfig,
+    question: str,
+    technique: str | None,
+    shots: Sequence[Worked] | None = None,
 ) -> str:
-    """Return the rendered prompt; `technique` None is the naive step-by-step prompt."""
-    shots = teacher_shots(run.task, config.shots)
+    """Return the rendered prompt; `technique` None is the naive step-by-step prompt, `shots` None the task's."""
+    shots = teacher_shots(run.task, config.shots) if shots is None else shots
     return run.render(engine, rationale_messages(run.task, question, technique, shots), "", config)
 
 
@@ -47,6 +60,7 @@ def write_rationales(
     techniques: Sequence[str | None],
     tokens: int,
     what: str,
+    shots: Sequence[Worked] | None = None,
 ) -> list[Row]:
     """Write one rationale for each question and technique, greedily.
 
@@ -56,12 +70,13 @@ def write_rationales(
     # One technique after another: prompts of one technique share their beginning.
     asked = [(t, technique, row) for t, technique in enumerate(techniques) for row in questions]
     requests = [
-        Request(rationale_prompt(run, engine, config, row["input"], technique)) for _, technique, row in asked
+        Request(rationale_prompt(run, engine, config, row["input"], technique, shots))
+        for _, technique, row in asked
     ]
     sampling = rationale_sampling(run, engine, tokens)
     answers = run.calls.complete(engine, requests, sampling, what)
     return [
-        _row(run, row, t if technique is not None else -1, answer)
+        rationale_row(run, row, t if technique is not None else -1, answer)
         for (t, technique, row), answer in zip(asked, answers, strict=True)
     ]
 
@@ -100,7 +115,8 @@ def opinions(
     return found
 
 
-def _row(run: Run, question: Row, technique: int, completion: Completion) -> Row:
+def rationale_row(run: Run, question: Row, technique: int, completion: Completion) -> Row:
+    """Return what is kept of a rationale: see `write_rationales`."""
     return {
         "question": question["id"],
         "technique": technique,

@@ -2,23 +2,27 @@
 
 Questions are drawn with the prompt of alignment at temperature 1; rationales come
 from the naive prompt, greedily: which technique to use is now the teacher's choice. What the
-student's device has no time for trains nobody (`arte_edge.distill.deploy`).
+student's device has no time for trains nobody; how the teacher is brought to keep within that time is
+said in `arte_edge.distill.within`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from arte_edge.distill.questions import Drafts, QuestionPlan, draft_questions
 from arte_edge.distill.rationales import label_rows, opinions, write_rationales
 from arte_edge.distill.run import Run, Summary
+from arte_edge.distill.within import brief_shots, draw_again, too_long
 from arte_edge.engines.base import Engine
 from arte_edge.errors import StoppedEarly
 from arte_edge.store import Stage
 
 __all__ = ["tailor"]
+
+Row = dict[str, Any]
 
 _MOST_ROUNDS = 6
 _FIRST_ASK = (
@@ -35,14 +39,12 @@ def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summa
     config = run.config.tailor
 
     def body(stage: Stage) -> Summary:
-        wanted, rows, rejected, prompts = config.questions, [], [], 0
+        wanted, rows, rejected, prompts, drawn = config.questions, [], [], 0, 0
         # Labels drop some questions, so the teacher is asked for more until enough are left.
         asked = wanted if config.label == "teacher" else math.ceil(wanted * _FIRST_ASK)
         for _ in range(_MOST_ROUNDS):
             drafts, rationales, labels = _write(run, engine(), asked)
-            usable = {row["question"]: row for row in rationales if row["usable"]}
-            too_long = _too_long(run, usable.values())
-            usable = {key: row for key, row in usable.items() if key not in too_long}
+            usable, dropped = _chosen(run, rationales)
             rows = [
                 {
                     "id": q["id"],
@@ -54,6 +56,7 @@ def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summa
                 if q["id"] in usable
             ]
             rejected, prompts = drafts.rejected, drafts.prompts
+            drawn = sum(bool(usable[q["id"]].get("drawn")) for q in drafts.valid if q["id"] in usable)
             if len(rows) >= wanted:
                 break
             share = max(len(rows) / len(drafts.valid), 0.1)
@@ -62,7 +65,7 @@ def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summa
             raise StoppedEarly(
                 f"tailor: {len(rows)} of {wanted} examples usable out of {asked} questions "
                 f"(label policy {config.label}, readable rationales {labels['readable']:.0%}"
-                + (f", {len(too_long)} too long for the device)" if too_long else ")"),
+                + (f", {dropped} too long for the device)" if dropped else ")"),
                 "Lower tailor.questions, take tailor.label = 'vote' or 'teacher', or a stronger teacher.",
             )
         stage.write("train.jsonl", rows[:wanted])
@@ -76,7 +79,7 @@ def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summa
             "labels": labels,
             "answers": _spread(rows[:wanted]),
             "rationale_words": round(sum(words) / max(len(words), 1), 1),
-            **({} if run.budget is None else {"over_budget": len(too_long)}),
+            **({} if run.budget is None else {"over_budget": dropped, "drawn_again": drawn}),
         }
 
     inputs: dict[str, Any] = {
@@ -86,11 +89,12 @@ def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summa
         "adapter": adapter_sha256,
         "task": run.task.sha256,
         **run.deploy_inputs(),
+        **({} if run.budget is None else {"draws": run.config.deploy.draws}),
     }
     return run.stage("tailor", inputs, body, _say)
 
 
-def _write(run: Run, engine: Engine, n: int) -> tuple[Drafts, list[dict[str, Any]], dict[str, Any]]:
+def _write(run: Run, engine: Engine, n: int) -> tuple[Drafts, list[Row], Row]:
     config, elicit, teacher = run.config.tailor, run.config.elicit, run.config.teacher
     plan = QuestionPlan(
         wanted=n,
@@ -107,17 +111,24 @@ def _write(run: Run, engine: Engine, n: int) -> tuple[Drafts, list[dict[str, Any
     drafts = draft_questions(run, engine, teacher, plan, "tailored questions")
     # Not cut off at a device's budget: a rationale that breaks off teaches the student to break off.
     tokens = elicit.rationale_tokens
-    rationales = write_rationales(run, engine, teacher, drafts.valid, [None], tokens, "tailored rationales")
+    rationales = write_rationales(
+        run, engine, teacher, drafts.valid, [None], tokens, "tailored rationales", brief_shots(run, teacher)
+    )
     votes = opinions(run, engine, teacher, drafts.valid, "bare answers")
-    return drafts, rationales, label_rows(run, drafts.valid, rationales, votes, config.label)
+    labels = label_rows(run, drafts.valid, rationales, votes, config.label)
+    again = draw_again(run, engine, teacher, drafts.valid, rationales, config.label)
+    return drafts, [*rationales, *again], labels
 
 
-def _too_long(run: Run, rationales: Iterable[dict[str, Any]]) -> set[str]:
-    """Return the questions whose rationale the student could not write in the device's time, in its own tokens."""
-    if run.budget is None:
-        return set()
-    count, most = run.engine(run.config.student).count_tokens, run.budget.answer_tokens
-    return {row["question"] for row in rationales if count(f" {row['text'].strip()}") > most}
+def _chosen(run: Run, rationales: Sequence[Row]) -> tuple[dict[str, Row], int]:
+    """Return each question's first rationale that may be used, and how many questions have but too long ones."""
+    usable = [row for row in rationales if row["usable"]]
+    long = {id(row) for row in too_long(run, usable)}
+    chosen: dict[str, Row] = {}
+    for row in usable:
+        if id(row) not in long:
+            chosen.setdefault(row["question"], row)
+    return chosen, len({row["question"] for row in usable} - set(chosen))
 
 
 def _spread(rows: list[dict[str, Any]]) -> dict[str, int]:
