@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from arte_edge.store import content_key
 from arte_edge.tasks.task import WorkedExample
 
 RATES = Rates(20.0, 200.0, "measured", "")
-DEVICE = {"deploy": {"device": "raspberry-pi-5", "max_answer_seconds": 2.0}}
+DEVICE: dict[str, Any] = {"deploy": {"device": "raspberry-pi-5", "max_answer_seconds": 2.0}}
 LONG = "well let us see now and once more. " * 3
 
 
@@ -36,7 +37,7 @@ class Rambling:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def complete(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         done = self.inner.complete(requests, sampling)
         return [
             c if r.prompt.endswith("<input>") else self._say(r, c, sampling)
@@ -96,7 +97,7 @@ def test_the_teacher_is_shown_what_fits_and_only_under_a_budget(house: Any) -> N
         WorkedExample(input="Is 3 even or odd?", reasoning="It ends in 3.", target="odd"),
     )
     house.task = replace(house.task, worked=worked)
-    shown = {"teacher": {"model": "scripted-teacher", "shots": 3}}
+    shown: dict[str, Any] = {"teacher": {"model": "scripted-teacher", "shots": 3}}
     teacher = Rambling(house.teacher, brief=frozenset({0}))
     run = start(house, teacher, 5, **DEVICE, **shown)
     assert brief_shots(run, run.config.teacher) == [
@@ -148,7 +149,7 @@ def test_draws_do_not_vote(house: Any) -> None:
 
 def test_without_draws_or_with_too_long_ones_the_stage_says_so(house: Any) -> None:
     silent = Rambling(house.teacher, brief=frozenset({0}))
-    deploy = {"deploy": {**DEVICE["deploy"], "draws": 0}}
+    deploy: dict[str, Any] = {"deploy": {**DEVICE["deploy"], "draws": 0}}
     with pytest.raises(StoppedEarly, match="too long for the device"):
         write(start(house, silent, **deploy), silent)
     assert silent.drawn == []
