@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from arte_edge.distill.parrots import refuse_parrots
 from arte_edge.distill.questions import QuestionPlan, draft_questions
 from arte_edge.distill.rationales import label_rows, opinions, write_rationales
 from arte_edge.distill.run import Run, Summary
@@ -41,10 +42,11 @@ def elicit(run: Run) -> Summary:
         )
         votes = opinions(run, engine, teacher, drafts.valid, "bare answers")
         labels = label_rows(run, drafts.valid, rationales, votes, config.label)
+        parroted = refuse_parrots(rationales)
         if not any(row["usable"] for row in rationales):
             raise StoppedEarly(
                 f"elicit: none of {len(rationales)} rationales is usable ({labels['readable']:.0%} have a readable "
-                f"answer, label policy {config.label})",
+                f"answer, label policy {config.label}; {parroted} repeat one text for question after question)",
                 "Raise elicit.rationale_tokens, show the teacher more worked examples (teacher.shots), "
                 "or take a stronger one.",
             )
@@ -57,6 +59,7 @@ def elicit(run: Run) -> Summary:
             "prompts": drafts.prompts,
             "rationales": len(rationales),
             "usable_rationales": sum(row["usable"] for row in rationales),
+            "parroted": parroted,
             "labels": labels,
         }
 
@@ -70,8 +73,9 @@ def elicit(run: Run) -> Summary:
 
 def _say(summary: Summary) -> str:
     refused = sum(summary["rejected"].values())
-    labels = summary["labels"]
+    labels, parroted = summary["labels"], summary.get("parroted", 0)  # runs from before had no such count
+    parrots = f" ({parroted} parroted)" if parroted else ""
     return (
         f"{summary['questions']} questions ({refused} refused), {summary['usable_rationales']} of "
-        f"{summary['rationales']} rationales usable, {labels['agree_with_target']:.0%} agree with the target"
+        f"{summary['rationales']} rationales usable{parrots}, {labels['agree_with_target']:.0%} agree with the target"
     )

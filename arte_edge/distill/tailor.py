@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from arte_edge.distill.parrots import refuse_parrots
 from arte_edge.distill.questions import Drafts, QuestionPlan, draft_questions
 from arte_edge.distill.rationales import label_rows, opinions, write_rationales
 from arte_edge.distill.run import Run, Summary
@@ -116,8 +117,8 @@ def _write(run: Run, engine: Engine, n: int) -> tuple[Drafts, list[Row], Row]:
     )
     votes = opinions(run, engine, teacher, drafts.valid, "bare answers")
     labels = label_rows(run, drafts.valid, rationales, votes, config.label)
-    again = draw_again(run, engine, teacher, drafts.valid, rationales, config.label)
-    return drafts, [*rationales, *again], labels
+    written = [*rationales, *draw_again(run, engine, teacher, drafts.valid, rationales, config.label)]
+    return drafts, written, labels | {"parroted": refuse_parrots(written)}
 
 
 def _chosen(run: Run, rationales: Sequence[Row]) -> tuple[dict[str, Row], int]:

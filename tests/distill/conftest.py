@@ -53,16 +53,24 @@ def draft(sample: int) -> str:
     return "\n".join(blocks).removeprefix("<Question_4><input>")
 
 
+def _second(prompt: str) -> str:
+    """Return the second word of the question: no two questions get the same rationale."""
+    words = prompt.rpartition("Question:")[2].split()
+    return words[1] if len(words) > 1 else "seen"
+
+
 @dataclass
 class ScriptedEngine:
     """An `Engine` that knows the parity of the numbers for which `knows` says so, and counts its calls.
 
-    `drafts` answers the prompts that ask for questions, from the request's sample number.
+    `drafts` answers the prompts that ask for questions, from the request's sample number; `word` is what
+    differs between its rationales.
     """
 
     name: str
     knows: Callable[[int], bool] = lambda n: True
     drafts: Callable[[int], str] = draft
+    word: Callable[[str], str] = _second
     chat_template: str | None = None
     special_tokens: dict[str, str] = field(default_factory=dict)
     supports_grammar: bool = False
@@ -85,7 +93,7 @@ class ScriptedEngine:
             Completion(
                 self.drafts(request.sample)
                 if request.prompt.endswith("<input>")
-                else f"It is seen at once. <ans>{self.answer(request.prompt)}</ans>",
+                else f"It is {self.word(request.prompt)} at once. <ans>{self.answer(request.prompt)}</ans>",
                 "stop",
                 prompt_tokens=9,
                 completion_tokens=7,

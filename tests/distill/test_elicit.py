@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from arte_edge.distill.elicit import elicit
+from arte_edge.errors import StoppedEarly
 from arte_edge.tasks.task import content_key
 
 
@@ -86,3 +89,19 @@ def test_another_setting_makes_the_stage_again_from_the_calls_it_shares(house: A
     run = house.run(elicit={"questions": 8, "label": "vote"})
     assert elicit(run)["labels"]["policy"] == "vote"
     assert house.calls == spent
+
+
+def test_a_teacher_that_gives_one_text_to_every_question_is_stopped_with_the_reason(house: Any) -> None:
+    house.teacher.word = lambda prompt: "plain"
+    with pytest.raises(StoppedEarly, match="32 repeat one text for question after question"):
+        elicit(house.run())
+
+
+def test_parroted_rationales_are_counted_and_the_others_stay_usable(house: Any) -> None:
+    own = house.teacher.word
+    house.teacher.word = lambda prompt: "plain" if "Halve" in prompt else own(prompt)
+    run = house.run()
+    summary = elicit(run)
+    assert (summary["parroted"], summary["usable_rationales"]) == (8, 24)
+    refused = {row["technique"] for row in run.read("elicit", "rationales.jsonl") if not row["usable"]}
+    assert refused == {1}
