@@ -211,7 +211,7 @@ class _Reader(GgufCursor):
     def _dimensions(self) -> int:
         if (count := self.scalar("I")) > 4:
             raise ValueError(f"a tensor has {count} dimensions")
-        return count
+        return int(count)
 
     def _value(self, kind: int, depth: int) -> None:
         if kind == STRING:

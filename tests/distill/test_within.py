@@ -53,7 +53,8 @@ class Rambling:
         if request.sample in self.wrong:
             return Completion("Odd it is. <ans>odd</ans>", "stop", 9, 5)
         if request.sample in self.brief:
-            return Completion(f"Draw {request.sample} says it. <ans>even</ans>", "stop", 9, 6)
+            word = self.inner.word(request.prompt)  # no text may stand under every question
+            return Completion(f"Draw {request.sample} says {word}. <ans>even</ans>", "stop", 9, 6)
         return Completion(LONG + said.text, said.finish, 9, 30)
 
 
@@ -119,7 +120,7 @@ def test_the_teacher_is_shown_what_fits_and_only_under_a_budget(house: Any) -> N
 def test_a_question_keeps_the_first_draw_that_fits_and_agrees(house: Any) -> None:
     teacher = Rambling(house.teacher, brief=frozenset({2, 3}), wrong=frozenset({1}))
     summary, rows = write(start(house, teacher, **DEVICE), teacher)
-    assert [row["rationale"] for row in rows] == ["Draw 2 says it. <ans>even</ans>"] * 8
+    assert [row["rationale"][:12] for row in rows] == ["Draw 2 says "] * 8
     assert summary["drawn_again"] >= 8 and summary["over_budget"] == 0
     # Two waves are allowed, and one was enough.
     assert {sample for _, sample in teacher.drawn} == {0, 1, 2, 3}
@@ -144,7 +145,7 @@ def test_draws_do_not_vote(house: Any) -> None:
     teacher = Rambling(house.teacher, brief=frozenset({7}), wrong=frozenset(range(7)))
     _, rows = write(start(house, teacher, **DEVICE), teacher)
     assert {row["label"] for row in rows} == {"even"}
-    assert {row["rationale"] for row in rows} == {"Draw 7 says it. <ans>even</ans>"}
+    assert {row["rationale"][:12] for row in rows} == {"Draw 7 says "}
 
 
 def test_without_draws_or_with_too_long_ones_the_stage_says_so(house: Any) -> None:
