@@ -1,16 +1,16 @@
-"""Does a race find the pairs of the full grid? Recorded grids, raced again and again.
+"""Does a race find the pairs of the full grid? A recorded grid, raced again and again.
 
-    python benchmarks/race.py record RUN NAME     # keep a run's full grid (prefer.race = "off")
-    python benchmarks/race.py                     # race every recorded grid, 100 seeds a share
+    python benchmarks/race.py            # 100 seeds a share; results/race/summary.json, docs/figures/race.svg
 
-A recorded grid holds the student's log-probabilities of every answer, for every draft and every
-question of the preference set, from a real run. A seed shuffles drafts and questions, so that a race begins
-somewhere else. A pair's end counts as found if it is the full grid's own best (or worst) rationale of
-its question, or tied with it: closer than the standard error of their paired difference.
+The grid is that of `score_worth_measure.py`: every answer's log-probability, and what was written, for every
+draft of a real teacher and every question of the preference set. A seed draws questions with 160 drafts and
+shuffles drafts and items, so that a race begins somewhere else on other drafts. A pair's end counts as found
+if it is the full grid's own best (or worst) rationale of its question, or tied with it: closer than the
+standard error of their paired difference. "without parroted": no text that the teacher repeats for question
+after question (`arte_edge.distill.parrots`), which are easy to tell apart from the rest.
 
 Beside the race stand the same number of calls spent evenly, on the first questions of every draft,
-with the plain mean and with the same model of the grid (`belief`). Writes summary.json and agreement.svg
-under benchmarks/results/race/.
+with the plain mean and with the same model of the grid (`belief`).
 """
 
 from __future__ import annotations
@@ -18,52 +18,41 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from figures import write_svg
 from numpy.typing import NDArray
 
 from arte_edge.distill.belief import believe
+from arte_edge.distill.parrots import refuse_parrots
 from arte_edge.distill.race import Race
 from arte_edge.distill.scores import probabilities
-from arte_edge.store import read_jsonl, write_atomic
-from arte_edge.tasks.load import load_task
+from arte_edge.publish.charts_axes import Axis
+from arte_edge.publish.charts_plot import Plot
+from arte_edge.store import write_atomic
 
-RESULTS = Path(__file__).parent / "results" / "race"
+HERE = Path(__file__).parent
+RECORDED, RESULTS = HERE / "results" / "score_worth", HERE / "results" / "race"
+FIGURE = HERE.parent / "docs" / "figures" / "race.svg"
 SHARES = (0.1, 0.15, 0.2, 0.25, 0.35, 0.5)
+DRAFTS = 160  # of one race, about
+WAYS = ("race", "even, model", "even")
 Floats = NDArray[np.float64]
 
 
-def record(run: Path, name: str) -> None:
-    """Write the grid of a run whose prefer stage was measured in full."""
-    drafts = [row for row in read_jsonl(run / "elicit" / "rationales.jsonl") if row["usable"]]
-    calls = [json.loads(line) for line in (run / "calls.jsonl").read_text().splitlines()]
-    rows = [call["logp"] for call in calls if call.get("what") == "scores"]
-    items = read_jsonl(run / "calibrate" / "preference_set.jsonl")
-    task = tomllib.loads((run / "run.toml").read_text())["task"]["ref"]
-    choices = load_task(task).answer.options(items[0]["input"])
-    numbers = {key: i for i, key in enumerate(dict.fromkeys(draft["question"] for draft in drafts))}
-    grid = {
-        "question": [numbers[draft["question"]] for draft in drafts[: len(rows)]],
-        "target": [item["target"] for item in items],
-        "choices": list(choices),
-        "logp": [[[round(x, 4) for x in cell] for cell in row] for row in rows],
-    }
-    write_atomic(RESULTS / f"{name}.json", json.dumps(grid).encode())
-    print(f"{name}: {len(rows)} drafts of {len(numbers)} questions × {len(items)}")
-
-
-def cells(grid: dict[str, Any], order: Sequence[str], *, soft: bool) -> Floats:
-    """Return the bias-free score of every cell, ``[d, k]``. `order` is that of the choices in ``logp``."""
-    logp = np.array(grid["logp"])  # [d, k, n_choice]
-    truth = np.array([list(order).index(target) for target in grid["target"]])
+def cells(grid: Mapping[str, Any]) -> dict[str, Floats]:
+    """Return every cell's contribution to a draft's score ``[d, k]`` on the preference set, by kind of score."""
+    at = grid["preferred"]
+    logp, truth = grid["logp"][:, at].astype(float), grid["truth"][at]
     shares = np.array([probabilities(row, free=True) for row in logp])
-    if soft:
-        return np.asarray(shares[:, np.arange(len(truth)), truth])
-    return np.asarray(shares.argmax(axis=2) == truth, dtype=float)
+    return {
+        "likelihood": shares[:, np.arange(len(truth)), truth],
+        "forced": (shares.argmax(axis=2) == truth).astype(float),
+        "accuracy": (grid["right"][:, at] == 1).astype(float),
+    }
 
 
 def found(grid: Floats, question: Sequence[int], score: Floats) -> float:
@@ -92,7 +81,7 @@ def race(grid: Floats, question: Sequence[int], share: float) -> tuple[float, fl
 
 
 def even(grid: Floats, question: Sequence[int], share: float) -> tuple[float, float]:
-    """Return the agreement of the same calls spent evenly: plain means, and means under the model."""
+    """Return the agreement of the same calls spent evenly: means under the model, and plain means."""
     d, k = grid.shape
     n = max(2, round(share * k))
     pilots = range(1, d, 12)
@@ -100,15 +89,30 @@ def even(grid: Floats, question: Sequence[int], share: float) -> tuple[float, fl
     m = max(2, round((share * d - len(pilots)) * k / max(d - len(pilots), 1)))
     values[:, :m] = grid[:, :m]
     values[list(pilots)] = grid[list(pilots)]
-    return found(grid, question, grid[:, :n].mean(axis=1)), found(grid, question, believe(values).mean)
+    return found(grid, question, believe(values).mean), found(grid, question, grid[:, :n].mean(axis=1))
 
 
-def shuffled(grid: Floats, question: Sequence[int], seed: int) -> tuple[Floats, list[int]]:
-    """Return the grid with its questions' drafts and its items in another order."""
+def drawn(grid: Floats, question: NDArray[np.intp], seed: int) -> tuple[Floats, list[int]]:
+    """Return the rows of some questions, 160 or all that there are, drafts and items in another order."""
     rng = np.random.default_rng(seed)
-    keys = rng.permutation(len(set(question)))
-    rows = sorted(range(len(question)), key=lambda d: (keys[question[d]], rng.random()))
-    return grid[rows][:, rng.permutation(grid.shape[1])], [question[row] for row in rows]
+    keys: list[int] = []
+    for key in rng.permutation(np.unique(question)).tolist():
+        if np.isin(question, keys).sum() >= DRAFTS:
+            break
+        keys.append(key)
+    rows = [row for row, key in enumerate(question) if key in keys]
+    rows.sort(key=lambda row: (keys.index(question[row]), rng.random()))
+    return grid[rows][:, rng.permutation(grid.shape[1])], [keys.index(question[row]) for row in rows]
+
+
+def kept(name: str, grid: Mapping[str, Any]) -> dict[str, NDArray[np.intp]]:
+    """Return which drafts are raced: all, and those that are not parroted where a question has two or more of them."""
+    work = json.loads((RECORDED / f"{name}-work.json").read_text("utf-8"))
+    rows = [{"question": str(d["question"]), "text": d["text"], "usable": True} for d in work["drafts"]]
+    refuse_parrots(rows)
+    usable = np.flatnonzero([row["usable"] for row in rows])
+    several = [i for i in usable if (grid["question"][usable] == grid["question"][i]).sum() > 1]
+    return {"all": np.arange(len(rows)), "without parroted": np.array(several)}
 
 
 def interval(values: Sequence[float]) -> list[float]:
@@ -116,37 +120,51 @@ def interval(values: Sequence[float]) -> list[float]:
     return [round(float(np.mean(values)) - half, 4), round(float(np.mean(values)) + half, 4)]
 
 
+def curve(rows: Sequence[Mapping[str, Any]]) -> Plot:
+    """Draw agreement against calls for the default score, parroted drafts left out."""
+    mine = [row for row in rows if row["score"] == "likelihood" and row["drafts_are"] == "without parroted"]
+    plot = Plot(
+        Axis("share of the full grid's calls", 0.0, 0.55),
+        Axis("best and worst rationales found", 0.7, 1.0),
+        title="Racing drafts",
+        desc="Share of best and worst rationales found, against calls, for a race and for calls spent evenly.",
+        legend=[(way, i) for i, way in enumerate(WAYS)],
+    )
+    for i, way in enumerate(WAYS):
+        plot.line([(row["share"], row[way]) for row in mine], i, style="" if i == 0 else "dashed")
+        for row in mine:
+            low, high = row[f"{way} ci95"]
+            plot.whisker((row["share"], row["share"]), (max(low, 0.7), min(high, 1.0)), i)
+            plot.mark(row["share"], row[way], i, tip=f"{way}: {row[way]:.3f} at {row['share']:.0%}")
+    return plot
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("record", nargs="*", metavar="record RUN NAME")
     parser.add_argument("--seeds", type=int, default=100)
-    options = parser.parse_args()
-    if options.record:
-        return record(Path(options.record[1]), options.record[2])
+    seeds = parser.parse_args().seeds
     summary = []
-    for path in sorted(RESULTS.glob("*.json")):
-        if path.stem == "summary":
-            continue
-        grid = json.loads(path.read_text())
-        for kind in ("likelihood", "forced"):
-            values = cells(grid, grid["choices"], soft=kind == "likelihood")
-            for share in SHARES:
-                runs = [shuffled(values, grid["question"], seed) for seed in range(options.seeds)]
-                raced = [race(*one, share) for one in runs]
-                spent = [even(*one, share) for one in runs]
-                row: dict[str, Any] = {"grid": path.stem, "score": kind, "share": share}
-                row |= {"drafts": values.shape[0], "items": values.shape[1], "seeds": options.seeds}
-                row["measured"] = round(float(np.mean([r[1] for r in raced])), 4)
-                for name, list_ in (
-                    ("race", [r[0] for r in raced]),
-                    ("even", [e[0] for e in spent]),
-                    ("even_model", [e[1] for e in spent]),
-                ):
-                    row[name] = round(float(np.mean(list_)), 4)
-                    row[f"{name}_ci95"] = interval(list_)
-                summary.append(row)
-                print(json.dumps(row), flush=True)
-    write_atomic(RESULTS / "summary.json", json.dumps(summary, indent=1).encode())
+    for path in sorted(RECORDED.glob("*-grid.npz")):
+        name, grid = path.name.removesuffix("-grid.npz"), dict(np.load(path))
+        for which, rows in kept(name, grid).items():
+            for kind, values in cells(grid).items():
+                draws = [drawn(values[rows], grid["question"][rows], seed) for seed in range(seeds)]
+                for share in SHARES if kind == "likelihood" else (0.25,):
+                    raced = [race(*one, share) for one in draws]
+                    spent = [even(*one, share) for one in draws]
+                    row: dict[str, Any] = {"grid": name, "drafts_are": which, "score": kind, "share": share}
+                    row |= {"drafts": round(float(np.mean([len(q) for _, q in draws])), 1), "seeds": seeds}
+                    row["measured"] = round(float(np.mean([r[1] for r in raced])), 4)
+                    lists = ([r[0] for r in raced], [e[0] for e in spent], [e[1] for e in spent])
+                    for way, list_ in zip(WAYS, lists, strict=True):
+                        row[way] = round(float(np.mean(list_)), 4)
+                        row[f"{way} ci95"] = interval(list_)
+                    summary.append(row)
+                    print(json.dumps(row), flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    write_atomic(RESULTS / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    FIGURE.parent.mkdir(exist_ok=True)
+    write_svg(curve(summary), FIGURE)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,224 @@
+"""Is a preference score worth anything? From recorded grids and trainings to tables and figures.
+
+    python benchmarks/score_worth.py     # results/score_worth/summary.json, tables.md; docs/figures/score-*.svg
+
+What was recorded, and how: `score_worth_work.py` (drafts), `score_worth_measure.py` (grids, trainings). Asked here:
+
+* Does the preference set pick the rationales that all validation questions would (the paper's check)?
+* Is a score the same on two halves of the questions?
+* How much of it is only the induced answer bias, or the draft's length?
+* Does training on a draft do what its score promises: one draft alone, and groups of drafts?
+
+A draft is *parroted* if the teacher gives its text to question after question (`arte_edge.distill.parrots`).
+Intervals are 95 %: over draws of whole questions (drafts of one question are alike), whole groups (a group's
+seeds are alike), or Student's t over the seeds of one pair of groups, which says nothing of other drafts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from score_worth_figures import ends_chart, parrots_chart
+from score_worth_scores import SCORES, Floats, bias_of, draft_scores
+from score_worth_stats import (
+    centred,
+    consistency,
+    distinct_groups,
+    groups_of,
+    mean_interval,
+    partial,
+    pearson,
+    rate,
+    reliability,
+    with_interval,
+)
+
+from arte_edge.distill.parrots import refuse_parrots
+from arte_edge.distill.stats import spearman
+from arte_edge.store import read_jsonl, write_atomic
+
+RESULTS = Path(__file__).parent / "results" / "score_worth"
+OUTCOMES = ("right", "forced", "probability_free")
+PAIRS = (("best", "worst"), ("top questions", "bottom questions"))
+FEW = 0.35  # share of parroted drafts below which a group counts as having few
+CONTROLS = ("shortest", "own-likelihood", "random")
+
+
+class Record:
+    """One task's grid, influences and trained groups."""
+
+    def __init__(self, name: str) -> None:
+        self.grid = dict(np.load(RESULTS / f"{name}-grid.npz"))
+        self.effect = dict(np.load(RESULTS / f"{name}-influence.npz"))
+        rows = read_jsonl(RESULTS / f"{name}-groups.jsonl")
+        self.base = next(row for row in rows if row["part"] == "base")
+        self.runs = [row for row in rows if row["part"] != "base"]
+        drafts = json.loads((RESULTS / f"{name}-work.json").read_text("utf-8"))["drafts"]
+        marked = [{"question": str(d["question"]), "text": d["text"], "usable": True} for d in drafts]
+        refuse_parrots(marked)
+        self.parroted = np.array([not row["usable"] for row in marked])
+        self.answers = [draft["answer"] for draft in drafts]
+        self.distinct = np.flatnonzero(~self.parroted)
+        self.question = self.grid["question"]
+        members = [row["members"] for row in self.runs]
+        # What a group is like, whatever its drafts' scores: parroted share, spread of its labels (nats).
+        self.share = np.array([self.parroted[m].mean() for m in members])
+        self.spread = np.array([_entropy([self.answers[i] for i in m]) for m in members])
+
+    def outcome(self, which: str) -> Floats:
+        return np.array([rate(row, which) for row in self.runs])
+
+
+def _entropy(labels: Sequence[str]) -> float:
+    shares = np.array(list(Counter(labels).values())) / len(labels)
+    return float(-(shares * np.log(shares)).sum())
+
+
+def one_draft(record: Record, score: Floats) -> dict[str, list[float]]:
+    """Return how a score agrees with what training on one draft did, over drafts that are not parroted."""
+    places = record.distinct
+    clusters = [part for part in (np.intersect1d(c, places) for c in groups_of(record.question)) if part.size]
+    gain = record.effect["probability_free"]
+    inside, own = centred(gain, record.question), centred(score, record.question)
+    several = [part for part in clusters if part.size > 1]
+    return {
+        "all": with_interval(lambda at: spearman(score[at], gain[at]), clusters),
+        "within": with_interval(lambda at: spearman(own[at], inside[at]), several),
+        "n": [len(places), len(several)],
+    }
+
+
+def trained(record: Record, name: str, score: Floats) -> dict[str, Any]:
+    """Return what training on a score's two ends does, and how group means of the score order the groups."""
+    out: dict[str, Any] = {}
+    for upper, lower in PAIRS:
+        ends = {
+            part: {r["seed"]: r for r in record.runs if r["score"] == name and r["part"] == part}
+            for part in (upper, lower)
+        }
+        seeds = sorted(set(ends[upper]) & set(ends[lower]))
+        for outcome in OUTCOMES:
+            gaps = [rate(ends[upper][s], outcome) - rate(ends[lower][s], outcome) for s in seeds]
+            out[f"{upper} - {lower}, {outcome}"] = [*mean_interval(gaps), len(gaps)]
+    means = np.array([score[row["members"]].mean() for row in record.runs])
+    sets = distinct_groups(record.runs)
+    few = [places for places in sets if (record.share[places] < FEW).all()]
+    for outcome in OUTCOMES:
+        value = record.outcome(outcome)
+        out[f"groups, {outcome}"] = with_interval(lambda at, v=value: spearman(means[at], v[at]), sets)
+        out[f"groups alike, {outcome}"] = with_interval(
+            lambda at, v=value: partial(means[at], v[at], [record.share[at], record.spread[at]]), sets
+        )
+        if len(few) > 4:
+            out[f"few parroted, {outcome}"] = with_interval(
+                lambda at, v=value: spearman(means[at], v[at]), few
+            )
+    return out | {"groups": len(record.runs), "sets": len(sets), "few": len(few)}
+
+
+def of_task(record: Record) -> dict[str, Any]:
+    """Return everything that is asked of one task's records."""
+    grid, scores = record.grid, draft_scores(record.grid)
+    bias, length = bias_of(grid), np.log(grid["tokens"].astype(float))
+    table = {}
+    for key in SCORES:
+        own = scores[key]
+        both = np.column_stack([np.ones_like(bias), bias, length])
+        left = own - both @ np.linalg.lstsq(both, own, rcond=None)[0]
+        table[key] = {
+            "spread": round(float(own.std()), 4),
+            "bias": round(pearson(own, bias), 3),
+            "length": round(pearson(own, length), 3),
+            "explained by bias and length": round(1 - float(left.var() / own.var()), 3),
+            "parroted": round(pearson(own, record.parroted.astype(float)), 3),
+            **(
+                {}
+                if key in CONTROLS
+                else {"consistency": consistency(grid, key), "halves": reliability(grid, key)}
+            ),
+            "one draft": one_draft(record, own),
+            "trained": trained(record, key, own),
+        }
+    keys = list(SCORES)
+    return {
+        "drafts": int(record.question.size),
+        "questions": len(groups_of(record.question)),
+        "parroted": int(record.parroted.sum()),
+        "k": int(grid["preferred"].size),
+        "one-shot right": round(float((grid["right"] == 1).mean()), 4),
+        "one-shot answered": round(float((grid["right"] >= 0).mean()), 4),
+        "base": {key: record.base[key] for key in ("n", *OUTCOMES)},
+        "groups against": {
+            f"{what}, {outcome}": with_interval(
+                lambda at, v=value, o=outcome: spearman(v[at], record.outcome(o)[at]),
+                distinct_groups(record.runs),
+            )
+            for what, value in (("parroted share", record.share), ("spread of labels", record.spread))
+            for outcome in OUTCOMES
+        },
+        "scores": table,
+        "agreement": {a: {b: round(spearman(scores[a], scores[b]), 3) for b in keys} for a in keys},
+    }
+
+
+def tables(summary: Mapping[str, Any]) -> str:
+    """Return the summary as Markdown."""
+    lines = []
+    for name, task in summary.items():
+        lines += [
+            f"## {name}",
+            "",
+            "| score | best, worst kept | halves: all, within | r with bias | length |",
+        ]
+        lines += ["|---|---|---|---|---|"]
+        for key, row in task["scores"].items():
+            if "halves" not in row:
+                continue
+            kept, halves = row["consistency"], row["halves"]
+            cells = [
+                f"{kept['best']:.0%}, {kept['worst']:.0%}",
+                f"{halves['all']:.2f}, {halves['within']:.2f}",
+            ]
+            cells += [f"{row['bias']:+.2f}", f"{row['length']:+.2f}"]
+            lines.append(f"| {' | '.join([key, *cells])} |")
+        head = ["score", "one draft", "within its question", "groups alike, forced", "few parroted, forced"]
+        head += ["few parroted, written", "best − worst, written", "best − worst, forced"]
+        lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for key, row in task["scores"].items():
+            one, t = row["one draft"], row["trained"]
+            spans = [one["all"], one["within"], t["groups alike, forced"]]
+            spans += [t.get("few parroted, forced"), t.get("few parroted, right")]
+            cells = [_span(span) for span in spans]
+            cells += [_span(t[f"best - worst, {outcome}"], 100) for outcome in ("right", "forced")]
+            lines.append(f"| {' | '.join([key, *cells])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _span(values: Sequence[float] | None, scale: float = 1.0) -> str:
+    if values is None:
+        return ""
+    digits = 1 if scale > 1 else 2
+    middle, low, high = (scale * value for value in values[:3])
+    return f"{middle:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def main() -> None:
+    names = sorted(path.name.removesuffix("-grid.npz") for path in RESULTS.glob("*-grid.npz"))
+    records = {name: Record(name) for name in names}
+    summary = {name: of_task(record) for name, record in records.items()}
+    write_atomic(RESULTS / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_atomic(RESULTS / "tables.md", tables(summary).encode())
+    for name, record in records.items():
+        parrots_chart(record.share, record.outcome("right"), name)
+        ends_chart(summary[name]["scores"], name)
+    print(tables(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The two figures of docs/score-worth.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from figures import write_svg
+from score_worth_scores import Floats
+
+from arte_edge.publish.charts_axes import Axis
+from arte_edge.publish.charts_plot import Plot
+
+__all__ = ["ends_chart", "parrots_chart"]
+
+_FIGURES = Path(__file__).parent.parent / "docs" / "figures"
+
+
+def parrots_chart(share: Floats, right: Floats, name: str) -> None:
+    """Draw what each trained student got right, writing, against the share of parroted drafts in its group."""
+    plot = Plot(
+        Axis("share of parroted drafts in the training group", 0.0, 1.02),
+        Axis("right of 240 fresh questions, written", 0.0, 0.4),
+        title="Parroted drafts and what training on them does",
+        desc=f"{len(share)} students, each trained on one group of drafts, by the share of parroted drafts.",
+    )
+    for x, written in zip(share.tolist(), right.tolist(), strict=True):
+        plot.mark(x, written, 0, hollow=True)
+    write_svg(plot, _FIGURES / f"score-parrots-{name}.svg")
+
+
+def ends_chart(scores: Mapping[str, Any], name: str) -> None:
+    """Draw, for each score, its rank correlation with one draft's effect, and with groups of few parroted drafts."""
+    rows = list(scores)
+    plot = Plot(
+        Axis("rank correlation with what training does", -0.9, 0.9),
+        rows,
+        title="What a score says of training",
+        desc="Rank correlations with 95 % intervals, a row a score.",
+        legend=[("one draft alone", 0), ("groups, answer forced", 1)],
+    )
+    plot.rule(0.0, "")
+    for i, key in enumerate(rows):
+        spans = (scores[key]["one draft"]["all"], scores[key]["trained"].get("few parroted, forced"))
+        for series, span in enumerate(spans):
+            if span is None:
+                continue
+            y = i + (-0.16, 0.16)[series]
+            plot.whisker((span[1], span[2]), (y, y), series)
+            plot.mark(span[0], y, series, tip=f"{key}: {span[0]:+.2f} ({span[1]:+.2f} to {span[2]:+.2f})")
+    write_svg(plot, _FIGURES / f"score-worth-{name}.svg")

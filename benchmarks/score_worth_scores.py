@@ -1,0 +1,80 @@
+"""The scores that the study compares, all from one recorded grid of one student.
+
+Each takes the grid's columns that it is asked for (the preference set, the whole validation set, a half)
+and gives one number a draft, higher for better. Kept apart from `arte_edge.distill.scores`, which has
+what a run can choose; these are the candidates, and controls that a good score must beat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arte_edge.distill.scores import answer_bias, probabilities
+
+__all__ = ["SCORES", "Floats", "bias_of", "draft_scores"]
+
+Floats = NDArray[np.float64]
+SCORES = {
+    "accuracy": "written, exact match (the paper's)",
+    "balanced": "written, mean recall of the answers",
+    "forced": "answer tag opened, likeliest answer",
+    "forced-free": "the same without the induced answer bias",
+    "likelihood": "probability of the right answer",
+    "likelihood-free": "the same without the induced answer bias",
+    "auc": "one answer against the rest, area under the curve, mean over answers",
+    "length-controlled": "likelihood-free less what the draft's length explains",
+    "shortest": "control: fewest tokens",
+    "own-likelihood": "control: what the student itself would have written",
+    "random": "control: a die",
+}
+
+
+def draft_scores(grid: Mapping[str, Any], columns: Sequence[int] | None = None) -> dict[str, Floats]:
+    """Return every score ``[d]`` on the questions `columns`, the preference set unless given."""
+    at = np.asarray(grid["preferred"] if columns is None else columns)
+    right, logp, truth = grid["right"][:, at], grid["logp"][:, at].astype(float), grid["truth"][at]
+    tokens = np.asarray(grid["tokens"], dtype=float)
+    raw = np.array([probabilities(one, free=False) for one in logp])  # [d, k, n_choice]
+    free = np.array([probabilities(one, free=True) for one in logp])
+    items = np.arange(len(at))
+    likelihood_free = free[:, items, truth].mean(1)
+    return {
+        "accuracy": (right == 1).mean(1),
+        "balanced": np.mean([(right[:, truth == t] == 1).mean(1) for t in np.unique(truth)], axis=0),
+        "forced": (raw.argmax(2) == truth).mean(1),
+        "forced-free": (free.argmax(2) == truth).mean(1),
+        "likelihood": raw[:, items, truth].mean(1),
+        "likelihood-free": likelihood_free,
+        "auc": _auc(raw, truth),
+        "length-controlled": _without(likelihood_free, np.log(tokens)),
+        "shortest": -tokens,
+        "own-likelihood": np.asarray(grid["own"], dtype=float),
+        "random": np.random.default_rng(0).random(len(tokens)),
+    }
+
+
+def bias_of(grid: Mapping[str, Any], columns: Sequence[int] | None = None) -> Floats:
+    """Return each draft's induced answer bias ``[d]``: how far its answers' spread is from the right one."""
+    at = np.asarray(grid["preferred"] if columns is None else columns)
+    given, truth = grid["logp"][:, at].argmax(2), grid["truth"][at].tolist()
+    return np.array([answer_bias(row.tolist(), truth) for row in given])
+
+
+def _auc(share: Floats, truth: NDArray[np.intp]) -> Floats:
+    """Return the mean over answers of the chance that a question with it ranks above one without it ``[d]``."""
+    found = []
+    for answer in np.unique(truth):
+        own, other = share[:, truth == answer, answer], share[:, truth != answer, answer]
+        above = (own[:, :, None] > other[:, None, :]) + 0.5 * (own[:, :, None] == other[:, None, :])
+        found.append(above.mean((1, 2)))
+    return np.asarray(np.mean(found, axis=0))
+
+
+def _without(score: Floats, other: Floats) -> Floats:
+    """Return what of `score` a straight line in `other` does not explain."""
+    slope, start = np.polyfit(other, score, 1)
+    return np.asarray(score - slope * other - start)

@@ -1,0 +1,121 @@
+"""The statistics of the study of scores: checks of a score on a grid, and intervals over whole clusters.
+
+A cluster is what was drawn together, as the drafts of one question or the seeds of one group are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from score_worth_scores import Floats, draft_scores
+
+__all__ = [
+    "centred",
+    "consistency",
+    "distinct_groups",
+    "groups_of",
+    "mean_interval",
+    "partial",
+    "pearson",
+    "rate",
+    "reliability",
+    "with_interval",
+]
+
+Places = NDArray[np.intp]
+_SPLITS, _DRAWS = 50, 400
+
+
+def consistency(grid: Mapping[str, Any], key: str) -> dict[str, float]:
+    """Return how often the preference set's best and worst rationale are the whole validation set's, or tie with it."""
+    few, every = draft_scores(grid)[key], draft_scores(grid, range(grid["truth"].size))[key]
+    best, worst = [], []
+    for places in groups_of(grid["question"]):
+        if len(places) > 1 and np.ptp(few[places]) > 0:
+            best.append(bool(every[places[int(few[places].argmax())]] >= every[places].max()))
+            worst.append(bool(every[places[int(few[places].argmin())]] <= every[places].min()))
+    return {"best": round(float(np.mean(best)), 4), "worst": round(float(np.mean(worst)), 4), "n": len(best)}
+
+
+def reliability(grid: Mapping[str, Any], key: str) -> dict[str, float]:
+    """Return the correlation of a score on two halves of 40 questions each; all drafts, and within questions."""
+    rng = np.random.default_rng(0)
+    half = min(40, grid["truth"].size // 2)
+    all_, within = [], []
+    for _ in range(_SPLITS):
+        order = rng.permutation(grid["truth"].size)
+        a, b = (draft_scores(grid, part)[key] for part in (order[:half], order[half : 2 * half]))
+        all_.append(pearson(a, b))
+        within.append(pearson(centred(a, grid["question"]), centred(b, grid["question"])))
+    return {"all": round(float(np.mean(all_)), 3), "within": round(float(np.mean(within)), 3), "k": half}
+
+
+def pearson(a: Floats, b: Floats) -> float:
+    return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 1e-12 and np.std(b) > 1e-12 else 0.0
+
+
+def groups_of(question: Sequence[int]) -> list[Places]:
+    """Return the places of each question's drafts."""
+    keys = np.asarray(question)
+    return [np.flatnonzero(keys == key) for key in np.unique(keys)]
+
+
+def centred(values: Floats, question: Sequence[int]) -> Floats:
+    """Return `values` less their question's mean."""
+    out = np.array(values, dtype=float)
+    for places in groups_of(question):
+        out[places] -= out[places].mean()
+    return out
+
+
+def partial(a: Floats, b: Floats, others: Sequence[Floats]) -> float:
+    """Return the correlation of the ranks of `a` and `b` that straight lines in the ranks of `others` leave."""
+    known = np.column_stack([np.ones(len(a)), *(_ranks(other) for other in others)])
+
+    def left(values: Floats) -> Floats:
+        ranks = _ranks(values)
+        return np.asarray(ranks - known @ np.linalg.lstsq(known, ranks, rcond=None)[0])
+
+    return pearson(left(a), left(b))
+
+
+def _ranks(values: Floats) -> Floats:
+    from scipy.stats import rankdata
+
+    return np.asarray(rankdata(values), dtype=float)
+
+
+def with_interval(statistic: Callable[[Places], float], clusters: Sequence[Places]) -> list[float]:
+    """Return a statistic of places, and its 95 % interval over draws of whole clusters."""
+    rng = np.random.default_rng(1)
+    found = []
+    for _ in range(_DRAWS):
+        drawn = rng.integers(len(clusters), size=len(clusters))
+        found.append(statistic(np.concatenate([clusters[i] for i in drawn])))
+    value = statistic(np.concatenate(list(clusters)))
+    return [round(value, 3), *(round(float(q), 3) for q in np.quantile(found, (0.025, 0.975)))]
+
+
+def distinct_groups(runs: Sequence[Mapping[str, Any]]) -> list[Places]:
+    """Return the places of the runs of each set of drafts: its seeds are drawn together."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for place, row in enumerate(runs):
+        found.setdefault(tuple(sorted(row["members"])), []).append(place)
+    return [np.array(places) for places in found.values()]
+
+
+def rate(row: Mapping[str, Any], outcome: str) -> float:
+    """Return an outcome of one trained student as a share or a probability."""
+    return row[outcome] / row["n"] if outcome in ("right", "forced") else float(row[outcome])
+
+
+def mean_interval(values: Sequence[float]) -> list[float]:
+    """Return the mean of a few values and its 95 % interval by Student's t."""
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    middle = float(np.mean(values))
+    return [round(middle, 4), round(middle - half, 4), round(middle + half, 4)]
