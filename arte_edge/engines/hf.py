@@ -7,22 +7,25 @@ that is deployed. No code from a checkpoint is run, no pickles are read.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.engines import hf_tree
 from arte_edge.engines.base import Completion, EngineIdentity, Request, Sampling
 from arte_edge.engines.batching import plan, shared_prefix
 from arte_edge.engines.choices import spans
+from arte_edge.engines.chooser import Chooser
+from arte_edge.engines.hf_load import adapter_sha256, load, pick_dtype
+from arte_edge.engines.hf_row import takes_rows
+from arte_edge.engines.hf_write import write_rows
 from arte_edge.engines.sampling import draw
+from arte_edge.engines.tree import plan_groups
 from arte_edge.errors import InputError
 from arte_edge.extras import need
-from arte_edge.models.hashing import sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -32,23 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["TransformersEngine", "adapter_sha256"]
 
 _COMPACT_BELOW = 0.75  # of a batch's rows still writing: then the finished ones leave its cache
-
-
-def adapter_sha256(folder: Path) -> str:
-    """Return one sha256 of a LoRA adapter: its weights, and of its configuration all but the base's place.
-
-    Raises:
-        InputError: not an adapter folder with safetensors.
-    """
-    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    if not weights.is_file() or not config.is_file():
-        raise InputError(
-            f"{folder}: no adapter here", f"An adapter folder holds {weights.name} and {config.name}."
-        )
-    settings = json.loads(config.read_text("utf-8"))
-    settings.pop("base_model_name_or_path", None)
-    canonical = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(f"{sha256_file(weights)}\n{canonical}".encode()).hexdigest()
 
 
 class TransformersEngine:
@@ -63,14 +49,16 @@ class TransformersEngine:
         sha256: str,
         adapter: Path | None = None,
         device: str = "auto",
+        dtype: str = "auto",
         batch_tokens: int = 16_384,
     ) -> None:
-        """Load the checkpoint: 16 bits (bfloat16) on CUDA, 32 bits elsewhere.
+        """Load the checkpoint as `dtype`: float32, bfloat16, or auto, which is bfloat16 on CUDA and else float32.
 
-        `batch_tokens` bounds rows times length in one batch, prompts and answers together.
+        ``ARTE_EDGE_DTYPE`` stands in for auto. `batch_tokens` bounds rows times length in one batch,
+        prompts and answers together.
 
         Raises:
-            InputError: not a checkpoint that transformers loads without running its code.
+            InputError: not a checkpoint that transformers loads without running its code; no such dtype.
             ArteError: torch or transformers is not installed.
         """
         need("train", "Running checkpoint folders")
@@ -83,8 +71,8 @@ class TransformersEngine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
-        dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
-        self._model, tokenizer = _load(folder, adapter, dtype)
+        kind = pick_dtype(dtype, self._device)
+        self._model, tokenizer = load(folder, adapter, kind)
         self._model.to(self._device).eval()
         self._text = Text(tokenizer, self._model.generation_config.eos_token_id)
         self._forward = Forward(self._model, self._device)
@@ -99,7 +87,7 @@ class TransformersEngine:
         self.identity = EngineIdentity(
             kind="transformers",
             model=sha256,
-            quantization=str(dtype).removeprefix("torch."),
+            quantization=str(kind).removeprefix("torch."),
             adapter=adapter_sha256(adapter) if adapter else "",
             runtime=f"transformers {transformers.__version__}, torch {torch.__version__}",
         )
@@ -142,27 +130,33 @@ class TransformersEngine:
         Raises:
             InputError: no prompt before the choices, or one too long for the model.
         """
-        contexts: list[list[int]] = []
-        tails: list[list[list[int]]] = []  # [n_suffix][n_choice][n_token]
-        for suffix in suffixes:
-            lists = [self._text.tokens(prefix + suffix + choice) for choice in choices]
-            ranges = spans(lists, self._text.tokens(prefix + suffix))
-            contexts.append(lists[0][: ranges[0][0]])
-            tails.append([tokens[start:end] for tokens, (start, end) in zip(lists, ranges, strict=True)])
-        longest_tail = max((len(tail) for row in tails for tail in row), default=0)
-        if contexts and not min(map(len, contexts)):
+        prompts = [prefix + suffix for suffix in suffixes]
+        return np.array(self.choose_each(prompts, [choices] * len(prompts))).reshape(-1, len(choices))
+
+    def choose_each(
+        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
+    ) -> list[NDArray[np.float64]]:
+        """`choose` for prompts that each have choices of their own ``[n_choice]``: one batch for all of them."""
+        choosers = [Chooser(self._text.tokens, p, own) for p, own in zip(prompts, choices, strict=True)]
+        if not all(chooser.has_prompt for chooser in choosers):
             raise InputError("Choices need a prompt before them: a model scores no first token")
-        if (longest := max(map(len, contexts), default=0) + longest_tail) > self._context:
+        longest = max((chooser.longest for chooser in choosers), default=0)
+        if longest > self._context:
             raise InputError(f"A prompt of {longest} tokens exceeds the model's context of {self._context}")
-        scores = np.zeros((len(suffixes), len(choices)))
-        # A tail of one token is read off its context's logits; longer ones need a row for each choice.
-        rows_per_context = len(choices) if longest_tail > 1 else 1
-        budget = self._batch_tokens // rows_per_context
-        common = shared_prefix(contexts)
-        for batch in plan(contexts, longest_tail, budget):
-            rows = [contexts[i] for i in batch]
-            shared = self._share(common, rows, longest_tail)
-            scores[batch] = self._score(rows, shared, [tails[i] for i in batch])
+        if not self._in_rows(longest):
+            return [self._choose_plain(prompt, own) for prompt, own in zip(prompts, choices, strict=True)]
+        trees = [tree for chooser in choosers for tree in chooser.trees(hf_tree.MOST_ROWS)]
+        if trees:
+            groups = plan_groups(trees, hf_tree.MOST_ROWS, hf_tree.MOST_ROWS)
+            hf_tree.run_trees(self._model, self._device, groups)
+        return [chooser.log_probabilities() for chooser in choosers]
+
+    def _choose_plain(self, prompt: str, choices: Sequence[str]) -> NDArray[np.float64]:
+        """Score choices ``[n_choice]`` by a row for each, for models that cannot be told a tree."""
+        lists = [self._text.tokens(prompt + choice) for choice in choices]
+        ranges = spans(lists, self._text.tokens(prompt))
+        tails = [tokens[start:end] for tokens, (start, end) in zip(lists, ranges, strict=True)]
+        scores: NDArray[np.float64] = self._score([lists[0][: ranges[0][0]]], 0, [tails])[0]
         return scores
 
     def _complete(self, requests: Sequence[Request], sampling: Sampling, share_all: bool) -> list[Completion]:
@@ -179,6 +173,13 @@ class TransformersEngine:
                 done[i] = Completion("", "error", error=f"prompt and answer {why}")
         todo = [i for i in range(len(requests)) if i not in done]
         rows = [prompts[i] for i in todo]
+        if self._device.type == "cpu" and rows and self._in_rows(max(map(len, rows)) + new):
+            writers = [Writer(self._text, requests[i], prompts[i], sampling) for i in todo]
+            shares = write_rows(
+                self._model, self._device, rows, writers, lambda logits, some: _draws(logits, some, sampling)
+            )
+            done |= {i: w.completion(n) for i, w, n in zip(todo, writers, shares, strict=True)}
+            return [done[i] for i in range(len(requests))]
         common = shared_prefix(rows) if share_all else None
         for batch in plan(rows, new, self._batch_tokens):
             own = [rows[j] for j in batch]
@@ -187,6 +188,10 @@ class TransformersEngine:
             self._write(own, shared, writers, sampling)
             done |= {todo[j]: w.completion(shared) for j, w in zip(batch, writers, strict=True)}
         return [done[i] for i in range(len(requests))]
+
+    def _in_rows(self, longest: int) -> bool:
+        """Return whether sequences of so many tokens can stand side by side in one row of the cache."""
+        return longest <= self._window and takes_rows(self._model)
 
     def _share(self, shared: int, rows: Sequence[Sequence[int]], new_tokens: int) -> int:
         """Return how many tokens to take from a prefix: none where it would not be exact."""
@@ -240,29 +245,3 @@ def _draws(logits: torch.Tensor, writers: Sequence[Writer], sampling: Sampling) 
         0 if writer.finish else draw(row, sampling, writer.rng)
         for row, writer in zip(rows, writers, strict=True)
     ]
-
-
-def _load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return model and tokenizer, the adapter merged in."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-
-    logging.disable_progress_bar()  # the command shows progress of its own
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no checkpoint here (config.json is missing)")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{folder}: transformers cannot load this checkpoint: {first_line}",
-            "It needs safetensors weights, a tokenizer, and a family that transformers itself knows.",
-        ) from error
-    if adapter is not None:
-        from peft import PeftModel
-
-        adapter_sha256(adapter)  # refuses a folder with pickled weights before peft would read them
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=False).merge_and_unload()
-    return model, tokenizer

@@ -28,20 +28,11 @@ from numpy.typing import NDArray
 from arte_edge.engines.llama_runtime import LlamaContext
 from arte_edge.engines.llama_stems import MAX_LEVELS, Stem, grow_stems
 
-__all__ = ["Branch", "Job", "run"]
+__all__ = ["Job", "run"]
 
 _REFILL_SHARE = 8  # new sequences enter when one slot in so many is free
 _RIDE = 8  # tokens of a prompt that are fed one a step
 _Rows = list[tuple[int, int, int, int]]  # token, position, sequence, whether its logits are wanted
-
-
-@dataclass(frozen=True)
-class Branch:
-    """Another way on from position `start` of a job: what to decode after the job's own tokens are done."""
-
-    start: int
-    tokens: list[int]
-    wanted: frozenset[int]  # positions, counted from the job's first token
 
 
 @dataclass
@@ -49,22 +40,15 @@ class Job:
     """One sequence: its tokens, the positions whose logits are wanted, and what to do with them.
 
     `on_logits(position, logits)` gets each wanted row ``[v]`` and returns the next token to
-    append, or None to end the sequence once all its tokens are decoded. Its `branches` are
-    decoded after that, one at a time, each from what is common to it and the one before.
+    append, or None to end the sequence once all its tokens are decoded.
     """
 
     tokens: list[int]
     wanted: frozenset[int]
     on_logits: Callable[[int, NDArray[np.float32]], int | None]
-    branches: list[Branch] = field(default_factory=list)
     shared: int = 0  # leading tokens that came from a shared prefix; set by `run`
     _next: int = field(default=0, repr=False)  # first token that is not decoded yet
     _last: int = field(default=0, repr=False)  # position from which every token's logits are wanted
-
-    @property
-    def longest(self) -> int:
-        """Tokens that it takes before any are written."""
-        return max(len(self.tokens), *(b.start + len(b.tokens) for b in self.branches), 0)
 
 
 def run(context: LlamaContext, jobs: Sequence[Job]) -> None:
@@ -137,7 +121,7 @@ class _Schedule:
             token = job.on_logits(at, row)
             if token is not None:
                 job.tokens.append(token)
-            elif at == len(job.tokens) - 1 and not self._branch(slot, job):
+            elif at == len(job.tokens) - 1:
                 ended.append(slot)
         self._close_gaps(ended)
 
@@ -152,16 +136,6 @@ class _Schedule:
         if not left:
             return 1
         return min(min(left), 1 + (self._context.n_batch - len(self._live)) // len(left))
-
-    def _branch(self, slot: int, job: Job) -> bool:
-        """Put the next branch of a job in place of its end; return whether there was one."""
-        if not job.branches:
-            return False
-        branch = job.branches.pop(0)
-        self._context.drop(slot, branch.start)
-        job.tokens[branch.start :] = branch.tokens
-        job.wanted, job._next, job._last = branch.wanted, branch.start, max(branch.wanted)
-        return True
 
     def _close_gaps(self, ended: list[int]) -> None:
         """Free slots; the last running sequences move into those that others are behind."""

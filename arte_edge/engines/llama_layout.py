@@ -14,7 +14,7 @@ from typing import Any
 
 from arte_edge.errors import EngineError
 
-__all__ = ["DEFAULT_LAYOUT", "Layout", "available_bytes", "check_fits", "context_bytes"]
+__all__ = ["DEFAULT_LAYOUT", "Layout", "available_bytes", "check_cells_fit", "check_fits", "context_bytes"]
 
 _F16_BYTES, _F32_BYTES = 2, 4
 _KEPT_FREE = 0.05  # of what is available: allocating the last byte is how machines die
@@ -27,12 +27,13 @@ class Layout:
     * `unified`: one cache for all sequences. Copying a prefix is free and a batch needs no
       splitting, but attention looks at every cell of every sequence. Split (the default): a
       cache for each, copied whole.
-    * `flash`: attention without the matrix of scores in memory.
+    * `flash`: attention without the matrix of scores in memory. llama.cpp works on it in tiles where a
+      sequence has 64 rows or more in a batch, and else row by row, which is slow: off by default.
     * `ubatch`: rows that llama.cpp multiplies at once.
     """
 
     unified: bool = False
-    flash: bool = True
+    flash: bool = False
     ubatch: int = 512
 
 
@@ -43,13 +44,15 @@ def context_bytes(model: Any, n_seq: int, n_ctx_seq: int, ubatch: int) -> int:
     """Return what a context of `n_seq` sequences with `n_ctx_seq` tokens each allocates, in bytes, about.
 
     Keys and values (16 bits), logits of one row a sequence, and the activations of one
-    `ubatch`: the widest tensor, which is logits or the feed-forward layer's, twice. For
-    models with layers that remember less than the whole context it is an upper bound.
+    `ubatch`: the widest tensor, which is logits or the feed-forward layer's, twice, and twice
+    the attention scores of its rows, which flash attention does without. For models with
+    layers that remember less than the whole context it is an upper bound.
     """
     logits = n_seq * model.n_vocab * _F32_BYTES
     widest = max(model.n_vocab // 2, model.size("embedding_length") * 4, model.size("feed_forward_length"))
     activations = 2 * ubatch * widest * _F32_BYTES
-    return int(n_seq * n_ctx_seq * kv_bytes_per_token(model) + logits + activations)
+    scores = 2 * ubatch * n_ctx_seq * max(model.size("attention.head_count"), 1) * _F32_BYTES
+    return int(n_seq * n_ctx_seq * kv_bytes_per_token(model) + logits + activations + scores)
 
 
 def kv_bytes_per_token(model: Any) -> int:
@@ -76,6 +79,19 @@ def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         return free if limit == "max" else min(free, int(limit) - used + given_up)
     except (OSError, ValueError):
         return free
+
+
+def check_cells_fit(model: Any, cells: int, n_seq: int, ubatch: int) -> None:
+    """Refuse a unified context of `cells` tokens that the memory at hand cannot hold.
+
+    Raises:
+        EngineError: it does not fit.
+    """
+    room = int(available_bytes() * (1 - _KEPT_FREE))
+    need = context_bytes(model, 1, cells, ubatch) + (n_seq - 1) * model.n_vocab * _F32_BYTES
+    if need > room:
+        size = f"scoring {cells} tokens at once needs {need / 1e9:.1f} GB, {room / 1e9:.1f} GB are free"
+        raise EngineError(f"{model.path.name}: {size}", "Shorten the prompts, or take a smaller model.")
 
 
 def check_fits(model: Any, n_seq: int, spare: int, n_ctx_seq: int, ubatch: int) -> None:

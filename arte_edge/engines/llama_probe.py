@@ -30,7 +30,7 @@ __all__ = ["CANDIDATES", "layout_for", "probe"]
 
 # The first is the default. In a unified cache attention is only fast row by row, below 64 rows
 # (ggml's GGML_FA_TILE_Q), because longer tiles look at the cells of all sequences.
-CANDIDATES = (DEFAULT_LAYOUT, Layout(flash=False), Layout(unified=True, ubatch=63))
+CANDIDATES = (DEFAULT_LAYOUT, Layout(flash=True), Layout(unified=True, flash=True, ubatch=63))
 
 _SEQUENCES = 24
 _PREFIX, _SUFFIX, _STEPS = 192, 24, 3  # tokens shared, tokens of each question, decode steps timed

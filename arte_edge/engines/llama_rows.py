@@ -16,7 +16,7 @@ __all__ = ["RowBatch"]
 
 
 class RowBatch:
-    """Room for `capacity` rows, each of one sequence."""
+    """Room for `capacity` rows, each of one sequence or of several."""
 
     def __init__(self, lib: Any, capacity: int) -> None:
         self.capacity = capacity
@@ -25,12 +25,11 @@ class RowBatch:
         self._token = _view(self.handle.token, capacity, ctypes.c_int32)
         self._position = _view(self.handle.pos, capacity, ctypes.c_int32)
         self._wanted = _view(self.handle.logits, capacity, ctypes.c_int8)
-        _view(self.handle.n_seq_id, capacity, ctypes.c_int32)[:] = 1
-        # Each row's list of sequences has a memory of its own; ours are the cells of one array.
-        self._sequence: NDArray[np.int32] = np.zeros(capacity, dtype=np.int32)
+        self._count = _view(self.handle.n_seq_id, capacity, ctypes.c_int32)
+        # Each row's list of sequences has a memory of its own; ours are parts of the caller's array.
         self._lists = _view(self.handle.seq_id, capacity, ctypes.c_size_t)
         self._theirs = self._lists.copy()
-        self._lists[:] = self._sequence.ctypes.data + self._sequence.itemsize * np.arange(capacity)
+        self._sequences: NDArray[np.int32] | None = None  # kept alive while llama.cpp reads it
 
     def fill(
         self,
@@ -38,13 +37,21 @@ class RowBatch:
         positions: NDArray[np.int32],
         sequences: NDArray[np.int32],
         wanted: NDArray[np.int8],
+        counts: NDArray[np.int32] | None = None,
     ) -> Any:
-        """Set the rows (all ``[n_row]``) and return the C batch, which the next `fill` overwrites."""
+        """Set the rows (all ``[n_row]``) and return the C batch, which the next `fill` overwrites.
+
+        With `counts` ``[n_row]`` a row belongs to so many sequences, one after the other in
+        `sequences` ``[counts.sum()]``; without, to one.
+        """
         n = len(tokens)
         if n > self.capacity:
             raise ValueError(f"{n} rows exceed the batch's {self.capacity}")
         self._token[:n], self._position[:n] = tokens, positions
-        self._sequence[:n], self._wanted[:n] = sequences, wanted
+        self._wanted[:n], self._count[:n] = wanted, 1 if counts is None else counts
+        self._sequences = held = np.ascontiguousarray(sequences, dtype=np.int32)
+        first = np.arange(n) if counts is None else np.cumsum(counts) - counts
+        self._lists[:n] = held.ctypes.data + held.itemsize * first
         self.handle.n_tokens = n
         return self.handle
 

@@ -159,7 +159,10 @@ class LlamaModel:
 
 
 class LlamaContext:
-    """A KV cache of `n_seq` sequences with `n_ctx_seq` tokens each, and the decode call."""
+    """A KV cache of `n_seq` sequences with `n_ctx_seq` tokens each, and the decode call.
+
+    In a unified layout the sequences share all of it, or `cells` tokens where that is given.
+    """
 
     def __init__(
         self,
@@ -169,17 +172,18 @@ class LlamaContext:
         threads: int,
         adapter: Path | None = None,
         layout: Layout = DEFAULT_LAYOUT,
+        cells: int = 0,
     ) -> None:
         lib = model.lib
         params = lib.llama_context_default_params()
-        params.n_ctx = n_seq * n_ctx_seq
+        params.n_ctx = cells or n_seq * n_ctx_seq
         params.n_batch, params.n_ubatch, params.n_seq_max = N_BATCH, layout.ubatch, n_seq
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = int(layout.flash)
         if layout.unified:
             params.kv_unified = True
         self.model, self.lib, self.n_seq, self.n_ctx_seq = model, lib, n_seq, n_ctx_seq
-        self.n_batch, self.layout = N_BATCH, layout
+        self.n_batch, self.layout, self.n_cells = N_BATCH, layout, params.n_ctx
         self.handle = lib.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise EngineError(
@@ -211,13 +215,15 @@ class LlamaContext:
         positions: NDArray[np.int32],
         sequences: NDArray[np.int32],
         wanted: NDArray[np.int8],
+        counts: NDArray[np.int32] | None = None,
     ) -> NDArray[np.float32]:
-        """`decode` for rows that are arrays ``[n_row]`` already.
+        """`decode` for rows that are arrays ``[n_row]`` already; `counts` as in `RowBatch.fill`.
 
         In a split cache the rows of neighbouring sequences are multiplied together only if they
         come in the order of their sequences (llama.cpp's `llama_batch_allocr::split_equal`).
         """
-        status = self.lib.llama_decode(self.handle, self._batch.fill(tokens, positions, sequences, wanted))
+        batch = self._batch.fill(tokens, positions, sequences, wanted, counts)
+        status = self.lib.llama_decode(self.handle, batch)
         if status != 0:
             raise EngineError(
                 f"llama_decode returned {status} for {len(tokens)} tokens", "Lower the engine's `parallel`."

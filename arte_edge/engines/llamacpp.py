@@ -10,25 +10,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.engines.base import Completion, EngineIdentity, Request, Sampling
-from arte_edge.engines.choices import spans
-from arte_edge.engines.llama_batch import Branch, Job, run
-from arte_edge.engines.llama_layout import check_fits
+from arte_edge.engines.chooser import Chooser
+from arte_edge.engines.llama_batch import Job, run
+from arte_edge.engines.llama_layout import check_cells_fit, check_fits
 from arte_edge.engines.llama_probe import layout_for
 from arte_edge.engines.llama_runtime import Grammar, LlamaContext, LlamaModel, default_threads
 from arte_edge.engines.llama_stems import MAX_LEVELS
-from arte_edge.engines.sampling import draw, in_loop, log_softmax_at, request_rng
+from arte_edge.engines.llama_tree import MOST_LEAVES, TREE_LAYOUT, run_trees
+from arte_edge.engines.sampling import draw, in_loop, request_rng
+from arte_edge.engines.tree import Tree, cells_of, plan_groups
 
 __all__ = ["LlamaCppEngine"]
 
 _LOOP_EVERY = 16  # tokens between two looks for a loop
 _CTX_STEP = 256  # tokens; contexts grow in steps, so that few are made
+_CELL_STEP = 1024  # likewise, for scoring
 
 
 class LlamaCppEngine:
@@ -60,6 +62,7 @@ class LlamaCppEngine:
         self._parallel = parallel
         self._threads = threads or int(os.environ.get("ARTE_EDGE_THREADS", "0")) or default_threads()
         self._context: LlamaContext | None = None
+        self._scoring: LlamaContext | None = None
 
     @property
     def chat_template(self) -> str | None:
@@ -73,9 +76,10 @@ class LlamaCppEngine:
         return len(self.model.tokens(text))
 
     def close(self) -> None:
-        if self._context is not None:
-            self._context.close()
-            self._context = None
+        for context in (self._context, self._scoring):
+            if context is not None:
+                context.close()
+        self._context = self._scoring = None
         self.model.close()
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -98,16 +102,49 @@ class LlamaCppEngine:
         return self.complete([Request(prefix + suffix) for suffix in suffixes], sampling)
 
     def choose(self, prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> NDArray[np.float64]:
-        """Return log-probabilities ``[n_suffix, n_choice]``; see `_Chooser` for which tokens count."""
+        """Return log-probabilities ``[n_suffix, n_choice]``; see `choices` for which tokens count."""
         return np.array(self.choose_each([prefix + suffix for suffix in suffixes], [choices] * len(suffixes)))
 
     def choose_each(
         self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
     ) -> list[NDArray[np.float64]]:
         """`choose` for prompts that each have choices of their own ``[n_choice]``: one batch for all of them."""
-        choosers = [_Chooser(self.model, prompt, own) for prompt, own in zip(prompts, choices, strict=True)]
-        self._run([job for chooser in choosers for job in chooser.jobs], 0)
+        choosers = [
+            Chooser(self.model.tokens, prompt, own) for prompt, own in zip(prompts, choices, strict=True)
+        ]
+        if self.model.can_rewind:
+            self._score([tree for chooser in choosers for tree in chooser.trees(MOST_LEAVES)])
+        else:
+            self._run([job for chooser in choosers for job in chooser.jobs()], 0)
         return [chooser.log_probabilities() for chooser in choosers]
+
+    def _score(self, trees: list[Tree]) -> None:
+        """Decode `trees` in a unified context that is as large as they need.
+
+        Raises:
+            EngineError: no memory for the context.
+        """
+        if not trees:
+            return
+        groups = plan_groups(trees, TREE_LAYOUT.ubatch, MOST_LEAVES)
+        cells = -(-cells_of(groups) // _CELL_STEP) * _CELL_STEP
+        made = self._scoring
+        if made is None or made.n_cells != cells:
+            if made is not None:
+                made.close()
+            self._scoring = None
+            check_cells_fit(self.model, cells, MOST_LEAVES + MAX_LEVELS, TREE_LAYOUT.ubatch)
+            self._scoring = made = LlamaContext(
+                self.model,
+                MOST_LEAVES + MAX_LEVELS,
+                cells,
+                self._threads,
+                self._adapter,
+                TREE_LAYOUT,
+                cells=cells,
+            )
+        made.clear()
+        run_trees(made, groups)
 
     def _run(self, jobs: list[Job], max_new: int) -> None:
         """Decode `jobs` in a context that depends on them alone: what ran before must not move a float.
@@ -117,7 +154,7 @@ class LlamaCppEngine:
         """
         if not jobs:
             return
-        longest = max(job.longest for job in jobs) + max_new
+        longest = max(len(job.tokens) for job in jobs) + max_new
         n_ctx_seq = -(-longest // _CTX_STEP) * _CTX_STEP
         # Few prompts need few sequences; powers of two, so that few contexts are made.
         slots = min(self._parallel, 1 << (len(jobs) - 1).bit_length())
@@ -201,47 +238,3 @@ class _Writer:
             completion_tokens=len(self._written),
             cached_tokens=self.job.shared,
         )
-
-
-class _Chooser:
-    """Log-probabilities of several continuations of one prompt, at prefill cost; `choices` says which tokens count."""
-
-    def __init__(self, model: LlamaModel, prompt: str, choices: Sequence[str]) -> None:
-        lists = [model.tokens(prompt + choice) for choice in choices]
-        # What to add up for each choice: (tokens before, next token) pairs.
-        self._terms = [
-            [(tuple(tokens[:i]), tokens[i]) for i in range(start, end)]
-            for tokens, (start, end) in zip(lists, spans(lists, model.tokens(prompt)), strict=True)
-        ]
-        self._next: dict[tuple[int, ...], set[int]] = {}  # tokens before -> the tokens that may follow
-        for before, token in (term for terms in self._terms for term in terms):
-            self._next.setdefault(before, set()).add(token)
-        self._score: dict[tuple[int, ...], dict[int, float]] = {}
-        # A context that another one begins with gets its logits on the way; in this order it comes before it.
-        ways = sorted(self._next)
-        ways = [way for way, after in zip(ways, [*ways[1:], ()], strict=True) if after[: len(way)] != way]
-        if model.can_rewind:
-            self.jobs = [self._job(ways)] if ways else []
-        else:
-            self.jobs = [self._job([way]) for way in ways]
-
-    def _job(self, ways: list[tuple[int, ...]]) -> Job:
-        """Return a job that decodes each way to its end, going back to where the next one leaves it."""
-
-        def on_logits(position: int, logits: NDArray[np.float32]) -> None:
-            before = tuple(job.tokens[: position + 1])
-            ids = sorted(self._next[before])
-            self._score[before] = dict(zip(ids, log_softmax_at(logits, ids).tolist(), strict=True))
-
-        job = Job(tokens=list(ways[0]), wanted=self._wanted(ways[0], 0), on_logits=on_logits)
-        for last, way in pairwise(ways):
-            start = next(i for i, token in enumerate(way) if i == len(last) or token != last[i])
-            job.branches.append(Branch(start, list(way[start:]), self._wanted(way, start)))
-        return job
-
-    def _wanted(self, way: tuple[int, ...], start: int) -> frozenset[int]:
-        return frozenset(i for i in range(start, len(way)) if way[: i + 1] in self._next)
-
-    def log_probabilities(self) -> NDArray[np.float64]:
-        """Return them ``[n_choice]``."""
-        return np.array([sum(self._score[before][token] for before, token in terms) for terms in self._terms])

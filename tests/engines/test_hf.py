@@ -12,6 +12,7 @@ from arte_edge.errors import InputError
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from arte_edge.engines import hf, hf_row, hf_write  # noqa: E402
 from arte_edge.engines.hf import TransformersEngine  # noqa: E402
 
 PREFIX = "the cat sat on the mat, and then the question was asked: "
@@ -102,14 +103,22 @@ def test_rows_that_stop_leave_the_batch_without_disturbing_the_others(llama, mon
     ended = [text[: text.index(stop) + 1] if stop in text else text for text in full]
     assert 2 < sum(stop in text for text in full) < len(full) and len(set(map(len, ended))) > 4
     sizes = []
-    step = llama._forward.step
+    step, extend = llama._forward.step, hf_row.Row.extend
     monkeypatch.setattr(
         llama._forward, "step", lambda state, tokens: (sizes.append(len(tokens)), step(state, tokens))[1]
     )
-    rows = llama.continue_shared(PREFIX, words, Sampling(max_tokens=30, stop=(stop,)))
-    assert sizes[-1] < sizes[0], "nothing is computed for rows that have ended"
-    assert [row.text for row in rows] == ended
-    assert [row.finish for row in rows] == ["stop" if stop in text else "length" for text in full]
+    monkeypatch.setattr(
+        hf_row.Row,
+        "extend",
+        lambda self, tokens, *rest: (sizes.append(len(tokens)), extend(self, tokens, *rest))[1],
+    )
+    for side_by_side in (True, False):
+        sizes.clear()
+        monkeypatch.setattr(hf, "takes_rows", lambda model, known=side_by_side: known)
+        rows = llama.continue_shared(PREFIX, words, Sampling(max_tokens=30, stop=(stop,)))
+        assert 0 < sizes[-1] < len(words), "nothing is computed for rows that have ended"
+        assert [row.text for row in rows] == ended
+        assert [row.finish for row in rows] == ["stop" if stop in text else "length" for text in full]
 
 
 def test_finish_is_length_at_the_budget_and_eos_at_an_end_token(tmp_path, llama_folder, llama):
@@ -177,3 +186,25 @@ def test_a_prompt_too_long_is_an_error_row_between_whole_ones(llama):
     assert "context of 256 tokens" in rows[1].error
     with pytest.raises(InputError, match="context of 256"):
         llama.choose("cat " * 300, [""], ["a", "b"])
+
+
+def test_sequences_of_several_drafts_come_and_go_in_one_row(llama, monkeypatch):
+    """More prompts than places, three prefixes, and cells given back on the way: as the plain way writes."""
+    drafts = [PREFIX * 2 + word * 9 for word in ("one ", "two ", "three ")]
+    requests = [
+        Request(f"{draft}{word} {i}?") for draft in drafts for i in (1, 2) for word in ("cat", "mat", "the")
+    ]
+    sampling = Sampling(max_tokens=14)
+    monkeypatch.setattr(hf_write, "_PLACES", 4)
+    monkeypatch.setattr(hf_write, "_REFILL_SHARE", 4)
+    moved = []
+    keep = hf_row.Row.keep
+    monkeypatch.setattr(
+        hf_row.Row, "keep", lambda self, cells: (moved.append(len(cells)), keep(self, cells))[1]
+    )
+    rows = llama.complete(requests, sampling)
+    monkeypatch.setattr(hf, "takes_rows", lambda model: False)
+    plain = llama.complete(requests, sampling)
+    assert [row.text for row in rows] == [row.text for row in plain]
+    assert all(row.cached_tokens > 20 for row in rows)
+    assert moved

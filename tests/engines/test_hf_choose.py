@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from arte_edge.engines import hf, hf_tree  # noqa: E402
 from arte_edge.engines.hf import TransformersEngine  # noqa: E402
+from arte_edge.errors import InputError  # noqa: E402
 
 PREFIX = "the cat sat on the mat, and then the question was asked: "
 SUFFIXES = ["one?", "is it two or three or one or two?", "", "the mat. one two three", "two?"]
@@ -47,9 +50,33 @@ def test_choices_that_part_late_are_told_apart_where_they_part(llama, llama_fold
         assert scores[i] == pytest.approx(expected, abs=1e-4)
 
 
-def test_splitting_into_batches_changes_no_score(llama_folder, llama):
-    small = TransformersEngine(llama_folder, sha256="0", device="cpu", batch_tokens=120)
-    choices = ["xyza", "xyzb", "(A)"]
-    assert small.choose(PREFIX, SUFFIXES, choices) == pytest.approx(
-        llama.choose(PREFIX, SUFFIXES, choices), abs=1e-4
-    )
+def test_a_tree_gives_what_a_row_for_each_choice_gives(llama, monkeypatch):
+    """Questions of two drafts, with choices of their own, in small groups, against the plain way."""
+    drafts = [PREFIX * 3 + word for word in ("one ", "two three ")]
+    prompts = [draft + suffix for draft in drafts for suffix in SUFFIXES]
+    own = [["xyza", "xyzb", "(A)"], [" True", " False"], ["xyzzy"], ["1</ans>", "12</ans>"], ["a", "b"]] * 2
+    monkeypatch.setattr(hf_tree, "MOST_ROWS", 60)
+    scores = llama.choose_each(prompts, own)
+    monkeypatch.setattr(hf, "takes_rows", lambda model: False)
+    plain = llama.choose_each(prompts, own)
+    assert [len(row) for row in scores] == [len(choices) for choices in own]
+    for left, right in zip(scores, plain, strict=True):
+        assert left == pytest.approx(right, abs=1e-4)
+
+
+def test_no_prompt_and_one_too_long_are_refused(llama):
+    with pytest.raises(InputError, match="a prompt before them"):
+        llama.choose("", [""], ["one", "two"])
+    with pytest.raises(InputError, match="exceeds the model's context"):
+        llama.choose("", ["one " * 5000], [" one", " two"])
+
+
+def test_sixteen_bits_on_a_cpu_are_there_for_the_asking(llama_folder, llama, monkeypatch):
+    choices = [" True", " False", " xyzzy"]
+    monkeypatch.setenv("ARTE_EDGE_DTYPE", "bfloat16")
+    half = TransformersEngine(llama_folder, sha256="0", device="cpu")
+    assert half.identity.quantization == "bfloat16" and llama.identity.quantization == "float32"
+    scores, exact = (engine.choose(PREFIX, SUFFIXES, choices) for engine in (half, llama))
+    assert 1e-6 < np.abs(scores - exact).max() < 0.1 * np.abs(exact).max()
+    with pytest.raises(InputError, match="dtype float8"):
+        TransformersEngine(llama_folder, sha256="0", device="cpu", dtype="float8")

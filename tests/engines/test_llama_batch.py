@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from arte_edge.engines.llama_batch import Branch, Job, run
+from arte_edge.engines.llama_batch import Job, run
 from arte_edge.engines.llama_stems import MAX_LEVELS
 
 N_VOCAB = 16
@@ -119,22 +118,3 @@ def test_long_prompts_are_fed_in_pieces_that_fit_beside_the_running_ones() -> No
     books = Books(3, n_batch=32)
     run(books, [writer.job for writer in writers])  # type: ignore[arg-type]
     assert [writer.written for writer in writers] == [writer.alone() for writer in writers]
-
-
-@pytest.mark.parametrize("slots", [1, 4])
-def test_branches_go_back_and_on(slots: int) -> None:
-    seen: list[tuple[int, ...]] = []
-
-    def job(first: int) -> Job:
-        def note(position: int, logits: NDArray[np.float32]) -> None:
-            assert int(logits.argmax()) == sum(made.tokens[: position + 1]) % N_VOCAB
-            seen.append(tuple(made.tokens[: position + 1]))
-
-        made = Job([first, 2, 3, 4], frozenset([1, 3]), note)
-        made.branches = [Branch(2, [5, 6], frozenset([3])), Branch(3, [7], frozenset([3]))]
-        return made
-
-    run(Books(slots), [job(i) for i in range(1, 6)])  # type: ignore[arg-type]
-    for i in range(1, 6):
-        mine = [tokens for tokens in seen if tokens[0] == i]
-        assert mine == [(i, 2), (i, 2, 3, 4), (i, 2, 5, 6), (i, 2, 5, 7)]

@@ -40,7 +40,8 @@ class TestMemory:
     def test_the_cache_takes_its_bytes_a_token(self, model: Any) -> None:
         # 30 layers, keys and values of 3 heads of 64 dimensions, 2 bytes each
         grown = context_bytes(model, 40, 512, 512) - context_bytes(model, 40, 256, 512)
-        assert grown == 40 * 256 * 30 * 2 * 3 * 64 * 2
+        scores = 2 * 512 * 256 * 9 * 4  # of 512 rows at once: 9 heads, 4 bytes each, and a copy
+        assert grown == 40 * 256 * 30 * 2 * 3 * 64 * 2 + scores
 
     def test_a_context_that_cannot_fit_is_refused_with_the_size_that_would(
         self, model: Any, monkeypatch: pytest.MonkeyPatch
@@ -144,4 +145,4 @@ class TestProbe:
         (path,) = (model_cache / "layouts").glob("*.json")
         path.write_text(text)
         assert layout_for(model, "abc", 2) == CANDIDATES[1]
-        assert json.loads(path.read_text())["layout"]["flash"] is False
+        assert json.loads(path.read_text())["layout"]["flash"] is True
