@@ -28,7 +28,7 @@ from arte_edge.engines.base import Engine, Request, Sampling
 from arte_edge.tasks.answers import canonical, extract, matches
 from arte_edge.tasks.task import Example
 
-__all__ = ["Answered", "forced", "written"]
+__all__ = ["Answered", "forced", "written", "written_each"]
 
 _OPEN_ANSWER_TOKENS = 32
 
@@ -55,13 +55,29 @@ def written(
     what: str,
 ) -> Answered:
     """Let the model reason and answer, greedily, after `shots` (paper, section 3.3)."""
-    prompts = [
-        run.render(engine, student_messages(run.task, example.input, shots), STEPS, config)
+    return written_each(run, engine, config, [(examples, shots)], tokens, what)[0]
+
+
+def written_each(
+    run: Run,
+    engine: Engine,
+    config: ModelConfig,
+    asks: Sequence[tuple[Sequence[Example], Sequence[Worked]]],
+    tokens: int,
+    what: str,
+) -> list[Answered]:
+    """`written` for several lists of examples, each after shots of its own, all of them in the same batches."""
+    requests = [
+        Request(run.render(engine, student_messages(run.task, example.input, shots), STEPS, config))
+        for examples, shots in asks
         for example in examples
     ]
     sampling = Sampling(max_tokens=tokens, stop=ANSWER_STOPS)
-    completions = run.calls.complete(engine, [Request(prompt) for prompt in prompts], sampling, what)
-    return _judged(run, examples, [extract(completion.text, run.task.answer) for completion in completions])
+    texts = iter(run.calls.complete(engine, requests, sampling, what, together=True))
+    return [
+        _judged(run, examples, [extract(next(texts).text, run.task.answer) for _ in examples])
+        for examples, _ in asks
+    ]
 
 
 def forced(

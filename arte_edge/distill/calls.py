@@ -3,12 +3,16 @@
 Calls are sent in groups of fixed make-up. A group that is not finished is sent whole,
 so that a resumed run decodes the same batches, and gets the same text, as one that
 was never interrupted.
+
+A group is what a kill costs, and its end runs empty: the last sequences decode with few
+beside them. The teacher's long texts go in small groups. The student's answers, where most
+of the time goes, go in groups of several drafts' questions (`together`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +22,18 @@ from arte_edge.engines.base import Completion, Engine, Request, Sampling
 from arte_edge.errors import EngineError
 from arte_edge.store import CallLog, content_key
 
-__all__ = ["Calls"]
+__all__ = ["Calls", "Prompts"]
+
+# Prompts with the choices of each ``[n_prompt][n_choice]``; they begin alike: what they share is computed once.
+Prompts = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 class Calls:
     """The calls of one run. `made` counts engine calls of this process, `kept` those found in the store."""
 
-    def __init__(self, log: CallLog, reporter: Reporter, group: int = 32) -> None:
-        self._log, self._reporter, self.group = log, reporter, group
+    def __init__(self, log: CallLog, reporter: Reporter, group: int = 32, together: int = 160) -> None:
+        self._log, self._reporter = log, reporter
+        self.group, self.together = group, together
         self._failed: dict[str, Completion] = {}
         self.made = 0
         self.kept = 0
@@ -38,19 +46,24 @@ class Calls:
         what: str,
         *,
         spare: bool = False,
+        together: bool = False,
     ) -> list[Completion]:
         """Complete every request, in order; `what` names them in the progress line.
+
+        With `together` a model on this machine gets them in groups of `Calls.together` in place of
+        `Calls.group`; a server, which may ask for money, never does.
 
         Raises:
             EngineError: a server left calls unanswered, and they are not `spare`. A stage made of
                 failures would look finished, and a dead server like a bad model.
         """
         identity, how = engine.identity.key(), sampling.as_dict()
+        size = self.together if together and engine.identity.kind != "openai" else self.group
         keys = [content_key("complete", identity, r.prompt, how, r.sample) for r in requests]
         with self._reporter.bar(what, len(requests)) as step:
-            for start in range(0, len(requests), self.group):
-                group = range(start, min(start + self.group, len(requests)))
-                todo = [i for i in group if self._log.get(keys[i]) is None]
+            for start in range(0, len(requests), size):
+                group = range(start, min(start + size, len(requests)))
+                todo = self._missing(keys, group)
                 fresh = engine.complete([requests[i] for i in todo], sampling) if todo else []
                 self._log.append(
                     [_completion_row(keys[i], what, c) for i, c in zip(todo, fresh, strict=True)]
@@ -85,29 +98,85 @@ class Calls:
     ) -> NDArray[np.float64]:
         """Return log-probabilities ``[n_group, n_prompt, n_choice]`` of `choices` after each prompt.
 
-        The prompts of one group should begin alike: what they share is computed once. `choices`
-        are those of each prompt of a group; shorter lists are padded with NaN.
+        `choices` are those of each prompt of a group; shorter lists are padded with NaN.
         """
-        identity = engine.identity.key()
         width = max(len(options) for options in choices)
         scores = np.full((len(groups), len(choices), width), np.nan)
-        with self._reporter.bar(what, len(groups) * len(choices)) as step:
-            for g, prompts in enumerate(groups):
-                key = content_key("choose", identity, list(prompts), [list(c) for c in choices])
-                row = self._log.get(key)
-                kept = len(prompts) if row is not None else 0
-                if row is None:
-                    row = {"key": key, "what": what, "logp": _choose_ragged(engine, prompts, choices)}
-                    self._log.append([row])
-                self._count(len(prompts) - kept, kept)
-                step(len(prompts), 0, kept)
-                for i, values in enumerate(row["logp"]):
-                    scores[g, i, : len(values)] = values
+        found = self.choose_each(engine, [(prompts, choices) for prompts in groups], what)
+        for g, rows in enumerate(found):
+            for i, values in enumerate(rows):
+                scores[g, i, : len(values)] = values
         return scores
+
+    def choose_each(self, engine: Engine, asks: Sequence[Prompts], what: str) -> list[list[list[float]]]:
+        """Return log-probabilities ``[n_ask][n_prompt][n_choice]`` of prompts that have choices of their own."""
+        identity = engine.identity.key()
+        keys = [content_key("choose", identity, list(p), [list(c) for c in own]) for p, own in asks]
+        with self._reporter.bar(what, sum(len(prompts) for prompts, _ in asks)) as step:
+            for pack in self._packs(asks, self.together if _batches(engine) else 1):
+                todo = self._missing(keys, pack)
+                fresh = _choose([asks[i] for i in todo], engine) if todo else []
+                self._log.append(
+                    [
+                        {"key": keys[i], "what": what, "logp": rows}
+                        for i, rows in zip(todo, fresh, strict=True)
+                    ]
+                )
+                made, every = (sum(len(asks[i][0]) for i in some) for some in (todo, pack))
+                self._count(made, every - made)
+                step(every, 0, every - made)
+        return [self._kept(key)["logp"] for key in keys]
+
+    def _packs(self, asks: Sequence[Prompts], size: int) -> Iterator[list[int]]:
+        """Yield the numbers of asks that go in one call: so many that their prompts reach `size`."""
+        pack: list[int] = []
+        for i in range(len(asks)):
+            pack.append(i)
+            if sum(len(asks[j][0]) for j in pack) >= size:
+                yield pack
+                pack = []
+        if pack:
+            yield pack
+
+    def _missing(self, keys: Sequence[str], group: Iterable[int]) -> list[int]:
+        """Return the members of a group whose answer is not in the store, of equal calls the first alone."""
+        first = {keys[i]: i for i in reversed(list(group)) if self._log.get(keys[i]) is None}
+        return sorted(first.values())
+
+    def _kept(self, key: str) -> dict[str, Any]:
+        row = self._log.get(key)
+        assert row is not None  # it was there or has just been appended
+        return row
 
     def _count(self, made: int, kept: int) -> None:
         self.made += made
         self.kept += kept
+
+
+class _ChoosesEach(Protocol):
+    """An engine that takes prompts with choices of their own in one call, what they share computed once."""
+
+    def choose_each(
+        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
+    ) -> list[NDArray[np.float64]]: ...
+
+
+def _batches(engine: Engine | _ChoosesEach) -> TypeGuard[_ChoosesEach]:
+    return hasattr(engine, "choose_each")
+
+
+def _choose(asks: Sequence[Prompts], engine: Engine) -> list[list[list[float]]]:
+    """Score several asks: in one call where the engine can, else one after the other."""
+    if not _batches(engine):
+        return [_choose_ragged(engine, prompts, choices) for prompts, choices in asks]
+    prompts = [prompt for some, _ in asks for prompt in some]
+    choices = [own for _, some in asks for own in some]
+    rows = iter(engine.choose_each(prompts, choices))
+    return [[_rounded(next(rows)) for _ in some] for some, _ in asks]
+
+
+def _rounded(values: NDArray[np.float64]) -> list[float]:
+    return [round(float(value), 6) for value in values]
 
 
 def _choose_ragged(
@@ -118,7 +187,7 @@ def _choose_ragged(
     for options in sorted({tuple(c) for c in choices}):
         mine = [i for i, c in enumerate(choices) if tuple(c) == options]
         for i, values in zip(mine, engine.choose("", [prompts[i] for i in mine], options), strict=True):
-            found[i] = [round(float(value), 6) for value in values]
+            found[i] = _rounded(values)
     return [found[i] for i in range(len(prompts))]
 
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from arte_edge.distill.answering import written
 from arte_edge.distill.deploy import pay
-from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, Worked, student_messages
+from arte_edge.distill.deployed import compare, sample_drafts
+from arte_edge.distill.prompts import Worked
 from arte_edge.distill.racing import Raced, is_raced, race_scores
 from arte_edge.distill.run import Run, Summary
-from arte_edge.distill.scores import Score, score_answers, score_log_probabilities, score_open
+from arte_edge.distill.scoring import by_probability, by_writing, item_scores
 from arte_edge.engines.base import Engine
 from arte_edge.store import Stage
 from arte_edge.tasks.task import Example
@@ -32,6 +32,8 @@ from arte_edge.tasks.task import Example
 __all__ = ["prefer"]
 
 Row = dict[str, Any]
+
+_COMPARED_DRAFTS = 24  # scored by the deployed file and by the 16-bit one, to say what quantization changes
 
 
 def prefer(run: Run) -> Summary:
@@ -51,7 +53,7 @@ def prefer(run: Run) -> Summary:
             raced = race_scores(run, engine, shots, [d["question"] for d in drafts], examples)
             scores = raced.scores
         else:
-            by = _by_writing if config.score == "accuracy" else _by_probability
+            by = by_writing if config.score == "accuracy" else by_probability
             scores = by(run, engine, shots, examples)
         use_free = config.bias_free and run.task.answer.closed
         in_time = [_in_time(run, engine, draft["text"]) for draft in drafts]
@@ -76,7 +78,12 @@ def prefer(run: Run) -> Summary:
         means = _question_means(rows, questions)
         stage.write("scores.jsonl", rows)
         stage.write("questions.jsonl", means)
-        return _summary(rows, len(examples)) | _race_summary(raced, config.race_error)
+        which = [d["question"] for d in drafts]
+        return (
+            _summary(rows, len(examples))
+            | _race_summary(raced, config.race_error)
+            | _deployed_summary(run, engine, shots, which, examples)
+        )
 
     unused = set() if config.student_file else {"student_file"}
     unused |= set() if racing else {"race_share", "race_error"}
@@ -100,41 +107,6 @@ def _in_time(run: Run, engine: Engine, text: str) -> tuple[Callable[[float], flo
         return (lambda score: score), row
     log = not run.task.answer.closed
     return (lambda score: pay(score, tokens, most, log=log)), row
-
-
-def _prompts(run: Run, engine: Engine, shot: Worked, examples: Sequence[Example]) -> list[str]:
-    student = run.config.student
-    return [run.render(engine, student_messages(run.task, e.input, [shot]), FORCE, student) for e in examples]
-
-
-def _by_probability(
-    run: Run, engine: Engine, shots: Sequence[Worked], examples: Sequence[Example]
-) -> list[Score]:
-    answer = run.task.answer
-    soft = run.config.prefer.score == "likelihood"
-    if answer.closed:
-        options = [answer.options(e.input) for e in examples]
-        choices = [[option + ANSWER_CLOSE for option in row] for row in options]
-        truth = np.array([row.index(e.target) for row, e in zip(options, examples, strict=True)])
-    else:
-        choices = [[e.target + ANSWER_CLOSE] for e in examples]
-    groups = [_prompts(run, engine, shot, examples) for shot in shots]
-    logp = run.calls.choose(engine, groups, choices, "scores")
-    if answer.closed:
-        return [score_log_probabilities(one, truth, soft=soft) for one in logp]
-    return [score_open(one[:, 0]) for one in logp]
-
-
-def _by_writing(
-    run: Run, engine: Engine, shots: Sequence[Worked], examples: Sequence[Example]
-) -> list[Score]:
-    scores = []
-    targets = [e.target for e in examples]
-    tokens = run.most_tokens(run.config.prefer.answer_tokens)
-    for shot in shots:
-        answered = written(run, engine, run.config.student, examples, [shot], tokens, "scores")
-        scores.append(score_answers(answered.answers, targets, answered.right.tolist()))
-    return scores
 
 
 def _question_means(rows: Sequence[Row], questions: dict[str, Row]) -> list[Row]:
@@ -185,6 +157,19 @@ def _race_summary(raced: Raced | None, error: float) -> Summary:
     }
 
 
+def _deployed_summary(
+    run: Run, engine: Engine, shots: Sequence[Worked], question: Sequence[str], examples: Sequence[Example]
+) -> Summary:
+    """Say how a sample of drafts is preferred by the deployed file and by the student with 16 bits."""
+    chosen = sample_drafts(question, _COMPARED_DRAFTS) if run.config.prefer.student_file else []
+    if not chosen:
+        return {}
+    some = [shots[draft] for draft in chosen]
+    full = item_scores(run, run.engine(run.config.student), some, examples)
+    deployed = item_scores(run, engine, some, examples)
+    return {"deployed": compare(full, deployed, [question[draft] for draft in chosen]).as_dict()}
+
+
 def _correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float | None:
     """Return Pearson's r, or None where one side does not vary."""
     if len(a) < 3 or a.std() == 0 or b.std() == 0:
@@ -203,6 +188,12 @@ def _say(summary: Summary) -> str:
             f"; raced: {race['measured']} of {race['of']} scores measured ({share:.0%}), {race['open']} drafts' "
             f"places open at {race['error']:.0%} risk"
         )
+    if deployed := summary.get("deployed"):
+        kept = ", ".join(
+            f"{end} kept in {share:.0%}"
+            for end, share in (("best", deployed["best_kept"]), ("worst", deployed["worst_kept"]))
+        )
+        slow += f"; against 16 bits: {kept} of {deployed['questions']} questions"
     return (
         f"{summary['drafts']} drafts × {summary['k']} questions, score {summary['mean']:.3f} ± {summary['sd']:.3f}"
         + trap

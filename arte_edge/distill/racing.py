@@ -15,11 +15,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.distill.answering import written
+from arte_edge.distill.answering import written_each
 from arte_edge.distill.belief import Floats, believe
 from arte_edge.distill.config import Prefer
 from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, Worked, student_messages
-from arte_edge.distill.race import Race, spread_answers
+from arte_edge.distill.race import Ask, Race, spread_answers
 from arte_edge.distill.run import Run
 from arte_edge.distill.scores import Score, answer_bias, probabilities
 from arte_edge.engines.base import Engine
@@ -56,7 +56,7 @@ def is_raced(config: Prefer, n_draft: int, n_item: int) -> bool:
 class _Cells(Protocol):
     """The grid of one kind of score: measures some cells of a row, gives them as numbers."""
 
-    def measure(self, draft: int, items: Sequence[int]) -> None: ...
+    def measure(self, asks: Sequence[Ask]) -> None: ...
 
     def values(self, *, free: bool) -> Floats:
         """Return ``[d, k]``, NaN where nothing was measured; `free` without the induced answer bias."""
@@ -81,8 +81,7 @@ def race_scores(
     values = np.full((len(shots), len(examples)), np.nan)
     rounds = 0
     while asks := rules.ask(values):
-        for ask in asks:
-            grid.measure(ask.draft, ask.items)
+        grid.measure(asks)
         values = grid.values(free=free)
         rounds += 1
     belief, measured = believe(values), np.isfinite(values)
@@ -116,16 +115,19 @@ class _Likely:
         width = max(len(row) for row in options)
         self._logp = np.full((len(shots), len(examples), width), np.nan)
 
-    def measure(self, draft: int, items: Sequence[int]) -> None:
-        student = self._run.config.student
+    def measure(self, asks: Sequence[Ask]) -> None:
+        whole = [(self._prompts(ask), [self._choices[item] for item in ask.items]) for ask in asks]
+        found = self._run.calls.choose_each(self._engine, whole, "scores")
+        for ask, rows in zip(asks, found, strict=True):
+            for item, values in zip(ask.items, rows, strict=True):
+                self._logp[ask.draft, item, : len(values)] = values
+
+    def _prompts(self, ask: Ask) -> list[str]:
+        shot, student = self._shots[ask.draft], self._run.config.student
         messages = [
-            student_messages(self._run.task, self._examples[item].input, [self._shots[draft]])
-            for item in items
+            student_messages(self._run.task, self._examples[item].input, [shot]) for item in ask.items
         ]
-        prompts = [self._run.render(self._engine, message, FORCE, student) for message in messages]
-        choices = [self._choices[item] for item in items]
-        found = self._run.calls.choose(self._engine, [prompts], choices, "scores")[0]
-        self._logp[draft, list(items), : found.shape[1]] = found
+        return [self._run.render(self._engine, message, FORCE, student) for message in messages]
 
     def values(self, *, free: bool) -> Floats:
         rows = [self._row(row, free) for row in self._logp]
@@ -169,13 +171,13 @@ class _Written:
         self._answers: list[list[str | None]] = [[None] * len(examples) for _ in shots]
         self._targets = [example.target for example in examples]
 
-    def measure(self, draft: int, items: Sequence[int]) -> None:
-        examples = [self._examples[item] for item in items]
+    def measure(self, asks: Sequence[Ask]) -> None:
+        whole = [([self._examples[item] for item in ask.items], [self._shots[ask.draft]]) for ask in asks]
         tokens = self._run.most_tokens(self._run.config.prefer.answer_tokens)
-        student, shot = self._run.config.student, self._shots[draft]
-        found = written(self._run, self._engine, student, examples, [shot], tokens, "scores")
-        for item, answer, right in zip(items, found.answers, found.right, strict=True):
-            self._right[draft, item], self._answers[draft][item] = right, answer
+        found = written_each(self._run, self._engine, self._run.config.student, whole, tokens, "scores")
+        for ask, one in zip(asks, found, strict=True):
+            for item, answer, right in zip(ask.items, one.answers, one.right, strict=True):
+                self._right[ask.draft, item], self._answers[ask.draft][item] = right, answer
 
     def values(self, *, free: bool) -> Floats:
         return self._right * self._weight() if free else self._right.copy()

@@ -1,0 +1,104 @@
+"""How the student as it will be deployed prefers drafts, against the student with 16 bits.
+
+`prefer.student_file` scores drafts with a quantized file. Whether that changes which drafts are
+preferred can be measured, since both students answer the same questions: a sample of drafts is
+scored by both, and what moves is held against the scores' own standard error.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Shift", "compare", "sample_drafts"]
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What changes in the order of drafts between two files of one student.
+
+    `r` is the correlation of the drafts' scores, `r_within` that of their distances from their own
+    question's mean, `moved` the mean change of a score. Of `questions` with several rationales,
+    `best_kept` and `worst_kept` are the shares whose best or worst rationale stays. `flips` counts the
+    bests and worsts that change, `flips_beyond_error` those where the 16-bit student tells the two apart
+    by more than the standard error of their paired difference.
+    """
+
+    drafts: int
+    items: int
+    r: float | None
+    r_within: float | None
+    moved: float
+    questions: int
+    best_kept: float | None
+    worst_kept: float | None
+    flips: int
+    flips_beyond_error: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+def compare(full: Floats, deployed: Floats, question: Sequence[Hashable]) -> Shift:
+    """Compare the scores ``[n_draft, n_item]`` of the same drafts; `question` ``[n_draft]`` groups them."""
+    a, b = full.mean(axis=1), deployed.mean(axis=1)
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for draft, key in enumerate(question):
+        groups[key].append(draft)
+    several = [np.array(drafts) for drafts in groups.values() if len(drafts) > 1]
+    kept = {1: 0, -1: 0}
+    flips = beyond = 0
+    for drafts in several:
+        for sign in (1, -1):
+            was, now = (drafts[np.argmax(sign * score[drafts])] for score in (a, b))
+            kept[sign] += int(was == now)
+            if was != now:
+                gap = full[was] - full[now]
+                flips += 1
+                beyond += int(abs(gap.mean()) > gap.std(ddof=1) / np.sqrt(len(gap)))
+    within = [_centred(a, several), _centred(b, several)]
+    n = len(several)
+    return Shift(
+        drafts=len(a),
+        items=full.shape[1],
+        r=_r(a, b),
+        r_within=_r(*within),
+        moved=float((b - a).mean()),
+        questions=n,
+        best_kept=kept[1] / n if n else None,
+        worst_kept=kept[-1] / n if n else None,
+        flips=flips,
+        flips_beyond_error=beyond,
+    )
+
+
+def sample_drafts(question: Sequence[Hashable], most: int) -> list[int]:
+    """Return drafts of whole questions, at most `most`, evenly spread over the questions in their order."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for draft, key in enumerate(question):
+        groups[key].append(draft)
+    several = [drafts for drafts in groups.values() if len(drafts) > 1]
+    if not several:
+        return []
+    n = max(1, min(len(several), most // max(map(len, several))))
+    places = [(2 * i + 1) * len(several) // (2 * n) for i in range(n)]
+    return [draft for place in places for draft in several[place]]
+
+
+def _centred(score: Floats, groups: Sequence[NDArray[np.intp]]) -> Floats:
+    parts = [score[drafts] - score[drafts].mean() for drafts in groups]
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def _r(a: Floats, b: Floats) -> float | None:
+    """Return Pearson's r, or None where one side does not vary."""
+    if len(a) < 3 or a.std() == 0 or b.std() == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
