@@ -18,75 +18,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-Work = dict[str, Any]
-Texts = tuple[list[str], int]  # texts, tokens written
-_WARM_UP = "Question: is it warm?\nAnswer:"
-
-
-def ours(work: Work) -> Callable[[], Texts]:
-    """Return arte-edge's engine on all drafts of the work, in one call."""
-    from arte_edge.engines.base import Request, Sampling
-
-    engine = _engine(work)
-    engine.complete([Request(_WARM_UP)], Sampling(max_tokens=2))
-    sampling = Sampling(max_tokens=work["tokens"], stop=tuple(work["stop"]))
-
-    def write() -> Texts:
-        done = engine.complete([Request(prompt) for prompt in work["prompts"]], sampling)
-        return [c.text for c in done], sum(c.completion_tokens for c in done)
-
-    return write
-
-
-def likelihood(work: Work) -> Callable[[], Texts]:
-    """Return the scores of the given answers: no text is written, the tokens are scores."""
-    engine = _engine(work)
-    engine.choose("", [_WARM_UP], ["yes", "no"])
-
-    def score() -> Texts:
-        rows = engine.choose_each(work["forced"], work["choices"])
-        best = [c[int(row.argmax())] for row, c in zip(rows, work["choices"], strict=True)]
-        return [f"<ans>{choice}" for choice in best], len(rows)
-
-    return score
-
-
-def _engine(work: Work) -> Any:
-    from arte_edge.engines.llamacpp import LlamaCppEngine
-
-    parallel = 64 if len(work["prompts"]) > 64 else 40
-    return LlamaCppEngine(Path(work["gguf"]), sha256="", parallel=parallel, threads=work["threads"])
-
-
-def ceiling(work: Work) -> Callable[[], Texts]:
-    """Return the best rate of one-token rows with logits for each, over sequence counts, at the work's depth."""
-    import numpy as np
-
-    from arte_edge.engines.llama_runtime import LlamaContext, LlamaModel
-
-    model = LlamaModel(Path(work["gguf"]))
-    depth, steps = work["ceiling_depth"], 6
-
-    def best() -> Texts:
-        rates = {}
-        for n in (32, 48, 64, 96):
-            n_ctx = -(-(depth + steps + 1) // 256) * 256
-            context = LlamaContext(model, n + 1, n_ctx, work["threads"])
-            at = np.arange(depth, dtype=np.int32)
-            context.decode_arrays(at % 900 + 50, at, at * 0 + n, (at * 0).astype(np.int8))
-            for slot in range(n):
-                context.copy(n, slot)
-            slots, times = np.arange(n, dtype=np.int32), []
-            for step in range(steps + 1):
-                began = time.perf_counter()
-                row = slots * 0
-                context.decode_arrays(slots % 900 + 50, row + depth + step, slots, (row + 1).astype(np.int8))
-                times.append(time.perf_counter() - began)
-            context.close()
-            rates[n] = n * steps / sum(times[1:])
-        return [json.dumps({n: round(rate, 1) for n, rate in rates.items()})], round(max(rates.values()))
-
-    return best
+from preference_ours import (
+    WARM_UP,
+    Texts,
+    Work,
+    ceiling,
+    likelihood,
+    ours,
+    pipeline,
+    pipeline_likelihood,
+    transformers_likelihood,
+    transformers_ours,
+)
 
 
 def transformers_generate(work: Work) -> Callable[[], Texts]:
@@ -148,7 +91,7 @@ def llama_cpp_python(work: Work) -> Callable[[], Texts]:
     model = Llama(
         work["gguf"], n_ctx=1024, n_threads=work["threads"], n_threads_batch=work["threads"], verbose=False
     )
-    model.create_completion(_WARM_UP, max_tokens=2)
+    model.create_completion(WARM_UP, max_tokens=2)
 
     def one(prompt: str) -> tuple[str, int]:
         out: Any = model.create_completion(
@@ -204,7 +147,7 @@ def _over_http(work: Work, base: str, keep: Any, workers: int) -> Callable[[], T
     deadline = time.monotonic() + 60
     while True:
         try:
-            one(_WARM_UP)
+            one(WARM_UP)
             break
         except httpx.HTTPError:
             if time.monotonic() > deadline:
@@ -229,7 +172,13 @@ def _gathered(found: list[tuple[str, int]]) -> Texts:
 
 SUBJECTS: dict[str, tuple[Callable[[Work], Callable[[], Texts]], dict[str, Any]]] = {
     "arte-edge": (ours, {}),
+    "arte-edge pipeline": (pipeline, {}),
     "arte-edge likelihood": (likelihood, {}),
+    "arte-edge pipeline likelihood": (pipeline_likelihood, {}),
+    "arte-edge transformers fp32": (transformers_ours, {"dtype": "fp32"}),
+    "arte-edge transformers bf16": (transformers_ours, {"dtype": "bf16"}),
+    "arte-edge transformers fp32 likelihood": (transformers_likelihood, {"dtype": "fp32"}),
+    "arte-edge transformers bf16 likelihood": (transformers_likelihood, {"dtype": "bf16"}),
     "ceiling": (ceiling, {}),
     "transformers fp32": (transformers_generate, {"dtype": "fp32"}),
     "transformers bf16": (transformers_generate, {"dtype": "bf16"}),

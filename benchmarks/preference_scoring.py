@@ -10,7 +10,8 @@ one after the other in every run, so that the machine's moods meet all of them. 
 machine: llama.cpp with as many threads as cores collapses when something else runs.
 
 "ceiling" is no peer: rows of one token each with logits, as fast as `llama_decode` takes them, best of
-four sequence counts at the depth that the work has on average. Rows go to results/preference_scoring.
+four sequence counts, with and without flash attention, at the depth that the work has on average. Rows
+go to results/preference_scoring.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def make_work(gguf: Path, checkpoint: str, drafts: list[int], threads: int) -> d
         "gguf": str(gguf),
         "checkpoint": checkpoint,
         "threads": threads,
+        "k": K,
         "tokens": TOKENS,
         "stop": list(ANSWER_STOPS),
         "prompts": prompts,
@@ -97,8 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
     work = make_work(arguments.gguf, arguments.checkpoint, arguments.draft, arguments.threads)
     for subject in arguments.subjects or [s for s in SUBJECTS if s != "transformers bf16"]:
         label = subject
-        if subject == OURS and len(arguments.draft) > 1:
-            label = f"{OURS}, {len(arguments.draft)} drafts"
+        if subject.startswith(OURS) and len(arguments.draft) > 1:
+            label = f"{subject}, {len(arguments.draft)} drafts"
         row = measure(subject, label, work, arguments.name, arguments.draft)
         with (arguments.rows or RESULTS / "rows.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -119,29 +121,50 @@ def report() -> str:
         for row in mine:
             by_subject[row["subject"]].append(row)
         rates = {s: statistics.median(r["tokens_per_s"] for r in found) for s, found in by_subject.items()}
+        reference = [row for row in mine if row["subject"].split(",")[0] == OURS]
         for subject, found in sorted(by_subject.items(), key=lambda item: -rates[item[0]]):
             seconds = statistics.median(r["seconds"] / len(r["drafts"]) for r in found)
-            share = rates[subject] / rates["ceiling"] if "ceiling" in rates else float("nan")
-            cells = [subject, str(len(found)), f"{seconds:.1f}", f"{rates[subject]:.0f}", f"{share:.0%}"]
+            share = f"{rates[subject] / rates['ceiling']:.0%}" if "ceiling" in rates else ""
+            cells = [subject, str(len(found)), f"{seconds:.1f}", f"{rates[subject]:.0f}", share]
             if subject == "ceiling" or "likelihood" in subject:
                 cells[2:] = ["", cells[3], "", ""] if subject == "ceiling" else [cells[2], "", "", ""]
                 lines.append(f"| {' | '.join(cells)} |")
                 continue
-            lines.append(f"| {' | '.join([*cells, _agreement(found, by_subject[OURS])])} |")
-        peers = {s: rate for s, rate in rates.items() if not s.startswith((OURS, "ceiling"))}
-        if peers and OURS in rates:
-            best = max(peers, key=lambda s: peers[s])
-            lines += [
-                "",
-                f"Fastest peer: {best}; arte-edge writes {rates[OURS] / peers[best]:.2f} × its tokens/s.",
-            ]
-        likely = by_subject.get(f"{OURS} likelihood")
-        if likely and OURS in by_subject:
-            cost = statistics.median(r["seconds"] for r in by_subject[OURS])
-            ratio = cost / statistics.median(r["seconds"] for r in likely)
-            lines += ["", f"`likelihood` costs 1/{ratio:.1f} of `accuracy`, both by arte-edge."]
+            lines.append(f"| {' | '.join([*cells, _agreement(found, reference)])} |")
+        lines += ["", *_findings(by_subject)]
         lines.append("")
     return "\n".join(lines)
+
+
+def _findings(by_subject: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Say what the rows of one model come to, single drafts and several apart."""
+    lines = []
+    for drafts in sorted({len(row["drafts"]) for rows in by_subject.values() for row in rows}):
+        suffix = f", {drafts} drafts" if drafts > 1 else ""
+        here = {
+            name: [row for row in rows if len(row["drafts"]) == drafts] for name, rows in by_subject.items()
+        }
+        seconds = {name: statistics.median(r["seconds"] for r in rows) for name, rows in here.items() if rows}
+        rates = {
+            name: statistics.median(r["tokens_per_s"] for r in rows) for name, rows in here.items() if rows
+        }
+        peers = {name: rate for name, rate in rates.items() if not name.startswith((OURS, "ceiling"))}
+        mine = rates.get(OURS + suffix)
+        if peers and mine:
+            best = max(peers, key=lambda name: peers[name])
+            lines.append(
+                f"- {drafts} draft{'s' * (drafts > 1)}: fastest peer {best}; arte-edge writes "
+                f"{mine / peers[best]:.2f} × its tokens/s and takes 1/{seconds[best] / seconds[OURS + suffix]:.2f} "
+                "of its time."
+            )
+        for engine in (OURS, f"{OURS} pipeline", f"{OURS} transformers fp32", f"{OURS} transformers bf16"):
+            cost, writing = seconds.get(f"{engine} likelihood{suffix}"), seconds.get(engine + suffix)
+            if cost and writing and mine:
+                lines.append(
+                    f"- {drafts} draft{'s' * (drafts > 1)}: likelihood by {engine} costs 1/{writing / cost:.1f} of "
+                    f"writing by it, 1/{seconds[OURS + suffix] / cost:.1f} of writing by {OURS}."
+                )
+    return lines
 
 
 def _agreement(found: list[dict[str, Any]], ours: list[dict[str, Any]]) -> str:

@@ -111,7 +111,7 @@ class TestChoose:
         start, tokens = len(engine.model.tokens(prompt)), engine.model.tokens(prompt + choice)
         total = 0.0
         for i in range(start, len(tokens)):
-            context = LlamaContext(engine.model, 1, 256, 2)
+            context = LlamaContext(engine.model, 1, 256, 2, layout=Layout(flash=True))
             rows = [Row(token, at, 0, at == i - 1) for at, token in enumerate(tokens[:i])]
             total += float(log_softmax_at(context.decode(rows)[0], [tokens[i]])[0])
             context.close()
