@@ -19,7 +19,7 @@ from arte_edge.engines.base import Completion, EngineIdentity, Request, Sampling
 from arte_edge.engines.batching import plan, shared_prefix
 from arte_edge.engines.choices import spans
 from arte_edge.engines.chooser import Chooser
-from arte_edge.engines.hf_load import adapter_sha256, load, pick_dtype
+from arte_edge.engines.hf_load import adapter_sha256, load, pick_dtype, room_tokens
 from arte_edge.engines.hf_row import takes_rows
 from arte_edge.engines.hf_write import write_rows
 from arte_edge.engines.sampling import draw
@@ -50,12 +50,12 @@ class TransformersEngine:
         adapter: Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
-        batch_tokens: int = 16_384,
+        batch_tokens: int = 0,
     ) -> None:
         """Load the checkpoint as `dtype`: float32, bfloat16, or auto, which is bfloat16 on CUDA and else float32.
 
         ``ARTE_EDGE_DTYPE`` stands in for auto. `batch_tokens` bounds rows times length in one batch,
-        prompts and answers together.
+        prompts and answers together; 0: what the device has room for.
 
         Raises:
             InputError: not a checkpoint that transformers loads without running its code; no such dtype.
@@ -76,7 +76,7 @@ class TransformersEngine:
         self._model.to(self._device).eval()
         self._text = Text(tokenizer, self._model.generation_config.eos_token_id)
         self._forward = Forward(self._model, self._device)
-        self._batch_tokens = batch_tokens
+        self._batch_tokens = batch_tokens or room_tokens(self._model.config.get_text_config(), self._device)
         self._template: str | None = (
             tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
         )

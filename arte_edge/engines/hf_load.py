@@ -14,7 +14,10 @@ from arte_edge.models.hashing import sha256_file
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["adapter_sha256", "load", "pick_dtype"]
+__all__ = ["adapter_sha256", "load", "pick_dtype", "room_tokens"]
+
+_BATCH_TOKENS = (16_384, 262_144)  # rows times length of a batch: on a CPU and at least, at most
+_CACHE_SHARE = 0.3  # of a GPU's free memory for keys and values; as much again while they grow by a token
 
 
 def adapter_sha256(folder: Path) -> str:
@@ -45,6 +48,19 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if wanted not in kinds:
         raise InputError(f"dtype {wanted}: not a kind of floats", f"One of {', '.join(kinds)}.")
     return kinds[wanted]
+
+
+def room_tokens(config: Any, device: torch.device) -> int:
+    """Return how many tokens of all rows together one batch may hold: a GPU is fed by far more than a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return _BATCH_TOKENS[0]
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_per_token = 2 * 2 * config.num_hidden_layers * heads * width  # keys and values of 16 bits
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return int(min(max(_CACHE_SHARE * free_bytes / bytes_per_token, _BATCH_TOKENS[0]), _BATCH_TOKENS[1]))
 
 
 def load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> tuple[Any, Any]:

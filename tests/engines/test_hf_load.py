@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from arte_edge.engines.hf import TransformersEngine, adapter_sha256  # noqa: E402
+from arte_edge.engines.hf_load import room_tokens  # noqa: E402
 from arte_edge.engines.hf_text import Text  # noqa: E402
 
 PREFIX = "the cat sat on the mat, and then the question was asked: "
@@ -125,3 +127,17 @@ def test_a_checkpoint_agrees_with_the_gguf_that_it_was_made_from(smollm2):
     # llama.cpp rounds activations to 8 bits on their way into 4-bit weights.
     assert ours == pytest.approx(theirs, abs=0.3)
     there.close()
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "tokens"), [(100 * 10**9, 262_144), (8 * 10**9, 104_166), (10**8, 16_384)]
+)
+def test_a_batch_on_a_gpu_is_as_large_as_its_free_memory_allows(
+    monkeypatch: pytest.MonkeyPatch, free_bytes: int, tokens: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, free_bytes))
+    config = SimpleNamespace(
+        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576
+    )
+    assert room_tokens(config, torch.device("cuda")) == tokens
+    assert room_tokens(config, torch.device("cpu")) == 16_384
