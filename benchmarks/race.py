@@ -37,7 +37,7 @@ from arte_edge.store import write_atomic
 HERE = Path(__file__).parent
 RECORDED, RESULTS = HERE / "results" / "score_worth", HERE / "results" / "race"
 FIGURE = HERE.parent / "docs" / "figures" / "race.svg"
-SHARES = (0.1, 0.15, 0.2, 0.25, 0.35, 0.5)
+SHARES = (0.1, 0.15, 0.25, 0.5)
 DRAFTS = 160  # of one race, about
 WAYS = ("race", "even, model", "even")
 Floats = NDArray[np.float64]

@@ -65,7 +65,8 @@ def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summa
         else:
             raise StoppedEarly(
                 f"tailor: {len(rows)} of {wanted} examples usable out of {asked} questions "
-                f"(label policy {config.label}, readable rationales {labels['readable']:.0%}"
+                f"(label policy {config.label}, readable rationales {labels['readable']:.0%}, "
+                f"{labels['parroted']} parroted"
                 + (f", {dropped} too long for the device)" if dropped else ")"),
                 "Lower tailor.questions, take tailor.label = 'vote' or 'teacher', or a stronger teacher.",
             )
