@@ -1,6 +1,6 @@
 """Keep llama.cpp off Intel's AMX unit, where many builds of it crash on the first quantized product.
 
-ggml sets the unit's tiles up through `_tile_loadconfig`, which gcc before 13.2 compiles so that all but
+ggml sets the unit's tiles up through `_tile_loadconfig`, which gcc up to 13.2 compiles so that all but
 eight bytes of the set-up may be optimised away; the processor then faults (seen with gcc 12 on a Sapphire
 Rapids machine; ggml-org/llama.cpp issue 20824, pull request 26954). A fault cannot be caught, and which
 compiler built an installed library is not known. So a library that was built for AMX gets no "extra
