@@ -14,7 +14,15 @@ from typing import Any
 
 from arte_edge.errors import EngineError
 
-__all__ = ["DEFAULT_LAYOUT", "Layout", "available_bytes", "check_cells_fit", "check_fits", "context_bytes"]
+__all__ = [
+    "DEFAULT_LAYOUT",
+    "ONE_SEQUENCE",
+    "Layout",
+    "available_bytes",
+    "check_cells_fit",
+    "check_fits",
+    "context_bytes",
+]
 
 _F16_BYTES, _F32_BYTES = 2, 4
 _KEPT_FREE = 0.05  # of what is available: allocating the last byte is how machines die
@@ -38,6 +46,7 @@ class Layout:
 
 
 DEFAULT_LAYOUT = Layout()
+ONE_SEQUENCE = Layout(flash=True)  # as llama.cpp lays itself out for one sequence, whose prompts fill tiles
 
 
 def context_bytes(model: Any, n_seq: int, n_ctx_seq: int, ubatch: int) -> int:

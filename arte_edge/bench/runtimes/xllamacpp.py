@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from arte_edge.bench.runtime import RuntimeFacts
+from arte_edge.engines.llama_layout import ONE_SEQUENCE
 from arte_edge.engines.llama_runtime import LlamaContext, LlamaModel, Row
 from arte_edge.engines.xllama_library import XllamaLibrary, load_xllamacpp
 from arte_edge.errors import EngineError, InputError
@@ -39,7 +40,7 @@ class XllamaSpeedModel:
             raise EngineError("xllamacpp is not installed", "pip install 'arte-edge[xllamacpp]'") from error
         self._model = LlamaModel(path, self._library)
         try:
-            self._context = LlamaContext(self._model, 1, context_tokens, threads)
+            self._context = LlamaContext(self._model, 1, context_tokens, threads, layout=ONE_SEQUENCE)
         except EngineError:
             self._model.close()
             raise

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.engines.base import Request, Sampling
+from arte_edge.engines.llama_layout import ONE_SEQUENCE
 from arte_edge.engines.llama_runtime import LlamaContext, Row, default_threads
 from arte_edge.engines.llamacpp import LlamaCppEngine
 from arte_edge.engines.render import Message
@@ -151,7 +152,7 @@ class GgufModel:
         if self._context is None or self._context.n_ctx_seq < n_token:
             self._drop_context()
             size = -(-n_token // _CTX_STEP) * _CTX_STEP
-            self._context = LlamaContext(self._model, 1, size, self._threads)
+            self._context = LlamaContext(self._model, 1, size, self._threads, layout=ONE_SEQUENCE)
         return self._context
 
     def _drop_context(self) -> None:
