@@ -31,9 +31,12 @@ WARM_UP = "Question: is it warm?\nAnswer:"
 
 def ours(work: Work) -> Callable[[], Texts]:
     """Return arte-edge's engine on all drafts of the work, in one call."""
+    return _writing(_engine(work), work)
+
+
+def _writing(engine: Any, work: Work) -> Callable[[], Texts]:
     from arte_edge.engines.base import Request, Sampling
 
-    engine = _engine(work)
     engine.complete([Request(WARM_UP)], Sampling(max_tokens=2))
     sampling = Sampling(max_tokens=work["tokens"], stop=tuple(work["stop"]))
 
@@ -105,17 +108,7 @@ def _likeliest(rows: Any, choices: list[list[str]]) -> list[str]:
 
 def transformers_ours(work: Work) -> Callable[[], Texts]:
     """Return arte-edge's transformers engine on all drafts of the work, in one call."""
-    from arte_edge.engines.base import Request, Sampling
-
-    engine = _transformers(work)
-    engine.complete([Request(WARM_UP)], Sampling(max_tokens=2))
-    sampling = Sampling(max_tokens=work["tokens"], stop=tuple(work["stop"]))
-
-    def write() -> Texts:
-        done = engine.complete([Request(prompt) for prompt in work["prompts"]], sampling)
-        return [c.text for c in done], sum(c.completion_tokens for c in done)
-
-    return write
+    return _writing(_transformers(work), work)
 
 
 def _transformers(work: Work) -> Any:

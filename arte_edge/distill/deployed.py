@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.distill.stats import pearson
+
 __all__ = ["Shift", "compare", "sample_drafts"]
 
 Floats = NDArray[np.float64]
@@ -68,8 +70,8 @@ def compare(full: Floats, deployed: Floats, question: Sequence[Hashable]) -> Shi
     return Shift(
         drafts=len(a),
         items=full.shape[1],
-        r=_r(a, b),
-        r_within=_r(*within),
+        r=pearson(a, b),
+        r_within=pearson(*within),
         moved=float((b - a).mean()),
         questions=n,
         best_kept=kept[1] / n if n else None,
@@ -95,10 +97,3 @@ def sample_drafts(question: Sequence[Hashable], most: int) -> list[int]:
 def _centred(score: Floats, groups: Sequence[NDArray[np.intp]]) -> Floats:
     parts = [score[drafts] - score[drafts].mean() for drafts in groups]
     return np.concatenate(parts) if parts else np.zeros(0)
-
-
-def _r(a: Floats, b: Floats) -> float | None:
-    """Return Pearson's r, or None where one side does not vary."""
-    if len(a) < 3 or a.std() == 0 or b.std() == 0:
-        return None
-    return float(np.corrcoef(a, b)[0, 1])

@@ -25,6 +25,7 @@ from arte_edge.distill.prompts import Worked
 from arte_edge.distill.racing import Raced, is_raced, race_scores
 from arte_edge.distill.run import Run, Summary
 from arte_edge.distill.scoring import by_probability, by_writing, item_scores
+from arte_edge.distill.stats import pearson
 from arte_edge.engines.base import Engine
 from arte_edge.store import Stage
 from arte_edge.tasks.task import Example
@@ -171,10 +172,8 @@ def _deployed_summary(
 
 
 def _correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float | None:
-    """Return Pearson's r, or None where one side does not vary."""
-    if len(a) < 3 or a.std() == 0 or b.std() == 0:
-        return None
-    return round(float(np.corrcoef(a, b)[0, 1]), 4)
+    found = pearson(a, b)
+    return None if found is None else round(found, 4)
 
 
 def _say(summary: Summary) -> str:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Interval", "PairedTest", "format_share", "mcnemar", "spearman", "wilson"]
+__all__ = ["Interval", "PairedTest", "format_share", "mcnemar", "pearson", "spearman", "wilson"]
 
 
 class Interval(NamedTuple):
@@ -103,6 +103,14 @@ def format_share(base: float, base_forced: float, tuned: float) -> float | None:
     if tuned <= base:
         return None
     return min(1.0, max(0.0, (base_forced - base) / (tuned - base)))
+
+
+def pearson(x: ArrayLike, y: ArrayLike) -> float | None:
+    """Return Pearson's r of two lists ``[n]``; None where one does not vary, or n is below 3."""
+    first, second = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if len(first) < 3 or first.std() == 0 or second.std() == 0:
+        return None
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:

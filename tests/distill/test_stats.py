@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, rankdata, spearmanr
 
-from arte_edge.distill.stats import Interval, format_share, mcnemar, spearman, wilson
+from arte_edge.distill.stats import Interval, format_share, mcnemar, pearson, spearman, wilson
 
 outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
@@ -150,3 +150,10 @@ def test_spearman_sees_order_alone() -> None:
 def test_spearman_refuses_lists_without_an_order(x: list[float], y: list[float]) -> None:
     with pytest.raises(ValueError):
         spearman(x, y)
+
+
+def test_pearson_is_none_where_nothing_varies_or_too_little_is_there() -> None:
+    assert pearson([1, 2, 3], [2, 4, 6]) == pytest.approx(1.0)
+    assert pearson([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
+    assert pearson([1, 1, 1], [1, 2, 3]) is None
+    assert pearson([1, 2], [1, 2]) is None
