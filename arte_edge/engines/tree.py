@@ -87,7 +87,8 @@ def plan_groups(trees: Sequence[Tree], most_rows: int, most_leaves: int) -> list
 
     A tree on its own may exceed `most_rows`; none has more than `most_leaves`.
     """
-    most = [min(map(len, tree.wanted)) - 1 for tree in trees]
+    # A prefix ends before the tree's own ways part, and leaves a token of each context to decode.
+    most = [min(_common(tree.ways[0], tree.ways[-1]), min(map(len, tree.wanted)) - 1) for tree in trees]
     order = grow_stems([tree.ways[0] for tree in trees], most)
     found = [_rooted(stem, trees[i]) for i, stem in order]
     for level in reversed(range(MAX_LEVELS)):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -92,6 +92,8 @@ QUESTION = st.tuples(CONTEXT, st.lists(CONTEXT, min_size=1, max_size=5))
 
 
 @settings(deadline=None)
+# Ways that part before the shortest of them ends.
+@example([((0,), [(0, 0)]), ((0,), [(0, 0, 0)]), ((0,), [(0, 0), (1, 0)])], (0,) * 7, 20)
 @given(st.lists(QUESTION, min_size=1, max_size=12), CONTEXT, st.integers(20, 90))
 def test_each_context_gets_the_logits_of_its_own_path(
     questions: list[tuple[Context, list[Context]]], common: Context, most_rows: int
