@@ -7,7 +7,7 @@ that is deployed. No code from a checkpoint is run, no pickles are read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -176,7 +176,7 @@ class TransformersEngine:
         if self._device.type == "cpu" and rows and self._in_rows(max(map(len, rows)) + new):
             writers = [Writer(self._text, requests[i], prompts[i], sampling) for i in todo]
             shares = write_rows(
-                self._model, self._device, rows, writers, lambda logits, some: _draws(logits, some, sampling)
+                self._model, self._device, rows, writers, lambda logits: _drawing(logits, sampling)
             )
             done |= {i: w.completion(n) for i, w, n in zip(todo, writers, shares, strict=True)}
             return [done[i] for i in range(len(requests))]
@@ -237,11 +237,16 @@ class TransformersEngine:
 
 def _draws(logits: torch.Tensor, writers: Sequence[Writer], sampling: Sampling) -> list[int]:
     """Return the next token of each row from logits ``[b, v]``; each writer draws with its own generator."""
-    if sampling.temperature <= 0.0:
-        greedy: list[int] = logits.argmax(dim=-1).tolist()
-        return greedy
-    rows = logits.cpu().numpy()
-    return [
-        0 if writer.finish else draw(row, sampling, writer.rng)
-        for row, writer in zip(rows, writers, strict=True)
-    ]
+    draw_row = _drawing(logits, sampling)
+    return [0 if writer.finish else draw_row(row, writer) for row, writer in enumerate(writers)]
+
+
+def _drawing(logits: torch.Tensor, sampling: Sampling) -> Callable[[int, Writer], int]:
+    """Return what draws a token from a row of logits ``[b, v]``, with the generator of who writes it."""
+    if sampling.temperature > 0.0:
+        rows = logits.float().cpu().numpy()
+        return lambda row, writer: draw(rows[row], sampling, writer.rng)
+    # On a processor numpy finds the largest of a row ten times faster than torch.
+    greedy = logits.float().numpy().argmax(axis=-1) if logits.device.type == "cpu" else logits.argmax(dim=-1)
+    tokens: list[int] = greedy.tolist()
+    return lambda row, _: tokens[row]

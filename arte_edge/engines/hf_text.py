@@ -78,6 +78,11 @@ class Writer:
         # A token is a byte or more, so a stop string of n bytes ends within the last n + 1 tokens.
         self._window = 1 + max((len(stop.encode()) for stop in sampling.stop), default=0)
 
+    @property
+    def room(self) -> int:
+        """How many tokens may still be written."""
+        return self._sampling.max_tokens - len(self._written)
+
     def push(self, token: int) -> bool:
         """Take the next token; return whether another one is wanted."""
         if token in self._text.ends:

@@ -1,4 +1,8 @@
-"""Write many completions side by side in one row (`hf_row`): prefixes once, places refilled as texts end."""
+"""Write many completions side by side in one row (`hf_row`): prefixes once, places refilled as texts end.
+
+Each step decodes a sequence's last token and a guess of the next ones (`guess`) in one call; a guessed token
+counts where it is the one that is drawn there. The cells of the others are seen by nobody and given back.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.engines.guess import Guesser, Memory
 from arte_edge.engines.hf_row import Row
 from arte_edge.engines.hf_text import Writer
 from arte_edge.engines.llama_stems import Stem, grow_stems
@@ -24,12 +29,38 @@ _REFILL_SHARE = 8  # new ones enter when one place in so many is free
 _DEAD_SHARE = 0.15  # of the cells: then those that nobody sees are given back
 
 
+Draw = Callable[[int, "Writer"], int]  # row of the logits, who writes it: the token drawn there
+
+
 @dataclass
 class _Sequence:
     writer: Writer
+    guesser: Guesser
     pending: list[int]  # tokens not decoded yet
+    guessed: int  # how many of them, the last ones, are a guess
     position: int  # of the first of them
     seen: NDArray[np.bool_]  # [n_cells] at the time
+
+    def advance(self, draw: Draw, row: int, views: NDArray[np.bool_]) -> bool:
+        """Draw tokens from `row` on for as long as they are those of the guess; return whether more are wanted.
+
+        `views` ``[1 + guessed, n_cells]`` says what each of the tokens that are drawn after saw.
+        """
+        guess = self.pending[len(self.pending) - self.guessed :]
+        written: list[int] = []
+        for expected in (*guess, None):
+            written.append(draw(row + len(written), self.writer))
+            if not self.writer.push(written[-1]):
+                return False
+            if written[-1] != expected:
+                break
+        right = len(written) - 1
+        self.seen = views[right].copy()  # a view would keep the whole mask
+        self.position += len(self.pending) - self.guessed + right
+        self.guesser.add(written)
+        guess = self.guesser.guess()[: self.writer.room - 1]
+        self.pending, self.guessed = [written[-1], *guess], len(guess)
+        return True
 
 
 def write_rows(
@@ -37,13 +68,13 @@ def write_rows(
     device: torch.device,
     prompts: Sequence[Sequence[int]],
     writers: Sequence[Writer],
-    draws: Callable[[torch.Tensor, Sequence[Writer]], list[int]],
+    drawing: Callable[[torch.Tensor], Draw],
 ) -> list[int]:
     """Let every writer write after its prompt; return how many tokens of each prompt came from a prefix ``[n]``.
 
-    `draws` (logits ``[b, v]``, writers) returns their next tokens.
+    `drawing` (logits ``[n, v]``) returns what draws a token from a row of them.
     """
-    return _Schedule(model, device, prompts, writers, draws).run()
+    return _Schedule(model, device, prompts, writers, drawing).run()
 
 
 class _Schedule:
@@ -53,13 +84,14 @@ class _Schedule:
         device: torch.device,
         prompts: Sequence[Sequence[int]],
         writers: Sequence[Writer],
-        draws: Callable[[torch.Tensor, Sequence[Writer]], list[int]],
+        drawing: Callable[[torch.Tensor], Draw],
     ) -> None:
         self._row = Row(model, device)
-        self._prompts, self._writers, self._draws = prompts, writers, draws
+        self._prompts, self._writers, self._drawing = prompts, writers, drawing
         self._waiting = deque(grow_stems(prompts, [len(prompt) - 1 for prompt in prompts]))
         self._held: list[tuple[Stem, NDArray[np.bool_]]] = []  # the way to the last stem, and what each sees
         self._live: list[_Sequence] = []
+        self._written = Memory()
         self._shared = [0] * len(prompts)
 
     def run(self) -> list[int]:
@@ -75,8 +107,9 @@ class _Schedule:
             i, stem = self._waiting.popleft()
             seen = self._hold(stem)
             start = self._shared[i] = stem.end if stem else 0
-            one = _Sequence(self._writers[i], list(self._prompts[i][start:]), start, seen)
-            self._live.append(one)
+            prompt = list(self._prompts[i])
+            guesser = Guesser(prompt, self._written)
+            self._live.append(_Sequence(self._writers[i], guesser, prompt[start:], 0, start, seen))
 
     def _hold(self, stem: Stem | None) -> NDArray[np.bool_]:
         """Decode a stem after those it hangs on; return the cells that hold it."""
@@ -104,23 +137,21 @@ class _Schedule:
         mask = np.zeros((total, n + total), dtype=np.bool_)
         tokens: list[int] = []
         positions: list[int] = []
-        last: list[int] = []
+        wanted: list[int] = []
         for one in self._live:
             start, m = len(tokens), len(one.pending)
             mask[start : start + m, : len(one.seen)] = one.seen
             mask[start : start + m, n + start : n + start + m] = np.tri(m, dtype=np.bool_)
             tokens += one.pending
             positions += range(one.position, one.position + m)
-            last.append(start + m - 1)
-        logits = self._row.extend(tokens, np.array(positions), mask, last)
-        drawn = self._draws(logits, [one.writer for one in self._live])
-        going = []
-        for one, at, token in zip(self._live, last, drawn, strict=True):
-            one.seen = mask[at].copy()  # a view would keep the whole mask
-            one.position += len(one.pending)
-            one.pending = [token]
-            if one.writer.push(token):
+            wanted += range(start + m - 1 - one.guessed, start + m)
+        draw = self._drawing(self._row.extend(tokens, np.array(positions), mask, wanted))
+        going, row = [], 0
+        for one in self._live:
+            n_drawn = 1 + one.guessed
+            if one.advance(draw, row, mask[wanted[row : row + n_drawn]]):
                 going.append(one)
+            row += n_drawn
         self._live = going
         self._give_back()
 

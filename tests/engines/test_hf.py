@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from arte_edge.engines import hf, hf_row, hf_write  # noqa: E402
+from arte_edge.engines.guess import Guesser  # noqa: E402
 from arte_edge.engines.hf import TransformersEngine  # noqa: E402
 
 PREFIX = "the cat sat on the mat, and then the question was asked: "
@@ -208,3 +209,36 @@ def test_sequences_of_several_drafts_come_and_go_in_one_row(llama, monkeypatch):
     assert [row.text for row in rows] == [row.text for row in plain]
     assert all(row.cached_tokens > 20 for row in rows)
     assert moved
+
+
+def counted(engine, requests, sampling):
+    """Complete the requests; return the texts with how they ended, and how many calls that took."""
+    calls, extend = [], hf_row.Row.extend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_row.Row, "extend", lambda *args: (calls.append(args), extend(*args))[1])
+        rows = engine.complete(requests, sampling)
+    return [(row.text, row.finish, row.completion_tokens) for row in rows], len(calls)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_guesses_change_no_text_and_right_ones_save_steps(llama, monkeypatch, temperature):
+    sampling = Sampling(max_tokens=24, temperature=temperature, stop=("True",))
+    requests = [Request(PREFIX + suffix, sample=i) for i in range(3) for suffix in SUFFIXES]
+    written, looked_up = [], Guesser.guess
+
+    def none(self):
+        written.append(self._tokens)  # the list that grows
+        return []
+
+    def right(self):
+        n = len(self._tokens)
+        return next((text[n : n + 3] for text in written if text[:n] == self._tokens), [])
+
+    steps = {}
+    for name, guess in {"none": none, "right": right, "wrong": lambda _: [5] * 3, "own": looked_up}.items():
+        monkeypatch.setattr(Guesser, "guess", guess)
+        steps[name] = counted(llama, requests, sampling)
+    assert {tuple(rows) for rows, _ in steps.values()} == {tuple(steps["none"][0])}
+    assert steps["right"][1] < 0.5 * steps["none"][1]
+    assert steps["wrong"][1] == steps["none"][1]
+    assert {finish for _, finish, _ in steps["none"][0]} >= {"length"}
