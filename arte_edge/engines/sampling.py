@@ -18,6 +18,7 @@ __all__ = ["draw", "in_loop", "log_softmax_at", "request_rng"]
 
 # Tokens less likely than e^-25 of the best one are never drawn; sorting 150,000 of them costs more than decoding.
 _TAIL_NATS = 25.0
+_NUCLEUS = 512  # tokens that are sorted first
 
 
 def request_rng(request: Request, sampling: Sampling) -> np.random.Generator:
@@ -34,12 +35,28 @@ def draw(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generat
     likely = np.flatnonzero(scaled > scaled.max() - _TAIL_NATS)
     weight = np.exp((scaled[likely] - scaled.max()).astype(np.float64))
     if sampling.top_p < 1.0:
-        order = np.argsort(-weight, kind="stable")
-        mass = np.cumsum(weight[order]) / weight.sum()
-        order = order[: int(np.searchsorted(mass, sampling.top_p)) + 1]
+        order = _nucleus(weight, sampling.top_p)
         likely, weight = likely[order], weight[order]
     cumulative = np.cumsum(weight)
     return int(likely[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
+
+
+def _nucleus(weight: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
+    """Return the places of the largest weights ``[v]`` that make up `top_p` of all, the largest first.
+
+    Only so many as a confident model needs are sorted, unless they are too few.
+    """
+    total, n = weight.sum(), len(weight)
+    for most in (_NUCLEUS, n):
+        some = (
+            np.arange(n) if most >= n else np.flatnonzero(weight > np.partition(weight, n - most)[n - most])
+        )
+        order = some[np.argsort(-weight[some], kind="stable")]
+        mass = np.cumsum(weight[order]) / total
+        end = int(np.searchsorted(mass, top_p)) + 1
+        if end <= len(order) or len(order) == n:
+            break
+    return order[:end]
 
 
 def log_softmax_at(logits: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float64]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from arte_edge.engines import sampling
 from arte_edge.engines.base import Request, Sampling
 from arte_edge.engines.sampling import draw, in_loop, log_softmax_at, request_rng
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], dtype=np.float32))
 
 
-def frequencies(sampling: Sampling, n: int = 4000) -> np.ndarray:
+def frequencies(settings: Sampling, n: int = 4000) -> np.ndarray:
     rng = np.random.default_rng(0)
-    drawn = [draw(LOGITS, sampling, rng) for _ in range(n)]
+    drawn = [draw(LOGITS, settings, rng) for _ in range(n)]
     return np.bincount(drawn, minlength=4) / n
 
 
@@ -36,6 +39,20 @@ def test_temperature_2_takes_the_root_of_the_weights() -> None:
 def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass() -> None:
     assert frequencies(Sampling(temperature=1.0, top_p=0.7)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert frequencies(Sampling(temperature=1.0, top_p=0.01))[0] == 1.0
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.floats(0.01, 0.999), st.integers(1, 50))
+def test_sorting_only_the_largest_keeps_the_tokens_that_sorting_all_keeps(
+    sizes: list[int], top_p: float, sorted_first: int
+) -> None:
+    logits = np.array(sizes, dtype=np.float32)
+    chosen = []
+    for most in (sorted_first, len(sizes)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampling, "_NUCLEUS", most)
+            rng = np.random.default_rng(0)
+            chosen.append([draw(logits, Sampling(temperature=1.0, top_p=top_p), rng) for _ in range(20)])
+    assert chosen[0] == chosen[1]
 
 
 def test_a_token_that_is_masked_is_never_drawn() -> None:
