@@ -75,6 +75,44 @@ def transformers_generate(work: Work) -> Callable[[], Texts]:
     return write
 
 
+def transformers_lookup(work: Work) -> Callable[[], Texts]:
+    """Return `generate` with prompt lookup decoding, which takes one prompt at a time, after the prefix's cache."""
+    import copy
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+    torch.set_num_threads(work["threads"])
+    tokenizer = AutoTokenizer.from_pretrained(work["checkpoint"])
+    dtype = torch.bfloat16 if work["dtype"] == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(work["checkpoint"], dtype=dtype).eval()
+    rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in work["prompts"]]
+    shared = next(i for i in range(min(map(len, rows))) if len({row[i] for row in rows}) > 1)
+
+    def write() -> Texts:
+        texts, tokens = [], 0
+        with torch.inference_mode():
+            cache = DynamicCache(config=model.config)
+            model(torch.tensor([rows[0][:shared]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            for row in rows:
+                out = model.generate(
+                    torch.tensor([row]),
+                    past_key_values=copy.deepcopy(cache),
+                    max_new_tokens=work["tokens"],
+                    do_sample=False,
+                    stop_strings=work["stop"],
+                    tokenizer=tokenizer,
+                    pad_token_id=tokenizer.eos_token_id,
+                    prompt_lookup_num_tokens=4,
+                )
+                new = _until_end(out[0, len(row) :].tolist(), tokenizer.eos_token_id, tokenizer.eos_token_id)
+                texts.append(_cut(tokenizer.decode(new, skip_special_tokens=True), work["stop"]))
+                tokens += len(new)
+        return texts, tokens
+
+    return write
+
+
 def _until_end(row: list[int], eos: int, pad: int) -> list[int]:
     return row[: next((i for i, token in enumerate(row) if token in (eos, pad)), len(row))]
 
@@ -127,6 +165,9 @@ def llama_server(work: Work) -> Callable[[], Texts]:
     params.cache_prompt, params.cont_batching = True, True
     params.kv_unified = work["unified"]
     params.n_threads_http = slots + 2
+    if work["lookup"]:
+        kinds = xllamacpp.common_speculative_type
+        params.speculative.types = [getattr(kinds, f"COMMON_SPECULATIVE_TYPE_NGRAM_{work['lookup']}")]
     server = xllamacpp.Server(params)
     return _over_http(work, server.listening_address, server, workers=slots)
 
@@ -182,10 +223,21 @@ SUBJECTS: dict[str, tuple[Callable[[Work], Callable[[], Texts]], dict[str, Any]]
     "ceiling": (ceiling, {}),
     "transformers fp32": (transformers_generate, {"dtype": "fp32"}),
     "transformers bf16": (transformers_generate, {"dtype": "bf16"}),
+    "transformers bf16 prompt lookup": (transformers_lookup, {"dtype": "bf16"}),
     "llama-cpp-python": (llama_cpp_python, {}),
     "llama-cpp-python server": (llama_cpp_python_server, {}),
-    **{f"llama-server {n} slots": (llama_server, {"slots": n, "unified": False}) for n in (8, 20, 40)},
-    **{f"llama-server {n} slots unified": (llama_server, {"slots": n, "unified": True}) for n in (8, 20, 40)},
+    **{
+        f"llama-server {n} slots{' unified' * unified}": (
+            llama_server,
+            {"slots": n, "unified": unified, "lookup": ""},
+        )
+        for unified in (False, True)
+        for n in (8, 20, 40)
+    },
+    **{
+        f"llama-server 8 slots {name}": (llama_server, {"slots": 8, "unified": False, "lookup": kind})
+        for name, kind in (("ngram-simple", "SIMPLE"), ("ngram-mod", "MOD"))
+    },
 }
 
 

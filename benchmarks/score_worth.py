@@ -45,6 +45,7 @@ from arte_edge.store import read_jsonl, write_atomic
 RESULTS = Path(__file__).parent / "results" / "score_worth"
 OUTCOMES = ("right", "forced", "probability_free")
 PAIRS = (("best", "worst"), ("top questions", "bottom questions"))
+FEW_QUESTIONS = (4, 8, 16)
 FEW = 0.35  # share of parroted drafts below which a group counts as having few
 CONTROLS = ("shortest", "own-likelihood", "random")
 
@@ -139,7 +140,11 @@ def of_task(record: Record) -> dict[str, Any]:
             **(
                 {}
                 if key in CONTROLS
-                else {"consistency": consistency(grid, key), "halves": reliability(grid, key)}
+                else {
+                    "consistency": consistency(grid, key),
+                    "halves": reliability(grid, key),
+                    "few questions": [reliability(grid, key, k) for k in FEW_QUESTIONS],
+                }
             ),
             "one draft": one_draft(record, own),
             "trained": trained(record, key, own),
@@ -173,9 +178,9 @@ def tables(summary: Mapping[str, Any]) -> str:
         lines += [
             f"## {name}",
             "",
-            "| score | best, worst kept | halves: all, within | r with bias | length |",
+            "| score | best, worst kept | halves: all, within | 4, 8, 16 questions | r with bias | length |",
         ]
-        lines += ["|---|---|---|---|---|"]
+        lines += ["|---|---|---|---|---|---|"]
         for key, row in task["scores"].items():
             if "halves" not in row:
                 continue
@@ -183,6 +188,7 @@ def tables(summary: Mapping[str, Any]) -> str:
             cells = [
                 f"{kept['best']:.0%}, {kept['worst']:.0%}",
                 f"{halves['all']:.2f}, {halves['within']:.2f}",
+                ", ".join(f"{few['all']:.2f}" for few in row["few questions"]),
             ]
             cells += [f"{row['bias']:+.2f}", f"{row['length']:+.2f}"]
             lines.append(f"| {' | '.join([key, *cells])} |")

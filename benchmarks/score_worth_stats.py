@@ -40,10 +40,10 @@ def consistency(grid: Mapping[str, Any], key: str) -> dict[str, float]:
     return {"best": round(float(np.mean(best)), 4), "worst": round(float(np.mean(worst)), 4), "n": len(best)}
 
 
-def reliability(grid: Mapping[str, Any], key: str) -> dict[str, float]:
-    """Return the correlation of a score on two halves of 40 questions each; all drafts, and within questions."""
+def reliability(grid: Mapping[str, Any], key: str, k: int = 40) -> dict[str, float]:
+    """Return the correlation of a score on two sets of `k` questions each; all drafts, and within questions."""
     rng = np.random.default_rng(0)
-    half = min(40, grid["truth"].size // 2)
+    half = min(k, grid["truth"].size // 2)
     all_, within = [], []
     for _ in range(_SPLITS):
         order = rng.permutation(grid["truth"].size)

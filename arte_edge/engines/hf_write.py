@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["write_rows"]
 
-_PLACES = 24  # sequences that write at once: attention to the others' cells grows with their square
+_PLACES = 48  # sequences that write at once: attention to the others' cells grows with their square
 _REFILL_SHARE = 8  # new ones enter when one place in so many is free
 _DEAD_SHARE = 0.15  # of the cells: then those that nobody sees are given back
 
