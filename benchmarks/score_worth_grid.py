@@ -1,10 +1,11 @@
 """Record a full grid on a processor, with the pipeline's own engine: no training, so no GPU.
 
     python benchmarks/score_worth_grid.py WORK.json STUDENT OUT-grid.npz             # log-probabilities
-    python benchmarks/score_worth_grid.py WORK.json STUDENT OUT-grid.npz --written   # and what is written
+    python benchmarks/score_worth_grid.py WORK.json STUDENT OUT-grid.npz --written 40   # and what is written
 
 WORK.json is from `score_worth_work.py`, STUDENT a checkpoint folder or a GGUF file. Arrays as in
-`score_worth_measure.py`; what is written is asked on the preference set alone, -2 stands for the rest.
+`score_worth_measure.py`. What is written is asked on the preference set alone, with the drafts of the first
+questions; -2 stands for the rest.
 Killed, it goes on where it was.
 """
 
@@ -68,8 +69,8 @@ class Asking:
         return np.array(marks, dtype=np.int8).reshape(len(drafts), len(at))
 
 
-def record(work: Mapping[str, Any], engine: Any, out: Path, *, written: bool) -> None:
-    """Measure what `out` does not hold yet, and save it after every few drafts."""
+def record(work: Mapping[str, Any], engine: Any, out: Path, written: int) -> None:
+    """Measure what `out` does not hold yet, and save it after every few drafts; then `written` questions' texts."""
     asking, drafts = Asking(engine, work), work["drafts"]
     d, v = len(drafts), len(work["validation"])
     grid: dict[str, Any] = dict(np.load(out)) if out.is_file() else {}
@@ -87,17 +88,21 @@ def record(work: Mapping[str, Any], engine: Any, out: Path, *, written: bool) ->
         }
     at = grid["preferred"].tolist()
     began = time.monotonic()
-    for start in range(0, d, TOGETHER):
-        some = slice(start, min(start + TOGETHER, d))
-        if np.isnan(grid["logp"][some]).any():
-            grid["logp"][some] = asking.logp(drafts[some])
-        elif written and (grid["right"][some][:, at] == UNASKED).any():
-            grid["right"][some, at] = asking.right(drafts[some], at)
+    todo = [i for i in range(d) if np.isnan(grid["logp"][i]).any()]
+    asks = [("logp", todo[i : i + TOGETHER]) for i in range(0, len(todo), TOGETHER)]
+    todo = [
+        i for i in range(d) if drafts[i]["question"] < written and (grid["right"][i, at] == UNASKED).any()
+    ]
+    asks += [("right", todo[i : i + TOGETHER]) for i in range(0, len(todo), TOGETHER)]
+    for n, (what, some) in enumerate(asks):
+        mine = [drafts[i] for i in some]
+        if what == "logp":
+            grid["logp"][some] = asking.logp(mine)
         else:
-            continue
+            grid["right"][np.ix_(some, at)] = asking.right(mine, at)
         with whole_file(out) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **grid)
-        print(f"{some.stop} of {d} drafts, {time.monotonic() - began:.0f} s", flush=True)
+        print(f"{what}: {n + 1} of {len(asks)} calls, {time.monotonic() - began:.0f} s", flush=True)
 
 
 def main() -> None:
@@ -105,13 +110,11 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("student")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--written", action="store_true")
+    parser.add_argument("--written", type=int, default=0, metavar="QUESTIONS")
     options = parser.parse_args()
     engine = open_engine(options.student)
     work = json.loads(options.work.read_text("utf-8"))
-    record(work, engine, options.out, written=False)
-    if options.written:
-        record(work, engine, options.out, written=True)
+    record(work, engine, options.out, options.written)
 
 
 if __name__ == "__main__":

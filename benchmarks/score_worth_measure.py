@@ -26,12 +26,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from score_worth_scores import Floats, draft_scores
+from score_worth_scores import Floats, draft_scores, forced_outcome
 from score_worth_students import Students
 from score_worth_study import Study, half
 
 from arte_edge.distill.prompts import FORCE, STEPS, Worked
-from arte_edge.distill.scores import probabilities
 from arte_edge.store import read_jsonl
 
 GRID_TOKENS, ANSWER_TOKENS = 64, 48  # that a student may write
@@ -97,19 +96,7 @@ def judged(study: Study, students: Students, n: int, *, written: bool) -> list[d
     logp = study.chosen(
         students, [(study.prompt(r["input"], FORCE), o) for r, o in zip(asked, options, strict=True)]
     )
-    rows = []
-    for one in logp:
-        raw, free = probabilities(one, free=False), probabilities(one, free=True)
-        at = np.arange(n)
-        rows.append(
-            {
-                "forced": int((raw.argmax(1) == truth).sum()),
-                "forced_free": int((free.argmax(1) == truth).sum()),
-                "probability": round(float(raw[at, truth].mean()), 5),
-                "probability_free": round(float(free[at, truth].mean()), 5),
-                "nll": round(float(-np.log(raw[at, truth]).mean()), 5),
-            }
-        )
+    rows = [forced_outcome(one, truth) for one in logp]
     if written:
         asks = [(study.prompt(r["input"], STEPS), r["target"]) for r in asked]
         table, lengths = study.right(students, asks, ANSWER_TOKENS)

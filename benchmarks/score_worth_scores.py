@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from arte_edge.distill.scores import answer_bias, probabilities
 
-__all__ = ["SCORES", "Floats", "bias_of", "draft_scores"]
+__all__ = ["SCORES", "Floats", "bias_of", "draft_scores", "forced_outcome"]
 
 Floats = NDArray[np.float64]
 SCORES = {
@@ -54,6 +54,19 @@ def draft_scores(grid: Mapping[str, Any], columns: Sequence[int] | None = None) 
         "shortest": -tokens,
         "own-likelihood": np.asarray(grid["own"], dtype=float),
         "random": np.random.default_rng(0).random(len(tokens)),
+    }
+
+
+def forced_outcome(logp: Floats, truth: NDArray[np.intp]) -> dict[str, Any]:
+    """Return what a student makes of questions with the tag opened, from log-probabilities ``[n, n_choice]``."""
+    raw, free = probabilities(logp, free=False), probabilities(logp, free=True)
+    at = np.arange(len(truth))
+    return {
+        "forced": int((raw.argmax(1) == truth).sum()),
+        "forced_free": int((free.argmax(1) == truth).sum()),
+        "probability": round(float(raw[at, truth].mean()), 5),
+        "probability_free": round(float(free[at, truth].mean()), 5),
+        "nll": round(float(-np.log(raw[at, truth]).mean()), 5),
     }
 
 
