@@ -94,8 +94,9 @@ def main() -> None:
         with whole_file(options.out) as temporary, temporary.open("wb") as file:
             arrays: dict[str, Any] = {key: np.array(values) for key, values in found.items()}
             np.savez_compressed(file, **arrays)
+        change = found["probability_free"][-1]
         print(
-            f"{len(found['places'])} of {len(places)} drafts, {time.monotonic() - began:.0f} s, {found['probability_free'][-1]:+.5f}",
+            f"{len(found['places'])} of {len(places)}, {time.monotonic() - began:.0f} s, {change:+.5f}",
             flush=True,
         )
 
