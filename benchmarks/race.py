@@ -2,9 +2,10 @@
 
     python benchmarks/race.py            # 100 seeds a share; results/race/summary.json, docs/figures/race.svg
 
-The grid is that of `score_worth_measure.py`: every answer's log-probability, and what was written, for every
-draft of a real teacher and every question of the preference set. A seed draws questions with 160 drafts and
-shuffles drafts and items, so that a race begins somewhere else on other drafts. A pair's end counts as found
+The grids are those of `score_worth_measure.py` and `score_worth_grid.py`: every answer's log-probability, and
+what was written, for every draft of a real teacher and every question of the preference set. A seed draws
+questions with about 160 (or 400) drafts and shuffles drafts and items, so that a race begins somewhere else on
+other drafts. A pair's end counts as found
 if it is the full grid's own best (or worst) rationale of its question, or tied with it: closer than the
 standard error of their paired difference. "without parroted": no text that the teacher repeats for question
 after question (`arte_edge.distill.parrots`), which are easy to tell apart from the rest.
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 from figures import write_svg
 from numpy.typing import NDArray
+from score_worth_scores import UNASKED
 
 from arte_edge.distill.belief import believe
 from arte_edge.distill.parrots import refuse_parrots
@@ -38,7 +40,7 @@ HERE = Path(__file__).parent
 RECORDED, RESULTS = HERE / "results" / "score_worth", HERE / "results" / "race"
 FIGURE = HERE.parent / "docs" / "figures" / "race.svg"
 SHARES = (0.1, 0.15, 0.25, 0.5)
-DRAFTS = 160  # of one race, about
+SIZES = (160, 400)  # drafts of one race, about
 WAYS = ("race", "even, model", "even")
 Floats = NDArray[np.float64]
 
@@ -92,12 +94,12 @@ def even(grid: Floats, question: Sequence[int], share: float) -> tuple[float, fl
     return found(grid, question, believe(values).mean), found(grid, question, grid[:, :n].mean(axis=1))
 
 
-def drawn(grid: Floats, question: NDArray[np.intp], seed: int) -> tuple[Floats, list[int]]:
-    """Return the rows of some questions, 160 or all that there are, drafts and items in another order."""
+def drawn(grid: Floats, question: NDArray[np.intp], seed: int, size: int) -> tuple[Floats, list[int]]:
+    """Return the rows of some questions, `size` or all that there are, drafts and items in another order."""
     rng = np.random.default_rng(seed)
     keys: list[int] = []
     for key in rng.permutation(np.unique(question)).tolist():
-        if np.isin(question, keys).sum() >= DRAFTS:
+        if np.isin(question, keys).sum() >= size:
             break
         keys.append(key)
     rows = [row for row, key in enumerate(question) if key in keys]
@@ -112,7 +114,8 @@ def kept(name: str, grid: Mapping[str, Any]) -> dict[str, NDArray[np.intp]]:
     refuse_parrots(rows)
     usable = np.flatnonzero([row["usable"] for row in rows])
     several = [i for i in usable if (grid["question"][usable] == grid["question"][i]).sum() > 1]
-    return {"all": np.arange(len(rows)), "without parroted": np.array(several)}
+    every = {} if len(usable) == len(rows) else {"all": np.arange(len(rows))}
+    return every | {"without parroted": np.array(several)}
 
 
 def interval(values: Sequence[float]) -> list[float]:
@@ -121,8 +124,9 @@ def interval(values: Sequence[float]) -> list[float]:
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> Plot:
-    """Draw agreement against calls for the default score, parroted drafts left out."""
+    """Draw agreement against calls for the default score, parroted drafts left out, on the largest grid."""
     mine = [row for row in rows if row["score"] == "likelihood" and row["drafts_are"] == "without parroted"]
+    mine = [row for row in mine if row["drafts"] == max(other["drafts"] for other in mine)]
     plot = Plot(
         Axis("share of the full grid's calls", 0.0, 0.55),
         Axis("best and worst rationales found", 0.7, 1.0),
@@ -139,28 +143,43 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> Plot:
     return plot
 
 
+def compared(draws: Sequence[tuple[Floats, list[int]]], share: float) -> dict[str, Any]:
+    """Race every draw and spend the same calls evenly; return the mean agreements and their intervals."""
+    raced = [race(*one, share) for one in draws]
+    spent = [even(*one, share) for one in draws]
+    row: dict[str, Any] = {"share": share, "drafts": round(float(np.mean([len(q) for _, q in draws])), 1)}
+    row |= {"seeds": len(draws), "measured": round(float(np.mean([r[1] for r in raced])), 4)}
+    lists = ([r[0] for r in raced], [e[0] for e in spent], [e[1] for e in spent])
+    for way, agreements in zip(WAYS, lists, strict=True):
+        row[way] = round(float(np.mean(agreements)), 4)
+        row[f"{way} ci95"] = interval(agreements)
+    return row
+
+
+def of_grid(name: str, seeds: int) -> list[dict[str, Any]]:
+    """Return a row for each choice of drafts, score, size and share of the calls."""
+    found, grid = [], dict(np.load(RECORDED / f"{name}-grid.npz"))
+    values, asked = cells(grid), (grid["right"][:, grid["preferred"]] != UNASKED).all(axis=1)
+    for which, usable in kept(name, grid).items():
+        for kind, size in ((kind, size) for size in SIZES for kind in values):
+            rows = usable[asked[usable]] if kind == "accuracy" else usable
+            if size > SIZES[0] and (kind != "likelihood" or len(rows) < size):
+                continue
+            mine = values[kind][rows], grid["question"][rows]
+            draws = [drawn(*mine, seed, size) for seed in range(seeds)]
+            for share in SHARES if kind == "likelihood" else (0.25,):
+                row = {"grid": name, "drafts_are": which, "score": kind, **compared(draws, share)}
+                found.append(row)
+                print(json.dumps(row), flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, default=100)
     seeds = parser.parse_args().seeds
-    summary = []
-    for path in sorted(RECORDED.glob("*-grid.npz")):
-        name, grid = path.name.removesuffix("-grid.npz"), dict(np.load(path))
-        for which, rows in kept(name, grid).items():
-            for kind, values in cells(grid).items():
-                draws = [drawn(values[rows], grid["question"][rows], seed) for seed in range(seeds)]
-                for share in SHARES if kind == "likelihood" else (0.25,):
-                    raced = [race(*one, share) for one in draws]
-                    spent = [even(*one, share) for one in draws]
-                    row: dict[str, Any] = {"grid": name, "drafts_are": which, "score": kind, "share": share}
-                    row |= {"drafts": round(float(np.mean([len(q) for _, q in draws])), 1), "seeds": seeds}
-                    row["measured"] = round(float(np.mean([r[1] for r in raced])), 4)
-                    lists = ([r[0] for r in raced], [e[0] for e in spent], [e[1] for e in spent])
-                    for way, list_ in zip(WAYS, lists, strict=True):
-                        row[way] = round(float(np.mean(list_)), 4)
-                        row[f"{way} ci95"] = interval(list_)
-                    summary.append(row)
-                    print(json.dumps(row), flush=True)
+    names = [path.name.removesuffix("-grid.npz") for path in sorted(RECORDED.glob("*-grid.npz"))]
+    summary = [row for name in names for row in of_grid(name, seeds)]
     RESULTS.mkdir(exist_ok=True)
     write_atomic(RESULTS / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     FIGURE.parent.mkdir(exist_ok=True)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from score_worth_figures import ends_chart, parrots_chart
-from score_worth_scores import SCORES, Floats, bias_of, draft_scores
+from score_worth_scores import SCORES, UNASKED, Floats, bias_of, draft_scores
 from score_worth_stats import (
     centred,
     consistency,
@@ -55,9 +55,14 @@ class Record:
 
     def __init__(self, name: str) -> None:
         self.grid = dict(np.load(RESULTS / f"{name}-grid.npz"))
-        self.effect = dict(np.load(RESULTS / f"{name}-influence.npz"))
+        effect = dict(np.load(RESULTS / f"{name}-influence.npz"))
+        # Drafts that a student was trained on alone, what the grid has of them, and what the training did.
+        self.alone = effect.get("places", np.arange(len(self.grid["question"])))
+        by_draft = ("right", "logp", "question", "tokens", "own")
+        self.part = self.grid | {key: self.grid[key][self.alone] for key in by_draft if key in self.grid}
+        self.gain = effect["probability_free"]
         rows = read_jsonl(RESULTS / f"{name}-groups.jsonl")
-        self.base = next(row for row in rows if row["part"] == "base")
+        self.base = next((row for row in rows if row["part"] == "base"), None)
         self.runs = [row for row in rows if row["part"] != "base"]
         drafts = json.loads((RESULTS / f"{name}-work.json").read_text("utf-8"))["drafts"]
         marked = [{"question": str(d["question"]), "text": d["text"], "usable": True} for d in drafts]
@@ -82,10 +87,10 @@ def _entropy(labels: Sequence[str]) -> float:
 
 def one_draft(record: Record, score: Floats) -> dict[str, list[float]]:
     """Return how a score agrees with what training on one draft did, over drafts that are not parroted."""
-    places = record.distinct
-    clusters = [part for part in (np.intersect1d(c, places) for c in groups_of(record.question)) if part.size]
-    gain = record.effect["probability_free"]
-    inside, own = centred(gain, record.question), centred(score, record.question)
+    question, gain = record.part["question"], record.gain
+    places = np.flatnonzero(~record.parroted[record.alone])
+    clusters = [part for part in (np.intersect1d(c, places) for c in groups_of(question)) if part.size]
+    inside, own = centred(gain, question), centred(score, question)
     several = [part for part in clusters if part.size > 1]
     return {
         "all": with_interval(lambda at: spearman(score[at], gain[at]), clusters),
@@ -124,50 +129,66 @@ def trained(record: Record, name: str, score: Floats) -> dict[str, Any]:
 
 def of_task(record: Record) -> dict[str, Any]:
     """Return everything that is asked of one task's records."""
-    grid, scores = record.grid, draft_scores(record.grid)
-    bias, length = bias_of(grid), np.log(grid["tokens"].astype(float))
+    scores, alone = draft_scores(record.grid), draft_scores(record.part)
     table = {}
     for key in SCORES:
-        own = scores[key]
-        both = np.column_stack([np.ones_like(bias), bias, length])
-        left = own - both @ np.linalg.lstsq(both, own, rcond=None)[0]
-        table[key] = {
-            "spread": round(float(own.std()), 4),
-            "bias": round(pearson(own, bias), 3),
-            "length": round(pearson(own, length), 3),
-            "explained by bias and length": round(1 - float(left.var() / own.var()), 3),
-            "parroted": round(pearson(own, record.parroted.astype(float)), 3),
-            **(
-                {}
-                if key in CONTROLS
-                else {
-                    "consistency": consistency(grid, key),
-                    "halves": reliability(grid, key),
-                    "few questions": [reliability(grid, key, k) for k in FEW_QUESTIONS],
-                }
-            ),
-            "one draft": one_draft(record, own),
-            "trained": trained(record, key, own),
-        }
-    keys = list(SCORES)
+        if key in scores:
+            table[key] = of_score(record, key, scores[key])
+        if key in alone:
+            table[key] = table.get(key, {}) | {"one draft": one_draft(record, alone[key])}
+    keys = list(scores)
     return {
         "drafts": int(record.question.size),
         "questions": len(groups_of(record.question)),
         "parroted": int(record.parroted.sum()),
-        "k": int(grid["preferred"].size),
-        "one-shot right": round(float((grid["right"] == 1).mean()), 4),
-        "one-shot answered": round(float((grid["right"] >= 0).mean()), 4),
+        "k": int(record.grid["preferred"].size),
+        **written(record.part),
+        **(of_groups(record) if record.base else {}),
+        "scores": table,
+        "agreement": {a: {b: round(spearman(scores[a], scores[b]), 3) for b in keys} for a in keys},
+    }
+
+
+def of_score(record: Record, key: str, own: Floats) -> dict[str, Any]:
+    """Return what a score is on the whole grid, and what training on its ends does."""
+    grid = record.grid
+    bias, length = bias_of(grid), np.log(grid["tokens"].astype(float))
+    both = np.column_stack([np.ones_like(bias), bias, length])
+    left = own - both @ np.linalg.lstsq(both, own, rcond=None)[0]
+    row: dict[str, Any] = {
+        "spread": round(float(own.std()), 4),
+        "bias": round(pearson(own, bias), 3),
+        "length": round(pearson(own, length), 3),
+        "explained by bias and length": round(1 - float(left.var() / own.var()), 3),
+        "parroted": round(pearson(own, record.parroted.astype(float)), 3),
+    }
+    if key not in CONTROLS:
+        row |= {"consistency": consistency(grid, key), "halves": reliability(grid, key)}
+        row |= {"few questions": [reliability(grid, key, k) for k in FEW_QUESTIONS]}
+    return row | ({"trained": trained(record, key, own)} if record.base else {})
+
+
+def written(grid: Mapping[str, Any]) -> dict[str, float]:
+    """Return what share of the texts that were asked for has the right answer, and any."""
+    asked = grid["right"][grid["right"] != UNASKED]
+    return {
+        "one-shot right": round(float((asked == 1).mean()), 4),
+        "one-shot answered": round(float((asked >= 0).mean()), 4),
+    }
+
+
+def of_groups(record: Record) -> dict[str, Any]:
+    """Return the untrained student, and what orders the trained groups whatever their scores."""
+    sets = distinct_groups(record.runs)
+    return {
         "base": {key: record.base[key] for key in ("n", *OUTCOMES)},
         "groups against": {
             f"{what}, {outcome}": with_interval(
-                lambda at, v=value, o=outcome: spearman(v[at], record.outcome(o)[at]),
-                distinct_groups(record.runs),
+                lambda at, v=value, o=outcome: spearman(v[at], record.outcome(o)[at]), sets
             )
             for what, value in (("parroted share", record.share), ("spread of labels", record.spread))
             for outcome in OUTCOMES
         },
-        "scores": table,
-        "agreement": {a: {b: round(spearman(scores[a], scores[b]), 3) for b in keys} for a in keys},
     }
 
 
@@ -192,15 +213,18 @@ def tables(summary: Mapping[str, Any]) -> str:
             ]
             cells += [f"{row['bias']:+.2f}", f"{row['length']:+.2f}"]
             lines.append(f"| {' | '.join([key, *cells])} |")
-        head = ["score", "one draft", "within its question", "groups alike, forced", "few parroted, forced"]
-        head += ["few parroted, written", "best − worst, written", "best − worst, forced"]
+        head = ["score", "one draft", "within its question"]
+        if "base" in task:
+            head += ["groups alike, forced", "few parroted, forced", "few parroted, written"]
+            head += ["best − worst, written", "best − worst, forced"]
         lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for key, row in task["scores"].items():
-            one, t = row["one draft"], row["trained"]
-            spans = [one["all"], one["within"], t["groups alike, forced"]]
-            spans += [t.get("few parroted, forced"), t.get("few parroted, right")]
-            cells = [_span(span) for span in spans]
-            cells += [_span(t[f"best - worst, {outcome}"], 100) for outcome in ("right", "forced")]
+            cells = [_span(row["one draft"][of]) for of in ("all", "within")]
+            if t := row.get("trained"):
+                spans = [t["groups alike, forced"]]
+                spans += [t.get(f"few parroted, {outcome}") for outcome in ("forced", "right")]
+                cells += [_span(span) for span in spans]
+                cells += [_span(t[f"best - worst, {outcome}"], 100) for outcome in ("right", "forced")]
             lines.append(f"| {' | '.join([key, *cells])} |")
         lines.append("")
     return "\n".join(lines)
@@ -221,6 +245,8 @@ def main() -> None:
     write_atomic(RESULTS / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     write_atomic(RESULTS / "tables.md", tables(summary).encode())
     for name, record in records.items():
+        if not record.base:
+            continue
         parrots_chart(record.share, record.outcome("right"), name)
         ends_chart(summary[name]["scores"], name)
     print(tables(summary))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from score_worth_scores import UNASKED
 
 from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_STOPS, FORCE, STEPS, Worked, student_messages
 from arte_edge.engines.base import Request, Sampling
@@ -29,7 +30,6 @@ from arte_edge.tasks.answers import extract, matches
 from arte_edge.tasks.load import load_task
 
 TOGETHER, TOKENS = 4, 64  # drafts a call, tokens that a student may write
-UNASKED = -2
 
 
 class Asking:

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from arte_edge.distill.scores import answer_bias, probabilities
 
-__all__ = ["SCORES", "Floats", "bias_of", "draft_scores", "forced_outcome"]
+__all__ = ["SCORES", "UNASKED", "Floats", "bias_of", "draft_scores", "forced_outcome"]
 
 Floats = NDArray[np.float64]
+UNASKED = -2  # in a grid's `right`: no text was written for this draft and question
 SCORES = {
     "accuracy": "written, exact match (the paper's)",
     "balanced": "written, mean recall of the answers",
@@ -34,7 +35,10 @@ SCORES = {
 
 
 def draft_scores(grid: Mapping[str, Any], columns: Sequence[int] | None = None) -> dict[str, Floats]:
-    """Return every score ``[d]`` on the questions `columns`, the preference set unless given."""
+    """Return every score ``[d]`` on the questions `columns`, the preference set unless given.
+
+    Of a grid without own likelihoods or without some of the texts the scores that need them are left out.
+    """
     at = np.asarray(grid["preferred"] if columns is None else columns)
     right, logp, truth = grid["right"][:, at], grid["logp"][:, at].astype(float), grid["truth"][at]
     tokens = np.asarray(grid["tokens"], dtype=float)
@@ -42,9 +46,12 @@ def draft_scores(grid: Mapping[str, Any], columns: Sequence[int] | None = None) 
     free = np.array([probabilities(one, free=True) for one in logp])
     items = np.arange(len(at))
     likelihood_free = free[:, items, truth].mean(1)
-    return {
+    written = {
         "accuracy": (right == 1).mean(1),
         "balanced": np.mean([(right[:, truth == t] == 1).mean(1) for t in np.unique(truth)], axis=0),
+    }
+    own = {"own-likelihood": np.asarray(grid["own"], dtype=float)} if "own" in grid else {}
+    return (written if (right != UNASKED).all() else {}) | {
         "forced": (raw.argmax(2) == truth).mean(1),
         "forced-free": (free.argmax(2) == truth).mean(1),
         "likelihood": raw[:, items, truth].mean(1),
@@ -52,7 +59,7 @@ def draft_scores(grid: Mapping[str, Any], columns: Sequence[int] | None = None) 
         "auc": _auc(raw, truth),
         "length-controlled": _without(likelihood_free, np.log(tokens)),
         "shortest": -tokens,
-        "own-likelihood": np.asarray(grid["own"], dtype=float),
+        **own,
         "random": np.random.default_rng(0).random(len(tokens)),
     }
 
