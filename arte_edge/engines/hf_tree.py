@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.engines.hf_row import Row
+from arte_edge.engines.hf_row import Part, Row, extend
 from arte_edge.engines.llama_stems import Stem
 from arte_edge.engines.tree import Group
 
@@ -26,16 +26,17 @@ MOST_ROWS = 512  # of one group: attention looks at all pairs of them
 
 def run_trees(model: Any, device: torch.device, groups: Sequence[Group]) -> None:
     """Decode every group and hand out its logits."""
-    row = Row(model, device)
+    row = Row()
     held: list[Stem] = []
     for group in groups:
-        held = _hold(row, group.stem, held)
+        held = _hold(model, device, row, group.stem, held)
         tokens, positions, first, end, _ = np.array(group.rows, dtype=np.int64).T
         # A token is on another one's way if it is before it and the other's leaf is behind it.
         seen = (first[None, :] <= first[:, None]) & (first[:, None] < end[None, :])
         seen &= positions[None, :] <= positions[:, None]
         asked = [i for i, (_, _, _, _, wanted) in enumerate(group.rows) if wanted]
-        logits = row.extend(tokens.tolist(), positions, _after(row, seen), asked).cpu().numpy()
+        part = Part(row, tokens.tolist(), positions, _after(row, seen))
+        logits = extend(model, device, [part], asked).cpu().numpy()
         for i, found in zip(asked, logits, strict=True):
             _, at, leaf, _, _ = group.rows[i]
             way = group.tree.ways[leaf][: at + 1]
@@ -43,7 +44,7 @@ def run_trees(model: Any, device: torch.device, groups: Sequence[Group]) -> None
                 note(way, found)
 
 
-def _hold(row: Row, stem: Stem | None, held: list[Stem]) -> list[Stem]:
+def _hold(model: Any, device: torch.device, row: Row, stem: Stem | None, held: list[Stem]) -> list[Stem]:
     """Leave exactly the prefix `stem` in the row, computing what is not there; return the stems on the way."""
     way: list[Stem] = []
     while stem is not None:
@@ -56,7 +57,7 @@ def _hold(row: Row, stem: Stem | None, held: list[Stem]) -> list[Stem]:
     for one in way[same:]:
         at = np.arange(one.start, one.end)
         seen = np.tri(len(at), dtype=np.bool_)
-        row.extend(one.tokens[one.start :], at, _after(row, seen), [len(at) - 1])
+        extend(model, device, [Part(row, one.tokens[one.start :], at, _after(row, seen))], [len(at) - 1])
     return way
 
 

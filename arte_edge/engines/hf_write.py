@@ -1,21 +1,23 @@
-"""Write many completions side by side in one row (`hf_row`): prefixes once, places refilled as texts end.
+"""Write many completions side by side in rows of one cache (`hf_row`): prefixes once, places refilled as texts end.
 
 Each step decodes a sequence's last token and a guess of the next ones (`guess`) in one call; a guessed token
 counts where it is the one that is drawn there. The cells of the others are seen by nobody and given back.
+
+Prefixes are computed in a row of their own and copied to the rows whose sequences go on from them.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.engines.guess import Guesser, Memory
-from arte_edge.engines.hf_row import Row
+from arte_edge.engines.hf_row import Part, Row, extend
 from arte_edge.engines.hf_text import Writer
 from arte_edge.engines.llama_stems import Stem, grow_stems
 
@@ -24,12 +26,26 @@ if TYPE_CHECKING:
 
 __all__ = ["write_rows"]
 
-_PLACES = 48  # sequences that write at once: attention to the others' cells grows with their square
+_ROWS, _PLACES = 4, 12  # rows, and sequences in each: attention grows with the square of a row
 _REFILL_SHARE = 8  # new ones enter when one place in so many is free
-_DEAD_SHARE = 0.15  # of the cells: then those that nobody sees are given back
+_DEAD_SHARE = 0.15  # of a row's cells: then those that nobody sees are given back
+
+View = NDArray[np.bool_]  # [n_cells]: which cells of a row a sequence sees
+Draw = Callable[[int, Writer], int]  # row of the logits, who writes it: the token drawn there
 
 
-Draw = Callable[[int, "Writer"], int]  # row of the logits, who writes it: the token drawn there
+def write_rows(
+    model: Any,
+    device: torch.device,
+    prompts: Sequence[Sequence[int]],
+    writers: Sequence[Writer],
+    drawing: Callable[[torch.Tensor], Draw],
+) -> list[int]:
+    """Let every writer write after its prompt; return how many tokens of each prompt came from a prefix ``[n]``.
+
+    `drawing` (logits ``[n, v]``) returns what draws a token from a row of them.
+    """
+    return _Schedule(model, device, prompts, writers, drawing).run()
 
 
 @dataclass
@@ -39,7 +55,7 @@ class _Sequence:
     pending: list[int]  # tokens not decoded yet
     guessed: int  # how many of them, the last ones, are a guess
     position: int  # of the first of them
-    seen: NDArray[np.bool_]  # [n_cells] at the time
+    seen: View
 
     def advance(self, draw: Draw, row: int, views: NDArray[np.bool_]) -> bool:
         """Draw tokens from `row` on for as long as they are those of the guess; return whether more are wanted.
@@ -63,18 +79,54 @@ class _Sequence:
         return True
 
 
-def write_rows(
-    model: Any,
-    device: torch.device,
-    prompts: Sequence[Sequence[int]],
-    writers: Sequence[Writer],
-    drawing: Callable[[torch.Tensor], Draw],
-) -> list[int]:
-    """Let every writer write after its prompt; return how many tokens of each prompt came from a prefix ``[n]``.
+@dataclass
+class _Group:
+    """The sequences of one row, and the prefix that was copied to it last."""
 
-    `drawing` (logits ``[n, v]``) returns what draws a token from a row of them.
-    """
-    return _Schedule(model, device, prompts, writers, drawing).run()
+    row: Row = field(default_factory=Row)
+    live: list[_Sequence] = field(default_factory=list)
+    stem: Stem | None = None
+    prefix: View = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+
+    def part(self) -> tuple[Part, list[int]]:
+        """Return what is pending of all sequences, and the places in it after which tokens are drawn."""
+        n, total = self.row.n_cells, sum(len(one.pending) for one in self.live)
+        mask = np.zeros((total, n + total), dtype=np.bool_)
+        tokens: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        for one in self.live:
+            start, m = len(tokens), len(one.pending)
+            mask[start : start + m, : len(one.seen)] = one.seen
+            mask[start : start + m, n + start : n + start + m] = np.tri(m, dtype=np.bool_)
+            tokens += one.pending
+            positions += range(one.position, one.position + m)
+            wanted += range(start + m - 1 - one.guessed, start + m)
+        return Part(self.row, tokens, np.array(positions), mask), wanted
+
+    def advance(self, draw: Draw, first: int, views: NDArray[np.bool_]) -> None:
+        """Let every sequence draw, from the row `first` of the logits on; those that are done leave."""
+        going, row = [], 0
+        for one in self.live:
+            n_drawn = 1 + one.guessed
+            if one.advance(draw, first + row, views[row : row + n_drawn]):
+                going.append(one)
+            row += n_drawn
+        self.live = going
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Move the cells that somebody sees together once too many are dead."""
+        alive = np.zeros(self.row.n_cells, dtype=np.bool_)
+        for view in (self.prefix, *(one.seen for one in self.live)):
+            alive[: len(view)] |= view
+        if alive.sum() >= (1 - _DEAD_SHARE) * len(alive):
+            return
+        cells = np.flatnonzero(alive)
+        self.row.keep(cells)
+        for one in self.live:
+            one.seen = one.seen[cells[cells < len(one.seen)]]
+        self.prefix = self.prefix[cells[cells < len(self.prefix)]]
 
 
 class _Schedule:
@@ -86,85 +138,75 @@ class _Schedule:
         writers: Sequence[Writer],
         drawing: Callable[[torch.Tensor], Draw],
     ) -> None:
-        self._row = Row(model, device)
+        self._model, self._device = model, device
         self._prompts, self._writers, self._drawing = prompts, writers, drawing
         self._waiting = deque(grow_stems(prompts, [len(prompt) - 1 for prompt in prompts]))
-        self._held: list[tuple[Stem, NDArray[np.bool_]]] = []  # the way to the last stem, and what each sees
-        self._live: list[_Sequence] = []
+        self._groups = [_Group() for _ in range(_ROWS)]
+        self._prefixes = Row()
+        self._held: list[Stem] = []  # in the cells of `_prefixes`, one behind the other
         self._written = Memory()
         self._shared = [0] * len(prompts)
 
     def run(self) -> list[int]:
-        while self._waiting or self._live:
-            free = _PLACES - len(self._live)
-            if self._waiting and (not self._live or free * _REFILL_SHARE >= _PLACES):
+        places = _ROWS * _PLACES
+        while self._waiting or any(group.live for group in self._groups):
+            live = sum(len(group.live) for group in self._groups)
+            if self._waiting and (not live or (places - live) * _REFILL_SHARE >= places):
                 self._refill()
             self._step()
         return self._shared
 
     def _refill(self) -> None:
-        while self._waiting and len(self._live) < _PLACES:
-            i, stem = self._waiting.popleft()
-            seen = self._hold(stem)
+        """Give waiting sequences the free places: in rows that have their prefix, else in the emptiest ones."""
+        while self._waiting:
+            i, stem = self._waiting[0]
+            free = [group for group in self._groups if len(group.live) < _PLACES]
+            if not free:
+                return
+            group = min(free, key=lambda one: (one.stem is not stem, len(one.live)))
+            self._waiting.popleft()
+            if group.stem is not stem:
+                self._copy(stem, group)
             start = self._shared[i] = stem.end if stem else 0
             prompt = list(self._prompts[i])
             guesser = Guesser(prompt, self._written)
-            self._live.append(_Sequence(self._writers[i], guesser, prompt[start:], 0, start, seen))
+            group.live.append(_Sequence(self._writers[i], guesser, prompt[start:], 0, start, group.prefix))
 
-    def _hold(self, stem: Stem | None) -> NDArray[np.bool_]:
-        """Decode a stem after those it hangs on; return the cells that hold it."""
-        if stem is None:
-            return np.zeros(self._row.n_cells, dtype=np.bool_)
-        for known, seen in self._held:
-            if known is stem:
-                return seen
-        before = self._hold(stem.parent)
-        at = np.arange(stem.start, stem.end)
-        n = self._row.n_cells
-        mask = np.zeros((len(at), n + len(at)), dtype=np.bool_)
-        mask[:, : len(before)] = before
-        mask[:, n:] = np.tri(len(at), dtype=np.bool_)
-        self._row.extend(stem.tokens[stem.start :], at, mask, [len(at) - 1])
-        self._held = [pair for pair in self._held if pair[0].level < stem.level]
-        held: NDArray[np.bool_] = mask[-1].copy()
-        self._held.append((stem, held))
-        return held
+    def _copy(self, stem: Stem | None, group: _Group) -> None:
+        """Copy a prefix to a group's row, where it takes the last one's place."""
+        before = group.row.n_cells
+        if stem:
+            self._hold(stem)
+            group.row.adopt(self._prefixes, np.arange(stem.end))
+        group.stem, group.prefix = stem, np.arange(group.row.n_cells) >= before
+
+    def _hold(self, stem: Stem) -> None:
+        """Leave exactly the prefix `stem` in its row, computing what is not there."""
+        way: list[Stem] = [stem]
+        while way[0].parent:
+            way.insert(0, way[0].parent)
+        same = 0
+        while same < min(len(way), len(self._held)) and way[same] is self._held[same]:
+            same += 1
+        self._prefixes.crop(way[same - 1].end if same else 0)
+        for one in way[same:]:
+            at, n = np.arange(one.start, one.end), self._prefixes.n_cells
+            seen = np.hstack([np.ones((len(at), n), dtype=np.bool_), np.tri(len(at), dtype=np.bool_)])
+            part = Part(self._prefixes, one.tokens[one.start :], at, seen)
+            extend(self._model, self._device, [part], [len(at) - 1])
+        self._held = way
 
     def _step(self) -> None:
-        """Decode what is pending of all sequences in one call; draw, and let those that are done leave."""
-        n = self._row.n_cells
-        total = sum(len(one.pending) for one in self._live)
-        mask = np.zeros((total, n + total), dtype=np.bool_)
-        tokens: list[int] = []
-        positions: list[int] = []
+        """Decode what is pending of all sequences in one call, and let them draw."""
+        groups = [group for group in self._groups if group.live]
+        made = [group.part() for group in groups]
         wanted: list[int] = []
-        for one in self._live:
-            start, m = len(tokens), len(one.pending)
-            mask[start : start + m, : len(one.seen)] = one.seen
-            mask[start : start + m, n + start : n + start + m] = np.tri(m, dtype=np.bool_)
-            tokens += one.pending
-            positions += range(one.position, one.position + m)
-            wanted += range(start + m - 1 - one.guessed, start + m)
-        draw = self._drawing(self._row.extend(tokens, np.array(positions), mask, wanted))
-        going, row = [], 0
-        for one in self._live:
-            n_drawn = 1 + one.guessed
-            if one.advance(draw, row, mask[wanted[row : row + n_drawn]]):
-                going.append(one)
-            row += n_drawn
-        self._live = going
-        self._give_back()
-
-    def _give_back(self) -> None:
-        """Move the cells that somebody sees together once too many are dead."""
-        views = [one.seen for one in self._live] + [seen for _, seen in self._held]
-        alive = np.zeros(self._row.n_cells, dtype=np.bool_)
-        for view in views:
-            alive[: len(view)] |= view
-        if alive.sum() >= (1 - _DEAD_SHARE) * len(alive):
-            return
-        cells = np.flatnonzero(alive)
-        self._row.keep(cells)
-        for one in self._live:
-            one.seen = one.seen[cells[cells < len(one.seen)]]
-        self._held = [(stem, seen[cells[cells < len(seen)]]) for stem, seen in self._held]
+        start = 0
+        for part, own in made:
+            wanted += [start + place for place in own]
+            start += len(part.tokens)
+        draw = self._drawing(extend(self._model, self._device, [part for part, _ in made], wanted))
+        first = 0
+        for group, (part, own) in zip(groups, made, strict=True):
+            group.advance(draw, first, part.seen[own])
+            first += len(own)

@@ -104,15 +104,16 @@ def test_rows_that_stop_leave_the_batch_without_disturbing_the_others(llama, mon
     ended = [text[: text.index(stop) + 1] if stop in text else text for text in full]
     assert 2 < sum(stop in text for text in full) < len(full) and len(set(map(len, ended))) > 4
     sizes = []
-    step, extend = llama._forward.step, hf_row.Row.extend
+    step, extend = llama._forward.step, hf_write.extend
     monkeypatch.setattr(
         llama._forward, "step", lambda state, tokens: (sizes.append(len(tokens)), step(state, tokens))[1]
     )
-    monkeypatch.setattr(
-        hf_row.Row,
-        "extend",
-        lambda self, tokens, *rest: (sizes.append(len(tokens)), extend(self, tokens, *rest))[1],
-    )
+
+    def extending(model, device, parts, wanted):
+        sizes.append(sum(len(part.tokens) for part in parts))
+        return extend(model, device, parts, wanted)
+
+    monkeypatch.setattr(hf_write, "extend", extending)
     for side_by_side in (True, False):
         sizes.clear()
         monkeypatch.setattr(hf, "takes_rows", lambda model, known=side_by_side: known)
@@ -189,14 +190,15 @@ def test_a_prompt_too_long_is_an_error_row_between_whole_ones(llama):
         llama.choose("cat " * 300, [""], ["a", "b"])
 
 
-def test_sequences_of_several_drafts_come_and_go_in_one_row(llama, monkeypatch):
+def test_sequences_of_several_drafts_come_and_go_in_two_rows(llama, monkeypatch):
     """More prompts than places, three prefixes, and cells given back on the way: as the plain way writes."""
     drafts = [PREFIX * 2 + word * 9 for word in ("one ", "two ", "three ")]
     requests = [
         Request(f"{draft}{word} {i}?") for draft in drafts for i in (1, 2) for word in ("cat", "mat", "the")
     ]
     sampling = Sampling(max_tokens=14)
-    monkeypatch.setattr(hf_write, "_PLACES", 4)
+    monkeypatch.setattr(hf_write, "_PLACES", 2)
+    monkeypatch.setattr(hf_write, "_ROWS", 2)
     monkeypatch.setattr(hf_write, "_REFILL_SHARE", 4)
     moved = []
     keep = hf_row.Row.keep
@@ -213,9 +215,9 @@ def test_sequences_of_several_drafts_come_and_go_in_one_row(llama, monkeypatch):
 
 def counted(engine, requests, sampling):
     """Complete the requests; return the texts with how they ended, and how many calls that took."""
-    calls, extend = [], hf_row.Row.extend
+    calls, extend = [], hf_write.extend
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_row.Row, "extend", lambda *args: (calls.append(args), extend(*args))[1])
+        patch.setattr(hf_write, "extend", lambda *args: (calls.append(args), extend(*args))[1])
         rows = engine.complete(requests, sampling)
     return [(row.text, row.finish, row.completion_tokens) for row in rows], len(calls)
 
