@@ -20,6 +20,7 @@ from arte_edge.engines.batching import plan, shared_prefix
 from arte_edge.engines.choices import spans
 from arte_edge.engines.chooser import Chooser
 from arte_edge.engines.hf_load import adapter_sha256, load, pick_dtype, room_tokens
+from arte_edge.engines.hf_pack import pack
 from arte_edge.engines.hf_row import takes_rows
 from arte_edge.engines.hf_write import write_rows
 from arte_edge.engines.sampling import draw
@@ -74,6 +75,8 @@ class TransformersEngine:
         kind = pick_dtype(dtype, self._device)
         self._model, tokenizer = load(folder, adapter, kind)
         self._model.to(self._device).eval()
+        if self._device.type == "cpu":
+            pack(self._model)
         self._text = Text(tokenizer, self._model.generation_config.eos_token_id)
         self._forward = Forward(self._model, self._device)
         self._batch_tokens = batch_tokens or room_tokens(self._model.config.get_text_config(), self._device)

@@ -1,0 +1,64 @@
+"""Lay weights out once for a processor's matrix unit, instead of at every product.
+
+oneDNN multiplies bfloat16 in blocks of its own order. torch keeps weights row by row, so each product of a
+`Linear` sorts its weights into blocks first; with some dozen tokens a call, as when many texts are written, that
+is a quarter of the time. The two operators used here are those that torch's own compiler (inductor) emits for frozen
+weights; where a build of torch or a processor lacks them, the model stays as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["pack"]
+
+_TOKENS = 64  # of a typical call: oneDNN picks the order of the blocks by it
+
+
+def pack(model: Any) -> int:
+    """Pack every linear layer of a bfloat16 model on a processor that multiplies it; return how many were packed.
+
+    A packed layer cannot be trained or saved. Weights that nothing else uses are freed.
+    """
+    import torch
+
+    if model.dtype != torch.bfloat16 or not _supported():
+        return 0
+    linear = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if type(child) is torch.nn.Linear
+    ]
+    layer = _layer()
+    for module, name, child in linear:
+        setattr(module, name, layer(child))
+    return len(linear)
+
+
+def _supported() -> bool:
+    import torch
+
+    found = torch.backends.mkldnn.is_available() and all(  # type: ignore[no-untyped-call]
+        hasattr(torch.ops.mkldnn, name)
+        for name in ("_is_mkldnn_bf16_supported", "_linear_pointwise", "_reorder_linear_weight")
+    )
+    return found and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _layer() -> Any:
+    """Return the class of packed layers: torch is imported late."""
+    import torch
+
+    class Packed(torch.nn.Module):
+        def __init__(self, linear: torch.nn.Linear) -> None:
+            super().__init__()
+            self.out_features, self.bias = linear.out_features, linear.bias
+            with torch.inference_mode():
+                self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight, _TOKENS)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            return out
+
+    return Packed
