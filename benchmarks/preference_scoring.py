@@ -137,34 +137,44 @@ def report() -> str:
 
 
 def _findings(by_subject: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Say what the rows of one model come to, single drafts and several apart."""
+    """Say for each of our engines what the fastest peer takes for the same drafts, and what a score costs."""
     lines = []
-    for drafts in sorted({len(row["drafts"]) for rows in by_subject.values() for row in rows}):
-        suffix = f", {drafts} drafts" if drafts > 1 else ""
-        here = {
-            name: [row for row in rows if len(row["drafts"]) == drafts] for name, rows in by_subject.items()
-        }
-        seconds = {name: statistics.median(r["seconds"] for r in rows) for name, rows in here.items() if rows}
-        rates = {
-            name: statistics.median(r["tokens_per_s"] for r in rows) for name, rows in here.items() if rows
-        }
-        peers = {name: rate for name, rate in rates.items() if not name.startswith((OURS, "ceiling"))}
-        mine = rates.get(OURS + suffix)
-        if peers and mine:
-            best = max(peers, key=lambda name: peers[name])
-            lines.append(
-                f"- {drafts} draft{'s' * (drafts > 1)}: fastest peer {best}; arte-edge writes "
-                f"{mine / peers[best]:.2f} × its tokens/s and takes 1/{seconds[best] / seconds[OURS + suffix]:.2f} "
-                "of its time."
-            )
-        for engine in (OURS, f"{OURS} pipeline", f"{OURS} transformers fp32", f"{OURS} transformers bf16"):
-            cost, writing = seconds.get(f"{engine} likelihood{suffix}"), seconds.get(engine + suffix)
-            if cost and writing and mine:
-                lines.append(
-                    f"- {drafts} draft{'s' * (drafts > 1)}: likelihood by {engine} costs 1/{writing / cost:.1f} of "
-                    f"writing by it, 1/{seconds[OURS + suffix] / cost:.1f} of writing by {OURS}."
-                )
+    for name, rows in by_subject.items():
+        if not name.startswith(OURS):
+            continue
+        for drafts in sorted({tuple(row["drafts"]) for row in rows}):
+            mine = _seconds(by_subject, name, drafts)
+            label = f"- {name.split(',')[0]}, drafts {', '.join(map(str, drafts))}: {mine:.2f} s; "
+            if "likelihood" in name:
+                written = _seconds(by_subject, name.replace(" likelihood", ""), drafts)
+                if written:
+                    lines.append(f"{label}writing by the same engine takes {written / mine:.1f} × that.")
+                continue
+            peers = {peer: _seconds(by_subject, peer, drafts) for peer in by_subject if _is_peer(peer)}
+            known = {peer: seconds for peer, seconds in peers.items() if seconds}
+            if known:
+                best = min(known, key=lambda peer: known[peer])
+                lines.append(f"{label}the fastest peer, {best}, takes {known[best] / mine:.2f} × that.")
     return lines
+
+
+def _is_peer(subject: str) -> bool:
+    return not subject.startswith((OURS, "ceiling"))
+
+
+def _seconds(by_subject: dict[str, list[dict[str, Any]]], subject: str, drafts: tuple[int, ...]) -> float:
+    """Return the median time for these drafts, in one call or one by one, whichever is less; 0 if not measured."""
+    rows = by_subject.get(subject, [])
+    if not _is_peer(subject):
+        rows = [
+            row for name, some in by_subject.items() if name.split(",")[0] == subject for row in some
+        ] or rows
+    together = [row["seconds"] for row in rows if tuple(row["drafts"]) == drafts]
+    single = [[row["seconds"] for row in rows if row["drafts"] == [draft]] for draft in drafts]
+    ways = [statistics.median(together)] if together else []
+    if all(single) and (_is_peer(subject) or not together):
+        ways.append(sum(statistics.median(times) for times in single))
+    return min(ways, default=0.0)
 
 
 def _agreement(found: list[dict[str, Any]], ours: list[dict[str, Any]]) -> str:

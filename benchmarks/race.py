@@ -163,7 +163,7 @@ def of_grid(name: str, seeds: int) -> list[dict[str, Any]]:
     for which, usable in kept(name, grid).items():
         for kind, size in ((kind, size) for size in SIZES for kind in values):
             rows = usable[asked[usable]] if kind == "accuracy" else usable
-            if size > SIZES[0] and (kind != "likelihood" or len(rows) < size):
+            if len(rows) == 0 or (size > SIZES[0] and (kind != "likelihood" or len(rows) < size)):
                 continue
             mine = values[kind][rows], grid["question"][rows]
             draws = [drawn(*mine, seed, size) for seed in range(seeds)]
