@@ -31,7 +31,9 @@ def takes_rows(model: Any) -> bool:
     known = inspect.signature(model.forward).parameters
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or _LAYERS)
-    if not ({"position_ids", "logits_to_keep"} <= set(known) and layers <= _LAYERS):
+    # Scores that are squeezed before the softmax (Gemma 2) are not what `scaled_dot_product_attention` computes.
+    plain = getattr(config, "attn_logit_softcapping", None) is None
+    if not (plain and {"position_ids", "logits_to_keep"} <= set(known) and layers <= _LAYERS):
         return False
     if config._attn_implementation == "sdpa":
         _register()

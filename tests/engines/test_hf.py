@@ -213,6 +213,32 @@ def test_sequences_of_several_drafts_come_and_go_in_two_rows(llama, monkeypatch)
     assert moved
 
 
+FAMILIES = ("gemma3_text", "granite", "llama", "phi3", "qwen2", "qwen3", "smollm3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_writes_and_scores_in_rows_as_in_batches(tiny_checkpoint, tmp_path, monkeypatch, family):
+    engine = TransformersEngine(tiny_checkpoint(tmp_path / "m", family), sha256="0", device="cpu")
+    asked, suffixes = hf_row.takes_rows(engine._model), [s or "three" for s in SUFFIXES]
+
+    def found():
+        rows = engine.continue_shared(PREFIX, suffixes, Sampling(max_tokens=10))
+        return [row.text for row in rows], engine.choose(PREFIX, suffixes, ["one", "two three", "the cat"])
+
+    texts, scores = found()
+    monkeypatch.setattr(hf, "takes_rows", lambda model: False)
+    plain_texts, plain_scores = found()
+    assert asked and texts == plain_texts
+    assert np.abs(scores - plain_scores).max() < 1e-3
+
+
+def test_a_family_whose_attention_is_no_plain_softmax_stays_in_batches(tiny_checkpoint, tmp_path):
+    engine = TransformersEngine(tiny_checkpoint(tmp_path / "m", "gemma2"), sha256="0", device="cpu")
+    assert not hf_row.takes_rows(engine._model)
+    rows = engine.continue_shared(PREFIX, ["one", "two"], Sampling(max_tokens=6))
+    assert all(row.finish != "error" for row in rows)
+
+
 def counted(engine, requests, sampling):
     """Complete the requests; return the texts with how they ended, and how many calls that took."""
     calls, extend = [], hf_write.extend
