@@ -135,11 +135,12 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> Plot:
         legend=[(way, i) for i, way in enumerate(WAYS)],
     )
     for i, way in enumerate(WAYS):
-        plot.line([(row["share"], row[way]) for row in mine], i, style="" if i == 0 else "dashed")
+        spent = "measured" if way == "race" else "share"  # a race that has decided all stops early
+        plot.line([(row[spent], row[way]) for row in mine], i, style="" if i == 0 else "dashed")
         for row in mine:
             low, high = row[f"{way} ci95"]
-            plot.whisker((row["share"], row["share"]), (max(low, 0.7), min(high, 1.0)), i)
-            plot.mark(row["share"], row[way], i, tip=f"{way}: {row[way]:.3f} at {row['share']:.0%}")
+            plot.whisker((row[spent], row[spent]), (max(low, 0.7), min(high, 1.0)), i)
+            plot.mark(row[spent], row[way], i, tip=f"{way}: {row[way]:.3f} at {row[spent]:.0%}")
     return plot
 
 

@@ -61,7 +61,8 @@ class Record:
         by_draft = ("right", "logp", "question", "tokens", "own")
         self.part = self.grid | {key: self.grid[key][self.alone] for key in by_draft if key in self.grid}
         self.gain = effect["probability_free"]
-        rows = read_jsonl(RESULTS / f"{name}-groups.jsonl")
+        groups = RESULTS / f"{name}-groups.jsonl"
+        rows = read_jsonl(groups) if groups.is_file() else []
         self.base = next((row for row in rows if row["part"] == "base"), None)
         self.runs = [row for row in rows if row["part"] != "base"]
         drafts = json.loads((RESULTS / f"{name}-work.json").read_text("utf-8"))["drafts"]
