@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from score_worth_figures import ends_chart, parrots_chart
-from score_worth_scores import SCORES, UNASKED, Floats, bias_of, draft_scores
+from score_worth_scores import SCORES, UNASKED, Floats, bias_of, draft_scores, without
 from score_worth_stats import (
     centred,
     consistency,
@@ -93,11 +93,25 @@ def one_draft(record: Record, score: Floats) -> dict[str, list[float]]:
     clusters = [part for part in (np.intersect1d(c, places) for c in groups_of(question)) if part.size]
     inside, own = centred(gain, question), centred(score, question)
     several = [part for part in clusters if part.size > 1]
+    left = np.array(gain)  # without what a short draft does because it is short
+    left[places] = without(gain[places], np.log(record.part["tokens"][places].astype(float)))
     return {
         "all": with_interval(lambda at: spearman(score[at], gain[at]), clusters),
         "within": with_interval(lambda at: spearman(own[at], inside[at]), several),
+        "less length": with_interval(lambda at: spearman(score[at], left[at]), clusters),
         "n": [len(places), len(several)],
     }
+
+
+def length_control(record: Record, alone: Mapping[str, Floats]) -> list[float]:
+    """Return by how much control for length raises the default's correlation with one draft's training."""
+    plain, controlled, gain = alone["likelihood-free"], alone["length-controlled"], record.gain
+    places = np.flatnonzero(~record.parroted[record.alone])
+    parts = (np.intersect1d(c, places) for c in groups_of(record.part["question"]))
+    return with_interval(
+        lambda at: spearman(controlled[at], gain[at]) - spearman(plain[at], gain[at]),
+        [part for part in parts if part.size],
+    )
 
 
 def trained(record: Record, name: str, score: Floats) -> dict[str, Any]:
@@ -145,6 +159,7 @@ def of_task(record: Record) -> dict[str, Any]:
         "k": int(record.grid["preferred"].size),
         **written(record.part),
         **(of_groups(record) if record.base else {}),
+        "length control adds": length_control(record, alone),
         "scores": table,
         "agreement": {a: {b: round(spearman(scores[a], scores[b]), 3) for b in keys} for a in keys},
     }
@@ -214,13 +229,13 @@ def tables(summary: Mapping[str, Any]) -> str:
             ]
             cells += [f"{row['bias']:+.2f}", f"{row['length']:+.2f}"]
             lines.append(f"| {' | '.join([key, *cells])} |")
-        head = ["score", "one draft", "within its question"]
+        head = ["score", "one draft", "within its question", "one draft, less length"]
         if "base" in task:
             head += ["groups alike, forced", "few parroted, forced", "few parroted, written"]
             head += ["best − worst, written", "best − worst, forced"]
         lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for key, row in task["scores"].items():
-            cells = [_span(row["one draft"][of]) for of in ("all", "within")]
+            cells = [_span(row["one draft"][of]) for of in ("all", "within", "less length")]
             if t := row.get("trained"):
                 spans = [t["groups alike, forced"]]
                 spans += [t.get(f"few parroted, {outcome}") for outcome in ("forced", "right")]

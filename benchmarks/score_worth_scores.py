@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from arte_edge.distill.scores import answer_bias, probabilities
 
-__all__ = ["SCORES", "UNASKED", "Floats", "bias_of", "draft_scores", "forced_outcome"]
+__all__ = ["SCORES", "UNASKED", "Floats", "bias_of", "draft_scores", "forced_outcome", "without"]
 
 Floats = NDArray[np.float64]
 UNASKED = -2  # in a grid's `right`: no text was written for this draft and question
@@ -57,7 +57,7 @@ def draft_scores(grid: Mapping[str, Any], columns: Sequence[int] | None = None) 
         "likelihood": raw[:, items, truth].mean(1),
         "likelihood-free": likelihood_free,
         "auc": _auc(raw, truth),
-        "length-controlled": _without(likelihood_free, np.log(tokens)),
+        "length-controlled": without(likelihood_free, np.log(tokens)),
         "shortest": -tokens,
         **own,
         "random": np.random.default_rng(0).random(len(tokens)),
@@ -94,7 +94,7 @@ def _auc(share: Floats, truth: NDArray[np.intp]) -> Floats:
     return np.asarray(np.mean(found, axis=0))
 
 
-def _without(score: Floats, other: Floats) -> Floats:
+def without(score: Floats, other: Floats) -> Floats:
     """Return what of `score` a straight line in `other` does not explain."""
     slope, start = np.polyfit(other, score, 1)
     return np.asarray(score - slope * other - start)
