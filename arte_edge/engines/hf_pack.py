@@ -2,7 +2,7 @@
 
 oneDNN multiplies bfloat16 in blocks of its own order. torch keeps weights row by row, so each product of a
 `Linear` sorts its weights into blocks first; with some dozen tokens a call, as when many texts are written, that
-is a quarter of the time. The two operators used here are those that torch's own compiler (inductor) emits for frozen
+is a quarter of the time. The operators used here are those that torch's own compiler (inductor) emits for frozen
 weights; where a build of torch or a processor lacks them, the model stays as it is.
 """
 
