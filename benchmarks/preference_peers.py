@@ -32,20 +32,29 @@ from preference_ours import (
 )
 
 
-def transformers_generate(work: Work) -> Callable[[], Texts]:
-    """Return `generate` on the whole batch after a prefix computed once; float32, padding after the prefix."""
-    import copy
-
+def _loaded(work: Work) -> tuple[Any, Any, list[list[int]], int]:
+    """Return tokenizer, model, the prompts' tokens, and how many of them all prompts begin with."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(work["threads"])
     tokenizer = AutoTokenizer.from_pretrained(work["checkpoint"])
     dtype = torch.bfloat16 if work["dtype"] == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(work["checkpoint"], dtype=dtype).eval()
     rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in work["prompts"]]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     shared = next(i for i in range(min(map(len, rows))) if len({row[i] for row in rows}) > 1)
+    return tokenizer, model, rows, shared
+
+
+def transformers_generate(work: Work) -> Callable[[], Texts]:
+    """Return `generate` on the whole batch after a prefix computed once; float32, padding after the prefix."""
+    import copy
+
+    import torch
+    from transformers import DynamicCache
+
+    tokenizer, model, rows, shared = _loaded(work)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     width = max(map(len, rows))
     ids = torch.tensor([r[:shared] + [pad] * (width - len(r)) + r[shared:] for r in rows])
     mask = torch.ones_like(ids)
@@ -80,14 +89,9 @@ def transformers_lookup(work: Work) -> Callable[[], Texts]:
     import copy
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+    from transformers import DynamicCache
 
-    torch.set_num_threads(work["threads"])
-    tokenizer = AutoTokenizer.from_pretrained(work["checkpoint"])
-    dtype = torch.bfloat16 if work["dtype"] == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(work["checkpoint"], dtype=dtype).eval()
-    rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in work["prompts"]]
-    shared = next(i for i in range(min(map(len, rows))) if len({row[i] for row in rows}) > 1)
+    tokenizer, model, rows, shared = _loaded(work)
 
     def write() -> Texts:
         texts, tokens = [], 0

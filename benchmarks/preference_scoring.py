@@ -136,43 +136,37 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def _findings(by_subject: dict[str, list[dict[str, Any]]]) -> list[str]:
+def _findings(by_label: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Say for each of our engines what the fastest peer takes for the same drafts, and what a score costs."""
+    by_subject = defaultdict(list)
+    for label, rows in by_label.items():
+        by_subject[label.split(",")[0]] += rows
     lines = []
-    for name, rows in by_subject.items():
-        if not name.startswith(OURS):
-            continue
-        for drafts in sorted({tuple(row["drafts"]) for row in rows}):
-            mine = _seconds(by_subject, name, drafts)
-            label = f"- {name.split(',')[0]}, drafts {', '.join(map(str, drafts))}: {mine:.2f} s; "
+    for name in [name for name in by_subject if name.startswith(OURS)]:
+        for drafts in sorted({tuple(row["drafts"]) for row in by_subject[name]}):
+            mine = _seconds(by_subject[name], drafts)
+            label = f"- {name}, drafts {', '.join(map(str, drafts))}: {mine:.2f} s; "
             if "likelihood" in name:
-                written = _seconds(by_subject, name.replace(" likelihood", ""), drafts)
-                if written:
-                    lines.append(f"{label}writing by the same engine takes {written / mine:.1f} × that.")
+                if writing := _seconds(by_subject[name.replace(" likelihood", "")], drafts):
+                    lines.append(f"{label}writing by the same engine takes {writing / mine:.1f} × that.")
                 continue
-            peers = {peer: _seconds(by_subject, peer, drafts) for peer in by_subject if _is_peer(peer)}
-            known = {peer: seconds for peer, seconds in peers.items() if seconds}
-            if known:
-                best = min(known, key=lambda peer: known[peer])
-                lines.append(f"{label}the fastest peer, {best}, takes {known[best] / mine:.2f} × that.")
+            peers = {
+                peer: seconds
+                for peer, rows in by_subject.items()
+                if not peer.startswith((OURS, "ceiling")) and (seconds := _seconds(rows, drafts))
+            }
+            if peers:
+                best = min(peers, key=lambda peer: peers[peer])
+                lines.append(f"{label}the fastest peer, {best}, takes {peers[best] / mine:.2f} × that.")
     return lines
 
 
-def _is_peer(subject: str) -> bool:
-    return not subject.startswith((OURS, "ceiling"))
-
-
-def _seconds(by_subject: dict[str, list[dict[str, Any]]], subject: str, drafts: tuple[int, ...]) -> float:
+def _seconds(rows: list[dict[str, Any]], drafts: tuple[int, ...]) -> float:
     """Return the median time for these drafts, in one call or one by one, whichever is less; 0 if not measured."""
-    rows = by_subject.get(subject, [])
-    if not _is_peer(subject):
-        rows = [
-            row for name, some in by_subject.items() if name.split(",")[0] == subject for row in some
-        ] or rows
     together = [row["seconds"] for row in rows if tuple(row["drafts"]) == drafts]
     single = [[row["seconds"] for row in rows if row["drafts"] == [draft]] for draft in drafts]
     ways = [statistics.median(together)] if together else []
-    if all(single) and (_is_peer(subject) or not together):
+    if all(single):
         ways.append(sum(statistics.median(times) for times in single))
     return min(ways, default=0.0)
 

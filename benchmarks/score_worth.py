@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from score_worth_figures import ends_chart, parrots_chart
 from score_worth_scores import SCORES, UNASKED, Floats, bias_of, draft_scores, without
 from score_worth_stats import (
@@ -70,7 +71,6 @@ class Record:
         refuse_parrots(marked)
         self.parroted = np.array([not row["usable"] for row in marked])
         self.answers = [draft["answer"] for draft in drafts]
-        self.distinct = np.flatnonzero(~self.parroted)
         self.question = self.grid["question"]
         members = [row["members"] for row in self.runs]
         # What a group is like, whatever its drafts' scores: parroted share, spread of its labels (nats).
@@ -88,9 +88,8 @@ def _entropy(labels: Sequence[str]) -> float:
 
 def one_draft(record: Record, score: Floats) -> dict[str, list[float]]:
     """Return how a score agrees with what training on one draft did, over drafts that are not parroted."""
-    question, gain = record.part["question"], record.gain
-    places = np.flatnonzero(~record.parroted[record.alone])
-    clusters = [part for part in (np.intersect1d(c, places) for c in groups_of(question)) if part.size]
+    question, gain, clusters = record.part["question"], record.gain, distinct_alone(record)
+    places = np.sort(np.concatenate(clusters))
     inside, own = centred(gain, question), centred(score, question)
     several = [part for part in clusters if part.size > 1]
     left = np.array(gain)  # without what a short draft does because it is short
@@ -103,14 +102,18 @@ def one_draft(record: Record, score: Floats) -> dict[str, list[float]]:
     }
 
 
+def distinct_alone(record: Record) -> list[NDArray[np.intp]]:
+    """Return by question the places of the drafts trained on alone that are not parroted."""
+    places = np.flatnonzero(~record.parroted[record.alone])
+    parts = (np.intersect1d(part, places) for part in groups_of(record.part["question"]))
+    return [part for part in parts if part.size]
+
+
 def length_control(record: Record, alone: Mapping[str, Floats]) -> list[float]:
     """Return by how much control for length raises the default's correlation with one draft's training."""
     plain, controlled, gain = alone["likelihood-free"], alone["length-controlled"], record.gain
-    places = np.flatnonzero(~record.parroted[record.alone])
-    parts = (np.intersect1d(c, places) for c in groups_of(record.part["question"]))
     return with_interval(
-        lambda at: spearman(controlled[at], gain[at]) - spearman(plain[at], gain[at]),
-        [part for part in parts if part.size],
+        lambda at: spearman(controlled[at], gain[at]) - spearman(plain[at], gain[at]), distinct_alone(record)
     )
 
 
@@ -145,10 +148,18 @@ def trained(record: Record, name: str, score: Floats) -> dict[str, Any]:
 def of_task(record: Record) -> dict[str, Any]:
     """Return everything that is asked of one task's records."""
     scores, alone = draft_scores(record.grid), draft_scores(record.part)
+    bias, length = bias_of(record.grid), np.log(record.grid["tokens"].astype(float))
+    kept, halves = consistency(record.grid), reliability(record.grid)
+    few = [reliability(record.grid, k) for k in FEW_QUESTIONS]
     table = {}
     for key in SCORES:
         if key in scores:
-            table[key] = of_score(record, key, scores[key])
+            table[key] = of_score(record, scores[key], bias, length)
+            if key not in CONTROLS:
+                table[key] |= {"consistency": kept[key], "halves": halves[key]}
+                table[key] |= {"few questions": [one[key] for one in few]}
+            if record.base:
+                table[key] |= {"trained": trained(record, key, scores[key])}
         if key in alone:
             table[key] = table.get(key, {}) | {"one draft": one_draft(record, alone[key])}
     keys = list(scores)
@@ -165,23 +176,17 @@ def of_task(record: Record) -> dict[str, Any]:
     }
 
 
-def of_score(record: Record, key: str, own: Floats) -> dict[str, Any]:
-    """Return what a score is on the whole grid, and what training on its ends does."""
-    grid = record.grid
-    bias, length = bias_of(grid), np.log(grid["tokens"].astype(float))
+def of_score(record: Record, own: Floats, bias: Floats, length: Floats) -> dict[str, float]:
+    """Return how a score goes with the drafts' answer bias, log length and repeats, on the whole grid."""
     both = np.column_stack([np.ones_like(bias), bias, length])
     left = own - both @ np.linalg.lstsq(both, own, rcond=None)[0]
-    row: dict[str, Any] = {
+    return {
         "spread": round(float(own.std()), 4),
         "bias": round(pearson(own, bias), 3),
         "length": round(pearson(own, length), 3),
         "explained by bias and length": round(1 - float(left.var() / own.var()), 3),
         "parroted": round(pearson(own, record.parroted.astype(float)), 3),
     }
-    if key not in CONTROLS:
-        row |= {"consistency": consistency(grid, key), "halves": reliability(grid, key)}
-        row |= {"few questions": [reliability(grid, key, k) for k in FEW_QUESTIONS]}
-    return row | ({"trained": trained(record, key, own)} if record.base else {})
 
 
 def written(grid: Mapping[str, Any]) -> dict[str, float]:

@@ -29,28 +29,38 @@ Places = NDArray[np.intp]
 _SPLITS, _DRAWS = 50, 400
 
 
-def consistency(grid: Mapping[str, Any], key: str) -> dict[str, float]:
-    """Return how often the preference set's best and worst rationale are the whole validation set's, or tie with it."""
-    few, every = draft_scores(grid)[key], draft_scores(grid, range(grid["truth"].size))[key]
-    best, worst = [], []
-    for places in groups_of(grid["question"]):
-        if len(places) > 1 and np.ptp(few[places]) > 0:
-            best.append(bool(every[places[int(few[places].argmax())]] >= every[places].max()))
-            worst.append(bool(every[places[int(few[places].argmin())]] <= every[places].min()))
-    return {"best": round(float(np.mean(best)), 4), "worst": round(float(np.mean(worst)), 4), "n": len(best)}
+def consistency(grid: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return how often the preference set's best and worst rationale are the whole validation set's, or tie with it,
+    by score."""
+    few, every = draft_scores(grid), draft_scores(grid, range(grid["truth"].size))
+    groups = [places for places in groups_of(grid["question"]) if len(places) > 1]
+    out = {}
+    for key in every:
+        told = [places for places in groups if np.ptp(few[key][places]) > 0]
+        a, b = few[key], every[key]
+        best = [bool(b[places[int(a[places].argmax())]] >= b[places].max()) for places in told]
+        worst = [bool(b[places[int(a[places].argmin())]] <= b[places].min()) for places in told]
+        kept = {"best": round(float(np.mean(best)), 4), "worst": round(float(np.mean(worst)), 4)}
+        out[key] = {**kept, "n": len(told)}
+    return out
 
 
-def reliability(grid: Mapping[str, Any], key: str, k: int = 40) -> dict[str, float]:
-    """Return the correlation of a score on two sets of `k` questions each; all drafts, and within questions."""
+def reliability(grid: Mapping[str, Any], k: int = 40) -> dict[str, dict[str, float]]:
+    """Return the correlations of each score on two sets of `k` questions: all drafts, and within questions."""
     rng = np.random.default_rng(0)
     half = min(k, grid["truth"].size // 2)
-    all_, within = [], []
+    found: dict[str, list[tuple[float, float]]] = {}
     for _ in range(_SPLITS):
         order = rng.permutation(grid["truth"].size)
-        a, b = (draft_scores(grid, part)[key] for part in (order[:half], order[half : 2 * half]))
-        all_.append(pearson(a, b))
-        within.append(pearson(centred(a, grid["question"]), centred(b, grid["question"])))
-    return {"all": round(float(np.mean(all_)), 3), "within": round(float(np.mean(within)), 3), "k": half}
+        one, two = (draft_scores(grid, part) for part in (order[:half], order[half : 2 * half]))
+        for key, a in one.items():
+            inside = (centred(values, grid["question"]) for values in (a, two[key]))
+            found.setdefault(key, []).append((pearson(a, two[key]), pearson(*inside)))
+    means = {key: np.mean(pairs, axis=0).tolist() for key, pairs in found.items()}
+    return {
+        key: {"all": round(every, 3), "within": round(within, 3), "k": half}
+        for key, (every, within) in means.items()
+    }
 
 
 def pearson(a: Floats, b: Floats) -> float:

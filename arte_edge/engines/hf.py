@@ -247,9 +247,9 @@ def _draws(logits: torch.Tensor, writers: Sequence[Writer], sampling: Sampling) 
 def _drawing(logits: torch.Tensor, sampling: Sampling) -> Callable[[int, Writer], int]:
     """Return what draws a token from a row of logits ``[b, v]``, with the generator of who writes it."""
     if sampling.temperature > 0.0:
-        rows = logits.float().cpu().numpy()
+        rows = logits.cpu().numpy()
         return lambda row, writer: draw(rows[row], sampling, writer.rng)
     # On a processor numpy finds the largest of a row ten times faster than torch.
-    greedy = logits.float().numpy().argmax(axis=-1) if logits.device.type == "cpu" else logits.argmax(dim=-1)
+    greedy = logits.numpy().argmax(axis=-1) if logits.device.type == "cpu" else logits.argmax(dim=-1)
     tokens: list[int] = greedy.tolist()
     return lambda row, _: tokens[row]

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.engines.llama_stems import Stem, n_held
+
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Part", "Row", "extend", "takes_rows"]
+__all__ = ["Part", "Row", "after", "extend", "hold", "takes_rows"]
 
 _LAYERS = {"full_attention", "sliding_attention"}
 _FIRST_CELLS = 512
@@ -119,6 +121,23 @@ def extend(model: Any, device: torch.device, parts: Sequence[Part], wanted: Sequ
         part.row.n_cells += len(part.tokens)
     logits: torch.Tensor = out.logits[0].float()
     return logits
+
+
+def hold(model: Any, device: torch.device, row: Row, stem: Stem | None, held: Sequence[Stem]) -> list[Stem]:
+    """Leave exactly the prefix `stem` in the row, computing what is not there; return the stems on the way."""
+    way = stem.way if stem else []
+    same = n_held(way, held)
+    row.crop(way[same - 1].end if same else 0)
+    for one in way[same:]:
+        at = np.arange(one.start, one.end)
+        seen = np.tri(len(at), dtype=np.bool_)
+        extend(model, device, [Part(row, one.tokens[one.start :], at, after(row, seen))], [len(at) - 1])
+    return way
+
+
+def after(row: Row, seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return a mask of new tokens that see all cells there are, and each other as `seen` says."""
+    return np.concatenate([np.ones((len(seen), row.n_cells), dtype=np.bool_), seen], axis=1)
 
 
 @dataclass(frozen=True)

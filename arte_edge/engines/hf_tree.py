@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from arte_edge.engines.hf_row import Part, Row, extend
+from arte_edge.engines.hf_row import Part, Row, after, extend, hold
 from arte_edge.engines.llama_stems import Stem
 from arte_edge.engines.tree import Group
 
@@ -29,38 +28,16 @@ def run_trees(model: Any, device: torch.device, groups: Sequence[Group]) -> None
     row = Row()
     held: list[Stem] = []
     for group in groups:
-        held = _hold(model, device, row, group.stem, held)
+        held = hold(model, device, row, group.stem, held)
         tokens, positions, first, end, _ = np.array(group.rows, dtype=np.int64).T
         # A token is on another one's way if it is before it and the other's leaf is behind it.
         seen = (first[None, :] <= first[:, None]) & (first[:, None] < end[None, :])
         seen &= positions[None, :] <= positions[:, None]
         asked = [i for i, (_, _, _, _, wanted) in enumerate(group.rows) if wanted]
-        part = Part(row, tokens.tolist(), positions, _after(row, seen))
+        part = Part(row, tokens.tolist(), positions, after(row, seen))
         logits = extend(model, device, [part], asked).cpu().numpy()
         for i, found in zip(asked, logits, strict=True):
             _, at, leaf, _, _ = group.rows[i]
             way = group.tree.ways[leaf][: at + 1]
             for note in group.tree.wanted[way]:
                 note(way, found)
-
-
-def _hold(model: Any, device: torch.device, row: Row, stem: Stem | None, held: list[Stem]) -> list[Stem]:
-    """Leave exactly the prefix `stem` in the row, computing what is not there; return the stems on the way."""
-    way: list[Stem] = []
-    while stem is not None:
-        way.insert(0, stem)
-        stem = stem.parent
-    same = 0
-    while same < min(len(way), len(held)) and way[same] is held[same]:
-        same += 1
-    row.crop(way[same - 1].end if same else 0)
-    for one in way[same:]:
-        at = np.arange(one.start, one.end)
-        seen = np.tri(len(at), dtype=np.bool_)
-        extend(model, device, [Part(row, one.tokens[one.start :], at, _after(row, seen))], [len(at) - 1])
-    return way
-
-
-def _after(row: Row, seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return a mask of new tokens that see all cells there are, and each other as `seen` says."""
-    return np.concatenate([np.ones((len(seen), row.n_cells), dtype=np.bool_), seen], axis=1)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.engines.guess import Guesser, Memory
-from arte_edge.engines.hf_row import Part, Row, extend
+from arte_edge.engines.hf_row import Part, Row, extend, hold
 from arte_edge.engines.hf_text import Writer
 from arte_edge.engines.llama_stems import Stem, grow_stems
 
@@ -176,25 +176,9 @@ class _Schedule:
         """Copy a prefix to a group's row, where it takes the last one's place."""
         before = group.row.n_cells
         if stem:
-            self._hold(stem)
+            self._held = hold(self._model, self._device, self._prefixes, stem, self._held)
             group.row.adopt(self._prefixes, np.arange(stem.end))
         group.stem, group.prefix = stem, np.arange(group.row.n_cells) >= before
-
-    def _hold(self, stem: Stem) -> None:
-        """Leave exactly the prefix `stem` in its row, computing what is not there."""
-        way: list[Stem] = [stem]
-        while way[0].parent:
-            way.insert(0, way[0].parent)
-        same = 0
-        while same < min(len(way), len(self._held)) and way[same] is self._held[same]:
-            same += 1
-        self._prefixes.crop(way[same - 1].end if same else 0)
-        for one in way[same:]:
-            at, n = np.arange(one.start, one.end), self._prefixes.n_cells
-            seen = np.hstack([np.ones((len(at), n), dtype=np.bool_), np.tri(len(at), dtype=np.bool_)])
-            part = Part(self._prefixes, one.tokens[one.start :], at, seen)
-            extend(self._model, self._device, [part], [len(at) - 1])
-        self._held = way
 
     def _step(self) -> None:
         """Decode what is pending of all sequences in one call, and let them draw."""

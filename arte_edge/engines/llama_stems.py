@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["MAX_LEVELS", "Stem", "grow_stems"]
+__all__ = ["MAX_LEVELS", "Stem", "grow_stems", "n_held"]
 
 MAX_LEVELS = 3  # stems on the way from the root to a list
 _SHORTEST = 8  # tokens; below this a copy costs more than decoding again
@@ -31,6 +31,17 @@ class Stem:
     @property
     def end(self) -> int:
         return len(self.tokens)
+
+    @property
+    def way(self) -> list[Stem]:
+        """The stems from the root to this one, which is the last."""
+        return [*(self.parent.way if self.parent else ()), self]
+
+
+def n_held(way: Sequence[Stem], held: Sequence[Stem]) -> int:
+    """Return how many stems at the start of `way` are those that are held already."""
+    pairs = enumerate(zip(way, held, strict=False))
+    return next((i for i, (a, b) in pairs if a is not b), min(len(way), len(held)))
 
 
 def grow_stems(lists: Sequence[Sequence[int]], most: Sequence[int]) -> list[tuple[int, Stem | None]]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from arte_edge.engines.llama_layout import Layout
 from arte_edge.engines.llama_runtime import LlamaContext
-from arte_edge.engines.llama_stems import MAX_LEVELS, Stem
+from arte_edge.engines.llama_stems import MAX_LEVELS, Stem, n_held
 from arte_edge.engines.tree import Group
 
 __all__ = ["MOST_LEAVES", "TREE_LAYOUT", "run_trees"]
@@ -43,13 +43,8 @@ def run_trees(context: LlamaContext, groups: Sequence[Group]) -> None:
 
 def _hold(context: LlamaContext, stem: Stem | None, held: list[Stem]) -> list[Stem]:
     """Decode the stems on the way to `stem` that are not held yet, forget those beside it; return the held ones."""
-    way: list[Stem] = []
-    while stem is not None:
-        way.insert(0, stem)
-        stem = stem.parent
-    same = next(
-        (i for i, (a, b) in enumerate(zip(way, held, strict=False)) if a is not b), min(len(way), len(held))
-    )
+    way = stem.way if stem else []
+    same = n_held(way, held)
     for level in range(same, len(held)):
         context.drop(level)
     for one in way[same:]:
