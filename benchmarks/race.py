@@ -10,8 +10,10 @@ if it is the full grid's own best (or worst) rationale of its question, or tied 
 standard error of their paired difference. "without parroted": no text that the teacher repeats for question
 after question (`arte_edge.distill.parrots`), which are easy to tell apart from the rest.
 
-Beside the race stand the same number of calls spent evenly, on the first questions of every draft,
-with the plain mean and with the same model of the grid (`belief`).
+"likelihood" is the default score, without what a draft's length explains (`arte_edge.distill.length`); how much
+that is, each way has to learn from the cells that it measured. Beside the race stand the same number of calls
+spent evenly, on the first questions of every draft, with the plain mean and with the same model of the grid
+(`belief`).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from numpy.typing import NDArray
 from score_worth_scores import UNASKED
 
 from arte_edge.distill.belief import believe
+from arte_edge.distill.length import length_share
 from arte_edge.distill.parrots import refuse_parrots
 from arte_edge.distill.race import Race
 from arte_edge.distill.scores import probabilities
@@ -41,8 +45,22 @@ RECORDED, RESULTS = HERE / "results" / "score_worth", HERE / "results" / "race"
 FIGURE = HERE.parent / "docs" / "figures" / "race.svg"
 SHARES = (0.1, 0.15, 0.25, 0.5)
 SIZES = (160, 400)  # drafts of one race, about
+LIKELY = ("likelihood", "likelihood, any length")
 WAYS = ("race", "even, model", "even")
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """A grid ``[d, k]`` to be raced, whose rationales the drafts are, and the lengths to be taken out, if any."""
+
+    grid: Floats
+    question: list[int]
+    tokens: Floats | None
+
+    def level(self, score: Floats) -> Floats:
+        """Return scores ``[d]`` without what length explains of them."""
+        return score if self.tokens is None else score - length_share(score, self.tokens)
 
 
 def cells(grid: Mapping[str, Any]) -> dict[str, Floats]:
@@ -50,40 +68,48 @@ def cells(grid: Mapping[str, Any]) -> dict[str, Floats]:
     at = grid["preferred"]
     logp, truth = grid["logp"][:, at].astype(float), grid["truth"][at]
     shares = np.array([probabilities(row, free=True) for row in logp])
+    likely = shares[:, np.arange(len(truth)), truth]
     return {
-        "likelihood": shares[:, np.arange(len(truth)), truth],
+        "likelihood": likely,
+        "likelihood, any length": likely,
         "forced": (shares.argmax(axis=2) == truth).astype(float),
         "accuracy": (grid["right"][:, at] == 1).astype(float),
     }
 
 
-def found(grid: Floats, question: Sequence[int], score: Floats) -> float:
+def found(drafts: Drafts, score: Floats) -> float:
     """Return the share of best and worst rationales that `score` finds, or ties of theirs."""
-    full, same = grid.mean(axis=1), []
-    for key in sorted(set(question)):
-        drafts = [draft for draft, mine in enumerate(question) if mine == key]
-        if len(drafts) < 2:
+    plain = drafts.grid.mean(axis=1)
+    grid = drafts.grid + (drafts.level(plain) - plain)[:, None]
+    full, mine, same = grid.mean(axis=1), drafts.level(score), []
+    for key in sorted(set(drafts.question)):
+        own = [draft for draft, asked in enumerate(drafts.question) if asked == key]
+        if len(own) < 2:
             continue
         for sign in (1.0, -1.0):
-            true = max(drafts, key=lambda d: sign * full[d])
-            mine = max(drafts, key=lambda d: sign * score[d])
-            gap = grid[true] - grid[mine]
-            same.append(true == mine or abs(gap.mean()) <= gap.std(ddof=1) / math.sqrt(grid.shape[1]))
+            true = max(own, key=lambda d: sign * full[d])
+            said = max(own, key=lambda d: sign * mine[d])
+            gap = grid[true] - grid[said]
+            same.append(true == said or abs(gap.mean()) <= gap.std(ddof=1) / math.sqrt(grid.shape[1]))
     return float(np.mean(same))
 
 
-def race(grid: Floats, question: Sequence[int], share: float) -> tuple[float, float]:
+def race(drafts: Drafts, share: float) -> tuple[float, float]:
     """Return the agreement of one race and the share of the grid that it measured."""
-    rules = Race(tuple(question), grid.shape[1], share)
-    values = np.full_like(grid, np.nan)
-    while asks := rules.ask(values):
+    rules = Race(tuple(drafts.question), drafts.grid.shape[1], share)
+    values = np.full_like(drafts.grid, np.nan)
+    seen = values
+    while asks := rules.ask(seen):
         for ask in asks:
-            values[ask.draft, list(ask.items)] = grid[ask.draft, list(ask.items)]
-    return found(grid, question, believe(values).mean), float(np.isfinite(values).mean())
+            values[ask.draft, list(ask.items)] = drafts.grid[ask.draft, list(ask.items)]
+        mean = believe(values).mean if drafts.tokens is not None else np.zeros(len(values))
+        seen = values + (drafts.level(mean) - mean)[:, None]
+    return found(drafts, believe(values).mean), float(np.isfinite(values).mean())
 
 
-def even(grid: Floats, question: Sequence[int], share: float) -> tuple[float, float]:
+def even(drafts: Drafts, share: float) -> tuple[float, float]:
     """Return the agreement of the same calls spent evenly: means under the model, and plain means."""
+    grid = drafts.grid
     d, k = grid.shape
     n = max(2, round(share * k))
     pilots = range(1, d, 12)
@@ -91,10 +117,10 @@ def even(grid: Floats, question: Sequence[int], share: float) -> tuple[float, fl
     m = max(2, round((share * d - len(pilots)) * k / max(d - len(pilots), 1)))
     values[:, :m] = grid[:, :m]
     values[list(pilots)] = grid[list(pilots)]
-    return found(grid, question, believe(values).mean), found(grid, question, grid[:, :n].mean(axis=1))
+    return found(drafts, believe(values).mean), found(drafts, grid[:, :n].mean(axis=1))
 
 
-def drawn(grid: Floats, question: NDArray[np.intp], seed: int, size: int) -> tuple[Floats, list[int]]:
+def drawn(grid: Floats, question: NDArray[np.intp], tokens: Floats | None, seed: int, size: int) -> Drafts:
     """Return the rows of some questions, `size` or all that there are, drafts and items in another order."""
     rng = np.random.default_rng(seed)
     keys: list[int] = []
@@ -104,7 +130,10 @@ def drawn(grid: Floats, question: NDArray[np.intp], seed: int, size: int) -> tup
         keys.append(key)
     rows = [row for row, key in enumerate(question) if key in keys]
     rows.sort(key=lambda row: (keys.index(question[row]), rng.random()))
-    return grid[rows][:, rng.permutation(grid.shape[1])], [keys.index(question[row]) for row in rows]
+    whose = [keys.index(question[row]) for row in rows]
+    return Drafts(
+        grid[rows][:, rng.permutation(grid.shape[1])], whose, None if tokens is None else tokens[rows]
+    )
 
 
 def kept(name: str, grid: Mapping[str, Any]) -> dict[str, NDArray[np.intp]]:
@@ -144,11 +173,14 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> Plot:
     return plot
 
 
-def compared(draws: Sequence[tuple[Floats, list[int]]], share: float) -> dict[str, Any]:
+def compared(draws: Sequence[Drafts], share: float) -> dict[str, Any]:
     """Race every draw and spend the same calls evenly; return the mean agreements and their intervals."""
-    raced = [race(*one, share) for one in draws]
-    spent = [even(*one, share) for one in draws]
-    row: dict[str, Any] = {"share": share, "drafts": round(float(np.mean([len(q) for _, q in draws])), 1)}
+    raced = [race(one, share) for one in draws]
+    spent = [even(one, share) for one in draws]
+    row: dict[str, Any] = {
+        "share": share,
+        "drafts": round(float(np.mean([len(one.question) for one in draws])), 1),
+    }
     row |= {"seeds": len(draws), "measured": round(float(np.mean([r[1] for r in raced])), 4)}
     lists = ([r[0] for r in raced], [e[0] for e in spent], [e[1] for e in spent])
     for way, agreements in zip(WAYS, lists, strict=True):
@@ -164,9 +196,10 @@ def of_grid(name: str, seeds: int) -> list[dict[str, Any]]:
     for which, usable in kept(name, grid).items():
         for kind, size in ((kind, size) for size in SIZES for kind in values):
             rows = usable[asked[usable]] if kind == "accuracy" else usable
-            if len(rows) == 0 or (size > SIZES[0] and (kind != "likelihood" or len(rows) < size)):
+            if len(rows) == 0 or (size > SIZES[0] and (kind not in LIKELY or len(rows) < size)):
                 continue
-            mine = values[kind][rows], grid["question"][rows]
+            tokens = grid["tokens"][rows].astype(float) if kind == "likelihood" else None
+            mine = values[kind][rows], grid["question"][rows], tokens
             draws = [drawn(*mine, seed, size) for seed in range(seeds)]
             for share in SHARES if kind == "likelihood" else (0.25,):
                 row = {"grid": name, "drafts_are": which, "score": kind, **compared(draws, share)}

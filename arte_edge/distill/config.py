@@ -118,6 +118,9 @@ class Prefer(_Section):
         default=True,
         description="closed answers: order drafts by the score without the answer bias they induce",
     )
+    length_free: bool = Field(
+        default=True, description="closed answers: and without what a draft's length explains of it"
+    )
     answer_tokens: int = Field(default=96, ge=4, description="tokens the student may write (accuracy)")
     race: Literal["auto", "on", "off"] = Field(
         default="auto",
@@ -126,6 +129,10 @@ class Prefer(_Section):
     race_share: float = Field(default=0.25, gt=0.0, le=1.0, description="of the full grid, at most")
     race_error: float = Field(
         default=0.05, gt=0.0, lt=0.5, description="risk at which a draft's place counts as decided"
+    )
+    engine: Literal["auto", "student"] = Field(
+        default="auto",
+        description="auto: from 1,000 scores on the fastest here, in bfloat16 too; student: as all else of it",
     )
     student_file: str = Field(
         default="", description="score with the student quantized so, as in Q4_K_M; empty: with 16 bits"

@@ -7,8 +7,10 @@ score says how well the student then answers the preference set. Three ways to s
 * ``forced``: the answer tag is opened for it and the choices are compared;
 * ``likelihood``: the probability of the right answer, no text written at all.
 
-A question's score is the mean over its rationales. Where the device's time is limited, drafts that
-are too long pay for it (`arte_edge.distill.deploy`).
+A question's score is the mean over its rationales. On a closed answer set drafts are ordered without the answer
+bias that they induce (`arte_edge.distill.scores`) and without what their length explains
+(`arte_edge.distill.length`). Where the device's time is limited, drafts that are too long pay for it
+(`arte_edge.distill.deploy`).
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ import numpy as np
 
 from arte_edge.distill.deploy import pay
 from arte_edge.distill.deployed import compare, sample_drafts
+from arte_edge.distill.length import length_share
 from arte_edge.distill.prompts import Worked
 from arte_edge.distill.racing import Raced, is_raced, race_scores
 from arte_edge.distill.run import Run, Summary
+from arte_edge.distill.scorer import scoring_engine
 from arte_edge.distill.scoring import by_probability, by_writing, item_scores
 from arte_edge.distill.stats import pearson
 from arte_edge.engines.base import Engine
@@ -48,30 +52,41 @@ def prefer(run: Run) -> Summary:
         drafts = [row for row in run.read("elicit", "rationales.jsonl") if row["usable"]]
         examples = [Example(r["input"], r["target"]) for r in run.read("calibrate", "preference_set.jsonl")]
         shots = [Worked(questions[d["question"]]["input"], d["text"]) for d in drafts]
-        engine = run.scoring_engine()
+        share = config.race_share if racing else 1.0
+        engine = scoring_engine(run, round(share * len(drafts) * len(examples)))
+        lengths = np.array(
+            [engine.count_tokens(f" {draft['text'].strip()}") for draft in drafts], dtype=float
+        )
+        free_of_length = lengths if config.length_free and run.task.answer.closed else None
+        which = [d["question"] for d in drafts]
         raced = None
         if racing:
-            raced = race_scores(run, engine, shots, [d["question"] for d in drafts], examples)
+            raced = race_scores(run, engine, shots, which, examples, free_of_length)
             scores = raced.scores
         else:
             by = by_writing if config.score == "accuracy" else by_probability
             scores = by(run, engine, shots, examples)
         use_free = config.bias_free and run.task.answer.closed
-        in_time = [_in_time(run, engine, draft["text"]) for draft in drafts]
+        plain = np.array([score.free if use_free else score.value for score in scores])
+        by_length = np.zeros(len(plain)) if free_of_length is None else length_share(plain, free_of_length)
+        in_time = [_in_time(run, int(tokens)) for tokens in lengths]
         rows = [
             {
                 "question": draft["question"],
                 "technique": draft["technique"],
-                "score": round(cost(score.free if use_free else score.value), 6),
+                "score": round(cost(float(own - long)), 6),
                 "measured": round(score.value, 6),
                 "bias_free": round(score.free, 6),
                 "bias": round(score.bias, 6),
+                "length": round(float(long), 6),
                 "accuracy": None if np.isnan(score.accuracy) else round(score.accuracy, 6),
                 "tokens": draft["tokens"],
                 "text": draft["text"],
-                **length,
+                **budget,
             }
-            for draft, score, (cost, length) in zip(drafts, scores, in_time, strict=True)
+            for draft, score, own, long, (cost, budget) in zip(
+                drafts, scores, plain, by_length, in_time, strict=True
+            )
         ]
         if raced is not None:
             for row, items, error in zip(rows, raced.items, raced.errors, strict=True):
@@ -79,14 +94,15 @@ def prefer(run: Run) -> Summary:
         means = _question_means(rows, questions)
         stage.write("scores.jsonl", rows)
         stage.write("questions.jsonl", means)
-        which = [d["question"] for d in drafts]
         return (
-            _summary(rows, len(examples))
+            _summary(rows, plain, len(examples))
+            | {"engine": f"{engine.identity.kind} {engine.identity.quantization}".strip()}
             | _race_summary(raced, config.race_error)
             | _deployed_summary(run, engine, shots, which, examples)
         )
 
     unused = set() if config.student_file else {"student_file"}
+    unused |= {"engine"} if config.engine == "auto" else set()
     unused |= set() if racing else {"race_share", "race_error"}
     inputs = {
         # A key that is not used must not be an input: older runs were made without it.
@@ -98,11 +114,11 @@ def prefer(run: Run) -> Summary:
     return run.stage("prefer", inputs, body, _say)
 
 
-def _in_time(run: Run, engine: Engine, text: str) -> tuple[Callable[[float], float], Row]:
-    """Return what a draft's length does to its score, and what its row says of it; nothing without a budget."""
+def _in_time(run: Run, tokens: int) -> tuple[Callable[[float], float], Row]:
+    """Return what a draft of so many of the student's tokens pays, and what its row says; nothing without a budget."""
     if run.budget is None:
         return (lambda score: score), {}
-    tokens, most = engine.count_tokens(f" {text.strip()}"), run.budget.answer_tokens
+    most = run.budget.answer_tokens
     row = {"student_tokens": tokens, "over_budget": tokens > most}
     if run.config.prefer.score == "accuracy":  # there the student itself was cut off
         return (lambda score: score), row
@@ -126,7 +142,8 @@ def _question_means(rows: Sequence[Row], questions: dict[str, Row]) -> list[Row]
     ]
 
 
-def _summary(rows: Sequence[Row], k: int) -> Summary:
+def _summary(rows: Sequence[Row], plain: np.ndarray[Any, Any], k: int) -> Summary:
+    """Return what the scores are like; `plain` ``[d]`` are those before length was taken out."""
     score = np.array([row["score"] for row in rows])
     measured = np.array([row["measured"] for row in rows])
     bias = np.array([row["bias"] for row in rows])
@@ -140,6 +157,7 @@ def _summary(rows: Sequence[Row], k: int) -> Summary:
         "measured_against_bias": _correlation(measured, bias),
         "score_against_bias": _correlation(score, bias),
         "score_against_length": _correlation(score, tokens),
+        "plain_against_length": _correlation(plain, tokens),
         **({"over_budget": sum(r["over_budget"] for r in rows)} if "over_budget" in rows[0] else {}),
     }
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from arte_edge.distill.answering import written_each
 from arte_edge.distill.belief import Floats, believe
 from arte_edge.distill.config import Prefer
+from arte_edge.distill.length import length_share
 from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, Worked, student_messages
 from arte_edge.distill.race import Ask, Race, spread_answers
 from arte_edge.distill.run import Run
@@ -67,9 +68,17 @@ class _Cells(Protocol):
 
 
 def race_scores(
-    run: Run, engine: Engine, shots: Sequence[Worked], question: Sequence[str], examples: Sequence[Example]
+    run: Run,
+    engine: Engine,
+    shots: Sequence[Worked],
+    question: Sequence[str],
+    examples: Sequence[Example],
+    tokens: Floats | None = None,
 ) -> Raced:
-    """Race the drafts `shots` over `examples`, the most discriminating first; `question` ``[d]`` groups them."""
+    """Race the drafts `shots` over `examples`, the most discriminating first; `question` ``[d]`` groups them.
+
+    With `tokens` ``[d]`` they are raced by what their length does not explain; the scores are those before that.
+    """
     config = run.config.prefer
     order = spread_answers([example.target for example in examples])
     examples = [examples[place] for place in order]
@@ -83,6 +92,8 @@ def race_scores(
     while asks := rules.ask(values):
         grid.measure(asks)
         values = grid.values(free=free)
+        if tokens is not None:
+            values -= length_share(believe(values).mean, tokens)[:, None]
         rounds += 1
     belief, measured = believe(values), np.isfinite(values)
     means = {use: believe(grid.values(free=use)).mean for use in (False, True)}

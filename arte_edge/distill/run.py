@@ -11,7 +11,7 @@ from arte_edge.distill.config import ModelConfig, RunConfig
 from arte_edge.distill.deploy import Budget
 from arte_edge.distill.progress import Reporter
 from arte_edge.distill.settings import build, differences, dump_toml, load_toml
-from arte_edge.distill.student_file import base_file, quantized_file
+from arte_edge.distill.student_file import base_file
 from arte_edge.engines.base import Engine
 from arte_edge.engines.open import ServerLimits, is_server, open_engine, open_local
 from arte_edge.engines.render import Message, render
@@ -74,21 +74,16 @@ class Run:
         weights = config.model if is_server(config.model) else self.local(config).sha256
         return [weights, config.engine, config.template, config.shots]
 
-    def engine_with(self, model: LocalModel, adapter: tuple[Path, str] | None, config: ModelConfig) -> Engine:
+    def engine_with(
+        self, model: LocalModel, adapter: tuple[Path, str] | None, config: ModelConfig, floats: str = ""
+    ) -> Engine:
         """Return the open engine of a model on disk, with an optional LoRA adapter (path, sha256)."""
-        key = f"{model.sha256}|{adapter}"
+        key = f"{model.sha256}|{adapter}|{config.engine}|{floats}"
         if key not in self._engines:
             self._engines[key] = open_local(
-                model, kind=config.engine, parallel=config.parallel, adapter=adapter
+                model, kind=config.engine, parallel=config.parallel, adapter=adapter, floats=floats
             )
         return self._engines[key]
-
-    def scoring_engine(self) -> Engine:
-        """Return the engine that scores drafts: the student's own, or that of its quantized file."""
-        config, kind = self.config.student, self.config.prefer.student_file
-        if not kind:
-            return self.engine(config)
-        return self.engine_with(quantized_file(self.local(config), kind, self.quantize), None, config)
 
     def most_tokens(self, wanted: int) -> int:
         """Return how many tokens an answer may have: `wanted`, or fewer where the device is slow."""

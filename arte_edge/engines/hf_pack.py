@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["pack"]
+__all__ = ["pack", "supported"]
 
 _TOKENS = 64  # of a typical call: oneDNN picks the order of the blocks by it
 
@@ -22,7 +22,7 @@ def pack(model: Any) -> int:
     """
     import torch
 
-    if model.dtype != torch.bfloat16 or not _supported():
+    if model.dtype != torch.bfloat16 or not supported():
         return 0
     linear = [
         (module, name, child)
@@ -36,7 +36,8 @@ def pack(model: Any) -> int:
     return len(linear)
 
 
-def _supported() -> bool:
+def supported() -> bool:
+    """Return whether this build of torch and this processor multiply bfloat16, and weights can be laid out for it."""
     import torch
 
     found = torch.backends.mkldnn.is_available() and all(  # type: ignore[no-untyped-call]

@@ -25,6 +25,7 @@ __all__ = ["Part", "Row", "after", "extend", "hold", "takes_rows"]
 
 _LAYERS = {"full_attention", "sliding_attention"}
 _FIRST_CELLS = 512
+_PIECE = 512  # tokens of a prefix in one call: a mask is so many by all cells
 _ATTENTION = "arte_edge_rows"  # the name that attention over rows is registered by
 
 
@@ -129,9 +130,11 @@ def hold(model: Any, device: torch.device, row: Row, stem: Stem | None, held: Se
     same = n_held(way, held)
     row.crop(way[same - 1].end if same else 0)
     for one in way[same:]:
-        at = np.arange(one.start, one.end)
-        seen = np.tri(len(at), dtype=np.bool_)
-        extend(model, device, [Part(row, one.tokens[one.start :], at, after(row, seen))], [len(at) - 1])
+        for start in range(one.start, one.end, _PIECE):
+            at = np.arange(start, min(start + _PIECE, one.end))
+            tokens = one.tokens[start : start + len(at)]
+            seen = np.tri(len(at), dtype=np.bool_)
+            extend(model, device, [Part(row, tokens, at, after(row, seen))], [len(at) - 1])
     return way
 
 

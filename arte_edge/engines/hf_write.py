@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["write_rows"]
 
 _ROWS, _PLACES = 4, 12  # rows, and sequences in each: attention grows with the square of a row
+_MOST_NEW = 512  # tokens of a row in one call: its mask is so many by all its cells
 _REFILL_SHARE = 8  # new ones enter when one place in so many is free
 _DEAD_SHARE = 0.15  # of a row's cells: then those that nobody sees are given back
 
@@ -56,6 +57,16 @@ class _Sequence:
     guessed: int  # how many of them, the last ones, are a guess
     position: int  # of the first of them
     seen: View
+
+    def forget_guess(self) -> None:
+        self.pending = self.pending[: len(self.pending) - self.guessed]
+        self.guessed = 0
+
+    def read(self, n: int, view: NDArray[np.bool_]) -> None:
+        """Take in the first `n` tokens of a prompt too long for one call; `view` is what the last of them saw."""
+        self.pending = self.pending[n:]
+        self.position += n
+        self.seen = view.copy()
 
     def advance(self, draw: Draw, row: int, views: NDArray[np.bool_]) -> bool:
         """Draw tokens from `row` on for as long as they are those of the guess; return whether more are wanted.
@@ -88,28 +99,47 @@ class _Group:
     stem: Stem | None = None
     prefix: View = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
 
-    def part(self) -> tuple[Part, list[int]]:
-        """Return what is pending of all sequences, and the places in it after which tokens are drawn."""
-        n, total = self.row.n_cells, sum(len(one.pending) for one in self.live)
+    def part(self) -> tuple[Part, list[int], list[int]]:
+        """Return what is decoded next, how many tokens of each sequence, and after which of them tokens are drawn.
+
+        The sequences that write come first; prompts are read in pieces that `_MOST_NEW` has room for.
+        """
+        taken: list[int] = []
+        for one in self.live:
+            left = max(_MOST_NEW - sum(taken), 0)
+            if len(one.pending) > left:
+                one.forget_guess()
+            taken.append(min(len(one.pending), left))
+        n, total = self.row.n_cells, sum(taken)
         mask = np.zeros((total, n + total), dtype=np.bool_)
         tokens: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
-        for one in self.live:
-            start, m = len(tokens), len(one.pending)
+        for one, m in zip(self.live, taken, strict=True):
+            start = len(tokens)
             mask[start : start + m, : len(one.seen)] = one.seen
             mask[start : start + m, n + start : n + start + m] = np.tri(m, dtype=np.bool_)
-            tokens += one.pending
+            tokens += one.pending[:m]
             positions += range(one.position, one.position + m)
-            wanted += range(start + m - 1 - one.guessed, start + m)
-        return Part(self.row, tokens, np.array(positions), mask), wanted
+            if m == len(one.pending):
+                wanted += range(start + m - 1 - one.guessed, start + m)
+        return Part(self.row, tokens, np.array(positions), mask), taken, wanted
 
-    def advance(self, draw: Draw, first: int, views: NDArray[np.bool_]) -> None:
-        """Let every sequence draw, from the row `first` of the logits on; those that are done leave."""
-        going, row = [], 0
-        for one in self.live:
+    def advance(self, draw: Draw, first: int, seen: NDArray[np.bool_], taken: Sequence[int]) -> None:
+        """Let every sequence draw, from the row `first` of the logits on; those that are done leave.
+
+        `seen` ``[n, n_cells]`` says what each decoded token saw, `taken` how many of them are each sequence's.
+        """
+        going, row, end = [], first, 0
+        for one, m in zip(self.live, taken, strict=True):
+            end += m
+            if m < len(one.pending):
+                if m:
+                    one.read(m, seen[end - 1])
+                going.append(one)
+                continue
             n_drawn = 1 + one.guessed
-            if one.advance(draw, first + row, views[row : row + n_drawn]):
+            if one.advance(draw, row, seen[end - n_drawn : end]):
                 going.append(one)
             row += n_drawn
         self.live = going
@@ -186,11 +216,13 @@ class _Schedule:
         made = [group.part() for group in groups]
         wanted: list[int] = []
         start = 0
-        for part, own in made:
+        for part, _, own in made:
             wanted += [start + place for place in own]
             start += len(part.tokens)
-        draw = self._drawing(extend(self._model, self._device, [part for part, _ in made], wanted))
+        # Logits of one token at least: where all are still reading, nobody draws from them.
+        logits = extend(self._model, self._device, [part for part, _, _ in made], wanted or [0])
+        draw = self._drawing(logits)
         first = 0
-        for group, (part, own) in zip(groups, made, strict=True):
-            group.advance(draw, first, part.seen[own])
+        for group, (part, taken, own) in zip(groups, made, strict=True):
+            group.advance(draw, first, part.seen, taken)
             first += len(own)

@@ -1,27 +1,20 @@
 """Which context layout is fastest here: measured once per machine, model and llama.cpp, then remembered.
 
 Batches differ by tens of percent between layouts, and which one wins depends on the
-processor. The choice moves results by rounding only, but a run that goes on after an
-interruption should repeat its batches to the bit: so the first answer is written down
-in the cache folder and stays. ``ARTE_EDGE_PROBE=0`` takes `DEFAULT_LAYOUT` instead.
+processor. ``ARTE_EDGE_PROBE=0`` takes `DEFAULT_LAYOUT` instead.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
 import time
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.engines.llama_layout import DEFAULT_LAYOUT, Layout, available_bytes, context_bytes
-from arte_edge.models.home import locked, room
+from arte_edge.engines.remembered import machine, probing, remembered
 
 if TYPE_CHECKING:
     from arte_edge.engines.llama_runtime import LlamaModel
@@ -45,20 +38,15 @@ def layout_for(model: LlamaModel, sha256: str, threads: int) -> Layout:
 
     A file without a known `sha256` gets the default.
     """
-    if not sha256 or os.environ.get("ARTE_EDGE_PROBE", "1") == "0":
+    if not sha256 or not probing():
         return DEFAULT_LAYOUT
-    facts = [_machine(), threads, sha256, f"{model.lib.__name__} {model.lib.__version__}", _SEQUENCES]
-    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
-    path = room("layouts") / f"{name}.json"
-    if (known := _read(path)) is not None:
-        return known
-    with locked(f"layout-{name}"):
-        if (known := _read(path)) is not None:
-            return known
+    facts = [machine(), threads, sha256, f"{model.lib.__name__} {model.lib.__version__}", _SEQUENCES]
+
+    def measure() -> dict[str, Any]:
         seconds = probe(model, threads)
-        chosen = _choose(seconds)
-        _write(path, {"layout": asdict(chosen), "seconds": [round(s, 4) for s in seconds]})
-        return chosen
+        return {"layout": asdict(_choose(seconds)), "seconds": [round(s, 4) for s in seconds]}
+
+    return remembered("layout", facts, _read, measure)
 
 
 def probe(model: LlamaModel, threads: int) -> list[float]:
@@ -118,27 +106,6 @@ def _choose(seconds: list[float]) -> Layout:
     return CANDIDATES[best] if seconds[best] < _WORTH * seconds[0] else DEFAULT_LAYOUT
 
 
-def _machine() -> str:
-    """Return what tells this kind of machine from another: the processor's name, its kind and its cores."""
-    name = platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return f"{platform.machine()} {name} {os.cpu_count()}"
-
-
-def _read(path: Path) -> Layout | None:
-    try:
-        layout = Layout(**json.loads(path.read_text("utf-8"))["layout"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _read(row: dict[str, Any]) -> Layout | None:
+    layout = Layout(**row["layout"])
     return layout if layout in CANDIDATES else None
-
-
-def _write(path: Path, row: dict[str, object]) -> None:
-    from arte_edge.models.disk import whole_file
-
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(row) + "\n", "utf-8")

@@ -59,11 +59,17 @@ def open_engine(
 
 
 def open_local(
-    model: LocalModel, *, kind: Kind = "auto", parallel: int = 32, adapter: tuple[Path, str] | None = None
+    model: LocalModel,
+    *,
+    kind: Kind = "auto",
+    parallel: int = 32,
+    adapter: tuple[Path, str] | None = None,
+    floats: str = "",
 ) -> Engine:
     """Open the engine of a model on this machine. `adapter` is a LoRA adapter's path and sha256.
 
-    For llama.cpp the adapter is a GGUF file, for transformers a PEFT folder.
+    For llama.cpp the adapter is a GGUF file, for transformers a PEFT folder. `floats` are what
+    transformers computes in, float32 or bfloat16; empty: what suits the machine.
     """
     path, sha256 = adapter or (None, "")
     if kind == "llamacpp" or (kind == "auto" and model.gguf is not None):
@@ -84,4 +90,7 @@ def open_local(
         )
     from arte_edge.engines.hf import TransformersEngine
 
-    return cast(Engine, TransformersEngine(model.checkpoint(), sha256=model.sha256, adapter=path))
+    return cast(
+        Engine,
+        TransformersEngine(model.checkpoint(), sha256=model.sha256, adapter=path, dtype=floats or "auto"),
+    )

@@ -109,7 +109,7 @@ def test_without_a_device_there_is_no_budget_and_no_trace_of_one(house: Any) -> 
     older = {
         "stage": "prefer",
         "seed": 0,
-        "prefer": {"score": "likelihood", "bias_free": True, "answer_tokens": 96},
+        "prefer": {"score": "likelihood", "bias_free": True, "length_free": True, "answer_tokens": 96},
         "student": run.identity(run.config.student),
         "data": run.outputs("elicit", "calibrate"),
     }

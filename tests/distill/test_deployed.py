@@ -69,7 +69,7 @@ def test_a_run_that_scores_with_a_quantized_file_says_what_that_changes(
     tables = {"calibrate": {"k": 12, "items": 20}, "elicit": {"questions": 8}}
     run = house.run(prefer={"student_file": "Q4_K_M", "race": "off"}, **tables)
     deployed = type(house.student)("deployed", knows=lambda n: n % 4 > 0)
-    monkeypatch.setattr(run, "scoring_engine", lambda: deployed)
+    monkeypatch.setattr("arte_edge.distill.prefer.scoring_engine", lambda run, n_score: deployed)
     elicit(run)
     calibrate(run)
     asked = house.student.calls

@@ -232,6 +232,33 @@ def test_every_family_writes_and_scores_in_rows_as_in_batches(tiny_checkpoint, t
     assert np.abs(scores - plain_scores).max() < 1e-3
 
 
+def test_long_prompts_are_read_in_pieces_and_no_call_takes_more(llama, monkeypatch):
+    """What one call has to remember is bounded, and the texts are those of prompts read at once."""
+    drafts = [PREFIX * 2 + word * 9 for word in ("one ", "two ")]
+    requests = [
+        Request(f"{draft}{word * n}?") for draft in drafts for n in (1, 9, 20) for word in ("cat ", "the ")
+    ]
+    requests.append(Request("mat " * 70))  # shares nothing
+    sampling = Sampling(max_tokens=12)
+    whole = llama.complete(requests, sampling)
+    sizes, seen = [], []
+    run = hf_row.extend
+
+    def extending(model, device, parts, wanted):
+        sizes.extend(len(part.tokens) for part in parts)
+        seen.append(len(wanted))
+        return run(model, device, parts, wanted)
+
+    monkeypatch.setattr(hf_row, "extend", extending)
+    monkeypatch.setattr(hf_write, "extend", extending)
+    monkeypatch.setattr(hf_row, "_PIECE", 11)
+    monkeypatch.setattr(hf_write, "_MOST_NEW", 13)
+    pieces = llama.complete(requests, sampling)
+    assert [row.text for row in pieces] == [row.text for row in whole]
+    assert [row.cached_tokens for row in pieces] == [row.cached_tokens for row in whole]
+    assert max(sizes) <= 13 and len(seen) > 20
+
+
 def test_a_family_whose_attention_is_no_plain_softmax_stays_in_batches(tiny_checkpoint, tmp_path):
     engine = TransformersEngine(tiny_checkpoint(tmp_path / "m", "gemma2"), sha256="0", device="cpu")
     assert not hf_row.takes_rows(engine._model)
