@@ -47,6 +47,7 @@ RESULTS = Path(__file__).parent / "results" / "score_worth"
 OUTCOMES = ("right", "forced", "probability_free")
 PAIRS = (("best", "worst"), ("top questions", "bottom questions"))
 FEW_QUESTIONS = (4, 8, 16)
+DICE = 300
 FEW = 0.35  # share of parroted drafts below which a group counts as having few
 CONTROLS = ("shortest", "own-likelihood", "random")
 
@@ -79,6 +80,14 @@ class Record:
 
     def outcome(self, which: str) -> Floats:
         return np.array([rate(row, which) for row in self.runs])
+
+    def means(self, score: Floats) -> Floats:
+        """Return each group's mean score."""
+        return np.array([score[row["members"]].mean() for row in self.runs])
+
+    def alike(self, score: Floats, outcome: str) -> float:
+        """Return how group means of a score order an outcome, parroted share and spread of labels held constant."""
+        return partial(self.means(score), self.outcome(outcome), [self.share, self.spread])
 
 
 def _entropy(labels: Sequence[str]) -> float:
@@ -129,7 +138,7 @@ def trained(record: Record, name: str, score: Floats) -> dict[str, Any]:
         for outcome in OUTCOMES:
             gaps = [rate(ends[upper][s], outcome) - rate(ends[lower][s], outcome) for s in seeds]
             out[f"{upper} - {lower}, {outcome}"] = [*mean_interval(gaps), len(gaps)]
-    means = np.array([score[row["members"]].mean() for row in record.runs])
+    means = record.means(score)
     sets = distinct_groups(record.runs)
     few = [places for places in sets if (record.share[places] < FEW).all()]
     for outcome in OUTCOMES:
@@ -199,10 +208,32 @@ def written(grid: Mapping[str, Any]) -> dict[str, float]:
 
 
 def of_groups(record: Record) -> dict[str, Any]:
-    """Return the untrained student, and what orders the trained groups whatever their scores."""
+    """Return the untrained student, and what orders the trained groups whatever their scores.
+
+    *A die reaches*: groups share drafts, so chance orders them further than intervals over groups say; 95 % of
+    fresh random scores stay within these. *Random groups*: standard deviation of the outcome between groups drawn
+    at random. *Length*: rank correlation with a group's mean log length.
+    """
     sets = distinct_groups(record.runs)
+    rng = np.random.default_rng(2)
+    dice = [rng.random(record.question.size) for _ in range(DICE)]
+    drawn = np.array([row["score"] == "none" for row in record.runs])
+    length = record.means(np.log(record.grid["tokens"].astype(float)))
+    answered = np.array([row["answered"] / row["n"] for row in record.runs])
     return {
         "base": {key: record.base[key] for key in ("n", *OUTCOMES)},
+        "a die reaches": {
+            outcome: [
+                round(float(q), 3)
+                for q in np.quantile([record.alike(die, outcome) for die in dice], (0.025, 0.975))
+            ]
+            for outcome in OUTCOMES
+        },
+        "random groups": {
+            outcome: round(float(record.outcome(outcome)[drawn].std(ddof=1)), 4) for outcome in OUTCOMES
+        },
+        "length": {outcome: round(spearman(length, record.outcome(outcome)), 3) for outcome in OUTCOMES}
+        | {"answered": round(spearman(length, answered), 3)},
         "groups against": {
             f"{what}, {outcome}": with_interval(
                 lambda at, v=value, o=outcome: spearman(v[at], record.outcome(o)[at]), sets
@@ -236,14 +267,15 @@ def tables(summary: Mapping[str, Any]) -> str:
             lines.append(f"| {' | '.join([key, *cells])} |")
         head = ["score", "one draft", "within its question", "one draft, less length"]
         if "base" in task:
-            head += ["groups alike, forced", "few parroted, forced", "few parroted, written"]
+            head += [f"groups alike, {outcome}" for outcome in ("probability", "forced", "written")]
+            head += ["few parroted, forced"]
             head += ["best − worst, written", "best − worst, forced"]
         lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for key, row in task["scores"].items():
             cells = [_span(row["one draft"][of]) for of in ("all", "within", "less length")]
             if t := row.get("trained"):
-                spans = [t["groups alike, forced"]]
-                spans += [t.get(f"few parroted, {outcome}") for outcome in ("forced", "right")]
+                spans = [t[f"groups alike, {outcome}"] for outcome in ("probability_free", "forced", "right")]
+                spans += [t.get("few parroted, forced")]
                 cells += [_span(span) for span in spans]
                 cells += [_span(t[f"best - worst, {outcome}"], 100) for outcome in ("right", "forced")]
             lines.append(f"| {' | '.join([key, *cells])} |")
@@ -268,8 +300,9 @@ def main() -> None:
     for name, record in records.items():
         if not record.base:
             continue
-        parrots_chart(record.share, record.outcome("right"), name)
-        ends_chart(summary[name]["scores"], name)
+        if record.parroted.any():
+            parrots_chart(record.share, record.outcome("right"), name)
+        ends_chart(summary[name]["scores"], summary[name]["a die reaches"]["probability_free"], name)
     print(tables(summary))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +30,25 @@ def parrots_chart(share: Floats, right: Floats, name: str) -> None:
     write_svg(plot, _FIGURES / f"score-parrots-{name}.svg")
 
 
-def ends_chart(scores: Mapping[str, Any], name: str) -> None:
-    """Draw, for each score, its rank correlation with one draft's effect, and with groups of few parroted drafts."""
+def ends_chart(scores: Mapping[str, Any], die: Sequence[float], name: str) -> None:
+    """Draw, for each score, its rank correlations with what training on one draft and on groups of drafts does.
+
+    `die`: how far, from and to, 95 % of random scores order the groups.
+    """
     rows = list(scores)
     plot = Plot(
         Axis("rank correlation with what training does", -0.9, 0.9),
         rows,
         title="What a score says of training",
-        desc="Rank correlations with 95 % intervals, a row a score.",
-        legend=[("one draft alone", 0), ("groups, answer forced", 1)],
+        desc="Rank correlations with 95 % intervals, a row a score; a die orders groups as far as the lines.",
+        legend=[("one draft alone", 0), ("groups alike, bias-free probability", 1)],
     )
     plot.rule(0.0, "")
+    for end in die:
+        plot.rule(end, "die")
     for i, key in enumerate(rows):
-        spans = (scores[key]["one draft"]["all"], scores[key]["trained"].get("few parroted, forced"))
+        spans = (scores[key]["one draft"]["all"], scores[key]["trained"]["groups alike, probability_free"])
         for series, span in enumerate(spans):
-            if span is None:
-                continue
             y = i + (-0.16, 0.16)[series]
             plot.whisker((span[1], span[2]), (y, y), series)
             plot.mark(span[0], y, series, tip=f"{key}: {span[0]:+.2f} ({span[1]:+.2f} to {span[2]:+.2f})")

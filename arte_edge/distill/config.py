@@ -132,7 +132,7 @@ class Prefer(_Section):
     )
     engine: Literal["auto", "student"] = Field(
         default="auto",
-        description="auto: from 1,000 scores on the fastest here, in bfloat16 too; student: as all else of it",
+        description="auto: from 500 scores on the fastest here, in bfloat16 too; student: as all else of it",
     )
     student_file: str = Field(
         default="", description="score with the student quantized so, as in Q4_K_M; empty: with 16 bits"

@@ -28,6 +28,7 @@ from arte_edge.distill.prompts import Worked
 from arte_edge.distill.racing import Raced, is_raced, race_scores
 from arte_edge.distill.run import Run, Summary
 from arte_edge.distill.scorer import scoring_engine
+from arte_edge.distill.scores import Score
 from arte_edge.distill.scoring import by_probability, by_writing, item_scores
 from arte_edge.distill.stats import pearson
 from arte_edge.engines.base import Engine
@@ -43,51 +44,30 @@ _COMPARED_DRAFTS = 24  # scored by the deployed file and by the 16-bit one, to s
 
 def prefer(run: Run) -> Summary:
     """Write scores.jsonl (one row a rationale) and questions.jsonl (one row a question)."""
-    config, student = run.config.prefer, run.config.student
+    config, student, closed = run.config.prefer, run.config.student, run.task.answer.closed
     usable = sum(row["usable"] for row in run.read("elicit", "rationales.jsonl"))
     racing = is_raced(config, usable, len(run.read("calibrate", "preference_set.jsonl")))
+    level = config.length_free and closed
 
     def body(stage: Stage) -> Summary:
         questions = {row["id"]: row for row in run.read("elicit", "questions.jsonl")}
         drafts = [row for row in run.read("elicit", "rationales.jsonl") if row["usable"]]
         examples = [Example(r["input"], r["target"]) for r in run.read("calibrate", "preference_set.jsonl")]
         shots = [Worked(questions[d["question"]]["input"], d["text"]) for d in drafts]
+        which = [d["question"] for d in drafts]
         share = config.race_share if racing else 1.0
         engine = scoring_engine(run, round(share * len(drafts) * len(examples)))
-        lengths = np.array(
-            [engine.count_tokens(f" {draft['text'].strip()}") for draft in drafts], dtype=float
-        )
-        free_of_length = lengths if config.length_free and run.task.answer.closed else None
-        which = [d["question"] for d in drafts]
-        raced = None
+        lengths = [engine.count_tokens(f" {draft['text'].strip()}") for draft in drafts]
+        tokens = np.array(lengths, dtype=float)
         if racing:
-            raced = race_scores(run, engine, shots, which, examples, free_of_length)
+            raced = race_scores(run, engine, shots, which, examples, tokens if level else None)
             scores = raced.scores
         else:
             by = by_writing if config.score == "accuracy" else by_probability
-            scores = by(run, engine, shots, examples)
-        use_free = config.bias_free and run.task.answer.closed
-        plain = np.array([score.free if use_free else score.value for score in scores])
-        by_length = np.zeros(len(plain)) if free_of_length is None else length_share(plain, free_of_length)
-        in_time = [_in_time(run, int(tokens)) for tokens in lengths]
-        rows = [
-            {
-                "question": draft["question"],
-                "technique": draft["technique"],
-                "score": round(cost(float(own - long)), 6),
-                "measured": round(score.value, 6),
-                "bias_free": round(score.free, 6),
-                "bias": round(score.bias, 6),
-                "length": round(float(long), 6),
-                "accuracy": None if np.isnan(score.accuracy) else round(score.accuracy, 6),
-                "tokens": draft["tokens"],
-                "text": draft["text"],
-                **budget,
-            }
-            for draft, score, own, long, (cost, budget) in zip(
-                drafts, scores, plain, by_length, in_time, strict=True
-            )
-        ]
+            raced, scores = None, by(run, engine, shots, examples)
+        plain = np.array([score.free if config.bias_free and closed else score.value for score in scores])
+        by_length = length_share(plain, tokens) if level else np.zeros(len(plain))
+        rows = [_row(run, *one) for one in zip(drafts, scores, plain, by_length, lengths, strict=True)]
         if raced is not None:
             for row, items, error in zip(rows, raced.items, raced.errors, strict=True):
                 row |= {"items": items, "standard_error": round(error, 6)}
@@ -103,6 +83,7 @@ def prefer(run: Run) -> Summary:
 
     unused = set() if config.student_file else {"student_file"}
     unused |= {"engine"} if config.engine == "auto" else set()
+    unused |= set() if closed else {"length_free"}
     unused |= set() if racing else {"race_share", "race_error"}
     inputs = {
         # A key that is not used must not be an input: older runs were made without it.
@@ -112,6 +93,24 @@ def prefer(run: Run) -> Summary:
         **run.deploy_inputs(),
     }
     return run.stage("prefer", inputs, body, _say)
+
+
+def _row(run: Run, draft: Row, score: Score, plain: float, by_length: float, tokens: int) -> Row:
+    """Return a row of scores.jsonl: `plain` orders drafts before what length explains of it is taken out."""
+    cost, budget = _in_time(run, tokens)
+    return {
+        "question": draft["question"],
+        "technique": draft["technique"],
+        "score": round(cost(float(plain - by_length)), 6),
+        "measured": round(score.value, 6),
+        "bias_free": round(score.free, 6),
+        "bias": round(score.bias, 6),
+        "length": round(float(by_length), 6),
+        "accuracy": None if np.isnan(score.accuracy) else round(score.accuracy, 6),
+        "tokens": draft["tokens"],
+        "text": draft["text"],
+        **budget,
+    }
 
 
 def _in_time(run: Run, tokens: int) -> tuple[Callable[[float], float], Row]:
@@ -198,10 +197,13 @@ def _say(summary: Summary) -> str:
     against = summary["measured_against_bias"]
     trap = "" if against is None else f"; r with the induced answer bias {against:+.2f}"
     long = summary.get("over_budget")
-    slow = f"; {long} longer than the device has time for" if long else ""
+    # A stage that an earlier version finished does not say which engine scored.
+    floats = summary.get("engine", "").partition("transformers ")[2]
+    rest = f"; in {floats}" if floats else ""
+    rest += f"; {long} longer than the device has time for" if long else ""
     if race := summary.get("race"):
         share = race["measured"] / race["of"]
-        slow += (
+        rest += (
             f"; raced: {race['measured']} of {race['of']} scores measured ({share:.0%}), {race['open']} drafts' "
             f"places open at {race['error']:.0%} risk"
         )
@@ -210,9 +212,9 @@ def _say(summary: Summary) -> str:
             f"{end} kept in {share:.0%}"
             for end, share in (("best", deployed["best_kept"]), ("worst", deployed["worst_kept"]))
         )
-        slow += f"; against 16 bits: {kept} of {deployed['questions']} questions"
+        rest += f"; against 16 bits: {kept} of {deployed['questions']} questions"
     return (
         f"{summary['drafts']} drafts × {summary['k']} questions, score {summary['mean']:.3f} ± {summary['sd']:.3f}"
         + trap
-        + slow
+        + rest
     )

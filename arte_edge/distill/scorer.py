@@ -19,7 +19,7 @@ from arte_edge.engines.remembered import probing
 
 __all__ = ["scoring_engine"]
 
-_WORTH_SCORES = 1000  # below, opening another engine and the first measuring take longer than they save
+_WORTH_SCORES = 500  # below, opening another engine and the first measuring take longer than they save
 _RUNTIMES = ("llama_cpp_python", "xllamacpp", "torch", "transformers")
 
 

@@ -12,7 +12,7 @@ from arte_edge.distill.scorer import scoring_engine
 from arte_edge.engines.quickest import Way
 from arte_edge.models.local import LocalModel
 
-MUCH = 1000
+MUCH = 500
 
 
 @pytest.fixture
