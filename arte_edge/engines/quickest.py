@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -16,13 +17,14 @@ from arte_edge.engines import hf_pack
 from arte_edge.engines.base import Engine, Request, Sampling
 from arte_edge.engines.llama_layout import available_bytes
 from arte_edge.engines.remembered import machine, remembered
+from arte_edge.errors import ArteError
 
-__all__ = ["FLOATS", "Way", "Work", "quickest", "sample_seconds", "ways_here"]
+__all__ = ["Way", "Work", "quickest", "sample_seconds", "ways_here"]
 
 Floats = Literal["float32", "bfloat16"]
 Work = Literal["write", "choose"]  # texts, or log-probabilities of given answers
 
-FLOATS: tuple[Floats, ...] = ("bfloat16", "float32")
+_FLOATS: tuple[Floats, ...] = ("bfloat16", "float32")
 _TIMES = {"bfloat16": 1, "float32": 2}  # the bytes of a weight, against those of the checkpoint
 _ROOM = 2.0  # times the weights: they are laid out anew while the file's own are still there
 _WORTH = 0.8  # another way must take less than this of the first one's time
@@ -74,7 +76,7 @@ def ways_here(weights_bytes: int, *, has_file: bool) -> list[Way]:
     default = Way("llamacpp") if has_file else Way("transformers")
     bfloat16 = gpu or hf_pack.supported()
     # Without a file 32 bits on a processor, 16 on a GPU are the default already.
-    others = [floats for floats in FLOATS if has_file or (floats == "bfloat16") is not gpu]
+    others = [floats for floats in _FLOATS if has_file or (floats == "bfloat16") is not gpu]
     return [default] + [
         Way("transformers", floats)
         for floats in others
@@ -96,7 +98,11 @@ def quickest(
         return ways[0]
 
     def measure() -> dict[str, Any]:
-        seconds = {str(way): _timed(opening, way, work) for way in ways}
+        seconds = {str(ways[0]): _timed(opening, ways[0], work)}
+        for way in ways[1:]:
+            # A way that cannot be gone here is not taken; it must not end a run that has another.
+            with suppress(ArteError, RuntimeError, MemoryError):
+                seconds[str(way)] = _timed(opening, way, work)
         return {"way": _choose(ways, seconds), "seconds": {k: round(s, 3) for k, s in seconds.items()}}
 
     def read(row: Mapping[str, Any]) -> Way | None:
@@ -136,6 +142,6 @@ def _do(engine: Engine, work: Work, wishes: Sequence[str]) -> None:
 
 
 def _choose(ways: Sequence[Way], seconds: Mapping[str, float]) -> str:
-    best = min(ways, key=lambda way: seconds[str(way)])
-    first = ways[0]
-    return str(best if seconds[str(best)] < _WORTH * seconds[str(first)] else first)
+    first = str(ways[0])
+    best = min(seconds, key=lambda way: seconds[way])
+    return best if seconds[best] < _WORTH * seconds[first] else first

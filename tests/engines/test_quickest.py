@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from arte_edge.engines.quickest import Way, quickest, sample_seconds, ways_here
+from arte_edge.errors import ArteError
 from arte_edge.models.home import room
 
 LLAMA, HALF, FULL = Way("llamacpp"), Way("transformers", "bfloat16"), Way("transformers", "float32")
@@ -62,6 +63,23 @@ def test_the_fastest_is_taken_measured_once_and_all_are_closed(work: Any) -> Non
 
 def test_a_little_faster_is_not_worth_leaving_the_default() -> None:
     assert quickest(WAYS, opening({LLAMA: 0.03, HALF: 0.028, FULL: 0.03}, []), "choose", []) == LLAMA
+
+
+@pytest.mark.parametrize("error", [ArteError("no torch"), RuntimeError("out of memory"), MemoryError()])
+def test_a_way_that_cannot_be_gone_is_left_out_and_the_default_must_work(error: Exception) -> None:
+    fine = opening({LLAMA: 0.02, FULL: 0.001}, [])
+
+    def failing(broken: Way) -> Any:
+        def open_way(way: Way) -> Any:
+            if way == broken:
+                raise error
+            return fine(way)
+
+        return open_way
+
+    assert quickest(WAYS, failing(HALF), "choose", ["a"]) == FULL
+    with pytest.raises(type(error)):
+        quickest([LLAMA, FULL], failing(LLAMA), "choose", ["b"])
 
 
 def test_without_a_choice_nothing_is_opened() -> None:
