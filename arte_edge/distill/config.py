@@ -169,6 +169,9 @@ class Tailor(_Section):
     )
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     label: LabelPolicy = Field(default="vote", description="as in elicit")
+    even_labels: bool = Field(
+        default=True, description="closed answers: of more examples than wanted those that spread the labels"
+    )
     max_prompts: int = Field(default=0, ge=0, description="as in elicit")
 
 

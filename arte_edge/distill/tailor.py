@@ -4,6 +4,10 @@ Questions are drawn with the prompt of alignment at temperature 1; rationales co
 from the naive prompt, greedily: which technique to use is now the teacher's choice. What the
 student's device has no time for trains nobody; how the teacher is brought to keep within that time is
 said in `arte_edge.distill.within`.
+
+A teacher asks for some labels far more often than for others, and how evenly they are spread moves
+what the student learns more than any score of its drafts does (docs/score-worth.md): of more usable
+examples than wanted those are taken that spread them.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any
 
 from arte_edge.distill.parrots import refuse_parrots
 from arte_edge.distill.questions import Drafts, QuestionPlan, draft_questions
+from arte_edge.distill.race import spread_answers
 from arte_edge.distill.rationales import label_rows, opinions, write_rationales
 from arte_edge.distill.run import Run, Summary
 from arte_edge.distill.within import brief_shots, draw_again, too_long
@@ -70,22 +75,24 @@ def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summa
                 + (f", {dropped} too long for the device)" if dropped else ")"),
                 "Lower tailor.questions, take tailor.label = 'vote' or 'teacher', or a stronger teacher.",
             )
-        stage.write("train.jsonl", rows[:wanted])
+        rows = _even(rows, wanted) if config.even_labels and run.task.answer.closed else rows[:wanted]
+        stage.write("train.jsonl", rows)
         stage.write("rejected.jsonl", rejected)
-        words = [len(row["rationale"].split()) for row in rows[:wanted]]
+        words = [len(row["rationale"].split()) for row in rows]
         return {
-            "examples": len(rows[:wanted]),
+            "examples": len(rows),
             "questions": len(drafts.valid),
             "prompts": prompts,
             "rejected": drafts.reasons(),
             "labels": labels,
-            "answers": _spread(rows[:wanted]),
+            "answers": _spread(rows),
             "rationale_words": round(sum(words) / max(len(words), 1), 1),
             **({} if run.budget is None else {"over_budget": dropped, "drawn_again": drawn}),
         }
 
+    unused = set() if run.task.answer.closed else {"even_labels"}
     inputs: dict[str, Any] = {
-        "tailor": config.model_dump(mode="json"),
+        "tailor": config.model_dump(mode="json", exclude=unused),
         "elicit": run.config.elicit.model_dump(mode="json"),
         "teacher": run.identity(run.config.teacher),
         "adapter": adapter_sha256,
@@ -131,6 +138,12 @@ def _chosen(run: Run, rationales: Sequence[Row]) -> tuple[dict[str, Row], int]:
         if id(row) not in long:
             chosen.setdefault(row["question"], row)
     return chosen, len({row["question"] for row in usable} - set(chosen))
+
+
+def _even(rows: list[Row], wanted: int) -> list[Row]:
+    """Return `wanted` of the rows, in their order, with every label about as often as its rows allow."""
+    order = spread_answers([row["label"] for row in rows])
+    return [rows[place] for place in sorted(order[:wanted])]
 
 
 def _spread(rows: list[dict[str, Any]]) -> dict[str, int]:

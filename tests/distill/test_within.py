@@ -183,7 +183,13 @@ def test_without_a_budget_nothing_is_drawn_and_no_input_is_new(house: Any) -> No
     older = {
         "stage": "tailor",
         "seed": 0,
-        "tailor": {"questions": 8, "temperature": 1.0, "label": "vote", "max_prompts": 0},
+        "tailor": {
+            "questions": 8,
+            "temperature": 1.0,
+            "label": "vote",
+            "even_labels": True,
+            "max_prompts": 0,
+        },
         "elicit": elicit,
         "teacher": run.identity(config.teacher),
         "adapter": "",
