@@ -17,14 +17,13 @@ seeds are alike), or Student's t over the seeds of one pair of groups, which say
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from score_worth_figures import ends_chart, parrots_chart
+from score_worth_record import RESULTS, Record
 from score_worth_scores import SCORES, UNASKED, Floats, bias_of, draft_scores, without
 from score_worth_stats import (
     centred,
@@ -39,60 +38,15 @@ from score_worth_stats import (
     with_interval,
 )
 
-from arte_edge.distill.parrots import refuse_parrots
 from arte_edge.distill.stats import spearman
-from arte_edge.store import read_jsonl, write_atomic
+from arte_edge.store import write_atomic
 
-RESULTS = Path(__file__).parent / "results" / "score_worth"
 OUTCOMES = ("right", "forced", "probability_free")
 PAIRS = (("best", "worst"), ("top questions", "bottom questions"))
 FEW_QUESTIONS = (4, 8, 16)
 DICE = 300
 FEW = 0.35  # share of parroted drafts below which a group counts as having few
 CONTROLS = ("shortest", "own-likelihood", "random")
-
-
-class Record:
-    """One task's grid, influences and trained groups."""
-
-    def __init__(self, name: str) -> None:
-        self.grid = dict(np.load(RESULTS / f"{name}-grid.npz"))
-        effect = dict(np.load(RESULTS / f"{name}-influence.npz"))
-        # Drafts that a student was trained on alone, what the grid has of them, and what the training did.
-        self.alone = effect.get("places", np.arange(len(self.grid["question"])))
-        by_draft = ("right", "logp", "question", "tokens", "own")
-        self.part = self.grid | {key: self.grid[key][self.alone] for key in by_draft if key in self.grid}
-        self.gain = effect["probability_free"]
-        groups = RESULTS / f"{name}-groups.jsonl"
-        rows = read_jsonl(groups) if groups.is_file() else []
-        self.base = next((row for row in rows if row["part"] == "base"), None)
-        self.runs = [row for row in rows if row["part"] != "base"]
-        drafts = json.loads((RESULTS / f"{name}-work.json").read_text("utf-8"))["drafts"]
-        marked = [{"question": str(d["question"]), "text": d["text"], "usable": True} for d in drafts]
-        refuse_parrots(marked)
-        self.parroted = np.array([not row["usable"] for row in marked])
-        self.answers = [draft["answer"] for draft in drafts]
-        self.question = self.grid["question"]
-        members = [row["members"] for row in self.runs]
-        # What a group is like, whatever its drafts' scores: parroted share, spread of its labels (nats).
-        self.share = np.array([self.parroted[m].mean() for m in members])
-        self.spread = np.array([_entropy([self.answers[i] for i in m]) for m in members])
-
-    def outcome(self, which: str) -> Floats:
-        return np.array([rate(row, which) for row in self.runs])
-
-    def means(self, score: Floats) -> Floats:
-        """Return each group's mean score."""
-        return np.array([score[row["members"]].mean() for row in self.runs])
-
-    def alike(self, score: Floats, outcome: str) -> float:
-        """Return how group means of a score order an outcome, parroted share and spread of labels held constant."""
-        return partial(self.means(score), self.outcome(outcome), [self.share, self.spread])
-
-
-def _entropy(labels: Sequence[str]) -> float:
-    shares = np.array(list(Counter(labels).values())) / len(labels)
-    return float(-(shares * np.log(shares)).sum())
 
 
 def one_draft(record: Record, score: Floats) -> dict[str, list[float]]:
