@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from arte_edge.engines import hf, hf_pack  # noqa: E402
 from arte_edge.engines.hf import TransformersEngine  # noqa: E402
 
-needs_bf16 = pytest.mark.skipif(not hf_pack._supported(), reason="this processor multiplies no bfloat16")
+needs_bf16 = pytest.mark.skipif(not hf_pack.supported(), reason="this processor multiplies no bfloat16")
 PROMPTS = ["the cat sat on the mat. ", "one two three ", "is it True or False? "]
 
 
