@@ -1,6 +1,6 @@
 """Does a student learn more from examples whose labels are spread evenly? What `tailor.even_labels` is worth.
 
-    python benchmarks/even_labels.py WORK.json STUDENT_CHECKPOINT     # two cores: 15 minutes
+    python benchmarks/even_labels.py WORK.json STUDENT_CHECKPOINT     # two cores: 30 minutes
 
 WORK.json holds a teacher's drafts (`score_worth_work.py`; results/score_worth/home_intents-1.5b-work.json). A seed
 shuffles the questions and takes one rationale of each, as many as `tailor` asks for: from the same examples the
