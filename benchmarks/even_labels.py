@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from score_worth_influence import Learner
+from score_worth_record import entropy
 from score_worth_stats import mean_interval
 
 from arte_edge.distill.prompts import ANSWER_STOPS, STEPS
@@ -35,39 +34,16 @@ WANTED, ASKED = 32, 52  # examples of a quick start, and questions that `tailor`
 SEEDS, ITEMS, ANSWER_TOKENS = 8, 160, 64
 RATE, BATCH, EPOCHS = 1e-4, 4, 2  # the quick start's
 WAYS = ("as they come", "even")
-IGNORED = -100
 
 
 class Student(Learner):
     """A student that can be trained on many drafts, and asked to write."""
 
     def train_on(self, drafts: Sequence[Mapping[str, str]], seed: int) -> None:
-        """Train as `tune` does: Adam, the rate falling linearly, gradients clipped at norm 1."""
-        order = [i for epoch in range(EPOCHS) for i in _shuffled(len(drafts), f"{seed}/{epoch}")]
+        """Train for `EPOCHS` in batches, as `tune` does."""
         rows = [self.example(draft) for draft in drafts]
-        batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.0)
-        for step, batch in enumerate(batches):
-            optimizer.param_groups[0]["lr"] = RATE * (len(batches) - step) / len(batches)
-            longest = max(len(rows[i][0]) for i in batch)
-            ids = torch.zeros((len(batch), longest), dtype=torch.long)
-            labels = torch.full_like(ids, IGNORED)
-            for row, i in enumerate(batch):
-                tokens, prompt = rows[i]
-                ids[row, : len(tokens)] = torch.tensor(tokens)
-                labels[row, prompt : len(tokens)] = ids[row, prompt : len(tokens)]
-            # Padding on the right is seen by no token that carries a loss.
-            self.model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    def example(self, draft: Mapping[str, str]) -> tuple[list[int], int]:
-        """Return a draft's tokens, and how many of them are the prompt."""
-        prompt = self.engine._text.tokens(self._prompt(draft["input"], STEPS))
-        end = self.model.generation_config.eos_token_id
-        completion = self.engine._text.tokens(f" {draft['text'].strip()}")
-        return [*prompt, *completion, end if isinstance(end, int) else end[0]], len(prompt)
+        order = [rows[i] for epoch in range(EPOCHS) for i in _shuffled(len(rows), f"{seed}/{epoch}")]
+        self.train([order[i : i + BATCH] for i in range(0, len(order), BATCH)], RATE)
 
     def written(self, asked: Sequence[Mapping[str, str]]) -> int:
         """Return how many of the questions are answered right in the student's own words."""
@@ -127,8 +103,7 @@ def main() -> None:
         mine = examples(work["drafts"], seed, way)
         student.reset()
         student.train_on(mine, seed)
-        counts = np.array(list(Counter(row["answer"] for row in mine).values())) / len(mine)
-        row = {"seed": seed, "way": way, "spread": round(float(-(counts * np.log(counts)).sum()), 4)}
+        row = {"seed": seed, "way": way, "spread": round(entropy([row["answer"] for row in mine]), 4)}
         row |= {"right": student.written(work["outcome"][:ITEMS]), **student.asked()}
         with file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")

@@ -1,13 +1,14 @@
 """Does the engine that scores fastest order the drafts as the student's own file does?
 
-    python benchmarks/preference_precision.py record STUDENT.gguf           # two cores: 17 minutes
+    python benchmarks/preference_precision.py record STUDENT.gguf           # two cores: 20 minutes
     python benchmarks/preference_precision.py record CHECKPOINT             # with ARTE_EDGE_DTYPE=bfloat16: 6 minutes
     python benchmarks/preference_precision.py report
 
-Both record the preference set with the drafts of the first questions of the stronger teacher's grid
-(`results/score_worth/home_intents-1.5b-work.json`): log-probabilities for `DRAFTS` of them, texts for those of
-`WRITTEN` questions. The report says how alike the scores are, how often each question keeps its best and worst
-rationale, and how often two rationales that differ by `align.min_gap` change sides.
+Both record the preference set with drafts of the stronger teacher's grid
+(`results/score_worth/home_intents-1.5b-work.json`): log-probabilities for those of the first `QUESTIONS`, texts for
+those of `WRITTEN`. Killed, it goes on where it was; texts are compared where both have them. The report says how alike
+the scores are, how often each question keeps its best and worst rationale, and how often two rationales that
+differ by `align.min_gap` change sides.
 """
 
 from __future__ import annotations

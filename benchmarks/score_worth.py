@@ -24,20 +24,20 @@ import numpy as np
 from numpy.typing import NDArray
 from score_worth_figures import ends_chart, parrots_chart
 from score_worth_record import RESULTS, Record
-from score_worth_scores import SCORES, UNASKED, Floats, bias_of, draft_scores, without
+from score_worth_scores import SCORES, UNASKED, Floats, bias_of, draft_scores
 from score_worth_stats import (
     centred,
     consistency,
     distinct_groups,
     groups_of,
     mean_interval,
-    partial,
     pearson,
     rate,
     reliability,
     with_interval,
 )
 
+from arte_edge.distill.length import length_share
 from arte_edge.distill.stats import spearman
 from arte_edge.store import write_atomic
 
@@ -56,7 +56,7 @@ def one_draft(record: Record, score: Floats) -> dict[str, list[float]]:
     inside, own = centred(gain, question), centred(score, question)
     several = [part for part in clusters if part.size > 1]
     left = np.array(gain)  # without what a short draft does because it is short
-    left[places] = without(gain[places], np.log(record.part["tokens"][places].astype(float)))
+    left[places] -= length_share(gain[places], record.part["tokens"][places].astype(float))
     return {
         "all": with_interval(lambda at: spearman(score[at], gain[at]), clusters),
         "within": with_interval(lambda at: spearman(own[at], inside[at]), several),
@@ -98,9 +98,7 @@ def trained(record: Record, name: str, score: Floats) -> dict[str, Any]:
     for outcome in OUTCOMES:
         value = record.outcome(outcome)
         out[f"groups, {outcome}"] = with_interval(lambda at, v=value: spearman(means[at], v[at]), sets)
-        out[f"groups alike, {outcome}"] = with_interval(
-            lambda at, v=value: partial(means[at], v[at], [record.share[at], record.spread[at]]), sets
-        )
+        out[f"groups alike, {outcome}"] = with_interval(lambda at, v=value: record.alike(means, v, at), sets)
         if len(few) > 4:
             out[f"few parroted, {outcome}"] = with_interval(
                 lambda at, v=value: spearman(means[at], v[at]), few
@@ -170,7 +168,7 @@ def of_groups(record: Record) -> dict[str, Any]:
     """
     sets = distinct_groups(record.runs)
     rng = np.random.default_rng(2)
-    dice = [rng.random(record.question.size) for _ in range(DICE)]
+    dice = [record.means(rng.random(record.question.size)) for _ in range(DICE)]
     drawn = np.array([row["score"] == "none" for row in record.runs])
     length = record.means(np.log(record.grid["tokens"].astype(float)))
     answered = np.array([row["answered"] / row["n"] for row in record.runs])
@@ -179,7 +177,9 @@ def of_groups(record: Record) -> dict[str, Any]:
         "a die reaches": {
             outcome: [
                 round(float(q), 3)
-                for q in np.quantile([record.alike(die, outcome) for die in dice], (0.025, 0.975))
+                for q in np.quantile(
+                    [record.alike(die, record.outcome(outcome)) for die in dice], (0.025, 0.975)
+                )
             ]
             for outcome in OUTCOMES
         },

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from arte_edge.models.disk import whole_file
 from arte_edge.tasks.load import load_task
 
 RATE, STEPS_TAKEN = 2e-5, 2
+IGNORED = -100
 
 
 class Learner:
@@ -49,17 +50,24 @@ class Learner:
             for name, weight in self.model.named_parameters():
                 weight.copy_(self.base[name])
 
-    def train(self, draft: Mapping[str, str]) -> None:
-        """Take the Adam steps, the rate falling linearly, gradients clipped at norm 1."""
+    def example(self, draft: Mapping[str, str]) -> tuple[list[int], int]:
+        """Return a draft's tokens, and how many of them are the prompt."""
         prompt = self.engine._text.tokens(self._prompt(draft["input"], STEPS))
         completion = self.engine._text.tokens(f" {draft['text'].strip()}")
         end = self.model.generation_config.eos_token_id
-        ids = torch.tensor([[*prompt, *completion, end if isinstance(end, int) else end[0]]])
-        labels = ids.clone()
-        labels[0, : len(prompt)] = -100
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.0)
-        for step in range(STEPS_TAKEN):
-            optimizer.param_groups[0]["lr"] = RATE * (STEPS_TAKEN - step) / STEPS_TAKEN
+        return [*prompt, *completion, end if isinstance(end, int) else end[0]], len(prompt)
+
+    def train(self, batches: Sequence[Sequence[tuple[list[int], int]]], rate: float) -> None:
+        """Take an Adam step a batch of examples, the rate falling linearly, gradients clipped at norm 1."""
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=0.0)
+        for step, batch in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = rate * (len(batches) - step) / len(batches)
+            ids = torch.zeros((len(batch), max(len(tokens) for tokens, _ in batch)), dtype=torch.long)
+            labels = torch.full_like(ids, IGNORED)
+            for row, (tokens, prompt) in enumerate(batch):
+                # What stands behind them is seen by no token that carries a loss.
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+                labels[row, prompt : len(tokens)] = ids[row, prompt : len(tokens)]
             self.model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.step()
@@ -87,7 +95,7 @@ def main() -> None:
     places = [i for i, draft in enumerate(work["drafts"]) if draft["question"] < options.questions]
     for place in places[len(found.get("places", [])) :]:
         learner.reset()
-        learner.train(work["drafts"][place])
+        learner.train([[learner.example(work["drafts"][place])]] * STEPS_TAKEN, RATE)
         for key, value in learner.asked().items():
             found.setdefault(key, []).append(value - base[key])
         found.setdefault("places", []).append(place)

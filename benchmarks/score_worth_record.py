@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from score_worth_scores import Floats
@@ -14,7 +15,7 @@ from score_worth_stats import partial, rate
 from arte_edge.distill.parrots import refuse_parrots
 from arte_edge.store import read_jsonl
 
-__all__ = ["RESULTS", "Record"]
+__all__ = ["RESULTS", "Record", "entropy"]
 
 RESULTS = Path(__file__).parent / "results" / "score_worth"
 
@@ -43,7 +44,7 @@ class Record:
         members = [row["members"] for row in self.runs]
         # What a group is like, whatever its drafts' scores: parroted share, spread of its labels (nats).
         self.share = np.array([self.parroted[m].mean() for m in members])
-        self.spread = np.array([_entropy([self.answers[i] for i in m]) for m in members])
+        self.spread = np.array([entropy([self.answers[i] for i in m]) for m in members])
 
     def outcome(self, which: str) -> Floats:
         return np.array([rate(row, which) for row in self.runs])
@@ -52,11 +53,12 @@ class Record:
         """Return each group's mean score."""
         return np.array([score[row["members"]].mean() for row in self.runs])
 
-    def alike(self, score: Floats, outcome: str) -> float:
-        """Return how group means of a score order an outcome, parroted share and spread of labels held constant."""
-        return partial(self.means(score), self.outcome(outcome), [self.share, self.spread])
+    def alike(self, means: Floats, outcome: Floats, at: Any = slice(None)) -> float:
+        """Return how mean scores order an outcome over the groups `at`, parroted share and spread held constant."""
+        return partial(means[at], outcome[at], [self.share[at], self.spread[at]])
 
 
-def _entropy(labels: Sequence[str]) -> float:
+def entropy(labels: Sequence[str]) -> float:
+    """Return how evenly labels are spread, in nats."""
     shares = np.array(list(Counter(labels).values())) / len(labels)
     return float(-(shares * np.log(shares)).sum())

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.distill.length import length_share
 from arte_edge.distill.scores import answer_bias, probabilities
 
-__all__ = ["SCORES", "UNASKED", "Floats", "bias_of", "draft_scores", "forced_outcome", "without"]
+__all__ = ["SCORES", "UNASKED", "Floats", "bias_of", "draft_scores", "forced_outcome"]
 
 Floats = NDArray[np.float64]
 UNASKED = -2  # in a grid's `right`: no text was written for this draft and question
@@ -57,7 +58,7 @@ def draft_scores(grid: Mapping[str, Any], columns: Sequence[int] | None = None) 
         "likelihood": raw[:, items, truth].mean(1),
         "likelihood-free": likelihood_free,
         "auc": _auc(raw, truth),
-        "length-controlled": without(likelihood_free, np.log(tokens)),
+        "length-controlled": likelihood_free - length_share(likelihood_free, tokens),
         "shortest": -tokens,
         **own,
         "random": np.random.default_rng(0).random(len(tokens)),
@@ -92,9 +93,3 @@ def _auc(share: Floats, truth: NDArray[np.intp]) -> Floats:
         above = (own[:, :, None] > other[:, None, :]) + 0.5 * (own[:, :, None] == other[:, None, :])
         found.append(above.mean((1, 2)))
     return np.asarray(np.mean(found, axis=0))
-
-
-def without(score: Floats, other: Floats) -> Floats:
-    """Return what of `score` a straight line in `other` does not explain."""
-    slope, start = np.polyfit(other, score, 1)
-    return np.asarray(score - slope * other - start)

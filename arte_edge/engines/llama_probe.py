@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.engines.llama_layout import DEFAULT_LAYOUT, Layout, available_bytes, context_bytes
-from arte_edge.engines.remembered import machine, probing, remembered
+from arte_edge.engines.remembered import fastest, machine, probing, remembered
 
 if TYPE_CHECKING:
     from arte_edge.engines.llama_runtime import LlamaModel
@@ -44,7 +44,10 @@ def layout_for(model: LlamaModel, sha256: str, threads: int) -> Layout:
 
     def measure() -> dict[str, Any]:
         seconds = probe(model, threads)
-        return {"layout": asdict(_choose(seconds)), "seconds": [round(s, 4) for s in seconds]}
+        return {
+            "layout": asdict(CANDIDATES[fastest(seconds, _WORTH)]),
+            "seconds": [round(s, 4) for s in seconds],
+        }
 
     return remembered("layout", facts, _read, measure)
 
@@ -99,11 +102,6 @@ def _decode(context: object, n_seq: int, start: int, n: int, first: int = 0) -> 
     sequences = np.repeat(np.arange(first, first + n_seq, dtype=np.int32), n)
     tokens = ((at * 31 + sequences * 7) % min(context.model.n_vocab, 1000)).astype(np.int32)
     context.decode_arrays(tokens, at, sequences, (at == start + n - 1).astype(np.int8))
-
-
-def _choose(seconds: list[float]) -> Layout:
-    best = min(range(len(CANDIDATES)), key=lambda i: seconds[i])
-    return CANDIDATES[best] if seconds[best] < _WORTH * seconds[0] else DEFAULT_LAYOUT
 
 
 def _read(row: dict[str, Any]) -> Layout | None:

@@ -7,6 +7,7 @@ and model (`remembered`).
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from typing import Any, Literal, cast
 from arte_edge.engines import hf_pack
 from arte_edge.engines.base import Engine, Request, Sampling
 from arte_edge.engines.llama_layout import available_bytes
-from arte_edge.engines.remembered import machine, remembered
+from arte_edge.engines.remembered import fastest, machine, remembered
 from arte_edge.errors import ArteError
 
 __all__ = ["Way", "Work", "quickest", "sample_seconds", "ways_here"]
@@ -64,7 +65,8 @@ class Way:
 def ways_here(weights_bytes: int, *, has_file: bool) -> list[Way]:
     """Return the ways that this machine has for a student; the first is the default.
 
-    Left out are bfloat16 where the processor has no instructions for it, and what memory cannot hold.
+    Left out are bfloat16 where the processor has no instructions for it, what memory cannot hold, and what
+    ``ARTE_EDGE_DTYPE`` does not ask for.
 
     Args:
         weights_bytes: of the checkpoint, with 16 bits a weight.
@@ -75,8 +77,10 @@ def ways_here(weights_bytes: int, *, has_file: bool) -> list[Way]:
     gpu = torch.cuda.is_available()
     default = Way("llamacpp") if has_file else Way("transformers")
     bfloat16 = gpu or hf_pack.supported()
-    # Without a file 32 bits on a processor, 16 on a GPU are the default already.
-    others = [floats for floats in _FLOATS if has_file or (floats == "bfloat16") is not gpu]
+    # Without a file 32 bits on a processor, 16 on a GPU, or what is asked for are the default already.
+    asked = os.environ.get("ARTE_EDGE_DTYPE", "auto")
+    known = {asked} if asked != "auto" else {"bfloat16" if gpu else "float32"}
+    others = [floats for floats in _FLOATS if asked in ("auto", floats) and (has_file or floats not in known)]
     return [default] + [
         Way("transformers", floats)
         for floats in others
@@ -98,12 +102,13 @@ def quickest(
         return ways[0]
 
     def measure() -> dict[str, Any]:
-        seconds = {str(ways[0]): _timed(opening, ways[0], work)}
+        seconds = [_timed(opening, ways[0], work)]
         for way in ways[1:]:
+            seconds.append(float("inf"))
             # A way that cannot be gone here is not taken; it must not end a run that has another.
             with suppress(ArteError, RuntimeError, MemoryError):
-                seconds[str(way)] = _timed(opening, way, work)
-        return {"way": _choose(ways, seconds), "seconds": {k: round(s, 3) for k, s in seconds.items()}}
+                seconds[-1] = _timed(opening, way, work)
+        return {"way": str(ways[fastest(seconds, _WORTH)]), "seconds": [round(s, 3) for s in seconds]}
 
     def read(row: Mapping[str, Any]) -> Way | None:
         return next((way for way in ways if str(way) == row["way"]), None)
@@ -139,9 +144,3 @@ def _do(engine: Engine, work: Work, wishes: Sequence[str]) -> None:
     prompts = [f"{example}{q}Answer: <ans>" for example in _EXAMPLES for q in questions]
     # Both engines on this machine take prompts of several examples at once; the protocol does not ask for it.
     cast(Any, engine).choose_each(prompts, [_CHOICES] * len(prompts))
-
-
-def _choose(ways: Sequence[Way], seconds: Mapping[str, float]) -> str:
-    first = str(ways[0])
-    best = min(seconds, key=lambda way: seconds[way])
-    return best if seconds[best] < _WORTH * seconds[first] else first

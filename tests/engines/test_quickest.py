@@ -127,3 +127,15 @@ def test_a_checkpoint_without_a_file_is_asked_in_the_other_floats_alone(
     monkeypatch.setattr(room_of.hf_pack, "supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ways_here(1_000, has_file=False) == [Way("transformers"), HALF]
+
+
+def test_floats_that_somebody_asks_for_are_not_overruled(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from arte_edge.engines import quickest as room_of
+
+    monkeypatch.setattr(room_of.hf_pack, "supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for asked, way in (("float32", FULL), ("bfloat16", HALF)):
+        monkeypatch.setenv("ARTE_EDGE_DTYPE", asked)
+        assert ways_here(1_000, has_file=True) == [LLAMA, way]
+        assert ways_here(1_000, has_file=False) == [Way("transformers")]
