@@ -2,8 +2,7 @@
 
 Each thread sums its own large array with numpy, which lets the threads run side by side; the best of
 several passes counts, since anything else on the machine can only slow a pass down. The sum of
-integers is limited by memory on every processor we know, so the figure is what decoding could reach,
-not what a kernel does reach: see `kernels` for that.
+integers is limited by memory on every processor we know, so decoding cannot be faster than this figure.
 """
 
 from __future__ import annotations

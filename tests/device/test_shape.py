@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from arte_edge.device.kernels import whole_blocks, write_zero_model
 from arte_edge.device.onnx_sizes import read_onnx_sizes
 from arte_edge.device.shape import ModelShape
 from arte_edge.errors import InputError
@@ -59,13 +58,29 @@ def test_an_embedding_is_read_whole_only_where_it_is_the_output_head(
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"])
 def test_a_gguf_gives_its_bytes_by_type(tmp_path: Path, kind: str) -> None:
-    n_embd, n_ff = whole_blocks(kind, (128, 192))
-    path = write_zero_model(tmp_path / "a.gguf", kind, 3, n_embd, n_ff)
+    gguf = pytest.importorskip("gguf")
+    import numpy as np
+
+    path = tmp_path / "a.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_embedding_length(256)
+    writer.add_feed_forward_length(512)
+    writer.add_head_count(4)
+    writer.add_vocab_size(100)
+    of_type = gguf.GGMLQuantizationType[kind]
+    row_bytes = int(gguf.quant_shape_to_byte_shape((256,), of_type)[0])
+    writer.add_tensor("token_embd.weight", np.zeros((100, 256), np.float32))
+    writer.add_tensor("blk.0.ffn_up.weight", np.zeros((512, row_bytes), np.uint8), raw_dtype=of_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     shape = ModelShape.of(path)
-    assert (shape.n_layer, shape.n_embd, shape.n_ff, shape.n_vocab) == (3, n_embd, n_ff, 256)
+    assert (shape.n_layer, shape.n_embd, shape.n_ff, shape.n_vocab) == (1, 256, 512, 100)
     assert shape.weight_bytes == shape.token_bytes  # tied
-    assert shape.n_params == read_header(path).parameter_count
-    assert set(shape.token_bytes_by_type) == {kind, "F32"}
+    assert shape.n_params == read_header(path).parameter_count == 612 * 256
+    assert shape.token_bytes_by_type == {"F32": 100 * 256 * 4, kind: 512 * row_bytes}
     assert path.stat().st_size - shape.weight_bytes < 10_000
 
 
@@ -146,13 +161,15 @@ def test_an_onnx_graph_is_measured_without_the_onnx_package(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("cut", [1, 7, 40, 200])
-def test_a_file_that_is_cut_or_is_no_model_is_an_error_and_not_a_guess(tmp_path: Path, cut: int) -> None:
+def test_a_file_that_is_cut_or_is_no_model_is_an_error_and_not_a_guess(
+    tmp_path: Path, make_gguf: Callable[..., Path], cut: int
+) -> None:
     folder = write_safetensors(tmp_path / "model", {"a": ("F16", 8)})
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[: min(cut, 60)])
     with pytest.raises(InputError):
         ModelShape.of(folder)
-    gguf = write_zero_model(tmp_path / "a.gguf", "F16", 1, 64, 64)
+    gguf = make_gguf("a.gguf")
     gguf.write_bytes(gguf.read_bytes()[:cut])
     with pytest.raises(InputError):
         ModelShape.of(gguf)
