@@ -15,7 +15,7 @@ __all__ = ["KINDS", "find", "names", "root"]
 
 _PACKAGE = Path(__file__).parent
 
-# kind -> (folder in the wheel under _data or in the package, folder of the checkout)
+# kind -> its folder in the package, or in the checkout (in a wheel: _data/<kind>)
 KINDS = {
     "tasks": _PACKAGE / "tasks" / "data",
     "presets": _PACKAGE / "distill" / "presets",

@@ -14,7 +14,6 @@ EXTRAS = {
     "gguf": ("llama_cpp", "gguf"),
     "onnx": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir", "tokenizers"),
     "optimum": ("optimum",),
-    "ray": ("ray",),
     "xllamacpp": ("xllamacpp",),
     "lm-eval": ("lm_eval",),
 }

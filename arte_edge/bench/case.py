@@ -18,13 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from arte_edge.bench.result import DeviceFacts
 from arte_edge.errors import InputError
 
-__all__ = ["RUNTIMES", "BenchSettings", "Case", "cases", "default_threads", "parse_counts"]
+__all__ = ["BenchSettings", "Case", "cases", "default_threads", "parse_counts"]
 
 Runtime = Literal[
     "auto", "llama-cpp-python", "xllamacpp", "onnxruntime-genai", "onnxruntime", "transformers", "null"
 ]
 CacheType = Literal["f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
-RUNTIMES: tuple[str, ...] = tuple(Runtime.__args__)  # type: ignore[attr-defined]
 
 _MOST_TOKENS = 1_000_000
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")

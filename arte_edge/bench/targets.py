@@ -23,11 +23,7 @@ Format = Literal["gguf", "onnx-genai", "onnx", "safetensors", "null"]
 
 @dataclass(frozen=True)
 class Target:
-    """One model to measure and its part of a row.
-
-    Attributes:
-        student_folder: where the ``student.json`` that lists it lies, None if there is none.
-    """
+    """One model to measure, and its part of a row."""
 
     path: Path
     format: Format
@@ -38,7 +34,6 @@ class Target:
     quantization: str = ""
     sha256: str = ""
     tensor_sha256: str = ""
-    student_folder: Path | None = None
 
 
 def find_targets(refs: Sequence[str], fetch: Callable[[str], Path]) -> list[Path]:
@@ -100,7 +95,7 @@ def describe(path: Path) -> Target:
 
     shape = ModelShape.of(path)
     size = _size(path)
-    sha256, tensors, label, folder = _sums(path, kind)
+    sha256, tensors, label = _sums(path, kind)
     return Target(
         path=path,
         format=kind,  # type: ignore[arg-type]
@@ -111,51 +106,40 @@ def describe(path: Path) -> Target:
         quantization=label or shape.quantization,
         sha256=sha256,
         tensor_sha256=tensors,
-        student_folder=folder,
     )
 
 
-def _sums(path: Path, kind: str) -> tuple[str, str, str, Path | None]:
-    """Return sha256, sha256 of the tensors, quantization and folder of student.json, empty where unknown."""
+def _sums(path: Path, kind: str) -> tuple[str, str, str]:
+    """Return the sha256, the sha256 of the tensors and the quantization, empty where unknown."""
     if kind == "safetensors":
         from arte_edge.models.hashing import sha256_checkpoint
 
-        return sha256_checkpoint(path), "", "", None
+        return sha256_checkpoint(path), "", ""
     from arte_edge.export.student import read_student
 
-    folder = path.resolve().parent
     try:
-        student = read_student(folder)
+        student = read_student(path.resolve().parent)
     except InputError:  # damaged: that must not keep anyone from measuring
         student = None
     artifacts = student.artifacts if student else ()
     own = next((a for a in artifacts if a.file.rstrip("/") == path.resolve().name), None)
-    sha256, tensors = _of_file(path) if path.is_file() else _of_folder(path)
+    sha256 = _checksum(path)
     if own is None:
         from arte_edge.export.verify.folder_text import onnx_precision
 
-        return sha256, tensors or _tensors(path), onnx_precision(path) if path.is_dir() else "", None
-    return (
-        sha256,
-        tensors or (own.tensor_sha256 if own.sha256 == sha256 else _tensors(path)),
-        own.quantization,
-        folder,
-    )
+        return sha256, _tensors(path), onnx_precision(path) if path.is_dir() else ""
+    return sha256, own.tensor_sha256 if own.sha256 == sha256 else _tensors(path), own.quantization
 
 
-def _of_file(path: Path) -> tuple[str, str]:
+def _checksum(path: Path) -> str:
+    """Return the sha256 of a file, or of a folder as `arte_edge.export.sums` makes it; a file's is cached."""
     from arte_edge.models.hashing import sha256_file
 
-    return sha256_file(path), ""  # remembered, where the tensors' sum would be read anew
-
-
-def _of_folder(path: Path) -> tuple[str, str]:
-    """Return a folder's sum as `arte_edge.export.sums` makes it, from sums of its files that are remembered."""
-    from arte_edge.models.hashing import sha256_file
-
+    if path.is_file():
+        return sha256_file(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     lines = "".join(f"{sha256_file(file)}  {file.relative_to(path).as_posix()}\n" for file in files)
-    return hashlib.sha256(lines.encode()).hexdigest(), ""
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _tensors(path: Path) -> str:

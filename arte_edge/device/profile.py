@@ -107,11 +107,6 @@ class Profile(_Table):
     )
     notes: tuple[str, ...] = ()
 
-    @property
-    def is_own(self) -> bool:
-        """One device that can be reached, not a kind of device."""
-        return self.remote is not None
-
     def facts(self) -> dict[str, Fact]:
         """Return the numbers that carry their evidence, by key, those that are known."""
         named = {key: getattr(self, key) for key in type(self).model_fields}

@@ -54,7 +54,6 @@ grep -E '^Mem(Total|Available):' /proc/meminfo 2>/dev/null
 d=$w
 while [ ! -d "$d" ]; do d=$(dirname "$d"); done
 df -Pk "$d" | tail -n 1 | sed 's/^/df=/'
-[ -e "$w/.arte-edge-device" ] && echo "ours=1"
 exit 0
 """
 
@@ -74,7 +73,6 @@ class Survey:
     """One device as it stands."""
 
     work: str  # absolute path of the work folder there, made or not
-    is_prepared: bool
     system: str
     machine: str
     boot_id: str
@@ -111,7 +109,6 @@ def parse(text: str) -> Survey:
     found = [python for key, value in pairs if key == "python" and (python := _python(value))]
     return Survey(
         work=one.get("work", ""),
-        is_prepared="ours" in one,
         system=one.get("system", ""),
         machine=one.get("machine", ""),
         boot_id=one.get("boot", ""),

@@ -11,17 +11,15 @@ quotes may span lines and ends at the next triple quotes.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 from arte_edge.errors import InputError
 from arte_edge.export.chat import Chat
 from arte_edge.export.turns import Turns, read_turns
 
-__all__ = ["Asking", "go_template", "modelfile", "parse_modelfile"]
+__all__ = ["Asking", "go_template", "modelfile"]
 
 _QUOTES = '"""'
-_INSTRUCTIONS = ("FROM", "PARAMETER", "TEMPLATE", "SYSTEM", "ADAPTER", "LICENSE", "MESSAGE")
 _RAW = "{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}\n"
 
 
@@ -129,47 +127,3 @@ def _one_line(text: str) -> str:
     if not escaped.isprintable():
         raise InputError(f"Modelfile: the stop text {text!r} cannot be written", "Change the task's stops.")
     return f'"{escaped}"'
-
-
-_UNQUOTED = {"n": "\n", "t": "\t"}
-
-
-def parse_modelfile(text: str) -> list[tuple[str, str]]:
-    """Return the instructions of a Modelfile in order, values unquoted.
-
-    Raises:
-        InputError: a line that is no instruction, or quotes that do not end; says the line.
-    """
-    found: list[tuple[str, str]] = []
-    lines = [f"{line}\n" for line in text.split("\n")]  # not splitlines: a form feed ends no line here
-    at = 0
-    while at < len(lines):
-        line, at = lines[at], at + 1
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        word, _, value = line.strip("\n").strip().partition(" ")
-        if word.upper() not in _INSTRUCTIONS or not value:
-            raise InputError(f"Modelfile:{at}: not an instruction: {line.strip()[:60]!r}")
-        if not value.startswith(_QUOTES):
-            found.append((word.upper(), _value(word.upper(), value)))
-            continue
-        start, body = at, value.removeprefix(_QUOTES) + "\n"
-        while _QUOTES not in body:
-            if at == len(lines):
-                raise InputError(f"Modelfile:{start}: three quotes are opened and never closed")
-            body, at = body + lines[at], at + 1
-        inside, _, rest = body.partition(_QUOTES)
-        if rest.strip():
-            raise InputError(f"Modelfile:{at}: words after the closing quotes: {rest.strip()[:60]!r}")
-        found.append((word.upper(), inside))
-    return found
-
-
-def _value(instruction: str, value: str) -> str:
-    if instruction != "PARAMETER":
-        return value
-    name, _, given = value.strip().partition(" ")
-    given = given.strip()
-    if len(given) > 1 and given[0] == given[-1] == '"':
-        given = re.sub(r"\\(.)", lambda m: _UNQUOTED.get(m[1], m[1]), given[1:-1])
-    return f"{name} {given}"

@@ -60,7 +60,7 @@ def test_an_own_device_takes_its_facts_from_its_base(model_cache: Path) -> None:
     assert path == own_folder() / "kitchen.toml" == model_cache / "devices" / "kitchen.toml"
     device, base = find_device("kitchen"), find_device("raspberry-pi-5")
     assert device.remote and device.remote.host == "pi@kitchen" and device.remote.notes == "fan, 27 W supply"
-    assert (device.name, device.base, device.is_own) == ("kitchen", "raspberry-pi-5", True)
+    assert (device.name, device.base) == ("kitchen", "raspberry-pi-5")
     assert device.effective_bandwidth == base.effective_bandwidth and device.memory_bytes == base.memory_bytes
     assert device.match is None and base.remote is None
     path.write_text(path.read_text().replace("\n[remote]", "memory_bytes = [4294967296]\n\n[remote]", 1))

@@ -26,7 +26,6 @@ from arte_edge.errors import ArteError, InputError
 PYTHON = Python("/usr/bin/python3", (3, 11, 2), False, 64)
 PI = Survey(
     work="/home/pi/.cache/arte-edge-device",
-    is_prepared=False,
     system="Linux",
     machine="aarch64",
     boot_id="b",
@@ -133,7 +132,7 @@ def test_a_pi_is_read_as_it_is() -> None:
 def test_the_loopback_device_tells_all_of_it(device: Any) -> None:
     with device.ssh() as ssh:
         found = survey(ssh)
-    assert found.work == str(device.work) and not found.is_prepared
+    assert found.work == str(device.work)
     assert found.python and found.memory_bytes and found.free_bytes and found.glibc_minor
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from arte_edge.errors import GateError, InputError
+from arte_edge.errors import InputError
 from arte_edge.export.verify.accuracy import Accuracy, check_accuracy, measure_accuracy
 from arte_edge.export.verify.check import Check
 from arte_edge.export.verify.fidelity import Fidelity, Progress, measure_fidelity
@@ -71,16 +71,6 @@ class Verdict:
             "fidelity": figures,
             "accuracy": None if self.accuracy is None else self.accuracy.as_dict(),
         }
-
-    def require(self) -> None:
-        """Raise unless everything passed.
-
-        Raises:
-            GateError: names the first check that failed, with all reasons as the hint.
-        """
-        if not self.passed:
-            names = ", ".join(check.name for check in self.failed)
-            raise GateError(f"{self.artifact} is not {self.reference}: {names}", self.reason)
 
 
 def verify(
