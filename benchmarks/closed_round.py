@@ -28,7 +28,7 @@ from arte_edge.distill.stats import mcnemar, wilson
 from arte_edge.export.verify.accuracy import answers
 from arte_edge.export.verify.opened import open_model
 from arte_edge.store import write_atomic
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Example, Task
 
 _WARMUP_EXAMPLES = 3

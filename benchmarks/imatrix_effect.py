@@ -40,7 +40,7 @@ from arte_edge.export.verify.fidelity import compare_logits
 from arte_edge.export.verify.opened import open_model
 from arte_edge.models import resolve
 from arte_edge.models.patch_gguf import checkpoint_to_gguf
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Example, Task
 
 RESULTS = Path(__file__).parent / "results" / "imatrix"

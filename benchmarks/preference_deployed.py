@@ -24,7 +24,7 @@ from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, Worked, student_messa
 from arte_edge.distill.scores import probabilities
 from arte_edge.engines.llamacpp import LlamaCppEngine
 from arte_edge.engines.render import render
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 
 RESULTS = Path(__file__).parent / "results" / "preference_deployed"
 BASE = "F16"

@@ -47,7 +47,7 @@ def make_work(gguf: Path, checkpoint: str, drafts: list[int], threads: int) -> d
     )
     from arte_edge.engines.llamacpp import LlamaCppEngine
     from arte_edge.engines.render import render
-    from arte_edge.tasks.load import load_task
+    from arte_edge.tasks.loaders import load_task
 
     task = load_task("home_intents")
     examples = task.validation[:K]
@@ -76,7 +76,7 @@ def make_work(gguf: Path, checkpoint: str, drafts: list[int], threads: int) -> d
 def measure(subject: str, label: str, work: dict[str, Any], name: str, drafts: list[int]) -> dict[str, Any]:
     """Run one subject in a process of its own; return its row."""
     from arte_edge.tasks.answers import extract
-    from arte_edge.tasks.load import load_task
+    from arte_edge.tasks.loaders import load_task
 
     answer = load_task("home_intents").answer
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:

@@ -27,7 +27,7 @@ from arte_edge.engines.open import open_engine
 from arte_edge.engines.render import render
 from arte_edge.models.disk import whole_file
 from arte_edge.tasks.answers import extract, matches
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 
 TOGETHER, TOKENS = 4, 64  # drafts a call, tokens that a student may write
 

@@ -24,7 +24,7 @@ from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, STEPS, student_messag
 from arte_edge.engines.hf import TransformersEngine
 from arte_edge.engines.render import render
 from arte_edge.models.disk import whole_file
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 
 RATE, STEPS_TAKEN = 2e-5, 2
 IGNORED = -100

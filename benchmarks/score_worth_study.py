@@ -20,7 +20,7 @@ from arte_edge.distill.prompts import ANSWER_CLOSE, STEPS, Worked, student_messa
 from arte_edge.engines.choices import spans
 from arte_edge.engines.render import render
 from arte_edge.tasks.answers import extract, matches
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 
 __all__ = ["Study", "half"]
 

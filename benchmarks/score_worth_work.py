@@ -21,7 +21,7 @@ from arte_edge.distill.run import Run, open_folder
 from arte_edge.distill.settings import build, parse_set
 from arte_edge.store import read_jsonl
 from arte_edge.tasks.generators import boolean_expressions, date_understanding, home
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Example
 
 TEACHER, STUDENT = "qwen2.5-coder-0.5b-instruct", "smollm2-135m-instruct"

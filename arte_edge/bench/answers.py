@@ -47,7 +47,7 @@ def run_quality(
     Raises:
         InputError: no such task, or not a model.
     """
-    from arte_edge.tasks.load import load_task
+    from arte_edge.tasks.loaders import load_task
 
     loaded = load_task(task, bbh=bbh)  # refused here, and not once a model
     targets = sorted((describe(path) for path in models), key=lambda t: t.quantization not in _SIXTEEN_BITS)
@@ -114,7 +114,7 @@ def _row(
 def measure_request(request: dict[str, Any], say: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Answer a request of `run_quality` in the child process."""
     from arte_edge.bench.quality import measure_quality
-    from arte_edge.tasks.load import load_task
+    from arte_edge.tasks.loaders import load_task
 
     say("loading", 0, 0)
     told = request["reference"]

@@ -17,8 +17,8 @@ from arte_edge.cli.console import emit_json, err, out
 from arte_edge.errors import InputError
 
 if TYPE_CHECKING:
-    from arte_edge.tasks.problems import Problem
     from arte_edge.tasks.task import Task
+    from arte_edge.tasks.validation import Problem
 
 __all__ = ["app"]
 
@@ -34,7 +34,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command("ls")
 def ls(bbh: Bbh = None, as_json: Json = False) -> None:
     """List the shipped tasks, or those of a BIG-Bench Hard folder."""
-    from arte_edge.tasks.load import load_task
+    from arte_edge.tasks.loaders import load_task
 
     tasks = [_summary(load_task(name, bbh=bbh)) for name in _names(bbh)]
     if as_json:
@@ -60,7 +60,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show a task: description, answer kind, techniques and some seed examples."""
-    from arte_edge.tasks.load import load_task
+    from arte_edge.tasks.loaders import load_task
 
     task = load_task(ref, bbh=bbh)
     summary = _summary(task) | {
@@ -133,9 +133,9 @@ def new(
 
     With --teacher, a model proposes the four technique prompts, for a new task or for one that is there.
     """
-    from arte_edge.tasks.columns import hub_records, jsonl_records, task_name
-    from arte_edge.tasks.table import task_from_table
-    from arte_edge.tasks.write import check_vacant, write_skeleton, write_task
+    from arte_edge.tasks.from_table import task_from_table
+    from arte_edge.tasks.loaders import hub_records, jsonl_records, task_name
+    from arte_edge.tasks.scaffold import check_vacant, write_skeleton, write_task
 
     if jsonl and hub:
         raise InputError("--jsonl and --hub exclude each other")
@@ -171,8 +171,7 @@ def new(
 def _propose(folder: Path, teacher: str) -> tuple[str, ...]:
     from arte_edge.engines.open import open_engine
     from arte_edge.tasks.folder import load_folder
-    from arte_edge.tasks.propose import propose_techniques
-    from arte_edge.tasks.write import set_techniques
+    from arte_edge.tasks.scaffold import propose_techniques, set_techniques
 
     task = load_folder(folder, techniques_required=False)
     engine = open_engine(teacher)
@@ -185,7 +184,7 @@ def _propose(folder: Path, teacher: str) -> tuple[str, ...]:
 
 
 def _names(bbh: Path | None) -> list[str]:
-    from arte_edge.tasks.bbh import bbh_names
+    from arte_edge.tasks.loaders import bbh_names
 
     return catalog.names("tasks") if bbh is None else bbh_names(bbh)
 
@@ -207,9 +206,9 @@ def _summary(task: Task) -> dict[str, Any]:
 
 def _report(ref: str, bbh: Path | None) -> dict[str, Any]:
     """Return what is wrong with a task (`problems`) and what is only weak (`remarks`)."""
-    from arte_edge.tasks.advice import advise
     from arte_edge.tasks.folder import read_folder
-    from arte_edge.tasks.load import find_folder, load_task
+    from arte_edge.tasks.loaders import find_folder, load_task
+    from arte_edge.tasks.validation import advise
 
     task: Task | None
     problems: list[Problem] = []

@@ -51,7 +51,7 @@ def verify(
     Ends with 3 if B is not A within the limits of its quantization type.
     """
     from arte_edge.export.verify import open_model, thresholds_for, verify_file
-    from arte_edge.tasks.load import load_task
+    from arte_edge.tasks.loaders import load_task
 
     limits = None if type_ is None else thresholds_for(type_)
     loaded = None if task is None else load_task(task, bbh=bbh)

@@ -17,7 +17,7 @@ from arte_edge.errors import ArteError
 from arte_edge.models import registry
 from arte_edge.models.gguf_header import read_header
 from arte_edge.models.resolve import resolve
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
 
 __all__ = ["find_problems"]

@@ -26,7 +26,7 @@ from arte_edge.errors import InputError
 from arte_edge.extras import need
 from arte_edge.models.gguf_header import read_header
 from arte_edge.models.local import LocalModel
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 
 __all__ = ["dry_run", "parse_prices"]
 

@@ -20,7 +20,7 @@ from arte_edge.distill.student_file import quantized_file
 from arte_edge.distill.tailor import tailor
 from arte_edge.engines.base import Engine
 from arte_edge.extras import need
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 
 __all__ = ["run_pipeline"]
 

@@ -22,7 +22,7 @@ from arte_edge.export.student import Data, Lineage, Tuning
 from arte_edge.export.texts import held_out, training_texts
 from arte_edge.models.home import slug
 from arte_edge.store import file_sha256
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
 
 __all__ = ["open_run"]

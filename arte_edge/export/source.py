@@ -22,7 +22,7 @@ from arte_edge.export.texts import held_out, neutral, seed_texts
 from arte_edge.export.weights import refuse_quantized
 from arte_edge.models.home import Progress, slug
 from arte_edge.models.resolve import from_folder, resolve
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
 
 __all__ = ["Source", "open_source", "with_task"]

@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import re
 
-from arte_edge.tasks.normal import fold_label, fold_text, tidy_text
-from arte_edge.tasks.number import canonical_number
+from arte_edge.tasks.normalize import canonical_number, fold_label, fold_text, tidy_text
 from arte_edge.tasks.task import Answer
 
 __all__ = ["canonical", "comparable", "extract", "matches"]

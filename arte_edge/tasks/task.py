@@ -20,7 +20,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from arte_edge.errors import InputError
-from arte_edge.tasks.normal import fold_label
+from arte_edge.tasks.normalize import fold_label
 
 __all__ = [
     "BOOLEANS",

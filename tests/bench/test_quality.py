@@ -18,7 +18,7 @@ from arte_edge.bench.targets import Target
 from arte_edge.distill.stats import mcnemar, wilson
 from arte_edge.errors import InputError
 from arte_edge.models import LocalModel
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Answer, Example, Task, rows_sha256
 
 DEVICE = DeviceFacts(fingerprint="a" * 16, cpu="Test", arch="x86_64", cores=2, memory_bytes=1 << 30)

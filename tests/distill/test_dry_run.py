@@ -20,7 +20,7 @@ from arte_edge.engines.base import Completion, Request, Sampling
 from arte_edge.engines.usage import Prices
 from arte_edge.errors import InputError
 from arte_edge.models.local import LocalModel
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 
 Capture = pytest.CaptureFixture[str]
 READS, WRITES = 1000.0, 50.0  # tokens a second

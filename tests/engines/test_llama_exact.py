@@ -15,7 +15,7 @@ from arte_edge.engines.base import Request, Sampling
 from arte_edge.engines.render import render
 from arte_edge.models.local import LocalModel
 from arte_edge.tasks.answers import extract
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 
 pytest.importorskip("llama_cpp")
 from arte_edge.engines import llamacpp

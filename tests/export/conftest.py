@@ -13,7 +13,7 @@ from arte_edge.distill.config import RunConfig
 from arte_edge.distill.prompts import STEPS, student_messages, tagged
 from arte_edge.distill.settings import dump_toml
 from arte_edge.store import write_jsonl
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -9,7 +9,7 @@ import pytest
 from arte_edge.distill.prompts import STEPS
 from arte_edge.errors import InputError
 from arte_edge.export.source import open_source
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from arte_edge import catalog
 from arte_edge.cli.main import main
 from arte_edge.tasks.folder import load_folder
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Example
 
 Write = Callable[[Path, list[dict[str, Any]]], Path]
@@ -147,7 +147,7 @@ def test_a_teacher_replaces_the_techniques_of_a_task_that_is_there(
     module = ModuleType("arte_edge.engines.open")
     module.open_engine = open_engine  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "arte_edge.engines.open", module)
-    monkeypatch.setattr("arte_edge.tasks.propose.propose_techniques", propose)
+    monkeypatch.setattr("arte_edge.tasks.scaffold.propose_techniques", propose)
     before = load_folder(parity)
     assert main(["tasks", "new", str(parity), "--teacher", "big-model"]) == 0
     after = load_folder(parity)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from arte_edge.tasks.generators.draw import Draw, fill
-from arte_edge.tasks.number import WORDS
+from arte_edge.tasks.normalize import WORDS
 from arte_edge.tasks.task import Example
 
 __all__ = ["SEED", "generate"]

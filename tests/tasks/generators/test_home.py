@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from arte_edge.tasks.generators.home import _phrases, generate_calls, generate_intents
-from arte_edge.tasks.load import load_task
+from arte_edge.tasks.loaders import load_task
 
 ROOMS = {"kitchen", "bedroom", "living_room", "bathroom", "office", "hallway"}
 DOORS = {"front_door", "back_door", "garage_door", "balcony_door"}

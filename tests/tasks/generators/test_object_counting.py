@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from arte_edge.tasks.generators.object_counting import _KINDS, generate
-from arte_edge.tasks.number import WORDS
+from arte_edge.tasks.normalize import WORDS
 
 
 def test_the_things_of_the_kind_add_up_to_the_target() -> None:

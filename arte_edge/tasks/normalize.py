@@ -1,24 +1,56 @@
-"""Reads the one number that an answer states, as people and models write it.
+"""Normal forms of text and numbers: what two strings may differ in and still be the same answer.
 
-Strict on purpose: a text that states two different numbers ("2 + 3 = 5", "3,5",
-"twenty-one") has no readable answer, because guessing which one was meant would
-score luck.
+Kept apart from the answer kinds, because the same forms decide whether two choices of a task are
+distinct. Numbers are read strictly: a text that states two different numbers ("2 + 3 = 5", "3,5",
+"twenty-one") has no readable answer, because guessing which one was meant would score luck.
 """
 
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from decimal import Decimal
 
-__all__ = ["WORDS", "canonical_number"]
+__all__ = ["WORDS", "canonical_number", "fold_label", "fold_text", "tidy_text"]
+
+# Brackets are not here: for some tasks they are the answer.
+_EDGE = string.whitespace + ".,;:!?\"'`*“”‘’„‚«»‹›…。，；：！？"
+_SPACE = re.compile(r"\s+")
+_SPACE_AT_BRACKET = re.compile(r"\s*([()\[\]{}<>,])\s*")
+_NOT_WORD = re.compile(r"[\W_]+")
+
+
+def tidy_text(text: str) -> str:
+    """Return `text` in NFKC, blanks collapsed, quotes and punctuation at its edges removed; case kept."""
+    tidy = _SPACE.sub(" ", unicodedata.normalize("NFKC", text))
+    return tidy.strip(_EDGE)
+
+
+def fold_text(text: str) -> str:
+    """Return the form in which free texts are compared.
+
+    As `tidy_text`, with case folded and no blanks beside brackets and commas, so that
+    ``set_heat( Bedroom,21 )`` and ``set_heat(bedroom, 21)`` are one answer.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return _SPACE_AT_BRACKET.sub(r"\1", tidy_text(folded))
+
+
+def fold_label(text: str) -> str:
+    """Return the form in which fixed labels are compared: letters and digits, case folded, one blank between.
+
+    ``Light on``, ``light_on`` and ``"light-on".`` are one label.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return _NOT_WORD.sub(" ", folded).strip()
+
 
 WORDS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
     *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
     *("nineteen", "twenty"),
 )
-
 _WORD = re.compile(rf"\b(minus |negative )?({'|'.join(WORDS)})\b")
 # Beside one of these a number word or a figure means something else than it says.
 _SCALE = re.compile(

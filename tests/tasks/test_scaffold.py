@@ -1,17 +1,110 @@
-"""Technique prompts from a teacher: usable ones are kept, others thrown away and asked for again."""
+"""Task folders written: skeletons, shipped data, proposed techniques."""
 
 from __future__ import annotations
 
+import tomllib
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from arte_edge import catalog
 from arte_edge.engines.base import Completion, EngineIdentity, Request, Sampling
-from arte_edge.errors import ArteError
-from arte_edge.tasks.propose import parse_techniques, propose_techniques
-from arte_edge.tasks.task import Example
+from arte_edge.errors import ArteError, InputError
+from arte_edge.tasks.folder import load_folder, read_folder
+from arte_edge.tasks.from_table import Record, task_from_table
+from arte_edge.tasks.loaders import load_task
+from arte_edge.tasks.scaffold import (
+    GENERATORS,
+    main,
+    parse_techniques,
+    propose_techniques,
+    set_techniques,
+    write_data,
+    write_skeleton,
+    write_task,
+)
+from arte_edge.tasks.task import SPLITS, Example
+
+RECORDS = [Record(f"t:{n}", f"Is {n} “even”?\n", "no" if n % 2 else "yes") for n in range(80)]
+
+
+def test_a_skeleton_is_toml_and_its_check_says_what_to_fill_in(tmp_path: Path) -> None:
+    write_skeleton(tmp_path / "mine", "mine")
+    task, problems = read_folder(tmp_path / "mine")
+    assert task is None
+    assert [problem.where for problem in problems] == [
+        *("task.toml: description", "task.toml: techniques"),
+        *("seed.jsonl", "validation.jsonl", "test.jsonl"),
+    ]
+
+
+def test_a_table_written_as_a_folder_is_the_same_task(tmp_path: Path) -> None:
+    table = task_from_table("even", RECORDS, description='Is it "even"? Say \\ yes or no.')
+    write_task(tmp_path / "even", table)
+    folder = load_folder(tmp_path / "even")
+    assert folder.sha256 == table.sha256
+    assert (folder.answer, folder.techniques) == (table.answer, table.techniques)
+
+
+def test_what_is_there_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    for target in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(InputError, match="exists already"):
+            write_skeleton(target, "x")
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_new_techniques_leave_the_rest_of_the_file_alone(parity: Path) -> None:
+    path = parity / "task.toml"
+    path.write_text("# mine\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    before = tomllib.loads(path.read_text(encoding="utf-8"))
+    set_techniques(parity, ['Say "why".', "Halve it."])
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# mine\n")
+    assert tomllib.loads(text) == before | {"techniques": ['Say "why".', "Halve it."]}
+
+
+NAMES = catalog.names("tasks")
+
+
+def test_every_shipped_task_has_a_generator() -> None:
+    assert sorted(GENERATORS) == NAMES
+    assert len(NAMES) >= 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_data_is_what_the_generator_writes(name: str, tmp_path: Path) -> None:
+    write_data(name, tmp_path)
+    for split in SPLITS:
+        committed = catalog.find("tasks", name) / f"{split}.jsonl"
+        assert (tmp_path / committed.name).read_bytes() == committed.read_bytes(), committed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_task_has_40_100_and_200_rows_and_four_techniques(name: str) -> None:
+    task = load_task(name)
+    assert (len(task.seed), len(task.validation), len(task.load_test())) == (40, 100, 200)
+    assert len(set(task.techniques)) == 4
+    assert all("one to three short sentences" in technique for technique in task.techniques)
+    assert not any("<ans>" in technique for technique in task.techniques)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_closed_answers_are_balanced_in_every_split(name: str) -> None:
+    task = load_task(name)
+    for rows in (task.seed, task.validation, task.load_test()):
+        counts = Counter(row.target.split("(")[0] or row.target for row in rows)
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nothing"]) == 2
+    assert "known: boolean_expressions" in capsys.readouterr().out
+
 
 SEEDS = [Example(f"Is the number {n} even or odd?", "odd" if n % 2 else "even") for n in range(5)]
 STEPS = "Look at the last digit of the number and decide by it."

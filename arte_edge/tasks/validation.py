@@ -1,7 +1,8 @@
-"""What is wrong with a task, collected: a person mends ten rows at once, not one at a time."""
+"""Problems of a task, collected so that ten rows can be fixed at once, and warnings about weak data."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -9,8 +10,9 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from arte_edge.errors import InputError, nearest
+from arte_edge.tasks.task import Answer, Example, Task
 
-__all__ = ["Problem", "explain_validation", "refuse"]
+__all__ = ["Problem", "advise", "explain_validation", "refuse"]
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,31 @@ def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
     for part in path:
         at = get_args(at)[0] if part.isdecimal() else at.model_fields[part].annotation
     return list(at.model_fields)
+
+
+_GOOD_VALIDATION = 60
+_TOO_COMMON = 0.7
+
+
+def advise(task: Task) -> list[str]:
+    """Return remarks on `task`: thin validation, answers that are missing or far too common."""
+    remarks = list(task.notes)
+    if len(task.validation) < _GOOD_VALIDATION:
+        n = len(task.validation)
+        remarks.append(f"validation: {n} rows rank questions poorly, {_GOOD_VALIDATION} to 100 are good")
+    if task.answer.closed:
+        for split, rows in (("seed", task.seed), ("validation", task.validation)):
+            remarks += _about_balance(split, rows, task.answer)
+    return remarks
+
+
+def _about_balance(split: str, rows: tuple[Example, ...], answer: Answer) -> list[str]:
+    counts = Counter(row.target for row in rows)
+    remarks = []
+    possible = {option for row in rows for option in answer.options(row.input)}
+    if missing := sorted(possible - set(counts)):
+        remarks.append(f"{split}: no example of {', '.join(missing)}")
+    answer_text, n = counts.most_common(1)[0]
+    if n > _TOO_COMMON * len(rows):
+        remarks.append(f"{split}: {n} of {len(rows)} answers are {answer_text}; guessing it looks like skill")
+    return remarks

@@ -1,12 +1,18 @@
-"""Problems, as a person reads them."""
+"""Problems and warnings of a task."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from arte_edge import catalog
 from arte_edge.errors import InputError
-from arte_edge.tasks.problems import Problem, explain_validation, refuse
+from arte_edge.tasks.folder import load_folder
+from arte_edge.tasks.loaders import load_task
+from arte_edge.tasks.validation import Problem, advise, explain_validation, refuse
 
 
 class Inner(BaseModel):
@@ -40,4 +46,23 @@ def test_every_complaint_of_a_model_becomes_a_problem() -> None:
         ("x.toml: many.1.rete: unknown key", "Did you mean 'rate'?"),
         ("x.toml: step: unknown key", "Did you mean 'steps'?"),
         ("x.toml: steps: this key is missing", ""),
+    ]
+
+
+@pytest.mark.parametrize("name", catalog.names("tasks"))
+def test_a_shipped_task_deserves_no_remark(name: str) -> None:
+    assert advise(load_task(name)) == []
+
+
+def test_thin_and_lopsided_splits_are_remarked_on(parity: Path) -> None:
+    task = load_folder(parity)
+    odd = tuple(row for row in task.validation if row.target == "odd")
+    even = tuple(row for row in task.validation if row.target == "even")
+    weak = replace(task, seed=even[:3], validation=odd * 4 + even, notes=("dropped 1 row",))
+    assert advise(weak) == [
+        "dropped 1 row",
+        "validation: 50 rows rank questions poorly, 60 to 100 are good",
+        "seed: no example of odd",
+        "seed: 3 of 3 answers are even; guessing it looks like skill",
+        "validation: 40 of 50 answers are odd; guessing it looks like skill",
     ]
