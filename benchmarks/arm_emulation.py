@@ -6,7 +6,7 @@
 Needs root for debootstrap and chroot, and an x86-64 Linux. An arm64 Debian 12 is made in DIR (kept, used
 again); every process in it is ARM code under QEMU's user-mode emulation. An OpenSSH server on
 loopback puts its sessions into it, and from there on it is a remote device like any other:
-`arte_edge.device.remote` looks at it, finds that it reaches no package index, fetches aarch64 wheels
+`arte_edge.bench.remote` looks at it, finds that it reaches no package index, fetches aarch64 wheels
 (numpy, pydantic-core, onnxruntime, onnxruntime-genai, xllamacpp), installs them, copies the models,
 runs ``arte-edge bench`` and brings the rows back. Then the same prompts are answered there and
 here, greedily, and compared letter by letter; and a text is read token by
@@ -33,10 +33,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from arte_edge.bench.case import BenchSettings
+from arte_edge.bench.remote import bench_remote
+from arte_edge.bench.runner import Reporter, Row
 from arte_edge.device.copy import blobs_of, place, send
 from arte_edge.device.patience import Patience
 from arte_edge.device.profile import Profile, Remote
-from arte_edge.device.remote import Row, bench_remote
 from arte_edge.device.ssh import Ssh
 from arte_edge.device.work_folder import clean
 
@@ -72,15 +74,11 @@ for path in sys.argv[3:]:
 """
 
 
-class Said:
-    """Prints what the remote side says, without markup."""
+class Said(Reporter):
+    """Prints progress with the time."""
 
-    def say(self, text: str) -> None:
-        from rich.text import Text
-
-        print(time.strftime("%H:%M:%S"), Text.from_markup(text).plain, file=sys.stderr, flush=True)
-
-    warn = say
+    def note(self, text: str) -> None:
+        print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
 
 def run(*words: str | Path, **extra: Any) -> str:
@@ -211,7 +209,7 @@ def measure(given: argparse.Namespace, config: str) -> int:
     if not given.keep:
         clean(profile)
     # Emulated, a token takes seconds: the shortest tests that still go through prefill and decode.
-    words = ["-p", "8", "-n", "4", "-r", "1", "-t", "1", "--no-warmup"]
+    settings = BenchSettings(n_prompt=(8,), n_gen=(4,), repetitions=1, threads=(1,), warmup=False)
     rows: list[Row] = []
 
     def keep() -> None:
@@ -222,15 +220,22 @@ def measure(given: argparse.Namespace, config: str) -> int:
 
     for kind, models in (("gguf", given.gguf), ("gguf and onnx", given.onnx)):
         if models:
-            rows += bench_remote(profile, models, words, reporter=Said())
+            rows += bench_remote(profile, models, settings, reporter=Said())
             with Ssh("arm", config=config) as ssh:
                 summary[f"environment_bytes, {kind}"] = sizes(ssh, WORK)
             keep()
     summary |= compare(given, config)
     keep()
     if given.task is not None:
-        limit = ["-t", "1", "--no-speed", "--limit", str(given.limit)]
-        rows += bench_remote(profile, given.gguf, limit, reporter=Said(), task=given.task)
+        rows += bench_remote(
+            profile,
+            given.gguf,
+            BenchSettings(threads=(1,)),
+            reporter=Said(),
+            task=given.task,
+            limit=given.limit,
+            speed=False,
+        )
         keep()
     print(json.dumps(summary, indent=1, ensure_ascii=False))
     return 0 if all(found["same_top_token"] > 0.9 for found in summary["reading"]) else 1

@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from arte_edge.bench.case import default_threads
+from arte_edge.bench.case import Split, default_threads
 from arte_edge.bench.isolate import run_child
 from arte_edge.bench.result import DeviceFacts, QualityRow
-from arte_edge.bench.runner import Reporter
 from arte_edge.bench.runtimes.open import choose_runtime
 from arte_edge.bench.targets import Target, describe
 
+if TYPE_CHECKING:
+    from arte_edge.bench.runner import Reporter
+
 __all__ = ["measure_request", "run_quality"]
 
-Split = Literal["test", "validation"]
 _SIXTEEN_BITS = ("F16", "BF16", "F32", "fp32", "fp16")
 
 

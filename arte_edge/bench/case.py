@@ -18,12 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from arte_edge.bench.result import DeviceFacts
 from arte_edge.errors import InputError
 
-__all__ = ["BenchSettings", "Case", "cases", "default_threads", "parse_counts"]
+__all__ = ["BenchSettings", "Case", "Split", "cases", "default_threads", "parse_counts"]
 
 Runtime = Literal[
     "auto", "llama-cpp-python", "xllamacpp", "onnxruntime-genai", "onnxruntime", "transformers", "null"
 ]
 CacheType = Literal["f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+Split = Literal["test", "validation"]
 
 _MOST_TOKENS = 1_000_000
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
@@ -34,21 +35,37 @@ class BenchSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n_prompt: tuple[int, ...] = Field(default=(512,), description="tokens to read; 0: no such test")
-    n_gen: tuple[int, ...] = Field(default=(128,), description="tokens to write; 0: no such test")
-    n_depth: tuple[int, ...] = Field(default=(0,), description="tokens in the cache before the clock starts")
-    threads: tuple[int, ...] = Field(default=(0,), description="0: one for each core worth using")
+    n_prompt: tuple[int, ...] = Field(default=(512,), description="prompt tokens; 0: no prefill test")
+    n_gen: tuple[int, ...] = Field(default=(128,), description="generated tokens; 0: no decode test")
+    n_depth: tuple[int, ...] = Field(
+        default=(0,), description="tokens already in the KV cache (context depth)"
+    )
+    threads: tuple[int, ...] = Field(default=(0,), description="0: one per fast physical core")
     repetitions: int = Field(default=5, ge=1, le=10_000)
-    warmup: bool = Field(default=True, description="repeat until the rate is steady before anything counts")
-    warmup_s: float = Field(default=20.0, gt=0, description="steady or not, no more warm-up after this")
-    delay_s: float = Field(default=0.0, ge=0, description="rest before each test")
-    sustained_s: float = Field(default=0.0, ge=0, description="go on writing for so long")
-    timeout_s: float = Field(default=1800.0, gt=0, description="of one test, above `sustained_s`")
-    power_watts: float | None = Field(default=None, gt=0, description="steady reading of your own meter")
-    type_k: tuple[CacheType, ...] = Field(default=("f16",), description="of the cache's keys, GGUF only")
-    type_v: tuple[CacheType, ...] = Field(default=("f16",), description="of the cache's values, GGUF only")
+    warmup: bool = Field(default=True, description="repeat until the rate is steady before measuring")
+    warmup_s: float = Field(default=20.0, gt=0, description="longest warm-up")
+    delay_s: float = Field(default=0.0, ge=0, description="pause before each test")
+    sustained_s: float = Field(default=0.0, ge=0, description="keep decoding for this long")
+    timeout_s: float = Field(default=1800.0, gt=0, description="timeout per test, on top of `sustained_s`")
+    power_watts: float | None = Field(default=None, gt=0, description="steady reading of an external meter")
+    type_k: tuple[CacheType, ...] = Field(default=("f16",), description="KV-cache type for keys (GGUF only)")
+    type_v: tuple[CacheType, ...] = Field(
+        default=("f16",), description="KV-cache type for values (GGUF only)"
+    )
     runtime: Runtime = "auto"
-    roofline: bool = Field(default=True, description="foretell the rate of writing beside what is measured")
+    roofline: bool = Field(default=True, description="also predict the decode rate from memory bandwidth")
+
+    @field_validator("n_prompt", "n_gen", "n_depth", mode="before")
+    @classmethod
+    def _counts(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            return (value,)
+        return parse_counts(value) if isinstance(value, str) else value
+
+    @field_validator("type_k", "type_v", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return tuple(value.split(",")) if isinstance(value, str) else value
 
     @field_validator("n_prompt", "n_gen", "n_depth", "threads")
     @classmethod
@@ -59,10 +76,12 @@ class BenchSettings(BaseModel):
 
     @field_validator("threads", mode="before")
     @classmethod
-    def _auto(cls, value: Any) -> Any:
+    def _threads(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return parse_counts(value, threads=True)
         if isinstance(value, list | tuple):
             return tuple(0 if item == "auto" else item for item in value)
-        return (0,) if value == "auto" else value
+        return (value,) if isinstance(value, int) else value
 
     @field_validator("type_k", "type_v")
     @classmethod
@@ -71,16 +90,10 @@ class BenchSettings(BaseModel):
             raise ValueError("must name at least one type")
         return values
 
-    def argv(self) -> list[str]:
-        """Return the flags of ``arte-edge bench`` that say the same, for another machine."""
-        words = ["-p", _joined(self.n_prompt), "-n", _joined(self.n_gen), "-d", _joined(self.n_depth)]
-        words += ["-t", ",".join("auto" if n == 0 else str(n) for n in self.threads)]
-        words += ["-r", str(self.repetitions), "-ctk", ",".join(self.type_k), "-ctv", ",".join(self.type_v)]
-        words += ["--warmup" if self.warmup else "--no-warmup", "--warmup-seconds", f"{self.warmup_s:g}"]
-        words += ["--delay", f"{self.delay_s:g}", "--sustained", f"{self.sustained_s:g}"]
-        words += ["--timeout", f"{self.timeout_s:g}", "--runtime", self.runtime]
-        words += ["--roofline" if self.roofline else "--no-roofline"]
-        return words if self.power_watts is None else [*words, "--power-watts", f"{self.power_watts:g}"]
+    @property
+    def context_tokens(self) -> int:
+        """Tokens in the KV cache at the end of the longest test."""
+        return max(self.n_depth) + max(*self.n_prompt, *self.n_gen)
 
 
 class Case(BaseModel):
@@ -151,10 +164,10 @@ def cases(path: Path, settings: BenchSettings, device: DeviceFacts) -> Iterator[
 
 
 def default_threads(device: DeviceFacts) -> int:
-    """Return how many threads decode best if nobody says: one for each fast physical core.
+    """Return the number of decode threads: one per fast physical core, or ``ARTE_EDGE_THREADS``.
 
-    Two threads of one core share its arithmetic, and the slow cores of a big.LITTLE hold the
-    fast ones up. ``ARTE_EDGE_THREADS`` goes before.
+    Two threads of one core share its arithmetic units, and the slow cores of a big.LITTLE processor
+    delay the fast ones.
     """
     if told := os.environ.get("ARTE_EDGE_THREADS", ""):
         if not told.isdigit() or int(told) < 1:
@@ -171,26 +184,29 @@ def default_threads(device: DeviceFacts) -> int:
     return max(1, threads)
 
 
-def parse_counts(flag: str, text: str) -> tuple[int, ...]:
-    """Return the numbers of a list as llama-bench reads it; ``auto`` is 0.
+def parse_counts(text: str, *, threads: bool = False) -> tuple[int, ...]:
+    """Return the numbers of a list in llama-bench's notation.
+
+    Args:
+        threads: ``auto`` is allowed and becomes 0; the number 0 is not.
 
     Raises:
-        InputError: not such a list, or more than a thousand numbers.
+        ValueError: not such a list, or more than a thousand numbers.
     """
     numbers: list[int] = []
     for part in text.split(","):
-        if part.strip() == "auto" and flag == "-t":
+        if threads and part.strip() == "auto":
             numbers.append(0)
             continue
         found = _RANGE.fullmatch(part.strip())
         if found is None:
-            raise InputError(f"{flag} {text}: '{part}' is no number and no range", "As in 1,2,4 or 1-8*2.")
+            raise ValueError(f"'{part}' is not a number or a range such as 1-8*2")
         first, last = int(found[1]), int(found[2] or found[1])
-        if flag == "-t" and first == 0:
-            raise InputError(f"{flag} {text}: 0 threads do nothing", "auto takes one for each fast core.")
+        if threads and first == 0:
+            raise ValueError("0 threads cannot work; auto uses one per fast core")
         numbers += _steps(first, last, found[3] or "+", int(found[4] or 1))
         if len(numbers) > 1000:
-            raise InputError(f"{flag} {text}: more than a thousand numbers", "Give a larger step.")
+            raise ValueError(f"'{text}' has more than a thousand numbers; use a larger step")
     return tuple(numbers)
 
 
@@ -202,7 +218,3 @@ def _steps(first: int, last: int, sign: str, step: int) -> Sequence[int]:
             break
         numbers.append(following)
     return numbers
-
-
-def _joined(numbers: Sequence[int]) -> str:
-    return ",".join(map(str, numbers))

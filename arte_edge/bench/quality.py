@@ -13,10 +13,10 @@ import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
+from arte_edge.bench.case import Split
 from arte_edge.bench.pairs import Answers, paired
 from arte_edge.bench.result import DeviceFacts, QualityRow
 from arte_edge.bench.targets import describe
@@ -32,8 +32,6 @@ __all__ = ["ANSWER_TOKENS", "example_key", "measure_quality"]
 
 _LONGEST = 200  # characters of an answer that are kept
 _WARMUP_TOKENS = 2
-
-Split = Literal["test", "validation"]
 
 
 def measure_quality(

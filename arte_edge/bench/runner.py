@@ -1,29 +1,230 @@
-"""From models and settings to rows: one child process a case, the sweep goes on whatever becomes of it."""
+"""``arte_edge.bench.bench``: measure the files of a model and return rows; nothing is printed.
+
+Every test runs in a child process of its own, and a failure is a row with its reason, so a sweep
+always continues.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from arte_edge.bench.case import BenchSettings, Case, cases
+from pydantic import BaseModel, ConfigDict
+
+from arte_edge.bench.case import BenchSettings, Case, Split, cases
 from arte_edge.bench.isolate import run_child
-from arte_edge.bench.result import DeviceFacts, SpeedRow
+from arte_edge.bench.result import DeviceFacts, QualityRow, SpeedRow
 from arte_edge.bench.runtimes.open import choose_runtime
-from arte_edge.bench.targets import Target, describe
-from arte_edge.errors import ArteError
+from arte_edge.bench.suite import load_suite, make_settings
+from arte_edge.bench.targets import Target, describe, find_targets
+from arte_edge.errors import ArteError, InputError
 
-__all__ = ["Reporter", "run_bench", "run_case"]
+__all__ = ["BenchOutcome", "Reporter", "Request", "Row", "bench", "run_bench", "run_case", "run_request"]
 
-OnRow = Callable[[SpeedRow], None]
+Row = SpeedRow | QualityRow
+OnRow = Callable[[Row], None]
 
 
-class Reporter(Protocol):
-    """What says how far things are."""
+class Reporter:
+    """Receives progress; this one ignores it. Subclass it to show something."""
 
     def progress(self, text: str) -> None:
-        """Show what is being done now, in place of what was."""
+        """Called often with what is being done now."""
+
+    def note(self, text: str) -> None:
+        """Called with what a user should see once."""
+
+    def transfer(self, name: str, done_bytes: int, total_bytes: int) -> None:
+        """Called while a file is copied to a device."""
+
+
+class Request(BaseModel):
+    """One benchmark, complete, as it is sent to a device."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = ""
+    settings: BenchSettings = BenchSettings()
+    task: str | None = None
+    split: Split = "test"
+    limit: int = 0
+    bbh: Path | None = None
+    speed: bool = True
+
+
+@dataclass(frozen=True)
+class BenchOutcome:
+    """What was measured, failures included.
+
+    Attributes:
+        paths: the measured files and folders.
+        rows: one per test, in the order in which they were measured.
+    """
+
+    paths: tuple[Path, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def speed(self) -> tuple[SpeedRow, ...]:
+        return tuple(row for row in self.rows if isinstance(row, SpeedRow))
+
+    @property
+    def quality(self) -> tuple[QualityRow, ...]:
+        return tuple(row for row in self.rows if isinstance(row, QualityRow))
+
+    @property
+    def ok(self) -> bool:
+        """True unless all tests failed."""
+        return not self.rows or any(row.status == "ok" for row in self.rows)
+
+    def _repr_html_(self) -> str:
+        from arte_edge.bench.table import as_html
+
+        return as_html(self.rows)
+
+
+def fetch_model(ref: str) -> Path:
+    """Return the file of a registry name or Hub id, downloaded if it is not cached."""
+    from arte_edge.models import resolve
+
+    model = resolve(ref)
+    found = model.gguf or model.folder
+    assert found is not None  # a LocalModel has one of the two
+    return found
+
+
+def bench(
+    source: str | Path | Sequence[str | Path],
+    *,
+    suite: str | None = None,
+    task: str | Path | None = None,
+    split: Split = "test",
+    limit: int = 0,
+    bbh: Path | None = None,
+    speed: bool = True,
+    device: str | None = None,
+    compile_there: bool = False,
+    save: bool = True,
+    reporter: Reporter | None = None,
+    on_row: OnRow | None = None,
+    fetch: Callable[[str], Path] = fetch_model,
+    **settings: Any,
+) -> BenchOutcome:
+    """Measure speed, memory, heat and energy of a model's files, and with `task` their accuracy.
+
+    Args:
+        source: a .gguf file, an ONNX or checkpoint folder, an export's or a run's folder, a registry
+            name or Hub id; or several.
+        suite: named settings: default, quick, sustained, or a .toml.
+        task: a shipped name or a folder; its examples are answered as well.
+        split: of the task: test or validation.
+        limit: largest number of examples; 0: all.
+        bbh: folder of BIG-Bench-Hard files with the task.
+        speed: False measures accuracy only.
+        device: measure on this device over ssh: a name of ``devices ls`` or user@host.
+        compile_there: with `device`: compile llama-cpp-python there.
+        save: append rows to the export's bench.jsonl and merge them into its student.json.
+        on_row: called with each row as soon as it is measured.
+        fetch: returns the file of a registry name or Hub id.
+        settings: fields of `BenchSettings`, which override the suite; lists also in llama-bench's
+            notation (``n_prompt="1-4"``).
+
+    Raises:
+        InputError: a wrong value or a damaged model; nothing was measured.
+        ArteError: the device is unreachable or not suited.
+    """
+    reporter, on_row = reporter or Reporter(), on_row or (lambda row: None)
+    if split not in ("test", "validation"):
+        raise InputError(f"split '{split}' does not exist", "Use test or validation.")
+    if not speed and task is None:
+        raise InputError("Without speed and without a task there is nothing to measure", "Give a task.")
+    chosen = make_settings("bench", load_suite(suite or "default"), settings)
+    refs = [source] if isinstance(source, str | Path) else list(source)
+    paths = find_targets([str(ref) for ref in refs], fetch)
+    rows: list[Row] = []
+    if device is None:
+        request = Request(
+            settings=chosen, task=str(task) if task else None, split=split, limit=limit, bbh=bbh, speed=speed
+        )
+        rows = _measure(paths, request, reporter, on_row)
+    else:
+        from arte_edge import catalog
+        from arte_edge.bench.remote import bench_remote
+        from arte_edge.device.catalogue import find_device
+
+        if bbh is not None:
+            raise InputError("bbh cannot be used with a device", "Give a task folder as task.")
+        rows = bench_remote(
+            find_device(device),
+            paths,
+            chosen,
+            reporter=reporter,
+            task=catalog.find("tasks", str(task)) if task else None,
+            split=split,
+            limit=limit,
+            speed=speed,
+            compile_there=compile_there,
+            on_row=on_row,
+        )
+    if save:
+        _save(paths, rows, reporter)
+    return BenchOutcome(tuple(paths), tuple(rows))
+
+
+def run_request(request: Request, reporter: Reporter, on_row: OnRow) -> list[Row]:
+    """Run a request on this machine and return its rows. Raises as `bench`."""
+    return _measure(find_targets([request.source], fetch_model), request, reporter, on_row)
+
+
+def _measure(paths: Sequence[Path], request: Request, reporter: Reporter, on_row: OnRow) -> list[Row]:
+    from arte_edge.device.detect import detect
+
+    facts = detect()
+    rows: list[Row] = []
+    if request.speed:
+        rows += run_bench(paths, request.settings, device=facts, reporter=reporter, on_row=on_row)
+    if request.task is not None:
+        from arte_edge.bench.answers import run_quality
+
+        rows += run_quality(
+            paths,
+            request.task,
+            split=request.split,
+            limit=request.limit,
+            bbh=request.bbh,
+            threads=request.settings.threads[0],
+            device=facts,
+            reporter=reporter,
+            on_row=on_row,
+        )
+    return rows
+
+
+def _save(paths: Sequence[Path], rows: Sequence[Row], reporter: Reporter) -> None:
+    """Append rows to the ``bench.jsonl`` of the exports they belong to, and merge them into student.json."""
+    from arte_edge.bench.rows import FILE_NAME, append_rows
+    from arte_edge.export.student import FILE_NAME as STUDENT
+
+    names = [path.name for path in paths]
+    folders = {path.name: path.resolve().parent for path in paths if names.count(path.name) == 1}
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        reporter.note(f"{', '.join(twice)}: several files of this name, so the results are not saved")
+    for folder in sorted(set(folders.values())):
+        own = [row for row in rows if folders.get(row.model_filename) == folder]
+        if not own or not (folder / STUDENT).is_file():
+            continue
+        append_rows(folder / FILE_NAME, own)
+        from arte_edge.publish.speeds import merge_rows
+
+        try:
+            merge_rows(folder, own, note=reporter.note)
+        except ArteError as error:  # the rows are saved; a damaged student.json must not fail the benchmark
+            reporter.note(f"not merged into {STUDENT}: {error.message}")
+            if error.hint:
+                reporter.note(error.hint)
 
 
 def run_bench(

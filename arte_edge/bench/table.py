@@ -11,10 +11,11 @@ import io
 import json
 import textwrap
 from collections.abc import Sequence
+from html import escape
 
 from arte_edge.bench.result import QualityRow, SpeedRow
 
-__all__ = ["Table", "as_csv", "as_json", "heading", "quality_line", "summary"]
+__all__ = ["Table", "as_csv", "as_html", "as_json", "heading", "quality_line", "summary"]
 
 _WIDTH = 80
 _COLUMNS = (
@@ -137,6 +138,21 @@ def as_csv(rows: Sequence[SpeedRow | QualityRow]) -> str:
 def as_json(rows: Sequence[SpeedRow | QualityRow]) -> str:
     """Return rows as a JSON array, a row a line."""
     return "[\n" + ",\n".join(row.model_dump_json() for row in rows) + "\n]\n"
+
+
+def as_html(rows: Sequence[SpeedRow | QualityRow]) -> str:
+    """Return a short HTML table for notebooks."""
+    head = ("model", "quantization", "runtime", "threads", "test", "result")
+    lines = [f"<tr>{''.join(f'<th>{title}</th>' for title in head)}</tr>"]
+    for row in rows:
+        if isinstance(row, SpeedRow):
+            test, result = row.test, f"{_number(row.avg_ts)} tokens/s"
+        else:
+            test, result = row.task, f"{row.right}/{row.n} ({row.low:.0%} to {row.high:.0%})"
+        result = result if row.status == "ok" else row.status
+        cells = (row.model_filename, row.quantization, row.runtime, str(row.n_threads), test, result)
+        lines.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+    return f"<table>{''.join(lines)}</table>"
 
 
 def _flat(row: SpeedRow | QualityRow) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Where the rows of a bench go: a table or JSON on stdout as they come, a file beside it, progress on stderr."""
+"""Prints the rows of a benchmark: a table or JSON on stdout, optionally a file, progress on stderr."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from types import TracebackType
 
 from arte_edge.bench.result import QualityRow, SpeedRow
 from arte_edge.bench.rows import append_rows
+from arte_edge.bench.runner import Reporter
 from arte_edge.bench.table import Table, as_csv, as_json, quality_line, summary
 from arte_edge.cli.console import err
 from arte_edge.errors import InputError, nearest
+from arte_edge.models.disk import megabytes
 from arte_edge.store import write_atomic
 
 __all__ = ["FORMATS", "Output"]
@@ -18,8 +20,8 @@ __all__ = ["FORMATS", "Output"]
 FORMATS = ("csv", "json", "jsonl", "md")
 
 
-class Output:
-    """Takes rows; what was measured is written out also when the bench is stopped early."""
+class Output(Reporter):
+    """Receives rows and progress; finished rows are written also when the benchmark is stopped early."""
 
     def __init__(self, form: str, file: Path | None = None) -> None:
         """Check the formats.
@@ -39,7 +41,7 @@ class Output:
         self._table = Table()
         self._file_lines: list[str] = []
         self._status = err.status("") if err.is_terminal else None
-        self._said = ""
+        self._last = ""
 
     def __enter__(self) -> Output:
         if self._status is not None:
@@ -70,7 +72,7 @@ class Output:
         write_atomic(self._file, text.encode())
 
     def row(self, row: SpeedRow | QualityRow) -> None:
-        """Print a row, or keep it for the end where the format needs all of them."""
+        """Print a row, or hold it back where the format needs all of them."""
         self._rows.append(row)
         if isinstance(row, SpeedRow):
             self._lines(self._table.add(row))
@@ -83,16 +85,30 @@ class Output:
             append_rows(self._file, [row])
 
     def progress(self, text: str) -> None:
-        """Show what is being done: in place on a terminal, a line a test elsewhere."""
+        """Show what is being done: in place on a terminal, one line a test elsewhere."""
         if self._status is not None:
             from rich.markup import escape
 
             self._status.update(escape(text))
             return
         label = text.rpartition(": ")[0]
-        if label != self._said:
-            self._said = label
+        if label != self._last:
+            self._last = label
             err.print(label, markup=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        err.print(text, markup=False, soft_wrap=True)
+
+    def transfer(self, name: str, done_bytes: int, total_bytes: int) -> None:
+        """Show a copy: its share on a terminal, one line a large file elsewhere."""
+        if self._status is not None:
+            self.progress(
+                f"copying {name}, {done_bytes / max(1, total_bytes):.0%} of {megabytes(total_bytes)}"
+            )
+        elif total_bytes >= 1_000_000 and name != self._last:
+            self._last = name
+            self.note(f"copying {name}, {megabytes(total_bytes)}")
 
     def _lines(self, lines: list[str]) -> None:
         self._file_lines += lines

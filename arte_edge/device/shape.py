@@ -15,7 +15,7 @@ from typing import Any
 
 from arte_edge.errors import InputError
 
-__all__ = ["ModelShape"]
+__all__ = ["ModelShape", "model_format"]
 
 _KV_VALUE_BYTES = 2  # f16, the default of the runtimes
 _HEAD_ROWS = ("token_embd.weight", "per_layer_token_embd.weight")
@@ -51,17 +51,13 @@ class ModelShape:
         Raises:
             InputError: none of these, or its header or config does not say what is needed.
         """
-        if path.is_file():
-            return _of_gguf(path)
-        if (path / "genai_config.json").is_file():
-            return _of_genai(path)
-        if path.is_dir() and sorted(path.rglob("*.onnx")):
-            return _of_onnx(path)
-        if path.is_dir() and sorted(path.glob("*.safetensors")):
-            return _of_safetensors(path)
-        raise InputError(
-            f"{path}: no model", "Give a .gguf file, or a folder with ONNX or safetensors weights."
-        )
+        read = {
+            "gguf": _of_gguf,
+            "onnx-genai": _of_genai,
+            "onnx": _of_onnx,
+            "safetensors": _of_safetensors,
+        }
+        return read[model_format(path)](path)
 
     def kv_bytes(self, tokens: int) -> int:
         """Return the bytes of the keys and values of `tokens` tokens.
@@ -241,3 +237,18 @@ def _onnx_shape(folder: Path, kind: str, architecture: str, sizes: Any, shared: 
         kv_value_bytes=4,  # the shipped recipes keep the cache in fp32, which is what ONNX on a CPU computes in
         **shared,
     )
+
+
+def model_format(path: Path) -> str:
+    """Return gguf, onnx-genai, onnx or safetensors. Raises InputError if `path` is none of them."""
+    if path.is_file():
+        return "gguf"
+    if path.is_dir():
+        if (path / "genai_config.json").is_file():
+            return "onnx-genai"
+        if any(path.rglob("*.onnx")):
+            return "onnx"
+        if any(path.glob("*.safetensors")):
+            return "safetensors"
+    problem = "not a model" if path.exists() else "no such file or folder"
+    raise InputError(f"{path}: {problem}", "Give a .gguf file, or a folder with ONNX or safetensors weights.")

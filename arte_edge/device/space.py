@@ -1,9 +1,8 @@
-"""Will it go there: free bytes on the device's disk and memory for the model, asked before anything is copied."""
+"""Preflight checks before anything is copied: free disk space and memory for the model on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from arte_edge.device.fit import fit, refuse
@@ -12,41 +11,29 @@ from arte_edge.device.survey import Survey
 from arte_edge.errors import ArteError
 from arte_edge.models.disk import megabytes
 
-__all__ = ["ENV_BYTES", "check_disk", "check_memory", "context_tokens"]
+__all__ = ["ENV_BYTES", "check_disk", "check_memory"]
 
 # What the environment takes, by part, rounded up: 282 MB with xllamacpp, 527 MB with onnx beside it,
 # measured with `du` on aarch64 (benchmarks/results/arm_emulation); pip needs the packed wheels beside it for
 # a moment, and llama-cpp-python its objects.
 ENV_BYTES = {"": 180_000_000, "xllamacpp": 140_000_000, "gguf": 600_000_000, "onnx": 330_000_000}
 _MARGIN_BYTES = 100_000_000
-_LENGTH_FLAGS = {"-p": "p", "--n-prompt": "p", "-n": "n", "--n-gen": "n", "-d": "d", "--n-depth": "d"}
 
 
 def check_disk(found: Survey, need_bytes: int, host: str) -> None:
     """Raise ArteError if `need_bytes` and a margin do not fit below the work folder there."""
     if found.free_bytes < need_bytes + _MARGIN_BYTES:
         raise ArteError(
-            f"{host}: the disk there is too full: {megabytes(need_bytes)} are to be copied, "
+            f"{host}: not enough disk space: {megabytes(need_bytes)} would be copied, "
             f"{megabytes(found.free_bytes)} are free",
             f"Nothing was copied. Free some space; `arte-edge devices check … --clean` removes {found.work}.",
         )
 
 
-def context_tokens(argv: Sequence[str]) -> int:
-    """Return how many tokens the longest test of these arguments holds: depth, prompt and answer."""
-    longest = {"p": 512, "n": 128, "d": 0}  # as llama-bench, when nothing is said
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    for flag, value in pairwise(words):
-        if key := _LENGTH_FLAGS.get(flag):
-            numbers = [int(text) for text in value.split(",") if text.isdigit()]
-            longest[key] = max(numbers, default=longest[key])
-    return longest["d"] + max(longest["p"], longest["n"])
-
-
 def check_memory(found: Survey, models: Sequence[Path], tokens: int, host: str) -> None:
     """Raise InputError if a model with a cache of `tokens` tokens cannot fit into the device's memory."""
     if not (there := found.available_bytes or found.memory_bytes):
-        return  # it does not tell
+        return  # unknown
     for model in models:
         shape = ModelShape.of(model)
         needs = fit(shape, there, tokens)

@@ -9,6 +9,7 @@ import pytest
 from arte_edge import catalog
 from arte_edge.bench.case import BenchSettings, cases, default_threads, parse_counts
 from arte_edge.bench.result import DeviceFacts
+from arte_edge.bench.runner import Request
 from arte_edge.bench.suite import load_suite, make_settings
 from arte_edge.errors import InputError
 
@@ -26,15 +27,16 @@ from arte_edge.errors import InputError
     ],
 )
 def test_lists_and_ranges(text: str, numbers: tuple[int, ...]) -> None:
-    assert parse_counts("-t", text) == numbers
+    assert parse_counts(text, threads=True) == numbers
 
 
 @pytest.mark.parametrize(
-    ("flag", "text"), [("-t", "0"), ("-p", "auto"), ("-p", "1;2"), ("-n", ""), ("-n", "1-9999")]
+    ("key", "text"),
+    [("threads", "0"), ("n_prompt", "auto"), ("n_prompt", "1;2"), ("n_gen", ""), ("n_gen", "1-9999")],
 )
-def test_what_is_no_list_is_the_users_error(flag: str, text: str) -> None:
-    with pytest.raises(InputError, match=flag):
-        parse_counts(flag, text)
+def test_what_is_no_list_is_the_users_error(key: str, text: str) -> None:
+    with pytest.raises(InputError, match=key):
+        make_settings("bench", {key: text})
 
 
 def test_lists_multiply_in_the_order_of_llama_bench(this_device: DeviceFacts) -> None:
@@ -51,28 +53,18 @@ def test_only_writing_is_sustained(this_device: DeviceFacts) -> None:
     assert [case.sustained_s for case in made] == [0, 60]
 
 
-def test_the_flags_for_another_machine_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from arte_edge.cli import bench
-
+def test_a_request_is_the_same_after_json() -> None:
     settings = BenchSettings(
-        n_prompt=(64, 128),
-        n_gen=(0,),
-        threads=(0, 4),
-        repetitions=2,
-        warmup=False,
-        power_watts=4.5,
-        type_k=("q8_0",),
+        n_prompt="64,128", n_gen=(0,), threads="auto,4", warmup=False, power_watts=4.5, type_k="q8_0"
     )
-    words = settings.argv()
-    told = dict(zip(words, [*words[1:], ""], strict=True))
-    lists = {flag: told[flag] for flag in ("-p", "-n", "-d", "-t")}
-    given = {
-        "repetitions": int(told["-r"]),
-        "warmup": "--no-warmup" not in words,
-        "power_watts": float(told["--power-watts"]),
-        "type_k": tuple(told["-ctk"].split(",")),
-    }
-    assert bench._settings(None, given, lists) == settings
+    request = Request(source="a.gguf", settings=settings, task="parity", speed=False)
+    assert Request.model_validate_json(request.model_dump_json()) == request
+    assert (settings.n_prompt, settings.threads, settings.type_k) == ((64, 128), (0, 4), ("q8_0",))
+
+
+def test_the_longest_test_decides_how_many_tokens_are_cached() -> None:
+    assert BenchSettings().context_tokens == 512
+    assert BenchSettings(n_prompt=(0,), n_gen=(64, 900), n_depth=(0, 100)).context_tokens == 1000
 
 
 def test_threads_if_nobody_says(this_device: DeviceFacts, monkeypatch: pytest.MonkeyPatch) -> None:

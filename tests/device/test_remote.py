@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from arte_edge.bench import remote as remote_module
+from arte_edge.bench.case import BenchSettings
+from arte_edge.bench.remote import bench_remote
 from arte_edge.bench.result import DeviceFacts, QualityRow, SpeedRow
-from arte_edge.device import remote as remote_module
+from arte_edge.bench.runner import Reporter
 from arte_edge.device.profile import Profile, Remote
-from arte_edge.device.remote import bench_remote
 from arte_edge.device.ssh_errors import ConnectionLost, RemoteError
 from arte_edge.device.survey import Survey
 from arte_edge.device.work_folder import check, clean
@@ -35,31 +37,30 @@ QUALITY = QualityRow(
     device=FACTS,
 )  # fmt: skip
 
-# Stands for the verb where a test is about the way there and back: prints a row a test and file.
+# Replaces the benchmark where a test is about the connection: prints a row per repetition.
 STUB = """
 import json, sys, time, pathlib
-model = pathlib.Path(sys.argv[1])
+request = json.loads(sys.argv[1])
+model = pathlib.Path(request["source"])
 assert model.exists(), model
 row = json.loads({speed!r}) | {{"model_filename": model.name, "model_size": 7}}
-for i in range(int(sys.argv[sys.argv.index("-r") + 1])):
+for i in range(request["settings"]["repetitions"]):
     print(json.dumps(row | {{"test": "tg%d" % i}}), flush=True)
     print("test", i, "é[bold]", file=sys.stderr, flush=True)
     time.sleep(0.1)
-if "--task" in sys.argv:
-    task = pathlib.Path(sys.argv[sys.argv.index("--task") + 1])
+if request["task"]:
+    task = pathlib.Path(request["task"])
     assert (task / "task.toml").read_text() == "name = 'parity'"
     print(json.dumps(json.loads({quality!r}) | {{"model_filename": model.name}}), flush=True)
 """
 
 
-class Said:
+class Said(Reporter):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def say(self, text: str) -> None:
+    def note(self, text: str) -> None:
         self.lines.append(text)
-
-    warn = say
 
     @property
     def text(self) -> str:
@@ -97,17 +98,19 @@ def test_rows_come_back_verbatim_and_the_job_is_removed(
     task.mkdir()
     (task / "task.toml").write_text("name = 'parity'")
     said, seen = Said(), []
-    rows = bench_remote(profile, [model], ["-r", "2"], reporter=said, task=task, on_row=seen.append)
+    rows = bench_remote(
+        profile, [model], BenchSettings(repetitions=2), reporter=said, task=task, on_row=seen.append
+    )
     expected = [
         SPEED.model_copy(update={"model_filename": model.name, "model_size": 7, "test": t})
         for t in ("tg0", "tg1")
     ]
     assert rows == [*expected, QUALITY.model_copy(update={"model_filename": model.name})] == seen
-    assert "GGUF runs on " in said.text and "é\\[bold]" in said.text
+    assert "GGUF runs on " in said.text and "é[bold]" in said.text
     assert list((device.work / "jobs").iterdir()) == []
     assert device.work.stat().st_mode & 0o777 == 0o700
     sent = device.proxy.sent_bytes
-    bench_remote(profile, [model], ["-r", "1"], reporter=said)
+    bench_remote(profile, [model], BenchSettings(repetitions=1), reporter=said)
     assert device.proxy.sent_bytes - sent < 200_000  # neither wheel nor model again
 
 
@@ -121,7 +124,7 @@ def test_a_cut_in_mid_benchmark_and_a_caller_that_left_lose_no_row(
         if len(seen) == 3:
             device.proxy.cut()
 
-    rows = bench_remote(profile, [model], ["-r", "9"], reporter=Said(), on_row=cut)
+    rows = bench_remote(profile, [model], BenchSettings(repetitions=9), reporter=Said(), on_row=cut)
     assert names(rows) == [f"tg{i}" for i in range(9)] == names(seen)
 
     def leave(row: Any) -> None:
@@ -129,10 +132,10 @@ def test_a_cut_in_mid_benchmark_and_a_caller_that_left_lose_no_row(
         device.proxy.cut()
 
     with pytest.raises(ConnectionLost, match="kitchen") as error:
-        bench_remote(profile, [model], ["-r", "12"], reporter=Said(), on_row=leave)
+        bench_remote(profile, [model], BenchSettings(repetitions=12), reporter=Said(), on_row=leave)
     assert "the same command goes on" in error.value.hint
     device.proxy.refuse = False
-    assert len(bench_remote(profile, [model], ["-r", "12"], reporter=Said())) == 12
+    assert len(bench_remote(profile, [model], BenchSettings(repetitions=12), reporter=Said())) == 12
 
 
 def test_ctrl_c_here_stops_the_benchmark_there(
@@ -142,7 +145,7 @@ def test_ctrl_c_here_stops_the_benchmark_there(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bench_remote(profile, [model], ["-r", "500"], reporter=Said(), on_row=interrupt)
+        bench_remote(profile, [model], BenchSettings(repetitions=500), reporter=Said(), on_row=interrupt)
     from arte_edge.device.job import standing
 
     (job,) = (device.work / "jobs").iterdir()
@@ -160,7 +163,7 @@ def refused(
 
     monkeypatch.setattr(remote_module, "survey", with_facts)
     with pytest.raises(ArteError) as error:
-        bench_remote(profile, [model], [], reporter=Said())
+        bench_remote(profile, [model], BenchSettings(), reporter=Said())
     assert not device.work.exists()
     assert device.proxy.sent_bytes < 60_000
     return error.value
@@ -194,12 +197,12 @@ def test_a_device_without_python_or_with_an_old_one_is_told_what_it_needs(
         program(name, f"echo '{json.dumps(told)}'")
     no_path = profile.model_copy(update={"remote": profile.remote.model_copy(update={"python": "python3"})})
     with pytest.raises(ArteError, match=r"kitchen has Python 3\.9\.2; arte-edge needs 3\.11") as error:
-        bench_remote(no_path, [model], [], reporter=Said())
+        bench_remote(no_path, [model], BenchSettings(), reporter=Said())
     assert "uv python install" in error.value.hint
     for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
         program(name, "exit 1")
     with pytest.raises(ArteError, match="kitchen has no Python"):
-        bench_remote(no_path, [model], [], reporter=Said())
+        bench_remote(no_path, [model], BenchSettings(), reporter=Said())
 
 
 def test_a_checkpoint_is_refused_since_torch_never_goes_there(
@@ -209,12 +212,12 @@ def test_a_checkpoint_is_refused_since_torch_never_goes_there(
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="never installed on a device"):
-        bench_remote(profile, [folder], [], reporter=Said())
+        bench_remote(profile, [folder], BenchSettings(), reporter=Said())
 
 
 def test_a_kind_of_device_is_not_a_device(profile: Profile, model: Path) -> None:
     with pytest.raises(InputError, match="nothing says how to reach one"):
-        bench_remote(profile.model_copy(update={"remote": None}), [model], [], reporter=Said())
+        bench_remote(profile.model_copy(update={"remote": None}), [model], BenchSettings(), reporter=Said())
 
 
 def test_a_folder_that_is_not_ours_is_neither_used_nor_removed(
@@ -224,14 +227,14 @@ def test_a_folder_that_is_not_ours_is_neither_used_nor_removed(
     (device.home / "photos/cat.jpg").write_bytes(b"cat")
     other = profile.model_copy(update={"remote": profile.remote.model_copy(update={"workdir": "~/photos"})})
     with pytest.raises(RemoteError, match="not made by arte-edge"):
-        bench_remote(other, [model], [], reporter=Said())
+        bench_remote(other, [model], BenchSettings(), reporter=Said())
     with pytest.raises(RemoteError, match="not made by arte-edge"):
         clean(other)
     assert (device.home / "photos/cat.jpg").read_bytes() == b"cat"
 
 
 def test_cleaning_removes_the_work_folder(device: Any, profile: Profile, stub: None, model: Path) -> None:
-    bench_remote(profile, [model], ["-r", "1"], reporter=Said())
+    bench_remote(profile, [model], BenchSettings(repetitions=1), reporter=Said())
     assert clean(profile) == str(device.work)
     assert not device.work.exists()
     assert clean(profile) == str(device.work)  # twice is no error
@@ -261,8 +264,8 @@ def test_the_real_verb_measures_there_in_an_environment_of_its_own(
     # An interpreter that has no llama-cpp-python, as a fresh device's.
     plain = Remote(host="kitchen", ssh_config=device.config, python=sys._base_executable)
     mine = profile.model_copy(update={"remote": plain})
-    words = ["-p", "8", "-n", "8", "-r", "1", "-t", "1", "--no-warmup"]
-    rows = bench_remote(mine, [smollm2.gguf], words, reporter=said)
+    settings = BenchSettings(n_prompt=(8,), n_gen=(8,), repetitions=1, threads=(1,), warmup=False)
+    rows = bench_remote(mine, [smollm2.gguf], settings, reporter=said)
     assert [(row.test, row.status) for row in rows] == [("pp8", "ok"), ("tg8", "ok")]
     assert all(row.runtime.startswith("xllamacpp") and row.sha256 for row in rows)
     assert "xllamacpp, prebuilt" in said.text

@@ -18,7 +18,7 @@ from arte_edge.device.install import Marker, Site, env_bytes_missing, install, r
 from arte_edge.device.patience import Patience
 from arte_edge.device.profile import Runtimes
 from arte_edge.device.remote_env import install_commands, is_offline, plan
-from arte_edge.device.space import ENV_BYTES, check_disk, context_tokens
+from arte_edge.device.space import ENV_BYTES, check_disk
 from arte_edge.device.survey import Python, Survey, parse, survey
 from arte_edge.device.wheels import own_wheel
 from arte_edge.errors import ArteError, InputError
@@ -94,19 +94,6 @@ def test_space_counts_what_is_not_there_yet() -> None:
     check_disk(PI, 19_000_000_000, "kitchen")
     with pytest.raises(ArteError, match=r"20\.00 GB are free"):
         check_disk(PI, 20_000_000_000, "kitchen")
-
-
-@pytest.mark.parametrize(
-    ("argv", "tokens"),
-    [
-        ([], 512),
-        (["-p", "16,1024", "-n", "8"], 1024),
-        (["--n-gen=2048", "-d", "0,100"], 2148),
-        (["-p", "auto", "-t", "1,2"], 512),
-    ],
-)
-def test_the_longest_test_decides_how_much_context_must_fit(argv: list[str], tokens: int) -> None:
-    assert context_tokens(argv) == tokens
 
 
 @given(st.text())

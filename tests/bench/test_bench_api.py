@@ -1,0 +1,68 @@
+"""``bench.runner.bench`` from Python: an object comes back, nothing is printed, wrong values raise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from arte_edge.bench.case import BenchSettings
+from arte_edge.bench.runner import Reporter, Request, bench
+from arte_edge.errors import InputError
+
+QUICK: dict[str, Any] = {
+    "n_prompt": "4", "n_gen": 8, "repetitions": 2, "warmup": False, "threads": "1", "roofline": False
+}  # fmt: skip
+
+
+class Seen(Reporter):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def progress(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def test_it_returns_rows_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    seen, rows = Seen(), []
+    outcome = bench("null:1", reporter=seen, on_row=rows.append, **QUICK)
+    assert [row.test for row in outcome.speed] == ["pp4", "tg8"] == [row.test for row in rows]
+    assert outcome.ok and outcome.quality == () and str(outcome.paths[0]) == "null:1"
+    assert any("tg8" in text for text in seen.texts)
+    html = outcome._repr_html_()
+    assert html.count("<tr>") == 3 and "tg8" in html and "tokens/s" in html
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"n_promt": 4}, "n_prompt"),
+        ({"repetitions": 0}, "repetitions"),
+        ({"split": "train"}, "train"),
+        ({"speed": False}, "task"),
+        ({"suite": "quik"}, "quick"),
+        ({"device": "no-such-board"}, "no-such-board"),
+        ({"n_gen": 2.5}, "n_gen"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_an_input_error_that_names_it(wrong: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError) as error:
+        bench("null", **wrong)
+    assert named in f"{error.value.message} {error.value.hint}"
+
+
+def test_a_device_runs_the_request_as_json_and_prints_only_rows() -> None:
+    settings = BenchSettings(n_prompt=(4,), n_gen=(0,), repetitions=1, warmup=False, threads=(1,))
+    request = Request(source="null", settings=settings).model_dump_json()
+    command = [sys.executable, "-m", "arte_edge.bench", request]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert '"test":"pp4"' in line and "pp4" in done.stderr
+    request = Request(source="nothing.gguf").model_dump_json()
+    done = subprocess.run([*command[:-1], request], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "nothing.gguf" in done.stderr and done.stdout == ""
