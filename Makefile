@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # llama-cpp-python compiles llama.cpp when it is installed; its vision library is not used here.
 # A GPU build: make setup CMAKE_ARGS="-DGGML_CUDA=on" (pip keeps built wheels, so after changing
 # this on a machine that has built one: .venv/bin/pip cache remove llama_cpp_python, make clean).
-# Nor is Intel's AMX unit, where this compiler would build for it: arte_edge/engines/llama_amx.py says why.
+# Nor is Intel's AMX unit, where this compiler would build for it: arte_edge/runtimes/llamacpp/bindings.py says why.
 NO_AMX := $(shell echo | $${CXX:-c++} -march=native -dM -E -x c++ - 2>/dev/null | grep -q __AMX_INT8__ && \
   echo -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 CMAKE_ARGS ?= -DLLAVA_BUILD=OFF $(if $(NO_AMX),-DCMAKE_C_FLAGS="$(NO_AMX)" -DCMAKE_CXX_FLAGS="$(NO_AMX)")

@@ -25,7 +25,7 @@ from score_worth_stats import mean_interval
 
 from arte_edge.distill.prompts import ANSWER_STOPS, STEPS
 from arte_edge.distill.race import spread_answers
-from arte_edge.engines.base import Request, Sampling
+from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.store import read_jsonl
 from arte_edge.tasks.answers import extract, matches
 

@@ -55,8 +55,8 @@ Decode = Callable[[list[int], int, Stamp], list[int]]
 
 
 def open_session(folder: Path, threads: int) -> Decode:
-    """Return a decoder through `arte_edge.export.onnx_session`."""
-    from arte_edge.export.onnx_session import OnnxSession
+    """Return a decoder through `arte_edge.runtimes.onnxruntime`."""
+    from arte_edge.runtimes.onnxruntime import OnnxSession
 
     session = OnnxSession(folder, threads)
 

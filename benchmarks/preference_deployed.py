@@ -22,8 +22,8 @@ import numpy as np
 from arte_edge.distill.deployed import Shift, compare
 from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, Worked, student_messages
 from arte_edge.distill.scores import probabilities
-from arte_edge.engines.llamacpp import LlamaCppEngine
-from arte_edge.engines.render import render
+from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
+from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.loaders import load_task
 
 RESULTS = Path(__file__).parent / "results" / "preference_deployed"

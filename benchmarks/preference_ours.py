@@ -35,7 +35,7 @@ def ours(work: Work) -> Callable[[], Texts]:
 
 
 def _writing(engine: Any, work: Work) -> Callable[[], Texts]:
-    from arte_edge.engines.base import Request, Sampling
+    from arte_edge.runtimes.completion import Request, Sampling
 
     engine.complete([Request(WARM_UP)], Sampling(max_tokens=2))
     sampling = Sampling(max_tokens=work["tokens"], stop=tuple(work["stop"]))
@@ -61,7 +61,7 @@ def likelihood(work: Work) -> Callable[[], Texts]:
 
 def pipeline(work: Work) -> Callable[[], Texts]:
     """Return what `distill` itself does: calls through the store, at the default number of sequences."""
-    from arte_edge.engines.base import Request, Sampling
+    from arte_edge.runtimes.completion import Request, Sampling
 
     calls, engine = _calls(), _engine(work, 32)
     engine.complete([Request(WARM_UP)], Sampling(max_tokens=2))
@@ -112,7 +112,7 @@ def transformers_ours(work: Work) -> Callable[[], Texts]:
 
 
 def _transformers(work: Work) -> Any:
-    from arte_edge.engines.hf import TransformersEngine
+    from arte_edge.runtimes.transformers.model import TransformersEngine
 
     kind = {"fp32": "float32", "bf16": "bfloat16"}[work["dtype"]]
     return TransformersEngine(Path(work["checkpoint"]), sha256="", device="cpu", dtype=kind)
@@ -131,7 +131,7 @@ def transformers_likelihood(work: Work) -> Callable[[], Texts]:
 
 
 def _engine(work: Work, parallel: int = 0) -> Any:
-    from arte_edge.engines.llamacpp import LlamaCppEngine
+    from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
 
     parallel = parallel or (64 if len(work["prompts"]) > 64 else 40)
     return LlamaCppEngine(Path(work["gguf"]), sha256="", parallel=parallel, threads=work["threads"])
@@ -142,8 +142,8 @@ def ceiling(work: Work) -> Callable[[], Texts]:
     flash attention, at the work's depth."""
     import numpy as np
 
-    from arte_edge.engines.llama_layout import Layout
-    from arte_edge.engines.llama_runtime import LlamaContext, LlamaModel
+    from arte_edge.runtimes.llamacpp.bindings import LlamaContext, LlamaModel
+    from arte_edge.runtimes.llamacpp.context_memory import Layout
 
     model = LlamaModel(Path(work["gguf"]))
     depth, steps = work["ceiling_depth"], 6

@@ -45,8 +45,8 @@ def make_work(gguf: Path, checkpoint: str, drafts: list[int], threads: int) -> d
         Worked,
         student_messages,
     )
-    from arte_edge.engines.llamacpp import LlamaCppEngine
-    from arte_edge.engines.render import render
+    from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
+    from arte_edge.runtimes.prompt_render import render
     from arte_edge.tasks.loaders import load_task
 
     task = load_task("home_intents")

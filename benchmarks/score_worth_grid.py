@@ -22,10 +22,10 @@ import numpy as np
 from score_worth_scores import UNASKED
 
 from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_STOPS, FORCE, STEPS, Worked, student_messages
-from arte_edge.engines.base import Request, Sampling
-from arte_edge.engines.open import open_engine
-from arte_edge.engines.render import render
 from arte_edge.models.disk import whole_file
+from arte_edge.runtimes.completion import Request, Sampling
+from arte_edge.runtimes.loader import open_engine
+from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.answers import extract, matches
 from arte_edge.tasks.loaders import load_task
 

@@ -21,9 +21,9 @@ import torch
 from score_worth_scores import forced_outcome
 
 from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, STEPS, student_messages
-from arte_edge.engines.hf import TransformersEngine
-from arte_edge.engines.render import render
 from arte_edge.models.disk import whole_file
+from arte_edge.runtimes.prompt_render import render
+from arte_edge.runtimes.transformers.model import TransformersEngine
 from arte_edge.tasks.loaders import load_task
 
 RATE, STEPS_TAKEN = 2e-5, 2

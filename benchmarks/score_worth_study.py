@@ -17,8 +17,8 @@ from score_worth_students import Students
 from transformers import AutoTokenizer
 
 from arte_edge.distill.prompts import ANSWER_CLOSE, STEPS, Worked, student_messages
-from arte_edge.engines.choices import spans
-from arte_edge.engines.render import render
+from arte_edge.runtimes.choice_scoring import spans
+from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.answers import extract, matches
 from arte_edge.tasks.loaders import load_task
 

@@ -125,7 +125,7 @@ def _sums(path: Path, kind: str) -> tuple[str, str, str]:
     own = next((a for a in artifacts if a.file.rstrip("/") == path.resolve().name), None)
     sha256 = _checksum(path)
     if own is None:
-        from arte_edge.export.verify.folder_text import onnx_precision
+        from arte_edge.runtimes.onnxruntime import onnx_precision
 
         return sha256, _tensors(path), onnx_precision(path) if path.is_dir() else ""
     return sha256, own.tensor_sha256 if own.sha256 == sha256 else _tensors(path), own.quantization

@@ -169,7 +169,7 @@ def new(
 
 
 def _propose(folder: Path, teacher: str) -> tuple[str, ...]:
-    from arte_edge.engines.open import open_engine
+    from arte_edge.runtimes.loader import open_engine
     from arte_edge.tasks.folder import load_folder
     from arte_edge.tasks.scaffold import propose_techniques, set_techniques
 

@@ -21,11 +21,11 @@ from arte_edge.distill.run import Run, Summary
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.dpo import train_dpo
 from arte_edge.distill.train.settings import DpoSettings, Lora
-from arte_edge.engines.base import Engine, Request, Sampling
-from arte_edge.engines.open import is_server, open_local
-from arte_edge.engines.render import Message
 from arte_edge.errors import InputError, StoppedEarly
 from arte_edge.models.hashing import sha256_file
+from arte_edge.runtimes.completion import Engine, Request, Sampling
+from arte_edge.runtimes.loader import is_server, open_local
+from arte_edge.runtimes.prompt_render import Message
 from arte_edge.store import Stage
 from arte_edge.tasks.answers import canonical
 

@@ -24,7 +24,7 @@ from arte_edge.distill.prompts import (
     student_messages,
 )
 from arte_edge.distill.run import Run
-from arte_edge.engines.base import Engine, Request, Sampling
+from arte_edge.runtimes.completion import Engine, Request, Sampling
 from arte_edge.tasks.answers import canonical, extract, matches
 from arte_edge.tasks.task import Example
 

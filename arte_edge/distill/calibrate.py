@@ -19,7 +19,7 @@ from arte_edge.distill.config import ModelConfig
 from arte_edge.distill.irt import fit_2pl, top_k
 from arte_edge.distill.prompts import Worked, answer_shots
 from arte_edge.distill.run import Run, Summary
-from arte_edge.engines.open import is_server
+from arte_edge.runtimes.loader import is_server
 from arte_edge.store import Stage
 
 __all__ = ["calibrate"]

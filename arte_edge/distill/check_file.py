@@ -12,11 +12,11 @@ from typing import Any
 
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.settings import problems_of
-from arte_edge.engines.open import is_server
 from arte_edge.errors import ArteError
 from arte_edge.models import registry
 from arte_edge.models.gguf_header import read_header
 from arte_edge.models.resolve import resolve
+from arte_edge.runtimes.loader import is_server
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
 
@@ -91,7 +91,7 @@ def _look_up(ref: str) -> None:
     """Raise if `ref` names no model. Fetches nothing and computes no sum of a large file."""
     path = Path(ref).expanduser()
     if is_server(ref):
-        from arte_edge.engines.openai import parse_ref
+        from arte_edge.runtimes.openai.engine import parse_ref
 
         parse_ref(ref)
     elif path.is_file():

@@ -21,11 +21,11 @@ from arte_edge.distill.plan import Measured, Sizes, StagePlan, plan, works
 from arte_edge.distill.probe import measure
 from arte_edge.distill.progress import Reporter
 from arte_edge.distill.run import Run
-from arte_edge.engines.usage import Prices
 from arte_edge.errors import InputError
 from arte_edge.extras import need
 from arte_edge.models.gguf_header import read_header
 from arte_edge.models.local import LocalModel
+from arte_edge.runtimes.openai.client import Prices
 from arte_edge.tasks.loaders import load_task
 
 __all__ = ["dry_run", "parse_prices"]

@@ -18,8 +18,8 @@ from arte_edge.distill.progress import Reporter
 from arte_edge.distill.run import Run, open_folder
 from arte_edge.distill.student_file import quantized_file
 from arte_edge.distill.tailor import tailor
-from arte_edge.engines.base import Engine
 from arte_edge.extras import need
+from arte_edge.runtimes.completion import Engine
 from arte_edge.tasks.loaders import load_task
 
 __all__ = ["run_pipeline"]

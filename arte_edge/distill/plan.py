@@ -13,7 +13,7 @@ from math import ceil
 from typing import Literal
 
 from arte_edge.distill.config import RunConfig
-from arte_edge.engines.usage import Prices
+from arte_edge.runtimes.openai.client import Prices
 
 __all__ = ["Kind", "Measured", "Shape", "Sizes", "Speed", "StagePlan", "Work", "plan", "works"]
 

@@ -26,8 +26,8 @@ from arte_edge.distill.prompts import (
 from arte_edge.distill.questions import NearDuplicates, QuestionPlan, parse_questions, question_prompts
 from arte_edge.distill.rationales import rationale_prompt, rationale_sampling
 from arte_edge.distill.run import Run
-from arte_edge.engines.base import Completion, Engine, Request, Sampling
 from arte_edge.errors import EngineError
+from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
 from arte_edge.tasks.answers import canonical
 from arte_edge.tasks.task import Example
 

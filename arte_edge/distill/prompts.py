@@ -1,6 +1,6 @@
 """Every prompt of the method, in one place: what teacher and student are asked, word for word.
 
-Each function returns chat messages; `arte_edge.engines.render` makes text of them.
+Each function returns chat messages; `arte_edge.runtimes.prompt_render` makes text of them.
 Worked examples are turns of the conversation: chat models hold a format far better
 when they seem to have kept to it before. A prefill starts the model's answer.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from arte_edge.engines.render import Message
+from arte_edge.runtimes.prompt_render import Message
 from arte_edge.tasks.task import Example, Task
 
 __all__ = [

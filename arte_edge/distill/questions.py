@@ -19,8 +19,8 @@ from typing import Any
 from arte_edge.distill.config import ModelConfig
 from arte_edge.distill.prompts import question_messages, question_prefill
 from arte_edge.distill.run import Run
-from arte_edge.engines.base import Completion, Engine, Request, Sampling
 from arte_edge.errors import EngineError, StoppedEarly
+from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
 from arte_edge.tasks.answers import canonical
 from arte_edge.tasks.task import Example, Task, content_key
 

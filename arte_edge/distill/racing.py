@@ -23,7 +23,7 @@ from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, Worked, student_messa
 from arte_edge.distill.race import Ask, Race, spread_answers
 from arte_edge.distill.run import Run
 from arte_edge.distill.scores import Score, answer_bias, probabilities
-from arte_edge.engines.base import Engine
+from arte_edge.runtimes.completion import Engine
 from arte_edge.tasks.task import Example
 
 __all__ = ["Raced", "is_raced", "race_scores"]

@@ -22,7 +22,7 @@ from arte_edge.distill.prompts import (
     teacher_shots,
 )
 from arte_edge.distill.run import Run
-from arte_edge.engines.base import Completion, Engine, Request, Sampling
+from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
 from arte_edge.tasks.answers import comparable, extract
 
 __all__ = [

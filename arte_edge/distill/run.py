@@ -12,12 +12,12 @@ from arte_edge.distill.deploy import Budget
 from arte_edge.distill.progress import Reporter
 from arte_edge.distill.settings import build, differences, dump_toml, load_toml
 from arte_edge.distill.student_file import base_file
-from arte_edge.engines.base import Engine
-from arte_edge.engines.open import ServerLimits, is_server, open_engine, open_local
-from arte_edge.engines.render import Message, render
 from arte_edge.errors import InputError
 from arte_edge.models.local import LocalModel
 from arte_edge.models.resolve import resolve
+from arte_edge.runtimes.completion import Engine
+from arte_edge.runtimes.loader import ServerLimits, is_server, open_engine, open_local
+from arte_edge.runtimes.prompt_render import Message, render
 from arte_edge.store import CallLog, Stage, write_atomic
 from arte_edge.tasks.task import Task
 

@@ -12,10 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from arte_edge.distill.run import Run
 from arte_edge.distill.student_file import base_file, quantized_file
-from arte_edge.engines.base import Engine
-from arte_edge.engines.open import is_server, open_local
-from arte_edge.engines.quickest import Way, Work, quickest, ways_here
-from arte_edge.engines.remembered import probing
+from arte_edge.runtimes.autotune import Way, Work, probing, quickest, ways_here
+from arte_edge.runtimes.completion import Engine
+from arte_edge.runtimes.loader import is_server, open_local
 
 __all__ = ["scoring_engine"]
 

@@ -21,7 +21,7 @@ from arte_edge.distill.scores import (
     score_log_probabilities,
     score_open,
 )
-from arte_edge.engines.base import Engine
+from arte_edge.runtimes.completion import Engine
 from arte_edge.tasks.task import Example
 
 __all__ = ["by_probability", "by_writing", "item_scores"]

@@ -22,8 +22,8 @@ from arte_edge.distill.race import spread_answers
 from arte_edge.distill.rationales import label_rows, opinions, write_rationales
 from arte_edge.distill.run import Run, Summary
 from arte_edge.distill.within import brief_shots, draw_again, too_long
-from arte_edge.engines.base import Engine
 from arte_edge.errors import StoppedEarly
+from arte_edge.runtimes.completion import Engine
 from arte_edge.store import Stage
 
 __all__ = ["tailor"]

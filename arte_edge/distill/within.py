@@ -25,7 +25,7 @@ from arte_edge.distill.labels import Policy, agrees
 from arte_edge.distill.prompts import ANSWER_OPEN, Worked, teacher_shots
 from arte_edge.distill.rationales import rationale_prompt, rationale_row, rationale_sampling
 from arte_edge.distill.run import Run
-from arte_edge.engines.base import Engine, Request
+from arte_edge.runtimes.completion import Engine, Request
 from arte_edge.tasks.answers import comparable
 
 __all__ = ["brief_shots", "draw_again", "shortened", "too_long"]

@@ -1,7 +1,7 @@
 """A checkpoint's chat template and special tokens, read from its files alone.
 
 Rendering needs neither torch nor transformers, so a plan, a Modelfile and prompts can
-be made on any machine. The words are rendered by `arte_edge.engines.render`, the one
+be made on any machine. The words are rendered by `arte_edge.runtimes.prompt_render`, the one
 place where prompts are.
 """
 
@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from arte_edge.engines.base import Engine
-from arte_edge.engines.render import Message, render
 from arte_edge.errors import InputError
+from arte_edge.runtimes.completion import Engine
+from arte_edge.runtimes.prompt_render import Message, render
 
 __all__ = ["Chat", "read_chat"]
 

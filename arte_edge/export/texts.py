@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import cast
 
 from arte_edge.distill.prompts import STEPS, student_messages, tagged
-from arte_edge.engines.render import Message
 from arte_edge.errors import InputError
 from arte_edge.export.chat import Chat
 from arte_edge.export.verify.opened import Opened
 from arte_edge.export.verify.prompts import built_in_prompts, task_prompts
+from arte_edge.runtimes.prompt_render import Message
 from arte_edge.store import read_jsonl
 from arte_edge.tasks.task import Task
 

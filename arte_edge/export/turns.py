@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from arte_edge.engines.render import Message
 from arte_edge.errors import InputError
 from arte_edge.export.chat import Chat
+from arte_edge.runtimes.prompt_render import Message
 
 __all__ = ["Turns", "read_turns"]
 

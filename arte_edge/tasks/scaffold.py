@@ -23,9 +23,9 @@ import tomlkit
 from tomlkit.items import Array, String
 
 from arte_edge import catalog
-from arte_edge.engines.base import Engine, Request, Sampling
-from arte_edge.engines.render import render
 from arte_edge.errors import ArteError, InputError
+from arte_edge.runtimes.completion import Engine, Request, Sampling
+from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.folder import write_rows
 from arte_edge.tasks.generators import boolean_expressions, date_understanding, home, object_counting
 from arte_edge.tasks.normalize import fold_label

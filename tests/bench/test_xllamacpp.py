@@ -151,7 +151,7 @@ def test_llama_cpp_python_writes_the_same_tokens(tiny: Path) -> None:
 del sys.modules["llama_cpp"]
 import os; os.environ["ARTE_EDGE_GGUF_RUNTIME"] = "llama-cpp-python"
 from pathlib import Path
-from arte_edge.engines.llama_runtime import LlamaContext, LlamaModel, Row
+from arte_edge.runtimes.llamacpp.bindings import LlamaContext, LlamaModel, Row
 weights = LlamaModel(Path(sys.argv[1]))
 context = LlamaContext(weights, 1, 256, 1)
 class model:
@@ -185,7 +185,7 @@ except ArteError as error: print(json.dumps([type(error).__name__, str(error)]))
 @pytest.mark.model
 def test_smollm2_answers_through_xllamacpp(smollm2: LocalModel) -> None:
     code = """
-from arte_edge.engines.llama_runtime import LlamaModel
+from arte_edge.runtimes.llamacpp.bindings import LlamaModel
 text = LlamaModel(Path(sys.argv[1]), model._library)
 prompt = text.tokens("The capital of France is the city of")
 print(json.dumps(b"".join(text.piece(t) for t in greedy(model, prompt, 4)).decode()))

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.progress import Reporter
 from arte_edge.distill.run import Run
-from arte_edge.engines.base import Completion, EngineIdentity, Request, Sampling
 from arte_edge.models.local import LocalModel
+from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.tasks.task import Answer, Example, Task, rows_sha256
 
 TEACHER, STUDENT = "scripted-teacher", "scripted-student"

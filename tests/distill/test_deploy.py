@@ -29,9 +29,9 @@ from arte_edge.distill.prefer import prefer
 from arte_edge.distill.run import Run
 from arte_edge.distill.student_file import quantized_file
 from arte_edge.distill.tailor import tailor
-from arte_edge.engines.base import Completion, Request, Sampling
 from arte_edge.errors import InputError, StoppedEarly
 from arte_edge.models.local import LocalModel
+from arte_edge.runtimes.completion import Completion, Request, Sampling
 from arte_edge.store import content_key
 
 RATES = Rates(20.0, 200.0, "measured", "llama_cpp, 4 threads")

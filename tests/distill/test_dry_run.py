@@ -16,10 +16,10 @@ from arte_edge.distill.dry_run import parse_prices
 from arte_edge.distill.plan import Kind
 from arte_edge.distill.progress import Reporter
 from arte_edge.distill.run import Run
-from arte_edge.engines.base import Completion, Request, Sampling
-from arte_edge.engines.usage import Prices
 from arte_edge.errors import InputError
 from arte_edge.models.local import LocalModel
+from arte_edge.runtimes.completion import Completion, Request, Sampling
+from arte_edge.runtimes.openai.client import Prices
 from arte_edge.tasks.loaders import load_task
 
 Capture = pytest.CaptureFixture[str]

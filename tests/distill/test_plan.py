@@ -9,7 +9,7 @@ import pytest
 
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.plan import Measured, Shape, Sizes, Speed, StagePlan, plan, works
-from arte_edge.engines.usage import Prices
+from arte_edge.runtimes.openai.client import Prices
 
 SIZES = Sizes(
     n_validation=100,

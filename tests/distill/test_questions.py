@@ -198,7 +198,7 @@ class TestDrafting:
     def test_a_server_that_fails_every_call_is_an_engine_error(
         self, house: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from arte_edge.engines.base import Completion
+        from arte_edge.runtimes.completion import Completion
 
         def fails(requests: Sequence[Any], sampling: Any) -> list[Completion]:
             return [Completion("", "error", error="HTTP 500") for _ in requests]

@@ -17,7 +17,7 @@ from arte_edge.distill.config import Prefer
 from arte_edge.distill.elicit import elicit
 from arte_edge.distill.prefer import prefer
 from arte_edge.distill.racing import is_raced
-from arte_edge.engines.base import Completion, Request, Sampling
+from arte_edge.runtimes.completion import Completion, Request, Sampling
 
 K = 24
 

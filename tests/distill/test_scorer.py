@@ -9,8 +9,8 @@ import pytest
 
 from arte_edge.distill import scorer
 from arte_edge.distill.scorer import scoring_engine
-from arte_edge.engines.quickest import Way
 from arte_edge.models.local import LocalModel
+from arte_edge.runtimes.autotune import Way
 
 MUCH = 500
 

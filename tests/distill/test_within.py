@@ -13,8 +13,8 @@ from arte_edge.distill.deploy import Budget, DeviceSide, Rates, settle
 from arte_edge.distill.run import Run
 from arte_edge.distill.tailor import tailor
 from arte_edge.distill.within import brief_shots, shortened
-from arte_edge.engines.base import Completion, Request, Sampling
 from arte_edge.errors import StoppedEarly
+from arte_edge.runtimes.completion import Completion, Request, Sampling
 from arte_edge.store import content_key
 from arte_edge.tasks.task import WorkedExample
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arte_edge.engines.render import Message
 from arte_edge.errors import InputError
 from arte_edge.export.chat import Chat
 from arte_edge.export.modelfile import Asking, go_template, modelfile
 from arte_edge.export.turns import read_turns
+from arte_edge.runtimes.prompt_render import Message
 
 
 def load(name: str) -> ModuleType:

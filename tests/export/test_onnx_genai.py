@@ -23,8 +23,8 @@ from arte_edge.export.onnx_check import folder_problems, model_file
 from arte_edge.export.onnx_folder import TOKENIZER_FILES, leaks, private_paths
 from arte_edge.export.onnx_genai import GenaiSettings, build
 from arte_edge.export.onnx_graph import read_graph
-from arte_edge.export.onnx_session import OnnxSession
 from arte_edge.models import LocalModel
+from arte_edge.runtimes.onnxruntime import OnnxSession
 
 IDS = [0, *np.random.default_rng(0).integers(3, 400, 60).tolist()]
 PRECISIONS = ("fp32", "int8", "int4")

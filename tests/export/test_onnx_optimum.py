@@ -20,8 +20,8 @@ from arte_edge.export.onnx_check import folder_problems, model_file
 from arte_edge.export.onnx_folder import TOKENIZER_FILES, leaks, private_paths
 from arte_edge.export.onnx_graph import read_graph
 from arte_edge.export.onnx_optimum import OptimumSettings, build, find_python
-from arte_edge.export.onnx_session import OnnxSession
 from arte_edge.export.onnx_transformers4 import for_transformers_4
+from arte_edge.runtimes.onnxruntime import OnnxSession
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = [0, *np.random.default_rng(1).integers(3, 400, 50).tolist()]

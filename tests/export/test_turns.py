@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from arte_edge.engines.render import Message
 from arte_edge.export.chat import Chat
 from arte_edge.export.turns import Turns, read_turns
+from arte_edge.runtimes.prompt_render import Message
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

@@ -144,9 +144,9 @@ def test_a_teacher_replaces_the_techniques_of_a_task_that_is_there(
     def propose(_engine: Teacher, description: str, seeds: tuple[Example, ...]) -> tuple[str, ...]:
         return (description, *(seed.input for seed in seeds[:3]))
 
-    module = ModuleType("arte_edge.engines.open")
+    module = ModuleType("arte_edge.runtimes.loader")
     module.open_engine = open_engine  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "arte_edge.engines.open", module)
+    monkeypatch.setitem(sys.modules, "arte_edge.runtimes.loader", module)
     monkeypatch.setattr("arte_edge.tasks.scaffold.propose_techniques", propose)
     before = load_folder(parity)
     assert main(["tasks", "new", str(parity), "--teacher", "big-model"]) == 0

@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from arte_edge import catalog
-from arte_edge.engines.base import Completion, EngineIdentity, Request, Sampling
 from arte_edge.errors import ArteError, InputError
+from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.tasks.folder import load_folder, read_folder
 from arte_edge.tasks.from_table import Record, task_from_table
 from arte_edge.tasks.loaders import load_task

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arte_edge.bench.runtime import RuntimeFacts
-from arte_edge.engines.hf import TransformersEngine
 from arte_edge.errors import InputError
+from arte_edge.runtimes.transformers.model import TransformersEngine
 
 if TYPE_CHECKING:
-    from arte_edge.engines.hf_forward import State
+    from arte_edge.runtimes.transformers.model import State
 
 __all__ = ["HfSpeedModel"]
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from arte_edge.bench.runtime import RuntimeFacts
-from arte_edge.engines.llama_runtime import LlamaModel
 from arte_edge.errors import EngineError, InputError
 from arte_edge.models.gguf_header import read_header
+from arte_edge.runtimes.llamacpp.bindings import LlamaModel
 
 __all__ = ["LlamaSpeedModel", "load_llama_cpp"]
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from arte_edge.bench.runtime import RuntimeFacts
 from arte_edge.errors import InputError
-from arte_edge.export.onnx_session import OnnxSession
+from arte_edge.runtimes.onnxruntime import OnnxSession
 
 __all__ = ["OnnxSpeedModel"]
 
 
 class OnnxSpeedModel:
-    """`SpeedModel` of a folder that `arte_edge.export.onnx_session` opens."""
+    """`SpeedModel` of a folder that `arte_edge.runtimes.onnxruntime` opens."""
 
     def __init__(self, folder: Path, threads: int, context_tokens: int) -> None:
         """Load the folder.

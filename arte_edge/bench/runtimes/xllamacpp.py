@@ -14,11 +14,11 @@ from functools import cached_property
 from pathlib import Path
 
 from arte_edge.bench.runtime import RuntimeFacts
-from arte_edge.engines.llama_layout import ONE_SEQUENCE
-from arte_edge.engines.llama_runtime import LlamaContext, LlamaModel, Row
-from arte_edge.engines.xllama_library import XllamaLibrary, load_xllamacpp
 from arte_edge.errors import EngineError, InputError
 from arte_edge.models.gguf_header import read_header
+from arte_edge.runtimes.llamacpp.bindings import LlamaContext, LlamaModel, Row
+from arte_edge.runtimes.llamacpp.context_memory import ONE_SEQUENCE
+from arte_edge.runtimes.llamacpp.xllama_library import XllamaLibrary, load_xllamacpp
 
 __all__ = ["XllamaSpeedModel"]
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from arte_edge.engines.hf_text import Text
 from arte_edge.errors import InputError
+from arte_edge.runtimes.transformers.tokenizer import Text
 
 __all__ = ["Encoder", "check_rows"]
 

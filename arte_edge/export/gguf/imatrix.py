@@ -116,7 +116,7 @@ def _load(checkpoint: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-    from arte_edge.engines.hf_text import Text
+    from arte_edge.runtimes.transformers.tokenizer import Text
 
     logging.disable_progress_bar()  # the command shows progress of its own
     try:

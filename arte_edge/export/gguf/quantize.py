@@ -54,7 +54,7 @@ def quantize(
             needs an importance matrix without one, or a matrix of another model.
         ArteError: llama.cpp cannot quantize it, a package is missing, or the disk is full.
     """
-    from arte_edge.engines.llama_runtime import default_threads
+    from arte_edge.runtimes.llamacpp.bindings import default_threads
 
     quant = find_type(type)
     need("gguf", "Quantizing")

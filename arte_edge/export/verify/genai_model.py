@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.engines.render import Message
 from arte_edge.errors import EngineError, InputError
 from arte_edge.export.onnx_tokens import FileTokenizer, read_json
-from arte_edge.export.verify.folder_text import FolderText, check_files, onnx_precision
 from arte_edge.export.verify.onnx_model import until_stop
 from arte_edge.export.verify.opened import Memo, rendered
 from arte_edge.extras import need
+from arte_edge.runtimes.onnxruntime import FolderText, check_files, onnx_precision
+from arte_edge.runtimes.prompt_render import Message
 
 __all__ = ["GenaiModel"]
 

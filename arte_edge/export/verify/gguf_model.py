@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.engines.base import Request, Sampling
-from arte_edge.engines.llama_layout import ONE_SEQUENCE
-from arte_edge.engines.llama_runtime import LlamaContext, Row, default_threads
-from arte_edge.engines.llamacpp import LlamaCppEngine
-from arte_edge.engines.render import Message
 from arte_edge.errors import InputError
 from arte_edge.export.verify.opened import Memo, rendered
 from arte_edge.models.gguf_fields import read_fields
 from arte_edge.models.gguf_header import read_header
+from arte_edge.runtimes.completion import Request, Sampling
+from arte_edge.runtimes.llamacpp.bindings import LlamaContext, Row, default_threads
+from arte_edge.runtimes.llamacpp.context_memory import ONE_SEQUENCE
+from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
+from arte_edge.runtimes.prompt_render import Message
 
 __all__ = ["GgufModel"]
 

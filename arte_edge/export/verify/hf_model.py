@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.engines.base import Request, Sampling
-from arte_edge.engines.hf import TransformersEngine
-from arte_edge.engines.render import Message
 from arte_edge.export.verify.opened import Memo, rendered
+from arte_edge.runtimes.completion import Request, Sampling
+from arte_edge.runtimes.prompt_render import Message
+from arte_edge.runtimes.transformers.model import TransformersEngine
 
 __all__ = ["HfModel"]
 
@@ -29,7 +29,7 @@ class _Engine(TransformersEngine):
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         import torch
 
-        from arte_edge.engines.hf_forward import State
+        from arte_edge.runtimes.transformers.model import State
 
         state = State(None, torch.ones((1, 0), dtype=torch.long, device=self._device))
         values: NDArray[np.float32] = self._forward.extend(state, [list(ids)])[0].cpu().numpy()
@@ -61,7 +61,7 @@ class HfModel:
         self._engine = _Engine(folder, sha256="", device="cpu")  # on a GPU the engine would take 16 bits
         from transformers import AutoTokenizer
 
-        from arte_edge.engines.hf_text import Text
+        from arte_edge.runtimes.transformers.tokenizer import Text
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.engines.render import Message
-from arte_edge.export.onnx_session import OnnxSession
-from arte_edge.export.verify.folder_text import FolderText, check_files, onnx_precision
 from arte_edge.export.verify.opened import Memo, rendered
+from arte_edge.runtimes.onnxruntime import FolderText, OnnxSession, check_files, onnx_precision
+from arte_edge.runtimes.prompt_render import Message
 
 __all__ = ["OnnxModel", "until_stop"]
 

@@ -14,9 +14,9 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.engines.base import Engine
-from arte_edge.engines.render import Message, render
 from arte_edge.errors import InputError
+from arte_edge.runtimes.completion import Engine
+from arte_edge.runtimes.prompt_render import Message, render
 
 __all__ = ["Memo", "Opened", "open_model", "rendered"]
 

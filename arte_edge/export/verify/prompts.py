@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, student_messages
-from arte_edge.engines.render import Message
 from arte_edge.errors import InputError
+from arte_edge.runtimes.prompt_render import Message
 from arte_edge.tasks.task import Task
 
 __all__ = ["Renders", "built_in_prompts", "plain_text", "prompts_from_file", "task_prompts"]
@@ -137,7 +137,7 @@ def _rendered(model: Renders, messages: Sequence[Message]) -> str:
 
 
 def plain_text(messages: Sequence[Message]) -> str:
-    """Return the prompt of a model without a chat template, as `arte_edge.engines.render` makes it."""
+    """Return the prompt of a model without a chat template, as `arte_edge.runtimes.prompt_render` makes it."""
     return "\n\n".join(message["content"] for message in messages) + "\n"
 
 

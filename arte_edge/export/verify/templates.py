@@ -7,12 +7,12 @@ that refuses a conversation (Gemma's has no system role) must refuse it on both 
 
 from __future__ import annotations
 
-from arte_edge.engines.render import Message
 from arte_edge.errors import InputError
 from arte_edge.export.verify.check import Check
 from arte_edge.export.verify.opened import Opened
 from arte_edge.export.verify.thresholds import Thresholds
 from arte_edge.export.verify.tokenization import excerpt, first_difference
+from arte_edge.runtimes.prompt_render import Message
 
 __all__ = ["CONVERSATIONS", "check_templates"]
 

@@ -1,1 +1,0 @@
-"""Engines: what completes prompts, by llama.cpp, transformers or an OpenAI-compatible server."""

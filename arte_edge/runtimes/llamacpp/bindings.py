@@ -1,0 +1,353 @@
+"""llama.cpp's low-level calls as three small Python objects: a model, a context, a grammar.
+
+Everything that touches a pointer is here, so that the scheduler above it
+(`llama_batch`) reads as an algorithm. The high-level API of llama-cpp-python
+decodes one sequence at a time; the calls below decode many together.
+
+Notation: n_row rows (tokens) in one decode, v vocabulary size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arte_edge.errors import EngineError, InputError
+from arte_edge.runtimes.llamacpp.context_memory import DEFAULT_LAYOUT, Layout
+from arte_edge.runtimes.llamacpp.xllama_library import load_xllamacpp
+
+__all__ = [
+    "N_BATCH",
+    "Grammar",
+    "LlamaContext",
+    "LlamaModel",
+    "Row",
+    "RowBatch",
+    "default_threads",
+    "model_params",
+]
+
+
+class RowBatch:
+    """Room for `capacity` rows, each of one sequence or of several."""
+
+    def __init__(self, lib: Any, capacity: int) -> None:
+        self.capacity = capacity
+        self.handle = lib.llama_batch_init(capacity, 0, 1)
+        self._lib = lib
+        self._token = _view(self.handle.token, capacity, ctypes.c_int32)
+        self._position = _view(self.handle.pos, capacity, ctypes.c_int32)
+        self._wanted = _view(self.handle.logits, capacity, ctypes.c_int8)
+        self._count = _view(self.handle.n_seq_id, capacity, ctypes.c_int32)
+        # Each row's list of sequences has a memory of its own; ours are parts of the caller's array.
+        self._lists = _view(self.handle.seq_id, capacity, ctypes.c_size_t)
+        self._theirs = self._lists.copy()
+        self._sequences: NDArray[np.int32] | None = None  # kept alive while llama.cpp reads it
+
+    def fill(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        wanted: NDArray[np.int8],
+        counts: NDArray[np.int32] | None = None,
+    ) -> Any:
+        """Set the rows (all ``[n_row]``) and return the C batch, which the next `fill` overwrites.
+
+        With `counts` ``[n_row]`` a row belongs to so many sequences, one after the other in
+        `sequences` ``[counts.sum()]``; without, to one.
+        """
+        n = len(tokens)
+        if n > self.capacity:
+            raise ValueError(f"{n} rows exceed the batch's {self.capacity}")
+        self._token[:n], self._position[:n] = tokens, positions
+        self._wanted[:n], self._count[:n] = wanted, 1 if counts is None else counts
+        self._sequences = held = np.ascontiguousarray(sequences, dtype=np.int32)
+        first = np.arange(n) if counts is None else np.cumsum(counts) - counts
+        self._lists[:n] = held.ctypes.data + held.itemsize * first
+        self.handle.n_tokens = n
+        return self.handle
+
+    def close(self) -> None:
+        """Give the memory back; the object cannot be used afterwards."""
+        self._lists[:] = self._theirs  # llama.cpp frees what it made
+        self._lib.llama_batch_free(self.handle)
+
+
+def _view(pointer: Any, n: int, kind: Any) -> NDArray[Any]:
+    """Return the C array at `pointer` as ``[n]``, in place."""
+    address = ctypes.cast(pointer, ctypes.POINTER(kind))
+    return np.ctypeslib.as_array(address, shape=(n,))
+
+
+def model_params(lib: Any) -> Any:
+    """Return llama.cpp's default parameters of a model, changed so that loading it is safe here."""
+    params = lib.llama_model_default_params()
+    if b"AMX_INT8 = 1" in lib.llama_print_system_info() and hasattr(params, "use_extra_bufts"):
+        params.use_extra_bufts = False
+    return params
+
+
+N_BATCH = 2048  # rows of one decode
+_RUNTIMES = ("auto", "llama-cpp-python", "xllamacpp")
+_INSTALL = "pip install 'arte-edge[gguf]', or 'arte-edge[xllamacpp]' where that would have to compile (ARM)."
+_log_callback: Any = None  # llama.cpp keeps a pointer to it, so it must outlive every model
+
+
+def default_threads() -> int:
+    """Return the cores this process may use; containers often grant fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _silent(level: int, text: bytes, user_data: int) -> None:
+    """Swallow one line of llama.cpp's log."""
+
+
+def _library() -> Any:
+    """Return llama.cpp as llama-cpp-python or, where that is missing, xllamacpp brings it, its log silenced.
+
+    ``ARTE_EDGE_GGUF_RUNTIME`` chooses one of the two. The log would bury the progress lines.
+    """
+    chosen = os.environ.get("ARTE_EDGE_GGUF_RUNTIME", "auto")
+    if chosen not in _RUNTIMES:
+        raise InputError(f"ARTE_EDGE_GGUF_RUNTIME={chosen}: not a runtime", f"One of {', '.join(_RUNTIMES)}.")
+    try:
+        return load_xllamacpp() if chosen == "xllamacpp" else _llama_cpp()
+    except ImportError as error:
+        if chosen == "auto":
+            with suppress(ImportError):
+                return load_xllamacpp()
+        raise EngineError("Running GGUF models needs llama-cpp-python or xllamacpp", _INSTALL) from error
+
+
+def _llama_cpp() -> Any:
+    global _log_callback
+    import llama_cpp
+
+    if _log_callback is None:
+        _log_callback = llama_cpp.llama_log_callback(_silent)
+        llama_cpp.llama_backend_init()
+        llama_cpp.llama_log_set(_log_callback, None)
+    return llama_cpp
+
+
+@dataclass(frozen=True)
+class Row:
+    """One token of a decode: where it stands, whose it is, and whether its logits are wanted."""
+
+    token: int
+    position: int
+    sequence: int
+    want: bool = False
+
+
+class LlamaModel:
+    """Weights and vocabulary of one GGUF file."""
+
+    def __init__(self, path: Path, library: Any = None) -> None:
+        """Load `path`; `library` is None for the one that is installed, or that of `load_xllamacpp`."""
+        self.lib = library or _library()
+        self.path = path
+        self.handle = self.lib.llama_model_load_from_file(str(path).encode(), model_params(self.lib))
+        if not self.handle:
+            raise InputError(
+                f"{path}: llama.cpp {self.lib.__version__} cannot load this file",
+                f"It may be truncated or of a newer model family: check its sha256, or update {self.lib.__name__}.",
+            )
+        self.vocab = self.lib.llama_model_get_vocab(self.handle)
+        self.n_vocab: int = self.lib.llama_vocab_n_tokens(self.vocab)
+        self.n_ctx_train: int = self.lib.llama_model_n_ctx_train(self.handle)
+        self._pieces: dict[int, bytes] = {}
+        self._ends: dict[int, bool] = {}
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the ids of `text`, special tokens parsed, BOS in front if the model wants one and has none."""
+        raw = text.encode()
+        buffer = (ctypes.c_int32 * (len(raw) + 16))()
+        n = self.lib.llama_tokenize(self.vocab, raw, len(raw), buffer, len(buffer), True, True)
+        ids = list(buffer[:n])
+        bos = self.lib.llama_vocab_bos(self.vocab)
+        # A chat template that writes BOS itself would otherwise give two.
+        return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == bos else ids
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """Return the bytes of one token; control tokens are empty unless `special`."""
+        if not special and token in self._pieces:
+            return self._pieces[token]
+        buffer = ctypes.create_string_buffer(256)
+        n = self.lib.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
+        text = bytes(buffer.raw[: max(n, 0)])
+        if not special:
+            self._pieces[token] = text
+        return text
+
+    def is_end(self, token: int) -> bool:
+        """Return whether the token ends generation (EOS, end of turn and their like)."""
+        if token not in self._ends:
+            self._ends[token] = bool(self.lib.llama_vocab_is_eog(self.vocab, token))
+        return self._ends[token]
+
+    def special(self, name: str) -> str:
+        """Return the text of the ``bos`` or ``eos`` token, empty if the model has none."""
+        token = getattr(self.lib, f"llama_vocab_{name}")(self.vocab)
+        return self.piece(token, special=True).decode(errors="replace") if token >= 0 else ""
+
+    def metadata(self, key: str) -> str | None:
+        """Return one metadata value of the GGUF as text."""
+        buffer = ctypes.create_string_buffer(1 << 20)
+        n = self.lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
+        return buffer.value.decode(errors="replace") if n >= 0 else None
+
+    def size(self, *keys: str) -> int:
+        """Return the first number that the file has under one of `keys` (without the family's name), else 0.
+
+        Where a value differs from layer to layer, the file holds a list, which counts as none.
+        """
+        family = self.metadata("general.architecture") or ""
+        found = (self.metadata(f"{family}.{key}") for key in keys)
+        return next((int(value) for value in found if value and value.isdigit()), 0)
+
+    @property
+    def can_rewind(self) -> bool:
+        """Return whether the last tokens of a sequence can be taken back (not where a state is kept instead)."""
+        return not self.size("ssm.state_size", "wkv.head_size", "ssm.inner_size", "shortconv.l_cache")
+
+    def close(self) -> None:
+        if self.handle:
+            self.lib.llama_model_free(self.handle)
+            self.handle = None
+
+
+class LlamaContext:
+    """A KV cache of `n_seq` sequences with `n_ctx_seq` tokens each, and the decode call.
+
+    In a unified layout the sequences share all of it, or `cells` tokens where that is given.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        n_seq: int,
+        n_ctx_seq: int,
+        threads: int,
+        adapter: Path | None = None,
+        layout: Layout = DEFAULT_LAYOUT,
+        cells: int = 0,
+    ) -> None:
+        lib = model.lib
+        params = lib.llama_context_default_params()
+        params.n_ctx = cells or n_seq * n_ctx_seq
+        params.n_batch, params.n_ubatch, params.n_seq_max = N_BATCH, layout.ubatch, n_seq
+        params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = int(layout.flash)
+        if layout.unified:
+            params.kv_unified = True
+        self.model, self.lib, self.n_seq, self.n_ctx_seq = model, lib, n_seq, n_ctx_seq
+        self.n_batch, self.layout, self.n_cells = N_BATCH, layout, params.n_ctx
+        self.handle = lib.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise EngineError(
+                f"No memory for {n_seq} sequences of {n_ctx_seq} tokens", "Lower the engine's `parallel`."
+            )
+        self._memory = lib.llama_get_memory(self.handle)
+        self._batch = RowBatch(lib, N_BATCH)
+        self._adapter = None
+        if adapter is not None:
+            self._adapter = lib.llama_adapter_lora_init(model.handle, str(adapter).encode())
+            if not self._adapter:
+                raise InputError(f"{adapter}: not a LoRA adapter of {model.path.name}")
+            adapters = (lib.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+            scales = (ctypes.c_float * 1)(1.0)
+            lib.llama_set_adapters_lora(self.handle, adapters, 1, scales)
+
+    def decode(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """Decode up to `n_batch` rows; return the logits ``[n_wanted, v]`` of the rows that want them, in order.
+
+        The array is a view that the next decode overwrites.
+        """
+        table = np.array([(r.token, r.position, r.sequence, r.want) for r in rows], dtype=np.int32)
+        tokens, positions, sequences, wanted = table.reshape(-1, 4).T
+        return self.decode_arrays(tokens, positions, sequences, wanted.astype(np.int8))
+
+    def decode_arrays(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        wanted: NDArray[np.int8],
+        counts: NDArray[np.int32] | None = None,
+    ) -> NDArray[np.float32]:
+        """`decode` for rows that are arrays ``[n_row]`` already; `counts` as in `RowBatch.fill`.
+
+        In a split cache the rows of neighbouring sequences are multiplied together only if they
+        come in the order of their sequences (llama.cpp's `llama_batch_allocr::split_equal`).
+        """
+        batch = self._batch.fill(tokens, positions, sequences, wanted, counts)
+        status = self.lib.llama_decode(self.handle, batch)
+        if status != 0:
+            raise EngineError(
+                f"llama_decode returned {status} for {len(tokens)} tokens", "Lower the engine's `parallel`."
+            )
+        n_wanted = int(np.count_nonzero(wanted))
+        if n_wanted == 0:
+            return np.empty((0, self.model.n_vocab), dtype=np.float32)
+        logits = self.lib.llama_get_logits(self.handle)
+        return np.ctypeslib.as_array(logits, shape=(n_wanted, self.model.n_vocab))
+
+    def copy(self, source: int, target: int) -> None:
+        self.lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def clear(self) -> None:
+        """Forget every sequence, as if the context were new.
+
+        Values stay in memory where no sequence looks: zeroing gigabytes takes longer than a short call.
+        """
+        self.lib.llama_memory_clear(self._memory, False)
+
+    def drop(self, sequence: int, start: int = -1) -> None:
+        """Forget a sequence, or its tokens from position `start` on."""
+        self.lib.llama_memory_seq_rm(self._memory, sequence, start, -1)
+
+    def close(self) -> None:
+        if self.handle:
+            self._batch.close()
+            self.lib.llama_free(self.handle)
+            if self._adapter:
+                self.lib.llama_adapter_lora_free(self._adapter)
+            self.handle = None
+
+
+class Grammar:
+    """A GBNF grammar's state for one sequence."""
+
+    def __init__(self, model: LlamaModel, source: str) -> None:
+        self._lib = model.lib
+        self._handle = self._lib.llama_sampler_init_grammar(model.vocab, source.encode(), b"root")
+        if not self._handle:
+            raise InputError(f"The grammar does not parse: {source[:80]!r}", "See llama.cpp's GBNF notes.")
+
+    def mask(self, tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return `logits` with -inf where the grammar forbids the token."""
+        n = len(tokens)
+        data = (self._lib.llama_token_data * n)()
+        view = np.frombuffer(data, dtype=[("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])
+        view["id"], view["logit"] = tokens, logits
+        candidates = self._lib.llama_token_data_array(data=data, size=n, selected=-1, sorted=False)
+        self._lib.llama_sampler_apply(self._handle, ctypes.byref(candidates))
+        return np.array(view["logit"])
+
+    def accept(self, token: int) -> None:
+        self._lib.llama_sampler_accept(self._handle, token)
+
+    def close(self) -> None:
+        if self._handle:
+            self._lib.llama_sampler_free(self._handle)
+            self._handle = None

@@ -1,0 +1,473 @@
+"""The transformers engine: checkpoint folders (safetensors), on a GPU where there is one.
+
+The module is not called `transformers`, so that nobody's import of the library finds
+it. Adapters are merged into the weights on loading: one model to run, and the one
+that is deployed. No code from a checkpoint is run, no pickles are read.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arte_edge.errors import InputError
+from arte_edge.extras import need
+from arte_edge.models.hashing import sha256_file
+from arte_edge.runtimes.choice_scoring import Chooser, spans
+from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
+from arte_edge.runtimes.prefix_tree import plan_groups
+from arte_edge.runtimes.sampling import draw
+from arte_edge.runtimes.transformers.onednn_prepack import pack
+from arte_edge.runtimes.transformers.packed_generate import write_rows
+from arte_edge.runtimes.transformers.packed_kv_cache import MOST_ROWS, run_trees, takes_rows
+
+if TYPE_CHECKING:
+    import torch
+
+    from arte_edge.runtimes.transformers.tokenizer import Writer
+
+__all__ = [
+    "Forward",
+    "State",
+    "TransformersEngine",
+    "adapter_sha256",
+    "load",
+    "pick_dtype",
+    "plan",
+    "room_tokens",
+    "shared_prefix",
+]
+
+_BATCH_TOKENS = (16_384, 262_144)  # rows times length of a batch: on a CPU and at least, at most
+_CACHE_SHARE = 0.3  # of a GPU's free memory for keys and values; as much again while they grow by a token
+
+
+def adapter_sha256(folder: Path) -> str:
+    """Return one sha256 of a LoRA adapter: its weights, and of its configuration all but the base's place.
+
+    Raises:
+        InputError: not an adapter folder with safetensors.
+    """
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if not weights.is_file() or not config.is_file():
+        raise InputError(
+            f"{folder}: no adapter here", f"An adapter folder holds {weights.name} and {config.name}."
+        )
+    settings = json.loads(config.read_text("utf-8"))
+    settings.pop("base_model_name_or_path", None)
+    canonical = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(f"{sha256_file(weights)}\n{canonical}".encode()).hexdigest()
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Return the kind of floats that `wanted`, or the environment in place of auto, stands for on `device`."""
+    import torch
+
+    if wanted == "auto":
+        wanted = os.environ.get("ARTE_EDGE_DTYPE", "auto")
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    kinds["auto"] = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if wanted not in kinds:
+        raise InputError(f"dtype {wanted}: not a kind of floats", f"One of {', '.join(kinds)}.")
+    return kinds[wanted]
+
+
+def room_tokens(config: Any, device: torch.device) -> int:
+    """Return how many tokens of all rows together one batch may hold: a GPU is fed by far more than a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return _BATCH_TOKENS[0]
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_per_token = 2 * 2 * config.num_hidden_layers * heads * width  # keys and values of 16 bits
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return int(min(max(_CACHE_SHARE * free_bytes / bytes_per_token, _BATCH_TOKENS[0]), _BATCH_TOKENS[1]))
+
+
+def load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return model and tokenizer, the adapter merged in."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.disable_progress_bar()  # the command shows progress of its own
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no checkpoint here (config.json is missing)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{folder}: transformers cannot load this checkpoint: {first_line}",
+            "It needs safetensors weights, a tokenizer, and a family that transformers itself knows.",
+        ) from error
+    if adapter is not None:
+        from peft import PeftModel
+
+        adapter_sha256(adapter)  # refuses a folder with pickled weights before peft would read them
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=False).merge_and_unload()
+    return model, tokenizer
+
+
+_SHORTEST_PREFIX = 8  # tokens; below this sharing costs more than it saves
+_NEW_BATCH_TOKENS = 256  # what starting another batch costs, in tokens of prefill
+
+
+def plan(rows: Sequence[Sequence[int]], new_tokens: int, batch_tokens: int) -> list[list[int]]:
+    """Return batches of row numbers.
+
+    Rows are taken in the order of their tokens, so that those with a common prefix are
+    neighbours. A batch ends when rows times the longest length, with `new_tokens` to
+    be written, would exceed `batch_tokens`, or when the next row would cost more of
+    the prefix that the batch shares than a batch of its own.
+    """
+    batches: list[list[int]] = []
+    longest = shared = 0
+    for index in sorted(range(len(rows)), key=lambda i: list(rows[i])):
+        row = rows[index]
+        if batches:
+            batch = batches[-1]
+            kept = min(shared, _common(rows[batch[-1]], row))
+            width = max(longest, len(row)) + new_tokens
+            fits = (len(batch) + 1) * width <= batch_tokens
+            if fits and (len(batch) - 1) * (shared - kept) <= kept + _NEW_BATCH_TOKENS:
+                batch.append(index)
+                longest, shared = max(longest, len(row)), kept
+                continue
+        batches.append([index])
+        longest = shared = len(row)
+    return batches
+
+
+def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """Return how many leading tokens are worth sharing: those of all rows, less one to decode in each."""
+    if len(rows) < 2:
+        return 0
+    shared = min(min(map(len, rows)) - 1, *(_common(rows[0], row) for row in rows[1:]))
+    return shared if shared >= _SHORTEST_PREFIX else 0
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    n = min(len(left), len(right))
+    return next((i for i in range(n) if left[i] != right[i]), n)
+
+
+class State:
+    """The cache of a batch, which of its positions hold tokens, and where each row stands."""
+
+    def __init__(self, cache: Any, mask: torch.Tensor) -> None:
+        self.cache = cache
+        self.mask = mask  # [b, s], 1 for a token, 0 for padding
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these."""
+        index = self.mask.new_tensor(rows)
+        self.cache.batch_select_indices(index)
+        self.mask = self.mask[index]
+
+    def repeat(self, times: int) -> None:
+        """Repeat each row, its copies side by side."""
+        self.cache.batch_repeat_interleave(times)
+        self.mask = self.mask.repeat_interleave(times, dim=0)
+
+
+class Forward:
+    """Runs a causal language model over batches of token lists."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self._model, self._device = model, device
+        # Without it a prefill would make logits for every position of every row.
+        self._last_only = (
+            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        )
+        self._held: tuple[tuple[int, ...], Any] = ((), None)
+
+    def prefill(self, rows: Sequence[Sequence[int]], shared: int) -> tuple[torch.Tensor, State]:
+        """Decode `rows`, whose first `shared` tokens are the same; return the next logits ``[b, v]``."""
+        import torch
+
+        cache = None
+        if shared:
+            cache = self._prefix(tuple(rows[0][:shared]))
+            cache.batch_repeat_interleave(len(rows))
+        width = max(len(row) for row in rows) - shared
+        ids = torch.zeros((len(rows), width), dtype=torch.long)
+        mask = torch.zeros((len(rows), shared + width), dtype=torch.long)
+        mask[:, :shared] = 1
+        for i, row in enumerate(rows):
+            n = len(row) - shared
+            ids[i, width - n :] = torch.tensor(row[shared:], dtype=torch.long)
+            mask[i, shared + width - n :] = 1
+        state = State(cache, mask.to(self._device))
+        return self._call(ids, state, **self._last_only)[:, -1].float(), state
+
+    def step(self, state: State, tokens: Sequence[int]) -> torch.Tensor:
+        """Append one token to each row; return the next logits ``[b, v]``."""
+        return self.extend(state, [[token] for token in tokens])[:, -1]
+
+    def extend(self, state: State, tails: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Append a tail to each row, short ones padded at the end; return all their logits ``[b, n, v]``."""
+        import torch
+
+        width = max(len(tail) for tail in tails)
+        ids = torch.tensor([[*tail, *[0] * (width - len(tail))] for tail in tails], dtype=torch.long)
+        # What follows a row's last token is never looked at, so the mask need not hide it.
+        state.mask = torch.cat([state.mask, state.mask.new_ones(ids.shape)], dim=1)
+        return self._call(ids, state).float()
+
+    def _prefix(self, tokens: tuple[int, ...]) -> Any:
+        """Return a cache ``[1, s]`` of the prefix, the caller's to change; computed once for equal tokens."""
+        import torch
+
+        if self._held[0] != tokens:
+            state = State(None, torch.ones((1, len(tokens)), dtype=torch.long, device=self._device))
+            self._call(torch.tensor([tokens]), state, **self._last_only)
+            self._held = (tokens, state.cache)
+        return copy.deepcopy(self._held[1])
+
+    def _call(self, ids: torch.Tensor, state: State, **options: int) -> torch.Tensor:
+        import torch
+
+        positions = (state.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        with torch.inference_mode():
+            out = self._model(
+                input_ids=ids.to(self._device),
+                attention_mask=state.mask,
+                position_ids=positions,
+                past_key_values=state.cache,
+                use_cache=True,
+                **options,
+            )
+        state.cache = out.past_key_values
+        logits: torch.Tensor = out.logits
+        return logits
+
+
+_COMPACT_BELOW = 0.75  # of a batch's rows still writing: then the finished ones leave its cache
+
+
+class TransformersEngine:
+    """An `Engine` over a checkpoint folder, optionally with a PEFT adapter folder."""
+
+    supports_grammar = False
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        sha256: str,
+        adapter: Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_tokens: int = 0,
+    ) -> None:
+        """Load the checkpoint as `dtype`: float32, bfloat16, or auto, which is bfloat16 on CUDA and else float32.
+
+        ``ARTE_EDGE_DTYPE`` stands in for auto. `batch_tokens` bounds rows times length in one batch,
+        prompts and answers together; 0: what the device has room for.
+
+        Raises:
+            InputError: not a checkpoint that transformers loads without running its code; no such dtype.
+            ArteError: torch or transformers is not installed.
+        """
+        need("train", "Running checkpoint folders")
+        import torch
+        import transformers
+
+        from arte_edge.runtimes.transformers.tokenizer import Text
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(device)
+        kind = pick_dtype(dtype, self._device)
+        self._model, tokenizer = load(folder, adapter, kind)
+        self._model.to(self._device).eval()
+        if self._device.type == "cpu":
+            pack(self._model)
+        self._text = Text(tokenizer, self._model.generation_config.eos_token_id)
+        self._forward = Forward(self._model, self._device)
+        self._batch_tokens = batch_tokens or room_tokens(self._model.config.get_text_config(), self._device)
+        self._template: str | None = (
+            tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+        )
+        config = self._model.config.get_text_config()
+        self._context: int = getattr(config, "max_position_embeddings", None) or 2**31
+        # Padding between a prefix and its suffix would count against a sliding window.
+        self._window: int = getattr(config, "sliding_window", None) or 2**31
+        self.identity = EngineIdentity(
+            kind="transformers",
+            model=sha256,
+            quantization=str(kind).removeprefix("torch."),
+            adapter=adapter_sha256(adapter) if adapter else "",
+            runtime=f"transformers {transformers.__version__}, torch {torch.__version__}",
+        )
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._template
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        return {"bos_token": self._text.bos, "eos_token": self._text.eos}
+
+    def count_tokens(self, text: str) -> int:
+        return len(self._text.tokens(text))
+
+    def close(self) -> None:
+        """Free the model's memory; the engine cannot be used afterwards."""
+        import torch
+
+        vars(self).pop("_model", None)
+        vars(self).pop("_forward", None)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """See `Engine.complete`. A prompt too long for the model is a completion with finish "error".
+
+        Raises:
+            InputError: a grammar, which this engine does not take.
+        """
+        return self._complete(requests, sampling, share_all=False)
+
+    def continue_shared(self, prefix: str, suffixes: Sequence[str], sampling: Sampling) -> list[Completion]:
+        """See `Engine.continue_shared`. What is shared is found in the tokens, so the seam is exact."""
+        return self._complete([Request(prefix + suffix) for suffix in suffixes], sampling, share_all=True)
+
+    def choose(self, prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> NDArray[np.float64]:
+        """Return log-probabilities ``[n_suffix, n_choice]``; see `choices.spans` for which tokens count.
+
+        Raises:
+            InputError: no prompt before the choices, or one too long for the model.
+        """
+        prompts = [prefix + suffix for suffix in suffixes]
+        return np.array(self.choose_each(prompts, [choices] * len(prompts))).reshape(-1, len(choices))
+
+    def choose_each(
+        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
+    ) -> list[NDArray[np.float64]]:
+        """`choose` for prompts that each have choices of their own ``[n_choice]``: one batch for all of them."""
+        choosers = [Chooser(self._text.tokens, p, own) for p, own in zip(prompts, choices, strict=True)]
+        if not all(chooser.has_prompt for chooser in choosers):
+            raise InputError("Choices need a prompt before them: a model scores no first token")
+        longest = max((chooser.longest for chooser in choosers), default=0)
+        if longest > self._context:
+            raise InputError(f"A prompt of {longest} tokens exceeds the model's context of {self._context}")
+        if not self._in_rows(longest):
+            return [self._choose_plain(prompt, own) for prompt, own in zip(prompts, choices, strict=True)]
+        trees = [tree for chooser in choosers for tree in chooser.trees(MOST_ROWS)]
+        if trees:
+            groups = plan_groups(trees, MOST_ROWS, MOST_ROWS)
+            run_trees(self._model, self._device, groups)
+        return [chooser.log_probabilities() for chooser in choosers]
+
+    def _choose_plain(self, prompt: str, choices: Sequence[str]) -> NDArray[np.float64]:
+        """Score choices ``[n_choice]`` by a row for each, for models that cannot be told a tree."""
+        lists = [self._text.tokens(prompt + choice) for choice in choices]
+        ranges = spans(lists, self._text.tokens(prompt))
+        tails = [tokens[start:end] for tokens, (start, end) in zip(lists, ranges, strict=True)]
+        scores: NDArray[np.float64] = self._score([lists[0][: ranges[0][0]]], 0, [tails])[0]
+        return scores
+
+    def _complete(self, requests: Sequence[Request], sampling: Sampling, share_all: bool) -> list[Completion]:
+        if sampling.grammar:
+            raise InputError("The transformers engine takes no grammar", "Use a GGUF of the model for that.")
+        from arte_edge.runtimes.transformers.tokenizer import Writer
+
+        prompts = [self._text.tokens(request.prompt) for request in requests]
+        new = sampling.max_tokens
+        done: dict[int, Completion] = {}
+        for i, tokens in enumerate(prompts):
+            if not tokens or len(tokens) + new > self._context:
+                why = f"exceed the model's context of {self._context} tokens" if tokens else "are empty"
+                done[i] = Completion("", "error", error=f"prompt and answer {why}")
+        todo = [i for i in range(len(requests)) if i not in done]
+        rows = [prompts[i] for i in todo]
+        if self._device.type == "cpu" and rows and self._in_rows(max(map(len, rows)) + new):
+            writers = [Writer(self._text, requests[i], prompts[i], sampling) for i in todo]
+            shares = write_rows(
+                self._model, self._device, rows, writers, lambda logits: _drawing(logits, sampling)
+            )
+            done |= {i: w.completion(n) for i, w, n in zip(todo, writers, shares, strict=True)}
+            return [done[i] for i in range(len(requests))]
+        common = shared_prefix(rows) if share_all else None
+        for batch in plan(rows, new, self._batch_tokens):
+            own = [rows[j] for j in batch]
+            shared = self._share(shared_prefix(own) if common is None else common, own, new)
+            writers = [Writer(self._text, requests[todo[j]], rows[j], sampling) for j in batch]
+            self._write(own, shared, writers, sampling)
+            done |= {todo[j]: w.completion(shared) for j, w in zip(batch, writers, strict=True)}
+        return [done[i] for i in range(len(requests))]
+
+    def _in_rows(self, longest: int) -> bool:
+        """Return whether sequences of so many tokens can stand side by side in one row of the cache."""
+        return longest <= self._window and takes_rows(self._model)
+
+    def _share(self, shared: int, rows: Sequence[Sequence[int]], new_tokens: int) -> int:
+        """Return how many tokens to take from a prefix: none where it would not be exact."""
+        return shared if max(map(len, rows)) + new_tokens <= self._window else 0
+
+    def _write(
+        self, rows: Sequence[Sequence[int]], shared: int, writers: Sequence[Writer], sampling: Sampling
+    ) -> None:
+        """Decode a batch until every writer has enough."""
+        logits, state = self._forward.prefill(rows, shared)
+        live = list(writers)
+        while True:
+            tokens = _draws(logits, live, sampling)
+            wanted = [not w.finish and w.push(t) for w, t in zip(live, tokens, strict=True)]
+            if not any(wanted):
+                return
+            if sum(wanted) < _COMPACT_BELOW * len(live):
+                keep = [i for i, more in enumerate(wanted) if more]
+                state.keep(keep)
+                live, tokens = [live[i] for i in keep], [tokens[i] for i in keep]
+            logits = self._forward.step(state, tokens)
+
+    def _score(
+        self, rows: Sequence[Sequence[int]], shared: int, tails: Sequence[Sequence[Sequence[int]]]
+    ) -> NDArray[np.float64]:
+        """Return the summed log-probabilities ``[b, n_choice]`` of the tails of each row."""
+        import torch
+
+        logits, state = self._forward.prefill(rows, shared)
+        n_choice = len(tails[0])
+        flat = [tail for row in tails for tail in row]  # [b * n_choice]
+        first = torch.log_softmax(logits, dim=-1).cpu()
+        scores = [float(first[i // n_choice, tail[0]]) if tail else 0.0 for i, tail in enumerate(flat)]
+        if max(map(len, flat)) > 1:
+            state.repeat(n_choice)
+            # The last token of a tail is only predicted, never read.
+            rest = torch.log_softmax(self._forward.extend(state, [tail[:-1] for tail in flat]), dim=-1)
+            for i, tail in enumerate(flat):
+                for j, token in enumerate(tail[1:]):
+                    scores[i] += float(rest[i, j, token])
+        return np.array(scores, dtype=np.float64).reshape(len(tails), n_choice)
+
+
+def _draws(logits: torch.Tensor, writers: Sequence[Writer], sampling: Sampling) -> list[int]:
+    """Return the next token of each row from logits ``[b, v]``; each writer draws with its own generator."""
+    draw_row = _drawing(logits, sampling)
+    return [0 if writer.finish else draw_row(row, writer) for row, writer in enumerate(writers)]
+
+
+def _drawing(logits: torch.Tensor, sampling: Sampling) -> Callable[[int, Writer], int]:
+    """Return what draws a token from a row of logits ``[b, v]``, with the generator of who writes it."""
+    if sampling.temperature > 0.0:
+        rows = logits.cpu().numpy()
+        return lambda row, writer: draw(rows[row], sampling, writer.rng)
+    # On a processor numpy finds the largest of a row ten times faster than torch.
+    greedy = logits.numpy().argmax(axis=-1) if logits.device.type == "cpu" else logits.argmax(dim=-1)
+    tokens: list[int] = greedy.tolist()
+    return lambda row, _: tokens[row]

@@ -1,0 +1,123 @@
+"""From text to tokens and back, with a transformers tokenizer.
+
+Special tokens in a prompt are parsed, because a rendered prompt holds them as text.
+The begin token is added only where the tokenizer adds it by itself and the prompt,
+whose template may have written it, does not have it already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from arte_edge.runtimes.completion import Completion, Request, Sampling
+from arte_edge.runtimes.sampling import in_loop, request_rng
+
+__all__ = ["Text", "Writer"]
+
+# llama.cpp ends generation at any of these, whatever the model's own configuration says.
+_END_TOKENS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|return|>",
+    "<EOT>",
+)
+_SEAM = 4  # tokens of the prompt decoded with an answer, so that its first blank is not trimmed
+_LOOP_EVERY = 16  # tokens between two looks for a loop, as in the llama.cpp engine
+
+
+class Text:
+    """One tokenizer, and what ends a text."""
+
+    def __init__(self, tokenizer: Any, generation_ends: int | Sequence[int] | None) -> None:
+        self._tokenizer = tokenizer
+        self.bos: str = tokenizer.bos_token or ""
+        self.eos: str = tokenizer.eos_token or ""
+        self._adds_bos = bool(self.bos) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        ends = [generation_ends] if isinstance(generation_ends, int) else list(generation_ends or ())
+        added = tokenizer.get_added_vocab()
+        ends += [added[token] for token in (*_END_TOKENS, self.eos) if token in added]
+        self.ends = frozenset(ends) | frozenset(
+            [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        )
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the ids of `text`."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self._adds_bos and not text.startswith(self.bos):
+            return [self._tokenizer.bos_token_id, *ids]
+        return ids
+
+    def decode(self, ids: Sequence[int], before: Sequence[int]) -> str:
+        """Return the text that `ids` add to `before`; special tokens are left out."""
+        seam = list(before[-_SEAM:])
+        return self._plain([*seam, *ids])[len(self._plain(seam)) :]
+
+    def _plain(self, ids: list[int]) -> str:
+        decoded: str = self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return decoded
+
+
+class Writer:
+    """Gathers one completion until a stop string, an end token, a loop or the budget."""
+
+    def __init__(self, text: Text, request: Request, prompt: Sequence[int], sampling: Sampling) -> None:
+        self.rng = request_rng(request, sampling)
+        self._text, self._sampling = text, sampling
+        self._prompt = list(prompt)
+        self._written: list[int] = []
+        self._answer = ""
+        self.finish = ""
+        # A token is a byte or more, so a stop string of n bytes ends within the last n + 1 tokens.
+        self._window = 1 + max((len(stop.encode()) for stop in sampling.stop), default=0)
+
+    @property
+    def room(self) -> int:
+        """How many tokens may still be written."""
+        return self._sampling.max_tokens - len(self._written)
+
+    def push(self, token: int) -> bool:
+        """Take the next token; return whether another one is wanted."""
+        if token in self._text.ends:
+            return self._end("eos")
+        self._written.append(token)
+        if self._sampling.stop and self._stopped():
+            return False
+        if len(self._written) >= self._sampling.max_tokens:
+            return self._end("length")
+        if len(self._written) % _LOOP_EVERY == 0 and in_loop(self._written):
+            return self._end("loop")
+        return True
+
+    def _stopped(self) -> bool:
+        n = min(self._window, len(self._written))
+        before = [*self._prompt, *self._written[:-n]][-_SEAM:]
+        tail = self._text.decode(self._written[-n:], before)
+        if not any(stop in tail for stop in self._sampling.stop):
+            return False
+        answer = self._text.decode(self._written, self._prompt)
+        found = [(at, stop) for stop in self._sampling.stop if (at := answer.find(stop)) >= 0]
+        if found:
+            at, stop = min(found)
+            self._answer, self.finish = answer[:at] + stop, "stop"
+        return bool(found)
+
+    def _end(self, finish: str) -> bool:
+        self._answer, self.finish = self._text.decode(self._written, self._prompt), finish
+        return False
+
+    def completion(self, shared: int) -> Completion:
+        return Completion(
+            text=self._answer,
+            finish=self.finish,
+            prompt_tokens=len(self._prompt),
+            completion_tokens=len(self._written),
+            cached_tokens=shared,
+        )

@@ -1,0 +1,298 @@
+"""A tiny server with faults in front of it, and tiny checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import string
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One request as it arrived."""
+
+    path: str
+    body: dict[str, Any]
+    headers: dict[str, str]
+    at_s: float
+
+
+Answer = Callable[[Seen], tuple[int, Any]]
+
+
+@dataclass
+class Front:
+    """A server on a loopback port that passes requests to `answer`, after the faults of each row.
+
+    `faults[i]` are those of the i-th distinct POST body, one an attempt, so that what
+    happens to a row does not depend on the order in which threads arrive: "429", "500",
+    "cut" and "cut-body" (the connection), "garbage", "truncated", "no-completion", "hang".
+    """
+
+    answer: Answer
+    faults: Sequence[Sequence[str]] = ()
+    retry_after: str = "0.05"
+    hang_s: float = 2.0
+    seen: list[Seen] = field(default_factory=list)
+    _left: dict[str, list[str]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self) -> Front:
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.handle_error = lambda *_: None  # clients that gave up waiting are part of the test
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    @property
+    def posts(self) -> list[Seen]:
+        return [seen for seen in self.seen if seen.path.endswith("/completions")]
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _fault(self, body: str) -> str:
+        with self._lock:
+            n = len(self._left)
+            left = self._left.setdefault(body, list(self.faults[n]) if n < len(self.faults) else [])
+            return left.pop(0) if left else ""
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        front = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args: object) -> None:
+                return
+
+            def do_GET(self) -> None:
+                self._serve(b"")
+
+            def do_POST(self) -> None:
+                self._serve(self.rfile.read(int(self.headers["Content-Length"])))
+
+            def _serve(self, raw: bytes) -> None:
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                seen = Seen(self.path, json.loads(raw or b"{}"), headers, time.monotonic())
+                front.seen.append(seen)
+                fault = front._fault(raw.decode()) if self.path.endswith("/completions") else ""
+                if fault == "429":
+                    self._send(429, b'{"error": {"message": "busy"}}', {"Retry-After": front.retry_after})
+                elif fault == "500":
+                    self._send(500, b"Internal Server Error")
+                elif fault in ("cut", "hang"):
+                    time.sleep(front.hang_s if fault == "hang" else 0)
+                    self.close_connection = True
+                elif fault == "garbage":
+                    self._send(200, b"<html>\xff not json </html>")
+                elif fault == "no-completion":
+                    self._send(200, b'{"object": "list", "choices": []}')
+                else:
+                    status, document = front.answer(seen)
+                    data = json.dumps(document).encode()
+                    if fault == "truncated":
+                        self._send(200, data[: len(data) // 2])
+                    elif fault == "cut-body":
+                        self._send(200, data[: len(data) // 2], {"Content-Length": str(len(data))})
+                        self.close_connection = True
+                    else:
+                        self._send(status, data)
+
+            def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(data))} | (headers or {})).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+        return Handler
+
+
+@dataclass
+class TinyModel:
+    """Answers like an OpenAI-compatible server over a vocabulary of words, with log-probabilities.
+
+    `owned_by` decides which server it passes for. `echo`: "right", "shifted" (each value
+    belongs to the next token) or "off" (no values for the prompt).
+    """
+
+    models: tuple[str, ...] = ("tiny",)
+    owned_by: str = "someone"
+    echo: str = "right"
+    logprobs: bool = True
+    ends_at_once: bool = False  # greedily, and then lists no candidates
+    routes: tuple[str, ...] = ("completions", "chat/completions")
+    vocabulary = ("yes", "no", " True", " False", "(", ")", "A", "B", "C", " one", " two", ".", " 8")
+
+    def __call__(self, seen: Seen) -> tuple[int, Any]:
+        if seen.path == "/v1/models":
+            return 200, {"data": [{"id": name, "owned_by": self.owned_by} for name in self.models]}
+        if seen.path.removeprefix("/v1/") not in self.routes:
+            return 404, {"error": {"message": f"no route {seen.path}"}}
+        if seen.path.endswith("/chat/completions"):
+            text = f"reply to {seen.body['messages'][-1]['content']}"
+            choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
+            n_prompt = 3
+        else:
+            prompt = seen.body["prompt"]
+            text = f" after {prompt[-12:]}"
+            n_prompt = len(self.tokens(prompt))
+            choice = {"text": text}
+            if self.logprobs and "logprobs" in seen.body:
+                choice["logprobs"] = self._logprobs(prompt, bool(seen.body.get("echo")))
+        n_written = 1 if seen.body.get("logprobs") else 4
+        finish = "length"
+        if self.ends_at_once and "logprobs" in choice and seen.body["temperature"] == 0:
+            if not seen.body.get("echo"):
+                choice["logprobs"] = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
+            finish = "stop"
+        usage = {"prompt_tokens": n_prompt, "completion_tokens": n_written}
+        return 200, {"choices": [choice | {"finish_reason": finish}], "usage": usage}
+
+    def tokens(self, text: str) -> list[str]:
+        words = sorted(self.vocabulary, key=len, reverse=True)
+        return re.findall("|".join(map(re.escape, words)) + "|.", text)
+
+    def log_probability(self, before: Sequence[str], token: str) -> float:
+        """Depend on the last two tokens; those outside the vocabulary get a constant."""
+        key = "".join(before[-2:])
+
+        def score(word: str) -> float:
+            return sum((i + 1) * ord(c) for i, c in enumerate(key + word)) % 17 / 3
+
+        total = math.log(sum(math.exp(score(word)) for word in self.vocabulary))
+        return score(token) - total if token in self.vocabulary else -9.0
+
+    def _logprobs(self, prompt: str, echo: bool) -> dict[str, Any]:
+        prompt_tokens = self.tokens(prompt)
+        top = {word: self.log_probability(prompt_tokens, word) for word in self.vocabulary}
+        best = max(top, key=lambda word: top[word])
+        tokens = [*prompt_tokens, best] if echo and self.echo != "off" else [best]
+        values: list[float | None] = [
+            self.log_probability((*prompt_tokens, best)[:i], (*prompt_tokens, best)[i])
+            for i in range(len(prompt_tokens) + 1 - len(tokens), len(prompt_tokens) + 1)
+        ]
+        if len(tokens) > 1:
+            values[0] = None
+            if self.echo == "shifted":
+                values = [None, *values[2:], -1.0]
+        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": [top]}
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Front]]:
+    """Start a `Front`; all are closed at the end of the test."""
+    started: list[Front] = []
+
+    def start(answer: Answer | None = None, **settings: Any) -> Front:
+        started.append(Front(answer or TinyModel(), **settings).start())
+        return started[-1]
+
+    yield start
+    for front in started:
+        front.close()
+
+
+@pytest.fixture
+def tiny_model() -> type[TinyModel]:
+    return TinyModel
+
+
+@pytest.fixture(autouse=True)
+def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the keys of the person who runs the tests out of them."""
+    monkeypatch.delenv("ARTE_EDGE_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+_CORPUS = "the cat sat on the mat. is it True or False? question answer one two three (A) (B) (C)\n"
+
+
+def _tiny_tokenizer(adds_bos: bool = False) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=160,
+        special_tokens=["<s>", "</s>", "<|im_end|>"],
+        # No half characters: different tokens must be different texts.
+        initial_alphabet=sorted(set(string.ascii_letters + string.digits + string.punctuation) | {"Ġ", "Ċ"}),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_CORPUS] * 4, trainer)
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    )
+
+
+def _tiny_checkpoint(folder: Path, family: str = "llama", adds_bos: bool = False) -> Path:
+    """A two-layer model with weights large enough that its next token is no near-tie."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = _tiny_tokenizer(adds_bos)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.4,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None,
+    }
+    if family == "mistral":
+        sizes["sliding_window"] = 12
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_checkpoint() -> Callable[..., Path]:
+    """Write a two-layer checkpoint into a folder: ``tiny_checkpoint(folder, "mistral", adds_bos=True)``."""
+    return _tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _tiny_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def llama(llama_folder: Path) -> Iterator[Any]:
+    """The transformers engine over a two-layer random Llama."""
+    pytest.importorskip("torch")
+    from arte_edge.runtimes.transformers.model import TransformersEngine
+
+    engine = TransformersEngine(llama_folder, sha256="0" * 64, device="cpu")
+    yield engine
+    engine.close()

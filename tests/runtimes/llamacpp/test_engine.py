@@ -1,0 +1,143 @@
+"""The llama.cpp engine on the real SmolLM2-135M: batches write what single prompts write."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from arte_edge.models.local import LocalModel
+from arte_edge.runtimes.completion import Request, Sampling
+
+pytest.importorskip("llama_cpp")
+from arte_edge.runtimes.llamacpp import engine as llamacpp
+from arte_edge.runtimes.llamacpp.bindings import LlamaContext, Row
+from arte_edge.runtimes.llamacpp.context_memory import Layout
+from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
+from arte_edge.runtimes.sampling import log_softmax_at
+
+WORDS = ["sun", "moon", "tree", "river", "stone", "bread", "horse", "winter", "music", "window"]
+SHARED = "You are a helpful assistant who answers in one short and friendly sentence.\n"
+PROMPTS = [f"{SHARED}Question: Tell me about {w}{end}\nAnswer:" for w in WORDS for end in (".", ", please.")]
+
+
+@pytest.fixture(scope="module")
+def engine(smollm2: LocalModel) -> Iterator[LlamaCppEngine]:
+    """One engine with fewer slots than prompts, so that slots are refilled.
+
+    With flash attention, whose rounding does not depend on the shape of a batch: these weights have four
+    bits, and their products with rounded activations make much of little.
+    """
+    assert smollm2.gguf is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llamacpp, "layout_for", lambda *_: Layout(flash=True))
+        engine = LlamaCppEngine(smollm2.gguf, sha256=smollm2.sha256, parallel=6)
+        yield engine
+        engine.close()
+
+
+def texts(engine: LlamaCppEngine, prompts: list[str], sampling: Sampling) -> list[str]:
+    return [c.text for c in engine.complete([Request(prompt) for prompt in prompts], sampling)]
+
+
+@pytest.mark.model
+class TestComplete:
+    def test_a_batch_with_a_shared_prefix_writes_what_single_prompts_write(
+        self, engine: LlamaCppEngine
+    ) -> None:
+        sampling = Sampling(max_tokens=12)
+        together = engine.complete([Request(prompt) for prompt in PROMPTS], sampling)
+        alone = [texts(engine, [prompt], sampling)[0] for prompt in PROMPTS]
+        same = sum(a == b.text for a, b in zip(alone, together, strict=True))
+        assert same >= 19, f"{same} of {len(PROMPTS)}"
+        assert all(c.cached_tokens >= 10 and c.completion_tokens <= 12 for c in together)
+
+    def test_continue_shared_is_complete(self, engine: LlamaCppEngine) -> None:
+        sampling = Sampling(max_tokens=8)
+        suffixes = [prompt.removeprefix(SHARED) for prompt in PROMPTS[:5]]
+        shared = [c.text for c in engine.continue_shared(SHARED, suffixes, sampling)]
+        assert shared == texts(engine, PROMPTS[:5], sampling)
+
+    def test_a_sampled_text_is_its_requests_own(self, engine: LlamaCppEngine) -> None:
+        sampling = Sampling(temperature=1.0, max_tokens=10, seed=3)
+        requests = [Request(PROMPTS[0], i) for i in range(4)]
+        first = engine.complete(requests, sampling)
+        assert [c.text for c in engine.complete(requests, sampling)] == [c.text for c in first]
+        assert len({c.text for c in first}) == 4
+        backwards = engine.complete(requests[::-1], sampling)
+        assert [c.text for c in backwards[::-1]] == [c.text for c in first]
+        reseeded = engine.complete(requests, Sampling(temperature=1.0, max_tokens=10, seed=4))
+        assert [c.text for c in reseeded] != [c.text for c in first]
+
+    def test_a_stop_string_is_kept_at_the_end(self, engine: LlamaCppEngine) -> None:
+        prompt = "1, 2, 3, 4, 5, 6, 7,"
+        (counted,) = engine.complete([Request(prompt)], Sampling(max_tokens=24, stop=("10", "\n\n\n")))
+        assert counted.finish == "stop"
+        assert counted.text.strip() == "8, 9, 10"
+
+    def test_a_grammar_holds_the_format(self, engine: LlamaCppEngine) -> None:
+        grammar = 'root ::= [^<]+ "<ans>" answer "</ans>"\nanswer ::= "light_on" | "off"\n'
+        for temperature in (0.0, 1.5):
+            sampling = Sampling(temperature, max_tokens=160, stop=("</ans>",), grammar=grammar)
+            for completion in engine.complete([Request(prompt) for prompt in PROMPTS[:3]], sampling):
+                whole = re.fullmatch(r"[^<]+<ans>(light_on|off)</ans>", completion.text)
+                assert whole or (completion.finish in ("length", "loop") and "</" not in completion.text)
+        strict = 'root ::= "<ans>" ("yes" | "no") "</ans>"\n'
+        for text in texts(engine, PROMPTS[:4], Sampling(1.5, max_tokens=20, grammar=strict)):
+            assert text in ("<ans>yes</ans>", "<ans>no</ans>")
+
+    def test_a_prompt_that_is_too_long_harms_no_other(self, engine: LlamaCppEngine) -> None:
+        sampling = Sampling(max_tokens=6)
+        long = "word " * (engine.model.n_ctx_train + 10)
+        first, failed, last = engine.complete([Request(p) for p in (PROMPTS[0], long, PROMPTS[1])], sampling)
+        assert failed.finish == "error" and "context" in failed.error and failed.text == ""
+        assert [first.text, last.text] == texts(engine, PROMPTS[:2], sampling)
+        (only,) = engine.complete([Request(long)], sampling)
+        assert only.finish == "error"
+
+    def test_a_text_that_goes_round_in_circles_is_ended(self, engine: LlamaCppEngine) -> None:
+        prompt = "ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha"
+        (looped,) = engine.complete([Request(prompt)], Sampling(max_tokens=400))
+        assert looped.finish == "loop"
+        assert looped.completion_tokens < 200
+
+
+@pytest.mark.model
+class TestChoose:
+    def by_hand(self, engine: LlamaCppEngine, prompt: str, choice: str) -> float:
+        """Return the log-probability of `choice` after `prompt`, a whole decode for each of its tokens."""
+        start, tokens = len(engine.model.tokens(prompt)), engine.model.tokens(prompt + choice)
+        total = 0.0
+        for i in range(start, len(tokens)):
+            context = LlamaContext(engine.model, 1, 256, 2, layout=Layout(flash=True))
+            rows = [Row(token, at, 0, at == i - 1) for at, token in enumerate(tokens[:i])]
+            total += float(log_softmax_at(context.decode(rows)[0], [tokens[i]])[0])
+            context.close()
+        return total
+
+    def test_a_single_choice_counts_all_its_tokens(self, engine: LlamaCppEngine) -> None:
+        suffixes = [prompt.removeprefix(SHARED) for prompt in PROMPTS[:3]]
+        choice = " It is very old."
+        scores = engine.choose(SHARED, suffixes, [choice])
+        assert scores.shape == (3, 1)
+        expected = [self.by_hand(engine, SHARED + suffix, choice) for suffix in suffixes]
+        assert scores[:, 0] == pytest.approx(expected, abs=1e-2)
+
+    def test_choices_count_the_tokens_in_which_they_part(self, engine: LlamaCppEngine) -> None:
+        scores = engine.choose("", PROMPTS[:4], [" yes", " no", " maybe"])
+        assert scores.shape == (4, 3)
+        for row, prompt in zip(scores, PROMPTS, strict=False):
+            expected = [self.by_hand(engine, prompt, choice) for choice in (" yes", " no", " maybe")]
+            assert row == pytest.approx(expected, abs=1e-2)
+
+    def test_the_order_of_prompts_and_choices_does_not_matter(self, engine: LlamaCppEngine) -> None:
+        scores = engine.choose("", PROMPTS[:4], [" yes", " no"])
+        turned = engine.choose("", PROMPTS[3::-1], [" no", " yes"])
+        assert turned[::-1, ::-1] == pytest.approx(scores, abs=1e-2)
+
+    def test_choices_that_begin_alike_are_told_apart(self, engine: LlamaCppEngine) -> None:
+        scores = engine.choose("", PROMPTS[:2], [" light_on</ans>", " light_off</ans>", " lock</ans>"])
+        assert np.isfinite(scores).all() and (scores < 0).all()
+        assert len(set(scores[0].round(6))) == 3

@@ -1,0 +1,83 @@
+"""The tree of shared prefixes: every list keeps its tokens, and nothing is shared that costs more than it saves."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arte_edge.runtimes.prefix_tree import MAX_LEVELS, Stem, grow_stems
+
+TOKEN = st.integers(0, 2)
+LISTS = st.lists(st.lists(TOKEN, min_size=1, max_size=60), min_size=1, max_size=20)
+
+
+def grown(lists: list[list[int]]) -> list[tuple[int, Stem | None]]:
+    return grow_stems(lists, [len(tokens) - 1 for tokens in lists])
+
+
+def chain(stem: Stem | None) -> list[Stem]:
+    return [] if stem is None else [*chain(stem.parent), stem]
+
+
+def grid(n_draft: int, k: int) -> list[list[int]]:
+    """Prompts of a preference grid: 20 tokens of instructions, 30 of a draft, 10 of a question."""
+    task = list(range(20))
+    return [
+        task + [100 + d] * 30 + [1000 + q] + [2000 + at for at in range(9)]
+        for d in range(n_draft)
+        for q in range(k)
+    ]
+
+
+def test_a_grid_shares_its_instructions_and_each_drafts_example() -> None:
+    plan = grown(grid(3, 5))
+    assert [i for i, _ in plan] == list(range(15))
+    for i, stem in plan:
+        assert [(s.start, s.end, s.level) for s in chain(stem)] == [(0, 20, 0), (20, 50, 1)], i
+    assert len({id(stem) for _, stem in plan}) == 3
+    assert len({id(stem.parent) for _, stem in plan if stem}) == 1
+
+
+def test_prompts_of_one_draft_come_together_whatever_their_order() -> None:
+    lists = grid(2, 4)
+    mixed = [lists[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)]
+    plan = grown(mixed)
+    assert [i for i, _ in plan] == [0, 2, 4, 6, 1, 3, 5, 7]
+
+
+def test_equal_lists_keep_a_token_each() -> None:
+    plan = grown([list(range(50))] * 4)
+    assert all(stem is not None and stem.end == 49 for _, stem in plan)
+
+
+def test_too_little_is_not_shared() -> None:
+    assert all(stem is None for _, stem in grown([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]))
+    assert all(stem is None for _, stem in grown([[*range(12), 1], [*range(12), 2]]))  # saves 12 rows
+    assert grown([[1] * 100]) == [(0, None)]
+
+
+def test_no_more_is_shared_than_is_allowed() -> None:
+    lists = [list(range(60)), list(range(60)), list(range(60))]
+    assert all(stem is not None and stem.end == 40 for _, stem in grow_stems(lists, [59, 40, 50]))
+
+
+@given(LISTS, st.data())
+def test_every_list_is_planned_once_and_begins_with_its_stem(
+    lists: list[list[int]], data: st.DataObject
+) -> None:
+    most = [data.draw(st.integers(0, len(tokens) - 1)) for tokens in lists]
+    plan = grow_stems(lists, most)
+    assert sorted(i for i, _ in plan) == list(range(len(lists)))
+    for i, stem in plan:
+        assert len(chain(stem)) <= MAX_LEVELS
+        for level, part in enumerate(chain(stem)):
+            assert part.level == level and part.start < part.end <= most[i]
+            assert list(part.tokens) == lists[i][: part.end]
+
+
+@given(LISTS)
+def test_lists_of_one_stem_are_neighbours(lists: list[list[int]]) -> None:
+    seen = [id(stem) for _, stem in grown(lists * 3) if stem]
+    starts = [at for at in range(len(seen)) if at == 0 or seen[at] != seen[at - 1]]
+    # A stem may be left for a deeper one and come back, but is decoded again only if its level was taken.
+    assert len(starts) <= 2 * len(set(seen)) + 1

@@ -1,0 +1,89 @@
+"""Drawing tokens: greedy, sampled with a generator of the request's own, and loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arte_edge.runtimes import sampling
+from arte_edge.runtimes.completion import Request, Sampling
+from arte_edge.runtimes.sampling import draw, in_loop, log_softmax_at, request_rng
+
+LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], dtype=np.float32))
+
+
+def frequencies(settings: Sampling, n: int = 4000) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    drawn = [draw(LOGITS, settings, rng) for _ in range(n)]
+    return np.bincount(drawn, minlength=4) / n
+
+
+def test_temperature_0_is_the_most_likely_token_and_draws_nothing() -> None:
+    rng = np.random.default_rng(0)
+    before = rng.bit_generator.state
+    assert draw(LOGITS, Sampling(temperature=0.0), rng) == 0
+    assert rng.bit_generator.state == before
+
+
+def test_temperature_1_draws_from_the_distribution_itself() -> None:
+    assert frequencies(Sampling(temperature=1.0)) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
+
+
+def test_temperature_2_takes_the_root_of_the_weights() -> None:
+    weights = np.sqrt([0.5, 0.3, 0.15, 0.05])
+    assert frequencies(Sampling(temperature=2.0)) == pytest.approx(weights / weights.sum(), abs=0.03)
+
+
+def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass() -> None:
+    assert frequencies(Sampling(temperature=1.0, top_p=0.7)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    assert frequencies(Sampling(temperature=1.0, top_p=0.01))[0] == 1.0
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.floats(0.01, 0.999), st.integers(1, 50))
+def test_sorting_only_the_largest_keeps_the_tokens_that_sorting_all_keeps(
+    sizes: list[int], top_p: float, sorted_first: int
+) -> None:
+    logits = np.array(sizes, dtype=np.float32)
+    chosen = []
+    for most in (sorted_first, len(sizes)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampling, "_NUCLEUS", most)
+            rng = np.random.default_rng(0)
+            chosen.append([draw(logits, Sampling(temperature=1.0, top_p=top_p), rng) for _ in range(20)])
+    assert chosen[0] == chosen[1]
+
+
+def test_a_token_that_is_masked_is_never_drawn() -> None:
+    masked = np.array([-np.inf, 0.0, -np.inf, 0.0], dtype=np.float32)
+    rng = np.random.default_rng(0)
+    assert {draw(masked, Sampling(temperature=1.0), rng) for _ in range(200)} == {1, 3}
+
+
+def test_a_generator_belongs_to_prompt_seed_and_sample() -> None:
+    def first(prompt: str, sample: int = 0, seed: int = 0) -> float:
+        return float(request_rng(Request(prompt, sample), Sampling(seed=seed)).random())
+
+    assert first("a") == first("a")
+    others = [first("a"), first("b"), first("a", sample=1), first("a", seed=1)]
+    assert len(set(others)) == 4
+
+
+def test_log_probabilities_are_those_of_the_whole_vocabulary() -> None:
+    assert log_softmax_at(LOGITS + 100, [2, 0]) == pytest.approx(np.log([0.15, 0.5]), abs=1e-4)
+
+
+@pytest.mark.parametrize("period", [1, 3, 7, 32])
+def test_a_phrase_said_again_and_again_is_a_loop(period: int) -> None:
+    tokens = list(range(100, 150)) + list(range(period)) * (128 // period + 4)
+    assert in_loop(tokens)
+
+
+def test_what_only_looks_like_a_loop_is_none() -> None:
+    assert not in_loop([])
+    assert not in_loop(list(range(200)))
+    assert not in_loop([5] * 20)  # "no, no, no" is still a text
+    assert not in_loop([*list(range(10)) * 10, 99])  # the loop was left
+    assert not in_loop(list(range(40)) * 4)  # longer than any phrase looked for
+    assert not in_loop(list(range(10)) * 3)  # three times is emphasis

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from arte_edge.errors import InputError
+from arte_edge.runtimes.completion import Request, Sampling
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from arte_edge.runtimes.transformers.model import (  # noqa: E402
+    TransformersEngine,
+    adapter_sha256,
+    room_tokens,
+)
+from arte_edge.runtimes.transformers.tokenizer import Text  # noqa: E402
+
+PREFIX = "the cat sat on the mat, and then the question was asked: "
+
+
+@pytest.mark.parametrize(("adds_bos", "extra"), [(True, 1), (False, 0)])
+def test_a_begin_token_is_added_once_and_only_where_the_tokenizer_adds_one(
+    tiny_checkpoint, tmp_path, adds_bos, extra
+):
+    engine = TransformersEngine(tiny_checkpoint(tmp_path / "m", adds_bos=adds_bos), sha256="0", device="cpu")
+    bare = engine.count_tokens("<s>cat") - 1
+    assert engine.count_tokens("cat") == bare + extra
+    assert engine.count_tokens("cat<|im_end|>") == bare + extra + 1, "special tokens are parsed from text"
+
+
+def test_special_tokens_are_no_text_and_a_first_blank_is_kept(llama_folder):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    text = Text(transformers.AutoTokenizer.from_pretrained(llama_folder), None)
+    assert text.decode(text.tokens("a cat<|im_end|>"), []) == "a cat"
+    # Tokenizers of the SentencePiece kind drop the blank before the first word that they decode.
+    tokenizer = Tokenizer(models.WordLevel({"▁the": 0, "▁cat": 1, "</s>": 2}, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    text = Text(transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>"), None)
+    assert text.tokens("the cat") == [0, 1]
+    assert text.decode([1], [0]) == " cat"
+
+
+def test_template_and_special_tokens_are_the_tokenizers(llama):
+    assert llama.chat_template == "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert llama.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert not llama.supports_grammar
+    with pytest.raises(InputError, match="takes no grammar"):
+        llama.complete([Request("a")], Sampling(grammar='root ::= "a"'))
+
+
+def test_what_is_no_checkpoint_is_refused_with_the_reason(tmp_path, llama_folder):
+    with pytest.raises(InputError, match=r"config\.json is missing"):
+        TransformersEngine(tmp_path, sha256="0")
+    pickled = shutil.copytree(llama_folder, tmp_path / "pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save({}, pickled / "pytorch_model.bin")
+    with pytest.raises(InputError, match="safetensors"):
+        TransformersEngine(pickled, sha256="0")
+
+
+@pytest.fixture(scope="module")
+def adapter(llama_folder, tmp_path_factory):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    path = tmp_path_factory.mktemp("adapter")
+    peft.get_peft_model(model, config).save_pretrained(path)
+    return path
+
+
+def test_an_adapter_changes_the_text_as_peft_itself_does(llama_folder, adapter, llama):
+    import peft
+
+    adapted = TransformersEngine(llama_folder, sha256="0", adapter=adapter, device="cpu")
+    scores = adapted.choose(PREFIX, ["one", "two"], [" True", " False"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
+    model = peft.PeftModel.from_pretrained(model, adapter)
+    ids = tokenizer([" True", " False"], add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(**tokenizer(PREFIX + "one", return_tensors="pt")).logits[0, -1]
+    expected = torch.log_softmax(logits, -1)[[ids[0][0], ids[1][0]]]
+    assert scores[0] == pytest.approx(expected.numpy(), abs=1e-4)
+    assert scores != pytest.approx(llama.choose(PREFIX, ["one", "two"], [" True", " False"]), abs=1e-3)
+
+
+def test_an_adapters_identity_is_its_weights_and_scale_not_where_its_base_lay(
+    llama_folder, adapter, tmp_path
+):
+    moved = shutil.copytree(adapter, tmp_path / "moved")
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/elsewhere"}))
+    assert adapter_sha256(moved) == adapter_sha256(adapter)
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
+    assert adapter_sha256(moved) != adapter_sha256(adapter)
+    engine = TransformersEngine(llama_folder, sha256="b" * 64, adapter=adapter, device="cpu")
+    assert engine.identity.adapter == adapter_sha256(adapter)
+    assert engine.identity.key() == f"transformers/{'b' * 64}/float32/{adapter_sha256(adapter)}"
+
+
+def test_a_pickled_adapter_is_refused(llama_folder, adapter, tmp_path):
+    pickled = shutil.copytree(adapter, tmp_path / "pickled")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    with pytest.raises(InputError, match="no adapter here"):
+        TransformersEngine(llama_folder, sha256="0", adapter=pickled, device="cpu")
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_a_checkpoint_agrees_with_the_gguf_that_it_was_made_from(smollm2):
+    from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
+
+    here = TransformersEngine(smollm2.checkpoint(), sha256=smollm2.sha256, device="cpu")
+    there = LlamaCppEngine(smollm2.gguf, sha256=smollm2.sha256)
+    prompt = "<|im_start|>user\nName the capital of France.<|im_end|>\n<|im_start|>assistant\nThe capital of"
+    assert here.count_tokens(prompt) == there.count_tokens(prompt)
+    sampling = Sampling(max_tokens=6)
+    ours, theirs = (engine.complete([Request(prompt)], sampling)[0] for engine in (here, there))
+    assert ours.text == theirs.text and "Paris" in ours.text
+    suffixes = [" 2 + 2 = 4. Answer:", " London is in Spain. Answer:", " 5 is less than 3. Answer:"]
+    choices = [" True", " False"]
+    ours, theirs = (engine.choose("True or false?", suffixes, choices) for engine in (here, there))
+    # llama.cpp rounds activations to 8 bits on their way into 4-bit weights.
+    assert ours == pytest.approx(theirs, abs=0.3)
+    there.close()
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "tokens"), [(100 * 10**9, 262_144), (8 * 10**9, 104_166), (10**8, 16_384)]
+)
+def test_a_batch_on_a_gpu_is_as_large_as_its_free_memory_allows(
+    monkeypatch: pytest.MonkeyPatch, free_bytes: int, tokens: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, free_bytes))
+    config = SimpleNamespace(
+        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576
+    )
+    assert room_tokens(config, torch.device("cuda")) == tokens
+    assert room_tokens(config, torch.device("cpu")) == 16_384

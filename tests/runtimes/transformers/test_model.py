@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from arte_edge.errors import InputError
+from arte_edge.runtimes.completion import Request, Sampling
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from arte_edge.runtimes.transformers import model as hf  # noqa: E402
+from arte_edge.runtimes.transformers import packed_generate as hf_write  # noqa: E402
+from arte_edge.runtimes.transformers import packed_kv_cache as hf_row  # noqa: E402
+from arte_edge.runtimes.transformers.model import TransformersEngine  # noqa: E402
+from arte_edge.runtimes.transformers.packed_generate import Guesser  # noqa: E402
+
+PREFIX = "the cat sat on the mat, and then the question was asked: "
+SUFFIXES = ["one?", "is it two or three or one or two?", "", "the mat. one two three", "two?"]
+
+
+def alone(engine, prompts, sampling):
+    """Each prompt in a call of its own: nothing shared, nothing padded."""
+    return [engine.complete([Request(prompt)], sampling)[0] for prompt in prompts]
+
+
+def by_generate(llama_folder, prompt, max_new_tokens):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
+    ids = tokenizer(prompt, return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
+    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_greedy_text_is_what_the_librarys_own_generate_writes(llama, llama_folder):
+    rows = alone(llama, [PREFIX + suffix for suffix in SUFFIXES], Sampling(max_tokens=20))
+    assert [row.text for row in rows] == [by_generate(llama_folder, PREFIX + s, 20) for s in SUFFIXES]
+    assert len({row.text for row in rows}) > 1
+
+
+def test_a_batch_with_a_shared_prefix_writes_what_each_prompt_writes_alone(llama):
+    sampling = Sampling(max_tokens=24)
+    shared = llama.continue_shared(PREFIX, SUFFIXES, sampling)
+    plain = alone(llama, [PREFIX + suffix for suffix in SUFFIXES], sampling)
+    assert [row.text for row in shared] == [row.text for row in plain]
+    assert [row.prompt_tokens for row in shared] == [row.prompt_tokens for row in plain]
+    assert min(row.cached_tokens for row in shared) > 8 and plain[0].cached_tokens == 0
+
+
+def test_a_batch_without_a_common_prefix_writes_what_each_prompt_writes_alone(llama):
+    prompts = ["one two three", "the cat sat on the mat. is it True or False?", "(A)", "two"]
+    sampling = Sampling(max_tokens=24)
+    rows = llama.complete([Request(prompt) for prompt in prompts], sampling)
+    assert [row.text for row in rows] == [row.text for row in alone(llama, prompts, sampling)]
+
+
+def test_the_prefix_is_computed_once_for_all_batches(llama_folder, monkeypatch):
+    engine = TransformersEngine(llama_folder, sha256="0", device="cpu", batch_tokens=100)
+    prefilled = []
+    forward = engine._model.forward
+
+    def counting(*args, **kwargs):
+        prefilled.append(tuple(kwargs["input_ids"].shape))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(engine._model, "forward", counting)
+    suffixes = [f"{word}?" for word in ("one", "two", "three", "cat", "mat", "True", "False")]
+    n_prefix = engine.count_tokens(PREFIX)
+    engine.continue_shared(PREFIX, suffixes, Sampling(max_tokens=1))
+    batches = [shape for shape in prefilled if shape[0] > 1 or shape[1] < 10]
+    assert len(batches) >= 3, "the token limit must split the rows"
+    assert sum(rows * width for rows, width in prefilled) < n_prefix + 8 * len(suffixes)
+
+
+def test_a_sliding_window_shorter_than_the_prompt_changes_no_text(tiny_checkpoint, tmp_path):
+    engine = TransformersEngine(tiny_checkpoint(tmp_path / "m", "mistral"), sha256="0", device="cpu")
+    sampling = Sampling(max_tokens=12)
+    rows = engine.continue_shared(PREFIX, SUFFIXES, sampling)
+    assert [r.text for r in rows] == [r.text for r in alone(engine, [PREFIX + s for s in SUFFIXES], sampling)]
+
+
+def test_rows_keep_their_order_whatever_their_lengths(llama):
+    prompts = [PREFIX * (1 + i % 3) + str(i) for i in range(9)]
+    rows = llama.complete([Request(prompt) for prompt in prompts], Sampling(max_tokens=4))
+    assert [row.prompt_tokens for row in rows] == [llama.count_tokens(prompt) for prompt in prompts]
+    assert [row.text for row in rows] == [row.text for row in alone(llama, prompts, Sampling(max_tokens=4))]
+
+
+def test_a_text_ends_with_the_stop_string_that_ended_it(llama):
+    full = alone(llama, [PREFIX], Sampling(max_tokens=30))[0].text
+    stop = full[8:20]  # longer than any token
+    cut = full[: full.index(stop) + len(stop)]
+    (row,) = llama.complete([Request(PREFIX)], Sampling(max_tokens=30, stop=("never there", stop)))
+    assert (row.text, row.finish) == (cut, "stop")
+    assert row.completion_tokens < 30
+
+
+def test_rows_that_stop_leave_the_batch_without_disturbing_the_others(llama, monkeypatch):
+    words = ("one", "two", "three", "cat", "mat", "True", "False", "question", "answer", "the")
+    full = [row.text for row in alone(llama, [PREFIX + word for word in words], Sampling(max_tokens=30))]
+    # A letter that some rows write early, some late and some never.
+    stop = max(set("".join(full)), key=lambda c: len({text.find(c) for text in full if c in text}))
+    ended = [text[: text.index(stop) + 1] if stop in text else text for text in full]
+    assert 2 < sum(stop in text for text in full) < len(full) and len(set(map(len, ended))) > 4
+    sizes = []
+    step, extend = llama._forward.step, hf_write.extend
+    monkeypatch.setattr(
+        llama._forward, "step", lambda state, tokens: (sizes.append(len(tokens)), step(state, tokens))[1]
+    )
+
+    def extending(model, device, parts, wanted):
+        sizes.append(sum(len(part.tokens) for part in parts))
+        return extend(model, device, parts, wanted)
+
+    monkeypatch.setattr(hf_write, "extend", extending)
+    for side_by_side in (True, False):
+        sizes.clear()
+        monkeypatch.setattr(hf, "takes_rows", lambda model, known=side_by_side: known)
+        rows = llama.continue_shared(PREFIX, words, Sampling(max_tokens=30, stop=(stop,)))
+        assert 0 < sizes[-1] < len(words), "nothing is computed for rows that have ended"
+        assert [row.text for row in rows] == ended
+        assert [row.finish for row in rows] == ["stop" if stop in text else "length" for text in full]
+
+
+def test_finish_is_length_at_the_budget_and_eos_at_an_end_token(tmp_path, llama_folder, llama):
+    row = alone(llama, [PREFIX], Sampling(max_tokens=6))[0]
+    assert (row.finish, row.completion_tokens) == ("length", 6)
+    ending = shutil.copytree(llama_folder, tmp_path / "ending")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
+    third = tokenizer(row.text, add_special_tokens=False)["input_ids"][2]
+    config = json.loads((ending / "generation_config.json").read_text())
+    (ending / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [third]}))
+    other = TransformersEngine(ending, sha256="0", device="cpu")
+    (ended,) = other.complete([Request(PREFIX)], Sampling(max_tokens=6))
+    assert ended.finish == "eos" and row.text.startswith(ended.text) and ended.completion_tokens <= 2
+
+
+def test_a_loop_is_cut_off(llama_folder, tmp_path):
+    looping = shutil.copytree(llama_folder, tmp_path / "looping")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(looping / "model.safetensors")
+    # Without attention and MLP the next token depends on the last alone, so greedy text must cycle.
+    for name, value in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            value.zero_()
+    save_file(weights, looping / "model.safetensors", metadata={"format": "pt"})
+    engine = TransformersEngine(looping, sha256="0", device="cpu")
+    (row,) = engine.complete([Request(PREFIX)], Sampling(max_tokens=200))
+    assert row.finish in ("loop", "eos") and row.completion_tokens < 200
+
+
+def test_sampled_draws_repeat_and_differ_between_samples(llama):
+    sampling = Sampling(temperature=1.0, top_p=0.95, max_tokens=12, seed=7)
+    asked = [Request(PREFIX, sample) for sample in range(4)] + [Request("one")]
+    once, again = llama.complete(asked, sampling), llama.complete(asked, sampling)
+    assert once == again
+    assert len({row.text for row in once[:4]}) == 4
+    backwards = llama.complete(asked[::-1], sampling)[::-1]
+    assert [row.text for row in backwards] == [row.text for row in once]
+    other_seed = llama.complete(asked, Sampling(temperature=1.0, top_p=0.95, max_tokens=12, seed=8))
+    assert [row.text for row in other_seed] != [row.text for row in once]
+
+
+def test_draws_follow_the_models_distribution(llama_folder, llama):
+    asked = [Request(PREFIX, sample) for sample in range(600)]
+    rows = llama.complete(asked, Sampling(temperature=1.0, max_tokens=1))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
+    with torch.no_grad():
+        logits = model(**tokenizer(PREFIX, return_tensors="pt")).logits[0, -1]
+    best = int(logits.argmax())
+    expected = float(torch.softmax(logits.float(), -1)[best])
+    seen = np.mean([row.text == tokenizer.decode([best]) for row in rows])
+    assert abs(seen - expected) < 4 * np.sqrt(expected * (1 - expected) / len(rows)) + 0.01
+
+
+def test_no_suffixes_no_rows(llama):
+    assert llama.choose(PREFIX, [], ["a", "b"]).shape == (0, 2)
+    assert llama.complete([], Sampling()) == []
+    assert llama.continue_shared(PREFIX, [], Sampling()) == []
+
+
+def test_a_prompt_too_long_is_an_error_row_between_whole_ones(llama):
+    rows = llama.complete([Request("one"), Request("cat " * 300), Request("two")], Sampling(max_tokens=3))
+    assert [row.finish for row in rows] == ["length", "error", "length"]
+    assert "context of 256 tokens" in rows[1].error
+    with pytest.raises(InputError, match="context of 256"):
+        llama.choose("cat " * 300, [""], ["a", "b"])
+
+
+def test_sequences_of_several_drafts_come_and_go_in_two_rows(llama, monkeypatch):
+    """More prompts than places, three prefixes, and cells given back on the way: as the plain way writes."""
+    drafts = [PREFIX * 2 + word * 9 for word in ("one ", "two ", "three ")]
+    requests = [
+        Request(f"{draft}{word} {i}?") for draft in drafts for i in (1, 2) for word in ("cat", "mat", "the")
+    ]
+    sampling = Sampling(max_tokens=14)
+    monkeypatch.setattr(hf_write, "_PLACES", 2)
+    monkeypatch.setattr(hf_write, "_ROWS", 2)
+    monkeypatch.setattr(hf_write, "_REFILL_SHARE", 4)
+    moved = []
+    keep = hf_row.Row.keep
+    monkeypatch.setattr(
+        hf_row.Row, "keep", lambda self, cells: (moved.append(len(cells)), keep(self, cells))[1]
+    )
+    rows = llama.complete(requests, sampling)
+    monkeypatch.setattr(hf, "takes_rows", lambda model: False)
+    plain = llama.complete(requests, sampling)
+    assert [row.text for row in rows] == [row.text for row in plain]
+    assert all(row.cached_tokens > 20 for row in rows)
+    assert moved
+
+
+FAMILIES = ("gemma3_text", "granite", "llama", "phi3", "qwen2", "qwen3", "smollm3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_writes_and_scores_in_rows_as_in_batches(tiny_checkpoint, tmp_path, monkeypatch, family):
+    engine = TransformersEngine(tiny_checkpoint(tmp_path / "m", family), sha256="0", device="cpu")
+    asked, suffixes = hf_row.takes_rows(engine._model), [s or "three" for s in SUFFIXES]
+
+    def found():
+        rows = engine.continue_shared(PREFIX, suffixes, Sampling(max_tokens=10))
+        return [row.text for row in rows], engine.choose(PREFIX, suffixes, ["one", "two three", "the cat"])
+
+    texts, scores = found()
+    monkeypatch.setattr(hf, "takes_rows", lambda model: False)
+    plain_texts, plain_scores = found()
+    assert asked and texts == plain_texts
+    assert np.abs(scores - plain_scores).max() < 1e-3
+
+
+def test_long_prompts_are_read_in_pieces_and_no_call_takes_more(llama, monkeypatch):
+    """What one call has to remember is bounded, and the texts are those of prompts read at once."""
+    drafts = [PREFIX * 2 + word * 9 for word in ("one ", "two ")]
+    requests = [
+        Request(f"{draft}{word * n}?") for draft in drafts for n in (1, 9, 20) for word in ("cat ", "the ")
+    ]
+    requests.append(Request("mat " * 70))  # shares nothing
+    sampling = Sampling(max_tokens=12)
+    whole = llama.complete(requests, sampling)
+    sizes, seen = [], []
+    run = hf_row.extend
+
+    def extending(model, device, parts, wanted):
+        sizes.extend(len(part.tokens) for part in parts)
+        seen.append(len(wanted))
+        return run(model, device, parts, wanted)
+
+    monkeypatch.setattr(hf_row, "extend", extending)
+    monkeypatch.setattr(hf_write, "extend", extending)
+    monkeypatch.setattr(hf_row, "_PIECE", 11)
+    monkeypatch.setattr(hf_write, "_MOST_NEW", 13)
+    pieces = llama.complete(requests, sampling)
+    assert [row.text for row in pieces] == [row.text for row in whole]
+    assert [row.cached_tokens for row in pieces] == [row.cached_tokens for row in whole]
+    assert max(sizes) <= 13 and len(seen) > 20
+
+
+def test_a_family_whose_attention_is_no_plain_softmax_stays_in_batches(tiny_checkpoint, tmp_path):
+    engine = TransformersEngine(tiny_checkpoint(tmp_path / "m", "gemma2"), sha256="0", device="cpu")
+    assert not hf_row.takes_rows(engine._model)
+    rows = engine.continue_shared(PREFIX, ["one", "two"], Sampling(max_tokens=6))
+    assert all(row.finish != "error" for row in rows)
+
+
+def counted(engine, requests, sampling):
+    """Complete the requests; return the texts with how they ended, and how many calls that took."""
+    calls, extend = [], hf_write.extend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_write, "extend", lambda *args: (calls.append(args), extend(*args))[1])
+        rows = engine.complete(requests, sampling)
+    return [(row.text, row.finish, row.completion_tokens) for row in rows], len(calls)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_guesses_change_no_text_and_right_ones_save_steps(llama, monkeypatch, temperature):
+    sampling = Sampling(max_tokens=24, temperature=temperature, stop=("True",))
+    requests = [Request(PREFIX + suffix, sample=i) for i in range(3) for suffix in SUFFIXES]
+    written, looked_up = [], Guesser.guess
+
+    def none(self):
+        written.append(self._tokens)  # the list that grows
+        return []
+
+    def right(self):
+        n = len(self._tokens)
+        return next((text[n : n + 3] for text in written if text[:n] == self._tokens), [])
+
+    steps = {}
+    for name, guess in {"none": none, "right": right, "wrong": lambda _: [5] * 3, "own": looked_up}.items():
+        monkeypatch.setattr(Guesser, "guess", guess)
+        steps[name] = counted(llama, requests, sampling)
+    assert {tuple(rows) for rows, _ in steps.values()} == {tuple(steps["none"][0])}
+    assert steps["right"][1] < 0.5 * steps["none"][1]
+    assert steps["wrong"][1] == steps["none"][1]
+    assert {finish for _, finish, _ in steps["none"][0]} >= {"length"}
