@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from score_worth_scores import UNASKED
 
+from arte_edge.cache import whole_file
 from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_STOPS, FORCE, STEPS, Worked, student_messages
-from arte_edge.models.disk import whole_file
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.loader import open_engine
 from arte_edge.runtimes.prompt_render import render

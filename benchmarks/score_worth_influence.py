@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from score_worth_scores import forced_outcome
 
+from arte_edge.cache import whole_file
 from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, STEPS, student_messages
-from arte_edge.models.disk import whole_file
 from arte_edge.runtimes.prompt_render import render
 from arte_edge.runtimes.transformers.model import TransformersEngine
 from arte_edge.tasks.loaders import load_task

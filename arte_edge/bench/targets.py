@@ -112,7 +112,7 @@ def describe(path: Path) -> Target:
 def _sums(path: Path, kind: str) -> tuple[str, str, str]:
     """Return the sha256, the sha256 of the tensors and the quantization, empty where unknown."""
     if kind == "safetensors":
-        from arte_edge.models.hashing import sha256_checkpoint
+        from arte_edge.cache import sha256_checkpoint
 
         return sha256_checkpoint(path), "", ""
     from arte_edge.export.student import read_student
@@ -133,7 +133,7 @@ def _sums(path: Path, kind: str) -> tuple[str, str, str]:
 
 def _checksum(path: Path) -> str:
     """Return the sha256 of a file, or of a folder as `arte_edge.export.sums` makes it; a file's is cached."""
-    from arte_edge.models.hashing import sha256_file
+    from arte_edge.cache import sha256_file
 
     if path.is_file():
         return sha256_file(path)

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bars
 
+from arte_edge.cache import Progress
 from arte_edge.cli.console import err
-from arte_edge.models.home import Progress
 
 __all__ = ["model_progress"]
 

@@ -30,8 +30,8 @@ Checkpoint = Annotated[
 @app.command("ls")
 def ls(as_json: Json = False) -> None:
     """List the models that have a name, and which of them are on this machine."""
+    from arte_edge.cache import user_registry
     from arte_edge.models import registry
-    from arte_edge.models.home import user_registry
 
     models = [_summary(entry) for entry in registry.entries().values()]
     if as_json:
@@ -39,7 +39,7 @@ def ls(as_json: Json = False) -> None:
         return
     from rich.table import Table
 
-    from arte_edge.models.disk import megabytes
+    from arte_edge.cache import megabytes
 
     table = Table(box=None, pad_edge=False)
     for title in ("model", "role", "size", "licence", "here"):

@@ -60,7 +60,7 @@ def push(
 def _print(found: Preview, repo: str, private: bool) -> None:
     from rich.table import Table
 
-    from arte_edge.models.disk import megabytes
+    from arte_edge.cache import megabytes
 
     kind = "private if it is new" if private else "public if it is new"
     out.print(f"To {repo} ({kind}):\n", markup=False, soft_wrap=True)
@@ -81,7 +81,7 @@ def _print(found: Preview, repo: str, private: bool) -> None:
 
 
 def _size(size_bytes: int) -> str:
-    from arte_edge.models.disk import megabytes
+    from arte_edge.cache import megabytes
 
     return megabytes(size_bytes) if size_bytes >= 100_000 else f"{size_bytes} B"
 

@@ -66,8 +66,8 @@ def remembered(kind: str, key: str, measured: Callable[[], Any], *, fresh: bool 
     machines does not mix them up. Nothing is kept of a machine that was busy with something else, and
     a cache that cannot be written costs the next probe, no more.
     """
+    from arte_edge.cache import home
     from arte_edge.device.detect import detect
-    from arte_edge.models.home import home
 
     path = home() / _FILE_NAME
     machine = detect().fingerprint

@@ -58,7 +58,7 @@ def own_folder() -> Path:
     """Return where one's own devices are kept; it need not exist. ``ARTE_EDGE_HOME`` holds all in one place."""
     import platformdirs
 
-    from arte_edge.models.home import home
+    from arte_edge.cache import home
 
     if os.environ.get("ARTE_EDGE_HOME"):
         return home() / "devices"

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from arte_edge.cache import sha256_file
 from arte_edge.device.patience import Patience
 from arte_edge.device.ssh import Ssh
 from arte_edge.device.ssh_errors import ConnectionLost
 from arte_edge.errors import ArteError
-from arte_edge.models.hashing import sha256_file
 
 __all__ = ["Blob", "Tick", "blobs_of", "missing_bytes", "place", "put_text", "send"]
 

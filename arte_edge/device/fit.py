@@ -13,10 +13,10 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from arte_edge.cache import megabytes
 from arte_edge.device.profile import Profile
 from arte_edge.device.shape import ModelShape
 from arte_edge.errors import InputError
-from arte_edge.models.disk import megabytes
 
 __all__ = ["Fit", "fit", "fit_profile", "refuse", "repacked_types"]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
+from arte_edge.cache import sha256_file
 from arte_edge.device.copy import Blob, Tick, blobs_of, place, put_text, send
 from arte_edge.device.patience import Patience
 from arte_edge.device.remote_env import Plan, install_commands, is_offline
@@ -16,7 +17,6 @@ from arte_edge.device.ssh import Ssh
 from arte_edge.device.survey import Python, Survey
 from arte_edge.device.wheels import Target, fetch_wheels
 from arte_edge.errors import ArteError
-from arte_edge.models.hashing import sha256_file
 from arte_edge.store import content_key
 
 __all__ = ["Marker", "Site", "env_bytes_missing", "install", "read_marker", "send_wheel"]

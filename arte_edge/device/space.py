@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from arte_edge.cache import megabytes
 from arte_edge.device.fit import fit, refuse
 from arte_edge.device.shape import ModelShape
 from arte_edge.device.survey import Survey
 from arte_edge.errors import ArteError
-from arte_edge.models.disk import megabytes
 
 __all__ = ["ENV_BYTES", "check_disk", "check_memory"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from arte_edge.cache import megabytes
 from arte_edge.device.profile import Profile, Remote
 from arte_edge.device.remote_env import check_machine, plan
 from arte_edge.device.ssh import Ssh
 from arte_edge.device.survey import Survey, survey
 from arte_edge.errors import ArteError, InputError
-from arte_edge.models.disk import megabytes
 
 __all__ = ["Finding", "Report", "check", "clean", "prepare", "reach"]
 

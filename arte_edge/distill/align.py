@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from arte_edge.cache import sha256_file
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.pairs import draw_question_pairs, draw_rationale_pairs, length_report
 from arte_edge.distill.prompts import question_messages, question_prefill, rationale_messages, teacher_shots
@@ -22,7 +23,6 @@ from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.dpo import train_dpo
 from arte_edge.distill.train.settings import DpoSettings, Lora
 from arte_edge.errors import InputError, StoppedEarly
-from arte_edge.models.hashing import sha256_file
 from arte_edge.runtimes.completion import Engine, Request, Sampling
 from arte_edge.runtimes.loader import is_server, open_local
 from arte_edge.runtimes.prompt_render import Message

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from arte_edge.cache import room, sha256_file
 from arte_edge.errors import ArteError, InputError
-from arte_edge.models.hashing import sha256_file
-from arte_edge.models.home import room
 from arte_edge.models.local import LocalModel
 
 __all__ = ["base_file", "quantized_file", "tuned_file"]

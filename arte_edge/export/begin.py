@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from arte_edge.cache import sha256_checkpoint
 from arte_edge.errors import InputError
 from arte_edge.export.artifact import Format
 from arte_edge.export.build import uses_base
@@ -14,7 +15,6 @@ from arte_edge.export.source import Source
 from arte_edge.export.student import Artifact, Student, read_student
 from arte_edge.export.weights import model_config, parameter_count, shapes_of, weights_dtype
 from arte_edge.export.workshop import Workshop, remove
-from arte_edge.models.hashing import sha256_checkpoint
 
 __all__ = ["check_room", "describe", "kept_artifacts"]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from arte_edge import __version__
+from arte_edge.cache import Progress, sha256_file
 from arte_edge.errors import ArteError
 from arte_edge.export.artifact import FULL_WIDTH, Format
 from arte_edge.export.recipe import Recipe
@@ -23,8 +24,6 @@ from arte_edge.export.source import Source
 from arte_edge.export.student import Student
 from arte_edge.export.workshop import Made, Workshop
 from arte_edge.models.gguf_fields import Field
-from arte_edge.models.hashing import sha256_file
-from arte_edge.models.home import Progress
 
 __all__ = ["Builder", "needs_imatrix", "uses_base"]
 

@@ -8,13 +8,13 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from arte_edge.cache import megabytes
 from arte_edge.cli.console import emit_json, out
 from arte_edge.export.artifact import Format
 from arte_edge.export.plan import Plan, plan
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
 from arte_edge.export.weights import shapes_of
-from arte_edge.models.disk import megabytes
 
 __all__ = ["plan_of", "show_plan"]
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from arte_edge import __version__
+from arte_edge.cache import Progress
 from arte_edge.export.artifact import Format
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
 from arte_edge.export.student import Accuracy, Artifact, Check, Fidelity, Figures, Student
 from arte_edge.export.verify.opened import Opened, open_model
 from arte_edge.export.workshop import Made, Workshop
-from arte_edge.models.home import Progress
 
 __all__ = ["Judge", "accuracy_of"]
 

@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
+from arte_edge.cache import full_disk_is_clear, locked, publish
 from arte_edge.errors import ArteError, InputError
-from arte_edge.models.disk import full_disk_is_clear, publish
-from arte_edge.models.home import locked
 
 __all__ = [
     "TOKENIZER_FILES",

@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from arte_edge import __version__
+from arte_edge.cache import Progress, sha256_checkpoint, sha256_file
 from arte_edge.distill.progress import Reporter
 from arte_edge.errors import ArteError, InputError
 from arte_edge.export.artifact import FULL_WIDTH, Format
@@ -40,8 +41,6 @@ from arte_edge.export.student import (
     write_student,
 )
 from arte_edge.export.workshop import Made, Workshop, remove
-from arte_edge.models.hashing import sha256_checkpoint, sha256_file
-from arte_edge.models.home import Progress
 
 __all__ = ["Failure", "Outcome", "export"]
 

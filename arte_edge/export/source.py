@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from arte_edge.cache import Progress, slug
 from arte_edge.errors import InputError
 from arte_edge.export.chat import Chat, read_chat
 from arte_edge.export.merge import Adapter, is_adapter, read_adapter
@@ -20,7 +21,6 @@ from arte_edge.export.provenance import parent_of, public_name
 from arte_edge.export.student import Lineage
 from arte_edge.export.texts import held_out, neutral, seed_texts
 from arte_edge.export.weights import refuse_quantized
-from arte_edge.models.home import Progress, slug
 from arte_edge.models.resolve import from_folder, resolve
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task

@@ -13,10 +13,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from arte_edge.cache import sha256_file
 from arte_edge.errors import InputError
 from arte_edge.export.gguf.tensor_table import read_table
 from arte_edge.export.student import FileSum
-from arte_edge.models.hashing import sha256_file
 
 __all__ = ["Sums", "sums_of"]
 

@@ -9,9 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from arte_edge.cache import megabytes
 from arte_edge.export.pipeline import Outcome
 from arte_edge.export.student import FILE_NAME, Accuracy, Artifact
-from arte_edge.models.disk import megabytes
 
 __all__ = ["artifact_table", "show_outcome", "summary_lines"]
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from arte_edge.cache import full_disk_is_clear, megabytes, unwritable
 from arte_edge.errors import ArteError, InputError
 from arte_edge.export.sums import Sums, sums_of
-from arte_edge.models.disk import full_disk_is_clear, megabytes, unwritable
 from arte_edge.store import content_key, write_atomic
 
 __all__ = ["Made", "Workshop"]

@@ -15,11 +15,21 @@ import sys
 import tempfile
 from pathlib import Path
 
+from arte_edge.cache import (
+    FULL_MARKS,
+    DiskFull,
+    Progress,
+    check_room,
+    full_disk_is_clear,
+    home,
+    locked,
+    publish,
+    room,
+    slug,
+)
 from arte_edge.errors import ArteError, InputError
 from arte_edge.extras import need
-from arte_edge.models.disk import FULL_MARKS, DiskFull, check_room, full_disk_is_clear, publish
 from arte_edge.models.gguf_header import read_header
-from arte_edge.models.home import Progress, home, locked, room, slug
 
 __all__ = ["VERSION", "checkpoint_folder", "to_checkpoint"]
 

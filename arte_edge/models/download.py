@@ -10,11 +10,20 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from arte_edge.cache import (
+    DiskFull,
+    Progress,
+    check_room,
+    full_disk_is_clear,
+    home,
+    is_offline,
+    locked,
+    publish,
+    room,
+    sha256_file,
+)
 from arte_edge.errors import ArteError, InputError
 from arte_edge.models import hub, mirror
-from arte_edge.models.disk import DiskFull, check_room, full_disk_is_clear, publish
-from arte_edge.models.hashing import sha256_file
-from arte_edge.models.home import Progress, home, is_offline, locked, room
 from arte_edge.models.registry import Entry
 
 __all__ = ["cached", "place", "pull"]

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arte_edge.cache import megabytes, whole_file
 from arte_edge.errors import ArteError, InputError
-from arte_edge.models.disk import megabytes, whole_file
 from arte_edge.models.gguf_cursor import ARRAY, SCALARS, STRING, CutShort, GgufCursor
 from arte_edge.models.gguf_fields import Field
 from arte_edge.models.gguf_types import TENSOR_TYPES

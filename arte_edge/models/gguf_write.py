@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.cache import whole_file
 from arte_edge.errors import ArteError
-from arte_edge.models.disk import whole_file
 from arte_edge.models.gguf_fields import Field
 from arte_edge.models.weights import Values
 

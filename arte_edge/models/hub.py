@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from arte_edge.cache import FULL_MARKS, DiskFull, Progress, home
 from arte_edge.errors import ArteError
-from arte_edge.models.disk import FULL_MARKS, DiskFull
-from arte_edge.models.home import Progress, home
 
 if TYPE_CHECKING:
     from huggingface_hub.utils.tqdm import tqdm

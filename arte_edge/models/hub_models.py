@@ -12,11 +12,20 @@ import re
 import shutil
 from pathlib import Path
 
+from arte_edge.cache import (
+    Progress,
+    check_room,
+    full_disk_is_clear,
+    home,
+    is_offline,
+    locked,
+    publish,
+    room,
+    sha256_file,
+    slug,
+)
 from arte_edge.errors import InputError
 from arte_edge.models import hub
-from arte_edge.models.disk import check_room, full_disk_is_clear, publish
-from arte_edge.models.hashing import sha256_file
-from arte_edge.models.home import Progress, home, is_offline, locked, room, slug
 
 __all__ = ["from_hub"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from arte_edge.models.home import Progress
+from arte_edge.cache import Progress
 
 __all__ = ["LocalModel"]
 

@@ -21,9 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
+from arte_edge.cache import FULL_MARKS, DiskFull, Progress
 from arte_edge.errors import ArteError
-from arte_edge.models.disk import FULL_MARKS, DiskFull
-from arte_edge.models.home import Progress
 from arte_edge.models.registry import Entry, Mirror, Part
 
 __all__ = ["fetch"]

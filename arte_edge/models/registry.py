@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from arte_edge import catalog
+from arte_edge.cache import user_registry
 from arte_edge.errors import InputError, nearest
-from arte_edge.models.home import user_registry
 
 __all__ = ["Entry", "Hub", "Mirror", "Part", "entries", "entry"]
 

@@ -11,11 +11,10 @@ import json
 import re
 from pathlib import Path
 
+from arte_edge.cache import Progress, sha256_checkpoint, sha256_file
 from arte_edge.errors import InputError
 from arte_edge.models import download, registry
 from arte_edge.models.gguf_header import read_header
-from arte_edge.models.hashing import sha256_checkpoint, sha256_file
-from arte_edge.models.home import Progress
 from arte_edge.models.local import LocalModel
 
 __all__ = ["from_folder", "from_gguf", "resolve"]

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from arte_edge.cache import FULL_MARKS, DiskFull
 from arte_edge.errors import ArteError, InputError
-from arte_edge.models.disk import FULL_MARKS, DiskFull
 from arte_edge.models.gguf_header import GgufHeader, read_header
 from arte_edge.models.gguf_tokens import check_tokenizer, mend_pre_tokenizer
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 
+from arte_edge.cache import megabytes
 from arte_edge.errors import InputError
 from arte_edge.export.student import Accuracy, Evaluation, Speed, StudentFile
-from arte_edge.models.disk import megabytes
 from arte_edge.publish import shown
 from arte_edge.publish.card_head import CardOptions
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arte_edge.cache import is_offline
 from arte_edge.errors import InputError
 from arte_edge.export.student import Artifact, Evaluation, StudentFile
-from arte_edge.models.home import is_offline
 from arte_edge.publish import shown
 from arte_edge.publish.front_matter import dump_yaml
 from arte_edge.store import write_atomic

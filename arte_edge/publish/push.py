@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from arte_edge.cache import is_offline
 from arte_edge.errors import ArteError, InputError
-from arte_edge.models.home import is_offline
 from arte_edge.publish.personal import Machine, this_machine
 from arte_edge.publish.preview import Preview, preview
 

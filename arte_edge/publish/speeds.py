@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arte_edge.bench.result import QualityRow, SpeedRow
+from arte_edge.cache import locked
 from arte_edge.errors import InputError
 from arte_edge.export.student import (
     FILE_NAME,
@@ -28,7 +29,6 @@ from arte_edge.export.student import (
     read_student,
     write_student,
 )
-from arte_edge.models.home import locked
 
 __all__ = ["Merged", "Row", "merge_into", "merge_rows", "speed_of", "student_lock"]
 

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+from arte_edge.cache import locked, room, whole_file
 from arte_edge.errors import ArteError
-from arte_edge.models.disk import whole_file
-from arte_edge.models.home import locked, room
 from arte_edge.runtimes.completion import Engine, Request, Sampling
 from arte_edge.runtimes.llamacpp.context_memory import available_bytes
 from arte_edge.runtimes.transformers import onednn_prepack

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, cast
 
+from arte_edge.cache import Progress
 from arte_edge.errors import InputError
-from arte_edge.models.home import Progress
 from arte_edge.models.local import LocalModel
 from arte_edge.models.resolve import resolve
 from arte_edge.runtimes.completion import Engine

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from arte_edge.cache import DiskFull
 from arte_edge.errors import ArteError, InputError
 from arte_edge.models import LocalModel, resolve
 from arte_edge.models.convert import checkpoint_folder
-from arte_edge.models.disk import DiskFull
 from arte_edge.models.gguf_header import read_header
 from arte_edge.models.gguf_tokens import PROBES, check_tokenizer
 

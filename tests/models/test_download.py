@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from arte_edge.cache import DiskFull
 from arte_edge.errors import ArteError, InputError
 from arte_edge.models import download, registry, resolve
-from arte_edge.models.disk import DiskFull
 
 Register = Callable[..., str]
 MakeWheel = Callable[[str, bytes], Path]

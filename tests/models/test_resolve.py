@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from arte_edge.cache import sha256_file
 from arte_edge.errors import InputError
 from arte_edge.models import LocalModel, resolve
-from arte_edge.models.hashing import sha256_file
 
 MakeGguf = Callable[..., Path]
 

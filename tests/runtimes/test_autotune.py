@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from arte_edge.cache import room
 from arte_edge.errors import ArteError
-from arte_edge.models.home import room
 from arte_edge.runtimes.autotune import Way, quickest, sample_seconds, ways_here
 
 LLAMA, HALF, FULL = Way("llamacpp"), Way("transformers", "bfloat16"), Way("transformers", "float32")

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arte_edge.cache import publish
 from arte_edge.distill.train.collapse import ProbeResult, chosen_drop_nats, collapse_reason
 from arte_edge.distill.train.settings import DpoSettings
 from arte_edge.distill.train.workspace import Workspace
-from arte_edge.models.disk import publish
 from arte_edge.store import read_jsonl, write_atomic, write_jsonl
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from arte_edge.cache import publish
 from arte_edge.errors import InputError
-from arte_edge.models.disk import publish
 from arte_edge.store import content_key, write_atomic
 
 __all__ = ["Workspace", "checkpoint_key", "finished"]

@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from arte_edge.cache import whole_file
 from arte_edge.errors import ArteError, InputError
-from arte_edge.models.disk import whole_file
 from arte_edge.models.gguf_header import read_header
 from arte_edge.models.gguf_write import FILE_TYPES
 

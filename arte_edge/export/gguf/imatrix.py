@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from arte_edge.cache import Progress, sha256_checkpoint
 from arte_edge.errors import InputError
 from arte_edge.export.gguf.hooks import Sums, linear_names, watched
 from arte_edge.export.gguf.imatrix_file import CHUNK_TOKENS, Imatrix, base_name, read_imatrix, write_imatrix
 from arte_edge.extras import need
-from arte_edge.models.hashing import sha256_checkpoint
-from arte_edge.models.home import Progress
 from arte_edge.store import content_key, write_atomic
 
 __all__ = ["collect"]

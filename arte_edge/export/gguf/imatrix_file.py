@@ -16,9 +16,9 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.cache import whole_file
 from arte_edge.errors import InputError
 from arte_edge.export.gguf.tensor_table import read_table
-from arte_edge.models.disk import whole_file
 
 __all__ = ["CHUNK_TOKENS", "Imatrix", "base_name", "read_imatrix", "write_imatrix"]
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from arte_edge.cache import whole_file
 from arte_edge.errors import ArteError, InputError
 from arte_edge.export.gguf.imatrix_file import Imatrix, base_name, read_imatrix
 from arte_edge.export.gguf.overrides import resolve_overrides
@@ -27,7 +28,6 @@ from arte_edge.export.gguf.quant_types import (
 )
 from arte_edge.export.gguf.tensor_table import TensorTable, read_table
 from arte_edge.extras import need
-from arte_edge.models.disk import whole_file
 from arte_edge.models.gguf_header import read_header
 
 __all__ = ["QuantReport", "quantize"]

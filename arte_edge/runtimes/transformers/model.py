@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.cache import sha256_file
 from arte_edge.errors import InputError
 from arte_edge.extras import need
-from arte_edge.models.hashing import sha256_file
 from arte_edge.runtimes.choice_scoring import Chooser, spans
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.runtimes.prefix_tree import plan_groups

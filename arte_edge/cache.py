@@ -1,0 +1,269 @@
+"""The cache folder of this machine: where it is, files that appear whole or not at all, and checksums.
+
+One folder holds everything that can be fetched or computed again: the user's cache folder, or
+``ARTE_EDGE_HOME``. Below it:
+
+    models/       files of the registry, complete and verified
+    hub/          files and checkpoints named by Hub id, one folder a commit
+    checkpoints/  GGUF weights turned into safetensors
+    staging/      downloads and conversions that are not finished
+    hashes.json   sha256 of large files, so that each is read only once
+
+A large file is written below ``staging/`` and renamed once it is complete, verified and flushed. A full
+disk has its own error class, because its remedy differs from that of a failed download.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from arte_edge.errors import ArteError
+
+__all__ = [
+    "FULL_MARKS",
+    "DiskFull",
+    "Progress",
+    "check_room",
+    "full_disk_is_clear",
+    "home",
+    "is_offline",
+    "locked",
+    "megabytes",
+    "publish",
+    "room",
+    "sha256_checkpoint",
+    "sha256_file",
+    "slug",
+    "unwritable",
+    "user_registry",
+    "whole_file",
+]
+
+# (step, bytes done, total bytes); a total of 0 means unknown
+Progress = Callable[[str, int, int], None]
+
+_TRUE = {"1", "on", "yes", "true"}
+
+
+def home() -> Path:
+    """Return the cache folder: ``ARTE_EDGE_HOME`` if set, else the user's cache folder."""
+    import platformdirs
+
+    if chosen := os.environ.get("ARTE_EDGE_HOME"):
+        return Path(chosen).expanduser().absolute()
+    return platformdirs.user_cache_path("arte-edge", appauthor=False)
+
+
+def user_registry() -> Path:
+    """Return where the user's own ``models.toml`` is looked for; it need not exist."""
+    import platformdirs
+
+    if os.environ.get("ARTE_EDGE_HOME"):
+        return home() / "models.toml"
+    return platformdirs.user_config_path("arte-edge", appauthor=False) / "models.toml"
+
+
+def is_offline(asked: bool = False) -> bool:
+    """True if the caller, ``ARTE_EDGE_OFFLINE`` or ``HF_HUB_OFFLINE`` disables network access."""
+    names = ("ARTE_EDGE_OFFLINE", "HF_HUB_OFFLINE")
+    return asked or any(os.environ.get(name, "").lower() in _TRUE for name in names)
+
+
+def room(*parts: str) -> Path:
+    """Return a folder below `home`, created if it is missing.
+
+    Raises:
+        ArteError: it cannot be created.
+    """
+    folder = home().joinpath(*parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(error, folder) from error
+    return folder
+
+
+def slug(name: str) -> str:
+    """Return `name` as one safe path part."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip(".-") or "model"
+
+
+@contextmanager
+def locked(name: str, progress: Progress | None = None) -> Iterator[None]:
+    """Hold a lock shared by all processes of this machine, so that nothing is fetched twice.
+
+    The operating system releases it when the process ends, also after a kill.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(room("locks") / f"{slug(name)}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if progress:
+            progress("waiting for another process", 0, 0)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# No space, quota exceeded, file size limit reached: the same problem for a user.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# The texts of these errors in the output of a child process.
+FULL_MARKS = tuple(os.strerror(number) for number in sorted(_FULL))
+
+
+class DiskFull(ArteError):
+    """The disk holding the cache has no room left."""
+
+    def __init__(self, where: Path, what: str) -> None:
+        super().__init__(
+            f"No room on the disk for {what} (below {where})",
+            "Free some space, or set ARTE_EDGE_HOME to a folder on a larger disk. No half file is left.",
+        )
+
+
+def unwritable(error: OSError, folder: Path) -> ArteError:
+    """Return the error to raise when the system denies reading or writing below `folder`."""
+    where = error.filename or folder
+    return ArteError(
+        f"{where}: {error.strerror or error}",
+        "Check the permissions of that folder, or set ARTE_EDGE_HOME to one that is writable.",
+    )
+
+
+def megabytes(size_bytes: int) -> str:
+    """Return `size_bytes` as a short text in decimal megabytes or gigabytes."""
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
+
+
+def check_room(folder: Path, need_bytes: int, what: str) -> None:
+    """Raise `DiskFull` before anything is fetched if `need_bytes` cannot fit below `folder`."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < need_bytes:
+        raise DiskFull(folder, f"{what}: {megabytes(need_bytes)} needed, {megabytes(free_bytes)} free")
+
+
+@contextmanager
+def full_disk_is_clear(staging: Path, what: str) -> Iterator[None]:
+    """Turn "no space left" into `DiskFull` and remove `staging`, which would keep the disk full.
+
+    Other errors of the system, such as missing permissions, become an `ArteError` that names the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise unwritable(error, staging) from error
+        shutil.rmtree(staging, ignore_errors=True)
+        raise DiskFull(staging.parent, what) from error
+    except DiskFull:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def publish(staged: Path, final: Path) -> Path:
+    """Flush `staged`, a file or a folder on the same disk, and rename it to `final` atomically."""
+    for path in [staged, *staged.rglob("*")] if staged.is_dir() else [staged]:
+        _flush(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    staged.replace(final)
+    _flush(final.parent)
+    return final
+
+
+def _flush(path: Path) -> None:
+    """Flush `path` to the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder; its rename is durable by itself
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_file(out: Path, partial: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path, `partial` or one beside `out`, that is renamed to `out` when the block succeeds.
+
+    When it fails, the temporary file is removed; one that a killed process left is overwritten.
+
+    Raises:
+        ArteError: the disk is full or not writable.
+    """
+    partial = partial or out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(out)
+    except OSError as error:
+        raise ArteError(
+            f"{out}: {error.strerror or error}", "Free some space or choose another folder."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+_CACHED_FROM_BYTES = 4_000_000
+# The files that determine a checkpoint's output: weights, shape and tokenizer.
+_IDENTITY = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer.model")
+
+
+def sha256_file(path: Path, *, fresh: bool = False) -> str:
+    """Return the sha256 of `path` in hexadecimal, from ``hashes.json`` if size and mtime are unchanged.
+
+    Args:
+        fresh: read the file in any case; a failing disk corrupts data without changing the mtime.
+    """
+    path = path.resolve()
+    state = path.stat()
+    known = _load()
+    mark = [state.st_size, state.st_mtime_ns]
+    if not fresh and (row := known.get(str(path))) and row[:2] == mark:
+        return str(row[2])
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if state.st_size >= _CACHED_FROM_BYTES:
+        _remember(str(path), [*mark, digest])
+    return digest
+
+
+def sha256_checkpoint(folder: Path) -> str:
+    """Return one sha256 over the names and checksums of a checkpoint's weights, config and tokenizer."""
+    files = sorted({path for pattern in _IDENTITY for path in folder.glob(pattern)})
+    lines = [f"{sha256_file(path)}  {path.name}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _load() -> dict[str, list[int | str]]:
+    try:
+        rows = json.loads((home() / "hashes.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(rows, dict):
+        return {}
+    return {path: row for path, row in rows.items() if isinstance(row, list) and len(row) == 3}
+
+
+def _remember(path: str, row: list[int | str]) -> None:
+    """Store one checksum. Losing it costs a second read, so a cache that cannot be written is no error."""
+    with contextlib.suppress(OSError):
+        home().mkdir(parents=True, exist_ok=True)
+        rows = {known: value for known, value in _load().items() if Path(known).exists()} | {path: row}
+        handle, name = tempfile.mkstemp(dir=home(), prefix="hashes.", suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=1)
+        Path(name).replace(home() / "hashes.json")
