@@ -6,6 +6,7 @@ Help text that is typed twice goes stale, so the page is made by Typer's own doc
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from difflib import unified_diff
@@ -19,9 +20,9 @@ HEADER = """\
 
 # Command reference
 
-Data goes to stdout and progress to stderr. Exit codes: 0 done; 1 the run failed; 2 your input;
-3 a fidelity gate failed; 4 stopped early, and the same command goes on. `--debug` stands before
-the verb: `arte-edge --debug tasks ls`.
+Data goes to stdout and progress to stderr. Every command has `--help`. Exit codes: 0 done; 1 the run
+failed; 2 invalid input; 3 a fidelity gate failed; 4 stopped early, re-run the same command to resume.
+`--debug` precedes the verb: `arte-edge --debug tasks ls`.
 
 """
 
@@ -39,7 +40,19 @@ def render() -> str:
         raise RuntimeError(f"A default in the help names {home}; give that option a default of None")
     # One page has one top heading, and it is the header's.
     lowered = "\n".join(f"#{line}" if line.startswith("#") else line for line in body.strip().splitlines())
-    return f"{HEADER}{lowered}\n"
+    return HEADER + _compact(f"{lowered}\n")
+
+
+def _compact(body: str) -> str:
+    """Move each usage line into its heading; drop `--help` and the summaries of sections that follow."""
+    usage = re.compile(
+        r"^(#+) `(arte-edge[^`]*)`\n(.*?)\*\*Usage\*\*:\n\n```console\n\$ (.*?)\n```\n\n", re.M | re.S
+    )
+    body = usage.sub(lambda found: f"{found[1]} `{found[4].replace(' [OPTIONS]', '')}`\n{found[3]}", body)
+    body = body.replace("* `--help`: Show this message and exit.\n", "")
+    body = re.sub(r"\*\*Commands\*\*:\n\n(?:\* .*\n)+\n?", "", body)
+    body = re.sub(r"\*\*Options\*\*:\n\n(?!\* )", "", body)
+    return re.sub(r"\n{3,}", "\n\n", body)
 
 
 def main(argv: list[str]) -> int:
