@@ -11,7 +11,7 @@ from pathlib import Path
 
 from arte_edge.errors import InputError, nearest
 
-__all__ = ["KINDS", "find", "names", "root"]
+__all__ = ["KINDS", "describe", "find", "names", "root"]
 
 _PACKAGE = Path(__file__).parent
 
@@ -56,3 +56,16 @@ def find(kind: str, ref: str) -> Path:
         return folder / ref if kind == "tasks" else folder / f"{ref}.toml"
     what = kind.removesuffix("s")
     raise InputError(f"No shipped {what} is named '{ref}'", nearest(ref, names(kind)))
+
+
+def describe(text: str) -> str:
+    """Return the first sentence of a TOML file's opening comment, without the line that shows the command."""
+    words: list[str] = []
+    for line in text.splitlines():
+        comment = line.removeprefix("#").strip()
+        if not line.startswith("#") or (words and not comment):
+            break
+        if comment and not comment.startswith("arte-edge "):
+            words.append(comment)
+    first, _, _ = " ".join(words).partition(". ")
+    return f"{first.rstrip('.')}." if first else ""

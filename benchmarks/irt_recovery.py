@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.distill.irt import ItemParameters, fit_2pl, probability, top_k
-from arte_edge.distill.stats import spearman
+from arte_edge.stats import spearman
 
 Floats = NDArray[np.float64]
 RESULTS = Path(__file__).parent / "results" / "irt_recovery"

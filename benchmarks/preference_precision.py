@@ -25,8 +25,8 @@ from score_worth_scores import UNASKED, Floats, draft_scores
 from score_worth_stats import groups_of
 
 from arte_edge.distill.config import Align
-from arte_edge.distill.stats import spearman, wilson
 from arte_edge.runtimes.loader import open_engine
+from arte_edge.stats import spearman, wilson
 
 RESULTS = Path(__file__).parent / "results"
 WORK = RESULTS / "score_worth" / "home_intents-1.5b-work.json"

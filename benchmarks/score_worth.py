@@ -38,7 +38,7 @@ from score_worth_stats import (
 )
 
 from arte_edge.distill.length import length_share
-from arte_edge.distill.stats import spearman
+from arte_edge.stats import spearman
 from arte_edge.store import write_atomic
 
 OUTCOMES = ("right", "forced", "probability_free")

@@ -14,9 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from arte_edge.console import Reporter
 from arte_edge.distill.calibrate import calibrate
 from arte_edge.distill.elicit import elicit
-from arte_edge.distill.progress import Reporter
 from arte_edge.distill.run import Run, open_folder
 from arte_edge.distill.settings import build, parse_set
 from arte_edge.store import read_jsonl

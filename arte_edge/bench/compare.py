@@ -1,6 +1,6 @@
 """Two sets of results side by side, test by test, and only where they measured the same thing.
 
-Rates are compared as ratios (`arte_edge.bench.ratio`), right answers in pairs, example by example.
+Rates are compared as ratios (`arte_edge.stats`), right answers in pairs, example by example.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
-from arte_edge.bench.pairs import Pair, pair
-from arte_edge.bench.ratio import Ratio, ratio
 from arte_edge.bench.result import QualityRow, SpeedRow
 from arte_edge.errors import InputError
+from arte_edge.stats import Pair, Ratio, paired, ratio
 
 __all__ = ["Comparison", "QualityPair", "SpeedPair", "compare"]
 
@@ -80,7 +79,7 @@ class QualityPair:
     @cached_property
     def paired(self) -> Pair:
         """Return the difference on the examples that both answered."""
-        return pair(self.a, self.b)
+        return paired(self.a.model_filename, self.a.answers, self.b.model_filename, self.b.answers)
 
     @property
     def verdict(self) -> str:

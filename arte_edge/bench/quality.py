@@ -17,15 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from arte_edge.bench.case import Split
-from arte_edge.bench.pairs import Answers, paired
 from arte_edge.bench.result import DeviceFacts, QualityRow
 from arte_edge.bench.targets import describe
-from arte_edge.distill.stats import wilson
 from arte_edge.errors import InputError
 from arte_edge.export.verify.accuracy import ANSWER_TOKENS, Answered, answers
 from arte_edge.export.verify.fidelity import Progress
 from arte_edge.export.verify.opened import Opened, open_model
 from arte_edge.runtimes.llamacpp.bindings import default_threads
+from arte_edge.stats import Answers, paired, wilson
 from arte_edge.tasks.task import Example, Task
 
 __all__ = ["ANSWER_TOKENS", "example_key", "measure_quality"]

@@ -135,7 +135,7 @@ def bench(
 
 def _fetch(ref: str) -> Path:
     """Return the file of a registry name or Hub id, downloaded with a progress bar if it is not cached."""
-    from arte_edge.cli.model_progress import model_progress
+    from arte_edge.console import model_progress
     from arte_edge.models import resolve
 
     with model_progress(ref) as progress:

@@ -11,7 +11,7 @@ from arte_edge.bench.rows import append_rows
 from arte_edge.bench.runner import Reporter
 from arte_edge.bench.table import Table, as_csv, as_json, quality_line, summary
 from arte_edge.cache import megabytes
-from arte_edge.cli.console import err
+from arte_edge.console import err
 from arte_edge.errors import InputError, nearest
 from arte_edge.store import write_atomic
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from arte_edge.cli.console import emit_json, err, out
+from arte_edge.console import emit_json, err, out
 from arte_edge.errors import InputError
 
 __all__ = ["card"]

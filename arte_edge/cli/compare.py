@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from arte_edge.cli.console import emit_json
+from arte_edge.console import emit_json
 
 if TYPE_CHECKING:
     from arte_edge.bench.compare import Comparison, QualityPair, SpeedPair

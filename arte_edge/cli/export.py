@@ -90,7 +90,7 @@ def export(
 
         show_plan(opened, formats, plan, folder, as_json)
         return
-    from arte_edge.distill.progress import Reporter
+    from arte_edge.console import Reporter
     from arte_edge.export.pipeline import export as run
 
     reporter = Reporter(as_json=as_json)
@@ -106,7 +106,7 @@ def _formats(recipe: Recipe, gguf: str | None, onnx: str | None) -> tuple[Format
 
 
 def _open(source: str, recipe: Recipe, task: str | None, base: str | None, offline: bool) -> Source:
-    from arte_edge.cli.model_progress import model_progress
+    from arte_edge.console import model_progress
     from arte_edge.export.source import open_source
 
     with model_progress(Path(source).name or source) as progress:
@@ -136,7 +136,7 @@ def _close(outcome: Outcome, folder: Path, as_json: bool) -> None:
         GateError: a file was rejected.
         ArteError: no file was, but a format could not be made.
     """
-    from arte_edge.cli.console import emit_json, out
+    from arte_edge.console import emit_json, out
     from arte_edge.export.table import show_outcome
 
     if as_json:

@@ -28,7 +28,7 @@ from arte_edge.cli import (
     tasks,
     verify,
 )
-from arte_edge.cli.console import err
+from arte_edge.console import err
 from arte_edge.errors import ArteError
 
 __all__ = ["app", "main"]

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bars
 
 from arte_edge.cache import Progress
-from arte_edge.cli.console import err
+from arte_edge.console import err
 
 __all__ = ["model_progress"]
 

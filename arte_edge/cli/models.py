@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from arte_edge.cli.console import emit_json, err, out
+from arte_edge.console import emit_json, err, out
 
 if TYPE_CHECKING:
     from arte_edge.models.registry import Entry
@@ -61,7 +61,7 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Fetch models, verify them, and with --checkpoint make them ready for training."""
-    from arte_edge.cli.model_progress import model_progress
+    from arte_edge.console import model_progress
     from arte_edge.models import resolve
 
     pulled = []
@@ -83,7 +83,7 @@ def pull(
 @app.command("path")
 def path(ref: Ref, checkpoint: Checkpoint = False, as_json: Json = False) -> None:
     """Print where a model lies. Fetches nothing; a model that is not here is an error."""
-    from arte_edge.cli.model_progress import model_progress
+    from arte_edge.console import model_progress
     from arte_edge.models import resolve
 
     with model_progress(ref) as progress:

@@ -13,10 +13,10 @@ from typing import Annotated, Any
 import typer
 
 from arte_edge import catalog
-from arte_edge.cli.console import emit_json, out
+from arte_edge.console import emit_json, out
 from arte_edge.errors import InputError
 
-__all__ = ["check", "copy", "describe", "ls", "show"]
+__all__ = ["check", "copy", "ls", "show"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="A shipped preset's name, or the path of a run file.")]
@@ -93,19 +93,6 @@ def check(
         out.print(f"{ref}: good", markup=False)
 
 
-def describe(text: str) -> str:
-    """Return the first sentence of a run file's opening comment, less the line that says how to call it."""
-    words: list[str] = []
-    for line in text.splitlines():
-        comment = line.removeprefix("#").strip()
-        if not line.startswith("#") or (words and not comment):
-            break
-        if comment and not comment.startswith("arte-edge "):
-            words.append(comment)
-    first, _, _ = " ".join(words).partition(". ")
-    return f"{first.rstrip('.')}." if first else ""
-
-
 def _summary(name: str) -> dict[str, Any]:
     from arte_edge.distill.settings import build, load_toml
 
@@ -113,7 +100,7 @@ def _summary(name: str) -> dict[str, Any]:
     config = build(name, load_toml(path))
     return {
         "name": name,
-        "description": describe(_read(path)),
+        "description": catalog.describe(_read(path)),
         "task": config.task.ref,
         "teacher": config.teacher.model,
         "student": config.student.model,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from arte_edge.cli.console import emit_json, err, out
+from arte_edge.console import emit_json, err, out
 
 if TYPE_CHECKING:
     from arte_edge.publish.preview import Preview

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from arte_edge.cli.console import emit_json, err, out
+from arte_edge.console import emit_json, err, out
 from arte_edge.errors import GateError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _find(ref: str) -> Path:
     path = Path(ref).expanduser()
     if path.exists():
         return path
-    from arte_edge.cli.model_progress import model_progress
+    from arte_edge.console import model_progress
     from arte_edge.models import resolve
 
     with model_progress(ref) as progress:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.distill.progress import Reporter
+from arte_edge.console import Reporter
 from arte_edge.errors import EngineError
 from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
 from arte_edge.store import CallLog, content_key

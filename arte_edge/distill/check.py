@@ -16,9 +16,9 @@ import numpy as np
 from arte_edge.distill.answering import forced, written
 from arte_edge.distill.rationales import rationale_prompt, rationale_sampling
 from arte_edge.distill.run import Run, Summary
-from arte_edge.distill.stats import mcnemar, wilson
 from arte_edge.errors import InputError, StoppedEarly
 from arte_edge.runtimes.completion import Request
+from arte_edge.stats import mcnemar, wilson
 from arte_edge.store import Stage
 from arte_edge.tasks.answers import extract, matches
 from arte_edge.tasks.task import Example

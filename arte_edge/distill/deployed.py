@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.distill.stats import pearson
+from arte_edge.stats import pearson
 
 __all__ = ["Shift", "compare", "sample_drafts"]
 

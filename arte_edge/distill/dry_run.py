@@ -15,11 +15,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from arte_edge.cli.console import emit_json, err, out
+from arte_edge.console import Reporter, emit_json, err, out
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.plan import Measured, Sizes, StagePlan, plan, works
 from arte_edge.distill.probe import measure
-from arte_edge.distill.progress import Reporter
 from arte_edge.distill.run import Run
 from arte_edge.errors import InputError
 from arte_edge.extras import need

@@ -16,9 +16,9 @@ from arte_edge.distill.check import chance
 from arte_edge.distill.prompts import teacher_shots
 from arte_edge.distill.rationales import rationale_prompt, rationale_sampling
 from arte_edge.distill.run import Run, Summary
-from arte_edge.distill.stats import format_share, mcnemar, wilson
 from arte_edge.models.local import LocalModel
 from arte_edge.runtimes.completion import Engine, Request
+from arte_edge.stats import format_share, mcnemar, wilson
 from arte_edge.store import Stage
 from arte_edge.tasks.answers import extract, matches
 from arte_edge.tasks.task import Example

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from arte_edge.cli.console import emit_json, out
+from arte_edge.console import Reporter, emit_json, out
 from arte_edge.distill.calibrate import calibrate
 from arte_edge.distill.check import check
 from arte_edge.distill.closing import show_closing
@@ -14,7 +14,6 @@ from arte_edge.distill.deploy import DeviceSide, settle
 from arte_edge.distill.elicit import elicit
 from arte_edge.distill.evaluate import evaluate
 from arte_edge.distill.prefer import prefer
-from arte_edge.distill.progress import Reporter
 from arte_edge.distill.run import Run, open_folder
 from arte_edge.distill.student_file import quantized_file
 from arte_edge.distill.tailor import tailor

@@ -30,8 +30,8 @@ from arte_edge.distill.run import Run, Summary
 from arte_edge.distill.scorer import scoring_engine
 from arte_edge.distill.scores import Score
 from arte_edge.distill.scoring import by_probability, by_writing, item_scores
-from arte_edge.distill.stats import pearson
 from arte_edge.runtimes.completion import Engine
+from arte_edge.stats import pearson
 from arte_edge.store import Stage
 from arte_edge.tasks.task import Example
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arte_edge.console import Reporter
 from arte_edge.distill.calls import Calls
 from arte_edge.distill.config import ModelConfig, RunConfig
 from arte_edge.distill.deploy import Budget
-from arte_edge.distill.progress import Reporter
 from arte_edge.distill.settings import build, differences, dump_toml, load_toml
 from arte_edge.distill.student_file import base_file
 from arte_edge.errors import InputError

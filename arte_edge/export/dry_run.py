@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from arte_edge.cache import megabytes
-from arte_edge.cli.console import emit_json, out
+from arte_edge.console import emit_json, out
 from arte_edge.export.artifact import Format
 from arte_edge.export.plan import Plan, plan
 from arte_edge.export.recipe import Recipe

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from arte_edge import catalog
-from arte_edge.cli.console import emit_json, out
-from arte_edge.cli.presets import describe
+from arte_edge.console import emit_json, out
 from arte_edge.export.artifact import ARCHS
 from arte_edge.export.gguf.quant_types import QUANT_TYPES
 from arte_edge.export.recipe import load_recipe
@@ -20,7 +19,7 @@ def recipe_rows() -> list[dict[str, object]]:
     for name in catalog.names("export"):
         text = catalog.find("export", name).read_text("utf-8")
         formats = [format.label for format in load_recipe(name).formats]
-        rows.append({"name": name, "description": describe(text), "formats": formats})
+        rows.append({"name": name, "description": catalog.describe(text), "formats": formats})
     return rows
 
 

@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from arte_edge import __version__
 from arte_edge.cache import Progress, sha256_checkpoint, sha256_file
-from arte_edge.distill.progress import Reporter
+from arte_edge.console import Reporter
 from arte_edge.errors import ArteError, InputError
 from arte_edge.export.artifact import FULL_WIDTH, Format
 from arte_edge.export.begin import check_room, describe, kept_artifacts

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arte_edge.bench.compare import Comparison, compare
-from arte_edge.bench.ratio import ratio, t_quantile
 from arte_edge.bench.result import DeviceFacts, QualityRow, SpeedRow
 from arte_edge.bench.rows import append_rows
 from arte_edge.bench.sides import rows_of
 from arte_edge.bench.table import as_json
 from arte_edge.errors import InputError
+from arte_edge.stats import ratio, t_quantile
 
 PI = DeviceFacts(fingerprint="a" * 16, cpu="Cortex-A76", arch="aarch64", cores=4, memory_bytes=8 << 30)
 LAPTOP = PI.model_copy(update={"fingerprint": "b" * 16, "cpu": "Laptop", "arch": "x86_64"})

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from arte_edge import catalog
+from arte_edge.catalog import describe
 from arte_edge.cli.main import main
-from arte_edge.cli.presets import describe
 
 Capture = pytest.CaptureFixture[str]
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from arte_edge.console import Reporter
 from arte_edge.distill.config import RunConfig
-from arte_edge.distill.progress import Reporter
 from arte_edge.distill.run import Run
 from arte_edge.models.local import LocalModel
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling

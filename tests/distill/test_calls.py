@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from arte_edge.console import Reporter
 from arte_edge.distill.calls import Calls
-from arte_edge.distill.progress import Reporter
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.store import CallLog
 

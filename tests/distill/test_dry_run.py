@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from arte_edge.cli.main import main
+from arte_edge.console import Reporter
 from arte_edge.distill import probe
 from arte_edge.distill.config import ModelConfig, RunConfig, TeacherConfig
 from arte_edge.distill.dry_run import parse_prices
 from arte_edge.distill.plan import Kind
-from arte_edge.distill.progress import Reporter
 from arte_edge.distill.run import Run
 from arte_edge.errors import InputError
 from arte_edge.models.local import LocalModel

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import arte_edge.distill.run as run_module
-from arte_edge.distill.progress import Reporter
+from arte_edge.console import Reporter
 from arte_edge.distill.run import Run, open_folder
 from arte_edge.distill.settings import build, load_toml
 from arte_edge.errors import InputError

@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
-from arte_edge.distill.progress import Reporter
+from arte_edge.console import Reporter
 from arte_edge.errors import ArteError, InputError
 from arte_edge.export.artifact import parse_list
 from arte_edge.export.pipeline import Outcome, export

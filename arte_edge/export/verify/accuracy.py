@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.distill.prompts import ANSWER_STOPS, STEPS, student_messages
-from arte_edge.distill.stats import Interval, PairedTest, mcnemar, wilson
 from arte_edge.errors import InputError
 from arte_edge.export.verify.check import Check
 from arte_edge.export.verify.fidelity import Progress
 from arte_edge.export.verify.opened import Opened
 from arte_edge.export.verify.prompts import plain_text
+from arte_edge.stats import Interval, PairedTest, mcnemar, wilson
 from arte_edge.tasks.answers import extract, matches
 from arte_edge.tasks.task import Example, Task
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, rankdata, spearmanr
 
-from arte_edge.distill.stats import Interval, format_share, mcnemar, pearson, spearman, wilson
+from arte_edge.stats import Interval, format_share, mcnemar, pearson, spearman, wilson
 
 outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 

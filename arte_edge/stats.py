@@ -1,21 +1,43 @@
-"""The few statistics a run reports: an interval beside every accuracy, a paired test beside every gain.
+"""The statistics that are reported: an interval beside every accuracy, a paired test beside every gain.
 
 A student scored on 200 questions moves by several points through luck alone, so no
 accuracy is printed without its interval and no gain without a test on the *same*
-questions. All of it is closed form in numpy and the standard library: the bench on a
-small device needs the interval too, and scipy is not installed there.
+questions. Rates scatter by factors, so two of them are compared by the ratio of their
+geometric means. All of it is numpy and the standard library: the benchmark on a small
+device needs it too, and scipy is not installed there.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import comb, sqrt
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Interval", "PairedTest", "format_share", "mcnemar", "pearson", "spearman", "wilson"]
+from arte_edge.errors import InputError
+
+__all__ = [
+    "Answers",
+    "Interval",
+    "Pair",
+    "PairedTest",
+    "Ratio",
+    "format_share",
+    "mcnemar",
+    "paired",
+    "pearson",
+    "ratio",
+    "spearman",
+    "t_quantile",
+    "wilson",
+]
+
+Answers = tuple[tuple[str, str, bool], ...]  # of each example: hash of the input, answer, right
+
+_T_GRID = 20_001
 
 
 class Interval(NamedTuple):
@@ -35,6 +57,44 @@ class PairedTest(NamedTuple):
     difference: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two systems on the examples that both answered; shares from 0 to 1, b minus a."""
+
+    reference: str
+    n: int
+    reference_right: int
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+    def fields(self) -> dict[str, Any]:
+        """Return them as the fields of a `QualityRow`."""
+        return {
+            "reference": self.reference,
+            "reference_right": self.reference_right,
+            "difference": self.difference,
+            "difference_low": self.low,
+            "difference_high": self.high,
+            "p_value": self.p_value,
+        }
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """b over a with its 95 % interval; the ends are None where a side has fewer than two samples."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def beyond_chance(self) -> bool | None:
+        """True if the interval leaves 1 out; None without an interval."""
+        return None if self.low is None or self.high is None else not self.low <= 1 <= self.high
 
 
 def wilson(right: int, n: int, level: float = 0.95) -> Interval:
@@ -92,6 +152,27 @@ def mcnemar(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> PairedTest:
     return PairedTest(first.size, only_a, only_b, p_value, (only_b - only_a) / first.size, *interval)
 
 
+def paired(name_a: str, a: Answers, name_b: str, b: Answers) -> Pair:
+    """Compare b with a on the examples that both answered (exact McNemar test, paired 95 % interval).
+
+    Examples are matched by a hash of their input, so the two may have answered on different machines
+    and at different times.
+
+    Raises:
+        InputError: they have no example in common.
+    """
+    first = {key: right for key, _, right in a}
+    shared = [(first[key], right) for key, _, right in b if key in first]
+    if not shared:
+        raise InputError(
+            f"{name_a} and {name_b} answered no example in common",
+            "Measure both on the same split of the same task.",
+        )
+    test = mcnemar([x for x, _ in shared], [y for _, y in shared])
+    right = sum(x for x, _ in shared)
+    return Pair(name_a, test.n, right, test.difference, test.low, test.high, test.p_value)
+
+
 def format_share(base: float, base_forced: float, tuned: float) -> float | None:
     """Return which share, 0 to 1, of the gain from `base` to `tuned` is answer format alone.
 
@@ -111,6 +192,36 @@ def pearson(x: ArrayLike, y: ArrayLike) -> float | None:
     if len(first) < 3 or first.std() == 0 or second.std() == 0:
         return None
     return float(np.corrcoef(first, second)[0, 1])
+
+
+def ratio(a: ArrayLike, b: ArrayLike) -> Ratio | None:
+    """Return the ratio of the samples `b` to the samples `a`, all above zero; None if there are none.
+
+    The ratio is that of geometric means. Its interval is Welch's t-test on the logarithms
+    (B. L. Welch, Biometrika 34 (1947) 28–35). The samples of a row come from one process, so the
+    interval covers the noise *within* the two runs, not the difference from one day to another.
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if not first.size or not second.size or min(first.min(), second.min()) <= 0:
+        return None
+    x, y = np.log(first), np.log(second)
+    middle = float(y.mean() - x.mean())
+    if x.size < 2 or y.size < 2:
+        return Ratio(float(np.exp(middle)))
+    u, v = float(x.var(ddof=1)) / x.size, float(y.var(ddof=1)) / y.size
+    if u + v == 0:
+        return Ratio(*[float(np.exp(middle))] * 3)
+    freedom = (u + v) ** 2 / (u * u / (x.size - 1) + v * v / (y.size - 1))
+    half = t_quantile(0.975, freedom) * float(np.sqrt(u + v))
+    return Ratio(*(float(np.exp(at)) for at in (middle, middle - half, middle + half)))
+
+
+def t_quantile(level: float, freedom: float) -> float:
+    """Return the quantile of Student's t: with t = √ν·tan θ its density in θ is cos^(ν-1) θ, added up here."""
+    theta = np.linspace(-np.pi / 2, np.pi / 2, _T_GRID)
+    density = np.cos(theta).clip(0) ** (freedom - 1)
+    sums = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return float(np.sqrt(freedom) * np.tan(np.interp(level, sums / sums[-1], theta)))
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:

@@ -1,25 +1,41 @@
-"""What a run says while it works: one line a stage on stderr, or JSON events on stdout.
+"""Output: data on stdout, everything else on stderr, JSON on request, and the progress of long work.
 
-Every event also goes to ``events.jsonl`` in the run folder.
+A terminal gets bars, a pipe or log gets lines. `Reporter` also records every event in the run
+folder's ``events.jsonl``.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from arte_edge.cli.console import emit_json, err
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
 
-__all__ = ["Reporter"]
+__all__ = ["ByteProgress", "Reporter", "emit_json", "err", "model_progress", "out", "transfer_bar"]
+
+# Tables must not wrap differently in a pipe than in an 80-column terminal.
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+# What is being done, bytes done, bytes in total (0: unknown).
+ByteProgress = Callable[[str, int, int], None]
+
+_WORTH_A_LINE_BYTES = 1_000_000
+
+
+def emit_json(value: Any) -> None:
+    """Write one JSON document on one line of stdout, the form that ``--json`` promises."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.flush()
 
 
 class Reporter:
@@ -29,7 +45,7 @@ class Reporter:
         self._events = events
         self._as_json = as_json
         self._quiet = quiet or as_json
-        self._bar: Progress | None = None
+        self._bar: Bars | None = None
         self._began = time.monotonic()
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -63,9 +79,11 @@ class Reporter:
             self.event("stage", name=name, state=state, seconds=round(time.monotonic() - began, 2))
 
     def done(self, name: str, text: str, seconds: float | None) -> None:
-        """Print the closing line of a stage; `seconds` is None if it was kept from an earlier start."""
-        clock = "kept" if seconds is None else f"{seconds:.0f} s"
-        line = Table.grid(padding=(0, 1, 0, 0))  # what does not fit goes on under its own column
+        """Print the closing line of a stage; `seconds` is None if it was finished by an earlier start."""
+        from rich.table import Table
+
+        clock = "cached" if seconds is None else f"{seconds:.0f} s"
+        line = Table.grid(padding=(0, 1, 0, 0))  # a long text wraps inside its own column
         line.add_column()
         line.add_column(min_width=9)
         line.add_column()
@@ -75,6 +93,8 @@ class Reporter:
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Any]:
         """Show a progress bar for `total` calls; yields ``step(n, tokens, cached)``."""
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
         tokens, cached = 0, 0
         began = time.monotonic()
         bar = Progress(
@@ -97,7 +117,7 @@ class Reporter:
                 tokens += new_tokens
                 cached += new_cached
                 rate = tokens / max(time.monotonic() - began, 1e-6)
-                note = f"{rate:.0f} tokens/s" + (f", {cached} kept" if cached else "")
+                note = f"{rate:.0f} tokens/s" + (f", {cached} cached" if cached else "")
                 bar.update(task, advance=n, note=note)
 
             try:
@@ -119,3 +139,70 @@ class Reporter:
                 shown = now
 
             yield progress
+
+
+@contextmanager
+def model_progress(name: str) -> Iterator[ByteProgress]:
+    """Yield the progress callback of `models.resolve`: a bar on a terminal, one line a step elsewhere."""
+    if not err.is_terminal:
+        last = ""
+
+        def line(step: str, done_bytes: int, total_bytes: int) -> None:
+            nonlocal last
+            if step != last:
+                last = step
+                err.print(f"{name}: {step}", markup=False)
+
+        yield line
+        return
+    with _byte_bar() as bars:
+        task = bars.add_task("", total=None)
+
+        def report(step: str, done_bytes: int, total_bytes: int) -> None:
+            bars.update(task, description=step, completed=done_bytes, total=total_bytes or None)
+
+        yield report
+
+
+@contextmanager
+def transfer_bar(say: Callable[[str], None]) -> Iterator[ByteProgress]:
+    """Yield the progress callback of an upload: a bar on a terminal, one line a large file elsewhere."""
+    if not err.is_terminal:
+        named: set[str] = set()
+
+        def line(name: str, done_bytes: int, total_bytes: int) -> None:
+            if name not in named and total_bytes >= _WORTH_A_LINE_BYTES:
+                named.add(name)
+                say(f"copying {name}, {total_bytes / 1e6:.0f} MB")
+
+        yield line
+        return
+    with _byte_bar() as bars:
+        task = bars.add_task("", total=None, visible=False)
+
+        def move(name: str, done_bytes: int, total_bytes: int) -> None:
+            shown = escape(name if len(name) <= 28 else f"…{name[-27:]}")
+            visible = done_bytes < total_bytes
+            bars.update(task, description=shown, completed=done_bytes, total=total_bytes, visible=visible)
+
+        yield move
+
+
+def _byte_bar() -> Bars:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=err, transient=True)
