@@ -58,7 +58,7 @@ WORK = "/root/.cache/arte-edge-device"
 ANSWER = """
 import json, sys
 from pathlib import Path
-from arte_edge.export.verify.opened import open_model
+from arte_edge.verify.opened import open_model
 for path in sys.argv[3:]:
     model = open_model(Path(path), threads=int(sys.argv[2]))
     for prompt in json.loads(sys.argv[1]):

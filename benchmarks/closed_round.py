@@ -24,12 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.bench.quality import example_key
-from arte_edge.export.verify.accuracy import answers
-from arte_edge.export.verify.opened import open_model
 from arte_edge.stats import mcnemar, wilson
 from arte_edge.store import write_atomic
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Example, Task
+from arte_edge.verify.accuracy import answers
+from arte_edge.verify.opened import open_model
 
 _WARMUP_EXAMPLES = 3
 _RESAMPLES = 10_000

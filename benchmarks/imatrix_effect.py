@@ -35,13 +35,13 @@ from arte_edge.distill.prompts import direct_messages, tagged
 from arte_edge.export.gguf.imatrix import collect
 from arte_edge.export.gguf.imatrix_file import read_imatrix
 from arte_edge.export.gguf.quantize import quantize
-from arte_edge.export.verify.fidelity import compare_logits
-from arte_edge.export.verify.opened import open_model
 from arte_edge.models import resolve
 from arte_edge.models.patch_gguf import checkpoint_to_gguf
 from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Example, Task
+from arte_edge.verify.logits import compare_logits
+from arte_edge.verify.opened import open_model
 
 RESULTS = Path(__file__).parent / "results" / "imatrix"
 MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct")

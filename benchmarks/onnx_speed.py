@@ -162,19 +162,19 @@ def make_stock(checkpoint: Path, folders: Path, arch: str) -> None:
 
 def export(model: str, folders: Path, arch: str) -> None:
     """Make whichever of the exports is not there yet."""
-    from arte_edge.export import onnx_genai, onnx_optimum
-    from arte_edge.export.onnx_transformers4 import for_transformers_4
     from arte_edge.models import resolve
+    from arte_edge.onnx import genai_builder, optimum_exporter
+    from arte_edge.onnx.optimum_exporter import for_transformers_4
 
     checkpoint = resolve(model).checkpoint()
     if not (out := folders / "genai-int4").exists():
-        onnx_genai.build(checkpoint, out, onnx_genai.GenaiSettings(precision="int4"))
+        genai_builder.build(checkpoint, out, genai_builder.GenaiSettings(precision="int4"))
     fp32 = folders / "portable-fp32"
     if not fp32.exists():
-        onnx_optimum.build(checkpoint, fp32, onnx_optimum.OptimumSettings(precision="fp32"))
+        optimum_exporter.build(checkpoint, fp32, optimum_exporter.OptimumSettings(precision="fp32"))
     if not (out := folders / "portable-int8").exists():
-        settings = onnx_optimum.OptimumSettings.model_validate({"precision": "int8", "arch": arch})
-        onnx_optimum.build(checkpoint, out, settings, fp32=fp32)
+        settings = optimum_exporter.OptimumSettings.model_validate({"precision": "int8", "arch": arch})
+        optimum_exporter.build(checkpoint, out, settings, fp32=fp32)
     if not (folders / "optimum-int8").exists():
         with tempfile.TemporaryDirectory() as name:
             readable = Path(name)
@@ -182,7 +182,14 @@ def export(model: str, folders: Path, arch: str) -> None:
                 (readable / path.name).symlink_to(path)
             config = for_transformers_4(json.loads((checkpoint / "config.json").read_text("utf-8")))
             (readable / "config.json").write_text(json.dumps(config), "utf-8")
-            command = [str(onnx_optimum.find_python()), __file__, "--folders", str(folders), "--arch", arch]
+            command = [
+                str(optimum_exporter.find_python()),
+                __file__,
+                "--folders",
+                str(folders),
+                "--arch",
+                arch,
+            ]
             subprocess.run([*command, "--make-stock", name], check=True)
 
 
@@ -202,7 +209,7 @@ def main() -> None:
         return serve(options.serve[0], Path(options.serve[1]), options.threads)
     if options.make_stock:
         return make_stock(options.make_stock, options.folders, options.arch)
-    from arte_edge.export.onnx_optimum import find_python
+    from arte_edge.onnx.optimum_exporter import find_python
 
     export(options.model, options.folders, options.arch)
     subjects = {}

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.errors import ArteError, InputError
-from arte_edge.export.verify.opened import Opened
+from arte_edge.verify.opened import Opened
 
 __all__ = ["HarnessScore", "harness_model", "run_lm_eval"]
 
@@ -77,7 +77,7 @@ def run_lm_eval(
         )
     import importlib
 
-    from arte_edge.export.verify.opened import open_model
+    from arte_edge.verify.opened import open_model
 
     evaluator: Any = importlib.import_module("lm_eval.evaluator")
     manager = _manager(tasks, include)

@@ -1,6 +1,6 @@
 """Right answers of one file, measured where it will run: generate, read the answer, match, and compare in pairs.
 
-The path is the gate's (`arte_edge.export.verify`): the file's own tokenizer and template, the reasoning
+The path is the gate's (`arte_edge.verify`): the file's own tokenizer and template, the reasoning
 started for the model, greedy decoding, the answer read out of its tags; the same for every format.
 Examples are asked one at a time, so that the seconds an answer takes are those a user waits. The
 answer to every example is kept, known by a hash of its input: so a file on a device is
@@ -20,12 +20,12 @@ from arte_edge.bench.case import Split
 from arte_edge.bench.result import DeviceFacts, QualityRow
 from arte_edge.bench.targets import describe
 from arte_edge.errors import InputError
-from arte_edge.export.verify.accuracy import ANSWER_TOKENS, Answered, answers
-from arte_edge.export.verify.fidelity import Progress
-from arte_edge.export.verify.opened import Opened, open_model
 from arte_edge.runtimes.llamacpp.bindings import default_threads
 from arte_edge.stats import Answers, paired, wilson
 from arte_edge.tasks.task import Example, Task
+from arte_edge.verify.accuracy import ANSWER_TOKENS, Answered, answers
+from arte_edge.verify.logits import Progress
+from arte_edge.verify.opened import Opened, open_model
 
 __all__ = ["ANSWER_TOKENS", "example_key", "measure_quality"]
 

@@ -10,7 +10,7 @@ import typer
 from arte_edge.errors import GateError, InputError
 
 if TYPE_CHECKING:
-    from arte_edge.export.artifact import Format
+    from arte_edge.export.formats import Format
     from arte_edge.export.pipeline import Outcome
     from arte_edge.export.recipe import Recipe
     from arte_edge.export.source import Source
@@ -100,7 +100,7 @@ def export(
 
 
 def _formats(recipe: Recipe, gguf: str | None, onnx: str | None) -> tuple[Format, ...]:
-    from arte_edge.export.artifact import parse_list
+    from arte_edge.export.formats import parse_list
 
     return recipe.formats if gguf is None and onnx is None else parse_list(gguf, onnx, recipe.onnx.arch)
 

@@ -14,9 +14,11 @@ from arte_edge.console import emit_json, err, out
 from arte_edge.errors import GateError
 
 if TYPE_CHECKING:
-    from arte_edge.export.verify import Check, Opened, Verdict
-    from arte_edge.export.verify.fidelity import Progress
     from arte_edge.tasks.task import Task
+    from arte_edge.verify.check import Check
+    from arte_edge.verify.gate import Verdict
+    from arte_edge.verify.logits import Progress
+    from arte_edge.verify.opened import Opened
 
 __all__ = ["verify"]
 
@@ -50,8 +52,10 @@ def verify(
 
     Ends with 3 if B is not A within the limits of its quantization type.
     """
-    from arte_edge.export.verify import open_model, thresholds_for, verify_file
     from arte_edge.tasks.loaders import load_task
+    from arte_edge.verify.gate import verify_file
+    from arte_edge.verify.opened import open_model
+    from arte_edge.verify.thresholds import thresholds_for
 
     limits = None if type_ is None else thresholds_for(type_)
     loaded = None if task is None else load_task(task, bbh=bbh)
@@ -104,7 +108,7 @@ def _find(ref: str) -> Path:
 
 
 def _texts(model: Opened, task: Task | None, prompts: Path | None) -> list[str]:
-    from arte_edge.export.verify.prompts import built_in_prompts, prompts_from_file, task_prompts
+    from arte_edge.verify.prompts import built_in_prompts, prompts_from_file, task_prompts
 
     if prompts is not None:
         return prompts_from_file(prompts)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from arte_edge.cache import sha256_checkpoint
 from arte_edge.errors import InputError
-from arte_edge.export.artifact import Format
 from arte_edge.export.build import uses_base
+from arte_edge.export.build_cache import Workshop, remove
+from arte_edge.export.formats import Format
 from arte_edge.export.plan import predicted_bytes
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
 from arte_edge.export.student import Artifact, Student, read_student
 from arte_edge.export.weights import model_config, parameter_count, shapes_of, weights_dtype
-from arte_edge.export.workshop import Workshop, remove
 
 __all__ = ["check_room", "describe", "kept_artifacts"]
 

@@ -18,11 +18,11 @@ from typing import Any, Literal, cast
 from arte_edge import __version__
 from arte_edge.cache import Progress, sha256_file
 from arte_edge.errors import ArteError
-from arte_edge.export.artifact import FULL_WIDTH, Format
+from arte_edge.export.build_cache import Made, Workshop
+from arte_edge.export.formats import FULL_WIDTH, Format
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
 from arte_edge.export.student import Student
-from arte_edge.export.workshop import Made, Workshop
 from arte_edge.models.gguf_fields import Field
 
 __all__ = ["Builder", "needs_imatrix", "uses_base"]
@@ -157,7 +157,7 @@ class Builder:
         return {"bits_per_weight": bits, "tensor_types": dict(types.most_common())}
 
     def _genai(self, format: Format, target: Path) -> dict[str, Any]:
-        from arte_edge.export.onnx_genai import GenaiSettings, build
+        from arte_edge.onnx.genai_builder import GenaiSettings, build
 
         settings = GenaiSettings(
             precision=cast(Any, format.type),
@@ -170,7 +170,7 @@ class Builder:
         return {}
 
     def _optimum(self, format: Format, target: Path) -> dict[str, Any]:
-        from arte_edge.export.onnx_optimum import build
+        from arte_edge.onnx.optimum_exporter import build
 
         several = sum(f.family == "onnx-optimum" for f in self.formats) > 1
         fp32 = self._optimum_base() if several and format.type == "int8" else None
@@ -182,7 +182,7 @@ class Builder:
         fp32 = Format("onnx-optimum", "fp32")
         if fp32 in self.formats:
             return self.make(fp32).path
-        from arte_edge.export.onnx_optimum import build
+        from arte_edge.onnx.optimum_exporter import build
 
         target = self.workshop.base(fp32.file_name(self.student.name))
 
@@ -194,7 +194,7 @@ class Builder:
 
 
 def _optimum_settings(format: Format) -> Any:
-    from arte_edge.export.onnx_optimum import OptimumSettings
+    from arte_edge.onnx.optimum_exporter import OptimumSettings
 
     if format.arch:
         return OptimumSettings(precision=cast(Any, format.type), arch=cast(Any, format.arch))

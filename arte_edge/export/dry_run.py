@@ -10,7 +10,7 @@ from rich.table import Table
 
 from arte_edge.cache import megabytes
 from arte_edge.console import emit_json, out
-from arte_edge.export.artifact import Format
+from arte_edge.export.formats import Format
 from arte_edge.export.plan import Plan, plan
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from arte_edge import catalog
 from arte_edge.console import emit_json, out
-from arte_edge.export.artifact import ARCHS
+from arte_edge.export.formats import ARCHS
 from arte_edge.export.gguf.quant_types import QUANT_TYPES
 from arte_edge.export.recipe import load_recipe
 

@@ -21,13 +21,12 @@ from arte_edge import __version__
 from arte_edge.cache import Progress, sha256_checkpoint, sha256_file
 from arte_edge.console import Reporter
 from arte_edge.errors import ArteError, InputError
-from arte_edge.export.artifact import FULL_WIDTH, Format
 from arte_edge.export.begin import check_room, describe, kept_artifacts
 from arte_edge.export.beside import MODELFILE, write_modelfile, write_tokenizer
 from arte_edge.export.build import Builder
-from arte_edge.export.judge import Judge, accuracy_of
-from arte_edge.export.merge import merge
-from arte_edge.export.onnx_folder import private_paths
+from arte_edge.export.build_cache import Made, Workshop, remove
+from arte_edge.export.formats import FULL_WIDTH, Format
+from arte_edge.export.lora_merge import merge
 from arte_edge.export.provenance import gguf_keys, leaks
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
@@ -40,7 +39,8 @@ from arte_edge.export.student import (
     carry_results,
     write_student,
 )
-from arte_edge.export.workshop import Made, Workshop, remove
+from arte_edge.export.verification import Judge, accuracy_of
+from arte_edge.onnx.folder import private_paths
 
 __all__ = ["Failure", "Outcome", "export"]
 

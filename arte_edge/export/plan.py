@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from arte_edge.export.artifact import FULL_WIDTH, Format
 from arte_edge.export.build import needs_imatrix, uses_base
+from arte_edge.export.formats import FULL_WIDTH, Format
 from arte_edge.export.gguf.quant_types import find_type, quality_warning
 from arte_edge.export.recipe import Recipe
 from arte_edge.models.gguf_types import TENSOR_TYPES

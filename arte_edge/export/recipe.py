@@ -2,7 +2,7 @@
 
 Recipes are the TOML files of ``export/`` (and the user's own). A key that does not
 exist is an error that names the nearest one; thresholds that a recipe leaves out are
-those of `arte_edge.export.verify.thresholds`.
+those of `arte_edge.verify.thresholds`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from arte_edge import catalog
 from arte_edge.errors import InputError, nearest
-from arte_edge.export.artifact import Arch, Format, format_of, gguf_format, onnx_format, unique
-from arte_edge.export.verify.thresholds import TYPES, Thresholds, thresholds_for
+from arte_edge.export.formats import Arch, Format, format_of, gguf_format, onnx_format, unique
+from arte_edge.verify.thresholds import TYPES, Thresholds, thresholds_for
 
 __all__ = ["GgufSettings", "OnnxSettings", "Recipe", "VerifySettings", "build", "load_recipe"]
 

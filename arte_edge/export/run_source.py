@@ -15,12 +15,12 @@ from arte_edge.distill.config import RunConfig
 from arte_edge.distill.prompts import STEPS, student_messages
 from arte_edge.distill.settings import build, load_toml
 from arte_edge.errors import InputError
+from arte_edge.export.calibration_texts import held_out, training_texts
 from arte_edge.export.chat import read_chat
 from arte_edge.export.modelfile import Asking
 from arte_edge.export.provenance import parent_of
 from arte_edge.export.source import Source
 from arte_edge.export.student import Data, Lineage, Tuning
-from arte_edge.export.texts import held_out, training_texts
 from arte_edge.store import file_sha256
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task

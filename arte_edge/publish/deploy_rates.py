@@ -115,7 +115,7 @@ def _shape_of(kind: str, student: LocalModel) -> ModelShape:
     Raises:
         InputError: not a type that we can make.
     """
-    from arte_edge.export.artifact import parse_list
+    from arte_edge.export.formats import parse_list
     from arte_edge.export.plan import predicted_bytes
     from arte_edge.export.weights import shapes_of
 

@@ -17,9 +17,9 @@ from typing import Any
 from arte_edge.cache import sha256_file
 from arte_edge.errors import InputError
 from arte_edge.export.gguf.tensor_table import read_table
-from arte_edge.export.onnx_folder import TOKENIZER_FILES
 from arte_edge.export.student import FILE_NAME, Artifact, StudentFile, read_student
 from arte_edge.export.sums import sums_of
+from arte_edge.onnx.folder import TOKENIZER_FILES
 from arte_edge.publish.card import CARD
 from arte_edge.publish.eval_results import FOLDER as EVAL_RESULTS
 from arte_edge.publish.front_matter import read_head, split_card

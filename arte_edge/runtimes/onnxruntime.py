@@ -20,10 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.errors import EngineError, InputError
-from arte_edge.export.onnx_check import model_file
-from arte_edge.export.onnx_graph import external_problems, read_graph
-from arte_edge.export.onnx_tokens import FileTokenizer, end_tokens, read_json
 from arte_edge.extras import need
+from arte_edge.onnx.check import external_problems, model_file, read_graph
+from arte_edge.onnx.tokenizer import FileTokenizer, end_tokens, read_json
 from arte_edge.runtimes.llamacpp.bindings import default_threads
 
 __all__ = [

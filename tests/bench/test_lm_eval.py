@@ -152,7 +152,7 @@ def test_a_task_of_ones_own_is_scored(tmp_path: Path, monkeypatch: pytest.Monkey
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "choice.yaml").write_text(CHOICE.format(data=data))
     (tmp_path / "write.yaml").write_text(WRITE.format(data=data, sample="false"))
-    monkeypatch.setattr("arte_edge.export.verify.opened.open_model", lambda path, threads: model)
+    monkeypatch.setattr("arte_edge.verify.opened.open_model", lambda path, threads: model)
     said: list[str] = []
     scores = run_lm_eval(
         tmp_path,
@@ -181,7 +181,7 @@ def test_a_task_of_ones_own_is_scored(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.model
 def test_a_gguf_file_finds_the_likelier_word(smollm2: LocalModel) -> None:
     pytest.importorskip("llama_cpp")
-    from arte_edge.export.verify.opened import open_model
+    from arte_edge.verify.opened import open_model
 
     assert smollm2.gguf is not None
     model = open_model(smollm2.gguf)

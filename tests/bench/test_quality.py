@@ -166,7 +166,7 @@ def test_the_test_split_is_left_alone_unless_it_is_asked_for(shelf: Shelf) -> No
 def test_a_question_that_was_asked_before_has_no_time(monkeypatch: pytest.MonkeyPatch, shelf: Shelf) -> None:
     times = iter(range(1000))
     clock = SimpleNamespace(perf_counter=lambda: float(next(times)) ** 2)
-    monkeypatch.setattr("arte_edge.export.verify.accuracy.time", clock)
+    monkeypatch.setattr("arte_edge.verify.accuracy.time", clock)
     twice = replace(TASK, validation=(TEST[0], TEST[0], TEST[1]))
     row = measure_quality(shelf.paths["good"], twice, split="validation", device=DEVICE)
     assert row.n == 3

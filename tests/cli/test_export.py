@@ -11,7 +11,7 @@ import pytest
 
 from arte_edge.cli.main import main
 from arte_edge.errors import ArteError
-from arte_edge.export.artifact import format_of
+from arte_edge.export.formats import format_of
 from arte_edge.export.pipeline import Failure, Outcome
 from arte_edge.export.source import Source
 from arte_edge.export.student import Accuracy, Artifact, Fidelity, Figures, Lineage, Student, StudentFile

@@ -20,16 +20,16 @@ pytest.importorskip("llama_cpp")
 
 from arte_edge.console import Reporter
 from arte_edge.errors import ArteError, InputError
-from arte_edge.export.artifact import parse_list
+from arte_edge.export.formats import parse_list
 from arte_edge.export.pipeline import Outcome, export
 from arte_edge.export.recipe import Recipe, build
 from arte_edge.export.source import Source, open_source
 from arte_edge.export.student import Speed, read_student, write_student
-from arte_edge.export.verify.check import Check
-from arte_edge.export.verify.gate import Verdict
 from arte_edge.models.gguf_fields import read_fields
 from arte_edge.models.gguf_header import read_header
 from arte_edge.models.gguf_rewrite import rewrite
+from arte_edge.verify.check import Check
+from arte_edge.verify.gate import Verdict
 
 RECIPE = build("test", {"gguf": {"imatrix": False}, "verify": {"examples": 0}})
 
@@ -66,8 +66,8 @@ class Closed:
 def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gate:
     gate = Gate()
     monkeypatch.setenv("ARTE_EDGE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("arte_edge.export.verify.gate.verify_file", gate.verify_file)
-    monkeypatch.setattr("arte_edge.export.judge.open_model", lambda path: Closed())
+    monkeypatch.setattr("arte_edge.verify.gate.verify_file", gate.verify_file)
+    monkeypatch.setattr("arte_edge.export.verification.open_model", lambda path: Closed())
     return gate
 
 
@@ -222,7 +222,9 @@ def test_the_tokenizer_beside_the_files_is_the_base_s(source: Source, gate: Gate
 def test_a_disk_that_is_too_small_is_told_before_the_work(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arte_edge.export.workshop.shutil.disk_usage", lambda path: SimpleNamespace(free=9))
+    monkeypatch.setattr(
+        "arte_edge.export.build_cache.shutil.disk_usage", lambda path: SimpleNamespace(free=9)
+    )
     with pytest.raises(ArteError, match="are needed"):
         run(source, tmp_path / "out", "F16")
 

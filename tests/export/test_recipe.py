@@ -6,9 +6,9 @@ import pytest
 
 from arte_edge import catalog
 from arte_edge.errors import InputError
-from arte_edge.export.artifact import format_of
+from arte_edge.export.formats import format_of
 from arte_edge.export.recipe import Recipe, build, load_recipe
-from arte_edge.export.verify.thresholds import thresholds_for
+from arte_edge.verify.thresholds import thresholds_for
 
 WANTED = {"laptop", "raspberry-pi-5", "raspberry-pi-4", "browser-onnx", "f16", "everything"}
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from arte_edge.bench.runtime import RuntimeFacts
 from arte_edge.errors import EngineError, InputError
-from arte_edge.export.onnx_tokens import read_json
+from arte_edge.onnx.tokenizer import read_json
 from arte_edge.runtimes.onnxruntime import check_files
 
 __all__ = ["GenaiSpeedModel"]

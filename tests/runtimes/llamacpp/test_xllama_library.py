@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arte_edge.errors import EngineError, InputError
-from arte_edge.export.verify import gguf_model
 from arte_edge.runtimes.llamacpp import bindings as llama_runtime
 from arte_edge.runtimes.llamacpp.xllama_abi import FUNCTIONS
 from arte_edge.runtimes.llamacpp.xllama_library import XllamaLibrary
 from arte_edge.runtimes.llamacpp.xllama_params import MEMORY_BYTES, context_params_type, find_fields
+from arte_edge.verify import gguf_model
 
 HEAD, THREADS, TYPES = (512, 2048, 512, 1), (4, 4), (-1, -1, -1, -1)
 TAIL = (0, 0, *struct.unpack("<4i", struct.pack("<4f", -1, -1, 32, 1)), 0)

@@ -1,0 +1,1 @@
+"""ONNX folders of a student: builders in child processes, checks, and what is in the files."""

@@ -1,0 +1,270 @@
+"""How far an artifact's next-token distributions are from the reference's, on the same token ids.
+
+With p the reference's distribution at a position and q the artifact's, over v tokens:
+
+- divergence: KL(p‖q) = Σ p·(log p − log q), in nats (S. Kullback and R. A. Leibler,
+  Ann. Math. Stat. 22 (1951) 79–86); its mean and its 99th percentile over all positions
+  (linear interpolation between order statistics, type 7 of R. J. Hyndman and Y. Fan,
+  Am. Stat. 50 (1996) 361–365). The mean says how much is lost, the percentile where it hurts.
+- agreement: the share of positions at which both have the same most likely token.
+- perplexity: exp of the mean of −log of the probability of the token that follows
+  (F. Jelinek et al., J. Acoust. Soc. Am. 62 (1977) S63). The ratio is
+  exp(mean(log p(x) − log q(x))): paired token by token, so it is far less noisy than
+  either perplexity.
+
+The four figures of fidelity against their limits, with what is most likely wrong if one fails.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arte_edge.errors import ArteError, InputError
+from arte_edge.verify.check import Check
+from arte_edge.verify.opened import Opened
+from arte_edge.verify.thresholds import Thresholds
+
+__all__ = [
+    "Compared",
+    "Fidelity",
+    "Progress",
+    "compare_logits",
+    "fidelity_checks",
+    "measure_fidelity",
+    "summarize",
+]
+
+Progress = Callable[[str, int, int], None]  # what, how many are done, of how many
+_ROWS = 64  # positions at once: the sums run in 64 bits, and a vocabulary may have 262,144 tokens
+LONGEST = 512  # tokens of a prompt that are compared
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One prompt of n tokens, position by position."""
+
+    kl: NDArray[np.float64]  # [n], nats
+    same_top: NDArray[np.bool_]  # [n]
+    nll_reference: NDArray[np.float64]  # [n - 1], nats, of the tokens that follow
+    nll_artifact: NDArray[np.float64]  # [n - 1]
+    following: NDArray[np.intp]  # [n - 1], those tokens
+
+    def after(self, n: int) -> Compared:
+        """Return the same without the first `n` positions."""
+        return Compared(
+            self.kl[n:], self.same_top[n:], self.nll_reference[n:], self.nll_artifact[n:], self.following[n:]
+        )
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """All prompts together. Divergences in nats a token; not finite if the artifact's logits are not."""
+
+    n_prompts: int
+    n_tokens: int
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    top1: float
+    perplexity_reference: float
+    perplexity_ratio: float
+    perplexity_ratio_error: float = field(metadata={"is": "standard error of log(perplexity_ratio)"})
+
+
+def compare_logits(
+    reference: NDArray[np.float32], artifact: NDArray[np.float32], ids: Sequence[int]
+) -> Compared:
+    """Compare logits ``[n, v]`` after each of n `ids`.
+
+    Vocabularies may be padded to different sizes; the tokens that both have are compared.
+
+    Raises:
+        ValueError: the two do not have n rows each.
+    """
+    n = len(ids)
+    if reference.shape[0] != n or artifact.shape[0] != n:
+        raise ValueError(f"{n} tokens, but {reference.shape[0]} and {artifact.shape[0]} rows of logits")
+    width = min(reference.shape[1], artifact.shape[1])
+    kl, same, nll_p, nll_q = np.empty(n), np.empty(n, dtype=np.bool_), np.empty(n), np.empty(n)
+    following = np.append(np.asarray(ids[1:], dtype=np.intp), 0)  # the last position has none
+    for start in range(0, n, _ROWS):
+        part = slice(start, min(start + _ROWS, n))
+        log_p, log_q = _log_softmax(reference[part, :width]), _log_softmax(artifact[part, :width])
+        p = np.exp(log_p)
+        # A token that the reference rules out (p = 0) adds nothing, whatever the artifact gives it.
+        terms = np.multiply(p, log_p - log_q, out=np.zeros_like(p), where=p > 0)
+        kl[part] = terms.sum(axis=1)
+        same[part] = log_p.argmax(axis=1) == log_q.argmax(axis=1)
+        rows = np.arange(log_p.shape[0])
+        nll_p[part], nll_q[part] = -log_p[rows, following[part]], -log_q[rows, following[part]]
+    # KL is never negative; sums of equal distributions come to -1e-17.
+    return Compared(np.maximum(kl, 0.0), same, nll_p[:-1], nll_q[:-1], following[:-1])
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True)
+    values: NDArray[np.float64] = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    return values
+
+
+def measure_fidelity(
+    reference: Opened, artifact: Opened, prompts: Sequence[str], progress: Progress | None = None
+) -> Fidelity:
+    """Compare both on the reference's token ids of each prompt, its first 512 tokens.
+
+    A position counts once, however many prompts begin with the same tokens.
+
+    Raises:
+        InputError: no prompt has two tokens, or the artifact lacks one of the tokens.
+    """
+    longest = min(LONGEST, reference.context_tokens, artifact.context_tokens)
+    texts = [ids[:longest] for ids in map(reference.tokens, prompts) if len(ids) > 1]
+    texts = [ids for i, ids in enumerate(texts) if _known(ids, texts[:i]) < len(ids) - 1]
+    if not texts:
+        raise InputError(
+            "No prompt to compare on: each needs at least two tokens", "Give longer prompts with --prompts."
+        )
+    compared = []
+    for done, ids in enumerate(texts):
+        if progress is not None:
+            progress("comparing logits", done, len(texts))
+        with np.errstate(invalid="ignore", over="ignore"):  # broken weights give NaN: that is a finding
+            found = compare_logits(reference.logits(ids), artifact.logits(ids), ids)
+        compared.append(found.after(_known(ids, texts[:done])))
+    return summarize(compared)
+
+
+def _known(ids: Sequence[int], earlier: Sequence[Sequence[int]]) -> int:
+    """Return how many leading tokens of `ids` begin an earlier text as well.
+
+    The system turn that all chat prompts share would otherwise be counted once a
+    prompt, and a handful of positions would decide the 99th percentile.
+    """
+    return max((_common(ids, other) for other in earlier), default=0)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def summarize(compared: Sequence[Compared]) -> Fidelity:
+    """Join the prompts.
+
+    Raises:
+        ArteError: the reference itself gives values that are not finite.
+    """
+    kl = np.concatenate([c.kl for c in compared])
+    nll_p = np.concatenate([c.nll_reference for c in compared])
+    if not np.isfinite(nll_p).all():
+        raise ArteError("The reference model's own logits are not finite", "Its weights are damaged.")
+    gap = np.concatenate([c.nll_artifact for c in compared]) - nll_p
+    finite = bool(np.isfinite(kl).all() and np.isfinite(gap).all())
+    return Fidelity(
+        n_prompts=len(compared),
+        n_tokens=len(kl),
+        kl_mean=float(kl.mean()) if finite else float("inf"),
+        kl_p99=float(np.percentile(kl, 99)) if finite else float("inf"),
+        kl_max=float(kl.max()) if finite else float("inf"),
+        top1=float(np.concatenate([c.same_top for c in compared]).mean()) if finite else 0.0,
+        perplexity_reference=float(np.exp(min(nll_p.mean(), 700.0))),
+        perplexity_ratio=float(np.exp(min(gap.mean(), 700.0))) if finite else float("inf"),
+        perplexity_ratio_error=_ratio_error(compared) if finite else float("inf"),
+    )
+
+
+def _ratio_error(compared: Sequence[Compared]) -> float:
+    """Return the standard error of the mean log-ratio over all tokens, NaN for a single prompt.
+
+    Tokens of one prompt vary together, and so do occurrences of one token: the format
+    of a task's answers stands in every prompt and moves in all of them at once. Both
+    are clusters: the variance is that over prompts plus that over token ids less that
+    over their intersections (A. C. Cameron, J. B. Gelbach and D. L. Miller, J. Bus.
+    Econ. Stat. 29 (2011) 238–249), and no less than either alone.
+    """
+    if len(compared) < 2:
+        return float("nan")
+    gap = np.concatenate([c.nll_artifact - c.nll_reference for c in compared])
+    prompt = np.repeat(np.arange(len(compared)), [len(c.following) for c in compared])
+    token = np.concatenate([c.following for c in compared])
+    residual = gap - gap.mean()
+    over_prompts, over_tokens = _variance(residual, prompt), _variance(residual, token)
+    both = _variance(residual, prompt * (int(token.max()) + 1) + token)
+    return float(np.sqrt(max(over_prompts + over_tokens - both, over_prompts, over_tokens)))
+
+
+def _variance(residual: NDArray[np.float64], cluster: NDArray[np.intp]) -> float:
+    """Return the variance of a mean whose terms vary together within clusters."""
+    _, index = np.unique(cluster, return_inverse=True)
+    sums = np.bincount(index, weights=residual)
+    k = len(sums)
+    return float(k / max(k - 1, 1) * np.sum(sums**2) / len(residual) ** 2)
+
+
+_ONE_SIDED_95 = 1.645  # standard normal quantile
+_GIBBERISH_KL = 1.0  # nats: beyond what rounding to two bits costs the models we measured
+
+
+def fidelity_checks(found: Fidelity, limits: Thresholds) -> list[Check]:
+    """Hold the four figures against their limits, each with what is most likely wrong if it fails.
+
+    The perplexity ratio fails only where it is above its limit by more than its noise
+    (one-sided, 95 %): on a thousand tokens the noise alone can be as large as the limit
+    of an 8-bit type.
+    """
+    cause = _cause(found)
+    noise = found.perplexity_ratio_error if math.isfinite(found.perplexity_ratio_error) else 0.0
+    least_ratio = found.perplexity_ratio * math.exp(-_ONE_SIDED_95 * noise)
+    sample = f"{found.n_tokens} tokens of {found.n_prompts} prompts"
+    rows: tuple[tuple[str, float, float | None, bool, str], ...] = (
+        ("kl mean", found.kl_mean, limits.kl_mean, _within(found.kl_mean, limits.kl_mean), sample),
+        (
+            "kl p99",
+            found.kl_p99,
+            limits.kl_p99,
+            _within(found.kl_p99, limits.kl_p99),
+            f"max {found.kl_max:.3g}",
+        ),
+        ("top-1 agreement", found.top1, limits.top1, _within(-found.top1, limits.top1, -1), ""),
+        (
+            "perplexity ratio",
+            found.perplexity_ratio,
+            limits.perplexity_ratio,
+            _within(least_ratio, limits.perplexity_ratio),
+            f"standard error {noise:.2%}",
+        ),
+    )
+    checks: list[Check] = []
+    for name, value, limit, passed, note in rows:
+        bound: Literal["at least", "at most"] = "at least" if name == "top-1 agreement" else "at most"
+        if not passed:
+            told = all(check.passed for check in checks)  # the cause once, not four times
+            note = f"{value:.4g}, not {bound} {limit:g}" + (f": {cause}." if told else ".")
+        checks.append(Check(name, value, limit, passed, note, bound))
+    return checks
+
+
+def _within(value: float, limit: float | None, sign: int = 1) -> bool:
+    return limit is None or value <= sign * limit
+
+
+def _cause(found: Fidelity) -> str:
+    if found.kl_mean == float("inf"):
+        return "the artifact's logits are not finite, so a tensor holds damaged values"
+    if found.kl_mean > _GIBBERISH_KL or found.top1 < 0.3:
+        return (
+            "far beyond rounding, so weights are damaged, missing, of another model, "
+            "or laid out wrongly (such as attention heads that were not permuted)"
+        )
+    return (
+        "more than this type may cost. Either the type is too small for this model (take a larger one, or an "
+        "importance matrix), or the weights were rounded twice (such as an adapter merged into a 4-bit base), "
+        "a tensor is damaged, or they are not the reference's"
+    )

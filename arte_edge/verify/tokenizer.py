@@ -1,0 +1,206 @@
+"""Do both cut text into the same tokens, and stop at the same ones?"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from arte_edge.verify.check import Check
+from arte_edge.verify.opened import Opened
+from arte_edge.verify.thresholds import Thresholds
+
+__all__ = ["check_stops", "check_tokens", "check_vocabulary", "excerpt", "first_difference"]
+
+# Tokens that llama.cpp takes for the end of a generation by their text, whatever the file declares
+# (llama-vocab.cpp, "special_eog_ids"; the fill-in-the-middle marks among them). An artifact that stops
+# at one of them is as it should be; one that stops anywhere else is not.
+_ENDS_BY_NAME = (
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|calls|>",
+    "<|flush|>",
+    "<end_of_turn>",
+    "<|end_of_turn|>",
+    "<end_of_utterance>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<｜end▁of▁sentence｜>",
+    "<|fim_pad|>",
+    "<fim_pad>",
+    "<fim-pad>",
+    "<PRE>",
+    "<|repo_name|>",
+    "<reponame>",
+    "<|file_sep|>",
+    "<fim_repo>",
+    "<file_sep>",
+    "<REP>",
+)
+_LINES = 32  # words of a vocabulary that are cut in one call
+_SHOWN = 6  # ids of a list that a sentence shows
+
+
+class _Difference(NamedTuple):
+    text: str
+    reference: list[int]
+    artifact: list[int]
+
+
+def check_tokens(reference: Opened, artifact: Opened, strings: Sequence[str], limits: Thresholds) -> Check:
+    """Compare the ids of every string, as prompts are tokenized: special tokens parsed, BOS where it belongs.
+
+    Two kinds of difference are counted apart, since no exporter can change them. A
+    string that agrees once it is brought to Unicode's composed form (NFC): the
+    reference's tokenizer composes, the runtime does not. And one that the artifact's
+    tokenizer file cuts right and its runtime does not; of those a few are allowed.
+    """
+    return _compare("tokens", reference, artifact, strings, f"{len(strings)} strings", limits)
+
+
+def check_vocabulary(reference: Opened, artifact: Opened, limits: Thresholds) -> Check:
+    """Compare the ids of every token's own text: one merge or entry that is wrong shows in the token it makes.
+
+    Hard strings meet a few thousand of a tokenizer's merges; this meets each of them.
+    """
+    words = reference.words()
+    suspects: list[str] = []
+    for start in range(0, len(words), _LINES):
+        part = words[start : start + _LINES]
+        joined = "\n".join(part)
+        if reference.tokens(joined) != artifact.tokens(joined):
+            alone = [word for word in part if reference.tokens(word) != artifact.tokens(word)]
+            suspects += alone or [joined]
+    return _compare("vocabulary", reference, artifact, suspects, f"{len(words)} tokens", limits)
+
+
+def _compare(
+    name: str, reference: Opened, artifact: Opened, texts: Sequence[str], out_of: str, limits: Thresholds
+) -> Check:
+    differences: list[_Difference] = []
+    runtime: list[_Difference] = []
+    composed = 0
+    for text in texts:
+        ours, theirs = reference.tokens(text), artifact.tokens(text)
+        if ours == theirs:
+            continue
+        nfc = unicodedata.normalize("NFC", text)
+        if nfc != text and reference.tokens(nfc) == ours and artifact.tokens(nfc) == ours:
+            composed += 1
+        elif artifact.file_tokens(text) == ours:
+            runtime.append(_Difference(text, ours, theirs))
+        else:
+            differences.append(_Difference(text, ours, theirs))
+    allowed = limits.token_differences
+    many = limits.runtime_differences is not None and len(runtime) > limits.runtime_differences
+    passed = (allowed is None or len(differences) <= allowed) and not many
+    program = artifact.runtime.split()[0]
+    note = out_of
+    if differences:
+        cause = _cause(reference, artifact, differences, out_of)
+        note = f"{len(differences)} of {out_of}, first {_told(differences[0])}; {cause}."
+    elif runtime:
+        note = (
+            f"{len(runtime)} of {out_of} are cut otherwise by {program} itself, though the tokenizer file "
+            f"is right, first {_told(runtime[0])}."
+        )
+    elif composed:
+        note = f"{composed} of {out_of} agree once composed (NFC), which {program} leaves to you."
+    measured = len(differences) + (len(runtime) if many else 0)
+    return Check(name, measured, allowed, passed, note)
+
+
+def _told(found: _Difference) -> str:
+    _, ours, theirs = found
+    return f"{excerpt(found.text)}: reference {_ids(ours, theirs)}, artifact {_ids(theirs, ours)}"
+
+
+def _cause(reference: Opened, artifact: Opened, differences: list[_Difference], out_of: str) -> str:
+    front = reference.token_text(differences[0].reference[0]) if differences[0].reference else ""
+    if front in reference.added_tokens and all(d.reference[1:] == d.artifact for d in differences):
+        return f"the artifact lacks the begin token {front!r}"
+    if all(d.artifact and d.artifact[1:] == d.reference for d in differences):
+        return f"the artifact puts a token {artifact.token_text(differences[0].artifact[0])!r} in front"
+    if all(d.reference == d.artifact[:-1] for d in differences):
+        return "the artifact puts an end token after every prompt"
+    if any(token in d.text for d in differences for token in reference.added_tokens) and all(
+        any(token in d.text for token in reference.added_tokens) for d in differences
+    ):
+        return "an added or special token is missing, or is no longer one token"
+    if all(any(c.isnumeric() for c in d.text) for d in differences):
+        return "numbers are cut otherwise: most likely the wrong pre-tokenizer (tokenizer.ggml.pre)"
+    if 2 * len(differences) > int(out_of.split()[0]):
+        return "most likely another model's tokenizer, or the wrong kind of it"
+    return "most likely a merge, a vocabulary entry or the pre-tokenizer differs"
+
+
+def check_stops(reference: Opened, artifact: Opened, allowed: int | None) -> Check:
+    """Compare where a generation ends.
+
+    The artifact must stop at every token that the reference's files declare, declare
+    none of its own, and stop nowhere else but at tokens that are ends by their name.
+    """
+    missing = reference.eos_tokens - artifact.stop_tokens
+    undeclared = artifact.eos_tokens - reference.eos_tokens - reference.stop_tokens
+    extra = artifact.stop_tokens - reference.stop_tokens
+    by_name = {token for token in extra if _is_end_by_name(reference, token)}
+    odd = (extra - by_name) | undeclared
+    # Where one file names a single end and another a list, the single one must be in the list.
+    swapped = set()
+    if not missing and not odd and artifact.eos_tokens.isdisjoint(reference.eos_tokens):
+        swapped = set(artifact.eos_tokens or reference.eos_tokens)
+    n = len(missing) + len(odd) + len(swapped)
+    parts = []
+    if missing:
+        parts.append(f"never stops at {_names(reference, missing)}, so it would write on after its answer")
+    if odd:
+        parts.append(f"stops at {_names(artifact, odd)}, which does not end a text of the reference")
+    if swapped:
+        parts.append(f"declares {_names(artifact, swapped)} as its end, the reference does not")
+    if parts:
+        note = f"The artifact {' and '.join(parts)}; most likely its end-of-sequence id was set wrongly."
+    else:
+        note = _names(artifact, artifact.stop_tokens)
+    return Check("stop tokens", n, allowed, allowed is None or n <= allowed, note)
+
+
+def _is_end_by_name(reference: Opened, token: int) -> bool:
+    return token < reference.n_vocab and reference.token_text(token) in _ENDS_BY_NAME
+
+
+def _names(model: Opened, tokens: set[int] | frozenset[int]) -> str:
+    shown = [f"{model.token_text(token)} ({token})" for token in sorted(tokens)]
+    return ", ".join(shown[:_SHOWN]) + (", …" if len(shown) > _SHOWN else "")
+
+
+def _ids(ids: list[int], other: list[int]) -> str:
+    """Return the ids around the first that differs from `other`."""
+    at = first_difference(ids, other)
+    start = max(0, at - 2)
+    shown = ids[start : start + _SHOWN]
+    before, after = "…" if start else "", "…" if start + _SHOWN < len(ids) else ""
+    return f"[{before}{', '.join(map(str, shown))}{after}]"
+
+
+def first_difference(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return the first position at which two sequences differ; the shorter's end, if it begins the longer."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def excerpt(text: str, at: int = 0, width: int = 32) -> str:
+    """Return `text` around the position `at`, quoted, with escapes for what cannot be seen."""
+    start = max(0, at - width // 4)
+    part = text[start : start + width]
+    before, after = "…" if start else "", "…" if start + width < len(text) else ""
+    return f"{before}{part!a}{after}" if not part.isprintable() else f"{before}{part!r}{after}"

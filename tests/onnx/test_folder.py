@@ -1,0 +1,61 @@
+"""A folder of ONNX files: it appears whole or not at all, and no path of this machine gets into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from arte_edge.errors import ArteError
+from arte_edge.onnx.folder import leaks, private_paths, refuse_leaks, staged
+
+
+def fill(folder: Path, text: str = "new") -> None:
+    (folder / "genai_config.json").write_text(text)
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with staged(out) as folder:
+        fill(folder)
+        (folder.parent / "log.txt").write_text("not part of it")
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["genai_config.json"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_after_an_error_the_earlier_one_stands(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with staged(out) as folder:
+        fill(folder, "old")
+    with pytest.raises(RuntimeError), staged(out) as folder:
+        fill(folder)
+        raise RuntimeError
+    assert (out / "genai_config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_to_the_same_place(tmp_path: Path) -> None:
+    for name in (".out.abc.partial", ".other.abc.partial"):
+        (tmp_path / name / "whole").mkdir(parents=True)
+    with staged(tmp_path / "out") as folder:
+        fill(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.abc.partial", "out"]
+
+
+def test_paths_of_this_machine_are_found_in_any_file(tmp_path: Path) -> None:
+    out, checkpoint = tmp_path / "work" / "whole", tmp_path / "my-student"
+    out.mkdir(parents=True)
+    (out / "clean.json").write_text('{"model": "my-student"}')
+    (out / "empty.json").touch()
+    (out / "model.onnx").write_bytes(bytes(5000) + str(checkpoint).encode() + bytes(5000))
+    (out / "tokenizer.json").write_text(f'{{"home": "{Path.home()}/x"}}')
+    texts = private_paths(checkpoint)
+    assert leaks(out, texts) == {
+        "model.onnx": str(checkpoint),
+        "tokenizer.json": next(text for text in texts if f"{Path.home()}/x".startswith(text)),
+    }
+    with pytest.raises(ArteError, match=r"model\.onnx"):
+        refuse_leaks(out, checkpoint, besides=["tokenizer.json"])
+    (out / "model.onnx").unlink()
+    refuse_leaks(out, checkpoint, besides=["tokenizer.json"])

@@ -1,0 +1,299 @@
+"""What onnxruntime-genai's builder makes of a checkpoint: whole, checked, quiet about this machine, equal to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from arte_edge.errors import ArteError, InputError
+from arte_edge.models import LocalModel
+from arte_edge.onnx.check import folder_problems, model_file, read_graph
+from arte_edge.onnx.folder import TOKENIZER_FILES, leaks, private_paths
+from arte_edge.onnx.genai_builder import GenaiSettings, build
+from arte_edge.runtimes.onnxruntime import OnnxSession
+
+IDS = [0, *np.random.default_rng(0).integers(3, 400, 60).tolist()]
+PRECISIONS = ("fp32", "int8", "int4")
+
+
+@pytest.fixture(scope="session")
+def genai(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Build the tiny student in a precision; the same call gives the same folder."""
+    made: dict[str, Path] = {}
+
+    def make(precision: str) -> Path:
+        if precision not in made:
+            settings = GenaiSettings.model_validate({"precision": precision})
+            made[precision] = build(tiny_student, tmp_path_factory.mktemp("genai") / precision, settings)
+        return made[precision]
+
+    return make
+
+
+def transformers_logits(checkpoint: Path, ids: list[int]) -> NDArray[np.float32]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        logits: NDArray[np.float32] = model(torch.tensor([ids])).logits[0].numpy()
+    return logits
+
+
+def cached(session: OnnxSession, ids: list[int], n_prompt: int) -> NDArray[np.float32]:
+    """Read the prompt at once and the rest token by token."""
+    session.reset()
+    rows = [session.step(ids[:n_prompt]).copy(), *(session.step([token]).copy() for token in ids[n_prompt:])]
+    return np.concatenate(rows)
+
+
+def test_fp32_is_the_student(genai: Callable[[str], Path], tiny_student: Path) -> None:
+    session, expected = OnnxSession(genai("fp32"), threads=1), transformers_logits(tiny_student, IDS)
+    scale = float(np.abs(expected).max())
+    assert np.abs(session.logits(IDS) - expected).max() < 1e-4 * scale
+    assert np.abs(cached(session, IDS, 20) - expected).max() < 1e-4 * scale
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_32_cached_steps_foretell_what_the_whole_text_foretells(
+    genai: Callable[[str], Path], precision: str
+) -> None:
+    session = OnnxSession(genai(precision), threads=1)
+    whole = session.logits(IDS)
+    steps = cached(session, IDS, len(IDS) - 32)
+    assert (steps.argmax(-1) == whole.argmax(-1)).all()
+    np.testing.assert_allclose(steps, whole, atol=1e-3 * float(np.abs(whole).max()))
+
+
+def test_the_cache_grows_and_is_forgotten(genai: Callable[[str], Path]) -> None:
+    session = OnnxSession(genai("int4"), threads=1)
+    long = (IDS * 12)[:700]  # more than one chunk, and more than the first buffers hold
+    whole = session.logits(long)
+    session.reset()
+    parts = np.concatenate([session.step(part).copy() for part in (long[:200], long[200:203], long[203:])])
+    np.testing.assert_allclose(parts, whole, atol=1e-3 * float(np.abs(whole).max()))
+    np.testing.assert_allclose(session.logits(IDS), whole[: len(IDS)], atol=1e-3)
+
+
+def test_greedy_text_equals_that_of_onnxruntime_genai(genai: Callable[[str], Path]) -> None:
+    import onnxruntime_genai as og
+
+    folder = genai("int4")
+    params = og.GeneratorParams(model := og.Model(str(folder)))
+    params.set_search_options(max_length=len(IDS) + 24, do_sample=False)
+    generator = og.Generator(model, params)
+    generator.append_tokens(np.array(IDS, np.int32))
+    theirs: list[int] = []
+    while not generator.is_done() and len(theirs) < 24:
+        generator.generate_next_token()
+        theirs.append(int(generator.get_next_tokens()[0]))
+    session = OnnxSession(folder, threads=1)
+    ours = session.generate(IDS, 24)
+    assert ours == [token for token in theirs if token not in session.stop_tokens]
+    assert session.generate(IDS, 24, stop={ours[3]}) == ours[:3]
+
+
+def test_a_k_quant_that_cannot_be_is_refused(tiny_student: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="odd number of 256"):
+        build(tiny_student, tmp_path / "odd", GenaiSettings(block_size=256, algorithm="k_quant"))
+
+
+def test_quantized_weights_have_the_blocks_that_were_asked_for(
+    genai: Callable[[str], Path], tiny_student: Path, tmp_path: Path
+) -> None:
+    import onnx
+
+    settings = GenaiSettings(precision="int4", block_size=16, accuracy_level=1)
+    model = onnx.load(
+        str(model_file(build(tiny_student, tmp_path / "b16", settings))), load_external_data=False
+    )
+    nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    attributes = [{row.name: row.i for row in node.attribute} for node in nodes]
+    assert nodes
+    assert {(row["block_size"], row["accuracy_level"]) for row in attributes} == {(16, 1)}
+    assert {row["bits"] for row in attributes} == {4, 8}  # the output and the layers that matter most get 8
+    plain = build(tiny_student, tmp_path / "plain", settings.model_copy(update={"algorithm": "rtn"}))
+    graph = onnx.load(str(model_file(plain)), load_external_data=False).graph
+    assert {row.i for node in graph.node for row in node.attribute if row.name == "bits"} == {4}
+    sizes = [(genai(precision) / "model.onnx.data").stat().st_size for precision in PRECISIONS]
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_folder_is_sound_and_the_checker_passes_by_path(
+    genai: Callable[[str], Path], tiny_student: Path, precision: str
+) -> None:
+    import onnx
+
+    assert folder_problems(genai(precision), tiny_student) == []
+    onnx.checker.check_model(str(genai(precision) / "model.onnx"))
+    assert read_graph(genai(precision) / "model.onnx").externals
+
+
+def test_tokenizer_files_are_the_students_own(genai: Callable[[str], Path], tiny_student: Path) -> None:
+    def files(folder: Path) -> dict[str, bytes]:
+        return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
+
+    assert files(tiny_student)
+    assert files(genai("int4")) == files(tiny_student)
+
+
+def test_no_file_names_this_machine_or_its_repository(
+    genai: Callable[[str], Path], tiny_student: Path
+) -> None:
+    folder = genai("int4")
+    assert leaks(folder, private_paths(tiny_student, folder)) == {}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
+    assert not commit or commit[:7].encode() not in (folder / "model.onnx").read_bytes()
+
+
+Spoil = Callable[[Path], object]
+
+
+def config(change: Callable[[dict[str, Any]], object]) -> Spoil:
+    def spoil(folder: Path) -> None:
+        path = folder / "genai_config.json"
+        data = json.loads(path.read_text())
+        change(data["model"])
+        path.write_text(json.dumps(data))
+
+    return spoil
+
+
+def cut(name: str) -> Spoil:
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size - 64)
+
+
+SPOILT: dict[str, tuple[Spoil, str]] = {
+    "weights cut short": (cut("model.onnx.data"), "model.onnx.data has"),
+    "weights too long": (
+        lambda folder: (folder / "model.onnx.data").open("ab").write(bytes(100_000)),
+        "model.onnx.data has",
+    ),
+    "weights missing": (lambda folder: (folder / "model.onnx.data").unlink(), "is missing"),
+    "weights renamed": (
+        lambda folder: (folder / "model.onnx.data").rename(folder / "model.onnx_data"),
+        "is missing",
+    ),
+    "graph cut short": (cut("model.onnx"), "no readable ONNX"),
+    "tokenizer missing": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+    "another end token": (config(lambda model: model.update(eos_token_id=1)), "ends texts with [1]"),
+    "a layer too many": (
+        config(lambda model: model["decoder"].update(num_hidden_layers=3)),
+        "past_key_values.2",
+    ),
+    "a cache by another name": (
+        config(lambda model: model["decoder"]["inputs"].update(past_key_names="past.%d.key")),
+        "past.0.key",
+    ),
+    "another vocabulary": (config(lambda model: model.update(vocab_size=7)), "the config says 7"),
+    "more heads": (config(lambda model: model["decoder"].update(num_key_value_heads=3)), "says 3"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_spoilt_folder_is_found_out(
+    genai: Callable[[str], Path], tiny_student: Path, tmp_path: Path, what: str
+) -> None:
+    spoil, words = SPOILT[what]
+    folder = shutil.copytree(genai("int4"), tmp_path / "copy")
+    spoil(folder)
+    assert words in "\n".join(folder_problems(folder, tiny_student))
+
+
+def test_an_earlier_export_is_replaced_and_other_folders_are_not(
+    genai: Callable[[str], Path], tiny_student: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(genai("fp32"), tmp_path / "out")
+    assert build(tiny_student, out, GenaiSettings(precision="int4")) == out
+    assert "MatMulNBits" in read_graph(out / "model.onnx").op_types
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="no ONNX export"):
+        build(tiny_student, tmp_path / "mine", GenaiSettings())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_a_failing_build_tells_why_and_leaves_nothing(tiny_student: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(tiny_student, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(InputError, match="cut short"):
+        build(broken, tmp_path / "out", GenaiSettings())
+    with pytest.raises(ArteError, match="model builder failed"):
+        build(broken, tmp_path / "out", GenaiSettings(precision="int8"))
+    settings = json.loads((broken / "config.json").read_text()) | {"architectures": ["TinyForCausalLM"]}
+    (broken / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="family"):
+        build(broken, tmp_path / "out", GenaiSettings(precision="int8"))
+    weights.unlink()
+    with pytest.raises(InputError, match=r"\*\.safetensors"):
+        build(broken, tmp_path / "out", GenaiSettings())
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+BUILD = """
+import sys; from pathlib import Path
+from arte_edge.onnx.genai_builder import GenaiSettings, build
+build(Path(sys.argv[1]), Path(sys.argv[2]), GenaiSettings())
+"""
+
+
+def working_in(folder: Path) -> list[str]:
+    """Return the processes (Linux) whose working folder lies below `folder`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(folder) in str((process / "cwd").readlink()):
+                found.append(process.name)
+    return found
+
+
+def test_a_killed_build_leaves_nothing_that_looks_complete_and_its_builder_ends_too(
+    tiny_student: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    build_process = subprocess.Popen([sys.executable, "-c", BUILD, str(tiny_student), str(out)])
+    deadline = time.monotonic() + 120
+    while not (logs := list(tmp_path.glob(".out.*.partial/log.txt"))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    build_process.send_signal(signal.SIGKILL)
+    build_process.wait()
+    assert logs  # the builder had started
+    while working_in(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert working_in(tmp_path) == []
+    assert not out.exists()
+    build(tiny_student, out, GenaiSettings())
+    assert folder_problems(out, tiny_student) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.model
+def test_smollm2_in_four_bits_writes_what_it_wrote_in_sixteen(smollm2: LocalModel, tmp_path: Path) -> None:
+    checkpoint = smollm2.checkpoint()
+    out = build(checkpoint, tmp_path / "int4", GenaiSettings())
+    session = OnnxSession(out)
+    ids = session.tokenizer.tokens("The capital of France is Paris. The capital of Germany is")
+    whole = session.logits(ids)
+    # Four bits cost a model this small much: the right word need not come first, but near it.
+    first = [session.tokenizer.text([int(token)]) for token in whole[-1].argsort()[::-1][:5]]
+    assert " Berlin" in first
+    expected = transformers_logits(checkpoint, ids)
+    assert (whole.argmax(-1) == expected.argmax(-1)).mean() > 0.6
+    text = [*ids, *session.generate(ids, 32, stop=())]
+    steps = cached(session, text, len(ids))
+    assert (steps.argmax(-1) == session.logits(text).argmax(-1)).all()

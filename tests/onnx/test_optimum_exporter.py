@@ -1,0 +1,191 @@
+"""The portable layout: found or named environment, the words of transformers 4, and the student in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arte_edge.errors import ArteError, InputError
+from arte_edge.onnx import optimum_exporter
+from arte_edge.onnx.check import folder_problems, model_file, read_graph
+from arte_edge.onnx.folder import TOKENIZER_FILES, leaks, private_paths
+from arte_edge.onnx.optimum_exporter import OptimumSettings, build, find_python, for_transformers_4
+from arte_edge.runtimes.onnxruntime import OnnxSession
+
+ROOT = Path(__file__).resolve().parents[2]
+IDS = [0, *np.random.default_rng(1).integers(3, 400, 50).tolist()]
+ROPE_THETA = 50_000.0  # not transformers' default, which a lost key would give
+
+
+@pytest.fixture(scope="session")
+def optimum() -> Path:
+    """The Python of an environment with optimum: `make test` makes .venv-optimum in the checkout."""
+    patch = pytest.MonkeyPatch()
+    patch.chdir(ROOT)
+    try:
+        python = find_python()
+    except ArteError as error:
+        pytest.skip(f"optimum needs an environment of its own: {error.message}")
+    finally:
+        patch.undo()
+    return python
+
+
+@pytest.fixture(scope="session")
+def student(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = shutil.copytree(tiny_student, tmp_path_factory.mktemp("optimum") / "student")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = ROPE_THETA
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(student: Path, optimum: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Export `student` as "fp32" or for an instruction set; the same call gives the same folder."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            settings = {"precision": "fp32"} if kind == "fp32" else {"precision": "int8", "arch": kind}
+            out = tmp_path_factory.mktemp("exported") / kind
+            fp32 = make("fp32") if kind in ("avx2", "avx512") else None
+            patch = pytest.MonkeyPatch()
+            patch.setenv("ARTE_EDGE_OPTIMUM_PYTHON", str(optimum))
+            made[kind] = build(student, out, OptimumSettings.model_validate(settings), fp32=fp32)
+            patch.undo()
+        return made[kind]
+
+    return make
+
+
+def test_fp32_is_the_student_with_its_rotary_base(exported: Callable[[str], Path], student: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS])).logits[0].numpy()
+    session = OnnxSession(exported("fp32"), threads=1)
+    assert np.abs(session.logits(IDS) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_32_cached_steps_foretell_what_the_whole_text_foretells(exported: Callable[[str], Path]) -> None:
+    session = OnnxSession(exported("fp32"), threads=1)
+    whole = session.logits(IDS)
+    session.reset()
+    rows = [session.step(IDS[:-32]).copy(), *(session.step([token]).copy() for token in IDS[-32:])]
+    assert (np.concatenate(rows).argmax(-1) == whole.argmax(-1)).all()
+    kinds = read_graph(model_file(exported("fp32"))).op_types
+    assert kinds.get("Shape", 0) + kinds["Gather"] < 20  # the arithmetic on shapes is gone
+    session.logits((IDS * 8)[:400])  # the buffers grow
+    np.testing.assert_allclose(session.logits(IDS), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["arm64", "avx2", "avx512"])
+def test_int8_is_smaller_and_still_close(exported: Callable[[str], Path], arch: str) -> None:
+    small, whole = exported(arch), exported("fp32")
+    assert model_file(small).name == "model_quantized.onnx"
+    assert model_file(small).stat().st_size < 0.7 * model_file(whole).stat().st_size
+    kinds = read_graph(model_file(small)).op_types
+    assert kinds["DynamicQuantizeLinear"]
+    # What int8 would spoil stays as it is: in each layer two products of activations and the MLP's way
+    # back; and the rotary angles.
+    assert kinds["MatMul"] == 7
+    close = OnnxSession(small, threads=1).logits(IDS), OnnxSession(whole, threads=1).logits(IDS)
+    assert np.corrcoef(close[0].ravel(), close[1].ravel())[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("kind", ["fp32", "arm64"])
+def test_the_folder_is_what_transformers_js_reads(
+    exported: Callable[[str], Path], student: Path, kind: str
+) -> None:
+    import onnx
+
+    folder = exported(kind)
+    onnx.checker.check_model(str(model_file(folder)))
+    assert folder_problems(folder, student) == []
+    assert [path.name for path in (folder / "onnx").iterdir()] == [model_file(folder).name]
+    assert json.loads((folder / "config.json").read_text())["rope_theta"] == ROPE_THETA
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (student / name).exists():
+            assert (folder / name).read_bytes() == (student / name).read_bytes()
+    assert leaks(folder, private_paths(student, folder)) == {}
+
+
+def test_a_changed_folder_is_found_out(
+    exported: Callable[[str], Path], student: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(exported("fp32"), tmp_path / "copy")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert "ends texts" in "\n".join(folder_problems(folder, student))
+    (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1')
+    )
+    assert "named nowhere" in "\n".join(folder_problems(folder))
+
+
+def test_a_missing_environment_is_told_with_the_command_that_makes_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ARTE_EDGE_OPTIMUM_PYTHON", raising=False)
+    monkeypatch.setattr(optimum_exporter, "find_spec", lambda name: None)
+    with pytest.raises(ArteError) as caught:
+        find_python()
+    assert "python3 -m venv .venv-optimum && .venv-optimum/bin/pip install" in caught.value.hint
+    assert "'optimum-onnx[onnxruntime]==0.1.0' 'transformers<4.58' torch" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("python", "problem"), [("no-such-python", "cannot be run"), (sys.executable, "optimum-onnx")]
+)
+def test_a_named_python_without_optimum_is_refused(
+    monkeypatch: pytest.MonkeyPatch, python: str, problem: str
+) -> None:
+    monkeypatch.setenv("ARTE_EDGE_OPTIMUM_PYTHON", python)
+    with pytest.raises(InputError, match=problem):
+        find_python()
+
+
+def test_the_rotary_embedding_is_said_in_the_words_of_transformers_4() -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 32.0,
+        "original_max_position_embeddings": 8192,
+    }
+    new: dict[str, Any] = {"model_type": "llama", "dtype": "bfloat16", "rope_parameters": rope}
+    assert for_transformers_4(new) == {
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192},
+    }
+    gemma = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    old = for_transformers_4({"rope_parameters": gemma})
+    assert old == {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": None}
+    gemma["sliding_attention"]["rope_type"] = "linear"
+    with pytest.raises(InputError, match="windowed"):
+        for_transformers_4({"rope_parameters": gemma})
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["rope_theta", "rope_scaling", "hidden_size", "torch_dtype"]), st.integers()
+    )
+)
+def test_a_config_of_transformers_4_stays_as_it_is(config: dict[str, int]) -> None:
+    assert for_transformers_4(config) == config

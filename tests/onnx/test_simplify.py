@@ -1,0 +1,134 @@
+"""Shape arithmetic taken out of a graph: the rules, and a small graph that computes the same without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arte_edge.onnx.simplify import expand_target, reshape_target, slim
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shape", "target"),
+    [
+        (["b", "s", 9, 64], ["b", "s", 576], [0, 0, 9, 64]),
+        (["b", 9, "p + s", 64], ["b", 3, 3, "p + s", 64], [0, 9, -1, 64]),
+        (["b", "s", -1], ["b", "s", 9, 64], [0, 0, -1]),
+        ([-1], ["b", 4], [-1]),
+        (["s", "b"], ["b", "s"], None),
+        (["b", "s", -1], ["s", "b", 4], None),
+        ([0, 4], ["b", 4], None),
+    ],
+)
+def test_a_reshape_says_what_stays_and_what_is_left(
+    wanted: list[Any], shape: list[Any], target: list[int] | None
+) -> None:
+    assert reshape_target(wanted, shape) == target
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shape", "target"),
+    [
+        (["b", 3, 3, "t", 64], ["b", 3, 1, "t", 64], [1, 3, 3, 1, 1]),
+        ([2, "b", 4], ["b", 4], [2, 1, 4]),
+        (["b", 4], [1, 4], None),
+        ([-1, 4], ["b", 4], None),
+    ],
+)
+def test_an_expand_says_only_what_it_spreads(
+    wanted: list[Any], shape: list[Any], target: list[int] | None
+) -> None:
+    found = expand_target(wanted, shape)
+    # 1 leaves a size as it is, so it may stand for an equal number too
+    assert found == target or (found is not None and target is not None and np_expand(found, shape) == wanted)
+
+
+def np_expand(target: Sequence[int], shape: Sequence[Any]) -> list[Any]:
+    shape = [1] * (len(target) - len(shape)) + list(shape)
+    return [size if wish == 1 else wish for wish, size in zip(target, shape, strict=True)]
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.booleans()), min_size=1, max_size=5), st.randoms())
+def test_a_constant_reshape_gives_the_shape_that_was_computed(
+    sizes: list[tuple[int, bool]], rng: Any
+) -> None:
+    numbers = [size for size, _ in sizes]
+    before = [f"x{size}" if varies else size for size, varies in sizes]
+    order = list(range(len(sizes)))
+    if rng.random() < 0.5:
+        rng.shuffle(order)
+    target = reshape_target([before[i] for i in order], before)
+    if target is not None:
+        data = np.zeros(numbers)
+        shape = [data.shape[i] if size == 0 else size for i, size in enumerate(target)]
+        assert data.reshape(shape).shape == tuple(numbers[i] for i in order)
+
+
+def traced(path: Path) -> Path:
+    """Write what tracing makes of ``x.view(b, s, 2, 4).transpose(1, 2)[:, :, :s]`` repeated to 6 heads."""
+    from onnx import TensorProto, checker, helper, numpy_helper, save
+
+    def node(kind: str, inputs: str, output: str, **attributes: Any) -> Any:
+        return helper.make_node(kind, inputs.split(), [output], **attributes)
+
+    nodes = [
+        node("Shape", "x", "shape"),
+        node("Gather", "shape zero", "b", axis=0),
+        node("Gather", "shape one", "s", axis=0),
+        node("Unsqueeze", "b zeros", "b1"),
+        node("Unsqueeze", "s zeros", "s1"),
+        node("Concat", "b1 s1 two four", "view", axis=0),
+        node("Reshape", "x view", "heads"),
+        node("Transpose", "heads", "turned", perm=[0, 2, 1, 3]),
+        node("Slice", "turned zeros s1 two_axis", "sliced"),
+        node("Unsqueeze", "sliced two_axis", "with_group"),
+        node("Concat", "b1 two three s1 four", "many", axis=0),
+        node("Expand", "with_group many", "repeated"),
+        node("Concat", "b1 six s1 four", "six_heads", axis=0),
+        node("Reshape", "repeated six_heads", "y"),
+    ]
+    numbers = {
+        "zero": 0,
+        "one": 1,
+        "zeros": [0],
+        "two": [2],
+        "three": [3],
+        "four": [4],
+        "six": [6],
+        "two_axis": [2],
+    }
+    constants = [numpy_helper.from_array(np.array(value, np.int64), name) for name, value in numbers.items()]
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("x", ["batch", "length", 8]), ("y", ["batch", 6, "length", 4]))
+    ]
+    graph = helper.make_graph(nodes, "traced", values[:1], values[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    checker.check_model(model)
+    save(model, str(path))
+    return path
+
+
+def test_a_traced_graph_computes_the_same_without_its_shape_arithmetic(tmp_path: Path) -> None:
+    import onnx
+    import onnxruntime
+
+    path = traced(tmp_path / "model.onnx")
+    inputs = [
+        np.random.default_rng(7).normal(size=size).astype(np.float32) for size in ((1, 5, 8), (3, 2, 8))
+    ]
+    expected = [onnxruntime.InferenceSession(path).run(None, {"x": x})[0] for x in inputs]
+    assert slim(path) == (14, 5)
+    kinds = [node.op_type for node in onnx.load(str(path)).graph.node]
+    assert kinds == ["Reshape", "Transpose", "Unsqueeze", "Expand", "Reshape"]
+    onnx.checker.check_model(str(path), full_check=True)
+    session = onnxruntime.InferenceSession(path)
+    for x, y in zip(inputs, expected, strict=True):
+        np.testing.assert_array_equal(session.run(None, {"x": x})[0], y)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]

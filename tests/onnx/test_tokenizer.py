@@ -1,0 +1,71 @@
+"""End tokens and token ids, read from a checkpoint's files alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arte_edge.errors import InputError
+from arte_edge.onnx.tokenizer import FileTokenizer, end_tokens, read_json
+
+
+def write(folder: Path, **files: dict[str, Any]) -> Path:
+    for name, data in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(data))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ends"),
+    [
+        ({"eos_token_id": [7, 8]}, {"eos_token_id": 1}, {7, 8, 2}),
+        ({"eos_token_id": 7}, {}, {7, 2}),
+        ({}, {"eos_token_id": 9}, {9, 2}),
+        ({}, {"text_config": {"eos_token_id": 5}}, {5, 2}),
+        ({}, {}, {2}),
+    ],
+)
+def test_the_generation_config_is_asked_first_and_the_tokenizers_own_end_is_one_of_them(
+    tmp_path: Path, generation: dict[str, Any], config: dict[str, Any], ends: set[int]
+) -> None:
+    write(
+        tmp_path,
+        generation_config=generation,
+        config=config,
+        tokenizer={"added_tokens": [{"id": 1, "content": "<s>"}, {"id": 2, "content": "</s>"}]},
+        tokenizer_config={"eos_token": {"content": "</s>"}},
+    )
+    assert end_tokens(tmp_path) == ends
+
+
+def test_ids_equal_those_of_transformers_with_one_begin_token(tiny_student: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(tiny_student), FileTokenizer(tiny_student)
+    for text in (
+        "turn on the light",
+        "  two  spaces\n",
+        "<|im_start|>user\nÄ😀漢<|im_end|>",
+        "",
+        "<|begin|>again",
+    ):
+        plain = text.removeprefix("<|begin|>")
+        assert ours.tokens(text) == theirs(plain)["input_ids"]
+        assert ours.text(ours.tokens(text)) == theirs.decode(
+            theirs(plain)["input_ids"], skip_special_tokens=True
+        )
+    assert ours.text(ours.tokens("a<|im_end|>"), special=True) == "<|begin|>a<|im_end|>"
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    assert read_json(tmp_path / "config.json") == {}
+    for text in ("{", "[1]", "\udcff".encode("utf-8", "surrogateescape").decode("latin-1")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match=r"config\.json"):
+            read_json(tmp_path / "config.json")
+    (tmp_path / "tokenizer.json").write_text('{"model": 1}')
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        FileTokenizer(tmp_path)

@@ -1,0 +1,202 @@
+"""A tiny model with a real tokenizer, as checkpoint and as a good F16 GGUF, and ways to damage the GGUF."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from arte_edge.models.gguf_fields import Field, read_fields
+from arte_edge.models.gguf_write import Tensor, write_gguf
+from arte_edge.verify.opened import Opened, open_model
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("llama_cpp")
+pytest.importorskip("gguf")
+BOS, START, END, TEXT_END = SPECIAL = ("<|begin|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The words that the tokenizer learns its merges from.
+CORPUS = [
+    "the question is whether the answer to the first question is the same as the second one",
+    "let us think step by step about what the number 42 means and why it is even or odd",
+    "def function(value): return value + 1  # and then some more text about the function",
+    "Is this number even or odd? The answer is even. The answer is odd. Question: Answer:",
+]
+HEADS, KV_HEADS, WIDTH, LAYERS = 4, 2, 64, 2
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """`checkpoint` is a random two-layer Llama; `gguf` is the same in F16."""
+
+    checkpoint: Path
+    gguf: Path
+
+
+def _tokenizer(unreachable: str) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=380,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    if unreachable:  # a word of the vocabulary that no merge makes
+        whole = json.loads(tokenizer.to_str())
+        whole["model"]["vocab"][unreachable] = len(whole["model"]["vocab"])
+        tokenizer = Tokenizer.from_str(json.dumps(whole))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, SPECIAL.index(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=END, chat_template=TEMPLATE
+    )
+
+
+def write_checkpoint(folder: Path, unreachable: str = "") -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    tokenizer = _tokenizer(unreachable)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=1024,
+        initializer_range=0.15,
+        bos_token_id=SPECIAL.index(BOS),
+        eos_token_id=SPECIAL.index(END),
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_base(path: Path, checkpoint: Path) -> Path:
+    """Write a GGUF with the checkpoint's tokenizer and shapes and zeros for weights."""
+    import gguf
+    from safetensors import safe_open
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    kinds = gguf.TokenType
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("Tiny")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([token for token, _ in vocab])
+    writer.add_token_types([kinds.CONTROL if token in SPECIAL else kinds.NORMAL for token, _ in vocab])
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(SPECIAL.index(BOS))
+    writer.add_eos_token_id(SPECIAL.index(END))
+    writer.add_add_bos_token(True)
+    writer.add_chat_template(TEMPLATE)
+    writer.add_vocab_size(len(vocab))
+    writer.add_context_length(1024)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(WIDTH // HEADS)
+    writer.add_layer_norm_rms_eps(1e-6)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (not a dict)
+            shape = tensors.get_slice(name).get_shape()
+            writer.add_tensor(table.get_name(name, (".weight", ".bias")), np.zeros(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def to_gguf(checkpoint: Path, out: Path) -> Path:
+    from arte_edge.models.patch_gguf import checkpoint_to_gguf
+
+    return checkpoint_to_gguf(checkpoint, write_base(out.with_suffix(".base.gguf"), checkpoint), out)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("verify")
+    checkpoint = write_checkpoint(folder / "student")
+    return Tiny(checkpoint, to_gguf(checkpoint, folder / "student-F16.gguf"))
+
+
+@pytest.fixture(scope="session")
+def reference(tiny: Tiny) -> Iterator[Opened]:
+    """The tiny checkpoint, opened once."""
+    model = open_model(tiny.checkpoint)
+    yield model
+    model.close()
+
+
+@pytest.fixture
+def with_fields(tiny: Tiny, tmp_path: Path) -> Callable[..., Path]:
+    """Copy the good GGUF with other metadata: ``with_fields({"tokenizer.ggml.eos_token_id": 1})``."""
+
+    def write(values: Mapping[str, Any], source: Path | None = None) -> Path:
+        import gguf
+
+        source = source or tiny.gguf
+        found = read_fields(source)
+        fields = {k: f for k, f in found.fields.items() if k != "general.architecture"}
+        for key, value in values.items():
+            if value is None:
+                del fields[key]
+            else:
+                fields[key] = Field(fields[key].kind, value, fields[key].item_kind)
+        data = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(source).tensors}
+        tensors = [
+            Tensor(name, shape, "F16" if data[name].dtype == np.float16 else "F32", lambda n=name: data[n])  # type: ignore[misc]
+            for name, shape in found.shapes.items()
+        ]
+        return write_gguf(tmp_path / "damaged.gguf", found.architecture, fields, tensors)
+
+    return write
+
+
+Change = Callable[[NDArray[Any]], NDArray[Any]]
+
+
+def with_tensor(source: Path, out: Path, name: str, change: Change) -> Path:
+    """Copy a GGUF of any type with the raw rows of one tensor changed: ``[n_out, bytes or values]``."""
+    import gguf
+
+    shutil.copyfile(source, out)
+    tensor = next(t for t in gguf.GGUFReader(source).tensors if t.name == name)
+    rows = np.array(tensor.data)
+    changed = np.ascontiguousarray(change(rows))
+    assert changed.shape == rows.shape and changed.dtype == rows.dtype
+    with out.open("r+b") as file:
+        file.seek(int(tensor.data_offset))
+        file.write(changed.tobytes())
+    return out

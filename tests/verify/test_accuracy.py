@@ -1,0 +1,102 @@
+""""""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from arte_edge.distill.prompts import STEPS
+from arte_edge.errors import InputError
+from arte_edge.tasks.task import Answer, Example, Task, rows_sha256
+from arte_edge.verify.accuracy import check_accuracy, measure_accuracy
+
+TEST = tuple(Example(f"test {i}?", "odd") for i in range(12))
+
+
+def task(n: int = 100) -> Task:
+    return Task(
+        name="parity",
+        description="Even or odd.",
+        answer=Answer(kind="choice", choices=("even", "odd")),
+        techniques=("Look.",),
+        seed=(),
+        validation=tuple(Example(f"{i}?", "odd" if i % 2 else "even") for i in range(n)),
+        test_inputs=frozenset(e.key for e in TEST),
+        test_sha256=rows_sha256(TEST),
+        test_loader=lambda: TEST,
+    )
+
+
+@dataclass
+class Pupil:
+    """An `Opened` that answers parity right but for the numbers below `ignores`."""
+
+    ignores: int = 0
+    name: str = "pupil"
+    asked: list[str] = field(default_factory=list)
+
+    def render(self, messages: Sequence[Any]) -> str:
+        return "<chat>" + messages[-1]["content"] + "</chat>"
+
+    def generate(self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str]) -> list[str]:
+        self.asked += prompts
+        return [self._answer(prompt) for prompt in prompts]
+
+    def _answer(self, prompt: str) -> str:
+        if "test" in prompt:
+            return " It is <ans>odd</ans>"
+        number = int(prompt.rpartition("Question: ")[2].partition("?")[0])
+        even = (number % 2 == 0) == (number >= self.ignores)
+        return f" Look. <ans>{'even' if even else 'odd'}</ans>"
+
+
+def measure(before: Pupil, after: Pupil, **options: Any) -> Any:
+    return measure_accuracy(before, after, task(), **options)  # type: ignore[arg-type]
+
+
+def test_both_answer_the_same_validation_examples_as_the_student_is_asked() -> None:
+    before, after = Pupil(), Pupil(30)
+    found = measure(before, after)
+    assert (found.split, found.n, found.reference, found.artifact) == ("validation", 100, 1.0, 0.7)
+    assert before.asked == after.asked
+    assert all(prompt.startswith("<chat>Question: ") and prompt.endswith(STEPS) for prompt in before.asked)
+    low, high = found.artifact_interval
+    assert low < 0.7 < high
+    assert found.paired.only_a == 30 and found.paired.difference == pytest.approx(-0.3)
+
+
+def test_a_student_of_plain_text_is_asked_in_plain_text() -> None:
+    before = Pupil()
+    measure(before, Pupil(), plain=True, limit=3)
+    assert len(before.asked) == 3
+    assert before.asked[0].startswith("Even or odd.") and "<chat>" not in before.asked[0]
+
+
+def test_the_test_split_is_read_in_the_final_evaluation_only() -> None:
+    before = Pupil()
+    measure(before, Pupil())
+    assert not any("test" in prompt for prompt in before.asked)
+    final = measure(Pupil(), Pupil(), final=True)
+    assert (final.split, final.n) == ("test", len(TEST))
+
+
+def test_a_loss_beyond_the_limit_and_beyond_chance_fails() -> None:
+    check = check_accuracy(measure(Pupil(), Pupil(30)), 0.02)
+    assert not check.passed
+    assert check.measured == pytest.approx(0.3)
+    assert "lost answers" in check.note and "100.0% -> 70.0%" in check.note
+
+
+def test_a_loss_that_luck_explains_does_not_fail_and_no_limit_never_does() -> None:
+    assert check_accuracy(measure(Pupil(), Pupil(4)), 0.0).passed  # 4 of 100 lost, none gained: p = 0.125
+    assert not check_accuracy(measure(Pupil(), Pupil(6)), 0.0).passed  # p = 0.03
+    assert check_accuracy(measure(Pupil(), Pupil(30)), None).passed
+    assert check_accuracy(measure(Pupil(30), Pupil()), 0.0).passed  # a gain
+
+
+def test_a_task_without_examples_is_refused() -> None:
+    with pytest.raises(InputError, match=r"validation\.jsonl"):
+        measure_accuracy(Pupil(), Pupil(), task(0))  # type: ignore[arg-type]

@@ -1,0 +1,156 @@
+""""""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arte_edge.errors import ArteError, InputError
+from arte_edge.verify.logits import LONGEST, compare_logits, measure_fidelity, summarize
+
+
+def logits(rows: int, vocabulary: int, seed: int, scale: float = 2.0) -> Any:
+    return (scale * np.random.default_rng(seed).standard_normal((rows, vocabulary))).astype(np.float32)
+
+
+def test_divergence_and_perplexity_are_those_worked_out_by_hand() -> None:
+    # p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4): KL = 1/2 ln 2 + 1/4 ln 1/2 = 1/4 ln 2
+    p, q = np.log([[0.5, 0.25, 0.25]] * 2), np.log([[0.25, 0.5, 0.25]] * 2)
+    found = compare_logits(p.astype(np.float32), q.astype(np.float32), [2, 1])
+    np.testing.assert_allclose(found.kl, np.log(2) / 4, rtol=1e-6)
+    assert not found.same_top.any()
+    total = summarize([found])
+    # the one token that follows is 1: 1/4 for p, 1/2 for q
+    assert total.perplexity_reference == pytest.approx(4.0)
+    assert total.perplexity_ratio == pytest.approx(0.5)
+    assert total.n_tokens == 2
+
+
+def test_a_large_text_is_compared_as_its_pieces_are() -> None:
+    ids = list(np.random.default_rng(1).integers(0, 30, 200))
+    p, q = logits(200, 30, 2), logits(200, 30, 3)
+    whole = compare_logits(p, q, ids)
+    rows = [compare_logits(p[i : i + 1], q[i : i + 1], [0]).kl[0] for i in range(200)]
+    np.testing.assert_allclose(whole.kl, rows)
+
+
+@given(st.integers(0, 10_000), st.floats(0.0, 40.0), st.floats(-50, 50))
+def test_divergence_is_never_negative_and_zero_for_equal_distributions(
+    seed: int, scale: float, shift: float
+) -> None:
+    p, q = logits(3, 17, seed, scale), logits(3, 17, seed + 1, scale)
+    assert (compare_logits(p, q, [1, 2, 3]).kl >= 0).all()
+    same = compare_logits(
+        p, p + np.float32(shift), [1, 2, 3]
+    )  # a constant added to all logits changes nothing
+    np.testing.assert_allclose(same.kl, 0.0, atol=1e-9)
+    assert summarize([compare_logits(p, p, [1, 2, 3])]).perplexity_ratio == 1.0
+
+
+def test_a_vocabulary_padded_on_one_side_is_compared_on_the_tokens_both_have() -> None:
+    p = logits(4, 20, 5)
+    padded = np.concatenate([p, np.full((4, 12), 3.0, dtype=np.float32)], axis=1)
+    assert summarize([compare_logits(p, padded, [1, 2, 3, 4])]).kl_mean < 1e-9
+
+
+def test_a_token_that_the_reference_rules_out_does_not_spoil_the_sum() -> None:
+    p, q = logits(2, 6, 7), logits(2, 6, 8)
+    p[:, 5] = -np.inf
+    assert np.isfinite(compare_logits(p, q, [1, 2]).kl).all()
+
+
+def test_an_artifact_with_values_that_are_not_finite_is_infinitely_far() -> None:
+    p, q = logits(3, 6, 7), logits(3, 6, 8)
+    q[1, 2] = np.nan
+    with np.errstate(invalid="ignore"):
+        found = summarize([compare_logits(p, q, [1, 2, 3])])
+    assert found.kl_mean == found.kl_p99 == found.perplexity_ratio == float("inf")
+    assert found.top1 == 0.0
+
+
+def test_a_damaged_reference_is_no_verdict_on_the_artifact() -> None:
+    p, q = logits(3, 6, 7), logits(3, 6, 8)
+    p[0, 0] = np.nan
+    with np.errstate(invalid="ignore"), pytest.raises(ArteError, match="reference"):
+        summarize([compare_logits(p, q, [1, 2, 3])])
+
+
+def test_rows_that_do_not_belong_to_the_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 tokens"):
+        compare_logits(logits(3, 5, 0), logits(2, 5, 0), [1, 2, 3])
+
+
+def test_the_error_of_the_ratio_shrinks_with_the_square_root_of_the_prompts() -> None:
+    rng = np.random.default_rng(0)
+
+    def error(n_prompts: int) -> float:
+        ids = rng.integers(0, 12, (n_prompts, 20)).tolist()
+        pairs = ((logits(20, 12, i), logits(20, 12, i + 999)) for i in range(n_prompts))
+        return summarize(
+            [compare_logits(p, q, ids[i]) for i, (p, q) in enumerate(pairs)]
+        ).perplexity_ratio_error
+
+    assert np.isnan(error(1))
+    assert error(256) == pytest.approx(error(16) / 4, rel=0.5)
+
+
+def test_a_shift_of_one_token_that_every_prompt_holds_counts_as_noise() -> None:
+    # Sixteen prompts with one token each that the artifact finds less likely: not sixteen observations, but one.
+    def error(tokens: list[int]) -> float:
+        p = np.zeros((2, 40), dtype=np.float32)
+        pairs = []
+        for i, token in enumerate(tokens):
+            q = p.copy()
+            q[0, token] = -1.0 if i % 2 else 0.0
+            pairs.append(compare_logits(p, q, [1, token]))
+        return summarize(pairs).perplexity_ratio_error
+
+    shared = error([7 if i % 2 else 8 for i in range(16)])
+    assert shared > 2 * error(list(range(2, 18)))
+
+
+@dataclass
+class Words:
+    """An `Opened` whose tokens are letters and whose logits depend on the whole text before."""
+
+    noise: float = 0.0
+    context_tokens: int = 10_000
+    seen: list[list[int]] = field(default_factory=list)
+
+    def tokens(self, text: str) -> list[int]:
+        return [ord(letter) % 32 for letter in text]
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        self.seen.append(list(ids))
+        rows = [np.random.default_rng([*ids[: i + 1]]).standard_normal(32) for i in range(len(ids))]
+        extra = [
+            self.noise * np.random.default_rng([7, *ids[: i + 1]]).standard_normal(32)
+            for i in range(len(ids))
+        ]
+        return (np.array(rows) + np.array(extra)).astype(np.float32)
+
+
+def measure(prompts: list[str], **options: Any) -> Any:
+    return measure_fidelity(Words(**options), Words(0.3), prompts)  # type: ignore[arg-type]
+
+
+def test_a_beginning_that_prompts_share_counts_once() -> None:
+    head = "you are a helpful assistant "
+    found = measure([head + "one two", head + "three"])
+    assert found.n_tokens == len(head + "one two") + len("three")
+    assert found.n_prompts == 2
+    twice = measure([head + "one two", head + "three", head + "one two"])
+    assert twice.kl_mean == found.kl_mean and twice.n_prompts == 2
+
+
+def test_a_long_prompt_is_cut_and_a_short_one_left_out() -> None:
+    assert measure(["ab" * 600, "a", ""]).n_tokens == LONGEST
+    assert measure(["ab" * 600], context_tokens=64).n_tokens == 64
+    with pytest.raises(InputError, match="two tokens"):
+        measure(["a", ""])

@@ -1,0 +1,106 @@
+"""The gate on a real model: no false alarm on good files, and faults that a tiny model could not show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from arte_edge.models import LocalModel
+from arte_edge.verify.gate import Verdict, verify_file
+from arte_edge.verify.opened import Opened, open_model
+from arte_edge.verify.prompts import built_in_prompts
+from arte_edge.verify.thresholds import Thresholds
+from arte_edge.verify.tokenizer import check_vocabulary
+
+from .conftest import with_tensor
+
+pytestmark = pytest.mark.model
+_PROMPTS = slice(0, 16, 3)  # six of the built-in dialogues: enough for a verdict, quick on one core
+
+
+@pytest.fixture(scope="module")
+def checkpoint(smollm2: LocalModel) -> Path:
+    return smollm2.checkpoint()
+
+
+@pytest.fixture(scope="module")
+def f16(smollm2: LocalModel, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from arte_edge.models.patch_gguf import checkpoint_to_gguf
+
+    assert smollm2.gguf is not None
+    return checkpoint_to_gguf(checkpoint, smollm2.gguf, tmp_path_factory.mktemp("smollm2") / "F16.gguf")
+
+
+@pytest.fixture(scope="module")
+def student(checkpoint: Path) -> Iterator[Opened]:
+    model = open_model(checkpoint)
+    yield model
+    model.close()
+
+
+def quantized(f16: Path, type: str) -> Path:
+    from arte_edge.export.gguf.quantize import quantize
+
+    out = f16.with_name(f"{type}.gguf")
+    if not out.exists():
+        quantize(f16, out, type, threads=1)
+    return out
+
+
+def judge(student: Opened, artifact: Path) -> Verdict:
+    return verify_file(student, artifact, built_in_prompts(student)[_PROMPTS])
+
+
+@pytest.mark.parametrize("type", ["F16", "Q8_0"])
+def test_a_good_file_raises_no_alarm(student: Opened, f16: Path, type: str) -> None:
+    verdict = judge(student, f16 if type == "F16" else quantized(f16, type))
+    assert verdict.judged_as == type
+    assert verdict.passed, verdict.reason
+
+
+def shuffled(rows: NDArray[Any]) -> NDArray[Any]:
+    return np.random.default_rng(0).permutation(rows, axis=0)
+
+
+def unpermuted(rows: NDArray[Any]) -> NDArray[Any]:
+    halves = rows.reshape(9, rows.shape[0] // 9 // 2, 2, *rows.shape[1:])  # nine heads
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("blk.15.ffn_down.weight", shuffled), ("blk.3.attn_q.weight", unpermuted)]
+)
+def test_one_wrong_tensor_shows_through_the_rounding_of_4_bits(
+    student: Opened, f16: Path, tmp_path: Path, name: str, change: Any
+) -> None:
+    verdict = judge(student, with_tensor(quantized(f16, "Q4_K_M"), tmp_path / "wrong.gguf", name, change))
+    assert "kl mean" in {check.name for check in verdict.failed}
+
+
+def test_one_changed_merge_of_fifty_thousand_is_found(student: Opened, f16: Path, tmp_path: Path) -> None:
+    # In place and of the same length, so that the file stays as it is but for one merge.
+    from arte_edge.models.gguf_fields import read_fields
+
+    merges = read_fields(f16).fields["tokenizer.ggml.merges"].value
+    at = 30_011
+    data = bytearray(f16.read_bytes())
+    old = len(merges[at]).to_bytes(8, "little") + merges[at]
+    left, _, right = merges[at].partition(b" ")
+    new = len(merges[at]).to_bytes(8, "little") + right + b" " + left
+    start = data.find(old, data.find(b"tokenizer.ggml.merges"))
+    data[start : start + len(old)] = new
+    broken = tmp_path / "merge.gguf"
+    broken.write_bytes(data)
+    artifact = open_model(broken)
+    try:
+        check = check_vocabulary(student, artifact, Thresholds())
+    finally:
+        artifact.close()
+    assert not check.passed
+    assert check.measured and check.measured <= 20
+    assert "merge" in check.note
