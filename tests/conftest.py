@@ -129,3 +129,12 @@ def register(model_cache: Path) -> Callable[..., str]:
         return name
 
     return add
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint folder of a random two-layer Llama with a chat template."""
+    pytest.importorskip("transformers")
+    from tiny import write_student
+
+    return write_student(tmp_path_factory.mktemp("students") / "tiny-student")
