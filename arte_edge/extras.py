@@ -15,7 +15,6 @@ EXTRAS = {
     "onnx": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir", "tokenizers"),
     "optimum": ("optimum",),
     "xllamacpp": ("xllamacpp",),
-    "lm-eval": ("lm_eval",),
 }
 
 
