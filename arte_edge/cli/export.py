@@ -57,7 +57,7 @@ def export(
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List recipes and formats, and stop.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say sizes, memory and minutes, make nothing.")
+        bool, typer.Option("--dry-run", help="Print predicted sizes and memory; write nothing.")
     ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace another student's files that lie in DIR.")

@@ -1,4 +1,4 @@
-"""``arte-edge export --dry-run``: sizes, memory and minutes on stdout; nothing is made."""
+"""``arte-edge export --dry-run``: predicted sizes and memory on stdout; nothing is written."""
 
 from __future__ import annotations
 
@@ -16,46 +16,32 @@ from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
 from arte_edge.export.weights import shapes_of
 
-__all__ = ["plan_of", "show_plan"]
-
-
-def plan_of(source: Source, formats: tuple[Format, ...], recipe: Recipe) -> Plan:
-    """Return the plan of exporting `source`.
-
-    Raises:
-        InputError: its weights cannot be read.
-    """
-    examples = min(recipe.verify.examples, len(source.task.validation)) if source.task else 0
-    return plan(
-        shapes_of(source.checkpoint),
-        formats,
-        recipe,
-        n_training=len(source.training),
-        n_prompt=len(source.prompts),
-        n_example=examples,
-    )
+__all__ = ["show_plan"]
 
 
 def show_plan(
     source: Source, formats: tuple[Format, ...], recipe: Recipe, folder: Path, as_json: bool
 ) -> None:
-    """Print the plan of exporting `source` to `folder`."""
-    found = plan_of(source, formats, recipe)
+    """Print the plan of exporting `source` to `folder`.
+
+    Raises:
+        InputError: its weights cannot be read.
+    """
+    found = plan(shapes_of(source.checkpoint), formats, recipe, n_training=len(source.training))
     if as_json:
         emit_json(_document(found, source, folder))
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("file", overflow="fold")
-    for name in ("size", "bits/w", "minutes (rough)"):
+    for name in ("size", "bits/w"):
         table.add_column(name, justify="right", no_wrap=True)
     for line in found.lines:
         name = line.format.file_name(source.name)
-        size, bits = megabytes(line.size_bytes), f"{line.bits_per_weight:.1f}"
-        table.add_row(name, size, bits, f"{line.minutes:.1f}")
-    shared = "converting, importance matrix, student" if found.imatrix else "converting, student"
-    table.add_row(f"shared: {shared}", megabytes(found.base_bytes), "", f"{found.shared_minutes:.1f}")
+        table.add_row(name, megabytes(line.size_bytes), f"{line.bits_per_weight:.1f}")
+    if found.base_bytes:
+        table.add_row("16-bit GGUF, removed at the end", megabytes(found.base_bytes), "")
     table.add_section()
-    table.add_row("at most", megabytes(found.disk_bytes), "", f"{found.minutes:.1f}", style="bold")
+    table.add_row("at most", megabytes(found.disk_bytes), "", style="bold")
     out.print(table)
     for note in _notes(found, source, folder):
         out.print(note, markup=False, soft_wrap=True)
@@ -69,7 +55,6 @@ def _notes(found: Plan, source: Source, folder: Path) -> list[str]:
     )
     return [
         f"Into {folder}. Memory: about {megabytes(found.memory_bytes)}, while {found.memory_step} (rough).",
-        "Minutes are those of one slow core; more cores are faster.",
         matrix,
         f"Verified on {len(source.prompts)} prompts: {source.prompts_from}.",
         *source.notes,
@@ -85,7 +70,6 @@ def _document(found: Plan, source: Source, folder: Path) -> dict[str, Any]:
             "quantization": line.format.type,
             "size_bytes": line.size_bytes,
             "bits_per_weight": round(line.bits_per_weight, 2),
-            "minutes_rough": round(line.minutes, 2),
             "notes": list(line.notes),
         }
         for line in found.lines
@@ -98,7 +82,6 @@ def _document(found: Plan, source: Source, folder: Path) -> dict[str, Any]:
         "disk_bytes": found.disk_bytes,
         "memory_bytes_rough": found.memory_bytes,
         "memory_step": found.memory_step,
-        "minutes_rough": round(found.minutes, 2),
         "imatrix": found.imatrix,
         "notes": _notes(found, source, folder),
     }

@@ -1,8 +1,7 @@
-"""What an export will take before it begins: sizes on disk, peak memory, minutes.
+"""What an export will take before it begins: sizes on disk and peak memory.
 
 Sizes follow llama.cpp's choice of types tensor by tensor and are exact to a few
-percent; memory and minutes are rules of thumb from one machine, and are called rough
-wherever they are shown.
+percent; memory is a rule of thumb from one machine, and is called rough wherever it is shown.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from arte_edge.export.build import needs_imatrix, uses_base
-from arte_edge.export.formats import FULL_WIDTH, Format
+from arte_edge.export.formats import Format
 from arte_edge.export.gguf.quant_types import find_type, quality_warning
 from arte_edge.export.recipe import Recipe
 from arte_edge.models.gguf_types import TENSOR_TYPES
@@ -32,43 +31,31 @@ _HEAD_BYTES_PER_TOKEN = 38  # vocabulary and merges of a GGUF: 1.8 MB for SmolLM
 _FOLDER_BYTES = 4_000_000  # tokenizer files of an ONNX folder
 _GIGABYTE = 1_000_000_000
 
-# Measured on SmolLM2-135M, one core of a busy two-core machine; seconds a parameter, or a parameter and token.
-_CONVERT_S, _QUANTIZE_S, _GENAI_S, _OPTIMUM_S = 2.5e-8, 9e-8, 2.2e-7, 6e-7
-_FORWARD_S, _WRITE_S = 4e-11, 2.5e-10
-_PROMPT_TOKENS, _TRAINING_TOKENS, _ANSWER_TOKENS = 110, 150, 60
-_OPEN_S = 15.0  # torch, transformers and the runtimes, once
-
 
 @dataclass(frozen=True)
 class Line:
-    """One format: what its file will weigh, and what it takes to make and to verify."""
+    """The predicted size of one format's file or folder."""
 
     format: Format
     size_bytes: int
     bits_per_weight: float
-    minutes: float
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An export beforehand. `shared_minutes` are conversion, importance matrix and opening the student."""
+    """The predicted disk space and memory of an export."""
 
     lines: tuple[Line, ...]
     base_bytes: int  # the 16-bit GGUF that is removed at the end, 0 if none is made or it is kept
     memory_bytes: int
     memory_step: str
-    shared_minutes: float
     imatrix: bool
 
     @property
     def disk_bytes(self) -> int:
         """The most that lies on the disk at once."""
         return self.base_bytes + sum(line.size_bytes for line in self.lines)
-
-    @property
-    def minutes(self) -> float:
-        return self.shared_minutes + sum(line.minutes for line in self.lines)
 
 
 def plan(
@@ -77,40 +64,27 @@ def plan(
     recipe: Recipe,
     *,
     n_training: int,
-    n_prompt: int,
-    n_example: int,
 ) -> Plan:
-    """Return the plan for a checkpoint with tensors of these `shapes`, texts and examples of these numbers."""
+    """Return the plan for a checkpoint with tensors of these `shapes` and a number of training texts."""
     n_parameter = sum(math.prod(shape) for shape in shapes.values())
     imatrix = recipe.gguf.imatrix and n_training > 0 and any(map(needs_imatrix, formats))
-    # The student answers once for all files, but reads the prompts beside each.
-    read_s = 2 * n_prompt * _PROMPT_TOKENS * n_parameter * _FORWARD_S
-    write_s = n_example * _ANSWER_TOKENS * n_parameter * _WRITE_S
-    lines = tuple(_line(format, shapes, n_parameter, read_s + write_s) for format in formats)
     base = Format("gguf", recipe.gguf.base)
     converts = any(uses_base(format, base.type) for format in formats)
-    shared_s = _OPEN_S + write_s + (n_parameter * _CONVERT_S if converts else 0)
-    shared_s += n_training * _TRAINING_TOKENS * n_parameter * _FORWARD_S if imatrix else 0
     step, memory = max(_memory(formats, shapes, n_parameter, imatrix).items(), key=lambda item: item[1])
     return Plan(
-        lines=lines,
+        lines=tuple(_line(format, shapes, n_parameter) for format in formats),
         base_bytes=predicted_bytes(base, shapes) if converts and base not in formats else 0,
         memory_bytes=memory,
         memory_step=step,
-        shared_minutes=shared_s / 60,
         imatrix=imatrix,
     )
 
 
-def _line(format: Format, shapes: Mapping[str, tuple[int, ...]], n_parameter: int, verify_s: float) -> Line:
+def _line(format: Format, shapes: Mapping[str, tuple[int, ...]], n_parameter: int) -> Line:
     size = predicted_bytes(format, shapes)
-    make = {"onnx-genai": _GENAI_S, "onnx-optimum": _OPTIMUM_S}.get(format.family, _QUANTIZE_S)
-    make = _CONVERT_S if format.type in FULL_WIDTH else make
-    notes: list[str] = []
-    if format.family == "gguf" and (known := quality_warning(find_type(format.type), n_parameter)):
-        notes.append(known)
+    note = quality_warning(find_type(format.type), n_parameter) if format.family == "gguf" else None
     bits = 8 * (size - _overhead(format, shapes)) / n_parameter
-    return Line(format, size, bits, (n_parameter * make + verify_s) / 60, tuple(notes))
+    return Line(format, size, bits, (note,) if note else ())
 
 
 def predicted_bytes(format: Format, shapes: Mapping[str, tuple[int, ...]]) -> int:

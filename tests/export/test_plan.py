@@ -64,28 +64,14 @@ def test_rows_that_256_divides_take_fewer_bits() -> None:
 def test_the_sixteen_bit_base_counts_on_the_disk_unless_it_is_wanted_itself() -> None:
     def of(*labels: str) -> int:
         formats = [format_of(label) for label in labels]
-        return plan(SMOLLM2, formats, Recipe(), n_training=0, n_prompt=8, n_example=0).base_bytes
+        return plan(SMOLLM2, formats, Recipe(), n_training=0).base_bytes
 
     assert of("Q8_0") > 0 and of("Q8_0", "F16") == of("int4") == of("BF16") == 0
 
 
-def test_more_work_takes_more_minutes() -> None:
-    def minutes(labels: list[str], n_training: int = 0, n_example: int = 0) -> float:
-        formats = [format_of(label) for label in labels]
-        found = plan(SMOLLM2, formats, Recipe(), n_training=n_training, n_prompt=8, n_example=n_example)
-        return found.minutes
-
-    one = minutes(["Q4_K_M"])
-    assert one < minutes(["Q4_K_M", "Q8_0"])
-    assert one < minutes(["Q4_K_M"], n_training=100)
-    assert one < minutes(["Q4_K_M"], n_example=100)
-
-
 def test_an_importance_matrix_is_planned_only_where_it_matters() -> None:
     def planned(label: str, n_training: int, recipe: Recipe) -> bool:
-        return plan(
-            SMOLLM2, [format_of(label)], recipe, n_training=n_training, n_prompt=8, n_example=0
-        ).imatrix
+        return plan(SMOLLM2, [format_of(label)], recipe, n_training=n_training).imatrix
 
     without = build("r", {"gguf": {"imatrix": False}})
     assert planned("Q4_K_M", 9, Recipe())
@@ -96,12 +82,12 @@ def test_an_importance_matrix_is_planned_only_where_it_matters() -> None:
 
 
 def test_q4_0_of_a_small_model_comes_with_a_warning() -> None:
-    found = plan(SMOLLM2, [format_of("Q4_0")], Recipe(), n_training=0, n_prompt=8, n_example=0)
+    found = plan(SMOLLM2, [format_of("Q4_0")], Recipe(), n_training=0)
     assert any("Q4_0" in note for note in found.lines[0].notes)
 
 
 def test_memory_names_the_step_that_needs_most() -> None:
-    gguf = plan(SMOLLM2, [format_of("Q4_K_M")], Recipe(), n_training=0, n_prompt=8, n_example=0)
-    onnx = plan(SMOLLM2, [format_of("optimum-fp32")], Recipe(), n_training=0, n_prompt=8, n_example=0)
+    gguf = plan(SMOLLM2, [format_of("Q4_K_M")], Recipe(), n_training=0)
+    onnx = plan(SMOLLM2, [format_of("optimum-fp32")], Recipe(), n_training=0)
     assert gguf.memory_step == "verifying" and onnx.memory_step == "building ONNX"
     assert onnx.memory_bytes > gguf.memory_bytes
