@@ -7,7 +7,6 @@ Names and defaults are those of ``llama-bench`` where they mean the same. Lists 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from arte_edge.bench.result import DeviceFacts
 from arte_edge.errors import InputError
+from arte_edge.threads import threads_from_environment
 
 __all__ = ["BenchSettings", "Case", "Split", "cases", "default_threads", "parse_counts"]
 
@@ -169,10 +169,8 @@ def default_threads(device: DeviceFacts) -> int:
     Two threads of one core share its arithmetic units, and the slow cores of a big.LITTLE processor
     delay the fast ones.
     """
-    if told := os.environ.get("ARTE_EDGE_THREADS", ""):
-        if not told.isdigit() or int(told) < 1:
-            raise InputError(f"ARTE_EDGE_THREADS={told}: not a number of threads", "For example 4.")
-        return int(told)
+    if threads := threads_from_environment():
+        return threads
     import psutil
 
     threads = min(device.cores, psutil.cpu_count(logical=False) or device.cores)

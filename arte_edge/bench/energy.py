@@ -16,7 +16,7 @@ from typing import Protocol
 
 from arte_edge.bench.vcgencmd import Vcgencmd, find_vcgencmd
 
-__all__ = ["EnergyMeter", "PowerProbe", "find_probe"]
+__all__ = ["EnergyMeter", "PowerProbe", "find_probe", "read_integer", "read_text"]
 
 _ROOT = Path("/")
 # Linux: drivers/hwmon/ina2xx.c; power1_input is in microwatts.
@@ -56,10 +56,10 @@ class _Ina:
 
     def watts(self) -> float | None:
         if not self._channel:
-            power_uw = _integer(self._folder / "power1_input")
+            power_uw = read_integer(self._folder / "power1_input")
             return None if power_uw is None else power_uw / 1e6
-        volts_m = _integer(self._folder / f"in{self._channel}_input")
-        amperes_m = _integer(self._folder / f"curr{self._channel}_input")
+        volts_m = read_integer(self._folder / f"in{self._channel}_input")
+        amperes_m = read_integer(self._folder / f"curr{self._channel}_input")
         return None if volts_m is None or amperes_m is None else volts_m * amperes_m / 1e6
 
 
@@ -80,14 +80,14 @@ class _Rapl:
 
     def __init__(self, packages: list[Path]) -> None:
         self._packages = packages
-        self._range_uj = [_integer(p / "max_energy_range_uj") or 0 for p in packages]
+        self._range_uj = [read_integer(p / "max_energy_range_uj") or 0 for p in packages]
         self._last: list[int] = []
         self._total_uj = 0
         self._before: tuple[float, float] | None = None  # when and how much, at the last call of `watts`
 
     def joules(self) -> float | None:
         """Return the energy since the first call; to be called more often than a counter begins again."""
-        now = [_integer(package / "energy_uj") for package in self._packages]
+        now = [read_integer(package / "energy_uj") for package in self._packages]
         counts = [count for count in now if count is not None]
         if len(counts) < len(now):
             return None
@@ -117,12 +117,12 @@ def find_probe(
     if power_watts is not None:
         return _Meter(power_watts), ""
     for name in sorted(root.glob("sys/class/hwmon/hwmon*/name")):
-        if (ina := _ina(name.parent, _text(name))) is not None and ina.watts() is not None:
+        if (ina := _ina(name.parent, read_text(name))) is not None and ina.watts() is not None:
             return ina, ""
     packages = [
         path
         for path in sorted(root.glob("sys/class/powercap/intel-rapl:*"))
-        if _text(path / "name").startswith(
+        if read_text(path / "name").startswith(
             "package"
         )  # not core, uncore or dram within it, nor psys around it
     ]
@@ -140,7 +140,7 @@ def _ina(folder: Path, name: str) -> _Ina | None:
         return _Ina(folder, name)
     if name == "ina3221":
         for label in sorted(folder.glob("in*_label")):
-            if _text(label) == "VDD_IN":
+            if read_text(label) == "VDD_IN":
                 return _Ina(folder, name, label.name.removeprefix("in").removesuffix("_label"))
     return None
 
@@ -218,14 +218,16 @@ class EnergyMeter:
         self._last = (now, watts)
 
 
-def _integer(path: Path) -> int | None:
+def read_integer(path: Path) -> int | None:
+    """Return the number in a file of /sys, None if it cannot be read."""
     try:
         return int(path.read_bytes())
     except (OSError, ValueError):
         return None
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the text of a file of /sys, empty if it cannot be read."""
     try:
         return path.read_text("utf-8", errors="replace").strip()
     except OSError:

@@ -9,7 +9,6 @@ compared with the 16-bit student on the same examples even where that student ne
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +19,9 @@ from arte_edge.bench.case import Split
 from arte_edge.bench.result import DeviceFacts, QualityRow
 from arte_edge.bench.targets import describe
 from arte_edge.errors import InputError
-from arte_edge.runtimes.llamacpp.bindings import default_threads
 from arte_edge.stats import Answers, paired, wilson
 from arte_edge.tasks.task import Example, Task
+from arte_edge.threads import thread_count
 from arte_edge.verify.accuracy import ANSWER_TOKENS, Answered, answers
 from arte_edge.verify.logits import Progress
 from arte_edge.verify.opened import Opened, open_model
@@ -119,7 +118,7 @@ def _measured(
         sha256=target.sha256,
         tensor_sha256=target.tensor_sha256,
         runtime=runtime,
-        n_threads=_threads(threads),
+        n_threads=thread_count(threads),
         test_time=begin.strftime("%Y-%m-%dT%H:%M:%SZ"),
         task=task.name,
         task_sha256=task.sha256,
@@ -174,8 +173,3 @@ def _percentiles(found: Sequence[Answered]) -> tuple[float | None, float | None]
 def _count(model: Opened, one: Answered) -> int:
     """Return the tokens of an answer: of prompt and answer, less those of the prompt; a stop token is not one."""
     return max(0, len(model.tokens(one.prompt + one.text)) - len(model.tokens(one.prompt)))
-
-
-def _threads(threads: int | None) -> int:
-    """Return what a runtime takes that was given `threads`."""
-    return threads or int(os.environ.get("ARTE_EDGE_THREADS", "0")) or default_threads()

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from arte_edge.bench.energy import PowerProbe, find_probe
+from arte_edge.bench.energy import PowerProbe, find_probe, read_integer, read_text
 from arte_edge.bench.result import Reading
 from arte_edge.bench.throttle import STICKY_SHIFT, THROTTLED
 from arte_edge.bench.vcgencmd import Vcgencmd, find_vcgencmd
@@ -108,7 +108,7 @@ class Sensors:
         self._readings.append(reading)
 
     def _temperature(self) -> float | None:
-        values = [value / 1000 for file in self._temperatures if (value := _integer(file)) is not None]
+        values = [value / 1000 for file in self._temperatures if (value := read_integer(file)) is not None]
         if values:
             return max(values)
         return None if self._firmware is None else self._firmware.temperature_c()
@@ -117,7 +117,7 @@ class Sensors:
         """Return the clock of the fastest core in MHz; the firmware's word counts before the kernel's."""
         if self._firmware is not None and (clock := self._firmware.clock_mhz()) is not None:
             return clock
-        values = [value / 1000 for file in self._clocks if (value := _integer(file)) is not None]
+        values = [value / 1000 for file in self._clocks if (value := read_integer(file)) is not None]
         return max(values, default=None)
 
 
@@ -139,11 +139,13 @@ def _temperature_files(root: Path) -> tuple[list[Path], float | None]:
 
     Of several that are equally sure the hottest counts at each reading.
     """
-    kinds = {file.parent: _text(file) for file in sorted(root.glob("sys/class/thermal/thermal_zone*/type"))}
+    kinds = {
+        file.parent: read_text(file) for file in sorted(root.glob("sys/class/thermal/thermal_zone*/type"))
+    }
     zones = [[zone for zone, kind in kinds.items() if pattern.fullmatch(kind)] for pattern in _ZONES]
     chips = _chips(root)
     for candidates in (zones[0], chips, zones[1]):
-        if working := [path for path in candidates if _integer(_temperature_of(path)) is not None]:
+        if working := [path for path in candidates if read_integer(_temperature_of(path)) is not None]:
             x86 = any(kinds.get(path) == "x86_pkg_temp" for path in working) or candidates is chips
             limit_c = _critical_c(chips) if x86 else _passive_c(working)
             return [_temperature_of(path) for path in working], limit_c
@@ -158,10 +160,10 @@ def _chips(root: Path) -> list[Path]:
     """Return the temperature inputs of the processor's own sensor chips: the package's if it is labelled."""
     found: list[Path] = []
     for name in sorted(root.glob("sys/class/hwmon/hwmon*/name")):
-        if _text(name) in _CHIPS:
+        if read_text(name) in _CHIPS:
             inputs = sorted(name.parent.glob("temp*_input"))
             labelled = [
-                i for i in inputs if _text(Path(str(i)[: -len("input")] + "label")).startswith(_LABELS)
+                i for i in inputs if read_text(Path(str(i)[: -len("input")] + "label")).startswith(_LABELS)
             ]
             found += labelled or inputs
     return found
@@ -173,7 +175,7 @@ def _critical_c(inputs: Sequence[Path]) -> float:
     Not the trip points of ``x86_pkg_temp``: they are thresholds that someone wants to be told of.
     """
     files = [Path(str(path)[: -len("input")] + "crit") for path in inputs]
-    points = [value / 1000 for file in files if (value := _integer(file)) is not None and value > 0]
+    points = [value / 1000 for file in files if (value := read_integer(file)) is not None and value > 0]
     return min(points, default=_X86_LIMIT_C)
 
 
@@ -183,8 +185,8 @@ def _passive_c(zones: Sequence[Path]) -> float | None:
         value / 1000
         for zone in zones
         for kind in sorted(zone.glob("trip_point_*_type"))
-        if _text(kind) == "passive"
-        and (value := _integer(kind.with_name(kind.name.removesuffix("type") + "temp"))) is not None
+        if read_text(kind) == "passive"
+        and (value := read_integer(kind.with_name(kind.name.removesuffix("type") + "temp"))) is not None
         and value > 0
     ]
     return min(points, default=None)
@@ -212,7 +214,7 @@ class _Counted:
         self._last: int | None = None
 
     def __call__(self) -> int | None:
-        values = [value for file in self._files if (value := _integer(file)) is not None]
+        values = [value for file in self._files if (value := read_integer(file)) is not None]
         if not values:
             return None
         count = sum(values)
@@ -229,17 +231,3 @@ def _mac_bits() -> int | None:
         return None
     found = re.search(rb"CPU_Speed_Limit\s*=\s*(\d+)", done.stdout)
     return None if found is None else THROTTLED if int(found[1]) < 100 else 0
-
-
-def _integer(path: Path) -> int | None:
-    try:
-        return int(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8", errors="replace").strip()
-    except OSError:
-        return ""

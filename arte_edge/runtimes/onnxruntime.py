@@ -8,7 +8,6 @@ Notation: n tokens of a call, v vocabulary size.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +22,7 @@ from arte_edge.errors import EngineError, InputError
 from arte_edge.extras import need
 from arte_edge.onnx.check import external_problems, model_file, read_graph
 from arte_edge.onnx.tokenizer import FileTokenizer, end_tokens, read_json
-from arte_edge.runtimes.llamacpp.bindings import default_threads
+from arte_edge.threads import thread_count
 
 __all__ = [
     "Cache",
@@ -343,9 +342,7 @@ class OnnxSession:
 
         layout = read_layout(folder)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = (
-            threads or int(os.environ.get("ARTE_EDGE_THREADS", "0")) or default_threads()
-        )
+        options.intra_op_num_threads = thread_count(threads)
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERRORS_ONLY
         try:

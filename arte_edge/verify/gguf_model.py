@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,10 +15,11 @@ from arte_edge.errors import InputError
 from arte_edge.models.gguf_fields import read_fields
 from arte_edge.models.gguf_header import read_header
 from arte_edge.runtimes.completion import Request, Sampling
-from arte_edge.runtimes.llamacpp.bindings import LlamaContext, Row, default_threads
+from arte_edge.runtimes.llamacpp.bindings import LlamaContext, Row
 from arte_edge.runtimes.llamacpp.context_memory import ONE_SEQUENCE
 from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
 from arte_edge.runtimes.prompt_render import Message
+from arte_edge.threads import thread_count
 from arte_edge.verify.opened import Memo, rendered
 
 __all__ = ["GgufModel"]
@@ -43,7 +43,7 @@ class GgufModel:
             EngineError: llama-cpp-python is not installed.
         """
         header = read_header(path)  # a file cut short would end in a crash inside the runtime
-        self._threads = threads or int(os.environ.get("ARTE_EDGE_THREADS", "0")) or default_threads()
+        self._threads = thread_count(threads)
         self._engine = LlamaCppEngine(
             path,
             sha256="",

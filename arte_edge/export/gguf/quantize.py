@@ -29,6 +29,7 @@ from arte_edge.export.gguf.quant_types import (
 from arte_edge.export.gguf.tensor_table import TensorTable, read_table
 from arte_edge.extras import need
 from arte_edge.models.gguf_header import read_header
+from arte_edge.threads import thread_count
 
 __all__ = ["QuantReport", "quantize"]
 
@@ -54,7 +55,6 @@ def quantize(
             needs an importance matrix without one, or a matrix of another model.
         ArteError: llama.cpp cannot quantize it, a package is missing, or the disk is full.
     """
-    from arte_edge.runtimes.llamacpp.bindings import default_threads
 
     quant = find_type(type)
     need("gguf", "Quantizing")
@@ -71,7 +71,7 @@ def quantize(
             source=str(source.absolute()),
             out=str(partial.absolute()),
             number=quant.number,
-            threads=threads or int(os.environ.get("ARTE_EDGE_THREADS", "0")) or default_threads(),
+            threads=thread_count(threads),
             imatrix=None if imatrix is None else str(imatrix.absolute()),
             tensor_types={name: tensor_type(label)[1] for name, label in types.items()},
             metadata=_metadata(before, matrix, imatrix),

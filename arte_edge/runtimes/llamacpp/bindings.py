@@ -31,7 +31,6 @@ __all__ = [
     "LlamaModel",
     "Row",
     "RowBatch",
-    "default_threads",
     "model_params",
 ]
 
@@ -100,11 +99,6 @@ N_BATCH = 2048  # rows of one decode
 _RUNTIMES = ("auto", "llama-cpp-python", "xllamacpp")
 _INSTALL = "pip install 'arte-edge[gguf]', or 'arte-edge[xllamacpp]' where that would have to compile (ARM)."
 _log_callback: Any = None  # llama.cpp keeps a pointer to it, so it must outlive every model
-
-
-def default_threads() -> int:
-    """Return the cores this process may use; containers often grant fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _silent(level: int, text: bytes, user_data: int) -> None:

@@ -8,7 +8,6 @@ groups again (`arte_edge.store`).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,12 +17,13 @@ from numpy.typing import NDArray
 from arte_edge.runtimes.choice_scoring import Chooser
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.runtimes.llamacpp.autotune import layout_for
-from arte_edge.runtimes.llamacpp.bindings import Grammar, LlamaContext, LlamaModel, default_threads
+from arte_edge.runtimes.llamacpp.bindings import Grammar, LlamaContext, LlamaModel
 from arte_edge.runtimes.llamacpp.context_memory import check_cells_fit, check_fits
 from arte_edge.runtimes.llamacpp.scheduler import Job, run
 from arte_edge.runtimes.llamacpp.tree_decode import MOST_LEAVES, TREE_LAYOUT, run_trees
 from arte_edge.runtimes.prefix_tree import MAX_LEVELS, Tree, cells_of, plan_groups
 from arte_edge.runtimes.sampling import draw, in_loop, request_rng
+from arte_edge.threads import thread_count
 
 __all__ = ["LlamaCppEngine"]
 
@@ -59,7 +59,7 @@ class LlamaCppEngine:
         )
         self._adapter = adapter
         self._parallel = parallel
-        self._threads = threads or int(os.environ.get("ARTE_EDGE_THREADS", "0")) or default_threads()
+        self._threads = thread_count(threads)
         self._context: LlamaContext | None = None
         self._scoring: LlamaContext | None = None
 
