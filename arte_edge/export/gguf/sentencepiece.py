@@ -9,12 +9,13 @@ so scores can be made that let llama.cpp merge in the same order.
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from arte_edge.errors import InputError
+from arte_edge.protobuf import fields, varint
 
 __all__ = ["BYTE", "CONTROL", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "Pieces", "read_model", "scored"]
 
@@ -45,20 +46,24 @@ def read_model(path: Path) -> Pieces:
     pieces = Pieces([], [], [])
     kind_of_model = _UNIGRAM
     try:
-        for number, value in _fields(path.read_bytes()):
+        data = path.read_bytes()
+        for number, start, end in fields(data):
+            message = (
+                {key: (at, stop) for key, at, stop in fields(data, start, end)} if number in (1, 2, 3) else {}
+            )
             if number == 1:
-                piece = dict(_fields(value))
-                pieces.texts.append(piece.get(1, b""))
-                pieces.scores.append(struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0)
-                pieces.kinds.append(piece.get(3, NORMAL))
+                pieces.texts.append(data[slice(*message.get(1, (0, 0)))])
+                pieces.scores.append(
+                    struct.unpack("<f", data[slice(*message[2])])[0] if 2 in message else 0.0
+                )
+                pieces.kinds.append(_number(data, message, 3, NORMAL))
             elif number == 2:
-                kind_of_model = dict(_fields(value)).get(3, _UNIGRAM)
+                kind_of_model = _number(data, message, 3, _UNIGRAM)
             elif number == 3:
-                normalizer = dict(_fields(value))
-                pieces.normalizer_map = normalizer.get(2, b"")
-                pieces.adds_space_prefix = bool(normalizer.get(3, 1))
-                pieces.removes_extra_spaces = bool(normalizer.get(4, 1))
-    except (OSError, IndexError, ValueError, TypeError, struct.error) as error:
+                pieces.normalizer_map = data[slice(*message.get(2, (0, 0)))]
+                pieces.adds_space_prefix = bool(_number(data, message, 3, 1))
+                pieces.removes_extra_spaces = bool(_number(data, message, 4, 1))
+    except (OSError, IndexError, ValueError, struct.error) as error:
         raise InputError(
             f"{path}: not a readable SentencePiece model", "Fetch the checkpoint again."
         ) from error
@@ -68,38 +73,8 @@ def read_model(path: Path) -> Pieces:
     return pieces
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (field number, value) of one protocol buffer message; a number is an int, all else bytes."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        kind = tag & 7
-        if kind == 0:
-            value, at = _varint(data, at)
-            yield tag >> 3, value
-            continue
-        if kind == 2:
-            length, at = _varint(data, at)
-        elif kind in (1, 5):
-            length = 8 if kind == 1 else 4
-        else:
-            raise ValueError(f"wire type {kind}")
-        if at + length > len(data):
-            raise ValueError("cut short")
-        yield tag >> 3, data[at : at + length]
-        at += length
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-        if shift > 63:
-            raise ValueError("a number without an end")
+def _number(data: bytes, message: Mapping[int, tuple[int, int]], key: int, default: int) -> int:
+    return varint(data, message[key][0])[0] if key in message else default
 
 
 def scored(path: Path, tokenizer: dict[str, Any], added: Collection[int]) -> Pieces:
