@@ -22,22 +22,25 @@ import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
-from arte_edge.errors import ArteError
+from arte_edge.errors import ArteError, InputError
 
 __all__ = [
     "FULL_MARKS",
     "DiskFull",
     "Progress",
     "check_room",
+    "disk_errors",
     "full_disk_is_clear",
     "home",
     "is_offline",
     "locked",
+    "measured_once",
     "megabytes",
     "publish",
     "room",
@@ -47,6 +50,7 @@ __all__ = [
     "unwritable",
     "user_registry",
     "whole_file",
+    "write_atomic",
 ]
 
 # (step, bytes done, total bytes); a total of 0 means unknown
@@ -126,12 +130,13 @@ FULL_MARKS = tuple(os.strerror(number) for number in sorted(_FULL))
 
 
 class DiskFull(ArteError):
-    """The disk holding the cache has no room left."""
+    """The disk has no room left."""
 
     def __init__(self, where: Path, what: str) -> None:
         super().__init__(
-            f"No room on the disk for {what} (below {where})",
-            "Free some space, or set ARTE_EDGE_HOME to a folder on a larger disk. No half file is left.",
+            f"{where}: the disk is full; no room for {what}",
+            "Free some space, or set ARTE_EDGE_HOME to a folder on a larger disk, and re-run the same command. "
+            "Everything that was finished is still there, and no half file.",
         )
 
 
@@ -196,6 +201,24 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn "no space" and "read-only" into errors that say what to do; other errors of the system pass.
+
+    Raises:
+        DiskFull: there is no space left.
+        InputError: `path` may not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskFull(path, "this file") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+        raise
+
+
+@contextmanager
 def whole_file(out: Path, partial: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path, `partial` or one beside `out`, that is renamed to `out` when the block succeeds.
 
@@ -206,15 +229,85 @@ def whole_file(out: Path, partial: Path | None = None) -> Iterator[Path]:
     """
     partial = partial or out.with_name(f".{out.name}.partial")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(out)
+        with disk_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            partial.replace(out)
     except OSError as error:
         raise ArteError(
             f"{out}: {error.strerror or error}", "Free some space or choose another folder."
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the whole new one, also after a power cut.
+
+    Raises:
+        ArteError: the disk is full or not writable; no half file stays.
+    """
+    own = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
+    with whole_file(path, own) as partial, partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+def measured_once(
+    kind: str,
+    facts: Sequence[object],
+    read: Callable[[Row], T | None],
+    measure: Callable[[], Row],
+    *,
+    fresh: bool = False,
+    store: bool = True,
+) -> T:
+    """Return what `read` finds in the stored row of `kind` for `facts`; without one, in what `measure` returns.
+
+    The first result stays, because a run that resumes should repeat its batches bit for bit. A cache
+    that cannot be written costs the next measurement and is no error.
+
+    Args:
+        kind: "layout" or the like; rows are files in the cache folder ``<kind>s/``.
+        facts: everything that the result depends on.
+        read: turns a row into the result; None: the row is of no use, measure again.
+        fresh: measure again, whatever is stored.
+        store: False: what is measured now is not stored.
+    """
+    name = hashlib.sha256(json.dumps(list(facts)).encode()).hexdigest()[:24]
+    path = home() / f"{kind}s" / f"{name}.json"
+    if not fresh and (known := _stored(path, read)) is not None:
+        return known
+    with locked(f"{kind}-{name}") if _is_writable(path.parent) else contextlib.nullcontext():
+        if not fresh and (known := _stored(path, read)) is not None:  # another process was first
+            return known
+        row = measure()
+        found = read(row)
+        assert found is not None
+        if store:
+            with contextlib.suppress(ArteError):
+                write_atomic(path, f"{json.dumps(row)}\n".encode())
+        return found
+
+
+def _stored(path: Path, read: Callable[[Row], T | None]) -> T | None:
+    try:
+        return read(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        return room(folder.name) == folder
+    except ArteError:
+        return False
 
 
 _CACHED_FROM_BYTES = 4_000_000
@@ -260,10 +353,6 @@ def _load() -> dict[str, list[int | str]]:
 
 def _remember(path: str, row: list[int | str]) -> None:
     """Store one checksum. Losing it costs a second read, so a cache that cannot be written is no error."""
-    with contextlib.suppress(OSError):
-        home().mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError, ArteError):
         rows = {known: value for known, value in _load().items() if Path(known).exists()} | {path: row}
-        handle, name = tempfile.mkstemp(dir=home(), prefix="hashes.", suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
-        Path(name).replace(home() / "hashes.json")
+        write_atomic(home() / "hashes.json", json.dumps(rows, indent=1).encode())

@@ -16,16 +16,15 @@ the same data as one that was not.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from arte_edge.errors import ArteError, InputError
+from arte_edge.cache import disk_errors, write_atomic
+from arte_edge.errors import ArteError
 
 __all__ = ["CallLog", "Stage", "content_key", "read_jsonl", "write_atomic", "write_jsonl"]
 
@@ -39,42 +38,6 @@ def content_key(*parts: Any) -> str:
     """Return the sha256 of `parts` as canonical JSON."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn "no space" and "read-only" into errors a user can act on."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ArteError(
-                f"{path}: the disk is full; nothing that was finished is lost",
-                "Free some space and give the same command again.",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-        raise
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the whole new one.
-
-    Raises:
-        ArteError: the disk is full; no half file stays.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _disk_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def _line(row: Row) -> bytes:
@@ -122,7 +85,7 @@ class CallLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._done: dict[str, Row] = {}
-        with _disk_errors(path):
+        with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self._size = self._recover()
@@ -143,7 +106,7 @@ class CallLog:
         if not rows:
             return
         data = b"".join(_line({**row, "left": len(rows) - 1 - i}) for i, row in enumerate(rows))
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             try:
                 written = 0
                 while written < len(data):

@@ -168,7 +168,7 @@ def test_an_atomic_write_that_fails_keeps_the_old_file_and_leaves_nothing_else(
         raise OSError(5, "input/output error")
 
     monkeypatch.setattr(Path, "replace", fails)
-    with pytest.raises(OSError, match="input/output"):
+    with pytest.raises(ArteError, match="input/output"):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

@@ -7,18 +7,12 @@ integers is limited by memory on every processor we know, so decoding cannot be 
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
-__all__ = ["is_busy", "measure", "probe", "remembered"]
+__all__ = ["is_busy", "measure", "probe"]
 
-_FILE_NAME = "probes.json"
 _MAX_BYTES = 512_000_000  # in all: past every cache of a small machine, and past those of most servers
 _PASSES = 6
 _LIMIT_S = 1.5
@@ -30,7 +24,17 @@ def probe(threads: int, *, fresh: bool = False) -> float:
     Args:
         fresh: measure again, whatever is remembered of this machine.
     """
-    return float(remembered("read_bandwidth", str(threads), lambda: measure(threads), fresh=fresh))
+    from arte_edge.cache import measured_once
+    from arte_edge.device.detect import detect
+
+    return measured_once(
+        "bandwidth",
+        [detect().fingerprint, threads],  # several machines may share a home folder
+        read=lambda row: float(row["bytes_per_s"]),
+        measure=lambda: {"bytes_per_s": measure(threads)},
+        fresh=fresh,
+        store=not is_busy(),  # a busy machine's rate is too low to be used again
+    )
 
 
 def measure(threads: int, total_bytes: int = 0) -> float:
@@ -59,46 +63,8 @@ def measure(threads: int, total_bytes: int = 0) -> float:
     return best
 
 
-def remembered(kind: str, key: str, measured: Callable[[], Any], *, fresh: bool = False) -> Any:
-    """Return what was measured on this machine under `kind` and `key`, or measure it now and keep it.
-
-    Kept in the cache folder under the machine's fingerprint, so that a home shared by several
-    machines does not mix them up. Nothing is kept of a machine that was busy with something else, and
-    a cache that cannot be written costs the next probe, no more.
-    """
-    from arte_edge.cache import home
-    from arte_edge.device.detect import detect
-
-    path = home() / _FILE_NAME
-    machine = detect().fingerprint
-    if not fresh and (found := _load(path).get(machine, {}).get(kind, {}).get(key)) is not None:
-        return found
-    busy = is_busy()
-    value = measured()
-    if busy:  # good enough for now, and too low to be believed next time
-        return value
-    known = _load(path)
-    known.setdefault(machine, {}).setdefault(kind, {})[key] = value
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    return value
-
-
 def is_busy() -> bool:
     """Return whether other programs took more than half of the cores during the last minute."""
     if not hasattr(os, "getloadavg"):
         return False
     return os.getloadavg()[0] > max(1.0, (os.cpu_count() or 1) / 2)
-
-
-def _load(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(known, dict):
-        return {}
-    return {machine: found for machine, found in known.items() if isinstance(found, dict)}

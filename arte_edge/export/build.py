@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from arte_edge import __version__
-from arte_edge.cache import Progress, sha256_file
-from arte_edge.errors import ArteError
+from arte_edge.cache import Progress, sha256_file, whole_file
 from arte_edge.export.build_cache import Made, Workshop
 from arte_edge.export.formats import FULL_WIDTH, Format
 from arte_edge.export.recipe import Recipe
@@ -210,11 +209,5 @@ def _same_bytes(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        partial = target.with_name(f".{target.name}.partial")
-        try:
+        with whole_file(target) as partial:
             shutil.copyfile(source, partial)
-            partial.replace(target)
-        except OSError as error:
-            raise ArteError(f"{target}: {error.strerror}", "Free some space.") from error
-        finally:
-            partial.unlink(missing_ok=True)

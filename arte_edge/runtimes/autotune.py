@@ -2,13 +2,11 @@
 
 It depends on the processor. One that multiplies bfloat16 in a matrix unit scores several times
 faster so; another is best served by llama.cpp. A small sample of the work decides, once a machine
-and model (`remembered`).
+and model (`measured_once`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import time
@@ -16,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
-from arte_edge.cache import locked, room, whole_file
+from arte_edge.cache import measured_once
 from arte_edge.errors import ArteError
 from arte_edge.runtimes.completion import Engine, Request, Sampling
 from arte_edge.runtimes.llamacpp.context_memory import available_bytes
@@ -31,7 +29,6 @@ __all__ = [
     "machine",
     "probing",
     "quickest",
-    "remembered",
     "sample_seconds",
     "ways_here",
 ]
@@ -127,7 +124,7 @@ def quickest(
     def read(row: Mapping[str, Any]) -> Way | None:
         return next((way for way in ways if str(way) == row["way"]), None)
 
-    return remembered("engine", [machine(), work, [str(way) for way in ways], *facts], read, measure)
+    return measured_once("engine", [machine(), work, [str(way) for way in ways], *facts], read, measure)
 
 
 def sample_seconds(engine: Engine, work: Work) -> float:
@@ -160,38 +157,9 @@ def _do(engine: Engine, work: Work, wishes: Sequence[str]) -> None:
     cast(Any, engine).choose_each(prompts, [_CHOICES] * len(prompts))
 
 
-T = TypeVar("T")
-Row = dict[str, Any]
-
-
 def probing() -> bool:
     """Return whether anything may be measured; ``ARTE_EDGE_PROBE=0`` says no."""
     return os.environ.get("ARTE_EDGE_PROBE", "1") != "0"
-
-
-def remembered(
-    kind: str, facts: Sequence[object], read: Callable[[Row], T | None], measure: Callable[[], Row]
-) -> T:
-    """Return what `read` finds in the row of `kind` kept for `facts`; without one, in what `measure` returns.
-
-    Args:
-        kind: "layout" or the like; the rows are files in the cache folder's room of that name and an s.
-        facts: everything that the answer depends on.
-        read: turns a row into the answer; None: the row is of no use, measure again.
-    """
-    name = hashlib.sha256(json.dumps(list(facts)).encode()).hexdigest()[:24]
-    path = room(f"{kind}s") / f"{name}.json"
-    if (known := _known(path, read)) is not None:
-        return known
-    with locked(f"{kind}-{name}"):
-        if (known := _known(path, read)) is not None:  # another process was first
-            return known
-        row = measure()
-        found = read(row)
-        assert found is not None
-        with whole_file(path) as temporary:
-            temporary.write_text(json.dumps(row) + "\n", "utf-8")
-        return found
 
 
 def fastest(seconds: Sequence[float], worth: float) -> int:
@@ -209,10 +177,3 @@ def machine() -> str:
     except OSError:
         pass
     return f"{platform.machine()} {name} {os.cpu_count()}"
-
-
-def _known(path: Path, read: Callable[[Row], T | None]) -> T | None:
-    try:
-        return read(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None

@@ -115,7 +115,11 @@ def test_an_architecture_that_transformers_does_not_know_is_the_users_matter(
     ("script", "kind", "said"),
     [
         ("kill -9 $$", ArteError, "lack of memory"),
-        ("echo half > $4/model.safetensors; echo 'No space left on device' >&2; exit 1", DiskFull, "No room"),
+        (
+            "echo half > $4/model.safetensors; echo 'No space left on device' >&2; exit 1",
+            DiskFull,
+            "disk is full",
+        ),
         ("echo chatter >&2; echo 'Boom: it broke' >&2; exit 1", ArteError, "Boom: it broke"),
         ('echo \'{"error": "not so", "hint": "do this"}\'; exit 2', InputError, "not so"),
     ],

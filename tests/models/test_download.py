@@ -179,7 +179,7 @@ def test_a_disk_that_fills_up_leaves_no_half_file(
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, 250_000)); {_PULL}"
     done = subprocess.run([sys.executable, "-c", limited, name], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    assert "No room on the disk for model 'big'" in " ".join(done.stderr.split())
+    assert "no room for model 'big'" in " ".join(done.stderr.split())
     assert _left_in(model_cache) == []
 
 
@@ -207,7 +207,7 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_fetched(
     )
     said = " ".join(done.stderr.split())
     assert done.returncode == 1
-    assert "No room on the disk for model 'big': 0.6 MB needed, 0.2 MB free" in said
+    assert "no room for model 'big': 0.6 MB needed, 0.2 MB free" in said
     assert "part 1" not in said
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.runtimes.autotune import fastest, machine, probing, remembered
+from arte_edge.cache import measured_once
+from arte_edge.runtimes.autotune import fastest, machine, probing
 from arte_edge.runtimes.llamacpp.context_memory import DEFAULT_LAYOUT, Layout, available_bytes, context_bytes
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def layout_for(model: LlamaModel, sha256: str, threads: int) -> Layout:
             "seconds": [round(s, 4) for s in seconds],
         }
 
-    return remembered("layout", facts, _read, measure)
+    return measured_once("layout", facts, _read, measure)
 
 
 def probe(model: LlamaModel, threads: int) -> list[float]:
