@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from arte_edge.errors import ArteError
 
-__all__ = ["EXTRAS", "need"]
+__all__ = ["EXTRAS", "missing_modules", "need"]
 
 # extra -> the modules it must provide; the keys are the extras of pyproject.toml
 EXTRAS = {
@@ -18,14 +18,18 @@ EXTRAS = {
 }
 
 
+def missing_modules(extra: str) -> list[str]:
+    """Return the modules of `extra` that are not installed."""
+    return [module for module in EXTRAS[extra] if find_spec(module) is None]
+
+
 def need(extra: str, why: str) -> None:
     """Raise unless every module of `extra` can be imported. Imports none of them.
 
     Raises:
         ArteError: with the pip command that installs the extra.
     """
-    missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
-    if missing:
+    if missing := missing_modules(extra):
         raise ArteError(
             f"{why} needs {', '.join(missing)}, which is not installed",
             f"pip install 'arte-edge[{extra}]'",

@@ -19,6 +19,7 @@ from arte_edge.cli import (
     compare,
     devices,
     distill,
+    env,
     export,
     models,
     presets,
@@ -37,7 +38,7 @@ app = typer.Typer(
     name="arte-edge",
     help="Make a small language model good at your task, and prove it on your device.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -50,6 +51,7 @@ app.command()(recommend.recommend)
 app.command()(report.report)
 app.command()(card.card)
 app.command()(push.push)
+app.command()(env.env)
 for verb in (presets.ls, presets.show, presets.copy, presets.check):
     app.command()(verb)
 app.add_typer(tasks.app, name="tasks")

@@ -1,0 +1,22 @@
+"""``arte-edge env``: what a bug report needs to know about this installation."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from arte_edge.console import emit_json, out
+
+__all__ = ["env"]
+
+
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Print versions, processor, memory and optional parts, for a bug report. Nothing private is in it."""
+    from arte_edge.environment import environment
+
+    found = environment()
+    if as_json:
+        emit_json(found.as_dict())
+    else:
+        out.print("\n".join(found.lines()), markup=False, soft_wrap=True)
