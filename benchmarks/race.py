@@ -47,6 +47,7 @@ SHARES = (0.1, 0.15, 0.25, 0.5)
 SIZES = (160, 400)  # drafts of one race, about
 LIKELY = ("likelihood", "likelihood, any length")
 WAYS = ("race", "even, model", "even")
+LABELS = {"race": "adaptive", "even, model": "uniform, score model", "even": "uniform"}
 Floats = NDArray[np.float64]
 
 
@@ -159,9 +160,9 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> Plot:
     plot = Plot(
         Axis("share of the full grid's calls", 0.0, 0.55),
         Axis("best and worst rationales found", 0.7, 1.0),
-        title="Racing drafts",
-        desc="Share of best and worst rationales found, against calls, for a race and for calls spent evenly.",
-        legend=[(way, i) for i, way in enumerate(WAYS)],
+        title="Adaptive scoring",
+        desc="Share of best and worst rationales found, against calls, for adaptive and uniform spending.",
+        legend=[(LABELS[way], i) for i, way in enumerate(WAYS)],
     )
     for i, way in enumerate(WAYS):
         spent = "measured" if way == "race" else "share"  # a race that has decided all stops early
@@ -169,7 +170,7 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> Plot:
         for row in mine:
             low, high = row[f"{way} ci95"]
             plot.whisker((row[spent], row[spent]), (max(low, 0.7), min(high, 1.0)), i)
-            plot.mark(row[spent], row[way], i, tip=f"{way}: {row[way]:.3f} at {row[spent]:.0%}")
+            plot.mark(row[spent], row[way], i, tip=f"{LABELS[way]}: {row[way]:.3f} at {row[spent]:.0%}")
     return plot
 
 

@@ -1,4 +1,4 @@
-"""The two figures of docs/score-worth.md."""
+"""The figures of benchmarks/results/score_worth/README.md."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 def parrots_chart(share: Floats, right: Floats, name: str) -> None:
     """Draw what each trained student got right, writing, against the share of parroted drafts in its group."""
     plot = Plot(
-        Axis("share of parroted drafts in the training group", 0.0, 1.02),
-        Axis("right of 240 fresh questions, written", 0.0, 0.4),
-        title="Parroted drafts and what training on them does",
-        desc=f"{len(share)} students, each trained on one group of drafts, by the share of parroted drafts.",
+        Axis("share of repeated rationales in the training group", 0.0, 1.02),
+        Axis("generated accuracy, 240 fresh questions", 0.0, 0.4),
+        title="Repeated rationales and what training on them does",
+        desc=f"{len(share)} students, each trained on one group, by the group's share of repeated rationales.",
     )
     for x, written in zip(share.tolist(), right.tolist(), strict=True):
         plot.mark(x, written, 0, hollow=True)
@@ -31,7 +31,7 @@ def parrots_chart(share: Floats, right: Floats, name: str) -> None:
 
 
 def ends_chart(scores: Mapping[str, Any], die: Sequence[float], name: str) -> None:
-    """Draw, for each score, its rank correlations with what training on one draft and on groups of drafts does.
+    """Draw, for each score, its rank correlations with what training on one candidate and on groups of candidates does.
 
     `die`: how far, from and to, 95 % of random scores order the groups.
     """
@@ -39,13 +39,13 @@ def ends_chart(scores: Mapping[str, Any], die: Sequence[float], name: str) -> No
     plot = Plot(
         Axis("rank correlation with what training does", -0.9, 0.9),
         rows,
-        title="What a score says of training",
-        desc="Rank correlations with 95 % intervals, a row a score; a die orders groups as far as the lines.",
-        legend=[("one draft alone", 0), ("groups alike, bias-free probability", 1)],
+        title="Preference scores against training",
+        desc="Rank correlations with 95 % intervals, one row per score; lines: 95 % range of random scores.",
+        legend=[("one candidate", 0), ("comparable groups, bias-free probability", 1)],
     )
     plot.rule(0.0, "")
     for end in die:
-        plot.rule(end, "die")
+        plot.rule(end, "random")
     for i, key in enumerate(rows):
         spans = (scores[key]["one draft"]["all"], scores[key]["trained"]["groups alike, probability_free"])
         for series, span in enumerate(spans):
