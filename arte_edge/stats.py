@@ -12,22 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import comb, sqrt
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from arte_edge.errors import InputError
-
 __all__ = [
-    "Answers",
     "Interval",
-    "Pair",
     "PairedTest",
     "Ratio",
     "format_share",
     "mcnemar",
-    "paired",
     "pearson",
     "ratio",
     "spearman",
@@ -35,7 +30,6 @@ __all__ = [
     "wilson",
 ]
 
-Answers = tuple[tuple[str, str, bool], ...]  # of each example: hash of the input, answer, right
 
 _T_GRID = 20_001
 
@@ -57,30 +51,6 @@ class PairedTest(NamedTuple):
     difference: float
     low: float
     high: float
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two systems on the examples that both answered; shares from 0 to 1, b minus a."""
-
-    reference: str
-    n: int
-    reference_right: int
-    difference: float
-    low: float
-    high: float
-    p_value: float
-
-    def fields(self) -> dict[str, Any]:
-        """Return them as the fields of a `QualityRow`."""
-        return {
-            "reference": self.reference,
-            "reference_right": self.reference_right,
-            "difference": self.difference,
-            "difference_low": self.low,
-            "difference_high": self.high,
-            "p_value": self.p_value,
-        }
 
 
 @dataclass(frozen=True)
@@ -150,27 +120,6 @@ def mcnemar(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> PairedTest:
     p_value = min(1.0, 2 * tail / 2**discordant)
     interval = _newcombe(both, only_a, only_b, first.size - both - discordant, level)
     return PairedTest(first.size, only_a, only_b, p_value, (only_b - only_a) / first.size, *interval)
-
-
-def paired(name_a: str, a: Answers, name_b: str, b: Answers) -> Pair:
-    """Compare b with a on the examples that both answered (exact McNemar test, paired 95 % interval).
-
-    Examples are matched by a hash of their input, so the two may have answered on different machines
-    and at different times.
-
-    Raises:
-        InputError: they have no example in common.
-    """
-    first = {key: right for key, _, right in a}
-    shared = [(first[key], right) for key, _, right in b if key in first]
-    if not shared:
-        raise InputError(
-            f"{name_a} and {name_b} answered no example in common",
-            "Measure both on the same split of the same task.",
-        )
-    test = mcnemar([x for x, _ in shared], [y for _, y in shared])
-    right = sum(x for x, _ in shared)
-    return Pair(name_a, test.n, right, test.difference, test.low, test.high, test.p_value)
 
 
 def format_share(base: float, base_forced: float, tuned: float) -> float | None:

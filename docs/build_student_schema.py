@@ -11,7 +11,7 @@ import sys
 from difflib import unified_diff
 from pathlib import Path
 
-from arte_edge.export.student import SCHEMA_VERSION, StudentFile
+from arte_edge.results.student_json import SCHEMA_VERSION, StudentFile
 
 __all__ = ["PAGE", "main", "render"]
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import sys
 
-from arte_edge.bench.runner import Reporter, Request, Row, run_request
+from arte_edge.bench.case import Reporter, Request
+from arte_edge.bench.runner import run_request
 from arte_edge.errors import ArteError
+from arte_edge.results.rows import Row
 
 __all__ = ["main"]
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from arte_edge.bench.case import Split, default_threads
 from arte_edge.bench.isolate import run_child
-from arte_edge.bench.result import DeviceFacts, QualityRow
 from arte_edge.bench.runtimes.open import choose_runtime
 from arte_edge.bench.targets import Target, describe
+from arte_edge.results.rows import DeviceFacts, QualityRow
 
 if TYPE_CHECKING:
-    from arte_edge.bench.runner import Reporter
+    from arte_edge.bench.case import Reporter
 
 __all__ = ["measure_request", "run_quality"]
 
@@ -106,6 +106,7 @@ def _row(
         split=split,
         n=0,
         right=0,
+        accuracy=0.0,
         low=0.0,
         high=1.0,
         device=device,

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from arte_edge.bench.result import DeviceFacts
 from arte_edge.errors import InputError
+from arte_edge.results.rows import DeviceFacts
 from arte_edge.threads import threads_from_environment
 
 __all__ = ["BenchSettings", "Case", "Split", "cases", "default_threads", "parse_counts"]
@@ -94,6 +94,33 @@ class BenchSettings(BaseModel):
     def context_tokens(self) -> int:
         """Tokens in the KV cache at the end of the longest test."""
         return max(self.n_depth) + max(*self.n_prompt, *self.n_gen)
+
+
+class Reporter:
+    """Receives progress; this one ignores it. Subclass it to show something."""
+
+    def progress(self, text: str) -> None:
+        """Called often with what is being done now."""
+
+    def note(self, text: str) -> None:
+        """Called with what a user should see once."""
+
+    def transfer(self, name: str, done_bytes: int, total_bytes: int) -> None:
+        """Called while a file is copied to a device."""
+
+
+class Request(BaseModel):
+    """One benchmark, complete, as it is sent to a device."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = ""
+    settings: BenchSettings = BenchSettings()
+    task: str | None = None
+    split: Split = "test"
+    limit: int = 0
+    bbh: Path | None = None
+    speed: bool = True
 
 
 class Case(BaseModel):

@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
-from arte_edge.bench.result import QualityRow, SpeedRow
 from arte_edge.errors import InputError
-from arte_edge.stats import Pair, Ratio, paired, ratio
+from arte_edge.results.accuracy import PairedAccuracy, paired_on_common
+from arte_edge.results.rows import QualityRow, Row, SpeedRow
+from arte_edge.stats import Ratio, ratio
 
 __all__ = ["Comparison", "QualityPair", "SpeedPair", "compare"]
-
-Row = SpeedRow | QualityRow
 
 # What must be the same for two speeds to be about the same work, in the words of the flags.
 _PROTOCOL: tuple[str, ...] = ("n_prompt", "n_gen", "n_depth", "n_threads", "type_k", "type_v")
@@ -77,16 +76,19 @@ class QualityPair:
     b: QualityRow
 
     @cached_property
-    def paired(self) -> Pair:
-        """Return the difference on the examples that both answered."""
-        return paired(self.a.model_filename, self.a.answers, self.b.model_filename, self.b.answers)
+    def paired(self) -> PairedAccuracy:
+        """Return the accuracy of b, with a as its reference, on the examples that both answered."""
+        a, b = self.a, self.b
+        return paired_on_common(
+            a.model_filename, a.answers, b.model_filename, b.answers, task=b.task, split=b.split
+        )
 
     @property
     def verdict(self) -> str:
         """``better``, ``worse`` or ``same`` (exact McNemar test, p < 0.05)."""
-        if self.paired.p_value >= 0.05:
+        if not self.paired.significant:
             return "same"
-        return "better" if self.paired.difference > 0 else "worse"
+        return "better" if (self.paired.difference or 0.0) > 0 else "worse"
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -95,7 +97,7 @@ class QualityPair:
             "split": self.a.split,
             "a": {key: getattr(self.a, key) for key in _QUALITY_KEYS},
             "b": {key: getattr(self.b, key) for key in _QUALITY_KEYS},
-            "paired": asdict(self.paired) | {"reference": self.a.model_filename},
+            "paired": self.paired.model_dump(mode="json"),
             "verdict": self.verdict,
         }
 

@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from arte_edge.bench.case import Split
-from arte_edge.bench.result import DeviceFacts, QualityRow
 from arte_edge.bench.targets import describe
 from arte_edge.errors import InputError
-from arte_edge.stats import Answers, paired, wilson
+from arte_edge.results.accuracy import Answers, PairedAccuracy, paired_on_common
+from arte_edge.results.rows import DeviceFacts, QualityRow
 from arte_edge.tasks.task import Example, Task
 from arte_edge.threads import thread_count
 from arte_edge.verify.accuracy import ANSWER_TOKENS, Answered, answers
@@ -82,7 +83,7 @@ def measure_quality(
     row = row.model_copy(update={"partial": len(examples) < len(everything)})
     if before is None:
         return row
-    return row.model_copy(update=paired(*before, row.model_filename, row.answers).fields())
+    return row.model_copy(update=_reference_fields(*before, row))
 
 
 def _measured(
@@ -108,8 +109,7 @@ def _measured(
         runtime = model.runtime
     finally:
         model.close()
-    right = sum(one.right for one in found)
-    low, high = wilson(right, len(found))
+    accuracy = PairedAccuracy.of(task.name, split, sum(one.right for one in found), len(found))
     p50, p95 = _percentiles(found)
     return QualityRow(
         model_filename=target.model_filename,
@@ -120,19 +120,21 @@ def _measured(
         runtime=runtime,
         n_threads=thread_count(threads),
         test_time=begin.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        task=task.name,
+        **accuracy.model_dump(),
         task_sha256=task.sha256,
-        split=split,
-        n=len(found),
-        right=right,
-        low=low,
-        high=high,
         answers=_kept(found),
         answer_tokens_mean=float(np.mean(tokens)),
         answer_seconds_p50=p50,
         answer_seconds_p95=p95,
         device=device,
     )
+
+
+def _reference_fields(name: str, answers: Answers, row: QualityRow) -> dict[str, Any]:
+    """Return what a row says of its reference. Its own accuracy stays that on all of its examples."""
+    found = paired_on_common(name, answers, row.model_filename, row.answers)
+    own = {"task", "split", "n", "right", "accuracy", "low", "high"}
+    return found.model_dump(exclude=own)
 
 
 def example_key(example: Example) -> str:

@@ -15,9 +15,7 @@ from tempfile import TemporaryDirectory
 
 from pydantic import ValidationError
 
-from arte_edge.bench.case import BenchSettings, Split
-from arte_edge.bench.result import QualityRow, SpeedRow
-from arte_edge.bench.runner import Reporter, Request, Row
+from arte_edge.bench.case import BenchSettings, Reporter, Request, Split
 from arte_edge.device.copy import blobs_of, missing_bytes, place
 from arte_edge.device.install import Site, env_bytes_missing, install, read_marker, send_wheel
 from arte_edge.device.patience import Patience
@@ -32,6 +30,7 @@ from arte_edge.device.survey import survey
 from arte_edge.device.wheels import own_wheel
 from arte_edge.device.work_folder import prepare, reach
 from arte_edge.errors import ArteError
+from arte_edge.results.rows import QualityRow, Row, SpeedRow
 from arte_edge.store import content_key
 
 __all__ = ["bench_remote"]

@@ -12,47 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
-from arte_edge.bench.case import BenchSettings, Case, Split, cases
+from arte_edge.bench.case import BenchSettings, Case, Reporter, Request, Split, cases
 from arte_edge.bench.isolate import run_child
-from arte_edge.bench.result import DeviceFacts, QualityRow, SpeedRow
 from arte_edge.bench.runtimes.open import choose_runtime
 from arte_edge.bench.suite import load_suite, make_settings
 from arte_edge.bench.targets import Target, describe, find_targets
 from arte_edge.errors import ArteError, InputError
+from arte_edge.results.rows import DeviceFacts, QualityRow, Row, SpeedRow
 
-__all__ = ["BenchOutcome", "Reporter", "Request", "Row", "bench", "run_bench", "run_case", "run_request"]
+__all__ = ["BenchOutcome", "bench", "run_bench", "run_case", "run_request"]
 
-Row = SpeedRow | QualityRow
 OnRow = Callable[[Row], None]
-
-
-class Reporter:
-    """Receives progress; this one ignores it. Subclass it to show something."""
-
-    def progress(self, text: str) -> None:
-        """Called often with what is being done now."""
-
-    def note(self, text: str) -> None:
-        """Called with what a user should see once."""
-
-    def transfer(self, name: str, done_bytes: int, total_bytes: int) -> None:
-        """Called while a file is copied to a device."""
-
-
-class Request(BaseModel):
-    """One benchmark, complete, as it is sent to a device."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: str = ""
-    settings: BenchSettings = BenchSettings()
-    task: str | None = None
-    split: Split = "test"
-    limit: int = 0
-    bbh: Path | None = None
-    speed: bool = True
 
 
 @dataclass(frozen=True)
@@ -205,8 +175,8 @@ def _measure(paths: Sequence[Path], request: Request, reporter: Reporter, on_row
 
 def _save(paths: Sequence[Path], rows: Sequence[Row], reporter: Reporter) -> None:
     """Append rows to the ``bench.jsonl`` of the exports they belong to, and merge them into student.json."""
-    from arte_edge.bench.rows import FILE_NAME, append_rows
-    from arte_edge.export.student import FILE_NAME as STUDENT
+    from arte_edge.results.rows import BENCH_NAME, append_rows
+    from arte_edge.results.student_json import FILE_NAME as STUDENT
 
     names = [path.name for path in paths]
     folders = {path.name: path.resolve().parent for path in paths if names.count(path.name) == 1}
@@ -216,8 +186,8 @@ def _save(paths: Sequence[Path], rows: Sequence[Row], reporter: Reporter) -> Non
         own = [row for row in rows if folders.get(row.model_filename) == folder]
         if not own or not (folder / STUDENT).is_file():
             continue
-        append_rows(folder / FILE_NAME, own)
-        from arte_edge.publish.speeds import merge_rows
+        append_rows(folder / BENCH_NAME, own)
+        from arte_edge.results.merge import merge_rows
 
         try:
             merge_rows(folder, own, note=reporter.note)

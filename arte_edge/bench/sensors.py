@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from arte_edge.bench.energy import PowerProbe, find_probe, read_integer, read_text
-from arte_edge.bench.result import Reading
 from arte_edge.bench.throttle import STICKY_SHIFT, THROTTLED
 from arte_edge.bench.vcgencmd import Vcgencmd, find_vcgencmd
+from arte_edge.results.rows import Reading
 
 __all__ = ["Sensors", "power_supply"]
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from arte_edge.bench.result import QualityRow, SpeedRow
-from arte_edge.bench.rows import FILE_NAME, read_rows
 from arte_edge.errors import InputError
+from arte_edge.results.rows import BENCH_NAME, Row, parse_row, read_rows
 
 __all__ = ["rows_of"]
 
 _MEASURE = "Measure it first: arte-edge bench {path}"
 
 
-def rows_of(path: Path) -> list[SpeedRow | QualityRow]:
+def rows_of(path: Path) -> list[Row]:
     """Return the rows that `path` stands for, never none.
 
     Args:
@@ -35,29 +32,21 @@ def rows_of(path: Path) -> list[SpeedRow | QualityRow]:
         return rows
     if path.is_dir():
         for place in (path, path / "export"):
-            if rows := read_rows(place / FILE_NAME):
+            if rows := read_rows(place / BENCH_NAME):
                 return rows
     beside = path.resolve()
-    rows = [row for row in read_rows(beside.parent / FILE_NAME) if row.model_filename == beside.name]
+    rows = [row for row in read_rows(beside.parent / BENCH_NAME) if row.model_filename == beside.name]
     if not rows:
-        raise InputError(f"{path}: no results in {FILE_NAME} here or beside it", _MEASURE.format(path=path))
+        raise InputError(f"{path}: no results in {BENCH_NAME} here or beside it", _MEASURE.format(path=path))
     return rows
 
 
-def _json_rows(path: Path) -> list[SpeedRow | QualityRow]:
+def _json_rows(path: Path) -> list[Row]:
     try:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON", "Give what `bench -o json` printed.") from error
     if not isinstance(document, list) or not all(isinstance(row, dict) for row in document):
         raise InputError(f"{path}: not a list of results", "Give what `bench -o json` printed.")
-    rows: list[SpeedRow | QualityRow] = []
-    for number, row in enumerate(document, 1):
-        kind = SpeedRow if "test" in row else QualityRow
-        try:
-            rows.append(kind.model_validate_json(json.dumps(row)))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"{path}: row {number}: {key}: {first['msg']}", "Measure it again.") from error
-    return rows
+    again = "Measure it again."
+    return [parse_row(row, f"{path}: row {number}", again) for number, row in enumerate(document, 1)]

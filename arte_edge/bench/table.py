@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Sequence
 from html import escape
 
-from arte_edge.bench.result import QualityRow, SpeedRow
+from arte_edge.results.rows import QualityRow, SpeedRow
 
 __all__ = ["Table", "as_csv", "as_html", "as_json", "heading", "quality_line", "summary"]
 

@@ -58,7 +58,7 @@ def find_targets(refs: Sequence[str], fetch: Callable[[str], Path]) -> list[Path
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    from arte_edge.export.student import FILE_NAME, read_student
+    from arte_edge.results.student_json import FILE_NAME, read_student
 
     for place in (folder, folder / "export"):
         if (place / FILE_NAME).is_file() and (student := read_student(place)) is not None:
@@ -115,7 +115,7 @@ def _sums(path: Path, kind: str) -> tuple[str, str, str]:
         from arte_edge.cache import sha256_checkpoint
 
         return sha256_checkpoint(path), "", ""
-    from arte_edge.export.student import read_student
+    from arte_edge.results.student_json import read_student
 
     try:
         student = read_student(path.resolve().parent)
@@ -132,7 +132,7 @@ def _sums(path: Path, kind: str) -> tuple[str, str, str]:
 
 
 def _checksum(path: Path) -> str:
-    """Return the sha256 of a file, or of a folder as `arte_edge.export.sums` makes it; a file's is cached."""
+    """Return the sha256 of a file, or of a folder as `arte_edge.models.artifact_hash` makes it; a file's is cached."""
     from arte_edge.cache import sha256_file
 
     if path.is_file():
@@ -143,9 +143,9 @@ def _checksum(path: Path) -> str:
 
 
 def _tensors(path: Path) -> str:
-    from arte_edge.export.sums import sums_of
+    from arte_edge.models.artifact_hash import checksums_of
 
-    return sums_of(path).tensor_sha256
+    return checksums_of(path).tensor_sha256
 
 
 def _size(path: Path) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from arte_edge.bench.result import Reading
+from arte_edge.results.rows import Reading
 
 __all__ = ["FREQUENCY_CAPPED", "SOFT_LIMIT", "STICKY_SHIFT", "THROTTLED", "UNDER_VOLTAGE", "judge"]
 

@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from arte_edge.bench.result import QualityRow, SpeedRow
-from arte_edge.bench.rows import append_rows
-from arte_edge.bench.runner import Reporter
+from arte_edge.bench.case import Reporter
 from arte_edge.bench.table import Table, as_csv, as_json, quality_line, summary
 from arte_edge.cache import megabytes
 from arte_edge.console import err
 from arte_edge.errors import InputError, nearest
+from arte_edge.results.rows import QualityRow, SpeedRow, append_rows
 from arte_edge.store import write_atomic
 
 __all__ = ["FORMATS", "Output"]

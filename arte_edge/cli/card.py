@@ -68,8 +68,8 @@ def card(
     from arte_edge.publish.card_head import hub_id
     from arte_edge.publish.eval_results import parse_benchmark, write_eval_results
     from arte_edge.publish.gguf_meta import write_keys
-    from arte_edge.publish.speeds import merge_into, merge_rows
     from arte_edge.publish.where import find_export, read_bench, read_export
+    from arte_edge.results.merge import merge_into, merge_rows
 
     for flag, ids in (("--base-model", [base_model]), ("--dataset", dataset or []), ("--repo", [repo])):
         for name in filter(None, ids):

@@ -12,7 +12,7 @@ from arte_edge.console import emit_json
 
 if TYPE_CHECKING:
     from arte_edge.bench.compare import Comparison, QualityPair, SpeedPair
-    from arte_edge.bench.result import QualityRow, SpeedRow
+    from arte_edge.results.rows import QualityRow, SpeedRow
 
 __all__ = ["compare"]
 
@@ -115,7 +115,8 @@ def _quality_lines(one: QualityPair) -> list[str]:
     rights = [f"{side} {row.right}/{row.n} = {row.right / row.n:.1%}" for side, row in _sides(one)]
     text = (
         f"{one.a.task}, {one.a.split}: {', '.join(rights)}; B - A {paired.difference:+.1%} "
-        f"[{paired.low:+.1%}, {paired.high:+.1%}] on {paired.n} examples, p = {paired.p_value:.2g}: {one.verdict}"
+        f"[{paired.difference_low:+.1%}, {paired.difference_high:+.1%}] on {paired.n} examples, "
+        f"p = {paired.p_value:.2g}: {one.verdict}"
     )
     lines = _wrapped(text)
     times = [

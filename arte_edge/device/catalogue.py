@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge import catalog
-from arte_edge.bench.result import DeviceFacts
 from arte_edge.device.profile import Match, Profile, Remote, checked_host, load_profile, read_profile
 from arte_edge.errors import InputError, nearest
+from arte_edge.results.rows import DeviceFacts
 from arte_edge.store import write_atomic
 
 __all__ = ["add_device", "find_device", "match_device", "own_folder", "own_names", "remove_device", "shipped"]

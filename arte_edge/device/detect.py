@@ -11,9 +11,9 @@ import os
 import platform
 from pathlib import Path
 
-from arte_edge.bench.result import DeviceFacts
 from arte_edge.device import memory
 from arte_edge.device.cpuinfo import Cpu, read_cpu
+from arte_edge.results.rows import DeviceFacts
 
 __all__ = ["board", "detect", "fingerprint", "machine_arch", "usable_cores"]
 

@@ -13,8 +13,8 @@ from arte_edge.export.formats import Format
 from arte_edge.export.plan import predicted_bytes
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
-from arte_edge.export.student import Artifact, Student, read_student
 from arte_edge.export.weights import model_config, parameter_count, shapes_of, weights_dtype
+from arte_edge.results.student_json import Artifact, Student, read_student
 
 __all__ = ["check_room", "describe", "kept_artifacts"]
 

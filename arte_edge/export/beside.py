@@ -7,8 +7,8 @@ from pathlib import Path
 from arte_edge.cache import sha256_file
 from arte_edge.export.modelfile import modelfile
 from arte_edge.export.source import Source
-from arte_edge.export.student import FileSum, Tokenizer
 from arte_edge.onnx.folder import TOKENIZER_FILES
+from arte_edge.results.student_json import FileSum, Tokenizer
 from arte_edge.store import write_atomic
 
 __all__ = ["FOLDER", "MODELFILE", "write_modelfile", "write_tokenizer"]

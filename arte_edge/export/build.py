@@ -21,8 +21,8 @@ from arte_edge.export.build_cache import Made, Workshop
 from arte_edge.export.formats import FULL_WIDTH, Format
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
-from arte_edge.export.student import Student
 from arte_edge.models.gguf_fields import Field
+from arte_edge.results.student_json import Student
 
 __all__ = ["Builder", "needs_imatrix", "uses_base"]
 

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from arte_edge.cache import full_disk_is_clear, megabytes, unwritable
 from arte_edge.errors import ArteError, InputError
-from arte_edge.export.sums import Sums, sums_of
+from arte_edge.models.artifact_hash import Checksums, checksums_of
 from arte_edge.store import content_key, write_atomic
 
 __all__ = ["Made", "Workshop"]
@@ -38,7 +38,7 @@ class Made:
     """A finished step: where its file lies, its sums, and what its maker said of it."""
 
     path: Path
-    sums: Sums
+    sums: Checksums
     summary: dict[str, Any]
     was_kept: bool  # from an earlier start
 
@@ -111,7 +111,7 @@ class Workshop:
         remove(target)
         with full_disk_is_clear(target, target.name):
             summary = build(target)
-        sums = sums_of(target)
+        sums = checksums_of(target)
         document = {"inputs": key, "sha256": sums.sha256, "summary": summary}
         self._write(step, document)
         return Made(target, sums, summary, was_kept=False)
@@ -124,7 +124,7 @@ class Workshop:
             if not place.exists():
                 continue
             try:
-                sums = sums_of(place)
+                sums = checksums_of(place)
             except InputError:  # damaged since
                 continue
             if sums.sha256 == record.get("sha256"):

@@ -30,17 +30,10 @@ from arte_edge.export.lora_merge import merge
 from arte_edge.export.provenance import gguf_keys, leaks
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
-from arte_edge.export.student import (
-    Accuracy,
-    Artifact,
-    Merge,
-    Student,
-    StudentFile,
-    carry_results,
-    write_student,
-)
-from arte_edge.export.verification import Judge, accuracy_of
+from arte_edge.export.verification import Judge, reference_accuracy
 from arte_edge.onnx.folder import private_paths
+from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.student_json import Artifact, Merge, Student, StudentFile, carry_results, write_student
 
 __all__ = ["Failure", "Outcome", "export"]
 
@@ -182,11 +175,11 @@ def _make(work: _Work, student: Student, llama_cpp: Path | None) -> tuple[dict[F
 
 def _judge(
     work: _Work, student: Student, made: dict[Format, Made], imatrix: str
-) -> tuple[dict[Format, Artifact], Accuracy | None]:
+) -> tuple[dict[Format, Artifact], PairedAccuracy | None]:
     """Judge what was made and give each file its name; return the artifacts, and the student's own accuracy."""
     judge = Judge(work.shop, work.source, student, work.recipe)
     judged: dict[Format, Artifact] = {}
-    own: Accuracy | None = None
+    own: PairedAccuracy | None = None
     try:
         for format, found in made.items():
             try:
@@ -197,7 +190,7 @@ def _judge(
                 work.failures.append(Failure(format, error))
                 work.reporter.warn(escape(f"{format.label} could not be verified: {error.message}"))
                 continue
-            own = own or accuracy_of(verdict, "reference")
+            own = own or reference_accuracy(verdict)
             artifact = judge.artifact(format, found, verdict, imatrix)
             work.shop.place(found.path, format.file_name(student.name), accepted=artifact.status == "ok")
             judged[format] = artifact
@@ -215,7 +208,7 @@ def _tell(
     work: _Work,
     student: Student,
     judged: dict[Format, Artifact],
-    own: Accuracy | None,
+    own: PairedAccuracy | None,
     before: tuple[Artifact, ...],
 ) -> StudentFile:
     """Write what lies beside the files, and ``student.json`` last."""

@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
-from arte_edge.export.student import SCHEMA_VERSION, Lineage, Parent, Student
 from arte_edge.models.gguf_fields import Field, read_fields
 from arte_edge.models.registry import entries
+from arte_edge.results.student_json import SCHEMA_VERSION, Lineage, Parent, Student
 
 __all__ = ["PAPER", "gguf_keys", "leaks", "parent_of", "public_name"]
 

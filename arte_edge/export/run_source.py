@@ -20,7 +20,7 @@ from arte_edge.export.chat import read_chat
 from arte_edge.export.modelfile import Asking
 from arte_edge.export.provenance import parent_of
 from arte_edge.export.source import Source
-from arte_edge.export.student import Data, Lineage, Tuning
+from arte_edge.results.student_json import Data, Lineage, Tuning
 from arte_edge.store import file_sha256
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task

@@ -19,9 +19,9 @@ from arte_edge.export.chat import Chat, read_chat
 from arte_edge.export.lora_merge import Adapter, is_adapter, read_adapter
 from arte_edge.export.modelfile import Asking
 from arte_edge.export.provenance import parent_of, public_name
-from arte_edge.export.student import Lineage
 from arte_edge.export.weights import refuse_quantized
 from arte_edge.models.resolve import from_folder, resolve
+from arte_edge.results.student_json import Lineage
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
 

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from arte_edge.cache import megabytes
 from arte_edge.export.pipeline import Outcome
-from arte_edge.export.student import FILE_NAME, Accuracy, Artifact
+from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.student_json import FILE_NAME, Artifact
 
 __all__ = ["artifact_table", "show_outcome", "summary_lines"]
 
@@ -39,13 +40,13 @@ def artifact_table(artifacts: Sequence[Artifact], model: str) -> Table:
     table.add_column("verdict", no_wrap=True)
     for artifact in artifacts:
         accepted = artifact.status == "ok"
-        figures = artifact.fidelity.figures
+        metrics = artifact.fidelity.metrics
         cells = [
             f"…{artifact.file.removeprefix(model)}",
             megabytes(artifact.size_bytes),
             f"{artifact.bits_per_weight:.2f}",
-            _DASH if figures is None or figures.kl_mean is None else f"{figures.kl_mean:.4f}",
-            _DASH if figures is None else f"{figures.top1:.1%}",
+            _DASH if metrics is None or metrics.kl_mean is None else f"{metrics.kl_mean:.4f}",
+            _DASH if metrics is None else f"{metrics.top1:.1%}",
         ]
         if has_accuracy:
             cells.append(_accuracy(artifact.accuracy))
@@ -53,16 +54,16 @@ def artifact_table(artifacts: Sequence[Artifact], model: str) -> Table:
     return table
 
 
-def _accuracy(found: Accuracy | None) -> str:
+def _accuracy(found: PairedAccuracy | None) -> str:
     return _DASH if found is None else f"{found.accuracy:.0%} ({100 * found.low:.0f}–{100 * found.high:.0f})"
 
 
 def summary_lines(outcome: Outcome, out: Path) -> list[str]:
     """Return what stands under the table: what was compared, reasons, notes, and where everything is."""
     lines: list[str] = []
-    compared = next((a.fidelity for a in outcome.artifacts if a.fidelity.figures), None)
-    if compared and compared.figures:
-        n = compared.figures
+    compared = next((a.fidelity for a in outcome.artifacts if a.fidelity.metrics), None)
+    if compared and compared.metrics:
+        n = compared.metrics
         lines.append(
             f"Against the 16-bit student on {n.n_tokens} tokens of {n.n_prompts} prompts "
             f"({compared.prompts_from}). KL in nats a token."

@@ -17,10 +17,11 @@ from arte_edge.export.build_cache import Made, Workshop
 from arte_edge.export.formats import Format
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
-from arte_edge.export.student import Accuracy, Artifact, Check, Fidelity, Figures, Student
+from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.student_json import SCHEMA_VERSION, Artifact, Check, Fidelity, FidelityMetrics, Student
 from arte_edge.verify.opened import Opened, open_model
 
-__all__ = ["Judge", "accuracy_of"]
+__all__ = ["Judge", "reference_accuracy"]
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Judge:
         task = self.source.task if settings.examples else None
         inputs = [
             __version__,
+            SCHEMA_VERSION,  # of the verdict, which is kept as JSON
             made.sums.sha256,
             self.student.sha256,
             list(self.source.prompts),
@@ -94,18 +96,18 @@ class Judge:
             imatrix_sha256=imatrix if summary.get("imatrix_used") else "",
             notes=tuple(_notes(summary)),
             fidelity=self._fidelity(verdict),
-            accuracy=accuracy_of(verdict, "artifact"),
+            accuracy=_accuracy(verdict),
         )
 
     def _fidelity(self, verdict: Mapping[str, Any]) -> Fidelity:
-        figures = verdict["fidelity"]
+        metrics = verdict["fidelity"]
         runtimes = verdict.get("runtimes") or ["", ""]
         return Fidelity(
             passed=verdict["passed"],
             prompts_from=self.source.prompts_from,
             runtime=runtimes[1],
             reference_runtime=runtimes[0],
-            figures=None if figures is None else Figures(**_finite(figures)),
+            metrics=None if metrics is None else FidelityMetrics(**_finite(metrics)),
             checks=tuple(Check(**check) for check in verdict["checks"]),
         )
 
@@ -122,25 +124,15 @@ class Judge:
             self._reference = None
 
 
-def accuracy_of(verdict: Mapping[str, Any], who: str) -> Accuracy | None:
-    """Return the accuracy of the ``artifact`` or the ``reference`` in a verdict, None if it was not measured."""
+def reference_accuracy(verdict: Mapping[str, Any]) -> PairedAccuracy | None:
+    """Return the accuracy of the 16-bit student in a verdict; None if it was not measured."""
+    found = _accuracy(verdict)
+    return found.reference_alone if found else None
+
+
+def _accuracy(verdict: Mapping[str, Any]) -> PairedAccuracy | None:
     found = verdict.get("accuracy")
-    if not found:
-        return None
-    is_artifact = who == "artifact"
-    return Accuracy(
-        task=found["task"],
-        split=found["split"],
-        n=found["n"],
-        right=round(found[who] * found["n"]),
-        accuracy=found[who],
-        low=found[f"{who}_low"],
-        high=found[f"{who}_high"],
-        difference=found["difference"] if is_artifact else None,
-        difference_low=found["difference_low"] if is_artifact else None,
-        difference_high=found["difference_high"] if is_artifact else None,
-        p_value=found["p_value"] if is_artifact else None,
-    )
+    return PairedAccuracy(**found) if found else None
 
 
 def _notes(summary: Mapping[str, Any]) -> list[str]:
@@ -158,9 +150,9 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
     return [*notes, *summary.get("warnings", ())]
 
 
-def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Return figures for JSON, which has no NaN (one prompt alone has no standard error)."""
+def _finite(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics for JSON, which has no NaN (one prompt alone has no standard error)."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in figures.items()
+        for key, value in metrics.items()
     }

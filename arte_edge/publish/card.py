@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arte_edge.errors import InputError
-from arte_edge.export.student import StudentFile
 from arte_edge.publish import shown
 from arte_edge.publish.card_head import CardOptions, head_keys, model_index
 from arte_edge.publish.card_sections import SECTIONS, put_section, wrapped
 from arte_edge.publish.front_matter import FrontMatter, merge_head, merge_model_index, read_head, split_card
+from arte_edge.results.student_json import StudentFile
 from arte_edge.store import write_atomic
 
 __all__ = ["CARD", "Card", "CardOptions", "render_card", "write_card"]

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from arte_edge.export.provenance import PAPER
-from arte_edge.export.student import Accuracy, Artifact, Evaluation, Speed, StudentFile
 from arte_edge.publish import shown
 from arte_edge.publish.front_matter import MARK
+from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.student_json import Artifact, Evaluation, Speed, StudentFile
 
 __all__ = ["CardOptions", "head_keys", "hub_id", "license_keys", "model_index"]
 
@@ -100,7 +101,7 @@ def model_index(student: StudentFile, options: CardOptions) -> list[dict[str, An
 
     url = f"https://huggingface.co/{options.repo}/blob/main/bench.jsonl" if options.repo else None
 
-    def result(accuracy: Accuracy, name: str, args: dict[str, Any]) -> Any:
+    def result(accuracy: PairedAccuracy, name: str, args: dict[str, Any]) -> Any:
         task = accuracy.task or student.lineage.task or "task"
         return EvalResult(
             task_type="text-generation",
@@ -117,7 +118,7 @@ def model_index(student: StudentFile, options: CardOptions) -> list[dict[str, An
         )
 
     if options.checkpoint:
-        own: Sequence[Accuracy] = shown.evaluations(student.student_evaluations)
+        own: Sequence[PairedAccuracy] = shown.evaluations(student.student_evaluations)
         own = own or ([student.student_accuracy] if student.student_accuracy else [])
         dtype = student.student.dtype
         results = [result(one, f"{dtype} checkpoint", _where(one) | {"quantization": dtype}) for one in own]
@@ -178,7 +179,7 @@ def _what(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _where(accuracy: Accuracy, artifact: Artifact | None = None) -> dict[str, Any]:
+def _where(accuracy: PairedAccuracy, artifact: Artifact | None = None) -> dict[str, Any]:
     """Return what ran it: the gate's was measured where the file was made, by the runtime named there."""
     if isinstance(accuracy, Evaluation):
         found = {
@@ -190,7 +191,7 @@ def _where(accuracy: Accuracy, artifact: Artifact | None = None) -> dict[str, An
     return {"runtime": artifact.fidelity.runtime} if artifact and artifact.fidelity.runtime else {}
 
 
-def _interval(accuracy: Accuracy) -> dict[str, Any]:
+def _interval(accuracy: PairedAccuracy) -> dict[str, Any]:
     return {
         "n": accuracy.n,
         "low": round(accuracy.low, 4),

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from arte_edge.cache import megabytes
 from arte_edge.errors import InputError
-from arte_edge.export.student import Accuracy, Evaluation, Speed, StudentFile
 from arte_edge.publish import shown
 from arte_edge.publish.card_head import CardOptions
+from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.student_json import Evaluation, Speed, StudentFile
 
 __all__ = ["SECTIONS", "files_section", "put_section", "wrapped"]
 
@@ -92,29 +93,29 @@ def files_section(student: StudentFile, options: CardOptions) -> str:
         return "No file passed the gate."
     rows = []
     for artifact in passed:
-        figures = artifact.fidelity.figures
+        metrics = artifact.fidelity.metrics
         rows.append(
             (
                 f"`{_cell(artifact.file)}`",
                 _cell(artifact.quantization),
                 megabytes(artifact.size_bytes),
                 f"{artifact.bits_per_weight:.2f}",
-                _number(figures.kl_mean if figures else None, ".4f"),
-                _number(figures.top1 if figures else None, ".1%"),
-                _number(figures.perplexity_ratio if figures else None, ".4f"),
+                _number(metrics.kl_mean if metrics else None, ".4f"),
+                _number(metrics.top1 if metrics else None, ".1%"),
+                _number(metrics.perplexity_ratio if metrics else None, ".4f"),
             )
         )
     head = ("file", "type", "size", "bits a weight", "KL mean", "same first choice", "perplexity ratio")
     reference = f"Compared with the 16-bit student ({student.student.dtype}) on the same tokens"
-    figures = next((a.fidelity.figures for a in passed if a.fidelity.figures), None)
-    tokens = f": {figures.n_tokens} tokens of {figures.n_prompts} prompts" if figures else ""
+    metrics = next((a.fidelity.metrics for a in passed if a.fidelity.metrics), None)
+    tokens = f": {metrics.n_tokens} tokens of {metrics.n_prompts} prompts" if metrics else ""
     return f"{_table(head, rows)}\n{reference}{tokens}; KL divergence in nats a token."
 
 
 def accuracy_section(student: StudentFile, options: CardOptions) -> str:
     """Right answers of each file, and of the 16-bit student in a line of its own."""
     rows = []
-    own: Sequence[Accuracy] = shown.evaluations(student.student_evaluations)
+    own: Sequence[PairedAccuracy] = shown.evaluations(student.student_evaluations)
     own = [*own, *([student.student_accuracy] if student.student_accuracy else [])]
     for accuracy in own:
         rows.append(_accuracy_row(f"16-bit student ({student.student.dtype})", accuracy, student))
@@ -169,7 +170,7 @@ SECTIONS: dict[str, tuple[str, Callable[[StudentFile, CardOptions], str]]] = {
 }
 
 
-def _accuracy_row(name: str, accuracy: Accuracy, student: StudentFile) -> tuple[str, ...]:
+def _accuracy_row(name: str, accuracy: PairedAccuracy, student: StudentFile) -> tuple[str, ...]:
     task = accuracy.task or student.lineage.task
     difference = _DASH
     if accuracy.difference is not None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arte_edge.bench.result import SpeedRow
 from arte_edge.publish.charts_axes import Axis, around, number
 from arte_edge.publish.charts_plot import Plot
+from arte_edge.results.rows import SpeedRow
 
 __all__ = ["Trace", "trace_of", "traced"]
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from arte_edge.cache import is_offline
 from arte_edge.errors import InputError
-from arte_edge.export.student import Artifact, Evaluation, StudentFile
 from arte_edge.publish import shown
 from arte_edge.publish.front_matter import dump_yaml
+from arte_edge.results.student_json import Artifact, Evaluation, StudentFile
 from arte_edge.store import write_atomic
 
 __all__ = ["FOLDER", "Benchmark", "check_registered", "parse_benchmark", "write_eval_results"]

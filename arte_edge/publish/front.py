@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from arte_edge.export.results import Accuracy
-from arte_edge.export.student import Artifact
+from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.student_json import Artifact
 
 __all__ = ["Candidate", "Evidence", "Figure", "Front", "front_of"]
 
@@ -38,7 +38,7 @@ class Candidate:
     """One exported file and what is known of it on the device; None: not known."""
 
     artifact: Artifact
-    accuracy: Accuracy | None = None
+    accuracy: PairedAccuracy | None = None
     decode: Figure | None = None  # tokens/s
     prefill: Figure | None = None  # tokens/s
     ram: Figure | None = None  # bytes

@@ -21,13 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from arte_edge.errors import InputError
-from arte_edge.export.student import Artifact, write_student
-from arte_edge.export.sums import sums_of
+from arte_edge.models.artifact_hash import checksums_of
 from arte_edge.models.gguf_fields import Field
 from arte_edge.models.gguf_rewrite import rewrite
 from arte_edge.publish.shown import accuracy_on, device_title, speeds
-from arte_edge.publish.speeds import student_lock
 from arte_edge.publish.where import read_export
+from arte_edge.results.merge import student_lock
+from arte_edge.results.student_json import Artifact, write_student
 
 __all__ = ["BENCH", "FIDELITY", "bench_fields", "fidelity_fields", "write_keys"]
 
@@ -69,12 +69,12 @@ def bench_fields(artifact: Artifact, *, allow_throttled: bool = False) -> dict[s
 
 def fidelity_fields(artifact: Artifact) -> dict[str, Field]:
     """Return the keys that tell how near the file is to the 16-bit student."""
-    if (figures := artifact.fidelity.figures) is None:
+    if (metrics := artifact.fidelity.metrics) is None:
         return {}
     found = {
-        "kl_mean": figures.kl_mean,
-        "top1_agreement": figures.top1,
-        "ppl_ratio": figures.perplexity_ratio,
+        "kl_mean": metrics.kl_mean,
+        "top1_agreement": metrics.top1,
+        "ppl_ratio": metrics.perplexity_ratio,
     }
     return {f"{FIDELITY}{name}": Field(_FLOAT32, v) for name, v in found.items() if v is not None}
 
@@ -113,7 +113,7 @@ def write_keys(
 
 def _write_one(path: Path, artifact: Artifact, allow_throttled: bool) -> tuple[Artifact, bool]:
     """Rewrite one file; return its entry with the sums that it now has, and whether the file changed."""
-    sums = sums_of(path)
+    sums = checksums_of(path)
     if sums.tensor_sha256 != artifact.tensor_sha256:
         raise InputError(
             f"{artifact.file}: its tensors are not those that student.json describes",

@@ -17,14 +17,14 @@ from typing import Any
 from arte_edge.cache import sha256_file
 from arte_edge.errors import InputError
 from arte_edge.export.gguf.tensor_table import read_table
-from arte_edge.export.student import FILE_NAME, Artifact, StudentFile, read_student
-from arte_edge.export.sums import sums_of
+from arte_edge.models.artifact_hash import checksums_of
 from arte_edge.onnx.folder import TOKENIZER_FILES
 from arte_edge.publish.card import CARD
 from arte_edge.publish.eval_results import FOLDER as EVAL_RESULTS
 from arte_edge.publish.front_matter import read_head, split_card
 from arte_edge.publish.personal import Finding, Machine
 from arte_edge.publish.where import BENCH_NAME
+from arte_edge.results.student_json import FILE_NAME, Artifact, StudentFile, read_student
 
 __all__ = ["Preview", "SentFile", "preview"]
 
@@ -122,7 +122,7 @@ def _artifact(folder: Path, artifact: Artifact) -> set[str]:
     path = folder / artifact.file.rstrip("/")
     if not path.exists():
         raise InputError(f"{artifact.file}: {FILE_NAME} names it and it is not here", "Export it again.")
-    if sums_of(path).sha256 != artifact.sha256:
+    if checksums_of(path).sha256 != artifact.sha256:
         raise InputError(
             f"{artifact.file}: its sum is not the one in {FILE_NAME}",
             f"Bring it up to date: arte-edge card {folder}; or export it again.",

@@ -13,25 +13,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from arte_edge.bench.result import QualityRow, SpeedRow
-from arte_edge.export.results import Accuracy, Evaluation
-from arte_edge.export.student import Artifact, StudentFile
 from arte_edge.publish.front import Candidate, Figure
 from arte_edge.publish.wants import Wants
+from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.merge import belongs_to, evaluation_of
+from arte_edge.results.rows import QualityRow, Row, SpeedRow
+from arte_edge.results.student_json import Artifact, Evaluation, StudentFile
 
 __all__ = [
     "Measured",
     "Prediction",
     "Predictor",
-    "Row",
     "accuracies",
     "candidates",
     "evaluations",
     "from_rows",
     "measured",
 ]
-
-Row = SpeedRow | QualityRow
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def candidates(
     ]
 
 
-def accuracies(student: StudentFile, rows: Sequence[Row] = ()) -> dict[str, Accuracy]:
+def accuracies(student: StudentFile, rows: Sequence[Row] = ()) -> dict[str, PairedAccuracy]:
     """Return the accuracy of each file: on the test split where every file has that, else the gate's.
 
     Files are only compared on the same examples, so one file's test split does not stand beside another's
@@ -94,8 +92,8 @@ def evaluations(artifact: Artifact, rows: Sequence[Row] = ()) -> list[Evaluation
     """Return what was measured of a file's answers on devices: merged entries, and rows not merged yet."""
     found = list(artifact.evaluations)
     for row in rows:
-        if isinstance(row, QualityRow) and row.status == "ok" and row.n > 0 and _is(artifact, row):
-            found.append(_evaluation(row))
+        if isinstance(row, QualityRow) and row.status == "ok" and row.n > 0 and belongs_to(row, artifact):
+            found.append(evaluation_of(row))
     return found
 
 
@@ -114,7 +112,7 @@ def measured(
         for speed in speeds
         if not speed.throttled
     ]
-    mine = [row for row in rows if isinstance(row, SpeedRow) and row.ok and _is(artifact, row)]
+    mine = [row for row in rows if isinstance(row, SpeedRow) and row.ok and belongs_to(row, artifact)]
     mine = [row for row in mine if _on(row, names)]
     found += from_rows([row for row in mine if not row.throttled])
     # A row of bench.jsonl is merged into student.json too: it must not count twice.
@@ -150,7 +148,7 @@ def _candidate(
     wants: Wants,
     rows: Sequence[Row],
     predict: Predictor | None,
-    accuracy: Accuracy | None,
+    accuracy: PairedAccuracy | None,
 ) -> Candidate:
     best, throttled = measured(artifact, names, rows)
     guess = predict(artifact) if predict and (best is None or None in (best.decode, best.ram_bytes)) else None
@@ -197,35 +195,6 @@ def _computed_answer_s(decode: Figure | None, prefill: Figure | None, wants: Wan
         f"{wants.prompt_tokens} prompt and {wants.answer_tokens} answer tokens at {decode.evidence} rates"
     )
     return Figure(seconds, "predicted", source)
-
-
-def _evaluation(row: QualityRow) -> Evaluation:
-    return Evaluation(
-        task=row.task,
-        split=row.split,
-        n=row.n,
-        right=row.right,
-        accuracy=row.right / row.n,
-        low=row.low,
-        high=row.high,
-        difference=row.difference,
-        difference_low=row.difference_low,
-        difference_high=row.difference_high,
-        p_value=row.p_value,
-        device=row.device.profile or row.device.fingerprint,
-        fingerprint=row.device.fingerprint,
-        runtime=row.runtime,
-        threads=row.n_threads,
-        partial=row.partial,
-        answer_seconds_p50=row.answer_seconds_p50,
-        answer_seconds_p95=row.answer_seconds_p95,
-    )
-
-
-def _is(artifact: Artifact, row: Row) -> bool:
-    if row.tensor_sha256:
-        return row.tensor_sha256 == artifact.tensor_sha256
-    return bool(row.sha256) and row.sha256 == artifact.sha256
 
 
 def _on(row: Row, names: frozenset[str]) -> bool:

@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from arte_edge.device.profile import Profile
-from arte_edge.export.results import Accuracy
-from arte_edge.export.student import StudentFile
 from arte_edge.publish.front import Candidate, Figure, Front, front_of
-from arte_edge.publish.rates import Predictor, Row, candidates
+from arte_edge.publish.rates import Predictor, candidates
 from arte_edge.publish.wants import Wants, size_text
+from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.rows import Row
+from arte_edge.results.student_json import StudentFile
 
 __all__ = ["Drop", "Recommendation", "Relax", "device_names", "drop_text", "recommend"]
 
@@ -150,7 +151,7 @@ def _accuracy_drop(c: Candidate, most_points: float) -> list[Drop]:
     return [Drop(c.file, "max_drop", reason, points)]
 
 
-def drop_text(accuracy: Accuracy) -> str:
+def drop_text(accuracy: PairedAccuracy) -> str:
     """Return the paired difference from the 16-bit student in points, and whether it is beyond chance."""
     if accuracy.difference is None:
         return "difference from the student not measured"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge import __version__
-from arte_edge.bench.result import SpeedRow
 from arte_edge.publish.charts import (
     accuracy_chart,
     front_chart,
@@ -32,6 +31,7 @@ from arte_edge.publish.report_story import (
     score_label,
 )
 from arte_edge.publish.wants import Wants, size_text
+from arte_edge.results.rows import SpeedRow
 from arte_edge.store import write_atomic
 
 __all__ = ["render", "write_report"]

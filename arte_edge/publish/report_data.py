@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.errors import InputError
-from arte_edge.export.student import StudentFile, read_student
-from arte_edge.publish.rates import Row
 from arte_edge.publish.where import find_export, find_run, read_bench
+from arte_edge.results.rows import Row
+from arte_edge.results.student_json import StudentFile, read_student
 from arte_edge.store import read_jsonl
 
 __all__ = ["STAGES", "Story", "Work", "read_story"]

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from arte_edge import catalog
-from arte_edge.export.student import Accuracy, Artifact, Evaluation, Speed, StudentFile
+from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.student_json import Artifact, Evaluation, Speed, StudentFile
 
 __all__ = ["accuracies", "accuracy_on", "device_title", "evaluations", "files", "left_out", "speeds"]
 
@@ -38,9 +39,9 @@ def evaluations(found: Sequence[Evaluation]) -> list[Evaluation]:
     return sorted(whole, key=lambda e: (e.split != "test", e.task, e.device, e.fingerprint, e.runtime))
 
 
-def accuracies(artifact: Artifact) -> list[Accuracy]:
+def accuracies(artifact: Artifact) -> list[PairedAccuracy]:
     """Return every accuracy of this very file that may be told: on devices, then the gate's."""
-    found: list[Accuracy] = list(evaluations(artifact.evaluations))
+    found: list[PairedAccuracy] = list(evaluations(artifact.evaluations))
     return [*found, *([artifact.accuracy] if artifact.accuracy else [])]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from arte_edge.errors import InputError
-from arte_edge.export.student import FILE_NAME, StudentFile, read_student
-from arte_edge.publish.rates import Row
+from arte_edge.results.rows import Row
+from arte_edge.results.student_json import FILE_NAME, StudentFile, read_student
 
 __all__ = ["BENCH_NAME", "find_export", "find_run", "read_bench", "read_export"]
 
@@ -73,6 +73,6 @@ def read_bench(folder: Path) -> list[Row]:
     path = folder / BENCH_NAME
     if not path.is_file():
         return []
-    from arte_edge.bench.rows import read_rows
+    from arte_edge.results.rows import read_rows
 
     return list(read_rows(path))

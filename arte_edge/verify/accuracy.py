@@ -10,14 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from arte_edge.distill.prompts import ANSWER_STOPS, STEPS, student_messages
 from arte_edge.errors import InputError
-from arte_edge.stats import Interval, PairedTest, mcnemar, wilson
+from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.tasks.answers import extract, matches
 from arte_edge.tasks.task import Example, Task
 from arte_edge.verify.check import Check
@@ -25,45 +21,10 @@ from arte_edge.verify.logits import Progress
 from arte_edge.verify.opened import Opened
 from arte_edge.verify.prompts import plain_text
 
-__all__ = ["ANSWER_TOKENS", "Accuracy", "Answered", "answers", "check_accuracy", "measure_accuracy"]
+__all__ = ["ANSWER_TOKENS", "Answered", "answers", "check_accuracy", "measure_accuracy"]
 
 ANSWER_TOKENS = 96  # what the evaluation of a run allows by default
-_SURE = 0.05
 _BATCH = 32  # examples between two reports of progress
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Right answers of both over the same n examples, with 95 % intervals; shares from 0 to 1."""
-
-    task: str
-    split: str  # validation | test
-    n: int
-    reference: float
-    reference_interval: Interval
-    artifact: float
-    artifact_interval: Interval
-    paired: PairedTest  # difference: artifact minus reference
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        return {
-            "task": self.task,
-            "split": self.split,
-            "n": self.n,
-            "reference": self.reference,
-            "reference_low": self.reference_interval.low,
-            "reference_high": self.reference_interval.high,
-            "artifact": self.artifact,
-            "artifact_low": self.artifact_interval.low,
-            "artifact_high": self.artifact_interval.high,
-            "difference": self.paired.difference,
-            "difference_low": self.paired.low,
-            "difference_high": self.paired.high,
-            "lost": self.paired.only_a,
-            "gained": self.paired.only_b,
-            "p_value": self.paired.p_value,
-        }
 
 
 @dataclass(frozen=True)
@@ -87,7 +48,7 @@ def measure_accuracy(
     final: bool = False,
     plain: bool = False,
     progress: Progress | None = None,
-) -> Accuracy:
+) -> PairedAccuracy:
     """Let both answer `limit` examples (0: all) of the validation split, of the test split if `final`.
 
     With `plain` the chat templates are left aside, as a run with ``template = "none"`` does.
@@ -102,24 +63,14 @@ def measure_accuracy(
         raise InputError(f"Task '{task.name}' has no {split} examples", f"Label some in {split}.jsonl.")
     before = _right(reference, task, examples, plain, progress)
     after = _right(artifact, task, examples, plain, progress)
-    n = len(examples)
-    return Accuracy(
-        task=task.name,
-        split=split,
-        n=n,
-        reference=float(before.mean()),
-        reference_interval=wilson(int(before.sum()), n),
-        artifact=float(after.mean()),
-        artifact_interval=wilson(int(after.sum()), n),
-        paired=mcnemar(before, after),
-    )
+    accuracy = PairedAccuracy.of(task.name, split, sum(after), len(after))
+    return accuracy.paired_with(reference.name, before, after)
 
 
 def _right(
     model: Opened, task: Task, examples: Sequence[Example], plain: bool, progress: Progress | None
-) -> NDArray[np.bool_]:
-    found = answers(model, task, examples, plain, progress=progress)
-    return np.array([one.right for one in found], dtype=np.bool_)
+) -> list[bool]:
+    return [one.right for one in answers(model, task, examples, plain, progress=progress)]
 
 
 def answers(
@@ -162,19 +113,19 @@ def _prompt(model: Opened, task: Task, example: Example, plain: bool) -> str:
     return (plain_text(messages) if text is None else text) + STEPS
 
 
-def check_accuracy(accuracy: Accuracy, allowed: float | None) -> Check:
-    """Fail if more was lost than `allowed` and the loss is beyond chance (exact McNemar test, p < 0.05).
+def check_accuracy(accuracy: PairedAccuracy, allowed: float | None) -> Check:
+    """Fail if the drop exceeds `allowed` and is significant (exact McNemar test, p < 0.05).
 
-    On a hundred examples luck alone moves accuracy by several points, so a drop that
-    the paired test cannot tell from luck does not condemn a file.
+    On a hundred examples chance alone moves accuracy by several points, so a drop that
+    the paired test cannot tell from chance does not reject a file.
     """
-    drop = -accuracy.paired.difference
-    low, high = accuracy.artifact_interval
+    before, difference = accuracy.reference_alone, accuracy.difference
+    assert before is not None and difference is not None
     shares = (
-        f"{accuracy.reference:.1%} -> {accuracy.artifact:.1%} [{low:.1%}, {high:.1%}] on {accuracy.n} "
-        f"{accuracy.split} examples of {accuracy.task}; difference {accuracy.paired.difference:+.1%} "
-        f"[{accuracy.paired.low:+.1%}, {accuracy.paired.high:+.1%}], p = {accuracy.paired.p_value:.2g}"
+        f"{before.accuracy:.1%} -> {accuracy.accuracy:.1%} [{accuracy.low:.1%}, {accuracy.high:.1%}] on "
+        f"{accuracy.n} {accuracy.split} examples of {accuracy.task}; difference {difference:+.1%} "
+        f"[{accuracy.difference_low:+.1%}, {accuracy.difference_high:+.1%}], p = {accuracy.p_value:.2g}"
     )
-    lost = allowed is not None and drop > allowed and accuracy.paired.p_value < _SURE
+    lost = allowed is not None and -difference > allowed and accuracy.significant
     note = f"The artifact lost answers that the reference gets right: {shares}." if lost else shares
-    return Check("accuracy drop", drop, allowed, not lost, note)
+    return Check("accuracy drop", -difference, allowed, not lost, note)

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.errors import InputError
+from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.tasks.task import Task
-from arte_edge.verify.accuracy import Accuracy, check_accuracy, measure_accuracy
+from arte_edge.verify.accuracy import check_accuracy, measure_accuracy
 from arte_edge.verify.chat_template import check_templates
 from arte_edge.verify.check import Check
 from arte_edge.verify.corpus import hard_strings
@@ -39,7 +40,7 @@ class Verdict:
     passed: bool
     checks: tuple[Check, ...]
     fidelity: Fidelity | None = None
-    accuracy: Accuracy | None = None
+    accuracy: PairedAccuracy | None = None
     reference: str = ""
     artifact: str = ""
     judged_as: str = ""  # the quantization type whose limits were taken; empty if they were given
@@ -68,7 +69,7 @@ class Verdict:
             "runtimes": list(self.runtimes),
             "checks": [check.as_dict() for check in self.checks],
             "fidelity": figures,
-            "accuracy": None if self.accuracy is None else self.accuracy.as_dict(),
+            "accuracy": None if self.accuracy is None else self.accuracy.model_dump(mode="json"),
         }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arte_edge.bench.result import DeviceFacts
+from arte_edge.results.rows import DeviceFacts
 
 N_VOCAB, WIDTH, HEADS, N_FF, LAYERS = 96, 64, 4, 96, 2
 

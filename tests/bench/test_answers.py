@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from arte_edge.bench.answers import run_quality
-from arte_edge.bench.result import DeviceFacts, QualityRow
 from arte_edge.errors import InputError
 from arte_edge.models.resolve import LocalModel
+from arte_edge.results.rows import DeviceFacts, QualityRow
 
 
 class Quiet:

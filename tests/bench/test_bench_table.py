@@ -7,8 +7,8 @@ import io
 import json
 from typing import Any
 
-from arte_edge.bench.result import DeviceFacts, SpeedRow
 from arte_edge.bench.table import Table, as_csv, as_json, summary
+from arte_edge.results.rows import DeviceFacts, SpeedRow
 
 
 def row(device: DeviceFacts, **told: Any) -> SpeedRow:

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from arte_edge import catalog
-from arte_edge.bench.case import BenchSettings, cases, default_threads, parse_counts
-from arte_edge.bench.result import DeviceFacts
-from arte_edge.bench.runner import Request
+from arte_edge.bench.case import BenchSettings, Request, cases, default_threads, parse_counts
 from arte_edge.bench.suite import load_suite, make_settings
 from arte_edge.errors import InputError
+from arte_edge.results.rows import DeviceFacts
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arte_edge.bench.compare import Comparison, compare
-from arte_edge.bench.result import DeviceFacts, QualityRow, SpeedRow
-from arte_edge.bench.rows import append_rows
 from arte_edge.bench.sides import rows_of
 from arte_edge.bench.table import as_json
 from arte_edge.errors import InputError
+from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow, append_rows
 from arte_edge.stats import ratio, t_quantile
 
 PI = DeviceFacts(fingerprint="a" * 16, cpu="Cortex-A76", arch="aarch64", cores=4, memory_bytes=8 << 30)

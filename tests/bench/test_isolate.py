@@ -154,7 +154,7 @@ def test_the_child_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
 import sys, threading, time
 from pathlib import Path
 from arte_edge.bench.case import BenchSettings, cases
-from arte_edge.bench.result import DeviceFacts
+from arte_edge.results.rows import DeviceFacts
 from arte_edge.bench import isolate
 facts = DeviceFacts(fingerprint="0", cpu="", arch="", cores=1, memory_bytes=1)
 case = next(cases(Path("null:50"), BenchSettings(n_prompt=(1000,), warmup=False), facts))

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from arte_edge.bench.rows import read_rows
 from arte_edge.cli.main import main
-from arte_edge.export.student import Artifact, Fidelity, Lineage, Student, StudentFile, write_student
-from arte_edge.export.sums import sums_of
+from arte_edge.models.artifact_hash import checksums_of
+from arte_edge.results.rows import read_rows
+from arte_edge.results.student_json import Artifact, Fidelity, Lineage, Student, StudentFile, write_student
 
 QUICK = ["-p", "4", "-n", "8", "-r", "2", "--no-warmup", "-t", "1", "--no-roofline"]
 
@@ -24,7 +24,7 @@ def bench_export(bench_gguf: Path, tmp_path: Path) -> Path:
     folder.mkdir()
     path = folder / bench_gguf.name
     shutil.copy(bench_gguf, path)
-    sums = sums_of(path)
+    sums = checksums_of(path)
     good = Artifact(
         file=path.name,
         format="gguf",

@@ -12,11 +12,12 @@ import pytest
 
 from arte_edge.bench import quality
 from arte_edge.bench.quality import example_key, measure_quality
-from arte_edge.bench.result import DeviceFacts, QualityRow
 from arte_edge.bench.targets import Target
 from arte_edge.errors import InputError
 from arte_edge.models import LocalModel
-from arte_edge.stats import mcnemar, paired, wilson
+from arte_edge.results.accuracy import paired_on_common
+from arte_edge.results.rows import DeviceFacts, QualityRow
+from arte_edge.stats import mcnemar, wilson
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Answer, Example, Task, rows_sha256
 
@@ -134,10 +135,8 @@ def test_a_row_of_another_machine_serves_as_the_reference(shelf: Shelf) -> None:
     later = shelf.measure("worse", reference=earlier)
     assert len(shelf.opened) == 4  # the student was not opened again
     assert later.difference == direct.difference and later.p_value == direct.p_value
-    assert (
-        paired(earlier.model_filename, earlier.answers, later.model_filename, later.answers).difference
-        == direct.difference
-    )
+    again = paired_on_common("a", earlier.answers, "b", later.answers)
+    assert again.difference == direct.difference
 
 
 def test_a_limit_marks_the_row_and_pairs_the_same_examples(shelf: Shelf) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from arte_edge.bench.case import BenchSettings
-from arte_edge.bench.result import DeviceFacts, SpeedRow
 from arte_edge.bench.runner import run_bench
 from arte_edge.errors import InputError
+from arte_edge.results.rows import DeviceFacts, SpeedRow
 
 QUICK = BenchSettings(n_prompt=(16,), n_gen=(80,), repetitions=3, warmup_s=1, threads=(1,), roofline=False)
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arte_edge.bench.result import Reading
 from arte_edge.bench.throttle import judge
+from arte_edge.results.rows import Reading
 
 
 def readings(*values: tuple[float | None, float | None, int | None]) -> list[Reading]:

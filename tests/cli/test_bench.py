@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from arte_edge.bench.result import SpeedRow
 from arte_edge.cli.main import main
+from arte_edge.results.rows import SpeedRow
 
 QUICK = ["-p", "4", "-n", "8", "-r", "2", "--no-warmup", "-t", "1", "--no-roofline"]
 

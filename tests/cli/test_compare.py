@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from arte_edge.bench.result import DeviceFacts, QualityRow, SpeedRow
-from arte_edge.bench.rows import append_rows
 from arte_edge.cli.main import main
+from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow, append_rows
 
 DEVICE = DeviceFacts(
     fingerprint="a" * 16,

@@ -14,7 +14,8 @@ from arte_edge.errors import ArteError
 from arte_edge.export.formats import format_of
 from arte_edge.export.pipeline import Failure, Outcome
 from arte_edge.export.source import Source
-from arte_edge.export.student import Accuracy, Artifact, Fidelity, Figures, Lineage, Student, StudentFile
+from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.student_json import Artifact, Fidelity, FidelityMetrics, Lineage, Student, StudentFile
 
 SUM = "ef" * 32
 STUDENT = Student(
@@ -28,7 +29,7 @@ STUDENT = Student(
 
 def artifact(label: str, status: str = "ok") -> Artifact:
     format = format_of(label)
-    figures = Figures(
+    metrics = FidelityMetrics(
         n_prompts=24,
         n_tokens=2600,
         kl_mean=0.0312,
@@ -51,8 +52,10 @@ def artifact(label: str, status: str = "ok") -> Artifact:
             "sha256": SUM,
             "tensor_sha256": SUM,
             "bits_per_weight": 6.17,
-            "fidelity": Fidelity(passed=status == "ok", figures=figures, prompts_from="validation of parity"),
-            "accuracy": Accuracy(split="validation", n=100, right=28, accuracy=0.28, low=0.2, high=0.375),
+            "fidelity": Fidelity(passed=status == "ok", metrics=metrics, prompts_from="validation of parity"),
+            "accuracy": PairedAccuracy(
+                split="validation", n=100, right=28, accuracy=0.28, low=0.2, high=0.375
+            ),
         }
     )
 

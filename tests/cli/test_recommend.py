@@ -9,14 +9,22 @@ from typing import Any
 import pytest
 
 from arte_edge.cli.main import main
-from arte_edge.export.results import Accuracy, Speed
-from arte_edge.export.student import Artifact, Fidelity, Lineage, Student, StudentFile, write_student
+from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.student_json import (
+    Artifact,
+    Fidelity,
+    Lineage,
+    Speed,
+    Student,
+    StudentFile,
+    write_student,
+)
 
 PI = ("--device", "raspberry-pi-5")
 
 
 def artifact(name: str, size: int, char: str, decode: float, difference: float) -> Artifact:
-    accuracy = Accuracy(
+    accuracy = PairedAccuracy(
         split="validation", n=40, right=16, accuracy=0.4, low=0.26, high=0.55, difference=difference,
         difference_low=difference - 0.1, difference_high=difference + 0.1, p_value=0.5,
     )  # fmt: skip

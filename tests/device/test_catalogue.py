@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from arte_edge.bench.result import DeviceFacts
 from arte_edge.device.catalogue import (
     add_device,
     find_device,
@@ -17,6 +16,7 @@ from arte_edge.device.catalogue import (
     shipped,
 )
 from arte_edge.errors import InputError
+from arte_edge.results.rows import DeviceFacts
 
 
 def facts(arch: str, cpu: str = "x", features: tuple[str, ...] = ()) -> DeviceFacts:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from arte_edge.bench.result import DeviceFacts
 from arte_edge.device import memory
 from arte_edge.device.cpuinfo import parse_cpuinfo, parse_sysctl
 from arte_edge.device.detect import detect, usable_cores
+from arte_edge.results.rows import DeviceFacts
 
 A76_FEATURES = (
     "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"

@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 
 from arte_edge.bench import remote as remote_module
-from arte_edge.bench.case import BenchSettings
+from arte_edge.bench.case import BenchSettings, Reporter
 from arte_edge.bench.remote import bench_remote
-from arte_edge.bench.result import DeviceFacts, QualityRow, SpeedRow
-from arte_edge.bench.runner import Reporter
 from arte_edge.device.profile import Profile, Remote
 from arte_edge.device.ssh_errors import ConnectionLost, RemoteError
 from arte_edge.device.survey import Survey
 from arte_edge.device.work_folder import check, clean
 from arte_edge.errors import ArteError, InputError
+from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow
 
 FACTS = DeviceFacts(fingerprint="0" * 16, cpu="Cortex-A76", arch="aarch64", cores=4, memory_bytes=8 << 30)
 SPEED = SpeedRow(

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from arte_edge.export.student import SCHEMA_VERSION
+from arte_edge.results.student_json import SCHEMA_VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
 

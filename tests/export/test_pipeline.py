@@ -24,10 +24,10 @@ from arte_edge.export.formats import parse_list
 from arte_edge.export.pipeline import Outcome, export
 from arte_edge.export.recipe import Recipe, build
 from arte_edge.export.source import Source, open_source
-from arte_edge.export.student import Speed, read_student, write_student
 from arte_edge.models.gguf_fields import read_fields
 from arte_edge.models.gguf_header import read_header
 from arte_edge.models.gguf_rewrite import rewrite
+from arte_edge.results.student_json import Speed, read_student, write_student
 from arte_edge.verify.check import Check
 from arte_edge.verify.gate import Verdict
 

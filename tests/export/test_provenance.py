@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from arte_edge.export.provenance import gguf_keys, leaks, parent_of, public_name
-from arte_edge.export.student import Data, Lineage, Parent, Student
+from arte_edge.results.student_json import Data, Lineage, Parent, Student
 
 SUM = "cd" * 32
 STUDENT = Student(name="tiny", sha256=SUM, architecture="llama", dtype="F16", parameter_count=9)

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from arte_edge.bench.result import DeviceFacts, QualityRow, SpeedRow
 from arte_edge.errors import InputError
-from arte_edge.export.student import StudentFile, read_student
 from arte_edge.publish.card import CARD, CardOptions, render_card, write_card
-from arte_edge.publish.speeds import merge_rows
+from arte_edge.results.merge import merge_rows
+from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow
+from arte_edge.results.student_json import StudentFile, read_student
 
 Make = Callable[..., SpeedRow]
 MakeQuality = Callable[..., QualityRow]

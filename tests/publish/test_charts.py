@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arte_edge.bench.result import DeviceFacts, Reading, SpeedRow
 from arte_edge.publish.charts import (
     accuracy_chart,
     front_chart,
@@ -25,6 +24,7 @@ from arte_edge.publish.charts import (
 from arte_edge.publish.charts_axes import Axis, around, number
 from arte_edge.publish.charts_plot import SHAPES, Plot
 from arte_edge.publish.charts_traces import trace_of, traced
+from arte_edge.results.rows import DeviceFacts, Reading, SpeedRow
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -7,10 +7,10 @@ import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
 
-from arte_edge.bench.result import QualityRow
 from arte_edge.errors import InputError
 from arte_edge.publish.eval_results import Benchmark, check_registered, parse_benchmark, write_eval_results
-from arte_edge.publish.speeds import merge_rows
+from arte_edge.results.merge import merge_rows
+from arte_edge.results.rows import QualityRow
 
 MakeQuality = Callable[..., QualityRow]
 GSM8K = Benchmark("openai/gsm8k", "gsm8k")

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from arte_edge.bench.result import QualityRow, SpeedRow
 from arte_edge.errors import ArteError, InputError
-from arte_edge.export.student import FILE_NAME, read_student
-from arte_edge.export.sums import sums_of
 from arte_edge.models import LocalModel
+from arte_edge.models.artifact_hash import checksums_of
 from arte_edge.models.gguf_fields import Field, read_fields
 from arte_edge.models.gguf_rewrite import rewrite
 from arte_edge.publish.gguf_meta import write_keys
-from arte_edge.publish.speeds import merge_rows
+from arte_edge.results.merge import merge_rows
+from arte_edge.results.rows import QualityRow, SpeedRow
+from arte_edge.results.student_json import FILE_NAME, read_student
 
 gguf = pytest.importorskip("gguf")
 
@@ -60,9 +60,9 @@ def test_a_second_run_writes_nothing(make_gguf: Callable[..., Path]) -> None:
 
 def test_the_sum_it_returns_is_that_of_the_file(make_gguf: Callable[..., Path]) -> None:
     path = make_gguf()
-    before = sums_of(path)
+    before = checksums_of(path)
     done = rewrite(path, {"arte_edge.a": Field(STRING, b"x" * 100)})
-    after = sums_of(path)
+    after = checksums_of(path)
     assert done.sha256 == after.sha256 != before.sha256
     assert after.tensor_sha256 == before.tensor_sha256
 
@@ -219,7 +219,7 @@ def test_results_stand_in_the_file_and_its_sum_in_the_document(
     assert found["arte_edge.fidelity.kl_mean"] == pytest.approx(0.0058)
     student = read_student(export_folder)
     assert student is not None
-    sums = sums_of(export_folder / NAME)
+    sums = checksums_of(export_folder / NAME)
     assert (student.artifacts[0].sha256, student.artifacts[0].size_bytes) == (sums.sha256, sums.size_bytes)
     assert student.artifacts[0].tensor_sha256 == sums.tensor_sha256
     assert write_keys(export_folder) == ()
@@ -266,9 +266,9 @@ def test_llama_cpp_loads_the_rewritten_file_and_answers_the_same(smollm2: LocalM
         finally:
             model.close()
 
-    before, sums = answer(), sums_of(path)
+    before, sums = answer(), checksums_of(path)
     keys = {f"arte_edge.bench.{i}.device": Field(STRING, b"raspberry-pi-5") for i in range(40)}
     rewrite(path, keys)
-    assert sums_of(path).tensor_sha256 == sums.tensor_sha256
+    assert checksums_of(path).tensor_sha256 == sums.tensor_sha256
     assert set(keys) < set(read_fields(path).fields)
     assert answer() == before

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from arte_edge.bench.result import SpeedRow
 from arte_edge.cli.main import main
+from arte_edge.results.rows import SpeedRow
 
 Capture = pytest.CaptureFixture[str]
 REPO = "ada/tiny-GGUF"

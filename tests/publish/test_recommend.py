@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from arte_edge.bench.result import DeviceFacts, QualityRow, SpeedRow
 from arte_edge.device.profile import Profile
 from arte_edge.errors import InputError
-from arte_edge.export.results import Accuracy, Speed
-from arte_edge.export.student import Artifact, Fidelity, Lineage, Student, StudentFile
 from arte_edge.publish.front import Candidate, Figure, front_of
 from arte_edge.publish.rates import Prediction
 from arte_edge.publish.recommend import drop_text, recommend
 from arte_edge.publish.wants import Wants, parse_size, size_text
+from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow
+from arte_edge.results.student_json import Artifact, Fidelity, Lineage, Speed, Student, StudentFile
 
 PI = Profile(name="raspberry-pi-5", title="Raspberry Pi 5", cores=4, memory_bytes=(8_000_000_000,))
 
@@ -23,9 +23,9 @@ def sums(name: str) -> str:
     return f"{abs(hash(name)):064x}"[-64:]
 
 
-def accuracy(right: int, n: int = 100, *, difference: float = 0.0, p: float = 1.0) -> Accuracy:
+def accuracy(right: int, n: int = 100, *, difference: float = 0.0, p: float = 1.0) -> PairedAccuracy:
     share = right / n
-    return Accuracy(
+    return PairedAccuracy(
         task="t",
         split="validation",
         n=n,
@@ -41,7 +41,7 @@ def accuracy(right: int, n: int = 100, *, difference: float = 0.0, p: float = 1.
 
 
 def artifact(
-    name: str, size_mb: int, *, right: Accuracy | None = None, decode: float = 0.0, **more: Any
+    name: str, size_mb: int, *, right: PairedAccuracy | None = None, decode: float = 0.0, **more: Any
 ) -> Artifact:
     speed = Speed(
         device="raspberry-pi-5",

@@ -7,13 +7,20 @@ from typing import Any
 
 import pytest
 
-from arte_edge.bench.result import DeviceFacts, SpeedRow
 from arte_edge.distill.config import Deploy
 from arte_edge.errors import InputError
-from arte_edge.export.results import Speed
-from arte_edge.export.student import Artifact, Fidelity, Lineage, Student, StudentFile, write_student
 from arte_edge.models.local import LocalModel
 from arte_edge.publish.deploy_rates import deploy_rates
+from arte_edge.results.rows import DeviceFacts, SpeedRow
+from arte_edge.results.student_json import (
+    Artifact,
+    Fidelity,
+    Lineage,
+    Speed,
+    Student,
+    StudentFile,
+    write_student,
+)
 
 PI = "raspberry-pi-5"
 

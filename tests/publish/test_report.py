@@ -13,20 +13,20 @@ from typing import Any
 
 import pytest
 
-from arte_edge.bench.result import DeviceFacts, Reading, SpeedRow
 from arte_edge.errors import InputError
-from arte_edge.export.results import Accuracy
-from arte_edge.export.student import (
+from arte_edge.publish.report import render, write_report
+from arte_edge.publish.report_data import read_story
+from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.rows import DeviceFacts, Reading, SpeedRow
+from arte_edge.results.student_json import (
     Artifact,
     Fidelity,
-    Figures,
+    FidelityMetrics,
     Lineage,
     Student,
     StudentFile,
     write_student,
 )
-from arte_edge.publish.report import render, write_report
-from arte_edge.publish.report_data import read_story
 
 BAD = '<script>alert("pwned")</script>'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -83,9 +83,11 @@ def run(tmp_path: Path) -> Path:
 
 
 def export() -> StudentFile:
-    figures = Figures(n_prompts=9, n_tokens=99, kl_mean=0.01, kl_p99=0.1, kl_max=0.2, top1=0.97,
+    metrics = FidelityMetrics(n_prompts=9, n_tokens=99, kl_mean=0.01, kl_p99=0.1, kl_max=0.2, top1=0.97,
                       perplexity_reference=9, perplexity_ratio=1, perplexity_ratio_error=0.1)  # fmt: skip
-    accuracy = Accuracy(split="validation", n=40, right=20, accuracy=0.5, low=0.4, high=0.6, difference=-0.05)
+    accuracy = PairedAccuracy(
+        split="validation", n=40, right=20, accuracy=0.5, low=0.4, high=0.6, difference=-0.05
+    )
     artifacts = tuple(
         Artifact(
             file=f"m-{name}.gguf",
@@ -96,7 +98,7 @@ def export() -> StudentFile:
             sha256=char * 64,
             tensor_sha256=char * 64,
             bits_per_weight=5,
-            fidelity=Fidelity(passed=True, figures=figures),
+            fidelity=Fidelity(passed=True, metrics=metrics),
             accuracy=accuracy,
         )
         for name, size, char in (("Q8_0", 145_000_000, "a"), ("Q4_K_M", 105_000_000, "b"))

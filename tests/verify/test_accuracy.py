@@ -60,12 +60,11 @@ def measure(before: Pupil, after: Pupil, **options: Any) -> Any:
 def test_both_answer_the_same_validation_examples_as_the_student_is_asked() -> None:
     before, after = Pupil(), Pupil(30)
     found = measure(before, after)
-    assert (found.split, found.n, found.reference, found.artifact) == ("validation", 100, 1.0, 0.7)
+    assert (found.split, found.n, found.reference_right, found.accuracy) == ("validation", 100, 100, 0.7)
     assert before.asked == after.asked
     assert all(prompt.startswith("<chat>Question: ") and prompt.endswith(STEPS) for prompt in before.asked)
-    low, high = found.artifact_interval
-    assert low < 0.7 < high
-    assert found.paired.only_a == 30 and found.paired.difference == pytest.approx(-0.3)
+    assert found.low < 0.7 < found.high
+    assert (found.lost, found.gained) == (30, 0) and found.difference == pytest.approx(-0.3)
 
 
 def test_a_student_of_plain_text_is_asked_in_plain_text() -> None:

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arte_edge.bench.result import DeviceFacts, QualityRow, Reading, SpeedRow
-from arte_edge.bench.rows import append_rows, read_rows
 from arte_edge.errors import InputError
+from arte_edge.results.rows import DeviceFacts, QualityRow, Reading, SpeedRow, append_rows, read_rows
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -82,7 +81,7 @@ def test_rows_come_back_and_a_torn_last_line_costs_only_itself(
         assert read_rows(path) == left + after
 
 
-def test_a_row_without_its_newline_is_whole(tmp_path: Path, this_device: DeviceFacts) -> None:
+def test_a_row_without_its_newline_is_whole(tmp_path: Path, pi5: DeviceFacts) -> None:
     path = tmp_path / "bench.jsonl"
     row = SpeedRow(
         test="pp1",
@@ -92,7 +91,7 @@ def test_a_row_without_its_newline_is_whole(tmp_path: Path, this_device: DeviceF
         n_threads=1,
         n_prompt=1,
         n_gen=0,
-        device=this_device,
+        device=pi5,
     )
     append_rows(path, [row])
     path.write_bytes(path.read_bytes().rstrip())  # some editors do that
@@ -101,7 +100,7 @@ def test_a_row_without_its_newline_is_whole(tmp_path: Path, this_device: DeviceF
     assert read_rows(path) == [row, row]
 
 
-def test_what_cannot_be_read_is_named_with_its_line(tmp_path: Path, this_device: DeviceFacts) -> None:
+def test_what_cannot_be_read_is_named_with_its_line(tmp_path: Path, pi5: DeviceFacts) -> None:
     path = tmp_path / "bench.jsonl"
     assert read_rows(path) == []
     row = SpeedRow(
@@ -112,15 +111,15 @@ def test_what_cannot_be_read_is_named_with_its_line(tmp_path: Path, this_device:
         n_threads=1,
         n_prompt=1,
         n_gen=0,
-        device=this_device,
+        device=pi5,
     )
     append_rows(path, [row, row])
     good = path.read_text()
     for text, words in (
         ("{\n" + good, ":1: not a JSON object"),
-        (good.replace('"schema_version":1', '"schema_version":9'), ":1: schema_version is 9"),
+        (good.replace('"schema_version":2', '"schema_version":9'), ":1: schema_version is 9"),
         (good.replace('"n_threads":1', '"n_threads":0'), ":1: n_threads"),
-        (good + '{"schema_version": 1}\n', ":3: model_filename"),
+        (good + '{"schema_version": 1}\n', ":3: task"),
     ):
         path.write_text(text)
         with pytest.raises(InputError, match=words):

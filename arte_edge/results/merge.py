@@ -1,10 +1,10 @@
-"""Merge measured rows into ``student.json``, so that what a device said travels with the files.
+"""Merge measured rows into ``student.json``, so that measurements travel with the files.
 
-A row belongs to the file with its tensor hash, whatever was written into the file's metadata since.
-One test of one file is known by device, runtime, threads and shape. Of two results for the same
-test a sound one stands before one of a throttled device, that before a failure, and among equals the
-newer: a rerun replaces its own entry and no other, and rows give the same document in whatever order
-and however often they are merged. The rows themselves stay in ``bench.jsonl``.
+A row belongs to the file with its tensor hash, even after the file's metadata was rewritten.
+One test of one file is identified by device, runtime, threads and shape. Of two results for the same
+test a valid one wins over one from a throttled device, that over a failure, and among equals the
+newer: a rerun replaces its own entry and no other, and merging is idempotent and independent of the
+order of the rows. The rows themselves stay in ``bench.jsonl``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from arte_edge.bench.result import QualityRow, SpeedRow
 from arte_edge.cache import locked
 from arte_edge.errors import InputError
-from arte_edge.export.student import (
+from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.rows import QualityRow, Row, SpeedRow
+from arte_edge.results.student_json import (
     FILE_NAME,
     Artifact,
     Evaluation,
@@ -30,15 +31,22 @@ from arte_edge.export.student import (
     write_student,
 )
 
-__all__ = ["Merged", "Row", "merge_into", "merge_rows", "speed_of", "student_lock"]
+__all__ = [
+    "Merged",
+    "belongs_to",
+    "evaluation_of",
+    "merge_into",
+    "merge_rows",
+    "speed_of",
+    "student_lock",
+]
 
-Row = SpeedRow | QualityRow
 _Key = tuple[str, str, int, int]  # fingerprint, runtime, threads, depth
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The document with the rows in it, and in words what was not taken and why."""
+    """The document with the rows merged in, and a note for each kind of row that was skipped and why."""
 
     student: StudentFile
     notes: tuple[str, ...] = ()
@@ -50,7 +58,7 @@ def merge_rows(
     """Merge `rows` into ``student.json`` of `folder`, all of them or none; return the document.
 
     Args:
-        note: is told what was not taken, in words.
+        note: called with a sentence for what was skipped.
 
     Raises:
         InputError: there is no ``student.json``, or it is damaged; it is left as it is.
@@ -86,9 +94,9 @@ def merge_into(student: StudentFile, rows: Iterable[Row]) -> Merged:
     mine: dict[int, list[Row]] = defaultdict(list)
     own: list[QualityRow] = []
     for row in rows:
-        places = [i for i, artifact in enumerate(student.artifacts) if _is(artifact, row)]
-        if refusal := _refusal(row):
-            notes[refusal] = None
+        places = [i for i, artifact in enumerate(student.artifacts) if belongs_to(row, artifact)]
+        if reason := _not_mergeable(row):
+            notes[reason] = None
         elif places:
             for place in places:
                 mine[place].append(row)
@@ -97,7 +105,7 @@ def merge_into(student: StudentFile, rows: Iterable[Row]) -> Merged:
         elif row.format == "safetensors" and row.sha256 == student.student.sha256:
             notes[f"{row.model_filename}: the 16-bit student's own speed stays in bench.jsonl"] = None
         else:
-            notes[f"{row.model_filename}: no file in {FILE_NAME} has its tensors; not merged"] = None
+            notes[f"{row.model_filename}: no file in {FILE_NAME} has these tensors; not merged"] = None
     artifacts = tuple(_with(artifact, mine.get(i, [])) for i, artifact in enumerate(student.artifacts))
     changed = student.model_copy(
         update={
@@ -108,13 +116,14 @@ def merge_into(student: StudentFile, rows: Iterable[Row]) -> Merged:
     return Merged(changed, tuple(notes))
 
 
-def _is(artifact: Artifact, row: Row) -> bool:
+def belongs_to(row: Row, artifact: Artifact) -> bool:
+    """Return whether `row` was measured on the tensors of `artifact`."""
     if row.tensor_sha256:
         return row.tensor_sha256 == artifact.tensor_sha256
     return bool(row.sha256) and row.sha256 == artifact.sha256
 
 
-def _refusal(row: Row) -> str:
+def _not_mergeable(row: Row) -> str:
     """Return why a row says nothing about a file on a device; empty if it does."""
     if row.format == "null":
         return f"{row.model_filename}: an empty runtime, which times only the harness; not merged"
@@ -138,7 +147,7 @@ def _with(artifact: Artifact, rows: Sequence[Row]) -> Artifact:
 
 
 def _speeds(there: Sequence[Speed], rows: Sequence[SpeedRow]) -> tuple[Speed, ...]:
-    foreign = tuple(speed for speed in there if not speed.tests)  # not from rows: left alone
+    foreign = tuple(speed for speed in there if not speed.tests)  # not from rows: unchanged
     tests: dict[_Key, list[SpeedTest]] = defaultdict(list)
     facts: dict[_Key, set[tuple[str, str]]] = defaultdict(set)
     for speed in there:
@@ -164,30 +173,30 @@ def _newest(tests: Iterable[SpeedTest]) -> tuple[SpeedTest, ...]:
 
 
 def _rank(test: SpeedTest) -> tuple[int, str, str]:
-    return _soundness(test), test.test_time, test.model_dump_json()
+    return _validity(test), test.test_time, test.model_dump_json()
 
 
-def _soundness(test: SpeedTest) -> int:
+def _validity(test: SpeedTest) -> int:
     return 0 if test.status != "ok" else 1 if test.throttled else 2
 
 
 def speed_of(key: _Key, facts: tuple[str, str], tests: tuple[SpeedTest, ...]) -> Speed:
-    """Return the entry whose figures are taken from `tests`.
+    """Return the entry whose summary numbers are taken from `tests`.
 
-    They come from the tests nearest to llama-bench's own (512 tokens read, 128 written) among the
-    sound ones, or among those of the throttled device if there is no other. A pg test, which reads
-    and writes, gives neither rate.
+    They come from the tests nearest to llama-bench's defaults (prefill of 512 tokens, generation of
+    128) among the valid ones, or among those of the throttled device if there is no other. A pg test,
+    which does both, gives neither rate.
     """
     fingerprint, runtime, threads, n_depth = key
     profile, cpu = facts
-    level = max(_soundness(test) for test in tests)
-    usable = [test for test in tests if _soundness(test) == level and level > 0]
+    level = max(_validity(test) for test in tests)
+    usable = [test for test in tests if _validity(test) == level and level > 0]
     reads = [test for test in usable if test.n_prompt and not test.n_gen]
     writes = [test for test in usable if test.n_gen and not test.n_prompt]
     prefill = min(reads, key=lambda test: (abs(test.n_prompt - 512), test.n_prompt), default=None)
     decode = min(writes, key=lambda test: (abs(test.n_gen - 128), test.n_gen), default=None)
     taken = [test for test in (prefill, decode) if test is not None]
-    told = [test.throttled for test in taken if test.throttled is not None]
+    reported = [test.throttled for test in taken if test.throttled is not None]
     return Speed(
         device=profile or fingerprint,
         fingerprint=fingerprint,
@@ -205,7 +214,7 @@ def speed_of(key: _Key, facts: tuple[str, str], tests: tuple[SpeedTest, ...]) ->
         temperature_c_max=max(
             (t.temperature_c_max for t in taken if t.temperature_c_max is not None), default=None
         ),
-        throttled=any(told) if told else None,
+        throttled=any(reported) if reported else None,
         energy_j=decode.energy_j if decode else None,
         tests=tests,
     )
@@ -238,41 +247,26 @@ def _test(row: SpeedRow) -> SpeedTest:
 
 def _evaluations(there: Sequence[Evaluation], rows: Sequence[QualityRow]) -> tuple[Evaluation, ...]:
     best: dict[tuple[str, ...], Evaluation] = {}
-    for found in (*there, *(_evaluation(row) for row in rows)):
+    for found in (*there, *(evaluation_of(row) for row in rows)):
         key = (found.task, found.task_sha256, found.split, found.fingerprint, found.runtime)
         before = best.get(key)
-        best[key] = found if before is None else max(before, found, key=_worth)
+        best[key] = found if before is None else max(before, found, key=_priority)
     return tuple(best[key] for key in sorted(best))
 
 
-def _worth(found: Evaluation) -> tuple[bool, int, str, str]:
-    """All of a split stands before a part of it, a larger part before a smaller one, then the newer."""
+def _priority(found: Evaluation) -> tuple[bool, int, str, str]:
+    """A whole split wins over a part of it, a larger part over a smaller one, then the newer."""
     size = found.n if found.partial else 0
     return not found.partial, size, found.test_time, found.model_dump_json()
 
 
-def _evaluation(row: QualityRow) -> Evaluation:
+def evaluation_of(row: QualityRow) -> Evaluation:
+    """Return a row of a task as an entry of ``student.json``."""
+    shared = {*PairedAccuracy.model_fields, "runtime", "partial", "task_sha256", "test_time"}
+    shared |= {"answer_seconds_p50", "answer_seconds_p95"}
     return Evaluation(
-        task=row.task,
-        split=row.split,
-        n=row.n,
-        right=row.right,
-        accuracy=row.right / row.n,
-        low=row.low,
-        high=row.high,
-        difference=row.difference,
-        difference_low=row.difference_low,
-        difference_high=row.difference_high,
-        p_value=row.p_value,
+        **row.model_dump(include=shared),
         device=row.device.profile or row.device.fingerprint,
         fingerprint=row.device.fingerprint,
-        runtime=row.runtime,
         threads=row.n_threads,
-        partial=row.partial,
-        task_sha256=row.task_sha256,
-        reference=row.reference,
-        reference_right=row.reference_right,
-        answer_seconds_p50=row.answer_seconds_p50,
-        answer_seconds_p95=row.answer_seconds_p95,
-        test_time=row.test_time,
     )

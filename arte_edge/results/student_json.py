@@ -1,10 +1,13 @@
-"""``student.json``: where a student comes from, which files it has, and how far each is from it.
+"""``student.json``: lineage of a student, its exported files, and what was measured of each.
 
-The one document that travels with the files. Its schema is published as
-``docs/student.schema.json`` and has a version; a reader refuses a version it does not
-know. Results are keyed on the hash of the *tensor data*, so that rewriting a file's
-metadata orphans nothing. It holds no path, and no time but that of a measurement: the same
-export writes the same bytes.
+The one document that travels with the files. Its schema is published as ``docs/student.schema.json``
+and has a version; documents of version 1 are upgraded when they are read, unknown versions are an
+error. Results are keyed on the hash of the *tensor data*, so that rewriting a file's metadata keeps
+them. It holds no path, and no time except that of a measurement: the same export writes the same bytes.
+
+A speed entry is one file on one device with one runtime and number of threads. It holds every test
+that was run there, and above them the numbers people look for, taken from valid tests where there
+are any, else from tests on a throttled device, and marked so.
 """
 
 from __future__ import annotations
@@ -16,19 +19,18 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from arte_edge.errors import InputError
-from arte_edge.export.results import Accuracy, Evaluation, Section, Speed, SpeedTest
+from arte_edge.results.accuracy import PairedAccuracy, Record
 from arte_edge.store import write_atomic
 
 __all__ = [
     "FILE_NAME",
     "SCHEMA_VERSION",
-    "Accuracy",
     "Artifact",
     "Check",
     "Data",
     "Evaluation",
     "Fidelity",
-    "Figures",
+    "FidelityMetrics",
     "FileSum",
     "Lineage",
     "Merge",
@@ -44,21 +46,22 @@ __all__ = [
     "write_student",
 ]
 
-SCHEMA_VERSION = 1  # the only value that `StudentFile.schema_version` takes
+SCHEMA_VERSION: Literal[2] = 2
+_READABLE = (1, 2)  # version 1: `metrics` of a fidelity was called `figures`
 FILE_NAME = "student.json"
 _SHA256 = r"^[0-9a-f]{64}$"
 
 
-class Parent(Section):
+class Parent(Record):
     """A model that this one comes from."""
 
     name: str = Field(description="registry name, Hub id, or the last part of a path")
-    sha256: str = Field(default="", description="of the model's file, or one sum over its checkpoint")
-    quantization: str = Field(default="", description="the form it was used in: Q4_K_M, BF16, …")
+    sha256: str = Field(default="", description="of the model's file, or one hash over its checkpoint")
+    quantization: str = Field(default="", description="quantization it was used in: Q4_K_M, BF16, …")
     license: str = Field(default="", description="SPDX id, or the name its author gives")
 
 
-class Data(Section):
+class Data(Record):
     """The rows a student learned from."""
 
     file: str = Field(description="name of the file, without its folder")
@@ -66,7 +69,7 @@ class Data(Section):
     sha256: str = Field(pattern=_SHA256)
 
 
-class Tuning(Section):
+class Tuning(Record):
     """How the student was trained; only what a run folder records."""
 
     method: str = Field(description="full or lora")
@@ -75,18 +78,18 @@ class Tuning(Section):
     epochs: float | None = None
 
 
-class Merge(Section):
+class Merge(Record):
     """How far base plus adapter is from the merged weights, in logits."""
 
     adapter_sha256: str = Field(pattern=_SHA256)
     max_abs_diff: float
     mean_abs_diff: float
-    update_mean_abs: float = Field(description="how far the adapter moves the base: what there was to lose")
+    update_mean_abs: float = Field(description="mean absolute change of the logits by the adapter")
     top1_agreement: float = Field(ge=0, le=1)
     tokens: int = Field(ge=1)
 
 
-class Lineage(Section):
+class Lineage(Record):
     """Where the student comes from."""
 
     source: Literal["run", "checkpoint", "adapter", "gguf"] = Field(description="what was exported")
@@ -101,43 +104,43 @@ class Lineage(Section):
     merge: Merge | None = None
 
 
-class Student(Section):
+class Student(Record):
     """The 16-bit model that every file is compared with."""
 
     name: str
-    sha256: str = Field(pattern=_SHA256, description="one sum over weights, configuration and tokenizer")
+    sha256: str = Field(pattern=_SHA256, description="one hash over weights, configuration and tokenizer")
     architecture: str = Field(description="model_type of its config.json")
     dtype: str = Field(description="type of its weights: F16, BF16, F32")
     parameter_count: int = Field(ge=1)
 
 
-class FileSum(Section):
-    """One file and its sum."""
+class FileSum(Record):
+    """One file and its checksum."""
 
     file: str
     size_bytes: int = Field(ge=0)
     sha256: str = Field(pattern=_SHA256)
 
 
-class Tokenizer(Section):
+class Tokenizer(Record):
     """The tokenizer's files, byte for byte those of the base."""
 
     files: tuple[FileSum, ...] = ()
     chat_template_sha256: str = Field(default="", description="of the template's text; empty: it has none")
 
 
-class Check(Section):
+class Check(Record):
     """One check of the gate."""
 
     name: str
     measured: float | None = Field(description="null: not a number, see the note")
-    threshold: float | None = Field(description="null: told, not gated")
+    threshold: float | None = Field(description="null: reported only")
     bound: Literal["at most", "at least"] = "at most"
     passed: bool
     note: str = ""
 
 
-class Figures(Section):
+class FidelityMetrics(Record):
     """Next-token distributions of file and student on the same tokens. Divergence in nats a token."""
 
     n_prompts: int = Field(ge=1)
@@ -151,49 +154,121 @@ class Figures(Section):
     perplexity_ratio_error: float | None = Field(description="standard error of its logarithm")
 
 
-class Fidelity(Section):
+class Fidelity(Record):
     """The gate's verdict on one file against the 16-bit student."""
 
     passed: bool
     prompts_from: str = Field(default="", description="which held-out prompts were compared")
     runtime: str = Field(default="", description="what ran the file")
     reference_runtime: str = Field(default="", description="what ran the student")
-    figures: Figures | None = Field(default=None, description="null: the file did not open")
+    metrics: FidelityMetrics | None = Field(default=None, description="null: the file did not open")
     checks: tuple[Check, ...] = ()
 
 
-class Artifact(Section):
+class Evaluation(PairedAccuracy):
+    """An accuracy that `arte-edge bench` measured on a device, with the file that runs there."""
+
+    device: str = Field(description="name of the device's profile or its fingerprint")
+    fingerprint: str = Field(default="", description="of the device, over what does not change between runs")
+    runtime: str = ""
+    threads: int = Field(ge=1)
+    partial: bool = Field(default=False, description="only a part of the split, for trying out")
+    task_sha256: str = ""
+    answer_seconds_p50: float | None = Field(default=None, description="from the prompt to the last token")
+    answer_seconds_p95: float | None = None
+    test_time: str = Field(default="", description="when it was measured, ISO 8601, UTC")
+
+
+class SpeedTest(Record):
+    """One test of one file, as `llama-bench` names them: pp512 is prefill of 512 tokens, tg128 generation of 128."""
+
+    test: str
+    n_prompt: int = Field(ge=0)
+    n_gen: int = Field(ge=0)
+    status: Literal["ok", "crashed", "out-of-memory", "timeout", "refused"] = "ok"
+    reason: str = Field(default="", description="why it is not ok")
+    test_time: str = Field(default="", description="when it was measured, ISO 8601, UTC")
+    n_samples: int = Field(default=0, ge=0, description="repetitions that count")
+    tokens_per_s: float | None = Field(default=None, description="median of the repetitions")
+    cv_ratio: float | None = Field(default=None, description="standard deviation over mean of them")
+    sustained_tokens_per_s: float | None = Field(default=None, description="rate of the test's last third")
+    load_ms: float | None = None
+    ttft_ms: float | None = None
+    itl_p50_ms: float | None = None
+    itl_p95_ms: float | None = None
+    peak_rss_bytes: int | None = None
+    temperature_c_max: float | None = None
+    throttled: bool | None = Field(default=None, description="null: the device does not report it")
+    energy_j: float | None = Field(default=None, description="of the repetitions that count, as measured")
+    energy_source: str = ""
+
+
+class Speed(Record):
+    """Speed of one file on one device. Written by `arte-edge bench`; empty after an export."""
+
+    device: str = Field(description="name of the device's profile or its fingerprint")
+    runtime: str = Field(description="runtime, version and build")
+    threads: int = Field(ge=1)
+    ttft_ms: float | None = None
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    itl_p50_ms: float | None = None
+    itl_p95_ms: float | None = None
+    peak_rss_bytes: int | None = None
+    temperature_c_max: float | None = None
+    throttled: bool | None = None
+    energy_j: float | None = None
+    fingerprint: str = Field(default="", description="of the device, over what does not change between runs")
+    profile: str = Field(default="", description="name of the device's profile; empty: none fits")
+    cpu: str = Field(default="", description="the processor's name, as its vendor gives it")
+    n_depth: int = Field(default=0, ge=0, description="tokens in the KV cache before a test begins")
+    tests: tuple[SpeedTest, ...] = Field(default=(), description="the tests that the numbers above come from")
+
+    @property
+    def measured(self) -> bool:
+        """Whether some rate is known; false where every test failed."""
+        return self.decode_tokens_per_s is not None or self.prefill_tokens_per_s is not None
+
+    @property
+    def date(self) -> str:
+        """Return the day of the newest test, empty if not known."""
+        return max((test.test_time[:10] for test in self.tests), default="")
+
+
+class Artifact(Record):
     """One exported file, or folder of files."""
 
     file: str = Field(description="name beside student.json; a folder ends in /")
     format: Literal["gguf", "onnx-genai", "onnx-optimum"]
     quantization: str = Field(description="Q4_K_M, F16, int4, …")
-    arch: str = Field(default="", description="processor it is made for, where that matters")
+    arch: str = Field(default="", description="processor it is built for, where that matters")
     status: Literal["ok", "rejected"]
     reason: str = Field(default="", description="why it was rejected")
     size_bytes: int = Field(ge=1)
-    sha256: str = Field(pattern=_SHA256, description="of the file; of a folder, one sum over its files")
+    sha256: str = Field(pattern=_SHA256, description="of the file; of a folder, one hash over its files")
     tensor_sha256: str = Field(pattern=_SHA256, description="of the tensor data alone")
     parts: tuple[FileSum, ...] = Field(default=(), description="the files of a folder")
-    bits_per_weight: float = Field(gt=0, description="bits of tensor data over parameters, as it really is")
+    bits_per_weight: float = Field(gt=0, description="bits of tensor data over parameters, as measured")
     tensor_types: dict[str, int] = Field(default={}, description="how many tensors have which type")
     imatrix_sha256: str = Field(default="", description="importance matrix used; empty: none")
-    notes: tuple[str, ...] = Field(default=(), description="what is not as the format's name suggests")
+    notes: tuple[str, ...] = Field(default=(), description="deviations from what the format's name suggests")
     fidelity: Fidelity
-    accuracy: Accuracy | None = Field(default=None, description="the gate's, where the file was made")
+    accuracy: PairedAccuracy | None = Field(
+        default=None, description="measured by the fidelity gate at export"
+    )
     speeds: tuple[Speed, ...] = ()
     evaluations: tuple[Evaluation, ...] = Field(default=(), description="measured on devices")
 
 
-class StudentFile(Section):
+class StudentFile(Record):
     """The whole of ``student.json``."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = SCHEMA_VERSION
     arte_edge_version: str
     student: Student
     lineage: Lineage
     tokenizer: Tokenizer = Tokenizer()
-    student_accuracy: Accuracy | None = Field(default=None, description="the 16-bit student's own")
+    student_accuracy: PairedAccuracy | None = Field(default=None, description="the 16-bit student's own")
     student_evaluations: tuple[Evaluation, ...] = Field(default=(), description="its own, on devices")
     artifacts: tuple[Artifact, ...] = ()
 
@@ -214,7 +289,7 @@ def read_student(folder: Path) -> StudentFile | None:
     """Return the ``student.json`` of `folder`, None if there is none.
 
     Raises:
-        InputError: it is damaged, or of a version that this arte-edge does not know.
+        InputError: it is damaged, or of an unknown schema version.
     """
     path = folder / FILE_NAME
     try:
@@ -224,13 +299,13 @@ def read_student(folder: Path) -> StudentFile | None:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON", "Remove it and export again.") from error
     version = document.get("schema_version") if isinstance(document, dict) else None
-    if version != SCHEMA_VERSION:
+    if version not in _READABLE:
         raise InputError(
-            f"{path}: schema_version is {version}, this arte-edge knows {SCHEMA_VERSION}",
+            f"{path}: schema_version is {version}, this arte-edge reads {' and '.join(map(str, _READABLE))}",
             "Export with the arte-edge that wrote it, or choose another -o.",
         )
     try:
-        return StudentFile.model_validate(document)
+        return StudentFile.model_validate(_upgraded(document))
     except ValidationError as error:
         key = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise InputError(
@@ -238,10 +313,18 @@ def read_student(folder: Path) -> StudentFile | None:
         ) from error
 
 
-def carry_results(folder: Path, new: StudentFile) -> StudentFile:
-    """Return `new` with what was measured on the same tensors, as the ``student.json`` in `folder` has it.
+def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a document of any known schema version as one of the current version."""
+    for artifact in document.get("artifacts", ()) if document["schema_version"] == 1 else ():
+        if isinstance(fidelity := artifact.get("fidelity"), dict) and "figures" in fidelity:
+            fidelity["metrics"] = fidelity.pop("figures")
+    return {**document, "schema_version": SCHEMA_VERSION}
 
-    A file that is made again is the same file to its results. A damaged document has none.
+
+def carry_results(folder: Path, new: StudentFile) -> StudentFile:
+    """Return `new` with the measurements that the ``student.json`` in `folder` holds of the same tensors.
+
+    A file that is exported again keeps its results. A damaged document has none.
     """
     try:
         old = read_student(folder)

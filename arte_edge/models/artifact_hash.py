@@ -1,10 +1,10 @@
-"""The sums that identify an artifact: one of its bytes, one of its tensor data alone.
+"""The hashes that identify an exported file: one of its bytes, one of its tensor data alone.
 
-Rewriting a file's metadata (a model card's word, a measured speed) changes the first
-and leaves the second, which results are keyed on. For GGUF the second is the sha256
-over the data of all tensors in file order, padding left out: what ``gguf-hash
---sha256`` of llama.cpp prints for the whole model. For ONNX it is the sha256 over the
-external data files in name order, or over the model itself where it has none.
+Rewriting a file's metadata (the text of a model card, a measured speed) changes the first and keeps
+the second, which results are keyed on. For GGUF the second is the sha256 over the data of all
+tensors in file order, without padding: what ``gguf-hash --sha256`` of llama.cpp prints for the whole
+model. For ONNX it is the sha256 over the external data files in name order, or over the model itself
+where it has none.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 from arte_edge.cache import sha256_file
 from arte_edge.errors import InputError
 from arte_edge.export.gguf.tensor_table import read_table
-from arte_edge.export.student import FileSum
+from arte_edge.results.student_json import FileSum
 
-__all__ = ["Sums", "sums_of"]
+__all__ = ["Checksums", "checksums_of"]
 
 _CHUNK_BYTES = 1 << 24
 _ONNX_DATA = ("*.onnx.data", "*.onnx_data*")
 
 
 @dataclass(frozen=True)
-class Sums:
+class Checksums:
     """What identifies an artifact, and how large it is."""
 
     sha256: str
@@ -35,8 +35,8 @@ class Sums:
     parts: tuple[FileSum, ...] = ()  # of a folder
 
 
-def sums_of(path: Path) -> Sums:
-    """Return the sums of a GGUF file or an ONNX folder.
+def checksums_of(path: Path) -> Checksums:
+    """Return the checksums of a GGUF file or an ONNX folder.
 
     Raises:
         InputError: a GGUF that is cut short, or a folder without an ONNX model.
@@ -44,7 +44,7 @@ def sums_of(path: Path) -> Sums:
     return _folder(path) if path.is_dir() else _gguf(path)
 
 
-def _gguf(path: Path) -> Sums:
+def _gguf(path: Path) -> Checksums:
     places = read_table(path).tensors.values()
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -56,10 +56,10 @@ def _gguf(path: Path) -> Sums:
                 digest.update(data)
                 left -= len(data) or left
     tensor_bytes = sum(place.size_bytes for place in places)
-    return Sums(sha256_file(path), digest.hexdigest(), path.stat().st_size, tensor_bytes)
+    return Checksums(sha256_file(path), digest.hexdigest(), path.stat().st_size, tensor_bytes)
 
 
-def _folder(path: Path) -> Sums:
+def _folder(path: Path) -> Checksums:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     parts = tuple(
         FileSum(
@@ -77,7 +77,7 @@ def _folder(path: Path) -> Sums:
         with file.open("rb") as opened:
             while chunk := opened.read(_CHUNK_BYTES):
                 tensors.update(chunk)
-    return Sums(
+    return Checksums(
         hashlib.sha256(lines.encode()).hexdigest(),
         tensors.hexdigest(),
         sum(part.size_bytes for part in parts),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from arte_edge.errors import InputError
-from arte_edge.export.student import (
+from arte_edge.results.student_json import (
     FILE_NAME,
     Artifact,
     Fidelity,
@@ -80,11 +80,11 @@ def test_an_unknown_key_is_refused(tmp_path: Path) -> None:
         read_student(tmp_path)
 
 
-def test_every_figure_with_a_unit_says_it_in_its_name() -> None:
+def test_every_number_with_a_unit_says_it_in_its_name() -> None:
     unitless = {"top1", "accuracy", "low", "high", "difference", "difference_low", "difference_high"}
     units = ("_ms", "_per_s", "_bytes", "_c_max", "_j", "_ratio", "_ratio_error", "_mean", "_p99", "_max")
     schema = StudentFile.model_json_schema()["$defs"]
-    for table in ("Speed", "SpeedTest", "Figures", "Artifact"):
+    for table in ("Speed", "SpeedTest", "FidelityMetrics", "Artifact"):
         for name, field in schema[table]["properties"].items():
             kinds = {field.get("type"), *(option.get("type") for option in field.get("anyOf", ()))}
             if "number" in kinds and name not in unitless | {"bits_per_weight", "perplexity_reference"}:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from arte_edge.bench.result import DeviceFacts, QualityRow, SpeedRow
 from arte_edge.errors import InputError
-from arte_edge.export.student import FILE_NAME, Speed, StudentFile, carry_results, read_student
-from arte_edge.publish.speeds import Row, merge_into, merge_rows
+from arte_edge.results.merge import merge_into, merge_rows
+from arte_edge.results.rows import DeviceFacts, QualityRow, Row, SpeedRow
+from arte_edge.results.student_json import FILE_NAME, Speed, StudentFile, carry_results, read_student
 
 Make = Callable[..., SpeedRow]
 MakeQuality = Callable[..., QualityRow]

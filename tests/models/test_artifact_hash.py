@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from arte_edge.errors import InputError
-from arte_edge.export.sums import sums_of
+from arte_edge.models.artifact_hash import checksums_of
 
 
 @pytest.fixture(autouse=True)
@@ -21,24 +21,27 @@ def test_the_tensor_sum_of_a_gguf_is_over_its_tensors_in_order(make_gguf: Callab
     digest = hashlib.sha256()
     for tensor in gguf.GGUFReader(path).tensors:  # as gguf_hash.py of llama.cpp does
         digest.update(tensor.data)
-    found = sums_of(path)
+    found = checksums_of(path)
     assert found.tensor_sha256 == digest.hexdigest()
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert found.size_bytes == path.stat().st_size > found.tensor_bytes > 0
 
 
 def test_rewriting_the_metadata_leaves_the_tensor_sum(make_gguf: Callable[..., Path]) -> None:
-    one, two = sums_of(make_gguf("a.gguf")), sums_of(make_gguf("b.gguf", general__name="another name"))
+    one, two = (
+        checksums_of(make_gguf("a.gguf")),
+        checksums_of(make_gguf("b.gguf", general__name="another name")),
+    )
     assert one.tensor_sha256 == two.tensor_sha256 and one.sha256 != two.sha256
 
 
 def test_one_changed_weight_changes_both(make_gguf: Callable[..., Path]) -> None:
     path = make_gguf()
-    before = sums_of(path)
+    before = checksums_of(path)
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    after = sums_of(path)
+    after = checksums_of(path)
     assert after.tensor_sha256 != before.tensor_sha256 and after.sha256 != before.sha256
 
 
@@ -46,7 +49,7 @@ def test_a_gguf_that_is_cut_short_is_refused(make_gguf: Callable[..., Path]) -> 
     path = make_gguf()
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(InputError):
-        sums_of(path)
+        checksums_of(path)
 
 
 def onnx_folder(folder: Path, *, data: bytes | None = b"weights", config: str = "{}") -> Path:
@@ -59,9 +62,9 @@ def onnx_folder(folder: Path, *, data: bytes | None = b"weights", config: str = 
 
 
 def test_the_tensor_sum_of_a_folder_is_over_its_external_data(tmp_path: Path) -> None:
-    one = sums_of(onnx_folder(tmp_path / "a"))
-    two = sums_of(onnx_folder(tmp_path / "b", config='{"x": 1}'))
-    three = sums_of(onnx_folder(tmp_path / "c", data=b"Weights"))
+    one = checksums_of(onnx_folder(tmp_path / "a"))
+    two = checksums_of(onnx_folder(tmp_path / "b", config='{"x": 1}'))
+    three = checksums_of(onnx_folder(tmp_path / "c", data=b"Weights"))
     assert one.tensor_sha256 == two.tensor_sha256 != three.tensor_sha256
     assert len({one.sha256, two.sha256, three.sha256}) == 3
     assert [part.file for part in one.parts] == ["genai_config.json", "model.onnx", "model.onnx.data"]
@@ -69,10 +72,10 @@ def test_the_tensor_sum_of_a_folder_is_over_its_external_data(tmp_path: Path) ->
 
 
 def test_a_model_without_external_data_is_its_own(tmp_path: Path) -> None:
-    found = sums_of(onnx_folder(tmp_path / "a", data=None))
+    found = checksums_of(onnx_folder(tmp_path / "a", data=None))
     assert found.tensor_sha256 == hashlib.sha256(b"graph").hexdigest()
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no \.onnx"):
-        sums_of(tmp_path)
+        checksums_of(tmp_path)

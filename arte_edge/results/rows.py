@@ -1,32 +1,50 @@
-"""One line of results: what was measured, on what, with every sample kept.
+"""``bench.jsonl``: one line for each measurement, with every sample kept, beside the files it is about.
 
-A row is one test of one file (``pp512``: reading 512 tokens; ``tg128``: writing 128) with one
+A row is one test of one file (``pp512``: prefill of 512 tokens; ``tg128``: generation of 128) with one
 number of threads. Names and units are those of llama.cpp's ``llama-bench -o json`` where they mean
-the same, so that its tools read our rows; ours stand beside them, with the unit in the name. A
-test that did not end is a row too, with a status and a reason.
+the same, so that its tools read our rows; our own keys have the unit in the name. A test that failed
+is a row too, with a status and a reason. Nothing in a row is personal: no host, user, address or path.
 
-Nothing in a row is personal: no host, user, address or path.
+Rows are only appended, one JSON object a line, each group written at once and fsynced. A line that a
+crash cut off is dropped; it is always the last one.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, ValidationError
 
-__all__ = ["SCHEMA_VERSION", "DeviceFacts", "QualityRow", "Reading", "SpeedRow", "Status"]
+from arte_edge.errors import ArteError, InputError
+from arte_edge.results.accuracy import Answers, PairedAccuracy, Record
 
-SCHEMA_VERSION = 1
+__all__ = [
+    "BENCH_NAME",
+    "SCHEMA_VERSION",
+    "DeviceFacts",
+    "QualityRow",
+    "Reading",
+    "Row",
+    "SpeedRow",
+    "Status",
+    "append_rows",
+    "parse_row",
+    "read_rows",
+]
+
+BENCH_NAME = "bench.jsonl"
+SCHEMA_VERSION: Literal[2] = 2
+_READABLE = (1, 2)  # version 1 has no accuracy, lost and gained in the rows of a task
 
 # ok; the child process died; the kernel killed it for memory; too long; refused before it began
 Status = Literal["ok", "crashed", "out-of-memory", "timeout", "refused"]
 
 
-class _Row(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class DeviceFacts(_Row):
+class DeviceFacts(Record):
     """The machine that measured, as far as it matters to speed. `arte_edge.device.detect` fills it."""
 
     profile: str = Field(default="", description="name of the shipped or own profile, empty if none fits")
@@ -42,7 +60,7 @@ class DeviceFacts(_Row):
     power: str = Field(default="", description="mains, battery; empty: unknown")
 
 
-class Reading(_Row):
+class Reading(Record):
     """The sensors at one moment. None: this machine does not tell."""
 
     t_s: float = Field(description="seconds since the test began")
@@ -54,10 +72,10 @@ class Reading(_Row):
     power_w: float | None = None
 
 
-class SpeedRow(_Row):
+class SpeedRow(Record):
     """One test of one file. Times in the unit of the name; `_ts` is tokens a second, as in llama-bench."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = SCHEMA_VERSION
     status: Status = "ok"
     reason: str = Field(default="", description="why it is not ok, and what to do")
 
@@ -144,10 +162,10 @@ class SpeedRow(_Row):
         return self.status == "ok"
 
 
-class QualityRow(_Row):
-    """Right answers of one file on a task, measured on the device that will run it."""
+class QualityRow(PairedAccuracy):
+    """Accuracy of one file on a task, measured on the device that will run it."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = SCHEMA_VERSION
     status: Status = "ok"
     reason: str = ""
     model_filename: str
@@ -161,22 +179,120 @@ class QualityRow(_Row):
     task: str
     task_sha256: str = ""
     split: Literal["test", "validation"]
-    partial: bool = Field(default=False, description="--limit: not all of the split, for trying out only")
-    n: int = Field(ge=0)
-    right: int = Field(ge=0)
-    low: float = Field(ge=0, le=1, description="95 % Wilson interval")
-    high: float = Field(ge=0, le=1)
-    reference: str = Field(default="", description="what it is paired with: the 16-bit student's file name")
-    reference_right: int | None = None
-    difference: float | None = Field(default=None, description="paired, file minus reference")
-    difference_low: float | None = None
-    difference_high: float | None = None
-    p_value: float | None = Field(default=None, description="exact McNemar test of the pairs")
-    answers: tuple[tuple[str, str, bool], ...] = Field(
+    partial: bool = Field(default=False, description="--limit: only a part of the split, for trying out")
+    answers: Answers = Field(
         default=(),
-        description="per example: sha256 of its input (16 hex digits), the answer read, right or not",
+        description="per example: sha256 of its input (16 hex digits), the extracted answer, correct or not",
     )
-    answer_tokens_mean: float | None = Field(default=None, description="tokens written an answer")
+    answer_tokens_mean: float | None = Field(default=None, description="tokens generated per answer")
     answer_seconds_p50: float | None = Field(default=None, description="from the prompt to the last token")
     answer_seconds_p95: float | None = None
     device: DeviceFacts
+
+
+Row = SpeedRow | QualityRow
+
+
+def append_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Append `rows` to `path`, which need not exist. They are on the disk when this returns.
+
+    Raises:
+        InputError: the file cannot be written.
+        ArteError: the disk is full; the file is as it was before.
+    """
+    if not rows:
+        return
+    data = b"".join(row.model_dump_json().encode() + b"\n" for row in rows)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    try:
+        size = _whole_bytes(descriptor)
+        try:
+            os.lseek(descriptor, size, os.SEEK_SET)
+            left = memoryview(data)
+            while left:
+                left = left[os.write(descriptor, left) :]
+            os.fsync(descriptor)
+        except OSError as error:
+            os.ftruncate(descriptor, size)
+            raise ArteError(
+                f"{path}: {error.strerror}; what was there before is kept",
+                "Free some space and measure again.",
+            ) from error
+    finally:
+        os.close(descriptor)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of `path` in their order; empty if there is no such file.
+
+    Raises:
+        InputError: a line other than the last is damaged, or a row has a version we do not know.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    lines = data.split(b"\n")
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        document = _parsed(line)
+        if document is None:
+            if number == len(lines):  # no newline behind it: torn
+                break
+            raise InputError(f"{path}:{number}: not a JSON object", "Delete the line; it is one result.")
+        rows.append(parse_row(document, f"{path}:{number}"))
+    return rows
+
+
+def parse_row(document: dict[str, Any], where: str, hint: str = "Delete the line; it is one result.") -> Row:
+    """Return the row that `document` holds; rows of an older schema version are upgraded.
+
+    Raises:
+        InputError: an unknown version or a bad key; the message starts with `where`.
+    """
+    version = document.get("schema_version")
+    if version not in _READABLE:
+        raise InputError(
+            f"{where}: schema_version is {version}, this arte-edge reads {' and '.join(map(str, _READABLE))}",
+            "Read it with the arte-edge that wrote it, or a newer one.",
+        )
+    kind = SpeedRow if "test" in document else QualityRow
+    try:
+        return kind.model_validate_json(json.dumps(document | {"schema_version": SCHEMA_VERSION}))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise InputError(f"{where}: {key}: {problem['msg']}", hint) from error
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _whole_bytes(descriptor: int) -> int:
+    """Return how long the file is without a torn last line; a whole one without newline gets its newline."""
+    size = os.lseek(descriptor, 0, os.SEEK_END)
+    tail, at = b"", size
+    while at > 0 and b"\n" not in tail:
+        step = min(1 << 16, at)
+        at -= step
+        os.lseek(descriptor, at, os.SEEK_SET)
+        tail = os.read(descriptor, step) + tail
+    last = tail.rpartition(b"\n")[2]
+    if not last:
+        return size
+    if _parsed(last) is not None:
+        os.lseek(descriptor, size, os.SEEK_SET)
+        return size + os.write(descriptor, b"\n")
+    return size - len(last)

@@ -1,0 +1,119 @@
+"""The one record of an accuracy, with the paired difference from a reference on the same examples.
+
+The fidelity gate, `arte-edge bench`, the model card, the report and the recommendation all use it.
+A file that scores 80 % where the 16-bit student scores 82 % may have lost nothing: only the examples
+on which the two disagree say whether the difference is more than chance, hence the exact McNemar test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from arte_edge.errors import InputError
+from arte_edge.stats import mcnemar, wilson
+
+__all__ = ["SIGNIFICANT_P", "Answers", "PairedAccuracy", "Record", "paired_on_common"]
+
+SIGNIFICANT_P = 0.05
+# For each example: the first 16 hex digits of the sha256 of its input, the answer, whether it is correct.
+Answers = tuple[tuple[str, str, bool], ...]
+
+
+class Record(BaseModel):
+    """A part of a results file: frozen, and closed to keys that nobody declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PairedAccuracy(Record):
+    """Correct answers of one model on examples of a task; where a reference answered them too, the difference."""
+
+    task: str = Field(default="", description="name of the task; empty: the one the student was tuned for")
+    split: str = Field(description="which examples: validation or test")
+    n: int = Field(ge=0, description="number of examples")
+    right: int = Field(ge=0, description="correct answers")
+    accuracy: float = Field(ge=0, le=1, description="right / n")
+    low: float = Field(ge=0, le=1, description="95 % Wilson interval")
+    high: float = Field(ge=0, le=1)
+    reference: str = Field(default="", description="what the difference is paired with: the 16-bit student")
+    reference_right: int | None = Field(default=None, description="its correct answers on the same examples")
+    lost: int | None = Field(default=None, description="examples that only the reference got right")
+    gained: int | None = Field(default=None, description="examples that only this model got right")
+    difference: float | None = Field(default=None, description="accuracy minus that of the reference, paired")
+    difference_low: float | None = Field(default=None, description="95 % interval of the difference")
+    difference_high: float | None = None
+    p_value: float | None = Field(default=None, description="exact McNemar test of the pairs")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_accuracy(cls, values: Any) -> Any:
+        """Fill in the accuracy from the counts: rows of schema version 1 have the counts alone."""
+        if isinstance(values, dict) and "accuracy" not in values:
+            right, n = values.get("right"), values.get("n")
+            if isinstance(right, int) and isinstance(n, int):
+                return {**values, "accuracy": min(right / n, 1.0) if n > 0 and right > 0 else 0.0}
+        return values
+
+    @classmethod
+    def of(cls, task: str, split: str, right: int, n: int) -> Self:
+        """Return the accuracy of `right` correct answers out of `n`, with its interval and no reference."""
+        low, high = wilson(right, n)
+        return cls(
+            task=task, split=split, n=n, right=right, accuracy=right / n if n else 0.0, low=low, high=high
+        )
+
+    def paired_with(self, name: str, reference: Sequence[bool], answers: Sequence[bool]) -> Self:
+        """Return this accuracy with the difference from `reference`, which got the same examples in the same order."""
+        return self.model_copy(update=_paired_fields(name, reference, answers))
+
+    @property
+    def reference_alone(self) -> PairedAccuracy | None:
+        """The accuracy of the reference on the same examples; None without one."""
+        if self.reference_right is None:
+            return None
+        return PairedAccuracy.of(self.task, self.split, self.reference_right, self.n)
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference from the reference is more than chance explains (p < 0.05)."""
+        return self.p_value is not None and self.p_value < SIGNIFICANT_P
+
+
+def _paired_fields(name: str, reference: Sequence[bool], answers: Sequence[bool]) -> dict[str, Any]:
+    test = mcnemar(reference, answers)
+    return {
+        "reference": name,
+        "reference_right": sum(map(bool, reference)),
+        "lost": test.only_a,
+        "gained": test.only_b,
+        "difference": test.difference,
+        "difference_low": test.low,
+        "difference_high": test.high,
+        "p_value": test.p_value,
+    }
+
+
+def paired_on_common(
+    name_a: str, a: Answers, name_b: str, b: Answers, *, task: str = "", split: str = ""
+) -> PairedAccuracy:
+    """Return the accuracy of b with a as its reference, on the examples that both answered.
+
+    Examples are matched by the hash of their input, so the two may have been measured on different
+    machines at different times.
+
+    Raises:
+        InputError: they have no example in common.
+    """
+    first = {key: right for key, _, right in a}
+    common = [(first[key], right) for key, _, right in b if key in first]
+    if not common:
+        raise InputError(
+            f"{name_a} and {name_b} have no example in common",
+            "Measure both on the same split of the same task.",
+        )
+    reference, answers = zip(*common, strict=True)
+    accuracy = PairedAccuracy.of(task, split, sum(answers), len(answers))
+    return accuracy.paired_with(name_a, reference, answers)
