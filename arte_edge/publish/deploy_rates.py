@@ -115,8 +115,8 @@ def _shape_of(kind: str, student: LocalModel) -> ModelShape:
     Raises:
         InputError: not a type that we can make.
     """
+    from arte_edge.export.estimate import predicted_bytes
     from arte_edge.export.formats import parse_list
-    from arte_edge.export.plan import predicted_bytes
     from arte_edge.export.weights import shapes_of
 
     checkpoint = student.checkpoint()

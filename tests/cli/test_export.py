@@ -154,7 +154,7 @@ def test_a_dry_run_prints_sizes_and_memory_and_writes_nothing(
     source = Source("m", tmp_path, None, Lineage(source="checkpoint"), prompts=("a",) * 8)  # type: ignore[arg-type]
     monkeypatch.setattr("arte_edge.export.source.open_source", lambda *a, **k: source)
     shapes = {"model.embed_tokens.weight": (49152, 576), "model.norm.weight": (576,)}
-    monkeypatch.setattr("arte_edge.export.dry_run.shapes_of", lambda path: shapes)
+    monkeypatch.setattr("arte_edge.export.estimate.shapes_of", lambda path: shapes)
     words = ["export", "m", "--gguf", "Q4_K_M,F16", "--dry-run", "-o", str(tmp_path / "out")]
     assert main(words) == 0
     said = capsys.readouterr().out

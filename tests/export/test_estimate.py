@@ -1,9 +1,11 @@
+""""""
+
 from __future__ import annotations
 
 import pytest
 
+from arte_edge.export.estimate import plan, predicted_bytes
 from arte_edge.export.formats import format_of
-from arte_edge.export.plan import plan, predicted_bytes
 from arte_edge.export.recipe import Recipe, build
 
 
