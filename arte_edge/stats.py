@@ -15,7 +15,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 __all__ = [
     "Interval",
@@ -25,7 +25,6 @@ __all__ = [
     "mcnemar",
     "pearson",
     "ratio",
-    "spearman",
     "t_quantile",
     "wilson",
 ]
@@ -173,22 +172,6 @@ def t_quantile(level: float, freedom: float) -> float:
     return float(np.sqrt(freedom) * np.tan(np.interp(level, sums / sums[-1], theta)))
 
 
-def spearman(x: ArrayLike, y: ArrayLike) -> float:
-    """Return the rank correlation of two lists ``[n]``, ties at their mean rank.
-
-    A list without any order (all values equal) agrees with nothing: 0.
-
-    Raises:
-        ValueError: the two differ in length, or hold fewer than two values.
-    """
-    first, second = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if first.ndim != 1 or first.shape != second.shape or first.size < 2:
-        raise ValueError(f"a rank correlation needs two equal lists: {first.shape}, {second.shape}")
-    u, v = _centred_ranks(first), _centred_ranks(second)
-    scale = sqrt(float(u @ u) * float(v @ v))
-    return float(u @ v) / scale if scale else 0.0
-
-
 def _newcombe(both: int, only_a: int, only_b: int, neither: int, level: float) -> Interval:
     """Join the Wilson intervals of the two shares, less what their correlation explains."""
     n = both + only_a + only_b + neither
@@ -207,13 +190,6 @@ def _newcombe(both: int, only_a: int, only_b: int, neither: int, level: float) -
     down, up = share_a - low_a, high_b - share_b
     high = difference + sqrt(max(0.0, down**2 - 2 * phi * down * up + up**2))
     return Interval(low, high)
-
-
-def _centred_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[group]
-    centred: NDArray[np.float64] = ranks - (values.size + 1) / 2
-    return centred
 
 
 def _z(level: float) -> float:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from math import inf
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, rankdata, spearmanr
+from scipy.stats import binomtest
 
-from arte_edge.stats import Interval, format_share, mcnemar, pearson, spearman, wilson
+from arte_edge.stats import Interval, format_share, mcnemar, pearson, wilson
 
 outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
@@ -128,28 +126,6 @@ def test_format_share_is_what_forcing_alone_recovers(
     base: float, forced: float, tuned: float, share: float | None
 ) -> None:
     assert format_share(base, forced, tuned) == (None if share is None else pytest.approx(share))
-
-
-@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=2, max_size=40))
-def test_spearman_agrees_with_scipy_ties_and_all(pairs: list[tuple[int, int]]) -> None:
-    x, y = [first for first, _ in pairs], [second for _, second in pairs]
-    if len(set(x)) == 1 or len(set(y)) == 1:
-        assert spearman(x, y) == 0.0
-    else:
-        assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
-
-
-def test_spearman_sees_order_alone() -> None:
-    x = np.random.default_rng(0).normal(size=50)
-    assert spearman(x, np.exp(x)) == pytest.approx(1.0)
-    assert spearman(x, -rankdata(x)) == pytest.approx(-1.0)
-    assert spearman([1.0, 2.0, inf], [1, 2, 3]) == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize(("x", "y"), [([1.0], [1.0]), ([1.0, 2.0], [1.0])])
-def test_spearman_refuses_lists_without_an_order(x: list[float], y: list[float]) -> None:
-    with pytest.raises(ValueError):
-        spearman(x, y)
 
 
 def test_pearson_is_none_where_nothing_varies_or_too_little_is_there() -> None:

@@ -1,8 +1,8 @@
 """Does the engine that scores fastest order the drafts as the student's own file does?
 
-    python benchmarks/preference_precision.py record STUDENT.gguf           # two cores: 20 minutes
-    python benchmarks/preference_precision.py record CHECKPOINT             # with ARTE_EDGE_DTYPE=bfloat16: 6 minutes
-    python benchmarks/preference_precision.py report
+    python benchmarks/studies/preference_precision.py record STUDENT.gguf        # two cores: 20 minutes
+    python benchmarks/studies/preference_precision.py record CHECKPOINT          # with ARTE_EDGE_DTYPE=bfloat16: 6 min
+    python benchmarks/studies/preference_precision.py report
 
 Both record the preference set with drafts of the stronger teacher's grid
 (`results/score_worth/home_intents-1.5b-work.json`): log-probabilities for those of the first `QUESTIONS`, texts for
@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from score_worth_grid import record
 from score_worth_scores import UNASKED, Floats, draft_scores
-from score_worth_stats import groups_of
+from score_worth_stats import groups_of, spearman
 
 from arte_edge.distill.config import Align
 from arte_edge.runtimes.loader import open_engine
-from arte_edge.stats import spearman, wilson
+from arte_edge.stats import wilson
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 WORK = RESULTS / "score_worth" / "home_intents-1.5b-work.json"
 OUT = RESULTS / "preference_precision"
 QUESTIONS, WRITTEN = 42, 16

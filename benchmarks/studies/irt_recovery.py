@@ -1,7 +1,7 @@
 """How far does a response matrix carry? Parameter recovery of `arte_edge.distill.irt`, simulated.
 
-    python benchmarks/irt_recovery.py                        # 30 seeds, about 2 minutes on one core
-    python benchmarks/irt_recovery.py --girth-seeds 5        # beside it the girth library, 5 minutes more
+    python benchmarks/studies/irt_recovery.py                        # 30 seeds, about 2 minutes on one core
+    python benchmarks/studies/irt_recovery.py --girth-seeds 5        # beside it the girth library, 5 minutes more
 
 For each scenario, number of respondents and seed: draw a truth, draw a matrix of 100
 items from it, fit, and ask three things. Are α and β those of the truth? Are the 40
@@ -36,12 +36,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from score_worth_stats import spearman
 
 from arte_edge.distill.irt import ItemParameters, fit_2pl, probability, top_k
-from arte_edge.stats import spearman
 
 Floats = NDArray[np.float64]
-RESULTS = Path(__file__).parent / "results" / "irt_recovery"
+RESULTS = Path(__file__).parents[1] / "results" / "irt_recovery"
 RESPONDENTS = (8, 12, 16, 20, 40, 80, 200)
 GIRTH_RESPONDENTS = (8, 20, 200)
 N_ITEM, K, N_FRESH, SHOTS = 100, 40, 400, 4
@@ -232,7 +232,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     about = {
-        "command": f"python benchmarks/irt_recovery.py {shlex.join(sys.argv[1:])}".strip(),
+        "command": f"python benchmarks/studies/irt_recovery.py {shlex.join(sys.argv[1:])}".strip(),
         "items": N_ITEM,
         "k": K,
         "python": platform.python_version(),

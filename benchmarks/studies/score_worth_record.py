@@ -17,7 +17,7 @@ from arte_edge.store import read_jsonl
 
 __all__ = ["RESULTS", "Record", "entropy"]
 
-RESULTS = Path(__file__).parent / "results" / "score_worth"
+RESULTS = Path(__file__).parents[1] / "results" / "score_worth"
 
 
 class Record:

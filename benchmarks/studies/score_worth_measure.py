@@ -1,6 +1,6 @@
 """Measure, on a GPU, what a draft's score says of what training on the draft does.
 
-    python benchmarks/score_worth_measure.py WORK.json STUDENT_FOLDER OUT --copies 16
+    python benchmarks/studies/score_worth_measure.py WORK.json STUDENT_FOLDER OUT --copies 16
 
 WORK.json is from `score_worth_work.py`; STUDENT_FOLDER a Llama checkpoint (SmolLM2). Three measurements:
 

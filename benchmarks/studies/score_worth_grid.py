@@ -1,7 +1,7 @@
 """Record a full grid on a processor, with the pipeline's own engine: no training, so no GPU.
 
-    python benchmarks/score_worth_grid.py WORK.json STUDENT OUT-grid.npz             # log-probabilities
-    python benchmarks/score_worth_grid.py WORK.json STUDENT OUT-grid.npz --written 40   # and what is written
+    python benchmarks/studies/score_worth_grid.py WORK.json STUDENT OUT-grid.npz             # log-probabilities
+    python benchmarks/studies/score_worth_grid.py WORK.json STUDENT OUT-grid.npz --written 40   # and what is written
 
 WORK.json is from `score_worth_work.py`, STUDENT a checkpoint folder or a GGUF file. Arrays as in
 `score_worth_measure.py`. What is written is asked on the preference set alone, with the drafts of the first

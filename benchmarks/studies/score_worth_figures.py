@@ -14,7 +14,7 @@ from arte_edge.publish.charts_plot import Plot
 
 __all__ = ["ends_chart", "parrots_chart"]
 
-_FIGURES = Path(__file__).parent.parent / "docs" / "figures"
+_FIGURES = Path(__file__).parents[2] / "docs" / "figures"
 
 
 def parrots_chart(share: Floats, right: Floats, name: str) -> None:

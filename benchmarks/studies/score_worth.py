@@ -1,6 +1,6 @@
 """Is a preference score worth anything? From recorded grids and trainings to tables and figures.
 
-    python benchmarks/score_worth.py     # results/score_worth/summary.json, tables.md; docs/figures/score-*.svg
+    python benchmarks/studies/score_worth.py     # results/score_worth/summary.json, tables.md; docs/figures/score-*.svg
 
 What was recorded, and how: `score_worth_work.py` (drafts), `score_worth_measure.py` (grids, trainings). Asked here:
 
@@ -34,11 +34,11 @@ from score_worth_stats import (
     pearson,
     rate,
     reliability,
+    spearman,
     with_interval,
 )
 
 from arte_edge.distill.length import length_share
-from arte_edge.stats import spearman
 from arte_edge.store import write_atomic
 
 OUTCOMES = ("right", "forced", "probability_free")

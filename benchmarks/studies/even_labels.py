@@ -1,6 +1,6 @@
 """Does a student learn more from examples whose labels are spread evenly? What `tailor.even_labels` is worth.
 
-    python benchmarks/even_labels.py WORK.json STUDENT_CHECKPOINT     # two cores: 30 minutes
+    python benchmarks/studies/even_labels.py WORK.json STUDENT_CHECKPOINT     # two cores: 30 minutes
 
 WORK.json holds a teacher's drafts (`score_worth_work.py`; results/score_worth/home_intents-1.5b-work.json). A seed
 shuffles the questions and takes one rationale of each, as many as `tailor` asks for: from the same examples the
@@ -29,7 +29,7 @@ from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.store import read_jsonl
 from arte_edge.tasks.answers import extract, matches
 
-OUT = Path(__file__).parent / "results" / "even_labels"
+OUT = Path(__file__).parents[1] / "results" / "even_labels"
 WANTED, ASKED = 32, 52  # examples of a quick start, and questions that `tailor` asks for to get them
 SEEDS, ITEMS, ANSWER_TOKENS = 8, 160, 64
 RATE, BATCH, EPOCHS = 1e-4, 4, 2  # the quick start's

@@ -1,7 +1,7 @@
 """What the study of scores works on: a teacher's drafts, the questions, and fresh ones to be judged by.
 
-    python benchmarks/score_worth_work.py draft TASK RUN       # a teacher's drafts, the preference set
-    python benchmarks/score_worth_work.py gather TASK RUN OUT  # all of it in one file
+    python benchmarks/studies/score_worth_work.py draft TASK RUN       # a teacher's drafts, the preference set
+    python benchmarks/studies/score_worth_work.py gather TASK RUN OUT  # all of it in one file
 
 The outcome of a training is judged on examples that the task's generator makes anew from another seed: the
 test split stays unread, and none of its questions, nor any of the other splits, is among them.

@@ -22,6 +22,7 @@ __all__ = [
     "pearson",
     "rate",
     "reliability",
+    "spearman",
     "with_interval",
 ]
 
@@ -92,7 +93,12 @@ def partial(a: Floats, b: Floats, others: Sequence[Floats]) -> float:
     return pearson(left(a), left(b))
 
 
-def _ranks(values: Floats) -> Floats:
+def spearman(a: Sequence[float] | Floats, b: Sequence[float] | Floats) -> float:
+    """Return the rank correlation of two lists, ties at their mean rank; 0 where one of them does not vary."""
+    return pearson(_ranks(a), _ranks(b))
+
+
+def _ranks(values: Sequence[float] | Floats) -> Floats:
     from scipy.stats import rankdata
 
     return np.asarray(rankdata(values), dtype=float)

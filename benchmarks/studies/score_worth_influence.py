@@ -1,6 +1,6 @@
 """What training on one draft alone does to the student, on a processor: the student's own engine, trained in place.
 
-    python benchmarks/score_worth_influence.py WORK.json STUDENT OUT-influence.npz --questions 40
+    python benchmarks/studies/score_worth_influence.py WORK.json STUDENT OUT-influence.npz --questions 40
 
 As `score_worth_measure.py` does on a GPU: two Adam steps on one draft, then the probabilities of the right
 answers to fresh questions without an example, less what they were before. STUDENT is a checkpoint folder.

@@ -1,6 +1,6 @@
 """Does a race find the pairs of the full grid? A recorded grid, raced again and again.
 
-    python benchmarks/race.py            # 100 seeds a share; results/race/summary.json, docs/figures/race.svg
+    python benchmarks/studies/race.py            # 100 seeds a share; results/race/summary.json, docs/figures/race.svg
 
 The grids are those of `score_worth_measure.py` and `score_worth_grid.py`: every answer's log-probability, and
 what was written, for every draft of a real teacher and every question of the preference set. A seed draws
@@ -40,7 +40,7 @@ from arte_edge.publish.charts_axes import Axis
 from arte_edge.publish.charts_plot import Plot
 from arte_edge.store import write_atomic
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 RECORDED, RESULTS = HERE / "results" / "score_worth", HERE / "results" / "race"
 FIGURE = HERE.parent / "docs" / "figures" / "race.svg"
 SHARES = (0.1, 0.15, 0.25, 0.5)
