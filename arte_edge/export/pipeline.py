@@ -32,7 +32,8 @@ from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
 from arte_edge.export.verification import Judge, reference_accuracy
 from arte_edge.export.weights import model_config, parameter_count, shapes_of, weights_dtype
-from arte_edge.onnx.folder import TOKENIZER_FILES, private_paths
+from arte_edge.onnx.folder import TOKENIZER_FILES
+from arte_edge.pii_scan import this_machine
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import (
     Artifact,
@@ -278,7 +279,7 @@ def _make(work: _Work, student: Student, llama_cpp: Path | None) -> tuple[dict[F
     keys = gguf_keys(student, work.source.lineage, work.source.chat.template_sha256)
     builder = Builder(work.shop, work.source, student, work.recipe, keys, work.formats, llama_cpp)
     made: dict[Format, Made] = {}
-    private = private_paths(work.source.checkpoint.absolute(), work.shop.out.absolute())
+    private = this_machine().private_paths(work.source.checkpoint.absolute(), work.shop.out.absolute())
     if any(format.family == "gguf" for format in work.formats):
         with _progress(work.reporter, "importance matrix") as builder.progress:
             began = time.monotonic()

@@ -6,10 +6,7 @@ What a killed export left is removed by the next one to the same place.
 
 from __future__ import annotations
 
-import mmap
-import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +15,13 @@ from pathlib import Path
 
 from arte_edge.cache import full_disk_is_clear, locked, publish
 from arte_edge.errors import ArteError, InputError
+from arte_edge.pii_scan import first_held, this_machine
 
 __all__ = [
     "TOKENIZER_FILES",
     "checkpoint_files",
     "copy_tokenizer",
     "leaks",
-    "private_paths",
     "refuse_leaks",
     "staged",
 ]
@@ -108,32 +105,17 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> list[str]:
     return names
 
 
-def private_paths(*more: Path) -> list[str]:
-    """Return texts that no file we give away may hold: `more`, and whatever lies below this machine's own folders."""
-    own = [Path.home(), Path(sys.prefix), Path.cwd()]
-    texts = {text for path in more for text in (str(path), os.path.realpath(path))}
-    # With a separator behind it: "/root" alone may stand among half a gigabyte of weights by chance.
-    texts |= {
-        f"{text.rstrip(os.sep)}{os.sep}" for path in own for text in (str(path), os.path.realpath(path))
-    }
-    return sorted((text for text in texts if len(text) > 2), key=len, reverse=True)
-
-
 def leaks(folder: Path, texts: Sequence[str], besides: Sequence[str] = ()) -> dict[str, str]:
     """Return the first of `texts` that each file below `folder` holds, by the file's name there.
 
     Args:
-        besides: names of files that are not ours to change: the base model's own.
+        besides: names of files to skip: those of the base model.
     """
-    found: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_file() or name in besides or not path.stat().st_size:
-            continue
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if held := next((text for text in texts if data.find(text.encode()) >= 0), None):
-                found[name] = held
-    return found
+    names = {
+        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    held = {name: first_held(path, texts) for name, path in names.items() if name not in besides}
+    return {name: text for name, text in held.items() if text}
 
 
 def refuse_leaks(folder: Path, checkpoint: Path, besides: Sequence[str] = ()) -> None:
@@ -142,6 +124,6 @@ def refuse_leaks(folder: Path, checkpoint: Path, besides: Sequence[str] = ()) ->
     Raises:
         ArteError: with the files and the paths.
     """
-    if found := leaks(folder, private_paths(checkpoint, folder.parent), besides):
+    if found := leaks(folder, this_machine().private_paths(checkpoint, folder.parent), besides):
         told = ", ".join(f"{name} ({held})" for name, held in found.items())
         raise ArteError(f"The exporter wrote paths of this machine into {told}", "Please report this.")

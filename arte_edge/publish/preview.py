@@ -8,8 +8,7 @@ folder the weights, configuration, tokenizer and card are sent.
 from __future__ import annotations
 
 import json
-import mmap
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,10 +18,10 @@ from arte_edge.errors import InputError
 from arte_edge.export.gguf.tensor_table import read_table
 from arte_edge.models.artifact_hash import checksums_of
 from arte_edge.onnx.folder import TOKENIZER_FILES
+from arte_edge.pii_scan import Finding, Machine, first_held
 from arte_edge.publish.card import CARD
 from arte_edge.publish.eval_results import FOLDER as EVAL_RESULTS
 from arte_edge.publish.front_matter import read_head, split_card
-from arte_edge.publish.personal import Finding, Machine
 from arte_edge.publish.where import BENCH_NAME
 from arte_edge.results.student_json import FILE_NAME, Artifact, StudentFile, read_student
 
@@ -161,7 +160,7 @@ def _look(folder: Path, name: str, machine: Machine, allow: Collection[str]) -> 
     elif base.endswith(".safetensors"):
         pairs = _safetensors_texts(path)
     elif path.stat().st_size > _TEXT_BYTES or _is_binary(path):
-        if (held := _held(path, [f"{folder}/" for folder in machine.folders])) and held not in allow:
+        if (held := first_held(path, machine.private_paths())) and held not in allow:
             yield Finding(name, "bytes", "a path", held)
         return
     else:
@@ -174,14 +173,6 @@ def _look(folder: Path, name: str, machine: Machine, allow: Collection[str]) -> 
 def _is_binary(path: Path) -> bool:
     with path.open("rb") as file:
         return path.name.endswith((".onnx", ".data", ".onnx_data")) or b"\0" in file.read(4096)
-
-
-def _held(path: Path, texts: Sequence[str]) -> str:
-    """Return the first of `texts` that stands anywhere in a file; empty if none does."""
-    if not path.stat().st_size:
-        return ""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return next((text for text in texts if data.find(text.encode()) >= 0), "")
 
 
 def _gguf_texts(path: Path) -> Iterator[tuple[str, str]]:

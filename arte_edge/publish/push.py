@@ -14,7 +14,7 @@ from pathlib import Path
 
 from arte_edge.cache import is_offline
 from arte_edge.errors import ArteError, InputError
-from arte_edge.publish.personal import Machine, this_machine
+from arte_edge.pii_scan import Machine, this_machine
 from arte_edge.publish.preview import Preview, preview
 
 __all__ = ["Sent", "machine_here", "refuse_findings", "send", "show"]

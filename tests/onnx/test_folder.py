@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from arte_edge.errors import ArteError
-from arte_edge.onnx.folder import leaks, private_paths, refuse_leaks, staged
+from arte_edge.onnx.folder import leaks, refuse_leaks, staged
+from arte_edge.pii_scan import this_machine
 
 
 def fill(folder: Path, text: str = "new") -> None:
@@ -50,7 +51,7 @@ def test_paths_of_this_machine_are_found_in_any_file(tmp_path: Path) -> None:
     (out / "empty.json").touch()
     (out / "model.onnx").write_bytes(bytes(5000) + str(checkpoint).encode() + bytes(5000))
     (out / "tokenizer.json").write_text(f'{{"home": "{Path.home()}/x"}}')
-    texts = private_paths(checkpoint)
+    texts = this_machine().private_paths(checkpoint)
     assert leaks(out, texts) == {
         "model.onnx": str(checkpoint),
         "tokenizer.json": next(text for text in texts if f"{Path.home()}/x".startswith(text)),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from arte_edge.errors import ArteError, InputError
 from arte_edge.onnx import optimum_exporter
 from arte_edge.onnx.check import folder_problems, model_file, read_graph
-from arte_edge.onnx.folder import TOKENIZER_FILES, leaks, private_paths
+from arte_edge.onnx.folder import TOKENIZER_FILES, leaks
 from arte_edge.onnx.optimum_exporter import OptimumSettings, build, find_python, for_transformers_4
 from arte_edge.runtimes.onnxruntime import OnnxSession
 
@@ -119,7 +119,7 @@ def test_the_folder_is_what_transformers_js_reads(
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (student / name).exists():
             assert (folder / name).read_bytes() == (student / name).read_bytes()
-    assert leaks(folder, private_paths(student, folder)) == {}
+    assert leaks(folder(student, folder)) == {}
 
 
 def test_a_changed_folder_is_found_out(

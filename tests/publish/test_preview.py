@@ -10,9 +10,9 @@ import pytest
 from arte_edge.errors import InputError
 from arte_edge.models.gguf_fields import Field
 from arte_edge.models.gguf_rewrite import rewrite
+from arte_edge.pii_scan import Machine
 from arte_edge.publish.card import write_card
 from arte_edge.publish.gguf_meta import write_keys
-from arte_edge.publish.personal import Machine
 from arte_edge.publish.preview import preview
 from arte_edge.results.merge import merge_rows
 from arte_edge.results.rows import SpeedRow

@@ -1,9 +1,7 @@
-"""Find what says who made a file and where: names of people and machines, addresses, paths, secrets.
+"""Find personal data in files that leave this machine: names of people and hosts, addresses, paths, secrets.
 
-Looked for in every text that would be sent: cards, JSON, JSONL, YAML, the metadata of GGUF and
-safetensors files, and, for paths only, the bytes of ONNX models. A tokenizer's files are the
-base model's, byte for byte, and hold all the words there are; only secrets and this machine's own
-paths count there. What is found is told by file and key, and never in full if it is a secret.
+An export checks that no file holds a path of this machine; a push scans every text that it would send.
+A finding names the file and the key, and never shows a secret in full.
 """
 
 from __future__ import annotations
@@ -11,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import getpass
 import ipaddress
+import mmap
 import os
 import re
 import socket
+import sys
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Finding", "Machine", "this_machine"]
+__all__ = ["Finding", "Machine", "first_held", "this_machine"]
 
 # Names that many machines share, or that are words: they tell nobody's name.
 _COMMON = frozenset(
@@ -52,11 +52,12 @@ _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w
 _MAC = re.compile(r"(?<![\w:-])[0-9A-Fa-f]{2}(?:([:-])[0-9A-Fa-f]{2})(?:\1[0-9A-Fa-f]{2}){4}(?![\w:-])")
 _MAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b")
 _SHOWN = 60  # characters of what was found
+_RARE = 6  # bytes of a text that does not occur by chance in weights
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One personal thing: where it stands, of which kind it is, and its text, cut if it is a secret."""
+    """One piece of personal data: its place, its kind and its text, which is cut if it is a secret."""
 
     file: str
     key: str
@@ -75,6 +76,15 @@ class Machine:
     folders: tuple[str, ...]  # longest first
     secrets: frozenset[str] = frozenset()
 
+    def private_paths(self, *more: Path) -> list[str]:
+        """Return the texts that no file to be given away may hold: `more`, and anything below `folders`.
+
+        They are searched for in gigabytes of weights, where a short text such as "/tmp/" occurs by chance.
+        """
+        texts = {text for path in more for text in (str(path), os.path.realpath(path))}
+        texts |= {f"{folder.rstrip(os.sep)}{os.sep}" for folder in self.folders}
+        return sorted((text for text in texts if len(text) >= _RARE), key=len, reverse=True)
+
     def findings(
         self,
         text: str,
@@ -85,12 +95,12 @@ class Machine:
         words: bool = True,
         mail: bool = True,
     ) -> Iterator[Finding]:
-        """Yield what `text` tells of a person or a machine.
+        """Yield the personal data in `text`.
 
         Args:
-            allow: texts that may be told after all.
-            words: look for names and addresses too, not for secrets and folders alone.
-            mail: an e-mail address counts.
+            allow: texts that are no finding.
+            words: look for names and addresses too, not only for secrets and folders.
+            mail: an e-mail address is a finding.
         """
         for kind, found in self._all(text, words, mail):
             if kind == "a secret":
@@ -136,13 +146,21 @@ def this_machine(more: Iterable[str] = (), secrets: Iterable[str] = ()) -> Machi
     with contextlib.suppress(OSError, KeyError):  # a container may not know its own user
         names.add(getpass.getuser())
     names |= {os.environ.get(key, "") for key in ("USER", "LOGNAME", "USERNAME", "SUDO_USER", "HOSTNAME")}
-    folders = {Path.home(), Path.cwd(), Path(tempfile.gettempdir())}
+    folders = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), Path(sys.prefix)}
     texts = {text for folder in folders for text in (str(folder), os.path.realpath(folder))}
     return Machine(
         frozenset(name for name in names if len(name) >= 3 and name.lower() not in _COMMON),
         tuple(sorted((text for text in texts if len(text) > 3), key=len, reverse=True)),
         frozenset(secret for secret in secrets if len(secret) >= 8),
     )
+
+
+def first_held(path: Path, texts: Sequence[str]) -> str:
+    """Return the first of `texts` that a file holds anywhere in its bytes; empty if it holds none."""
+    if not path.stat().st_size:
+        return ""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return next((text for text in texts if data.find(text.encode()) >= 0), "")
 
 
 def _is_address(text: str) -> bool:
