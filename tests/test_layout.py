@@ -48,7 +48,7 @@ SHORT_LINES = 80
 ORDER = re.findall(
     r"\w+",
     """
-    errors catalog extras private_names threads protobuf pii_scan console progress stats cache store
+    errors catalog extras private_names threads protobuf pii_scan memory console progress stats cache store
     results gguf onnx models engines runtimes tasks
     distill cluster device export verify bench publish cli __main__
     """,

@@ -187,7 +187,7 @@ def _memory_evidence(peak_bytes: int | None, counted: bool, pid: int, root: Path
         return "the control group counted an out-of-memory kill"
     if root == _ROOT and f"Killed process {pid} " in _kernel_log():
         return "the kernel's log says so"
-    from arte_edge.device.memory import total_bytes
+    from arte_edge.memory import total_bytes
 
     total = total_bytes(root)
     if peak_bytes and total and peak_bytes > _NEAR * total:
@@ -197,7 +197,7 @@ def _memory_evidence(peak_bytes: int | None, counted: bool, pid: int, root: Path
 
 def _oom_kills(root: Path) -> int:
     """Return how often the kernel has killed for memory in our control groups (``memory.events``)."""
-    from arte_edge.device.memory import cgroup_files
+    from arte_edge.memory import cgroup_files
 
     counts = [0]
     for file in cgroup_files(root, "memory", "memory.events", "memory.oom_control"):

@@ -279,8 +279,8 @@ def _does_not_fit(target: Target, case: Case, device: DeviceFacts) -> str:
     if target.format == "null":
         return ""
     from arte_edge.device.fit import fit, refuse, repacked_types
-    from arte_edge.device.memory import available_bytes
     from arte_edge.device.shape import ModelShape
+    from arte_edge.memory import available_bytes
 
     try:
         shape = ModelShape.of(target.path)

@@ -88,7 +88,7 @@ def detect(
     as_json: Json = False,
 ) -> None:
     """Say what this machine is, which profile fits it, and which sensors it has."""
-    from arte_edge.device import memory
+    from arte_edge import memory
     from arte_edge.device.bandwidth import is_busy
     from arte_edge.device.bandwidth import probe as bandwidth
     from arte_edge.device.detect import board

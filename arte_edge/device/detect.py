@@ -11,7 +11,7 @@ import os
 import platform
 from pathlib import Path
 
-from arte_edge.device import memory
+from arte_edge import memory
 from arte_edge.device.cpuinfo import Cpu, read_cpu
 from arte_edge.results.rows import DeviceFacts
 

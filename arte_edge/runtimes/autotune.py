@@ -18,8 +18,8 @@ from typing import Any, Literal, cast
 
 from arte_edge.cache import measured_once
 from arte_edge.errors import ArteError
+from arte_edge.memory import available_bytes
 from arte_edge.runtimes.completion import Engine, Request, Sampling
-from arte_edge.runtimes.llamacpp.context_memory import available_bytes
 from arte_edge.runtimes.transformers import onednn_prepack
 
 __all__ = [

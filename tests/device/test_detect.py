@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from arte_edge.device import memory
+from arte_edge import memory
 from arte_edge.device.cpuinfo import parse_cpuinfo, parse_sysctl
 from arte_edge.device.detect import detect, usable_cores
 from arte_edge.results.rows import DeviceFacts
@@ -173,6 +173,9 @@ def test_a_containers_limit_counts_in_both_versions_of_control_groups(tmp_path: 
     )
     assert memory.total_bytes(two) == 1_000_000_000
     assert memory.available_bytes(two) == 1_000_000_000 - 1000
+    stat = two / "sys/fs/cgroup/a/memory.stat"
+    stat.write_text("anon 500\ninactive_file 300\nactive_file 100\n")
+    assert memory.available_bytes(two) == 1_000_000_000 - 600, "cached files are given up on demand"
     assert usable_cores(two) == 1
     one = machine(
         tmp_path / "v1", proc__meminfo=meminfo, proc__self__cgroup="4:memory:/docker/abc\n2:cpu,cpuacct:/\n"

@@ -109,12 +109,12 @@ def test_what_memory_cannot_hold_is_not_tried(monkeypatch: pytest.MonkeyPatch) -
 
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(room_of.hf_pack, "supported", lambda: True)
+    monkeypatch.setattr(room_of.onednn_prepack, "supported", lambda: True)
     monkeypatch.setattr(room_of, "available_bytes", lambda: 10_000)
     assert ways_here(1_000, has_file=True) == WAYS
     assert ways_here(3_000, has_file=True) == [LLAMA, HALF]
     assert ways_here(6_000, has_file=True) == [LLAMA]
-    monkeypatch.setattr(room_of.hf_pack, "supported", lambda: False)
+    monkeypatch.setattr(room_of.onednn_prepack, "supported", lambda: False)
     assert ways_here(1_000, has_file=True) == [LLAMA, FULL]
 
 
@@ -124,7 +124,7 @@ def test_a_checkpoint_without_a_file_is_asked_in_the_other_floats_alone(
     torch = pytest.importorskip("torch")
     from arte_edge.runtimes import autotune as room_of
 
-    monkeypatch.setattr(room_of.hf_pack, "supported", lambda: True)
+    monkeypatch.setattr(room_of.onednn_prepack, "supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ways_here(1_000, has_file=False) == [Way("transformers"), HALF]
 
@@ -133,7 +133,7 @@ def test_floats_that_somebody_asks_for_are_not_overruled(monkeypatch: pytest.Mon
     torch = pytest.importorskip("torch")
     from arte_edge.runtimes import autotune as room_of
 
-    monkeypatch.setattr(room_of.hf_pack, "supported", lambda: True)
+    monkeypatch.setattr(room_of.onednn_prepack, "supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for asked, way in (("float32", FULL), ("bfloat16", HALF)):
         monkeypatch.setenv("ARTE_EDGE_DTYPE", asked)

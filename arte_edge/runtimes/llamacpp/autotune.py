@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.cache import measured_once
+from arte_edge.memory import available_bytes
 from arte_edge.runtimes.autotune import fastest, machine, probing
-from arte_edge.runtimes.llamacpp.context_memory import DEFAULT_LAYOUT, Layout, available_bytes, context_bytes
+from arte_edge.runtimes.llamacpp.context_memory import DEFAULT_LAYOUT, Layout, context_bytes
 
 if TYPE_CHECKING:
     from arte_edge.runtimes.llamacpp.bindings import LlamaModel

@@ -9,16 +9,15 @@ the number of prompts: they queue for the sequences there are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from arte_edge.errors import EngineError
+from arte_edge.memory import available_bytes
 
 __all__ = [
     "DEFAULT_LAYOUT",
     "ONE_SEQUENCE",
     "Layout",
-    "available_bytes",
     "check_cells_fit",
     "check_fits",
     "context_bytes",
@@ -72,22 +71,6 @@ def kv_bytes_per_token(model: Any) -> int:
     value = model.size("attention.value_length") or width
     kv_heads = model.size("attention.head_count_kv") or heads
     return int(model.size("block_count") * kv_heads * (key + value) * _F16_BYTES)
-
-
-def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return how much memory this process may still take: the machine's, or its container's if that is less."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        used = int((cgroup / "memory.current").read_text())
-        # Cached files count as used there and are given up on demand.
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        given_up = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
-        return free if limit == "max" else min(free, int(limit) - used + given_up)
-    except (OSError, ValueError):
-        return free
 
 
 def check_cells_fit(model: Any, cells: int, n_seq: int, ubatch: int) -> None:

@@ -17,7 +17,6 @@ from arte_edge.runtimes.llamacpp import context_memory as llama_layout
 from arte_edge.runtimes.llamacpp.autotune import CANDIDATES, layout_for
 from arte_edge.runtimes.llamacpp.context_memory import (
     DEFAULT_LAYOUT,
-    available_bytes,
     check_fits,
     context_bytes,
 )
@@ -65,15 +64,6 @@ class TestMemory:
         with pytest.raises(EngineError, match="need") as error:
             check_fits(model, 4, 3, 1 << 20, 512)
         assert "Not one fits" in (error.value.hint or "")
-
-    def test_a_container_limits_what_is_free(self, tmp_path: Path) -> None:
-        (tmp_path / "memory.max").write_text("1000000\n")
-        (tmp_path / "memory.current").write_text("700000\n")
-        (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 100000\nactive_file 50000\n")
-        assert available_bytes(tmp_path) == 450_000
-        (tmp_path / "memory.max").write_text("max\n")
-        assert available_bytes(tmp_path) > 1_000_000
-        assert available_bytes(tmp_path / "none") > 1_000_000
 
     @pytest.mark.model
     def test_a_real_context_takes_about_what_was_said(self, smollm2: LocalModel) -> None:

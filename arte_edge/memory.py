@@ -78,7 +78,10 @@ def cgroup_files(root: Path, controller: str, name_v2: str, name_v1: str) -> lis
 
 
 def _limits(root: Path) -> list[tuple[int, int]]:
-    """Return ``(limit, used)`` in bytes of every control group above this process that has a limit."""
+    """Return ``(limit, used)`` in bytes of every control group above this process that has a limit.
+
+    Cached files count as used there although they are given up on demand, so they are subtracted.
+    """
     limits = []
     for file in cgroup_files(root, "memory", "memory.max", "memory.limit_in_bytes"):
         limit = _number(file)
@@ -86,8 +89,18 @@ def _limits(root: Path) -> list[tuple[int, int]]:
             file.with_name("memory.current" if file.name == "memory.max" else "memory.usage_in_bytes")
         )
         if limit is not None and limit < _NO_LIMIT_BYTES:
-            limits.append((limit, used or 0))
+            limits.append((limit, max(0, (used or 0) - _cached_files(file.with_name("memory.stat")))))
     return limits
+
+
+def _cached_files(stat: Path) -> int:
+    """Return the bytes of cached files in a group's ``memory.stat``; version 1 has totals of all groups below."""
+    try:
+        rows = dict(line.split(" ", 1) for line in stat.read_text(encoding="ascii").splitlines())
+        prefix = "total_" if "total_inactive_file" in rows else ""
+        return sum(int(rows.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+    except (OSError, ValueError):
+        return 0
 
 
 def _number(file: Path) -> int | None:
