@@ -1,4 +1,4 @@
-"""``arte-edge card``: put what was measured into student.json, the model card and the GGUF files. Nothing leaves."""
+"""``arte-edge card``: write measured results into student.json, the model card and the GGUF files. Local only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from arte_edge.console import emit_json, err, out
-from arte_edge.errors import InputError
 
 __all__ = ["card"]
 
@@ -34,7 +33,8 @@ def card(
         str | None, typer.Option("--license", metavar="ID", help="Licence; default: the base's.")
     ] = None,
     repo: Annotated[
-        str | None, typer.Option(metavar="USER/REPO", help="Where it will be, for links to the raw results.")
+        str | None,
+        typer.Option(metavar="USER/REPO", help="Repository it will be pushed to, for links to raw results."),
     ] = None,
     benchmark: Annotated[
         list[str] | None,
@@ -45,12 +45,10 @@ def card(
     ] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Write the 16-bit student's card there, and change nothing in DIR."
-        ),
+        typer.Option(metavar="FOLDER", help="Write the 16-bit student's card there; DIR is not changed."),
     ] = None,
     allow_throttled: Annotated[
-        bool, typer.Option("--allow-throttled", help="Tell rates of a throttled device too, marked so.")
+        bool, typer.Option("--allow-throttled", help="Include rates of a throttled device, marked so.")
     ] = False,
     gguf_keys: Annotated[
         bool,
@@ -59,68 +57,36 @@ def card(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the card and change nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write or update README.md, the GGUF files' metadata and student.json from what was measured.
+    """Write or update README.md, the GGUF files' metadata and student.json from the measured results.
 
-    A card that you edited keeps your words: only our results and what stands between
-    the arte-edge markers are replaced.
+    Your own edits of the card are kept: only our results and the text between the
+    arte-edge markers are replaced.
     """
-    from arte_edge.publish.card import CARD, CardOptions, render_card, write_card
-    from arte_edge.publish.card_head import hub_id
-    from arte_edge.publish.eval_results import parse_benchmark, write_eval_results
-    from arte_edge.publish.gguf_meta import write_keys
-    from arte_edge.publish.where import find_export, read_bench, read_export
-    from arte_edge.results.merge import merge_into, merge_rows
+    from arte_edge.publish.card.card import card as write
 
-    for flag, ids in (("--base-model", [base_model]), ("--dataset", dataset or []), ("--repo", [repo])):
-        for name in filter(None, ids):
-            if hub_id(name) != name:
-                raise InputError(f"{flag} {name}: no id of the Hub", "It has the form user/name.")
-    options = CardOptions(
-        base_model or "",
-        tuple(dataset or ()),
-        license_ or "",
-        repo or "",
-        allow_throttled,
-        checkpoint is not None,
+    done = write(
+        folder,
+        base_model=base_model or "",
+        dataset=tuple(dataset or ()),
+        license=license_ or "",
+        repo=repo or "",
+        benchmark=tuple(benchmark or ()),
+        checkpoint=checkpoint,
+        allow_throttled=allow_throttled,
+        gguf_keys=gguf_keys,
+        dry_run=dry_run,
     )
-    benchmarks = [parse_benchmark(text) for text in benchmark or ()]
-    path = find_export(folder)
-    target = checkpoint or path
-    if not target.is_dir():
-        raise InputError(f"{target}: no such folder", "Give the folder of the 16-bit checkpoint.")
-    notes: list[str] = []
-    rows = read_bench(path)
     if dry_run:
-        merged = merge_into(read_export(path), rows)
-        there = target / CARD
-        before = there.read_bytes().decode("utf-8", errors="replace") if there.is_file() else None
-        text = render_card(merged.student, options, before)
-        emit_json({"card": text, "notes": merged.notes}) if as_json else out.print(
-            text, markup=False, soft_wrap=True, end=""
+        emit_json({"card": done.text, "notes": done.notes}) if as_json else out.print(
+            done.text, markup=False, soft_wrap=True, end=""
         )
         return
-    changed: list[str] = []
-    student = read_export(path)
-    if checkpoint is None:
-        merged_student = merge_rows(path, rows, note=notes.append)
-        if merged_student != student:
-            changed.append("student.json")
-        student = merged_student
-        done = write_eval_results(path, student, benchmarks, repo=options.repo, note=notes.append)
-        if gguf_keys:
-            changed += write_keys(path, allow_throttled=allow_throttled, note=notes.append)
-            student = read_export(path)
-        changed += [file.relative_to(path).as_posix() for file in done]
-    else:
-        student = merge_into(student, rows).student
-    if write_card(target, student, options).changed:
-        changed.append(CARD)
-    for text in notes:
+    for text in done.notes:
         err.print(text, markup=False, soft_wrap=True)
     if as_json:
-        emit_json({"folder": str(target), "changed": changed, "notes": notes})
-    elif changed:
-        for name in changed:
+        emit_json({"folder": str(done.folder), "changed": list(done.changed), "notes": list(done.notes)})
+    elif done.changed:
+        for name in done.changed:
             out.print(f"wrote {name}", markup=False, soft_wrap=True)
     else:
-        out.print("Nothing to change: the card and the files say it all.", markup=False)
+        out.print("Nothing to change: card and files are up to date.", markup=False)

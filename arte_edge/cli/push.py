@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from arte_edge.console import emit_json, err, out
 
 if TYPE_CHECKING:
-    from arte_edge.publish.preview import Preview
-    from arte_edge.publish.push import Sent
+    from arte_edge.publish.hub import Preview
 
 __all__ = ["push"]
 
@@ -21,7 +20,7 @@ def push(
         Path, typer.Argument(metavar="DIR", help="An export's folder, or a checkpoint's, with its card.")
     ],
     to: Annotated[
-        str, typer.Option("--to", metavar="USER/REPO", help="Repository of the Hub; made if missing.")
+        str, typer.Option("--to", metavar="USER/REPO", help="Repository on the Hub; created if missing.")
     ],
     yes: Annotated[
         bool, typer.Option("--yes", help="Send it. Without this nothing leaves the machine.")
@@ -29,30 +28,32 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="May be told though it looks personal; may be repeated."),
+        typer.Option(metavar="TEXT", help="Allow TEXT although the privacy scan flags it; may be repeated."),
     ] = None,
     message: Annotated[str | None, typer.Option(metavar="TEXT", help="Message of the commit.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what would be sent to the Hugging Face Hub, and with --yes send it.
 
-    Refuses (exit 2) while a file holds something personal: a host, a user, an address,
-    a path, a token. Files that the gate rejected are never sent.
+    Stops (exit 2) if a file holds personal data: a host, a user, an address, a path,
+    a token. Files that the gate rejected are never sent.
     """
-    from arte_edge.publish.push import refuse_findings, send, show
+    from arte_edge.publish.hub import Push, preview_push, reject_findings, send
 
-    found = show(folder.expanduser(), to, allow=tuple(allow or ()))
+    found = preview_push(folder.expanduser(), to, allow=tuple(allow or ()))
     if not as_json:
         _print(found, to, private)
     elif found.findings or not yes:
-        emit_json(_document(found, to, private, None))
-    refuse_findings(found)
+        emit_json(Push(to, private, found).as_dict())
+    reject_findings(found)
     if not yes:
-        err.print("Nothing was sent. To send it: the same command with --yes.", markup=False, soft_wrap=True)
+        err.print(
+            "Nothing was sent. To send it, repeat the command with --yes.", markup=False, soft_wrap=True
+        )
         return
     sent = send(found, to, private=private, message=message or "")
     if as_json:
-        emit_json(_document(found, to, private, sent))
+        emit_json(Push(to, private, found, sent).as_dict())
     else:
         out.print(f"\nSent: {sent.url}", markup=False, soft_wrap=True)
 
@@ -71,11 +72,11 @@ def _print(found: Preview, repo: str, private: bool) -> None:
         table.add_row(file.name, _size(file.size_bytes), style=None)
     table.add_row(f"{len(found.files)} files", megabytes(found.size_bytes), style="bold")
     out.print(table, markup=False)
-    if found.kept:
+    if found.excluded:
         out.print("\nNot sent:", markup=False)
-        for name, reason in found.kept:
+        for name, reason in found.excluded:
             out.print(f"  {name}: {reason}", markup=False, soft_wrap=True)
-    out.print("\nHead of the card:", markup=False)
+    out.print("\nFront matter of the card:", markup=False)
     for line in found.head.splitlines():
         out.print(f"  {line}", markup=False, soft_wrap=True)
 
@@ -84,16 +85,3 @@ def _size(size_bytes: int) -> str:
     from arte_edge.cache import megabytes
 
     return megabytes(size_bytes) if size_bytes >= 100_000 else f"{size_bytes} B"
-
-
-def _document(found: Preview, repo: str, private: bool, sent: Sent | None) -> dict[str, Any]:
-    return {
-        "to": repo,
-        "private": private,
-        "files": [{"file": file.name, "size_bytes": file.size_bytes} for file in found.files],
-        "size_bytes": found.size_bytes,
-        "not_sent": [{"file": name, "reason": reason} for name, reason in found.kept],
-        "personal": [{"file": f.file, "key": f.key, "kind": f.kind, "text": f.text} for f in found.findings],
-        "head": found.head,
-        "sent": None if sent is None else {"url": sent.url, "commit": sent.commit},
-    }

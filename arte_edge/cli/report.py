@@ -16,24 +16,23 @@ def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name under runs/.")],
     output: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Where to; RUN/report.html unless given."),
+        typer.Option("--out", "-o", metavar="FILE", help="Output file; default: RUN/report.html."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Path and what is missing, on stdout.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: the path and what is missing.")
+    ] = False,
 ) -> None:
-    """Write a run's story as one HTML page: charts inside, nothing fetched, readable anywhere.
+    """Write a report on a run as one HTML page: charts inline, nothing loaded from the network.
 
-    It covers what is there: a run that is not finished, or was not exported or measured
-    yet, has a report too, which says what is missing.
+    A run that is not finished, or was not exported or measured yet, has a report too,
+    which lists what is missing.
     """
-    from arte_edge.publish.report import write_report
-    from arte_edge.publish.report_data import read_story
-    from arte_edge.publish.where import find_run
+    from arte_edge.publish.report.page import report as write_report
 
-    story = read_story(run)
-    path = write_report(story, output or find_run(run) / "report.html")
+    page = write_report(run, output)
     if as_json:
-        emit_json({"report": str(path), "missing": story.missing})
+        emit_json({"report": str(page.path), "missing": list(page.missing)})
         return
-    for line in story.missing:
-        out.print(f"not in it: {line}", markup=False, soft_wrap=True)
-    out.print(f"The report: {path}", markup=False, soft_wrap=True)
+    for line in page.missing:
+        out.print(f"not included: {line}", markup=False, soft_wrap=True)
+    out.print(f"The report: {page.path}", markup=False, soft_wrap=True)

@@ -15,10 +15,10 @@ from arte_edge.distill.config import Deploy
 from arte_edge.distill.deploy import Rates
 from arte_edge.errors import InputError
 from arte_edge.models.local import LocalModel
+from arte_edge.publish.locate import find_export, read_bench
 from arte_edge.publish.predict import READS_FASTER, predict_shape
-from arte_edge.publish.rates import Measured, from_rows, measured
-from arte_edge.publish.recommend import device_names
-from arte_edge.publish.where import find_export, read_bench
+from arte_edge.publish.recommend.measurements import Measured, from_rows, measured
+from arte_edge.publish.recommend.pick import device_names
 from arte_edge.results.rows import Row, SpeedRow
 from arte_edge.results.student_json import Artifact, read_student
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from arte_edge.cache import is_offline
 from arte_edge.errors import InputError
-from arte_edge.publish import shown
-from arte_edge.publish.front_matter import dump_yaml
+from arte_edge.publish import publishable
+from arte_edge.publish.card.front_matter import dump_yaml
 from arte_edge.results.student_json import Artifact, Evaluation, StudentFile
 from arte_edge.store import write_atomic
 
@@ -113,8 +113,8 @@ def write_eval_results(
 def _scores(student: StudentFile, benchmark: Benchmark) -> list[tuple[Artifact, Evaluation]]:
     """Return one score a file: on the whole test split, of the first device in order."""
     found: list[tuple[Artifact, Evaluation]] = []
-    for artifact in shown.files(student):
-        tests = [one for one in shown.evaluations(artifact.evaluations) if one.split == "test"]
+    for artifact in publishable.files(student):
+        tests = [one for one in publishable.evaluations(artifact.evaluations) if one.split == "test"]
         if benchmark.task:
             tests = [one for one in tests if one.task == benchmark.task]
         elif len({one.task for one in tests}) > 1:
@@ -139,7 +139,7 @@ def _entry(benchmark: Benchmark, artifact: Artifact, evaluation: Evaluation, rep
     kind = {"gguf": "GGUF"}.get(artifact.format, artifact.format)
     notes = (
         f"{kind} {artifact.quantization}, {evaluation.runtime}, greedy, n={evaluation.n}, 95 % interval "
-        f"{100 * evaluation.low:.1f}-{100 * evaluation.high:.1f}, on {shown.device_title(evaluation)}"
+        f"{100 * evaluation.low:.1f}-{100 * evaluation.high:.1f}, on {publishable.device_title(evaluation)}"
     )
     url = f"https://huggingface.co/{repo}/blob/main/bench.jsonl" if repo else None
     entry = EvalResultEntry(

@@ -11,7 +11,7 @@ from pathlib import Path
 from arte_edge.device.profile import Profile
 from arte_edge.device.shape import ModelShape
 from arte_edge.errors import InputError
-from arte_edge.publish.rates import Prediction, Predictor
+from arte_edge.publish.recommend.measurements import Prediction, Predictor
 from arte_edge.results.student_json import Artifact
 
 __all__ = ["READS_FASTER", "predict_shape", "predictor"]

@@ -36,8 +36,7 @@ from arte_edge.distill.length import length_share
 from arte_edge.distill.parrots import refuse_parrots
 from arte_edge.distill.race import Race
 from arte_edge.distill.scores import probabilities
-from arte_edge.publish.charts_axes import Axis
-from arte_edge.publish.charts_plot import Plot
+from arte_edge.publish.report.svg import Axis, Plot
 from arte_edge.store import write_atomic
 
 HERE = Path(__file__).parents[1]

@@ -9,8 +9,7 @@ from typing import Any
 from figures import write_svg
 from score_worth_scores import Floats
 
-from arte_edge.publish.charts_axes import Axis
-from arte_edge.publish.charts_plot import Plot
+from arte_edge.publish.report.svg import Axis, Plot
 
 __all__ = ["ends_chart", "parrots_chart"]
 

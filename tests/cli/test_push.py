@@ -18,7 +18,7 @@ from arte_edge.cli.main import main
         (["push", "{dir}", "--to", "ada/tiny"], "neither an export nor a checkpoint"),
         (["push", "{dir}"], "--to"),
         (["card", "{dir}"], "no student.json here"),
-        (["card", "{dir}", "--base-model", "tiny"], "no id of the Hub"),
+        (["card", "{dir}", "--base-model", "tiny"], "not a Hub id"),
         (["card", "{dir}", "--benchmark", "gsm8k"], "not DATASET:TASK_ID"),
     ],
     ids=lambda value: " ".join(value[2:]) or value[0] if isinstance(value, list) else "",

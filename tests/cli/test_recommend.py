@@ -60,16 +60,13 @@ def test_the_answer_fits_into_80_columns_and_names_the_pick(
         == 0
     )
     out = capsys.readouterr().out
-    table, _, words = out.partition("is out")
+    table, _, words = out.partition("is excluded")
     assert max(map(len, table.splitlines())) <= 80
     assert max(map(len, words.splitlines())) <= 80
     words = " ".join(words.split())
-    assert "Take my-quite-long-student-name-Q8_0.gguf." in words
-    assert "only file that keeps every wish, at 31.4 tokens/s" in words
-    assert (
-        "(--max-drop): 5.0 points lost (-15.0 to +5.0, p = 0.5, n = 40), may be chance, wanted at most 2"
-        in words
-    )
+    assert "Use my-quite-long-student-name-Q8_0.gguf." in words
+    assert "only file that satisfies all constraints, at 31.4 tokens/s" in words
+    assert "(--max-drop): 5.0 points lost (-15.0 to +5.0, p = 0.5, n = 40), not significant, limit 2" in words
 
 
 def test_json_has_figures_with_their_evidence(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,13 +83,13 @@ def test_json_has_figures_with_their_evidence(export: Path, capsys: pytest.Captu
     assert str(export.parent) not in json.dumps(document)
 
 
-def test_no_file_keeps_every_wish_is_exit_code_1_and_says_what_to_relax(
+def test_no_file_satisfies_all_constraints_is_exit_code_1_and_says_what_to_relax(
     export: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["recommend", str(export), *PI, "--min-decode", "60", "--json"]) == 1
     done = capsys.readouterr()
-    assert json.loads(done.out)["relax"] == [{"wish": "min_decode", "to": 43.9}]
-    assert "No file keeps every wish" in done.err and "Relax --min-decode 43.9." in done.err
+    assert json.loads(done.out)["relax"] == [{"constraint": "min_decode", "to": 43.9}]
+    assert "No file satisfies" in done.err and "Relax --min-decode 43.9." in done.err
 
 
 @pytest.mark.parametrize(

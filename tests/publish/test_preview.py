@@ -11,9 +11,9 @@ from arte_edge.errors import InputError
 from arte_edge.models.gguf_fields import Field
 from arte_edge.models.gguf_rewrite import rewrite
 from arte_edge.pii_scan import Machine
-from arte_edge.publish.card import write_card
-from arte_edge.publish.gguf_meta import write_keys
-from arte_edge.publish.preview import preview
+from arte_edge.publish.card.card import write_card
+from arte_edge.publish.gguf_results import write_keys
+from arte_edge.publish.hub import preview
 from arte_edge.results.merge import merge_rows
 from arte_edge.results.rows import SpeedRow
 from arte_edge.results.student_json import read_student
@@ -54,7 +54,7 @@ def test_what_is_sent_is_what_belongs_to_the_student_and_nothing_else(ready: Pat
         "tiny-Q8_0.gguf",
     ]
     assert shown.size_bytes == sum((ready / file.name).stat().st_size for file in shown.files)
-    assert dict(shown.kept) == {
+    assert dict(shown.excluded) == {
         ".env": "not part of the student",
         "notes.txt": "not part of the student",
         "tiny-Q4_K_M.gguf.rejected": "rejected by the gate",
@@ -113,7 +113,7 @@ def test_it_is_found_in_json_by_its_key(ready: Path) -> None:
 def test_it_is_found_in_the_metadata_of_a_gguf_file(ready: Path) -> None:
     path = ready / "tiny-Q8_0.gguf"
     rewrite(path, {"quantize.imatrix.file": Field(STRING, b"/home/grace/imatrix.dat")})
-    with pytest.raises(InputError, match="its sum is not the one"):
+    with pytest.raises(InputError, match="checksum"):
         preview(ready, MACHINE)
     write_keys(ready)  # brings student.json up to date
     assert found(ready) == ["tiny-Q8_0.gguf:quantize.imatrix.file: /home/grace/imatrix.dat"]
@@ -132,7 +132,7 @@ def test_a_file_that_is_not_the_one_described_is_not_sent(ready: Path) -> None:
     with (ready / "tiny-Q8_0.gguf").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")
-    with pytest.raises(InputError, match="its sum is not the one in student"):
+    with pytest.raises(InputError, match="checksum"):
         preview(ready, MACHINE)
 
 
@@ -156,7 +156,7 @@ def test_a_checkpoint_is_sent_with_its_card_and_looked_through(tmp_path: Path) -
         "model.safetensors",
         "tokenizer.json",
     }
-    assert [name for name, _ in shown.kept] == ["optimizer.pt"]
+    assert [name for name, _ in shown.excluded] == ["optimizer.pt"]
     assert [str(f) for f in shown.findings] == [
         "config.json:_name_or_path: a path: /root/base",
         "model.safetensors:__metadata__.trained_in: a path: /home/grace/run",

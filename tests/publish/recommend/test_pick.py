@@ -1,4 +1,4 @@
-"""The file to take: what each wish drops, what chance may do, what is predicted, and what to relax."""
+"""The recommended file: what each constraint excludes, what chance may do, what is predicted, and what to relax."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 
 from arte_edge.device.profile import Profile
 from arte_edge.errors import InputError
-from arte_edge.publish.front import Candidate, Figure, front_of
-from arte_edge.publish.rates import Prediction
-from arte_edge.publish.recommend import drop_text, recommend
-from arte_edge.publish.wants import Wants, parse_size, size_text
+from arte_edge.publish.recommend.constraints import Constraints, parse_size, size_text
+from arte_edge.publish.recommend.measurements import Prediction
+from arte_edge.publish.recommend.pareto import Candidate, Metric, pareto_front
+from arte_edge.publish.recommend.pick import choose, drop_text
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow
 from arte_edge.results.student_json import Artifact, Fidelity, Lineage, Speed, Student, StudentFile
@@ -79,89 +79,94 @@ Q4 = artifact("Q4_K_M", 105, right=accuracy(45, difference=-0.05, p=0.2), decode
 
 
 def test_the_fastest_of_those_that_cannot_be_told_from_the_best_is_picked() -> None:
-    found = recommend(student(F16, Q8, Q4), PI, Wants())
+    found = choose(student(F16, Q8, Q4), PI, Constraints())
     assert found.pick == "m-Q4_K_M.gguf"
-    assert "cannot be told from the best" in found.why and "5.0 points more of 100 examples" in found.why
+    assert "fastest" in found.why and "5.0 points higher on 100 examples" in found.why
     worse = Q4.model_copy(update={"accuracy": accuracy(30, difference=-0.2, p=0.001)})
-    found = recommend(student(F16, Q8, worse), PI, Wants())
+    found = choose(student(F16, Q8, worse), PI, Constraints())
     assert found.pick == "m-Q8_0.gguf"  # its interval ends at 40 %, the best has 50 %
 
 
 @pytest.mark.parametrize(
-    ("wants", "out", "wish"),
+    ("constraints", "out", "constraint"),
     [
-        (Wants(max_size_bytes=120_000_000), {"m-F16.gguf", "m-Q8_0.gguf"}, "max_size"),
-        (Wants(max_ram_bytes=300_000_000), {"m-F16.gguf"}, "max_ram"),
-        (Wants(min_decode=15), {"m-F16.gguf"}, "min_decode"),
-        (Wants(max_drop=2), {"m-Q4_K_M.gguf"}, "max_drop"),
+        (Constraints(max_size_bytes=120_000_000), {"m-F16.gguf", "m-Q8_0.gguf"}, "max_size"),
+        (Constraints(max_ram_bytes=300_000_000), {"m-F16.gguf"}, "max_ram"),
+        (Constraints(min_decode=15), {"m-F16.gguf"}, "min_decode"),
+        (Constraints(max_drop=2), {"m-Q4_K_M.gguf"}, "max_drop"),
         # 256 tokens at 50, 100, 150 a second and 64 at 10, 20, 30: 11.5 s, 5.8 s, 3.8 s
-        (Wants(max_answer_seconds=6), {"m-F16.gguf"}, "max_answer_seconds"),
+        (Constraints(max_answer_seconds=6), {"m-F16.gguf"}, "max_answer_seconds"),
     ],
 )
-def test_each_wish_drops_the_files_that_do_not_keep_it_and_says_so(
-    wants: Wants, out: set[str], wish: str
+def test_each_constraint_excludes_the_files_that_do_not_satisfy_it(
+    constraints: Constraints, out: set[str], constraint: str
 ) -> None:
-    found = recommend(student(F16, Q8, Q4), PI, wants)
-    assert {drop.file for drop in found.drops} == out
-    assert {drop.wish for drop in found.drops} == {wish}
-    assert all("wanted" in drop.reason for drop in found.drops)
+    found = choose(student(F16, Q8, Q4), PI, constraints)
+    assert {one.file for one in found.violations} == out
+    assert {one.constraint for one in found.violations} == {constraint}
+    assert all("limit" in one.reason for one in found.violations)
     assert found.pick not in out and found.pick is not None
 
 
 def test_a_drop_is_told_with_its_interval_and_whether_it_may_be_chance() -> None:
     assert drop_text(accuracy(45, difference=-0.05, p=0.2)) == (
-        "5.0 points lost (-10.0 to +0.0, p = 0.2, n = 100), may be chance"
+        "5.0 points lost (-10.0 to +0.0, p = 0.2, n = 100), not significant"
     )
-    assert drop_text(accuracy(45, difference=-0.05, p=0.01)).endswith("beyond chance")
+    assert drop_text(accuracy(45, difference=-0.05, p=0.01)).endswith(", significant")
     assert drop_text(accuracy(52, difference=0.02, p=0.5)).startswith("+2.0 points")
 
 
 def test_when_no_file_keeps_every_wish_the_nearest_and_its_price_are_named() -> None:
-    found = recommend(student(F16, Q8, Q4), PI, Wants(min_decode=25, max_drop=2))
+    found = choose(student(F16, Q8, Q4), PI, Constraints(min_decode=25, max_drop=2))
     assert found.pick is None
     assert found.relax is not None
     # Q8_0 misses the speed alone, Q4_K_M the accuracy alone: the faster of the two is nearest.
     assert (found.relax.file, found.relax.text) == ("m-Q4_K_M.gguf", "--max-drop 5")
-    found = recommend(student(F16, Q8), PI, Wants(min_decode=25, max_size_bytes=120_000_000))
+    found = choose(student(F16, Q8), PI, Constraints(min_decode=25, max_size_bytes=120_000_000))
     assert found.relax is not None and found.relax.text == "--max-size 145MB and --min-decode 20"
     # What is asked for then is kept.
     assert (
-        recommend(student(F16, Q8), PI, Wants(min_decode=20, max_size_bytes=145_000_000)).pick
+        choose(student(F16, Q8), PI, Constraints(min_decode=20, max_size_bytes=145_000_000)).pick
         == "m-Q8_0.gguf"
     )
 
 
 def test_a_file_that_the_gate_rejected_is_never_picked() -> None:
     bad = Q4.model_copy(update={"status": "rejected", "reason": "KL"})
-    found = recommend(student(Q8, bad), PI, Wants())
+    found = choose(student(Q8, bad), PI, Constraints())
     assert found.pick == "m-Q8_0.gguf"
-    assert [(drop.file, drop.wish) for drop in found.drops] == [("m-Q4_K_M.gguf", "gate")]
-    assert recommend(student(bad), PI, Wants()).why == "No file passed the fidelity gate."
+    assert [(one.file, one.constraint) for one in found.violations] == [("m-Q4_K_M.gguf", "gate")]
+    assert choose(student(bad), PI, Constraints()).why == "No file passed the fidelity gate."
 
 
 def test_what_was_not_measured_there_is_predicted_and_says_so() -> None:
     elsewhere = Profile(name="orange-pi-5", title="o", cores=4, memory_bytes=(1,))
-    found = recommend(
-        student(Q8, Q4), elsewhere, Wants(min_decode=10), predict=lambda a: Prediction(12.0, 10**8, "sums")
+    found = choose(
+        student(Q8, Q4),
+        elsewhere,
+        Constraints(min_decode=10),
+        predict=lambda a: Prediction(12.0, 10**8, "sums"),
     )
     pick = found.candidate(found.pick or "")
-    assert pick.decode == Figure(12.0, "predicted", "sums") and pick.ram is not None and pick.ram.predicted
+    assert pick.decode == Metric(12.0, "predicted", "sums") and pick.ram is not None and pick.ram.predicted
     assert "(predicted)" in found.why and any("~ is predicted" in note for note in found.notes)
-    nothing = recommend(student(Q8), elsewhere, Wants(min_decode=10))
-    assert nothing.pick is None and nothing.drops[0].reason == "decode: neither measured nor predicted here"
-    assert "was not measured" in nothing.why and nothing.relax is None
+    nothing = choose(student(Q8), elsewhere, Constraints(min_decode=10))
+    assert (
+        nothing.pick is None and nothing.violations[0].reason == "decode: neither measured nor predicted here"
+    )
+    assert "not measured" in nothing.why and nothing.relax is None
 
 
 def test_a_predicted_file_is_not_picked_before_a_measured_one() -> None:
     bare = artifact("Q4_0", 100, right=accuracy(50))
-    found = recommend(student(Q8, bare), PI, Wants(), predict=lambda a: Prediction(99.0, 10**8, "sums"))
+    found = choose(student(Q8, bare), PI, Constraints(), predict=lambda a: Prediction(99.0, 10**8, "sums"))
     assert found.pick == "m-Q8_0.gguf"
     assert "m-Q4_0.gguf may be faster: 99.0 tokens/s predicted; measure it." in found.notes
 
 
 def test_where_little_is_known_of_any_file_one_is_still_named() -> None:
     fast, right = artifact("Q8_0", 145, decode=20), artifact("Q4_0", 100, right=accuracy(50))
-    found = recommend(student(fast, right), PI, Wants())
+    found = choose(student(fast, right), PI, Constraints())
     assert found.pick == "m-Q8_0.gguf" and found.front.files == ()
 
 
@@ -194,12 +199,12 @@ def test_raw_rows_count_but_not_throttled_failed_emulated_or_foreign_ones() -> N
         row(bare, 96, facts(), status="crashed"),
         row(artifact("Q4_0", 1), 94, facts()),
     ]
-    found = recommend(student(bare), PI, Wants(), rows=rows)
+    found = choose(student(bare), PI, Constraints(), rows=rows)
     c = found.candidates[0]
     assert c.decode is not None and (c.decode.value, c.decode.source) == (21, ", 4 threads")
     assert c.ram is not None and c.ram.value == 200_000_000
     assert any("throttled" in note for note in found.notes)
-    by_print = recommend(student(bare), PI, Wants(), rows=rows[:1], names=frozenset({"0" * 16}))
+    by_print = choose(student(bare), PI, Constraints(), rows=rows[:1], names=frozenset({"0" * 16}))
     assert by_print.candidates[0].decode is not None
 
 
@@ -226,26 +231,29 @@ def quality(a: Artifact, **more: Any) -> QualityRow:
 
 def test_answers_on_the_device_stand_before_the_gates_but_never_beside_other_examples() -> None:
     both = [quality(Q8, difference=-0.01), quality(Q4, difference=-0.03)]
-    found = recommend(student(Q8, Q4), PI, Wants(max_drop=2), rows=both)
+    found = choose(student(Q8, Q4), PI, Constraints(max_drop=2), rows=both)
     assert [c.accuracy.n for c in found.candidates if c.accuracy] == [200, 200]
-    assert [drop.file for drop in found.drops] == ["m-Q4_K_M.gguf"]
-    assert found.candidates[0].answer_s == Figure(2.5, "measured", "95 % of 200 answers")
+    assert [one.file for one in found.violations] == ["m-Q4_K_M.gguf"]
+    assert found.candidates[0].answer_s == Metric(2.5, "measured", "95 % of 200 answers")
     for rows in (both[:1], [both[0], quality(Q4, partial=True)], [both[0], quality(Q4, n=150)]):
-        found = recommend(student(Q8, Q4), PI, Wants(), rows=rows)
+        found = choose(student(Q8, Q4), PI, Constraints(), rows=rows)
         assert [c.accuracy.n for c in found.candidates if c.accuracy] == [100, 100]
 
 
 def test_the_front_holds_what_no_other_file_beats() -> None:
-    found = recommend(student(F16, Q8, Q4), PI, Wants())
+    found = choose(student(F16, Q8, Q4), PI, Constraints())
     assert found.front.files == ("m-Q4_K_M.gguf", "m-Q8_0.gguf")  # F16 is slower, larger and no better
     assert found.front.axes == ("accuracy", "decode", "size")
-    without = [Candidate(a, None, Figure(1.0 + i, "measured")) for i, a in enumerate((F16, Q8, Q4))]
-    assert front_of(without).files == ("m-Q4_K_M.gguf",) and front_of(without).axes == ("decode", "size")
+    without = [Candidate(a, None, Metric(1.0 + i, "measured")) for i, a in enumerate((F16, Q8, Q4))]
+    assert pareto_front(without).files == ("m-Q4_K_M.gguf",) and pareto_front(without).axes == (
+        "decode",
+        "size",
+    )
     mixed = [
-        Candidate(F16, F16.accuracy, Figure(1.0, "measured")),
-        Candidate(Q4, None, Figure(9.0, "measured")),
+        Candidate(F16, F16.accuracy, Metric(1.0, "measured")),
+        Candidate(Q4, None, Metric(9.0, "measured")),
     ]
-    assert front_of(mixed).left_out == ("m-Q4_K_M.gguf",)
+    assert pareto_front(mixed).left_out == ("m-Q4_K_M.gguf",)
 
 
 @pytest.mark.parametrize(

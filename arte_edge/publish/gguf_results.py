@@ -24,8 +24,8 @@ from arte_edge.errors import InputError
 from arte_edge.models.artifact_hash import checksums_of
 from arte_edge.models.gguf_fields import Field
 from arte_edge.models.gguf_rewrite import rewrite
-from arte_edge.publish.shown import accuracy_on, device_title, speeds
-from arte_edge.publish.where import read_export
+from arte_edge.publish.locate import read_export
+from arte_edge.publish.publishable import accuracy_on, device_title, speeds
 from arte_edge.results.merge import student_lock
 from arte_edge.results.student_json import Artifact, write_student
 

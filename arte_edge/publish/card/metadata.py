@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from arte_edge.export.provenance import PAPER
-from arte_edge.publish import shown
-from arte_edge.publish.front_matter import MARK
+from arte_edge.publish import publishable
+from arte_edge.publish.card.front_matter import MARK
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import Artifact, Evaluation, Speed, StudentFile
 
@@ -63,7 +63,7 @@ def head_keys(student: StudentFile, options: CardOptions) -> dict[str, Any]:
     base = options.base_model or (hub_id(lineage.base.name) if lineage.base else "")
     tuned = lineage.tuning is not None or lineage.source in ("run", "adapter")
     quantized = not options.checkpoint and bool(options.base_model or not tuned)
-    formats: set[str] = {artifact.format for artifact in shown.files(student)}
+    formats: set[str] = {artifact.format for artifact in publishable.files(student)}
     tags = ["arte-edge", "text-generation"]
     if lineage.method == "arte":
         tags += ["distillation", PAPER.replace("arXiv", "arxiv")]
@@ -118,19 +118,19 @@ def model_index(student: StudentFile, options: CardOptions) -> list[dict[str, An
         )
 
     if options.checkpoint:
-        own: Sequence[PairedAccuracy] = shown.evaluations(student.student_evaluations)
+        own: Sequence[PairedAccuracy] = publishable.evaluations(student.student_evaluations)
         own = own or ([student.student_accuracy] if student.student_accuracy else [])
         dtype = student.student.dtype
         results = [result(one, f"{dtype} checkpoint", _where(one) | {"quantization": dtype}) for one in own]
     else:
         results = [
             result(one, artifact.quantization, _what(artifact) | _where(one, artifact))
-            for artifact in shown.files(student)
-            for one in shown.accuracies(artifact)
+            for artifact in publishable.files(student)
+            for one in publishable.accuracies(artifact)
         ] + [
             metric
-            for artifact in shown.files(student)
-            for speed in shown.speeds(artifact, options.allow_throttled)
+            for artifact in publishable.files(student)
+            for speed in publishable.speeds(artifact, options.allow_throttled)
             for metric in _rates(artifact, speed, url)
         ]
     return list(eval_results_to_model_index(student.student.name, results)) if results else []
@@ -145,7 +145,7 @@ def _rates(artifact: Artifact, speed: Speed, url: str | None) -> list[Any]:
         "prefill_tokens_per_s": speed.prefill_tokens_per_s,
     }
     args = _what(artifact) | {
-        "device": shown.device_title(speed),
+        "device": publishable.device_title(speed),
         "threads": speed.threads,
         "runtime": speed.runtime,
         "depth": speed.n_depth or None,
@@ -183,7 +183,7 @@ def _where(accuracy: PairedAccuracy, artifact: Artifact | None = None) -> dict[s
     """Return what ran it: the gate's was measured where the file was made, by the runtime named there."""
     if isinstance(accuracy, Evaluation):
         found = {
-            "device": shown.device_title(accuracy),
+            "device": publishable.device_title(accuracy),
             "threads": accuracy.threads,
             "runtime": accuracy.runtime,
         }

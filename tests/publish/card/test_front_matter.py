@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arte_edge.errors import InputError
-from arte_edge.publish.front_matter import MARK, merge_head, merge_model_index, read_head, split_card
+from arte_edge.publish.card.front_matter import MARK, merge_head, merge_model_index, read_head, split_card
 
 HAND = """---
 # written by hand

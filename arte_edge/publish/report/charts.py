@@ -1,4 +1,8 @@
-"""The charts of a report, each from the rows that it shows. A chart without data is None."""
+"""The charts of a report, each made from the rows that it shows. A chart without data is None.
+
+Token times and sensor readings are drawn one below the other. Their clocks differ (tokens are counted
+over all repetitions, sensors from the start of the test, warm-up included), so they do not share an axis.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from arte_edge.publish.charts_axes import Axis, around, number
-from arte_edge.publish.charts_plot import Plot
+from arte_edge.publish.report.svg import Axis, Plot, around, number
+from arte_edge.results.rows import SpeedRow
 
 __all__ = [
-    "Figure",
+    "Chart",
+    "Trace",
     "accuracy_chart",
-    "front_chart",
     "histogram_chart",
     "length_chart",
     "loss_chart",
+    "pareto_chart",
     "questions_chart",
     "time_chart",
+    "trace_of",
+    "traced",
 ]
 
 Rows = Sequence[dict[str, Any]]
@@ -30,14 +37,14 @@ _SCORE = "preference score"
 
 
 @dataclass(frozen=True)
-class Figure:
+class Chart:
     """A chart and what stands below it."""
 
     svg: str
     caption: str
 
 
-def time_chart(seconds: dict[str, float]) -> Figure | None:
+def time_chart(seconds: dict[str, float]) -> Chart | None:
     """Bars of minutes (or seconds) a stage."""
     found = {name: value for name, value in seconds.items() if value > 0}
     if not found:
@@ -53,10 +60,10 @@ def time_chart(seconds: dict[str, float]) -> Figure | None:
     )
     for row, value in enumerate(found.values()):
         plot.bar(row, value / scale, 4, tip=f"{number(value / scale)}")
-    return Figure(plot.svg(), f"{total / 60:.1f} minutes in all, over all starts of the run.")
+    return Chart(plot.svg(), f"{total / 60:.1f} minutes in all, over all starts of the run.")
 
 
-def histogram_chart(values: Sequence[float], label: str, what: str) -> Figure | None:
+def histogram_chart(values: Sequence[float], label: str, what: str) -> Chart | None:
     """How often which value occurs."""
     if len(values) < 3:
         return None
@@ -77,13 +84,13 @@ def histogram_chart(values: Sequence[float], label: str, what: str) -> Figure | 
                 (float(low), float(high)), (0, float(n)), 4, tip=f"{n} from {number(low)} to {number(high)}"
             )
     plot.rule(float(np.median(data)), "median")
-    return Figure(
+    return Chart(
         plot.svg(),
         f"{data.size} {what}, mean {number(data.mean())}, standard deviation {number(data.std())}.",
     )
 
 
-def questions_chart(scores: Rows, questions: Rows) -> Figure | None:
+def questions_chart(scores: Rows, questions: Rows) -> Chart | None:
     """A row a question: its rationales' scores by technique, and their mean as a bar."""
     by_question: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in scores:
@@ -107,10 +114,10 @@ def questions_chart(scores: Rows, questions: Rows) -> Figure | None:
             plot.mark(row["score"], i, row["technique"], tip=f"{row['score']:.3f}: {row['text']}")
         plot.mark(question["score"], i, 7)
     part = "" if len(shown) == len(ranked) else f" The best and the worst {half} of {len(ranked)}."
-    return Figure(plot.svg(), f"A draft question a row, the highest mean first.{part}")
+    return Chart(plot.svg(), f"A draft question a row, the highest mean first.{part}")
 
 
-def length_chart(scores: Rows, budget: int | None = None) -> Figure | None:
+def length_chart(scores: Rows, budget: int | None = None) -> Chart | None:
     """Words of a rationale against its score, with the mean of each ten words: the paper's appendix."""
     points = [(len(str(row["text"]).split()), float(row["score"]), int(row["technique"])) for row in scores]
     if len(points) < 3:
@@ -139,10 +146,10 @@ def length_chart(scores: Rows, budget: int | None = None) -> Figure | None:
     for middle, mean in means:
         plot.mark(middle, mean, 6)
     long = "" if budget is None else f" Drafts over {budget} tokens paid for their length."
-    return Figure(plot.svg(), f"{len(points)} rationales, {said}.{long}")
+    return Chart(plot.svg(), f"{len(points)} rationales, {said}.{long}")
 
 
-def loss_chart(log: Rows, key: str, label: str, what: str) -> Figure | None:
+def loss_chart(log: Rows, key: str, label: str, what: str) -> Chart | None:
     """A quantity of a training, step by step."""
     points = [(float(i + 1), float(row[key])) for i, row in enumerate(log) if row.get(key) is not None]
     if len(points) < 3:
@@ -156,12 +163,12 @@ def loss_chart(log: Rows, key: str, label: str, what: str) -> Figure | None:
     plot.line(points, 4)
     for x, y in points if len(points) <= 40 else ():
         plot.mark(x, y, 4, tip=f"{y:.4f}")
-    return Figure(
+    return Chart(
         plot.svg(), f"{what}, {label}: {number(points[0][1])} at first, {number(points[-1][1])} at the end."
     )
 
 
-def accuracy_chart(rows: Rows, chance: float | None) -> Figure | None:
+def accuracy_chart(rows: Rows, chance: float | None) -> Chart | None:
     """Right answers with their 95 % intervals; each row has label, accuracy, low, high and series."""
     if not rows:
         return None
@@ -177,10 +184,10 @@ def accuracy_chart(rows: Rows, chance: float | None) -> Figure | None:
         series = int(row["series"])
         plot.whisker((100 * row["low"], 100 * row["high"]), (i, i), series)
         plot.mark(100 * row["accuracy"], i, series, tip=f"{row['accuracy']:.1%}, n = {row['n']}")
-    return Figure(plot.svg(), f"n = {rows[0]['n']}. Bars are 95 % Wilson intervals.")
+    return Chart(plot.svg(), f"n = {rows[0]['n']}. Bars are 95 % Wilson intervals.")
 
 
-def front_chart(device: str, points: Rows, front: Sequence[str], accuracy: bool) -> Figure | None:
+def pareto_chart(device: str, points: Rows, front: Sequence[str], accuracy: bool) -> Chart | None:
     """Decode rate against accuracy (or size) of each file; each point has file, decode, predicted, y, low, high."""
     if not points:
         return None
@@ -207,4 +214,98 @@ def front_chart(device: str, points: Rows, front: Sequence[str], accuracy: bool)
             p["decode"], p["y"], i, hollow=p["predicted"], tip=f"{p['file']}: {number(p['decode'])} tokens/s"
         )
     guess = " Hollow marks are predicted, not measured." if any(p["predicted"] for p in points) else ""
-    return Figure(plot.svg(), f"The dashed line joins the front: files that no other beats.{guess}")
+    return Chart(plot.svg(), f"The dashed line joins the front: files that no other beats.{guess}")
+
+
+_MOST_TRACES = 6
+_MOST_POINTS = 400  # more cannot be told apart in a chart of this width
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The charts of one test; `sensors` "" where the device told nothing."""
+
+    name: str
+    tokens: str
+    sensors: str
+    caption: str
+
+
+def traced(rows: Sequence[SpeedRow]) -> list[SpeedRow]:
+    """Return the tests to draw: of each file on each device the fastest that wrote tokens, and throttled ones."""
+    writing = [row for row in rows if row.ok and row.n_gen and any(row.itl_samples_ms)]
+    best: dict[tuple[str, str, bool], SpeedRow] = {}
+    for row in writing:
+        key = (row.model_filename, row.device.fingerprint, bool(row.throttled))
+        if key not in best or row.median_ts > best[key].median_ts:
+            best[key] = row
+    return sorted(best.values(), key=lambda r: (r.model_filename, r.device.fingerprint))[:_MOST_TRACES]
+
+
+def trace_of(row: SpeedRow) -> Trace:
+    """Return the charts of one row that holds token times."""
+    where = row.device.profile or row.device.cpu
+    name = f"{row.model_filename} on {where}, {row.n_threads} thread{'s' * (row.n_threads != 1)}"
+    times = [np.asarray(one, dtype=float) for one in row.itl_samples_ms if one]
+    every = np.concatenate(times)
+    top = float(min(every.max(), np.percentile(every, 99.5) * 1.5))
+    plot = Plot(
+        Axis("token, all repetitions one after another", 0, float(max(every.size, 2))),
+        Axis("ms a token", 0, top * 1.08),
+        title=f"Token times: {name}",
+        desc=f"{every.size} tokens, median {number(float(np.median(every)))} ms, "
+        f"95 % below {number(float(np.percentile(every, 95)))} ms",
+    )
+    start = 0
+    for i, one in enumerate(times):
+        points = _thin(one, start, every.size)
+        plot.line([(x, min(y, top)) for x, y in points], (4, 0)[i % 2])
+        start += one.size
+    cut = int(np.sum(every > top))
+    return Trace(name, plot.svg(), _sensors(row, name), _caption(row, len(times), cut))
+
+
+def _thin(
+    times: np.ndarray[tuple[int, ...], np.dtype[np.float64]], start: int, total: int
+) -> list[tuple[float, float]]:
+    """Return (token number, ms); where there are too many, medians of blocks of neighbours."""
+    block = max(1, -(-total // _MOST_POINTS))
+    return [
+        (start + i + min(block, times.size - i) / 2, float(np.median(times[i : i + block])))
+        for i in range(0, times.size, block)
+    ]
+
+
+def _sensors(row: SpeedRow, name: str) -> str:
+    warm = [(r.t_s, r.temperature_c) for r in row.readings if r.temperature_c is not None]
+    if len(warm) < 2 or warm[0][0] == warm[-1][0]:
+        return ""
+    degrees = [value for _, value in warm]
+    middle = (min(degrees) + max(degrees)) / 2
+    half = max((max(degrees) - min(degrees)) / 2, 2.5)  # half a degree of noise is no hill
+    plot = Plot(
+        Axis("seconds since the test began", min(0.0, warm[0][0]), warm[-1][0]),
+        around("°C", [middle - half, middle + half]),
+        title=f"Temperature: {name}",
+        desc=f"from {number(degrees[0])} °C to {number(degrees[-1])} °C, at most {number(max(degrees))} °C",
+    )
+    plot.line(warm, 5)
+    return plot.svg()
+
+
+def _caption(row: SpeedRow, repetitions: int, cut: int) -> str:
+    parts = [f"{repetitions} repetitions of {row.test}, median {number(row.median_ts)} tokens/s"]
+    if row.itl_p50_ms is not None and row.itl_p95_ms is not None:
+        parts.append(
+            f"half of the tokens within {number(row.itl_p50_ms)} ms, 95 % within {number(row.itl_p95_ms)} ms"
+        )
+    if row.temperature_c_max is not None:
+        parts.append(f"at most {number(row.temperature_c_max)} °C")
+    if row.slope_percent_per_min is not None and row.slowed:
+        parts.append(f"it slowed by {number(-row.slope_percent_per_min)} % a minute")
+    if row.throttled is not None:
+        said = row.throttle_reason or "yes"
+        parts.append(f"throttled: {said}" if row.throttled else "not throttled")
+    if cut:
+        parts.append(f"{cut} slower tokens are drawn at the upper edge")
+    return "; ".join(parts) + "."

@@ -1,9 +1,9 @@
-"""What is known of each file on one device: measured there where it was, else predicted and marked so.
+"""The metrics of each file on one device: measured where possible, else predicted and marked so.
 
 Measurements are those that `arte-edge bench` merged into ``student.json`` and the raw rows of
-``bench.jsonl``, found by the hash of the tensor data. A run that was throttled and one under an
-emulator say nothing about the device and are left out. Of several measurements of a file
-(threads, runtimes) the one that writes fastest counts, with its own prefill rate and memory.
+``bench.jsonl``, matched by the hash of the tensor data. Measurements of a throttled device or under an
+emulator are ignored. Of several measurements of a file (threads, runtimes) the one with the highest
+decode rate counts, with its own prefill rate and memory.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from arte_edge.publish.front import Candidate, Figure
-from arte_edge.publish.wants import Wants
+from arte_edge.publish.recommend.constraints import Constraints
+from arte_edge.publish.recommend.pareto import Candidate, Metric
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.merge import belongs_to, evaluation_of
 from arte_edge.results.rows import QualityRow, Row, SpeedRow
@@ -59,14 +59,14 @@ class Measured:
 def candidates(
     student: StudentFile,
     names: frozenset[str],
-    wants: Wants,
+    constraints: Constraints,
     rows: Sequence[Row] = (),
     predict: Predictor | None = None,
 ) -> list[Candidate]:
     """Return what is known of every artifact on the device that goes by one of `names`."""
     rates = accuracies(student, rows)
     return [
-        _candidate(artifact, names, wants, rows, predict, rates.get(artifact.file))
+        _candidate(artifact, names, constraints, rows, predict, rates.get(artifact.file))
         for artifact in student.artifacts
     ]
 
@@ -145,7 +145,7 @@ def from_rows(rows: Sequence[SpeedRow]) -> list[Measured]:
 def _candidate(
     artifact: Artifact,
     names: frozenset[str],
-    wants: Wants,
+    constraints: Constraints,
     rows: Sequence[Row],
     predict: Predictor | None,
     accuracy: PairedAccuracy | None,
@@ -161,19 +161,19 @@ def _candidate(
         ram = ram or _predicted(guess.ram_bytes, guess.source)
         prefill = prefill or _predicted(guess.prefill_tokens_per_s, guess.prefill_source)
     notes = (f"{throttled} throttled measurement(s) left out",) if throttled else ()
-    answer_s = _answer_s(artifact, names, rows) or _computed_answer_s(decode, prefill, wants)
+    answer_s = _answer_s(artifact, names, rows) or _computed_answer_s(decode, prefill, constraints)
     return Candidate(artifact, accuracy, decode, prefill, ram, answer_s, notes)
 
 
-def _measured(value: float | None, source: str) -> Figure | None:
-    return Figure(float(value), "measured", source) if value else None
+def _measured(value: float | None, source: str) -> Metric | None:
+    return Metric(float(value), "measured", source) if value else None
 
 
-def _predicted(value: float | None, source: str) -> Figure | None:
-    return Figure(float(value), "predicted", source) if value else None
+def _predicted(value: float | None, source: str) -> Metric | None:
+    return Metric(float(value), "predicted", source) if value else None
 
 
-def _answer_s(artifact: Artifact, names: frozenset[str], rows: Sequence[Row]) -> Figure | None:
+def _answer_s(artifact: Artifact, names: frozenset[str], rows: Sequence[Row]) -> Metric | None:
     """Return the time that 19 of 20 answers took on the device, of the most examples."""
     found = [
         (e.n, e.answer_seconds_p95)
@@ -183,18 +183,18 @@ def _answer_s(artifact: Artifact, names: frozenset[str], rows: Sequence[Row]) ->
     if not found:
         return None
     n, seconds = max(found)
-    return Figure(seconds, "measured", f"95 % of {n} answers")
+    return Metric(seconds, "measured", f"95 % of {n} answers")
 
 
-def _computed_answer_s(decode: Figure | None, prefill: Figure | None, wants: Wants) -> Figure | None:
-    """Return the time of an answer of the length in `wants`. It is arithmetic, so it is a prediction."""
+def _computed_answer_s(
+    decode: Metric | None, prefill: Metric | None, constraints: Constraints
+) -> Metric | None:
+    """Return the time of an answer of the length in `constraints`, computed from the rates: a prediction."""
     if decode is None or prefill is None:
         return None
-    seconds = wants.prompt_tokens / prefill.value + wants.answer_tokens / decode.value
-    source = (
-        f"{wants.prompt_tokens} prompt and {wants.answer_tokens} answer tokens at {decode.evidence} rates"
-    )
-    return Figure(seconds, "predicted", source)
+    seconds = constraints.prompt_tokens / prefill.value + constraints.answer_tokens / decode.value
+    lengths = f"{constraints.prompt_tokens} prompt and {constraints.answer_tokens} answer tokens"
+    return Metric(seconds, "predicted", f"{lengths} at {decode.evidence} rates")
 
 
 def _on(row: Row, names: frozenset[str]) -> bool:

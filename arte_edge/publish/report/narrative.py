@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from arte_edge.publish.report_data import STAGES, Story
+from arte_edge.publish.report.data import STAGES, RunData
 
-__all__ = ["Chapter", "accuracy_rows", "chapters", "headline", "paired_lines", "score_label"]
+__all__ = ["StageSummary", "accuracy_rows", "headline", "paired_lines", "score_label", "stage_summaries"]
 
-Chapter = dict[str, Any]
+StageSummary = dict[str, Any]
 
 _SERIES = {"base student": 0, "tuned student": 4, "teacher": 2}
 _WHAT = {
@@ -23,43 +23,43 @@ _WHAT = {
 }
 
 
-def chapters(story: Story) -> list[Chapter]:
+def stage_summaries(run: RunData) -> list[StageSummary]:
     """Return name, what it is for, what came of it, and what it took, of every stage that finished."""
     found = []
     for stage in STAGES:
-        if (summary := story.summaries.get(stage)) is None:
+        if (summary := run.summaries.get(stage)) is None:
             continue
-        work = story.work.get(stage)
+        cost = run.cost.get(stage)
         found.append(
             {
                 "name": stage,
                 "what": _WHAT[stage],
                 "result": _result(stage, summary),
-                "seconds": work.seconds if work else None,
-                "calls": work.calls if work else None,
-                "tokens": work.tokens if work else None,
+                "seconds": cost.seconds if cost else None,
+                "calls": cost.calls if cost else None,
+                "tokens": cost.tokens if cost else None,
             }
         )
     return found
 
 
-def score_label(story: Story) -> str:
+def score_label(run: RunData) -> str:
     """Return what a preference score is in this run."""
-    kind = str(story.table("prefer").get("score", ""))
+    kind = str(run.table("prefer").get("score", ""))
     name = {
         "likelihood": "mean probability of the right answer",
         "forced": "share right, answer forced",
         "accuracy": "share right, written",
     }.get(kind, "score")
-    scores = [float(row["score"]) for row in story.of("prefer", "scores.jsonl")]
+    scores = [float(row["score"]) for row in run.of("prefer", "scores.jsonl")]
     if scores and max(scores) < 0:
         name = "mean log-probability of the right answer, nats"
     return name
 
 
-def headline(story: Story) -> str:
+def headline(run: RunData) -> str:
     """Return the run's result in a sentence, empty before it is evaluated."""
-    summary = story.summaries.get("evaluate", {})
+    summary = run.summaries.get("evaluate", {})
     rows = {(row["model"], row["setting"]): row for row in summary.get("rows", [])}
     for setting, test in summary.get("paired", {}).items():
         base, tuned = rows.get(("base student", setting)), rows.get(("tuned student", setting))
@@ -71,9 +71,9 @@ def headline(story: Story) -> str:
     return ""
 
 
-def accuracy_rows(story: Story) -> list[dict[str, Any]]:
+def accuracy_rows(run: RunData) -> list[dict[str, Any]]:
     """Return the evaluation's rows, before and after beside each other, with a label and a series."""
-    rows = story.summaries.get("evaluate", {}).get("rows", [])
+    rows = run.summaries.get("evaluate", {}).get("rows", [])
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     ordered = sorted(rows, key=lambda row: settings.index(row["setting"]))
     return [
@@ -82,9 +82,9 @@ def accuracy_rows(story: Story) -> list[dict[str, Any]]:
     ]
 
 
-def paired_lines(story: Story) -> list[str]:
+def paired_lines(run: RunData) -> list[str]:
     """Return what the paired tests say, and what of the gain is format alone."""
-    summary = story.summaries.get("evaluate", {})
+    summary = run.summaries.get("evaluate", {})
     lines = [
         f"{setting}: {_paired(test)}; {test['gained']} gained, {test['lost']} lost."
         for setting, test in summary.get("paired", {}).items()

@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arte_edge.publish.charts import (
+from arte_edge.publish.report.charts import (
     accuracy_chart,
-    front_chart,
     histogram_chart,
     length_chart,
     loss_chart,
+    pareto_chart,
     questions_chart,
     time_chart,
+    trace_of,
+    traced,
 )
-from arte_edge.publish.charts_axes import Axis, around, number
-from arte_edge.publish.charts_plot import SHAPES, Plot
-from arte_edge.publish.charts_traces import trace_of, traced
+from arte_edge.publish.report.svg import SHAPES, Axis, Plot, around, number
 from arte_edge.results.rows import DeviceFacts, Reading, SpeedRow
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -167,7 +167,7 @@ def test_the_front_marks_what_is_predicted() -> None:
         {"file": f, "name": f, "decode": d, "predicted": p, "y": y, "low": y - 5, "high": y + 5}
         for f, d, p, y in (("a", 10.0, False, 50.0), ("b", 30.0, True, 45.0))
     ]
-    figure = front_chart("pi", points, ["b", "a"], True)
+    figure = pareto_chart("pi", points, ["b", "a"], True)
     assert figure is not None and "Hollow marks are predicted" in figure.caption
     assert {"b (predicted)", "decode, tokens/s (logarithmic)"} <= set(texts(figure.svg))
     assert figure.svg.count("hollow") == 1
@@ -180,7 +180,7 @@ def test_what_has_no_data_is_not_drawn() -> None:
     assert length_chart([]) is None
     assert loss_chart([], "loss", "loss", "tune") is None
     assert accuracy_chart([], None) is None
-    assert front_chart("pi", [], [], True) is None
+    assert pareto_chart("pi", [], [], True) is None
 
 
 def speed(**more: Any) -> SpeedRow:

@@ -1,6 +1,6 @@
 """What a run folder tells: settings, stages with their summaries and rows, times, the export, the benchmark.
 
-Whatever is not there is missing from the story, and the report says so; a run that stopped half-way has
+Whatever is not there is missing from the run, and the report says so; a run that stopped half-way has
 a report too. Only files that are damaged are an error.
 """
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.errors import InputError
-from arte_edge.publish.where import find_export, find_run, read_bench
+from arte_edge.publish.locate import find_export, find_run, read_bench
 from arte_edge.results.rows import Row
 from arte_edge.results.student_json import StudentFile, read_student
 from arte_edge.store import read_jsonl
 
-__all__ = ["STAGES", "Story", "Work", "read_story"]
+__all__ = ["STAGES", "RunData", "StageCost", "read_run"]
 
 STAGES = ("check", "elicit", "calibrate", "prefer", "align", "tailor", "tune", "evaluate")
 _ROWS = {
@@ -37,7 +37,7 @@ JsonRow = dict[str, Any]
 
 
 @dataclass
-class Work:
+class StageCost:
     """What a stage took, over all starts of the run: seconds, calls made, tokens written."""
 
     seconds: float = 0.0
@@ -46,14 +46,14 @@ class Work:
 
 
 @dataclass
-class Story:
+class RunData:
     """A run as far as it got. `summaries` holds the finished stages; `rows` their files as stage/file."""
 
     name: str
     config: dict[str, Any]
     summaries: dict[str, dict[str, Any]] = field(default_factory=dict)
     rows: dict[str, list[JsonRow]] = field(default_factory=dict)
-    work: dict[str, Work] = field(default_factory=dict)
+    cost: dict[str, StageCost] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     deploy: dict[str, Any] | None = None
     student: StudentFile | None = None
@@ -69,7 +69,7 @@ class Story:
         return self.rows.get(f"{stage}/{file}", [])
 
 
-def read_story(ref: str) -> Story:
+def read_run(ref: str) -> RunData:
     """Read the run that `ref` names: a folder, or a name under ``runs/``.
 
     Raises:
@@ -80,44 +80,44 @@ def read_story(ref: str) -> Story:
         config = tomllib.loads((folder / "run.toml").read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{folder / 'run.toml'}: not TOML: {error}") from error
-    story = Story(str(config.get("name") or folder.resolve().name), config)
+    run = RunData(str(config.get("name") or folder.resolve().name), config)
     for stage in STAGES:
-        _read_stage(story, folder / stage)
+        _read_stage(run, folder / stage)
     if (folder / "events.jsonl").is_file():
-        _read_events(story, _events(folder / "events.jsonl"))
-    story.deploy = _json(folder / "deploy.json")
-    _read_export(story, folder)
-    return story
+        _read_events(run, _events(folder / "events.jsonl"))
+    run.deploy = _json(folder / "deploy.json")
+    _read_export(run, folder)
+    return run
 
 
-def _read_stage(story: Story, folder: Path) -> None:
+def _read_stage(run: RunData, folder: Path) -> None:
     manifest = _json(folder / "manifest.json")
-    skipped = story.config.get("data") == "original-teacher" and folder.name in STAGES[1:5]
+    skipped = run.config.get("data") == "original-teacher" and folder.name in STAGES[1:5]
     if manifest is None:
         if not skipped:
-            story.missing.append(f"{folder.name}: this stage has not finished")
+            run.missing.append(f"{folder.name}: this stage has not finished")
         return
-    story.summaries[folder.name] = manifest.get("summary", {})
+    run.summaries[folder.name] = manifest.get("summary", {})
     for file in _ROWS[folder.name]:
         if (folder / file).is_file():
-            story.rows[f"{folder.name}/{file}"] = read_jsonl(folder / file)
+            run.rows[f"{folder.name}/{file}"] = read_jsonl(folder / file)
 
 
-def _read_export(story: Story, folder: Path) -> None:
+def _read_export(run: RunData, folder: Path) -> None:
     try:
         export = find_export(folder)
     except InputError as error:
         several = "several" in error.message
         why = error.message if several else "no files yet: `arte-edge export` makes and verifies them"
-        story.missing.append(f"files: {why}")
+        run.missing.append(f"files: {why}")
         return
-    story.student = read_student(export)
-    story.bench = read_bench(export)
-    speeds = story.student is not None and any(a.speeds for a in story.student.artifacts)
-    if not story.bench and not speeds:
-        story.missing.append("speed: nothing measured yet: `arte-edge bench` on the device does it")
-    elif not story.bench:
-        story.missing.append(
+    run.student = read_student(export)
+    run.bench = read_bench(export)
+    speeds = run.student is not None and any(a.speeds for a in run.student.artifacts)
+    if not run.bench and not speeds:
+        run.missing.append("speed: nothing measured yet: `arte-edge bench` on the device does it")
+    elif not run.bench:
+        run.missing.append(
             "token times: bench.jsonl, which holds every token's time, is not beside the files"
         )
 
@@ -147,18 +147,18 @@ def _events(path: Path) -> list[JsonRow]:
     return rows
 
 
-def _read_events(story: Story, events: list[JsonRow]) -> None:
-    work: dict[str, Work] = defaultdict(Work)
+def _read_events(run: RunData, events: list[JsonRow]) -> None:
+    cost: dict[str, StageCost] = defaultdict(StageCost)
     stage = ""
     for event in events:
         kind = event.get("event")
         if kind == "stage":
             name = str(event.get("name", ""))
             stage = name if event.get("state") == "begin" else ""
-            work[name].seconds += float(event.get("seconds") or 0.0)
+            cost[name].seconds += float(event.get("seconds") or 0.0)
         elif kind == "calls" and stage:
-            work[stage].calls += int(event.get("n") or 0) - int(event.get("kept") or 0)
-            work[stage].tokens += int(event.get("tokens") or 0)
-        elif kind == "warning" and (text := str(event.get("text", ""))) not in story.warnings:
-            story.warnings.append(text)
-    story.work = {name: work[name] for name in STAGES if name in work}
+            cost[stage].calls += int(event.get("n") or 0) - int(event.get("kept") or 0)
+            cost[stage].tokens += int(event.get("tokens") or 0)
+        elif kind == "warning" and (text := str(event.get("text", ""))) not in run.warnings:
+            run.warnings.append(text)
+    run.cost = {name: cost[name] for name in STAGES if name in cost}

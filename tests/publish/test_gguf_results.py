@@ -15,7 +15,7 @@ from arte_edge.models import LocalModel
 from arte_edge.models.artifact_hash import checksums_of
 from arte_edge.models.gguf_fields import Field, read_fields
 from arte_edge.models.gguf_rewrite import rewrite
-from arte_edge.publish.gguf_meta import write_keys
+from arte_edge.publish.gguf_results import write_keys
 from arte_edge.results.merge import merge_rows
 from arte_edge.results.rows import QualityRow, SpeedRow
 from arte_edge.results.student_json import FILE_NAME, read_student
@@ -187,7 +187,7 @@ def test_a_write_that_fails_midway_leaves_the_old_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(ArteError, match="No space left"):
+    with pytest.raises(ArteError, match="disk is full"):
         rewrite(path, {"arte_edge.a": Field(UINT32, 1)})
     assert path.read_bytes() == data
     assert [file.name for file in path.parent.iterdir()] == [path.name]

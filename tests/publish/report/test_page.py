@@ -1,4 +1,4 @@
-"""One page that holds the run's story, says what is missing, runs nothing and asks no network."""
+"""One page that holds the run's found, says what is missing, runs nothing and asks no network."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from arte_edge.errors import InputError
-from arte_edge.publish.report import render, write_report
-from arte_edge.publish.report_data import read_story
+from arte_edge.publish.report.data import read_run
+from arte_edge.publish.report.page import render, report
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.rows import DeviceFacts, Reading, SpeedRow
 from arte_edge.results.student_json import (
@@ -157,12 +157,12 @@ class Page(HTMLParser):
 
 
 def test_the_page_tells_the_run(run: Path) -> None:
-    page = Page(render(read_story(str(run))))
+    page = Page(render(read_run(str(run))))
     for words in (
         "my run",
         "50% right before, 50% after (0-shot, 100 test examples; +30.0 points (+20.0 to +40.0), p = 0.001,",
         "Of the first gain 50% is format",
-        "12 s, 100 calls, 900 tokens written",
+        "12 s, 100 calls, 900 tokens generated",
         "12 drafts scored on 8 questions",
         "mean probability of the right answer",
         "m-Q4_K_M.gguf on raspberry-pi-5, 4 threads",
@@ -177,28 +177,28 @@ def test_the_page_tells_the_run(run: Path) -> None:
 
 
 def test_what_models_wrote_stays_text(run: Path) -> None:
-    html = render(read_story(str(run)))
+    html = render(read_run(str(run)))
     page = Page(html)
     assert "script" not in page.tags and "<script" not in html
     assert page.text.count(BAD) >= 6
 
 
 def test_nothing_is_fetched(run: Path) -> None:
-    html = render(read_story(str(run)))
+    html = render(read_run(str(run)))
     assert [a for a in Page(html).addresses if a != "data:,"] == []
     assert not re.search(r"https?://|@import|url\(", html)
     assert "default-src 'none'" in html
 
 
 def test_nothing_of_this_machine_is_in_it_and_it_is_the_same_each_time(run: Path) -> None:
-    html = render(read_story(str(run)))
+    html = render(read_run(str(run)))
     assert str(run.parent) not in html
-    assert render(read_story(str(run))) == html
+    assert render(read_run(str(run))) == html
 
 
 def test_what_is_missing_is_said_and_not_drawn(run: Path) -> None:
-    story = read_story(str(run))
-    assert story.missing == [
+    found = read_run(str(run))
+    assert found.missing == [
         "calibrate: this stage has not finished",
         "align: this stage has not finished",
         "tune: this stage has not finished",
@@ -206,7 +206,7 @@ def test_what_is_missing_is_said_and_not_drawn(run: Path) -> None:
     shutil.rmtree(run / "export")
     shutil.rmtree(run / "prefer")
     (run / "events.jsonl").unlink()
-    bare = read_story(str(run))
+    bare = read_run(str(run))
     page = Page(render(bare))
     assert "files: no files yet" in page.text and "prefer: this stage has not finished" in page.text
     assert page.tags.count("svg") == 1 and "What the student prefers" not in page.text
@@ -214,16 +214,16 @@ def test_what_is_missing_is_said_and_not_drawn(run: Path) -> None:
 
 def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("")
-    page = Page(render(read_story(str(tmp_path))))
+    page = Page(render(read_run(str(tmp_path))))
     assert "svg" not in page.tags and page.text.count("has not finished") == 8
 
 
 def test_a_folder_that_is_no_run_and_a_damaged_file_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run"):
-        read_story(str(tmp_path))
+        read_run(str(tmp_path))
     (run / "prefer" / "manifest.json").write_text("{")
     with pytest.raises(InputError, match=r"prefer/manifest\.json"):
-        read_story(str(run))
+        read_run(str(run))
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def browse(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 def test_a_browser_draws_it_without_a_complaint(run: Path, tmp_path: Path, browse: Any) -> None:
-    page = write_report(read_story(str(run)), tmp_path / "report.html")
+    page = report(run, tmp_path / "report.html").path
     # A probe, in a copy of the page that may run it, writes down what the browser laid out and fetched.
     probe = """<script>addEventListener("load", () => { document.title = JSON.stringify({
       boxes: [...document.querySelectorAll("svg")].map(s => s.getBoundingClientRect()).map(b => [b.width, b.height]),

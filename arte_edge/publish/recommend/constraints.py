@@ -1,4 +1,4 @@
-"""What a user wishes of a file on a device, and how sizes are written: 1GB, 512MiB."""
+"""What a user requires of a file on a device, and how sizes are written: 1GB, 512MiB."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from arte_edge.errors import InputError
 
-__all__ = ["Wants", "parse_size", "size_text"]
+__all__ = ["Constraints", "parse_size", "size_text"]
 
 _UNITS = {
     "": 1,
@@ -25,22 +25,22 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 
 @dataclass(frozen=True)
-class Wants:
-    """The wishes; None: none. Each is judged on its own, and one that cannot be judged is not met."""
+class Constraints:
+    """The limits; None: no limit. Each is checked on its own, and one that cannot be checked is not satisfied."""
 
     max_ram_bytes: int | None = None  # peak resident memory of the process that runs the file
-    min_decode: float | None = None  # tokens a second written
+    min_decode: float | None = None  # tokens per second
     max_drop: float | None = None  # points of accuracy below the 16-bit student
     max_size_bytes: int | None = None
     max_answer_seconds: float | None = None
-    prompt_tokens: int = 256  # of one question, for an answer time that nobody measured
+    prompt_tokens: int = 256  # of one prompt, for an answer time that was not measured
     answer_tokens: int = 64
 
     @property
     def any(self) -> bool:
-        """Whether there is a wish at all."""
-        wishes = (self.max_ram_bytes, self.min_decode, self.max_drop, self.max_size_bytes)
-        return any(wish is not None for wish in (*wishes, self.max_answer_seconds))
+        """Whether there is any limit."""
+        limits = (self.max_ram_bytes, self.min_decode, self.max_drop, self.max_size_bytes)
+        return any(limit is not None for limit in (*limits, self.max_answer_seconds))
 
 
 def parse_size(text: str, what: str) -> int:

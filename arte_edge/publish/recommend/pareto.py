@@ -1,8 +1,8 @@
-"""The files that no other file beats: accuracy against speed against size on one device.
+"""The Pareto front of the files of one export: accuracy, speed and size on one device.
 
-A file is on the front unless another is at least as good in all three and better in one
-(V. Pareto's order). A file is only compared in what is known of every file: where no accuracy was
-measured, the front is that of speed and size, and says so.
+A file is on the front unless another dominates it: is at least as good in all three and better in one.
+Files are compared only on axes that are known: where no accuracy was measured, the front is that of
+speed and size, and says so.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Literal
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import Artifact
 
-__all__ = ["Candidate", "Evidence", "Figure", "Front", "front_of"]
+__all__ = ["Candidate", "Evidence", "Metric", "ParetoFront", "pareto_front"]
 
 Evidence = Literal["measured", "predicted"]
 Axis = Literal["accuracy", "decode", "size"]
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One number of a file on a device, and how it is known."""
+class Metric:
+    """One number of a file on a device: measured or predicted, and its source."""
 
     value: float
     evidence: Evidence
@@ -39,10 +39,10 @@ class Candidate:
 
     artifact: Artifact
     accuracy: PairedAccuracy | None = None
-    decode: Figure | None = None  # tokens/s
-    prefill: Figure | None = None  # tokens/s
-    ram: Figure | None = None  # bytes
-    answer_s: Figure | None = None  # seconds from the prompt to the last token
+    decode: Metric | None = None  # tokens/s
+    prefill: Metric | None = None  # tokens/s
+    ram: Metric | None = None  # bytes
+    answer_s: Metric | None = None  # seconds from the prompt to the last token
     notes: tuple[str, ...] = ()
 
     @property
@@ -51,7 +51,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Front:
+class ParetoFront:
     """`files` in order of falling speed; `axes`: what was compared; `left_out`: files that lack one of them."""
 
     files: tuple[str, ...]
@@ -59,7 +59,7 @@ class Front:
     left_out: tuple[str, ...]
 
 
-def front_of(candidates: Sequence[Candidate]) -> Front:
+def pareto_front(candidates: Sequence[Candidate]) -> ParetoFront:
     """Return the front over what is known. An axis that no file has is dropped; a file that lacks one is left out."""
     axes: list[Axis] = ["size"]
     if any(c.decode for c in candidates):
@@ -71,11 +71,11 @@ def front_of(candidates: Sequence[Candidate]) -> Front:
     on = [
         file
         for file, point in known.items()
-        if not any(_beats(other, point) for name, other in known.items() if name != file)
+        if not any(_dominates(other, point) for name, other in known.items() if name != file)
     ]
     speed = {c.file: c.decode.value if c.decode else 0.0 for c in candidates}
     on.sort(key=lambda file: (-speed[file], file))
-    return Front(tuple(on), tuple(axes), tuple(file for file, point in points.items() if point is None))
+    return ParetoFront(tuple(on), tuple(axes), tuple(file for file, point in points.items() if point is None))
 
 
 def _point(candidate: Candidate, axes: Sequence[Axis]) -> tuple[float, ...] | None:
@@ -89,5 +89,5 @@ def _point(candidate: Candidate, axes: Sequence[Axis]) -> tuple[float, ...] | No
     return None if any(value is None for value in point) else tuple(v for v in point if v is not None)
 
 
-def _beats(a: Sequence[float], b: Sequence[float]) -> bool:
+def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
     return all(x >= y for x, y in zip(a, b, strict=True)) and any(x > y for x, y in zip(a, b, strict=True))

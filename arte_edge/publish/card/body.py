@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from arte_edge.cache import megabytes
 from arte_edge.errors import InputError
-from arte_edge.publish import shown
-from arte_edge.publish.card_head import CardOptions
+from arte_edge.publish import publishable
+from arte_edge.publish.card.metadata import CardOptions
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import Evaluation, Speed, StudentFile
 
@@ -88,7 +88,7 @@ def lineage_section(student: StudentFile, options: CardOptions) -> str:
 
 def files_section(student: StudentFile, options: CardOptions) -> str:
     """The files, and how near each is to the 16-bit student."""
-    passed = shown.files(student)
+    passed = publishable.files(student)
     if not passed:
         return "No file passed the gate."
     rows = []
@@ -115,12 +115,12 @@ def files_section(student: StudentFile, options: CardOptions) -> str:
 def accuracy_section(student: StudentFile, options: CardOptions) -> str:
     """Right answers of each file, and of the 16-bit student in a line of its own."""
     rows = []
-    own: Sequence[PairedAccuracy] = shown.evaluations(student.student_evaluations)
+    own: Sequence[PairedAccuracy] = publishable.evaluations(student.student_evaluations)
     own = [*own, *([student.student_accuracy] if student.student_accuracy else [])]
     for accuracy in own:
         rows.append(_accuracy_row(f"16-bit student ({student.student.dtype})", accuracy, student))
-    for artifact in [] if options.checkpoint else shown.files(student):
-        found = shown.accuracies(artifact)
+    for artifact in [] if options.checkpoint else publishable.files(student):
+        found = publishable.accuracies(artifact)
         rows += [_accuracy_row(f"`{_cell(artifact.file)}`", accuracy, student) for accuracy in found]
         if not found:
             rows.append((f"`{_cell(artifact.file)}`", "not measured", *[_DASH] * 5))
@@ -133,9 +133,9 @@ def accuracy_section(student: StudentFile, options: CardOptions) -> str:
 def bench_section(student: StudentFile, options: CardOptions) -> str:
     """Speed of each file, one table a device."""
     devices: dict[str, list[tuple[str, Speed]]] = {}
-    for artifact in shown.files(student):
-        for speed in shown.speeds(artifact, options.allow_throttled):
-            devices.setdefault(shown.device_title(speed), []).append((artifact.file, speed))
+    for artifact in publishable.files(student):
+        for speed in publishable.speeds(artifact, options.allow_throttled):
+            devices.setdefault(publishable.device_title(speed), []).append((artifact.file, speed))
     parts = []
     for device in sorted(devices):
         cpu = next((speed.cpu for _, speed in devices[device] if speed.cpu and speed.cpu != device), "")
@@ -152,7 +152,7 @@ def bench_section(student: StudentFile, options: CardOptions) -> str:
         )
         rows = (_speed_row(file, speed, options.allow_throttled) for file, speed in devices[device])
         parts.append(f"{title}\n\n{_table(head, rows)}")
-    left_out = sum(shown.left_out(artifact) for artifact in shown.files(student))
+    left_out = sum(publishable.left_out(artifact) for artifact in publishable.files(student))
     if not parts:
         parts.append("Not measured on a device yet: `arte-edge bench`.")
     if left_out and not options.allow_throttled:
@@ -178,7 +178,7 @@ def _accuracy_row(name: str, accuracy: PairedAccuracy, student: StudentFile) -> 
         if accuracy.difference_low is not None and accuracy.difference_high is not None:
             difference += f" ({100 * accuracy.difference_low:+.1f} to {100 * accuracy.difference_high:+.1f})"
     place = (
-        f"{shown.device_title(accuracy)}, {accuracy.runtime}"
+        f"{publishable.device_title(accuracy)}, {accuracy.runtime}"
         if isinstance(accuracy, Evaluation)
         else "where it was made"
     )

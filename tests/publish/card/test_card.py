@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from arte_edge.errors import InputError
-from arte_edge.publish.card import CARD, CardOptions, render_card, write_card
+from arte_edge.publish.card.card import CARD, CardOptions, render_card, write_card
 from arte_edge.results.merge import merge_rows
 from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow
 from arte_edge.results.student_json import StudentFile, read_student
@@ -108,9 +108,9 @@ def test_an_accuracy_of_part_of_the_split_is_kept_out(export_folder: Path, quali
 
 
 def test_a_second_run_changes_nothing(export_folder: Path, measured: StudentFile) -> None:
-    assert write_card(export_folder, measured).changed
+    assert write_card(export_folder, measured)[1]
     before = (export_folder / CARD).read_bytes()
-    assert not write_card(export_folder, measured).changed
+    assert not write_card(export_folder, measured)[1]
     assert (export_folder / CARD).read_bytes() == before
 
 
@@ -128,7 +128,7 @@ def test_a_card_edited_by_hand_stays_as_it_was_outside_the_markers(
     )
     path.write_bytes(text.replace("\n", newline).encode())
     student = merge_rows(export_folder, [speed_row("tg128", 33.25, test_time="2026-12-01T00:00:00Z")])
-    assert write_card(export_folder, student).changed
+    assert write_card(export_folder, student)[1]
     before, after = text, path.read_bytes().decode()
     assert ("\r\n" in after) == (newline == "\r\n")
     assert after.count("\r") == (after.count("\n") if newline == "\r\n" else 0)
@@ -160,7 +160,7 @@ def test_a_part_that_was_taken_out_stays_out(export_folder: Path, measured: Stud
     text = path.read_text("utf-8")
     cut = text.split("## Accuracy")[0] + "## Speed" + text.split("## Speed")[1]
     path.write_text(cut)
-    assert not write_card(export_folder, measured).changed
+    assert not write_card(export_folder, measured)[1]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_name_cannot_break_out_of_its_cell(export_folder: Path, speed_row: Mak
     evil = pi5.model_copy(update={"profile": "", "cpu": "a|b <!-- arte-edge:bench:end -->\n# x `"})
     student = merge_rows(export_folder, [speed_row(device=evil)])
     write_card(export_folder, student)
-    assert not write_card(export_folder, student).changed
+    assert not write_card(export_folder, student)[1]
     assert "a\\|b &lt;!--" in (export_folder / CARD).read_text("utf-8")
 
 

@@ -1,0 +1,1 @@
+"""The model card: front matter, body, and the update that keeps a person's edits."""

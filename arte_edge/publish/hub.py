@@ -1,0 +1,424 @@
+"""Push a student to the Hub: a preview of what would be sent, a scan for personal data, and the upload.
+
+Only files that belong to a student are sent: those that ``student.json`` names and the gate accepted,
+and known files beside them. All else in the folder is listed and stays here. Of a checkpoint's folder
+the weights, configuration, tokenizer and card are sent. huggingface_hub does the upload; an
+interrupted push resumes with the same command, since large files that are already there are not sent
+again. The token is that of ``HF_TOKEN`` or of ``hf auth login``; it is never printed and never part of
+a message.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from arte_edge.cache import is_offline, sha256_file
+from arte_edge.errors import ArteError, InputError
+from arte_edge.export.gguf.tensor_table import read_table
+from arte_edge.models.artifact_hash import checksums_of
+from arte_edge.onnx.folder import TOKENIZER_FILES
+from arte_edge.pii_scan import Finding, Machine, first_held, this_machine
+from arte_edge.publish.card.card import CARD
+from arte_edge.publish.card.front_matter import read_head, split_card
+from arte_edge.publish.eval_results import FOLDER as EVAL_RESULTS
+from arte_edge.results.rows import BENCH_NAME
+from arte_edge.results.student_json import FILE_NAME, Artifact, StudentFile, read_student
+
+__all__ = [
+    "Preview",
+    "PreviewFile",
+    "Push",
+    "Upload",
+    "machine_here",
+    "preview",
+    "preview_push",
+    "push",
+    "reject_findings",
+    "send",
+]
+
+_BESIDE = (
+    CARD,
+    FILE_NAME,
+    BENCH_NAME,
+    "Modelfile",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+    ".gitattributes",
+)
+_CHECKPOINT = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
+_TEXT_BYTES = 64 << 20  # a larger file is not scanned as text
+
+
+@dataclass(frozen=True)
+class PreviewFile:
+    """One file that would be sent."""
+
+    name: str  # in the folder and in the repository
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a push would send, and what it would not."""
+
+    folder: Path
+    files: tuple[PreviewFile, ...]
+    excluded: tuple[tuple[str, str], ...]  # files that are not sent, and why
+    findings: tuple[Finding, ...]
+    head: str  # front matter of the card
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+
+def preview(folder: Path, machine: Machine, *, allow: Collection[str] = ()) -> Preview:
+    """Return what a push of `folder` would send.
+
+    Args:
+        allow: texts that may be published although the privacy scan flags them.
+
+    Raises:
+        InputError: no student, no card, a broken card, or a file that is not the one described.
+    """
+    student = read_student(folder)
+    if student is None and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder}: neither an export nor a checkpoint", "Give the folder of `arte-edge export`."
+        )
+    if not (folder / CARD).is_file():
+        raise InputError(f"{folder}: no {CARD}", f"Write the card first: arte-edge card {folder}")
+    names, excluded = _export(folder, student) if student else _checkpoint(folder)
+    files = tuple(PreviewFile(name, (folder / name).stat().st_size) for name in sorted(names))
+    text = (folder / CARD).read_bytes().decode("utf-8", errors="replace")
+    card = split_card(text)
+    if not read_head(card):
+        raise InputError(f"{CARD}: it has no front matter", f"Write it: arte-edge card {folder}")
+    findings = [finding for file in files for finding in _look(folder, file.name, machine, allow)]
+    return Preview(folder, files, tuple(sorted(excluded)), tuple(findings), card.block)
+
+
+def _export(folder: Path, student: StudentFile) -> tuple[set[str], list[tuple[str, str]]]:
+    names = {name for name in _BESIDE if (folder / name).is_file()}
+    names |= {sum_.file for sum_ in student.tokenizer.files if (folder / sum_.file).is_file()}
+    names |= {f"{EVAL_RESULTS}/{path.name}" for path in (folder / EVAL_RESULTS).glob("*.yaml")}
+    names |= _matrices(folder, student)
+    excluded = []
+    rejected: set[str] = set()
+    for artifact in student.artifacts:
+        if artifact.status == "ok":
+            names |= _artifact(folder, artifact)
+        else:
+            rejected.add(artifact.file.rstrip("/"))
+    for name in _all(folder):
+        if name in names:
+            continue
+        top = PurePosixPath(name).parts[0]
+        reason = "rejected by the gate" if name in rejected or top in rejected else "not part of the student"
+        excluded.append((name, reason))
+    return names, excluded
+
+
+def _artifact(folder: Path, artifact: Artifact) -> set[str]:
+    """Return the files of one artifact.
+
+    Raises:
+        InputError: it is missing, or not what ``student.json`` says.
+    """
+    path = folder / artifact.file.rstrip("/")
+    if not path.exists():
+        raise InputError(f"{artifact.file}: listed in {FILE_NAME}, but missing here", "Export it again.")
+    if checksums_of(path).sha256 != artifact.sha256:
+        raise InputError(
+            f"{artifact.file}: its checksum differs from the one in {FILE_NAME}",
+            f"Bring it up to date: arte-edge card {folder}; or export it again.",
+        )
+    if not artifact.parts:
+        return {artifact.file}
+    return {f"{path.name}/{part.file}" for part in artifact.parts}
+
+
+def _matrices(folder: Path, student: StudentFile) -> set[str]:
+    """Return the importance matrix that accepted files were made with."""
+    sums = {artifact.imatrix_sha256 for artifact in student.artifacts if artifact.status == "ok"} - {""}
+    return {path.name for path in folder.glob("*imatrix*.gguf") if sums and sha256_file(path) in sums}
+
+
+def _checkpoint(folder: Path) -> tuple[set[str], list[tuple[str, str]]]:
+    names = {name for name in (*_CHECKPOINT, *_BESIDE) if (folder / name).is_file()}
+    names |= {path.name for path in folder.glob("*.safetensors")}
+    if not any(name.endswith(".safetensors") for name in names):
+        raise InputError(f"{folder}: no safetensors weights", "Give a checkpoint or an export.")
+    return names, [(name, "not part of the student") for name in _all(folder) if name not in names]
+
+
+def _all(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not name.startswith((".export/", ".cache/", ".git/")):
+            yield name
+
+
+def _look(folder: Path, name: str, machine: Machine, allow: Collection[str]) -> Iterator[Finding]:
+    path = folder / name
+    base = PurePosixPath(name).name
+    if base.endswith(".gguf"):
+        pairs = _gguf_texts(path)
+    elif base.endswith(".safetensors"):
+        pairs = _safetensors_texts(path)
+    elif path.stat().st_size > _TEXT_BYTES or _is_binary(path):
+        if (held := first_held(path, machine.private_paths())) and held not in allow:
+            yield Finding(name, "bytes", "a path", held)
+        return
+    else:
+        pairs = _texts(path)
+    words = base not in TOKENIZER_FILES
+    for key, text in pairs:
+        yield from machine.findings(text, name, key, allow=allow, words=words, mail=base != CARD)
+
+
+def _is_binary(path: Path) -> bool:
+    with path.open("rb") as file:
+        return path.name.endswith((".onnx", ".data", ".onnx_data")) or b"\0" in file.read(4096)
+
+
+def _gguf_texts(path: Path) -> Iterator[tuple[str, str]]:
+    for key, value in read_table(path).metadata.items():
+        if not key.startswith("tokenizer.ggml."):
+            yield from _walk(value, key)
+
+
+def _safetensors_texts(path: Path) -> Iterator[tuple[str, str]]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _TEXT_BYTES:
+            return
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return
+    yield from _walk(header.get("__metadata__", {}), "__metadata__")
+
+
+def _texts(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a file with where they stand: the key of a JSON document, else the line."""
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    if path.name in TOKENIZER_FILES:
+        yield "text", text
+        return
+    if path.suffix == ".json":
+        try:
+            yield from _walk(json.loads(text), "")
+            return
+        except ValueError:
+            pass
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            document = json.loads(line) if path.suffix == ".jsonl" else None
+        except ValueError:
+            document = None
+        if isinstance(document, dict):
+            yield from _walk(document, str(number))
+        else:
+            yield str(number), line
+
+
+def _walk(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _walk(item, f"{key}.{name}".lstrip("."))
+            yield f"{key}.{name}".lstrip("."), str(name)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _walk(item, f"{key}.{i}".lstrip("."))
+    elif isinstance(value, str):
+        yield key, value
+
+
+_REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_TOKEN = re.compile(r"\bhf_\w+|(?i:bearer)\s+\S+")
+_SHOWN = 12  # findings named in an error
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Where the files are now."""
+
+    url: str
+    commit: str
+
+
+def machine_here() -> Machine:
+    """Return what identifies this machine, including the hosts of its devices and its Hub token."""
+    return this_machine(_own_hosts(), filter(None, [_token()]))
+
+
+def _own_hosts() -> Iterable[str]:
+    """Yield the names of the user's own devices and the parts of their addresses (`arte-edge devices add`)."""
+    from arte_edge.device.catalogue import own_folder
+    from arte_edge.device.profile import read_profile
+
+    for path in sorted(own_folder().glob("*.toml")):
+        yield path.stem
+        try:
+            profile = read_profile(path)
+        except InputError:  # `arte-edge devices check` says what is wrong with it
+            continue
+        if profile.remote:
+            yield from (profile.remote.host, *re.split(r"[@.]", profile.remote.host))
+
+
+def _token() -> str | None:
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+@dataclass(frozen=True)
+class Push:
+    """A push: what it would send or has sent. `sent` None: nothing left the machine."""
+
+    to: str
+    private: bool
+    preview: Preview
+    sent: Upload | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        found = self.preview
+        return {
+            "to": self.to,
+            "private": self.private,
+            "files": [{"file": file.name, "size_bytes": file.size_bytes} for file in found.files],
+            "size_bytes": found.size_bytes,
+            "not_sent": [{"file": name, "reason": reason} for name, reason in found.excluded],
+            "personal": [
+                {"file": f.file, "key": f.key, "kind": f.kind, "text": f.text} for f in found.findings
+            ],
+            "head": found.head,
+            "sent": None if self.sent is None else {"url": self.sent.url, "commit": self.sent.commit},
+        }
+
+
+def push(
+    folder: str | Path,
+    to: str,
+    *,
+    yes: bool = False,
+    private: bool = False,
+    allow: Collection[str] = (),
+    message: str = "",
+) -> Push:
+    """Return what a push of `folder` to the repository `to` would send, and with `yes` send it.
+
+    Args:
+        folder: an export's folder, or a checkpoint's, with its card.
+        to: ``USER/REPO`` on the Hub; it is created if it does not exist.
+        yes: send it. Without it nothing leaves the machine.
+        private: make a new repository private.
+        allow: texts that may be published although the privacy scan flags them.
+        message: of the commit.
+
+    Raises:
+        InputError: no student or card there, no token, or, with `yes`, personal data in the files.
+        ArteError: the Hub cannot be reached or rejects the upload.
+    """
+    found = preview_push(Path(folder).expanduser(), to, allow=allow)
+    return Push(to, private, found, send(found, to, private=private, message=message) if yes else None)
+
+
+def preview_push(folder: Path, repo: str, *, allow: Collection[str] = ()) -> Preview:
+    """Return what a push of `folder` to `repo` would send; nothing is sent.
+
+    Raises:
+        InputError: a bad name of a repository, or as `preview`.
+    """
+    if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
+        raise InputError(f"--to {repo}: not USER/REPO", "For example --to ada/home-intents-GGUF")
+    return preview(folder, machine_here(), allow=allow)
+
+
+def reject_findings(found: Preview) -> None:
+    """Raise if personal data would be sent.
+
+    Raises:
+        InputError: with file and key of each finding.
+    """
+    if not found.findings:
+        return
+    listed = [str(finding) for finding in found.findings[:_SHOWN]]
+    if more := len(found.findings) - len(listed):
+        listed.append(f"and {more} more")
+    raise InputError(
+        "Nothing was sent: the privacy scan found personal data in the files:\n  " + "\n  ".join(listed),
+        "Remove it, or allow a text: --allow TEXT (not possible for secrets).",
+    )
+
+
+def send(found: Preview, repo: str, *, private: bool = False, message: str = "") -> Upload:
+    """Upload the files of a preview to the repository `repo`, which is created if it does not exist.
+
+    Raises:
+        InputError: personal data would be sent; no token, or one without write access.
+        ArteError: the Hub cannot be reached or rejected the upload; re-run the same command to resume.
+    """
+    from glob import escape
+
+    reject_findings(found)
+    if is_offline():
+        raise InputError("The network is switched off", "Unset ARTE_EDGE_OFFLINE and HF_HUB_OFFLINE to push.")
+    if _token() is None:
+        raise InputError("No token for the Hub", "Give one: hf auth login, or HF_TOKEN in the environment.")
+    from huggingface_hub import HfApi
+
+    from arte_edge.models.hub import HubError, endpoint, probe
+
+    try:
+        probe()
+    except HubError as error:
+        raise ArteError(
+            error.message, "Check the network or HF_ENDPOINT, then re-run the same command."
+        ) from error
+    api = HfApi(endpoint=endpoint(), library_name="arte-edge")
+    try:
+        url = api.create_repo(repo, private=private or None, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo,
+            folder_path=found.folder,
+            allow_patterns=[escape(file.name) for file in found.files],
+            commit_message=message or "Files, card and results by arte-edge",
+        )
+    except Exception as error:  # of huggingface_hub, httpx and the system
+        raise _translated(error, repo) from error
+    return Upload(str(url), commit.oid)
+
+
+def _translated(error: BaseException, repo: str) -> ArteError:
+    """Return an error that says what went wrong and holds no token."""
+    status = _status(error)
+    if status in (401, 403):
+        return InputError(
+            f"This token has no write access to {repo} ({status})",
+            "Log in with one that has: hf auth login; a fine-grained token needs write permission.",
+        )
+    first = _TOKEN.sub("hf_…", (str(error) or type(error).__name__).strip().splitlines()[0])
+    what = f" ({status})" if status else ""
+    return ArteError(f"The push to {repo} stopped{what}: {first}", "Re-run the same command to resume.")
+
+
+def _status(error: BaseException | None) -> int:
+    """Return the HTTP status behind an error, 0 if there is none."""
+    while error is not None:
+        code = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(code, int):
+            return code
+        error = error.__cause__
+    return 0

@@ -1,0 +1,1 @@
+"""Which exported file to use on a device: constraints, measurements, Pareto front, choice."""

@@ -1,0 +1,1 @@
+"""``arte-edge report``: a run as one self-contained HTML page."""

@@ -1,0 +1,198 @@
+"""A run as one self-contained HTML page, with its charts inline.
+
+The page loads nothing from any network, follows the reader's light or dark setting, and can be
+printed. All model-generated text in it is escaped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arte_edge import __version__
+from arte_edge.publish.locate import find_run
+from arte_edge.publish.recommend.constraints import Constraints, size_text
+from arte_edge.publish.recommend.measurements import candidates
+from arte_edge.publish.recommend.pareto import Candidate, pareto_front
+from arte_edge.publish.report.charts import (
+    accuracy_chart,
+    histogram_chart,
+    length_chart,
+    loss_chart,
+    pareto_chart,
+    questions_chart,
+    time_chart,
+    trace_of,
+    traced,
+)
+from arte_edge.publish.report.data import RunData, read_run
+from arte_edge.publish.report.narrative import (
+    accuracy_rows,
+    headline,
+    paired_lines,
+    score_label,
+    stage_summaries,
+)
+from arte_edge.results.rows import SpeedRow
+from arte_edge.store import write_atomic
+
+__all__ = ["ReportPage", "render", "report"]
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_EXAMPLES = 4
+
+
+@dataclass(frozen=True)
+class ReportPage:
+    """The page of one run: where it was written, its HTML, and what the run does not have yet."""
+
+    path: Path
+    html: str
+    missing: tuple[str, ...] = ()
+
+
+def report(run: str | Path, out: Path | None = None) -> ReportPage:
+    """Write a run's report as one HTML page; a run that is not finished has one too.
+
+    Args:
+        run: the run's folder, or its name under ``runs/``.
+        out: where to write it; None: ``report.html`` in the run's folder.
+
+    Raises:
+        InputError: no run there, one of its files is damaged, or `out` cannot be written.
+        ArteError: the disk is full.
+    """
+    found = read_run(str(run))
+    page = ReportPage(out or find_run(str(run)) / "report.html", render(found), tuple(found.missing))
+    write_atomic(page.path, page.html.encode("utf-8", errors="replace"))
+    return page
+
+
+def render(run: RunData) -> str:
+    """Return the page."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["size"] = size_text
+    model = run.student.student.name if run.student else ""
+    environment.filters["short"] = lambda file: file.removeprefix(model).lstrip("-") or file
+    return environment.get_template("report.html.j2").render(**_context(run))
+
+
+def _context(run: RunData) -> dict[str, Any]:
+    scores, questions = run.of("prefer", "scores.jsonl"), run.of("prefer", "questions.jsonl")
+    evaluation = run.summaries.get("evaluate", {})
+    budget = run.deploy["budget"]["answer_tokens"] if run.deploy else None
+    devices = _devices(run)
+    return {
+        "run": run,
+        "version": __version__,
+        "headline": headline(run),
+        "stages": stage_summaries(run),
+        "settings": _settings(run),
+        "time": time_chart({name: cost.seconds for name, cost in run.cost.items()}),
+        "scores": histogram_chart([float(row["score"]) for row in scores], "preference score", "rationales"),
+        "score_label": score_label(run),
+        "questions": questions_chart(scores, questions),
+        "length": length_chart(scores, budget),
+        "training": [
+            chart
+            for chart in (
+                loss_chart(run.of("align", "adapter/log.jsonl"), "rewards/margins", "reward margin", "align"),
+                loss_chart(run.of("tune", "student/log.jsonl"), "loss", "loss", "tune"),
+            )
+            if chart
+        ],
+        "accuracy": accuracy_chart(accuracy_rows(run), evaluation.get("chance")),
+        "accuracy_rows": accuracy_rows(run),
+        "paired": paired_lines(run),
+        "candidates": sorted(scores, key=lambda row: -row["score"]),
+        "n_examples": _EXAMPLES,
+        "n_train": len(run.of("tailor", "train.jsonl")),
+        "train": run.of("tailor", "train.jsonl")[:_EXAMPLES],
+        "artifacts": run.student.artifacts if run.student else (),
+        "devices": devices,
+        "traces": [trace_of(row) for row in traced([r for r in run.bench if isinstance(r, SpeedRow)])],
+        "bad_rows": [row for row in run.bench if row.status != "ok"],
+        "missing": run.missing,
+        "budget": run.deploy,
+    }
+
+
+def _settings(run: RunData) -> list[tuple[str, str]]:
+    """Return the settings that define a run, as pairs of name and value."""
+    student, teacher = run.table("student"), run.table("teacher")
+    pairs = [
+        ("task", run.table("task").get("ref", "")),
+        ("teacher", teacher.get("model", "")),
+        ("student", student.get("model", "")),
+        ("trained on", run.config.get("data", "")),
+        ("seed", run.config.get("seed", "")),
+        ("preference score", run.table("prefer").get("score", "")),
+    ]
+    if run.student is not None:
+        count = run.student.student.parameter_count
+        pairs.append(("student's parameters", f"{count / 1e6:.0f} million"))
+    return [(name, str(value)) for name, value in pairs if value != ""]
+
+
+def _devices(run: RunData) -> list[dict[str, Any]]:
+    """Return a Pareto front and a table for every device with measurements."""
+    if run.student is None:
+        return []
+    names: dict[str, frozenset[str]] = {}
+    for artifact in run.student.artifacts:
+        for speed in artifact.speeds:
+            ids = frozenset({speed.device, speed.fingerprint, speed.profile} - {""})
+            names[speed.device] = names.get(speed.device, frozenset()) | ids
+    for row in run.bench:
+        name = row.device.profile or row.device.fingerprint
+        names[name] = names.get(name, frozenset()) | {name, row.device.fingerprint}
+    merged = {
+        name: ids for name, ids in names.items() if not any(name in other for other in _others(names, name))
+    }
+    return [_device(run, name, ids) for name, ids in sorted(merged.items())]
+
+
+def _others(names: dict[str, frozenset[str]], name: str) -> list[frozenset[str]]:
+    return [ids for other, ids in names.items() if other != name]
+
+
+def _device(run: RunData, name: str, ids: frozenset[str]) -> dict[str, Any]:
+    assert run.student is not None
+    found = [c for c in candidates(run.student, ids, Constraints(), run.bench) if c.artifact.status == "ok"]
+    known = [c for c in found if c.decode is not None]
+    front = pareto_front(known) if known else None
+    accuracy = front is not None and "accuracy" in front.axes
+    facts = next((row.device for row in run.bench if row.device.fingerprint in ids), None)
+    about = [facts.cpu, f"{facts.cores} cores", size_text(facts.memory_bytes), facts.os] if facts else []
+    points = [_point(c, run.student.student.name, accuracy) for c in known if c.accuracy or not accuracy]
+    return {
+        "name": name,
+        "about": ", ".join(part for part in about if part),
+        "virtual": facts.virtual if facts else "",
+        "candidates": known,
+        "front": front.files if front else (),
+        "chart": pareto_chart(name, points, front.files if front else (), accuracy),
+    }
+
+
+def _point(c: Candidate, model: str, accuracy: bool) -> dict[str, Any]:
+    assert c.decode is not None
+    a = c.accuracy if accuracy else None
+    return {
+        "file": c.file,
+        "name": f"{c.file.removeprefix(model).strip('-/')}, {size_text(c.artifact.size_bytes)}",
+        "decode": c.decode.value,
+        "predicted": c.decode.predicted,
+        "y": 100 * a.accuracy if a else c.artifact.size_bytes / 1e6,
+        "low": 100 * a.low if a else None,
+        "high": 100 * a.high if a else None,
+    }
