@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.cache import whole_file
+from arte_edge.private_names import missing
 
 __all__ = ["expand_target", "reshape_target", "slim"]
 
@@ -67,6 +68,8 @@ def slim(path: Path) -> tuple[int, int]:
 
     model = onnx.load(str(path), load_external_data=False)
     before = len(model.graph.node)
+    if missing(__name__):
+        return before, before
     values, shapes = _symbols(model)
     skipped: dict[str, str] = {}
     for node in model.graph.node:

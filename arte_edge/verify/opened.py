@@ -105,6 +105,12 @@ def open_model(path: Path, threads: int | None = None) -> Opened:
         ArteError: the runtime for it is not installed.
     """
     if path.is_file():
+        from arte_edge.bench.runtimes.open import choose_runtime
+
+        if choose_runtime(path) == "xllamacpp":
+            from arte_edge.bench.runtimes.xllamacpp import XllamaTextModel
+
+            return cast(Opened, XllamaTextModel(path, threads))
         from arte_edge.verify.gguf_model import GgufModel
 
         return GgufModel(path, threads)

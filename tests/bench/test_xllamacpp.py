@@ -16,6 +16,7 @@ pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
 
 N_VOCAB = 96
+
 # Each package has a llama.cpp of its own, so a test runs in a process that loads one of them.
 WITHOUT = "import sys, json\nfor n in ('llama_cpp', 'torch', 'transformers'): sys.modules[n] = None\n"
 OPEN = """
@@ -39,7 +40,7 @@ def greedy(model, prompt, n):
     model.clear()
     written = [model.read(prompt)]
     while len(written) < n:
-        written.append(model.step(written[-1]))
+        written.append(model.read(written[-1:]))
     return written
 """
 
@@ -93,23 +94,42 @@ print(json.dumps(messages))
     assert messages == [f"{n} tokens to read, and the context has room for 0" for n in (1, 0)]
 
 
-def test_facts_say_what_runs(bench_gguf: Path) -> None:
-    code = "import dataclasses, xllamacpp\nprint(json.dumps([dataclasses.asdict(model.facts), xllamacpp.__version__]))"
-    facts, version = python(OPEN + code, bench_gguf, 4096)
+def test_facts_say_what_runs_and_what_a_step_costs_beyond_the_model(bench_gguf: Path) -> None:
+    code = """
+import dataclasses, xllamacpp
+before = model.facts.notes
+first = model.read([5, 17, 60])
+model.step(first)
+same = model.read([2]) == (model.clear(), model.read([5, 17, 60, first, 2]))[1]
+print(json.dumps([before, same, dataclasses.asdict(model.facts), xllamacpp.__version__]))
+"""
+    before, same, facts, version = python(OPEN + code, bench_gguf, 4000)
+    assert before == [] and same
     assert facts["runtime"] == f"xllamacpp {version}"
     assert facts["build_commit"], "which llama.cpp it is"
     assert "CPU" in facts["build"]
     assert (facts["n_batch"], facts["n_ubatch"]) == (2048, 512)
-    assert facts["flash_attn"] is True
-    assert facts["use_mmap"] is True
-    assert any(note.startswith("weights in CPU_Mapped: ") for note in facts["notes"])
+    (note,) = facts["notes"]
+    overhead_ms = float(note.partition(": ")[2].split()[0])
+    assert 0 < overhead_ms < 1000
+
+
+def test_more_context_than_the_model_was_made_for_is_rejected(bench_gguf: Path) -> None:
+    code = """
+from arte_edge.bench.runtimes.xllamacpp import XllamaSpeedModel
+from arte_edge.errors import InputError
+from pathlib import Path
+try: XllamaSpeedModel(Path(sys.argv[1]), 1, 5000)
+except InputError as error: print(json.dumps(error.message))
+"""
+    message = python(code, bench_gguf)
+    assert "5000" in message and "4096" in message
 
 
 def test_llama_cpp_python_writes_the_same_tokens(bench_gguf: Path) -> None:
     pytest.importorskip("llama_cpp")
     code = """
 del sys.modules["llama_cpp"]
-import os; os.environ["ARTE_EDGE_GGUF_RUNTIME"] = "llama-cpp-python"
 from pathlib import Path
 from arte_edge.runtimes.llamacpp.bindings import LlamaContext, LlamaModel, Row
 weights = LlamaModel(Path(sys.argv[1]))
@@ -145,9 +165,10 @@ except ArteError as error: print(json.dumps([type(error).__name__, str(error)]))
 @pytest.mark.model
 def test_smollm2_answers_through_xllamacpp(smollm2: LocalModel) -> None:
     code = """
-from arte_edge.runtimes.llamacpp.bindings import LlamaModel
-text = LlamaModel(Path(sys.argv[1]), model._library)
-prompt = text.tokens("The capital of France is the city of")
-print(json.dumps(b"".join(text.piece(t) for t in greedy(model, prompt, 4)).decode()))
+from pathlib import Path
+from arte_edge.bench.runtimes.xllamacpp import XllamaTextModel
+model = XllamaTextModel(Path(sys.argv[1]), 2)
+print(json.dumps(model.generate(["The capital of France is the city of"], 4)))
 """
-    assert "Paris" in python(OPEN + GREEDY + code, smollm2.gguf, 256)
+    (text,) = python(code, smollm2.gguf)
+    assert "Paris" in text

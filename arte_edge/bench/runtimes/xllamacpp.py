@@ -1,75 +1,183 @@
-"""GGUF under the clock through xllamacpp, where llama-cpp-python has no wheel.
+"""GGUF files through the prebuilt xllamacpp, where llama-cpp-python has no wheel (ARM).
 
-Single decodes of llama.cpp itself, as with llama-cpp-python, so that the two compare and every
-token has a time of its own. The prebuilt Linux wheels are made for any CPU of their kind (AVX2 at
-most on x86-64, plain armv8-a on ARM), so a llama.cpp compiled on the device may be faster: the
+xllamacpp (MIT licence) wraps llama.cpp's own server: `CommonParams`, `Server` and the server's HTTP
+endpoints, which is all that is used here. It gives text, tokens and the server's timings, not the logits of a
+prompt: comparing logits and scoring choices need llama-cpp-python.
+
+Each prefill and each decode step is one request of its own. Its time includes the server's handling of it,
+which `XllamaSpeedModel.facts` states. The prebuilt Linux wheels are made for any CPU of their
+kind (AVX2 at most on x86-64, plain armv8-a on ARM), so a llama.cpp compiled on the device may be faster: the
 row's `build` says which features are in use.
 """
 
 from __future__ import annotations
 
 import re
+import secrets
+import statistics
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
+
+import httpx
 
 from arte_edge.bench.runtime import RuntimeFacts
 from arte_edge.errors import EngineError, InputError
+from arte_edge.models.gguf_fields import read_fields
 from arte_edge.models.gguf_header import read_header
-from arte_edge.runtimes.llamacpp.bindings import LlamaContext, LlamaModel, Row
-from arte_edge.runtimes.llamacpp.context_memory import ONE_SEQUENCE
-from arte_edge.runtimes.llamacpp.xllama_library import XllamaLibrary, load_xllamacpp
+from arte_edge.runtimes.completion import Engine
+from arte_edge.runtimes.prompt_render import Message, render
+from arte_edge.threads import thread_count
 
-__all__ = ["XllamaSpeedModel"]
+__all__ = ["XllamaServer", "XllamaSpeedModel", "XllamaTextModel"]
+
+_N_BATCH, _N_UBATCH = 2048, 512  # llama.cpp's defaults
+_TEXT_TOKENS = 2048  # of context for a prompt and its answer; the file is opened again for longer ones
+_SPARE_TOKENS = 1  # the server wants room for the token that it writes
+
+_VERIFY_ONLY = {
+    "added_tokens",
+    "context_tokens",
+    "eos_tokens",
+    "file_tokens",
+    "logits",
+    "n_vocab",
+    "stop_tokens",
+}
+_VERIFY_ONLY |= {"token_text", "words"}
+
+
+class XllamaServer:
+    """llama.cpp's server in this process, one sequence, with a key that only this process knows."""
+
+    def __init__(self, path: Path, threads: int, context_tokens: int) -> None:
+        """Load the file.
+
+        Raises:
+            InputError: not a GGUF, cut short, or one that llama.cpp does not load.
+            EngineError: xllamacpp is not installed, or does not load.
+        """
+        self.header = read_header(path)  # a file cut short would end in a crash inside the runtime
+        library = _import()
+        key = secrets.token_hex()
+        params = library.CommonParams()
+        params.model.path = str(path)
+        params.api_keys = [key]
+        params.port = 0  # any free one, of the loopback interface
+        params.ui = params.warmup = params.fit_params = False
+        params.verbosity = -1  # llama.cpp's log would bury the progress lines
+        params.n_parallel = 1
+        params.n_ctx = context_tokens + _SPARE_TOKENS
+        params.n_batch, params.n_ubatch = _N_BATCH, _N_UBATCH
+        params.cache_ram_mib = 0  # prompts of before stay nowhere but in the sequence's own cache
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        try:
+            self._server = library.Server(params)
+        except RuntimeError as error:
+            raise InputError(
+                f"{path}: llama.cpp in xllamacpp {library.__version__} cannot load this file ({error})",
+                "It may be damaged, of a newer model family, or too large for the memory.",
+            ) from error
+        self.path = path
+        self.runtime = f"xllamacpp {library.__version__}"
+        info = library.BUILD_INFO
+        self.build_commit = _commit(str(info.get("commit", "")), library.__version__)
+        system = str(library.get_system_info()).strip(" |\n")
+        self.build = f"{system}; {info.get('compiler', '')} {info.get('build_target', '')}".strip("; ")
+        self._http = httpx.Client(
+            base_url=self._server.listening_address,
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=None,
+            trust_env=False,
+        )
+
+    def complete(self, prompt: Sequence[int], max_tokens: int, **settings: Any) -> dict[str, Any]:
+        """Return the answer to one greedy completion, the ids and the words that ended it included.
+
+        Raises:
+            EngineError: the server reports an error.
+        """
+        return self._checked(
+            self.post("/completion", _greedy(prompt, max_tokens, settings) | {"return_tokens": True})
+        )
+
+    def advance(self, prompt: Sequence[int]) -> dict[str, float]:
+        """Compute the logits after `prompt`, reusing what is cached of it; return the server's timings, in ms.
+
+        This is a call inside the process and quicker than `complete`, but it does not tell the next token's id.
+        """
+        answer = self._checked(self._server.handle_completions(_greedy(prompt, 1, {"cache_prompt": True})))
+        timings: dict[str, float] = answer["timings"]
+        return timings
+
+    def _checked(self, answer: Any) -> dict[str, Any]:
+        if error := answer.get("error"):
+            raise EngineError(f"{self.path.name}: {self.runtime} reports: {error.get('message', error)}")
+        return dict(answer)
+
+    def post(self, route: str, document: dict[str, Any] | None = None) -> Any:
+        """Return what one of the server's endpoints answers."""
+        if document is None:
+            return self._http.get(route).json()
+        return self._http.post(route, json=document).json()
+
+    @cached_property
+    def n_vocab(self) -> int:
+        return int(self.post("/v1/models")["data"][0]["meta"]["n_vocab"])
+
+    @cached_property
+    def n_ctx(self) -> int:
+        """Return the tokens that a prompt and its continuation may have; the server allows none beyond training."""
+        return int(self.post("/props")["default_generation_settings"]["n_ctx"])
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._http.close()
+            self._server = None
 
 
 class XllamaSpeedModel:
     """`SpeedModel` of one GGUF file."""
 
     def __init__(self, path: Path, threads: int, context_tokens: int) -> None:
-        """Load the file and make an empty cache.
+        """Load the file and make an empty cache; raises what `XllamaServer` does.
 
         Raises:
-            InputError: not a GGUF, cut short, or one that llama.cpp does not load.
-            EngineError: xllamacpp is not installed or of a version that we cannot use, or too little memory.
+            InputError: a longer context than the model was trained for.
         """
-        read_header(path)  # a file cut short would end in a crash inside the runtime
-        try:
-            self._library: XllamaLibrary = load_xllamacpp()
-        except ImportError as error:
-            raise EngineError("xllamacpp is not installed", "pip install 'arte-edge[xllamacpp]'") from error
-        self._model = LlamaModel(path, self._library)
-        try:
-            self._context = LlamaContext(self._model, 1, context_tokens, threads, layout=ONE_SEQUENCE)
-        except EngineError:
-            self._model.close()
-            raise
-        self.n_vocab = self._model.n_vocab
+        self._server = XllamaServer(path, threads, context_tokens)
+        self.n_vocab = self._server.n_vocab
         self.context_tokens = context_tokens
-        self._used = 0
-        self._buffers, self._flash_attn = dict(self._library.buffers_mib), self._library.flash_attn
+        if self._server.n_ctx < context_tokens:
+            self._server.close()
+            raise InputError(
+                f"{path.name}: {context_tokens} tokens of context, and the model was made for {self._server.n_ctx}",
+                "xllamacpp runs no model beyond that: shorten the prompt or the depth.",
+            )
+        self._tokens: list[int] = []
+        self._overhead_ms: list[float] = []
 
-    @cached_property
+    @property
     def facts(self) -> RuntimeFacts:
-        library, context = self._library, self._context.handle
-        info = library.build_info
-        system = library.llama_print_system_info().decode(errors="replace").strip(" |")
+        notes: tuple[str, ...] = ()
+        if self._overhead_ms:
+            extra = statistics.median(self._overhead_ms)
+            notes = (f"each decode step is a request: {extra:.2f} ms of handling a token included",)
         return RuntimeFacts(
-            runtime=f"xllamacpp {library.__version__}",
-            build_commit=_commit(str(info.get("commit", "")), library.__version__),
-            build=f"{system}; {info.get('compiler', '')} {info.get('build_target', '')}".strip("; "),
-            n_batch=library.llama_n_batch(context),
-            n_ubatch=library.llama_n_ubatch(context),
-            type_k="f16",  # llama.cpp's default, which `LlamaContext` leaves
+            runtime=self._server.runtime,
+            build_commit=self._server.build_commit,
+            build=self._server.build,
+            n_batch=_N_BATCH,
+            n_ubatch=_N_UBATCH,
+            type_k="f16",
             type_v="f16",
-            flash_attn=self._flash_attn,
-            use_mmap=any(name.endswith("_Mapped") for name in self._buffers) if self._buffers else None,
-            notes=tuple(f"weights in {name}: {size:g} MiB" for name, size in self._buffers.items()),
+            notes=notes,
         )
 
     def clear(self) -> None:
-        self._context.clear()
-        self._used = 0
+        self._tokens = []
 
     def read(self, tokens: Sequence[int]) -> int:
         """See `SpeedModel.read`.
@@ -77,22 +185,105 @@ class XllamaSpeedModel:
         Raises:
             InputError: nothing to read, or more than the cache has room for.
         """
-        if not 0 < len(tokens) <= self.context_tokens - self._used:
-            room = self.context_tokens - self._used
+        room = self.context_tokens - len(self._tokens)
+        if not 0 < len(tokens) <= room:
             raise InputError(f"{len(tokens)} tokens to read, and the context has room for {room}")
-        last = len(tokens) - 1
-        rows = [Row(token, self._used + i, 0, i == last) for i, token in enumerate(tokens)]
-        for start in range(0, len(rows), self._context.n_batch):
-            logits = self._context.decode(rows[start : start + self._context.n_batch])
-        self._used += len(rows)
-        return int(logits[-1].argmax())
+        cached = bool(self._tokens)  # after `clear`, nothing that the sequence holds may be used again
+        self._tokens += tokens
+        return int(self._server.complete(self._tokens, 1, cache_prompt=cached)["tokens"][0])
 
-    def step(self, token: int) -> int:
-        return self.read((token,))
+    def step(self, token: int) -> None:
+        begin = time.perf_counter()
+        self._tokens.append(token)
+        timings = self._server.advance(self._tokens)
+        inside_ms = timings["prompt_ms"] + timings["predicted_ms"]
+        self._overhead_ms.append((time.perf_counter() - begin) * 1e3 - inside_ms)
 
     def close(self) -> None:
-        self._context.close()
-        self._model.close()
+        self._server.close()
+
+
+class XllamaTextModel:
+    """What measuring answers needs of `Opened`: the file's own tokens, chat template and text."""
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        """Load the file; raises what `XllamaServer` does."""
+        self._path = path
+        self._threads = thread_count(threads)
+        self._server = XllamaServer(path, self._threads, _TEXT_TOKENS)
+        self.name, self.runtime = path.name, self._server.runtime
+        self.quantization = self._server.header.quantization
+        template = read_fields(path).fields.get("tokenizer.chat_template")
+        self.chat_template = None if template is None else template.value.decode(errors="replace")
+        known = self._server.post("/props")
+        self.special_tokens = {name: str(known[name]) for name in ("bos_token", "eos_token")}
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _VERIFY_ONLY:
+            raise AttributeError(name)
+        raise EngineError(
+            f"xllamacpp does not give the {name.replace('_', ' ')} of {self.name}, which verifying compares",
+            "Verify where llama-cpp-python is installed: pip install 'arte-edge[gguf]'.",
+        )
+
+    def tokens(self, text: str) -> list[int]:
+        """See `Opened.tokens`."""
+        ids = self._tokenize(text)
+        # A chat template that writes BOS itself would otherwise give two.
+        return ids[1:] if len(ids) > 1 and ids[:1] == self._begin and ids[1:2] == self._begin else ids
+
+    def _tokenize(self, text: str) -> list[int]:
+        document = {"content": text, "add_special": True, "parse_special": True}
+        return [int(token) for token in self._server.post("/tokenize", document)["tokens"]]
+
+    @cached_property
+    def _begin(self) -> list[int]:
+        return self._tokenize("")[:1]
+
+    def render(self, messages: Sequence[Message]) -> str | None:
+        """See `Opened.render`."""
+        # Of an engine the renderer reads the template and the special tokens, and a model has both.
+        return None if self.chat_template is None else render(cast(Engine, self), messages)
+
+    def generate(self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        """See `Opened.generate`."""
+        texts = []
+        for prompt in prompts:
+            ids = self.tokens(prompt)
+            if (needed := len(ids) + max_tokens) > self._server.n_ctx:
+                self._server.close()
+                self._server = XllamaServer(self._path, self._threads, 2 * needed)
+            answer = self._server.complete(ids, max_tokens, stop=list(stop))
+            texts.append(answer["content"] + answer["stopping_word"])
+        return texts
+
+    def close(self) -> None:
+        self._server.close()
+
+
+def _greedy(prompt: Sequence[int], max_tokens: int, settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt": list(prompt),
+        "max_tokens": max_tokens,
+        "n_predict": max_tokens,
+        "temperature": 0.0,
+        **settings,
+    }
+
+
+def _import() -> Any:
+    try:
+        import xllamacpp
+    except ModuleNotFoundError as error:
+        raise EngineError("xllamacpp is not installed", "pip install 'arte-edge[xllamacpp]'") from error
+    except ImportError as error:  # a shared library that it needs is missing
+        hint = (
+            "sudo apt install libgomp1"
+            if "libgomp" in str(error)
+            else "Install xllamacpp again, for this Python."
+        )
+        raise EngineError(f"xllamacpp does not load: {error}", hint) from error
+    return xllamacpp
 
 
 def _commit(commit: str, version: str) -> str:

@@ -12,6 +12,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from arte_edge.distill.train.shared_prompt import attends_fully, pair_hidden_states
+from arte_edge.private_names import missing
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +29,10 @@ def score_completions_only(model: Any, *, pairs: bool = False) -> bool:
     `pairs`: batches are preference pairs, whose prompt is then computed once. The model is
     left alone on a GPU, for other families, and for a TRL that works in another way.
     """
+    if missing(__name__) or model.config.model_type not in _PLAIN_HEADS or model.device.type != "cpu":
+        return False
     from trl.trainer import utils
 
-    known = hasattr(utils, "FusedCausalLMOutput") and model.config.model_type in _PLAIN_HEADS
-    if not known or model.device.type != "cpu":
-        return False
     theirs, shared = model.forward, pairs and attends_fully(model.config)
 
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:

@@ -29,7 +29,8 @@ from arte_edge.distill.train.settings import DpoSettings
 from arte_edge.distill.train.tokens import Encoder, check_rows
 from arte_edge.distill.train.watch import Probe, Watch, copy_adapter
 from arte_edge.distill.train.workspace import Workspace, checkpoint_key, finished
-from arte_edge.errors import InputError
+from arte_edge.errors import ArteError, InputError
+from arte_edge.private_names import missing
 from arte_edge.store import content_key, write_jsonl
 
 __all__ = ["DpoResult", "encode_pairs", "train_dpo"]
@@ -127,6 +128,12 @@ def _trainer(
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import DPOConfig, DPOTrainer
+
+    if moved := missing(__name__):
+        raise ArteError(
+            f"This version of TRL cannot train on token ids: {moved[0]}",
+            "Install a version that is known to work: pip install 'arte-edge[train]'.",
+        )
 
     class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         """DPO on token ids: TRL's own tokenization doubles begin tokens and merges across the seam."""

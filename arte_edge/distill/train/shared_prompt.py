@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from arte_edge.private_names import missing
+
 if TYPE_CHECKING:
     import torch
 
@@ -20,6 +22,8 @@ __all__ = ["attends_fully", "pair_hidden_states"]
 
 def attends_fully(config: Any) -> bool:
     """Return whether every layer attends to all earlier tokens, which one mask can then restrict."""
+    if missing(__name__):
+        return False
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     return set(kinds) == {"full_attention"} and config._attn_implementation == "sdpa"
 

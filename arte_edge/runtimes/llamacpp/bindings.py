@@ -10,9 +10,7 @@ Notation: n_row rows (tokens) in one decode, v vocabulary size.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from numpy.typing import NDArray
 
 from arte_edge.errors import EngineError, InputError
 from arte_edge.runtimes.llamacpp.context_memory import DEFAULT_LAYOUT, Layout
-from arte_edge.runtimes.llamacpp.xllama_library import load_xllamacpp
 
 __all__ = [
     "N_BATCH",
@@ -96,8 +93,7 @@ def model_params(lib: Any) -> Any:
 
 
 N_BATCH = 2048  # rows of one decode
-_RUNTIMES = ("auto", "llama-cpp-python", "xllamacpp")
-_INSTALL = "pip install 'arte-edge[gguf]', or 'arte-edge[xllamacpp]' where that would have to compile (ARM)."
+_INSTALL = "pip install 'arte-edge[gguf]'; to measure on ARM without compiling: 'arte-edge[xllamacpp]'."
 _log_callback: Any = None  # llama.cpp keeps a pointer to it, so it must outlive every model
 
 
@@ -106,26 +102,12 @@ def _silent(level: int, text: bytes, user_data: int) -> None:
 
 
 def _library() -> Any:
-    """Return llama.cpp as llama-cpp-python or, where that is missing, xllamacpp brings it, its log silenced.
-
-    ``ARTE_EDGE_GGUF_RUNTIME`` chooses one of the two. The log would bury the progress lines.
-    """
-    chosen = os.environ.get("ARTE_EDGE_GGUF_RUNTIME", "auto")
-    if chosen not in _RUNTIMES:
-        raise InputError(f"ARTE_EDGE_GGUF_RUNTIME={chosen}: not a runtime", f"One of {', '.join(_RUNTIMES)}.")
-    try:
-        return load_xllamacpp() if chosen == "xllamacpp" else _llama_cpp()
-    except ImportError as error:
-        if chosen == "auto":
-            with suppress(ImportError):
-                return load_xllamacpp()
-        raise EngineError("Running GGUF models needs llama-cpp-python or xllamacpp", _INSTALL) from error
-
-
-def _llama_cpp() -> Any:
+    """Return llama-cpp-python's llama.cpp, its log silenced: it would bury the progress lines."""
     global _log_callback
-    import llama_cpp
-
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise EngineError("Running GGUF models needs llama-cpp-python", _INSTALL) from error
     if _log_callback is None:
         _log_callback = llama_cpp.llama_log_callback(_silent)
         llama_cpp.llama_backend_init()
@@ -147,14 +129,14 @@ class LlamaModel:
     """Weights and vocabulary of one GGUF file."""
 
     def __init__(self, path: Path, library: Any = None) -> None:
-        """Load `path`; `library` is None for the one that is installed, or that of `load_xllamacpp`."""
+        """Load `path`; `library` is None for llama-cpp-python's."""
         self.lib = library or _library()
         self.path = path
         self.handle = self.lib.llama_model_load_from_file(str(path).encode(), model_params(self.lib))
         if not self.handle:
             raise InputError(
                 f"{path}: llama.cpp {self.lib.__version__} cannot load this file",
-                f"It may be truncated or of a newer model family: check its sha256, or update {self.lib.__name__}.",
+                "It may be truncated or of a newer model family: check its sha256, or update llama-cpp-python.",
             )
         self.vocab = self.lib.llama_model_get_vocab(self.handle)
         self.n_vocab: int = self.lib.llama_vocab_n_tokens(self.vocab)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from arte_edge.private_names import missing
+
 __all__ = ["pack", "supported"]
 
 _TOKENS = 64  # of a typical call: oneDNN picks the order of the blocks by it
@@ -40,11 +42,9 @@ def supported() -> bool:
     """Return whether this build of torch and this processor multiply bfloat16, and weights can be laid out for it."""
     import torch
 
-    found = torch.backends.mkldnn.is_available() and all(  # type: ignore[no-untyped-call]
-        hasattr(torch.ops.mkldnn, name)
-        for name in ("_is_mkldnn_bf16_supported", "_linear_pointwise", "_reorder_linear_weight")
-    )
-    return found and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not torch.backends.mkldnn.is_available() or missing(__name__):  # type: ignore[no-untyped-call]
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _layer() -> Any:

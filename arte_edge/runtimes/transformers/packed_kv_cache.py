@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.private_names import missing
 from arte_edge.runtimes.prefix_tree import Group, Stem, n_held
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ def takes_rows(model: Any) -> bool:
     layers = set(getattr(config, "layer_types", None) or _LAYERS)
     # Scores that are squeezed before the softmax (Gemma 2) are not what `scaled_dot_product_attention` computes.
     plain = getattr(config, "attn_logit_softcapping", None) is None
-    if not (plain and {"position_ids", "logits_to_keep"} <= set(known) and layers <= _LAYERS):
+    if missing(__name__) or not (
+        plain and {"position_ids", "logits_to_keep"} <= set(known) and layers <= _LAYERS
+    ):
         return False
     if config._attn_implementation == "sdpa":
         _register()
