@@ -34,13 +34,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # At most so many, counted by the tests below. Lower a number when the code allows it; never raise one.
 LIMITS = {
     "lines of a file": 600,
-    "modules, without __init__": 313,  # aim: 190
-    "lines of the package": 41_500,  # aim: 36,000
+    "modules, without __init__": 275,  # aim: 190
+    "lines of the package": 40_800,  # aim: 36,000
     "lines of the tests": 25_600,  # aim: 21,000
-    "modules under 80 lines with one importer": 31,  # aim: 15
+    "modules under 80 lines with one importer": 22,  # aim: 15
     "import cycles at the top of modules": 0,
     "import cycles, with imports inside functions": 3,  # aim: 0
-    "imports of a package further up": 17,  # aim: 0
+    "imports of a package further up": 8,  # aim: 0
 }
 SHORT_LINES = 80
 
@@ -50,7 +50,7 @@ ORDER = re.findall(
     """
     errors catalog extras private_names threads protobuf pii_scan memory console progress stats cache store
     results gguf onnx models engines runtimes tasks
-    distill cluster device export verify bench publish cli __main__
+    distill cluster device verify export bench publish environment cli __main__
     """,
 )
 
