@@ -32,11 +32,10 @@ from typing import Any
 import numpy as np
 
 from arte_edge.distill.prompts import direct_messages, tagged
-from arte_edge.export.gguf.imatrix import collect
-from arte_edge.export.gguf.imatrix_file import read_imatrix
-from arte_edge.export.gguf.quantize import quantize
+from arte_edge.gguf.from_base import checkpoint_to_gguf
+from arte_edge.gguf.imatrix import collect, read_imatrix
+from arte_edge.gguf.quantize import quantize
 from arte_edge.models import resolve
-from arte_edge.models.patch_gguf import checkpoint_to_gguf
 from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Example, Task

@@ -93,7 +93,7 @@ def _device_side(config: RunConfig) -> DeviceSide | None:
     if not (config.deploy.device or config.prefer.student_file):
         return None
     from arte_edge.distill.deploy import DeviceSide
-    from arte_edge.export.gguf.quantize import quantize
+    from arte_edge.gguf.quantize import quantize
     from arte_edge.publish.deploy_rates import deploy_rates
 
     return DeviceSide(deploy_rates, quantize)

@@ -118,7 +118,7 @@ def check(
 
 def _summary(entry: Entry) -> dict[str, Any]:
     """Return an entry of the registry with where its file and checkpoint lie, None if they are not here."""
-    from arte_edge.models.convert import checkpoint_folder
+    from arte_edge.gguf.to_hf import checkpoint_folder
     from arte_edge.models.hub import cached
 
     folder = checkpoint_folder(entry.name, entry.sha256)

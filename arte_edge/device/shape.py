@@ -68,16 +68,15 @@ class ModelShape:
 
 
 def _of_gguf(path: Path) -> ModelShape:
-    from arte_edge.export.gguf.tensor_table import read_table
-    from arte_edge.models.gguf_header import read_header
+    from arte_edge.gguf.reader import read_model_header
 
-    header, table = read_header(path), read_table(path)
-    arch, told = header.architecture, table.metadata
-    is_tied = "output.weight" not in table.tensors
+    header = read_model_header(path)
+    arch, told = header.architecture, header.metadata
+    is_tied = "output.weight" not in header.tensors
     experts = max(1, _number(told, f"{arch}.expert_count"))
     used = _number(told, f"{arch}.expert_used_count") or experts
     by_type: dict[str, int] = {}
-    for name, tensor in table.tensors.items():
+    for name, tensor in header.tensors.items():
         if name in _HEAD_ROWS and not (is_tied and name == _HEAD_ROWS[0]):
             size_bytes = tensor.size_bytes // max(1, tensor.shape[0])
         elif "_exps." in name:
@@ -91,13 +90,13 @@ def _of_gguf(path: Path) -> ModelShape:
     key_dim = _number(told, f"{arch}.attention.key_length") or n_embd // max(1, n_head)
     value_dim = _number(told, f"{arch}.attention.value_length") or key_dim
     heads = sum(kv_heads) if len(kv_heads) > 1 else kv_heads[0] * n_layer
-    embedding = table.tensors.get(_HEAD_ROWS[0])
+    embedding = header.tensors.get(_HEAD_ROWS[0])
     return ModelShape(
         name=path.name,
         format="gguf",
         architecture=arch,
         quantization=header.quantization,
-        weight_bytes=sum(tensor.size_bytes for tensor in table.tensors.values()),
+        weight_bytes=sum(tensor.size_bytes for tensor in header.tensors.values()),
         token_bytes=sum(by_type.values()),
         n_params=header.parameter_count,
         n_layer=n_layer,

@@ -206,7 +206,7 @@ def _on_llama(run: Run) -> bool:
 
 
 def _converted(base: Path | None, adapter_dir: Path, out: Path) -> Adapter:
-    from arte_edge.models.adapter_gguf import adapter_to_gguf
+    from arte_edge.gguf.lora import adapter_to_gguf
 
     assert base is not None  # `_on_llama` looked
     adapter_to_gguf(adapter_dir, base, out)

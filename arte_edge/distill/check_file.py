@@ -13,8 +13,8 @@ from typing import Any
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.settings import problems_of
 from arte_edge.errors import ArteError
+from arte_edge.gguf.reader import read_model_header
 from arte_edge.models import registry
-from arte_edge.models.gguf_header import read_header
 from arte_edge.models.resolve import resolve
 from arte_edge.runtimes.loader import is_server
 from arte_edge.tasks.loaders import load_task
@@ -95,7 +95,7 @@ def _look_up(ref: str) -> None:
 
         parse_ref(ref)
     elif path.is_file():
-        read_header(path)
+        read_model_header(path)
     elif path.is_dir() or ref.endswith(".gguf") or ref.startswith((".", "/", "~")):
         resolve(ref, offline=True)
     elif "/" not in ref:  # else a Hub id, and only the Hub knows

@@ -22,7 +22,7 @@ from arte_edge.distill.probe import measure
 from arte_edge.distill.run import Run
 from arte_edge.errors import InputError
 from arte_edge.extras import need
-from arte_edge.models.gguf_header import read_header
+from arte_edge.gguf.reader import read_model_header
 from arte_edge.models.local import LocalModel
 from arte_edge.runtimes.openai.client import Prices
 from arte_edge.tasks.loaders import load_task
@@ -97,7 +97,7 @@ def _sizes(run: Run) -> Sizes:
 
 def _parameters(model: LocalModel) -> int:
     if model.gguf is not None:
-        return read_header(model.gguf).parameter_count
+        return read_model_header(model.gguf).parameter_count
     weights = model.checkpoint().glob("*.safetensors")
     return sum(path.stat().st_size for path in weights) // _PARAMETER_BYTES
 

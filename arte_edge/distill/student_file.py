@@ -62,7 +62,7 @@ def tuned_file(model: LocalModel, checkpoint: Path, out: Path) -> LocalModel:
 
 def _file(checkpoint: Path, model: LocalModel, path: Path, name: str) -> LocalModel:
     if not path.is_file():
-        from arte_edge.models.patch_gguf import checkpoint_to_gguf
+        from arte_edge.gguf.from_base import checkpoint_to_gguf
 
         assert model.gguf is not None  # both callers looked
         checkpoint_to_gguf(checkpoint, model.gguf, path)

@@ -21,7 +21,7 @@ from arte_edge.export.build_cache import Made, Workshop
 from arte_edge.export.formats import FULL_WIDTH, Format
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
-from arte_edge.models.gguf_fields import Field
+from arte_edge.gguf.reader import Field
 from arte_edge.results.student_json import Student
 
 __all__ = ["Builder", "needs_imatrix", "uses_base"]
@@ -64,7 +64,7 @@ class Builder:
         """
         wanted = self.recipe.gguf.imatrix and any(map(needs_imatrix, self.formats))
         if wanted and self.source.training:
-            from arte_edge.export.gguf.imatrix import collect
+            from arte_edge.gguf.imatrix import collect
 
             out = self.workshop.out / f"{self.student.name}.imatrix.gguf"
             before = out.stat().st_mtime_ns if out.exists() else 0
@@ -119,7 +119,7 @@ class Builder:
         if format.type == base:
             _same_bytes(wide.path, target)
             return wide.summary
-        from arte_edge.export.gguf.quantize import quantize
+        from arte_edge.gguf.quantize import quantize
 
         report = quantize(
             wide.path,
@@ -138,19 +138,19 @@ class Builder:
         return self.workshop.make("base", inputs, target, lambda path: self._convert(type, path))
 
     def _convert(self, type: _Wide, target: Path) -> dict[str, Any]:
-        from arte_edge.export.gguf.tensor_table import read_table
+        from arte_edge.gguf.reader import read_header
 
         if self.llama_cpp is not None:
-            from arte_edge.export.gguf.external import convert_with
-            from arte_edge.models.gguf_rewrite import rewrite
+            from arte_edge.gguf.convert.convert import convert_with_llama_cpp
+            from arte_edge.gguf.metadata import rewrite
 
-            convert_with(self.llama_cpp, self.source.checkpoint, target, type)
+            convert_with_llama_cpp(self.llama_cpp, self.source.checkpoint, target, type)
             rewrite(target, self.keys)
         else:
-            from arte_edge.export.gguf.convert import convert
+            from arte_edge.gguf.convert.convert import convert
 
             convert(self.source.checkpoint, target, type, extra_fields=self.keys)
-        tensors = read_table(target).tensors.values()
+        tensors = read_header(target).tensors.values()
         bits = 8 * sum(t.size_bytes for t in tensors) / sum(t.n_value for t in tensors)
         types = Counter(tensor.type for tensor in tensors)
         return {"bits_per_weight": bits, "tensor_types": dict(types.most_common())}

@@ -12,14 +12,13 @@ from rich import box
 from rich.table import Table
 
 from arte_edge.cache import megabytes
+from arte_edge.checkpoint import shapes_of
 from arte_edge.console import emit_json, out
 from arte_edge.export.build import needs_imatrix, uses_base
 from arte_edge.export.formats import Format
-from arte_edge.export.gguf.quant_types import find_type, quality_warning
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
-from arte_edge.export.weights import shapes_of
-from arte_edge.models.gguf_types import TENSOR_TYPES
+from arte_edge.gguf.types import TENSOR_TYPES, find_type, quality_warning
 
 __all__ = ["Line", "Plan", "plan", "predicted_bytes", "show_plan"]
 

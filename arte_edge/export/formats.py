@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from arte_edge.errors import InputError, nearest
-from arte_edge.export.gguf.quant_types import find_type
+from arte_edge.gguf.types import FULL_WIDTH, find_type
 
 __all__ = [
     "ARCHS",
@@ -31,8 +31,6 @@ __all__ = [
 Family = Literal["gguf", "onnx-genai", "onnx-optimum"]
 Arch = Literal["arm64", "avx2", "avx512"]
 ARCHS: tuple[str, ...] = get_args(Arch)
-# GGUF types that the converter writes itself; all others are made from one of them.
-FULL_WIDTH = ("F16", "BF16", "F32")
 _REMOVED = ("Q4_0_4_4", "Q4_0_4_8", "Q4_0_8_8")
 _GENAI = ("int4", "int8", "fp32")
 _OPTIMUM = ("fp32", "int8")

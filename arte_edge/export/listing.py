@@ -5,8 +5,8 @@ from __future__ import annotations
 from arte_edge import catalog
 from arte_edge.console import emit_json, out
 from arte_edge.export.formats import ARCHS
-from arte_edge.export.gguf.quant_types import QUANT_TYPES
 from arte_edge.export.recipe import load_recipe
+from arte_edge.gguf.types import QUANT_TYPES
 
 __all__ = ["ONNX", "recipe_rows", "show_list"]
 

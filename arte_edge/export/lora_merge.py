@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.cache import Progress, full_disk_is_clear, publish, sha256_file
+from arte_edge.checkpoint import refuse_quantized
 from arte_edge.errors import InputError
-from arte_edge.export.weights import refuse_quantized
 from arte_edge.extras import need
 from arte_edge.models.local import LocalModel
 from arte_edge.models.resolve import resolve

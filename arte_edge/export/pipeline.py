@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from arte_edge import __version__
 from arte_edge.cache import Progress, sha256_checkpoint, sha256_file
+from arte_edge.checkpoint import parameter_count, read_config, shapes_of, weights_dtype
 from arte_edge.console import Reporter
 from arte_edge.errors import ArteError, InputError
 from arte_edge.export.build import Builder, uses_base
@@ -31,7 +32,6 @@ from arte_edge.export.provenance import gguf_keys, leaks
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
 from arte_edge.export.verification import Judge, reference_accuracy
-from arte_edge.export.weights import model_config, parameter_count, shapes_of, weights_dtype
 from arte_edge.onnx.folder import TOKENIZER_FILES
 from arte_edge.pii_scan import this_machine
 from arte_edge.results.accuracy import PairedAccuracy
@@ -71,7 +71,7 @@ def describe(source: Source) -> Student:
     return Student(
         name=source.name,
         sha256=sha256_checkpoint(source.checkpoint),
-        architecture=str(model_config(source.checkpoint).get("model_type", "")),
+        architecture=str(read_config(source.checkpoint).get("model_type", "")),
         dtype=weights_dtype(source.checkpoint),
         parameter_count=parameter_count(source.checkpoint),
     )

@@ -12,14 +12,14 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
-from arte_edge.models.gguf_fields import Field, read_fields
+from arte_edge.gguf.reader import Field, read_model_header
+from arte_edge.gguf.types import STRING, UINT32
 from arte_edge.models.registry import entries
 from arte_edge.results.student_json import SCHEMA_VERSION, Lineage, Parent, Student
 
 __all__ = ["PAPER", "gguf_keys", "leaks", "parent_of", "public_name"]
 
 PAPER = "arXiv:2406.19227"
-_STRING, _UINT32 = 8, 4  # GGUF value types
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?(:[\w.-]+)?")
 
 
@@ -74,8 +74,8 @@ def gguf_keys(student: Student, lineage: Lineage, template_sha256: str) -> dict[
         "arte_edge.student.sha256": student.sha256,
         "arte_edge.template.sha256": template_sha256,
     }
-    fields = {key: Field(_STRING, text.encode()) for key, text in texts.items() if text}
-    return fields | {key: Field(_UINT32, number) for key, number in numbers.items()}
+    fields = {key: Field(STRING, text.encode()) for key, text in texts.items() if text}
+    return fields | {key: Field(UINT32, number) for key, number in numbers.items()}
 
 
 def _model(prefix: str, parent: Parent) -> dict[str, str]:
@@ -93,9 +93,9 @@ def leaks(gguf: Path, private: Iterable[str]) -> list[str]:
     Raises:
         InputError: not a GGUF.
     """
-    words = [word.encode() for word in private if word]
+    words = [word for word in private if word]
     return [
         key
-        for key, field in read_fields(gguf).fields.items()
-        if isinstance(field.value, bytes) and any(word in field.value for word in words)
+        for key, value in read_model_header(gguf).metadata.items()
+        if isinstance(value, str) and any(word in value for word in words)
     ]

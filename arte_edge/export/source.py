@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from arte_edge.cache import Progress, slug
+from arte_edge.checkpoint import refuse_quantized
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.prompts import STEPS, student_messages
 from arte_edge.distill.settings import build, load_toml
@@ -23,7 +24,6 @@ from arte_edge.export.chat import Chat, read_chat
 from arte_edge.export.lora_merge import Adapter, is_adapter, read_adapter
 from arte_edge.export.ollama import Asking
 from arte_edge.export.provenance import parent_of, public_name
-from arte_edge.export.weights import refuse_quantized
 from arte_edge.models.resolve import from_folder, resolve
 from arte_edge.results.student_json import Data, Lineage, Tuning
 from arte_edge.store import file_sha256

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from arte_edge.cache import sha256_file
 from arte_edge.errors import InputError
-from arte_edge.export.gguf.tensor_table import read_table
+from arte_edge.gguf.reader import read_header
 from arte_edge.results.student_json import FileSum
 
 __all__ = ["Checksums", "checksums_of"]
@@ -45,7 +45,7 @@ def checksums_of(path: Path) -> Checksums:
 
 
 def _gguf(path: Path) -> Checksums:
-    places = read_table(path).tensors.values()
+    places = read_header(path).tensors.values()
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for place in places:

@@ -39,6 +39,6 @@ class LocalModel:
         """
         if self.gguf is None:
             return cast(Path, self.folder)
-        from arte_edge.models.convert import to_checkpoint
+        from arte_edge.gguf.to_hf import to_checkpoint
 
         return to_checkpoint(self.name, self.gguf, self.sha256, progress)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from arte_edge.cache import Progress, sha256_checkpoint, sha256_file
 from arte_edge.errors import InputError
+from arte_edge.gguf.reader import read_model_header
 from arte_edge.models import hub, registry
-from arte_edge.models.gguf_header import read_header
 from arte_edge.models.local import LocalModel
 
 __all__ = ["from_folder", "from_gguf", "resolve"]
@@ -51,7 +51,7 @@ def resolve(ref: str, *, offline: bool = False, progress: Progress | None = None
         return from_folder(found, ref) if found.is_dir() else from_gguf(found, ref)
     entry = registry.entry(ref)
     gguf = hub.pull(entry, offline=offline, progress=progress)
-    return LocalModel(entry.name, entry.sha256, gguf, None, read_header(gguf).quantization)
+    return LocalModel(entry.name, entry.sha256, gguf, None, read_model_header(gguf).quantization)
 
 
 def from_gguf(path: Path, name: str = "") -> LocalModel:
@@ -60,7 +60,7 @@ def from_gguf(path: Path, name: str = "") -> LocalModel:
     Raises:
         InputError: not a GGUF, damaged, or no text model.
     """
-    header = read_header(path)
+    header = read_model_header(path)
     return LocalModel(name or path.stem, sha256_file(path), path.absolute(), None, header.quantization)
 
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from arte_edge.cache import sha256_file
 from arte_edge.errors import InputError
+from arte_edge.gguf.reader import read_model_header
+from arte_edge.gguf.to_hf import checkpoint_folder
 from arte_edge.models import registry
-from arte_edge.models.convert import checkpoint_folder
-from arte_edge.models.gguf_header import read_header
 from arte_edge.models.hub import place
 from arte_edge.models.resolve import resolve
 
@@ -58,10 +58,10 @@ def _check_entry(entry: registry.Entry) -> Finding:
         detail = f"sha256 {found[:16]}… where the registry says {entry.sha256[:16]}…"
         return Finding(entry.name, "damaged", detail, path, checkpoint)
     try:
-        header = read_header(path)
+        header = read_model_header(path)
     except InputError as error:  # the registry names a file that is no model
         return Finding(entry.name, "damaged", error.message, path, checkpoint)
-    detail = f"GGUF, {header.architecture}, {header.quantization}, {header.tensor_count} tensors"
+    detail = f"GGUF, {header.architecture}, {header.quantization}, {len(header.tensors)} tensors"
     return Finding(entry.name, "ok", detail, path, checkpoint)
 
 

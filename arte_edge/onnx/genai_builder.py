@@ -19,8 +19,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from arte_edge.checkpoint import shapes_of
 from arte_edge.errors import ArteError, InputError
-from arte_edge.export.weights import shapes_of
 from arte_edge.extras import need
 from arte_edge.onnx.check import require_sound
 from arte_edge.onnx.child_process import run_worker

@@ -115,9 +115,9 @@ def _shape_of(kind: str, student: LocalModel) -> ModelShape:
     Raises:
         InputError: not a type that we can make.
     """
+    from arte_edge.checkpoint import shapes_of
     from arte_edge.export.estimate import predicted_bytes
     from arte_edge.export.formats import parse_list
-    from arte_edge.export.weights import shapes_of
 
     checkpoint = student.checkpoint()
     shape = ModelShape.of(checkpoint)

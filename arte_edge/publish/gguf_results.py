@@ -21,9 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from arte_edge.errors import InputError
+from arte_edge.gguf.metadata import rewrite
+from arte_edge.gguf.reader import Field
+from arte_edge.gguf.types import BOOL, FLOAT32, STRING, UINT32, UINT64
 from arte_edge.models.artifact_hash import checksums_of
-from arte_edge.models.gguf_fields import Field
-from arte_edge.models.gguf_rewrite import rewrite
 from arte_edge.publish.locate import read_export
 from arte_edge.publish.publishable import accuracy_on, device_title, speeds
 from arte_edge.results.merge import student_lock
@@ -32,7 +33,6 @@ from arte_edge.results.student_json import Artifact, write_student
 __all__ = ["BENCH", "FIDELITY", "bench_fields", "fidelity_fields", "write_keys"]
 
 BENCH, FIDELITY = "arte_edge.bench.", "arte_edge.fidelity."
-_UINT32, _FLOAT32, _BOOL, _STRING, _UINT64 = 4, 6, 7, 8, 10
 
 
 def bench_fields(artifact: Artifact, *, allow_throttled: bool = False) -> dict[str, Field]:
@@ -40,24 +40,24 @@ def bench_fields(artifact: Artifact, *, allow_throttled: bool = False) -> dict[s
     told = speeds(artifact, allow_throttled)
     if not told:
         return {}
-    fields = {f"{BENCH}count": Field(_UINT32, len(told))}
+    fields = {f"{BENCH}count": Field(UINT32, len(told))}
     for i, speed in enumerate(told):
         quality = accuracy_on(artifact, speed.fingerprint) if speed.fingerprint else None
         values: dict[str, tuple[int, str | float | None]] = {
-            "device": (_STRING, device_title(speed)),
-            "runtime": (_STRING, speed.runtime),
-            "threads": (_UINT32, speed.threads),
-            "depth": (_UINT32, speed.n_depth or None),
-            "prefill_tps": (_FLOAT32, speed.prefill_tokens_per_s),
-            "decode_tps": (_FLOAT32, speed.decode_tokens_per_s),
-            "ttft_ms": (_FLOAT32, speed.ttft_ms),
-            "peak_rss_bytes": (_UINT64, speed.peak_rss_bytes),
-            "throttled": (_BOOL, speed.throttled),
-            "date": (_STRING, speed.date or None),
-            "task": (_STRING, quality.task if quality else None),
-            "split": (_STRING, quality.split if quality else None),
-            "accuracy": (_FLOAT32, quality.accuracy if quality else None),
-            "accuracy_n": (_UINT32, quality.n if quality else None),
+            "device": (STRING, device_title(speed)),
+            "runtime": (STRING, speed.runtime),
+            "threads": (UINT32, speed.threads),
+            "depth": (UINT32, speed.n_depth or None),
+            "prefill_tps": (FLOAT32, speed.prefill_tokens_per_s),
+            "decode_tps": (FLOAT32, speed.decode_tokens_per_s),
+            "ttft_ms": (FLOAT32, speed.ttft_ms),
+            "peak_rss_bytes": (UINT64, speed.peak_rss_bytes),
+            "throttled": (BOOL, speed.throttled),
+            "date": (STRING, speed.date or None),
+            "task": (STRING, quality.task if quality else None),
+            "split": (STRING, quality.split if quality else None),
+            "accuracy": (FLOAT32, quality.accuracy if quality else None),
+            "accuracy_n": (UINT32, quality.n if quality else None),
         }
         for name, (kind, value) in values.items():
             if value is not None:
@@ -76,7 +76,7 @@ def fidelity_fields(artifact: Artifact) -> dict[str, Field]:
         "top1_agreement": metrics.top1,
         "ppl_ratio": metrics.perplexity_ratio,
     }
-    return {f"{FIDELITY}{name}": Field(_FLOAT32, v) for name, v in found.items() if v is not None}
+    return {f"{FIDELITY}{name}": Field(FLOAT32, v) for name, v in found.items() if v is not None}
 
 
 def write_keys(

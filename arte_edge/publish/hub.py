@@ -19,7 +19,7 @@ from typing import Any
 
 from arte_edge.cache import is_offline, sha256_file
 from arte_edge.errors import ArteError, InputError
-from arte_edge.export.gguf.tensor_table import read_table
+from arte_edge.gguf.reader import read_header
 from arte_edge.models.artifact_hash import checksums_of
 from arte_edge.onnx.folder import TOKENIZER_FILES
 from arte_edge.pii_scan import Finding, Machine, first_held, this_machine
@@ -191,7 +191,7 @@ def _is_binary(path: Path) -> bool:
 
 
 def _gguf_texts(path: Path) -> Iterator[tuple[str, str]]:
-    for key, value in read_table(path).metadata.items():
+    for key, value in read_header(path).metadata.items():
         if not key.startswith("tokenizer.ggml."):
             yield from _walk(value, key)
 

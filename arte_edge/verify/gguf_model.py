@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.errors import InputError
-from arte_edge.models.gguf_fields import read_fields
-from arte_edge.models.gguf_header import read_header
+from arte_edge.gguf.reader import read_model_header
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.llamacpp.bindings import LlamaContext, Row
 from arte_edge.runtimes.llamacpp.context_memory import ONE_SEQUENCE
@@ -42,7 +41,9 @@ class GgufModel:
             InputError: not a GGUF, cut short, or one that llama.cpp does not load.
             EngineError: llama-cpp-python is not installed.
         """
-        header = read_header(path)  # a file cut short would end in a crash inside the runtime
+        self._header = header = read_model_header(
+            path
+        )  # a file cut short would end in a crash inside the runtime
         self._threads = thread_count(threads)
         self._engine = LlamaCppEngine(
             path,
@@ -54,7 +55,6 @@ class GgufModel:
         self._model = self._engine.model
         self._context: LlamaContext | None = None
         lib, vocab = self._model.lib, self._model.vocab
-        self._path = path
         self.name = path.name
         self.runtime = self._engine.identity.runtime
         self.quantization = header.quantization
@@ -107,7 +107,7 @@ class GgufModel:
     @cached_property
     def _promoted(self) -> frozenset[str]:
         """Tokens that are ordinary in the file and special in the runtime."""
-        field = read_fields(self._path).fields.get("tokenizer.ggml.token_type")
+        field = self._header.field("tokenizer.ggml.token_type")
         kinds = [] if field is None else field.value
         lib, vocab = self._model.lib, self._model.vocab
         return frozenset(

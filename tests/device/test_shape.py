@@ -13,8 +13,8 @@ import pytest
 from arte_edge.device.onnx_sizes import read_onnx_sizes
 from arte_edge.device.shape import ModelShape
 from arte_edge.errors import InputError
+from arte_edge.gguf.reader import read_model_header
 from arte_edge.models import LocalModel
-from arte_edge.models.gguf_header import read_header
 
 CONFIG = {
     "model_type": "llama",
@@ -79,7 +79,7 @@ def test_a_gguf_gives_its_bytes_by_type(tmp_path: Path, kind: str) -> None:
     shape = ModelShape.of(path)
     assert (shape.n_layer, shape.n_embd, shape.n_ff, shape.n_vocab) == (1, 256, 512, 100)
     assert shape.weight_bytes == shape.token_bytes  # tied
-    assert shape.n_params == read_header(path).parameter_count == 612 * 256
+    assert shape.n_params == read_model_header(path).parameter_count == 612 * 256
     assert shape.token_bytes_by_type == {"F32": 100 * 256 * 4, kind: 512 * row_bytes}
     assert path.stat().st_size - shape.weight_bytes < 10_000
 

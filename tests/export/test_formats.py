@@ -6,7 +6,7 @@ import pytest
 
 from arte_edge.errors import InputError
 from arte_edge.export.formats import Format, format_of, gguf_format, onnx_format, parse_list
-from arte_edge.export.gguf.quant_types import QUANT_TYPES
+from arte_edge.gguf.types import QUANT_TYPES
 
 
 @pytest.mark.parametrize(("text", "type"), [("q4_k_m", "Q4_K_M"), ("Q4_K", "Q4_K_M"), (" f16 ", "F16")])

@@ -24,9 +24,8 @@ from arte_edge.export.formats import parse_list
 from arte_edge.export.pipeline import Outcome, export
 from arte_edge.export.recipe import Recipe, build
 from arte_edge.export.source import Source, open_source
-from arte_edge.models.gguf_fields import read_fields
-from arte_edge.models.gguf_header import read_header
-from arte_edge.models.gguf_rewrite import rewrite
+from arte_edge.gguf.metadata import rewrite
+from arte_edge.gguf.reader import read_model_header
 from arte_edge.results.student_json import Speed, read_student, write_student
 from arte_edge.verify.check import Check
 from arte_edge.verify.gate import Verdict
@@ -46,7 +45,7 @@ class Gate:
     judged: list[str] = field(default_factory=list)
 
     def verify_file(self, reference: Any, artifact: Path, *_: Any, **__: Any) -> Verdict:
-        type = read_header(artifact).quantization  # the file is whole when it is judged
+        type = read_model_header(artifact).quantization  # the file is whole when it is judged
         self.judged.append(type)
         passed = type not in self.refuses
         note = "" if passed else "it answers in another language"
@@ -90,7 +89,7 @@ def visible(out: Path) -> dict[str, bytes]:
 def test_many_formats_in_one_call_share_one_conversion(
     source: Source, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from arte_edge.export.gguf import convert as module
+    from arte_edge.gguf.convert import convert as module
 
     conversions: list[Path] = []
     real = module.convert
@@ -177,7 +176,7 @@ def test_a_folder_with_another_student_is_refused(
 def test_every_gguf_says_where_it_comes_from_and_no_path(source: Source, gate: Gate, tmp_path: Path) -> None:
     outcome = run(source, tmp_path / "out", "BF16,F16")
     for artifact in outcome.artifacts:
-        keys = read_fields(tmp_path / "out" / artifact.file).fields
+        keys = read_model_header(tmp_path / "out" / artifact.file).fields
         assert keys["general.name"].value == b"tiny"
         assert keys["arte_edge.student.sha256"].value == outcome.student.student.sha256.encode()
         assert keys["general.base_model.0.name"].value and keys["general.dataset.count"].value == 1
@@ -198,9 +197,12 @@ def test_a_file_of_the_user_s_own_converter_says_where_it_comes_from_too(
         f"import shutil, sys; shutil.copy({str(bare)!r}, sys.argv[sys.argv.index('--outfile') + 1])"
     )
     run(source, tmp_path / "theirs", "F16", llama_cpp=checkout)
-    fields = read_fields(tmp_path / "theirs" / "tiny-F16.gguf").fields
-    assert "arte_edge.student.sha256" in fields and "arte_edge.student.sha256" not in read_fields(bare).fields
-    assert fields["general.name"] == read_fields(ours).fields["general.name"]
+    fields = read_model_header(tmp_path / "theirs" / "tiny-F16.gguf").fields
+    assert (
+        "arte_edge.student.sha256" in fields
+        and "arte_edge.student.sha256" not in read_model_header(bare).fields
+    )
+    assert fields["general.name"] == read_model_header(ours).fields["general.name"]
 
 
 def test_what_was_measured_survives_another_export(source: Source, gate: Gate, tmp_path: Path) -> None:

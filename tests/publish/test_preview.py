@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from arte_edge.errors import InputError
-from arte_edge.models.gguf_fields import Field
-from arte_edge.models.gguf_rewrite import rewrite
+from arte_edge.gguf.metadata import rewrite
+from arte_edge.gguf.reader import Field
 from arte_edge.pii_scan import Machine
 from arte_edge.publish.card.card import write_card
 from arte_edge.publish.gguf_results import write_keys

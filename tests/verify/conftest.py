@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from arte_edge.models.gguf_fields import Field, read_fields
-from arte_edge.models.gguf_write import Tensor, write_gguf
+from arte_edge.gguf.reader import Field, read_model_header
+from arte_edge.gguf.writer import Tensor, write_gguf
 from arte_edge.verify.opened import Opened, open_model
 
 pytest.importorskip("torch")
@@ -139,7 +139,7 @@ def write_base(path: Path, checkpoint: Path) -> Path:
 
 
 def to_gguf(checkpoint: Path, out: Path) -> Path:
-    from arte_edge.models.patch_gguf import checkpoint_to_gguf
+    from arte_edge.gguf.from_base import checkpoint_to_gguf
 
     return checkpoint_to_gguf(checkpoint, write_base(out.with_suffix(".base.gguf"), checkpoint), out)
 
@@ -167,7 +167,7 @@ def with_fields(tiny: Tiny, tmp_path: Path) -> Callable[..., Path]:
         import gguf
 
         source = source or tiny.gguf
-        found = read_fields(source)
+        found = read_model_header(source)
         fields = {k: f for k, f in found.fields.items() if k != "general.architecture"}
         for key, value in values.items():
             if value is None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from arte_edge.models.gguf_fields import read_fields
+from arte_edge.gguf.reader import read_model_header
 from arte_edge.verify.gate import Verdict, verify_file
 from arte_edge.verify.opened import Opened
 from arte_edge.verify.prompts import built_in_prompts
@@ -85,7 +85,7 @@ def test_a_missing_bos_is_caught(reference: Opened, with_fields: WithFields) -> 
 
 
 def test_a_special_token_that_became_text_is_caught(reference: Opened, with_fields: WithFields) -> None:
-    types = list(read_fields(with_fields({})).fields["tokenizer.ggml.token_type"].value)
+    types = list(read_model_header(with_fields({})).fields["tokenizer.ggml.token_type"].value)
     types[1] = 1  # <|im_start|> as NORMAL; names of ends llama.cpp mends by itself
     verdict = judge(reference, with_fields({"tokenizer.ggml.token_type": types}))
     assert "tokens" in failed(verdict)
@@ -94,7 +94,7 @@ def test_a_special_token_that_became_text_is_caught(reference: Opened, with_fiel
 
 @pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 1.0])
 def test_one_changed_merge_is_caught(reference: Opened, with_fields: WithFields, where: float) -> None:
-    merges = list(read_fields(with_fields({})).fields["tokenizer.ggml.merges"].value)
+    merges = list(read_model_header(with_fields({})).fields["tokenizer.ggml.merges"].value)
     at = round(where * (len(merges) - 1))
     left, _, right = merges[at].partition(b" ")
     merges[at] = right + b" " + left if left != right else b"! !"

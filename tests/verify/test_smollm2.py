@@ -30,7 +30,7 @@ def checkpoint(smollm2: LocalModel) -> Path:
 
 @pytest.fixture(scope="module")
 def f16(smollm2: LocalModel, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from arte_edge.models.patch_gguf import checkpoint_to_gguf
+    from arte_edge.gguf.from_base import checkpoint_to_gguf
 
     assert smollm2.gguf is not None
     return checkpoint_to_gguf(checkpoint, smollm2.gguf, tmp_path_factory.mktemp("smollm2") / "F16.gguf")
@@ -44,7 +44,7 @@ def student(checkpoint: Path) -> Iterator[Opened]:
 
 
 def quantized(f16: Path, type: str) -> Path:
-    from arte_edge.export.gguf.quantize import quantize
+    from arte_edge.gguf.quantize import quantize
 
     out = f16.with_name(f"{type}.gguf")
     if not out.exists():
@@ -84,9 +84,9 @@ def test_one_wrong_tensor_shows_through_the_rounding_of_4_bits(
 
 def test_one_changed_merge_of_fifty_thousand_is_found(student: Opened, f16: Path, tmp_path: Path) -> None:
     # In place and of the same length, so that the file stays as it is but for one merge.
-    from arte_edge.models.gguf_fields import read_fields
+    from arte_edge.gguf.reader import read_model_header
 
-    merges = read_fields(f16).fields["tokenizer.ggml.merges"].value
+    merges = read_model_header(f16).fields["tokenizer.ggml.merges"].value
     at = 30_011
     data = bytearray(f16.read_bytes())
     old = len(merges[at]).to_bytes(8, "little") + merges[at]

@@ -18,7 +18,7 @@ import numpy as np
 
 from arte_edge.bench.runtime import RuntimeFacts
 from arte_edge.errors import EngineError, InputError
-from arte_edge.models.gguf_header import read_header
+from arte_edge.gguf.reader import read_model_header
 from arte_edge.runtimes.llamacpp.bindings import LlamaModel
 
 __all__ = ["LlamaSpeedModel", "load_llama_cpp"]
@@ -73,7 +73,7 @@ class LlamaSpeedModel:
             InputError: not a GGUF, cut short, or one that llama.cpp does not load.
             EngineError: llama-cpp-python is not installed, or makes no such context.
         """
-        read_header(path)  # a file cut short would end in a crash inside the runtime
+        read_model_header(path)  # a file cut short would end in a crash inside the runtime
         lib: Any = load_llama_cpp()
         self._heard: dict[str, str] = {}
         self._lib = lib

@@ -25,8 +25,7 @@ import httpx
 
 from arte_edge.bench.runtime import RuntimeFacts
 from arte_edge.errors import EngineError, InputError
-from arte_edge.models.gguf_fields import read_fields
-from arte_edge.models.gguf_header import read_header
+from arte_edge.gguf.reader import read_model_header
 from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.prompt_render import Message, render
 from arte_edge.threads import thread_count
@@ -59,7 +58,7 @@ class XllamaServer:
             InputError: not a GGUF, cut short, or one that llama.cpp does not load.
             EngineError: xllamacpp is not installed, or does not load.
         """
-        self.header = read_header(path)  # a file cut short would end in a crash inside the runtime
+        self.header = read_model_header(path)  # a file cut short would end in a crash inside the runtime
         library = _import()
         key = secrets.token_hex()
         params = library.CommonParams()
@@ -213,7 +212,7 @@ class XllamaTextModel:
         self._server = XllamaServer(path, self._threads, _TEXT_TOKENS)
         self.name, self.runtime = path.name, self._server.runtime
         self.quantization = self._server.header.quantization
-        template = read_fields(path).fields.get("tokenizer.chat_template")
+        template = read_model_header(path).fields.get("tokenizer.chat_template")
         self.chat_template = None if template is None else template.value.decode(errors="replace")
         known = self._server.post("/props")
         self.special_tokens = {name: str(known[name]) for name in ("bos_token", "eos_token")}

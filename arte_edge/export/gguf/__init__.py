@@ -1,1 +1,0 @@
-"""From a checkpoint to GGUF files: conversion, importance matrices, quantization."""

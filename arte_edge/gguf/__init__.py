@@ -1,0 +1,1 @@
+"""GGUF files: reading, writing, conversion from and to transformers checkpoints, quantization."""

@@ -1,0 +1,1 @@
+"""From a transformers checkpoint to a GGUF file."""

@@ -1,0 +1,375 @@
+"""A checkpoint's tokenizer as GGUF metadata: tokens, token types, merges or scores, special tokens, chat template.
+
+llama.cpp has three tokenizers of use here: ``gpt2`` (byte-level BPE with a named pre-tokenizer), ``llama``
+(SentencePiece BPE) and ``t5`` (SentencePiece unigram). Which one a checkpoint needs is read from its
+tokenizer.json, not from its family: a Phi-3 has the second, a Phi-4-mini the first.
+
+Where two files define the same thing, transformers' precedence holds: tokenizer_config.json over
+tokenizer.json, chat_template.jinja over both.
+
+llama.cpp's converter recognizes a pre-tokenizer by a hash over the token ids of one long string, which fails
+for every new vocabulary. Here the splitting rule itself is compared, so any vocabulary with a known rule is
+converted, and an unknown rule is rejected instead of guessed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from arte_edge.errors import InputError
+from arte_edge.gguf.convert.checkpoint import OTHER_CONVERTER
+from arte_edge.gguf.convert.sentencepiece import (
+    CONTROL,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    Pieces,
+    read_model,
+    scored,
+)
+from arte_edge.gguf.names import Family
+from arte_edge.gguf.reader import Field
+from arte_edge.gguf.types import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT8, UINT32
+
+__all__ = ["TokenizerFiles", "read_tokenizer", "vocabulary"]
+
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+# Added tokens that are control tokens although some checkpoints do not mark them as special.
+_CONTROL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+_SAVE_AGAIN = "Save the tokenizer beside the model: AutoTokenizer.from_pretrained(…).save_pretrained(…)."
+_ADDED_SCORE, _PAD_SCORE = -1000.0, -10000.0
+# What GGUF calls the roles; the misspelling is the format's
+_GGUF_ROLES = {"unk": "unknown", "sep": "seperator", "pad": "padding"}
+_SPACE = "\u2581"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+_CLITICS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_NO_WORD = r"[^\r\n\p{L}\p{N}]?"
+
+# regular expression of a Split -> our name of the splitting rule
+_REGEXES = {
+    f"{_WORDS}|\\p{{N}}|{_PUNCTUATION}|{_REST}": "qwen2",
+    f"{_WORDS}|\\p{{N}}{{1,3}}|{_PUNCTUATION}|{_REST}": "llama3",
+    f"{_NO_WORD}{_UPPER}*{_LOWER}+{_CLITICS}|{_NO_WORD}{_UPPER}+{_LOWER}*{_CLITICS}"
+    f"|\\p{{N}}{{1,3}}| ?[^\\s\\p{{L}}\\p{{N}}]+[\\r\\n/]*|{_REST}": "gpt-4o",
+}
+# our name -> tokenizer.ggml.pre, unless the family has its own
+_NAMES = {
+    "gpt-2": "gpt-2",
+    "digits": "smollm",
+    "qwen2": "qwen2",
+    "llama3": "llama-bpe",
+    "llama3-merging": "smaug-bpe",
+    "gpt-4o": "gpt-4o",
+}
+
+
+def vocabulary(files: TokenizerFiles, family: Family, n_vocab: int) -> dict[str, Field]:
+    """Return ``tokenizer.*`` for a model with `n_vocab` rows in its embedding.
+
+    Raises:
+        InputError: a kind of tokenizer that llama.cpp does not have, or more tokens than rows.
+    """
+    model = files.tokenizer.get("model") or {}
+    kind = model.get("type")
+    byte_level = kind == "BPE" and not model.get("byte_fallback")
+    if files.tokenizer and not byte_level and kind not in ("BPE", "Unigram"):
+        raise InputError(f"{files.path}: a {kind} tokenizer is not supported in GGUF", OTHER_CONVERTER)
+    fields = _byte_level(files, family, n_vocab) if byte_level else _pieces(files, family, n_vocab)
+    for role, token in files.special.items():
+        if token < n_vocab:
+            fields[f"tokenizer.ggml.{_GGUF_ROLES.get(role, role)}_token_id"] = Field(UINT32, token)
+    for role in ("bos", "eos"):
+        fields[f"tokenizer.ggml.add_{role}_token"] = Field(BOOL, _is_added(files, role))
+    return fields | _template_fields(files.templates)
+
+
+def _byte_level(files: TokenizerFiles, family: Family, n_vocab: int) -> dict[str, Field]:
+    model = files.tokenizer["model"]
+    pre = _pre_tokenizer_name(files.path, files.tokenizer, family.pre_tokenizers)
+    texts: list[str | None] = [None] * n_vocab
+    kinds = [UNUSED] * n_vocab
+    _check_ids(files, n_vocab, max(model["vocab"].values(), default=-1))
+    for text, token in model["vocab"].items():
+        texts[token], kinds[token] = text, NORMAL
+    for token, added in files.added.items():
+        texts[token] = added.text if added.is_control else added.text.replace(_SPACE, " ")
+        kinds[token] = CONTROL if added.is_control else USER_DEFINED
+    tokens = [f"[PAD{i}]".encode() if text is None else text.encode() for i, text in enumerate(texts)]
+    fields = _head("gpt2", pre, tokens, kinds)
+    fields["tokenizer.ggml.merges"] = Field(ARRAY, [_merge(merge) for merge in model["merges"]], STRING)
+    return fields
+
+
+def _merge(merge: str | list[str]) -> bytes:
+    """Return a merge in GGUF form: two pieces with a space between; a space inside a piece becomes its byte symbol."""
+    if isinstance(merge, str):
+        return merge.encode()
+    left, right = merge
+    if " " in left or " " in right:
+        left, right = left.replace(" ", "\u0120"), right.replace(" ", "\u0120")
+    return f"{left} {right}".encode()
+
+
+def _pieces(files: TokenizerFiles, family: Family, n_vocab: int) -> dict[str, Field]:
+    pieces = read_model(files.model) if files.model else scored(files.path, files.tokenizer, files.added)
+    _check_ids(files, n_vocab, len(pieces.texts) - 1)
+    missing = n_vocab - len(pieces.texts)
+    pieces.texts += [f"[PAD{n_vocab - missing + i}]".encode() for i in range(missing)]
+    pieces.scores += [_PAD_SCORE] * missing
+    pieces.kinds += [UNUSED] * missing
+    for token, kind in enumerate(pieces.kinds):
+        if kind == USER_DEFINED:  # matched in the raw text, so with real spaces
+            pieces.texts[token] = pieces.texts[token].replace(_SPACE.encode(), b" ")
+    for token, added in files.added.items():
+        text = added.text if added.is_control else added.text.replace(_SPACE, " ")
+        pieces.texts[token], pieces.scores[token] = text.encode(), _ADDED_SCORE
+        pieces.kinds[token] = CONTROL if added.is_control else USER_DEFINED
+    fields = _head("t5" if pieces.is_unigram else "llama", "default", pieces.texts, pieces.kinds)
+    fields["tokenizer.ggml.scores"] = Field(ARRAY, pieces.scores, FLOAT32)
+    return fields | _space_fields(files, family, pieces)
+
+
+def _space_fields(files: TokenizerFiles, family: Family, pieces: Pieces) -> dict[str, Field]:
+    adds = family.add_space_prefix
+    if adds is None:
+        adds = pieces.adds_space_prefix
+        if files.model and isinstance(files.config.get("add_prefix_space"), bool):
+            adds = files.config["add_prefix_space"]
+    fields = {"tokenizer.ggml.add_space_prefix": Field(BOOL, adds)}
+    if pieces.is_unigram:
+        fields["tokenizer.ggml.remove_extra_whitespaces"] = Field(BOOL, pieces.removes_extra_spaces)
+        if pieces.normalizer_map:
+            chars = list(pieces.normalizer_map)
+            fields["tokenizer.ggml.precompiled_charsmap"] = Field(ARRAY, chars, UINT8)
+    return fields
+
+
+def _head(model: str, pre: str, tokens: list[bytes], kinds: list[int]) -> dict[str, Field]:
+    return {
+        "tokenizer.ggml.model": Field(STRING, model.encode()),
+        "tokenizer.ggml.pre": Field(STRING, pre.encode()),
+        "tokenizer.ggml.tokens": Field(ARRAY, tokens, STRING),
+        "tokenizer.ggml.token_type": Field(ARRAY, kinds, INT32),
+    }
+
+
+def _check_ids(files: TokenizerFiles, n_vocab: int, highest: int) -> None:
+    highest = max(highest, max(files.added, default=-1))
+    if highest >= n_vocab:
+        raise InputError(
+            f"{files.path}: has a token {highest}, but the model's embedding has {n_vocab} rows",
+            "Call model.resize_token_embeddings(len(tokenizer)) before training, or give its own tokenizer.",
+        )
+
+
+def _is_added(files: TokenizerFiles, role: str) -> bool:
+    """True if the tokenizer adds this token to a text: by its post-processor, else by its settings."""
+    step = files.tokenizer.get("post_processor") or {}
+    parts = step.get("processors", []) if step.get("type") == "Sequence" else [step]
+    for part in parts:
+        if part.get("type") == "TemplateProcessing":
+            single: list[dict[str, Any]] = part.get("single") or [{}]
+            edge = single[0 if role == "bos" else -1].get("SpecialToken", {}).get("id")
+            ids = (part.get("special_tokens", {}).get(edge) or {}).get("ids", [])
+            return files.special.get(role) in ids
+        if part.get("type") in ("RobertaProcessing", "BertProcessing"):
+            return True
+    if files.tokenizer:
+        return False
+    return bool(files.config.get(f"add_{role}_token", role == "bos"))
+
+
+def _template_fields(templates: dict[str, str]) -> dict[str, Field]:
+    fields: dict[str, Field] = {}
+    others = []
+    for name, template in templates.items():
+        if name == "default":
+            fields["tokenizer.chat_template"] = Field(STRING, template.encode())
+        elif safe := "".join(c if c.isascii() and c.isalnum() else "_" for c in name):
+            fields[f"tokenizer.chat_template.{safe}"] = Field(STRING, template.encode())
+            others.append(safe.encode())
+    if others:
+        fields["tokenizer.chat_templates"] = Field(ARRAY, sorted(others), STRING)
+    return fields
+
+
+def _pre_tokenizer_name(path: Path, tokenizer: dict[str, Any], own_names: dict[str, str]) -> str:
+    """Return ``tokenizer.ggml.pre`` for the byte-level tokenizer in `tokenizer`, read from `path`.
+
+    Args:
+        own_names: the family's name of a splitting rule that has several names in llama.cpp.
+
+    Raises:
+        InputError: a splitting rule or a normalizer that llama.cpp does not have.
+    """
+    normalizer = tokenizer.get("normalizer")
+    # NFC is Qwen's. llama.cpp skips it, which matters for text with combining accents only.
+    if normalizer and normalizer.get("type") != "NFC":
+        raise InputError(
+            f"{path}: the normalizer {normalizer.get('type')} is not supported in GGUF", OTHER_CONVERTER
+        )
+    step = tokenizer.get("pre_tokenizer") or {}
+    parts = step.get("pretokenizers", []) if step.get("type") == "Sequence" else [step]
+    name = _recognized(parts)
+    if name is None:
+        raise InputError(f"{path}: llama.cpp has no such pre_tokenizer: {parts}", OTHER_CONVERTER)
+    # Llama 3 takes a word that is a token as a whole, without merges; llama.cpp decides that by the name.
+    if tokenizer["model"].get("ignore_merges") and name != "llama3":
+        raise InputError(
+            f"{path}: ignore_merges is known to llama.cpp for Llama 3's splitting only", OTHER_CONVERTER
+        )
+    if name == "llama3" and not tokenizer["model"].get("ignore_merges"):
+        name = "llama3-merging"
+    return own_names.get(name, _NAMES[name])
+
+
+def _recognized(parts: list[dict[str, Any]]) -> str | None:
+    *before, last = parts or [{}]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    by_regex = last.get("use_regex", True)
+    if not before:
+        return "gpt-2" if by_regex else None
+    if len(before) > 1:
+        return None
+    first = before[0]
+    if first.get("type") == "Digits" and first.get("individual_digits") and by_regex:
+        return "digits"
+    if first.get("type") == "Split" and not by_regex:
+        # "Isolated" and inverted "Removed" are the same here, because the expression matches everything.
+        how = (first.get("behavior"), bool(first.get("invert")))
+        if how in (("Isolated", False), ("Removed", True)):
+            return _REGEXES.get(first.get("pattern", {}).get("Regex", ""))
+    return None
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is matched before the rest of a text is tokenized. `special`: a control token, not text."""
+
+    text: str
+    special: bool
+    strips_right: bool = False
+
+    @property
+    def is_control(self) -> bool:
+        """True for special tokens and for those that have the form of one: users must not be able to write them."""
+        text = self.text
+        looks = (text.startswith("<|") and text.endswith("|>")) or (
+            text.startswith("<｜") and text.endswith("｜>")
+        )
+        unused = text.startswith("<unused") and text.endswith(">")
+        return self.special or looks or unused or text in _CONTROL
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """The content of the tokenizer's files. `special` has the id of each role that has one."""
+
+    folder: Path
+    tokenizer: dict[str, Any]  # tokenizer.json, empty if it is missing
+    config: dict[str, Any]  # tokenizer_config.json
+    model: Path | None  # tokenizer.model
+    added: dict[int, AddedToken]
+    special: dict[str, int]
+    templates: dict[str, str] = field(default_factory=dict)  # by name; the standard one is "default"
+
+    @property
+    def path(self) -> Path:
+        """The file that errors about the vocabulary name."""
+        return self.folder / "tokenizer.json" if self.tokenizer else self.model or self.folder
+
+
+def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerFiles:
+    """Read the tokenizer of the checkpoint in `folder`, whose config.json is `config`.
+
+    Raises:
+        InputError: there is none, or a file is damaged.
+    """
+    tokenizer, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
+    path = folder / "tokenizer.model"
+    model = path if path.is_file() else None
+    if not tokenizer and model is None:
+        raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model", _SAVE_AGAIN)
+    try:
+        added = _added(folder, tokenizer, settings)
+        special = _special(tokenizer, settings, config, added)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}: its tokenizer files are damaged ({error!r})", _SAVE_AGAIN) from error
+    for token in special.values():
+        if token in added and not added[token].special:
+            added[token] = AddedToken(added[token].text, True, added[token].strips_right)
+    return TokenizerFiles(folder, tokenizer, settings, model, added, special, _templates(folder, settings))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable JSON ({error})", _SAVE_AGAIN) from error
+    return content
+
+
+def _added(folder: Path, tokenizer: dict[str, Any], settings: dict[str, Any]) -> dict[int, AddedToken]:
+    added: dict[int, AddedToken] = {}
+    for text, token in _json(folder / "added_tokens.json").items():
+        added[int(token)] = AddedToken(str(text), False)
+    for row in tokenizer.get("added_tokens") or ():
+        added[int(row["id"])] = _token(row)
+    for token, row in (settings.get("added_tokens_decoder") or {}).items():
+        added[int(token)] = _token(row)
+    return added
+
+
+def _token(row: dict[str, Any]) -> AddedToken:
+    return AddedToken(str(row["content"]), bool(row.get("special")), bool(row.get("rstrip")))
+
+
+def _special(
+    tokenizer: dict[str, Any], settings: dict[str, Any], config: dict[str, Any], added: dict[int, AddedToken]
+) -> dict[str, int]:
+    """Return role -> id: the token that tokenizer_config.json names, else the id in config.json."""
+    ids = {token.text: number for number, token in sorted(added.items(), reverse=True)}
+    vocabulary = (tokenizer.get("model") or {}).get("vocab")
+    vocabulary = vocabulary if isinstance(vocabulary, dict) else {}
+    found: dict[str, int] = {}
+    for role in _ROLES:
+        named = settings.get(f"{role}_token")
+        text = named.get("content") if isinstance(named, dict) else named
+        number = ids.get(text, vocabulary.get(text)) if isinstance(text, str) else None
+        if number is None:
+            number = config.get(f"{role}_token_id")
+        if isinstance(number, list):  # several ends of text: the first is the usual one
+            number = number[0] if number else None
+        if isinstance(number, int) and not isinstance(number, bool) and number >= 0:
+            found[role] = number
+    return found
+
+
+def _templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    file, old = folder / "chat_template.jinja", _json(folder / "chat_template.json")
+    given = old.get("chat_template") or settings.get("chat_template")
+    if file.is_file():
+        try:
+            given = file.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file}: not readable text ({error})", _SAVE_AGAIN) from error
+    if isinstance(given, str) and given:
+        templates = {"default": given}
+    elif isinstance(given, list):
+        templates = {str(row["name"]): str(row["template"]) for row in given if isinstance(row, dict)}
+    else:
+        templates = {}
+    for extra in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        templates.setdefault(extra.stem, extra.read_text("utf-8"))
+    return templates

@@ -1,0 +1,368 @@
+"""Importance matrices: which input columns of each weight matrix matter for *these* prompts.
+
+Quantization rounds a weight with an error; the effect of the error grows with the square of the input that it
+is multiplied with. The mean square of every input column, over the prompts that the student was tailored to,
+shows the quantizer where to be exact. Prompts are run through the checkpoint one by one in 32 bits, and the
+sums are saved on the way, so a killed collection resumes and ends with the same file.
+
+A converter may permute, fuse or offset a weight's *rows*; the columns stay, and the columns are what the inputs
+multiply. So the sums need no conversion, and a test verifies that for every family. Only matrices inside the
+blocks count, as in llama-imatrix: the output matrix is left out (tied, it is also the embedding).
+
+The file has the GGUF form that llama.cpp's tools write and read. For every weight matrix two F32 tensors:
+``NAME.in_sum2`` is the sum, over all tokens, of each input column's squared value, ``NAME.counts`` the number
+of tokens. ``llama-quantize`` divides one by the other. A mixture of experts has one row of each for every
+expert (llama.cpp, tools/imatrix and common/imatrix-loader.cpp).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arte_edge.cache import Progress, sha256_checkpoint, whole_file
+from arte_edge.checkpoint import read_config
+from arte_edge.errors import ArteError, InputError
+from arte_edge.extras import need
+from arte_edge.gguf.names import Layout, checkpoint_family
+from arte_edge.gguf.reader import read_header
+from arte_edge.store import content_key, write_atomic
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "CHUNK_TOKENS",
+    "Imatrix",
+    "base_name",
+    "collect",
+    "linear_names",
+    "read_imatrix",
+    "write_imatrix",
+]
+
+Sums = dict[str, NDArray[np.float64]]
+CHUNK_TOKENS = 512  # llama-imatrix's own default; it counts tokens in chunks of this many
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_KEY = "arte_edge.imatrix.key"
+_VERSION = 1  # raised when the same prompts would give other sums
+_WINDOW_TOKENS = 2048  # a longer prompt is run in pieces: activations of one piece are in memory
+_SAVE_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """Sums of squares ``[n_expert, n_in]`` and token counts ``[n_expert]`` by GGUF tensor name; n_expert is mostly 1.
+
+    `key` identifies checkpoint and prompts; empty in a file of other tools.
+    """
+
+    sums: Mapping[str, NDArray[np.float32]] = field(repr=False)
+    counts: Mapping[str, NDArray[np.float32]] = field(repr=False)
+    datasets: tuple[str, ...] = ()
+    chunk_count: int = 0
+    key: str = ""
+
+    @property
+    def n_token(self) -> int:
+        return int(max((counts.max() for counts in self.counts.values()), default=0))
+
+    def weights(self) -> dict[str, NDArray[np.float32]]:
+        """Return mean squares, flat ``[n_expert * n_in]``, as llama.cpp's quantizer takes them.
+
+        An expert that no token reached gets ones, as in ``llama-quantize``.
+        """
+        means = {}
+        for name, sums in self.sums.items():
+            counts = self.counts[name][:, None]
+            mean = np.divide(sums, counts, out=np.ones_like(sums), where=counts > 0)
+            means[name] = np.ascontiguousarray(mean, dtype=np.float32).ravel()
+        return means
+
+
+def collect(
+    checkpoint: Path,
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    dataset: str = "training prompts",
+    progress: Progress | None = None,
+) -> Path:
+    """Write the importance matrix of the model in the folder `checkpoint` over `prompts` to `out`; return `out`.
+
+    A finished `out` of the same checkpoint and prompts is reused; the state of a killed collection
+    beside it (``.NAME.state``) is resumed.
+
+    Args:
+        prompts: rendered texts, special tokens included, as the model will get them. Never the test split.
+        dataset: the source of the prompts, written into the file; a path is reduced to its last part.
+        progress: called with ("importance matrix", prompts done, prompts in all).
+
+    Raises:
+        InputError: no prompts, or a checkpoint of an unknown family.
+        ArteError: a package is missing, activations are not finite, or the disk is full.
+    """
+    if not any(prompts):
+        raise InputError(
+            "An importance matrix needs prompts", "Give the texts that the student was trained on."
+        )
+    need("train", "Collecting an importance matrix")
+    need("gguf", "Collecting an importance matrix")
+    dataset = base_name(dataset)
+    key = content_key("imatrix", _VERSION, sha256_checkpoint(checkpoint), dataset, list(prompts))
+    if _is_finished(out, key):
+        return out
+    state = out.with_name(f".{out.name}.state")
+    sums, n_prompt, n_token = _loaded(state, key)
+    if n_prompt < len(prompts):
+        n_token = _run(checkpoint, prompts, state, key, sums, n_prompt, n_token, progress)
+    counts = {name: np.array([n_token], dtype=np.float32) for name in sums}
+    rows = {name: values.astype(np.float32)[None, :] for name, values in sums.items()}
+    write_imatrix(Imatrix(rows, counts, (dataset,), max(n_token // CHUNK_TOKENS, 1), key), out)
+    state.unlink(missing_ok=True)
+    return out
+
+
+def _run(
+    checkpoint: Path,
+    prompts: Sequence[str],
+    state: Path,
+    key: str,
+    sums: Sums,
+    n_prompt: int,
+    n_token: int,
+    progress: Progress | None,
+) -> int:
+    """Add the prompts from number `n_prompt` on to `sums`, saving periodically; return the total of tokens."""
+    import torch
+
+    model, tokenizer = _load(checkpoint)
+    names = linear_names(model, checkpoint)
+    saved = time.monotonic()
+    with torch.inference_mode(), _watched(model, names, sums):
+        for number, prompt in enumerate(prompts[n_prompt:], n_prompt + 1):
+            ids = _token_ids(tokenizer, prompt)
+            for start in range(0, len(ids), _WINDOW_TOKENS):
+                # The output matrix is left out, and its logits would be the largest array in memory.
+                model.base_model(torch.tensor([ids[start : start + _WINDOW_TOKENS]]), use_cache=False)
+            n_token += len(ids)
+            if progress:
+                progress("importance matrix", number, len(prompts))
+            if time.monotonic() - saved >= _SAVE_EVERY_S:
+                _save(state, key, sums, number, n_token)
+                saved = time.monotonic()
+    return n_token
+
+
+def _load(checkpoint: Path) -> tuple[Any, Any]:
+    """Return the model in 32 bits and its tokenizer.
+
+    Raises:
+        InputError: transformers cannot load the folder without running its code.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.disable_progress_bar()  # the command shows its own progress
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(
+            f"{checkpoint}: cannot be loaded: {str(error).strip().splitlines()[0][:200]}",
+            "Give a whole transformers checkpoint with its tokenizer.",
+        ) from error
+    return model.eval(), tokenizer
+
+
+def _token_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the ids of a prompt; the begin token is added if the tokenizer does so and the prompt has none."""
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    begin = tokenizer.bos_token
+    if begin and not prompt.startswith(begin) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return [tokenizer.bos_token_id, *ids]
+    return ids
+
+
+def _is_finished(out: Path, key: str) -> bool:
+    try:
+        return out.is_file() and read_imatrix(out).key == key
+    except InputError:
+        return False
+
+
+def _save(state: Path, key: str, sums: Sums, n_prompt: int, n_token: int) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, __key__=np.array(key), __done__=np.array([n_prompt, n_token]), **sums)  # type: ignore[arg-type]
+    write_atomic(state, buffer.getvalue())
+
+
+def _loaded(state: Path, key: str) -> tuple[Sums, int, int]:
+    """Return sums, prompts and tokens of an unfinished collection; empty if there is none to resume."""
+    try:
+        with np.load(state, allow_pickle=False) as arrays:
+            if str(arrays["__key__"]) != key:
+                return {}, 0, 0
+            n_prompt, n_token = map(int, arrays["__done__"])
+            sums = {name: arrays[name] for name in arrays.files if not name.startswith("__")}
+            return sums, n_prompt, n_token
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return {}, 0, 0
+
+
+def linear_names(model: torch.nn.Module, checkpoint: Path) -> dict[str, str]:
+    """Return module name -> GGUF tensor name of every linear layer inside a block.
+
+    Raises:
+        InputError: an unknown family, or a block with weights that are not
+            plain linear layers (a mixture of experts).
+    """
+    import torch
+
+    layout = _layout(checkpoint)
+    names: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or not name.endswith(".weight"):
+            continue
+        found = layout.gguf_name(name)
+        if found is None or not found.startswith("blk."):
+            continue
+        module = name.removesuffix(".weight")
+        if not isinstance(model.get_submodule(module), torch.nn.Linear):
+            raise InputError(f"{checkpoint}: {name} is not a plain linear layer", _OTHERS)
+        names[module] = found
+    if not names or len(set(names.values())) != len(names):
+        raise InputError(f"{checkpoint}: the names of its layers are not in llama.cpp's table", _OTHERS)
+    return names
+
+
+_OTHERS = "Make the importance matrix with llama.cpp's own llama-imatrix from the F16 file."
+
+
+def _layout(checkpoint: Path) -> Layout:
+    """Return the names of the checkpoint's family; head counts have no effect on columns."""
+    config = read_config(checkpoint)
+    try:
+        arch = checkpoint_family(checkpoint)
+        return Layout(arch, int(config["num_hidden_layers"]), 0, 0)
+    except InputError as error:
+        raise InputError(error.message, f"{error.hint} {_OTHERS}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{checkpoint / 'config.json'}: num_hidden_layers is missing", "Give a whole checkpoint."
+        ) from error
+
+
+@contextmanager
+def _watched(model: torch.nn.Module, names: dict[str, str], sums: Sums) -> Iterator[None]:
+    """Add each input column's sum of squares over all tokens to ``sums[GGUF name]`` ``[n_in]`` while inside."""
+    import torch
+
+    def hook(name: str) -> Any:
+        def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            columns = inputs[0].detach().flatten(0, -2).float()
+            squares = columns.square().sum(dim=0, dtype=torch.float64).cpu().numpy()
+            if not np.isfinite(squares).all():
+                raise ArteError(
+                    f"{name}: its inputs are not finite",
+                    "The checkpoint is damaged or its training diverged.",
+                )
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        return add
+
+    handles = [
+        model.get_submodule(module).register_forward_pre_hook(hook(name)) for module, name in names.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def base_name(name: str) -> str:
+    """Return `name` without its folder, so that no path of this machine gets into a file."""
+    return PureWindowsPath(name).name or "prompts"  # splits at both kinds of slashes
+
+
+def read_imatrix(path: Path) -> Imatrix:
+    """Read an importance matrix in GGUF form, ours or llama.cpp's.
+
+    Raises:
+        InputError: not one, damaged, or with values that are not finite.
+    """
+    header = read_header(path)
+    names = [name.removesuffix(_SUMS) for name in header.tensors if name.endswith(_SUMS)]
+    if header.metadata.get("general.type") != "imatrix" or not names:
+        raise InputError(
+            f"{path}: not an importance matrix in GGUF form",
+            "An older one: llama-imatrix --in-file old.dat -o new.gguf",
+        )
+    sums, counts = {}, {}
+    for name in names:
+        counts[name] = header.floats(name + _COUNTS).ravel()
+        values = header.floats(name + _SUMS)
+        if not counts[name].size or values.size % counts[name].size or not values.size:
+            raise InputError(f"{path}: sums and counts of {name} do not fit together")
+        if not (np.isfinite(values).all() and np.isfinite(counts[name]).all() and counts[name].min() >= 0):
+            raise InputError(f"{path}: {name} holds values that are not finite", "Collect the matrix again.")
+        sums[name] = values.reshape(counts[name].size, -1)
+    datasets = header.metadata.get("imatrix.datasets")
+    chunks = header.metadata.get("imatrix.chunk_count")
+    return Imatrix(
+        sums,
+        counts,
+        tuple(map(str, datasets)) if isinstance(datasets, list) else (),
+        chunks if isinstance(chunks, int) else 0,
+        str(header.metadata.get(_KEY, "")),
+    )
+
+
+def write_imatrix(imatrix: Imatrix, out: Path) -> Path:
+    """Write `imatrix` to `out`, whole or not at all; the same matrix gives the same bytes. Return `out`.
+
+    Raises:
+        ArteError: the disk is full or not wriheader.
+    """
+    with whole_file(out) as partial:
+        _write(imatrix, partial)
+    return out
+
+
+def _write(imatrix: Imatrix, path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "")
+    writer.kv_data[0].pop("general.architecture", None)  # llama.cpp writes none: a matrix is no model
+    writer.add_string("general.type", "imatrix")
+    writer.add_array("imatrix.datasets", [base_name(name) for name in imatrix.datasets or ("prompts",)])
+    writer.add_uint32("imatrix.chunk_count", imatrix.chunk_count)
+    writer.add_uint32("imatrix.chunk_size", CHUNK_TOKENS)
+    if imatrix.key:
+        writer.add_string(_KEY, imatrix.key)
+    for name in sorted(imatrix.sums):
+        counts = imatrix.counts[name].astype(np.float32).reshape(-1, 1)
+        writer.add_tensor(name + _SUMS, imatrix.sums[name].astype(np.float32).reshape(counts.size, -1))
+        writer.add_tensor(name + _COUNTS, counts)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.flush()
+        for file in writer.fout or ():
+            os.fsync(file.fileno())
+    finally:
+        writer.close()

@@ -1,0 +1,222 @@
+"""The model families that a GGUF file can be written for, and how their tensors are named and laid out.
+
+Each family is a small TOML file in ``families/``: what its checkpoints call themselves, how rows are laid
+out, which GGUF keys its hyper-parameters go to, and what llama.cpp assumes about it (a checkpoint that differs
+there is rejected, because its file would load and answer wrongly). docs/new-family.md explains how to add one.
+
+A GGUF file differs from a transformers checkpoint in three ways. Names (`gguf` has the table). The rows of a
+Llama's query and key projections: transformers pairs the two halves of a head in its rotary embedding,
+llama.cpp pairs neighbours, so the rows are interleaved. And Gemma's norms: transformers multiplies by
+``1 + weight``, llama.cpp by ``weight``.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from arte_edge.checkpoint import Weight, read_config
+from arte_edge.errors import InputError
+from arte_edge.gguf.reader import GgufHeader
+from arte_edge.gguf.writer import Tensor, widened
+
+if TYPE_CHECKING:
+    from gguf import TensorNameMap
+
+__all__ = [
+    "Family",
+    "Layout",
+    "Pattern",
+    "checkpoint_family",
+    "families",
+    "family_of_arch",
+    "family_of_model_type",
+    "layout_of",
+    "weight_tensor",
+]
+
+_FOLDER = Path(__file__).with_name("families")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Pattern(_Frozen):
+    """What each layer's entry of a list in config.json must be: `value` at every `every`-th, `others` else."""
+
+    every: int = Field(gt=0)
+    value: Any
+    others: Any
+
+    def expected(self, n_layer: int) -> list[Any]:
+        """Return the list that llama.cpp assumes."""
+        return [self.value if (layer + 1) % self.every == 0 else self.others for layer in range(n_layer)]
+
+
+class Family(_Frozen):
+    """What is special about one architecture. Field names are the keys of its TOML file.
+
+    `uint32` and `float32` map a GGUF key, without ``<arch>.``, to the key of config.json that
+    its value comes from; a name that ends in ``?`` may be missing.
+    """
+
+    arch: str  # general.architecture, and the name of the table in GGML's `gguf`
+    model_types: tuple[str, ...] = Field(min_length=1)  # config.json: model_type
+    title: str
+    interleave_heads: bool = False
+    norm_offset: float = 0.0
+    rope_types: tuple[str, ...] = ("default",)
+    rope_keys: bool = True  # whether scaling goes to rope.scaling.* (else to tensors alone)
+    pre_tokenizers: dict[str, str] = {}  # our name of a splitting rule -> the family's own name for it
+    add_space_prefix: bool | None = None
+    uint32: dict[str, str]
+    float32: dict[str, str]
+    defaults: dict[str, Any] = {}  # transformers' values where config.json has none
+    must: dict[str, tuple[Any, ...]] = {}  # config key -> the only values llama.cpp implements
+    same: dict[str, tuple[str, ...]] = {}  # config key -> keys, one of which must have the same value
+    patterns: dict[str, Pattern] = {}
+
+
+@lru_cache(maxsize=1)
+def families() -> dict[str, Family]:
+    """Return the families by GGUF architecture, sorted.
+
+    Raises:
+        InputError: a file is not valid TOML or breaks the schema; says which file and key.
+    """
+    found: dict[str, Family] = {}
+    for path in sorted(_FOLDER.glob("*.toml")):
+        try:
+            family = Family.model_validate(tomllib.loads(path.read_text("utf-8")))
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{path}: not valid TOML: {error}", "See docs/new-family.md.") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"{path}: {key}: {first['msg']}", "See docs/new-family.md.") from error
+        found[family.arch] = family
+    return found
+
+
+def family_of_arch(arch: str, where: str) -> Family:
+    """Return the family of a GGUF architecture; `where` begins the error's message.
+
+    Raises:
+        InputError: not one of `families`.
+    """
+    if arch not in families():
+        raise _unsupported(f"{where}: architecture '{arch}'")
+    return families()[arch]
+
+
+def family_of_model_type(model_type: object, where: str) -> Family:
+    """Return the family of a checkpoint's ``model_type``; `where` begins the error's message.
+
+    Raises:
+        InputError: not one of `families`.
+    """
+    for family in families().values():
+        if model_type in family.model_types:
+            return family
+    raise _unsupported(f"{where}: model_type '{model_type}'")
+
+
+def _unsupported(what: str) -> InputError:
+    """Return the error that names the supported families."""
+    known = ", ".join(f"{arch} ({' '.join(family.model_types)})" for arch, family in families().items())
+    return InputError(f"{what} is not supported", f"Supported: {known}.")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The GGUF names and layout of one model: its family and its head counts."""
+
+    arch: str
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+
+    @cached_property
+    def family(self) -> Family:
+        """The family that `arch` names."""
+        return family_of_arch(self.arch, "GGUF")
+
+    @cached_property
+    def _names(self) -> TensorNameMap:
+        import gguf
+
+        archs = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+        return gguf.get_tensor_name_map(archs[self.arch], self.n_layer)
+
+    def gguf_name(self, name: str) -> str | None:
+        """Return the GGUF name of a checkpoint's tensor, or None for one that llama.cpp does not know."""
+        found: str | None = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        return found
+
+    def moves(self, gguf_name: str) -> bool:
+        """True if `to_gguf` changes the tensor of this name."""
+        part = gguf_name.split(".")[-2]
+        offset = self.family.norm_offset and part.endswith("norm")
+        return bool(offset) or (self.family.interleave_heads and part in ("attn_q", "attn_k"))
+
+    def to_gguf(self, gguf_name: str, tensor: NDArray[Any]) -> NDArray[Any]:
+        """Return `tensor` (``[n_out, ...]``: weight, bias or LoRA's B matrix) as llama.cpp lays it out.
+
+        Rows are moved whatever their type is, also as raw bits; a norm must be float32.
+        """
+        if not self.moves(gguf_name):
+            return tensor
+        part = gguf_name.split(".")[-2]
+        if part.endswith("norm"):
+            return tensor + np.float32(self.family.norm_offset)
+        heads = self.n_head if part == "attn_q" else self.n_head_kv
+        halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensor.shape)
+
+
+def _is_kept_f32(gguf_name: str, shape: tuple[int, ...]) -> bool:
+    """True for what llama.cpp needs as float32 in every file: norms, biases and rotary factors."""
+    return len(shape) == 1 or gguf_name.endswith("_norm.weight")
+
+
+def weight_tensor(layout: Layout, name: str, weight: Weight, dtype: str) -> Tensor:
+    """Return a checkpoint's weight as the GGUF tensor `name`, read and laid out when it is written."""
+    kept = _is_kept_f32(name, weight.shape)
+
+    def moved() -> NDArray[np.generic]:
+        values = weight.load()
+        return layout.to_gguf(name, widened(values) if kept else values)
+
+    load = moved if layout.moves(name) else weight.blocks
+    return Tensor(name, weight.shape, "F32" if kept else dtype, load)
+
+
+def layout_of(base: GgufHeader) -> Layout:
+    """Return the layout of the model in a GGUF file.
+
+    Raises:
+        InputError: its architecture is not one of `families`.
+    """
+    family_of_arch(base.architecture, str(base.path))
+    n_head = base.number("attention.head_count")
+    shared = base.field(f"{base.architecture}.attention.head_count_kv") is not None
+    n_head_kv = base.number("attention.head_count_kv") if shared else n_head
+    return Layout(base.architecture, base.number("block_count"), n_head, n_head_kv)
+
+
+def checkpoint_family(checkpoint: Path) -> str:
+    """Return the GGUF architecture of the transformers checkpoint in a folder.
+
+    Raises:
+        InputError: no readable config.json, or a model type that is not one of `families`.
+    """
+    config = read_config(checkpoint)
+    return family_of_model_type(config.get("model_type"), str(checkpoint / "config.json")).arch

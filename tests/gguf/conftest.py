@@ -1,0 +1,378 @@
+"""Tiny random checkpoints of every family, tokenizers trained in code, and what llama.cpp computes with both."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. I'll say: it's 1234567 o'clock, isn't it?",
+    "def main(x):\n    return x + 42  # two  spaces\n\n\tprint('done')\r\n",
+    "Ünïcödé straße, 日本語テキスト, مرحبا بالعالم, привет, 🙂🚀 ½ ² x=1;y=2",
+    "What is 12 + 30? The answer is 42. HELLO World CamelCase snake_case 3.14159",
+] * 8
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<pad>"]
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_level(kind: str) -> Any:
+    """Train a byte-level BPE tokenizer that cuts words as `kind` does."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    def split(regex: str, behavior: str = "isolated", invert: bool = False) -> Any:
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(regex), behavior, invert),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+
+    ways = {
+        "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+        "digits": lambda: pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        ),
+        "qwen2": lambda: split(QWEN2),
+        "llama3": lambda: split(LLAMA3),
+        "llama3-merging": lambda: split(LLAMA3),
+        "gpt-4o": lambda: split(GPT4O, "removed", True),
+    }
+    tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
+    tokenizer.pre_tokenizer = ways[kind]()
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=SPECIAL)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def sentencepiece(kind: str) -> Any:
+    """Train what transformers makes of a SentencePiece model: "prefixed" (Llama 2), "plain" (Gemma), "unigram"."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    if kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        tokenizer.train_from_iterator(
+            CORPUS, trainers.UnigramTrainer(vocab_size=300, special_tokens=SPECIAL, unk_token="<unk>")
+        )
+        return tokenizer
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    steps = [normalizers.Prepend("▁")] if kind == "prefixed" else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    specials = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = [" ".join(text.split()) for text in CORPUS]
+    pieces = [("▁" + word) for text in words for word in text.split(" ")]
+    tokenizer.train_from_iterator(
+        pieces, trainers.BpeTrainer(vocab_size=600, special_tokens=specials, max_token_length=8)
+    )
+    return _without_added_bytes(tokenizer)
+
+
+def _without_added_bytes(tokenizer: Any) -> Any:
+    """Make the bytes plain tokens: as added ones they would be found in texts."""
+    import json
+
+    from tokenizers import Tokenizer
+
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [row for row in content["added_tokens"] if not row["content"].startswith("<0x")]
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def save_tokenizer(tokenizer: Any, folder: Path, template: str = "") -> int:
+    """Save it as transformers does, with roles; return how many tokens it has."""
+    from transformers import PreTrainedTokenizerFast
+
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+    if template:
+        fast.chat_template = template
+    fast.save_pretrained(folder)
+    return len(fast)
+
+
+FAMILY_TOKENIZERS = {
+    "llama": "llama3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen2",
+    "gemma3": "plain",
+    "smollm3": "llama3",
+    "phi3": "gpt-4o",
+    "granite": "digits",
+}
+
+
+def config_of(family: str, **changes: Any) -> Any:
+    """Return the transformers configuration of a two-layer model (more, where layers differ)."""
+    import transformers as t
+
+    shared: dict[str, Any] = dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=5,
+    )
+    own: dict[str, dict[str, Any]] = {
+        "qwen3": dict(head_dim=32),
+        "gemma3": dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=16, num_hidden_layers=7),
+        "smollm3": dict(num_hidden_layers=5),
+        "phi3": dict(rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}),
+        "granite": dict(
+            attention_multiplier=0.1, embedding_multiplier=3.0, residual_multiplier=0.4, logits_scaling=2.0
+        ),
+    }
+    classes = {
+        "llama": t.LlamaConfig,
+        "qwen2": t.Qwen2Config,
+        "qwen3": t.Qwen3Config,
+        "gemma3": t.Gemma3TextConfig,
+        "smollm3": t.SmolLM3Config,
+        "phi3": t.Phi3Config,
+        "granite": t.GraniteConfig,
+    }
+    return classes[family](**(shared | own.get(family, {}) | changes))
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a tiny random checkpoint with a tokenizer; the same call gives the same folder, so do not change it."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "llama", *, seed: int = 7, shard: str = "", kind: str = "", **config: Any) -> Path:
+        key = repr((family, seed, shard, kind, sorted(config.items())))
+        if key not in made:
+            import torch
+            from transformers import AutoModelForCausalLM
+
+            folder = tmp_path_factory.mktemp(f"tiny-{family}")
+            name = kind or FAMILY_TOKENIZERS[family]
+            sp = name in ("plain", "prefixed", "unigram")
+            tokenizer = sentencepiece(name) if sp else byte_level(name)
+            n_vocab = save_tokenizer(tokenizer, folder, "{{ messages[0]['content'] }}") + 3
+            torch.manual_seed(seed)
+            settings = config_of(family, **({"vocab_size": n_vocab} | config))
+            model = AutoModelForCausalLM.from_config(settings).to(torch.bfloat16)
+            with torch.no_grad():  # fresh norms are all alike and fresh biases zero: a mix-up would not show
+                for tensor in model.parameters():
+                    if tensor.ndim == 1:
+                        tensor.add_(0.3 * torch.randn_like(tensor))
+            model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hf_logits() -> Callable[..., NDArray[np.float32]]:
+    """Ask transformers for the logits ``[n_token, n_vocab]`` of a checkpoint, in float32."""
+
+    def logits(checkpoint: Path, ids: Sequence[int]) -> NDArray[np.float32]:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        with torch.no_grad():
+            found: NDArray[np.float32] = model.eval()(torch.tensor([list(ids)])).logits[0].numpy()
+        return found
+
+    return logits
+
+
+@pytest.fixture(scope="session")
+def llama_logits() -> Iterator[Callable[..., NDArray[np.float32]]]:
+    """Logits ``[n_token, n_vocab]`` of llama.cpp: `n_prefill` tokens at once (default: all), then one by one."""
+    import llama_cpp as lib
+
+    silent = lib.llama_log_callback(lambda level, text, data: None)
+    lib.llama_log_set(silent, ctypes.c_void_p())
+    lib.llama_backend_init()
+
+    def logits(
+        path: Path, ids: Sequence[int], n_prefill: int | None = None, adapter: Path | None = None
+    ) -> NDArray[np.float32]:
+        n_prefill = n_prefill or len(ids)
+        model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+        assert model, f"llama.cpp does not load {path}"
+        params = lib.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_threads, params.n_threads_batch = 128, 128, 1, 1
+        params.flash_attn_type = params.type_k = params.type_v = (
+            0  # a float32 cache: what remains is the layout
+        )
+        context = lib.llama_init_from_model(model, params)
+        if adapter is not None:
+            lora = lib.llama_adapter_lora_init(model, str(adapter).encode())
+            assert lora, f"llama.cpp does not load {adapter}"
+            adapters = (lib.llama_adapter_lora_p_ctypes * 1)(
+                ctypes.cast(lora, lib.llama_adapter_lora_p_ctypes)
+            )
+            assert lib.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0)) == 0
+        n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+        batch = lib.llama_batch_init(len(ids), 0, 1)
+        rows = []
+        for start, end in [(0, n_prefill), *((i, i + 1) for i in range(n_prefill, len(ids)))]:
+            batch.n_tokens = end - start
+            for i, token in enumerate(ids[start:end]):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, start + i, 1, 1
+                batch.seq_id[i][0] = 0
+            assert lib.llama_decode(context, batch) == 0
+            for i in range(end - start):
+                row = np.ctypeslib.as_array(lib.llama_get_logits_ith(context, i), shape=(n_vocab,))
+                rows.append(row.copy())
+        lib.llama_batch_free(batch)
+        lib.llama_free(context)
+        lib.llama_model_free(model)
+        return np.stack(rows)
+
+    yield logits
+
+
+@pytest.fixture(scope="session")
+def llama_tokens() -> Callable[[Path, str], list[int]]:
+    """Ask llama.cpp how a GGUF's vocabulary cuts a text, special tokens parsed and added."""
+    import llama_cpp
+
+    opened: dict[Path, Any] = {}
+
+    def tokens(path: Path, text: str) -> list[int]:
+        if path not in opened:
+            opened[path] = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+        found: list[int] = opened[path].tokenize(text.encode("utf-8"), add_bos=True, special=True)
+        return found
+
+    return tokens
+
+
+VOCAB = 96
+ARCHS = ("llama", "qwen2", "gemma3")
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A random two-layer model: a checkpoint in bfloat16, and a GGUF file of its shape as the base."""
+
+    arch: str
+    checkpoint: Path
+    base_gguf: Path  # right metadata and shapes; its weights are zeros
+
+    def hf_logits(self, ids: Sequence[int], adapter: Path | None = None) -> NDArray[np.float32]:
+        """Return transformers' logits ``[n_token, n_vocab]`` in float32."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter)
+        with torch.no_grad():
+            logits: NDArray[np.float32] = model.eval()(torch.tensor([list(ids)])).logits[0].numpy()
+        return logits
+
+
+def _tiny_config(arch: str, tied: bool) -> object:
+    import transformers as t
+
+    shared = dict(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    if arch == "gemma3":
+        return t.Gemma3TextConfig(**shared, query_pre_attn_scalar=16, sliding_window=64)
+    return t.LlamaConfig(**shared) if arch == "llama" else t.Qwen2Config(**shared)
+
+
+def _write_base(path: Path, arch: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_name("Tiny base")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    writer.add_string("quantize.imatrix.file", "/home/somebody/imatrix.dat")
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(VOCAB)
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(16)
+    writer.add_value_length(16)
+    writer.add_rope_freq_base(1_000_000.0 if arch == "gemma3" else 10_000.0)
+    writer.add_rope_dimension_count(16)
+    writer.add_layer_norm_rms_eps(1e-6)
+    if arch == "gemma3":
+        writer.add_sliding_window(64)
+    table = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], 2)
+    for name, shape in shapes.items():
+        writer.add_tensor(table.get_name(name, (".weight", ".bias")), np.zeros(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
+    """Make the tiny model of an architecture; the same call gives the same model."""
+    made: dict[tuple[str, bool], TinyModel] = {}
+
+    def make(arch: str, tied: bool = True) -> TinyModel:
+        if (arch, tied) not in made:
+            import torch
+            from transformers import AutoModelForCausalLM
+
+            torch.manual_seed(7)
+            model = AutoModelForCausalLM.from_config(_tiny_config(arch, tied)).to(torch.bfloat16)
+            with torch.no_grad():  # fresh norms are all alike and fresh biases zero: a mix-up would not show
+                for tensor in model.parameters():
+                    if tensor.ndim == 1:
+                        tensor.add_(0.3 * torch.randn_like(tensor))
+            folder = tmp_path_factory.mktemp(f"tiny-{arch}")
+            model.save_pretrained(folder / "checkpoint")
+            shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+            _write_base(folder / "base.gguf", arch, shapes)
+            made[arch, tied] = TinyModel(arch, folder / "checkpoint", folder / "base.gguf")
+        return made[arch, tied]
+
+    return make

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arte_edge.errors import InputError
+from arte_edge.gguf.convert.convert import convert
+from arte_edge.gguf.reader import read_model_header
+
+# What tokenizers stumble over. No text begins or ends in a way that only a chat template would make.
+TEXTS = [
+    "",
+    " ",
+    "   three spaces   and more    ",
+    "Hello world, I'll say: it's 1234567 o'clock — ISN'T it? DON'T!",
+    "\n\n\tdef main(x):\r\n    return x + 42\n\n\n",
+    "3.14159 and 1,000,000 and 2024-05-06 007",
+    "Ünïcödé straße, 日本語テキスト, مرحبا بالعالم, привет",
+    "🙂🚀👩‍👩‍👧 ½ ² x=1;y=2",
+    "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n",
+    "CamelCase snake_case HTTPServer x86_64 a/b/c//d",
+    "a" * 300,
+    "\u0000\u0001\u200b\u00a0\ufeffend",
+    "!!!???...,,,;;;:::((([[[{{{",
+]
+BYTE_LEVEL = {
+    "gpt-2": b"gpt-2",
+    "digits": b"smollm",
+    "qwen2": b"qwen2",
+    "llama3": b"llama-bpe",
+    "llama3-merging": b"smaug-bpe",
+    "gpt-4o": b"gpt-4o",
+}
+
+
+def hf_tokens(checkpoint: Path, text: str) -> list[int]:
+    from tokenizers import Tokenizer
+
+    ids: list[int] = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(text).ids
+    return ids
+
+
+def changed(checkpoint: Path, out: Path, name: str, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Copy a checkpoint with one of its JSON files changed."""
+    shutil.copytree(checkpoint, out)
+    content = json.loads((out / name).read_text("utf-8"))
+    change(content)
+    (out / name).write_text(json.dumps(content), "utf-8")
+    return out
+
+
+@pytest.mark.parametrize("kind", BYTE_LEVEL)
+def test_byte_level_tokens_are_those_of_the_tokenizer(
+    kind: str, make_checkpoint: Callable[..., Path], llama_tokens: Any, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint("llama", kind=kind)
+    out = convert(checkpoint, tmp_path / "student.gguf")
+    assert read_model_header(out).fields["tokenizer.ggml.pre"].value == BYTE_LEVEL[kind]
+    drawn = random.Random(3)
+    mixed = ["".join(drawn.choices("ab Z1 9\n\t.,'s!é日🙂", k=40)) for _ in range(40)]
+    for text in [*TEXTS, *mixed]:
+        assert llama_tokens(out, text) == hf_tokens(checkpoint, text), repr(text)
+
+
+@pytest.mark.parametrize("kind", ["prefixed", "plain", "unigram"])
+def test_sentencepiece_tokens_are_those_of_the_tokenizer(
+    kind: str, make_checkpoint: Callable[..., Path], llama_tokens: Any, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint("llama", kind=kind)
+    out = convert(checkpoint, tmp_path / "student.gguf")
+    fields = read_model_header(out).fields
+    assert fields["tokenizer.ggml.model"].value == (b"t5" if kind == "unigram" else b"llama")
+    known = [
+        "The quick brown fox",
+        "What is 12 + 30? The answer is 42.",
+        "HELLO World snake_case",
+        "jumps over",
+    ]
+    unseen = [] if kind == "unigram" else ["日本 🙂 ßtraße\nx", "a" * 50, "two  spaces"]
+    for text in known + unseen:
+        assert llama_tokens(out, text) == hf_tokens(checkpoint, text), repr(text)
+
+
+def test_granite_has_its_own_name_for_the_splitting_of_digits(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = convert(make_checkpoint("granite"), tmp_path / "student.gguf")
+    assert read_model_header(out).fields["tokenizer.ggml.pre"].value == b"refact"
+
+
+def test_an_unknown_way_of_cutting_is_refused_with_a_way_out(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    def spoil(tokenizer: dict[str, Any]) -> None:
+        tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += r"|\p{Han}"
+
+    odd = changed(make_checkpoint("qwen2"), tmp_path / "odd", "tokenizer.json", spoil)
+    with pytest.raises(InputError, match="has no such pre_tokenizer") as caught:
+        convert(odd, tmp_path / "student.gguf")
+    assert "--llama-cpp" in caught.value.hint
+
+
+@pytest.mark.parametrize("step", [{"type": "Lowercase"}, {"type": "NFKC"}])
+def test_a_normalizer_that_llama_cpp_lacks_is_refused(
+    step: dict[str, Any], make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    odd = changed(
+        make_checkpoint("qwen2"), tmp_path / "odd", "tokenizer.json", lambda t: t.update(normalizer=step)
+    )
+    with pytest.raises(InputError, match="normalizer"):
+        convert(odd, tmp_path / "student.gguf")
+
+
+def test_bos_is_added_where_the_tokenizer_adds_it(
+    make_checkpoint: Callable[..., Path], llama_tokens: Any, tmp_path: Path
+) -> None:
+    plain = make_checkpoint("llama")
+    fields = read_model_header(convert(plain, tmp_path / "plain.gguf")).fields
+    assert fields["tokenizer.ggml.add_bos_token"].value is False  # llama-bpe's own default is to add it
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    adding = changed(
+        plain, tmp_path / "adding", "tokenizer.json", lambda t: t.update(post_processor=template)
+    )
+    out = convert(adding, tmp_path / "adding.gguf")
+    assert read_model_header(out).fields["tokenizer.ggml.add_bos_token"].value is True
+    assert llama_tokens(out, "Hello")[0] == 1 != llama_tokens(tmp_path / "plain.gguf", "Hello")[0]
+
+
+def test_special_and_added_tokens_have_their_roles_and_kinds(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    def more(tokenizer: dict[str, Any]) -> None:
+        row = tokenizer["added_tokens"][0]
+        top = max(tokenizer["model"]["vocab"].values())
+        for i, text in enumerate(["<label>", "<|looks_special|>"]):
+            tokenizer["added_tokens"].append(row | {"id": top + 1 + i, "content": text, "special": False})
+
+    folder = changed(make_checkpoint("llama"), tmp_path / "more", "tokenizer.json", more)
+    fields = read_model_header(convert(folder, tmp_path / "student.gguf")).fields
+    tokens, kinds = fields["tokenizer.ggml.tokens"].value, fields["tokenizer.ggml.token_type"].value
+    of = dict(zip(tokens, kinds, strict=True))
+    assert (of[b"<s>"], of[b"<label>"], of[b"<|looks_special|>"], of[b"a"]) == (3, 4, 3, 1)
+    assert tokens[-1].startswith(b"[PAD") and kinds[-1] == 5
+    roles = {"bos": 1, "eos": 2, "unknown": 0, "padding": 5}
+    assert {role: fields[f"tokenizer.ggml.{role}_token_id"].value for role in roles} == roles
+
+
+def test_the_chat_template_is_carried_byte_for_byte_the_file_over_the_setting(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = changed(
+        make_checkpoint("llama"),
+        tmp_path / "copy",
+        "tokenizer_config.json",
+        lambda c: c.update(chat_template="{{ 'the older one' }}"),
+    )
+    fields = read_model_header(convert(folder, tmp_path / "a.gguf")).fields
+    assert fields["tokenizer.chat_template"].value == b"{{ messages[0]['content'] }}"
+    template = "{% for m in messages %}\n{{ m.content }} é🙂\n{% endfor %}"
+    (folder / "chat_template.jinja").write_bytes(template.encode())
+    fields = read_model_header(convert(folder, tmp_path / "b.gguf")).fields
+    assert fields["tokenizer.chat_template"].value == template.encode()
+    (folder / "chat_template.jinja").unlink()
+    fields = read_model_header(convert(folder, tmp_path / "c.gguf")).fields
+    assert fields["tokenizer.chat_template"].value == b"{{ 'the older one' }}"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("none", "no tokenizer.json and no tokenizer.model"),
+        ("broken", "not readable JSON"),
+        ("wordpiece", "WordPiece"),
+        ("too many", "rows"),
+    ],
+)
+def test_a_tokenizer_that_is_missing_broken_or_too_large_is_refused(
+    damage: str, said: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(make_checkpoint("llama"), folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    if damage == "none":
+        file.unlink()
+    elif damage == "broken":
+        file.write_text("{", "utf-8")
+    else:
+        if damage == "wordpiece":
+            content["model"]["type"] = "WordPiece"
+        else:
+            content["added_tokens"].append(content["added_tokens"][0] | {"id": 5000, "content": "<new>"})
+        file.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(InputError, match=said):
+        convert(folder, tmp_path / "student.gguf")
+    assert not (tmp_path / "student.gguf").exists()

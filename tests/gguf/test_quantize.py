@@ -1,0 +1,284 @@
+"""Quantizing small random models with the real llama.cpp: what is written, what is reported, what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arte_edge.errors import ArteError, InputError
+from arte_edge.gguf.imatrix import Imatrix, write_imatrix
+from arte_edge.gguf.quantize import quantize
+from arte_edge.gguf.reader import read_header
+from arte_edge.gguf.types import QUANT_TYPES
+
+Make = Callable[..., Path]
+N_LAYER, VOCAB, KV = 2, 64, 128
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Write a random F16 Llama: ``model(width, width_ff)``; rows of 256 and 512 fit every type."""
+    made: dict[tuple[int, int, bool], Path] = {}
+
+    def make(width: int = 256, width_ff: int = 512, tied: bool = True) -> Path:
+        if (width, width_ff, tied) not in made:
+            path = tmp_path_factory.mktemp("quant") / f"{width}.gguf"
+            made[width, width_ff, tied] = _write_model(path, width, width_ff, tied)
+        return made[width, width_ff, tied]
+
+    return make
+
+
+def shapes(width: int, width_ff: int, tied: bool = True) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, width)}
+    for i in range(N_LAYER):
+        rows = {"attn_q": width, "attn_k": KV, "attn_v": KV, "ffn_gate": width_ff, "ffn_up": width_ff}
+        found |= {f"blk.{i}.{part}.weight": (n, width) for part, n in rows.items()}
+        found[f"blk.{i}.attn_output.weight"] = (width, width)
+        found[f"blk.{i}.ffn_down.weight"] = (width, width_ff)
+        found |= {f"blk.{i}.{part}_norm.weight": (width,) for part in ("attn", "ffn")}
+    return found | {"output_norm.weight": (width,)} | ({} if tied else {"output.weight": (VOCAB, width)})
+
+
+def _write_model(path: Path, width: int, width_ff: int, tied: bool) -> Path:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("Tiny")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_string("quantize.imatrix.file", "/home/somebody/secret/imatrix.dat")
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(VOCAB)
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_block_count(N_LAYER)
+    writer.add_feed_forward_length(width_ff)
+    writer.add_head_count(width // 32)
+    writer.add_head_count_kv(KV // 32)
+    writer.add_layer_norm_rms_eps(1e-5)
+    rng = np.random.default_rng(3)
+    for name, shape in shapes(width, width_ff, tied).items():
+        values = rng.normal(0, 0.1, shape).astype(np.float32 if len(shape) == 1 else np.float16)
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def matrix(tmp_path: Path) -> Make:
+    """Write an importance matrix for `model(width, width_ff)` in which column 3 counts for almost all."""
+
+    def make(width: int = 256, width_ff: int = 512, name: str = "matrix.gguf") -> Path:
+        blocks = {n: s for n, s in shapes(width, width_ff).items() if n.startswith("blk.") and len(s) == 2}
+        sums = {name: np.full((1, shape[1]), 1e-3, np.float32) for name, shape in blocks.items()}
+        for row in sums.values():
+            row[0, 3] = 1000.0
+        counts = {name: np.array([10.0], np.float32) for name in sums}
+        return write_imatrix(
+            Imatrix(sums, counts, ("/home/somebody/data/training prompts",), 7), tmp_path / name
+        )
+
+    return make
+
+
+def weights(path: Path, name: str) -> np.ndarray:
+    import gguf
+
+    tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == name)
+    values: np.ndarray = gguf.dequantize(tensor.data, tensor.tensor_type)
+    return values
+
+
+def test_the_report_is_what_is_in_the_file(model: Make, tmp_path: Path) -> None:
+    report = quantize(model(), tmp_path / "out.gguf", "q4_k_m")
+    table = read_header(tmp_path / "out.gguf")
+    assert report.type == "Q4_K_M" and report.fallbacks == () and report.warnings == ()
+    assert report.size_bytes == (tmp_path / "out.gguf").stat().st_size
+    assert (
+        report.tensor_types["Q4_K"] > 0
+        and report.tensor_types["Q6_K"] > 0
+        and report.tensor_types["F32"] == 5
+    )
+    assert sum(report.tensor_types.values()) == len(table.tensors)
+    stored = sum(tensor.size_bytes for tensor in table.tensors.values())
+    n_value = sum(int(np.prod(shape)) for shape in shapes(256, 512).values())
+    assert report.bits_per_weight == pytest.approx(8 * stored / n_value)
+    assert 4.5 < report.bits_per_weight < 6.6
+    assert table.metadata["general.file_type"] == 15
+
+
+# Quantizes to every type in one process: a process each would take a minute for their imports alone.
+_EVERY_TYPE = """
+import json, sys
+from pathlib import Path
+from arte_edge.gguf import quantize as room, quantize_worker
+from arte_edge.gguf.types import QUANT_TYPES
+source, matrix, out = map(Path, sys.argv[1:])
+room.run_job = lambda job: quantize_worker._quantize(job)["log"]
+for name, quant in QUANT_TYPES.items():
+    report = room.quantize(source, out, name, imatrix=matrix if quant.needs_imatrix else None)
+    print(json.dumps([name, report.tensor_types, report.fallbacks, report.bits_per_weight]))
+"""
+
+
+def test_every_type_that_is_offered_can_be_written(model: Make, matrix: Make, tmp_path: Path) -> None:
+    paths = [str(model()), str(matrix()), str(tmp_path / "out.gguf")]
+    child = subprocess.run(
+        [sys.executable, "-c", _EVERY_TYPE, *paths], capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    bits = {}
+    for line in child.stdout.splitlines():
+        name, types, fallbacks, bits[name] = json.loads(line)
+        # A mixture of experts is what MXFP4_MOE is for; llama.cpp gives every other model Q8_0.
+        assert {"MXFP4_MOE": "Q8_0"}.get(name, QUANT_TYPES[name].default) in types, line
+        assert fallbacks == [], line
+    assert list(bits) == list(QUANT_TYPES)
+    assert bits["F32"] == 32 and bits["F16"] > bits["Q8_0"] > bits["Q5_K_M"] > bits["Q4_0"] > bits["IQ1_S"]
+
+
+@pytest.mark.parametrize("name", [name for name, quant in QUANT_TYPES.items() if quant.needs_imatrix])
+def test_a_type_that_needs_a_matrix_is_refused_without_one(name: str, model: Make, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="needs an importance matrix"):
+        quantize(model(), tmp_path / "out.gguf", name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_256_does_not_divide_are_named_with_what_they_got(model: Make, tmp_path: Path) -> None:
+    report = quantize(model(96, 256), tmp_path / "out.gguf", "Q4_K_M")
+    found = dict(line.split(": ") for line in report.fallbacks)
+    assert found["blk.0.attn_q.weight"] == "Q4_K -> Q5_0"
+    assert found["token_embd.weight"] == "blocks of 256 -> Q8_0"
+    assert "blk.1.ffn_down.weight" not in found  # its rows are 256 long
+    table = read_header(tmp_path / "out.gguf").tensors
+    assert all(table[name].type == text.split(" -> ")[1] for name, text in found.items())
+    assert len(found) == 1 + 6 * N_LAYER
+    assert report.bits_per_weight > 5.5  # far from the 4.5 of Q4_K
+
+
+def test_a_type_of_small_blocks_falls_back_only_for_the_output_matrix(model: Make, tmp_path: Path) -> None:
+    report = quantize(model(96, 256), tmp_path / "out.gguf", "Q4_0")
+    assert report.fallbacks == ("token_embd.weight: Q6_K -> Q8_0",)
+
+
+def test_a_matrix_moves_the_rounding_to_the_columns_that_do_not_count(
+    model: Make, matrix: Make, tmp_path: Path
+) -> None:
+    for kind in ("Q4_0", "Q4_K_M"):
+        quantize(model(), tmp_path / "plain.gguf", kind)
+        quantize(model(), tmp_path / "weighted.gguf", kind, imatrix=matrix())
+        name = "blk.1.attn_q.weight"
+        exact = weights(model(), name).astype(np.float32)
+        plain, weighted = (weights(tmp_path / f"{n}.gguf", name) - exact for n in ("plain", "weighted"))
+        assert np.abs(weighted[:, 3]).mean() < 0.5 * np.abs(plain[:, 3]).mean()
+        assert np.square(weighted).mean() > np.square(plain).mean()
+
+
+def test_no_path_of_this_machine_gets_into_the_file(model: Make, matrix: Make, tmp_path: Path) -> None:
+    for imatrix in (None, matrix()):
+        out = tmp_path / "out.gguf"
+        quantize(model(), out, "Q4_K_M", imatrix=imatrix)
+        content = out.read_bytes()
+        assert b"somebody" not in content and str(tmp_path).encode() not in content
+        said = read_header(out).metadata["quantize.imatrix.file"]
+        assert said == ("" if imatrix is None else "matrix.gguf")
+    metadata = read_header(out).metadata
+    assert metadata["quantize.imatrix.dataset"] == "training prompts"
+    assert metadata["quantize.imatrix.entries_count"] == 7 * N_LAYER
+    assert metadata["quantize.imatrix.chunks_count"] == 7
+
+
+def test_overrides_reach_the_tensors_they_name(model: Make, tmp_path: Path) -> None:
+    overrides = {
+        "/blk\\.0\\.ffn_.*/": "Q8_0",
+        "ffn_down": "q3_K",
+        "blk.*.attn_v": "F16",
+        "token_embd": "Q5_K",
+    }
+    quantize(model(), tmp_path / "out.gguf", "Q4_K_M", overrides=overrides)
+    types = {name: tensor.type for name, tensor in read_header(tmp_path / "out.gguf").tensors.items()}
+    assert types["blk.0.ffn_up.weight"] == types["blk.0.ffn_down.weight"] == "Q8_0"  # the first match decides
+    assert types["blk.1.ffn_down.weight"] == "Q3_K" and types["blk.1.ffn_up.weight"] == "Q4_K"
+    assert types["blk.0.attn_v.weight"] == types["blk.1.attn_v.weight"] == "F16"
+    assert types["token_embd.weight"] == "Q5_K"
+
+
+def test_an_override_that_does_not_fit_falls_back_and_says_so(model: Make, tmp_path: Path) -> None:
+    report = quantize(model(96, 256), tmp_path / "out.gguf", "Q8_0", overrides={"attn_v": "Q6_K"})
+    assert report.fallbacks == tuple(f"blk.{i}.attn_v.weight: Q6_K -> Q8_0" for i in range(N_LAYER))
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "message"),
+    [
+        ("Q4_K_X", {}, "not a quantization"),
+        ("Q4_K_M", {"atn_v": "Q8_0"}, "matches no matrix"),
+        ("Q4_K_M", {"attn_v": "Q8_9"}, "not a tensor type"),
+        ("Q4_K_M", {"/attn_(v/": "Q8_0"}, "not a regular expression"),
+        ("Q4_K_M", {"token_embd": "IQ2_XXS"}, "needs an importance matrix"),  # llama.cpp would abort
+        ("F16", {"attn_v": "Q8_0"}, "no effect"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_anything_is_written(
+    kind: str, overrides: dict[str, str], message: str, model: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        quantize(model(), tmp_path / "out.gguf", kind, overrides=overrides)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_matrix_of_another_model_is_refused(model: Make, matrix: Make, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="columns for blk"):
+        quantize(model(), tmp_path / "out.gguf", "Q4_K_M", imatrix=matrix(96, 256))
+
+
+def test_a_quantized_source_is_refused(model: Make, tmp_path: Path) -> None:
+    quantize(model(), tmp_path / "q8.gguf", "Q8_0")
+    with pytest.raises(InputError, match="quantized already"):
+        quantize(tmp_path / "q8.gguf", tmp_path / "out.gguf", "Q4_0")
+
+
+def test_llama_cpp_s_own_reason_is_passed_on(model: Make, tmp_path: Path) -> None:
+    with pytest.raises(ArteError, match="no tensor type fallback is defined for type q1_0"):
+        quantize(model(96, 256), tmp_path / "out.gguf", "Q1_0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_leaves_the_old_file_and_no_other(model: Make, tmp_path: Path) -> None:
+    (tmp_path / "out.gguf").write_bytes(b"old")
+    (tmp_path / ".out.gguf.1.partial").write_bytes(b"what a killed run left")
+    bad = tmp_path / "bad.gguf"
+    content = bytearray(model().read_bytes())
+    content[-4096:] = b"\xff" * 4096  # not a number in F16 and F32
+    bad.write_bytes(content)
+    with pytest.raises(ArteError, match="cannot quantize"):
+        quantize(bad, tmp_path / "out.gguf", "Q4_0")
+    assert (tmp_path / "out.gguf").read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.gguf", "out.gguf"]
+
+
+def test_the_number_of_threads_does_not_change_a_byte(model: Make, matrix: Make, tmp_path: Path) -> None:
+    sums = set()
+    for threads in (1, 2):
+        quantize(model(), tmp_path / "out.gguf", "Q4_K_M", imatrix=matrix(), threads=threads)
+        sums.add(hashlib.sha256((tmp_path / "out.gguf").read_bytes()).hexdigest())
+    assert len(sums) == 1
+
+
+def test_q4_0_of_a_small_model_is_warned_of(model: Make, tmp_path: Path) -> None:
+    (warning,) = quantize(model(), tmp_path / "out.gguf", "Q4_0").warnings
+    assert "Q4_0" in warning and "%" in warning
+
+
+def test_nothing_is_printed(model: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    quantize(model(96, 256), tmp_path / "out.gguf", "Q4_K_M")
+    assert capfd.readouterr() == ("", "")

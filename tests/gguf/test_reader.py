@@ -1,0 +1,272 @@
+"""The GGUF reader: agrees with GGML's own package, rejects damaged files, parses each file once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from arte_edge.errors import InputError
+from arte_edge.gguf import reader
+from arte_edge.gguf.metadata import rewrite
+from arte_edge.gguf.reader import Field, read_header, read_model_header
+from arte_edge.gguf.types import FILE_TYPES, STRING, TENSOR_TYPES
+from arte_edge.gguf.writer import Tensor, write_gguf
+
+Make = Callable[..., Path]
+# The fixture's path does not change between examples; the files written from it do.
+_examples = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def test_type_tables_are_those_of_ggml() -> None:
+    gguf = pytest.importorskip("gguf")
+    sizes = {int(kind): (kind.name, *size) for kind, size in gguf.GGML_QUANT_SIZES.items()}
+    assert {number: sizes[number] for number in TENSOR_TYPES if number in sizes} == {
+        number: row for number, row in TENSOR_TYPES.items() if number in sizes
+    }
+    assert len(set(sizes) & set(TENSOR_TYPES)) > 25
+    names = {int(kind): kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType}
+    assert {n: names[n] for n in FILE_TYPES if n in names} == {
+        n: FILE_TYPES[n] for n in FILE_TYPES if n in names
+    }
+
+
+def test_header_says_what_was_written(make_gguf: Make) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = make_gguf()
+    header = read_model_header(path)
+    assert (header.architecture, header.quantization, header.context_tokens) == ("llama", "Q8_0", 128)
+    assert header.chat_template == "{{ messages }}"
+    assert (len(header.tensors), header.parameter_count) == (2, 8 * 32 + 32)
+    assert header.metadata["tokenizer.ggml.tokens"] == ["a", "bc", "def"]
+    assert header.data_offset_bytes == gguf.GGUFReader(path).data_offset
+
+
+def test_the_tensors_name_the_quantization_when_the_file_type_does_not(make_gguf: Make) -> None:
+    path = make_gguf()
+    content = path.read_bytes().replace(b"general.file_type", b"general.file_typo")
+    path.write_bytes(content)
+    assert read_model_header(path).quantization == "Q8_0"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "empty file"),
+        (b"PK\x03\x04 a zip file", "begins with b'PK"),
+        (b"GGUF\x01\x00\x00\x00" + bytes(16), "version 1"),
+        (b"GGUF\x00\x00\x00\x03" + bytes(16), "big-endian"),
+        (b"GGUF", "cut short"),
+    ],
+)
+def test_what_is_no_gguf_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=said) as caught:
+        read_model_header(path)
+    assert str(path) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        ({"general__type": "adapter"}, "LoRA adapter"),
+        ({"general__type": "mmproj"}, "image part"),
+        ({"rows": 0}, "no tensors"),
+        ({"split__count": 3}, "one of 3 pieces"),
+        ({"arch": ""}, "architecture"),
+        ({"general__alignment": 0}, "alignment"),
+    ],
+)
+def test_a_gguf_that_is_no_model_is_refused(make_gguf: Make, pairs: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        read_model_header(make_gguf(**pairs))
+
+
+def test_a_type_from_the_future_is_named(make_gguf: Make) -> None:
+    path = make_gguf()
+    content = bytearray(path.read_bytes())
+    at = content.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16
+    content[at : at + 4] = (99).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"attn_q\.weight has the unknown type 99"):
+        read_model_header(path)
+
+
+@_examples
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_file_cut_anywhere_is_refused(make_gguf: Make, share: float) -> None:
+    path = make_gguf()
+    content = path.read_bytes()
+    header = read_model_header(path)
+    last_byte = header.data_offset_bytes + 8 * 34 + (-8 * 34) % 32 + 32 * 4
+    path.write_bytes(content[: int(share * last_byte)])
+    with pytest.raises(InputError):
+        read_model_header(path)
+
+
+@_examples
+@given(
+    places=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4
+    ),
+    share=st.floats(0, 1),
+)
+def test_a_damaged_file_is_read_or_rejected_but_never_a_crash(
+    make_gguf: Make, places: list[tuple[float, int]], share: float
+) -> None:
+    path = make_gguf()
+    content = bytearray(path.read_bytes())
+    for place, value in places:
+        content[int(place * len(content))] = value
+    path.write_bytes(content[: int(share * len(content))])
+    for read in (read_header, read_model_header):
+        try:
+            header = read(path)
+            assert all(t.offset_bytes + t.size_bytes <= len(content) for t in header.tensors.values())
+            assert len(header.fields) == len(header.metadata)
+        except InputError as error:
+            assert str(path) in error.message
+
+
+SCALARS = {
+    0: st.integers(0, 2**8 - 1),
+    1: st.integers(-(2**7), 2**7 - 1),
+    4: st.integers(0, 2**32 - 1),
+    5: st.integers(-(2**31), 2**31 - 1),
+    6: st.floats(width=32, allow_nan=False),
+    7: st.booleans(),
+    8: st.binary(max_size=12),  # a token need not be UTF-8
+    10: st.integers(0, 2**64 - 1),
+}
+
+
+def fields() -> st.SearchStrategy[dict[str, Field]]:
+    scalar = [st.builds(Field, st.just(kind), values) for kind, values in SCALARS.items()]
+    array = [
+        st.builds(Field, st.just(9), st.lists(values, min_size=1, max_size=5), st.just(kind))
+        for kind, values in SCALARS.items()
+    ]
+    keys = st.text("abcxyz._é", min_size=1, max_size=10).map(lambda key: f"x.{key}")
+    return st.dictionaries(keys, st.one_of(*scalar, *array), max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(fields(), st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_what_is_written_is_read(written: dict[str, Field], shape: list[int]) -> None:
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "x.gguf"
+        write_gguf(path, "llama", written, [Tensor("weight", tuple(shape), "F32", lambda: values)])
+        read = read_model_header(path)
+    assert read.architecture == "llama"
+    assert {key: field for key, field in read.fields.items() if key != "general.architecture"} == written
+    assert read.shapes == {"weight": tuple(shape)}
+
+
+def test_reading_agrees_with_the_library_of_the_format(tiny_model: Any) -> None:
+    from gguf import GGUFReader
+
+    path = tiny_model("gemma3").base_gguf
+    ours, theirs = read_model_header(path), GGUFReader(path)
+    for key, field in ours.fields.items():
+        wanted = theirs.get_field(key).contents()
+        assert (field.value.decode() if isinstance(field.value, bytes) else field.value) == wanted
+    assert ours.shapes == {t.name: tuple(reversed(t.shape.tolist())) for t in theirs.tensors}
+
+
+def test_a_number_that_is_missing_is_an_input_error(tiny_model: Any) -> None:
+    head = read_model_header(tiny_model("llama").base_gguf)
+    assert head.number("block_count") == 2
+    with pytest.raises(InputError, match=r"llama\.expert_count"):
+        head.number("expert_count")
+
+
+def test_tensors_and_metadata_are_those_that_were_written(make_gguf: Make) -> None:
+    import gguf
+
+    path = make_gguf(rows=4)
+    header = read_header(path)
+    reader = gguf.GGUFReader(path)
+    assert {t.name: (t.type, t.offset_bytes, t.size_bytes) for t in header.tensors.values()} == {
+        t.name: (t.tensor_type.name, t.data_offset, t.n_bytes) for t in reader.tensors
+    }
+    assert header.tensors["blk.0.attn_q.weight"].shape == (4, 32)
+    assert header.metadata["general.architecture"] == "llama"
+    assert header.metadata["tokenizer.ggml.tokens"] == ["a", "bc", "def"]
+    assert header.floats("output_norm.weight").tolist() == list(range(32))
+
+
+def test_only_f32_is_read_as_floats(make_gguf: Make) -> None:
+    header = read_header(make_gguf())
+    with pytest.raises(InputError, match="Q8_0, expected F32"):
+        header.floats("blk.0.attn_q.weight")
+    with pytest.raises(InputError, match="missing"):
+        header.floats("nothing")
+
+
+def test_a_missing_file_is_the_user_s_mistake(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file"):
+        read_header(tmp_path / "none.gguf")
+
+
+def test_a_huge_count_costs_no_memory(make_gguf: Make) -> None:
+    path = make_gguf()
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8
+    content[at : at + 8] = np.uint64(2**60).tobytes()
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="cut short"):
+        read_header(path)
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files whose header was parsed, in order."""
+    found: list[Path] = []
+    parse = reader._parsed
+    monkeypatch.setattr(reader, "_parsed", lambda path: found.append(path) or parse(path))
+    return found
+
+
+def test_a_file_is_parsed_once_also_after_it_was_renamed_or_linked(
+    make_gguf: Make, parsed: list[Path]
+) -> None:
+    path = make_gguf()
+    link, renamed = path.with_name("link.gguf"), path.with_name("renamed.gguf")
+    assert read_model_header(path).path == path
+    os.link(path, link)
+    assert read_header(link).path == link
+    path.rename(renamed)
+    assert read_header(renamed).floats("output_norm.weight").tolist() == list(range(32))
+    assert parsed == [path]
+
+
+def test_a_file_that_changed_is_parsed_again(make_gguf: Make, parsed: list[Path]) -> None:
+    path = make_gguf()
+    for text in (b"one", b"two"):  # of the same size, and at once
+        rewrite(path, {"general.name": Field(STRING, text)})
+        assert read_header(path).metadata["general.name"] == text.decode()
+        content = path.read_bytes().replace(text, b"new")
+        path.write_bytes(content)
+        assert read_header(path).metadata["general.name"] == "new"
+
+
+def test_a_tensor_type_of_a_newer_ggml_does_not_stop_a_change_of_metadata(make_gguf: Make) -> None:
+    path = make_gguf()
+    content = bytearray(path.read_bytes())
+    at = content.index(b"output_norm.weight") + len(b"output_norm.weight") + 4 + 8
+    content[at : at + 4] = (99).to_bytes(4, "little")
+    path.write_bytes(content)
+    assert rewrite(path, {"arte_edge.a": Field(STRING, b"x")}).changed
+    with pytest.raises(InputError, match=r"output_norm\.weight has the unknown type 99"):
+        read_header(path)

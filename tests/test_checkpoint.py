@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arte_edge.checkpoint import (
+    parameter_count,
+    read_config,
+    read_weights,
+    refuse_quantized,
+    shapes_of,
+    weights_dtype,
+)
+from arte_edge.errors import ArteError, InputError
+from arte_edge.gguf.writer import encode, widened
+
+
+def save(folder: Path, **tensors: Any) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    save_file({name: torch.as_tensor(value) for name, value in tensors.items()}, folder / "model.safetensors")
+
+
+def test_blocks_and_the_whole_are_what_safetensors_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    torch.manual_seed(1)
+    wide, half = torch.randn(70, 33), torch.randn(9).half()
+    save(tmp_path, wide=wide, narrow=wide.bfloat16(), half=half)
+    monkeypatch.setattr("arte_edge.checkpoint._BLOCK_BYTES", 33 * 4 * 8)
+    found = read_weights(tmp_path)
+    assert len(list(found["wide"].blocks())) == 9
+    for name, expected in (("wide", wide), ("narrow", wide.bfloat16()), ("half", half)):
+        whole = widened(found[name].load())
+        assert np.array_equal(whole, expected.float().numpy())
+        assert np.array_equal(np.concatenate([widened(block) for block in found[name].blocks()]), whole)
+
+
+def test_every_bfloat16_becomes_the_float16_that_rounding_through_float32_gives() -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    finite = bits[np.isfinite(widened(bits))]
+    values = widened(finite)
+    fits = np.abs(values) < 65520
+    got = encode(finite[fits], "F16", "x")
+    assert np.array_equal(got, values[fits].astype(np.float16).view(np.uint16))
+    with pytest.raises(ArteError, match="not finite in F16"):
+        encode(finite[~fits], "F16", "x")
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=50))
+def test_float32_becomes_the_bfloat16_that_ggml_rounds_to(values: list[float]) -> None:
+    import gguf
+
+    row = np.array(values, dtype=np.float32)
+    expected = gguf.quantize(row, gguf.GGMLQuantizationType.BF16).view(np.uint16)
+    if np.isfinite(widened(expected)).all():
+        assert np.array_equal(encode(row, "BF16", "x"), expected)
+    else:
+        with pytest.raises(ArteError):
+            encode(row, "BF16", "x")
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_by_name(dtype: str, value: float) -> None:
+    row = np.array([1.0, value], dtype=np.float32)
+    for block in (row, row.astype(np.float16), (row.view(np.uint32) >> 16).astype(np.uint16)):
+        with pytest.raises(ArteError, match=r"blk\.0"):
+            encode(block, dtype, "blk.0")
+
+
+def test_numbers_that_gguf_has_no_plain_form_of_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, packed=np.zeros((4, 4), dtype=np.uint8))
+    with pytest.raises(InputError, match="packed is U8"):
+        read_weights(tmp_path)
+
+
+@given(st.binary(max_size=200), st.booleans())
+def test_damaged_files_are_input_errors_never_others(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, framed: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    head = struct.pack("<Q", len(content)) if framed else b""
+    (folder / "model.safetensors").write_bytes(head + content)
+    with contextlib.suppress(InputError):  # any other error would be a crash
+        assert read_weights(folder) == {}
+
+
+@pytest.mark.parametrize("offsets", [[0, 8], [0, 64], [-4, 12], [100, 116]])
+def test_a_tensor_outside_its_file_is_refused(offsets: list[int], tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": offsets}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    with pytest.raises(InputError, match="outside the file"):
+        read_weights(tmp_path)
+
+
+def write(folder: Path, tensors: dict[str, tuple[str, list[int]]], config: Any = None) -> Path:
+    """Write a safetensors file of zeros and a config.json."""
+    table, at = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = 2 if dtype != "F32" else 4
+        for n in shape:
+            size *= n
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    head = json.dumps(table).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(at))
+    (folder / "config.json").write_text(json.dumps({} if config is None else config))
+    return folder
+
+
+def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
+    write(tmp_path, {"a.weight": ("BF16", [6, 4]), "norm.weight": ("F32", [4])})
+    assert shapes_of(tmp_path) == {"a.weight": (6, 4), "norm.weight": (4,)}
+    assert parameter_count(tmp_path) == 28
+    assert weights_dtype(tmp_path) == "BF16"
+
+
+def test_a_checkpoint_in_four_bits_is_refused(tmp_path: Path) -> None:
+    config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    write(tmp_path, {"a": ("F16", [2, 2])}, config)
+    with pytest.raises(InputError, match="bitsandbytes") as error:
+        refuse_quantized(tmp_path, "the adapter's base")
+    assert "--base" in error.value.hint
+
+
+def test_a_sixteen_bit_checkpoint_passes(tmp_path: Path) -> None:
+    refuse_quantized(write(tmp_path, {"a": ("F16", [2, 2])}), "the checkpoint")
+
+
+def test_an_empty_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no tensors"):
+        weights_dtype(write(tmp_path, {}))
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]"])
+def test_a_config_that_is_none_is_refused(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"config\.json"):
+        read_config(tmp_path)
