@@ -48,7 +48,8 @@ SHORT_LINES = 80
 ORDER = re.findall(
     r"\w+",
     """
-    errors catalog extras private_names threads protobuf pii_scan memory console progress stats cache store checkpoint
+    errors catalog extras private_names threads protobuf pii_scan memory console notebook
+    progress stats cache store checkpoint
     results gguf onnx models engines runtimes tasks
     distill cluster device verify export bench publish environment cli __main__
     """,
