@@ -48,6 +48,11 @@ class Reporter:
         self._bar: Bars | None = None
         self._began = time.monotonic()
 
+    @property
+    def quiet(self) -> bool:
+        """True if nothing is shown to a person."""
+        return self._quiet
+
     def event(self, kind: str, **fields: Any) -> None:
         """Record one event; `t_s` is seconds since the run began."""
         row = {"event": kind, "t_s": round(time.monotonic() - self._began, 2), **fields}

@@ -16,7 +16,7 @@ _MODEL = "A .gguf file, an ONNX or checkpoint folder, an export's or a run's fol
 
 def bench(
     ctx: typer.Context,
-    models: Annotated[list[str] | None, typer.Argument(metavar="MODEL...", help=_MODEL)] = None,
+    source: Annotated[list[str] | None, typer.Argument(metavar="MODEL...", help=_MODEL)] = None,
     n_prompt: Annotated[
         str | None, typer.Option("-p", "--n-prompt", metavar="N,..", help="Prompt tokens; 0: skip. [512]")
     ] = None,
@@ -105,7 +105,7 @@ def bench(
 
     Flags, defaults and JSON fields are llama-bench's where they mean the same; lists multiply.
     """
-    if not models:
+    if not source:
         raise InputError("Missing argument MODEL.", f"{_MODEL} For example: arte-edge bench model.gguf")
     from arte_edge.bench.case import BenchSettings
     from arte_edge.bench.runner import bench as run_bench
@@ -114,7 +114,7 @@ def bench(
     given = {key: ctx.params[key] for key in BenchSettings.model_fields if ctx.params[key] is not None}
     with Output("json" if as_json else output, output_file) as out:
         outcome = run_bench(
-            models,
+            source,
             suite=suite,
             task=task,
             split=split,  # type: ignore[arg-type]  # checked there

@@ -7,17 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from arte_edge.console import Reporter, emit_json, out
 from arte_edge.errors import GateError, InputError
 
 if TYPE_CHECKING:
-    from arte_edge.export.formats import Format
     from arte_edge.export.pipeline import Outcome
-    from arte_edge.export.recipe import Recipe
-    from arte_edge.export.source import Source
 
 __all__ = ["export"]
-
-_DEFAULT_RECIPE = "laptop"
 
 
 def export(
@@ -79,54 +75,30 @@ def export(
         return
     if source is None:
         raise InputError("export: what?", "Name a run, a checkpoint folder, a Hub id or a GGUF; see --help.")
-    from arte_edge.export.recipe import load_recipe
+    from arte_edge import api
 
-    plan = load_recipe(recipe or _DEFAULT_RECIPE)
-    formats = _formats(plan, gguf, onnx)
-    opened = _open(source, plan, task, base, offline)
-    folder = out or _folder(source, opened.name, opened.lineage.source)
+    reporter = Reporter(as_json=as_json)
+    opened, formats, plan, folder = api.plan_export(
+        source,
+        gguf=gguf,
+        onnx=onnx,
+        recipe=recipe,
+        out=out,
+        task=task,
+        base=base,
+        offline=offline,
+        reporter=reporter,
+    )
     if dry_run:
         from arte_edge.export.estimate import show_plan
 
         show_plan(opened, formats, plan, folder, as_json)
         return
-    from arte_edge.console import Reporter
     from arte_edge.export.pipeline import export as run
 
-    reporter = Reporter(as_json=as_json)
     reporter.say(f"[bold]{opened.name}[/] → {folder}: {', '.join(f.label for f in formats)}")
     outcome = run(opened, formats, plan, folder, reporter, llama_cpp=llama_cpp, force=force)
     _close(outcome, folder, as_json)
-
-
-def _formats(recipe: Recipe, gguf: str | None, onnx: str | None) -> tuple[Format, ...]:
-    from arte_edge.export.formats import parse_list
-
-    return recipe.formats if gguf is None and onnx is None else parse_list(gguf, onnx, recipe.onnx.arch)
-
-
-def _open(source: str, recipe: Recipe, task: str | None, base: str | None, offline: bool) -> Source:
-    from arte_edge.console import model_progress
-    from arte_edge.export.source import open_source
-
-    with model_progress(Path(source).name or source) as progress:
-        return open_source(
-            source,
-            task=task,
-            base=base,
-            n_training=recipe.gguf.imatrix_prompts,
-            n_prompt=recipe.verify.prompts,
-            offline=offline,
-            progress=progress,
-        )
-
-
-def _folder(source: str, name: str, kind: str) -> Path:
-    """Return where the files go if nobody says: into the run, else beside where the command is given."""
-    if kind != "run":
-        return Path(f"{name}-export")
-    given = Path(source).expanduser()
-    return (given if given.is_dir() else Path("runs") / source) / "export"
 
 
 def _close(outcome: Outcome, folder: Path, as_json: bool) -> None:
@@ -136,7 +108,6 @@ def _close(outcome: Outcome, folder: Path, as_json: bool) -> None:
         GateError: a file was rejected.
         ArteError: no file was, but a format could not be made.
     """
-    from arte_edge.console import emit_json, out
     from arte_edge.export.table import show_outcome
 
     if as_json:

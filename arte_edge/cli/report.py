@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from arte_edge.console import emit_json, out
+from arte_edge.console import emit_json
+from arte_edge.console import out as stdout
 
 __all__ = ["report"]
 
 
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name under runs/.")],
-    output: Annotated[
+    out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Output file; default: RUN/report.html."),
     ] = None,
@@ -27,12 +28,12 @@ def report(
     A run that is not finished, or was not exported or measured yet, has a report too,
     which lists what is missing.
     """
-    from arte_edge.publish.report.page import report as write_report
+    from arte_edge import api
 
-    page = write_report(run, output)
+    page = api.report(run, out=out)
     if as_json:
         emit_json({"report": str(page.path), "missing": list(page.missing)})
         return
     for line in page.missing:
-        out.print(f"not included: {line}", markup=False, soft_wrap=True)
-    out.print(f"The report: {page.path}", markup=False, soft_wrap=True)
+        stdout.print(f"not included: {line}", markup=False, soft_wrap=True)
+    stdout.print(f"The report: {page.path}", markup=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
@@ -47,6 +48,9 @@ from arte_edge.results.student_json import (
     write_student,
 )
 from arte_edge.store import write_atomic
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = [
     "FOLDER",
@@ -189,6 +193,21 @@ class Outcome:
     artifacts: tuple[Artifact, ...]
     failures: tuple[Failure, ...] = ()
 
+    folder: Path = Path()
+
+    @property
+    def table(self) -> Table:
+        """The files: size, divergence from the student, accuracy, verdict."""
+        from arte_edge.export.table import artifact_table
+
+        return artifact_table(self.artifacts, self.student.student.name)
+
+    def _repr_html_(self) -> str:
+        from arte_edge.export.table import summary_lines
+        from arte_edge.notebook import fragment
+
+        return fragment(self.student.student.name, [self.table], summary_lines(self, self.folder))
+
     @property
     def rejected(self) -> tuple[Artifact, ...]:
         return tuple(artifact for artifact in self.artifacts if artifact.status == "rejected")
@@ -245,7 +264,7 @@ def export(
         judged, own = _judge(work, student, made, imatrix)
         document = _tell(work, student, judged, own, before)
         shop.close(keep_base=bool(work.failures))
-    return Outcome(document, tuple(judged.values()), tuple(work.failures))
+    return Outcome(document, tuple(judged.values()), tuple(work.failures), out)
 
 
 def _merge(work: _Work) -> Merge:

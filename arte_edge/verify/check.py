@@ -1,12 +1,18 @@
-"""One thing that was compared, and what came of it."""
+"""One comparison of the gate with its limit, and the table that shows several."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-__all__ = ["Check"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Check", "checks_table", "long_notes"]
+
+_SHORT = 64  # characters of a note that fit into the table, on two lines
 
 
 @dataclass(frozen=True)
@@ -35,3 +41,49 @@ class Check:
             "passed": self.passed,
             "note": self.note,
         }
+
+
+def checks_table(checks: Sequence[Check]) -> Table:
+    """Return the checks as a table of 80 columns; longer notes are `long_notes`."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("check", "measured", "limit", "", ""):
+        number = title in ("measured", "limit")
+        table.add_column(title, justify="right" if number else "left", no_wrap=bool(title))
+    for check in checks:
+        state = "FAILED" if not check.passed else "-" if check.threshold is None else "ok"
+        style = "bold red" if not check.passed else ""
+        note = check.note if check.passed and len(check.note) <= _SHORT else "see below"
+        table.add_row(check.name, _measured(check), _limit(check), Text(state, style=style), Text(note))
+    return table
+
+
+def long_notes(checks: Sequence[Check]) -> list[str]:
+    """Return the notes that do not fit into the table, those of failed checks last."""
+    passed = [check for check in checks if check.passed and len(check.note) > _SHORT]
+    notes = [f"{check.name} (passed): {check.note}" for check in passed]
+    return notes + [f"{check.name}: {check.note}" for check in checks if not check.passed]
+
+
+def _measured(check: Check) -> str:
+    return "" if check.measured is None else _shown(check.name, check.measured)
+
+
+def _limit(check: Check) -> str:
+    if check.threshold is None:
+        return ""
+    return f"{'≥' if check.bound == 'at least' else '≤'} {_shown(check.name, check.threshold)}"
+
+
+def _shown(name: str, value: float) -> str:
+    if not math.isfinite(value):
+        return "not finite"
+    if name.startswith("kl"):
+        return f"{value:.2g}" if value < 0.01 else f"{value:.3f}"
+    if name == "perplexity ratio":
+        return f"{value:.4f}"
+    if name == "accuracy drop":
+        return f"{value:.1%}".replace("-0.0%", "0.0%")
+    return f"{value:.1%}" if name == "top-1 agreement" else f"{value:.0f}"

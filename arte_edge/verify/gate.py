@@ -16,19 +16,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arte_edge.errors import InputError
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.tasks.task import Task
 from arte_edge.verify.accuracy import check_accuracy, measure_accuracy
 from arte_edge.verify.chat_template import check_templates
-from arte_edge.verify.check import Check
+from arte_edge.verify.check import Check, checks_table, long_notes
 from arte_edge.verify.corpus import hard_strings
 from arte_edge.verify.logits import Fidelity, Progress, fidelity_checks, measure_fidelity
 from arte_edge.verify.opened import Opened, open_model
 from arte_edge.verify.thresholds import STRICTEST, TYPES, Thresholds, thresholds_for
 from arte_edge.verify.tokenizer import check_stops, check_tokens, check_vocabulary
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["Check", "Thresholds", "Verdict", "verify", "verify_file"]
 
@@ -45,6 +48,7 @@ class Verdict:
     artifact: str = ""
     judged_as: str = ""  # the quantization type whose limits were taken; empty if they were given
     runtimes: tuple[str, str] = field(default=("", ""))
+    notes: tuple[str, ...] = ()  # what limits the comparison itself
 
     @property
     def failed(self) -> tuple[Check, ...]:
@@ -54,6 +58,19 @@ class Verdict:
     def reason(self) -> str:
         """Why it failed, a sentence a check; empty if it passed."""
         return "\n".join(f"{check.name}: {check.note}" for check in self.failed)
+
+    @property
+    def table(self) -> Table:
+        """The checks with what was measured and their limits."""
+        return checks_table(self.checks)
+
+    def _repr_html_(self) -> str:
+        from arte_edge.notebook import fragment
+
+        verdict = "is" if self.passed else "is not"
+        limits = f", by the limits of {self.judged_as}" if self.judged_as else ""
+        title = f"{self.artifact} {verdict} {self.reference}{limits}"
+        return fragment(title, [self.table], [*self.notes, *long_notes(self.checks)])
 
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict for JSON and for student.json; no paths in it."""

@@ -17,13 +17,13 @@ from arte_edge.errors import InputError
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.tasks.task import Task
 
-__all__ = ["Renders", "built_in_prompts", "plain_text", "prompts_from_file", "task_prompts"]
+__all__ = ["Renders", "built_in_prompts", "plain_text", "prompts_for", "prompts_from_file", "task_prompts"]
 
 _TASK_PROMPTS = 48
 
 
 class Renders(Protocol):
-    """The one thing asked of a model here; every `Opened` has it."""
+    """What a model needs here: its chat template."""
 
     def render(self, messages: Sequence[Message]) -> str | None:
         """Return the prompt that the model's chat template makes, None for plain text."""
@@ -172,3 +172,10 @@ def _row(path: Path, number: int, line: str) -> str:
             f"{path}:{number}: has no text", "A row has `prompt`, `text` or `input`, or is a string."
         )
     return texts[0]
+
+
+def prompts_for(model: Renders, task: Task | None, file: Path | None) -> list[str]:
+    """Return the prompts of a user's file if there is one, else of the task, else the built-in ones."""
+    if file is not None:
+        return prompts_from_file(file)
+    return built_in_prompts(model) if task is None else task_prompts(model, task)

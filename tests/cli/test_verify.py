@@ -82,7 +82,7 @@ def test_a_model_is_itself_and_the_table_fits_80_columns(
     assert max(map(len, out.splitlines()[3:])) <= 80
     for check in ("tokens", "template", "stop tokens", "kl mean", "top-1 agreement", "perplexity ratio"):
         assert check in out
-    assert "B is A, within these limits." in out and "judged as F16" in out
+    assert "B is A, within these limits." in out and "limits of F16" in out
     assert "comparing logits" in err and "comparing logits" not in out
 
 

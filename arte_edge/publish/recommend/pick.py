@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arte_edge.device.profile import Profile
 from arte_edge.errors import InputError
@@ -24,9 +24,17 @@ from arte_edge.publish.locate import find_export, read_bench, read_export
 from arte_edge.publish.recommend.constraints import Constraints, parse_size, size_text
 from arte_edge.publish.recommend.measurements import Predictor, candidates
 from arte_edge.publish.recommend.pareto import Candidate, Metric, ParetoFront, pareto_front
-from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.publish.recommend.table import (
+    choice_lines,
+    drop_text,
+    recommendation_lines,
+    recommendation_table,
+)
 from arte_edge.results.rows import Row
 from arte_edge.results.student_json import StudentFile
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = [
     "Recommendation",
@@ -34,7 +42,6 @@ __all__ = [
     "Violation",
     "choose",
     "device_names",
-    "drop_text",
     "recommend",
 ]
 
@@ -88,6 +95,17 @@ class Recommendation:
         if self.pick is not None:
             return ""
         return f"Relax {self.relax.text}." if self.relax else "Run `arte-edge bench` on the device first."
+
+    @property
+    def table(self) -> Table:
+        """The files with what is known of each; predicted values are marked ~."""
+        return recommendation_table(self)
+
+    def _repr_html_(self) -> str:
+        from arte_edge.notebook import fragment
+
+        lines = [*recommendation_lines(self), *choice_lines(self)]
+        return fragment(f"Files for {self.device}", [self.table], lines)
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -281,21 +299,6 @@ def _accuracy_violation(c: Candidate, most_points: float) -> list[Violation]:
     if points <= most_points + 1e-9:
         return []
     return [Violation(c.file, "max_drop", f"{drop_text(c.accuracy)}, limit {most_points:g}", points)]
-
-
-def drop_text(accuracy: PairedAccuracy) -> str:
-    """Return the paired difference from the 16-bit student in points, and whether it is significant."""
-    if accuracy.difference is None:
-        return "difference from the student not measured"
-    points = 100 * accuracy.difference
-    text = f"{-points:.1f} points lost" if points < 0 else f"{points:+.1f} points"
-    if accuracy.difference_low is not None and accuracy.difference_high is not None:
-        text += f" ({100 * accuracy.difference_low:+.1f} to {100 * accuracy.difference_high:+.1f}"
-        text += "" if accuracy.p_value is None else f", p = {accuracy.p_value:.2g}"
-        text += f", n = {accuracy.n})"
-    if accuracy.p_value is not None and points:
-        text += ", significant" if accuracy.significant else ", not significant"
-    return text
 
 
 def _pick(

@@ -51,8 +51,14 @@ class ReportPage:
     html: str
     missing: tuple[str, ...] = ()
 
+    def _repr_html_(self) -> str:
+        """Show the page in a frame, so that its styles stay its own."""
+        from html import escape
 
-def report(run: str | Path, out: Path | None = None) -> ReportPage:
+        return f'<iframe srcdoc="{escape(self.html, quote=True)}" width="100%" height="720" style="border:0"></iframe>'
+
+
+def report(run: str | Path, *, out: str | Path | None = None) -> ReportPage:
     """Write a run's report as one HTML page; a run that is not finished has one too.
 
     Args:
@@ -64,7 +70,9 @@ def report(run: str | Path, out: Path | None = None) -> ReportPage:
         ArteError: the disk is full.
     """
     found = read_run(str(run))
-    page = ReportPage(out or find_run(str(run)) / "report.html", render(found), tuple(found.missing))
+    page = ReportPage(
+        Path(out) if out else find_run(str(run)) / "report.html", render(found), tuple(found.missing)
+    )
     write_atomic(page.path, page.html.encode("utf-8", errors="replace"))
     return page
 

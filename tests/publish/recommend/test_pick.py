@@ -11,7 +11,8 @@ from arte_edge.errors import InputError
 from arte_edge.publish.recommend.constraints import Constraints, parse_size, size_text
 from arte_edge.publish.recommend.measurements import Prediction
 from arte_edge.publish.recommend.pareto import Candidate, Metric, pareto_front
-from arte_edge.publish.recommend.pick import choose, drop_text
+from arte_edge.publish.recommend.pick import choose
+from arte_edge.publish.recommend.table import drop_text
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow
 from arte_edge.results.student_json import Artifact, Fidelity, Lineage, Speed, Student, StudentFile

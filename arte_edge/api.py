@@ -1,0 +1,347 @@
+"""The command line's verbs as functions: the same names and parameters, typed results, nothing printed.
+
+    import arte_edge as ae
+
+    run = ae.distill(task="home_intents", teacher="qwen2.5-coder-0.5b-instruct", student="smollm2-135m-instruct")
+    outcome = run.export(gguf="Q4_K_M")
+
+Paths may be strings or `Path`. Progress goes to a `Reporter` if one is given; without one nothing is shown.
+Errors are `ArteError`. A parity test holds the parameters of these functions and of the command line together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arte_edge.bench.runner import BenchOutcome, bench
+from arte_edge.errors import InputError
+from arte_edge.publish.recommend.pick import Recommendation, recommend
+from arte_edge.publish.report.page import ReportPage, report
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from arte_edge.console import Reporter
+    from arte_edge.distill.config import RunConfig
+    from arte_edge.export.formats import Format
+    from arte_edge.export.pipeline import Outcome
+    from arte_edge.export.recipe import Recipe
+    from arte_edge.export.source import Source
+    from arte_edge.verify.gate import Verdict
+
+__all__ = ["Reply", "Run", "bench", "export", "load_run", "recommend", "report", "verify"]
+
+PathLike = str | Path
+ByteProgress = Callable[[str, int, int], None]
+_DEFAULT_RECIPE = "laptop"
+_SIXTEEN_BITS = ("F32", "F16", "BF16", "fp32", "fp16", "")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a student answered."""
+
+    text: str  # everything it wrote
+    answer: str | None  # the answer in it, None if it gave none in the task's form
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return self.text if self.answer is None else self.answer
+
+    def _repr_html_(self) -> str:
+        from arte_edge.notebook import fragment
+
+        rate = f"{self.completion_tokens} tokens in {self.seconds:.1f} s"
+        return fragment(self.answer or "no answer in the task's form", lines=[self.text, rate])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of `distill`: its folder, its settings, and what its evaluation measured."""
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The run's settings, as resolved."""
+        from arte_edge.distill.settings import build, load_toml
+
+        return build(str(self.folder / "run.toml"), load_toml(self.folder / "run.toml"))
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The summary of the evaluation: `rows` of accuracies with intervals, `paired` tests.
+
+        Raises:
+            InputError: the run is not finished.
+        """
+        if not self.finished:
+            raise InputError(
+                f"{self.folder}: this run is not finished", "Run the same command again to resume."
+            )
+        manifest = json.loads((self.folder / "evaluate" / "manifest.json").read_bytes())
+        summary: dict[str, Any] = manifest["summary"]
+        return summary
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "evaluate" / "manifest.json").is_file()
+
+    @property
+    def table(self) -> Table:
+        """Accuracy by model and prompting, with 95 % intervals: a rich table, HTML in a notebook."""
+        from arte_edge.distill.closing import closing_table
+
+        return closing_table(self.evaluation)
+
+    @property
+    def student(self) -> Path:
+        """The folder of the tuned student, a 16-bit checkpoint."""
+        return self.folder / "tune" / "student"
+
+    def export(self, **settings: Any) -> Outcome:
+        """Export the student; parameters as of `arte_edge.export`."""
+        return export(self.folder, **settings)
+
+    def bench(self, **settings: Any) -> BenchOutcome:
+        """Measure the exported files; parameters as of `arte_edge.bench`."""
+        return bench(self.folder, **settings)
+
+    def recommend(self, **settings: Any) -> Recommendation:
+        """Choose a file for a device; parameters as of `arte_edge.recommend`."""
+        return recommend(self.folder, **settings)
+
+    def report(self, **settings: Any) -> ReportPage:
+        """Write the run as one HTML page; parameters as of `arte_edge.report`."""
+        return report(self.folder, **settings)
+
+    def _repr_html_(self) -> str:
+        from arte_edge.notebook import fragment
+
+        if not self.finished:
+            return fragment(f"{self.name}: not finished", lines=["Run the same command again to resume."])
+        return fragment(self.name, [self.table])
+
+
+def load_run(run: PathLike, *, runs: PathLike = "runs") -> Run:
+    """Return the run in a folder, or the one of that name below `runs`; finished or not.
+
+    Raises:
+        InputError: there is none.
+    """
+    folder = Path(run).expanduser()
+    if not folder.is_dir():
+        folder = Path(runs) / run
+    if not (folder / "run.toml").is_file():
+        raise InputError(
+            f"{run}: no run here", "Name a folder that `arte-edge distill` made, or one below runs/."
+        )
+    return Run(folder)
+
+
+def export(
+    source: PathLike,
+    *,
+    gguf: str | Sequence[str] | None = None,
+    onnx: str | Sequence[str] | None = None,
+    recipe: PathLike | None = None,
+    out: PathLike | None = None,
+    task: PathLike | None = None,
+    base: str | None = None,
+    llama_cpp: PathLike | None = None,
+    force: bool = False,
+    offline: bool = False,
+    reporter: Reporter | None = None,
+) -> Outcome:
+    """Export a student to GGUF and ONNX files, each verified against the 16-bit student.
+
+    A file that fails is named ``*.rejected`` and listed in the outcome's `rejected`; nothing is raised for it.
+
+    Args:
+        source: a run's folder or name, a checkpoint or LoRA adapter folder, a Hub id, a registry name, a GGUF.
+        gguf: GGUF types, as in ``"Q4_K_M,Q8_0"``.
+        onnx: int4, int8, fp32, optimum-fp32, optimum-int8[-arm64|-avx2|-avx512].
+        recipe: a shipped recipe or a .toml; `gguf` and `onnx` replace its formats.
+        out: folder for the files; RUN/export for a run, else NAME-export.
+        task: task to verify with, for a source that is not a run.
+        base: an adapter's 16-bit base, in place of the one it names.
+        llama_cpp: convert with this checkout of llama.cpp.
+        force: replace another student's files in `out`.
+        offline: use only models on this machine.
+
+    Raises:
+        InputError: no such source, unknown format, or `out` holds another student's files.
+        ArteError: the disk is full, or a package is missing for every format.
+    """
+    from arte_edge.console import Reporter
+    from arte_edge.export.pipeline import export as run_export
+
+    opened, formats, plan, folder = plan_export(
+        source,
+        gguf=gguf,
+        onnx=onnx,
+        recipe=recipe,
+        out=out,
+        task=task,
+        base=base,
+        offline=offline,
+        reporter=reporter,
+    )
+    return run_export(
+        opened,
+        formats,
+        plan,
+        folder,
+        reporter or Reporter(quiet=True),
+        llama_cpp=None if llama_cpp is None else Path(llama_cpp),
+        force=force,
+    )
+
+
+def verify(
+    reference: PathLike,
+    artifact: PathLike,
+    *,
+    task: PathLike | None = None,
+    limit: int = 100,
+    test: bool = False,
+    prompts: PathLike | None = None,
+    type: str | None = None,
+    bbh: PathLike | None = None,
+    threads: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    reporter: Reporter | None = None,
+) -> Verdict:
+    """Compare a model file with the model it was made from: tokens, template, stop tokens, logits, answers.
+
+    Args:
+        reference: the model as it should be: a registry name, Hub id, checkpoint folder, GGUF or ONNX folder.
+        artifact: the model to judge, named in the same ways.
+        task: both answer this task's validation examples.
+        limit: largest number of the task's examples; 0: all.
+        test: use the task's test split. For a final evaluation only.
+        prompts: compare logits on these texts: .jsonl with `prompt`, or one a line.
+        type: judge by the limits of this type, as in Q4_K_M or int4; default: what the file says it is.
+        bbh: folder of BIG-Bench-Hard files with the task.
+        threads: of the artifact's runtime.
+        progress: called with (step, done, total).
+
+    Raises:
+        InputError: no such model or task.
+        ArteError: a runtime is missing or failed.
+    """
+    from arte_edge.tasks.loaders import load_task
+    from arte_edge.verify.gate import verify_file
+    from arte_edge.verify.opened import open_model
+    from arte_edge.verify.prompts import prompts_for
+    from arte_edge.verify.thresholds import thresholds_for
+
+    limits = None if type is None else thresholds_for(type)
+    loaded = None if task is None else load_task(str(task), bbh=None if bbh is None else Path(bbh))
+    paths = [_model_path(str(ref), reporter) for ref in (artifact, reference)]
+    if progress is not None:
+        progress("opening the reference", 0, 1)
+    model = open_model(paths[1], threads)
+    try:
+        verdict = verify_file(
+            model,
+            paths[0],
+            prompts_for(model, loaded, None if prompts is None else Path(prompts)),
+            limits,
+            task=loaded,
+            limit=limit,
+            final=test,
+            threads=threads,
+            progress=progress,
+        )
+        if model.quantization in _SIXTEEN_BITS:
+            return verdict
+        note = f"The reference is itself quantized ({model.quantization}): earlier losses do not show."
+        return replace(verdict, notes=(note,))
+    finally:
+        model.close()
+
+
+def _model_path(ref: str, reporter: Reporter | None) -> Path:
+    """Return the file or folder that `ref` names, fetched from the registry or the Hub if it is not here."""
+    path = Path(ref).expanduser()
+    if path.exists():
+        return path
+    from arte_edge.models.resolve import resolve
+
+    with downloading(ref, reporter) as progress:
+        model = resolve(ref, progress=progress)
+    found = model.gguf or model.folder
+    assert found is not None  # a LocalModel has one of the two
+    return found
+
+
+@contextmanager
+def downloading(name: str, reporter: Reporter | None) -> Iterator[ByteProgress | None]:
+    """Yield the progress callback of a download: a bar where a reporter shows one, else None."""
+    if reporter is None or reporter.quiet:
+        yield None
+        return
+    from arte_edge.console import model_progress
+
+    with model_progress(name) as progress:
+        yield progress
+
+
+def plan_export(
+    source: PathLike,
+    *,
+    gguf: str | Sequence[str] | None = None,
+    onnx: str | Sequence[str] | None = None,
+    recipe: PathLike | None = None,
+    out: PathLike | None = None,
+    task: PathLike | None = None,
+    base: str | None = None,
+    offline: bool = False,
+    reporter: Reporter | None = None,
+) -> tuple[Source, tuple[Format, ...], Recipe, Path]:
+    """Return what `export` would make: its source, formats, recipe and folder. Parameters as of `export`."""
+    from arte_edge.export.formats import parse_list
+    from arte_edge.export.recipe import load_recipe
+    from arte_edge.export.source import open_source
+
+    plan = load_recipe(str(recipe or _DEFAULT_RECIPE))
+    formats = plan.formats
+    if gguf is not None or onnx is not None:
+        formats = parse_list(_comma_separated(gguf), _comma_separated(onnx), plan.onnx.arch)
+    ref = str(source)
+    with downloading(Path(ref).name or ref, reporter) as progress:
+        opened = open_source(
+            ref,
+            task=None if task is None else str(task),
+            base=base,
+            n_training=plan.gguf.imatrix_prompts,
+            n_prompt=plan.verify.prompts,
+            offline=offline,
+            progress=progress,
+        )
+    return opened, formats, plan, Path(out) if out else _export_folder(ref, opened)
+
+
+def _comma_separated(names: str | Sequence[str] | None) -> str | None:
+    return names if names is None or isinstance(names, str) else ",".join(names)
+
+
+def _export_folder(ref: str, source: Source) -> Path:
+    """Return the default folder: inside the run, else in the working directory."""
+    if source.lineage.source != "run":
+        return Path(f"{source.name}-export")
+    given = Path(ref).expanduser()
+    return (given if given.is_dir() else Path("runs") / ref) / "export"
