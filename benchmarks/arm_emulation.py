@@ -33,14 +33,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from arte_edge.bench.case import BenchSettings
 from arte_edge.bench.remote import bench_remote
 from arte_edge.bench.runner import Reporter, Row
-from arte_edge.device.copy import blobs_of, place, send
-from arte_edge.device.patience import Patience
-from arte_edge.device.profile import Profile, Remote
-from arte_edge.device.ssh import Ssh
-from arte_edge.device.work_folder import clean
+from arte_edge.bench.settings import BenchSettings
+from arte_edge.device.profiles import Profile, Remote
+from arte_edge.device.ssh.connection import Patience, Ssh
+from arte_edge.device.ssh.upload import blobs_of, place, send
+from arte_edge.device.ssh.workdir import clean
 
 RESULTS = Path(__file__).parent / "results" / "arm_emulation"
 BINFMT = Path("/proc/sys/fs/binfmt_misc")

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.bench.quality import example_key
+from arte_edge.bench.accuracy import example_key
 from arte_edge.stats import mcnemar, wilson
 from arte_edge.store import write_atomic
 from arte_edge.tasks.loaders import load_task

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.device import roofline
-from arte_edge.device.profile import load_profile
-from arte_edge.device.shape import ModelShape
+from arte_edge.device.model_size import ModelShape
+from arte_edge.device.profiles import load_profile
 
 _PROFILE = "raspberry-pi-5"
 _ROWS = Path(__file__).parent / "roofline_rows.json"

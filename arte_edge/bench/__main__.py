@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from arte_edge.bench.case import Reporter, Request
 from arte_edge.bench.runner import run_request
+from arte_edge.bench.settings import Reporter, Request
 from arte_edge.errors import ArteError
 from arte_edge.results.rows import Row
 

@@ -1,21 +1,62 @@
-"""Two sets of results side by side, test by test, and only where they measured the same thing.
-
-Rates are compared as ratios (`arte_edge.stats`), right answers in pairs, example by example.
-"""
+"""Compare two benchmark results: ratios of rates with intervals, paired answers, and what forbids it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 from arte_edge.errors import InputError
 from arte_edge.results.accuracy import PairedAccuracy, paired_on_common
-from arte_edge.results.rows import QualityRow, Row, SpeedRow
+from arte_edge.results.rows import BENCH_NAME, QualityRow, Row, SpeedRow, parse_row, read_rows
 from arte_edge.stats import Ratio, ratio
 
-__all__ = ["Comparison", "QualityPair", "SpeedPair", "compare"]
+__all__ = ["Comparison", "QualityPair", "SpeedPair", "compare", "rows_of"]
+
+_MEASURE = "Measure it first: arte-edge bench {path}"
+
+
+def rows_of(path: Path) -> list[Row]:
+    """Return the rows that `path` stands for, never none.
+
+    Args:
+        path: a .jsonl file of rows, a .json list of them, a folder with bench.jsonl in it or in
+            its export folder, or one measured model, whose bench.jsonl lies beside it.
+
+    Raises:
+        InputError: nothing there, no results, or a damaged file.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.suffix in (".jsonl", ".json"):
+        rows = read_rows(path) if path.suffix == ".jsonl" else _json_rows(path)
+        if not rows:
+            raise InputError(f"{path}: holds no results", _MEASURE.format(path="MODEL"))
+        return rows
+    if path.is_dir():
+        for place in (path, path / "export"):
+            if rows := read_rows(place / BENCH_NAME):
+                return rows
+    beside = path.resolve()
+    rows = [row for row in read_rows(beside.parent / BENCH_NAME) if row.model_filename == beside.name]
+    if not rows:
+        raise InputError(f"{path}: no results in {BENCH_NAME} here or beside it", _MEASURE.format(path=path))
+    return rows
+
+
+def _json_rows(path: Path) -> list[Row]:
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON", "Give what `bench -o json` printed.") from error
+    if not isinstance(document, list) or not all(isinstance(row, dict) for row in document):
+        raise InputError(f"{path}: not a list of results", "Give what `bench -o json` printed.")
+    again = "Measure it again."
+    return [parse_row(row, f"{path}: row {number}", again) for number, row in enumerate(document, 1)]
+
 
 # What must be the same for two speeds to be about the same work, in the words of the flags.
 _PROTOCOL: tuple[str, ...] = ("n_prompt", "n_gen", "n_depth", "n_threads", "type_k", "type_v")

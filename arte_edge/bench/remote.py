@@ -1,4 +1,6 @@
-"""``bench --device``: a benchmark on another machine over ssh.
+"""Preflight checks before anything is copied: free disk space and memory for the model on the device.
+
+``bench --device``: a benchmark on another machine over ssh.
 
 All preflight checks run before the first byte is copied. The device runs ``python -m arte_edge.bench``
 with the request as JSON, in an environment of its own and detached from the connection, and writes
@@ -15,25 +17,59 @@ from tempfile import TemporaryDirectory
 
 from pydantic import ValidationError
 
-from arte_edge.bench.case import BenchSettings, Reporter, Request, Split
-from arte_edge.device.copy import blobs_of, missing_bytes, place
-from arte_edge.device.install import Site, env_bytes_missing, install, read_marker, send_wheel
-from arte_edge.device.patience import Patience
-from arte_edge.device.profile import Profile
-from arte_edge.device.remote_env import Plan, plan
-from arte_edge.device.remote_job import JobFailed, RemoteJob
-from arte_edge.device.shape import model_format
-from arte_edge.device.space import ENV_BYTES, check_disk, check_memory
-from arte_edge.device.ssh import Ssh
-from arte_edge.device.ssh_errors import ConnectionLost
-from arte_edge.device.survey import survey
-from arte_edge.device.wheels import own_wheel
-from arte_edge.device.work_folder import prepare, reach
+from arte_edge.bench.settings import BenchSettings, Reporter, Request, Split
+from arte_edge.cache import megabytes
+from arte_edge.device.memory_estimate import fit, refuse
+from arte_edge.device.model_size import ModelShape, model_format
+from arte_edge.device.profiles import Profile
+from arte_edge.device.ssh.connection import ConnectionLost, Patience, Ssh
+from arte_edge.device.ssh.environment import (
+    Plan,
+    Site,
+    env_bytes_missing,
+    install,
+    own_wheel,
+    plan,
+    read_marker,
+    send_wheel,
+)
+from arte_edge.device.ssh.job import JobFailed, RemoteJob
+from arte_edge.device.ssh.probe import Survey, survey
+from arte_edge.device.ssh.upload import blobs_of, missing_bytes, place
+from arte_edge.device.ssh.workdir import prepare, reach
 from arte_edge.errors import ArteError
 from arte_edge.results.rows import QualityRow, Row, SpeedRow
 from arte_edge.store import content_key
 
-__all__ = ["bench_remote"]
+__all__ = ["ENV_BYTES", "bench_remote", "check_disk", "check_memory"]
+
+# What the environment takes, by part, rounded up: 282 MB with xllamacpp, 527 MB with onnx beside it,
+# measured with `du` on aarch64 (benchmarks/results/arm_emulation); pip needs the packed wheels beside it for
+# a moment, and llama-cpp-python its objects.
+ENV_BYTES = {"": 180_000_000, "xllamacpp": 140_000_000, "gguf": 600_000_000, "onnx": 330_000_000}
+_MARGIN_BYTES = 100_000_000
+
+
+def check_disk(found: Survey, need_bytes: int, host: str) -> None:
+    """Raise ArteError if `need_bytes` and a margin do not fit below the work folder there."""
+    if found.free_bytes < need_bytes + _MARGIN_BYTES:
+        raise ArteError(
+            f"{host}: not enough disk space: {megabytes(need_bytes)} would be copied, "
+            f"{megabytes(found.free_bytes)} are free",
+            f"Nothing was copied. Free some space; `arte-edge devices check … --clean` removes {found.work}.",
+        )
+
+
+def check_memory(found: Survey, models: Sequence[Path], tokens: int, host: str) -> None:
+    """Raise InputError if a model with a cache of `tokens` tokens cannot fit into the device's memory."""
+    if not (there := found.available_bytes or found.memory_bytes):
+        return  # unknown
+    for model in models:
+        shape = ModelShape.of(model)
+        needs = fit(shape, there, tokens)
+        if needs.verdict == "no":
+            raise refuse(shape, needs, host)
+
 
 # What the device's interpreter runs, followed by a `Request` as JSON; a test replaces it.
 BENCH = ("-m", "arte_edge.bench")

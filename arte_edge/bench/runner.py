@@ -12,11 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arte_edge.bench.case import BenchSettings, Case, Reporter, Request, Split, cases
-from arte_edge.bench.isolate import run_child
+from arte_edge.bench.find_models import Target, describe, find_targets
 from arte_edge.bench.runtimes.open import choose_runtime
-from arte_edge.bench.suite import load_suite, make_settings
-from arte_edge.bench.targets import Target, describe, find_targets
+from arte_edge.bench.settings import (
+    BenchSettings,
+    Case,
+    Reporter,
+    Request,
+    Split,
+    cases,
+    load_suite,
+    make_settings,
+)
+from arte_edge.bench.worker import run_child
 from arte_edge.errors import ArteError, InputError
 from arte_edge.results.rows import DeviceFacts, QualityRow, Row, SpeedRow
 
@@ -51,7 +59,7 @@ class BenchOutcome:
         return not self.rows or any(row.status == "ok" for row in self.rows)
 
     def _repr_html_(self) -> str:
-        from arte_edge.bench.table import as_html
+        from arte_edge.bench.report import as_html
 
         return as_html(self.rows)
 
@@ -123,7 +131,7 @@ def bench(
     else:
         from arte_edge import catalog
         from arte_edge.bench.remote import bench_remote
-        from arte_edge.device.catalogue import find_device
+        from arte_edge.device.profiles import find_device
 
         if bbh is not None:
             raise InputError("bbh cannot be used with a device", "Give a task folder as task.")
@@ -157,7 +165,7 @@ def _measure(paths: Sequence[Path], request: Request, reporter: Reporter, on_row
     if request.speed:
         rows += run_bench(paths, request.settings, device=facts, reporter=reporter, on_row=on_row)
     if request.task is not None:
-        from arte_edge.bench.answers import run_quality
+        from arte_edge.bench.accuracy import run_quality
 
         rows += run_quality(
             paths,
@@ -278,8 +286,8 @@ def _does_not_fit(target: Target, case: Case, device: DeviceFacts) -> str:
     """Return why this case would run out of memory, with what would help; empty if it should fit."""
     if target.format == "null":
         return ""
-    from arte_edge.device.fit import fit, refuse, repacked_types
-    from arte_edge.device.shape import ModelShape
+    from arte_edge.device.memory_estimate import fit, refuse, repacked_types
+    from arte_edge.device.model_size import ModelShape
     from arte_edge.memory import available_bytes
 
     try:
@@ -298,8 +306,8 @@ def _expected(target: Target, case: Case) -> dict[str, Any]:
     """Return what the roofline foretells of writing, empty where it cannot or need not."""
     if not case.n_gen or target.format in ("null", "safetensors"):  # a checkpoint is computed in 32 bits
         return {}
+    from arte_edge.device.model_size import ModelShape
     from arte_edge.device.roofline import expected_here
-    from arte_edge.device.shape import ModelShape
 
     try:
         middle = case.n_depth + case.n_gen // 2

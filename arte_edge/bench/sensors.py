@@ -1,12 +1,12 @@
-"""Temperature, clock, throttle bits and power while a test runs, about once a second, from a background thread.
+"""Sensors read while a test runs: memory, temperature, clock frequency, throttling.
 
-Only what the machine tells without root; a sensor that is not there, or that stops answering, is
-None in the readings and never an error. A reading is a handful of small files, on a Raspberry Pi
-two or three calls of ``vcgencmd`` as well.
+Everything comes from files of Linux (``/sys``, ``/proc``) and, on a Raspberry Pi, from ``vcgencmd``. A
+sensor that does not exist gives None and never an estimate.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -17,15 +17,152 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from arte_edge.bench.energy import PowerProbe, find_probe, read_integer, read_text
-from arte_edge.bench.throttle import STICKY_SHIFT, THROTTLED
 from arte_edge.bench.vcgencmd import Vcgencmd, find_vcgencmd
 from arte_edge.results.rows import Reading
 
-__all__ = ["Sensors", "power_supply"]
+__all__ = [
+    "FREQUENCY_CAPPED",
+    "SOFT_LIMIT",
+    "STICKY_SHIFT",
+    "THROTTLED",
+    "UNDER_VOLTAGE",
+    "Sensors",
+    "judge",
+    "mapped_bytes",
+    "peak_rss_bytes",
+    "power_supply",
+]
+
+_PROC = Path("/proc/self")
+
+
+def peak_rss_bytes(proc: Path = _PROC) -> int:
+    """Return the most bytes of memory that this process ever had resident, weights that it mapped included.
+
+    ``VmHWM`` where there is ``/proc``: unlike ``ru_maxrss`` it starts anew with `exec`, so
+    that a child does not inherit the peak of a large parent. Elsewhere ``ru_maxrss`` (bytes
+    on macOS, kilobytes on the BSDs) and, on Windows, psutil's peak working set.
+    """
+    if peak := _field(proc / "status", b"VmHWM:"):
+        return peak
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def mapped_bytes(paths: Sequence[Path], proc: Path = _PROC) -> int | None:
+    """Return how many bytes of `paths` (files, or folders of files) this process has mapped and in memory.
+
+    The ``Rss`` of their mappings in ``/proc/self/smaps``: 0 means that the runtime copied
+    the weights instead of mapping them. None where the system does not tell.
+    """
+    try:
+        smaps = (proc / "smaps").read_bytes()
+    except OSError:
+        return None
+    wanted = {os.fsencode(file) for path in paths for file in _files(path)}
+    total, inside = 0, False
+    for line in smaps.splitlines():
+        head, _, rest = line.partition(b" ")
+        if not head.endswith(b":"):  # "7f00-7f10 r--p 00000000 08:01 1234  /path of/the file"
+            parts = rest.split(None, 4)
+            inside = len(parts) == 5 and parts[4].removesuffix(b" (deleted)") in wanted
+        elif inside and head == b"Rss:":
+            total += int(rest.split()[0]) * 1024
+    return total
+
+
+def _files(path: Path) -> list[Path]:
+    real = path.resolve()
+    return [file.resolve() for file in real.rglob("*") if file.is_file()] if real.is_dir() else [real]
+
+
+def _field(path: Path, name: bytes) -> int:
+    """Return a field of kilobytes in bytes, 0 if it is not there."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+# https://www.raspberrypi.com/documentation/computers/os.html#get_throttled
+UNDER_VOLTAGE, FREQUENCY_CAPPED, THROTTLED, SOFT_LIMIT = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+STICKY_SHIFT = 16  # the same four, since the boot
+_WORDS = (
+    (UNDER_VOLTAGE, "under-voltage: use the official power supply and a short cable"),
+    (THROTTLED, "too hot, throttled: cool it, or let it rest between tests"),
+    (SOFT_LIMIT, "soft temperature limit reached: cool it, or let it rest between tests"),
+    (FREQUENCY_CAPPED, "clock capped by the firmware: check supply and cooling"),
+)
+_LIMIT_C = 80.0  # where nothing better is known: a Raspberry Pi's first limit
+_NEAR_C = 5.0
+_FALL = 0.9  # below this share of its best clock a machine was held back
+_ENOUGH = 6  # readings: two in the last third
+
+
+def judge(
+    before: int | None, readings: Sequence[Reading], after: int | None, limit_c: float | None = None
+) -> tuple[bool | None, str]:
+    """Return whether the machine was throttled, and why in words.
+
+    Three things count: a bit that held at one of the readings, a bit "since the boot"
+    that was not set before the test and is set after it (it catches what fell between
+    two readings), and a clock whose best in the last third of the test is a tenth below
+    its best in the first half, while the temperature was within 5 °C of its limit. The
+    best counts, not the mean: a core that waits for the disk clocks down as well.
+
+    Args:
+        before: throttle bits before the test, None if this machine has none.
+        readings: the sensors during it, in order.
+        after: the bits after it.
+        limit_c: temperature from which this machine lowers its clock; None takes 80 °C.
+
+    Returns:
+        True with the reasons, False with an empty reason, or (None, "") where nothing tells.
+    """
+    live = [reading.throttle_bits for reading in readings if reading.throttle_bits is not None]
+    bits = 0
+    for value in live:
+        bits |= value & 0xF
+    if before is not None and after is not None:
+        bits |= (after & ~before) >> STICKY_SHIFT & 0xF
+    reasons = [words for bit, words in _WORDS if bits & bit]
+    heat = _hot_and_slower(readings, _LIMIT_C if limit_c is None else limit_c)
+    if heat and not reasons:
+        reasons.append(heat)
+    if reasons:
+        return True, "; ".join(reasons)
+    told = bool(live) or (before is not None and after is not None) or heat is not None
+    return (False, "") if told else (None, "")
+
+
+def _hot_and_slower(readings: Sequence[Reading], limit_c: float) -> str | None:
+    """Return what happened in words, empty if nothing did, None if clock or temperature are not known."""
+    known = [(r.clock_mhz, r.temperature_c) for r in readings]
+    clocks = [clock for clock, heat in known if clock is not None and heat is not None]
+    heats = [heat for clock, heat in known if clock is not None and heat is not None]
+    if len(clocks) < _ENOUGH:
+        return None
+    best, last = max(clocks[: -(-len(clocks) // 2)]), max(clocks[-(-2 * len(clocks) // 3) :])
+    if last >= _FALL * best or max(heats) < limit_c - _NEAR_C:
+        return ""
+    return (
+        f"clock fell from {best:.0f} to {last:.0f} MHz at {max(heats):.0f} °C: "
+        "cool it, or let it rest between tests"
+    )
+
 
 _ROOT = Path("/")
 _MOST = 7200  # readings kept: two hours
-
 # Zones that are the processor, surest first; others (battery, wireless, the board's acpitz) are not.
 _ZONES = (
     re.compile(r"x86_pkg_temp|cpu.*|bigcore.*|cluster.*", re.IGNORECASE),

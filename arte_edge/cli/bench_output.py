@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from arte_edge.bench.case import Reporter
-from arte_edge.bench.table import Table, as_csv, as_json, quality_line, summary
+from arte_edge.bench.report import Table, as_csv, as_json, quality_line, summary
+from arte_edge.bench.settings import Reporter
 from arte_edge.cache import megabytes
 from arte_edge.console import err
 from arte_edge.errors import InputError, nearest

@@ -34,7 +34,7 @@ def compare(
     threads, cache types or device, another task or split.
     """
     from arte_edge.bench.compare import compare as compare_rows
-    from arte_edge.bench.sides import rows_of
+    from arte_edge.bench.compare import rows_of
 
     found = compare_rows(rows_of(a), rows_of(b), force=force)
     if as_json:

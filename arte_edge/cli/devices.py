@@ -10,8 +10,8 @@ import typer
 from arte_edge.console import emit_json, err, out
 
 if TYPE_CHECKING:
-    from arte_edge.device.profile import Profile
-    from arte_edge.device.shape import ModelShape
+    from arte_edge.device.model_size import ModelShape
+    from arte_edge.device.profiles import Profile
 
 __all__ = ["app"]
 
@@ -33,7 +33,7 @@ Context = Annotated[int, typer.Option("--context", min=1, help="Tokens of contex
 @app.command("ls")
 def ls(as_json: Json = False) -> None:
     """List the shipped profiles and your own devices."""
-    from arte_edge.device.catalogue import find_device, own_folder, own_names, shipped
+    from arte_edge.device.profiles import find_device, own_folder, own_names, shipped
 
     devices = [*shipped(), *(find_device(name) for name in own_names())]
     if as_json:
@@ -61,10 +61,10 @@ def ls(as_json: Json = False) -> None:
 @app.command("show")
 def show(device: Ref, model: Model = None, context: Context = 2048, as_json: Json = False) -> None:
     """Print every fact of a device with its source; with --model, if it fits and how fast it should be."""
-    from arte_edge.device.catalogue import find_device
-    from arte_edge.device.fit import fit_profile
+    from arte_edge.device.memory_estimate import fit_profile
+    from arte_edge.device.model_size import ModelShape
+    from arte_edge.device.profiles import find_device
     from arte_edge.device.roofline import expected
-    from arte_edge.device.shape import ModelShape
 
     profile = find_device(device)
     shape = ModelShape.of(model) if model else None
@@ -89,13 +89,12 @@ def detect(
 ) -> None:
     """Say what this machine is, which profile fits it, and which sensors it has."""
     from arte_edge import memory
-    from arte_edge.device.bandwidth import is_busy
-    from arte_edge.device.bandwidth import probe as bandwidth
     from arte_edge.device.detect import board
     from arte_edge.device.detect import detect as facts_of
-    from arte_edge.device.fit import fit, repacked_types
-    from arte_edge.device.roofline import expected_here
-    from arte_edge.device.shape import ModelShape
+    from arte_edge.device.memory_estimate import fit, repacked_types
+    from arte_edge.device.model_size import ModelShape
+    from arte_edge.device.roofline import expected_here, is_busy
+    from arte_edge.device.roofline import probe as bandwidth
 
     facts = facts_of()
     found: dict[str, Any] = facts.model_dump(mode="json") | {"board": board()}
@@ -130,7 +129,7 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Add a device of your own. Nothing is sent to it; `devices check` reaches it."""
-    from arte_edge.device.catalogue import add_device
+    from arte_edge.device.profiles import add_device
 
     path = add_device(name, host, base=base, workdir=workdir, python=python, title=title, notes=notes)
     if as_json:
@@ -150,9 +149,9 @@ def check(
     """Reach a device over ssh and say if it is ready to measure. Changes nothing there, unless --clean."""
     from dataclasses import asdict
 
-    from arte_edge.device.catalogue import find_device
-    from arte_edge.device.work_folder import check as look
-    from arte_edge.device.work_folder import clean as remove
+    from arte_edge.device.profiles import find_device
+    from arte_edge.device.ssh.workdir import check as look
+    from arte_edge.device.ssh.workdir import clean as remove
     from arte_edge.errors import ArteError
 
     profile = find_device(device)
@@ -182,7 +181,7 @@ def rm(
     as_json: Json = False,
 ) -> None:
     """Forget a device of your own. Nothing on the device is touched."""
-    from arte_edge.device.catalogue import remove_device
+    from arte_edge.device.profiles import remove_device
 
     path = remove_device(name)
     if as_json:

@@ -3,23 +3,82 @@
     seconds a token = weight bytes / rate + KV-cache bytes / rate + layers * layer_s
 
 `rate` is what somebody published for the device (its profile), or the read bandwidth measured on this
-machine (`bandwidth`), which gives an upper bound. The memory ceiling is the roofline of Williams,
+machine, which gives an upper bound: each thread sums its own large array with numpy, the best of
+several passes counts, and the result is cached. The memory ceiling is the roofline of Williams,
 Waterman, Patterson (CACM 52:4, 2009); the last term is what a small model loses below it.
 """
 
 from __future__ import annotations
 
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-from arte_edge.device.bandwidth import probe
-from arte_edge.device.profile import Profile
-from arte_edge.device.shape import ModelShape
+from arte_edge.device.model_size import ModelShape
+from arte_edge.device.profiles import Profile
 
-__all__ = ["Expected", "Source", "expected", "expected_here"]
+__all__ = ["Expected", "Source", "expected", "expected_here", "is_busy", "measure", "probe"]
+
+_MAX_BYTES = 512_000_000  # in all: past every cache of a small machine, and past those of most servers
+_PASSES = 6
+_LIMIT_S = 1.5
+
+
+def probe(threads: int, *, fresh: bool = False) -> float:
+    """Return the bytes a second that `threads` threads read from memory, from the last probe if there was one.
+
+    Args:
+        fresh: measure again, whatever is remembered of this machine.
+    """
+    from arte_edge.cache import measured_once
+    from arte_edge.device.detect import detect
+
+    return measured_once(
+        "bandwidth",
+        [detect().fingerprint, threads],  # several machines may share a home folder
+        read=lambda row: float(row["bytes_per_s"]),
+        measure=lambda: {"bytes_per_s": measure(threads)},
+        fresh=fresh,
+        store=not is_busy(),  # a busy machine's rate is too low to be used again
+    )
+
+
+def measure(threads: int, total_bytes: int = 0) -> float:
+    """Measure and return the read bandwidth in bytes/s.
+
+    Args:
+        total_bytes: size of all arrays together; 0: a quarter of what is free, at most 512 MB.
+    """
+    import numpy as np
+
+    from arte_edge.memory import available_bytes
+
+    total_bytes = total_bytes or min(_MAX_BYTES, available_bytes() // 4)
+    share = max(1 << 20, total_bytes // threads) // 8
+    arrays = [np.ones(share, dtype=np.int64) for _ in range(threads)]
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(np.sum, arrays))
+        until_s = time.perf_counter() + _LIMIT_S
+        for _ in range(_PASSES):
+            start_s = time.perf_counter()
+            list(pool.map(np.sum, arrays))
+            best = max(best, share * 8 * threads / (time.perf_counter() - start_s))
+            if time.perf_counter() > until_s:
+                break
+    return best
+
+
+def is_busy() -> bool:
+    """Return whether other programs took more than half of the cores during the last minute."""
+    if not hasattr(os, "getloadavg"):
+        return False
+    return os.getloadavg()[0] > max(1.0, (os.cpu_count() or 1) / 2)
+
 
 Source = Literal["probe", "published", "assumed"]
-
 # Share of the peak bandwidth that decoding reached where both are known: 0.56 to 0.68 on a
 # Raspberry Pi 5, 0.48 and 0.54 on an Intel N150 and a Ryzen AI 340, 0.78 on an M1 (see devices/*.toml).
 _SHARE_OF_PEAK = 0.5

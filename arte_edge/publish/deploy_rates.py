@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from arte_edge.device.profile import Profile
-from arte_edge.device.shape import ModelShape
+from arte_edge.device.model_size import ModelShape
+from arte_edge.device.profiles import Profile
 from arte_edge.distill.config import Deploy
 from arte_edge.distill.deploy import Rates
 from arte_edge.errors import InputError
@@ -61,7 +61,7 @@ def deploy_rates(deploy: Deploy, student: LocalModel) -> Rates:
 
 def _device(deploy: Deploy) -> tuple[Profile | None, frozenset[str]]:
     """Return the profile, None for a fingerprint, and the names that results of it stand under."""
-    from arte_edge.device.catalogue import find_device
+    from arte_edge.device.profiles import find_device
 
     try:
         profile = find_device(deploy.device)

@@ -263,8 +263,7 @@ def machine_here() -> Machine:
 
 def _own_hosts() -> Iterable[str]:
     """Yield the names of the user's own devices and the parts of their addresses (`arte-edge devices add`)."""
-    from arte_edge.device.catalogue import own_folder
-    from arte_edge.device.profile import read_profile
+    from arte_edge.device.profiles import own_folder, read_profile
 
     for path in sorted(own_folder().glob("*.toml")):
         yield path.stem

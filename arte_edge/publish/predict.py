@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from arte_edge.device.profile import Profile
-from arte_edge.device.shape import ModelShape
+from arte_edge.device.model_size import ModelShape
+from arte_edge.device.profiles import Profile
 from arte_edge.errors import InputError
 from arte_edge.publish.recommend.measurements import Prediction, Predictor
 from arte_edge.results.student_json import Artifact
@@ -40,7 +40,7 @@ def predictor(folder: Path, profile: Profile, context_tokens: int) -> Predictor:
 
 def predict_shape(shape: ModelShape, profile: Profile, context_tokens: int) -> Prediction:
     """Return what is expected of a model of these sizes on the device."""
-    from arte_edge.device.fit import fit
+    from arte_edge.device.memory_estimate import fit
     from arte_edge.device.roofline import expected
 
     speed = expected(shape, profile, context_tokens)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from arte_edge.bench.case import BenchSettings, Reporter, Request
 from arte_edge.bench.runner import bench
+from arte_edge.bench.settings import BenchSettings, Reporter, Request
 from arte_edge.errors import InputError
 
 QUICK: dict[str, Any] = {

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arte_edge.bench.compare import Comparison, compare
-from arte_edge.bench.sides import rows_of
-from arte_edge.bench.table import as_json
+from arte_edge.bench.compare import Comparison, compare, rows_of
+from arte_edge.bench.report import as_json
 from arte_edge.errors import InputError
 from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow, append_rows
 from arte_edge.stats import ratio, t_quantile

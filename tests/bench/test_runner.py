@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from arte_edge.bench.case import BenchSettings
 from arte_edge.bench.runner import run_bench
+from arte_edge.bench.settings import BenchSettings
 from arte_edge.errors import InputError
 from arte_edge.results.rows import DeviceFacts, SpeedRow
 
@@ -68,7 +68,7 @@ def test_a_child_that_is_killed_is_a_row_and_the_next_case_runs(this_device: Dev
         ends = time.monotonic() + 20
         while time.monotonic() < ends:
             found = [
-                c for c in psutil.Process().children() if "arte_edge.bench.child" in " ".join(c.cmdline())
+                c for c in psutil.Process().children() if "arte_edge.bench.worker" in " ".join(c.cmdline())
             ]
             if found:
                 os.kill(found[0].pid, signal.SIGKILL)

@@ -1,14 +1,21 @@
+""""""
+
 from __future__ import annotations
 
+import mmap
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from arte_edge.bench.sensors import Sensors, power_supply
-from arte_edge.bench.throttle import judge
+from arte_edge.bench.sensors import Sensors, judge, mapped_bytes, peak_rss_bytes, power_supply
+from arte_edge.results.rows import Reading
 
 # A stand-in for the firmware's command: a real process, whose answers a test can change while it runs.
 VCGENCMD = """#!/bin/sh
@@ -19,7 +26,6 @@ case "$1" in
   *) echo "error=1 error_msg=\\"Command not registered\\"" ;;
 esac
 """
-
 Write = Callable[..., None]
 
 
@@ -189,3 +195,134 @@ def test_the_block_ends_at_once_however_long_the_period(tmp_path: Path) -> None:
 
 def test_the_supply_is_named_or_nothing_is() -> None:
     assert power_supply() in ("mains", "battery", "")
+
+
+def readings(*values: tuple[float | None, float | None, int | None]) -> list[Reading]:
+    """(temperature, clock, bits) a second each."""
+    return [
+        Reading(t_s=t, temperature_c=heat, clock_mhz=clock, throttle_bits=bits)
+        for t, (heat, clock, bits) in enumerate(values)
+    ]
+
+
+COOL = readings(*[(50.0, 2400.0, 0)] * 8)
+
+
+def test_a_cool_machine_with_clean_bits_was_not_throttled() -> None:
+    assert judge(0, COOL, 0) == (False, "")
+
+
+def test_a_machine_that_tells_nothing_is_not_judged() -> None:
+    assert judge(None, [], None) == (None, "")
+    assert judge(None, readings(*[(None, None, None)] * 8), None) == (None, "")
+    assert judge(None, readings(*[(60.0, None, None)] * 8), None) == (
+        None,
+        "",
+    )  # hot or not, it takes a clock
+
+
+@pytest.mark.parametrize(
+    ("bit", "words"),
+    [
+        (0x1, "under-voltage: use the official power supply"),
+        (0x2, "clock capped"),
+        (0x4, "too hot"),
+        (0x8, "soft temperature limit"),
+    ],
+)
+def test_each_bit_is_said_in_words(bit: int, words: str) -> None:
+    during = readings((50.0, 2400.0, 0), (50.0, 2400.0, bit), (50.0, 2400.0, 0))
+    throttled, reason = judge(0, during, 0)
+    assert throttled is True and words in reason
+    throttled, reason = judge(0, COOL, bit << 16)  # between two readings: only the sticky bit saw it
+    assert throttled is True and words in reason
+
+
+def test_what_happened_before_the_test_does_not_count_against_it() -> None:
+    assert judge(0x50000, COOL, 0x50000) == (False, "")
+    assert judge(0x50000, COOL, 0xD0000)[0] is True
+
+
+def test_several_reasons_are_all_named() -> None:
+    reason = judge(0, readings((85.0, 1500.0, 0x5)), 0x50000)[1]
+    assert "under-voltage" in reason and "too hot" in reason
+
+
+def test_a_clock_that_falls_in_the_heat_is_throttling_even_without_bits() -> None:
+    falling = readings(*[(70.0, 2400.0, None)] * 5, *[(84.0, 1500.0, None)] * 5)
+    throttled, reason = judge(None, falling, None)
+    assert throttled is True and "2400 to 1500 MHz at 84 °C" in reason
+    assert judge(None, falling, None, limit_c=100.0) == (False, "")  # this one may be hotter than that
+
+
+def test_a_core_that_waits_is_not_throttled() -> None:
+    idle_now_and_then = readings(*[(78.0, clock, None) for clock in (600.0, 2400.0, 600.0, 2400.0) * 4])
+    assert judge(None, idle_now_and_then, None) == (False, "")
+    cool = readings(*[(45.0, 2400.0, None)] * 5, *[(45.0, 600.0, None)] * 5)
+    assert judge(None, cool, None) == (False, "")
+
+
+@given(
+    st.none() | st.integers(0, 2**20),
+    st.lists(
+        st.tuples(
+            st.none() | st.floats(-20, 120), st.none() | st.floats(0, 6000), st.none() | st.integers(0, 2**20)
+        ),
+        max_size=20,
+    ),
+    st.none() | st.integers(0, 2**20),
+)
+def test_any_readings_are_judged_and_only_throttling_has_a_reason(
+    before: int | None, values: list[tuple[float | None, float | None, int | None]], after: int | None
+) -> None:
+    throttled, reason = judge(before, readings(*values), after)
+    assert bool(reason) == (throttled is True)
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
+MB = 1 << 20
+
+
+def test_the_peak_stays_after_the_memory_is_given_back() -> None:
+    before = peak_rss_bytes()
+    assert before > 5 * MB
+    block = bytearray(before + 32 * MB)  # more than ever was there: a peak that does not move tells nothing
+    block[::4096] = b"x" * len(block[::4096])
+    peak = peak_rss_bytes()
+    assert peak >= len(block)
+    del block
+    assert peak_rss_bytes() >= peak - MB
+
+
+def test_without_proc_the_system_call_says_about_the_same(tmp_path: Path) -> None:
+    assert 0.5 < peak_rss_bytes(tmp_path) / peak_rss_bytes() < 2
+
+
+@linux
+def test_a_child_does_not_inherit_the_peak_of_its_parent() -> None:
+    code = "from arte_edge.bench.sensors import peak_rss_bytes; print(peak_rss_bytes())"
+    block = bytearray(200 * MB)
+    block[::4096] = b"x" * len(block[::4096])
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert int(child.stdout) < 150 * MB < peak_rss_bytes()
+
+
+@linux
+def test_only_the_pages_of_the_models_files_that_were_read_count(tmp_path: Path) -> None:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    model, other = folder / "model file.gguf", tmp_path / "other.bin"
+    for path in (model, other):
+        path.write_bytes(b"w" * 8 * MB)
+    assert mapped_bytes([model]) == 0
+    with model.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert sum(mapped[:: mmap.PAGESIZE]) > 0
+        assert mapped_bytes([model]) == 8 * MB
+        assert mapped_bytes([folder]) == 8 * MB  # a folder stands for its files
+        assert mapped_bytes([other]) == 0
+        (tmp_path / "link.gguf").symlink_to(model)
+        assert mapped_bytes([tmp_path / "link.gguf"]) == 8 * MB
+
+
+def test_a_system_without_smaps_does_not_tell(tmp_path: Path) -> None:
+    assert mapped_bytes([tmp_path], proc=tmp_path) is None

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from arte_edge.device.ssh import Ssh
+from arte_edge.device.ssh.connection import Ssh
 
 
 class Proxy:
@@ -173,10 +173,10 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]
 @pytest.fixture
 def device(sshd: tuple[Path, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     """A device named ``kitchen`` with an empty home, behind a link that a test can cut."""
-    from arte_edge.device import copy, patience
+    from arte_edge.device.ssh import connection, upload
 
-    monkeypatch.setattr(patience, "WAITS_S", (0.05,) * 6)
-    monkeypatch.setattr(copy, "_SETTLE_S", "0.05")
+    monkeypatch.setattr(connection, "WAITS_S", (0.05,) * 6)
+    monkeypatch.setattr(upload, "_SETTLE_S", "0.05")
     folder, port = sshd
     proxy = Proxy(port)
     home = folder / "home"

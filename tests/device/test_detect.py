@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from arte_edge import memory
-from arte_edge.device.cpuinfo import parse_cpuinfo, parse_sysctl
-from arte_edge.device.detect import detect, usable_cores
+from arte_edge.device.detect import detect, parse_cpuinfo, parse_sysctl, usable_cores
 from arte_edge.results.rows import DeviceFacts
 
 A76_FEATURES = (

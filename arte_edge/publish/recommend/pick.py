@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arte_edge.device.profile import Profile
+from arte_edge.device.profiles import Profile
 from arte_edge.errors import InputError
 from arte_edge.publish.locate import find_export, read_bench, read_export
 from arte_edge.publish.recommend.constraints import Constraints, parse_size, size_text
@@ -195,7 +195,7 @@ def _device(ref: str | None, measured: set[str]) -> tuple[Profile, frozenset[str
 
     A fingerprint that was measured needs no profile; nothing can be predicted for it then.
     """
-    from arte_edge.device.catalogue import find_device
+    from arte_edge.device.profiles import find_device
 
     if ref is None:
         from arte_edge.device.detect import detect

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from arte_edge.device.profile import Profile
+from arte_edge.device.profiles import Profile
 from arte_edge.errors import InputError
 from arte_edge.publish.recommend.constraints import Constraints, parse_size, size_text
 from arte_edge.publish.recommend.measurements import Prediction

@@ -1,0 +1,328 @@
+"""The sizes of a model that decide whether it fits and how fast it decodes, read from headers alone.
+
+A generated token reads every weight once, with two exceptions: of an embedding that is not also the
+output head only one row is looked up, and of the experts of a mixture only the chosen ones are read.
+It also reads the keys and values of all tokens before it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from arte_edge.errors import InputError
+from arte_edge.protobuf import fields, varint
+
+__all__ = ["ModelShape", "OnnxSizes", "model_format", "read_onnx_sizes"]
+
+_GRAPH = 7  # of ModelProto
+_NODE, _INITIALIZER = 1, 5  # of GraphProto
+_NODE_INPUT, _NODE_OP = 1, 4
+_DIMS, _DATA_TYPE, _NAME = 1, 2, 8  # of TensorProto
+# TensorProto.DataType -> bits of one value
+_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 16: 16, 21: 4, 22: 4}
+
+
+@dataclass(frozen=True)
+class OnnxSizes:
+    """Bytes of the initializers, and of those that are read a row at a time (an embedding)."""
+
+    weight_bytes: int
+    lookup_bytes: int
+
+
+def read_onnx_sizes(path: Path) -> OnnxSizes:
+    """Return what the graph at `path` says of its weights, wherever their data lies.
+
+    Raises:
+        InputError: the file cannot be read as ONNX.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _graph_sizes(data)
+    except (OSError, ValueError, IndexError) as error:
+        raise InputError(f"{path}: not readable as ONNX: {error}", "Export it again.") from error
+
+
+def _graph_sizes(data: mmap.mmap) -> OnnxSizes:
+    counts: dict[str, int] = {}  # name -> bytes
+    looked_up: set[str] = set()
+    multiplied: set[str] = set()
+    for number, start, end in fields(data, 0, len(data)):
+        if number != _GRAPH:
+            continue
+        for kind, at, stop in fields(data, start, end):
+            if kind == _INITIALIZER:
+                name, size_bytes = _tensor(data, at, stop)
+                counts[name] = size_bytes
+            elif kind == _NODE:
+                inputs, op = _node(data, at, stop)
+                (looked_up if op.startswith("Gather") else multiplied).update(inputs)
+    if not counts:
+        raise ValueError("it holds no weights")
+    lookup = sum(counts[name] for name in looked_up - multiplied if name in counts)
+    return OnnxSizes(sum(counts.values()), lookup)
+
+
+def _tensor(data: mmap.mmap, at: int, end: int) -> tuple[str, int]:
+    """Return an initializer's name and its bytes."""
+    name, bits, values = "", 32, 1
+    for number, start, stop in fields(data, at, end):
+        if number == _DIMS:  # one varint each, or several packed; the two look alike here
+            while start < stop:
+                size, start = varint(data, start)
+                values *= size
+        elif number == _DATA_TYPE:
+            bits = _BITS.get(varint(data, start)[0], 32)
+        elif number == _NAME:
+            name = data[start:stop].decode(errors="replace")
+    return name, values * bits // 8
+
+
+def _node(data: mmap.mmap, at: int, end: int) -> tuple[list[str], str]:
+    """Return a node's input names and its operator."""
+    inputs, op = [], ""
+    for number, start, stop in fields(data, at, end):
+        if number == _NODE_INPUT:
+            inputs.append(data[start:stop].decode(errors="replace"))
+        elif number == _NODE_OP:
+            op = data[start:stop].decode(errors="replace")
+    return inputs, op
+
+
+_KV_VALUE_BYTES = 2  # f16, the default of the runtimes
+_HEAD_ROWS = ("token_embd.weight", "per_layer_token_embd.weight")
+_WIDE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of one model file or folder. Bytes are of the weights as they are stored."""
+
+    name: str
+    format: str  # gguf, onnx-genai, onnx, safetensors
+    architecture: str
+    quantization: str
+    weight_bytes: int
+    token_bytes: int  # of weights, read to write one token
+    n_params: int
+    n_layer: int
+    n_kv_head: int  # the largest of all layers
+    head_dim: int
+    n_embd: int
+    n_ff: int  # the widest layer's
+    n_vocab: int
+    n_ctx_train: int
+    kv_values: int  # keys and values that one token adds to the cache, over all layers
+    token_bytes_by_type: dict[str, int] = field(default_factory=dict)  # sums to `token_bytes`
+    kv_value_bytes: int = _KV_VALUE_BYTES
+
+    @classmethod
+    def of(cls, path: Path) -> ModelShape:
+        """Return the sizes of a GGUF file, or of a folder with ONNX or safetensors weights.
+
+        Raises:
+            InputError: none of these, or its header or config does not say what is needed.
+        """
+        read = {
+            "gguf": _of_gguf,
+            "onnx-genai": _of_genai,
+            "onnx": _of_onnx,
+            "safetensors": _of_safetensors,
+        }
+        return read[model_format(path)](path)
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Return the bytes of the keys and values of `tokens` tokens.
+
+        Layers with a sliding window hold fewer; they are counted in full, so this is an upper bound.
+        """
+        return tokens * self.kv_values * self.kv_value_bytes
+
+
+def _of_gguf(path: Path) -> ModelShape:
+    from arte_edge.gguf.reader import read_model_header
+
+    header = read_model_header(path)
+    arch, told = header.architecture, header.metadata
+    is_tied = "output.weight" not in header.tensors
+    experts = max(1, _number(told, f"{arch}.expert_count"))
+    used = _number(told, f"{arch}.expert_used_count") or experts
+    by_type: dict[str, int] = {}
+    for name, tensor in header.tensors.items():
+        if name in _HEAD_ROWS and not (is_tied and name == _HEAD_ROWS[0]):
+            size_bytes = tensor.size_bytes // max(1, tensor.shape[0])
+        elif "_exps." in name:
+            size_bytes = tensor.size_bytes * used // experts
+        else:
+            size_bytes = tensor.size_bytes
+        by_type[tensor.type] = by_type.get(tensor.type, 0) + size_bytes
+    n_layer, n_embd = _number(told, f"{arch}.block_count"), _number(told, f"{arch}.embedding_length")
+    n_head = max(_numbers(told, f"{arch}.attention.head_count") or [1])
+    kv_heads = _numbers(told, f"{arch}.attention.head_count_kv") or [n_head]
+    key_dim = _number(told, f"{arch}.attention.key_length") or n_embd // max(1, n_head)
+    value_dim = _number(told, f"{arch}.attention.value_length") or key_dim
+    heads = sum(kv_heads) if len(kv_heads) > 1 else kv_heads[0] * n_layer
+    embedding = header.tensors.get(_HEAD_ROWS[0])
+    return ModelShape(
+        name=path.name,
+        format="gguf",
+        architecture=arch,
+        quantization=header.quantization,
+        weight_bytes=sum(tensor.size_bytes for tensor in header.tensors.values()),
+        token_bytes=sum(by_type.values()),
+        n_params=header.parameter_count,
+        n_layer=n_layer,
+        n_kv_head=max(kv_heads),
+        head_dim=key_dim,
+        n_embd=n_embd,
+        n_ff=max(_numbers(told, f"{arch}.feed_forward_length") or [0]),
+        n_vocab=embedding.shape[0] if embedding else _number(told, f"{arch}.vocab_size"),
+        n_ctx_train=header.context_tokens,
+        kv_values=heads * (key_dim + value_dim),
+        token_bytes_by_type=by_type,
+    )
+
+
+def _numbers(told: dict[str, Any], key: str) -> list[int]:
+    """Return a number, or one a layer, as a list; empty if the file does not say."""
+    value = told.get(key)
+    values = value if isinstance(value, list | tuple) else [value]
+    return [int(item) for item in values if isinstance(item, int)]
+
+
+def _number(told: dict[str, Any], key: str) -> int:
+    return (_numbers(told, key) or [0])[0]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return document
+
+
+def _attention(config: dict[str, Any], source: Path) -> dict[str, int]:
+    """Return the sizes that a ``config.json`` of transformers tells; of a multimodal one its text part's."""
+    config = config.get("text_config") or config
+    try:
+        n_layer, n_embd = int(config["num_hidden_layers"]), int(config["hidden_size"])
+        n_head = int(config["num_attention_heads"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{source}: {error} is missing or no number", "Is it a language model's?") from error
+    n_kv_head = int(config.get("num_key_value_heads") or n_head)
+    head_dim = int(config.get("head_dim") or config.get("head_size") or n_embd // n_head)
+    return {
+        "n_layer": n_layer,
+        "n_embd": n_embd,
+        "n_ff": int(config.get("intermediate_size") or 0),
+        "n_kv_head": n_kv_head,
+        "head_dim": head_dim,
+        "kv_values": n_layer * n_kv_head * head_dim * 2,
+        "n_vocab": int(config.get("vocab_size") or 0),
+        "n_ctx_train": int(config.get("max_position_embeddings") or 0),
+    }
+
+
+def _of_safetensors(folder: Path) -> ModelShape:
+    config = _json(folder / "config.json")
+    by_type: dict[str, int] = {}
+    weight_bytes = n_params = lookup_bytes = 0
+    tensors = {
+        name: told for file in sorted(folder.glob("*.safetensors")) for name, told in _tensors(file).items()
+    }
+    has_head = "lm_head.weight" in tensors and not config.get("tie_word_embeddings", False)
+    for name, told in tensors.items():
+        start, end = told["data_offsets"]
+        weight_bytes += end - start
+        n_params += (end - start) // _WIDE.get(told["dtype"], 1)
+        if name.endswith("embed_tokens.weight") and has_head:
+            lookup_bytes += end - start
+        else:
+            by_type[told["dtype"]] = by_type.get(told["dtype"], 0) + end - start
+    return ModelShape(
+        name=folder.name,
+        format="safetensors",
+        architecture=str(config.get("model_type", "")),
+        quantization=max(by_type, key=lambda kind: by_type[kind]) if by_type else "",
+        weight_bytes=weight_bytes,
+        token_bytes=weight_bytes - lookup_bytes,
+        n_params=n_params,
+        token_bytes_by_type=by_type,
+        **_attention(config, folder / "config.json"),
+    )
+
+
+def _tensors(file: Path) -> dict[str, Any]:
+    """Return the header of a safetensors file: its length in 8 bytes, then JSON."""
+    try:
+        with file.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            if size > file.stat().st_size:
+                raise ValueError("cut short")
+            header = json.loads(stream.read(size))
+    except (OSError, ValueError, struct.error) as error:
+        raise InputError(f"{file}: not a safetensors file: {error}", "Fetch it again.") from error
+    return {name: told for name, told in header.items() if name != "__metadata__"}
+
+
+def _of_genai(folder: Path) -> ModelShape:
+
+    source = folder / "genai_config.json"
+    told = _json(source).get("model", {})
+    decoder = told.get("decoder", {})
+    sizes = read_onnx_sizes(folder / decoder.get("filename", "model.onnx"))
+    config = {**decoder, "vocab_size": told.get("vocab_size"), "head_dim": decoder.get("head_size")}
+    config["max_position_embeddings"] = told.get("context_length")
+    parent = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    shared = _attention(config, source)
+    return _onnx_shape(
+        folder, "onnx-genai", str(told.get("type") or parent.get("model_type", "")), sizes, shared
+    )
+
+
+def _of_onnx(folder: Path) -> ModelShape:
+
+    config = _json(folder / "config.json")
+    graphs = sorted(folder.rglob("*.onnx"), key=lambda path: path.stat().st_size)
+    sizes = max((read_onnx_sizes(path) for path in graphs), key=lambda sizes: sizes.weight_bytes)
+    shared = _attention(config, folder / "config.json")
+    return _onnx_shape(folder, "onnx", str(config.get("model_type", "")), sizes, shared)
+
+
+def _onnx_shape(folder: Path, kind: str, architecture: str, sizes: Any, shared: dict[str, int]) -> ModelShape:
+    token_bytes = sizes.weight_bytes - sizes.lookup_bytes
+    return ModelShape(
+        name=folder.name,
+        format=kind,
+        architecture=architecture,
+        quantization="",
+        weight_bytes=sizes.weight_bytes,
+        token_bytes=token_bytes,
+        n_params=0,  # packed four-bit weights do not say how many they are
+        token_bytes_by_type={"onnx": token_bytes},
+        kv_value_bytes=4,  # the shipped recipes keep the cache in fp32, which is what ONNX on a CPU computes in
+        **shared,
+    )
+
+
+def model_format(path: Path) -> str:
+    """Return gguf, onnx-genai, onnx or safetensors. Raises InputError if `path` is none of them."""
+    if path.is_file():
+        return "gguf"
+    if path.is_dir():
+        if (path / "genai_config.json").is_file():
+            return "onnx-genai"
+        if any(path.rglob("*.onnx")):
+            return "onnx"
+        if any(path.glob("*.safetensors")):
+            return "safetensors"
+    problem = "not a model" if path.exists() else "no such file or folder"
+    raise InputError(f"{path}: {problem}", "Give a .gguf file, or a folder with ONNX or safetensors weights.")

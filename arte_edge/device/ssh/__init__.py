@@ -1,0 +1,1 @@
+"""Devices over ssh: connect, upload, prepare an environment, run jobs detached from the connection."""

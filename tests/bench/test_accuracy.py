@@ -1,0 +1,245 @@
+"""Right answers are measured in a child too: what it says comes back as a row, what it cannot do as well."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from arte_edge.bench import accuracy
+from arte_edge.bench.accuracy import example_key, measure_quality, run_quality
+from arte_edge.bench.find_models import Target
+from arte_edge.errors import InputError
+from arte_edge.models import LocalModel
+from arte_edge.results.accuracy import paired_on_common
+from arte_edge.results.rows import DeviceFacts, QualityRow
+from arte_edge.stats import mcnemar, wilson
+from arte_edge.tasks.loaders import load_task
+from arte_edge.tasks.task import Answer, Example, Task, rows_sha256
+
+DEVICE = DeviceFacts(fingerprint="a" * 16, cpu="Test", arch="x86_64", cores=2, memory_bytes=1 << 30)
+TEST = tuple(Example(f"{i}?", "odd" if i % 2 else "even") for i in range(40))
+TASK = Task(
+    name="parity",
+    description="Even or odd.",
+    answer=Answer(kind="choice", choices=("even", "odd")),
+    techniques=("Look.",),
+    seed=(),
+    validation=tuple(Example(f"validation {i}?", "odd") for i in range(6)),
+    test_inputs=frozenset(example.key for example in TEST),
+    test_sha256=rows_sha256(TEST),
+    test_loader=lambda: TEST,
+)
+
+
+@dataclass
+class Pupil:
+    """An `Opened` that answers parity right but for the numbers below `ignores`; one word is one token."""
+
+    name: str
+    ignores: int = 0
+    quantization: str = "Q8_0"
+    runtime: str = "pupil 1.0"
+    asked: list[list[str]] = field(default_factory=list)
+    open: bool = True
+
+    def render(self, messages: Sequence[Any]) -> str:
+        return messages[-1]["content"] + "\n"
+
+    def tokens(self, text: str) -> list[int]:
+        return [0] * len(text.split())
+
+    def generate(self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        self.asked.append(list(prompts))
+        return [self._answer(prompt) for prompt in prompts]
+
+    def _answer(self, prompt: str) -> str:
+        number = prompt.rpartition("Question: ")[2].partition("?")[0]
+        if not number.isdigit():
+            return " It is <ans>odd</ans>"
+        even = (int(number) % 2 == 0) == (int(number) >= self.ignores)
+        return f" Look. <ans>{'even' if even else 'odd'}</ans>"
+
+    def close(self) -> None:
+        self.open = False
+
+
+class Shelf:
+    """Opens pupils in place of files, so that what is asked, and when a model is closed, can be looked at."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, **pupils: int) -> None:
+        self.paths = {name: folder / f"{name}.gguf" for name in pupils}
+        self.opened: list[Pupil] = []
+
+        def open_model(path: Path, threads: int | None = None) -> Pupil:
+            assert not any(pupil.open for pupil in self.opened)  # a small device holds one at a time
+            self.opened.append(Pupil(path.name, pupils[path.stem]))
+            return self.opened[-1]
+
+        for path in self.paths.values():
+            path.touch()
+        monkeypatch.setattr(accuracy, "open_model", open_model)
+        monkeypatch.setattr(
+            accuracy,
+            "describe",
+            lambda path: Target(path, "gguf", path.name, quantization="Q8_0", sha256="f", tensor_sha256="t"),
+        )
+
+    def measure(self, name: str, **options: Any) -> QualityRow:
+        return measure_quality(self.paths[name], TASK, device=DEVICE, **options)
+
+
+@pytest.fixture
+def shelf(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Shelf:
+    return Shelf(monkeypatch, tmp_path, good=0, worse=12)
+
+
+def test_the_row_says_what_was_answered_with_its_interval_and_its_time(shelf: Shelf) -> None:
+    row = shelf.measure("worse", threads=3)
+    assert (row.task, row.split, row.n, row.right, row.partial) == ("parity", "test", 40, 28, False)
+    assert (row.low, row.high) == wilson(28, 40)
+    assert (row.model_filename, row.runtime, row.n_threads) == ("worse.gguf", "pupil 1.0", 3)
+    assert (row.sha256, row.tensor_sha256, row.task_sha256) == ("f", "t", TASK.sha256)
+    assert row.answers[0] == (example_key(TEST[0]), "odd", False) and row.answers[-1][1:] == ("odd", True)
+    assert row.answer_tokens_mean == 2 and row.difference is None
+    assert row.answer_seconds_p50 is not None and row.answer_seconds_p95 is not None
+    assert 0 <= row.answer_seconds_p50 <= row.answer_seconds_p95
+    assert not shelf.opened[0].open
+
+
+def test_each_example_is_asked_alone_after_a_warm_up(shelf: Shelf) -> None:
+    shelf.measure("good", limit=5)
+    warmup, *asked = shelf.opened[0].asked
+    assert warmup == ["Question:"]
+    assert [len(prompts) for prompts in asked] == [1] * 5
+    assert all(prompts[0].endswith("Let's think step by step.") for prompts in asked)
+
+
+def test_the_difference_is_paired_with_the_student_that_is_closed_before(shelf: Shelf) -> None:
+    row = shelf.measure("worse", reference=shelf.paths["good"])
+    test = mcnemar([True] * 40, [False] * 12 + [True] * 28)
+    assert (row.reference, row.reference_right) == ("good.gguf", 40)
+    assert (row.difference, row.p_value) == (test.difference, test.p_value)
+    assert (row.difference_low, row.difference_high) == (test.low, test.high)
+
+
+def test_a_row_of_another_machine_serves_as_the_reference(shelf: Shelf) -> None:
+    direct = shelf.measure("worse", reference=shelf.paths["good"])
+    earlier = shelf.measure("good").model_copy(update={"device": DEVICE.model_copy(update={"arch": "arm64"})})
+    earlier = QualityRow.model_validate_json(earlier.model_dump_json())
+    assert len(shelf.opened) == 3
+    later = shelf.measure("worse", reference=earlier)
+    assert len(shelf.opened) == 4  # the student was not opened again
+    assert later.difference == direct.difference and later.p_value == direct.p_value
+    again = paired_on_common("a", earlier.answers, "b", later.answers)
+    assert again.difference == direct.difference
+
+
+def test_a_limit_marks_the_row_and_pairs_the_same_examples(shelf: Shelf) -> None:
+    row = shelf.measure("worse", limit=20, reference=shelf.measure("good"))
+    assert (row.n, row.right, row.partial, row.reference_right) == (20, 8, True, 20)
+    assert row.difference == pytest.approx(-12 / 20)
+    assert shelf.measure("good", limit=40).partial is False
+
+
+def test_a_reference_of_another_task_or_split_is_refused_before_anything_is_opened(shelf: Shelf) -> None:
+    earlier = shelf.measure("good")
+    for change in ({"task_sha256": "other"}, {"split": "validation"}, {"answers": ()}):
+        with pytest.raises(InputError, match=r"good\.gguf"):
+            shelf.measure("worse", reference=earlier.model_copy(update=change))
+    with pytest.raises(InputError, match="no such reference"):
+        shelf.measure("worse", reference=Path("/nowhere"))
+    assert len(shelf.opened) == 1
+
+
+def test_the_test_split_is_left_alone_unless_it_is_asked_for(shelf: Shelf) -> None:
+    row = shelf.measure("good", split="validation")
+    assert (row.split, row.n) == ("validation", 6)
+    assert all("validation" in prompts[0] for prompts in shelf.opened[0].asked[1:])
+
+
+def test_a_question_that_was_asked_before_has_no_time(monkeypatch: pytest.MonkeyPatch, shelf: Shelf) -> None:
+    times = iter(range(1000))
+    clock = SimpleNamespace(perf_counter=lambda: float(next(times)) ** 2)
+    monkeypatch.setattr("arte_edge.verify.accuracy.time", clock)
+    twice = replace(TASK, validation=(TEST[0], TEST[0], TEST[1]))
+    row = measure_quality(shelf.paths["good"], twice, split="validation", device=DEVICE)
+    assert row.n == 3
+    assert (row.answer_seconds_p50, row.answer_seconds_p95) == (4.0, pytest.approx(6.7))  # of 1 and 7 s
+
+
+def test_progress_is_told(shelf: Shelf) -> None:
+    said: list[tuple[str, int, int]] = []
+    shelf.measure("good", limit=2, progress=lambda *step: said.append(step))
+    assert said == [("answers of good.gguf", 0, 2), ("answers of good.gguf", 1, 2)]
+
+
+def test_it_can_be_imported_where_there_is_no_torch() -> None:
+    code = "import sys\nfor n in ('torch', 'transformers', 'scipy'): sys.modules[n] = None\n"
+    code += "import arte_edge.bench.accuracy, arte_edge.bench.compare\n"
+    code += "print(sorted({'llama_cpp', 'onnxruntime', 'gguf'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.model
+def test_a_real_file_answers_and_equals_itself(smollm2: LocalModel) -> None:
+    pytest.importorskip("llama_cpp")
+    assert smollm2.gguf is not None
+    task = load_task("home_intents")
+    options: dict[str, Any] = {"split": "validation", "limit": 2, "device": DEVICE, "answer_tokens": 16}
+    first = measure_quality(smollm2.gguf, task, **options)
+    again = measure_quality(smollm2.gguf, task, reference=first, **options)
+    assert first.answers == again.answers and again.difference == 0 and again.p_value == 1
+    assert (first.format, first.quantization, first.partial) == ("gguf", "Q4_1", True)
+    assert len(first.tensor_sha256) == 64
+    assert first.answer_tokens_mean is not None and 1 < first.answer_tokens_mean <= 16
+    assert first.answer_seconds_p50 is not None and first.answer_seconds_p50 > 0.01
+
+
+class Quiet:
+    def progress(self, text: str) -> None: ...
+
+
+def test_a_model_that_cannot_answer_is_a_row_with_a_reason(this_device: DeviceFacts) -> None:
+    seen: list[QualityRow] = []
+    (row,) = run_quality(
+        [Path("null")], "home_intents", threads=1, device=this_device, reporter=Quiet(), on_row=seen.append
+    )
+    assert seen == [row]
+    assert row.status in ("refused", "crashed") and row.reason
+    assert (row.n, row.right, row.task) == (0, 0, "home_intents")
+
+
+def test_an_unknown_task_is_refused_before_anything_is_opened(this_device: DeviceFacts) -> None:
+    with pytest.raises(InputError, match="home_intens"):
+        run_quality(
+            [Path("null")], "home_intens", threads=1, device=this_device, reporter=Quiet(), on_row=print
+        )
+
+
+@pytest.mark.model
+def test_smollm2_answers_and_the_row_says_that_it_is_partial(
+    smollm2: LocalModel, this_device: DeviceFacts
+) -> None:
+    assert smollm2.gguf is not None
+    (row,) = run_quality(
+        [smollm2.gguf],
+        "home_intents",
+        split="validation",
+        limit=2,
+        threads=1,
+        device=this_device,
+        reporter=Quiet(),
+        on_row=lambda row: None,
+    )
+    assert row.status == "ok", row.reason
+    assert (row.n, row.partial, row.split, len(row.answers)) == (2, True, "validation", 2)
+    assert row.sha256 and row.tensor_sha256 and row.n_threads == 1
+    assert row.answer_seconds_p50 and row.answer_seconds_p50 > 0

@@ -1,0 +1,107 @@
+"""Rows of a student's files are kept beside them and merged into student.json, and never lost to a damaged one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from arte_edge.cli.main import main
+from arte_edge.models.artifact_hash import checksums_of
+from arte_edge.results.rows import read_rows
+from arte_edge.results.student_json import Artifact, Fidelity, Lineage, Student, StudentFile, write_student
+
+QUICK = ["-p", "4", "-n", "8", "-r", "2", "--no-warmup", "-t", "1", "--no-roofline"]
+
+
+@pytest.fixture
+def bench_export(bench_gguf: Path, tmp_path: Path) -> Path:
+    """An export with one file that passed the gate, and one that did not."""
+    pytest.importorskip("llama_cpp")
+    folder = tmp_path / "export"
+    folder.mkdir()
+    path = folder / bench_gguf.name
+    shutil.copy(bench_gguf, path)
+    sums = checksums_of(path)
+    good = Artifact(
+        file=path.name,
+        format="gguf",
+        quantization="F16",
+        status="ok",
+        size_bytes=sums.size_bytes,
+        sha256=sums.sha256,
+        tensor_sha256=sums.tensor_sha256,
+        bits_per_weight=16,
+        fidelity=Fidelity(passed=True),
+    )
+    bad = good.model_copy(
+        update={"file": "tiny-Q2_K.gguf.rejected", "status": "rejected", "tensor_sha256": "1" * 64}
+    )
+    student = Student(name="tiny", sha256="0" * 64, architecture="llama", dtype="F16", parameter_count=1000)
+    write_student(
+        folder,
+        StudentFile(
+            arte_edge_version="0",
+            student=student,
+            lineage=Lineage(source="checkpoint"),
+            artifacts=(good, bad),
+        ),
+    )
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = main(["bench", *words])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_rows_are_kept_beside_student_json_unless_told_otherwise(
+    capsys: pytest.CaptureFixture[str], bench_export: Path
+) -> None:
+    code, _, _ = run(capsys, str(bench_export), *QUICK, "--no-save")
+    assert code == 0 and not (bench_export / "bench.jsonl").exists()
+    before = json.loads((bench_export / "student.json").read_text())
+    code, out, _ = run(capsys, str(bench_export), *QUICK, "-o", "json")
+    assert code == 0
+    rows = read_rows(bench_export / "bench.jsonl")
+    assert [row.model_dump(mode="json") for row in rows] == json.loads(out)
+    after = json.loads((bench_export / "student.json").read_text())
+    assert before["artifacts"][0]["speeds"] == []
+    (speed,) = after["artifacts"][0]["speeds"]
+    assert speed["threads"] == 1 and speed["decode_tokens_per_s"] > 0
+    assert {test["test"] for test in speed["tests"]} == {"pp4", "tg8"}
+
+
+def test_a_damaged_student_json_does_not_lose_the_measurement(
+    capsys: pytest.CaptureFixture[str], bench_export: Path
+) -> None:
+    model = next(bench_export.glob("*.gguf"))
+    (bench_export / "student.json").write_text("{")
+    code, _, err = run(capsys, str(model), *QUICK)
+    assert code == 0
+    assert len(read_rows(bench_export / "bench.jsonl")) == 2
+    assert "not merged" in err
+    assert (bench_export / "student.json").read_text() == "{"
+
+
+def test_a_runs_folder_stands_for_its_export_and_names_what_is_missing(
+    capsys: pytest.CaptureFixture[str], bench_export: Path, tmp_path: Path
+) -> None:
+    from arte_edge.bench.find_models import find_targets
+
+    def fetch(ref: str) -> Path:
+        raise AssertionError(ref)
+
+    run_folder = tmp_path / "run"
+    shutil.copytree(bench_export, run_folder / "export")
+    assert find_targets([str(run_folder)], fetch) == [run_folder / "export" / "tiny-F16.gguf"]
+    (run_folder / "export" / "tiny-F16.gguf").unlink()
+    code, _, err = run(capsys, str(run_folder))
+    assert code == 2 and "tiny-F16.gguf is missing" in err
+    shutil.rmtree(run_folder / "export")
+    (run_folder / "run.toml").touch()
+    code, _, err = run(capsys, str(run_folder))
+    assert code == 2 and "nothing is exported yet" in err

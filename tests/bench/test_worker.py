@@ -1,0 +1,193 @@
+"""However a child ends, the answer says how, and the next case runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arte_edge.bench.worker import Ended, run_child
+
+OOM = "sys/fs/cgroup/memory.events"
+
+
+def run(code: str, timeout_s: float = 30.0, **more: Any) -> Ended:
+    head = "import json, os, signal, sys, time\nsay = lambda **m: print(json.dumps(m), flush=True)\n"
+    return run_child({"kind": "test"}, timeout_s, command=[sys.executable, "-c", head + code], **more)
+
+
+def test_the_answer_comes_back_and_noise_on_stdout_does_not_disturb_it() -> None:
+    seen: list[tuple[str, int, int]] = []
+    code = """
+request = json.loads(sys.stdin.readline())
+print("a library says hello"); print("{not json"); print("[1, 2]")
+say(doing="loading", done=0, total=0); say(doing="repetition", done=2, total=5)
+say(result={"echo": request})
+"""
+    answer = run(code, on_progress=lambda *step: seen.append(step))
+    assert answer == {"echo": {"kind": "test"}}
+    assert seen == [("loading", 0, 0), ("repetition", 2, 5)]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGSEGV, "try another --runtime"),
+        (signal.SIGILL, "another processor"),
+        (signal.SIGBUS, "shorter"),
+    ],
+)
+def test_a_crash_is_named_with_what_it_did_and_what_to_do(number: signal.Signals, words: str) -> None:
+    answer = run(f'say(doing="repetition", done=2, total=5)\nos.kill(os.getpid(), {int(number)})')
+    assert answer["status"] == "crashed"
+    assert f"{number.name}, in repetition 2 of 5" in answer["reason"]
+    assert words in answer["reason"]
+    assert answer["peak_rss_bytes"] > 1_000_000
+
+
+def fake_root(tmp_path: Path, kills: int) -> Path:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  8000000 kB\nMemAvailable:  4000000 kB\n")
+    (tmp_path / OOM).parent.mkdir(parents=True)
+    (tmp_path / OOM).write_text(f"low 0\nmax 3\noom_kill {kills}\n")
+    return tmp_path
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_kill_that_the_control_group_counts_is_out_of_memory(tmp_path: Path) -> None:
+    root = fake_root(tmp_path, 4)
+    code = f"""
+say(doing="loading", done=0, total=0)
+open({str(root / OOM)!r}, "w").write("oom_kill 5\\n")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    answer = run(code, root=root)
+    assert answer["status"] == "out-of-memory"
+    assert "loading" in answer["reason"] and "control group" in answer["reason"]
+    assert "smaller type or context" in answer["reason"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_kill_near_the_size_of_the_memory_is_out_of_memory(tmp_path: Path) -> None:
+    root = fake_root(tmp_path, 0)
+    (root / "proc/meminfo").write_text("MemTotal:  60000 kB\nMemAvailable:  60000 kB\n")
+    code = "held = b'x' * 70_000_000\nos.kill(os.getpid(), signal.SIGKILL)"
+    assert run(code, root=root)["status"] == "out-of-memory"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_kill_without_evidence_is_not_blamed_on_the_kernel(tmp_path: Path) -> None:
+    answer = run("os.kill(os.getpid(), signal.SIGKILL)", root=fake_root(tmp_path, 4))
+    assert answer["status"] == "crashed"
+    assert "Killed by somebody" in answer["reason"]
+
+
+def test_a_child_that_hangs_is_killed_in_time() -> None:
+    start = time.monotonic()
+    answer = run('say(doing="warm-up", done=3, total=10)\ntime.sleep(60)', timeout_s=1.5)
+    assert time.monotonic() - start < 10
+    assert answer["status"] == "timeout"
+    assert "in warm-up 3 of 10" in answer["reason"] and "--timeout" in answer["reason"]
+
+
+def test_a_child_that_answers_and_hangs_does_not_hold_us_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arte_edge.bench.worker._LINGER_S", 0.3)
+    start = time.monotonic()
+    assert run('say(result={"status": "ok"})\ntime.sleep(60)') == {"status": "ok"}
+    assert time.monotonic() - start < 10
+
+
+def test_an_exit_without_an_answer_tells_its_last_words() -> None:
+    answer = run('print("GGML_ASSERT(n < 5) failed", file=sys.stderr)\nsys.exit(7)')
+    assert answer["status"] == "crashed"
+    assert "code 7" in answer["reason"] and "GGML_ASSERT(n < 5) failed" in answer["reason"]
+
+
+def test_a_child_that_cannot_be_started_is_a_result_too() -> None:
+    answer = run_child({}, 5, command=["/nonexistent/python"])
+    assert answer["status"] == "crashed" and "could not be started" in answer["reason"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on address space")
+def test_running_into_a_limit_of_memory_is_out_of_memory() -> None:
+    # The real child, with less memory than it needs: Python's allocation fails, as malloc does under a limit.
+    import json
+
+    case = {
+        "path": "null",
+        "runtime": "null",
+        "n_prompt": 400_000_000,
+        "n_gen": 0,
+        "n_depth": 0,
+        "threads": 1,
+        "type_k": "f16",
+        "type_v": "f16",
+        "repetitions": 1,
+        "warmup": False,
+        "warmup_s": 1.0,
+        "delay_s": 0.0,
+        "sustained_s": 0.0,
+        "power_watts": None,
+        "timeout_s": 30.0,
+    }
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (600_000_000,) * 2)\n"
+    code = limit + "from arte_edge.bench.worker import main; main()"
+    answer = run_child(
+        {"kind": "speed", "case": json.loads(json.dumps(case))}, 60, command=[sys.executable, "-c", code]
+    )
+    assert answer["status"] == "out-of-memory"
+    assert "smaller type or context" in answer["reason"]
+
+
+def test_the_child_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
+    import json
+    import subprocess
+
+    parent = f"""
+import sys, threading, time
+from pathlib import Path
+from arte_edge.bench.settings import BenchSettings, cases
+from arte_edge.results.rows import DeviceFacts
+from arte_edge.bench import worker
+facts = DeviceFacts(fingerprint="0", cpu="", arch="", cores=1, memory_bytes=1)
+case = next(cases(Path("null:50"), BenchSettings(n_prompt=(1000,), warmup=False), facts))
+import json
+def told(what, done, total):
+    Path({str(tmp_path / "pid")!r}).touch()
+request = {{"kind": "speed", "case": json.loads(case.model_dump_json())}}
+real = worker.subprocess.Popen
+def popen(*a, **k):
+    child = real(*a, **k); print(json.dumps(child.pid), flush=True); return child
+worker.subprocess.Popen = popen
+worker.run_child(request, 60, told)
+"""
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    pid = int(json.loads(process.stdout.readline()))
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while time.monotonic() < deadline and Path(f"/proc/{pid}/exe").exists() and _is_running(pid):
+        time.sleep(0.05)
+    assert not _is_running(pid)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

@@ -1,0 +1,193 @@
+"""One connection to a device: arguments arrive as they left, host keys hold, a cut is told from a refusal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arte_edge.device.ssh.connection import (
+    ConnectionLost,
+    Patience,
+    RemoteError,
+    Ssh,
+    check_host,
+    say_failure,
+)
+from arte_edge.errors import ArteError, InputError
+
+
+def test_what_runs_there_says_what_it_printed_and_not_what_a_login_script_says(device: Any) -> None:
+    session = device.folder / "session"
+    kept = session.read_text()
+    session.write_text(kept.replace("#!/bin/sh\n", "#!/bin/sh\necho welcome to your Pi\n"))
+    try:
+        with device.ssh() as ssh:
+            assert ssh.run("echo out; echo err >&2; pwd") == f"out\n{device.home}\n"
+    finally:
+        session.write_text(kept)
+
+
+def test_arguments_arrive_as_they_left(device: Any) -> None:
+    @settings(max_examples=12)
+    @given(
+        st.lists(
+            st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12),
+            max_size=4,
+        )
+    )
+    def check(words: list[str]) -> None:
+        assert ssh.run('for word in "$@"; do printf "%s\\001" "$word"; done', *words) == "".join(
+            f"{word}\1" for word in words
+        )
+
+    with device.ssh() as ssh:
+        check()
+        nasty = "'; touch pwned; echo $(id) `id` \\ \" * ~ é\n-rf"
+        assert ssh.run('printf %s "$1"', nasty) == nasty
+    assert not (device.home / "pwned").exists()
+
+
+def test_a_failing_command_says_its_reason_and_code(device: Any) -> None:
+    with device.ssh() as ssh, pytest.raises(RemoteError, match="kitchen: no such thing") as error:
+        ssh.run("echo no such thing >&2; exit 7")
+    assert error.value.code == 7
+
+
+def test_one_connection_carries_all_commands_and_nothing_of_it_stays(device: Any) -> None:
+    with device.ssh() as ssh:
+        ssh.run("true")
+        began = time.monotonic()
+        for _ in range(5):
+            ssh.run("true")
+        assert time.monotonic() - began < 5
+        assert len(device.proxy._open) == 2  # one connection, two ends
+        folder, master = ssh._folder, ssh._master
+    assert not folder.exists()
+    assert master.poll() is not None
+
+
+def test_a_caller_that_is_killed_leaves_no_connection_behind(device: Any) -> None:
+    code = (
+        "import sys, time\nfrom arte_edge.device.ssh.connection import Ssh\n"
+        "with Ssh('kitchen', config=sys.argv[1]) as ssh:\n"
+        " ssh.run('true')\n print(ssh._master.pid, flush=True)\n time.sleep(60)"
+    )
+    words = [sys.executable, "-c", code, device.config]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=Path(__file__).resolve().parents[3]) as caller:
+        assert caller.stdout is not None
+        pid = int(caller.stdout.readline())
+        caller.kill()
+    status = Path(f"/proc/{pid}/status")
+    until = time.monotonic() + 10
+    while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not status.exists() or "State:\tZ" in status.read_text()
+
+
+@pytest.mark.parametrize("host", ["", "-oProxyCommand=touch pwned", "pi@kitchen x", "pi\n", "\x1b[2J"])
+def test_a_host_that_ssh_would_read_as_something_else_is_refused(host: str) -> None:
+    with pytest.raises(InputError, match="not a host"):
+        check_host(host)
+
+
+def test_a_wrong_host_key_is_an_error_that_says_what_to_do(device: Any, tmp_path: Path) -> None:
+    other = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ"
+    device.knows(other)
+    with (
+        device.ssh() as ssh,
+        pytest.raises(ArteError, match="host key is not the one that is known") as error,
+    ):
+        ssh.run("true")
+    assert not isinstance(error.value, ConnectionLost)
+    assert "ssh-keygen" in error.value.hint and "-R" in error.value.hint
+    assert error.value.hint.endswith("ssh kitchen")
+    assert device.proxy.sent_bytes < 20_000
+
+
+def test_an_unknown_host_key_is_never_accepted_by_itself(device: Any) -> None:
+    known = device.folder / "known_hosts"
+    known.unlink()
+    with device.ssh() as ssh, pytest.raises(ArteError, match="host key is not known here") as error:
+        ssh.run("true")
+    assert "ssh kitchen" in error.value.hint
+    assert not known.exists()
+
+
+def test_a_refused_login_says_how_to_give_a_key(device: Any) -> None:
+    keys = device.folder / "authorized_keys"
+    kept = keys.read_bytes()
+    keys.write_bytes(b"")
+    try:
+        with device.ssh() as ssh, pytest.raises(ArteError, match="login is refused") as error:
+            ssh.run("true")
+    finally:
+        keys.write_bytes(kept)
+    assert "ssh-copy-id kitchen" in error.value.hint
+
+
+def test_a_name_that_nobody_has_is_no_lost_connection(tmp_path: Path) -> None:
+    with (
+        Ssh("nobody.invalid", config=os.devnull) as ssh,
+        pytest.raises(ArteError, match="no machine") as error,
+    ):
+        ssh.run("true")
+    assert not isinstance(error.value, ConnectionLost)
+
+
+def test_a_silent_command_ends_with_its_time(device: Any) -> None:
+    with device.ssh() as ssh:
+        with pytest.raises(ConnectionLost, match="no answer in 0 s"):
+            ssh.run("sleep 5", timeout_s=0.3)
+        assert ssh.run("echo again") == "again\n"
+
+
+def test_after_a_cut_the_next_command_connects_anew(device: Any) -> None:
+    with device.ssh() as ssh:
+        ssh.run("true")
+        device.proxy.cut()
+        time.sleep(0.2)
+        assert ssh.run("echo back") == "back\n"
+        assert device.proxy.cuts == 1
+
+
+def test_patience_waits_for_a_link_and_ends_with_what_to_do(device: Any) -> None:
+    said: list[str] = []
+    with device.ssh() as ssh:
+        device.proxy.refuse = True
+        with pytest.raises(ConnectionLost) as error:
+            Patience(said.append).keep_trying(lambda: ssh.run("true"))
+    assert len(said) == 6
+    assert "the same command goes on" in error.value.hint
+
+
+def test_progress_restores_the_patience() -> None:
+    patience, calls = Patience(lambda text: None), 0
+
+    def step() -> str:
+        nonlocal calls
+        calls += 1
+        patience.reached("file", calls // 5)  # every fifth try gets further
+        if calls < 23:
+            raise ConnectionLost("kitchen", "cut")
+        return "done"
+
+    from arte_edge.device.ssh import connection as module
+
+    kept, module.WAITS_S = module.WAITS_S, (0.0,) * 5
+    try:
+        assert patience.keep_trying(step) == "done"
+    finally:
+        module.WAITS_S = kept
+
+
+@pytest.mark.parametrize("text", ["", "client_loop: send disconnect: Broken pipe", "Connection timed out"])
+def test_what_is_not_known_to_be_final_may_be_tried_again(text: str) -> None:
+    assert isinstance(say_failure("kitchen", text), ConnectionLost)

@@ -1,0 +1,261 @@
+"""Which environment a device gets: never torch, a compiler only when asked for, pip's reasons in words.
+
+The package as a device gets it: the running code, the same bytes every time, nothing that does not belong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arte_edge import catalog
+from arte_edge.bench.remote import ENV_BYTES, check_disk
+from arte_edge.device.profiles import Runtimes
+from arte_edge.device.ssh import environment
+from arte_edge.device.ssh import environment as install_module
+from arte_edge.device.ssh.connection import Patience
+from arte_edge.device.ssh.environment import (
+    Marker,
+    Platform,
+    Site,
+    env_bytes_missing,
+    fetch_wheels,
+    install,
+    install_commands,
+    is_offline,
+    own_wheel,
+    plan,
+    read_marker,
+    send_wheel,
+)
+from arte_edge.device.ssh.probe import Python, Survey, parse, survey
+from arte_edge.errors import ArteError, InputError
+
+PYTHON = Python("/usr/bin/python3", (3, 11, 2), False, 64)
+PI = Survey(
+    work="/home/pi/.cache/arte-edge-device",
+    system="Linux",
+    machine="aarch64",
+    boot_id="b",
+    glibc_minor=36,
+    pythons=(PYTHON,),
+    can_compile=True,
+    memory_bytes=8 << 30,
+    available_bytes=7 << 30,
+    free_bytes=20_000_000_000,
+)
+
+
+def test_without_a_word_a_device_gets_the_prebuilt_runtime_and_hears_why() -> None:
+    found = plan(PI, ["gguf"], Runtimes(), "kitchen")
+    assert found.extras == ("xllamacpp",) and not found.compiles
+    assert "--compile" in found.why
+    bare = dataclasses.replace(PI, can_compile=False)
+    assert "there is no compiler" in plan(bare, ["gguf"], Runtimes(), "kitchen").why
+
+
+def test_a_llama_cpp_that_is_there_is_used() -> None:
+    has = dataclasses.replace(PI, pythons=(dataclasses.replace(PYTHON, has_llama_cpp=True),))
+    found = plan(has, ["gguf", "onnx-genai"], Runtimes(), "kitchen")
+    assert found.sees_system and found.extras == ("onnx",)
+    assert "installed there already" in found.why
+    prefers = Runtimes(gguf=("xllamacpp", "llama-cpp-python"))
+    assert plan(has, ["gguf"], prefers, "kitchen").extras == ("xllamacpp",)
+
+
+def test_compiling_happens_only_when_asked_for_and_needs_a_compiler() -> None:
+    found = plan(PI, ["gguf"], Runtimes(), "kitchen", compile_there=True)
+    assert found.extras == ("gguf",) and found.compiles
+    bare = dataclasses.replace(PI, can_compile=False)
+    with pytest.raises(InputError, match="no C and C\\+\\+ compiler") as error:
+        plan(bare, ["gguf"], Runtimes(), "kitchen", compile_there=True)
+    assert "--compile" in error.value.hint
+    assert "earlier" in plan(bare, ["gguf"], Runtimes(), "kitchen", installed=["gguf"]).why
+
+
+@pytest.mark.parametrize("extras", [("xllamacpp",), ("onnx",), ("onnx", "xllamacpp")])
+def test_nothing_is_compiled_by_accident(extras: tuple[str, ...]) -> None:
+    found = dataclasses.replace(plan(PI, ["gguf"], Runtimes(), "kitchen"), extras=extras)
+    commands = install_commands(found, "/w/env", "/w/arte.whl", wheelhouse="/w/house")
+    (pip,) = [words for words in commands if any(word.startswith("/w/arte.whl[") for word in words)]
+    assert pip[pip.index("--only-binary") + 1] == ":all:"
+    assert "--no-index" in pip and "/w/house" in pip
+    assert pip[-1] == f"/w/arte.whl[{','.join(extras)}]"
+
+
+def test_a_32_bit_python_on_a_64_bit_kernel_is_found_out() -> None:
+    odd = dataclasses.replace(PI, pythons=(dataclasses.replace(PYTHON, bits=32),))
+    with pytest.raises(ArteError, match="32-bit Python"):
+        plan(odd, ["gguf"], Runtimes(), "kitchen")
+
+
+def test_pips_words_tell_a_missing_network_from_a_missing_package() -> None:
+    assert is_offline("NewConnectionError: [Errno -3] Temporary failure in name resolution")
+    assert not is_offline("ERROR: No matching distribution found for xllamacpp>=2026.1")
+
+
+def test_space_counts_what_is_not_there_yet() -> None:
+    found = plan(PI, ["gguf", "onnx"], Runtimes(), "kitchen")
+    everything = env_bytes_missing(Marker(), found, ENV_BYTES)
+    assert everything == ENV_BYTES[""] + ENV_BYTES["xllamacpp"] + ENV_BYTES["onnx"]
+    assert env_bytes_missing(Marker("sum", ("xllamacpp",)), found, ENV_BYTES) == ENV_BYTES["onnx"]
+    check_disk(PI, 19_000_000_000, "kitchen")
+    with pytest.raises(ArteError, match=r"20\.00 GB are free"):
+        check_disk(PI, 20_000_000_000, "kitchen")
+
+
+@given(st.text())
+def test_any_output_of_a_device_is_read_without_a_crash(text: str) -> None:
+    parse(text)
+    parse(f"python={text}\ndf={text}\nlibc={text}")
+
+
+def test_a_pi_is_read_as_it_is() -> None:
+    text = (
+        "work=/home/pi/w\nsystem=Linux\nmachine=aarch64\nlibc=glibc 2.36\ntool=cc\ntool=c++\n"
+        'python={"version": [3, 9, 2], "path": "/p", "llama_cpp": false, "bits": "64bit"}\npython=\n'
+        'python={"version": [3, 12, 0], "path": "/q", "llama_cpp": true, "bits": "64bit"}\n'
+        "MemTotal:        8256224 kB\nMemAvailable:    7000000 kB\n"
+        "df=/dev/mmcblk0p2     122374536 9000000 108000000       8% /\n"
+    )
+    found = parse(text)
+    assert found.python and found.python.path == "/q" and found.can_compile
+    assert (found.memory_bytes, found.available_bytes) == (8256224 * 1024, 7000000 * 1024)
+    assert (found.free_bytes, found.glibc_minor) == (108000000 * 1024, 36)
+
+
+def test_the_loopback_device_tells_all_of_it(device: Any) -> None:
+    with device.ssh() as ssh:
+        found = survey(ssh)
+    assert found.work == str(device.work)
+    assert found.python and found.memory_bytes and found.free_bytes and found.glibc_minor
+
+
+def test_an_environment_is_made_once_from_copied_wheels_when_no_index_is_reached(
+    device: Any, tmp_path: Path, program: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real pip there, without ensurepip and without a network; of what our wheel needs only one package."""
+    monkeypatch.setattr(install_module.Plan, "requirements", lambda self, wheel: [wheel, "tomlkit"])
+    real_fetch = install_module.fetch_wheels
+
+    def fetch(requirements: Any, target: Any, folder: Path) -> list[Path]:
+        fetched.append(list(requirements))
+        return real_fetch([*requirements, "--no-deps"], target, folder)
+
+    def commands(*args: Any, **words: Any) -> list[list[str]]:
+        made = install_commands(*args, **words)[:-1]  # the last asks the command, which misses its needs here
+        return [made[0], *([*line, "--no-deps"] for line in made[1:])]
+
+    fetched: list[list[str]] = []
+    monkeypatch.setattr(install_module, "fetch_wheels", fetch)
+    monkeypatch.setattr(install_module, "install_commands", commands)
+    # A Python as Debian without python3-venv has it, and an index that nobody answers for.
+    no_index = "export PIP_CONFIG_FILE=/dev/null PIP_INDEX_URL=http://127.0.0.1:9/simple"
+    no_pip = 'case "$*" in "-m venv /"*) echo "ensurepip is not available"; exit 1;; esac'
+    python = program("python3", f'{no_index}\n{no_pip}\nexec {sys.executable} "$@"')
+    wheel = own_wheel(tmp_path)
+    said: list[str] = []
+    with device.ssh() as ssh:
+        found = survey(ssh, python=str(python))
+        here = Python(str(python), found.pythons[0].version, False, 64)
+        chosen = plan(dataclasses.replace(found, pythons=(here,)), ["gguf"], Runtimes(), "kitchen")
+        site = Site(ssh, found, Patience(said.append), said.append)
+        there = send_wheel(site, wheel)
+        path = install(site, chosen, wheel, there)
+        assert read_marker(ssh, f"{found.work}/{chosen.env_name}").extras == ("xllamacpp",)
+        n_said = len(said)
+        assert install(site, chosen, wheel, there) == path
+        assert len(said) == n_said
+    assert Path(path).is_file() and os.access(path, os.X_OK)
+    assert (
+        [len(words) for words in fetched] == [1, 2] and fetched[0] == ["pip"] and fetched[1][1] == "tomlkit"
+    )
+    assert any("no ensurepip" in line for line in said)
+    assert any("reaches no package index" in line for line in said)
+    assert list(Path(path).parents[1].glob("lib/python3*/site-packages/tomlkit"))
+    assert list(Path(path).parents[1].glob("lib/python3*/site-packages/arte_edge/_data/devices/*.toml"))
+
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return own_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def test_it_holds_the_running_code_and_the_shipped_data_and_no_weights(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    assert files["arte_edge/device/ssh/agent.py"] == (ROOT / "arte_edge/device/ssh/agent.py").read_bytes()
+    for kind in ("devices", "export", "suites"):
+        for name in catalog.names(kind):
+            assert f"arte_edge/_data/{kind}/{name}.toml" in files
+    assert {name.split("/")[0] for name in files} == {"arte_edge", wheel.name.split("-py3")[0] + ".dist-info"}
+    assert not any(name.endswith((".pyc", ".gguf", ".safetensors")) or "/." in name for name in files)
+
+
+def test_the_same_files_give_the_same_bytes(wheel: Path, tmp_path: Path) -> None:
+    assert own_wheel(tmp_path).read_bytes() == wheel.read_bytes()
+
+
+def test_pip_takes_it_with_its_extras_and_without_torch(wheel: Path, tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin/python")]
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    subprocess.run([*pip, "install", "-q", "--no-index", "--no-deps", str(wheel)], check=True)
+    code = (
+        "import json; from importlib.metadata import requires; from arte_edge import catalog;"
+        "print(json.dumps([requires('arte-edge'), str(catalog.root('devices'))]))"
+    )
+    command = [venv / "bin/python", "-c", code]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=env)
+
+    needs, devices = json.loads(done.stdout)
+    core = [need for need in needs if "extra ==" not in need]
+    assert any(need.startswith("psutil") for need in core)
+    assert not any(need.startswith(("torch", "scipy", "onnx", "gguf")) for need in core)
+    assert any(need.startswith("xllamacpp") and 'extra == "xllamacpp"' in need for need in needs)
+    assert devices.startswith(str(venv))
+
+
+def test_platform_tags_are_those_that_the_device_would_accept() -> None:
+    tags = Platform("aarch64", (3, 11), 19).platforms
+    assert tags == [
+        *("manylinux_2_19_aarch64", "manylinux_2_18_aarch64", "manylinux_2_17_aarch64"),
+        "manylinux2014_aarch64",
+    ]
+
+
+def test_a_package_without_such_a_wheel_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    with pytest.raises(ArteError, match="xllamacpp") as error:
+        fetch_wheels(["xllamacpp"], Platform("aarch64", (3, 11), 36), tmp_path / "house")
+    assert "aarch64" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("need", "expected"),
+    [
+        ("torch>=2.6", 'torch>=2.6 ; extra == "train"'),
+        ("a>=1 ; python_version < '3.12'", "a>=1 ; (python_version < '3.12') and extra == \"train\""),
+    ],
+)
+def test_a_requirement_of_an_extra_keeps_its_own_marker(need: str, expected: str) -> None:
+    assert environment._under(need, "train") == expected

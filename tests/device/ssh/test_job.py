@@ -1,0 +1,196 @@
+"""A job outlives the connection that began it, has the device for itself, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arte_edge.device.ssh import agent as job_module
+from arte_edge.device.ssh.connection import Patience, Ssh
+from arte_edge.device.ssh.job import JobFailed, RemoteJob
+from arte_edge.errors import ArteError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def rows(n: int, seconds: float = 0.0, code: int = 0) -> list[str]:
+    """Return a command that writes `n` rows, one every `seconds`, and ends with `code`."""
+    text = (
+        f"import sys,time\nfor i in range({n}):\n print('{{\"row\": %d}}' % i, flush=True)\n"
+        f" time.sleep({seconds})\nprint('done measuring', file=sys.stderr)\nsys.exit({code})"
+    )
+    return [sys.executable, "-c", text]
+
+
+def make(device: Any, ssh: Ssh, commands: Sequence[Sequence[str]], name: str = "one") -> RemoteJob:
+    folder = f"{device.work}/jobs/{name}"
+    job = RemoteJob(ssh, folder, sys.executable, str(ROOT), Patience(lambda text: None))
+    job.lay_out(commands)
+    return job
+
+
+def numbers(lines: Sequence[str]) -> list[int]:
+    return [json.loads(line)["row"] for line in lines]
+
+
+def test_rows_and_words_come_back_and_the_job_leaves_nothing(device: Any) -> None:
+    got: list[str] = []
+    said: list[str] = []
+    with device.ssh() as ssh:
+        job = make(device, ssh, [rows(3), rows(2)])
+        assert job.is_laid_out()
+        job.run(got.append, said.append)
+        job.remove()
+    assert numbers(got) == [0, 1, 2, 0, 1]
+    assert "".join(said) == "done measuring\n" * 2
+    assert not Path(job.folder).exists()
+
+
+def test_a_connection_cut_in_the_middle_loses_no_row_and_doubles_none(device: Any) -> None:
+    got: list[str] = []
+
+    def take(line: str) -> None:
+        got.append(line)
+        if len(got) == 4:
+            device.proxy.cut()
+
+    with device.ssh() as ssh:
+        make(device, ssh, [rows(12, 0.1)]).run(take, lambda text: None)
+    assert device.proxy.cuts == 1
+    assert numbers(got) == list(range(12))
+
+
+def test_a_job_whose_caller_is_gone_for_good_is_joined_by_the_next(device: Any) -> None:
+    from arte_edge.device.ssh.connection import ConnectionLost
+
+    first: list[str] = []
+
+    def leave(line: str) -> None:
+        first.append(line)
+        device.proxy.refuse = True
+        device.proxy.cut()
+
+    with device.ssh() as ssh, pytest.raises(ConnectionLost):
+        make(device, ssh, [rows(30, 0.1)]).run(leave, lambda text: None)
+    device.proxy.refuse = False
+    got: list[str] = []
+    with device.ssh() as ssh:
+        job = RemoteJob(ssh, f"{device.work}/jobs/one", sys.executable, str(ROOT), Patience(print))
+        assert job.is_laid_out()
+        job.run(got.append, lambda text: None)
+    assert numbers(got) == list(range(30))
+    assert len(first) >= 1
+
+
+def test_a_failing_command_ends_the_job_with_its_last_words_and_is_run_again(device: Any) -> None:
+    with device.ssh() as ssh:
+        job = make(device, ssh, [rows(1), rows(1, code=3), rows(9)])
+        got: list[str] = []
+        with pytest.raises(JobFailed, match=r"done measuring \(exit code 3\)"):
+            job.run(got.append, lambda text: None)
+        assert numbers(got) == [0, 0]
+        job.lay_out([rows(1), rows(2), rows(3)])
+        again: list[str] = []
+        job.run(again.append, lambda text: None)
+    assert numbers(again) == [0, 0, 0, 1, 0, 1, 2]  # kept: first command, failed one; then the rest
+
+
+def test_a_benchmark_goes_on_with_the_next_model_when_one_failed(device: Any) -> None:
+    got: list[str] = []
+    with device.ssh() as ssh:
+        job = make(device, ssh, [])
+        job.lay_out([rows(1, code=1), rows(2)], keep_going=True)
+        with pytest.raises(JobFailed, match="exit code 1"):
+            job.run(got.append, lambda text: None)
+    assert numbers(got) == [0, 0, 1]
+
+
+def test_two_jobs_never_run_at_once(device: Any) -> None:
+    with device.ssh() as ssh, device.ssh() as other:
+        slow = make(device, ssh, [rows(30, 0.1)])
+        thread = threading.Thread(target=lambda: slow.run(lambda line: None, lambda text: None))
+        thread.start()
+        while not (Path(slow.folder) / "out.jsonl").exists():
+            time.sleep(0.05)
+        with pytest.raises(ArteError, match="busy with another benchmark"):
+            make(device, other, [rows(1)], "two").run(lambda line: None, lambda text: None)
+        thread.join()
+        make(device, other, [rows(1)], "two").run(lambda line: None, lambda text: None)
+
+
+def test_a_reboot_is_noticed_and_the_finished_part_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "jobs" / "one"
+    folder.mkdir(parents=True)
+    (folder / "commands.json").write_text(json.dumps({"commands": [rows(2), rows(1000, 0.05)]}))
+    monkeypatch.chdir(ROOT)
+    assert job_module.start(folder) == {"state": "running", "why": ""}
+    seen: list[dict[str, Any]] = []
+    for event in job_module.follow(folder, 0, 0):
+        seen.append(event)
+        if "".join(e.get("out", "") for e in seen).count("\n") > 4:
+            break
+    # A reboot: every process is gone at once, the card keeps what was flushed, and the boot has a new name.
+    pid = json.loads((tmp_path / "owner.json").read_text())["pid"]
+    import os
+    import signal
+
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with (folder / "out.jsonl").open("ab") as file:
+        file.write(b'{"torn')
+    monkeypatch.setattr(job_module, "boot_id", lambda: "another boot")
+    assert job_module.standing(folder) == {"state": "idle", "why": "reboot"}
+    assert list(job_module.follow(folder, 10_000_000, 0))[-1]["end"]["why"] == "reboot"
+    (folder / "commands.json").write_text(json.dumps({"commands": [rows(2), rows(3)]}))
+    assert job_module.start(folder) == {"state": "running", "why": "reboot"}
+    *_, last = job_module.follow(folder, 0, 0)
+    assert last["end"] == {"state": "ended", "code": 0}
+    lines = (folder / "out.jsonl").read_text().splitlines()
+    assert numbers(lines[:2]) == [0, 1]
+    assert numbers(lines[-3:]) == [0, 1, 2]
+    assert "torn" not in "".join(lines)
+
+
+def test_a_kill_from_outside_is_told_from_a_reboot(device: Any) -> None:
+    import os
+    import signal
+
+    def kill(line: str) -> None:
+        pid = json.loads((device.work / "owner.json").read_text())["pid"]
+        os.killpg(pid, signal.SIGKILL)
+
+    with device.ssh() as ssh, pytest.raises(ArteError, match="killed there from outside") as error:
+        make(device, ssh, [rows(300, 0.1)]).run(kill, lambda text: None)
+    assert "the same command goes on" in error.value.hint
+
+
+def test_stopping_ends_the_job_with_its_children(device: Any) -> None:
+    pids: list[int] = []
+    spawn = (
+        "import subprocess,sys,time,os\n"
+        "child = subprocess.Popen([sys.executable,'-c','import time; time.sleep(60)'])\n"
+        "print('{\"row\": %d}' % child.pid, flush=True)\ntime.sleep(60)"
+    )
+    with device.ssh() as ssh:
+        job = make(device, ssh, [[sys.executable, "-c", spawn]])
+
+        def stop(line: str) -> None:
+            pids.extend(numbers([line]))
+            job.stop()
+
+        with pytest.raises(ArteError, match="killed"):
+            job.run(stop, lambda text: None)
+    status = Path(f"/proc/{pids[0]}/status")
+    until = time.monotonic() + 5
+    while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not status.exists() or "State:\tZ" in status.read_text()

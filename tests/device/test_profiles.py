@@ -1,0 +1,185 @@
+"""Profiles: what ships is whole and sourced, and what is wrong with a file is said with file and key.
+
+Which device is meant: shipped, one's own, a file, an address; and which profile fits a machine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from arte_edge import catalog
+from arte_edge.device.profiles import (
+    Profile,
+    add_device,
+    find_device,
+    load_profile,
+    match_device,
+    own_folder,
+    own_names,
+    read_profile,
+    remove_device,
+    shipped,
+)
+from arte_edge.errors import InputError
+from arte_edge.results.rows import DeviceFacts
+
+NAMES = catalog.names("devices")
+GOOD = 'title = "Board"\ncores = 4\nmemory_bytes = [4000000000]\n'
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_shipped_fact_has_a_source_and_figures_that_can_be_true(name: str) -> None:
+    profile = load_profile(name)
+    assert profile.name == name and profile.remote is None
+    assert {"cores", "features", "memory_bytes", "system_bytes"} <= set(profile.sources)
+    assert set(profile.sources) <= set(Profile.model_fields)
+    peak, effective = profile.peak_bandwidth, profile.effective_bandwidth
+    assert peak is not None and 1e9 < peak.value < 1e12
+    assert effective is None or 0.1 * peak.value < effective.value < 0.9 * peak.value
+    assert profile.system_bytes < profile.memory_bytes[0]
+    assert profile.throttle_c is None or 60 <= profile.throttle_c.value <= 110
+    assert profile.power_w is None or 1 <= profile.power_w.value <= 200
+    for fact in profile.facts().values():
+        says_so = "assumed" in fact.source or "not looked up" in fact.source or fact.evidence != "measured"
+        assert says_so, "nobody of us measured these boards"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_recipe_of_a_profile_exists(name: str) -> None:
+    assert load_profile(name).recipe in catalog.names("export")
+
+
+@pytest.mark.parametrize(
+    ("text", "says", "hint"),
+    [
+        (GOOD + "corse = 4\n", "unknown key 'corse'", "cores"),
+        (
+            GOOD + "[peak_bandwidth]\nvalue = 1.0\nevidence = 'measured'\nsuorce = 'abcd'\n",
+            "suorce",
+            "source",
+        ),
+        (GOOD + "[match]\nmodle = 'x'\n", "unknown key 'match.modle'", "model"),
+        (GOOD + "[peak_bandwidth]\nvalue = 1.0\nevidence = 'hearsay'\nsource = 'abcd'\n", "evidence", ""),
+        (GOOD + "[peak_bandwidth]\nvalue = 1.0\nevidence = 'published'\n", "peak_bandwidth.source", ""),
+        (GOOD.replace("cores = 4", "cores = 0"), "cores", ""),
+        (GOOD + "base = 'raspberry-pi-55'\n", "base", "raspberry-pi-5"),
+        ("title = ", "not readable as TOML", ""),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_key(tmp_path: Path, text: str, says: str, hint: str) -> None:
+    path = tmp_path / "board.toml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_profile(path)
+    assert str(path) in caught.value.message and says in caught.value.message
+    assert hint in caught.value.hint
+
+
+def facts(arch: str, cpu: str = "x", features: tuple[str, ...] = ()) -> DeviceFacts:
+    return DeviceFacts(fingerprint="0" * 16, cpu=cpu, arch=arch, cores=4, features=features, memory_bytes=1)
+
+
+AVX2 = ("avx2", "fma")
+AVX512 = (*AVX2, "avx512f", "avx512_vnni")
+
+
+@pytest.mark.parametrize(
+    ("machine", "model", "system", "profile"),
+    [
+        (facts("aarch64"), "Raspberry Pi 5 Model B Rev 1.0", "Linux", "raspberry-pi-5"),
+        (facts("aarch64"), "Raspberry Pi 500 Rev 1.0", "Linux", "raspberry-pi-5"),
+        (facts("aarch64"), "Raspberry Pi 4 Model B Rev 1.4", "Linux", "raspberry-pi-4b"),
+        (facts("aarch64"), "Raspberry Pi Zero 2 W Rev 1.0", "Linux", "raspberry-pi-zero-2w"),
+        (facts("aarch64"), "Orange Pi 5", "Linux", "orange-pi-5"),
+        (facts("aarch64"), "NVIDIA Jetson Orin Nano Developer Kit", "Linux", "jetson-orin-nano"),
+        (facts("arm64", "Apple M2"), "", "Darwin", "apple-m-series"),
+        (facts("arm64", "Snapdragon(R) X Elite"), "", "Windows", "snapdragon-x"),
+        (facts("aarch64", "Oryon"), "", "Linux", "snapdragon-x"),
+        (facts("x86_64", "Intel Core i3-1315U", AVX2), "", "Linux", "x86-laptop-avx2"),
+        (facts("x86_64", "AMD Ryzen AI 5 340", AVX512), "", "Linux", "x86-laptop-avx512"),
+        (facts("x86_64", "AMD EPYC", AVX512), "", "Linux", "generic-x86"),
+        (facts("aarch64", "Neoverse-N1"), "", "Linux", "generic-arm64"),
+        (facts("riscv64"), "", "Linux", ""),
+    ],
+)
+def test_each_machine_finds_its_profile(machine: DeviceFacts, model: str, system: str, profile: str) -> None:
+    assert match_device(machine, model, system) == profile
+
+
+def test_every_shipped_profile_can_be_detected_by_something() -> None:
+    assert len(shipped()) >= 11
+    assert all(profile.match for profile in shipped())
+
+
+def test_an_own_device_takes_its_facts_from_its_base(model_cache: Path) -> None:
+    path = add_device("kitchen", "pi@kitchen", base="raspberry-pi-5", notes="fan, 27 W supply")
+    assert path == own_folder() / "kitchen.toml" == model_cache / "devices" / "kitchen.toml"
+    device, base = find_device("kitchen"), find_device("raspberry-pi-5")
+    assert device.remote and device.remote.host == "pi@kitchen" and device.remote.notes == "fan, 27 W supply"
+    assert (device.name, device.base) == ("kitchen", "raspberry-pi-5")
+    assert device.effective_bandwidth == base.effective_bandwidth and device.memory_bytes == base.memory_bytes
+    assert device.match is None and base.remote is None
+    path.write_text(path.read_text().replace("\n[remote]", "memory_bytes = [4294967296]\n\n[remote]", 1))
+    assert find_device("kitchen").memory_bytes == (4294967296,)
+    assert remove_device("kitchen") == path and own_names() == []
+
+
+def test_an_address_is_a_device_too_and_a_file_as_well(tmp_path: Path, model_cache: Path) -> None:
+    device = find_device("pi@10.0.0.7")
+    assert device.remote and device.remote.host == "pi@10.0.0.7" and device.base == "generic-arm64"
+    file = tmp_path / "board.toml"
+    file.write_text('title = "Board"\ncores = 2\nmemory_bytes = [1000]\n')
+    assert find_device(str(file)).title == "Board"
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "-oProxyCommand=touch x",
+        "pi@-x",
+        "pi@host;ls",
+        "pi@ho st",
+        "pi@host:22",
+        "$(id)@host",
+        "a@b@c",
+        "",
+        "@host",
+    ],
+)
+def test_a_host_that_ssh_or_a_shell_could_misread_is_refused(host: str, model_cache: Path) -> None:
+    with pytest.raises(InputError):
+        add_device("kitchen", host)
+    assert own_names() == []
+    own_folder().mkdir(parents=True)  # nor by hand
+    (own_folder() / "bad.toml").write_text(
+        f'title = "x"\nbase = "generic-arm64"\n[remote]\nhost = "{host}"\n'
+    )
+    with pytest.raises(InputError, match=r"remote\.host"):
+        find_device("bad")
+
+
+@pytest.mark.parametrize("name", ["-rf", "a b", "../x", "Kitchen", "", "raspberry-pi-5"])
+def test_a_name_that_is_none_or_is_taken_is_refused(name: str, model_cache: Path) -> None:
+    with pytest.raises(InputError):
+        add_device(name, "pi@kitchen")
+
+
+def test_nothing_is_overwritten_and_what_ships_cannot_be_removed(model_cache: Path) -> None:
+    add_device("kitchen", "pi@kitchen")
+    with pytest.raises(InputError, match="exists already"):
+        add_device("kitchen", "pi@other")
+    with pytest.raises(InputError, match="no device of your own"):
+        remove_device("raspberry-pi-5")
+
+
+def test_an_unknown_name_or_base_names_the_nearest(model_cache: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        find_device("rasberry-pi-5")
+    assert caught.value.hint == "Did you mean 'raspberry-pi-5'?"
+    with pytest.raises(InputError) as caught:
+        add_device("kitchen", "pi@kitchen", base="raspberry-pi-6")
+    assert "raspberry-pi" in caught.value.hint
+    with pytest.raises(InputError, match="python"):
+        add_device("kitchen", "pi@kitchen", python="-c")
