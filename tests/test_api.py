@@ -13,7 +13,7 @@ import pytest
 import typer
 
 import arte_edge as ae
-from arte_edge.bench.case import BenchSettings
+from arte_edge.bench.settings import BenchSettings
 from arte_edge.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +62,7 @@ def test_every_public_name_is_there_and_documented() -> None:
 
 
 def test_a_package_stays_importable_beside_its_verb() -> None:
-    import arte_edge.bench.case as settings
+    import arte_edge.bench.settings as settings
 
     assert settings.BenchSettings is BenchSettings
     assert callable(ae.bench) and inspect.ismodule(ae.bench)

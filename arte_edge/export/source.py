@@ -81,7 +81,6 @@ def open_source(
     if not folder.exists() and re.fullmatch(r"[\w.-]+", ref) and (Path("runs") / ref / "run.toml").is_file():
         folder = Path("runs") / ref
     if (folder / "run.toml").is_file():
-
         if base:
             raise InputError("--base goes with an adapter", f"{ref} is a run, and its student is merged.")
         return open_run(folder, task, n_training, n_prompt)
