@@ -103,6 +103,8 @@ class Builder:
         if format.family == "gguf":
             keys = {key: repr(field) for key, field in self.keys.items()}
             inputs += [keys, self.llama_cpp is not None]
+            if self.source.evaluated is not None:
+                inputs.append(sha256_file(self.source.evaluated))
             if format.type not in FULL_WIDTH:
                 imatrix = sha256_file(self.imatrix) if self.imatrix and needs_imatrix(format) else ""
                 inputs += [self.recipe.gguf.base, self.recipe.gguf.overrides_of(format.type), imatrix]
@@ -146,6 +148,10 @@ class Builder:
 
             convert_with_llama_cpp(self.llama_cpp, self.source.checkpoint, target, type)
             rewrite(target, self.keys)
+        elif self.source.evaluated is not None and type == "F16":
+            from arte_edge.gguf.from_base import with_metadata
+
+            with_metadata(self.source.evaluated, self.keys, target)
         else:
             from arte_edge.gguf.convert.convert import convert
 

@@ -51,6 +51,7 @@ class Source:
     prompts_from: str = ""
     asking: Asking | None = None  # how a tailored student is asked
     plain: bool = False  # asked without its chat template
+    evaluated: Path | None = None  # the F16 GGUF that the run evaluated, if it is still there
     notes: tuple[str, ...] = ()
 
 
@@ -162,7 +163,7 @@ def open_run(folder: Path, task_ref: str | None, n_training: int, n_prompt: int)
     """
     config = build(str(folder / "run.toml"), load_toml(folder / "run.toml"))
     checkpoint = folder / "tune" / "student"
-    _check_tuned(folder, checkpoint)
+    evaluated = _check_tuned(folder, checkpoint)
     task = _task(folder, config, task_ref)
     chat = read_chat(checkpoint)
     plain = config.student.template == "none"
@@ -179,11 +180,12 @@ def open_run(folder: Path, task_ref: str | None, n_training: int, n_prompt: int)
         prompts_from=f"validation examples of {task.name}",
         asking=_asking(task),
         plain=plain,
+        evaluated=evaluated,
     )
 
 
-def _check_tuned(folder: Path, checkpoint: Path) -> None:
-    """Raise unless the run's tuning is done and its files are those it wrote."""
+def _check_tuned(folder: Path, checkpoint: Path) -> Path | None:
+    """Raise unless the run's tuning is done and its files are those it wrote; return its F16 file, if there."""
     manifest = folder / "tune" / "manifest.json"
     if not manifest.is_file() or not (checkpoint / "config.json").is_file():
         raise InputError(f"{folder}: this run has no tuned student yet", _GO_ON)
@@ -192,9 +194,11 @@ def _check_tuned(folder: Path, checkpoint: Path) -> None:
         changed = [name for name, sha in files.items() if file_sha256(manifest.parent / name) != sha]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{manifest}: not a manifest", _GO_ON) from error
-    # The F16 file is the run's own evaluation's and may be deleted to save room.
-    if changed := [name for name in changed if not name.endswith(".gguf")]:
-        raise InputError(f"{folder / 'tune' / changed[0]}: missing or changed since the run wrote it", _GO_ON)
+    # The F16 file may be deleted to save space: the converter then writes the same tensors again.
+    if broken := [name for name in changed if not name.endswith(".gguf")]:
+        raise InputError(f"{folder / 'tune' / broken[0]}: missing or changed since the run wrote it", _GO_ON)
+    whole = [name for name in files if name.endswith(".gguf") and name not in changed]
+    return manifest.parent / whole[0] if whole else None
 
 
 def _task(folder: Path, config: RunConfig, ref: str | None) -> Task:

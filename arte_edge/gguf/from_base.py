@@ -7,17 +7,27 @@ with, and needs no converter.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from arte_edge.checkpoint import Weight, read_weights
 from arte_edge.errors import InputError
-from arte_edge.gguf.names import Layout, checkpoint_family, layout_of, weight_tensor
+from arte_edge.gguf.metadata import rewrite
+from arte_edge.gguf.names import (
+    Layout,
+    checkpoint_family,
+    is_phi3_name,
+    layout_of,
+    name_for_llama_cpp,
+    tensor_position,
+    weight_tensor,
+)
 from arte_edge.gguf.reader import Field, GgufHeader, read_model_header
-from arte_edge.gguf.types import QUANT_TYPES, UINT32
+from arte_edge.gguf.types import QUANT_TYPES, STRING, UINT32
 from arte_edge.gguf.writer import Tensor, write_gguf
 
-__all__ = ["checkpoint_to_gguf"]
+__all__ = ["checkpoint_to_gguf", "with_metadata"]
 
 # What is no longer true of the new file. `quantize.` holds paths of the machine that made the base.
 _STALE = (
@@ -27,6 +37,17 @@ _STALE = (
     "general.quantized_by",
     "quantize.",
     "split.",
+)
+
+
+# What describes the publication of the base and is not true of a student made from it.
+_PUBLICATION = (
+    "arte_edge.",
+    *(f"general.{key}" for key in ("author", "basename", "description", "doi", "finetune", "organization")),
+    *(
+        f"general.{key}"
+        for key in ("repo_url", "url", "uuid", "version", "base_model.", "dataset.", "source.")
+    ),
 )
 
 
@@ -49,33 +70,47 @@ def checkpoint_to_gguf(
     sources = read_weights(checkpoint)
     names = _checked_names(base, layout, sources)
     tensors = [_tensor(base, layout, name, sources[source], dtype) for source, name in names.items()]
-    tensors += [_copied(base, name) for name in base.shapes if name.startswith("rope_")]
+    tensors += [_copied(base, name) for name in base.tensors if name.startswith("rope_")]
+    tensors.sort(key=lambda tensor: tensor_position(tensor.name))
     fields = {key: field for key, field in base.fields.items() if not key.startswith(_STALE)}
     fields["general.file_type"] = Field(UINT32, QUANT_TYPES[dtype].number)
     return write_gguf(out, layout.arch, fields, tensors)
+
+
+def with_metadata(student: Path, fields: Mapping[str, Field], out: Path) -> Path:
+    """Write a copy of the file `student`, which `checkpoint_to_gguf` made, with `fields` to `out`; return `out`.
+
+    Raises:
+        InputError: not a GGUF, or a key or value that it cannot hold.
+        ArteError: the disk is full.
+    """
+    name, old = fields.get("general.name"), read_model_header(student).field("general.name")
+    if name is not None and old is not None:
+        renamed = name_for_llama_cpp(name.value, is_phi3=is_phi3_name(old.value))
+        fields = {**fields, "general.name": Field(STRING, renamed)}
+    rewrite(student, fields, _PUBLICATION, out=out)
+    return out
 
 
 _SAME_BASE = "Give the GGUF file that the checkpoint was converted from before it was trained."
 
 
 def _checked_names(base: GgufHeader, layout: Layout, sources: dict[str, Weight]) -> dict[str, str]:
-    """Return checkpoint name -> GGUF name in the base's order, or raise for what does not match the base.
+    """Return checkpoint name -> GGUF name, or raise for tensors that do not match the base.
 
     `output.weight` may come or go: some files hold a tied output matrix twice.
     """
-    names = {source: layout.gguf_name(source) for source in sources}
-    unknown = [source for source, name in names.items() if name is None]
-    written = {name: source for source, name in names.items() if name is not None}
-    missing = {name for name in base.shapes if not name.startswith("rope_")} ^ set(written)
+    names = {source: name for source in sources if (name := layout.gguf_name(source)) is not None}
+    unknown = [source for source in sources if source not in names]
+    missing = {name for name in base.tensors if not name.startswith("rope_")} ^ set(names.values())
     if unknown or missing - {"output.weight"}:
         odd = (unknown + sorted(missing - {"output.weight"}))[0]
         raise InputError(f"'{odd}' is not both in the checkpoint and in {base.path}", _SAME_BASE)
-    order = {name: position for position, name in enumerate(base.shapes)}
-    return {written[name]: name for name in sorted(written, key=lambda name: order.get(name, -1))}
+    return names
 
 
 def _tensor(base: GgufHeader, layout: Layout, name: str, weight: Weight, dtype: str) -> Tensor:
-    expected = base.shapes.get(name, base.shapes["token_embd.weight"])
+    expected = base.tensors[name if name in base.tensors else "token_embd.weight"].shape
     if weight.shape != expected:
         raise InputError(
             f"{weight.path}: {weight.name} is {list(weight.shape)}, in {base.path} {list(expected)}",
@@ -86,4 +121,4 @@ def _tensor(base: GgufHeader, layout: Layout, name: str, weight: Weight, dtype: 
 
 def _copied(base: GgufHeader, name: str) -> Tensor:
     """Return a tensor that only the base holds: rotary factors, derived from the config elsewhere."""
-    return Tensor(name, base.shapes[name], "F32", lambda: base.floats(name))
+    return Tensor(name, base.tensors[name].shape, "F32", lambda: base.floats(name))

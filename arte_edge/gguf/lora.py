@@ -100,8 +100,8 @@ def _target(adapter_dir: Path, layout: Layout, name: str) -> tuple[str, str]:
 
 
 def _check_shape(adapter_dir: Path, base: GgufHeader, target: str, part: str, shape: tuple[int, ...]) -> None:
-    weight = base.shapes.get(target)  # [n_out, n_in]; A is [rank, n_in], B is [n_out, rank]
-    if weight is None or (shape[1] != weight[1] if part == "a" else shape[0] != weight[0]):
+    weight = base.tensors.get(target)  # [n_out, n_in]; A is [rank, n_in], B is [n_out, rank]
+    if weight is None or (shape[1] != weight.shape[1] if part == "a" else shape[0] != weight.shape[0]):
         raise InputError(
             f"{adapter_dir}: its matrix {part.upper()} {list(shape)} does not fit {target} of {base.path}",
             "Give the GGUF file of the model that the adapter was trained on.",

@@ -39,34 +39,38 @@ class Rewritten:
     sha256: str = ""  # of the new file, if it changed
 
 
-def rewrite(path: Path, fields: Mapping[str, Field], drop: Iterable[str] = ()) -> Rewritten:
-    """Give the file `path` the metadata `fields`, all of it or nothing.
+def rewrite(
+    path: Path, fields: Mapping[str, Field], drop: Iterable[str] = (), *, out: Path | None = None
+) -> Rewritten:
+    """Give the file `path`, or a copy of it, the metadata `fields`, all of it or nothing.
 
     A key that exists keeps its position; a new one comes last. Memory does not grow with the file.
 
     Args:
         drop: keys to delete first; one that ends in ``.`` deletes all that begin with it.
+        out: write this file and leave `path` as it is.
 
     Raises:
         InputError: not a GGUF, damaged, or a key or value that it cannot hold.
         ArteError: not enough room for a second copy beside the file, or it cannot be written.
     """
-    path = path.resolve()  # a link stays a link
+    path = path.resolve()
+    out = (out or path).resolve()  # a link stays a link
     for key in fields:
         if key in _FIXED or not _KEY.fullmatch(key) or len(key) > 65535:
             raise InputError(f"{path.name}: the key '{key}' cannot be set", "Use lower_snake words and dots.")
     header = read_header(path, any_tensor_type=True)
     new = _encoded_header(header, _merged(header, fields, tuple(drop)))
-    if header.raw == new:
+    if header.raw == new and out == path:
         return Rewritten(changed=False)
     data_bytes = max(path.stat().st_size - header.data_offset_bytes, 0)
-    free_bytes, need_bytes = shutil.disk_usage(path.parent).free, len(new) + data_bytes
+    free_bytes, need_bytes = shutil.disk_usage(out.parent).free, len(new) + data_bytes
     if free_bytes < need_bytes:
         raise ArteError(
-            f"{path.name}: {megabytes(need_bytes)} are needed beside it, {megabytes(free_bytes)} are free",
+            f"{out.name}: {megabytes(need_bytes)} are needed beside it, {megabytes(free_bytes)} are free",
             "Free some space; the file is unchanged.",
         )
-    return Rewritten(True, _write(path, new, header.data_offset_bytes))
+    return Rewritten(True, _write(path, out, new, header.data_offset_bytes))
 
 
 def encode_field(field: Field) -> bytes:
@@ -120,9 +124,9 @@ def _encoded_header(header: GgufHeader, pairs: list[bytes]) -> bytes:
     return text + bytes(-len(text) % header.alignment)
 
 
-def _write(path: Path, header: bytes, data_offset_bytes: int) -> str:
+def _write(path: Path, out: Path, header: bytes, data_offset_bytes: int) -> str:
     digest = hashlib.sha256(header)
-    with whole_file(path) as partial, path.open("rb") as old:
+    with whole_file(out) as partial, path.open("rb") as old:
         with partial.open("wb") as new:
             new.write(header)
             old.seek(data_offset_bytes)

@@ -12,6 +12,7 @@ llama.cpp pairs neighbours, so the rows are interleaved. And Gemma's norms: tran
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from gguf import TensorNameMap
 
 __all__ = [
+    "BLOCK",
     "Family",
     "Layout",
     "Pattern",
@@ -38,10 +40,15 @@ __all__ = [
     "families",
     "family_of_arch",
     "family_of_model_type",
+    "is_phi3_name",
     "layout_of",
+    "name_for_llama_cpp",
+    "tensor_position",
     "weight_tensor",
 ]
 
+BLOCK = re.compile(r"blk\.(\d+)\.(.+)")  # a tensor of a layer: its number, its name inside
+_PHI3 = re.compile(rb"phi-?3", re.IGNORECASE)
 _FOLDER = Path(__file__).with_name("families")
 
 
@@ -185,6 +192,33 @@ class Layout:
 def _is_kept_f32(gguf_name: str, shape: tuple[int, ...]) -> bool:
     """True for what llama.cpp needs as float32 in every file: norms, biases and rotary factors."""
     return len(shape) == 1 or gguf_name.endswith("_norm.weight")
+
+
+def tensor_position(gguf_name: str) -> tuple[int, int, str]:
+    """Return the sort key of a tensor in the files we write: rotary factors, embedding, blocks in order, output.
+
+    One order for every writer: the tensor hash, which results are keyed on, depends on it.
+    """
+    if match := BLOCK.fullmatch(gguf_name):
+        return 2, int(match[1]), match[2]
+    rank = 0 if gguf_name.startswith("rope_") else 1 if gguf_name.startswith("token_embd") else 3
+    return rank, 0, gguf_name
+
+
+def is_phi3_name(name: bytes) -> bool:
+    """True if llama.cpp treats the tokens of a file with this ``general.name`` as Phi-3's."""
+    return _PHI3.search(name) is not None
+
+
+def name_for_llama_cpp(name: bytes, is_phi3: bool) -> bytes:
+    """Return `name` with "Phi-3" in it if, and only if, llama.cpp must treat the tokens as Phi-3's.
+
+    It is the name alone that makes it drop spaces after special tokens, and it then rejects a vocabulary
+    that lacks one of four (llama-vocab.cpp, "phi-3").
+    """
+    if is_phi3:
+        return name if is_phi3_name(name) else name + b" (Phi-3)"
+    return _PHI3.sub(b"Phi 3", name)
 
 
 def weight_tensor(layout: Layout, name: str, weight: Weight, dtype: str) -> Tensor:

@@ -18,14 +18,20 @@ import pytest
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
+from arte_edge.cache import sha256_file
 from arte_edge.console import Reporter
 from arte_edge.errors import ArteError, InputError
 from arte_edge.export.formats import parse_list
 from arte_edge.export.pipeline import Outcome, export
 from arte_edge.export.recipe import Recipe, build
 from arte_edge.export.source import Source, open_source
+from arte_edge.gguf import reader
+from arte_edge.gguf.convert.convert import convert
+from arte_edge.gguf.from_base import checkpoint_to_gguf
 from arte_edge.gguf.metadata import rewrite
-from arte_edge.gguf.reader import read_model_header
+from arte_edge.gguf.reader import Field, read_model_header
+from arte_edge.gguf.types import STRING
+from arte_edge.models.artifact_hash import checksums_of
 from arte_edge.results.student_json import Speed, read_student, write_student
 from arte_edge.verify.check import Check
 from arte_edge.verify.gate import Verdict
@@ -108,6 +114,48 @@ def test_many_formats_in_one_call_share_one_conversion(
     assert {path.name for path in (tmp_path / "out" / ".export").iterdir()} == {"lock", "records"}
     # Ollama gets the first quantized file, wherever F16 stood.
     assert "FROM ./tiny-Q8_0.gguf" in (tmp_path / "out" / "Modelfile").read_text()
+
+
+def test_a_gguf_header_is_parsed_once_a_file(
+    source: Source, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[str] = []
+    parse = reader._parsed
+    monkeypatch.setattr(reader, "_parsed", lambda path: parsed.append(path.name) or parse(path))
+    run(source, tmp_path / "out", "F16,Q8_0,Q4_0")
+    assert len(parsed) == 3, parsed  # the F16 file, and each quantized one
+    assert gate.judged == ["F16", "Q8_0", "Q4_0"]
+
+
+def test_the_file_that_the_run_evaluated_is_the_one_that_is_exported(
+    tiny_run: Path, gate: Gate, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    student, evaluated = folder / "tune" / "student", folder / "tune" / "student-F16.gguf"
+    base = convert(student, tmp_path / "base.gguf")
+    rewrite(base, {"general.url": Field(STRING, b"https://example.org/base")})
+    checkpoint_to_gguf(student, base, evaluated)
+    manifest = json.loads((folder / "tune" / "manifest.json").read_text())
+    manifest["files"]["student-F16.gguf"] = sha256_file(evaluated)
+    (folder / "tune" / "manifest.json").write_text(json.dumps(manifest))
+    before = checksums_of(evaluated)
+
+    (artifact,) = run(open_source(str(folder)), tmp_path / "out", "F16").artifacts
+    assert artifact.tensor_sha256 == before.tensor_sha256
+    assert checksums_of(evaluated) == before
+    exported, measured = (read_model_header(p).fields for p in (tmp_path / "out" / artifact.file, evaluated))
+    for key in (
+        "tokenizer.ggml.tokens",
+        "tokenizer.chat_template",
+        "tokenizer.ggml.pre",
+        "llama.block_count",
+    ):
+        assert exported[key] == measured[key]
+    assert exported["general.name"].value == b"tiny" and "general.url" not in exported
+
+    evaluated.unlink()  # to save space: the converter then writes the same tensors
+    (again,) = run(open_source(str(folder)), tmp_path / "again", "F16").artifacts
+    assert again.tensor_sha256 == before.tensor_sha256
 
 
 def test_the_same_command_again_makes_and_judges_nothing(source: Source, gate: Gate, tmp_path: Path) -> None:

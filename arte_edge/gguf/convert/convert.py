@@ -11,7 +11,6 @@ checkout of llama.cpp with this Python; it needs torch, transformers and what it
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from arte_edge.extras import need
 from arte_edge.gguf.convert.checkpoint import OTHER_CONVERTER, Checkpoint, open_checkpoint
 from arte_edge.gguf.convert.metadata import general_metadata, hyper_parameters, rope_tensors
 from arte_edge.gguf.convert.tokenizer import TokenizerFiles, read_tokenizer, vocabulary
-from arte_edge.gguf.names import weight_tensor
+from arte_edge.gguf.names import BLOCK, name_for_llama_cpp, tensor_position, weight_tensor
 from arte_edge.gguf.reader import Field, read_model_header
 from arte_edge.gguf.types import FULL_WIDTH, QUANT_TYPES, STRING
 from arte_edge.gguf.writer import Tensor, write_gguf
@@ -38,9 +37,7 @@ _SHOWN_LINES = 3
 _NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 # The tensors that llama.cpp cannot do without, whatever the family
 _NEEDED = ("token_embd.weight", "output_norm.weight")
-_PHI3 = re.compile(rb"phi-?3", re.IGNORECASE)
 _PHI3_TOKENS = {b"</s>", b"<unk>", b"<s>", b"<|endoftext|>"}
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 def convert(
@@ -92,21 +89,14 @@ def _tensors(source: Checkpoint, dtype: str) -> list[Tensor]:
             )
         named[target] = weight
     _check_whole(source, named)
-    return [weight_tensor(layout, name, named[name], dtype) for name in sorted(named, key=_position)]
-
-
-def _position(name: str) -> tuple[int, int, str]:
-    """Sort key: the embedding, the blocks in order, the output."""
-    if match := _BLOCK.fullmatch(name):
-        return 1, int(match[1]), match[2]
-    return (0 if name.startswith("token_embd") else 2), 0, name
+    return [weight_tensor(layout, name, named[name], dtype) for name in sorted(named, key=tensor_position)]
 
 
 def _check_whole(source: Checkpoint, named: dict[str, Weight]) -> None:
     """Raise for a tensor that is missing or does not fit the settings: the runtime's message would say less."""
     layers: dict[int, dict[str, tuple[int, ...]]] = {}
     for name, weight in named.items():
-        if match := _BLOCK.fullmatch(name):
+        if match := BLOCK.fullmatch(name):
             layers.setdefault(int(match[1]), {})[match[2]] = weight.shape
     first = layers.get(0, {})
     missing = [name for name in _NEEDED if name not in named]
@@ -132,18 +122,9 @@ def _check_whole(source: Checkpoint, named: dict[str, Weight]) -> None:
 
 
 def _adapt_name(fields: dict[str, Field], files: TokenizerFiles) -> None:
-    """Put "Phi-3" into the name if, and only if, llama.cpp must treat the tokens as Phi-3's.
-
-    It is the name alone that makes it drop spaces after special tokens, and it then rejects a vocabulary
-    that lacks one of four (llama-vocab.cpp, "phi-3").
-    """
-    name, tokens = fields["general.name"].value, fields["tokenizer.ggml.tokens"].value
     strips = any(token.strips_right and token.special for token in files.added.values())
-    if strips and set(tokens) >= _PHI3_TOKENS:
-        if not _PHI3.search(name):
-            fields["general.name"] = Field(STRING, name + b" (Phi-3)")
-    elif _PHI3.search(name):
-        fields["general.name"] = Field(STRING, _PHI3.sub(b"Phi 3", name))
+    is_phi3 = strips and set(fields["tokenizer.ggml.tokens"].value) >= _PHI3_TOKENS
+    fields["general.name"] = Field(STRING, name_for_llama_cpp(fields["general.name"].value, is_phi3))
 
 
 def _check_dtype(dtype: str) -> None:

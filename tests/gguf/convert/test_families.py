@@ -95,6 +95,7 @@ def test_a_trained_checkpoint_patched_over_a_converted_base_is_the_converted_one
     converted = convert(trained, tmp_path / "converted.gguf")
     one, two = read_model_header(patched), read_model_header(converted)
     assert (one.fields, one.shapes) == (two.fields, two.shapes)
+    assert list(one.tensors) == list(two.tensors)  # so that the tensor hash is the same
     values = [
         {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(path).tensors}
         for path in (patched, converted, base)
