@@ -1,9 +1,9 @@
-"""``.eval_results/*.yaml``: a score on a benchmark that the Hub knows, so that its leaderboard shows it.
+"""``.eval_results/*.yaml``: a score on a benchmark registered on the Hub, for its leaderboard.
 
-Only for datasets that are registered as benchmarks, which only the Hub can say: it is asked where it
-can be reached. Without it the person who names the benchmark vouches for it. Only scores on the
-whole test split count, and only those of the very file they stand for. The format has no field for
-quantization or hardware, so `notes` says both (hub-docs: eval-results). Values are in percent, as the
+Only for datasets that are registered as benchmarks, which only the Hub knows: it is queried where it
+can be reached, otherwise the user vouches for it. Only scores on the
+whole test split count, and only those of the listed file itself. The format has no field for
+quantization or hardware, so `notes` has both (hub-docs: eval-results). Values are in percent, as the
 entries of other models are.
 """
 
@@ -56,14 +56,14 @@ def parse_benchmark(text: str) -> Benchmark:
 
 
 def check_registered(benchmark: Benchmark) -> str:
-    """Ask the Hub whether `benchmark` is registered; return a note if it could not be asked, else an empty text.
+    """Check on the Hub that `benchmark` is registered; return a note if the Hub is not available, else "".
 
     Raises:
         InputError: the Hub does not list the dataset as a benchmark.
     """
-    unasked = f"{benchmark.dataset}: the Hub was not asked whether it is a registered benchmark"
+    unchecked = f"{benchmark.dataset}: not checked on the Hub that it is a registered benchmark"
     if is_offline():
-        return f"{unasked} (offline)"
+        return f"{unchecked} (offline)"
     from huggingface_hub import HfApi
 
     from arte_edge.models.hub import HubError, endpoint, probe
@@ -74,12 +74,12 @@ def check_registered(benchmark: Benchmark) -> str:
         if benchmark.dataset in {found.id for found in listed}:
             return ""
     except HubError:
-        return f"{unasked} (it cannot be reached)"
+        return f"{unchecked} (it cannot be reached)"
     except Exception as error:  # httpx's and the Hub's own; a missing answer is no verdict
-        return f"{unasked} ({type(error).__name__})"
+        return f"{unchecked} ({type(error).__name__})"
     raise InputError(
         f"--benchmark {benchmark.dataset}: the Hub does not list it as a benchmark",
-        "Leave it out: the score stands in the card's model-index.",
+        "Leave it out: the score is in the card's model-index.",
     )
 
 
@@ -97,7 +97,7 @@ def write_eval_results(
         InputError: nothing was measured on a whole test split, or several tasks were and none is named.
     """
     found = [(benchmark, *pair) for benchmark in benchmarks for pair in _scores(student, benchmark)]
-    for benchmark in benchmarks:  # all of them are asked for before the first file is written
+    for benchmark in benchmarks:  # check all before the first file is written
         if (text := check_registered(benchmark)) and note:
             note(text)
     written = []
@@ -121,7 +121,7 @@ def _scores(student: StudentFile, benchmark: Benchmark) -> list[tuple[Artifact, 
             names = ", ".join(sorted({one.task for one in tests}))
             raise InputError(
                 f"--benchmark {benchmark.dataset}: which of {names}?",
-                f"Say it: --benchmark {benchmark.dataset}:{benchmark.task_id}=TASK",
+                f"Name it: --benchmark {benchmark.dataset}:{benchmark.task_id}=TASK",
             )
         found += [(artifact, one) for one in tests[:1]]
     if not found:

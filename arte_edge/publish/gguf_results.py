@@ -1,7 +1,7 @@
-"""What a GGUF file says of itself after it was measured: ``arte_edge.bench.*`` and ``arte_edge.fidelity.*``.
+"""Measured results in a GGUF file's own metadata: ``arte_edge.bench.*`` and ``arte_edge.fidelity.*``.
 
-Few scalars, one group a device: a loader prints all of them. Only what may be told is written (see
-`shown`), so no throttled rate and no accuracy on a part of a split. The keys of an earlier run are
+Few scalars, one group a device: a loader prints all of them. Only publishable results are written (see
+`publishable`), so no throttled rate and no accuracy on a part of a split. The keys of an earlier run are
 replaced as a whole. Tensors are not touched, hence results stay with the file; its own sum
 in ``student.json`` follows.
 
@@ -10,7 +10,7 @@ in ``student.json`` follows.
     arte_edge.bench.{i}.threads                 uint32
     arte_edge.bench.{i}.prefill_tps, .decode_tps, .ttft_ms   float32
     arte_edge.bench.{i}.peak_rss_bytes          uint64
-    arte_edge.bench.{i}.throttled               bool; missing where the device does not tell
+    arte_edge.bench.{i}.throttled               bool; missing where the device does not report it
     arte_edge.bench.{i}.task, .split            string, with .accuracy float32 and .accuracy_n uint32
     arte_edge.fidelity.kl_mean, .top1_agreement, .ppl_ratio  float32, against the 16-bit student
 """
@@ -36,12 +36,12 @@ BENCH, FIDELITY = "arte_edge.bench.", "arte_edge.fidelity."
 
 
 def bench_fields(artifact: Artifact, *, allow_throttled: bool = False) -> dict[str, Field]:
-    """Return the keys that tell the measured speeds of a file; none if nothing was measured."""
-    told = speeds(artifact, allow_throttled)
-    if not told:
+    """Return the keys of a file's measured speeds; none if nothing was measured."""
+    found = speeds(artifact, allow_throttled)
+    if not found:
         return {}
-    fields = {f"{BENCH}count": Field(UINT32, len(told))}
-    for i, speed in enumerate(told):
+    fields = {f"{BENCH}count": Field(UINT32, len(found))}
+    for i, speed in enumerate(found):
         quality = accuracy_on(artifact, speed.fingerprint) if speed.fingerprint else None
         values: dict[str, tuple[int, str | float | None]] = {
             "device": (STRING, device_title(speed)),
@@ -68,7 +68,7 @@ def bench_fields(artifact: Artifact, *, allow_throttled: bool = False) -> dict[s
 
 
 def fidelity_fields(artifact: Artifact) -> dict[str, Field]:
-    """Return the keys that tell how near the file is to the 16-bit student."""
+    """Return the keys of the file's fidelity to the 16-bit student."""
     if (metrics := artifact.fidelity.metrics) is None:
         return {}
     found = {
@@ -85,7 +85,7 @@ def write_keys(
     """Write what is known of every accepted GGUF into it; return the files that changed.
 
     Their new sums go into ``student.json``. A kill in between leaves an old sum there, which the next
-    run corrects, since the tensors say which file it is.
+    run corrects, since the tensors identify the file.
 
     Raises:
         InputError: a file holds other tensors than ``student.json`` says, and is not touched; or there

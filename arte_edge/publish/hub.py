@@ -131,7 +131,7 @@ def _artifact(folder: Path, artifact: Artifact) -> set[str]:
     """Return the files of one artifact.
 
     Raises:
-        InputError: it is missing, or not what ``student.json`` says.
+        InputError: it is missing, or differs from ``student.json``.
     """
     path = folder / artifact.file.rstrip("/")
     if not path.exists():
@@ -209,7 +209,7 @@ def _safetensors_texts(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the texts of a file with where they stand: the key of a JSON document, else the line."""
+    """Yield the texts of a file with their place: the key of a JSON document, else the line."""
     text = path.read_bytes().decode("utf-8", errors="replace")
     if path.name in TOKENIZER_FILES:
         yield "text", text
@@ -269,7 +269,7 @@ def _own_hosts() -> Iterable[str]:
         yield path.stem
         try:
             profile = read_profile(path)
-        except InputError:  # `arte-edge devices check` says what is wrong with it
+        except InputError:  # `arte-edge devices check` reports it
             continue
         if profile.remote:
             yield from (profile.remote.host, *re.split(r"[@.]", profile.remote.host))
@@ -401,7 +401,7 @@ def send(found: Preview, repo: str, *, private: bool = False, message: str = "")
 
 
 def _translated(error: BaseException, repo: str) -> ArteError:
-    """Return an error that says what went wrong and holds no token."""
+    """Return an error that names the cause and contains no token."""
     status = _status(error)
     if status in (401, 403):
         return InputError(

@@ -1,8 +1,8 @@
-"""Which measurements may be told: the ones rule for the card, its front matter, GGUF keys and the Hub.
+"""Which measurements are published: one rule for the card, its front matter, GGUF keys and the Hub.
 
-A speed that was taken while the device throttled says what cooling it had, not how fast it is; it
-is told only if somebody allows it. An accuracy on a part of the split is for trying out and is
-never told. A file that the gate rejected is not told at all.
+A speed measured while the device was throttled reflects its cooling, not its speed; it is published
+only on request. An accuracy on part of a split is for trying out and is never published. A file that
+the gate rejected is not published at all.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ def files(student: StudentFile) -> list[Artifact]:
 
 
 def speeds(artifact: Artifact, allow_throttled: bool = False) -> list[Speed]:
-    """Return the measured speeds of a file that may be told, in a fixed order."""
-    told = [speed for speed in artifact.speeds if speed.measured and (allow_throttled or not speed.throttled)]
-    return sorted(told, key=lambda s: (s.device, s.fingerprint, s.runtime, s.threads, s.n_depth))
+    """Return the publishable speeds of a file, in a fixed order."""
+    found = [
+        speed for speed in artifact.speeds if speed.measured and (allow_throttled or not speed.throttled)
+    ]
+    return sorted(found, key=lambda s: (s.device, s.fingerprint, s.runtime, s.threads, s.n_depth))
 
 
 def left_out(artifact: Artifact) -> int:
@@ -40,7 +42,7 @@ def evaluations(found: Sequence[Evaluation]) -> list[Evaluation]:
 
 
 def accuracies(artifact: Artifact) -> list[PairedAccuracy]:
-    """Return every accuracy of this very file that may be told: on devices, then the gate's."""
+    """Return every publishable accuracy of this file: on devices, then the gate's."""
     found: list[PairedAccuracy] = list(evaluations(artifact.evaluations))
     return [*found, *([artifact.accuracy] if artifact.accuracy else [])]
 

@@ -35,7 +35,7 @@ def test_a_whole_test_split_becomes_an_entry_that_the_hubs_reader_knows(
     assert entry.notes.startswith("GGUF Q8_0, llama_cpp 0.3.36, greedy, n=100")
     assert entry.source_url == "https://huggingface.co/ada/tiny-GGUF/blob/main/bench.jsonl"
     assert len(notes) == 1
-    assert "was not asked" in notes[0]
+    assert "not checked" in notes[0]
     assert write_eval_results(export_folder, student, [GSM8K], repo="ada/tiny-GGUF") == []
 
 

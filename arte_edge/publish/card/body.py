@@ -1,7 +1,7 @@
-"""The parts of a model card's body that are made from ``student.json``; each stands between two markers.
+"""The sections of a model card's body that are generated from ``student.json``, each between two markers.
 
-A rerun replaces what stands between a part's markers and nothing else. A part whose markers a
-person took out stays out.
+A rerun replaces the text between a section's markers and nothing else. A section whose markers a
+person removed stays removed.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def wrapped(name: str, text: str) -> str:
 
 
 def put_section(body: str, name: str, text: str, newline: str, file: str = "README.md") -> str | None:
-    """Return `body` with what stands between the markers of `name` replaced; None if they are not there.
+    """Return `body` with the text between the markers of `name` replaced; None without markers.
 
     Raises:
-        InputError: one of the two is missing, or a marker stands there twice.
+        InputError: one of the two is missing, or a marker occurs twice.
     """
     start, end = (re.compile(rf"<!--\s*arte-edge:{name}:{which}\s*-->") for which in ("start", "end"))
     starts, ends = list(start.finditer(body)), list(end.finditer(body))
@@ -53,7 +53,7 @@ def put_section(body: str, name: str, text: str, newline: str, file: str = "READ
 
 
 def lineage_section(student: StudentFile, options: CardOptions) -> str:
-    """What the student is and where it comes from."""
+    """What the student is, and its lineage."""
     lineage, rows = student.lineage, []
     parameters = f"{student.student.parameter_count / 1e6:,.1f} M parameters"
     rows.append(("student", f"{student.student.name}, {student.student.architecture}, {parameters}"))
@@ -71,13 +71,13 @@ def lineage_section(student: StudentFile, options: CardOptions) -> str:
         )
     if lineage.tuning:
         tuning = lineage.tuning
-        told = (
+        facts = (
             tuning.method,
             tuning.data,
             _given("learning rate", tuning.learning_rate),
             _given("epochs", tuning.epochs),
         )
-        rows.append(("tuning", ", ".join(filter(None, told))))
+        rows.append(("tuning", ", ".join(filter(None, facts))))
     if lineage.data:
         rows.append(("data", f"{lineage.data.rows} rows, sha256 {lineage.data.sha256[:16]}…"))
     if lineage.seed is not None:
@@ -87,7 +87,7 @@ def lineage_section(student: StudentFile, options: CardOptions) -> str:
 
 
 def files_section(student: StudentFile, options: CardOptions) -> str:
-    """The files, and how near each is to the 16-bit student."""
+    """The files, and the fidelity of each to the 16-bit student."""
     passed = publishable.files(student)
     if not passed:
         return "No file passed the gate."
@@ -105,7 +105,7 @@ def files_section(student: StudentFile, options: CardOptions) -> str:
                 _number(metrics.perplexity_ratio if metrics else None, ".4f"),
             )
         )
-    head = ("file", "type", "size", "bits a weight", "KL mean", "same first choice", "perplexity ratio")
+    head = ("file", "type", "size", "bits/weight", "KL mean", "top-1 agreement", "perplexity ratio")
     reference = f"Compared with the 16-bit student ({student.student.dtype}) on the same tokens"
     metrics = next((a.fidelity.metrics for a in passed if a.fidelity.metrics), None)
     tokens = f": {metrics.n_tokens} tokens of {metrics.n_prompts} prompts" if metrics else ""
@@ -113,7 +113,7 @@ def files_section(student: StudentFile, options: CardOptions) -> str:
 
 
 def accuracy_section(student: StudentFile, options: CardOptions) -> str:
-    """Right answers of each file, and of the 16-bit student in a line of its own."""
+    """Accuracy of each file, and of the 16-bit student in a line of its own."""
     rows = []
     own: Sequence[PairedAccuracy] = publishable.evaluations(student.student_evaluations)
     own = [*own, *([student.student_accuracy] if student.student_accuracy else [])]
@@ -126,7 +126,7 @@ def accuracy_section(student: StudentFile, options: CardOptions) -> str:
             rows.append((f"`{_cell(artifact.file)}`", "not measured", *[_DASH] * 5))
     if not rows:
         return "Not measured yet."
-    head = ("file", "examples", "n", "right", "95 % interval", "against the student", "measured on")
+    head = ("file", "examples", "n", "accuracy", "95 % interval", "difference to the student", "measured on")
     return f"{_table(head, rows)}\nWilson intervals; the difference is paired, in points, with its 95 % interval."
 
 
@@ -146,9 +146,9 @@ def bench_section(student: StudentFile, options: CardOptions) -> str:
             "threads",
             "prefill tokens/s",
             "decode tokens/s",
-            "first token",
+            "time to first token",
             "peak memory",
-            "hottest",
+            "max temperature",
         )
         rows = (_speed_row(file, speed, options.allow_throttled) for file, speed in devices[device])
         parts.append(f"{title}\n\n{_table(head, rows)}")
@@ -156,14 +156,14 @@ def bench_section(student: StudentFile, options: CardOptions) -> str:
     if not parts:
         parts.append("Not measured on a device yet: `arte-edge bench`.")
     if left_out and not options.allow_throttled:
-        parts.append(f"{left_out} measurement(s) left out: the device had throttled.")
+        parts.append(f"{left_out} measurement(s) omitted: the device was throttled.")
     if devices:
         parts.append("Medians of repeated runs; every sample is in `bench.jsonl` beside the files.")
     return "\n\n".join(part.rstrip() for part in parts)
 
 
 SECTIONS: dict[str, tuple[str, Callable[[StudentFile, CardOptions], str]]] = {
-    "lineage": ("Where it comes from", lineage_section),
+    "lineage": ("Lineage", lineage_section),
     "files": ("Files", files_section),
     "accuracy": ("Accuracy", accuracy_section),
     "bench": ("Speed", bench_section),
@@ -180,7 +180,7 @@ def _accuracy_row(name: str, accuracy: PairedAccuracy, student: StudentFile) -> 
     place = (
         f"{publishable.device_title(accuracy)}, {accuracy.runtime}"
         if isinstance(accuracy, Evaluation)
-        else "where it was made"
+        else "at export"
     )
     return (
         name,
@@ -193,9 +193,9 @@ def _accuracy_row(name: str, accuracy: PairedAccuracy, student: StudentFile) -> 
     )
 
 
-def _speed_row(file: str, speed: Speed, tell_throttled: bool) -> tuple[str, ...]:
-    mark = " (throttled)" if tell_throttled and speed.throttled else ""
-    depth = f", {speed.n_depth} tokens before" if speed.n_depth else ""
+def _speed_row(file: str, speed: Speed, show_throttled: bool) -> tuple[str, ...]:
+    mark = " (throttled)" if show_throttled and speed.throttled else ""
+    depth = f", {speed.n_depth} tokens of context" if speed.n_depth else ""
     return (
         f"`{_cell(file)}`{depth}{mark}",
         _cell(speed.runtime),

@@ -128,19 +128,19 @@ def render_card(student: StudentFile, options: CardOptions, before: str | None =
     parts = split_card(_fresh(student, options) if before is None else before)
     if before is not None:
         parts = _with_body(parts, _updated(parts.body, parts.newline, student, options))
-    wanted = head_keys(student, options)
+    keys = head_keys(student, options)
     replace = {key for key in ("base_model", "datasets", "license") if getattr(options, key)}
     if options.base_model:
         replace.add("base_model_relation")
     if options.license:
         replace.add("license_name")
-        wanted.setdefault("license_name", None)
+        keys.setdefault("license_name", None)
     there = read_head(parts).get("model-index")
     found = merge_model_index(there, model_index(student, options))
     if found != there:
         replace.add("model-index")
-        wanted["model-index"] = found
-    return merge_head(parts, wanted, replace).text
+        keys["model-index"] = found
+    return merge_head(parts, keys, replace).text
 
 
 def _read(path: Path) -> str | None:

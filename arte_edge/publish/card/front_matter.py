@@ -1,8 +1,8 @@
-"""The YAML head of a model card: add what is missing, replace what we measured, keep all the rest.
+"""The YAML front matter of a model card: add missing keys, replace our results, keep all the rest.
 
-A person edits a card by hand, so a key that is there stays as it is, in its place and with its
-comments, down to the byte. Two exceptions: a key that the command line names, and the results in
-``model-index`` that carry our mark, which a rerun replaces; results of others in it stay.
+People edit cards by hand, so an existing key is not changed, nor its place and comments, down to the
+byte. Two exceptions: a key given on the command line, and the results in ``model-index`` that carry
+our mark, which a rerun replaces; other results in it are kept.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def read_head(card: FrontMatter, name: str = "README.md") -> dict[str, Any]:
     """Return the keys of a card's head.
 
     Raises:
-        InputError: it is no YAML mapping; says the line.
+        InputError: it is not a YAML mapping; the message names the line.
     """
     import yaml
 
@@ -59,20 +59,22 @@ def read_head(card: FrontMatter, name: str = "README.md") -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 2}" if mark else ""
         reason = getattr(error, "problem", None) or "not readable"
-        raise InputError(f"{name}{line}: its head is no valid YAML: {reason}", "Mend it by hand.") from error
+        raise InputError(
+            f"{name}{line}: its front matter is not valid YAML: {reason}", "Fix it by hand."
+        ) from error
     if found is None:
         return {}
     if not isinstance(found, dict):
         raise InputError(
-            f"{name}: its head is no mapping of keys", "Write 'key: value' lines between the ---."
+            f"{name}: its front matter is not a mapping of keys", "Write 'key: value' lines between the ---."
         )
     return found
 
 
 def merge_head(
-    card: FrontMatter, wanted: Mapping[str, Any], replace: Collection[str] = (), name: str = "README.md"
+    card: FrontMatter, new: Mapping[str, Any], replace: Collection[str] = (), name: str = "README.md"
 ) -> FrontMatter:
-    """Return `card` with the keys of `wanted` in its head: those that are missing, and those in `replace`.
+    """Return `card` with the keys of `new` in its front matter: the missing ones, and those in `replace`.
 
     A key of `replace` whose value is None is removed.
 
@@ -83,7 +85,7 @@ def merge_head(
     spans = _spans(card.block, name) if there else {}
     edits: list[tuple[int, int, str]] = []
     added = ""
-    for key, value in wanted.items():
+    for key, value in new.items():
         if key in there:
             if key not in replace or (value is not None and there[key] == value):
                 continue
@@ -111,7 +113,7 @@ def merge_head(
 def merge_model_index(there: Any, ours: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
     """Return the ``model-index`` `there` with our earlier results replaced by `ours`; None if none is left.
 
-    Whatever in it does not look as the Hub wants it is kept as it is.
+    Parts of it that are not in the Hub's form are not changed.
     """
     if not isinstance(there, list) or not there:
         return ours or None
@@ -146,12 +148,14 @@ def _is_ours(metric: Any) -> bool:
 
 
 def _spans(block: str, name: str) -> dict[str, tuple[int, int]]:
-    """Return where each top-level key with its value stands, as character positions; comments behind it are not its."""
+    """Return the character positions of each top-level key with its value, without comments after it."""
     import yaml
 
     root = yaml.compose(block, Loader=yaml.SafeLoader)
     if not isinstance(root, yaml.MappingNode) or root.flow_style:
-        raise InputError(f"{name}: its head is written in braces", "Write one 'key: value' a line.")
+        raise InputError(
+            f"{name}: its front matter is in flow style (braces)", "Write one 'key: value' a line."
+        )
     starts = [key.start_mark.index for key, _ in root.value]
     spans = {}
     for (key, _), begin, after in zip(root.value, starts, [*starts[1:], len(block)], strict=True):

@@ -1,10 +1,10 @@
-"""The keys of a model card's head: lineage, licence, library, tags and the measured results.
+"""The keys of a model card's front matter: lineage, licence, library, tags and the measured results.
 
 Names follow the Hub (hub-docs: modelcard.md). An export holds quantized files: named after the
 student's own repository it is ``quantized``, and without one ``finetune`` of the student's base,
 since that is what it comes from on the Hub. ``metrics[].args`` is the only structured place for
-quantization, runtime, threads, device and interval. A score stands there only with the file it was
-measured on.
+quantization, runtime, threads, device and interval. A score is
+listed only with the file it was measured on.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _library(formats: set[str], checkpoint: bool) -> str:
 
 
 def model_index(student: StudentFile, options: CardOptions) -> list[dict[str, Any]]:
-    """Return our part of ``model-index``; empty if nothing may be told.
+    """Return our part of ``model-index``; empty if there is nothing to publish.
 
     Built by huggingface_hub, so that it is what the Hub's own reader expects.
     """

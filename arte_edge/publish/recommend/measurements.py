@@ -34,7 +34,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Prediction:
-    """What arithmetic says of a file on a device: rates in tokens/s, memory in bytes."""
+    """What is predicted for a file on a device: rates in tokens/s, memory in bytes."""
 
     decode_tokens_per_s: float | None = None
     ram_bytes: int | None = None
@@ -74,7 +74,7 @@ def candidates(
 def accuracies(student: StudentFile, rows: Sequence[Row] = ()) -> dict[str, PairedAccuracy]:
     """Return the accuracy of each file: on the test split where every file has that, else the gate's.
 
-    Files are only compared on the same examples, so one file's test split does not stand beside another's
+    Files are only compared on the same examples, so one file's test split is not compared with another's
     validation split.
     """
     own = {a.file: a.accuracy for a in student.artifacts if a.accuracy is not None}
@@ -83,9 +83,9 @@ def accuracies(student: StudentFile, rows: Sequence[Row] = ()) -> dict[str, Pair
         whole = [e for e in evaluations(artifact, rows) if e.split == "test" and not e.partial]
         if whole:
             tested[artifact.file] = max(whole, key=lambda e: (e.n, e.difference is not None, e.test_time))
-    wanted = {a.file for a in student.artifacts if a.status == "ok" and (a.accuracy or a.file in tested)}
+    needed = {a.file for a in student.artifacts if a.status == "ok" and (a.accuracy or a.file in tested)}
     same = len({(found.task, found.n) for found in tested.values()}) == 1
-    return {**tested} if same and wanted <= set(tested) else own
+    return {**tested} if same and needed <= set(tested) else own
 
 
 def evaluations(artifact: Artifact, rows: Sequence[Row] = ()) -> list[Evaluation]:

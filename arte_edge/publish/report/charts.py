@@ -38,7 +38,7 @@ _SCORE = "preference score"
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart and what stands below it."""
+    """A chart and its caption."""
 
     svg: str
     caption: str
@@ -114,7 +114,7 @@ def questions_chart(scores: Rows, questions: Rows) -> Chart | None:
             plot.mark(row["score"], i, row["technique"], tip=f"{row['score']:.3f}: {row['text']}")
         plot.mark(question["score"], i, 7)
     part = "" if len(shown) == len(ranked) else f" The best and the worst {half} of {len(ranked)}."
-    return Chart(plot.svg(), f"A draft question a row, the highest mean first.{part}")
+    return Chart(plot.svg(), f"One candidate question per row, highest mean first.{part}")
 
 
 def length_chart(scores: Rows, budget: int | None = None) -> Chart | None:
@@ -131,12 +131,12 @@ def length_chart(scores: Rows, budget: int | None = None) -> Chart | None:
     techniques = sorted({p[2] for p in points})
     varies = words.std() > 0 and values.std() > 0
     r = float(np.corrcoef(words, values)[0, 1]) if varies else None
-    said = "no correlation can be told" if r is None else f"r = {r:+.2f}"
+    correlation = "correlation undefined" if r is None else f"r = {r:+.2f}"
     plot = Plot(
         around("words in the rationale", [float(w) for w in words]),
         around(_SCORE, [float(v) for v in values]),
         title="Length of a rationale against its score",
-        desc=f"{len(points)} rationales of {words.min()} to {words.max()} words; {said}",
+        desc=f"{len(points)} rationales of {words.min()} to {words.max()} words; {correlation}",
         legend=[*((f"technique {t + 1}", t) for t in techniques), ("mean of ten words", 6)],
     )
     if len(means) > 1:
@@ -145,8 +145,8 @@ def length_chart(scores: Rows, budget: int | None = None) -> Chart | None:
         plot.mark(x, y, technique, tip=f"{x} words, {y:.3f}: {row['text']}")
     for middle, mean in means:
         plot.mark(middle, mean, 6)
-    long = "" if budget is None else f" Drafts over {budget} tokens paid for their length."
-    return Chart(plot.svg(), f"{len(points)} rationales, {said}.{long}")
+    long = "" if budget is None else f" Candidates over {budget} tokens are penalised for their length."
+    return Chart(plot.svg(), f"{len(points)} rationales, {correlation}.{long}")
 
 
 def loss_chart(log: Rows, key: str, label: str, what: str) -> Chart | None:
@@ -169,17 +169,17 @@ def loss_chart(log: Rows, key: str, label: str, what: str) -> Chart | None:
 
 
 def accuracy_chart(rows: Rows, chance: float | None) -> Chart | None:
-    """Right answers with their 95 % intervals; each row has label, accuracy, low, high and series."""
+    """Accuracies with their 95 % intervals; each row has label, accuracy, low, high and series."""
     if not rows:
         return None
     plot = Plot(
-        Axis("right answers, %", 0, max(5.0, min(100.0, 105 * max(row["high"] for row in rows)))),
+        Axis("accuracy, %", 0, max(5.0, min(100.0, 105 * max(row["high"] for row in rows)))),
         [str(row["label"]) for row in rows],
-        title="Right answers, with 95 % intervals",
+        title="Accuracy, with 95 % intervals",
         desc="; ".join(f"{r['label']} {r['accuracy']:.1%} ({r['low']:.1%} to {r['high']:.1%})" for r in rows),
     )
     if chance is not None:
-        plot.rule(100 * chance, "always guessing")
+        plot.rule(100 * chance, "random baseline")
     for i, row in enumerate(rows):
         series = int(row["series"])
         plot.whisker((100 * row["low"], 100 * row["high"]), (i, i), series)
@@ -194,7 +194,7 @@ def pareto_chart(device: str, points: Rows, front: Sequence[str], accuracy: bool
     speeds = [p["decode"] for p in points]
     names = [f"{p['name']}{' (predicted)' if p['predicted'] else ''}" for p in points]
     ends = [p[key] for p in points for key in ("y", "low", "high") if p.get(key) is not None]
-    y_axis = around("right answers, %" if accuracy else "size, MB", ends)
+    y_axis = around("accuracy, %" if accuracy else "size, MB", ends)
     plot = Plot(
         around("decode, tokens/s (logarithmic)", speeds, log=True),
         Axis(y_axis.label, max(y_axis.low, 0.0), min(y_axis.high, 100.0) if accuracy else y_axis.high),
@@ -214,16 +214,18 @@ def pareto_chart(device: str, points: Rows, front: Sequence[str], accuracy: bool
             p["decode"], p["y"], i, hollow=p["predicted"], tip=f"{p['file']}: {number(p['decode'])} tokens/s"
         )
     guess = " Hollow marks are predicted, not measured." if any(p["predicted"] for p in points) else ""
-    return Chart(plot.svg(), f"The dashed line joins the front: files that no other beats.{guess}")
+    return Chart(
+        plot.svg(), f"The dashed line is the Pareto front: files that no other file dominates.{guess}"
+    )
 
 
 _MOST_TRACES = 6
-_MOST_POINTS = 400  # more cannot be told apart in a chart of this width
+_MOST_POINTS = 400  # more are indistinguishable in a chart of this width
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The charts of one test; `sensors` "" where the device told nothing."""
+    """The charts of one test; `sensors` "" where the device reports nothing."""
 
     name: str
     tokens: str
@@ -304,8 +306,8 @@ def _caption(row: SpeedRow, repetitions: int, cut: int) -> str:
     if row.slope_percent_per_min is not None and row.slowed:
         parts.append(f"it slowed by {number(-row.slope_percent_per_min)} % a minute")
     if row.throttled is not None:
-        said = row.throttle_reason or "yes"
-        parts.append(f"throttled: {said}" if row.throttled else "not throttled")
+        reason = row.throttle_reason or "yes"
+        parts.append(f"throttled: {reason}" if row.throttled else "not throttled")
     if cut:
         parts.append(f"{cut} slower tokens are drawn at the upper edge")
     return "; ".join(parts) + "."

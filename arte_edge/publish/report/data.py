@@ -1,7 +1,7 @@
-"""What a run folder tells: settings, stages with their summaries and rows, times, the export, the benchmark.
+"""The contents of a run folder: settings, stage summaries and rows, times, the export, the benchmark.
 
-Whatever is not there is missing from the run, and the report says so; a run that stopped half-way has
-a report too. Only files that are damaged are an error.
+What does not exist yet is listed as missing; a run that stopped half-way has a report too. Only
+damaged files are an error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ JsonRow = dict[str, Any]
 
 @dataclass
 class StageCost:
-    """What a stage took, over all starts of the run: seconds, calls made, tokens written."""
+    """The cost of a stage, over all starts of the run: seconds, calls made, tokens generated."""
 
     seconds: float = 0.0
     calls: int = 0
@@ -73,7 +73,7 @@ def read_run(ref: str) -> RunData:
     """Read the run that `ref` names: a folder, or a name under ``runs/``.
 
     Raises:
-        InputError: no run, or one of its files is damaged; says which.
+        InputError: no run, or one of its files is damaged; the message names it.
     """
     folder = find_run(ref)
     try:
@@ -129,7 +129,7 @@ def _json(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise InputError(
-            f"{path}: not readable as JSON", "The `arte-edge distill` command makes it again."
+            f"{path}: not readable as JSON", "Re-run `arte-edge distill` to create it again."
         ) from error
     return found if isinstance(found, dict) else None
 

@@ -1,4 +1,4 @@
-"""The stages of a run in sentences, and their rows as the report's tables and charts want them."""
+"""The stages of a run in sentences, and their rows in the form of the report's tables and charts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ StageSummary = dict[str, Any]
 _SERIES = {"base student": 0, "tuned student": 4, "teacher": 2}
 _WHAT = {
     "check": "Does the teacher know what the student does not?",
-    "elicit": "The teacher drafts questions, and rationales under each reasoning technique.",
-    "calibrate": "Item response theory picks the validation questions that tell students apart.",
-    "prefer": "The student says which drafts it learns from.",
-    "align": "The teacher learns the student's preferences.",
-    "tailor": "The aligned teacher writes the training data.",
-    "tune": "The student learns from it.",
+    "elicit": "The teacher generates candidate questions, and rationales under each reasoning technique.",
+    "calibrate": "Item response theory selects the validation questions that best discriminate between students.",
+    "prefer": "The student scores which candidates help it most.",
+    "align": "DPO aligns the teacher with the student's preferences.",
+    "tailor": "The aligned teacher generates the training data.",
+    "tune": "The student is fine-tuned on it.",
     "evaluate": "Before and after, on the untouched test split.",
 }
 
 
 def stage_summaries(run: RunData) -> list[StageSummary]:
-    """Return name, what it is for, what came of it, and what it took, of every stage that finished."""
+    """Return name, purpose, result and cost of every finished stage."""
     found = []
     for stage in STAGES:
         if (summary := run.summaries.get(stage)) is None:
@@ -47,13 +47,13 @@ def score_label(run: RunData) -> str:
     """Return what a preference score is in this run."""
     kind = str(run.table("prefer").get("score", ""))
     name = {
-        "likelihood": "mean probability of the right answer",
-        "forced": "share right, answer forced",
-        "accuracy": "share right, written",
+        "likelihood": "mean probability of the correct answer",
+        "forced": "accuracy, constrained answers",
+        "accuracy": "accuracy, generated answers",
     }.get(kind, "score")
     scores = [float(row["score"]) for row in run.of("prefer", "scores.jsonl")]
     if scores and max(scores) < 0:
-        name = "mean log-probability of the right answer, nats"
+        name = "mean log-probability of the correct answer, nats"
     return name
 
 
@@ -65,7 +65,7 @@ def headline(run: RunData) -> str:
         base, tuned = rows.get(("base student", setting)), rows.get(("tuned student", setting))
         if base and tuned:
             return (
-                f"{base['accuracy']:.0%} right before, {tuned['accuracy']:.0%} after ({setting}, {tuned['n']} test "
+                f"Accuracy {base['accuracy']:.0%} before, {tuned['accuracy']:.0%} after ({setting}, {tuned['n']} test "
                 f"examples; {_paired(test)})."
             )
     return ""
@@ -83,7 +83,7 @@ def accuracy_rows(run: RunData) -> list[dict[str, Any]]:
 
 
 def paired_lines(run: RunData) -> list[str]:
-    """Return what the paired tests say, and what of the gain is format alone."""
+    """Return the paired tests, and the share of the gain that is only format."""
     summary = run.summaries.get("evaluate", {})
     lines = [
         f"{setting}: {_paired(test)}; {test['gained']} gained, {test['lost']} lost."
@@ -91,23 +91,23 @@ def paired_lines(run: RunData) -> list[str]:
     ]
     if (share := summary.get("format_share")) is not None:
         lines.append(
-            f"Of the first gain {share:.0%} is format: what the base student gains when its answer is forced."
+            f"Of the first gain {share:.0%} is format: what the base student gains with constrained answers."
         )
     if summary.get("partial"):
-        lines.append("Only a part of the test split was asked: for a look, not for a claim.")
+        lines.append("Only part of the test split was evaluated: for orientation, not as evidence.")
     if (budget := summary.get("answer_budget")) is not None:
-        lines.append(f"Students were cut off after {budget} tokens, the time limit of the device.")
+        lines.append(f"Answers were cut off after {budget} tokens, the latency budget of the device.")
     return lines
 
 
 def _paired(test: dict[str, Any]) -> str:
     points = f"{100 * test['difference']:+.1f} points ({100 * test['low']:+.1f} to {100 * test['high']:+.1f})"
-    verdict = "beyond chance" if test["p_value"] < 0.05 else "may be chance"
+    verdict = "significant" if test["p_value"] < 0.05 else "not significant"
     return f"{points}, p = {test['p_value']:.2g}, {verdict}"
 
 
 def _result(stage: str, s: dict[str, Any]) -> str:
-    """Return what came of a stage; an older run may lack a figure, and says less then."""
+    """Return the result of a stage in a sentence; an older run may lack a number, then it is just finished."""
     try:
         return _SAYS[stage](s)
     except (KeyError, TypeError, ValueError):
@@ -116,16 +116,16 @@ def _result(stage: str, s: dict[str, Any]) -> str:
 
 def _check(s: dict[str, Any]) -> str:
     return (
-        f"On {s['n']} validation examples the teacher had {s['teacher']['accuracy']:.0%} right, the student "
-        f"{s['student']['accuracy']:.0%}, and {s['student_forced']['accuracy']:.0%} with its answer forced; "
-        f"guessing gives {s['chance']:.0%}."
+        f"On {s['n']} validation examples the teacher scored {s['teacher']['accuracy']:.0%}, the student "
+        f"{s['student']['accuracy']:.0%}, and {s['student_forced']['accuracy']:.0%} with constrained answers; "
+        f"the random baseline is {s['chance']:.0%}."
     )
 
 
 def _elicit(s: dict[str, Any]) -> str:
-    refused = sum(s["rejected"].values())
+    rejected = sum(s["rejected"].values())
     return (
-        f"{s['questions']} questions from {s['prompts']} prompts ({refused} refused), {s['rationales']} "
+        f"{s['questions']} questions from {s['prompts']} prompts ({rejected} rejected), {s['rationales']} "
         f"rationales, {s['usable_rationales']} of them usable; {s['labels']['agree_with_target']:.0%} agree "
         f"with the teacher's own target."
     )
@@ -139,14 +139,14 @@ def _calibrate(s: dict[str, Any]) -> str:
 
 
 def _prefer(s: dict[str, Any]) -> str:
-    text = f"{s['drafts']} drafts scored on {s['k']} questions: {s['mean']:.3f} ± {s['sd']:.3f}."
+    text = f"{s['drafts']} candidates scored on {s['k']} questions: {s['mean']:.3f} ± {s['sd']:.3f}."
     if s.get("measured_against_bias") is not None:
         text += (
-            f" The score as measured follows the answer bias that a draft induces with r = "
-            f"{s['measured_against_bias']:+.2f}, the score in use with {s['score_against_bias']:+.2f}."
+            f" The raw score correlates with the answer bias that a candidate induces with r = "
+            f"{s['measured_against_bias']:+.2f}, the corrected score with {s['score_against_bias']:+.2f}."
         )
     if s.get("over_budget"):
-        text += f" {s['over_budget']} drafts are longer than the device has time for."
+        text += f" {s['over_budget']} candidates exceed the latency budget."
     return text
 
 
@@ -166,7 +166,7 @@ def _tailor(s: dict[str, Any]) -> str:
         f"'{s['labels']['policy']}'."
     )
     return text + (
-        f" {s['over_budget']} were too long for the device and left out." if s.get("over_budget") else ""
+        f" {s['over_budget']} exceeded the latency budget and were dropped." if s.get("over_budget") else ""
     )
 
 
@@ -177,9 +177,8 @@ def _tune(s: dict[str, Any]) -> str:
 
 
 def _evaluate(s: dict[str, Any]) -> str:
-    return (
-        f"{s['rows'][0]['n']} examples in {len(s['rows'])} settings; always guessing gives {s['chance']:.0%}."
-    )
+    n_settings = len(s["rows"])
+    return f"{s['rows'][0]['n']} examples in {n_settings} settings; the random baseline is {s['chance']:.0%}."
 
 
 _SAYS = {

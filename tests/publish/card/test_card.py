@@ -96,7 +96,7 @@ def test_a_throttled_rate_is_kept_out_unless_allowed(export_folder: Path, speed_
     student = merge_rows(export_folder, [speed_row("tg128", 9.25, throttled=True)])
     text = render_card(student, CardOptions())
     assert "9.2" not in text
-    assert "1 measurement(s) left out: the device had throttled." in part(text, "bench")
+    assert "1 measurement(s) omitted" in part(text, "bench")
     allowed = render_card(student, CardOptions(allow_throttled=True))
     assert "(throttled)" in part(allowed, "bench")
     assert "throttled: true" in allowed
@@ -150,7 +150,7 @@ def test_a_card_that_is_not_ours_gets_the_parts_at_its_end(
     path.write_text("# Mine\n\nAll mine.")
     write_card(export_folder, measured)
     text = path.read_text("utf-8")
-    assert "\n---\n# Mine\n\nAll mine.\n\n## Where it comes from\n" in text
+    assert "\n---\n# Mine\n\nAll mine.\n\n## Lineage\n" in text
     assert "20.5" in part(text, "bench")
 
 

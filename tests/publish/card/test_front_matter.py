@@ -61,7 +61,11 @@ def test_line_ends_and_a_byte_order_mark_stay() -> None:
 
 @pytest.mark.parametrize(
     ("block", "said"),
-    [("a: [1", r"README\.md:\d+: its head is no valid YAML"), ("- a", "no mapping"), ("{a: 1}", "in braces")],
+    [
+        ("a: [1", r"README\.md:\d+: its front matter is not valid YAML"),
+        ("- a", "not a mapping"),
+        ("{a: 1}", "braces"),
+    ],
 )
 def test_a_head_that_cannot_be_kept_is_refused(block: str, said: str) -> None:
     with pytest.raises(InputError, match=said):

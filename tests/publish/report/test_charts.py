@@ -134,7 +134,7 @@ def test_length_against_score_tells_the_correlation_and_means() -> None:
     assert figure is not None and "r = +1.00" in figure.caption
     assert {"words in the rationale", "preference score", "mean of ten words"} <= set(texts(figure.svg))
     same = [{**row, "text": "one two"} for row in SCORES]
-    assert "no correlation can be told" in (length_chart(same) or figure).caption
+    assert "correlation undefined" in (length_chart(same) or figure).caption
 
 
 def test_a_question_row_is_drawn_for_each_and_the_best_stands_first() -> None:
@@ -159,7 +159,7 @@ def test_a_histogram_counts_every_value() -> None:
 def test_intervals_and_chance_are_drawn() -> None:
     row = {"label": "tuned", "accuracy": 0.31, "low": 0.23, "high": 0.41, "n": 100, "series": 4}
     figure = accuracy_chart([row], 0.16)
-    assert figure is not None and {"tuned", "always guessing", "right answers, %"} <= set(texts(figure.svg))
+    assert figure is not None and {"tuned", "random baseline", "accuracy, %"} <= set(texts(figure.svg))
 
 
 def test_the_front_marks_what_is_predicted() -> None:

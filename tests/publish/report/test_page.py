@@ -160,11 +160,11 @@ def test_the_page_tells_the_run(run: Path) -> None:
     page = Page(render(read_run(str(run))))
     for words in (
         "my run",
-        "50% right before, 50% after (0-shot, 100 test examples; +30.0 points (+20.0 to +40.0), p = 0.001,",
+        "Accuracy 50% before, 50% after (0-shot, 100 test examples; +30.0 points (+20.0 to +40.0), p = 0.001,",
         "Of the first gain 50% is format",
         "12 s, 100 calls, 900 tokens generated",
-        "12 drafts scored on 8 questions",
-        "mean probability of the right answer",
+        "12 candidates scored on 8 questions",
+        "mean probability of the correct answer",
         "m-Q4_K_M.gguf on raspberry-pi-5, 4 threads",
         "at most 58 °C; not throttled",
         "m-F16.gguf, tg64: out-of-memory. killed",
