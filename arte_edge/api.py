@@ -72,7 +72,7 @@ class Run:
     @cached_property
     def config(self) -> RunConfig:
         """The run's settings, as resolved."""
-        from arte_edge.distill.settings import build, load_toml
+        from arte_edge.distill.config import build, load_toml
 
         return build(str(self.folder / "run.toml"), load_toml(self.folder / "run.toml"))
 
@@ -102,9 +102,9 @@ class Run:
     @property
     def table(self) -> Table:
         """Accuracy by model and prompting, with 95 % intervals: a rich table, HTML in a notebook."""
-        from arte_edge.distill.closing import closing_table
+        from arte_edge.distill.summary import summary_table
 
-        return closing_table(self.evaluation)
+        return summary_table(self.evaluation)
 
     @property
     def student(self) -> Path:

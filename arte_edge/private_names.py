@@ -81,8 +81,8 @@ PRIVATE_NAMES = (
     PrivateName(
         "transformers",
         "PreTrainedConfig._attn_implementation",
-        "arte_edge.distill.train.shared_prompt",
-        "each prompt is computed for both completions",
+        _HEAD,
+        _PLAIN_HEAD,
     ),
     PrivateName(
         "trl",

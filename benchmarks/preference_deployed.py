@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from arte_edge.distill.deployed import Shift, compare
+from arte_edge.distill.preference.quantization_shift import Shift, compare
+from arte_edge.distill.preference.scoring import probabilities
 from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, Worked, student_messages
-from arte_edge.distill.scores import probabilities
 from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
 from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.loaders import load_task

@@ -93,7 +93,7 @@ def pipeline_likelihood(work: Work) -> Callable[[], Texts]:
 def _calls() -> Any:
     """Return a store's calls in a folder that is thrown away."""
     from arte_edge.console import Reporter
-    from arte_edge.distill.calls import Calls
+    from arte_edge.distill.cached_calls import Calls
     from arte_edge.store import CallLog
 
     folder = Path(tempfile.mkdtemp())

@@ -15,8 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from arte_edge import catalog
-from arte_edge.distill.config import RunConfig
-from arte_edge.distill.settings import load_toml
+from arte_edge.distill.config import RunConfig, load_toml
 
 __all__ = ["PAGE", "main", "render"]
 

@@ -16,8 +16,7 @@ from packaging.requirements import Requirement
 
 from arte_edge import private_names
 from arte_edge.distill.train import dpo
-from arte_edge.distill.train.completion_head import score_completions_only
-from arte_edge.distill.train.shared_prompt import attends_fully
+from arte_edge.distill.train.completion_head import attends_fully, score_completions_only
 from arte_edge.errors import ArteError
 from arte_edge.onnx.simplify import slim
 from arte_edge.private_names import PRIVATE_NAMES, PrivateName, missing, problem

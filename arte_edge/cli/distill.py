@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from arte_edge.errors import InputError
-
-if TYPE_CHECKING:
-    from arte_edge.distill.config import RunConfig
-    from arte_edge.distill.deploy import DeviceSide
 
 __all__ = ["distill"]
 
@@ -20,45 +16,49 @@ def distill(
     run: Annotated[
         str | None, typer.Argument(help="A run.toml, or a shipped preset's name (see `arte-edge ls`).")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Task: a shipped name, a folder, hub:org/name.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task: a shipped name, a folder, or hub:org/name.")] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Teacher: name, path, Hub id, openai:MODEL@URL.")
+        str | None, typer.Option(help="Teacher model: name, path, Hub id, or openai:MODEL@URL.")
     ] = None,
-    student: Annotated[str | None, typer.Option(help="Student: name, path or Hub id.")] = None,
+    student: Annotated[str | None, typer.Option(help="Student model: name, path, or Hub id.")] = None,
     bbh: Annotated[
-        Path | None, typer.Option(help="Folder of BIG-Bench-Hard files that holds the task.")
+        Path | None, typer.Option(help="Folder of BIG-Bench Hard files that contains the task.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
-    runs: Annotated[Path, typer.Option(help="Where run folders lie.")] = Path("runs"),
+    name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
+    runs: Annotated[Path, typer.Option(help="Parent folder of run folders.")] = Path("runs"),
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one key, as in align.learning_rate=1e-6.")
+        list[str] | None, typer.Option("--set", help="Override one key, such as align.learning_rate=1e-6.")
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Say calls, tokens, minutes and cost from a short probe, and stop."),
+        typer.Option("--dry-run", help="Estimate calls, tokens and cost of every stage, and stop."),
     ] = False,
     prices: Annotated[
         str | None,
         typer.Option(
             metavar="PROMPT,COMPLETION",
-            help="For --dry-run: dollars for a million tokens of a teacher behind a server.",
+            help="With --dry-run: dollars per million tokens of a teacher behind a server.",
         ),
     ] = None,
-    anyway: Annotated[
-        bool, typer.Option("--anyway", help="Go on although the teacher is not clearly above the student.")
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Continue even if the teacher does not significantly outperform the student."
+        ),
     ] = False,
+    anyway: Annotated[bool, typer.Option("--anyway", hidden=True)] = False,
     update: Annotated[
         bool,
-        typer.Option("--update", help="Change the settings of a run that exists; finished calls are kept."),
+        typer.Option("--update", help="Change the settings of an existing run; finished calls are reused."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON lines on stdout.")] = False,
 ) -> None:
     """Distil a student: check, elicit, calibrate, prefer, align, tailor, tune, evaluate.
 
-    Killed at any moment, the same command goes on where it stopped.
+    The run can be stopped at any moment: re-run the same command to resume.
     """
     from arte_edge import catalog
-    from arte_edge.distill.settings import build, load_toml, parse_set
+    from arte_edge.distill.config import build, load_toml, parse_set
 
     path = catalog.find("presets", run) if run is not None else None
     flags: dict[str, Any] = {
@@ -70,33 +70,28 @@ def distill(
     layers = [load_toml(path)] if path else []
     config = build(run or "--set", *layers, flags, parse_set(set_ or []))
     if prices and not dry_run:
-        raise InputError("--prices goes with --dry-run", "A run itself counts calls and tokens, not dollars.")
+        raise InputError("--prices needs --dry-run", "A run itself counts calls and tokens, not dollars.")
     if dry_run:
-        from arte_edge.distill.dry_run import dry_run as plan_run
-        from arte_edge.distill.dry_run import parse_prices
+        from arte_edge.distill import estimate
 
-        plan_run(config, prices=parse_prices(prices) if prices else None, as_json=as_json)
+        estimate.dry_run(config, prices=estimate.parse_prices(prices) if prices else None, as_json=as_json)
         return
+    from arte_edge.console import Reporter, emit_json, out
     from arte_edge.distill.pipeline import run_pipeline
+    from arte_edge.distill.summary import show_summary
 
     folder_name = config.name or (
         path.stem if path else f"{Path(config.task.ref).stem}-{_short(config.student.model)}"
     )
     folder = runs / folder_name
-    run_pipeline(
-        config, folder, anyway=anyway, update=update, as_json=as_json, device_side=_device_side(config)
-    )
-
-
-def _device_side(config: RunConfig) -> DeviceSide | None:
-    """Return what a run needs of the rooms above it, None if it needs nothing."""
-    if not (config.deploy.device or config.prefer.student_file):
-        return None
-    from arte_edge.distill.deploy import DeviceSide
-    from arte_edge.gguf.quantize import quantize
-    from arte_edge.publish.deploy_rates import deploy_rates
-
-    return DeviceSide(deploy_rates, quantize)
+    reporter = Reporter(folder / "events.jsonl", as_json=as_json)
+    done = run_pipeline(config, folder, reporter, force=force or anyway, update=update)
+    calls = (done.calls_made, done.calls_cached)
+    if as_json:
+        counts = {"calls_made": calls[0], "calls_kept": calls[1]}
+        emit_json({"event": "done", "run": str(folder), **counts, **done.evaluation})
+    else:
+        show_summary(out, done.evaluation, folder, calls)
 
 
 def _given(**values: str | None) -> dict[str, str]:

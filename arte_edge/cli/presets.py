@@ -36,7 +36,7 @@ def ls(as_json: Json = False) -> None:
 
 def show(name: Name, as_json: Json = False) -> None:
     """Print a run file with its comments; with --json, every key with the value that it resolves to."""
-    from arte_edge.distill.settings import build, load_toml
+    from arte_edge.distill.config import build, load_toml
 
     path = catalog.find("presets", name)
     if as_json:
@@ -75,8 +75,8 @@ def check(
 
     Fetches no model; a Hub id is taken at its word.
     """
-    from arte_edge.distill.check_file import find_problems
-    from arte_edge.distill.settings import load_toml
+    from arte_edge.distill.config import load_toml
+    from arte_edge.distill.validate_config import find_problems
 
     tables = load_toml(catalog.find("presets", ref))
     problems = find_problems(tables)
@@ -94,7 +94,7 @@ def check(
 
 
 def _summary(name: str) -> dict[str, Any]:
-    from arte_edge.distill.settings import build, load_toml
+    from arte_edge.distill.config import build, load_toml
 
     path = catalog.find("presets", name)
     config = build(name, load_toml(path))

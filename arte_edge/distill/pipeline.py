@@ -1,108 +1,120 @@
-"""The pipeline: the six steps in order, between a check before and an evaluation after."""
+"""The pipeline: the six steps in order, a check before and an evaluation after them."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from arte_edge.console import Reporter, emit_json, out
-from arte_edge.distill.calibrate import calibrate
-from arte_edge.distill.check import check
-from arte_edge.distill.closing import show_closing
+from arte_edge.console import Reporter
 from arte_edge.distill.config import RunConfig
-from arte_edge.distill.deploy import DeviceSide, settle
-from arte_edge.distill.elicit import elicit
-from arte_edge.distill.evaluate import evaluate
-from arte_edge.distill.prefer import prefer
-from arte_edge.distill.run import Run, open_folder
-from arte_edge.distill.student_file import quantized_file
-from arte_edge.distill.tailor import tailor
+from arte_edge.distill.run_context import Run, Summary, open_folder, quantized_student
 from arte_edge.extras import need
 from arte_edge.runtimes.completion import Engine
 from arte_edge.tasks.loaders import load_task
 
-__all__ = ["run_pipeline"]
+if TYPE_CHECKING:
+    from arte_edge.distill.latency import Budget
+
+__all__ = ["Outcome", "run_budget", "run_pipeline"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: its folder, the evaluation's summary, and the engine calls made and reused."""
+
+    folder: Path
+    evaluation: Summary
+    calls_made: int
+    calls_cached: int
 
 
 def run_pipeline(
-    config: RunConfig,
-    folder: Path,
-    *,
-    anyway: bool,
-    update: bool,
-    as_json: bool,
-    device_side: DeviceSide | None = None,
-) -> None:
-    """Run every stage of `config` in `folder`; stages that are done from the same inputs are kept.
-
-    `device_side` is what ``[deploy]`` and ``prefer.student_file`` ask of later rooms.
+    config: RunConfig, folder: Path, reporter: Reporter, *, force: bool = False, update: bool = False
+) -> Outcome:
+    """Run every stage of `config` in `folder`; stages that are done from the same inputs are reused.
 
     Raises:
         InputError: a task, model or run folder that cannot be used.
-        StoppedEarly: a check or a budget ended the run; the same command goes on.
+        StoppedEarly: a check or a budget ended the run; the same command resumes it.
     """
     need("train", "distilling")
-    from arte_edge.distill.align import align, refuse_server
-    from arte_edge.distill.tune import tune
+    from arte_edge.distill.stages.align import align, check_teacher
+    from arte_edge.distill.stages.calibrate import calibrate
+    from arte_edge.distill.stages.check import check
+    from arte_edge.distill.stages.elicit import elicit
+    from arte_edge.distill.stages.evaluate import evaluate
+    from arte_edge.distill.stages.prefer import prefer
+    from arte_edge.distill.stages.tailor import tailor
+    from arte_edge.distill.stages.tune import tune
 
-    refuse_server(config)
+    check_teacher(config)
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
     open_folder(config, folder, task, update=update)
-    reporter = Reporter(folder / "events.jsonl", as_json=as_json)
     run = Run(config, task, folder, reporter)
     try:
         reporter.say(
             f"[bold]{task.name}[/]: {config.student.model} learns from {config.teacher.model} → {folder}"
         )
-        _prepare(run, device_side, update)
+        _prepare(run, update=update)
         adapter = None
-        check(run, anyway=anyway)
+        check(run, force=force)
         if config.aligned:
             elicit(run)
             calibrate(run)
             prefer(run)
             _, adapter = align(run)
-        tailor(run, lambda: _writer(run, adapter), adapter[1] if adapter else "")
+        tailor(run, lambda: _data_teacher(run, adapter), adapter[1] if adapter else "")
         _, tuned = tune(run)
-        evaluation = evaluate(run, tuned)
-        _close(run, evaluation, as_json)
+        return Outcome(folder, evaluate(run, tuned), run.calls.made, run.calls.cached)
     finally:
         run.close()
 
 
-def _prepare(run: Run, device_side: DeviceSide | None, update: bool) -> None:
-    """Fix the budget, and make the file that scores: what cannot be had is said before anything is paid for."""
-    run.budget = settle(run, device_side, update=update)
-    if (budget := run.budget) is not None:
-        deploy = run.config.deploy
+def _prepare(run: Run, *, update: bool) -> None:
+    """Decide the latency budget and make the file that scores: errors there come before any expensive step."""
+    deploy, student = run.config.deploy, run.config.student
+    if deploy.device:
+        run.budget = run_budget(run, update=update)
+        rates = run.budget.rates
         run.reporter.say(
-            f"{deploy.device}, {deploy.file}: {deploy.max_answer_seconds:g} s less {budget.prompt_tokens} prompt "
-            f"tokens at {budget.rates.prefill_tokens_per_s:.0f}/s leave {budget.answer_tokens} tokens to answer "
-            f"at {budget.rates.decode_tokens_per_s:.1f}/s ({budget.rates.evidence})"
+            f"{deploy.device}, {deploy.file}: {deploy.max_answer_seconds:g} s minus prefill of "
+            f"{run.budget.prompt_tokens} prompt tokens at {rates.prefill_tokens_per_s:.0f}/s leaves "
+            f"{run.budget.answer_tokens} tokens to answer at {rates.decode_tokens_per_s:.1f}/s ({rates.evidence})"
         )
-    run.quantize = device_side.quantize if device_side else None
     if kind := run.config.prefer.student_file:
-        quantized_file(run.local(run.config.student), kind, run.quantize)
+        quantized_student(run.local(student), kind)
 
 
-def _writer(run: Run, adapter: tuple[Path, str] | None) -> Engine:
-    """Return the teacher that writes the training data: aligned, or as it is."""
+def run_budget(run: Run, *, update: bool) -> Budget:
+    """Return the latency budget of a run with a ``[deploy]`` device, decided once."""
+    from arte_edge.distill.latency import decide_budget
+
+    student = run.local(run.config.student)
+    return decide_budget(
+        run.folder, run.config.deploy, student, lambda: _prompt_tokens(run), run.reporter, update=update
+    )
+
+
+def _prompt_tokens(run: Run) -> int:
+    """Return the length of a long prompt of the student, in its tokens: a percentile of the validation examples."""
+    import numpy as np
+
+    from arte_edge.distill.latency import PROMPT_PERCENTILE
+    from arte_edge.distill.prompts import STEPS, student_messages
+
+    student = run.config.student
+    engine = run.engine(student)
+    counts = [
+        engine.count_tokens(run.render(engine, student_messages(run.task, example.input), STEPS, student))
+        for example in run.task.validation
+    ]
+    return math.ceil(float(np.percentile(counts, PROMPT_PERCENTILE)))
+
+
+def _data_teacher(run: Run, adapter: tuple[Path, str] | None) -> Engine:
+    """Return the teacher that generates the training data: aligned, or as it is."""
     if adapter is None:
         return run.engine(run.config.teacher)
     return run.engine_with(run.local(run.config.teacher), adapter, run.config.teacher)
-
-
-def _close(run: Run, evaluation: dict[str, Any], as_json: bool) -> None:
-    calls = (run.calls.made, run.calls.kept)
-    if as_json:
-        emit_json(
-            {
-                "event": "done",
-                "run": str(run.folder),
-                "calls_made": calls[0],
-                "calls_kept": calls[1],
-                **evaluation,
-            }
-        )
-    else:
-        show_closing(out, evaluation, run.folder, calls)

@@ -92,7 +92,7 @@ def merge(adapter: Adapter, base: Path, out: Path, prompts: Sequence[str]) -> Me
     """
     need("train", "Merging an adapter")
     refuse_quantized(base, "the adapter's base")
-    from arte_edge.distill.train.merge import check_merge, merge_adapter
+    from arte_edge.distill.train.lora_merge import check_merge, merge_adapter
 
     staging = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)  # what a killed merge left

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from arte_edge.cache import Progress, slug
 from arte_edge.checkpoint import refuse_quantized
-from arte_edge.distill.config import RunConfig
+from arte_edge.distill.config import RunConfig, build, load_toml
 from arte_edge.distill.prompts import STEPS, student_messages
-from arte_edge.distill.settings import build, load_toml
 from arte_edge.errors import InputError
 from arte_edge.export.calibration_texts import held_out, neutral, seed_texts, training_texts
 from arte_edge.export.chat import Chat, read_chat

@@ -1,6 +1,6 @@
 """The rates behind a run's ``[deploy]`` table: measured on the device if anybody did, else predicted.
 
-`arte_edge.distill.deploy` turns them into a budget of tokens. It cannot look for them itself: the
+`arte_edge.distill.latency` turns them into a budget of tokens. It cannot look for them itself: the
 room that distils knows neither devices nor benchmarks.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from arte_edge.device.model_size import ModelShape
 from arte_edge.device.profiles import Profile
 from arte_edge.distill.config import Deploy
-from arte_edge.distill.deploy import Rates
+from arte_edge.distill.latency import Rates
 from arte_edge.errors import InputError
 from arte_edge.models.local import LocalModel
 from arte_edge.publish.locate import find_export, read_bench

@@ -23,8 +23,8 @@ from score_worth_influence import Learner
 from score_worth_record import entropy
 from score_worth_stats import mean_interval
 
+from arte_edge.distill.preference.adaptive import interleave_answers
 from arte_edge.distill.prompts import ANSWER_STOPS, STEPS
-from arte_edge.distill.race import spread_answers
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.store import read_jsonl
 from arte_edge.tasks.answers import extract, matches
@@ -67,7 +67,7 @@ def examples(drafts: Sequence[Mapping[str, Any]], seed: int, way: str) -> list[M
     shuffled = [drafts[i] for i in _shuffled(len(drafts), str(seed))]
     first = {draft["question"]: draft for draft in reversed(shuffled)}
     asked = list(first.values())[:ASKED]
-    order = spread_answers([row["answer"] for row in asked]) if way == "even" else range(len(asked))
+    order = interleave_answers([row["answer"] for row in asked]) if way == "even" else range(len(asked))
     return [asked[place] for place in sorted(order[:WANTED])]
 
 

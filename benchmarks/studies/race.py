@@ -8,10 +8,10 @@ questions with about 160 (or 400) drafts and shuffles drafts and items, so that 
 other drafts. A pair's end counts as found
 if it is the full grid's own best (or worst) rationale of its question, or tied with it: closer than the
 standard error of their paired difference. "without parroted": no text that the teacher repeats for question
-after question (`arte_edge.distill.parrots`), which are easy to tell apart from the rest.
+after question (`arte_edge.distill.generation.rationales`), which are easy to tell apart from the rest.
 
-"likelihood" is the default score, without what a draft's length explains (`arte_edge.distill.length`); how much
-that is, each way has to learn from the cells that it measured. Beside the race stand the same number of calls
+"likelihood" is the default score, without what a draft's length explains (`preference.scoring`); how much that is,
+ each way has to learn from the cells that it measured. Beside the race stand the same number of calls
 spent evenly, on the first questions of every draft, with the plain mean and with the same model of the grid
 (`belief`).
 """
@@ -31,11 +31,9 @@ from figures import write_svg
 from numpy.typing import NDArray
 from score_worth_scores import UNASKED
 
-from arte_edge.distill.belief import believe
-from arte_edge.distill.length import length_share
-from arte_edge.distill.parrots import refuse_parrots
-from arte_edge.distill.race import Race
-from arte_edge.distill.scores import probabilities
+from arte_edge.distill.generation.rationales import reject_repeated
+from arte_edge.distill.preference.adaptive import Race, fit_score_model
+from arte_edge.distill.preference.scoring import length_effect, probabilities
 from arte_edge.publish.report.svg import Axis, Plot
 from arte_edge.store import write_atomic
 
@@ -60,7 +58,7 @@ class Drafts:
 
     def level(self, score: Floats) -> Floats:
         """Return scores ``[d]`` without what length explains of them."""
-        return score if self.tokens is None else score - length_share(score, self.tokens)
+        return score if self.tokens is None else score - length_effect(score, self.tokens)
 
 
 def cells(grid: Mapping[str, Any]) -> dict[str, Floats]:
@@ -102,9 +100,9 @@ def race(drafts: Drafts, share: float) -> tuple[float, float]:
     while asks := rules.ask(seen):
         for ask in asks:
             values[ask.draft, list(ask.items)] = drafts.grid[ask.draft, list(ask.items)]
-        mean = believe(values).mean if drafts.tokens is not None else np.zeros(len(values))
+        mean = fit_score_model(values).mean if drafts.tokens is not None else np.zeros(len(values))
         seen = values + (drafts.level(mean) - mean)[:, None]
-    return found(drafts, believe(values).mean), float(np.isfinite(values).mean())
+    return found(drafts, fit_score_model(values).mean), float(np.isfinite(values).mean())
 
 
 def even(drafts: Drafts, share: float) -> tuple[float, float]:
@@ -117,7 +115,7 @@ def even(drafts: Drafts, share: float) -> tuple[float, float]:
     m = max(2, round((share * d - len(pilots)) * k / max(d - len(pilots), 1)))
     values[:, :m] = grid[:, :m]
     values[list(pilots)] = grid[list(pilots)]
-    return found(drafts, believe(values).mean), found(drafts, grid[:, :n].mean(axis=1))
+    return found(drafts, fit_score_model(values).mean), found(drafts, grid[:, :n].mean(axis=1))
 
 
 def drawn(grid: Floats, question: NDArray[np.intp], tokens: Floats | None, seed: int, size: int) -> Drafts:
@@ -140,7 +138,7 @@ def kept(name: str, grid: Mapping[str, Any]) -> dict[str, NDArray[np.intp]]:
     """Return which drafts are raced: all, and those that are not parroted where a question has two or more of them."""
     work = json.loads((RECORDED / f"{name}-work.json").read_text("utf-8"))
     rows = [{"question": str(d["question"]), "text": d["text"], "usable": True} for d in work["drafts"]]
-    refuse_parrots(rows)
+    reject_repeated(rows)
     usable = np.flatnonzero([row["usable"] for row in rows])
     several = [i for i in usable if (grid["question"][usable] == grid["question"][i]).sum() > 1]
     every = {} if len(usable) == len(rows) else {"all": np.arange(len(rows))}

@@ -9,7 +9,7 @@ What was recorded, and how: `score_worth_work.py` (drafts), `score_worth_measure
 * How much of it is only the induced answer bias, or the draft's length?
 * Does training on a draft do what its score promises: one draft alone, and groups of drafts?
 
-A draft is *parroted* if the teacher gives its text to question after question (`arte_edge.distill.parrots`).
+A draft is *parroted* if the teacher gives its text to question after question (`generation.rationales`).
 Intervals are 95 %: over draws of whole questions (drafts of one question are alike), whole groups (a group's
 seeds are alike), or Student's t over the seeds of one pair of groups, which says nothing of other drafts.
 """
@@ -38,7 +38,7 @@ from score_worth_stats import (
     with_interval,
 )
 
-from arte_edge.distill.length import length_share
+from arte_edge.distill.preference.scoring import length_effect
 from arte_edge.store import write_atomic
 
 OUTCOMES = ("right", "forced", "probability_free")
@@ -56,7 +56,7 @@ def one_draft(record: Record, score: Floats) -> dict[str, list[float]]:
     inside, own = centred(gain, question), centred(score, question)
     several = [part for part in clusters if part.size > 1]
     left = np.array(gain)  # without what a short draft does because it is short
-    left[places] -= length_share(gain[places], record.part["tokens"][places].astype(float))
+    left[places] -= length_effect(gain[places], record.part["tokens"][places].astype(float))
     return {
         "all": with_interval(lambda at: spearman(score[at], gain[at]), clusters),
         "within": with_interval(lambda at: spearman(own[at], inside[at]), several),

@@ -12,7 +12,7 @@ import numpy as np
 from score_worth_scores import Floats
 from score_worth_stats import partial, rate
 
-from arte_edge.distill.parrots import refuse_parrots
+from arte_edge.distill.generation.rationales import reject_repeated
 from arte_edge.store import read_jsonl
 
 __all__ = ["RESULTS", "Record", "entropy"]
@@ -37,7 +37,7 @@ class Record:
         self.runs = [row for row in rows if row["part"] != "base"]
         drafts = json.loads((RESULTS / f"{name}-work.json").read_text("utf-8"))["drafts"]
         marked = [{"question": str(d["question"]), "text": d["text"], "usable": True} for d in drafts]
-        refuse_parrots(marked)
+        reject_repeated(marked)
         self.parroted = np.array([not row["usable"] for row in marked])
         self.answers = [draft["answer"] for draft in drafts]
         self.question = self.grid["question"]

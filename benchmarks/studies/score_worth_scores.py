@@ -1,7 +1,7 @@
 """The scores that the study compares, all from one recorded grid of one student.
 
 Each takes the grid's columns that it is asked for (the preference set, the whole validation set, a half)
-and gives one number a draft, higher for better. Kept apart from `arte_edge.distill.scores`, which has
+and gives one number a draft, higher for better. Kept apart from `arte_edge.distill.preference.scoring`, which has
 what a run can choose; these are the candidates, and controls that a good score must beat.
 """
 
@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.distill.length import length_share
-from arte_edge.distill.scores import answer_bias, probabilities
+from arte_edge.distill.preference.scoring import answer_bias, length_effect, probabilities
 
 __all__ = ["SCORES", "UNASKED", "Floats", "bias_of", "draft_scores", "forced_outcome"]
 
@@ -58,7 +57,7 @@ def draft_scores(grid: Mapping[str, Any], columns: Sequence[int] | None = None) 
         "likelihood": raw[:, items, truth].mean(1),
         "likelihood-free": likelihood_free,
         "auc": _auc(raw, truth),
-        "length-controlled": likelihood_free - length_share(likelihood_free, tokens),
+        "length-controlled": likelihood_free - length_effect(likelihood_free, tokens),
         "shortest": -tokens,
         **own,
         "random": np.random.default_rng(0).random(len(tokens)),

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.console import Reporter
-from arte_edge.distill.calibrate import calibrate
-from arte_edge.distill.elicit import elicit
-from arte_edge.distill.run import Run, open_folder
-from arte_edge.distill.settings import build, parse_set
+from arte_edge.distill.config import build, parse_set
+from arte_edge.distill.run_context import Run, open_folder
+from arte_edge.distill.stages.calibrate import calibrate
+from arte_edge.distill.stages.elicit import elicit
 from arte_edge.store import read_jsonl
 from arte_edge.tasks.generators import boolean_expressions, date_understanding, home
 from arte_edge.tasks.loaders import load_task

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from arte_edge.console import Reporter
 from arte_edge.distill.config import RunConfig
-from arte_edge.distill.run import Run
+from arte_edge.distill.run_context import Run
 from arte_edge.models.local import LocalModel
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.tasks.task import Answer, Example, Task, rows_sha256
@@ -154,7 +154,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     def open_scripted(model: LocalModel, **_: Any) -> ScriptedEngine:
         return {TEACHER: house.teacher, STUDENT: house.student}[model.name]
 
-    monkeypatch.setattr("arte_edge.distill.run.resolve", find)
-    monkeypatch.setattr("arte_edge.distill.run.open_local", open_scripted)
+    monkeypatch.setattr("arte_edge.distill.run_context.resolve", find)
+    monkeypatch.setattr("arte_edge.distill.run_context.open_local", open_scripted)
     monkeypatch.setattr("arte_edge.distill.pipeline.load_task", lambda ref, **_: house.task)
     return house

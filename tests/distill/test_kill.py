@@ -62,7 +62,7 @@ _DATA = (
 
 def start(runs: Path) -> subprocess.Popen[bytes]:
     model = "smollm2-135m-instruct"
-    command = [sys.executable, "-m", "arte_edge", "distill", "--task", "home_intents", "--anyway", "--json"]
+    command = [sys.executable, "-m", "arte_edge", "distill", "--task", "home_intents", "--force", "--json"]
     command += ["--teacher", model, "--student", model, "--name", "run", "--runs", str(runs)]
     for assignment in _SMALL:
         command += ["--set", assignment]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from arte_edge.distill.generation.questions import parse_questions
 from arte_edge.distill.prompts import (
     STEPS,
     answer_shots,
@@ -15,7 +16,6 @@ from arte_edge.distill.prompts import (
     student_messages,
     teacher_shots,
 )
-from arte_edge.distill.questions import parse_questions
 from arte_edge.tasks.answers import extract
 from arte_edge.tasks.task import Example, WorkedExample
 

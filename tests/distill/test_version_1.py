@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from arte_edge.distill.calibrate import calibrate
-from arte_edge.distill.elicit import elicit
-from arte_edge.distill.prefer import prefer
-from arte_edge.distill.run import open_folder
-from arte_edge.distill.settings import build, load_toml
+from arte_edge.distill.config import build, load_toml
+from arte_edge.distill.run_context import open_folder
+from arte_edge.distill.stages.calibrate import calibrate
+from arte_edge.distill.stages.elicit import elicit
+from arte_edge.distill.stages.prefer import prefer
 
 OLD = Path(__file__).resolve().parents[1] / "data" / "version_1" / "run"
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from tiny import TASK
 
-from arte_edge.distill.config import RunConfig
+from arte_edge.distill.config import RunConfig, dump_toml
 from arte_edge.distill.prompts import STEPS, student_messages, tagged
-from arte_edge.distill.settings import dump_toml
 from arte_edge.store import write_jsonl
 from arte_edge.tasks.loaders import load_task
 

@@ -46,7 +46,7 @@ def test_a_merge_that_forgets_the_adapter_is_caught(
     def forget(base: Path, adapter: Path, out: Path, dtype: str = "auto") -> Path:
         return Path(shutil.copytree(base, out))
 
-    monkeypatch.setattr("arte_edge.distill.train.merge.merge_adapter", forget)
+    monkeypatch.setattr("arte_edge.distill.train.lora_merge.merge_adapter", forget)
     adapter = read_adapter(tiny_adapter)
     with pytest.raises(ArteError, match="not the same model"):
         merge(adapter, adapter.base.checkpoint(), tmp_path / "merged", PROMPTS)

@@ -1,19 +1,32 @@
-"""When is an aligned teacher broken? Three signs, each judged against how the training began.
+"""Detect model collapse during alignment, and stop before the teacher is broken.
 
-DPO on few pairs can lower the probability of the chosen text itself, and a teacher
-then forgets the format it must write or never stops writing. Rewards look fine
-meanwhile: the margin grows while both log-probabilities fall. So the teacher is
-asked to write a few drafts now and then, and the last adapter that still could is kept.
+DPO on few pairs can lower the probability of the chosen text itself, and a teacher then forgets the
+format that it must generate or never stops. Rewards look fine meanwhile: the margin grows while both
+log-probabilities fall. So at regular steps the adapter is saved as a PEFT folder of its own, the teacher
+generates a few drafts with it (the probe), and the last adapter that passed is used.
+
+The result of a check is written down at once, so a killed and resumed run repeats no check and knows
+how the teacher performed at the start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from arte_edge.distill.train.settings import CollapseLimits
+from arte_edge.cache import publish
+from arte_edge.distill.train.checkpoints import Workspace
+from arte_edge.distill.train.common import CollapseLimits, DpoSettings
+from arte_edge.store import read_jsonl, write_atomic, write_jsonl
 
-__all__ = ["ProbeResult", "chosen_drop_nats", "collapse_reason"]
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+__all__ = ["Probe", "ProbeResult", "Watch", "chosen_drop_nats", "collapse_reason", "copy_adapter"]
 
 _RECENT = 4  # steps whose mean is judged: one batch alone is noise
 
@@ -24,6 +37,9 @@ class ProbeResult:
 
     valid_rate: float  # share of drafts that the parser accepts, 0 to 1
     mean_tokens: float  # mean length of what it wrote
+
+
+Probe = Callable[[Path], ProbeResult]  # from a PEFT folder to what the teacher generates with it
 
 
 def chosen_drop_nats(chosen_rewards: Sequence[float], beta: float) -> float:
@@ -55,3 +71,98 @@ def collapse_reason(
             f"(limits {low:.0f} and {high:.0f})"
         )
     return ""
+
+
+def copy_adapter(source: Path, target: Path) -> Path:
+    """Copy the PEFT adapter in `source`, whole or not at all and without its base's path; return `target`."""
+    staged = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    shutil.copyfile(source / "adapter_model.safetensors", staged / "adapter_model.safetensors")
+    config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = None  # PEFT writes where the base lay on this machine
+    text = json.dumps(config, indent=2, sort_keys=True)
+    write_atomic(staged / "adapter_config.json", text.encode())
+    shutil.rmtree(target, ignore_errors=True)
+    return publish(staged, target)
+
+
+class Watch:
+    """The looks of one training, kept in its work folder."""
+
+    def __init__(self, workspace: Workspace, settings: DpoSettings, probe: Probe | None) -> None:
+        self._folder, self._settings, self._probe = workspace.folder, settings, probe
+        self._file = self._folder / "probes.jsonl"
+        self.looks: list[dict[str, Any]] = read_jsonl(self._file) if self._file.is_file() else []
+
+    @property
+    def reason(self) -> str:
+        """Why the training must stop; empty while all looks were good."""
+        return next((look["reason"] for look in self.looks if look["reason"]), "")
+
+    @property
+    def good_step(self) -> int:
+        """The last step whose adapter was found good."""
+        return int(max(look["step"] for look in self.looks if not look["reason"]))
+
+    def adapter(self, step: int) -> Path:
+        """Return the folder of the adapter that was looked at after `step`."""
+        return self._folder / "adapters" / f"step-{step}"
+
+    def forget_after(self, step: int) -> None:
+        """Drop the looks at steps that a resumed training takes again."""
+        self.looks = [look for look in self.looks if look["step"] <= step]
+
+    def due(self, state: Any) -> bool:
+        step: int = state.global_step
+        return step % self._settings.probe_every == 0 or step == state.max_steps
+
+    def look_if_due(self, state: Any, checkpoint: Path) -> None:
+        """Look at the adapter in the trainer's `checkpoint` if its step calls for it."""
+        if self.due(state):
+            self.look(state.global_step, checkpoint, _chosen_rewards(state))
+
+    def look(self, step: int, adapter: Path, chosen_rewards: Sequence[float]) -> None:
+        """Judge the adapter in the folder `adapter`, unless this step was judged before."""
+        if any(look["step"] == step for look in self.looks):
+            return
+        kept = copy_adapter(adapter, self.adapter(step))
+        self._record(step, self._probe(kept) if self._probe else None, chosen_rewards)
+
+    def _record(self, step: int, now: ProbeResult | None, chosen_rewards: Sequence[float]) -> None:
+        drop_nats = chosen_drop_nats(chosen_rewards, self._settings.beta)
+        reason = collapse_reason(self._settings.limits, self._start(), now, drop_nats)
+        said = {} if now is None else {"valid_rate": now.valid_rate, "mean_tokens": now.mean_tokens}
+        self.looks.append({"step": step, **said, "chosen_drop_nats": drop_nats, "reason": reason})
+        write_jsonl(self._file, self.looks)
+
+    def _start(self) -> ProbeResult | None:
+        if not self.looks or "valid_rate" not in self.looks[0]:
+            return None
+        return ProbeResult(self.looks[0]["valid_rate"], self.looks[0]["mean_tokens"])
+
+    def callback(self) -> TrainerCallback:
+        """Return the callback that looks when it is time, and stops the training when it must."""
+        from transformers import TrainerCallback
+
+        watch = self
+
+        class Looking(TrainerCallback):  # type: ignore[misc]
+            def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                drop_nats = chosen_drop_nats(_chosen_rewards(state), watch._settings.beta)
+                if drop_nats > watch._settings.limits.max_chosen_drop_nats:
+                    watch._record(state.global_step, None, _chosen_rewards(state))
+                    control.should_training_stop = True
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                control.should_save = control.should_save or watch.due(state)
+
+            def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                watch.look_if_due(state, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+                control.should_training_stop = control.should_training_stop or bool(watch.reason)
+
+        return Looking()
+
+
+def _chosen_rewards(state: Any) -> list[float]:
+    return [row["rewards/chosen"] for row in state.log_history if "rewards/chosen" in row]

@@ -1,8 +1,17 @@
-"""What both trainers share: the model and its tokenizer, the arguments, a quiet and silent TRL.
+"""What both trainers share: settings, the model and its tokenizer, token ids, the order of examples, TRL.
 
-TRL reports every trainer it makes to the Hub. Nothing leaves the machine here unless
-a flag says so, so that is switched off in the library itself: its environment
-variable is only read when the Hub's client is first imported.
+TRL reports every trainer it makes to the Hub. Nothing leaves the machine here unless a flag says so,
+so that is switched off in the library itself: its environment variable is only read when the Hub's
+client is first imported.
+
+Training sees the very token ids that an engine decodes. A prompt is tokenized alone, as an engine does
+it, with exactly one begin token where the model needs one (a rendered chat template may contain it
+already). The completion's ids follow it. Tokenizing both as one text could merge a token across the
+boundary, and the model would learn to continue a prompt that it never gets.
+
+The order of examples is decided once, for all epochs. So a resumed training sees exactly the examples
+that were left (a length-grouping sampler would shuffle again), and examples of similar length share a
+batch, which on a CPU saves the time that padding costs.
 """
 
 from __future__ import annotations
@@ -10,25 +19,35 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from arte_edge.distill.train.settings import DpoSettings, Lora, SftSettings
-from arte_edge.distill.train.workspace import Workspace
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from arte_edge.distill.train.checkpoints import Workspace
 from arte_edge.errors import InputError
 from arte_edge.extras import need
+from arte_edge.runtimes.transformers.tokenizer import Text
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
 __all__ = [
+    "CollapseLimits",
+    "DpoSettings",
+    "Encoder",
+    "Lora",
     "Progress",
+    "SftSettings",
     "arguments",
+    "check_rows",
     "free_memory",
     "history_of",
     "keep_going",
@@ -36,9 +55,82 @@ __all__ = [
     "lora_config",
     "on_cuda",
     "quiet_training",
+    "training_order",
 ]
 
 Progress = Callable[[int, int], None]  # optimizer steps done, of how many
+
+_WINDOW = 8  # batches that are sorted by length together: the order stays random
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Lora(_Settings):
+    """The adapter: which layers get one, and how large it is."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0, description="the update is scaled by alpha / rank")
+    targets: tuple[str, ...] = Field(default=(), description="layer names; empty: every linear layer")
+
+
+class _Training(_Settings):
+    learning_rate: float = Field(gt=0)
+    batch_size: int = Field(ge=1, description="examples (SFT) or pairs (DPO) in one forward pass")
+    accumulate: int = Field(default=1, ge=1, description="forward passes to one optimizer step")
+    epochs: float = Field(default=1.0, gt=0)
+    warmup: float = Field(ge=0, le=1, description="share of the steps in which the rate rises to its peak")
+    max_length: int = Field(default=1024, ge=8, description="tokens; a longer example is dropped and counted")
+    seed: int = Field(default=0, ge=0)
+    save_every_s: float = Field(default=120.0, ge=0, description="seconds of work that a kill may cost")
+
+
+class SftSettings(_Training):
+    """Supervised fine-tuning; the paper: 2e-5, one epoch, 3 % warm-up, linear decay."""
+
+    learning_rate: float = Field(default=2e-5, gt=0, description="for LoRA ten times as much")
+    batch_size: int = Field(default=8, ge=1)
+    warmup: float = Field(default=0.03, ge=0, le=1)
+    lora: Lora | None = Field(default=None, description="None: all weights are trained")
+    dtype: Literal["auto", "bfloat16", "float16"] = Field(
+        default="auto", description="of the written checkpoint; auto: float16, for Gemma bfloat16"
+    )
+
+
+class CollapseLimits(_Settings):
+    """When an aligned teacher counts as broken, each limit against how the run began."""
+
+    min_valid: float = Field(default=0.5, ge=0, le=1, description="share of the first valid-draft rate")
+    length_factor: float = Field(default=2.0, gt=1, description="mean length may change by this factor")
+    max_chosen_drop_nats: float = Field(
+        default=20.0, gt=0, description="fall of a chosen completion's log-probability, mean of recent steps"
+    )
+
+
+class DpoSettings(_Training):
+    """Direct preference optimization with LoRA; the defaults are what survives a small teacher."""
+
+    learning_rate: float = Field(default=5e-6, gt=0, description="the paper: 1e-7, all weights")
+    batch_size: int = Field(default=2, ge=1)
+    accumulate: int = Field(default=2, ge=1)
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    beta: float = Field(default=0.1, gt=0, description="how strongly the reference holds")
+    losses: tuple[Literal["sigmoid", "sft", "ipo", "hinge"], ...] = Field(
+        default=("sigmoid", "sft"), min_length=1, description='the paper: ["sigmoid"]'
+    )
+    loss_weights: tuple[float, ...] = Field(default=(), description="one a loss; empty: 1.0 each")
+    lora: Lora = Lora()
+    probe_every: int = Field(default=4, ge=1, description="optimizer steps between two looks")
+    limits: CollapseLimits = CollapseLimits()
+
+    @model_validator(mode="after")
+    def _one_weight_a_loss(self) -> DpoSettings:
+        if self.loss_weights and len(self.loss_weights) != len(self.losses):
+            raise ValueError(
+                f"loss_weights has {len(self.loss_weights)} values for {len(self.losses)} losses"
+            )
+        return self
 
 
 def free_memory() -> None:
@@ -182,3 +274,78 @@ def history_of(trainer: Trainer) -> list[dict[str, float]]:
     """Return one row a step: loss, learning rate, and what TRL measures beside them."""
     rows: list[Mapping[str, float]] = trainer.state.log_history
     return [dict(row) for row in rows if "loss" in row]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A transformers tokenizer, used as the engines use it."""
+
+    tokenizer: Any
+
+    def prompt(self, text: str) -> list[int]:
+        """Return the ids of a rendered prompt."""
+        return Text(self.tokenizer, None).tokens(text)
+
+    def completion(self, prompt: str, text: str) -> list[int]:
+        """Return the ids that write `text` after `prompt`, closed by the end token.
+
+        Raises:
+            InputError: the tokenizer has no end token.
+        """
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise InputError(
+                "The model's tokenizer has no end token", "Set eos_token in tokenizer_config.json."
+            )
+        start, whole = self.prompt(prompt), self.prompt(prompt + text)
+        seam_holds = whole[: len(start)] == start
+        ids: list[int] = whole[len(start) :] if seam_holds else self._plain(text)
+        return ids if ids[-1:] == [eos] else [*ids, eos]
+
+    def _plain(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def check_rows(rows: Sequence[Mapping[str, str]], keys: Sequence[str], what: str) -> None:
+    """Raise unless every row has exactly the texts `keys`, none of them empty.
+
+    Raises:
+        InputError: names the first row that is wrong, counted from 1.
+    """
+    if not rows:
+        raise InputError(f"There is no {what} to train on", "The stage before this one kept nothing.")
+    for number, row in enumerate(rows, start=1):
+        missing = [key for key in keys if not isinstance(row.get(key), str) or not row[key]]
+        if missing or set(row) != set(keys):
+            named = missing[0] if missing else sorted(set(row) - set(keys))[0]
+            raise InputError(
+                f"{what} {number}: '{named}' is missing, empty or unknown", f"Keys: {', '.join(keys)}."
+            )
+
+
+def training_order(lengths: Sequence[int], batch_size: int, epochs: float, seed: int) -> list[int]:
+    """Return positions in `lengths` in the order of training, ``round(len(lengths) * epochs)`` of them.
+
+    `lengths` are in tokens. An example is seen at most once more often than another.
+    """
+    rng = random.Random(seed)
+    wanted = max(1, round(len(lengths) * epochs))
+    order: list[int] = []
+    while len(order) < wanted:
+        epoch = list(range(len(lengths)))
+        rng.shuffle(epoch)
+        order += epoch
+    return _grouped(order[:wanted], lengths, batch_size, rng)
+
+
+def _grouped(order: list[int], lengths: Sequence[int], batch_size: int, rng: random.Random) -> list[int]:
+    """Return `order` with batches of like length; a batch that is not full stays last."""
+    grouped: list[int] = []
+    for start in range(0, len(order), batch_size * _WINDOW):
+        window = sorted(order[start : start + batch_size * _WINDOW], key=lambda i: lengths[i])
+        batches = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+        last = [batches.pop()] if len(batches[-1]) < batch_size else []
+        rng.shuffle(batches)
+        grouped += [i for batch in batches + last for i in batch]
+    return grouped

@@ -13,22 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arte_edge.distill.train.checkpoints import Workspace, checkpoint_key, finished
+from arte_edge.distill.train.collapse import Probe, Watch, copy_adapter
 from arte_edge.distill.train.common import (
+    DpoSettings,
+    Encoder,
     Progress,
     arguments,
+    check_rows,
     free_memory,
     history_of,
     keep_going,
     load,
     lora_config,
     quiet_training,
+    training_order,
 )
 from arte_edge.distill.train.completion_head import score_completions_only
-from arte_edge.distill.train.order import training_order
-from arte_edge.distill.train.settings import DpoSettings
-from arte_edge.distill.train.tokens import Encoder, check_rows
-from arte_edge.distill.train.watch import Probe, Watch, copy_adapter
-from arte_edge.distill.train.workspace import Workspace, checkpoint_key, finished
 from arte_edge.errors import ArteError, InputError
 from arte_edge.private_names import missing
 from arte_edge.store import content_key, write_jsonl

@@ -14,22 +14,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from arte_edge.distill.train.checkpoints import Workspace, checkpoint_key, finished
 from arte_edge.distill.train.common import (
+    Encoder,
     Progress,
+    SftSettings,
     arguments,
+    check_rows,
     free_memory,
     history_of,
     keep_going,
     load,
     lora_config,
     quiet_training,
+    training_order,
 )
 from arte_edge.distill.train.completion_head import score_completions_only
-from arte_edge.distill.train.merge import MergeCheck, check_merge, merge_adapter, write_checkpoint
-from arte_edge.distill.train.order import training_order
-from arte_edge.distill.train.settings import SftSettings
-from arte_edge.distill.train.tokens import Encoder, check_rows
-from arte_edge.distill.train.workspace import Workspace, checkpoint_key, finished
+from arte_edge.distill.train.lora_merge import MergeCheck, check_merge, merge_adapter, write_checkpoint
 from arte_edge.errors import InputError
 from arte_edge.store import content_key, write_jsonl
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arte_edge.distill.train.collapse import ProbeResult, chosen_drop_nats, collapse_reason
-from arte_edge.distill.train.settings import CollapseLimits
+from arte_edge.distill.train.common import CollapseLimits
 
 LIMITS = CollapseLimits(min_valid=0.5, length_factor=2.0, max_chosen_drop_nats=10.0)
 START = ProbeResult(valid_rate=0.8, mean_tokens=60.0)

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from arte_edge.distill.train.common import load, quiet_training
-from arte_edge.distill.train.settings import SftSettings
+from arte_edge.distill.train.common import SftSettings, load, quiet_training
 from arte_edge.distill.train.sft import train_sft
 from arte_edge.errors import ArteError, InputError
 

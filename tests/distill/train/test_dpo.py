@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from arte_edge.distill.train.collapse import ProbeResult
+from arte_edge.distill.train.common import CollapseLimits, DpoSettings, Encoder, Lora, SftSettings
 from arte_edge.distill.train.dpo import encode_pairs, train_dpo
-from arte_edge.distill.train.settings import CollapseLimits, DpoSettings, Lora, SftSettings
 from arte_edge.distill.train.sft import train_sft
-from arte_edge.distill.train.tokens import Encoder
 from arte_edge.errors import InputError
 
 PAIRS = [
@@ -193,7 +192,7 @@ import json, os, signal, sys
 from pathlib import Path
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.dpo import train_dpo
-from arte_edge.distill.train.settings import DpoSettings
+from arte_edge.distill.train.common import DpoSettings
 checkpoint, pairs, out, settings, step, look = json.loads(sys.argv[1])
 looks = []
 def probe(folder):

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arte_edge.distill.train.order import training_order
+from arte_edge.distill.train.common import training_order
 
 
 @given(

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from arte_edge.distill.train.settings import Lora, SftSettings
+from arte_edge.distill.train.common import Encoder, Lora, SftSettings
 from arte_edge.distill.train.sft import encode_sft, train_sft
-from arte_edge.distill.train.tokens import Encoder
 from arte_edge.errors import InputError
 
 FULL = SftSettings(learning_rate=1e-2, batch_size=4, epochs=6, seed=3)
@@ -134,7 +133,7 @@ def test_rows_that_all_are_too_long_are_an_input_error(tiny_checkpoint: Any, tmp
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from arte_edge.distill.train.settings import SftSettings
+from arte_edge.distill.train.common import SftSettings
 from arte_edge.distill.train.sft import train_sft
 checkpoint, rows, out, settings, last = json.loads(sys.argv[1])
 def progress(done, total):

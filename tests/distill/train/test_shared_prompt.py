@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from arte_edge.distill.train.completion_head import score_completions_only
-from arte_edge.distill.train.shared_prompt import attends_fully
+from arte_edge.distill.train.completion_head import attends_fully, score_completions_only
 
 
 def trls_batch() -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arte_edge.distill.train.tokens import Encoder, check_rows
+from arte_edge.distill.train.common import Encoder, check_rows
 from arte_edge.errors import InputError
 
 BOS, EOS = 1, 2

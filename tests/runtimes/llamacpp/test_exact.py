@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from arte_edge.distill.prompts import ANSWER_STOPS, FORCE, STEPS, Worked, student_messages
-from arte_edge.distill.student_file import base_file
+from arte_edge.distill.run_context import f16_student
 from arte_edge.models.local import LocalModel
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.prompt_render import render
@@ -34,7 +34,7 @@ SHOTS = [
 @pytest.fixture(scope="module")
 def engine(smollm2: LocalModel) -> Iterator[LlamaCppEngine]:
     """The student's F16 file, with fewer slots than prompts."""
-    base = base_file(smollm2)
+    base = f16_student(smollm2)
     assert base.gguf is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ARTE_EDGE_PROBE", "0")

@@ -1,0 +1,391 @@
+"""``arte-edge distill --dry-run``: calls, tokens and cost of every stage, before they are spent.
+
+Teacher and student answer a few real prompts of each kind, which gives the length of what they
+generate; the lengths of all prompts come from the models' own tokenizers. The rest is arithmetic.
+Counts follow the stages' own rules; where a stage decides as it goes (drafts rejected, labels dropped,
+ties), the estimate assumes that nothing is dropped. The run folder is neither read nor written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from arte_edge.console import Reporter, emit_json, err, out
+from arte_edge.distill.config import RunConfig
+from arte_edge.distill.generation.questions import (
+    NearDuplicates,
+    QuestionPlan,
+    parse_questions,
+    question_prompts,
+)
+from arte_edge.distill.generation.rationales import rationale_prompt, rationale_sampling
+from arte_edge.distill.prompts import (
+    ANSWER_CLOSE,
+    ANSWER_OPEN,
+    ANSWER_STOPS,
+    FORCE,
+    STEPS,
+    answer_shots,
+    direct_messages,
+    question_prefill,
+    student_messages,
+)
+from arte_edge.distill.run_context import Run
+from arte_edge.errors import EngineError, InputError
+from arte_edge.extras import need
+from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
+from arte_edge.runtimes.openai.client import Prices
+from arte_edge.tasks.answers import canonical
+from arte_edge.tasks.loaders import load_task
+from arte_edge.tasks.task import Example
+
+__all__ = [
+    "Call",
+    "Lengths",
+    "Sizes",
+    "StageEstimate",
+    "Work",
+    "dry_run",
+    "estimate",
+    "parse_prices",
+    "probe",
+    "stage_work",
+]
+
+Who = Literal["teacher", "student"]
+What = Literal["question", "rationale", "vote", "generated", "constrained"]
+
+_FIRST_ROUND = 4  # prompts for questions that are sent at least
+_PROBE_CALLS = 2  # real calls of each kind
+_PROBE_PROMPTS = 8  # prompts of each kind whose length is counted
+_FEWEST_DRAFTS = 0.1  # assumed lower bound of valid drafts per prompt: a run gives up before
+_ORDER = ("check", "elicit", "calibrate", "prefer", "align", "tailor", "tune", "evaluate")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kind of call: which model does what, with how many few-shot examples."""
+
+    who: Who
+    what: What
+    shots: int = 0
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean tokens of one kind of call, and of all drafts the valid ones per prompt."""
+
+    prompt: float
+    completion: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the counts depend on besides the settings."""
+
+    n_validation: int
+    n_test: int
+    n_techniques: int
+    closed: bool  # answers come from a closed set
+    server: bool  # the teacher is behind a server
+
+
+@dataclass(frozen=True)
+class Work:
+    """The `n` calls of one kind in one stage."""
+
+    stage: str
+    call: Call
+    n: int
+
+
+@dataclass
+class StageEstimate:
+    """One line of the table. `cost_usd` is the teacher's, behind a server."""
+
+    stage: str
+    calls: int = 0
+    prompt_tokens: float = 0.0
+    completion_tokens: float = 0.0
+    cost_usd: float = 0.0
+
+
+def dry_run(config: RunConfig, *, prices: Prices | None = None, as_json: bool = False) -> None:
+    """Print the estimate of a run on stdout, one line per stage.
+
+    Raises:
+        InputError: a task or model that cannot be used, or prices for a local teacher.
+        EngineError: a model does not answer.
+    """
+    need("train", "a dry run")
+    from arte_edge.distill.stages.align import check_teacher
+
+    task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
+    with TemporaryDirectory(prefix="arte-edge-") as folder:
+        run = Run(config, task, Path(folder), Reporter(quiet=True))
+        try:
+            check_teacher(config)
+            if prices and not run.teacher_is_server:
+                raise InputError(f"--prices: {config.teacher.model} runs locally and costs nothing")
+            if not as_json:
+                err.print("Probing teacher and student with a few prompts …")
+            sizes = _sizes(run)
+            lengths, drafts_per_prompt = probe(run, {work.call for work in stage_work(config, sizes, 1.0)})
+        finally:
+            run.close()
+    lines = estimate(config, sizes, lengths, drafts_per_prompt, prices)
+    notes = _notes(config, sizes, drafts_per_prompt, prices)
+    if as_json:
+        emit_json(_document(lines, drafts_per_prompt, notes, priced=prices is not None))
+        return
+    _print_table(lines, priced=prices is not None)
+    for note in notes:
+        out.print(note, markup=False, soft_wrap=True)
+
+
+def parse_prices(text: str) -> Prices:
+    """Read ``0.15,0.60``: dollars per million prompt tokens and per million completion tokens.
+
+    Raises:
+        InputError: not two numbers of 0 or more.
+    """
+    try:
+        prompt, completion = (float(part) for part in text.split(","))
+    except ValueError:
+        prompt = completion = -1.0
+    if not (0 <= prompt < float("inf") and 0 <= completion < float("inf")):
+        raise InputError(f"--prices {text}: not two prices", "Dollars per million tokens: --prices 0.15,0.60")
+    return Prices(prompt, completion)
+
+
+def estimate(
+    config: RunConfig,
+    sizes: Sizes,
+    lengths: Mapping[Call, Lengths],
+    drafts_per_prompt: float,
+    prices: Prices | None = None,
+) -> list[StageEstimate]:
+    """Return a line for each stage of the run, in order; without alignment four stages are left out."""
+    lines = {"tune": StageEstimate("tune")}
+    for work in stage_work(config, sizes, drafts_per_prompt):
+        line = lines.setdefault(work.stage, StageEstimate(work.stage))
+        prompt = work.n * lengths[work.call].prompt
+        completion = work.n * lengths[work.call].completion
+        line.calls += work.n
+        line.prompt_tokens += prompt
+        line.completion_tokens += completion
+        if prices and sizes.server and work.call.who == "teacher":
+            line.cost_usd += prices.cost_usd(round(prompt), round(completion))
+    return [lines[stage] for stage in _ORDER if stage in lines]
+
+
+def stage_work(config: RunConfig, sizes: Sizes, drafts_per_prompt: float) -> Iterator[Work]:
+    """Yield the calls of each stage."""
+    n_check = min(config.check.examples, sizes.n_validation)
+    yield Work("check", Call("teacher", "rationale"), n_check)
+    yield Work("check", Call("student", "generated"), n_check)
+    yield Work("check", Call("student", "constrained"), n_check)
+    if config.aligned:
+        questions = config.elicit.questions
+        yield from _drafts("elicit", config, sizes, questions, sizes.n_techniques, drafts_per_prompt)
+        yield from _calibrate(config, sizes)
+        k = min(config.calibrate.k, config.calibrate.items, sizes.n_validation)
+        what: What = "generated" if config.prefer.score == "accuracy" else "constrained"
+        yield Work("prefer", Call("student", what, 1), questions * sizes.n_techniques * k)
+        pairs = config.n_question_pairs + min(config.n_rationale_pairs, questions)
+        steps = ceil(pairs / config.align.batch_size * config.align.epochs)
+        checks = 1 + ceil(
+            steps / config.align.probe_every
+        )  # before the first step, regularly, after the last
+        yield Work("align", Call("teacher", "question"), checks * config.align.probe_prompts)
+    yield from _drafts("tailor", config, sizes, config.tailor.questions, 1, drafts_per_prompt)
+    n_test = min(config.evaluate.limit or sizes.n_test, sizes.n_test)
+    for shots in config.evaluate.shots:
+        yield Work("evaluate", Call("student", "generated", shots), 2 * n_test)  # base and tuned
+    yield Work("evaluate", Call("student", "constrained"), 2 * n_test)
+    if config.evaluate.teacher:
+        yield Work("evaluate", Call("teacher", "rationale"), n_test)
+
+
+def _drafts(
+    stage: str, config: RunConfig, sizes: Sizes, questions: int, rationales: int, drafts_per_prompt: float
+) -> Iterator[Work]:
+    prompts = max(_FIRST_ROUND, ceil(questions / drafts_per_prompt))
+    yield Work(stage, Call("teacher", "question"), prompts)
+    yield Work(stage, Call("teacher", "rationale"), questions * rationales)
+    if sizes.closed and config.elicit.opinion_shots and not sizes.server:
+        yield Work(stage, Call("teacher", "vote", config.elicit.opinion_shots), questions)
+
+
+def _calibrate(config: RunConfig, sizes: Sizes) -> Iterator[Work]:
+    items = min(config.calibrate.items, sizes.n_validation)
+    # Further models are not opened for an estimate; they count like the teacher.
+    respondents: list[Who] = ["student", "teacher"]
+    respondents += ["teacher"] * len(config.calibrate.models)
+    for who in respondents:
+        for shots in config.calibrate.shots:
+            yield Work("calibrate", Call(who, "constrained", shots), items)
+
+
+def probe(run: Run, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], float]:
+    """Return the mean lengths of each kind of call, and the valid drafts per prompt, from a few real calls.
+
+    Raises:
+        EngineError: a model answered none of them.
+    """
+    teacher, student = run.engine(run.config.teacher), run.engine(run.config.student)
+    elicit, evaluate = run.config.elicit, run.config.evaluate
+    sampling: dict[Call, Sampling] = {
+        Call("teacher", "question"): Sampling(
+            temperature=elicit.temperature,
+            top_p=elicit.top_p,
+            max_tokens=elicit.question_tokens,
+            seed=run.config.seed,
+        ),
+        Call("teacher", "rationale"): rationale_sampling(run, teacher, elicit.rationale_tokens),
+        Call("student", "generated"): Sampling(max_tokens=evaluate.answer_tokens, stop=ANSWER_STOPS),
+    }
+    engines: dict[Who, Engine] = {"teacher": teacher, "student": student}
+    answers = {call: _answers(run, engines[call.who], call, how) for call, how in sampling.items()}
+    generated = {
+        (call.who, call.what): sum(answer.completion_tokens for answer in done) / len(done)
+        for call, done in answers.items()
+    }
+    lengths = {}
+    for call in calls:
+        found = _lengths(run, engines[call.who], call)
+        lengths[call] = replace(found, completion=generated.get((call.who, call.what), found.completion))
+    return lengths, _drafts_per_prompt(run, answers[Call("teacher", "question")])
+
+
+def _answers(run: Run, engine: Engine, call: Call, sampling: Sampling) -> list[Completion]:
+    prompts = _prompts(run, call)[:_PROBE_CALLS]
+    answers = engine.complete([Request(prompt, i) for i, prompt in enumerate(prompts)], sampling)
+    done = [answer for answer in answers if answer.finish != "error"]
+    if not done:
+        raise EngineError(f"The probe failed: {answers[0].error}", "Run the same command again.")
+    return done
+
+
+def _lengths(run: Run, engine: Engine, call: Call) -> Lengths:
+    prompts = _prompts(run, call)
+    prompt = sum(engine.count_tokens(text) for text in prompts) / len(prompts)
+    if call.what not in ("constrained", "vote"):
+        return Lengths(prompt)
+    examples, answer = run.task.validation[:_PROBE_PROMPTS], run.task.answer
+    if answer.closed:  # every option is read after the question
+        options = [option for example in examples for option in answer.options(example.input)]
+        read = sum(engine.count_tokens(option + ANSWER_CLOSE) for option in options)
+        return Lengths(prompt + read / len(examples))
+    tokens = sum(engine.count_tokens(example.target + ANSWER_CLOSE) for example in examples)
+    return Lengths(prompt, tokens / len(examples))
+
+
+def _prompts(run: Run, call: Call) -> list[str]:
+    """Return a few real prompts of a kind; the questions in them are validation examples."""
+    config = run.config.teacher if call.who == "teacher" else run.config.student
+    engine, task, elicit = run.engine(config), run.task, run.config.elicit
+    examples = task.validation[:_PROBE_PROMPTS]
+    if call.what == "question":
+        plan = QuestionPlan.of(
+            elicit, elicit.questions, elicit.temperature, elicit.max_prompts, run.config.seed
+        )
+        return [r.prompt for r in question_prompts(run, engine, config, plan, 0, _PROBE_PROMPTS)]
+    if call.what == "rationale":
+        return [rationale_prompt(run, engine, config, example.input, None) for example in examples]
+    shots = answer_shots(task.seed, call.shots)
+    if call.what == "vote":
+        return [
+            run.render(engine, direct_messages(task, e.input, shots), ANSWER_OPEN, config) for e in examples
+        ]
+    prefill = STEPS if call.what == "generated" else FORCE
+    return [run.render(engine, student_messages(task, e.input, shots), prefill, config) for e in examples]
+
+
+def _drafts_per_prompt(run: Run, answers: Sequence[Completion]) -> float:
+    elicit, task = run.config.elicit, run.task
+    known: tuple[Example, ...] = (*task.seed, *task.validation)
+    near = NearDuplicates(elicit.rouge, (example.input for example in known))
+    prefill = question_prefill(min(elicit.shown, len(task.seed)))
+    n_valid = 0
+    for answer in answers:
+        for draft in parse_questions(prefill + answer.text):
+            if isinstance(draft, str) or canonical(draft[1], task.answer) is None or near.find(draft[0]):
+                continue
+            near.add(draft[0])
+            n_valid += 1
+    return max(n_valid / len(answers), _FEWEST_DRAFTS)
+
+
+def _sizes(run: Run) -> Sizes:
+    return Sizes(
+        n_validation=len(run.task.validation),
+        n_test=len(run.task.test_keys()),
+        n_techniques=len(run.task.techniques),
+        closed=run.task.answer.closed,
+        server=run.teacher_is_server,
+    )
+
+
+def _notes(config: RunConfig, sizes: Sizes, drafts_per_prompt: float, prices: Prices | None) -> list[str]:
+    notes = [
+        f"Measured: {drafts_per_prompt:.1f} valid questions per prompt. Rejected or relabelled drafts add calls; "
+        "adaptive scoring (prefer.race) and cached calls save some."
+    ]
+    if config.calibrate.models and config.aligned:
+        notes.append("The further models of calibrate count like the teacher.")
+    if sizes.server and prices is None:
+        notes.append("Cost: add --prices PROMPT,COMPLETION, dollars per million tokens.")
+    return notes
+
+
+def _print_table(lines: list[StageEstimate], *, priced: bool) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("stage")
+    for name in ("calls", "prompt tokens", "completion tokens", *(["USD"] if priced else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in lines:
+        table.add_row(*_cells(line, priced=priced))
+    table.add_section()
+    table.add_row(*_cells(_total(lines), priced=priced), style="bold")
+    out.print(table)
+
+
+def _cells(line: StageEstimate, *, priced: bool) -> list[str]:
+    cells = [line.stage, f"{line.calls:,}", f"{line.prompt_tokens:,.0f}", f"{line.completion_tokens:,.0f}"]
+    return [*cells, f"{line.cost_usd:,.2f}"] if priced else cells
+
+
+def _total(lines: list[StageEstimate]) -> StageEstimate:
+    keys = ("calls", "prompt_tokens", "completion_tokens", "cost_usd")
+    return StageEstimate("total", **{key: sum(getattr(line, key) for line in lines) for key in keys})
+
+
+def _document(
+    lines: list[StageEstimate], drafts_per_prompt: float, notes: list[str], *, priced: bool
+) -> dict[str, Any]:
+    return {
+        "event": "plan",
+        "stages": [_row(line, priced=priced) for line in lines],
+        "total": _row(_total(lines), priced=priced),
+        "drafts_per_prompt": drafts_per_prompt,
+        "notes": notes,
+    }
+
+
+def _row(line: StageEstimate, *, priced: bool) -> dict[str, Any]:
+    return {
+        "stage": line.stage,
+        "calls": line.calls,
+        "prompt_tokens": round(line.prompt_tokens),
+        "completion_tokens": round(line.completion_tokens),
+        "cost_usd": round(line.cost_usd, 4) if priced else None,
+    }

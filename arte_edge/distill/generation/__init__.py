@@ -1,0 +1,1 @@
+"""What the teacher generates: questions and rationales, validated and labelled."""

@@ -1,0 +1,271 @@
+"""Draft questions: prompt the teacher until enough valid ones exist (paper, step 1).
+
+A draft is valid if its tags close, its target is an answer of the task's kind, it is no near-duplicate
+of a seed or an earlier draft, and it is in neither validation nor test. Of the test split only hashes
+are known here. Rejected drafts are stored with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from arte_edge.distill.config import Elicit, ModelConfig
+from arte_edge.distill.prompts import question_messages, question_prefill
+from arte_edge.distill.run_context import Run
+from arte_edge.errors import EngineError, StoppedEarly
+from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
+from arte_edge.tasks.answers import canonical
+from arte_edge.tasks.task import Example, Task, content_key
+
+__all__ = [
+    "Drafts",
+    "NearDuplicates",
+    "QuestionPlan",
+    "draft_questions",
+    "parse_questions",
+    "question_prompts",
+]
+
+# An opening tag of the next question ends the last one too: small teachers forget to close it.
+_QUESTION = re.compile(
+    r"<input>(?P<input>.*?)</input>\s*<target>(?P<target>.*?)</target>\s*(?P<close></Question_\d+>)?",
+    re.DOTALL,
+)
+_BLOCK = re.compile(r"<Question_\d+>(.*?)(?=<Question_\d+>|\Z)", re.DOTALL)
+_LONGEST = 1500  # characters of one question; longer ones are rambling
+_ALIKE = 0.25  # share of near-duplicates among the seeds from which they are typical of the task
+_EMPTY_ROUNDS = 3  # rounds without a valid draft before giving up
+
+
+@dataclass(frozen=True)
+class QuestionPlan:
+    """How many drafts are needed, and how they are sampled."""
+
+    needed: int
+    shown: int
+    asked: int
+    temperature: float
+    top_p: float
+    tokens: int
+    rouge: float
+    max_prompts: int
+    seed: int
+    one_draw: bool = False
+
+    @classmethod
+    def of(cls, elicit: Elicit, needed: int, temperature: float, max_prompts: int, seed: int) -> QuestionPlan:
+        """Return the plan for `needed` drafts with the prompts of `elicit`."""
+        return cls(
+            needed=needed,
+            shown=elicit.shown,
+            asked=elicit.asked,
+            temperature=temperature,
+            top_p=elicit.top_p,
+            tokens=elicit.question_tokens,
+            rouge=elicit.rouge,
+            max_prompts=max_prompts,
+            seed=seed,
+            one_draw=elicit.one_draw,
+        )
+
+    @property
+    def budget(self) -> int:
+        """Prompts after which drafting gives up."""
+        return self.max_prompts or 10 * -(-self.needed // self.asked)
+
+
+@dataclass
+class Drafts:
+    """The result of drafting. Rows of `valid`: id, input, target, prompt; of `rejected`: reason, text, prompt."""
+
+    valid: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    prompts: int = 0
+
+    def reasons(self) -> dict[str, int]:
+        return dict(Counter(row["reason"] for row in self.rejected).most_common())
+
+
+class NearDuplicates:
+    """Finds texts whose ROUGE-L F1 with a known text reaches a threshold (Self-Instruct's filter at 0.7)."""
+
+    def __init__(self, threshold: float, known: Iterable[str]) -> None:
+        from rouge_score import rouge_scorer
+
+        self._threshold = threshold
+        self._scorer = rouge_scorer.RougeScorer(["rougeL"])
+        self._known: list[tuple[str, str, Counter[str]]] = []
+        for text in known:
+            self.add(text)
+
+    def add(self, text: str) -> None:
+        self._known.append((text, content_key(text), _words(text)))
+
+    def find(self, text: str) -> str | None:
+        """Return a known text of which `text` is a near-duplicate."""
+        key, words = content_key(text), _words(text)
+        for known, their_key, theirs in self._known:
+            # ROUGE only sees Latin letters and digits: without them it never finds a duplicate.
+            if key == their_key:
+                return known
+            # The longest common subsequence is at most the words in common: most pairs end here.
+            common = sum((words & theirs).values())
+            if 2 * common < self._threshold * (words.total() + theirs.total()) - 1e-9:
+                continue
+            if self._scorer.score(known, text)["rougeL"].fmeasure >= self._threshold:
+                return known
+        return None
+
+
+def _words(text: str) -> Counter[str]:
+    return Counter(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def parse_questions(text: str) -> list[tuple[str, str] | str]:
+    """Split a teacher's answer into (input, target) pairs; a malformed block gives the reason instead."""
+    found: list[tuple[str, str] | str] = []
+    blocks = _BLOCK.findall(text)
+    for i, block in enumerate(blocks):
+        match = _QUESTION.search(block)
+        if match is None:
+            # The last block is usually truncated by max_tokens.
+            found.append("cut off" if i == len(blocks) - 1 else "tags do not close")
+            continue
+        question, target = match["input"].strip(), match["target"].strip()
+        if not question or not target:
+            found.append("empty input or target")
+        elif len(question) > _LONGEST or "<" in target or "<input>" in question:
+            found.append("tags do not close")
+        else:
+            found.append((question, target))
+    return found or ["no question at all"]
+
+
+def question_prompts(
+    run: Run, engine: Engine, config: ModelConfig, plan: QuestionPlan, first: int, n: int
+) -> list[Request]:
+    """Return prompts number `first` to ``first + n - 1``, each with its own sample of seeds or all with one."""
+    requests = []
+    for i in range(first, first + n):
+        rng = random.Random(f"{plan.seed}/{first if plan.one_draw else i}")
+        seeds = rng.sample(list(run.task.seed), min(plan.shown, len(run.task.seed)))
+        messages = question_messages(run.task, seeds, plan.asked)
+        requests.append(Request(run.render(engine, messages, question_prefill(len(seeds)), config), i))
+    return requests
+
+
+def draft_questions(run: Run, engine: Engine, config: ModelConfig, plan: QuestionPlan, what: str) -> Drafts:
+    """Draft until `plan.needed` valid questions exist.
+
+    Raises:
+        StoppedEarly: the budget of prompts is spent, or several rounds in a row have no valid draft.
+        EngineError: every call of a round failed.
+    """
+    drafts = Drafts()
+    filters = _Filter(run.task, plan.rouge)
+    if filters.alike > _ALIKE:
+        run.reporter.warn(
+            f"{what}: {filters.alike:.0%} of this task's own seeds are near-duplicates of another "
+            f"(ROUGE-L {plan.rouge:g}), so only exact repeats are rejected"
+        )
+    empty_rounds = 0
+    sampling = Sampling(
+        temperature=plan.temperature, top_p=plan.top_p, max_tokens=plan.tokens, seed=plan.seed
+    )
+    while len(drafts.valid) < plan.needed:
+        missing = plan.needed - len(drafts.valid)
+        rate = max(len(drafts.valid) / (drafts.prompts * plan.asked), 0.1) if drafts.prompts else 0.5
+        # One full batch at most: a second one with few prompts would take as long as a full one.
+        n = min(
+            max(4, math.ceil(missing / (plan.asked * rate))), run.calls.group, plan.budget - drafts.prompts
+        )
+        if n <= 0 or empty_rounds >= _EMPTY_ROUNDS:
+            raise StoppedEarly(
+                f"{what}: only {len(drafts.valid)} of {plan.needed} valid questions after {drafts.prompts} "
+                f"prompts ({_list(drafts.reasons())})",
+                "Use a stronger teacher, or raise max_prompts. Finished calls are cached: re-run the same command "
+                "to resume.",
+            )
+        requests = question_prompts(run, engine, config, plan, drafts.prompts, n)
+        answers = run.calls.complete(engine, requests, sampling, what, spare=True)
+        before = len(drafts.valid)
+        _collect(drafts, answers, drafts.prompts, plan.needed, filters)
+        if all(answer.finish == "error" for answer in answers):
+            raise EngineError(
+                f"{what}: every call failed: {answers[0].error}", "Re-run the same command to resume."
+            )
+        drafts.prompts += n
+        empty_rounds = empty_rounds + 1 if len(drafts.valid) == before else 0
+    return drafts
+
+
+def _collect(
+    drafts: Drafts, answers: Sequence[Completion], first: int, needed: int, filters: _Filter
+) -> None:
+    for i, answer in enumerate(answers, first):
+        if answer.finish == "error":
+            drafts.rejected.append({"reason": "call failed", "text": answer.error, "prompt": i})
+            continue
+        for draft in parse_questions(question_prefill(0) + answer.text):
+            if isinstance(draft, str):
+                drafts.rejected.append({"reason": draft, "text": answer.text[:400], "prompt": i})
+                continue
+            question, target = draft
+            reason, target = filters.check(question, target)
+            if reason:
+                drafts.rejected.append({"reason": reason, "text": f"{question} => {target}", "prompt": i})
+            elif len(drafts.valid) < needed:
+                key = Example(question, target).key
+                drafts.valid.append({"id": key[:16], "input": question, "target": target, "prompt": i})
+
+
+class _Filter:
+    """Gives the reason to reject a draft, and remembers the accepted ones."""
+
+    def __init__(self, task: Task, rouge: float) -> None:
+        self._task = task
+        self._test = task.test_keys()
+        self.alike = _share_alike([seed.input for seed in task.seed], rouge)
+        # ROUGE only compares words: expressions that differ in brackets are equal to it.
+        self._near = NearDuplicates(rouge if self.alike <= _ALIKE else math.inf, [])
+        self._labels = {
+            **{seed.input: "repeats a seed" for seed in task.seed},
+            **{item.input: "overlaps validation" for item in task.validation},
+        }
+        for text in self._labels:
+            self._near.add(text)
+
+    def check(self, question: str, target: str) -> tuple[str, str]:
+        """Return (reason, target in canonical form); no reason means valid."""
+        answer = canonical(target, self._task.answer)
+        if answer is None:
+            return "target is no answer of this task", target
+        options = self._task.answer.options(question)
+        if self._task.answer.closed and answer not in options:
+            return "target is not among the options", target
+        if Example(question, answer).key in self._test:
+            return "overlaps test", target
+        if (known := self._near.find(question)) is not None:
+            return self._labels.get(known, "repeats a draft"), target
+        self._near.add(question)
+        return "", answer
+
+
+def _share_alike(texts: Sequence[str], rouge: float) -> float:
+    """Return the share of `texts` that are near-duplicates of an earlier one."""
+    near = NearDuplicates(rouge, [])
+    n = 0
+    for text in texts:
+        n += near.find(text) is not None
+        near.add(text)
+    return n / max(len(texts), 1)
+
+
+def _list(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{n} × {reason}" for reason, n in reasons.items()) or "none was generated"

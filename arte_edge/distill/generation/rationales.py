@@ -1,0 +1,264 @@
+"""Rationales: how the teacher reasons about a question, labelled and checked.
+
+Prompts are a technique's or the naive one. Where the engine supports a grammar, the reasoning stays
+free and only its end is constrained to an answer of the task in its tags: small teachers invent labels
+("heater") and forget tags.
+
+A teacher gives an answer when it generates the question (its *target*) and again at the end of every
+rationale. Small teachers often disagree with themselves; the label policy decides, and the stage counts
+what it changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from arte_edge.distill.config import LabelPolicy, ModelConfig
+from arte_edge.distill.prompts import (
+    ANSWER_CLOSE,
+    ANSWER_OPEN,
+    ANSWER_STOPS,
+    Worked,
+    answer_shots,
+    direct_messages,
+    rationale_messages,
+    teacher_shots,
+)
+from arte_edge.distill.run_context import Row, Run
+from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
+from arte_edge.tasks.answers import comparable, extract
+from arte_edge.tasks.task import BOOLEANS, Answer, content_key
+
+__all__ = [
+    "agrees",
+    "decide_label",
+    "direct_votes",
+    "generate_rationales",
+    "label_rows",
+    "rationale_grammar",
+    "rationale_prompt",
+    "rationale_row",
+    "rationale_sampling",
+    "reject_repeated",
+]
+
+_VOTE_GROUP = 16
+# A token of English text is about four characters; three leave room for the tags and a longer answer.
+_CHARS_PER_TOKEN = 3
+_MAX_CHARS = 1500  # llama.cpp rejects grammars with more than 2000 repetitions
+# A text counts as repeated if it appears under more questions than this, and than this share of all.
+_REPEATED_QUESTIONS, _REPEATED_SHARE = 2, 0.05
+
+
+def rationale_prompt(
+    run: Run,
+    engine: Engine,
+    config: ModelConfig,
+    question: str,
+    technique: str | None,
+    shots: Sequence[Worked] | None = None,
+) -> str:
+    """Return the rendered prompt; `technique` None is the naive step-by-step prompt, `shots` None the task's."""
+    shots = teacher_shots(run.task, config.shots) if shots is None else shots
+    return run.render(engine, rationale_messages(run.task, question, technique, shots), "", config)
+
+
+def generate_rationales(
+    run: Run,
+    engine: Engine,
+    config: ModelConfig,
+    questions: Sequence[Row],
+    techniques: Sequence[str | None],
+    what: str,
+    shots: Sequence[Worked] | None = None,
+) -> list[Row]:
+    """Generate one rationale for each question and technique, greedily.
+
+    Returns rows of question (id), technique (index, -1 for naive), text, answer (None if there is
+    no complete answer tag), finish.
+    """
+    # One technique after another: prompts of one technique share their prefix.
+    work = [(t, technique, row) for t, technique in enumerate(techniques) for row in questions]
+    requests = [
+        Request(rationale_prompt(run, engine, config, row["input"], technique, shots))
+        for _, technique, row in work
+    ]
+    sampling = rationale_sampling(run, engine, run.config.elicit.rationale_tokens)
+    answers = run.calls.complete(engine, requests, sampling, what)
+    return [
+        rationale_row(run, row, t if technique is not None else -1, answer)
+        for (t, technique, row), answer in zip(work, answers, strict=True)
+    ]
+
+
+def rationale_sampling(run: Run, engine: Engine, tokens: int) -> Sampling:
+    """Return how rationales are decoded: greedily, the end constrained to the format if the engine can."""
+    constrained = run.config.elicit.grammar and engine.supports_grammar
+    grammar = rationale_grammar(run.task.answer, tokens) if constrained else None
+    return Sampling(max_tokens=tokens, stop=ANSWER_STOPS, grammar=grammar)
+
+
+def direct_votes(
+    run: Run, engine: Engine, config: ModelConfig, questions: Sequence[Row], what: str
+) -> list[str | None]:
+    """Return the teacher's direct few-shot answer to each question, None where the answer set is open.
+
+    With many examples and no reasoning a small teacher is often more accurate than with reasoning.
+    """
+    answer, n_shots = run.task.answer, run.config.elicit.opinion_shots
+    options = [answer.options(row["input"]) for row in questions]
+    if not (answer.closed and n_shots and questions) or run.teacher_is_server:
+        return [None] * len(questions)
+    shots = answer_shots(run.task.seed, n_shots)
+    prompts = [
+        run.render(engine, direct_messages(run.task, row["input"], shots), ANSWER_OPEN, config)
+        for row in questions
+    ]
+    choices = [[option + ANSWER_CLOSE for option in row] for row in options]
+    found: list[str | None] = []
+    # Small groups: when more questions are drafted later, the groups before them stay cached.
+    for start in range(0, len(prompts), _VOTE_GROUP):
+        part = slice(start, start + _VOTE_GROUP)
+        scores = run.calls.choose(engine, [prompts[part]], choices[part], what)[0]
+        best = np.nanargmax(scores, axis=1)
+        found += [row[i] for row, i in zip(options[part], best, strict=True)]
+    return found
+
+
+def rationale_row(run: Run, question: Row, technique: int, completion: Completion) -> Row:
+    """Return the stored row of a rationale: see `generate_rationales`."""
+    return {
+        "question": question["id"],
+        "technique": technique,
+        "text": completion.text.strip(),
+        "answer": extract(completion.text, run.task.answer),
+        "finish": completion.finish,
+        "tokens": completion.completion_tokens,
+    }
+
+
+def label_rows(
+    run: Run,
+    questions: Sequence[Row],
+    rationales: Sequence[Row],
+    votes: Sequence[str | None],
+    policy: LabelPolicy,
+) -> Row:
+    """Set ``label`` on each question and ``usable`` on each rationale, in place; return what that changed.
+
+    `votes` are the teacher's direct answers (`direct_votes`); each counts like a rationale's answer.
+
+    The counts are rates in [0, 1]: readable rationales, rationales that agree with the drafted
+    target, questions whose label differs from it, questions dropped.
+    """
+    kind = run.task.answer
+    by_question: dict[str, list[Row]] = defaultdict(list)
+    for rationale in rationales:
+        by_question[rationale["question"]].append(rationale)
+    changed = dropped = agreeing = readable = 0
+    for question, vote in zip(questions, votes, strict=True):
+        mine = by_question[question["id"]]
+        target = comparable(question["target"], kind) or ""
+        answers = [comparable(r["answer"], kind) if r["answer"] is not None else None for r in mine]
+        label = decide_label(policy, target, [*answers, vote])
+        # The label keeps the spelling of its source, not the normalized form of the comparison.
+        written = {
+            target: question["target"],
+            **{a: r["answer"] for a, r in zip(answers, mine, strict=True) if a},
+        }
+        question["label"] = written.get(label) if label is not None else None
+        changed += label is not None and label != target
+        dropped += label is None
+        for rationale, answer in zip(mine, answers, strict=True):
+            rationale["usable"] = agrees(policy, label, answer)
+            readable += answer is not None
+            agreeing += answer == target
+    n, m = max(len(questions), 1), max(len(rationales), 1)
+    return {
+        "policy": policy,
+        "readable": round(readable / m, 4),
+        "agree_with_target": round(agreeing / m, 4),
+        "label_changed": round(changed / n, 4),
+        "questions_dropped": round(dropped / n, 4),
+    }
+
+
+def decide_label(policy: LabelPolicy, target: str, answers: Sequence[str | None]) -> str | None:
+    """Return the label of a question, or None if it is dropped.
+
+    Args:
+        policy: ``teacher`` takes the drafted target; ``vote`` the majority of target and rationales, the
+            target breaking a tie that it is part of; ``drop-disagreement`` keeps a question only if
+            target and every readable rationale agree.
+        target: the answer drafted with the question, normalized.
+        answers: the rationales' answers, normalized; None for an unreadable one.
+    """
+    given = [answer for answer in answers if answer is not None]
+    if policy == "teacher":
+        return target
+    if not given:
+        return None
+    if policy == "drop-disagreement":
+        return target if set(given) == {target} else None
+    votes = Counter([target, *given])
+    top = max(votes.values())
+    winners = [answer for answer, n in votes.items() if n == top]
+    if len(winners) == 1:
+        return winners[0]
+    return target if target in winners else None
+
+
+def agrees(policy: LabelPolicy, label: str | None, answer: str | None) -> bool:
+    """Return whether a rationale with this answer is usable; with the `teacher` policy every readable one is."""
+    return answer is not None and label is not None and (policy == "teacher" or answer == label)
+
+
+def reject_repeated(rationales: Sequence[Row]) -> int:
+    """Set ``usable`` to False, in place, on each usable rationale that is repeated; return how many were.
+
+    A small teacher copies from its instructions: told to restate a request "as a plain order", it answers
+    every question with the example in that instruction. Such a text says nothing about its question, its
+    answer is right by chance, and a student that is trained on it learns one answer (benchmarks/studies).
+    Short reasoning may well fit two questions, so a text counts as repeated from the third on, or from a
+    twentieth of all.
+    """
+    under: dict[str, set[str]] = defaultdict(set)
+    for row in rationales:
+        under[content_key(row["text"])].add(row["question"])
+    n_question = len({row["question"] for row in rationales})
+    most = max(_REPEATED_QUESTIONS, math.floor(_REPEATED_SHARE * n_question))
+    rejected = 0
+    for row in rationales:
+        if row["usable"] and len(under[content_key(row["text"])]) > most:
+            row["usable"] = False
+            rejected += 1
+    return rejected
+
+
+def rationale_grammar(answer: Answer, tokens: int) -> str:
+    """Return the GBNF grammar of a rationale that gives one answer of the task within about `tokens` tokens."""
+    most = max(_CHARS_PER_TOKEN * (tokens - 12), 16)
+    reasoning = f"[^<]{{1,{min(most, _MAX_CHARS)}}}"
+    return (
+        f'root ::= {reasoning} "{ANSWER_OPEN}" answer "{ANSWER_CLOSE}"\nanswer ::= {_answer_rule(answer)}\n'
+    )
+
+
+def _answer_rule(answer: Answer) -> str:
+    if answer.kind == "number":
+        return '"-"? [0-9]+ ("." [0-9]+)?'
+    if answer.kind == "text":
+        return "[^<\\n]+"
+    if answer.letters:
+        return '"(" [A-Z] ")"'
+    options = BOOLEANS if answer.kind == "boolean" else answer.choices
+    return " | ".join(_quoted(option) for option in options)
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

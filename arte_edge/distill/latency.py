@@ -1,0 +1,143 @@
+"""The latency budget of the target device: how many tokens an answer may have.
+
+    budget = (max_answer_seconds - prompt_tokens / prefill rate) · decode rate
+
+`prompt_tokens` is the 95th percentile over the validation examples, rendered as for the student, in the
+student's own tokens. With a budget, a run changes in three places:
+
+* prefer: ``accuracy`` truncates the student at the budget, so that an answer which does not come in
+  time is wrong. The other scores generate nothing; there a draft is penalized for its own length: a
+  probability is multiplied by the share of the draft that the device can generate in time,
+  ``min(1, budget / tokens)``, and a log-probability gets the logarithm of that share added. So a draft
+  that is a little too long is a little worse, and the ranking of two long drafts is kept.
+* tailor: the teacher's few-shot examples are shortened to fit, too long rationales are not trained on,
+  and the questions that this leaves without one are sampled again
+  (`arte_edge.distill.generation.latency_rationales`).
+* evaluate: base and tuned student stop at the budget.
+
+Drafts are elicited without a budget: preferences need short and long ones to choose from.
+
+The budget is stored in ``deploy.json``: a later benchmark does not change a run that has begun.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from arte_edge.console import Reporter
+from arte_edge.distill.config import Deploy
+from arte_edge.errors import InputError
+from arte_edge.models.local import LocalModel
+from arte_edge.store import write_atomic
+
+__all__ = [
+    "FILE_NAME",
+    "PROMPT_PERCENTILE",
+    "Budget",
+    "Rates",
+    "budget_tokens",
+    "decide_budget",
+    "penalize_length",
+]
+
+FILE_NAME = "deploy.json"
+PROMPT_PERCENTILE = 95
+_LEAST = 8  # tokens: an answer in its tags and a word before it
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The prefill and decode rate of one file on one device, in tokens per second, and their source."""
+
+    decode_tokens_per_s: float
+    prefill_tokens_per_s: float
+    evidence: Literal["measured", "predicted"]
+    source: str  # runtime and threads of a measurement, or what a prediction is based on
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The budget of a run; `answer_tokens` in tokens of the student."""
+
+    answer_tokens: int
+    prompt_tokens: int
+    rates: Rates
+
+
+def budget_tokens(max_answer_seconds: float, prompt_tokens: int, rates: Rates) -> int:
+    """Return how many whole tokens of answer fit into the time left after prefill.
+
+    Raises:
+        InputError: fewer than an answer needs; says how many seconds would be enough.
+    """
+    prefill_s = prompt_tokens / rates.prefill_tokens_per_s
+    tokens = math.floor((max_answer_seconds - prefill_s) * rates.decode_tokens_per_s + 1e-9)
+    if tokens < _LEAST:
+        least_s = prefill_s + _LEAST / rates.decode_tokens_per_s
+        raise InputError(
+            f"deploy.max_answer_seconds = {max_answer_seconds:g}: prefill of {prompt_tokens} prompt tokens "
+            f"takes {prefill_s:.2f} s there ({rates.evidence}), which leaves {max(tokens, 0)} tokens to answer",
+            f"Set it to {math.ceil(least_s * 10) / 10:g} s or more, or choose a faster file in deploy.file.",
+        )
+    return tokens
+
+
+def penalize_length(score: float, tokens: int, most_tokens: int, *, log: bool) -> float:
+    """Return a draft's `score` less the penalty for its length; `log`: it is a log-probability in nats."""
+    share = min(1.0, most_tokens / max(tokens, 1))
+    return score + math.log(share) if log else score * share
+
+
+def decide_budget(
+    folder: Path,
+    config: Deploy,
+    student: LocalModel,
+    prompt_tokens: Callable[[], int],
+    reporter: Reporter,
+    *,
+    update: bool,
+) -> Budget:
+    """Return the run's budget, decided once and stored in its `folder`.
+
+    Raises:
+        InputError: no rates are known, or the time is too short for an answer.
+    """
+    path = folder / FILE_NAME
+    if (stored := None if update else _stored(path, config)) is not None:
+        return stored
+    rates = device_rates(config, student)
+    n_prompt = prompt_tokens()
+    budget = Budget(budget_tokens(config.max_answer_seconds, n_prompt, rates), n_prompt, rates)
+    document = {"deploy": _settings(config), "budget": asdict(budget)}
+    write_atomic(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+    reporter.event("deploy", **document)
+    return budget
+
+
+def device_rates(config: Deploy, student: LocalModel) -> Rates:
+    """Return how fast ``deploy.file`` of the student runs on ``deploy.device``: measured there, else predicted."""
+    from arte_edge.publish.deploy_rates import deploy_rates
+
+    return deploy_rates(config, student)
+
+
+def _stored(path: Path, config: Deploy) -> Budget | None:
+    """Return the budget decided from the same settings; None if there is no readable one."""
+    try:
+        document = json.loads(path.read_bytes())
+        if document["deploy"] != _settings(config):
+            return None
+        budget = document["budget"]
+        return Budget(budget["answer_tokens"], budget["prompt_tokens"], Rates(**budget["rates"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _settings(config: Deploy) -> dict[str, Any]:
+    """Return the settings that decide a budget; how a run uses it is not part of them."""
+    return config.model_dump(mode="json", exclude={"draws"})

@@ -1,0 +1,1 @@
+"""What the student learns best from: scores of drafts, adaptive scoring, pairs for DPO."""

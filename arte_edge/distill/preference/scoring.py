@@ -1,0 +1,353 @@
+"""Preference scores: how well the student answers the preference set after one draft as its only example.
+
+A grid holds one number for each draft and question: the probability of the right answer
+(``likelihood``), whether it is the likeliest (``forced``), or whether the student generated it
+(``accuracy``, the paper's). The full grid is one round over all cells; adaptive scoring
+(`arte_edge.distill.preference.adaptive`) measures the same cells in several rounds until the ranking is
+decided. Calls of several drafts travel together, so that the engine's batches stay full and what the
+questions of one draft share is computed once.
+
+After one few-shot example, a small model leans to some answer whatever the question is. On a closed
+answer set that bias alone moves accuracy, by as much as the set is imbalanced. So each score comes in
+two forms: as measured, and without the induced bias, by subtracting for each answer its mean
+log-probability over the preference set (contextual calibration, Zhao et al. 2021, arXiv 2102.09690, with
+the set's own questions instead of content-free ones). That is fair because the set holds every answer
+equally often.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arte_edge.distill.preference.adaptive import (
+    AdaptivePlan,
+    Cells,
+    Floats,
+    fit_score_model,
+    interleave_answers,
+)
+from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, Worked, student_messages
+from arte_edge.distill.run_context import Run, f16_student, quantized_student
+from arte_edge.runtimes.autotune import Way, Work, probing, quickest, ways_here
+from arte_edge.runtimes.completion import Engine
+from arte_edge.runtimes.loader import is_server, open_local
+from arte_edge.tasks.task import Answer, Example
+
+__all__ = [
+    "ChoiceScores",
+    "GeneratedScores",
+    "Score",
+    "Scored",
+    "answer_bias",
+    "length_effect",
+    "probabilities",
+    "right_answer_scores",
+    "score_drafts",
+    "scoring_engine",
+]
+
+_WORTH_SCORES = 500  # below, opening another engine and the first benchmark take longer than they save
+_RUNTIMES = ("llama_cpp_python", "xllamacpp", "torch", "transformers")
+_LEAST_DRAFTS = 12  # below, a slope is mostly chance
+
+
+@dataclass(frozen=True)
+class Score:
+    """Scores of one draft over the preference set; `bias` is 0 for unbiased answers, at most 1.
+
+    `value` ranks drafts as measured, `free` without the induced answer bias.
+    """
+
+    value: float
+    free: float
+    bias: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores ``[d]`` of all drafts, and what they cost.
+
+    `items` is the number of questions measured for each draft, `errors` the standard error of its score
+    against the full grid, `open` the number of drafts whose rank was not decided at the stated risk.
+    """
+
+    scores: list[Score]
+    items: list[int]
+    errors: list[float]
+    cells: int
+    of_cells: int
+    open: int
+    rounds: int
+
+
+def score_drafts(
+    run: Run,
+    engine: Engine,
+    shots: Sequence[Worked],
+    question: Sequence[str],
+    examples: Sequence[Example],
+    *,
+    adaptive: bool,
+    tokens: Floats | None = None,
+) -> Scored:
+    """Score the drafts `shots` over `examples`, the most discriminating first; `question` ``[d]`` groups drafts.
+
+    Not `adaptive`, the full grid is measured. With `tokens` ``[d]`` adaptive scoring ranks drafts by what
+    their length does not explain; the scores returned are those before that.
+    """
+    config, plan = run.config.prefer, None
+    if adaptive:
+        examples = [examples[place] for place in interleave_answers([e.target for e in examples])]
+        plan = AdaptivePlan(tuple(question), len(examples), config.race_share, config.race_error)
+    grid: ChoiceScores | GeneratedScores = (
+        GeneratedScores.empty(len(shots), examples)
+        if config.score == "accuracy"
+        else ChoiceScores.empty(len(shots), examples, run.task.answer, soft=config.score == "likelihood")
+    )
+    free = config.bias_free and run.task.answer.closed
+    values = np.full((len(shots), len(examples)), np.nan)
+    rounds = 0
+    while cells := plan.next_round(values) if plan else _all_cells(values):
+        _measure(run, engine, shots, examples, grid, cells)
+        values = grid.values(free=free)
+        if plan and tokens is not None:
+            values -= length_effect(fit_score_model(values).mean, tokens)[:, None]
+        rounds += 1
+    model = fit_score_model(values) if plan else None
+    value, without_bias = (_means(grid.values(free=use), adaptive) for use in (False, True))
+    measured = np.isfinite(values)
+    return Scored(
+        [
+            Score(float(value[d]), float(without_bias[d]), grid.bias(d), grid.accuracy(d))
+            for d in range(len(shots))
+        ],
+        [int(n) for n in measured.sum(axis=1)],
+        [math.sqrt(variance) for variance in model.variance] if model else [0.0] * len(shots),
+        int(measured.sum()),
+        measured.size,
+        int((plan.risk(model) > plan.error).sum()) if plan and model else 0,
+        rounds,
+    )
+
+
+def right_answer_scores(
+    run: Run, engine: Engine, shots: Sequence[Worked], examples: Sequence[Example]
+) -> Floats:
+    """Return the full grid of probabilities of the right answer ``[n_draft, n_item]``, for any kind of score.
+
+    Without the induced answer bias if the run scores so; for an open answer set log-probabilities (nats).
+    """
+    grid = ChoiceScores.empty(len(shots), examples, run.task.answer, soft=True)
+    cells = _all_cells(np.full((len(shots), len(examples)), np.nan))
+    _measure(run, engine, shots, examples, grid, cells)
+    return grid.values(free=run.config.prefer.bias_free)
+
+
+def _all_cells(values: Floats) -> list[Cells]:
+    """Return every cell of the grid as one round; nothing once it is measured."""
+    every = tuple(range(values.shape[1]))
+    return [] if np.isfinite(values).any() else [Cells(draft, every) for draft in range(len(values))]
+
+
+def _means(values: Floats, adaptive: bool) -> Floats:
+    return fit_score_model(values).mean if adaptive else np.asarray(values.mean(axis=1))
+
+
+def _measure(
+    run: Run,
+    engine: Engine,
+    shots: Sequence[Worked],
+    examples: Sequence[Example],
+    grid: ChoiceScores | GeneratedScores,
+    cells: Sequence[Cells],
+) -> None:
+    """Let the student answer the questions of `cells` after their drafts, and enter the result in `grid`."""
+    student = run.config.student
+    if isinstance(grid, GeneratedScores):
+        from arte_edge.distill.evaluation import generated_answers_each
+
+        lists = [([examples[item] for item in one.items], [shots[one.draft]]) for one in cells]
+        tokens = run.most_tokens(run.config.prefer.answer_tokens)
+        found = generated_answers_each(run, engine, student, lists, tokens, "scores")
+        for one, answered in zip(cells, found, strict=True):
+            for item, answer, right in zip(one.items, answered.answers, answered.right, strict=True):
+                grid.right[one.draft, item], grid.answers[one.draft][item] = right, answer
+        return
+
+    def prompt(draft: int, item: int) -> str:
+        messages = student_messages(run.task, examples[item].input, [shots[draft]])
+        return run.render(engine, messages, FORCE, student)
+
+    groups = [
+        ([prompt(one.draft, item) for item in one.items], [grid.choices[item] for item in one.items])
+        for one in cells
+    ]
+    for one, rows in zip(cells, run.calls.choose_each(engine, groups, "scores"), strict=True):
+        for item, logp in zip(one.items, rows, strict=True):
+            grid.logp[one.draft, item, : len(logp)] = logp
+
+
+@dataclass
+class ChoiceScores:
+    """Scores without generation: log-probabilities of the choices after the opened answer tag.
+
+    Args:
+        logp: ``[d, k, n_choice]``, NaN where nothing was measured or a question has fewer choices.
+        truth: index of the right choice ``[k]``; None for an open answer set, whose only choice is right.
+        soft: score the probability of the right choice instead of whether it is the likeliest.
+        choices: the texts of each question's choices.
+    """
+
+    logp: Floats
+    truth: NDArray[np.intp] | None
+    soft: bool = True
+    choices: Sequence[Sequence[str]] = ()
+
+    @classmethod
+    def empty(cls, n_draft: int, examples: Sequence[Example], answer: Answer, *, soft: bool) -> ChoiceScores:
+        options = [answer.options(e.input) if answer.closed else [e.target] for e in examples]
+        choices = [[option + ANSWER_CLOSE for option in row] for row in options]
+        truth = np.array([row.index(e.target) for row, e in zip(options, examples, strict=True)])
+        logp = np.full((n_draft, len(examples), max(len(row) for row in options)), np.nan)
+        return cls(logp, truth if answer.closed else None, soft, choices)
+
+    def values(self, *, free: bool) -> Floats:
+        """Return ``[d, k]``, NaN where nothing was measured; `free` without the induced answer bias."""
+        return np.array([self._row(logp, free) for logp in self.logp])
+
+    def _row(self, logp: Floats, free: bool) -> Floats:
+        out = np.full(len(logp), np.nan)
+        seen = np.isfinite(logp).any(axis=1)
+        if self.truth is None:
+            out[seen] = logp[seen, 0]
+            return out
+        share, truth = probabilities(logp[seen], free=free), self.truth[seen]
+        likeliest = np.nanargmax(share, axis=1) == truth
+        out[seen] = share[np.arange(len(truth)), truth] if self.soft else likeliest
+        return out
+
+    def _picked(self, draft: int, truth: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Return the likeliest choice and the right one of each measured question."""
+        seen = np.isfinite(self.logp[draft]).any(axis=1)
+        return np.nanargmax(probabilities(self.logp[draft][seen], free=False), axis=1), truth[seen]
+
+    def bias(self, draft: int) -> float:
+        if self.truth is None:
+            return 0.0
+        picked, truth = self._picked(draft, self.truth)
+        return answer_bias(picked.tolist(), truth.tolist())
+
+    def accuracy(self, draft: int) -> float:
+        if self.truth is None:
+            return math.nan
+        picked, truth = self._picked(draft, self.truth)
+        return float((picked == truth).mean())
+
+
+@dataclass
+class GeneratedScores:
+    """The paper's score: whether the answer that the student generates matches, ``[d, k]``, NaN if not measured."""
+
+    right: Floats
+    answers: list[list[str | None]]
+    targets: Sequence[str]
+
+    @classmethod
+    def empty(cls, n_draft: int, examples: Sequence[Example]) -> GeneratedScores:
+        answers: list[list[str | None]] = [[None] * len(examples) for _ in range(n_draft)]
+        return cls(np.full((n_draft, len(examples)), np.nan), answers, [e.target for e in examples])
+
+    def values(self, *, free: bool) -> Floats:
+        """Return ``[d, k]``; the mean of a row of `free` is balanced accuracy, the mean recall per answer."""
+        if not free:
+            return self.right.copy()
+        n = len(self.targets)
+        counts = Counter(self.targets)
+        return np.asarray(self.right * [n / (len(counts) * counts[target]) for target in self.targets])
+
+    def bias(self, draft: int) -> float:
+        seen = [int(item) for item in np.flatnonzero(np.isfinite(self.right[draft]))]
+        given = [answer for item in seen if (answer := self.answers[draft][item]) is not None]
+        return answer_bias(given, [self.targets[item] for item in seen]) if given else 0.0
+
+    def accuracy(self, draft: int) -> float:
+        return float(np.nanmean(self.right[draft]))
+
+
+def probabilities(logp: Floats, *, free: bool) -> Floats:
+    """Return the probability of each choice ``[n_item, n_choice]``; `free` without the mean log-probability.
+
+    `logp` are log-probabilities of the choices; NaN where an item has fewer choices.
+    """
+    if free:
+        logp = logp - np.nanmean(logp, axis=0, keepdims=True)
+    weight = np.exp(logp - np.nanmax(logp, axis=1, keepdims=True))
+    return np.asarray(weight / np.nansum(weight, axis=1, keepdims=True))
+
+
+def answer_bias(given: Sequence[object], targets: Sequence[object]) -> float:
+    """Return the total variation distance between the answers given and the right ones."""
+    kinds = {*given, *targets}
+    return 0.5 * sum(abs(given.count(k) / len(given) - targets.count(k) / len(targets)) for k in kinds)
+
+
+def length_effect(score: Floats, tokens: Floats) -> Floats:
+    """Return the part ``[d]`` of `score` that a linear fit in log(length) explains; its mean is 0.
+
+    Longer examples score a little higher whatever they contain, and a teacher aligned to such scores
+    gets ever longer (for DPO in general: Park et al. 2024, arXiv 2403.19159). A score without that part
+    ranks drafts about as well by the training result as the plain one, and better within a question
+    (benchmarks/studies). Zero for few drafts, or drafts of one length.
+    """
+    length = np.log(np.maximum(tokens, 1.0))
+    length = length - length.mean()
+    variation = float((length**2).sum())
+    if len(score) < _LEAST_DRAFTS or variation < 1e-9:
+        return np.zeros(len(score))
+    return np.asarray(length * float((length * (score - score.mean())).sum()) / variation)
+
+
+def scoring_engine(run: Run, n_score: int) -> Engine:
+    """Return the open engine for `n_score` scores (one draft, one question each): the fastest that runs here.
+
+    Scores rank drafts, and there are thousands of them, so they are computed where that is fastest, in
+    bfloat16 if the hardware multiplies it: rounding moves single answers, but hardly the ranking
+    (docs/engines.md has both measured). What is reported of a student always comes from its own engine.
+    With `prefer.student_file` the quantized file itself scores.
+    """
+    config, prefer = run.config.student, run.config.prefer
+    if prefer.student_file:
+        return run.engine_with(quantized_student(run.local(config), prefer.student_file), None, config)
+    pinned = prefer.engine == "student" or config.engine != "auto" or is_server(config.model)
+    if pinned or n_score < _WORTH_SCORES or not probing():
+        return run.engine(config)
+    model = run.local(config)
+
+    def opening(way: Way) -> Engine:
+        which = f16_student(model) if way.kind == "llamacpp" else model
+        return open_local(which, kind=way.kind, parallel=config.parallel, floats=way.floats)
+
+    weights_bytes = sum(file.stat().st_size for file in model.checkpoint().glob("*.safetensors"))
+    ways = ways_here(weights_bytes, has_file=model.gguf is not None)
+    work: Work = "write" if prefer.score == "accuracy" else "choose"
+    way = quickest(ways, opening, work, [model.sha256, config.parallel, *map(_version, _RUNTIMES)])
+    if way.kind == "llamacpp":
+        return run.engine(config)
+    return run.engine_with(
+        model, None, config.model_copy(update={"engine": "transformers"}), floats=way.floats
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

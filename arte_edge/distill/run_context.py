@@ -1,0 +1,295 @@
+"""What the stages of one run share: configuration, task, open engines, the store, the reporter.
+
+A stage opens its folder with `Run.stage` and reads top to bottom:
+
+    with run.stage("prefer", inputs, describe) as stage:
+        if stage.todo:
+            ... compute, stage.write(name, rows), stage.finish(summary)
+    return stage.summary
+
+Base and tuned student must differ in their weights alone, not in quantization. So a student that
+came as a quantized GGUF is scored and tested from the F16 file of its checkpoint; F16 is also what
+decodes fastest when many sequences share a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arte_edge.cache import room, sha256_file
+from arte_edge.console import Reporter
+from arte_edge.distill.cached_calls import Calls
+from arte_edge.distill.config import ModelConfig, RunConfig, build, differences, dump_toml, load_toml
+from arte_edge.errors import InputError
+from arte_edge.models.local import LocalModel
+from arte_edge.models.resolve import resolve
+from arte_edge.runtimes.completion import Engine
+from arte_edge.runtimes.loader import ServerLimits, is_server, open_engine, open_local
+from arte_edge.runtimes.prompt_render import Message, render
+from arte_edge.store import CallLog, Stage, write_atomic
+from arte_edge.tasks.task import Task
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+    from arte_edge.distill.latency import Budget
+
+__all__ = [
+    "OpenStage",
+    "Row",
+    "Run",
+    "Summary",
+    "f16_student",
+    "open_folder",
+    "quantized_student",
+    "tuned_student",
+]
+
+Row = dict[str, Any]
+Summary = dict[str, Any]
+
+
+class OpenStage(Stage):
+    """A stage's folder while the stage runs. `todo` is False if it is finished from the same inputs."""
+
+    def __init__(self, folder: Path, inputs: Any) -> None:
+        super().__init__(folder, inputs)
+        self._manifest = self.manifest()
+
+    @property
+    def todo(self) -> bool:
+        return self._manifest is None
+
+    def finish(self, summary: Summary) -> Summary:
+        """Record the stage's files and `summary`; the stage counts as done from here on."""
+        self._manifest = super().finish(summary)
+        return self._manifest
+
+    @property
+    def summary(self) -> Summary:
+        assert self._manifest is not None, "the stage has not finished"
+        summary: Summary = self._manifest["summary"]
+        return summary
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The sha256 of each file of the finished stage."""
+        assert self._manifest is not None, "the stage has not finished"
+        files: dict[str, str] = self._manifest["files"]
+        return files
+
+
+class Run:
+    """One run in progress. Engines open when a stage first needs them and close with the run."""
+
+    def __init__(self, config: RunConfig, task: Task, folder: Path, reporter: Reporter) -> None:
+        self.config, self.task, self.folder, self.reporter = config, task, folder, reporter
+        self._lock = _locked(folder)
+        self._log = CallLog(folder / "calls.jsonl")
+        self.calls = Calls(self._log, reporter)
+        self._engines: dict[str, Engine] = {}
+        self._models: dict[str, LocalModel] = {}
+        self._files: dict[str, dict[str, str]] = {}
+        self.budget: Budget | None = None  # of an answer on the device; the pipeline sets it
+
+    @contextmanager
+    def stage(
+        self, name: str, inputs: dict[str, Any], describe: Callable[[Summary], str]
+    ) -> Iterator[OpenStage]:
+        """Open a stage; its body runs `finish`, unless the stage is done from the same inputs already.
+
+        `inputs` are what decides the stage's data: settings, model identities, `outputs` of earlier
+        stages. `describe` turns the summary into the line that is printed at the end.
+        """
+        stage = OpenStage(self.folder / name, {"stage": name, "seed": self.config.seed, **inputs})
+        seconds = None
+        if stage.todo:
+            with self.reporter.stage(name) as clock:
+                yield stage
+            seconds = clock()
+        else:
+            yield stage
+        self._files[name] = stage.files
+        self.reporter.done(name, describe(stage.summary), seconds)
+
+    def outputs(self, *names: str) -> dict[str, Any]:
+        """Return the file hashes of finished stages, the inputs of a later one."""
+        return {name: self._files[name] for name in names}
+
+    def read(self, stage: str, file: str) -> list[Row]:
+        """Return the rows of a finished stage's file."""
+        return Stage(self.folder / stage, {}).read(file)
+
+    def engine(self, which: ModelConfig | str) -> Engine:
+        """Return the open engine of a configured model or a model reference."""
+        model = which if isinstance(which, ModelConfig) else ModelConfig(model=which)
+        # One model may be teacher and student: the teacher runs from its own file, the student from F16.
+        student = model == self.config.student
+        key = f"{model.model}|{model.engine}|{model.parallel}|{student}"
+        if key not in self._engines:
+            if is_server(model.model):
+                opened = open_engine(model.model, parallel=model.parallel, limits=_limits(model))
+            else:
+                local = f16_student(self.local(model)) if student else self.local(model)
+                opened = open_local(local, kind=model.engine, parallel=model.parallel)
+            self._engines[key] = opened
+        return self._engines[key]
+
+    def engine_with(
+        self, model: LocalModel, adapter: tuple[Path, str] | None, config: ModelConfig, floats: str = ""
+    ) -> Engine:
+        """Return the open engine of a model on disk, with an optional LoRA adapter (path, sha256)."""
+        key = f"{model.sha256}|{adapter}|{config.engine}|{floats}"
+        if key not in self._engines:
+            self._engines[key] = open_local(
+                model, kind=config.engine, parallel=config.parallel, adapter=adapter, floats=floats
+            )
+        return self._engines[key]
+
+    def local(self, config: ModelConfig) -> LocalModel:
+        """Return the model on disk, downloading it first if it is not cached."""
+        if config.model not in self._models:
+            self._models[config.model] = resolve(config.model)
+        return self._models[config.model]
+
+    def identity(self, config: ModelConfig) -> list[Any]:
+        """Return what decides the texts of a configured model: an input of stages."""
+        weights = config.model if is_server(config.model) else self.local(config).sha256
+        return [weights, config.engine, config.template, config.shots]
+
+    def render(self, engine: Engine, messages: list[Message], prefill: str, config: ModelConfig) -> str:
+        """Render `messages` for `engine`, as plain text where the configuration says so."""
+        return render(engine, messages, prefill, plain=config.template == "none")
+
+    @property
+    def teacher_is_server(self) -> bool:
+        return is_server(self.config.teacher.model)
+
+    def most_tokens(self, limit: int) -> int:
+        """Return the most tokens of an answer: `limit`, or fewer where the device's budget is smaller."""
+        return limit if self.budget is None else min(limit, self.budget.answer_tokens)
+
+    def budget_inputs(self) -> dict[str, Any]:
+        """Return what a budget adds to the inputs of a stage that depends on it; without one, nothing."""
+        return {} if self.budget is None else {"answer_budget": self.budget.answer_tokens}
+
+    def close_engines(self) -> None:
+        """Close every engine: training needs the memory."""
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
+
+    def close(self) -> None:
+        self.close_engines()
+        self._log.close()
+        self._lock.release()
+
+
+def f16_student(model: LocalModel) -> LocalModel:
+    """Return the F16 file of a GGUF student (made once and cached), or the checkpoint as it is."""
+    if model.gguf is None or model.quantization == "F16":
+        return model
+    path = room("checkpoints") / f"{model.sha256[:16]}-F16.gguf"
+    return _f16_file(model.checkpoint(), model, path, model.name)
+
+
+def quantized_student(model: LocalModel, kind: str) -> LocalModel:
+    """Return the base student as the device will run it: its F16 file quantized to `kind`, cached.
+
+    Raises:
+        InputError: the student is a checkpoint, which has no GGUF file; or an unknown type.
+    """
+    base = f16_student(model)
+    if base.gguf is None:
+        raise InputError(
+            f"prefer.student_file = '{kind}': {model.name} is a checkpoint, not a GGUF file",
+            "Leave it empty, or give the student as a .gguf file.",
+        )
+    if kind == base.quantization:
+        return base
+    path = room("checkpoints") / f"{model.sha256[:16]}-{kind}.gguf"
+    if not path.is_file():
+        from arte_edge.gguf.quantize import quantize
+
+        quantize(base.gguf, path, kind)
+    return LocalModel(f"{model.name} {kind}", sha256_file(path), path, None, kind)
+
+
+def tuned_student(model: LocalModel, checkpoint: Path, out: Path) -> LocalModel:
+    """Return the tuned student in the form that `f16_student` has: an F16 file `out`, or the checkpoint."""
+    if model.gguf is None:
+        from arte_edge.models.resolve import from_folder
+
+        return from_folder(checkpoint, f"{model.name} tuned")
+    return _f16_file(checkpoint, model, out, f"{model.name} tuned")
+
+
+def _f16_file(checkpoint: Path, model: LocalModel, path: Path, name: str) -> LocalModel:
+    if not path.is_file():
+        from arte_edge.gguf.from_base import checkpoint_to_gguf
+
+        assert model.gguf is not None  # both callers looked
+        checkpoint_to_gguf(checkpoint, model.gguf, path)
+    return LocalModel(name, sha256_file(path), path, None, "F16")
+
+
+def _limits(model: ModelConfig) -> ServerLimits:
+    return ServerLimits(model.requests_per_minute or None, model.tokens_per_minute or None, model.timeout_s)
+
+
+def _locked(folder: Path) -> FileLock:
+    """Keep other processes out of a run folder: two writers would overwrite each other's calls.
+
+    Raises:
+        InputError: another process works in it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            f"{folder}: another process works in this run folder",
+            "Wait for it, or give this run another --name.",
+        ) from error
+    return lock
+
+
+def open_folder(config: RunConfig, folder: Path, task: Task, *, update: bool) -> None:
+    """Make `folder` the folder of this run, or check that it is.
+
+    Raises:
+        InputError: it holds another run; names the keys that differ.
+    """
+    import tomllib
+
+    resolved = dump_toml(config)
+    path = folder / "run.toml"
+    header = f'# The run as resolved. task_sha256 = "{task.sha256}"\n'
+    if path.is_file() and not update:
+        keys = differences(_with_defaults(path), tomllib.loads(resolved))
+        same_task = header in path.read_text(encoding="utf-8")
+        if keys or not same_task:
+            what = ", ".join(keys[:6]) + (", …" if len(keys) > 6 else "") if keys else "the task's examples"
+            raise InputError(
+                f"{folder} holds another run: {what} differ{'s' if len(keys) == 1 else ''}",
+                "Give this run another --name, or continue with --update: finished calls are reused, "
+                "and the stages that the change affects run again.",
+            )
+        return
+    write_atomic(path, (header + resolved).encode())
+
+
+def _with_defaults(path: Path) -> dict[str, Any]:
+    """Return the run in a folder, with the defaults of keys that were added after it was written."""
+    import tomllib
+
+    stored = load_toml(path)
+    try:
+        return tomllib.loads(dump_toml(build(str(path), stored)))
+    except InputError:  # a key that no longer exists: compare what is written there
+        return stored

@@ -1,0 +1,95 @@
+"""Step 2, calibrate: the preference set, found with item response theory (paper, section 3.2).
+
+Several models with several numbers of few-shot examples answer the validation questions; a
+two-parameter logistic fit says which questions discriminate strong respondents from weak ones.
+Answers are constrained: a respondent that merely lacks the format would otherwise look weak
+everywhere. For closed answer sets the preference set holds every answer equally often, or a score on
+it would partly measure answer bias (docs/preference-set.md).
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+from arte_edge.distill.config import ModelConfig
+from arte_edge.distill.evaluation import constrained_answers
+from arte_edge.distill.irt import fit_2pl, top_k
+from arte_edge.distill.prompts import Worked, answer_shots
+from arte_edge.distill.run_context import Run, Summary
+from arte_edge.runtimes.loader import is_server
+
+__all__ = ["calibrate"]
+
+
+def calibrate(run: Run) -> Summary:
+    """Write matrix.jsonl (one row per respondent) and preference_set.jsonl (one row per question)."""
+    config = run.config.calibrate
+    items = run.task.validation[: config.items]
+    models = _respondents(run)
+    inputs = {
+        "calibrate": config.model_dump(mode="json"),
+        "models": [run.identity(model) for model in models],
+        "task": run.task.sha256,
+    }
+    with run.stage("calibrate", inputs, _describe) as stage:
+        if stage.todo:
+            rows, matrix = [], []
+            for model in models:
+                engine = run.engine(model)
+                for n_shot in config.shots:
+                    shots, what = _shots(run, n_shot), f"{model.model} {n_shot}-shot"
+                    right = constrained_answers(run, engine, model, items, shots, what).right
+                    rows.append({"model": model.model, "shots": n_shot, "right": right.astype(int).tolist()})
+                    matrix.append(right)
+            params = fit_2pl(np.array(matrix, dtype=float))
+            groups = [item.target for item in items] if run.task.answer.closed else None
+            chosen = top_k(params, min(config.k, len(items)), groups)
+            stage.write("matrix.jsonl", rows)
+            stage.write(
+                "preference_set.jsonl",
+                (
+                    {
+                        "input": items[i].input,
+                        "target": items[i].target,
+                        "discrimination": round(float(params.discrimination[i]), 4),
+                        "difficulty": round(float(params.difficulty[i]), 4),
+                    }
+                    for i in chosen
+                ),
+            )
+            stage.finish(
+                {
+                    "respondents": len(matrix),
+                    "items": len(items),
+                    "k": len(chosen),
+                    "accuracy_low": float(min(row.mean() for row in matrix)),
+                    "accuracy_high": float(max(row.mean() for row in matrix)),
+                    "discrimination_chosen": float(params.discrimination[chosen].mean()),
+                    "discrimination_all": float(params.discrimination.mean()),
+                }
+            )
+    return stage.summary
+
+
+def _respondents(run: Run) -> list[ModelConfig]:
+    extra = [ModelConfig(model=name) for name in run.config.calibrate.models]
+    # A server may not return log-probabilities; the students and extra models do the ranking then.
+    teachers = [] if is_server(run.config.teacher.model) and run.task.answer.closed else [run.config.teacher]
+    return [*teachers, run.config.student, *extra]
+
+
+def _shots(run: Run, n: int) -> list[Worked]:
+    """Return `n` seeds sampled for this number of shots, so that respondents differ in more than length."""
+    seeds = list(run.task.seed)
+    random.Random(f"{run.config.seed}/calibrate/{n}").shuffle(seeds)
+    return answer_shots(seeds, n)
+
+
+def _describe(summary: Summary) -> str:
+    return (
+        f"{summary['k']} of {summary['items']} questions by discrimination "
+        f"({summary['discrimination_chosen']:.2f} against {summary['discrimination_all']:.2f} on average), "
+        f"from {summary['respondents']} respondents"
+    )

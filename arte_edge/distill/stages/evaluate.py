@@ -1,0 +1,131 @@
+"""The last stage: base student, tuned student and teacher on the held-out test split.
+
+Every accuracy comes with n and a 95 % Wilson interval, base against tuned with the exact McNemar test.
+The base student is also evaluated with constrained answers: what it gains by that alone is format, and
+the table says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from arte_edge.distill.evaluation import (
+    Answered,
+    constrained_answers,
+    generated_answers,
+    random_baseline,
+    teacher_answers,
+)
+from arte_edge.distill.prompts import teacher_shots
+from arte_edge.distill.run_context import Row, Run, Summary
+from arte_edge.models.local import LocalModel
+from arte_edge.stats import format_share, mcnemar, wilson
+from arte_edge.tasks.task import Example
+
+__all__ = ["CONSTRAINED", "evaluate"]
+
+CONSTRAINED = "constrained"
+_BASE, _TUNED = "base student", "tuned student"
+_Results = dict[tuple[str, str], Answered]  # by model and prompting
+
+
+def evaluate(run: Run, tuned: LocalModel) -> Summary:
+    """Write answers.jsonl; the summary holds a row for each model and prompting, and the paired tests."""
+    config, student = run.config.evaluate, run.config.student
+    inputs = {
+        "evaluate": config.model_dump(mode="json"),
+        "elicit": [run.config.elicit.rationale_tokens, run.config.elicit.grammar],
+        "teacher": run.identity(run.config.teacher),
+        "student": run.identity(student),
+        "tuned": tuned.sha256,
+        "task": run.task.sha256,
+        **run.budget_inputs(),
+    }
+    with run.stage("evaluate", inputs, _describe) as stage:
+        if stage.todo:
+            examples = run.task.load_test()
+            examples = examples[: config.limit] if config.limit else examples
+            tokens = run.most_tokens(config.answer_tokens)
+            engines = {_BASE: run.engine(student), _TUNED: run.engine_with(tuned, None, student)}
+            results: _Results = {}
+            for n_shot in config.shots:
+                shots = teacher_shots(run.task, n_shot)
+                for who, engine in engines.items():
+                    results[who, f"{n_shot}-shot"] = generated_answers(
+                        run, engine, student, examples, shots, tokens, f"{who} {n_shot}-shot"
+                    )
+            for who, engine in engines.items():
+                results[who, CONSTRAINED] = constrained_answers(
+                    run, engine, student, examples, (), f"{who}, constrained"
+                )
+            if config.teacher:
+                results["teacher", f"{run.config.teacher.shots}-shot"] = teacher_answers(run, examples)
+            stage.write("answers.jsonl", _answer_rows(examples, results))
+            stage.finish(_summary(run, examples, results))
+    return stage.summary
+
+
+def _answer_rows(examples: tuple[Example, ...], results: _Results) -> list[Row]:
+    return [
+        {
+            "input": example.input,
+            "target": example.target,
+            **{f"{who}, {setting}": answered.answers[i] for (who, setting), answered in results.items()},
+        }
+        for i, example in enumerate(examples)
+    ]
+
+
+def _summary(run: Run, examples: tuple[Example, ...], results: _Results) -> Summary:
+    config, n = run.config.evaluate, len(examples)
+    first = f"{config.shots[0]}-shot"
+    share = format_share(
+        results[_BASE, first].accuracy, results[_BASE, CONSTRAINED].accuracy, results[_TUNED, first].accuracy
+    )
+    return {
+        "rows": [_row(who, setting, answered, n) for (who, setting), answered in results.items()],
+        "paired": {
+            setting: _paired(answered, results[_TUNED, setting])
+            for (who, setting), answered in results.items()
+            if who == _BASE
+        },
+        "format_share": None if share is None else round(share, 4),
+        "chance": round(random_baseline(run, examples), 4),
+        "partial": bool(config.limit) and config.limit < len(run.task.test_keys()),
+        **run.budget_inputs(),
+    }
+
+
+def _row(who: str, setting: str, answered: Answered, n: int) -> Row:
+    right = int(answered.right.sum())
+    interval = wilson(right, n)
+    return {
+        "model": who,
+        "setting": setting,
+        "n": n,
+        "right": right,
+        "accuracy": round(answered.accuracy, 4),
+        "low": round(interval.low, 4),
+        "high": round(interval.high, 4),
+    }
+
+
+def _paired(base: Answered, tuned: Answered) -> dict[str, Any]:
+    test = mcnemar(base.right, tuned.right)
+    return {
+        "gained": test.only_b,
+        "lost": test.only_a,
+        "difference": round(test.difference, 4),
+        "low": round(test.low, 4),
+        "high": round(test.high, 4),
+        "p_value": test.p_value,
+    }
+
+
+def _describe(summary: Summary) -> str:
+    by = {(row["model"], row["setting"]): row["accuracy"] for row in summary["rows"]}
+    first = summary["rows"][0]["setting"]
+    return (
+        f"{summary['rows'][0]['n']} test examples, {first}: {by[_BASE, first]:.0%} before, "
+        f"{by[_TUNED, first]:.0%} after"
+    )

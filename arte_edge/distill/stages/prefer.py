@@ -1,0 +1,224 @@
+"""Step 3, prefer: the student's one-shot score of every draft (paper, section 3.3).
+
+A draft example (question, rationale) is shown to the student as its only example; the score says how
+well the student then answers the preference set. Three scores:
+
+* ``accuracy``: the student generates, the tagged answer must match (the paper's);
+* ``forced``: the prompt opens the answer tag and the choices are compared;
+* ``likelihood``: the probability of the right answer, without generating anything.
+
+The score of a question is the mean over its rationales. On a closed answer set drafts are ranked
+without the answer bias that they induce (`preference.scoring`) and without what their length explains.
+Under a latency limit, drafts that are too long are penalized (`arte_edge.distill.latency`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from arte_edge.distill.preference.adaptive import is_adaptive
+from arte_edge.distill.preference.scoring import (
+    Score,
+    Scored,
+    length_effect,
+    right_answer_scores,
+    score_drafts,
+    scoring_engine,
+)
+from arte_edge.distill.prompts import Worked
+from arte_edge.distill.run_context import Row, Run, Summary
+from arte_edge.runtimes.completion import Engine
+from arte_edge.stats import pearson
+from arte_edge.tasks.task import Example
+
+__all__ = ["prefer"]
+
+_COMPARED_DRAFTS = (
+    24  # scored by the quantized file and by the 16-bit one, to measure what quantization changes
+)
+
+
+def prefer(run: Run) -> Summary:
+    """Write scores.jsonl (one row per rationale) and questions.jsonl (one row per question)."""
+    config, closed = run.config.prefer, run.task.answer.closed
+    drafts = [row for row in run.read("elicit", "rationales.jsonl") if row["usable"]]
+    examples = [Example(r["input"], r["target"]) for r in run.read("calibrate", "preference_set.jsonl")]
+    adaptive = is_adaptive(config, len(drafts), len(examples))
+    length_free = config.length_free and closed
+    with run.stage("prefer", _inputs(run, adaptive), _describe) as stage:
+        if stage.todo:
+            questions = {row["id"]: row for row in run.read("elicit", "questions.jsonl")}
+            shots = [Worked(questions[d["question"]]["input"], d["text"]) for d in drafts]
+            groups = [d["question"] for d in drafts]
+            share = config.race_share if adaptive else 1.0
+            engine = scoring_engine(run, round(share * len(drafts) * len(examples)))
+            tokens = np.array(
+                [engine.count_tokens(f" {draft['text'].strip()}") for draft in drafts], dtype=float
+            )
+            scored = score_drafts(
+                run,
+                engine,
+                shots,
+                groups,
+                examples,
+                adaptive=adaptive,
+                tokens=tokens if length_free else None,
+            )
+            free = config.bias_free and closed
+            plain = np.array([score.free if free else score.value for score in scored.scores])
+            by_length = length_effect(plain, tokens) if length_free else np.zeros(len(plain))
+            rows = [
+                _row(run, *one) for one in zip(drafts, scored.scores, plain, by_length, tokens, strict=True)
+            ]
+            if adaptive:
+                for row, items, error in zip(rows, scored.items, scored.errors, strict=True):
+                    row |= {"items": items, "standard_error": round(error, 6)}
+            stage.write("scores.jsonl", rows)
+            stage.write("questions.jsonl", _question_means(rows, questions))
+            stage.finish(
+                _summary(rows, plain, len(examples))
+                | {"engine": f"{engine.identity.kind} {engine.identity.quantization}".strip()}
+                | (_adaptive_summary(scored, config.race_error) if adaptive else {})
+                | _quantization_summary(run, engine, shots, groups, examples)
+            )
+    return stage.summary
+
+
+def _inputs(run: Run, adaptive: bool) -> dict[str, Any]:
+    config = run.config.prefer
+    # A key without effect must not be an input: older runs were made without it.
+    unused = {"race"}
+    unused |= set() if config.student_file else {"student_file"}
+    unused |= {"engine"} if config.engine == "auto" else set()
+    unused |= set() if run.task.answer.closed else {"length_free"}
+    unused |= set() if adaptive else {"race_share", "race_error"}
+    return {
+        "prefer": config.model_dump(mode="json", exclude=unused),
+        "student": run.identity(run.config.student),
+        "data": run.outputs("elicit", "calibrate"),
+        **run.budget_inputs(),
+    }
+
+
+def _row(run: Run, draft: Row, score: Score, plain: float, by_length: float, tokens: float) -> Row:
+    """Return a row of scores.jsonl: `plain` ranks drafts before `by_length` is taken out."""
+    final, budget = float(plain - by_length), {}
+    if run.budget is not None:
+        most = run.budget.answer_tokens
+        budget = {"student_tokens": int(tokens), "over_budget": int(tokens) > most}
+        if run.config.prefer.score != "accuracy":  # there the student itself was cut off
+            from arte_edge.distill.latency import penalize_length
+
+            final = penalize_length(final, int(tokens), most, log=not run.task.answer.closed)
+    return {
+        "question": draft["question"],
+        "technique": draft["technique"],
+        "score": round(final, 6),
+        "measured": round(score.value, 6),
+        "bias_free": round(score.free, 6),
+        "bias": round(score.bias, 6),
+        "length": round(float(by_length), 6),
+        "accuracy": None if np.isnan(score.accuracy) else round(score.accuracy, 6),
+        "tokens": draft["tokens"],
+        "text": draft["text"],
+        **budget,
+    }
+
+
+def _question_means(rows: Sequence[Row], questions: dict[str, Row]) -> list[Row]:
+    by_question: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        by_question[row["question"]].append(row["score"])
+    return [
+        {
+            "id": key,
+            "input": questions[key]["input"],
+            "target": questions[key]["label"],
+            "score": round(float(np.mean(values)), 6),
+            "rationales": len(values),
+        }
+        for key, values in by_question.items()
+    ]
+
+
+def _summary(rows: Sequence[Row], plain: np.ndarray[Any, Any], k: int) -> Summary:
+    """Return the distribution of the scores; `plain` ``[d]`` are those before length was taken out."""
+    score = np.array([row["score"] for row in rows])
+    measured = np.array([row["measured"] for row in rows])
+    bias = np.array([row["bias"] for row in rows])
+    tokens = np.array([row["tokens"] for row in rows], dtype=float)
+    return {
+        "drafts": len(rows),
+        "k": k,
+        "mean": float(score.mean()),
+        "sd": float(score.std()),
+        "bias_mean": float(bias.mean()),
+        "measured_against_bias": _correlation(measured, bias),
+        "score_against_bias": _correlation(score, bias),
+        "score_against_length": _correlation(score, tokens),
+        "plain_against_length": _correlation(plain, tokens),
+        **({"over_budget": sum(r["over_budget"] for r in rows)} if "over_budget" in rows[0] else {}),
+    }
+
+
+def _adaptive_summary(scored: Scored, error: float) -> Summary:
+    return {
+        "race": {
+            "measured": scored.cells,
+            "of": scored.of_cells,
+            "rounds": scored.rounds,
+            "open": scored.open,
+            "error": error,
+        }
+    }
+
+
+def _quantization_summary(
+    run: Run, engine: Engine, shots: Sequence[Worked], groups: Sequence[str], examples: Sequence[Example]
+) -> Summary:
+    """Compare how a sample of drafts ranks with the quantized file and with the 16-bit student."""
+    if not run.config.prefer.student_file:
+        return {}
+    from arte_edge.distill.preference.quantization_shift import compare, sample_drafts
+
+    chosen = sample_drafts(groups, _COMPARED_DRAFTS)
+    if not chosen:
+        return {}
+    some = [shots[draft] for draft in chosen]
+    full = right_answer_scores(run, run.engine(run.config.student), some, examples)
+    quantized = right_answer_scores(run, engine, some, examples)
+    return {"deployed": compare(full, quantized, [groups[draft] for draft in chosen]).as_dict()}
+
+
+def _correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float | None:
+    found = pearson(a, b)
+    return None if found is None else round(found, 4)
+
+
+def _describe(summary: Summary) -> str:
+    parts = [
+        f"{summary['drafts']} drafts × {summary['k']} questions, score {summary['mean']:.3f} ± {summary['sd']:.3f}"
+    ]
+    if (against := summary["measured_against_bias"]) is not None:
+        parts.append(f"r with the induced answer bias {against:+.2f}")
+    # A stage that an earlier version finished does not name the engine.
+    if floats := summary.get("engine", "").partition("transformers ")[2]:
+        parts.append(f"in {floats}")
+    if long := summary.get("over_budget"):
+        parts.append(f"{long} over the latency budget")
+    if race := summary.get("race"):
+        share = race["measured"] / race["of"]
+        parts.append(
+            f"adaptive: {race['measured']} of {race['of']} scores measured ({share:.0%}), {race['open']} ranks "
+            f"undecided at {race['error']:.0%} risk"
+        )
+    if deployed := summary.get("deployed"):
+        parts.append(
+            f"against 16 bits: best unchanged in {deployed['best_kept']:.0%}, worst unchanged in "
+            f"{deployed['worst_kept']:.0%} of {deployed['questions']} questions"
+        )
+    return "; ".join(parts)

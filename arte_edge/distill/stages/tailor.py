@@ -1,0 +1,147 @@
+"""Step 5, tailor: the aligned teacher generates the student's training data (paper, section 3.5).
+
+Questions are sampled with the prompt of alignment at temperature 1; rationales come from the naive
+prompt, greedily: which technique to use is now the teacher's choice. Under a latency limit the
+rationales have to fit it (`arte_edge.distill.generation.latency_rationales`).
+
+A teacher generates some labels far more often than others, and the balance of labels affects the
+student more than any score of its drafts does (benchmarks/studies): of more usable examples than needed
+a balanced subset is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from arte_edge.distill.generation.latency_rationales import over_budget, resample, short_shots
+from arte_edge.distill.generation.questions import Drafts, QuestionPlan, draft_questions
+from arte_edge.distill.generation.rationales import (
+    direct_votes,
+    generate_rationales,
+    label_rows,
+    reject_repeated,
+)
+from arte_edge.distill.preference.adaptive import interleave_answers
+from arte_edge.distill.run_context import Row, Run, Summary
+from arte_edge.errors import StoppedEarly
+from arte_edge.runtimes.completion import Engine
+
+__all__ = ["tailor"]
+
+_MAX_ROUNDS = 6
+# A weak teacher contradicts itself on a third of its questions; one large batch is faster than two small ones.
+_OVERSAMPLE = 1.6
+
+
+def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summary:
+    """Write train.jsonl: rows of input, label, rationale. `engine` opens the aligned teacher.
+
+    Raises:
+        StoppedEarly: the teacher's budget of prompts is spent before enough examples were usable.
+    """
+    with run.stage("tailor", _inputs(run, adapter_sha256), _describe) as stage:
+        if stage.todo:
+            rows, rejected, summary = _generate_examples(run, engine())
+            stage.write("train.jsonl", rows)
+            stage.write("rejected.jsonl", rejected)
+            stage.finish(summary)
+    return stage.summary
+
+
+def _inputs(run: Run, adapter_sha256: str) -> dict[str, Any]:
+    unused = set() if run.task.answer.closed else {"even_labels"}
+    return {
+        "tailor": run.config.tailor.model_dump(mode="json", exclude=unused),
+        "elicit": run.config.elicit.model_dump(mode="json"),
+        "teacher": run.identity(run.config.teacher),
+        "adapter": adapter_sha256,
+        "task": run.task.sha256,
+        **run.budget_inputs(),
+        **({} if run.budget is None else {"draws": run.config.deploy.draws}),
+    }
+
+
+def _generate_examples(run: Run, engine: Engine) -> tuple[list[Row], list[Row], Summary]:
+    """Return the training examples, the rejected drafts and the summary.
+
+    Labelling drops some questions, so more are generated until enough are left.
+    """
+    config = run.config.tailor
+    needed, rows, n_resampled = config.questions, [], 0
+    n_question = needed if config.label == "teacher" else math.ceil(needed * _OVERSAMPLE)
+    for _ in range(_MAX_ROUNDS):
+        drafts, rationales, labels = _generate(run, engine, n_question)
+        usable, n_long = _usable(run, rationales)
+        chosen = [(q, usable[q["id"]]) for q in drafts.valid if q["id"] in usable]
+        rows = [
+            {"id": q["id"], "input": q["input"], "label": q["label"], "rationale": rationale["text"]}
+            for q, rationale in chosen
+        ]
+        n_resampled = sum(bool(rationale.get("drawn")) for _, rationale in chosen)
+        if len(rows) >= needed:
+            break
+        share = max(len(rows) / len(drafts.valid), 0.1)
+        n_question = max(n_question + 8, round(needed / share * 1.05))
+    else:
+        raise StoppedEarly(
+            f"tailor: {len(rows)} of {needed} examples usable out of {n_question} questions "
+            f"(label policy {config.label}, readable rationales {labels['readable']:.0%}, "
+            f"{labels['parroted']} repeated" + (f", {n_long} over the latency budget)" if n_long else ")"),
+            "Lower tailor.questions, set tailor.label = 'vote' or 'teacher', or use a stronger teacher.",
+        )
+    rows = _balanced(rows, needed) if config.even_labels and run.task.answer.closed else rows[:needed]
+    words = [len(row["rationale"].split()) for row in rows]
+    summary = {
+        "examples": len(rows),
+        "questions": len(drafts.valid),
+        "prompts": drafts.prompts,
+        "rejected": drafts.reasons(),
+        "labels": labels,
+        "answers": dict(Counter(row["label"] for row in rows).most_common(10)),
+        "rationale_words": round(sum(words) / max(len(words), 1), 1),
+        **({} if run.budget is None else {"over_budget": n_long, "drawn_again": n_resampled}),
+    }
+    return rows, drafts.rejected, summary
+
+
+def _generate(run: Run, engine: Engine, n: int) -> tuple[Drafts, list[Row], Row]:
+    """Generate `n` questions with rationales; return them, and what labelling changed."""
+    config, teacher = run.config.tailor, run.config.teacher
+    # Other samples of seeds than in elicit.
+    plan = QuestionPlan.of(run.config.elicit, n, config.temperature, config.max_prompts, run.config.seed + 1)
+    drafts = draft_questions(run, engine, teacher, plan, "tailored questions")
+    # Not truncated at a latency budget: a truncated rationale teaches the student to stop early.
+    rationales = generate_rationales(
+        run, engine, teacher, drafts.valid, [None], "tailored rationales", short_shots(run, teacher)
+    )
+    votes = direct_votes(run, engine, teacher, drafts.valid, "direct answers")
+    labels = label_rows(run, drafts.valid, rationales, votes, config.label)
+    every = [*rationales, *resample(run, engine, teacher, drafts.valid, rationales, config.label)]
+    return drafts, every, labels | {"parroted": reject_repeated(every)}
+
+
+def _usable(run: Run, rationales: Sequence[Row]) -> tuple[dict[str, Row], int]:
+    """Return the first usable rationale of each question, and how many questions have only too long ones."""
+    usable = [row for row in rationales if row["usable"]]
+    long = {id(row) for row in over_budget(run, usable)}
+    chosen: dict[str, Row] = {}
+    for row in usable:
+        if id(row) not in long:
+            chosen.setdefault(row["question"], row)
+    return chosen, len({row["question"] for row in usable} - set(chosen))
+
+
+def _balanced(rows: list[Row], n: int) -> list[Row]:
+    """Return `n` of the rows, in their order, with labels as balanced as the rows allow."""
+    order = interleave_answers([row["label"] for row in rows])
+    return [rows[place] for place in sorted(order[:n])]
+
+
+def _describe(summary: Summary) -> str:
+    return (
+        f"{summary['examples']} training examples from {summary['questions']} questions, "
+        f"{summary['rationale_words']:.0f} words per rationale"
+    )

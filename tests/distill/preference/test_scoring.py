@@ -1,0 +1,269 @@
+"""Preference scores without the induced answer bias and without length, and the engine that computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+
+from arte_edge.distill.preference import scoring
+from arte_edge.distill.preference.scoring import (
+    ChoiceScores,
+    GeneratedScores,
+    Score,
+    length_effect,
+    scoring_engine,
+)
+from arte_edge.distill.stages.calibrate import calibrate
+from arte_edge.distill.stages.elicit import elicit
+from arte_edge.distill.stages.prefer import prefer
+from arte_edge.models.local import LocalModel
+from arte_edge.runtimes.autotune import Way
+
+Floats = NDArray[np.float64]
+LENGTHS = st.lists(st.integers(1, 400), min_size=12, max_size=60)
+MUCH = 500
+N = 40
+TRUTH = np.array([0, 1] * (N // 2))
+
+
+def score_of(grid: ChoiceScores | GeneratedScores) -> Score:
+    """Return the score of the only draft of a full grid."""
+    value, free = (float(grid.values(free=free)[0].mean()) for free in (False, True))
+    return Score(value, free, grid.bias(0), grid.accuracy(0))
+
+
+def score_log_probabilities(logp: Floats, truth: NDArray[np.intp], *, soft: bool) -> Score:
+    return score_of(ChoiceScores(np.asarray(logp)[None], truth, soft))
+
+
+def score_answers(answers: list[str | None], targets: list[str], right: Sequence[bool]) -> Score:
+    return score_of(GeneratedScores(np.array([right], dtype=float), [answers], targets))
+
+
+def knowledge(strength: float, seed: int = 0) -> Floats:
+    """Log-probabilities ``[n, 2]`` of a student that leans to the right answer by `strength` nats."""
+    logits = np.random.default_rng(seed).normal(size=(N, 2))
+    logits[np.arange(N), TRUTH] += strength
+    return logits
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_a_draft_that_only_shifts_the_answer_bias_moves_the_measured_score_alone(soft: bool) -> None:
+    fair = score_log_probabilities(knowledge(1.0), TRUTH, soft=soft)
+    leaning = score_log_probabilities(knowledge(1.0) + np.array([4.0, 0.0]), TRUTH, soft=soft)
+    assert fair.value - leaning.value > 0.05
+    assert leaning.free == pytest.approx(fair.free, abs=1e-9)
+    assert leaning.bias > fair.bias + 0.3
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_the_bias_free_score_still_tells_a_good_draft_from_a_bad_one(soft: bool) -> None:
+    good = score_log_probabilities(knowledge(2.0) + np.array([3.0, 0.0]), TRUTH, soft=soft)
+    bad = score_log_probabilities(knowledge(0.0), TRUTH, soft=soft)
+    assert good.free > bad.free + 0.2
+
+
+def test_forced_counts_right_answers_and_likelihood_their_probability() -> None:
+    logp = np.log([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.8, 0.2]])
+    truth = np.array([0, 1, 1, 0])
+    forced = score_log_probabilities(logp, truth, soft=False)
+    assert forced.value == forced.accuracy == 0.75
+    likelihood = score_log_probabilities(logp, truth, soft=True)
+    assert likelihood.value == pytest.approx((0.9 + 0.4 + 0.7 + 0.8) / 4)
+    assert likelihood.accuracy == 0.75
+
+
+def test_an_item_with_fewer_choices_has_nan_and_counts_among_its_own() -> None:
+    logp = np.array([[0.0, 0.0, np.nan], [0.0, 0.0, 0.0]])
+    score = score_log_probabilities(logp, np.array([0, 0]), soft=True)
+    assert score.value == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert score.free == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert np.isfinite([score.value, score.free, score.bias]).all()
+
+
+def test_always_the_same_answer_has_the_bias_of_the_rest() -> None:
+    logp = np.tile([0.0, -5.0], (N, 1))
+    assert score_log_probabilities(logp, TRUTH, soft=True).bias == pytest.approx(0.5)
+    perfect = np.where(np.eye(2)[TRUTH] == 1, 0.0, -5.0)
+    assert score_log_probabilities(perfect, TRUTH, soft=True).bias == 0.0
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    logp=arrays(np.float64, (12, 3), elements=st.floats(-50, 0)),
+    truth=arrays(np.intp, 12, elements=st.integers(0, 2)),
+    soft=st.booleans(),
+)
+def test_every_part_of_a_score_lies_between_0_and_1(
+    logp: Floats, truth: NDArray[np.intp], soft: bool
+) -> None:
+    score = score_log_probabilities(logp, truth, soft=soft)
+    for part in (score.value, score.free, score.bias, score.accuracy):
+        assert -1e-9 <= part <= 1 + 1e-9
+
+
+def test_written_answers_free_of_bias_are_the_mean_recall() -> None:
+    # Three quarters of the set are "yes": always saying "yes" is worth nothing.
+    targets = ["yes"] * 6 + ["no"] * 2
+    score = score_answers(["yes"] * 8, targets, [target == "yes" for target in targets])
+    assert score.value == score.accuracy == 0.75
+    assert score.free == 0.5
+    assert score.bias == pytest.approx(0.25)
+
+
+def test_answers_that_cannot_be_read_count_as_wrong_and_have_no_bias() -> None:
+    score = score_answers([None, None], ["yes", "no"], [False, False])
+    assert (score.value, score.free, score.bias) == (0.0, 0.0, 0.0)
+
+
+def test_open_answers_score_by_their_mean_log_probability() -> None:
+    score = score_of(ChoiceScores(np.array([[[-1.0], [-3.0]]]), None))
+    assert score.value == score.free == -2.0
+    assert score.bias == 0.0 and np.isnan(score.accuracy)
+
+
+@given(LENGTHS, st.integers(0, 2**32), st.floats(-0.2, 0.2))
+@settings(deadline=None)
+def test_what_length_adds_to_scores_is_taken_out_whatever_it_is(
+    lengths: list[int], seed: int, slope: float
+) -> None:
+    tokens = np.array(lengths, dtype=float)
+    plain = np.random.default_rng(seed).random(len(tokens))
+    longer = plain + slope * np.log(tokens)
+    level = longer - length_effect(longer, tokens)
+    assert level.mean() == pytest.approx(longer.mean())
+    if np.ptp(tokens) > 0:
+        assert np.allclose(
+            level - level.mean(), plain - plain.mean() - length_effect(plain - plain.mean(), tokens)
+        )
+        assert abs(np.corrcoef(level, np.log(tokens))[0, 1]) < 1e-6
+
+
+def test_a_few_drafts_and_drafts_of_one_length_are_left_alone() -> None:
+    score = np.linspace(0, 1, 30)
+    assert not length_effect(score, np.full(30, 9.0)).any()
+    assert not length_effect(score[:11], np.arange(1.0, 12.0)).any()
+    assert length_effect(score, np.arange(1.0, 31.0)).any()
+
+
+def scored(house: Any, **settings: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Score drafts whose lengths differ and whose scores follow their length alone, by all that the rows say."""
+    words = house.teacher.word
+    house.teacher.word = lambda prompt: f"{words(prompt)} {'so ' * (sum(map(ord, prompt)) % 9)}"
+
+    def choose(prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> Floats:
+        house.student.calls += len(suffixes)
+        shown = [(prefix + suffix).count(" so") for suffix in suffixes]
+        odd = [int((prefix + suffix).rpartition("Is ")[2].split()[0]) % 2 for suffix in suffixes]
+        likely = [0.1 * np.log(n + 5) for n in shown]
+        return np.array(
+            [
+                [x if c.startswith("odd" if o else "even") else -x for c in choices]
+                for x, o in zip(likely, odd, strict=True)
+            ]
+        )
+
+    house.student.choose = choose
+    run = house.run(prefer={"race": "off", **settings}, calibrate={"k": 12, "items": 20})
+    elicit(run)
+    calibrate(run)
+    summary, rows = prefer(run), run.read("prefer", "scores.jsonl")
+    run.close()
+    return summary, rows
+
+
+def test_drafts_are_ordered_by_what_their_length_does_not_explain(house: Any) -> None:
+    summary, rows = scored(house)
+    assert summary["drafts"] >= 12
+    assert np.std([row["bias_free"] for row in rows]) > 0.005
+    assert np.std([row["score"] for row in rows]) < 0.1 * np.std([row["bias_free"] for row in rows])
+    assert all(row["score"] == pytest.approx(row["bias_free"] - row["length"], abs=2e-6) for row in rows)
+
+
+def test_a_run_may_order_them_by_the_whole_score(house: Any) -> None:
+    _, rows = scored(house, length_free=False)
+    assert all(row["score"] == row["bias_free"] and row["length"] == 0 for row in rows)
+
+
+@pytest.fixture
+def measured(house: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """What was asked for, and the way that is said to be the fastest."""
+    monkeypatch.setenv("ARTE_EDGE_PROBE", "1")
+    seen: dict[str, Any] = {"way": Way("transformers", "bfloat16"), "asked": [], "opened": []}
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(bytes(2000))
+
+    def quickest(ways: list[Way], opening: Any, work: str, facts: list[object]) -> Way:
+        seen["asked"].append((ways, work, facts))
+        seen["engine"] = opening(seen["way"])
+        return seen["way"]
+
+    def open_local(model: LocalModel, **how: Any) -> Any:
+        seen["opened"].append((model.name, how.get("kind"), how.get("floats")))
+        return house.student
+
+    monkeypatch.setattr(scoring, "quickest", quickest)
+    monkeypatch.setattr(scoring, "open_local", open_local)
+    monkeypatch.setattr("arte_edge.distill.run_context.open_local", open_local)
+    monkeypatch.setattr(LocalModel, "checkpoint", lambda self, progress=None: checkpoint)
+    return seen
+
+
+def test_where_nothing_may_be_measured_it_is_the_students_own(
+    house: Any, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARTE_EDGE_PROBE", "0")
+    run = house.run()
+    assert scoring_engine(run, MUCH) is run.engine(run.config.student)
+    assert not measured["asked"]
+    run.close()
+
+
+def test_much_is_scored_by_the_fastest_engine_in_its_floats(house: Any, measured: dict[str, Any]) -> None:
+    run = house.run()
+    assert scoring_engine(run, MUCH) is house.student
+    assert measured["opened"][-1] == ("scripted-student", "transformers", "bfloat16")
+    ways, work, facts = measured["asked"][0]
+    assert ways[0] == Way("llamacpp") and Way("transformers", "float32") in ways
+    assert work == "choose" and f"sha256 of {run.config.student.model}" in facts
+    run.close()
+
+
+def test_where_llama_cpp_is_the_fastest_it_is_the_students_own(house: Any, measured: dict[str, Any]) -> None:
+    measured["way"] = Way("llamacpp")
+    run = house.run()
+    assert scoring_engine(run, MUCH) is run.engine(run.config.student)
+    run.close()
+
+
+def test_written_answers_are_measured_by_writing(house: Any, measured: dict[str, Any]) -> None:
+    run = house.run(prefer={"score": "accuracy"})
+    scoring_engine(run, MUCH)
+    assert measured["asked"][0][1] == "write"
+    run.close()
+
+
+@pytest.mark.parametrize(
+    ("tables", "n"),
+    [
+        ({}, MUCH - 1),
+        ({"prefer": {"engine": "student"}}, MUCH),
+        ({"student": {"model": "scripted-student", "engine": "llamacpp"}}, MUCH),
+    ],
+)
+def test_little_to_score_or_a_run_that_says_so_keeps_the_students_own_engine(
+    house: Any, measured: dict[str, Any], tables: dict[str, Any], n: int
+) -> None:
+    run = house.run(**tables)
+    assert scoring_engine(run, n) is run.engine(run.config.student)
+    assert not measured["asked"]
+    run.close()

@@ -1,0 +1,57 @@
+"""What the student is trained on: of more examples than wanted, those that spread the labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from arte_edge.distill.stages.tailor import tailor
+
+WANTED = 8
+
+
+def asked_for(words: str) -> str:
+    """Return the label of a made-up question: those that begin with a to d are odd."""
+    return "odd" if words.split()[0] < "e" else "even"
+
+
+def written(house: Any, **settings: Any) -> list[dict[str, Any]]:
+    """Return the training data of a teacher that asks more often for one label than for the other."""
+    draft = house.teacher.drafts
+
+    def drafts(sample: int) -> str:
+        text: str = draft(sample)
+        for words in {line.rpartition("<input>")[2].partition("</input>")[0] for line in text.splitlines()}:
+            text = text.replace(f"{words}</input><target>even", f"{words}</input><target>{asked_for(words)}")
+        return text
+
+    house.teacher.drafts = drafts
+    house.teacher.answer = lambda prompt: asked_for(prompt.rpartition("Question:")[2])
+    run = house.run(tailor={"questions": WANTED} | settings)
+    tailor(run, lambda: house.teacher, "")
+    rows: list[dict[str, Any]] = run.read("tailor", "train.jsonl")
+    run.close()
+    return rows
+
+
+def test_the_labels_are_spread_as_evenly_as_what_there_is_allows(house: Any) -> None:
+    rows = written(house)
+    counts = Counter(row["label"] for row in rows)
+    assert len(rows) == WANTED and len({row["id"] for row in rows}) == WANTED
+    assert counts["odd"] == counts["even"]
+
+
+def test_a_run_may_take_them_as_they_come(house: Any) -> None:
+    rows = written(house, even_labels=False)
+    counts = Counter(row["label"] for row in rows)
+    assert len(rows) == WANTED
+    assert counts["odd"] < counts["even"]
+
+
+def test_examples_stay_in_the_order_in_which_they_were_asked(house: Any) -> None:
+    rows = written(house)
+    house.folder = house.folder.with_name("every")
+    every = [row["id"] for row in written(house, questions=WANTED * 2, even_labels=False)]
+    known = [row["id"] for row in rows if row["id"] in every]
+    assert len(known) > WANTED // 2
+    assert known == sorted(known, key=every.index)

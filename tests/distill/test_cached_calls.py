@@ -1,0 +1,109 @@
+"""Groups of calls: their fixed make-up, and what a kill between and inside them leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from arte_edge.console import Reporter
+from arte_edge.distill.cached_calls import Calls
+from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
+from arte_edge.store import CallLog
+
+
+class Batching:
+    """An engine whose answers depend on who shares the call, as a real one's do by rounding."""
+
+    def __init__(self, kind: str = "llamacpp", dies_at: int = -1) -> None:
+        self.identity = EngineIdentity(kind, "m")
+        self.sizes: list[int] = []
+        self._dies_at = dies_at
+
+    def _called(self, n: int) -> None:
+        if len(self.sizes) == self._dies_at:
+            raise KeyboardInterrupt
+        self.sizes.append(n)
+
+    def choose_each(
+        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
+    ) -> list[NDArray[np.float64]]:
+        self._called(len(prompts))
+        mates = sum(map(len, prompts))
+        return [
+            np.array([-len(p + c) - mates / 1000 for c in own])
+            for p, own in zip(prompts, choices, strict=True)
+        ]
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        self._called(len(requests))
+        return [Completion(f"{r.prompt} beside {len(requests)}", "stop", 1, 1) for r in requests]
+
+
+def open_calls(folder: Path, **sizes: int) -> Calls:
+    return Calls(CallLog(folder / "calls.jsonl"), Reporter(quiet=True), **sizes)
+
+
+def asks(n: int, k: int) -> list[tuple[list[str], list[list[str]]]]:
+    return [
+        ([f"{'d' * d} {q}" for q in range(k)], [["yes", "no"][: 1 + q % 2] for q in range(k)])
+        for d in range(n)
+    ]
+
+
+def choose(folder: Path, engine: Any, todo: Any) -> list[list[list[float]]]:
+    return open_calls(folder, together=20).choose_each(engine, todo, "scores")
+
+
+def test_asks_travel_together_until_their_prompts_fill_a_call(tmp_path: Path) -> None:
+    engine = Batching()
+    rows = choose(tmp_path, engine, asks(5, 8))
+    assert engine.sizes == [24, 16]
+    assert [len(values) for values in rows[0]] == [1, 2] * 4
+    again = Batching()
+    assert choose(tmp_path, again, asks(5, 8)) == rows and again.sizes == []
+
+
+@pytest.mark.parametrize("dies_at", [0, 1, 2])
+def test_a_kill_between_calls_changes_no_score(tmp_path: Path, dies_at: int) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    expected = choose(whole, Batching(), asks(9, 8))
+    with pytest.raises(KeyboardInterrupt):
+        choose(killed, Batching(dies_at=dies_at), asks(9, 8))
+    assert choose(killed, Batching(), asks(9, 8)) == expected
+    assert (killed / "calls.jsonl").read_bytes() == (whole / "calls.jsonl").read_bytes()
+
+
+def test_a_group_that_was_torn_in_the_middle_is_scored_again_as_a_whole(tmp_path: Path) -> None:
+    expected = choose(tmp_path, Batching(), asks(9, 8))
+    log = tmp_path / "calls.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:4]))  # one row of the second call
+    engine = Batching()
+    assert choose(tmp_path, engine, asks(9, 8)) == expected
+    assert engine.sizes == [24, 24]
+
+
+def test_the_students_texts_go_in_large_groups_but_never_to_a_server(tmp_path: Path) -> None:
+    requests = [Request(f"p{i}") for i in range(90)]
+    for kind, together, sizes in (
+        ("llamacpp", True, [60, 30]),
+        ("llamacpp", False, [32, 32, 26]),
+        ("openai", True, [32, 32, 26]),
+    ):
+        engine: Any = Batching(kind)
+        calls = open_calls(tmp_path / f"{kind}{together}", together=60)
+        done = calls.complete(engine, requests, Sampling(), "scores", together=together)
+        assert engine.sizes == sizes
+        assert [c.text.split()[0] for c in done] == [r.prompt for r in requests]
+
+
+def test_equal_calls_of_a_group_are_made_once(tmp_path: Path) -> None:
+    engine: Any = Batching()
+    done = open_calls(tmp_path).complete(engine, [Request("a"), Request("b"), Request("a")], Sampling(), "x")
+    assert engine.sizes == [2] and done[0] == done[2]
+    rows = choose(tmp_path, engine, [*asks(1, 4), *asks(1, 4)])
+    assert engine.sizes == [2, 4] and rows[0] == rows[1]

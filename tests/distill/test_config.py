@@ -1,0 +1,131 @@
+"""From TOML and ``--set`` to a run, with errors that name the key."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arte_edge import catalog
+from arte_edge.distill.config import RunConfig, build, differences, dump_toml, load_toml, parse_set
+from arte_edge.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("tables", "key", "nearest"),
+    [
+        ({"align": {"learning_rat": 1e-6}}, "align.learning_rat", "learning_rate"),
+        ({"aling": {}}, "aling", "align"),
+        ({"teacher": {"model": "m", "shot": 2}}, "teacher.shot", "shots"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(tables: dict[str, Any], key: str, nearest: str) -> None:
+    with pytest.raises(InputError) as caught:
+        build("run.toml", tables)
+    assert caught.value.message == f"run.toml: unknown key '{key}'"
+    assert caught.value.hint == f"Did you mean '{nearest}'?"
+
+
+def test_every_problem_is_named_at_once() -> None:
+    with pytest.raises(InputError) as caught:
+        build("run.toml", {"seed": -1, "elicit": {"rouge": 2.0, "questons": 9}})
+    for part in ("seed: ", "elicit.rouge: ", "unknown key 'elicit.questons'"):
+        assert part in caught.value.message
+    assert "questions" in caught.value.hint
+
+
+def test_an_alignment_without_pairs_is_refused() -> None:
+    no_pairs = {"align": {"question_pairs": 0, "rationale_pairs": 0}}
+    with pytest.raises(InputError, match='data = "arte" needs question_pairs or rationale_pairs'):
+        build("run.toml", no_pairs)
+    with pytest.raises(InputError, match="needs question_pairs"):
+        build("run.toml", {"data": "question-only", "align": {"question_pairs": 0}})
+    assert not build("run.toml", no_pairs, {"data": "original-teacher"}).aligned
+
+
+def test_later_layers_lie_on_top_key_by_key() -> None:
+    config = build("x", {"align": {"beta": 0.5, "epochs": 3}}, {"align": {"beta": 0.2}}, {})
+    assert (config.align.beta, config.align.epochs) == (0.2, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "tables"),
+    [
+        ("align.learning_rate=1e-6", {"align": {"learning_rate": 1e-6}}),
+        ("seed=3", {"seed": 3}),
+        ("data=question-only", {"data": "question-only"}),
+        ('data="random"', {"data": "random"}),
+        ("name=", {"name": ""}),
+        ("name = a=b", {"name": "a=b"}),
+        ("calibrate.shots=[0, 2]", {"calibrate": {"shots": [0, 2]}}),
+        ("prefer.bias-free=false", {"prefer": {"bias_free": False}}),
+        ("teacher.model=openai:m@http://h:1/v1", {"teacher": {"model": "openai:m@http://h:1/v1"}}),
+    ],
+)
+def test_set_reads_toml_values_and_bare_words(text: str, tables: dict[str, Any]) -> None:
+    assert parse_set([text]) == tables
+
+
+def test_a_later_set_wins_and_leaves_its_neighbours() -> None:
+    given_ = ["align.beta=0.5", "align.epochs=3", "align.beta=0.2"]
+    assert parse_set(given_) == {"align": {"beta": 0.2, "epochs": 3}}
+
+
+@pytest.mark.parametrize("text", ["seed", "=3", ".seed=3", "align..beta=3", "align.=3"])
+def test_what_is_no_assignment_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="not of the form key=value"):
+        parse_set([text])
+
+
+def test_a_key_set_both_as_value_and_as_table_is_what_it_was_set_to_last() -> None:
+    assert parse_set(["task=home", "task.ref=home"]) == {"task": {"ref": "home"}}
+    with pytest.raises(InputError, match="task: "):
+        build("--set", parse_set(["task.ref=home", "task=home"]))
+
+
+def test_differences_are_dotted_keys() -> None:
+    a = {"seed": 1, "align": {"beta": 0.1, "epochs": 1}, "gone": {"x": 1}}
+    b = {"seed": 1, "align": {"beta": 0.2, "epochs": 1}, "new": 2}
+    assert differences(a, b) == ["align.beta", "gone", "new"]
+    assert differences(a, a) == []
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    name=st.text(max_size=15),
+    shots=st.lists(st.integers(0, 40), max_size=3),
+    rate=st.floats(1e-12, 10),
+    bbh=st.none() | st.text(max_size=10),
+)
+def test_a_dumped_run_reads_back_the_same(name: str, shots: list[int], rate: float, bbh: str | None) -> None:
+    config = RunConfig.model_validate(
+        {
+            "name": name,
+            "calibrate": {"shots": shots},
+            "align": {"learning_rate": rate},
+            "task": {"ref": "t", "bbh": bbh},
+        }
+    )
+    tables = tomllib.loads(dump_toml(config))
+    assert build("run.toml", tables) == config
+    assert differences(tables, tomllib.loads(dump_toml(build("run.toml", tables)))) == []
+
+
+def test_a_file_that_is_missing_or_no_toml_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.toml: no such file"):
+        load_toml(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("seed = 1\nalign = = 2\n")
+    with pytest.raises(InputError, match=r"bad\.toml: not TOML: .*line 2"):
+        load_toml(tmp_path / "bad.toml")
+    (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"\n')
+    with pytest.raises(InputError, match=r"latin\.toml: not TOML"):
+        load_toml(tmp_path / "latin.toml")
+
+
+@pytest.mark.parametrize("name", catalog.names("presets"))
+def test_every_shipped_preset_is_a_run(name: str) -> None:
+    assert build(name, load_toml(catalog.find("presets", name)))

@@ -1,0 +1,231 @@
+"""The device's time becomes tokens of an answer; without a device nothing of a run changes."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arte_edge.distill.config import Deploy
+from arte_edge.distill.latency import (
+    FILE_NAME,
+    Budget,
+    Rates,
+    budget_tokens,
+    penalize_length,
+)
+from arte_edge.distill.pipeline import run_budget
+from arte_edge.distill.run_context import Run, quantized_student
+from arte_edge.distill.stages.calibrate import calibrate
+from arte_edge.distill.stages.check import check
+from arte_edge.distill.stages.elicit import elicit
+from arte_edge.distill.stages.prefer import prefer
+from arte_edge.distill.stages.tailor import tailor
+from arte_edge.errors import InputError, StoppedEarly
+from arte_edge.models.local import LocalModel
+from arte_edge.runtimes.completion import Completion, Request, Sampling
+from arte_edge.store import content_key
+
+RATES = Rates(20.0, 200.0, "measured", "llama_cpp, 4 threads")
+DEVICE = {"deploy": {"device": "raspberry-pi-5", "max_answer_seconds": 2.0}}
+
+
+def settle(run: Run, rates: Rates = RATES, *, update: bool = False) -> Budget:
+    """Decide the budget of a run whose device has these rates."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("arte_edge.distill.latency.device_rates", lambda deploy, student: rates)
+        return run_budget(run, update=update)
+
+
+def test_the_budget_is_what_reading_the_prompt_leaves() -> None:
+    assert budget_tokens(2.0, 100, RATES) == 30  # (2 s - 100/200 s) · 20/s
+
+
+def test_a_time_that_leaves_no_answer_is_refused_and_says_what_would_do() -> None:
+    with pytest.raises(
+        InputError, match=r"max_answer_seconds = 0\.6: prefill of 100 prompt tokens"
+    ) as caught:
+        budget_tokens(0.6, 100, RATES)
+    assert "0.9 s or more" in caught.value.hint
+    assert budget_tokens(0.9, 100, RATES) == 8
+
+
+@given(st.floats(0.1, 60), st.integers(1, 2000), st.floats(0.5, 500), st.floats(1, 5000))
+def test_an_answer_within_the_budget_is_given_in_time(
+    seconds: float, prompt: int, decode: float, prefill: float
+) -> None:
+    rates = Rates(decode, prefill, "predicted", "")
+    try:
+        tokens = budget_tokens(seconds, prompt, rates)
+    except InputError:
+        return
+    assert prompt / prefill + tokens / decode <= seconds * (1 + 1e-6)
+    assert prompt / prefill + (tokens + 1) / decode > seconds * (1 - 1e-6)
+
+
+def test_only_what_is_too_long_pays_and_longer_pays_more() -> None:
+    assert penalize_length(0.8, 30, 30, log=False) == 0.8
+    assert penalize_length(0.8, 60, 30, log=False) == pytest.approx(0.4)
+    assert penalize_length(-1.0, 30, 30, log=True) == -1.0
+    # A log-probability is below zero: a factor would reward length.
+    assert penalize_length(-1.0, 60, 30, log=True) == pytest.approx(-1.0 + math.log(0.5))
+    assert penalize_length(-1.0, 90, 30, log=True) < penalize_length(-1.0, 60, 30, log=True)
+
+
+def start(house: Any, **tables: Any) -> Run:
+    run: Run = house.run(**{"check": {"examples": 20}, "calibrate": {"items": 20, "k": 8}, **tables})
+    if run.config.deploy.device:
+        run.budget = settle(run)
+    return run
+
+
+def test_the_budget_is_decided_once(house: Any) -> None:
+    run = start(house, **DEVICE)
+    assert run.budget is not None
+    assert json.loads((house.folder / FILE_NAME).read_text())["budget"]["rates"]["evidence"] == "measured"
+    faster = Rates(40.0, 400.0, "measured", "")
+    assert settle(run, faster, update=False) == run.budget
+    again = settle(run, faster, update=True)
+    assert again is not None and again.answer_tokens > run.budget.answer_tokens
+    (house.folder / FILE_NAME).write_text("{")  # damaged: decided again
+    assert settle(run) == run.budget
+    run.close()
+
+
+def test_without_a_device_there_is_no_budget_and_no_trace_of_one(house: Any) -> None:
+    run = start(house)
+    assert run.budget is None and not (house.folder / FILE_NAME).exists()
+    assert run.most_tokens(96) == 96
+    check(run, force=True)
+    elicit(run)
+    calibrate(run)
+    prefer(run)
+    rows = run.read("prefer", "scores.jsonl")
+    assert "student_tokens" not in rows[0]
+    manifest = json.loads((house.folder / "prefer" / "manifest.json").read_text())
+    # The inputs of a run from before there was a [deploy]: what was paid for is kept.
+    older = {
+        "stage": "prefer",
+        "seed": 0,
+        "prefer": {"score": "likelihood", "bias_free": True, "length_free": True, "answer_tokens": 96},
+        "student": run.identity(run.config.student),
+        "data": run.outputs("elicit", "calibrate"),
+    }
+    assert manifest["inputs"] == content_key(older)
+    run.close()
+
+
+@dataclass
+class Wordy:
+    """The scripted teacher of `conftest`, whose first technique takes 60 words and the others 6."""
+
+    inner: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def complete(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
+        done = self.inner.complete(requests, sampling)
+        return [
+            Completion("so it goes on " * 15 + c.text, c.finish, 9, 67)
+            if "Look at the last digit" in r.prompt
+            else c
+            for r, c in zip(requests, done, strict=True)
+        ]
+
+
+def test_a_draft_that_is_too_long_pays_and_is_what_the_teacher_unlearns(house: Any) -> None:
+    house.teacher = Wordy(house.teacher)
+    run = start(house, **DEVICE)
+    run.budget = Budget(20, 10, RATES)
+    check(run, force=True)
+    elicit(run)
+    calibrate(run)
+    summary = prefer(run)
+    rows = run.read("prefer", "scores.jsonl")
+    long = [row for row in rows if row["over_budget"]]
+    short = [row for row in rows if not row["over_budget"]]
+    assert {row["technique"] for row in long} == {0} and {row["technique"] for row in short} == {1, 2, 3}
+    assert summary["over_budget"] == len(long) > 0
+    assert all(row["score"] == row["bias_free"] for row in short)
+    for row in long:
+        assert row["score"] == pytest.approx(row["bias_free"] * 20 / row["student_tokens"], abs=1e-6)
+    assert max(row["score"] for row in long) < min(row["score"] for row in short)
+    run.close()
+
+
+def test_a_student_that_writes_is_cut_off_at_the_budget(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(house, prefer={"score": "accuracy"}, **DEVICE)
+    run.budget = Budget(11, 10, RATES)
+    seen: list[int] = []
+    complete = house.student.complete
+
+    def watch(requests: list[Request], sampling: Sampling) -> list[Completion]:
+        seen.append(sampling.max_tokens)
+        return list(complete(requests, sampling))
+
+    check(run, force=True)
+    elicit(run)
+    calibrate(run)
+    monkeypatch.setattr(house.student, "complete", watch)
+    prefer(run)
+    assert set(seen) == {11}
+    row = run.read("prefer", "scores.jsonl")[0]
+    assert row["score"] == row["bias_free"]  # cut off, it does not pay a second time
+    run.close()
+
+
+def test_what_the_device_has_no_time_for_trains_nobody(house: Any) -> None:
+    def train(budget: int) -> list[dict[str, Any]]:
+        run = start(house, tailor={"questions": 8}, **DEVICE)
+        run.budget = Budget(budget, 10, RATES)
+        tailor(run, lambda: house.teacher, "")
+        rows = run.read("tailor", "train.jsonl")
+        run.close()
+        return rows
+
+    longest = max(house.student.count_tokens(row["rationale"]) for row in train(96))
+    assert longest == 6
+    assert len(train(6)) == 8
+    with pytest.raises(StoppedEarly, match="over the latency budget"):
+        train(5)
+
+
+def test_a_student_file_is_made_once_and_kept(
+    tmp_path: Path, model_cache: Path, make_gguf: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def quantize(source: Path, out: Path, kind: str) -> None:
+        made.append(kind)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(source.read_bytes() + b"!")
+
+    base = LocalModel("m", "ab" * 32, make_gguf(), None, "F16")
+    monkeypatch.setattr("arte_edge.gguf.quantize.quantize", quantize)
+    first = quantized_student(base, "Q4_K_M")
+    assert quantized_student(base, "Q4_K_M") == first
+    assert made == ["Q4_K_M"] and first.quantization == "Q4_K_M" and first.sha256 != base.sha256
+    assert quantized_student(base, "F16") is base
+    checkpoint = LocalModel("m", "ab" * 32, None, tmp_path, "BF16")
+    with pytest.raises(InputError, match=r"prefer\.student_file = 'Q8_0': m is a checkpoint"):
+        quantized_student(checkpoint, "Q8_0")
+
+
+def test_the_number_of_draws_is_no_part_of_a_budget_that_was_decided(house: Any) -> None:
+    run = house.run(**DEVICE)
+    first = settle(run)
+    run.close()
+    more = house.run(deploy={**DEVICE["deploy"], "draws": 3})
+    assert settle(more, Rates(90.0, 900.0, "measured", "")) == first
+    more.close()
+
+
+def test_a_deploy_table_without_a_device_is_inert() -> None:
+    assert Deploy().device == ""
