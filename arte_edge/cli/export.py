@@ -1,4 +1,4 @@
-"""``arte-edge export``: the files for a device, each proven to be the student or refused."""
+"""``arte-edge export``: the files for a device, each verified against the student."""
 
 from __future__ import annotations
 
@@ -65,16 +65,16 @@ def export(
 ) -> None:
     """Export a student to GGUF and ONNX files, and verify each against it.
 
-    A file that fails is named *.rejected and the exit code is 3. Stopped at any moment,
-    the same command goes on; finished files are kept.
+    A file that fails is named *.rejected and the exit code is 3. Re-run the same command
+    to resume after an interruption; finished files are kept.
     """
     if list_:
-        from arte_edge.export.listing import show_list
-
-        show_list(as_json)
+        _show_list(as_json)
         return
     if source is None:
-        raise InputError("export: what?", "Name a run, a checkpoint folder, a Hub id or a GGUF; see --help.")
+        raise InputError(
+            "Missing argument SOURCE", "Name a run, a checkpoint folder, a Hub id or a GGUF; see --help."
+        )
     from arte_edge import api
 
     reporter = Reporter(as_json=as_json)
@@ -131,3 +131,27 @@ def _close(outcome: Outcome, folder: Path, as_json: bool) -> None:
         raise GateError(f"Not the student: {names}", "The reasons stand above and in student.json.")
     if outcome.failures:
         raise outcome.failures[0].error
+
+
+def _show_list(as_json: bool) -> None:
+    """Print the shipped recipes and every format there is."""
+    from arte_edge import catalog
+    from arte_edge.export.formats import ARCHS
+    from arte_edge.export.recipe import load_recipe
+    from arte_edge.gguf.types import QUANT_TYPES
+
+    onnx = ("int4", "int8", "fp32", "optimum-fp32", *(f"optimum-int8-{arch}" for arch in ARCHS))
+    rows = []
+    for name in catalog.names("export"):
+        about = catalog.describe(catalog.find("export", name).read_text("utf-8"))
+        rows.append((name, about, [format.label for format in load_recipe(name).formats]))
+    if as_json:
+        keys = ("name", "description", "formats")
+        recipes = [dict(zip(keys, row, strict=True)) for row in rows]
+        emit_json({"recipes": recipes, "gguf": list(QUANT_TYPES), "onnx": onnx})
+        return
+    for name, about, formats in rows:
+        out.print(f"{name:<16}{about}", markup=False, soft_wrap=True)
+        out.print(f"{'':<16}{', '.join(formats)}", markup=False, soft_wrap=True)
+    out.print(f"\n--gguf  {', '.join(QUANT_TYPES)}", markup=False)
+    out.print(f"--onnx  {', '.join(onnx)}", markup=False)

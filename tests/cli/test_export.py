@@ -91,7 +91,7 @@ def test_the_list_names_recipes_and_formats(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "what?"),
+        ([], "SOURCE"),
         (["x", "--gguf", "Q4_KM"], "Q4_K_M"),
         (["x", "--onnx", "intt4"], "int4"),
         (["x", "--recipe", "rasberry-pi-5"], "raspberry-pi-5"),
