@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import HealthCheck, settings
 
 from arte_edge.models import LocalModel, resolve
@@ -91,10 +92,7 @@ def make_gguf(tmp_path: Path) -> Callable[..., Path]:
             q8 = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor("blk.0.attn_q.weight", gguf.quantize(weights, q8), raw_dtype=q8)
             writer.add_tensor("output_norm.weight", weights[0])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        tiny.finish(writer)
         return path
 
     return make

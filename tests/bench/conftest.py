@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from arte_edge.results.rows import DeviceFacts
 
@@ -50,8 +51,5 @@ def bench_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.add_tensor(f"{name}.weight", np.ones(WIDTH, dtype=np.float32))
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", rng.normal(0, 0.3, shape).astype(np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny.finish(writer)
     return path

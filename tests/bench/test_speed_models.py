@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 from arte_edge.bench.runtimes.open import choose_runtime, open_speed_model
 from arte_edge.errors import InputError
@@ -76,22 +77,19 @@ def test_more_than_the_context_is_refused_and_not_a_crash(bench_gguf: Path) -> N
 
 
 def test_a_checkpoint(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=96,
+    pytest.importorskip("transformers")
+    words = tiny.chat_tokenizer(tiny.word_tokenizer([str(i) for i in range(96)], unk="0"), eos_token="1")
+    tiny.save_checkpoint(
+        tmp_path,
+        words,
+        seed=3,
+        dtype="float32",
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        num_key_value_heads=4,
         initializer_range=0.4,
         max_position_embeddings=128,
     )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(96)}, unk_token="0"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1").save_pretrained(tmp_path)
     whole, stepped, again, other, name, _ = check(tmp_path, "auto")
     assert whole == stepped == again and set(other) != {whole}
     assert name.startswith("transformers ")

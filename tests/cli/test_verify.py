@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -14,52 +15,23 @@ pytest.importorskip("transformers")
 from arte_edge.cli.main import main
 
 Capture = pytest.CaptureFixture[str]
-WORDS = (
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "then",
-    "it",
-    "was",
-    "asked",
-    "what",
-    "two",
-    "three",
-    "?",
-    "!",
-)
+WORDS = "the cat sat on a mat and then it was asked what two three ? !".split()  # noqa: SIM905
 
 
 def write_checkpoint(folder: Path, seed: int = 0, template: str = "{{ messages[-1].content }} ?") -> Path:
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(seed)
-    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=template
-    )
-    config = LlamaConfig(
-        vocab_size=len(vocab),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
+    inner = tiny.word_tokenizer(["<unk>", "<s>", "</s>", *WORDS], unk="<unk>")
+    roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return tiny.save_checkpoint(
+        folder,
+        tiny.chat_tokenizer(inner, template, **roles),
+        seed=seed,
         num_key_value_heads=1,
         initializer_range=0.4,
         bos_token_id=1,
         eos_token_id=2,
+        **sizes,
     )
-    LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def run(capsys: Capture, *argv: str) -> tuple[int, str, str]:

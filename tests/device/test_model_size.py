@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 from arte_edge.device.model_size import ModelShape, read_onnx_sizes
 from arte_edge.errors import InputError
@@ -71,10 +72,7 @@ def test_a_gguf_gives_its_bytes_by_type(tmp_path: Path, kind: str) -> None:
     row_bytes = int(gguf.quant_shape_to_byte_shape((256,), of_type)[0])
     writer.add_tensor("token_embd.weight", np.zeros((100, 256), np.float32))
     writer.add_tensor("blk.0.ffn_up.weight", np.zeros((512, row_bytes), np.uint8), raw_dtype=of_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny.finish(writer)
     shape = ModelShape.of(path)
     assert (shape.n_layer, shape.n_embd, shape.n_ff, shape.n_vocab) == (1, 256, 512, 100)
     assert shape.weight_bytes == shape.token_bytes  # tied
@@ -98,10 +96,7 @@ def test_an_untied_gguf_reads_one_row_of_its_embedding(make_gguf: Callable[..., 
     writer.add_uint32("llama.expert_used_count", 2)
     for name, rows in (("token_embd.weight", 100), ("output.weight", 100), ("blk.0.ffn_up_exps.weight", 80)):
         writer.add_tensor(name, np.zeros((rows, 64), np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny.finish(writer)
     shape = ModelShape.of(path)
     row = 64 * 2
     assert shape.weight_bytes == 280 * row

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from numpy.typing import NDArray
 
 CORPUS = [
@@ -33,7 +34,7 @@ GPT4O = (
 
 def byte_level(kind: str) -> Any:
     """Train a byte-level BPE tokenizer that cuts words as `kind` does."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, pre_tokenizers
 
     def split(regex: str, behavior: str = "isolated", invert: bool = False) -> Any:
         return pre_tokenizers.Sequence(
@@ -53,13 +54,7 @@ def byte_level(kind: str) -> Any:
         "llama3-merging": lambda: split(LLAMA3),
         "gpt-4o": lambda: split(GPT4O, "removed", True),
     }
-    tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
-    tokenizer.pre_tokenizer = ways[kind]()
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=SPECIAL)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
+    return tiny.bpe(CORPUS, SPECIAL, 600, cut=ways[kind](), ignore_merges=kind == "llama3")
 
 
 def sentencepiece(kind: str) -> Any:
@@ -100,19 +95,6 @@ def _without_added_bytes(tokenizer: Any) -> Any:
     return Tokenizer.from_str(json.dumps(content))
 
 
-def save_tokenizer(tokenizer: Any, folder: Path, template: str = "") -> int:
-    """Save it as transformers does, with roles; return how many tokens it has."""
-    from transformers import PreTrainedTokenizerFast
-
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    )
-    if template:
-        fast.chat_template = template
-    fast.save_pretrained(folder)
-    return len(fast)
-
-
 FAMILY_TOKENIZERS = {
     "llama": "llama3",
     "qwen2": "qwen2",
@@ -124,41 +106,25 @@ FAMILY_TOKENIZERS = {
 }
 
 
-def config_of(family: str, **changes: Any) -> Any:
-    """Return the transformers configuration of a two-layer model (more, where layers differ)."""
-    import transformers as t
-
-    shared: dict[str, Any] = dict(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=5,
-    )
-    own: dict[str, dict[str, Any]] = {
-        "qwen3": dict(head_dim=32),
-        "gemma3": dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=16, num_hidden_layers=7),
-        "smollm3": dict(num_hidden_layers=5),
-        "phi3": dict(rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}),
-        "granite": dict(
-            attention_multiplier=0.1, embedding_multiplier=3.0, residual_multiplier=0.4, logits_scaling=2.0
-        ),
-    }
-    classes = {
-        "llama": t.LlamaConfig,
-        "qwen2": t.Qwen2Config,
-        "qwen3": t.Qwen3Config,
-        "gemma3": t.Gemma3TextConfig,
-        "smollm3": t.SmolLM3Config,
-        "phi3": t.Phi3Config,
-        "granite": t.GraniteConfig,
-    }
-    return classes[family](**(shared | own.get(family, {}) | changes))
+# What differs from `CHECKPOINT`, by family.
+FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3": dict(head_dim=32),
+    "gemma3": dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=16, num_hidden_layers=7),
+    "smollm3": dict(num_hidden_layers=5),
+    "phi3": dict(rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}),
+    "granite": dict(
+        attention_multiplier=0.1, embedding_multiplier=3.0, residual_multiplier=0.4, logits_scaling=2.0
+    ),
+}
+CHECKPOINT: dict[str, Any] = dict(
+    seed=7,
+    dtype="bfloat16",
+    vary=True,
+    max_position_embeddings=128,
+    initializer_range=0.2,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 @pytest.fixture(scope="session")
@@ -169,23 +135,19 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     def make(family: str = "llama", *, seed: int = 7, shard: str = "", kind: str = "", **config: Any) -> Path:
         key = repr((family, seed, shard, kind, sorted(config.items())))
         if key not in made:
-            import torch
-            from transformers import AutoModelForCausalLM
-
-            folder = tmp_path_factory.mktemp(f"tiny-{family}")
             name = kind or FAMILY_TOKENIZERS[family]
             sp = name in ("plain", "prefixed", "unigram")
-            tokenizer = sentencepiece(name) if sp else byte_level(name)
-            n_vocab = save_tokenizer(tokenizer, folder, "{{ messages[0]['content'] }}") + 3
-            torch.manual_seed(seed)
-            settings = config_of(family, **({"vocab_size": n_vocab} | config))
-            model = AutoModelForCausalLM.from_config(settings).to(torch.bfloat16)
-            with torch.no_grad():  # fresh norms are all alike and fresh biases zero: a mix-up would not show
-                for tensor in model.parameters():
-                    if tensor.ndim == 1:
-                        tensor.add_(0.3 * torch.randn_like(tensor))
-            model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
-            made[key] = folder
+            roles = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+            inner = sentencepiece(name) if sp else byte_level(name)
+            tokenizer = tiny.chat_tokenizer(inner, "{{ messages[0]['content'] }}", **roles)
+            settings = {"vocab_size": len(tokenizer) + 3, "pad_token_id": 5} | FAMILY_CONFIGS.get(family, {})
+            made[key] = tiny.save_checkpoint(
+                tmp_path_factory.mktemp(f"tiny-{family}"),
+                tokenizer,
+                {"gemma3": "gemma3_text"}.get(family, family),
+                shard=shard,
+                **(CHECKPOINT | {"seed": seed} | settings | config),
+            )
         return made[key]
 
     return make
@@ -298,58 +260,31 @@ class TinyModel:
         return logits
 
 
-def _tiny_config(arch: str, tied: bool) -> object:
-    import transformers as t
-
-    shared = dict(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    if arch == "gemma3":
-        return t.Gemma3TextConfig(**shared, query_pre_attn_scalar=16, sliding_window=64)
-    return t.LlamaConfig(**shared) if arch == "llama" else t.Qwen2Config(**shared)
-
-
 def _write_base(path: Path, arch: str, shapes: dict[str, tuple[int, ...]]) -> None:
     import gguf
 
-    writer = gguf.GGUFWriter(path, arch)
+    writer = tiny.gguf_writer(
+        path,
+        arch,
+        vocab_size=VOCAB,
+        context_length=128,
+        embedding_length=64,
+        block_count=2,
+        feed_forward_length=96,
+        head_count=4,
+        head_count_kv=2,
+        key_length=16,
+        value_length=16,
+        rope_dimension_count=16,
+    )
     writer.add_name("Tiny base")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
     writer.add_string("quantize.imatrix.file", "/home/somebody/imatrix.dat")
     writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(VOCAB)
-    writer.add_context_length(128)
-    writer.add_embedding_length(64)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_key_length(16)
-    writer.add_value_length(16)
     writer.add_rope_freq_base(1_000_000.0 if arch == "gemma3" else 10_000.0)
-    writer.add_rope_dimension_count(16)
-    writer.add_layer_norm_rms_eps(1e-6)
     if arch == "gemma3":
         writer.add_sliding_window(64)
-    table = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], 2)
-    for name, shape in shapes.items():
-        writer.add_tensor(table.get_name(name, (".weight", ".bias")), np.zeros(shape, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny.write_base(writer, arch, shapes)
 
 
 @pytest.fixture(scope="session")
@@ -359,20 +294,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyMo
 
     def make(arch: str, tied: bool = True) -> TinyModel:
         if (arch, tied) not in made:
-            import torch
-            from transformers import AutoModelForCausalLM
+            from safetensors import safe_open
 
-            torch.manual_seed(7)
-            model = AutoModelForCausalLM.from_config(_tiny_config(arch, tied)).to(torch.bfloat16)
-            with torch.no_grad():  # fresh norms are all alike and fresh biases zero: a mix-up would not show
-                for tensor in model.parameters():
-                    if tensor.ndim == 1:
-                        tensor.add_(0.3 * torch.randn_like(tensor))
+            own = dict(query_pre_attn_scalar=16, sliding_window=64) if arch == "gemma3" else {}
             folder = tmp_path_factory.mktemp(f"tiny-{arch}")
-            model.save_pretrained(folder / "checkpoint")
-            shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+            checkpoint = tiny.save_checkpoint(
+                folder / "checkpoint",
+                None,
+                {"gemma3": "gemma3_text"}.get(arch, arch),
+                **CHECKPOINT,
+                **own,
+                vocab_size=VOCAB,
+                head_dim=16,
+                pad_token_id=0,
+                tie_word_embeddings=tied,
+            )
+            with safe_open(checkpoint / "model.safetensors", framework="pt") as tensors:
+                shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
             _write_base(folder / "base.gguf", arch, shapes)
-            made[arch, tied] = TinyModel(arch, folder / "checkpoint", folder / "base.gguf")
+            made[arch, tied] = TinyModel(arch, checkpoint, folder / "base.gguf")
         return made[arch, tied]
 
     return make

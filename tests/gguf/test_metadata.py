@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -111,10 +112,7 @@ def test_any_metadata_survives_as_ggmls_own_reader_sees_it(
     random = np.random.default_rng(seed)
     for name in ("a.weight", "b.weight"):
         writer.add_tensor(name, random.standard_normal((3, int(random.integers(1, 40)))).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny.finish(writer)
     before, weights = values(path), tensors(path)
     rewrite(path, fields)
     want = {key: field.value for key, field in fields.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.imatrix import Imatrix, write_imatrix
@@ -66,10 +67,7 @@ def _write_model(path: Path, width: int, width_ff: int, tied: bool) -> Path:
     for name, shape in shapes(width, width_ff, tied).items():
         values = rng.normal(0, 0.1, shape).astype(np.float32 if len(shape) == 1 else np.float16)
         writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny.finish(writer)
     return path
 
 

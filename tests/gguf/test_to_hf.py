@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from numpy.typing import NDArray
 
 from arte_edge.cache import DiskFull
@@ -66,10 +67,7 @@ def speaking_gguf(tmp_path: Path) -> Path:
     for name, shape in shapes.items():
         values = random.normal(scale=0.3, size=shape) + (len(shape) == 1)
         writer.add_tensor(f"{name}.weight", values.astype(np.float32 if len(shape) == 1 else np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny.finish(writer)
     return path
 
 

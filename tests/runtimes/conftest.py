@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 
 @dataclass(frozen=True)
@@ -223,57 +224,28 @@ def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 _CORPUS = "the cat sat on the mat. is it True or False? question answer one two three (A) (B) (C)\n"
 
 
-def _tiny_tokenizer(adds_bos: bool = False) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=160,
-        special_tokens=["<s>", "</s>", "<|im_end|>"],
-        # No half characters: different tokens must be different texts.
-        initial_alphabet=sorted(set(string.ascii_letters + string.digits + string.punctuation) | {"Ġ", "Ċ"}),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([_CORPUS] * 4, trainer)
-    if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
-    )
-
-
 def _tiny_checkpoint(folder: Path, family: str = "llama", adds_bos: bool = False) -> Path:
     """A two-layer model with weights large enough that its next token is no near-tie."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    tokenizer = _tiny_tokenizer(adds_bos)
-    sizes = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.4,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": None,
-    }
-    if family == "mistral":
-        sizes["sliding_window"] = 12
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    # No half characters: different tokens must be different texts.
+    alphabet = sorted(set(string.ascii_letters + string.digits + string.punctuation) | {"Ġ", "Ċ"})
+    specials = ["<s>", "</s>", "<|im_end|>"]
+    inner = tiny.bpe([_CORPUS] * 4, specials, 160, begin="<s>" if adds_bos else "", alphabet=alphabet)
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = tiny.chat_tokenizer(inner, template, bos_token="<s>", eos_token="</s>")
+    return tiny.save_checkpoint(
+        folder,
+        tokenizer,
+        family,
+        dtype="float32",
+        hidden_size=32,
+        intermediate_size=64,
+        max_position_embeddings=256,
+        initializer_range=0.4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        **({"sliding_window": 12} if family == "mistral" else {}),
+    )
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny as tiny_models
 from numpy.typing import NDArray
+from tiny import TEMPLATE
 
 from arte_edge.gguf.reader import Field, read_model_header
 from arte_edge.gguf.writer import Tensor, write_gguf
@@ -22,10 +24,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("llama_cpp")
 pytest.importorskip("gguf")
 BOS, START, END, TEXT_END = SPECIAL = ("<|begin|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # The words that the tokenizer learns its merges from.
 CORPUS = [
     "the question is whether the answer to the first question is the same as the second one",
@@ -44,55 +42,20 @@ class Tiny:
     gguf: Path
 
 
-def _tokenizer(unreachable: str) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=380,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    if unreachable:  # a word of the vocabulary that no merge makes
-        whole = json.loads(tokenizer.to_str())
-        whole["model"]["vocab"][unreachable] = len(whole["model"]["vocab"])
-        tokenizer = Tokenizer.from_str(json.dumps(whole))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, SPECIAL.index(BOS))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=END, chat_template=TEMPLATE
-    )
-
-
 def write_checkpoint(folder: Path, unreachable: str = "") -> Path:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(3)
-    tokenizer = _tokenizer(unreachable)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=96,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
+    """Write the checkpoint; `unreachable` is a word of the vocabulary that no merge makes."""
+    inner = tiny_models.bpe(CORPUS, SPECIAL, 380, begin=BOS, words=[unreachable] if unreachable else ())
+    return tiny_models.save_checkpoint(
+        folder,
+        tiny_models.chat_tokenizer(inner, TEMPLATE, bos_token=BOS, eos_token=END),
+        seed=3,
+        dtype="bfloat16",
         max_position_embeddings=1024,
         initializer_range=0.15,
         bos_token_id=SPECIAL.index(BOS),
         eos_token_id=SPECIAL.index(END),
         tie_word_embeddings=True,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def write_base(path: Path, checkpoint: Path) -> Path:
@@ -105,7 +68,17 @@ def write_base(path: Path, checkpoint: Path) -> Path:
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     kinds = gguf.TokenType
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = tiny_models.gguf_writer(
+        path,
+        vocab_size=len(vocab),
+        context_length=1024,
+        embedding_length=WIDTH,
+        block_count=LAYERS,
+        feed_forward_length=96,
+        head_count=HEADS,
+        head_count_kv=KV_HEADS,
+        rope_dimension_count=WIDTH // HEADS,
+    )
     writer.add_name("Tiny")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_tokenizer_model("gpt2")
@@ -117,24 +90,9 @@ def write_base(path: Path, checkpoint: Path) -> Path:
     writer.add_eos_token_id(SPECIAL.index(END))
     writer.add_add_bos_token(True)
     writer.add_chat_template(TEMPLATE)
-    writer.add_vocab_size(len(vocab))
-    writer.add_context_length(1024)
-    writer.add_embedding_length(WIDTH)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_dimension_count(WIDTH // HEADS)
-    writer.add_layer_norm_rms_eps(1e-6)
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
     with safe_open(checkpoint / "model.safetensors", framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (not a dict)
-            shape = tensors.get_slice(name).get_shape()
-            writer.add_tensor(table.get_name(name, (".weight", ".bias")), np.zeros(shape, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    tiny_models.write_base(writer, "llama", shapes, LAYERS)
     return path
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+import tiny
 
 TEXT = "Is true and false true? no yes maybe the answer is not 0123456789 <ans> </ans> . \n"
 
@@ -25,35 +25,6 @@ def one_thread() -> Iterator[None]:
     del os.environ["OMP_NUM_THREADS"]
 
 
-def _save_tokenizer(folder: Path, adds_bos: bool) -> int:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=["<pad>", "<bos>", "<eos>", "<|user|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator([TEXT] * 20, trainer)
-    if adds_bos:
-        inner.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", inner.token_to_id("<bos>"))]
-        )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        additional_special_tokens=["<|user|>"],
-    )
-    tokenizer.save_pretrained(folder)
-    return len(tokenizer)
-
-
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Make the checkpoint folder of a random two-layer model; the same call gives the same folder."""
@@ -61,34 +32,30 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
     def make(*, adds_bos: bool = False, arch: str = "llama") -> Path:
         if (adds_bos, arch) not in made:
-            import torch
-            import transformers
-
-            folder = tmp_path_factory.mktemp("tiny") / "base"
-            n_vocab = _save_tokenizer(folder, adds_bos)
-            shared: dict[str, Any] = {
-                "vocab_size": n_vocab,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "head_dim": 8,
-                "initializer_range": 0.2,
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-                "pad_token_id": 0,
-                "tie_word_embeddings": True,
-            }
-            configs = {
-                "llama": transformers.LlamaConfig,
-                "qwen2": transformers.Qwen2Config,
-                "gemma3": transformers.Gemma3TextConfig,
-            }
-            torch.manual_seed(5)
-            model = transformers.AutoModelForCausalLM.from_config(configs[arch](**shared))
-            model.to(torch.bfloat16).save_pretrained(folder)
-            made[adds_bos, arch] = folder
+            specials = ["<pad>", "<bos>", "<eos>", "<|user|>"]
+            inner = tiny.bpe([TEXT] * 20, specials, 330, begin="<bos>" if adds_bos else "")
+            tokenizer = tiny.chat_tokenizer(
+                inner,
+                bos_token="<bos>",
+                eos_token="<eos>",
+                pad_token="<pad>",
+                additional_special_tokens=["<|user|>"],
+            )
+            made[adds_bos, arch] = tiny.save_checkpoint(
+                tmp_path_factory.mktemp("tiny") / "base",
+                tokenizer,
+                {"gemma3": "gemma3_text"}.get(arch, arch),
+                seed=5,
+                dtype="bfloat16",
+                hidden_size=32,
+                intermediate_size=48,
+                head_dim=8,
+                initializer_range=0.2,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+                tie_word_embeddings=True,
+            )
         return made[adds_bos, arch]
 
     return make
