@@ -24,13 +24,13 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help=_RESULTS)],
     b: Annotated[Path, typer.Argument(metavar="B", help="The same, of what is compared with A.")],
     force: Annotated[
-        bool, typer.Option("--force", help="Compare speeds that were not measured alike; says what differs.")
+        bool, typer.Option("--force", help="Compare speeds although settings differ; prints the differences.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare results B with results A: rates as ratios with their intervals, right answers in pairs.
 
-    Refuses (exit code 2) what was measured differently: other prompt or answer lengths,
+    Rejects (exit code 2) what was measured differently: other prompt or answer lengths,
     threads, cache types or device, another task or split.
     """
     from arte_edge.bench.compare import compare as compare_rows

@@ -1,4 +1,4 @@
-"""``arte-edge devices``: kinds of devices and their facts, this machine, and devices of one's own."""
+"""``arte-edge devices``: device profiles, this machine, and the user's own devices."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    help="Devices: what is known of them, what this one is, and your own over ssh.", no_args_is_help=True
-)
+app = typer.Typer(help="Device profiles, this machine, and your own devices over ssh.", no_args_is_help=True)
 
 _REF = "A name of 'devices ls', a .toml file, or user@host."
 
@@ -25,7 +23,7 @@ Ref = Annotated[str, typer.Argument(help=_REF)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[
     Path | None,
-    typer.Option("--model", metavar="PATH", help="Say if this model fits and how fast it should be."),
+    typer.Option("--model", metavar="PATH", help="Print whether this model fits and its predicted speed."),
 ]
 Context = Annotated[int, typer.Option("--context", min=1, help="Tokens of context, with --model.")]
 
@@ -60,7 +58,7 @@ def ls(as_json: Json = False) -> None:
 
 @app.command("show")
 def show(device: Ref, model: Model = None, context: Context = 2048, as_json: Json = False) -> None:
-    """Print every fact of a device with its source; with --model, if it fits and how fast it should be."""
+    """Print every fact of a device with its source; with --model, whether it fits and its predicted speed."""
     from arte_edge.device.memory_estimate import fit_profile
     from arte_edge.device.model_size import ModelShape
     from arte_edge.device.profiles import find_device
@@ -81,13 +79,13 @@ def show(device: Ref, model: Model = None, context: Context = 2048, as_json: Jso
 @app.command("detect")
 def detect(
     probe: Annotated[
-        bool, typer.Option("--probe", help="Measure memory bandwidth, about 2 seconds; kept for next time.")
+        bool, typer.Option("--probe", help="Measure memory bandwidth, about 2 seconds; cached.")
     ] = False,
     model: Model = None,
     context: Context = 2048,
     as_json: Json = False,
 ) -> None:
-    """Say what this machine is, which profile fits it, and which sensors it has."""
+    """Print what this machine is, its profile and its sensors."""
     from arte_edge import memory
     from arte_edge.device.detect import board
     from arte_edge.device.detect import detect as facts_of
@@ -100,7 +98,7 @@ def detect(
     found: dict[str, Any] = facts.model_dump(mode="json") | {"board": board()}
     found |= {"available_bytes": memory.available_bytes(), "sensors": _sensors()}
     if (probe or model) and is_busy():
-        err.print("This machine is busy: what is measured now is too low, and is not kept.", markup=False)
+        err.print("This machine is busy: the bandwidth is measured too low and not cached.", markup=False)
     found["read_bytes_per_s"] = bandwidth(facts.cores, fresh=True) if probe else None
     shape = ModelShape.of(model) if model else None
     repacked = repacked_types(facts.arch, facts.features)
@@ -117,15 +115,15 @@ def detect(
 
 @app.command("add")
 def add(
-    name: Annotated[str, typer.Argument(help="What you call it, as in kitchen-pi.")],
+    name: Annotated[str, typer.Argument(help="A name, for example kitchen-pi.")],
     host: Annotated[
-        str, typer.Argument(metavar="USER@HOST", help="As ssh takes it; an alias of ssh's is good.")
+        str, typer.Argument(metavar="USER@HOST", help="As for ssh; an alias from ~/.ssh/config works.")
     ],
-    base: Annotated[str, typer.Option(help="Shipped profile to take the facts from.")] = "",
-    workdir: Annotated[str, typer.Option(help="Folder there, in place of ~/.cache/arte-edge-device.")] = "",
-    python: Annotated[str, typer.Option(help="Interpreter there, 3.11 or newer.")] = "",
-    title: Annotated[str, typer.Option(help="As people call it.")] = "",
-    notes: Annotated[str, typer.Option(help="Cooling, supply, place: goes into results.")] = "",
+    base: Annotated[str, typer.Option(help="Shipped profile to inherit facts from.")] = "",
+    workdir: Annotated[str, typer.Option(help="Work folder there. [~/.cache/arte-edge-device]")] = "",
+    python: Annotated[str, typer.Option(help="Python interpreter there, 3.11 or newer.")] = "",
+    title: Annotated[str, typer.Option(help="Display name.")] = "",
+    notes: Annotated[str, typer.Option(help="Cooling, power supply, place; recorded in results.")] = "",
     as_json: Json = False,
 ) -> None:
     """Add a device of your own. Nothing is sent to it; `devices check` reaches it."""
@@ -142,11 +140,11 @@ def add(
 def check(
     device: Ref,
     clean: Annotated[
-        bool, typer.Option("--clean", help="Then remove all that arte-edge keeps there: its work folder.")
+        bool, typer.Option("--clean", help="Also remove arte-edge's work folder there.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Reach a device over ssh and say if it is ready to measure. Changes nothing there, unless --clean."""
+    """Check over ssh that a device is ready to measure. Changes nothing there without --clean."""
     from dataclasses import asdict
 
     from arte_edge.device.profiles import find_device
@@ -180,7 +178,7 @@ def rm(
     name: Annotated[str, typer.Argument(help="A device of your own.")],
     as_json: Json = False,
 ) -> None:
-    """Forget a device of your own. Nothing on the device is touched."""
+    """Remove a device from your list. Nothing on the device changes."""
     from arte_edge.device.profiles import remove_device
 
     path = remove_device(name)
@@ -246,7 +244,7 @@ def _show_model(shape: ModelShape, fits: Any, speed: Any) -> None:
         bound = "at most" if speed.is_upper_bound else "about"
         _line("expected", f"{bound} {speed.decode_tokens_per_s:.1f} tokens/s ({speed.source}: {speed.basis})")
     else:
-        _line("expected", "nothing is known of this device's memory")
+        _line("expected", "unknown: this device's memory bandwidth is not known")
 
 
 def _fact_text(key: str, value: float) -> str:

@@ -25,8 +25,8 @@ __all__ = [
     "RemoteError",
     "Ssh",
     "check_host",
+    "connection_error",
     "last_words",
-    "say_failure",
 ]
 
 _SENSELESS = re.compile(r"^\s*$|^@+$|^(mux_client|Shared connection to|Connection to .* closed\.|Warning: )")
@@ -45,13 +45,13 @@ class ConnectionLost(ArteError):
 
     def __init__(self, host: str, why: str) -> None:
         super().__init__(
-            f"{host}: no connection ({why or 'ssh said nothing'})",
-            "What is there already is kept: when the device answers again, the same command goes on.",
+            f"{host}: no connection ({why or 'no message from ssh'})",
+            "Uploaded files are kept there; when the device answers again, run the same command again to resume.",
         )
 
 
 class RemoteError(ArteError):
-    """A command there ended badly."""
+    """A command on the device failed."""
 
     def __init__(self, host: str, code: int, errors: str, hint: str = "") -> None:
         said = last_words(errors) or f"exit code {code}"
@@ -62,41 +62,41 @@ class RemoteError(ArteError):
             super().__init__(
                 f"{host}: the disk there is full",
                 "Free some space there (`arte-edge devices check … --clean` removes our own folder); "
-                "the same command goes on.",
+                "then run the same command again to resume.",
             )
         else:
             super().__init__(f"{host}: {said}", hint)
 
 
-def say_failure(host: str, errors: str) -> ArteError:
+def connection_error(host: str, errors: str) -> ArteError:
     """Return the error for ssh's exit code 255; `ConnectionLost` only where trying again may help."""
     by_hand = f"ssh {host}"
     if "REMOTE HOST IDENTIFICATION HAS CHANGED" in errors or "host key has just been changed" in errors:
         found = re.search(r"ssh-keygen .*-R .*", errors)
         forget = found.group().strip() if found else f"ssh-keygen -R {host.rpartition('@')[2]}"
         return ArteError(
-            f"{host}: its host key is not the one that is known; somebody may be in between",
-            f"If the device was set up anew: {forget} and then, by hand, once: {by_hand}",
+            f"{host}: host key changed (possible man-in-the-middle)",
+            f"If the device was reinstalled: {forget} and then once: {by_hand}",
         )
     if "Host key verification failed" in errors:
         return ArteError(
-            f"{host}: its host key is not known here",
-            f"Connect once by hand and compare the fingerprint: {by_hand}",
+            f"{host}: unknown host key",
+            f"Connect once and compare the fingerprint: {by_hand}",
         )
     if "Permission denied" in errors or "Too many authentication failures" in errors:
         return ArteError(
-            f"{host}: the login is refused; a password cannot be asked for here",
-            f"Give it your key once: ssh-copy-id {host}; {by_hand} must work without a question.",
+            f"{host}: login rejected; password prompts are not possible here",
+            f"Install your key once: ssh-copy-id {host}. `{by_hand}` must work without a prompt.",
         )
     if "Could not resolve hostname" in errors:
         return ArteError(
-            f"{host}: no machine of that name is known",
-            f"Is the device on, in this network, and does `{by_hand}` work?",
+            f"{host}: unknown host name",
+            f"Check that the device is on and in this network, and that `{by_hand}` works.",
         )
     if found := re.search(
         r"(?m)^.*(?:Bad (?:configuration|owner)|terminating, \d+ bad|Can't open user).*$", errors
     ):
-        return ArteError(f"{host}: ssh's configuration is not usable: {found.group().strip()}")
+        return ArteError(f"{host}: invalid ssh configuration: {found.group().strip()}")
     return ConnectionLost(host, last_words(errors))
 
 
@@ -160,7 +160,7 @@ class Channel:
         if code:
             self.errors.seek(0)
             text = self.errors.read().decode(errors="replace")
-            raise say_failure(self.host, text) if code == _LOST else RemoteError(self.host, code, text)
+            raise connection_error(self.host, text) if code == _LOST else RemoteError(self.host, code, text)
         return printed.rpartition(f"{_MARK}\n")[2]
 
 
@@ -216,7 +216,7 @@ class Ssh:
         Raises:
             ConnectionLost: the connection broke, or nothing came back in `timeout_s`; trying again may help.
             RemoteError: the script ended with another code than 0.
-            ArteError: the connection is refused for a reason that trying again does not mend.
+            ArteError: the connection failed for a reason that retrying does not fix.
         """
         command = [*self._command(), self._line(script, args)]
         try:
@@ -228,7 +228,7 @@ class Ssh:
             raise ConnectionLost(self.host, f"no answer in {timeout_s:.0f} s") from error
         errors = done.stderr.decode(errors="replace")
         if done.returncode == _LOST:
-            raise say_failure(self.host, errors)
+            raise connection_error(self.host, errors)
         if done.returncode:
             raise RemoteError(self.host, done.returncode, errors)
         return done.stdout.decode(errors="replace").partition(f"{_MARK}\n")[2]
@@ -289,7 +289,7 @@ class Ssh:
                 if self._master.poll() is not None or time.monotonic() > until:
                     self.hang_up()
                     errors.seek(0)
-                    raise say_failure(self.host, errors.read().decode(errors="replace"))
+                    raise connection_error(self.host, errors.read().decode(errors="replace"))
                 time.sleep(0.02)
         return share
 

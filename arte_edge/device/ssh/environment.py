@@ -156,11 +156,11 @@ def plan(
         elif compile_there:
             if not found.can_compile:
                 raise InputError(
-                    f"{host} has no C and C++ compiler, so llama-cpp-python cannot be compiled there",
-                    "Leave --compile out: the prebuilt xllamacpp is taken then.",
+                    f"{host} has no C and C++ compiler to build llama-cpp-python",
+                    "Omit --compile to use the prebuilt xllamacpp.",
                 )
             extras.append("gguf")
-            compiles, why = True, "llama-cpp-python, compiled there as asked"
+            compiles, why = True, "llama-cpp-python, compiled there (--compile)"
         elif python.has_llama_cpp and runtimes.gguf[0] == "llama-cpp-python":
             sees_system, why = True, "llama-cpp-python, which is installed there already"
         else:
@@ -411,7 +411,7 @@ def install(site: Site, plan: Plan, wheel: Path, wheel_there: str) -> str:
 
     Raises:
         ArteError: a package cannot be installed; says pip's reason.
-        ConnectionLost: the device did not come back in time; the installation goes on there.
+        ConnectionLost: the device did not come back in time; the installation continues there.
     """
     env = f"{site.work}/{plan.env_name}"
     python = f"{env}/bin/python"
@@ -423,11 +423,11 @@ def install(site: Site, plan: Plan, wheel: Path, wheel_there: str) -> str:
     said = _try(site, plan, install_commands(plan, env, wheel_there), wheel_there)
     pip = ""
     if "ensurepip" in said:  # Debian without python3-venv: pip runs from its own wheel
-        site.say("its Python has no ensurepip: bringing pip along")
+        site.say("its Python has no ensurepip: uploading pip")
         pip = _fetch(site, ["pip"], plan)[0]
         said = _try(site, plan, install_commands(plan, env, wheel_there, pip=pip), wheel_there)
     if said and is_offline(said):
-        site.say("it reaches no package index: fetching its packages here")
+        site.say("no package index reachable: downloading its packages here")
         house = str(PurePosixPath(_fetch(site, plan.requirements(str(wheel)), plan)[0]).parent)
         commands = install_commands(plan, env, wheel_there, pip=pip, wheelhouse=house)
         said = _try(site, plan, commands, wheel_there)
@@ -465,7 +465,7 @@ def _fetch(site: Site, requirements: list[str], plan: Plan) -> list[str]:
     if site.found.system != "Linux":
         raise ArteError(
             f"{site.ssh.host} reaches no package index",
-            "Give it a network for the first run; wheels are kept.",
+            "Connect it to a network for the first run; wheels are cached.",
         )
     target = Platform(_wheel_machine(site.found.machine), plan.python.version[:2], site.found.glibc_minor)
     with TemporaryDirectory(prefix="arte-edge-") as scratch:
@@ -485,6 +485,6 @@ def _not_installed(host: str, said: str) -> ArteError:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if "ERROR" in line or "error:" in line] or lines[-1:]
     return ArteError(
-        f"{host}: the packages could not be installed there: {errors[-1] if errors else 'no reason given'}",
-        "What was installed stays; when the cause is mended, the same command goes on.",
+        f"{host}: the packages could not be installed there: {errors[-1] if errors else 'no reason reported'}",
+        "Installed packages are kept; fix the cause and run the same command again to resume.",
     )

@@ -30,10 +30,11 @@ class JobFailed(ArteError):
 
     def __init__(self, host: str, code: int, said: str) -> None:
         last = [line.strip() for line in said.splitlines() if line.strip()]
-        shown = last[-1] if last else "it said nothing"
+        shown = last[-1] if last else "no error output"
         cause = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         super().__init__(
-            f"{host}: {shown} ({cause})", "What it measured before is kept there: the same command goes on."
+            f"{host}: {shown} ({cause})",
+            "Finished measurements are kept there; run the same command again to resume.",
         )
         self.code = code
         self.said = said
@@ -68,18 +69,18 @@ class RemoteJob:
         Raises:
             ArteError: another job has the device; the device restarted or killed the job.
             JobFailed: a command failed.
-            ConnectionLost: the device did not come back in time; the job goes on there.
+            ConnectionLost: the device did not come back in time; the job continues there.
         """
         state = self.patience.keep_trying(lambda: self._tell("start"))
         if state["state"] == "busy":
             raise ArteError(
-                f"{self.ssh.host} is busy with another benchmark, which would spoil both",
-                "Wait until it has ended, and give the same command again.",
+                f"{self.ssh.host} is busy with another benchmark; two at once would disturb each other",
+                "Wait until it has finished and run the same command again.",
             )
         if state["state"] == "failed":
-            raise ArteError(f"{self.ssh.host}: the job did not begin", f"See {self.folder}/job.log there.")
+            raise ArteError(f"{self.ssh.host}: the job did not start", f"See {self.folder}/job.log there.")
         if why := state.get("why"):
-            on_said(f"going on after {'a reboot' if why == 'reboot' else 'it was killed'}\n")
+            on_said(f"resuming after {'a reboot' if why == 'reboot' else 'the job was killed'}\n")
         at = [0, 0]
         said = ""
 
@@ -103,15 +104,15 @@ class RemoteJob:
                     if "end" in event:
                         return dict(event["end"])
                 channel.finish()
-            raise ConnectionLost(self.ssh.host, "it stopped in the middle")
+            raise ConnectionLost(self.ssh.host, "the stream ended early")
 
         end = self.patience.keep_trying(read)
         if end["state"] != "ended":
             raise ArteError(
-                f"{self.ssh.host} restarted in the middle of the work"
+                f"{self.ssh.host} restarted during the benchmark"
                 if end.get("why") == "reboot"
-                else f"{self.ssh.host}: the work was killed there from outside, perhaps for want of memory",
-                "What it measured before is kept there: the same command goes on with the rest.",
+                else f"{self.ssh.host}: the job was killed there, perhaps out of memory",
+                "Finished measurements are kept there; run the same command again to resume.",
             )
         if (code := int(end.get("code", 1))) != 0:
             raise JobFailed(self.ssh.host, code, said)
@@ -130,8 +131,8 @@ class RemoteJob:
             if (event := _event(line.encode())) is not None:
                 return event
         raise ArteError(
-            f"{self.ssh.host}: no answer from our own part there",
-            "arte-edge devices check … --clean makes it new.",
+            f"{self.ssh.host}: no answer from arte-edge's agent there",
+            "`arte-edge devices check … --clean` resets it.",
         )
 
 

@@ -122,8 +122,8 @@ def send(ssh: Ssh, work: str, blobs: Sequence[Blob], *, patience: Patience, tick
             tries_left -= 1
             if not tries_left:
                 raise ArteError(
-                    f"{blob.name} arrived on {ssh.host} with other bytes than it left here, twice",
-                    "The card or the memory there may be going bad; or the file was written to meanwhile.",
+                    f"Checksum mismatch after uploading {blob.name} to {ssh.host} (2 attempts)",
+                    "The card or memory there may be failing, or the file changed during the upload.",
                 )
 
 

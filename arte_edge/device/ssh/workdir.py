@@ -59,7 +59,7 @@ def reach(profile: Profile) -> Remote:
     """Return how the device is reached. Raises InputError for a profile of a kind of device, not of one's own."""
     if profile.remote is None:
         raise InputError(
-            f"'{profile.name}' is a kind of device; nothing says how to reach one",
+            f"'{profile.name}' is a kind of device without an address",
             f"--device user@host, or once: arte-edge devices add NAME user@host --base {profile.name}",
         )
     return profile.remote

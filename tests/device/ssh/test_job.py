@@ -168,9 +168,9 @@ def test_a_kill_from_outside_is_told_from_a_reboot(device: Any) -> None:
         pid = json.loads((device.work / "owner.json").read_text())["pid"]
         os.killpg(pid, signal.SIGKILL)
 
-    with device.ssh() as ssh, pytest.raises(ArteError, match="killed there from outside") as error:
+    with device.ssh() as ssh, pytest.raises(ArteError, match="killed there") as error:
         make(device, ssh, [rows(300, 0.1)]).run(kill, lambda text: None)
-    assert "the same command goes on" in error.value.hint
+    assert "run the same command again to resume" in error.value.hint
 
 
 def test_stopping_ends_the_job_with_its_children(device: Any) -> None:

@@ -70,7 +70,7 @@ def test_a_link_that_stays_away_ends_in_an_error_and_the_next_try_goes_on(device
     device.proxy.cut = cut_for_good
     with pytest.raises(ConnectionLost) as error:
         put(device, model)
-    assert "the same command goes on" in error.value.hint
+    assert "run the same command again to resume" in error.value.hint
     (part,) = (device.work / "blobs").iterdir()
     kept = part.stat().st_size
     assert part.suffix == ".part" and 0 < kept < SIZE
@@ -104,7 +104,7 @@ def test_a_full_disk_there_is_said_and_what_arrived_is_kept(device: Any, model: 
             put(device, model)
     finally:
         session.write_text(kept)
-    assert "the same command goes on" in error.value.hint
+    assert "run the same command again to resume" in error.value.hint
     (part,) = (device.work / "blobs").iterdir()
     assert part.stat().st_size == 2 << 20
     put(device, model)
