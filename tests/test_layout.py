@@ -50,8 +50,8 @@ ORDER = re.findall(
     """
     errors catalog extras private_names threads protobuf pii_scan memory console notebook
     progress stats cache store checkpoint
-    results gguf onnx models engines runtimes tasks
-    distill cluster device verify export bench publish api environment cli __main__
+    results gguf device onnx models engines runtimes tasks
+    distill cluster verify export bench publish api environment cli __main__
     """,
 )
 
