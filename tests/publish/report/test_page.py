@@ -241,7 +241,7 @@ def browse(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 def test_a_browser_draws_it_without_a_complaint(run: Path, tmp_path: Path, browse: Any) -> None:
-    page = report(run, tmp_path / "report.html").path
+    page = report(run, out=tmp_path / "report.html").path
     # A probe, in a copy of the page that may run it, writes down what the browser laid out and fetched.
     probe = """<script>addEventListener("load", () => { document.title = JSON.stringify({
       boxes: [...document.querySelectorAll("svg")].map(s => s.getBoundingClientRect()).map(b => [b.width, b.height]),
