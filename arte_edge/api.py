@@ -242,9 +242,9 @@ def verify(
         InputError: no such model or task.
         ArteError: a runtime is missing or failed.
     """
+    from arte_edge.runtimes.loader import open_model
     from arte_edge.tasks.loaders import load_task
     from arte_edge.verify.gate import verify_file
-    from arte_edge.verify.opened import open_model
     from arte_edge.verify.prompts import prompts_for
     from arte_edge.verify.thresholds import thresholds_for
 

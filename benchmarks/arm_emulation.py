@@ -57,7 +57,7 @@ WORK = "/root/.cache/arte-edge-device"
 ANSWER = """
 import json, sys
 from pathlib import Path
-from arte_edge.verify.opened import open_model
+from arte_edge.runtimes.loader import open_model
 for path in sys.argv[3:]:
     model = open_model(Path(path), threads=int(sys.argv[2]))
     for prompt in json.loads(sys.argv[1]):
@@ -66,7 +66,7 @@ for path in sys.argv[3:]:
     if path.endswith(".gguf"):  # answered by xllamacpp there, which gives no logits
         model.close()
         continue
-    ids = model.tokens({text!r})
+    ids = model.tokenize({text!r})
     logits = model.logits(ids).astype("float64")
     logits -= logits.max(axis=1, keepdims=True)
     logprobs = logits - __import__("numpy").log(__import__("numpy").exp(logits).sum(axis=1, keepdims=True))

@@ -24,12 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.bench.accuracy import example_key
+from arte_edge.runtimes.loader import open_model
 from arte_edge.stats import mcnemar, wilson
 from arte_edge.store import write_atomic
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Example, Task
 from arte_edge.verify.accuracy import answers
-from arte_edge.verify.opened import open_model
 
 _WARMUP_EXAMPLES = 3
 _RESAMPLES = 10_000
@@ -46,8 +46,8 @@ def repetition(files: list[Path], task: Task, examples: tuple[Example, ...]) -> 
             found: list[dict[str, Any]] = [{}, {}]
             for side in (0, 1) if i % 2 == 0 else (1, 0):
                 (one,) = answers(models[side], task, [example], timed=True)
-                tokens = len(models[side].tokens(one.prompt + one.text)) - len(
-                    models[side].tokens(one.prompt)
+                tokens = len(models[side].tokenize(one.prompt + one.text)) - len(
+                    models[side].tokenize(one.prompt)
                 )
                 found[side] = {
                     "answer": one.answer,

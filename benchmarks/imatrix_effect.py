@@ -36,11 +36,11 @@ from arte_edge.gguf.from_base import checkpoint_to_gguf
 from arte_edge.gguf.imatrix import collect, read_imatrix
 from arte_edge.gguf.quantize import quantize
 from arte_edge.models import resolve
+from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Example, Task
 from arte_edge.verify.logits import compare_logits
-from arte_edge.verify.opened import open_model
 
 RESULTS = Path(__file__).parent / "results" / "imatrix"
 MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct")
@@ -118,7 +118,7 @@ def measure(files: dict[str, Path], n_held: int, done: set[tuple[str, str]]) -> 
     }
     earlier: list[list[int]] = []
     for key, prompt in prompts.items():
-        ids = reference.tokens(prompt)
+        ids = reference.tokenize(prompt)
         known = max((common(ids, other) for other in earlier), default=0)
         earlier.append(ids)
         missing = [label for label in opened if (label, key) not in done]

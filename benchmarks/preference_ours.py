@@ -50,7 +50,7 @@ def _writing(engine: Any, work: Work) -> Callable[[], Texts]:
 def likelihood(work: Work) -> Callable[[], Texts]:
     """Return the scores of the given answers: no text is written, the tokens are scores."""
     engine = _engine(work)
-    engine.choose("", [WARM_UP], ["yes", "no"])
+    engine.choose_each([WARM_UP], [["yes", "no"]])
 
     def score() -> Texts:
         rows = engine.choose_each(work["forced"], work["choices"])
@@ -78,7 +78,7 @@ def pipeline(work: Work) -> Callable[[], Texts]:
 def pipeline_likelihood(work: Work) -> Callable[[], Texts]:
     """Return the scores of the given answers as `distill` gets them, several drafts a call."""
     calls, engine = _calls(), _engine(work, 32)
-    engine.choose("", [WARM_UP], ["yes", "no"])
+    engine.choose_each([WARM_UP], [["yes", "no"]])
     k = work["k"]
     drafts = [slice(at, at + k) for at in range(0, len(work["forced"]), k)]
 
@@ -121,7 +121,7 @@ def _transformers(work: Work) -> Any:
 def transformers_likelihood(work: Work) -> Callable[[], Texts]:
     """Return the scores of the given answers by arte-edge's transformers engine."""
     engine = _transformers(work)
-    engine.choose("", [WARM_UP], ["yes", "no"])
+    engine.choose_each([WARM_UP], [["yes", "no"]])
 
     def score() -> Texts:
         rows = engine.choose_each(work["forced"], work["choices"])

@@ -49,6 +49,15 @@ def smollm2() -> LocalModel:
     return resolve("smollm2-135m-instruct")
 
 
+@pytest.fixture(scope="session")
+def bench_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GGUF file, small enough to measure in no time."""
+    pytest.importorskip("gguf")
+    from tiny import write_gguf
+
+    return write_gguf(tmp_path_factory.mktemp("bench") / "tiny-F16.gguf")
+
+
 @pytest.fixture
 def closed_port() -> int:
     """A port of this machine that nobody listens on."""

@@ -50,7 +50,7 @@ ORDER = re.findall(
     """
     errors catalog extras private_names threads protobuf pii_scan memory console notebook
     progress stats cache store checkpoint
-    results gguf device onnx models engines runtimes tasks
+    results gguf device onnx models runtimes tasks
     distill cluster verify export bench publish api environment cli __main__
     """,
 )

@@ -25,6 +25,7 @@ __all__ = [
     "save_checkpoint",
     "word_tokenizer",
     "write_base",
+    "write_gguf",
     "write_student",
     "write_tokenizer",
 ]
@@ -186,6 +187,44 @@ def write_base(writer: Any, arch: str, shapes: Mapping[str, Sequence[int]], n_la
             table.get_name(name, (".weight", ".bias")), np.zeros(tuple(shape), dtype=np.float32)
         )
     finish(writer)
+
+
+def write_gguf(path: Path) -> Path:
+    """Write a random two-layer Llama in F16 with single characters for tokens: it runs in no time."""
+    import gguf
+
+    n_vocab, width, heads, n_ff, layers = 96, 64, 4, 96, 2
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([chr(33 + i) if i < 90 else f"<{i}>" for i in range(n_vocab)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * 90 + [gguf.TokenType.CONTROL] * (n_vocab - 90))
+    writer.add_token_merges(["! !"])
+    writer.add_bos_token_id(n_vocab - 2)
+    writer.add_eos_token_id(n_vocab - 1)
+    writer.add_add_bos_token(True)
+    writer.add_vocab_size(n_vocab)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(width)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_head_count(heads)
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    rng = np.random.default_rng(5)
+    shapes = {"token_embd": (n_vocab, width), "output": (n_vocab, width)}
+    for layer in range(layers):
+        shapes |= {f"blk.{layer}.attn_{name}": (width, width) for name in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{layer}.ffn_{name}": (n_ff, width) for name in ("gate", "up")}
+        shapes[f"blk.{layer}.ffn_down"] = (width, n_ff)
+    norms = ["output_norm", *(f"blk.{i}.{n}_norm" for i in range(layers) for n in ("attn", "ffn"))]
+    for name in norms:
+        writer.add_tensor(f"{name}.weight", np.ones(width, dtype=np.float32))
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", rng.normal(0, 0.3, shape).astype(np.float16))
+    finish(writer)
+    return path
 
 
 def finish(writer: Any) -> None:

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arte_edge.bench.find_models import Target, describe
-from arte_edge.bench.runtimes.open import choose_runtime
 from arte_edge.bench.settings import Split, decode_threads
 from arte_edge.bench.worker import run_child
 from arte_edge.errors import InputError
 from arte_edge.results.accuracy import Answers, PairedAccuracy, paired_on_common
 from arte_edge.results.rows import DeviceFacts, QualityRow
+from arte_edge.runtimes.loader import choose_runtime, open_model
+from arte_edge.runtimes.protocol import Runtime
 from arte_edge.tasks.task import Example, Task
 from arte_edge.threads import thread_count
 from arte_edge.verify.accuracy import ANSWER_TOKENS, Answered, answers
 from arte_edge.verify.logits import Progress
-from arte_edge.verify.opened import Opened, open_model
 
 if TYPE_CHECKING:
     from arte_edge.bench.settings import Reporter
@@ -109,7 +109,7 @@ def _measured(
         )  # the file's pages, buffers: not the first answer's time
         found = answers(model, task, examples, plain, max_tokens=answer_tokens, timed=True, progress=progress)
         tokens = [_count(model, one) for one in found]
-        runtime = model.runtime
+        runtime = model.facts.runtime
     finally:
         model.close()
     accuracy = PairedAccuracy.of(task.name, split, sum(one.right for one in found), len(found))
@@ -175,9 +175,9 @@ def _percentiles(found: Sequence[Answered]) -> tuple[float | None, float | None]
     return float(np.percentile(seconds, 50)), float(np.percentile(seconds, 95))
 
 
-def _count(model: Opened, one: Answered) -> int:
+def _count(model: Runtime, one: Answered) -> int:
     """Return the tokens of an answer: of prompt and answer, less those of the prompt; a stop token is not one."""
-    return max(0, len(model.tokens(one.prompt + one.text)) - len(model.tokens(one.prompt)))
+    return max(0, len(model.tokenize(one.prompt + one.text)) - len(model.tokenize(one.prompt)))
 
 
 _SIXTEEN_BITS = ("F16", "BF16", "F32", "fp32", "fp16")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from arte_edge.bench.runtimes.null import null_ms
-from arte_edge.bench.runtimes.open import model_format
 from arte_edge.errors import InputError
+from arte_edge.runtimes.loader import model_format
+from arte_edge.runtimes.null import null_ms
 
 __all__ = ["Target", "describe", "find_targets"]
 

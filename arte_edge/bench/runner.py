@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.bench.find_models import Target, describe, find_targets
-from arte_edge.bench.runtimes.open import choose_runtime
 from arte_edge.bench.settings import (
     BenchSettings,
     Case,
@@ -27,6 +26,7 @@ from arte_edge.bench.settings import (
 from arte_edge.bench.worker import run_child
 from arte_edge.errors import ArteError, InputError
 from arte_edge.results.rows import DeviceFacts, QualityRow, Row, SpeedRow
+from arte_edge.runtimes.loader import choose_runtime
 
 __all__ = ["BenchOutcome", "bench", "run_bench", "run_case", "run_request"]
 

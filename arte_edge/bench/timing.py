@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.bench.runtime import SpeedModel
 from arte_edge.bench.settings import Case
+from arte_edge.runtimes.protocol import Decoder
 
 __all__ = [
     "Meter",
@@ -74,7 +74,7 @@ def draw_tokens(n: int, n_vocab: int, bos: int | None) -> list[int]:
     return tokens
 
 
-def measure(model: SpeedModel, case: Case, meter: Meter | None = None, say: Say | None = None) -> Timed:
+def measure(model: Decoder, case: Case, meter: Meter | None = None, say: Say | None = None) -> Timed:
     """Time the repetitions of `case` on a model that is open.
 
     Args:
@@ -90,7 +90,7 @@ def measure(model: SpeedModel, case: Case, meter: Meter | None = None, say: Say 
     def begin() -> None:
         model.clear()
         if depth:
-            model.read(depth)
+            model.prefill(depth)
 
     with _no_collection():
         if case.warmup:
@@ -119,7 +119,7 @@ def measure(model: SpeedModel, case: Case, meter: Meter | None = None, say: Say 
 
 
 def _warm_up(
-    model: SpeedModel,
+    model: Decoder,
     tokens: Sequence[int],
     reads: bool,
     begin: Callable[[], None],
@@ -139,15 +139,15 @@ def _warm_up(
     return len(taken)
 
 
-def _read(model: SpeedModel, tokens: Sequence[int]) -> list[int]:
+def _read(model: Decoder, tokens: Sequence[int]) -> list[int]:
     """Return when reading began and when the first token was known, in ns."""
     now = time.perf_counter_ns
     start = now()
-    model.read(tokens)
+    model.prefill(tokens)
     return [start, now()]
 
 
-def _write(model: SpeedModel, tokens: Sequence[int]) -> list[int]:
+def _write(model: Decoder, tokens: Sequence[int]) -> list[int]:
     """Return when writing began and when each token was there, in ns: [n + 1]."""
     step, now = model.step, time.perf_counter_ns
     times = [now()]

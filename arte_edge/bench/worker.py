@@ -267,14 +267,14 @@ def main() -> int:
 def measure_case(case: Case, say: Say) -> dict[str, Any]:
     """Open the model, measure, and return the fields of a `SpeedRow` that only this process knows."""
     from arte_edge.bench.energy import EnergyMeter
-    from arte_edge.bench.runtimes import open_speed_model, warm_import
     from arte_edge.bench.sensors import Sensors, judge, mapped_bytes, peak_rss_bytes
+    from arte_edge.runtimes.loader import open_decoder, warm_import
 
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     say("loading", 0, 0)
     warm_import(case.path, case.runtime)  # a library is loaded once, a model each time
     start = time.perf_counter_ns()
-    model = open_speed_model(
+    model = open_decoder(
         case.path,
         threads=case.threads,
         context_tokens=case.context_tokens,

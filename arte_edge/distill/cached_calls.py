@@ -11,7 +11,7 @@ in groups with the questions of several drafts (`together`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeGuard
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,7 +114,7 @@ class Calls:
         identity = engine.identity.key()
         keys = [content_key("choose", identity, list(p), [list(c) for c in own]) for p, own in prompts_each]
         with self._reporter.bar(what, sum(len(prompts) for prompts, _ in prompts_each)) as step:
-            for pack in self._packs(prompts_each, self.together if _batches(engine) else 1):
+            for pack in self._packs(prompts_each, 1 if engine.identity.kind == "openai" else self.together):
                 todo = self._missing(keys, pack)
                 fresh = _choose([prompts_each[i] for i in todo], engine) if todo else []
                 self._log.append(
@@ -154,22 +154,8 @@ class Calls:
         self.cached += cached
 
 
-class _ChoosesEach(Protocol):
-    """An engine that scores prompts with their own choices in one call; shared prefixes are computed once."""
-
-    def choose_each(
-        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
-    ) -> list[NDArray[np.float64]]: ...
-
-
-def _batches(engine: Engine | _ChoosesEach) -> TypeGuard[_ChoosesEach]:
-    return hasattr(engine, "choose_each")
-
-
 def _choose(prompts_each: Sequence[Prompts], engine: Engine) -> list[list[list[float]]]:
-    """Score several requests: in one engine call where that is supported, otherwise one by one."""
-    if not _batches(engine):
-        return [_choose_ragged(engine, prompts, choices) for prompts, choices in prompts_each]
+    """Score several requests in one engine call."""
     prompts = [prompt for some, _ in prompts_each for prompt in some]
     choices = [own for _, some in prompts_each for own in some]
     rows = iter(engine.choose_each(prompts, choices))
@@ -178,18 +164,6 @@ def _choose(prompts_each: Sequence[Prompts], engine: Engine) -> list[list[list[f
 
 def _rounded(values: NDArray[np.float64]) -> list[float]:
     return [round(float(value), 6) for value in values]
-
-
-def _choose_ragged(
-    engine: Engine, prompts: Sequence[str], choices: Sequence[Sequence[str]]
-) -> list[list[float]]:
-    """Score prompts with the same choices together; option letters can differ between questions."""
-    found: dict[int, list[float]] = {}
-    for options in sorted({tuple(c) for c in choices}):
-        mine = [i for i, c in enumerate(choices) if tuple(c) == options]
-        for i, values in zip(mine, engine.choose("", [prompts[i] for i in mine], options), strict=True):
-            found[i] = _rounded(values)
-    return [found[i] for i in range(len(prompts))]
 
 
 def _completion_row(key: str, what: str, completion: Completion) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from arte_edge.distill.prompts import STEPS, student_messages, tagged
 from arte_edge.errors import InputError
@@ -19,7 +18,6 @@ from arte_edge.export.chat import Chat
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.store import read_jsonl
 from arte_edge.tasks.task import Task
-from arte_edge.verify.opened import Opened
 from arte_edge.verify.prompts import built_in_prompts, task_prompts
 
 __all__ = ["held_out", "neutral", "seed_texts", "training_texts"]
@@ -43,12 +41,12 @@ def held_out(task: Task, chat: Chat, n: int, *, plain: bool = False) -> tuple[st
     Raises:
         InputError: the task has none.
     """
-    return tuple(task_prompts(cast(Opened, _Words(chat, plain)), task, n))
+    return tuple(task_prompts(_Words(chat, plain), task, n))
 
 
 def neutral(chat: Chat) -> tuple[str, ...]:
     """Return the gate's own short dialogues, for a model without a task."""
-    return tuple(built_in_prompts(cast(Opened, _Words(chat, False))))
+    return tuple(built_in_prompts(_Words(chat, False)))
 
 
 def training_texts(rows: Path, n: int) -> tuple[str, ...]:

@@ -12,10 +12,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from arte_edge.errors import InputError
-from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.prompt_render import Message, render
 
 __all__ = ["Chat", "read_chat"]
@@ -39,7 +38,7 @@ class Chat:
         Raises:
             InputError: the template does not render.
         """
-        return render(cast(Engine, self), messages, prefill, plain=plain)  # it reads two attributes only
+        return render(self, messages, prefill, plain=plain)
 
     @property
     def template_sha256(self) -> str:

@@ -19,7 +19,8 @@ from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import SCHEMA_VERSION, Artifact, Check, Fidelity, FidelityMetrics, Student
-from arte_edge.verify.opened import Opened, open_model
+from arte_edge.runtimes.loader import open_model
+from arte_edge.runtimes.protocol import Runtime
 
 __all__ = ["Judge", "reference_accuracy"]
 
@@ -34,7 +35,7 @@ class Judge:
     recipe: Recipe
     progress: Progress | None = None
     was_kept: bool = False  # whether the last verdict is an earlier start's
-    _reference: Opened | None = field(default=None, repr=False)
+    _reference: Runtime | None = field(default=None, repr=False)
 
     def judge(self, format: Format, made: Made) -> dict[str, Any]:
         """Return the gate's verdict on one file, as `Verdict.as_dict` gives it.
@@ -111,7 +112,7 @@ class Judge:
             checks=tuple(Check(**check) for check in verdict["checks"]),
         )
 
-    def _opened(self) -> Opened:
+    def _opened(self) -> Runtime:
         if self._reference is None:
             if self.progress:
                 self.progress("opening the student", 0, 1)

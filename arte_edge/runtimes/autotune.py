@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from arte_edge.cache import measured_once
 from arte_edge.errors import ArteError
@@ -153,8 +153,7 @@ def _do(engine: Engine, work: Work, wishes: Sequence[str]) -> None:
         engine.complete([Request(example + q) for example in _EXAMPLES for q in questions], sampling)
         return
     prompts = [f"{example}{q}Answer: <ans>" for example in _EXAMPLES for q in questions]
-    # Both engines on this machine take prompts of several examples at once; the protocol does not ask for it.
-    cast(Any, engine).choose_each(prompts, [_CHOICES] * len(prompts))
+    engine.choose_each(prompts, [_CHOICES] * len(prompts))
 
 
 def probing() -> bool:

@@ -1,8 +1,7 @@
-"""What every engine can do, whatever runs behind it.
+"""What distillation needs of a runtime: complete many prompts, and score given answers after many prompts.
 
-An engine takes prompts that are already rendered (`arte_edge.prompts`): the text
-that is hashed is the text that is decoded. Failed calls are completions too, with
-`error` set, so that a batch never loses a row.
+An engine takes prompts that are already rendered (`arte_edge.runtimes.prompt_render`): the text that is hashed
+is the text that is decoded. A failed call is a completion too, with `error` set, so a batch never loses a row.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from arte_edge.runtimes.prompt_render import Templated
 
 __all__ = ["Completion", "Engine", "EngineIdentity", "Request", "Sampling"]
 
@@ -69,19 +70,11 @@ class Completion:
     error: str = ""
 
 
-class Engine(Protocol):
-    """The protocol; `llamacpp`, `transformers` and `openai` implement it."""
+class Engine(Templated, Protocol):
+    """Many prompts at once; `llamacpp`, `transformers` and `openai` implement it."""
 
     @property
     def identity(self) -> EngineIdentity: ...
-
-    @property
-    def chat_template(self) -> str | None:
-        """Jinja source of the model's own chat template, or None for a raw-text model."""
-
-    @property
-    def special_tokens(self) -> dict[str, str]:
-        """``bos_token`` and ``eos_token`` as text, for the template."""
 
     @property
     def supports_grammar(self) -> bool: ...
@@ -89,11 +82,13 @@ class Engine(Protocol):
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Complete each prompt; one completion a request, in order. A prefix that prompts share is computed once."""
 
-    def continue_shared(self, prefix: str, suffixes: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """Complete ``prefix + suffix`` for each suffix with the prefix computed once."""
+    def choose_each(
+        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
+    ) -> list[NDArray[np.float64]]:
+        """Return for each prompt the log-probabilities ``[n_choice]`` of its own choices after it.
 
-    def choose(self, prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> NDArray[np.float64]:
-        """Return log-probabilities ``[n_suffix, n_choice]`` of each choice after ``prefix + suffix``."""
+        Which tokens of a choice count: see `arte_edge.runtimes.choice_scoring`.
+        """
 
     def count_tokens(self, text: str) -> int: ...
 

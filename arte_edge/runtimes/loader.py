@@ -1,25 +1,63 @@
-"""Open the right engine for a model: llama.cpp for GGUF files, transformers for checkpoints, a server for openai:."""
+"""Which runtime opens which model, and the three ways to open one.
+
+`open_engine` and `open_local` open an `Engine` for distillation, `open_model` a `Runtime` for verification, and
+`open_decoder` a `Decoder` for benchmarks, with a cache of a given size and the runtime of choice.
+"""
 
 from __future__ import annotations
 
+import importlib
+import os
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 from arte_edge.cache import Progress
 from arte_edge.errors import InputError
+from arte_edge.extras import need
 from arte_edge.models.local import LocalModel
 from arte_edge.models.resolve import resolve
 from arte_edge.runtimes.completion import Engine
+from arte_edge.runtimes.null import NullDecoder, null_ms
+from arte_edge.runtimes.protocol import Decoder, Runtime
 
-__all__ = ["ServerLimits", "is_server", "open_engine", "open_local"]
+__all__ = [
+    "ServerLimits",
+    "choose_runtime",
+    "is_server",
+    "model_format",
+    "open_decoder",
+    "open_engine",
+    "open_local",
+    "open_model",
+    "warm_import",
+]
+
+# format -> runtimes that open it, best first
+_RUNTIMES = {
+    "gguf": ("llama-cpp-python", "xllamacpp"),
+    "onnx-genai": ("onnxruntime-genai", "onnxruntime"),
+    "onnx": ("onnxruntime",),
+    "safetensors": ("transformers",),
+    "null": ("null",),
+}
+_MODULES = {
+    "llama-cpp-python": ("llama_cpp",),
+    "xllamacpp": ("xllamacpp",),
+    "onnxruntime-genai": ("onnxruntime_genai",),
+    "onnxruntime": ("onnxruntime",),
+    "transformers": ("torch", "transformers"),
+    "null": (),
+}
+_DEFAULT_TYPES = ("f16", "f16")
 
 Kind = Literal["auto", "llamacpp", "transformers"]
 
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """How a server wants to be treated. None: no limit."""
+    """Limits of a server. None: no limit."""
 
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
@@ -54,7 +92,7 @@ def open_engine(
     if is_server(ref):
         from arte_edge.runtimes.openai.engine import OpenAIEngine, parse_ref
 
-        return cast(Engine, OpenAIEngine(*parse_ref(ref), max_concurrency=parallel, **asdict(limits)))
+        return OpenAIEngine(*parse_ref(ref), max_concurrency=parallel, **asdict(limits))
     return open_local(resolve(ref, offline=offline, progress=progress), kind=kind, parallel=parallel)
 
 
@@ -90,7 +128,143 @@ def open_local(
         )
     from arte_edge.runtimes.transformers.model import TransformersEngine
 
-    return cast(
-        Engine,
-        TransformersEngine(model.checkpoint(), sha256=model.sha256, adapter=path, dtype=floats or "auto"),
+    return TransformersEngine(model.checkpoint(), sha256=model.sha256, adapter=path, dtype=floats or "auto")
+
+
+def model_format(path: Path) -> str:
+    """Return gguf, onnx-genai, onnx, safetensors or null.
+
+    Raises:
+        InputError: nothing there, or no model.
+    """
+    if null_ms(path) is not None and not path.exists():
+        return "null"
+    if path.is_file():
+        return "gguf"
+    if (path / "genai_config.json").is_file():
+        return "onnx-genai"
+    if any(path.glob("*.onnx")) or any(path.glob("onnx/*.onnx")):
+        return "onnx"
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return "safetensors"
+    raise InputError(
+        f"{path}: {'no model here' if path.exists() else 'no such file or folder'}",
+        "Give a .gguf file, a folder with an ONNX model, or a checkpoint folder (config.json, *.safetensors).",
     )
+
+
+def open_model(path: Path, threads: int | None = None) -> Runtime:
+    """Open a GGUF file, the only GGUF file in a folder, an ONNX folder or a checkpoint folder.
+
+    Args:
+        threads: of the runtime; None: ``ARTE_EDGE_THREADS``, or every core this process may use.
+
+    Raises:
+        InputError: nothing there, damaged, or no model that can be opened.
+        ArteError: the runtime for it is not installed.
+    """
+    try:
+        kind = model_format(path)
+    except InputError:
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) != 1:
+            raise
+        kind, path = "gguf", ggufs[0]
+    if kind == "null":
+        raise InputError(f"{path}: has no text side", "The null model can only be benchmarked.")
+    if kind == "gguf" and choose_runtime(path) == "xllamacpp":
+        from arte_edge.runtimes.llamacpp.xllamacpp import XllamaRuntime
+
+        return XllamaRuntime(path, threads)
+    if kind == "gguf":
+        from arte_edge.runtimes.llamacpp.runtime import LlamaCppRuntime
+
+        return LlamaCppRuntime(path, threads)
+    if kind == "safetensors":
+        from arte_edge.runtimes.transformers.runtime import TransformersRuntime
+
+        return TransformersRuntime(path, threads)
+    from arte_edge.runtimes.onnxruntime import OnnxRuntime, check_files
+
+    need("onnx", "Running ONNX models")
+    if kind == "onnx":
+        check_files(path)
+        return OnnxRuntime(path, threads)
+    from arte_edge.runtimes.genai import GenaiRuntime
+
+    return GenaiRuntime(path, threads)
+
+
+def choose_runtime(path: Path, runtime: str = "auto") -> str:
+    """Return the name of the runtime that opens `path`: the given one, else the best that is installed.
+
+    ``ARTE_EDGE_GGUF_RUNTIME`` chooses for GGUF files where `runtime` does not.
+
+    Raises:
+        InputError: this runtime does not open this kind of model.
+    """
+    kind = model_format(path)
+    able = _RUNTIMES[kind]
+    if runtime == "auto" and kind == "gguf":
+        runtime = os.environ.get("ARTE_EDGE_GGUF_RUNTIME", "auto")
+    if runtime != "auto":
+        if runtime not in able:
+            raise InputError(f"--runtime {runtime}: does not run {kind} models", f"Known: {', '.join(able)}.")
+        return runtime
+    return next((name for name in able if all(map(find_spec, _MODULES[name]))), able[0])
+
+
+def warm_import(path: Path, runtime: str = "auto") -> None:
+    """Import the runtime's library, if it is installed, so that this is not counted as loading the model."""
+    for module in _MODULES[choose_runtime(path, runtime)]:
+        if find_spec(module) is not None:
+            importlib.import_module(module)
+
+
+def open_decoder(
+    path: Path,
+    *,
+    threads: int,
+    context_tokens: int,
+    runtime: str = "auto",
+    type_k: str = "f16",
+    type_v: str = "f16",
+) -> Decoder:
+    """Open a model for a benchmark.
+
+    Args:
+        path: what `model_format` knows.
+        threads: of the runtime.
+        context_tokens: room in the cache.
+        runtime: see `choose_runtime`.
+        type_k: type of the cached keys; only llama-cpp-python takes another than f16.
+        type_v: of the cached values.
+
+    Raises:
+        InputError: nothing there, damaged, or not for this runtime.
+        ArteError: the runtime is not installed, or failed.
+    """
+    chosen = choose_runtime(path, runtime)
+    if (type_k, type_v) != _DEFAULT_TYPES and chosen not in ("llama-cpp-python", "null"):
+        raise InputError(f"-ctk/-ctv: {chosen} does not take cache types", "They are for llama-cpp-python.")
+    if chosen == "null":
+        return NullDecoder(context_tokens, null_ms(path) or 0.0)
+    if chosen == "llama-cpp-python":
+        from arte_edge.runtimes.llamacpp.runtime import LlamaCppRuntime
+
+        return LlamaCppRuntime(path, threads, context_tokens, type_k, type_v)
+    if chosen == "xllamacpp":
+        from arte_edge.runtimes.llamacpp.xllamacpp import XllamaRuntime
+
+        return XllamaRuntime(path, threads, context_tokens)
+    if chosen == "onnxruntime-genai":
+        from arte_edge.runtimes.genai import GenaiRuntime
+
+        return GenaiRuntime(path, threads, context_tokens)
+    if chosen == "onnxruntime":
+        from arte_edge.runtimes.onnxruntime import OnnxRuntime
+
+        return OnnxRuntime(path, threads, context_tokens)
+    from arte_edge.runtimes.transformers.runtime import TransformersRuntime
+
+    return TransformersRuntime(path, threads, context_tokens)

@@ -8,6 +8,7 @@ Notation: n tokens of a call, v vocabulary size.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,13 +23,21 @@ from arte_edge.errors import EngineError, InputError
 from arte_edge.extras import need
 from arte_edge.onnx.check import external_problems, model_file, read_graph
 from arte_edge.onnx.tokenizer import FileTokenizer, end_tokens, read_json
+from arte_edge.runtimes.protocol import (
+    BaseRuntime,
+    RuntimeFacts,
+    check_context,
+    readable,
+    until_stop,
+)
 from arte_edge.threads import thread_count
 
 __all__ = [
     "Cache",
     "CacheTensor",
-    "FolderText",
+    "FolderRuntime",
     "Layout",
+    "OnnxRuntime",
     "OnnxSession",
     "PairedCache",
     "SharedCache",
@@ -238,16 +247,20 @@ def read_layout(folder: Path) -> Layout:
     )
 
 
-class FolderText:
-    """The tokenizer files of a folder, read as transformers and onnxruntime-genai read them."""
+class FolderRuntime(BaseRuntime):
+    """The text side of a folder with an ONNX model: its tokenizer files, read as transformers reads them."""
+
+    n_vocab: int
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.name = folder.resolve().name
         self._config = read_json(folder / "tokenizer_config.json")
+        self.special_tokens = {key: _text(self._config.get(key)) for key in ("bos_token", "eos_token")}
+        self.chat_template = self._template()
 
-    @cached_property
-    def chat_template(self) -> str | None:
-        """Jinja source; a file of its own goes before the configuration's, the one named default before others."""
+    def _template(self) -> str | None:
+        """Return a template file of its own before the configuration's, the one named default before others."""
         path = self._folder / "chat_template.jinja"
         if path.is_file():
             return path.read_text(encoding="utf-8")
@@ -258,15 +271,43 @@ class FolderText:
         return found if isinstance(found, str) else None
 
     @cached_property
-    def special_tokens(self) -> dict[str, str]:
-        """``bos_token`` and ``eos_token`` as text, empty where the folder names none."""
-        return {key: _text(self._config.get(key)) for key in ("bos_token", "eos_token")}
+    def quantization(self) -> str:
+        return onnx_precision(self._folder)
 
     @cached_property
-    def added(self) -> dict[int, str]:
+    def tokenizer(self) -> FileTokenizer:
+        return FileTokenizer(self._folder)
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
         """Added tokens by id, in the order of their ids."""
         rows: list[dict[str, Any]] = read_json(self._folder / "tokenizer.json").get("added_tokens") or []
         return {row["id"]: row["content"] for row in sorted(rows, key=lambda row: int(row["id"]))}
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        return tuple(self._added.values())
+
+    def token_text(self, token: int) -> str:
+        return self._added.get(token) or self.tokenizer.text([token], special=True) or f"[{token}]"
+
+    def vocabulary(self) -> list[str]:
+        return readable(self.tokenizer.text([token]) for token in range(self.n_vocab))
+
+    @abstractmethod
+    def written(self, prompt: str, max_tokens: int) -> Iterator[int]:
+        """Yield up to `max_tokens` tokens that the model writes greedily after `prompt`, without a stop token."""
+
+    def _generate(self, prompts: list[str], max_tokens: int, stop: tuple[str, ...]) -> list[str]:
+        return [self._one(prompt, max_tokens, stop) for prompt in prompts]
+
+    def _one(self, prompt: str, max_tokens: int, stop: tuple[str, ...]) -> str:
+        ids: list[int] = []
+        for token in self.written(prompt, max_tokens):
+            ids.append(token)
+            if stop and (cut := until_stop(self.tokenizer.text(ids), stop)) is not None:
+                return cut
+        return self.tokenizer.text(ids)
 
 
 def _text(token: object) -> str:
@@ -324,7 +365,6 @@ class OnnxSession:
         n_past: tokens in the cache.
         stop_tokens: ids that end a text, from the folder's own config.
         context_length: tokens the model was made for, 0 if not known.
-        tokenizer: the folder's tokenizer.json.
     """
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
@@ -354,7 +394,6 @@ class OnnxSession:
                 f"{layout.path}: onnxruntime {onnxruntime.__version__} cannot load this model: {_first(error)}",
                 "It may be truncated, or made for a newer onnxruntime: export or copy it again.",
             ) from error
-        self.tokenizer = FileTokenizer(folder)
         self.stop_tokens, self.context_length = layout.stop_tokens, layout.context_length
         inputs = self._session.get_inputs()
         tensors = layout.cache_tensors(inputs)
@@ -455,6 +494,57 @@ class OnnxSession:
         self.n_past = total
         rows: NDArray[np.float32] = out[0].astype(np.float32, copy=False)
         return rows
+
+
+class OnnxRuntime(FolderRuntime):
+    """`Runtime` of a folder with one ONNX decoder.
+
+    The graph computes logits for every token it reads, whether or not they are used: that belongs to its rate.
+    """
+
+    def __init__(self, folder: Path, threads: int | None = None, context_tokens: int = 0) -> None:
+        """Load the folder; `context_tokens`: see `GenaiRuntime`.
+
+        Raises:
+            InputError: no model that can be run, or it was made for fewer tokens.
+            ArteError: onnxruntime is not installed.
+        """
+        super().__init__(folder)
+        self._session = session = OnnxSession(folder, threads)
+        import onnxruntime
+
+        check_context(folder.name, session.context_length, context_tokens)
+        self.context_tokens = context_tokens or session.context_length or 2**31
+        self.n_vocab = session.n_vocab
+        self.eos_tokens = self.stop_tokens = session.stop_tokens
+        if not context_tokens:
+            self.tokenizer  # noqa: B018 (an unreadable tokenizer.json is reported on opening)
+        self.facts = RuntimeFacts(
+            runtime=f"onnxruntime {onnxruntime.__version__}",
+            build=" ".join(onnxruntime.get_build_info().split()),
+        )
+
+    def clear(self) -> None:
+        self._session.reset()
+
+    def prefill(self, tokens: Sequence[int]) -> int:
+        return int(self._session.step(tokens)[-1].argmax())
+
+    def step(self, token: int) -> None:
+        self._session.step((token,))
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.tokenizer.tokens(text)
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        return self._session.logits(ids)
+
+    def written(self, prompt: str, max_tokens: int) -> Iterator[int]:
+        self._session.reset()
+        return self._session.write(self.tokenize(prompt), max_tokens)
+
+    def close(self) -> None:
+        self._session.close()
 
 
 def _first(error: Exception) -> str:

@@ -12,34 +12,45 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from arte_edge.errors import InputError
-from arte_edge.runtimes.completion import Engine
 
-__all__ = ["Message", "render"]
+__all__ = ["CHAT_JSON", "Message", "Templated", "render"]
 
 Message = Mapping[str, str]
 
 CHAT_JSON = "openai-chat"  # `Engine.chat_template` of a server that renders messages itself
 
 
-def render(engine: Engine, messages: Sequence[Message], prefill: str = "", *, plain: bool = False) -> str:
-    """Return the prompt text for `messages` (``role`` and ``content`` each), ending where the model goes on.
+class Templated(Protocol):
+    """What rendering needs to know of a model."""
 
-    With `plain` the model's own template is left aside.
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the model's own chat template, or None for a raw-text model."""
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """``bos_token`` and ``eos_token`` as text, for the template."""
+
+
+def render(model: Templated, messages: Sequence[Message], prefill: str = "", *, plain: bool = False) -> str:
+    """Return the prompt text for `messages` (``role`` and ``content`` each), ending where the model continues.
+
+    With `plain` the model's own template is not used.
 
     Raises:
         InputError: the model's chat template does not render.
     """
-    template = None if plain else engine.chat_template
+    template = None if plain else model.chat_template
     if template == CHAT_JSON:
         tail = [{"role": "assistant", "content": prefill}] if prefill else []
         document = {"messages": [*map(dict, messages), *tail]}
         return json.dumps(document, ensure_ascii=False, sort_keys=True)
     if template is None:
         return "\n\n".join(message["content"] for message in messages) + "\n" + prefill
-    return _rendered(template, messages, engine.special_tokens) + prefill
+    return _rendered(template, messages, model.special_tokens) + prefill
 
 
 def _rendered(template: str, messages: Sequence[Message], special: Mapping[str, str]) -> str:
@@ -58,7 +69,7 @@ def _rendered(template: str, messages: Sequence[Message], special: Mapping[str, 
     except Exception as error:  # a template is a program from a download: it may raise anything
         raise InputError(
             f"The model's chat template does not render: {error}",
-            "Mend `chat_template` in the model's tokenizer_config.json, or pass template = 'none' for raw text.",
+            "Fix `chat_template` in the model's tokenizer_config.json, or pass template = 'none' for raw text.",
         ) from error
 
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from arte_edge.distill.prompts import ANSWER_STOPS, STEPS, student_messages
 from arte_edge.errors import InputError
 from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.runtimes.protocol import Runtime
 from arte_edge.tasks.answers import extract, matches
 from arte_edge.tasks.task import Example, Task
 from arte_edge.verify.check import Check
 from arte_edge.verify.logits import Progress
-from arte_edge.verify.opened import Opened
 from arte_edge.verify.prompts import plain_text
 
 __all__ = ["ANSWER_TOKENS", "Answered", "answers", "check_accuracy", "measure_accuracy"]
@@ -40,8 +40,8 @@ class Answered:
 
 
 def measure_accuracy(
-    reference: Opened,
-    artifact: Opened,
+    reference: Runtime,
+    artifact: Runtime,
     task: Task,
     limit: int = 0,
     *,
@@ -68,13 +68,13 @@ def measure_accuracy(
 
 
 def _right(
-    model: Opened, task: Task, examples: Sequence[Example], plain: bool, progress: Progress | None
+    model: Runtime, task: Task, examples: Sequence[Example], plain: bool, progress: Progress | None
 ) -> list[bool]:
     return [one.right for one in answers(model, task, examples, plain, progress=progress)]
 
 
 def answers(
-    model: Opened,
+    model: Runtime,
     task: Task,
     examples: Sequence[Example],
     plain: bool = False,
@@ -107,7 +107,7 @@ def answers(
     return found
 
 
-def _prompt(model: Opened, task: Task, example: Example, plain: bool) -> str:
+def _prompt(model: Runtime, task: Task, example: Example, plain: bool) -> str:
     messages = student_messages(task, example.input)
     text = None if plain else model.render(messages)
     return (plain_text(messages) if text is None else text) + STEPS

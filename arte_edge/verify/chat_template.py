@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from arte_edge.errors import InputError
 from arte_edge.runtimes.prompt_render import Message
+from arte_edge.runtimes.protocol import Runtime
 from arte_edge.verify.check import Check
-from arte_edge.verify.opened import Opened
 from arte_edge.verify.thresholds import Thresholds
 from arte_edge.verify.tokenizer import excerpt, first_difference
 
@@ -45,7 +45,7 @@ CONVERSATIONS: tuple[list[Message], ...] = (
 _ALL = f"{len(CONVERSATIONS)} conversations"
 
 
-def _outcome(model: Opened, messages: list[Message]) -> str | None:
+def _outcome(model: Runtime, messages: list[Message]) -> str | None:
     """Return the rendered text, None where the template refuses."""
     try:
         return model.render(messages)
@@ -53,7 +53,7 @@ def _outcome(model: Opened, messages: list[Message]) -> str | None:
         return None
 
 
-def check_templates(reference: Opened, artifact: Opened, limits: Thresholds) -> list[Check]:
+def check_templates(reference: Runtime, artifact: Runtime, limits: Thresholds) -> list[Check]:
     """Compare every conversation of `CONVERSATIONS` as text, and as ids of each side's own text."""
     allowed = limits.template_differences
     if reference.chat_template is None and artifact.chat_template is None:
@@ -70,15 +70,15 @@ def check_templates(reference: Opened, artifact: Opened, limits: Thresholds) -> 
 
 
 def _check_ids(
-    reference: Opened, artifact: Opened, pairs: list[tuple[str | None, str | None]], limits: Thresholds
+    reference: Runtime, artifact: Runtime, pairs: list[tuple[str | None, str | None]], limits: Thresholds
 ) -> Check:
     n = runtime = 0
     for ours, theirs in pairs:
         if ours is None or theirs is None:
             n += ours != theirs
             continue
-        wanted = reference.tokens(ours)
-        if artifact.tokens(theirs) != wanted:
+        wanted = reference.tokenize(ours)
+        if artifact.tokenize(theirs) != wanted:
             by_runtime = artifact.file_tokens(theirs) == wanted
             runtime += by_runtime
             n += not by_runtime
@@ -91,7 +91,7 @@ def _check_ids(
             "are not parsed alike."
         )
     elif runtime:
-        note = f"{runtime} of {_ALL} are cut otherwise by {artifact.runtime.split()[0]} itself."
+        note = f"{runtime} of {_ALL} are cut otherwise by {artifact.facts.runtime.split()[0]} itself."
     passed = (allowed is None or n <= allowed) and not many
     return Check("template ids", n + (runtime if many else 0), allowed, passed, note)
 

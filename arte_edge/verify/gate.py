@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from arte_edge.errors import InputError
 from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.runtimes.loader import open_model
+from arte_edge.runtimes.protocol import Runtime
 from arte_edge.tasks.task import Task
 from arte_edge.verify.accuracy import check_accuracy, measure_accuracy
 from arte_edge.verify.chat_template import check_templates
 from arte_edge.verify.check import Check, checks_table, long_notes
 from arte_edge.verify.corpus import hard_strings
 from arte_edge.verify.logits import Fidelity, Progress, fidelity_checks, measure_fidelity
-from arte_edge.verify.opened import Opened, open_model
 from arte_edge.verify.thresholds import STRICTEST, TYPES, Thresholds, thresholds_for
 from arte_edge.verify.tokenizer import check_stops, check_tokens, check_vocabulary
 
@@ -91,8 +92,8 @@ class Verdict:
 
 
 def verify(
-    reference: Opened,
-    artifact: Opened,
+    reference: Runtime,
+    artifact: Runtime,
     prompts: Sequence[str],
     thresholds: Thresholds,
     *,
@@ -146,12 +147,12 @@ def verify(
         accuracy=accuracy,
         reference=reference.name,
         artifact=artifact.name,
-        runtimes=(reference.runtime, artifact.runtime),
+        runtimes=(reference.facts.runtime, artifact.facts.runtime),
     )
 
 
 def verify_file(
-    reference: Opened,
+    reference: Runtime,
     artifact: Path,
     prompts: Sequence[str],
     thresholds: Thresholds | None = None,
@@ -202,5 +203,5 @@ def verify_file(
         model.close()
 
 
-def _largest(reference: Opened, prompts: Sequence[str]) -> int:
-    return max((token for prompt in prompts for token in reference.tokens(prompt)), default=0)
+def _largest(reference: Runtime, prompts: Sequence[str]) -> int:
+    return max((token for prompt in prompts for token in reference.tokenize(prompt)), default=0)

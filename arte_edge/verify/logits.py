@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.errors import ArteError, InputError
+from arte_edge.runtimes.protocol import Runtime
 from arte_edge.verify.check import Check
-from arte_edge.verify.opened import Opened
 from arte_edge.verify.thresholds import Thresholds
 
 __all__ = [
@@ -115,7 +115,7 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def measure_fidelity(
-    reference: Opened, artifact: Opened, prompts: Sequence[str], progress: Progress | None = None
+    reference: Runtime, artifact: Runtime, prompts: Sequence[str], progress: Progress | None = None
 ) -> Fidelity:
     """Compare both on the reference's token ids of each prompt, its first 512 tokens.
 
@@ -125,7 +125,7 @@ def measure_fidelity(
         InputError: no prompt has two tokens, or the artifact lacks one of the tokens.
     """
     longest = min(LONGEST, reference.context_tokens, artifact.context_tokens)
-    texts = [ids[:longest] for ids in map(reference.tokens, prompts) if len(ids) > 1]
+    texts = [ids[:longest] for ids in map(reference.tokenize, prompts) if len(ids) > 1]
     texts = [ids for i, ids in enumerate(texts) if _known(ids, texts[:i]) < len(ids) - 1]
     if not texts:
         raise InputError(

@@ -6,8 +6,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from arte_edge.runtimes.protocol import Runtime
 from arte_edge.verify.check import Check
-from arte_edge.verify.opened import Opened
 from arte_edge.verify.thresholds import Thresholds
 
 __all__ = ["check_stops", "check_tokens", "check_vocabulary", "excerpt", "first_difference"]
@@ -57,7 +57,7 @@ class _Difference(NamedTuple):
     artifact: list[int]
 
 
-def check_tokens(reference: Opened, artifact: Opened, strings: Sequence[str], limits: Thresholds) -> Check:
+def check_tokens(reference: Runtime, artifact: Runtime, strings: Sequence[str], limits: Thresholds) -> Check:
     """Compare the ids of every string, as prompts are tokenized: special tokens parsed, BOS where it belongs.
 
     Two kinds of difference are counted apart, since no exporter can change them. A
@@ -68,34 +68,34 @@ def check_tokens(reference: Opened, artifact: Opened, strings: Sequence[str], li
     return _compare("tokens", reference, artifact, strings, f"{len(strings)} strings", limits)
 
 
-def check_vocabulary(reference: Opened, artifact: Opened, limits: Thresholds) -> Check:
+def check_vocabulary(reference: Runtime, artifact: Runtime, limits: Thresholds) -> Check:
     """Compare the ids of every token's own text: one merge or entry that is wrong shows in the token it makes.
 
     Hard strings meet a few thousand of a tokenizer's merges; this meets each of them.
     """
-    words = reference.words()
+    words = reference.vocabulary()
     suspects: list[str] = []
     for start in range(0, len(words), _LINES):
         part = words[start : start + _LINES]
         joined = "\n".join(part)
-        if reference.tokens(joined) != artifact.tokens(joined):
-            alone = [word for word in part if reference.tokens(word) != artifact.tokens(word)]
+        if reference.tokenize(joined) != artifact.tokenize(joined):
+            alone = [word for word in part if reference.tokenize(word) != artifact.tokenize(word)]
             suspects += alone or [joined]
     return _compare("vocabulary", reference, artifact, suspects, f"{len(words)} tokens", limits)
 
 
 def _compare(
-    name: str, reference: Opened, artifact: Opened, texts: Sequence[str], out_of: str, limits: Thresholds
+    name: str, reference: Runtime, artifact: Runtime, texts: Sequence[str], out_of: str, limits: Thresholds
 ) -> Check:
     differences: list[_Difference] = []
     runtime: list[_Difference] = []
     composed = 0
     for text in texts:
-        ours, theirs = reference.tokens(text), artifact.tokens(text)
+        ours, theirs = reference.tokenize(text), artifact.tokenize(text)
         if ours == theirs:
             continue
         nfc = unicodedata.normalize("NFC", text)
-        if nfc != text and reference.tokens(nfc) == ours and artifact.tokens(nfc) == ours:
+        if nfc != text and reference.tokenize(nfc) == ours and artifact.tokenize(nfc) == ours:
             composed += 1
         elif artifact.file_tokens(text) == ours:
             runtime.append(_Difference(text, ours, theirs))
@@ -104,7 +104,7 @@ def _compare(
     allowed = limits.token_differences
     many = limits.runtime_differences is not None and len(runtime) > limits.runtime_differences
     passed = (allowed is None or len(differences) <= allowed) and not many
-    program = artifact.runtime.split()[0]
+    program = artifact.facts.runtime.split()[0]
     note = out_of
     if differences:
         cause = _cause(reference, artifact, differences, out_of)
@@ -125,7 +125,7 @@ def _told(found: _Difference) -> str:
     return f"{excerpt(found.text)}: reference {_ids(ours, theirs)}, artifact {_ids(theirs, ours)}"
 
 
-def _cause(reference: Opened, artifact: Opened, differences: list[_Difference], out_of: str) -> str:
+def _cause(reference: Runtime, artifact: Runtime, differences: list[_Difference], out_of: str) -> str:
     front = reference.token_text(differences[0].reference[0]) if differences[0].reference else ""
     if front in reference.added_tokens and all(d.reference[1:] == d.artifact for d in differences):
         return f"the artifact lacks the begin token {front!r}"
@@ -144,7 +144,7 @@ def _cause(reference: Opened, artifact: Opened, differences: list[_Difference], 
     return "most likely a merge, a vocabulary entry or the pre-tokenizer differs"
 
 
-def check_stops(reference: Opened, artifact: Opened, allowed: int | None) -> Check:
+def check_stops(reference: Runtime, artifact: Runtime, allowed: int | None) -> Check:
     """Compare where a generation ends.
 
     The artifact must stop at every token that the reference's files declare, declare
@@ -174,11 +174,11 @@ def check_stops(reference: Opened, artifact: Opened, allowed: int | None) -> Che
     return Check("stop tokens", n, allowed, allowed is None or n <= allowed, note)
 
 
-def _is_end_by_name(reference: Opened, token: int) -> bool:
+def _is_end_by_name(reference: Runtime, token: int) -> bool:
     return token < reference.n_vocab and reference.token_text(token) in _ENDS_BY_NAME
 
 
-def _names(model: Opened, tokens: set[int] | frozenset[int]) -> str:
+def _names(model: Runtime, tokens: set[int] | frozenset[int]) -> str:
     shown = [f"{model.token_text(token)} ({token})" for token in sorted(tokens)]
     return ", ".join(shown[:_SHOWN]) + (", …" if len(shown) > _SHOWN else "")
 

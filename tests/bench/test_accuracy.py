@@ -19,6 +19,7 @@ from arte_edge.errors import InputError
 from arte_edge.models import LocalModel
 from arte_edge.results.accuracy import paired_on_common
 from arte_edge.results.rows import DeviceFacts, QualityRow
+from arte_edge.runtimes.protocol import RuntimeFacts
 from arte_edge.stats import mcnemar, wilson
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Answer, Example, Task, rows_sha256
@@ -40,19 +41,19 @@ TASK = Task(
 
 @dataclass
 class Pupil:
-    """An `Opened` that answers parity right but for the numbers below `ignores`; one word is one token."""
+    """An `Runtime` that answers parity right but for the numbers below `ignores`; one word is one token."""
 
     name: str
     ignores: int = 0
     quantization: str = "Q8_0"
-    runtime: str = "pupil 1.0"
+    facts = RuntimeFacts("pupil 1.0")
     asked: list[list[str]] = field(default_factory=list)
     open: bool = True
 
     def render(self, messages: Sequence[Any]) -> str:
         return messages[-1]["content"] + "\n"
 
-    def tokens(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         return [0] * len(text.split())
 
     def generate(self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from arte_edge.bench.runtime import RuntimeFacts
-from arte_edge.bench.runtimes.null import NullSpeedModel
 from arte_edge.bench.settings import Case
 from arte_edge.bench.timing import draw_tokens, measure, min_samples, pace, percentile, spread, trend
+from arte_edge.runtimes.null import NullDecoder
+from arte_edge.runtimes.protocol import RuntimeFacts
 
 
 def case(**told: Any) -> Case:
@@ -56,8 +56,8 @@ class Recorder:
         self.calls.append(("clear", None))
         time.sleep(self.clear_s)
 
-    def read(self, tokens: Sequence[int]) -> int:
-        self.calls.append(("read", list(tokens)))
+    def prefill(self, tokens: Sequence[int]) -> int:
+        self.calls.append(("prefill", list(tokens)))
         time.sleep(self.read_s.pop(0) if self.read_s else 0.0)
         return 0
 
@@ -80,7 +80,7 @@ def test_tokens_are_the_same_each_time_inside_the_vocabulary_and_begin_with_bos(
 def test_emptying_and_filling_the_cache_is_outside_of_the_clock() -> None:
     model = Recorder(clear_s=0.05, read_s=[0.05] * 3, step_s=0.002)
     timed = measure(model, case(n_gen=4, n_depth=8))
-    assert [name for name, _ in model.calls] == ["clear", "read", *["step"] * 4] * 3
+    assert [name for name, _ in model.calls] == ["clear", "prefill", *["step"] * 4] * 3
     assert max(timed.samples_ns) < 50e6
     assert all(len(times) == 5 for times in timed.token_ns)
     assert [times[-1] - times[0] for times in timed.token_ns] == timed.samples_ns
@@ -89,7 +89,7 @@ def test_emptying_and_filling_the_cache_is_outside_of_the_clock() -> None:
 def test_the_time_of_reading_is_that_of_one_call_with_the_whole_prompt() -> None:
     model = Recorder(read_s=[0.03, 0.02, 0.02])
     timed = measure(model, case(n_prompt=9))
-    assert [len(tokens) for name, tokens in model.calls if name == "read"] == [9, 9, 9]
+    assert [len(tokens) for name, tokens in model.calls if name == "prefill"] == [9, 9, 9]
     assert [round(ns / 1e7) for ns in timed.samples_ns] == [3, 2, 2]
     assert timed.token_ns == []
 
@@ -130,7 +130,7 @@ def test_energy_is_the_sum_of_the_repetitions_or_unknown() -> None:
 
 def test_the_harness_takes_less_than_two_percent_of_a_millisecond_token() -> None:
     # No model on a small device decodes 1000 tokens/s; the best of several, for a busy machine.
-    model = NullSpeedModel(4096)
+    model = NullDecoder(4096)
     spans = [min(measure(model, case(n_gen=1024, repetitions=5)).samples_ns) / 1024 for _ in range(5)]
     assert min(spans) < 0.02 * 1e6, f"{min(spans):.0f} ns a token"
 
@@ -138,7 +138,7 @@ def test_the_harness_takes_less_than_two_percent_of_a_millisecond_token() -> Non
 def test_a_model_of_known_speed_is_measured_at_its_speed() -> None:
     best = 0.0
     for _ in range(5):
-        timed = measure(NullSpeedModel(4096, 5.0), case(n_gen=40))
+        timed = measure(NullDecoder(4096, 5.0), case(n_gen=40))
         steps = [b - a for times in timed.token_ns for a, b in pairwise(times)]
         best = max(best, 1e9 / statistics.median(steps))
     assert 0.95 * 200 < best <= 200  # sleep wakes up late, never early

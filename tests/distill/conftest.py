@@ -101,13 +101,15 @@ class ScriptedEngine:
             for request in requests
         ]
 
-    def continue_shared(self, prefix: str, suffixes: Sequence[str], sampling: Sampling) -> list[Completion]:
-        return self.complete([Request(prefix + suffix) for suffix in suffixes], sampling)
-
-    def choose(self, prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> NDArray[np.float64]:
-        self.calls += len(suffixes)
-        answers = [self.answer(prefix + suffix) for suffix in suffixes]
-        return np.array([[-0.1 if c.startswith(answer) else -2.4 for c in choices] for answer in answers])
+    def choose_each(
+        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
+    ) -> list[NDArray[np.float64]]:
+        self.calls += len(prompts)
+        answers = map(self.answer, prompts)
+        return [
+            np.array([-0.1 if choice.startswith(answer) else -2.4 for choice in own])
+            for answer, own in zip(answers, choices, strict=True)
+        ]
 
     def count_tokens(self, text: str) -> int:
         return len(text.split())

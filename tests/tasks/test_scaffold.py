@@ -130,11 +130,10 @@ class Teacher:
         answer = self.answers[(len(self.asked) - 1) % len(self.answers)]
         return [answer if isinstance(answer, Completion) else Completion(answer, "stop")]
 
-    def continue_shared(self, prefix: str, suffixes: Sequence[str], sampling: Sampling) -> list[Completion]:
-        return self.complete([Request(prefix + suffix) for suffix in suffixes], sampling)
-
-    def choose(self, prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> NDArray[np.float64]:
-        return np.zeros((len(suffixes), len(choices)))
+    def choose_each(
+        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
+    ) -> list[NDArray[np.float64]]:
+        return [np.zeros(len(own)) for own in choices]
 
     def count_tokens(self, text: str) -> int:
         return len(text.split())

@@ -17,7 +17,8 @@ from tiny import TEMPLATE
 
 from arte_edge.gguf.reader import Field, read_model_header
 from arte_edge.gguf.writer import Tensor, write_gguf
-from arte_edge.verify.opened import Opened, open_model
+from arte_edge.runtimes.loader import open_model
+from arte_edge.runtimes.protocol import Runtime
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -110,7 +111,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture(scope="session")
-def reference(tiny: Tiny) -> Iterator[Opened]:
+def reference(tiny: Tiny) -> Iterator[Runtime]:
     """The tiny checkpoint, opened once."""
     model = open_model(tiny.checkpoint)
     yield model

@@ -32,7 +32,7 @@ def task(n: int = 100) -> Task:
 
 @dataclass
 class Pupil:
-    """An `Opened` that answers parity right but for the numbers below `ignores`."""
+    """An `Runtime` that answers parity right but for the numbers below `ignores`."""
 
     ignores: int = 0
     name: str = "pupil"

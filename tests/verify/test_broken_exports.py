@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from arte_edge.gguf.reader import read_model_header
+from arte_edge.runtimes.protocol import Runtime
 from arte_edge.verify.gate import Verdict, verify_file
-from arte_edge.verify.opened import Opened
 from arte_edge.verify.prompts import built_in_prompts
 from arte_edge.verify.thresholds import thresholds_for
 
@@ -22,7 +22,7 @@ from .conftest import HEADS, Tiny, to_gguf, with_tensor
 WithFields = Callable[..., Path]
 
 
-def judge(reference: Opened, artifact: Path) -> Verdict:
+def judge(reference: Runtime, artifact: Path) -> Verdict:
     return verify_file(reference, artifact, built_in_prompts(reference), thresholds_for("F16"))
 
 
@@ -34,7 +34,7 @@ def note(verdict: Verdict, name: str) -> str:
     return next(check.note for check in verdict.failed if check.name == name)
 
 
-def test_a_good_export_passes_every_check(reference: Opened, tiny: Tiny) -> None:
+def test_a_good_export_passes_every_check(reference: Runtime, tiny: Tiny) -> None:
     verdict = judge(reference, tiny.gguf)
     assert verdict.reason == ""
     assert verdict.passed
@@ -42,13 +42,13 @@ def test_a_good_export_passes_every_check(reference: Opened, tiny: Tiny) -> None
     assert verdict.fidelity is not None and verdict.fidelity.kl_mean < 1e-4
 
 
-def test_the_reference_is_itself(reference: Opened, tiny: Tiny) -> None:
+def test_the_reference_is_itself(reference: Runtime, tiny: Tiny) -> None:
     verdict = judge(reference, tiny.checkpoint)
     assert verdict.passed
     assert verdict.fidelity is not None and verdict.fidelity.kl_max == 0.0
 
 
-def test_a_wrong_chat_template_is_caught(reference: Opened, with_fields: WithFields) -> None:
+def test_a_wrong_chat_template_is_caught(reference: Runtime, with_fields: WithFields) -> None:
     other = b"{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     verdict = judge(reference, with_fields({"tokenizer.chat_template": other}))
     assert failed(verdict) == {"template", "template ids"}
@@ -56,7 +56,7 @@ def test_a_wrong_chat_template_is_caught(reference: Opened, with_fields: WithFie
 
 
 def test_a_template_without_its_bos_is_caught_as_text_only(
-    reference: Opened, with_fields: WithFields
+    reference: Runtime, with_fields: WithFields
 ) -> None:
     # The runtime puts the begin token in front anyway, so the ids are the same.
     source = (reference.chat_template or "").replace("{{ bos_token }}", "")
@@ -64,27 +64,27 @@ def test_a_template_without_its_bos_is_caught_as_text_only(
     assert failed(verdict) == {"template"}
 
 
-def test_a_missing_chat_template_is_caught(reference: Opened, with_fields: WithFields) -> None:
+def test_a_missing_chat_template_is_caught(reference: Runtime, with_fields: WithFields) -> None:
     verdict = judge(reference, with_fields({"tokenizer.chat_template": None}))
     assert failed(verdict) == {"template"}
     assert "artifact has no chat template" in note(verdict, "template")
 
 
 @pytest.mark.parametrize("token", [0, 1, 3, 40], ids=["bos", "turn-start", "text-end", "a-letter"])
-def test_a_swapped_eos_is_caught(reference: Opened, with_fields: WithFields, token: int) -> None:
+def test_a_swapped_eos_is_caught(reference: Runtime, with_fields: WithFields, token: int) -> None:
     # llama.cpp knows <|im_end|> by its name and goes on stopping there: what the file declares must count.
     verdict = judge(reference, with_fields({"tokenizer.ggml.eos_token_id": token}))
     assert "stop tokens" in failed(verdict)
     assert reference.token_text(token) in note(verdict, "stop tokens")
 
 
-def test_a_missing_bos_is_caught(reference: Opened, with_fields: WithFields) -> None:
+def test_a_missing_bos_is_caught(reference: Runtime, with_fields: WithFields) -> None:
     verdict = judge(reference, with_fields({"tokenizer.ggml.add_bos_token": False}))
     assert failed(verdict) == {"tokens", "vocabulary"}
     assert "lacks the begin token '<|begin|>'" in note(verdict, "tokens")
 
 
-def test_a_special_token_that_became_text_is_caught(reference: Opened, with_fields: WithFields) -> None:
+def test_a_special_token_that_became_text_is_caught(reference: Runtime, with_fields: WithFields) -> None:
     types = list(read_model_header(with_fields({})).fields["tokenizer.ggml.token_type"].value)
     types[1] = 1  # <|im_start|> as NORMAL; names of ends llama.cpp mends by itself
     verdict = judge(reference, with_fields({"tokenizer.ggml.token_type": types}))
@@ -93,7 +93,7 @@ def test_a_special_token_that_became_text_is_caught(reference: Opened, with_fiel
 
 
 @pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 1.0])
-def test_one_changed_merge_is_caught(reference: Opened, with_fields: WithFields, where: float) -> None:
+def test_one_changed_merge_is_caught(reference: Runtime, with_fields: WithFields, where: float) -> None:
     merges = list(read_model_header(with_fields({})).fields["tokenizer.ggml.merges"].value)
     at = round(where * (len(merges) - 1))
     left, _, right = merges[at].partition(b" ")
@@ -103,7 +103,7 @@ def test_one_changed_merge_is_caught(reference: Opened, with_fields: WithFields,
     assert "merge" in note(verdict, "vocabulary")
 
 
-def test_another_pre_tokenizer_is_caught(reference: Opened, with_fields: WithFields) -> None:
+def test_another_pre_tokenizer_is_caught(reference: Runtime, with_fields: WithFields) -> None:
     verdict = judge(reference, with_fields({"tokenizer.ggml.pre": b"llama-bpe"}))
     assert "tokens" in failed(verdict)
 
@@ -114,7 +114,7 @@ def unpermuted(rows: NDArray[Any]) -> NDArray[Any]:
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def test_permuted_attention_heads_are_caught(reference: Opened, tiny: Tiny, tmp_path: Path) -> None:
+def test_permuted_attention_heads_are_caught(reference: Runtime, tiny: Tiny, tmp_path: Path) -> None:
     broken = with_tensor(tiny.gguf, tmp_path / "heads.gguf", "blk.0.attn_q.weight", unpermuted)
     verdict = judge(reference, broken)
     assert {"kl mean", "kl p99"} <= failed(verdict)
@@ -122,7 +122,7 @@ def test_permuted_attention_heads_are_caught(reference: Opened, tiny: Tiny, tmp_
 
 
 @pytest.mark.parametrize("name", ["blk.1.ffn_down.weight", "blk.0.attn_v.weight", "token_embd.weight"])
-def test_one_corrupted_tensor_is_caught(reference: Opened, tiny: Tiny, tmp_path: Path, name: str) -> None:
+def test_one_corrupted_tensor_is_caught(reference: Runtime, tiny: Tiny, tmp_path: Path, name: str) -> None:
     def shuffled(rows: NDArray[Any]) -> NDArray[Any]:
         return np.random.default_rng(0).permutation(rows, axis=0)
 
@@ -131,7 +131,7 @@ def test_one_corrupted_tensor_is_caught(reference: Opened, tiny: Tiny, tmp_path:
 
 
 def test_a_tensor_with_values_that_are_not_finite_is_caught(
-    reference: Opened, tiny: Tiny, tmp_path: Path
+    reference: Runtime, tiny: Tiny, tmp_path: Path
 ) -> None:
     def poisoned(rows: NDArray[Any]) -> NDArray[Any]:
         rows[3, 3] = np.nan
@@ -145,7 +145,7 @@ def test_a_tensor_with_values_that_are_not_finite_is_caught(
 
 
 @pytest.mark.parametrize("left", [0.999, 0.5, 0.01])
-def test_a_truncated_file_is_caught(reference: Opened, tiny: Tiny, tmp_path: Path, left: float) -> None:
+def test_a_truncated_file_is_caught(reference: Runtime, tiny: Tiny, tmp_path: Path, left: float) -> None:
     broken = tmp_path / "cut.gguf"
     broken.write_bytes(tiny.gguf.read_bytes()[: int(left * tiny.gguf.stat().st_size)])
     verdict = judge(reference, broken)
@@ -154,7 +154,9 @@ def test_a_truncated_file_is_caught(reference: Opened, tiny: Tiny, tmp_path: Pat
     assert str(tmp_path) not in str(verdict.as_dict())  # no path of this machine in student.json
 
 
-def test_an_adapter_merged_into_a_4_bit_base_is_caught(reference: Opened, tiny: Tiny, tmp_path: Path) -> None:
+def test_an_adapter_merged_into_a_4_bit_base_is_caught(
+    reference: Runtime, tiny: Tiny, tmp_path: Path
+) -> None:
     # The classic mistake: the base is loaded in 4 bits for training, and the adapter is merged into that.
     from gguf import GGMLQuantizationType as Type
     from gguf.quants import dequantize, quantize
@@ -175,7 +177,7 @@ def test_an_adapter_merged_into_a_4_bit_base_is_caught(reference: Opened, tiny: 
     for kind, weights in merged.items():
         shutil.copytree(tiny.checkpoint, tmp_path / kind)
         save_file(weights, tmp_path / kind / "model.safetensors", metadata={"format": "pt"})
-    from arte_edge.verify.opened import open_model
+    from arte_edge.runtimes.loader import open_model
 
     student = open_model(tmp_path / "right")
     good = judge(student, to_gguf(tmp_path / "right", tmp_path / "right.gguf"))
@@ -190,7 +192,7 @@ def test_a_word_that_llama_cpp_alone_takes_for_an_end_is_told_and_not_held_again
     tmp_path: Path,
 ) -> None:
     # Qwen2.5-Coder has "</s>" as an ordinary word, and llama.cpp parses it and stops there by its name.
-    from arte_edge.verify.opened import open_model
+    from arte_edge.runtimes.loader import open_model
 
     from .conftest import write_checkpoint
 

@@ -117,13 +117,13 @@ def test_a_shift_of_one_token_that_every_prompt_holds_counts_as_noise() -> None:
 
 @dataclass
 class Words:
-    """An `Opened` whose tokens are letters and whose logits depend on the whole text before."""
+    """An `Runtime` whose tokens are letters and whose logits depend on the whole text before."""
 
     noise: float = 0.0
     context_tokens: int = 10_000
     seen: list[list[int]] = field(default_factory=list)
 
-    def tokens(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         return [ord(letter) % 32 for letter in text]
 
     def logits(self, ids: Sequence[int]) -> Any:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from arte_edge.runtimes.genai import GenaiRuntime
+from arte_edge.runtimes.loader import open_model
+from arte_edge.runtimes.onnxruntime import OnnxRuntime
+from arte_edge.runtimes.protocol import Runtime
 from arte_edge.verify.gate import Verdict, verify_file
-from arte_edge.verify.genai_model import GenaiModel
-from arte_edge.verify.onnx_model import OnnxModel
-from arte_edge.verify.opened import Opened, open_model
 from arte_edge.verify.prompts import built_in_prompts
 from arte_edge.verify.thresholds import thresholds_for
 
@@ -36,7 +37,7 @@ def folder(good: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(good, tmp_path / "copy"))
 
 
-def judge(reference: Opened, artifact: Path) -> Verdict:
+def judge(reference: Runtime, artifact: Path) -> Verdict:
     return verify_file(reference, artifact, built_in_prompts(reference), thresholds_for("fp32"))
 
 
@@ -50,9 +51,9 @@ def change(path: Path, edit: Any) -> None:
     path.write_text(json.dumps(data), "utf-8")
 
 
-def test_a_good_genai_folder_passes_in_its_own_runtime(reference: Opened, good: Path) -> None:
+def test_a_good_genai_folder_passes_in_its_own_runtime(reference: Runtime, good: Path) -> None:
     model = open_model(good)
-    assert isinstance(model, GenaiModel)
+    assert isinstance(model, GenaiRuntime)
     assert (model.quantization, model.n_vocab) == ("fp32", reference.n_vocab)
     model.close()
     verdict = judge(reference, good)
@@ -60,19 +61,19 @@ def test_a_good_genai_folder_passes_in_its_own_runtime(reference: Opened, good: 
     assert verdict.runtimes[1].startswith("onnxruntime-genai")
 
 
-def test_plain_onnxruntime_reads_and_writes_the_same(reference: Opened, good: Path) -> None:
-    plain, genai = OnnxModel(good), GenaiModel(good)
+def test_plain_onnxruntime_reads_and_writes_the_same(reference: Runtime, good: Path) -> None:
+    plain, genai = OnnxRuntime(good), GenaiRuntime(good)
     prompts = built_in_prompts(reference)[:2]
     assert plain.generate(prompts, 12) == genai.generate(prompts, 12) == reference.generate(prompts, 12)
     text = prompts[0]
-    assert plain.tokens(text) == genai.tokens(text) == reference.tokens(text)
-    assert abs(plain.logits(plain.tokens(text)) - genai.logits(genai.tokens(text))).max() < 1e-3
+    assert plain.tokenize(text) == genai.tokenize(text) == reference.tokenize(text)
+    assert abs(plain.logits(plain.tokenize(text)) - genai.logits(genai.tokenize(text))).max() < 1e-3
     plain.close()
     genai.close()
 
 
-def test_a_text_ends_with_a_stop_string(reference: Opened, good: Path) -> None:
-    genai = GenaiModel(good)
+def test_a_text_ends_with_a_stop_string(reference: Runtime, good: Path) -> None:
+    genai = GenaiRuntime(good)
     (prompt,) = built_in_prompts(reference)[:1]
     (text,) = genai.generate([prompt], 12)
     stop = text[4:6]
@@ -80,32 +81,32 @@ def test_a_text_ends_with_a_stop_string(reference: Opened, good: Path) -> None:
     genai.close()
 
 
-def test_a_truncated_weight_file_is_caught(reference: Opened, folder: Path) -> None:
+def test_a_truncated_weight_file_is_caught(reference: Runtime, folder: Path) -> None:
     data = folder / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-5000])
     verdict = judge(reference, folder)
     assert failed(verdict) == {"opens"} and "model.onnx.data" in verdict.reason
 
 
-def test_a_missing_weight_file_is_caught(reference: Opened, folder: Path) -> None:
+def test_a_missing_weight_file_is_caught(reference: Runtime, folder: Path) -> None:
     (folder / "model.onnx.data").unlink()
     assert failed(judge(reference, folder)) == {"opens"}
 
 
-def test_a_swapped_eos_is_caught(reference: Opened, folder: Path) -> None:
+def test_a_swapped_eos_is_caught(reference: Runtime, folder: Path) -> None:
     change(folder / "genai_config.json", lambda c: c["model"].update(eos_token_id=1))
     verdict = judge(reference, folder)
     assert failed(verdict) == {"stop tokens"}
     assert "never stops at <|im_end|> (2)" in verdict.reason
 
 
-def test_a_wrong_chat_template_is_caught(reference: Opened, folder: Path) -> None:
+def test_a_wrong_chat_template_is_caught(reference: Runtime, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
     assert {"template", "template ids"} <= failed(judge(reference, folder))
 
 
 def test_one_changed_merge_is_caught_although_the_runtime_follows_its_file(
-    reference: Opened, folder: Path
+    reference: Runtime, folder: Path
 ) -> None:
     def swap(data: dict[str, Any]) -> None:
         merges = data["model"]["merges"]
@@ -115,7 +116,7 @@ def test_one_changed_merge_is_caught_although_the_runtime_follows_its_file(
     assert failed(judge(reference, folder)) & {"tokens", "vocabulary", "opens"}
 
 
-def test_one_corrupted_stretch_of_weights_is_caught(reference: Opened, folder: Path) -> None:
+def test_one_corrupted_stretch_of_weights_is_caught(reference: Runtime, folder: Path) -> None:
     data = bytearray((folder / "model.onnx.data").read_bytes())
     middle = len(data) // 2
     data[middle : middle + 4096] = bytes(4096)

@@ -11,8 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from arte_edge.models import LocalModel
+from arte_edge.runtimes.loader import open_model
+from arte_edge.runtimes.protocol import Runtime
 from arte_edge.verify.gate import Verdict, verify_file
-from arte_edge.verify.opened import Opened, open_model
 from arte_edge.verify.prompts import built_in_prompts
 from arte_edge.verify.thresholds import Thresholds
 from arte_edge.verify.tokenizer import check_vocabulary
@@ -37,7 +38,7 @@ def f16(smollm2: LocalModel, checkpoint: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def student(checkpoint: Path) -> Iterator[Opened]:
+def student(checkpoint: Path) -> Iterator[Runtime]:
     model = open_model(checkpoint)
     yield model
     model.close()
@@ -52,12 +53,12 @@ def quantized(f16: Path, type: str) -> Path:
     return out
 
 
-def judge(student: Opened, artifact: Path) -> Verdict:
+def judge(student: Runtime, artifact: Path) -> Verdict:
     return verify_file(student, artifact, built_in_prompts(student)[_PROMPTS])
 
 
 @pytest.mark.parametrize("type", ["F16", "Q8_0"])
-def test_a_good_file_raises_no_alarm(student: Opened, f16: Path, type: str) -> None:
+def test_a_good_file_raises_no_alarm(student: Runtime, f16: Path, type: str) -> None:
     verdict = judge(student, f16 if type == "F16" else quantized(f16, type))
     assert verdict.judged_as == type
     assert verdict.passed, verdict.reason
@@ -76,13 +77,13 @@ def unpermuted(rows: NDArray[Any]) -> NDArray[Any]:
     ("name", "change"), [("blk.15.ffn_down.weight", shuffled), ("blk.3.attn_q.weight", unpermuted)]
 )
 def test_one_wrong_tensor_shows_through_the_rounding_of_4_bits(
-    student: Opened, f16: Path, tmp_path: Path, name: str, change: Any
+    student: Runtime, f16: Path, tmp_path: Path, name: str, change: Any
 ) -> None:
     verdict = judge(student, with_tensor(quantized(f16, "Q4_K_M"), tmp_path / "wrong.gguf", name, change))
     assert "kl mean" in {check.name for check in verdict.failed}
 
 
-def test_one_changed_merge_of_fifty_thousand_is_found(student: Opened, f16: Path, tmp_path: Path) -> None:
+def test_one_changed_merge_of_fifty_thousand_is_found(student: Runtime, f16: Path, tmp_path: Path) -> None:
     # In place and of the same length, so that the file stays as it is but for one merge.
     from arte_edge.gguf.reader import read_model_header
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from arte_edge.runtimes.protocol import RuntimeFacts
 from arte_edge.verify.corpus import HARD_STRINGS, hard_strings
 from arte_edge.verify.thresholds import Thresholds
 from arte_edge.verify.tokenizer import check_stops, check_tokens, check_vocabulary, excerpt
@@ -20,15 +21,15 @@ def letters(text: str) -> list[int]:
 
 @dataclass
 class Fake:
-    """An `Opened` that cuts text with `cut`; ids below 10 are special tokens by name."""
+    """An `Runtime` that cuts text with `cut`; ids below 10 are special tokens by name."""
 
     cut: Callable[[str], list[int]] = letters
     names: tuple[str, ...] = ("<s>", "<|im_end|>", "<|endoftext|>", "<|fim_pad|>")
     eos_tokens: frozenset[int] = frozenset([1])
     stop_tokens: frozenset[int] = frozenset([1, 2])
-    runtime: str = "fake 1.0"
+    facts = RuntimeFacts("fake 1.0")
     file_cut: Callable[[str], list[int]] | None = None
-    vocabulary: list[str] = field(default_factory=lambda: ["one", " two", "three"])
+    learned: list[str] = field(default_factory=lambda: ["one", " two", "three"])
 
     n_vocab: int = 1 << 20
 
@@ -36,7 +37,7 @@ class Fake:
     def added_tokens(self) -> tuple[str, ...]:
         return self.names
 
-    def tokens(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         return [self.names.index(text)] if text in self.names else self.cut(text)
 
     def file_tokens(self, text: str) -> list[int] | None:
@@ -45,8 +46,8 @@ class Fake:
     def token_text(self, token: int) -> str:
         return self.names[token] if token < len(self.names) else chr(token)
 
-    def words(self) -> list[str]:
-        return self.vocabulary
+    def vocabulary(self) -> list[str]:
+        return self.learned
 
 
 def tokens(artifact: Fake, reference: Fake | None = None, strings: tuple[str, ...] = HARD_STRINGS) -> Any:
@@ -139,10 +140,10 @@ def test_a_few_texts_that_only_the_runtime_cuts_otherwise_are_told_and_many_fail
 def test_one_word_of_the_vocabulary_that_is_cut_otherwise_is_found_and_named() -> None:
     words = [f"w{i}x" for i in range(1000)]
     broken = Fake(lambda t: letters(t.replace("w777x", "W777x")))
-    check = check_vocabulary(Fake(vocabulary=words), broken, Thresholds())  # type: ignore[arg-type]
+    check = check_vocabulary(Fake(learned=words), broken, Thresholds())  # type: ignore[arg-type]
     assert (check.measured, check.passed) == (1, False)
     assert check.note.startswith("1 of 1000 tokens, first 'w777x'")
-    good = check_vocabulary(Fake(vocabulary=words), Fake(), Thresholds())  # type: ignore[arg-type]
+    good = check_vocabulary(Fake(learned=words), Fake(), Thresholds())  # type: ignore[arg-type]
     assert good.passed and good.note == "1000 tokens"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from arte_edge.verify.opened import open_model
+from arte_edge.runtimes.loader import open_model
 
 from .conftest import Tiny
 
@@ -24,19 +24,19 @@ for name in ("llama_cpp", "torch", "transformers"):
 OPEN = """
 import json, sys
 from pathlib import Path
-from arte_edge.verify.opened import open_model
+from arte_edge.runtimes.loader import open_model
 model = open_model(Path(sys.argv[1]), threads=1)
 """
-SMALL = "from arte_edge.bench.runtimes import xllamacpp\nxllamacpp._TEXT_TOKENS = 100\n"
+SMALL = "from arte_edge.runtimes.llamacpp import xllamacpp\nxllamacpp._TEXT_TOKENS = 100\n"
 TEXT = "<|begin|>Is this number even or odd? The answer is"
 ASK = f"""
-ids = model.tokens({TEXT!r})
+ids = model.tokenize({TEXT!r})
 texts = model.generate([{TEXT!r}, "Question: 42"], 24)
 stopped = model.generate([{TEXT!r}], 24, stop=(texts[0][3:6],))
 messages = [{{"role": "user", "content": "even or odd?"}}]
 long = model.generate(["Is this number even or odd? " * 60], 4)
 known = dict(
-    name=model.name, runtime=model.runtime, quantization=model.quantization, ids=ids, texts=texts,
+    name=model.name, runtime=model.facts.runtime, quantization=model.quantization, ids=ids, texts=texts,
     stopped=stopped, rendered=model.render(messages), long=long,
 )
 try: model.logits(ids)
@@ -73,7 +73,7 @@ def test_llama_cpp_python_says_and_writes_the_same(answer: dict[str, Any], tiny:
         assert answer["stopped"] == model.generate([TEXT], 24, stop=(texts[0][3:6],))
         assert answer["rendered"] == model.render([{"role": "user", "content": "even or odd?"}])
         assert answer["long"] == model.generate(["Is this number even or odd? " * 60], 4)
-        assert answer["ids"] == model.tokens(TEXT)
+        assert answer["ids"] == model.tokenize(TEXT)
         assert (answer["name"], answer["quantization"]) == (model.name, model.quantization)
     finally:
         model.close()
@@ -85,9 +85,11 @@ def test_logits_need_llama_cpp_python_and_the_error_says_so(answer: dict[str, An
 
 
 def test_it_can_be_chosen_where_both_are_installed(tiny: Tiny) -> None:
-    code = f"import os; os.environ['ARTE_EDGE_GGUF_RUNTIME'] = 'xllamacpp'\n{OPEN}\nprint(model.runtime)"
+    code = (
+        f"import os; os.environ['ARTE_EDGE_GGUF_RUNTIME'] = 'xllamacpp'\n{OPEN}\nprint(model.facts.runtime)"
+    )
     assert python(code, tiny.gguf).startswith("xllamacpp 20")
-    assert python(f"{OPEN}\nprint(model.runtime)", tiny.gguf).startswith("llama_cpp ")
+    assert python(f"{OPEN}\nprint(model.facts.runtime)", tiny.gguf).startswith("llama_cpp ")
 
 
 def test_no_other_runtime_stands_in_for_the_chosen_one(tiny: Tiny) -> None:

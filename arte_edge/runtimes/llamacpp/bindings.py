@@ -10,6 +10,7 @@ Notation: n_row rows (tokens) in one decode, v vocabulary size.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ __all__ = [
     "LlamaModel",
     "Row",
     "RowBatch",
+    "flash_attn_in_use",
+    "load_llama_cpp",
     "model_params",
 ]
 
@@ -94,22 +97,41 @@ def model_params(lib: Any) -> Any:
 
 N_BATCH = 2048  # rows of one decode
 _INSTALL = "pip install 'arte-edge[gguf]'; to measure on ARM without compiling: 'arte-edge[xllamacpp]'."
+_BUFFER = re.compile(rb"(\S+) model buffer size\s*=\s*([\d.]+) MiB")
+_FLASH = re.compile(
+    rb"Flash Attention (?:was auto, |not supported, )?(?:set to )?(enabled|disabled)"
+    rb"|flash_attn\s*=\s*(enabled|disabled)"
+)
+_heard: dict[str, str] = {}  # from the log of the model and the context that were made last
 _log_callback: Any = None  # llama.cpp keeps a pointer to it, so it must outlive every model
 
 
-def _silent(level: int, text: bytes, user_data: int) -> None:
-    """Swallow one line of llama.cpp's log."""
+def _listen(level: int, text: bytes, user_data: int) -> None:
+    """Take from one line of llama.cpp's log what it says nowhere else, and keep it from the screen."""
+    if found := _BUFFER.search(text):
+        _heard[found[1].decode(errors="replace")] = found[2].decode()
+    elif found := _FLASH.search(text):
+        _heard["flash_attn"] = (found[1] or found[2]).decode()
 
 
-def _library() -> Any:
-    """Return llama-cpp-python's llama.cpp, its log silenced: it would bury the progress lines."""
+def flash_attn_in_use() -> bool | None:
+    """Return whether the context that was made last uses flash attention, None where the log does not say."""
+    return {"enabled": True, "disabled": False}.get(_heard.get("flash_attn", ""))
+
+
+def load_llama_cpp() -> Any:
+    """Return llama-cpp-python's llama.cpp, its log read and not printed: it would bury the progress lines.
+
+    Raises:
+        EngineError: it is not installed.
+    """
     global _log_callback
     try:
         import llama_cpp
     except ImportError as error:
         raise EngineError("Running GGUF models needs llama-cpp-python", _INSTALL) from error
     if _log_callback is None:
-        _log_callback = llama_cpp.llama_log_callback(_silent)
+        _log_callback = llama_cpp.llama_log_callback(_listen)
         llama_cpp.llama_backend_init()
         llama_cpp.llama_log_set(_log_callback, None)
     return llama_cpp
@@ -128,16 +150,17 @@ class Row:
 class LlamaModel:
     """Weights and vocabulary of one GGUF file."""
 
-    def __init__(self, path: Path, library: Any = None) -> None:
-        """Load `path`; `library` is None for llama-cpp-python's."""
-        self.lib = library or _library()
+    def __init__(self, path: Path) -> None:
+        self.lib = load_llama_cpp()
         self.path = path
+        _heard.clear()
         self.handle = self.lib.llama_model_load_from_file(str(path).encode(), model_params(self.lib))
         if not self.handle:
             raise InputError(
                 f"{path}: llama.cpp {self.lib.__version__} cannot load this file",
                 "It may be truncated or of a newer model family: check its sha256, or update llama-cpp-python.",
             )
+        self.buffers_mib = dict(_heard)  # where the weights went: CPU_Mapped is the file itself
         self.vocab = self.lib.llama_model_get_vocab(self.handle)
         self.n_vocab: int = self.lib.llama_vocab_n_tokens(self.vocab)
         self.n_ctx_train: int = self.lib.llama_model_n_ctx_train(self.handle)

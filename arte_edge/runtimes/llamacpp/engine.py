@@ -59,7 +59,7 @@ class LlamaCppEngine:
         )
         self._adapter = adapter
         self._parallel = parallel
-        self._threads = thread_count(threads)
+        self.threads = thread_count(threads)
         self._context: LlamaContext | None = None
         self._scoring: LlamaContext | None = None
 
@@ -96,18 +96,10 @@ class LlamaCppEngine:
             for writer in writers
         ]
 
-    def continue_shared(self, prefix: str, suffixes: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """See `Engine.continue_shared`. The shared part is found in the tokens, so it is exact at the seam."""
-        return self.complete([Request(prefix + suffix) for suffix in suffixes], sampling)
-
-    def choose(self, prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> NDArray[np.float64]:
-        """Return log-probabilities ``[n_suffix, n_choice]``; see `choices` for which tokens count."""
-        return np.array(self.choose_each([prefix + suffix for suffix in suffixes], [choices] * len(suffixes)))
-
     def choose_each(
         self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
     ) -> list[NDArray[np.float64]]:
-        """`choose` for prompts that each have choices of their own ``[n_choice]``: one batch for all of them."""
+        """See `Engine.choose_each`; one batch for all prompts."""
         choosers = [
             Chooser(self.model.tokens, prompt, own) for prompt, own in zip(prompts, choices, strict=True)
         ]
@@ -137,7 +129,7 @@ class LlamaCppEngine:
                 self.model,
                 MOST_LEAVES + MAX_LEVELS,
                 cells,
-                self._threads,
+                self.threads,
                 self._adapter,
                 TREE_LAYOUT,
                 cells=cells,
@@ -163,10 +155,10 @@ class LlamaCppEngine:
             if made is not None:
                 made.close()
             self._context = None
-            layout = layout_for(self.model, self.identity.model, self._threads)
+            layout = layout_for(self.model, self.identity.model, self.threads)
             check_fits(self.model, n_seq, MAX_LEVELS, n_ctx_seq, layout.ubatch)
             self._context = made = LlamaContext(
-                self.model, n_seq, n_ctx_seq, self._threads, self._adapter, layout
+                self.model, n_seq, n_ctx_seq, self.threads, self._adapter, layout
             )
         made.clear()
         run(made, jobs)

@@ -178,12 +178,10 @@ class OpenAIEngine:
             raise breaker.tripped
         return rows
 
-    def continue_shared(self, prefix: str, suffixes: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """See `Engine.continue_shared`; whether the prefix is computed once is the server's affair."""
-        return self.complete([Request(prefix + suffix) for suffix in suffixes], sampling)
-
-    def choose(self, prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> NDArray[np.float64]:
-        """Return log-probabilities ``[n_suffix, n_choice]``; see `arte_edge.runtimes.openai.logprobs`.
+    def choose_each(
+        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
+    ) -> list[NDArray[np.float64]]:
+        """See `Engine.choose_each`; how a server is made to score: `arte_edge.runtimes.openai.logprobs`.
 
         Raises:
             EngineError: chat mode, a server that gives no log-probabilities, or a call that failed.
@@ -193,7 +191,14 @@ class OpenAIEngine:
                 f"{self._server.url} was opened in chat mode, which cannot score a given answer",
                 "Open it with mode completions (vLLM, llama-server), or score by generating.",
             )
-        return self._scorer.choose([prefix + suffix for suffix in suffixes], choices)
+        same: dict[tuple[str, ...], list[int]] = {}  # prompts with the same choices share calls
+        for i, own in enumerate(choices):
+            same.setdefault(tuple(own), []).append(i)
+        found: dict[int, NDArray[np.float64]] = {}
+        for options, members in same.items():
+            scores = self._scorer.choose([prompts[i] for i in members], options)
+            found |= zip(members, scores, strict=True)
+        return [found[i] for i in range(len(prompts))]
 
     def count_tokens(self, text: str) -> int:
         """Return the server's count where it has a call for that, else an estimate from the text's bytes."""

@@ -193,6 +193,12 @@ class Forward:
         )
         self._held: tuple[tuple[int, ...], Any] = ((), None)
 
+    def empty(self) -> State:
+        """Return the state of one row that holds nothing yet."""
+        import torch
+
+        return State(None, torch.ones((1, 0), dtype=torch.long, device=self._device))
+
     def prefill(self, rows: Sequence[Sequence[int]], shared: int) -> tuple[torch.Tensor, State]:
         """Decode `rows`, whose first `shared` tokens are the same; return the next logits ``[b, v]``."""
         import torch
@@ -291,18 +297,18 @@ class TransformersEngine:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
         kind = pick_dtype(dtype, self._device)
-        self._model, tokenizer = load(folder, adapter, kind)
-        self._model.to(self._device).eval()
+        self.model, tokenizer = load(folder, adapter, kind)
+        self.model.to(self._device).eval()
         if self._device.type == "cpu":
-            pack(self._model)
-        self._text = Text(tokenizer, self._model.generation_config.eos_token_id)
-        self._forward = Forward(self._model, self._device)
-        self._batch_tokens = batch_tokens or room_tokens(self._model.config.get_text_config(), self._device)
+            pack(self.model)
+        self.text = Text(tokenizer, self.model.generation_config.eos_token_id)
+        self.forward = Forward(self.model, self._device)
+        self._batch_tokens = batch_tokens or room_tokens(self.model.config.get_text_config(), self._device)
         self._template: str | None = (
             tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
         )
-        config = self._model.config.get_text_config()
-        self._context: int = getattr(config, "max_position_embeddings", None) or 2**31
+        config = self.model.config.get_text_config()
+        self.context_tokens: int = getattr(config, "max_position_embeddings", None) or 2**31
         # Padding between a prefix and its suffix would count against a sliding window.
         self._window: int = getattr(config, "sliding_window", None) or 2**31
         self.identity = EngineIdentity(
@@ -319,17 +325,17 @@ class TransformersEngine:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        return {"bos_token": self._text.bos, "eos_token": self._text.eos}
+        return {"bos_token": self.text.bos, "eos_token": self.text.eos}
 
     def count_tokens(self, text: str) -> int:
-        return len(self._text.tokens(text))
+        return len(self.text.tokens(text))
 
     def close(self) -> None:
         """Free the model's memory; the engine cannot be used afterwards."""
         import torch
 
-        vars(self).pop("_model", None)
-        vars(self).pop("_forward", None)
+        vars(self).pop("model", None)
+        vars(self).pop("forward", None)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -339,80 +345,69 @@ class TransformersEngine:
         Raises:
             InputError: a grammar, which this engine does not take.
         """
-        return self._complete(requests, sampling, share_all=False)
+        if sampling.grammar:
+            raise InputError("The transformers engine takes no grammar", "Use a GGUF of the model for that.")
+        from arte_edge.runtimes.transformers.tokenizer import Writer
 
-    def continue_shared(self, prefix: str, suffixes: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """See `Engine.continue_shared`. What is shared is found in the tokens, so the seam is exact."""
-        return self._complete([Request(prefix + suffix) for suffix in suffixes], sampling, share_all=True)
-
-    def choose(self, prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> NDArray[np.float64]:
-        """Return log-probabilities ``[n_suffix, n_choice]``; see `choices.spans` for which tokens count.
-
-        Raises:
-            InputError: no prompt before the choices, or one too long for the model.
-        """
-        prompts = [prefix + suffix for suffix in suffixes]
-        return np.array(self.choose_each(prompts, [choices] * len(prompts))).reshape(-1, len(choices))
+        prompts = [self.text.tokens(request.prompt) for request in requests]
+        new = sampling.max_tokens
+        done: dict[int, Completion] = {}
+        for i, tokens in enumerate(prompts):
+            if not tokens or len(tokens) + new > self.context_tokens:
+                why = f"exceed the model's context of {self.context_tokens} tokens" if tokens else "are empty"
+                done[i] = Completion("", "error", error=f"prompt and answer {why}")
+        todo = [i for i in range(len(requests)) if i not in done]
+        rows = [prompts[i] for i in todo]
+        if self._device.type == "cpu" and rows and self._in_rows(max(map(len, rows)) + new):
+            writers = [Writer(self.text, requests[i], prompts[i], sampling) for i in todo]
+            shares = write_rows(
+                self.model, self._device, rows, writers, lambda logits: _drawing(logits, sampling)
+            )
+            done |= {i: w.completion(n) for i, w, n in zip(todo, writers, shares, strict=True)}
+            return [done[i] for i in range(len(requests))]
+        for batch in plan(rows, new, self._batch_tokens):
+            own = [rows[j] for j in batch]
+            shared = self._share(shared_prefix(own), own, new)
+            writers = [Writer(self.text, requests[todo[j]], rows[j], sampling) for j in batch]
+            self._write(own, shared, writers, sampling)
+            done |= {todo[j]: w.completion(shared) for j, w in zip(batch, writers, strict=True)}
+        return [done[i] for i in range(len(requests))]
 
     def choose_each(
         self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
     ) -> list[NDArray[np.float64]]:
-        """`choose` for prompts that each have choices of their own ``[n_choice]``: one batch for all of them."""
-        choosers = [Chooser(self._text.tokens, p, own) for p, own in zip(prompts, choices, strict=True)]
+        """See `Engine.choose_each`; one batch for all prompts.
+
+        Raises:
+            InputError: no prompt before the choices, or one too long for the model.
+        """
+        choosers = [Chooser(self.text.tokens, p, own) for p, own in zip(prompts, choices, strict=True)]
         if not all(chooser.has_prompt for chooser in choosers):
             raise InputError("Choices need a prompt before them: a model scores no first token")
         longest = max((chooser.longest for chooser in choosers), default=0)
-        if longest > self._context:
-            raise InputError(f"A prompt of {longest} tokens exceeds the model's context of {self._context}")
+        if longest > self.context_tokens:
+            raise InputError(
+                f"A prompt of {longest} tokens exceeds the model's context of {self.context_tokens}"
+            )
         if not self._in_rows(longest):
             return [self._choose_plain(prompt, own) for prompt, own in zip(prompts, choices, strict=True)]
         trees = [tree for chooser in choosers for tree in chooser.trees(MOST_ROWS)]
         if trees:
             groups = plan_groups(trees, MOST_ROWS, MOST_ROWS)
-            run_trees(self._model, self._device, groups)
+            run_trees(self.model, self._device, groups)
         return [chooser.log_probabilities() for chooser in choosers]
 
     def _choose_plain(self, prompt: str, choices: Sequence[str]) -> NDArray[np.float64]:
         """Score choices ``[n_choice]`` by a row for each, for models that cannot be told a tree."""
-        lists = [self._text.tokens(prompt + choice) for choice in choices]
-        ranges = spans(lists, self._text.tokens(prompt))
+        lists = [self.text.tokens(prompt + choice) for choice in choices]
+        ranges = spans(lists, self.text.tokens(prompt))
         tails = [tokens[start:end] for tokens, (start, end) in zip(lists, ranges, strict=True)]
         scores: NDArray[np.float64] = self._score([lists[0][: ranges[0][0]]], 0, [tails])[0]
         return scores
 
-    def _complete(self, requests: Sequence[Request], sampling: Sampling, share_all: bool) -> list[Completion]:
-        if sampling.grammar:
-            raise InputError("The transformers engine takes no grammar", "Use a GGUF of the model for that.")
-        from arte_edge.runtimes.transformers.tokenizer import Writer
-
-        prompts = [self._text.tokens(request.prompt) for request in requests]
-        new = sampling.max_tokens
-        done: dict[int, Completion] = {}
-        for i, tokens in enumerate(prompts):
-            if not tokens or len(tokens) + new > self._context:
-                why = f"exceed the model's context of {self._context} tokens" if tokens else "are empty"
-                done[i] = Completion("", "error", error=f"prompt and answer {why}")
-        todo = [i for i in range(len(requests)) if i not in done]
-        rows = [prompts[i] for i in todo]
-        if self._device.type == "cpu" and rows and self._in_rows(max(map(len, rows)) + new):
-            writers = [Writer(self._text, requests[i], prompts[i], sampling) for i in todo]
-            shares = write_rows(
-                self._model, self._device, rows, writers, lambda logits: _drawing(logits, sampling)
-            )
-            done |= {i: w.completion(n) for i, w, n in zip(todo, writers, shares, strict=True)}
-            return [done[i] for i in range(len(requests))]
-        common = shared_prefix(rows) if share_all else None
-        for batch in plan(rows, new, self._batch_tokens):
-            own = [rows[j] for j in batch]
-            shared = self._share(shared_prefix(own) if common is None else common, own, new)
-            writers = [Writer(self._text, requests[todo[j]], rows[j], sampling) for j in batch]
-            self._write(own, shared, writers, sampling)
-            done |= {todo[j]: w.completion(shared) for j, w in zip(batch, writers, strict=True)}
-        return [done[i] for i in range(len(requests))]
-
     def _in_rows(self, longest: int) -> bool:
         """Return whether sequences of so many tokens can stand side by side in one row of the cache."""
-        return longest <= self._window and takes_rows(self._model)
+        return longest <= self._window and takes_rows(self.model)
 
     def _share(self, shared: int, rows: Sequence[Sequence[int]], new_tokens: int) -> int:
         """Return how many tokens to take from a prefix: none where it would not be exact."""
@@ -422,7 +417,7 @@ class TransformersEngine:
         self, rows: Sequence[Sequence[int]], shared: int, writers: Sequence[Writer], sampling: Sampling
     ) -> None:
         """Decode a batch until every writer has enough."""
-        logits, state = self._forward.prefill(rows, shared)
+        logits, state = self.forward.prefill(rows, shared)
         live = list(writers)
         while True:
             tokens = _draws(logits, live, sampling)
@@ -433,7 +428,7 @@ class TransformersEngine:
                 keep = [i for i, more in enumerate(wanted) if more]
                 state.keep(keep)
                 live, tokens = [live[i] for i in keep], [tokens[i] for i in keep]
-            logits = self._forward.step(state, tokens)
+            logits = self.forward.step(state, tokens)
 
     def _score(
         self, rows: Sequence[Sequence[int]], shared: int, tails: Sequence[Sequence[Sequence[int]]]
@@ -441,7 +436,7 @@ class TransformersEngine:
         """Return the summed log-probabilities ``[b, n_choice]`` of the tails of each row."""
         import torch
 
-        logits, state = self._forward.prefill(rows, shared)
+        logits, state = self.forward.prefill(rows, shared)
         n_choice = len(tails[0])
         flat = [tail for row in tails for tail in row]  # [b * n_choice]
         first = torch.log_softmax(logits, dim=-1).cpu()
@@ -449,7 +444,7 @@ class TransformersEngine:
         if max(map(len, flat)) > 1:
             state.repeat(n_choice)
             # The last token of a tail is only predicted, never read.
-            rest = torch.log_softmax(self._forward.extend(state, [tail[:-1] for tail in flat]), dim=-1)
+            rest = torch.log_softmax(self.forward.extend(state, [tail[:-1] for tail in flat]), dim=-1)
             for i, tail in enumerate(flat):
                 for j, token in enumerate(tail[1:]):
                     scores[i] += float(rest[i, j, token])

@@ -40,11 +40,33 @@ class Text:
         self.eos: str = tokenizer.eos_token or ""
         self._adds_bos = bool(self.bos) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         ends = [generation_ends] if isinstance(generation_ends, int) else list(generation_ends or ())
-        added = tokenizer.get_added_vocab()
-        ends += [added[token] for token in (*_END_TOKENS, self.eos) if token in added]
-        self.ends = frozenset(ends) | frozenset(
+        # What the model's own files declare to end a text.
+        self.declared_ends = frozenset(ends) | frozenset(
             [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         )
+        added = tokenizer.get_added_vocab()
+        ends += [added[token] for token in (*_END_TOKENS, self.eos) if token in added]
+        self.ends = self.declared_ends | frozenset(ends)
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """Tokens beside the learned vocabulary, in the order of their ids."""
+        added: dict[str, int] = self._tokenizer.get_added_vocab()
+        return tuple(sorted(added, key=added.__getitem__))
+
+    def token_text(self, token: int) -> str:
+        """Return one token as the vocabulary writes it, empty for an id out of range."""
+        found = self._tokenizer.convert_ids_to_tokens(token) if 0 <= token < len(self._tokenizer) else None
+        return str(found or "")
+
+    def vocabulary(self) -> list[str]:
+        """Return the text of each learned token; special ones have none."""
+        texts: list[str] = self._tokenizer.batch_decode(
+            [[token] for token in range(self._tokenizer.vocab_size)],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        return texts
 
     def tokens(self, text: str) -> list[int]:
         """Return the ids of `text`."""

@@ -159,19 +159,16 @@ def scored(house: Any, **settings: Any) -> tuple[dict[str, Any], list[dict[str, 
     words = house.teacher.word
     house.teacher.word = lambda prompt: f"{words(prompt)} {'so ' * (sum(map(ord, prompt)) % 9)}"
 
-    def choose(prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> Floats:
-        house.student.calls += len(suffixes)
-        shown = [(prefix + suffix).count(" so") for suffix in suffixes]
-        odd = [int((prefix + suffix).rpartition("Is ")[2].split()[0]) % 2 for suffix in suffixes]
-        likely = [0.1 * np.log(n + 5) for n in shown]
-        return np.array(
-            [
-                [x if c.startswith("odd" if o else "even") else -x for c in choices]
-                for x, o in zip(likely, odd, strict=True)
-            ]
-        )
+    def choose_each(prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[Floats]:
+        house.student.calls += len(prompts)
+        rows = []
+        for prompt, own in zip(prompts, choices, strict=True):
+            right = "odd" if int(prompt.rpartition("Is ")[2].split()[0]) % 2 else "even"
+            likely = 0.1 * np.log(prompt.count(" so") + 5)
+            rows.append(np.array([likely if c.startswith(right) else -likely for c in own]))
+        return rows
 
-    house.student.choose = choose
+    house.student.choose_each = choose_each
     run = house.run(prefer={"race": "off", **settings}, calibrate={"k": 12, "items": 20})
     elicit(run)
     calibrate(run)

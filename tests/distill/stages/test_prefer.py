@@ -45,17 +45,17 @@ def uneven(house: Any) -> Any:
             for r in requests
         ]
 
-    def choose(prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> NDArray[np.float64]:
-        house.student.calls += len(suffixes)
+    def choose_each(prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
+        house.student.calls += len(prompts)
         rows = []
-        for suffix in suffixes:
-            shown, asked = (prefix + suffix).rpartition("Question:")[::2]
+        for prompt, own in zip(prompts, choices, strict=True):
+            shown, asked = prompt.rpartition("Question:")[::2]
             quality = number(shown) - 0.5 + 0.2 * (number(asked) - 0.5)
             right = "odd" if int(asked.split("Is ")[1].split()[0]) % 2 else "even"
-            rows.append([quality if choice.startswith(right) else -quality for choice in choices])
-        return np.array(rows)
+            rows.append(np.array([quality if choice.startswith(right) else -quality for choice in own]))
+        return rows
 
-    house.teacher.complete, house.student.choose = complete, choose
+    house.teacher.complete, house.student.choose_each = complete, choose_each
     return house
 
 
@@ -96,16 +96,16 @@ def test_a_race_asks_a_quarter_and_finds_the_same_pairs(uneven: Any) -> None:
 
 def test_a_race_stopped_in_the_middle_ends_with_the_same_scores(uneven: Any) -> None:
     _, whole, calls = scored(uneven, "whole", race="on")
-    choose, left = uneven.student.choose, calls // 2
+    choose_each, left = uneven.student.choose_each, calls // 2
 
-    def dies(prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> NDArray[np.float64]:
+    def dies(prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
         nonlocal left
-        left -= len(suffixes)
+        left -= len(prompts)
         if left < 0:
             raise KeyboardInterrupt
-        return np.asarray(choose(prefix, suffixes, choices))
+        return list(choose_each(prompts, choices))
 
-    uneven.student.choose = dies
+    uneven.student.choose_each = dies
     uneven.folder = uneven.folder.with_name("stopped")
     run = uneven.run(prefer={"race": "on"}, calibrate={"k": K, "items": 40}, elicit={"questions": 12})
     left += 10**6
@@ -115,7 +115,7 @@ def test_a_race_stopped_in_the_middle_ends_with_the_same_scores(uneven: Any) -> 
     with pytest.raises(KeyboardInterrupt):
         prefer(run)
     run.close()
-    uneven.student.choose = choose
+    uneven.student.choose_each = choose_each
     _, rows, again = scored(uneven, "stopped", race="on")
     assert rows == whole
     assert 0 < again < calls

@@ -23,6 +23,16 @@ SHARED = "You are a helpful assistant who answers in one short and friendly sent
 PROMPTS = [f"{SHARED}Question: Tell me about {w}{end}\nAnswer:" for w in WORDS for end in (".", ", please.")]
 
 
+def choose(engine, prefix, suffixes, choices):
+    """Return log-probabilities [n_suffix, n_choice] of the same choices after several prompts."""
+    rows = engine.choose_each([prefix + suffix for suffix in suffixes], [choices] * len(suffixes))
+    return np.array(rows).reshape(-1, len(choices))
+
+
+def complete_after(engine, prefix, suffixes, sampling):
+    return engine.complete([Request(prefix + suffix) for suffix in suffixes], sampling)
+
+
 @pytest.fixture(scope="module")
 def engine(smollm2: LocalModel) -> Iterator[LlamaCppEngine]:
     """One engine with fewer slots than prompts, so that slots are refilled.
@@ -57,7 +67,7 @@ class TestComplete:
     def test_continue_shared_is_complete(self, engine: LlamaCppEngine) -> None:
         sampling = Sampling(max_tokens=8)
         suffixes = [prompt.removeprefix(SHARED) for prompt in PROMPTS[:5]]
-        shared = [c.text for c in engine.continue_shared(SHARED, suffixes, sampling)]
+        shared = [c.text for c in complete_after(engine, SHARED, suffixes, sampling)]
         assert shared == texts(engine, PROMPTS[:5], sampling)
 
     def test_a_sampled_text_is_its_requests_own(self, engine: LlamaCppEngine) -> None:
@@ -120,24 +130,24 @@ class TestChoose:
     def test_a_single_choice_counts_all_its_tokens(self, engine: LlamaCppEngine) -> None:
         suffixes = [prompt.removeprefix(SHARED) for prompt in PROMPTS[:3]]
         choice = " It is very old."
-        scores = engine.choose(SHARED, suffixes, [choice])
+        scores = choose(engine, SHARED, suffixes, [choice])
         assert scores.shape == (3, 1)
         expected = [self.by_hand(engine, SHARED + suffix, choice) for suffix in suffixes]
         assert scores[:, 0] == pytest.approx(expected, abs=1e-2)
 
     def test_choices_count_the_tokens_in_which_they_part(self, engine: LlamaCppEngine) -> None:
-        scores = engine.choose("", PROMPTS[:4], [" yes", " no", " maybe"])
+        scores = choose(engine, "", PROMPTS[:4], [" yes", " no", " maybe"])
         assert scores.shape == (4, 3)
         for row, prompt in zip(scores, PROMPTS, strict=False):
             expected = [self.by_hand(engine, prompt, choice) for choice in (" yes", " no", " maybe")]
             assert row == pytest.approx(expected, abs=1e-2)
 
     def test_the_order_of_prompts_and_choices_does_not_matter(self, engine: LlamaCppEngine) -> None:
-        scores = engine.choose("", PROMPTS[:4], [" yes", " no"])
-        turned = engine.choose("", PROMPTS[3::-1], [" no", " yes"])
+        scores = choose(engine, "", PROMPTS[:4], [" yes", " no"])
+        turned = choose(engine, "", PROMPTS[3::-1], [" no", " yes"])
         assert turned[::-1, ::-1] == pytest.approx(scores, abs=1e-2)
 
     def test_choices_that_begin_alike_are_told_apart(self, engine: LlamaCppEngine) -> None:
-        scores = engine.choose("", PROMPTS[:2], [" light_on</ans>", " light_off</ans>", " lock</ans>"])
+        scores = choose(engine, "", PROMPTS[:2], [" light_on</ans>", " light_off</ans>", " lock</ans>"])
         assert np.isfinite(scores).all() and (scores < 0).all()
         assert len(set(scores[0].round(6))) == 3

@@ -31,6 +31,12 @@ SHOTS = [
 ]
 
 
+def choose(engine, prefix, suffixes, choices):
+    """Return log-probabilities [n_suffix, n_choice] of the same choices after several prompts."""
+    rows = engine.choose_each([prefix + suffix for suffix in suffixes], [choices] * len(suffixes))
+    return np.array(rows).reshape(-1, len(choices))
+
+
 @pytest.fixture(scope="module")
 def engine(smollm2: LocalModel) -> Iterator[LlamaCppEngine]:
     """The student's F16 file, with fewer slots than prompts."""
@@ -127,7 +133,7 @@ def test_choices_of_their_own_are_scored_as_in_separate_calls(engine: LlamaCppEn
     own = [["warmer</ans>", "cooler</ans>"], ["music</ans>", "timer</ans>", "lock</ans>"], ["timer</ans>"]]
     together = engine.choose_each(texts, own)
     for text, choices, row in zip(texts, own, together, strict=True):
-        assert row == pytest.approx(engine.choose("", [text], choices)[0], abs=3e-2)
+        assert row == pytest.approx(choose(engine, "", [text], choices)[0], abs=3e-2)
 
 
 def _ends(lists: list[list[int]]) -> list[int]:

@@ -8,6 +8,12 @@ from arte_edge.runtimes.openai.client import RetryPolicy
 from arte_edge.runtimes.openai.engine import OpenAIEngine
 
 
+def choose(engine, prefix, suffixes, choices):
+    """Return log-probabilities [n_suffix, n_choice] of the same choices after several prompts."""
+    rows = engine.choose_each([prefix + suffix for suffix in suffixes], [choices] * len(suffixes))
+    return np.array(rows).reshape(-1, len(choices))
+
+
 def opened(front, **settings):
     settings = {"mode": "completions", "retry": RetryPolicy(base_s=0.01, longest_s=0.05)} | settings
     return OpenAIEngine("tiny", front.url, **settings)
@@ -41,7 +47,7 @@ def test_choices_are_scored_right_however_the_server_echoes(
     model = tiny_model(echo=echo, ends_at_once=ends_at_once)
     suffixes = ["yes one.", "no two.", "no."]
     engine = opened(serve(model))
-    scores = engine.choose("one two. ", suffixes, choices)
+    scores = choose(engine, "one two. ", suffixes, choices)
     assert engine._scorer._echoes is (echo == "right")
     contexts = ["one two. " + suffix for suffix in suffixes]
     assert scores == pytest.approx(np.array(expected_scores(model, contexts, choices, start, end)))
@@ -49,13 +55,13 @@ def test_choices_are_scored_right_however_the_server_echoes(
 
 def test_a_choice_outside_the_candidates_counts_as_the_least_of_them(serve, tiny_model):
     model = tiny_model(echo="off")
-    scores = opened(serve(model)).choose("one", [""], ["maybe", " True"])
+    scores = choose(opened(serve(model)), "one", [""], ["maybe", " True"])
     values = [model.log_probability(model.tokens("one"), word) for word in model.vocabulary]
     assert scores[0, 0] == pytest.approx(min(values))
 
 
 def test_scoring_is_refused_clearly_where_it_cannot_be_done(serve, tiny_model):
     with pytest.raises(EngineError, match="chat mode"):
-        opened(serve(), mode="chat").choose("a", ["b"], ["c", "d"])
+        choose(opened(serve(), mode="chat"), "a", ["b"], ["c", "d"])
     with pytest.raises(EngineError, match="no log-probabilities"):
-        opened(serve(tiny_model(logprobs=False))).choose("a", ["b"], ["c", "d"])
+        choose(opened(serve(tiny_model(logprobs=False))), "a", ["b"], ["c", "d"])

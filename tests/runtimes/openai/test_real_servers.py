@@ -9,6 +9,7 @@ import sys
 import time
 
 import httpx
+import numpy as np
 import pytest
 
 from arte_edge.runtimes.completion import Request, Sampling
@@ -19,6 +20,12 @@ from arte_edge.runtimes.prompt_render import render
 pytestmark = pytest.mark.model
 
 FAULTS = ("429", "500", "cut", "cut-body", "garbage", "truncated", "no-completion")
+
+
+def choose(engine, prefix, suffixes, choices):
+    """Return log-probabilities [n_suffix, n_choice] of the same choices after several prompts."""
+    rows = engine.choose_each([prefix + suffix for suffix in suffixes], [choices] * len(suffixes))
+    return np.array(rows).reshape(-1, len(choices))
 
 
 def opened(front, **settings):
@@ -108,7 +115,7 @@ def test_a_real_server_scores_choices_like_the_model_itself(llama_server, smollm
     suffixes = [" 2 + 2 = 4. Answer:", " London is in Spain. Answer:", " 5 is less than 3. Answer:"]
     remote = OpenAIEngine("tiny", f"{llama_server}/v1", mode="completions", timeout_s=300.0)
     local = LlamaCppEngine(smollm2.gguf, sha256=smollm2.sha256)
-    served, own = remote.choose(prefix, suffixes, choices), local.choose(prefix, suffixes, choices)
+    served, own = choose(remote, prefix, suffixes, choices), choose(local, prefix, suffixes, choices)
     local.close()
     assert served == pytest.approx(own, abs=0.3)  # other batch shapes, a 4-bit model
 

@@ -15,6 +15,12 @@ PREFIX = "the cat sat on the mat, and then the question was asked: "
 SUFFIXES = ["one?", "is it two or three or one or two?", "", "the mat. one two three", "two?"]
 
 
+def choose(engine, prefix, suffixes, choices):
+    """Return log-probabilities [n_suffix, n_choice] of the same choices after several prompts."""
+    rows = engine.choose_each([prefix + suffix for suffix in suffixes], [choices] * len(suffixes))
+    return np.array(rows).reshape(-1, len(choices))
+
+
 def by_full_forward(llama_folder, context, choice):
     """Log-probabilities of the choice's tokens, from one plain forward."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
@@ -28,7 +34,7 @@ def by_full_forward(llama_folder, context, choice):
 
 def test_a_choice_is_scored_as_one_plain_forward_scores_it(llama, llama_folder):
     choices = [" True", " False", " xyzzy"]  # of one and of several tokens
-    scores = llama.choose(PREFIX, SUFFIXES, choices)
+    scores = choose(llama, PREFIX, SUFFIXES, choices)
     assert scores.shape == (len(SUFFIXES), len(choices))
     for i, suffix in enumerate(SUFFIXES):
         for j, choice in enumerate(choices):
@@ -37,14 +43,14 @@ def test_a_choice_is_scored_as_one_plain_forward_scores_it(llama, llama_folder):
 
 
 def test_a_single_choice_counts_all_its_tokens(llama, llama_folder):
-    scores = llama.choose(PREFIX, SUFFIXES, [" xyzzy three"])
+    scores = choose(llama, PREFIX, SUFFIXES, [" xyzzy three"])
     expected = [sum(by_full_forward(llama_folder, PREFIX + suffix, " xyzzy three")) for suffix in SUFFIXES]
     assert scores[:, 0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_choices_that_part_late_are_told_apart_where_they_part(llama, llama_folder):
     choices = ["xyza", "xyzb", "xywc"]
-    scores = llama.choose(PREFIX, SUFFIXES, choices)
+    scores = choose(llama, PREFIX, SUFFIXES, choices)
     for i, suffix in enumerate(SUFFIXES):
         a, b, c = (by_full_forward(llama_folder, PREFIX + suffix, choice) for choice in choices)
         expected = [sum(a[2:4]), sum(b[2:4]), c[2]]
@@ -67,9 +73,9 @@ def test_a_tree_gives_what_a_row_for_each_choice_gives(llama, monkeypatch):
 
 def test_no_prompt_and_one_too_long_are_refused(llama):
     with pytest.raises(InputError, match="a prompt before them"):
-        llama.choose("", [""], ["one", "two"])
+        choose(llama, "", [""], ["one", "two"])
     with pytest.raises(InputError, match="exceeds the model's context"):
-        llama.choose("", ["one " * 5000], [" one", " two"])
+        choose(llama, "", ["one " * 5000], [" one", " two"])
 
 
 def test_sixteen_bits_on_a_cpu_are_there_for_the_asking(llama_folder, llama, monkeypatch):
@@ -77,7 +83,7 @@ def test_sixteen_bits_on_a_cpu_are_there_for_the_asking(llama_folder, llama, mon
     monkeypatch.setenv("ARTE_EDGE_DTYPE", "bfloat16")
     half = TransformersEngine(llama_folder, sha256="0", device="cpu")
     assert half.identity.quantization == "bfloat16" and llama.identity.quantization == "float32"
-    scores, exact = (engine.choose(PREFIX, SUFFIXES, choices) for engine in (half, llama))
+    scores, exact = (choose(engine, PREFIX, SUFFIXES, choices) for engine in (half, llama))
     assert 1e-6 < np.abs(scores - exact).max() < 0.1 * np.abs(exact).max()
     with pytest.raises(InputError, match="dtype float8"):
         TransformersEngine(llama_folder, sha256="0", device="cpu", dtype="float8")

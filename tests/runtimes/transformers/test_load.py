@@ -4,6 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from arte_edge.errors import InputError
@@ -20,6 +21,12 @@ from arte_edge.runtimes.transformers.model import (  # noqa: E402
 from arte_edge.runtimes.transformers.tokenizer import Text  # noqa: E402
 
 PREFIX = "the cat sat on the mat, and then the question was asked: "
+
+
+def choose(engine, prefix, suffixes, choices):
+    """Return log-probabilities [n_suffix, n_choice] of the same choices after several prompts."""
+    rows = engine.choose_each([prefix + suffix for suffix in suffixes], [choices] * len(suffixes))
+    return np.array(rows).reshape(-1, len(choices))
 
 
 @pytest.mark.parametrize(("adds_bos", "extra"), [(True, 1), (False, 0)])
@@ -79,7 +86,7 @@ def test_an_adapter_changes_the_text_as_peft_itself_does(llama_folder, adapter, 
     import peft
 
     adapted = TransformersEngine(llama_folder, sha256="0", adapter=adapter, device="cpu")
-    scores = adapted.choose(PREFIX, ["one", "two"], [" True", " False"])
+    scores = choose(adapted, PREFIX, ["one", "two"], [" True", " False"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
     model = peft.PeftModel.from_pretrained(model, adapter)
@@ -88,7 +95,7 @@ def test_an_adapter_changes_the_text_as_peft_itself_does(llama_folder, adapter, 
         logits = model(**tokenizer(PREFIX + "one", return_tensors="pt")).logits[0, -1]
     expected = torch.log_softmax(logits, -1)[[ids[0][0], ids[1][0]]]
     assert scores[0] == pytest.approx(expected.numpy(), abs=1e-4)
-    assert scores != pytest.approx(llama.choose(PREFIX, ["one", "two"], [" True", " False"]), abs=1e-3)
+    assert scores != pytest.approx(choose(llama, PREFIX, ["one", "two"], [" True", " False"]), abs=1e-3)
 
 
 def test_an_adapters_identity_is_its_weights_and_scale_not_where_its_base_lay(
@@ -126,7 +133,7 @@ def test_a_checkpoint_agrees_with_the_gguf_that_it_was_made_from(smollm2):
     assert ours.text == theirs.text and "Paris" in ours.text
     suffixes = [" 2 + 2 = 4. Answer:", " London is in Spain. Answer:", " 5 is less than 3. Answer:"]
     choices = [" True", " False"]
-    ours, theirs = (engine.choose("True or false?", suffixes, choices) for engine in (here, there))
+    ours, theirs = (choose(engine, "True or false?", suffixes, choices) for engine in (here, there))
     # llama.cpp rounds activations to 8 bits on their way into 4-bit weights.
     assert ours == pytest.approx(theirs, abs=0.3)
     there.close()

@@ -22,6 +22,16 @@ PREFIX = "the cat sat on the mat, and then the question was asked: "
 SUFFIXES = ["one?", "is it two or three or one or two?", "", "the mat. one two three", "two?"]
 
 
+def choose(engine, prefix, suffixes, choices):
+    """Return log-probabilities [n_suffix, n_choice] of the same choices after several prompts."""
+    rows = engine.choose_each([prefix + suffix for suffix in suffixes], [choices] * len(suffixes))
+    return np.array(rows).reshape(-1, len(choices))
+
+
+def complete_after(engine, prefix, suffixes, sampling):
+    return engine.complete([Request(prefix + suffix) for suffix in suffixes], sampling)
+
+
 def alone(engine, prompts, sampling):
     """Each prompt in a call of its own: nothing shared, nothing padded."""
     return [engine.complete([Request(prompt)], sampling)[0] for prompt in prompts]
@@ -43,7 +53,7 @@ def test_greedy_text_is_what_the_librarys_own_generate_writes(llama, llama_folde
 
 def test_a_batch_with_a_shared_prefix_writes_what_each_prompt_writes_alone(llama):
     sampling = Sampling(max_tokens=24)
-    shared = llama.continue_shared(PREFIX, SUFFIXES, sampling)
+    shared = complete_after(llama, PREFIX, SUFFIXES, sampling)
     plain = alone(llama, [PREFIX + suffix for suffix in SUFFIXES], sampling)
     assert [row.text for row in shared] == [row.text for row in plain]
     assert [row.prompt_tokens for row in shared] == [row.prompt_tokens for row in plain]
@@ -58,18 +68,18 @@ def test_a_batch_without_a_common_prefix_writes_what_each_prompt_writes_alone(ll
 
 
 def test_the_prefix_is_computed_once_for_all_batches(llama_folder, monkeypatch):
-    engine = TransformersEngine(llama_folder, sha256="0", device="cpu", batch_tokens=100)
+    engine = TransformersEngine(llama_folder, sha256="0", device="cpu", batch_tokens=70)
     prefilled = []
-    forward = engine._model.forward
+    forward = engine.model.forward
 
     def counting(*args, **kwargs):
         prefilled.append(tuple(kwargs["input_ids"].shape))
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(engine._model, "forward", counting)
-    suffixes = [f"{word}?" for word in ("one", "two", "three", "cat", "mat", "True", "False")]
+    monkeypatch.setattr(engine.model, "forward", counting)
+    suffixes = [f"{word}?" for word in ("one", "two", "cat", "mat", "True", "False")]
     n_prefix = engine.count_tokens(PREFIX)
-    engine.continue_shared(PREFIX, suffixes, Sampling(max_tokens=1))
+    complete_after(engine, PREFIX, suffixes, Sampling(max_tokens=1))
     batches = [shape for shape in prefilled if shape[0] > 1 or shape[1] < 10]
     assert len(batches) >= 3, "the token limit must split the rows"
     assert sum(rows * width for rows, width in prefilled) < n_prefix + 8 * len(suffixes)
@@ -78,7 +88,7 @@ def test_the_prefix_is_computed_once_for_all_batches(llama_folder, monkeypatch):
 def test_a_sliding_window_shorter_than_the_prompt_changes_no_text(tiny_checkpoint, tmp_path):
     engine = TransformersEngine(tiny_checkpoint(tmp_path / "m", "mistral"), sha256="0", device="cpu")
     sampling = Sampling(max_tokens=12)
-    rows = engine.continue_shared(PREFIX, SUFFIXES, sampling)
+    rows = complete_after(engine, PREFIX, SUFFIXES, sampling)
     assert [r.text for r in rows] == [r.text for r in alone(engine, [PREFIX + s for s in SUFFIXES], sampling)]
 
 
@@ -106,9 +116,9 @@ def test_rows_that_stop_leave_the_batch_without_disturbing_the_others(llama, mon
     ended = [text[: text.index(stop) + 1] if stop in text else text for text in full]
     assert 2 < sum(stop in text for text in full) < len(full) and len(set(map(len, ended))) > 4
     sizes = []
-    step, extend = llama._forward.step, hf_write.extend
+    step, extend = llama.forward.step, hf_write.extend
     monkeypatch.setattr(
-        llama._forward, "step", lambda state, tokens: (sizes.append(len(tokens)), step(state, tokens))[1]
+        llama.forward, "step", lambda state, tokens: (sizes.append(len(tokens)), step(state, tokens))[1]
     )
 
     def extending(model, device, parts, wanted):
@@ -119,7 +129,7 @@ def test_rows_that_stop_leave_the_batch_without_disturbing_the_others(llama, mon
     for side_by_side in (True, False):
         sizes.clear()
         monkeypatch.setattr(hf, "takes_rows", lambda model, known=side_by_side: known)
-        rows = llama.continue_shared(PREFIX, words, Sampling(max_tokens=30, stop=(stop,)))
+        rows = complete_after(llama, PREFIX, words, Sampling(max_tokens=30, stop=(stop,)))
         assert 0 < sizes[-1] < len(words), "nothing is computed for rows that have ended"
         assert [row.text for row in rows] == ended
         assert [row.finish for row in rows] == ["stop" if stop in text else "length" for text in full]
@@ -179,9 +189,9 @@ def test_draws_follow_the_models_distribution(llama_folder, llama):
 
 
 def test_no_suffixes_no_rows(llama):
-    assert llama.choose(PREFIX, [], ["a", "b"]).shape == (0, 2)
+    assert choose(llama, PREFIX, [], ["a", "b"]).shape == (0, 2)
     assert llama.complete([], Sampling()) == []
-    assert llama.continue_shared(PREFIX, [], Sampling()) == []
+    assert complete_after(llama, PREFIX, [], Sampling()) == []
 
 
 def test_a_prompt_too_long_is_an_error_row_between_whole_ones(llama):
@@ -189,7 +199,7 @@ def test_a_prompt_too_long_is_an_error_row_between_whole_ones(llama):
     assert [row.finish for row in rows] == ["length", "error", "length"]
     assert "context of 256 tokens" in rows[1].error
     with pytest.raises(InputError, match="context of 256"):
-        llama.choose("cat " * 300, [""], ["a", "b"])
+        choose(llama, "cat " * 300, [""], ["a", "b"])
 
 
 def test_sequences_of_several_drafts_come_and_go_in_two_rows(llama, monkeypatch):
@@ -221,11 +231,11 @@ FAMILIES = ("gemma3_text", "granite", "llama", "phi3", "qwen2", "qwen3", "smollm
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_writes_and_scores_in_rows_as_in_batches(tiny_checkpoint, tmp_path, monkeypatch, family):
     engine = TransformersEngine(tiny_checkpoint(tmp_path / "m", family), sha256="0", device="cpu")
-    asked, suffixes = hf_row.takes_rows(engine._model), [s or "three" for s in SUFFIXES]
+    asked, suffixes = hf_row.takes_rows(engine.model), [s or "three" for s in SUFFIXES]
 
     def found():
-        rows = engine.continue_shared(PREFIX, suffixes, Sampling(max_tokens=10))
-        return [row.text for row in rows], engine.choose(PREFIX, suffixes, ["one", "two three", "the cat"])
+        rows = complete_after(engine, PREFIX, suffixes, Sampling(max_tokens=10))
+        return [row.text for row in rows], choose(engine, PREFIX, suffixes, ["one", "two three", "the cat"])
 
     texts, scores = found()
     monkeypatch.setattr(hf, "takes_rows", lambda model: False)
@@ -263,8 +273,8 @@ def test_long_prompts_are_read_in_pieces_and_no_call_takes_more(llama, monkeypat
 
 def test_a_family_whose_attention_is_no_plain_softmax_stays_in_batches(tiny_checkpoint, tmp_path):
     engine = TransformersEngine(tiny_checkpoint(tmp_path / "m", "gemma2"), sha256="0", device="cpu")
-    assert not hf_row.takes_rows(engine._model)
-    rows = engine.continue_shared(PREFIX, ["one", "two"], Sampling(max_tokens=6))
+    assert not hf_row.takes_rows(engine.model)
+    rows = complete_after(engine, PREFIX, ["one", "two"], Sampling(max_tokens=6))
     assert all(row.finish != "error" for row in rows)
 
 

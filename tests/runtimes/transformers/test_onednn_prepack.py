@@ -29,9 +29,9 @@ def test_texts_and_scores_are_those_of_plain_layers(tiny_checkpoint, tmp_path, m
     packed = engine_of(folder)
     monkeypatch.setattr(hf, "pack", lambda model: 0)
     plain = engine_of(folder)
-    tokens = torch.tensor([packed._text.tokens(PROMPTS[0])])
+    tokens = torch.tensor([packed.text.tokens(PROMPTS[0])])
     with torch.inference_mode():
-        one, two = (e._model(input_ids=tokens).logits.float().numpy() for e in (packed, plain))
+        one, two = (e.model(input_ids=tokens).logits.float().numpy() for e in (packed, plain))
     # Rounding to 8 bits of mantissa, in another order of sums.
     assert np.abs(one - two).max() < 0.02 * np.abs(two).max()
     requests = [Request(prompt) for prompt in PROMPTS]
@@ -53,5 +53,5 @@ def test_every_linear_layer_is_packed_and_its_own_weights_are_given_back(tiny_ch
 
 
 def test_32_bits_are_left_as_they_are(tiny_checkpoint, tmp_path):
-    model = engine_of(tiny_checkpoint(tmp_path / "m"), "float32")._model
+    model = engine_of(tiny_checkpoint(tmp_path / "m"), "float32").model
     assert sum(type(module) is torch.nn.Linear for module in model.modules()) > 7

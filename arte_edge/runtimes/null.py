@@ -1,6 +1,6 @@
-"""A model that does nothing, or sleeps a given time: what remains is the harness's own cost.
+"""A model that does nothing, or sleeps a given time: what remains is the cost of the benchmark itself.
 
-Named ``null``, or ``null:MS`` for one that takes MS milliseconds a token.
+Its name is ``null``, or ``null:MS`` for one that takes MS milliseconds a token.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from arte_edge.bench.runtime import RuntimeFacts
+from arte_edge.runtimes.protocol import RuntimeFacts
 
-__all__ = ["NullSpeedModel", "null_ms"]
+__all__ = ["NullDecoder", "null_ms"]
 
 _NAME = re.compile(r"null(?::(\d{1,6}(?:\.\d+)?))?")
 
 
 def null_ms(path: Path) -> float | None:
-    """Return the milliseconds a token that a null model's name asks for, None if it is no such name."""
+    """Return the milliseconds a token that the name of a null model gives, None if it is no such name."""
     found = _NAME.fullmatch(str(path))
     return None if found is None else float(found[1] or 0)
 
 
-class NullSpeedModel:
-    """`SpeedModel` without a model."""
+class NullDecoder:
+    """`Decoder` without a model."""
 
     facts = RuntimeFacts(runtime="null")
     n_vocab = 32_000
@@ -36,7 +36,7 @@ class NullSpeedModel:
     def clear(self) -> None:
         """Nothing to empty."""
 
-    def read(self, tokens: Sequence[int]) -> int:
+    def prefill(self, tokens: Sequence[int]) -> int:
         if self._token_s:
             time.sleep(self._token_s * len(tokens))
         return 0
@@ -46,4 +46,4 @@ class NullSpeedModel:
             time.sleep(self._token_s)
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to free."""

@@ -1,4 +1,4 @@
-"""XllamaSpeedModel reads and writes what llama.cpp does, where neither llama-cpp-python nor torch is."""
+"""XllamaRuntime reads and writes what llama.cpp does, where neither llama-cpp-python nor torch is."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ N_VOCAB = 96
 WITHOUT = "import sys, json\nfor n in ('llama_cpp', 'torch', 'transformers'): sys.modules[n] = None\n"
 OPEN = """
 from pathlib import Path
-from arte_edge.bench.runtimes.xllamacpp import XllamaSpeedModel
-model = XllamaSpeedModel(Path(sys.argv[1]), threads=1, context_tokens=int(sys.argv[2]))
+from arte_edge.runtimes.llamacpp.xllamacpp import XllamaRuntime
+model = XllamaRuntime(Path(sys.argv[1]), threads=1, context_tokens=int(sys.argv[2]))
 """
 
 
@@ -38,9 +38,9 @@ def python(code: str, *args: object) -> Any:
 GREEDY = """
 def greedy(model, prompt, n):
     model.clear()
-    written = [model.read(prompt)]
+    written = [model.prefill(prompt)]
     while len(written) < n:
-        written.append(model.read(written[-1:]))
+        written.append(model.prefill(written[-1:]))
     return written
 """
 
@@ -51,9 +51,9 @@ prompt = [5, 17, 60, 2, 33, 8, 41]
 first = greedy(model, prompt, 12)
 again = greedy(model, prompt, 12)
 model.clear()
-at_once = model.read(prompt + first[:-1])  # the same tokens, read instead of written
-model.clear(); model.read(prompt[:3])
-in_pieces = model.read(prompt[3:])
+at_once = model.prefill(prompt + first[:-1])  # the same tokens, read instead of written
+model.clear(); model.prefill(prompt[:3])
+in_pieces = model.prefill(prompt[3:])
 other = greedy(model, prompt[::-1], 12)
 print(json.dumps([first, again, at_once, in_pieces, other, model.n_vocab]))
 """
@@ -69,9 +69,9 @@ print(json.dumps([first, again, at_once, in_pieces, other, model.n_vocab]))
 def test_a_prompt_longer_than_a_batch_is_read_whole(bench_gguf: Path) -> None:
     code = """
 prompt = [(7 * i * i + 3 * i) % 90 for i in range(2500)]
-model.clear(); whole = model.read(prompt)
-model.clear(); model.read(prompt[:1000]); parts = model.read(prompt[1000:])
-model.clear(); last = model.read(prompt[2048:])
+model.clear(); whole = model.prefill(prompt)
+model.clear(); model.prefill(prompt[:1000]); parts = model.prefill(prompt[1000:])
+model.clear(); last = model.prefill(prompt[2048:])
 print(json.dumps([whole, parts, last]))
 """
     whole, parts, last = python(OPEN + code, bench_gguf, 2560)
@@ -83,11 +83,11 @@ def test_a_full_cache_refuses_with_a_message_and_not_a_crash(bench_gguf: Path) -
     code = """
 from arte_edge.errors import InputError
 messages = []
-model.read([1] * 256)
+model.prefill([1] * 256)
 for tokens in ([1], []):
-    try: model.read(tokens)
+    try: model.prefill(tokens)
     except InputError as error: messages.append(error.message)
-model.clear(); model.read([1] * 256); model.close()
+model.clear(); model.prefill([1] * 256); model.close()
 print(json.dumps(messages))
 """
     messages = python(OPEN + code, bench_gguf, 256)
@@ -98,9 +98,9 @@ def test_facts_say_what_runs_and_what_a_step_costs_beyond_the_model(bench_gguf: 
     code = """
 import dataclasses, xllamacpp
 before = model.facts.notes
-first = model.read([5, 17, 60])
+first = model.prefill([5, 17, 60])
 model.step(first)
-same = model.read([2]) == (model.clear(), model.read([5, 17, 60, first, 2]))[1]
+same = model.prefill([2]) == (model.clear(), model.prefill([5, 17, 60, first, 2]))[1]
 print(json.dumps([before, same, dataclasses.asdict(model.facts), xllamacpp.__version__]))
 """
     before, same, facts, version = python(OPEN + code, bench_gguf, 4000)
@@ -116,10 +116,10 @@ print(json.dumps([before, same, dataclasses.asdict(model.facts), xllamacpp.__ver
 
 def test_more_context_than_the_model_was_made_for_is_rejected(bench_gguf: Path) -> None:
     code = """
-from arte_edge.bench.runtimes.xllamacpp import XllamaSpeedModel
+from arte_edge.runtimes.llamacpp.xllamacpp import XllamaRuntime
 from arte_edge.errors import InputError
 from pathlib import Path
-try: XllamaSpeedModel(Path(sys.argv[1]), 1, 5000)
+try: XllamaRuntime(Path(sys.argv[1]), 1, 5000)
 except InputError as error: print(json.dumps(error.message))
 """
     message = python(code, bench_gguf)
@@ -136,11 +136,11 @@ weights = LlamaModel(Path(sys.argv[1]))
 context = LlamaContext(weights, 1, 256, 1)
 class model:
     def clear(): context.clear(); model.n = 0
-    def read(tokens):
+    def prefill(tokens):
         rows = [Row(t, model.n + i, 0, True) for i, t in enumerate(tokens)]
         model.n += len(rows)
         return int(context.decode(rows)[-1].argmax())
-    def step(token): return model.read([token])
+    def step(token): return model.prefill([token])
 """
     ask = "print(json.dumps(greedy(model, [5, 17, 60, 2, 33, 8, 41], 48)))"
     assert python(OPEN + GREEDY + ask, bench_gguf, 256) == python(code + GREEDY + ask, bench_gguf)
@@ -151,9 +151,9 @@ def test_a_damaged_file_and_a_missing_package_are_named(bench_gguf: Path, tmp_pa
     short.write_bytes(bench_gguf.read_bytes()[:-5000])
     code = """
 from pathlib import Path
-from arte_edge.bench.runtimes.xllamacpp import XllamaSpeedModel
+from arte_edge.runtimes.llamacpp.xllamacpp import XllamaRuntime
 from arte_edge.errors import ArteError
-try: XllamaSpeedModel(Path(sys.argv[1]), 1, 64)
+try: XllamaRuntime(Path(sys.argv[1]), 1, 64)
 except ArteError as error: print(json.dumps([type(error).__name__, str(error)]))
 """
     kind, message = python(code, short)
@@ -166,8 +166,8 @@ except ArteError as error: print(json.dumps([type(error).__name__, str(error)]))
 def test_smollm2_answers_through_xllamacpp(smollm2: LocalModel) -> None:
     code = """
 from pathlib import Path
-from arte_edge.bench.runtimes.xllamacpp import XllamaTextModel
-model = XllamaTextModel(Path(sys.argv[1]), 2)
+from arte_edge.runtimes.llamacpp.xllamacpp import XllamaRuntime
+model = XllamaRuntime(Path(sys.argv[1]), 2)
 print(json.dumps(model.generate(["The capital of France is the city of"], 4)))
 """
     (text,) = python(code, smollm2.gguf)

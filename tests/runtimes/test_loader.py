@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import tiny
 
-from arte_edge.bench.runtimes.open import choose_runtime, open_speed_model
 from arte_edge.errors import InputError
+from arte_edge.runtimes.loader import choose_runtime, open_decoder
 
 PROMPT = [5, 17, 60, 2, 33, 8, 41]
 
@@ -20,14 +20,14 @@ PROMPT = [5, 17, 60, 2, 33, 8, 41]
 CHECK = """
 import json, sys
 from pathlib import Path
-from arte_edge.bench.runtimes import open_speed_model
-model = open_speed_model(Path(sys.argv[1]), threads=1, context_tokens=64, runtime=sys.argv[2])
+from arte_edge.runtimes.loader import open_decoder
+model = open_decoder(Path(sys.argv[1]), threads=1, context_tokens=64, runtime=sys.argv[2])
 prompt = json.loads(sys.argv[3])
 def after(*parts):
     model.clear()
     for part in parts[:-1]:
-        model.step(part) if isinstance(part, int) else model.read(part)
-    return model.read(parts[-1])
+        model.step(part) if isinstance(part, int) else model.prefill(part)
+    return model.prefill(parts[-1])
 whole = after(prompt)
 stepped = after(prompt[:3], *prompt[3:-1], prompt[-1:])
 again = after(prompt)
@@ -61,18 +61,18 @@ def test_gguf(bench_gguf: Path, runtime: str, module: str) -> None:
 
 def test_the_cache_types_of_llama_bench_are_taken(bench_gguf: Path) -> None:
     pytest.importorskip("llama_cpp")
-    model = open_speed_model(bench_gguf, threads=1, context_tokens=64, type_k="f32", type_v="bf16")
+    model = open_decoder(bench_gguf, threads=1, context_tokens=64, type_k="f32", type_v="bf16")
     assert (model.facts.type_k, model.facts.type_v) == ("f32", "bf16")
-    model.read(PROMPT)
+    model.prefill(PROMPT)
     model.close()
 
 
 def test_more_than_the_context_is_refused_and_not_a_crash(bench_gguf: Path) -> None:
     pytest.importorskip("llama_cpp")
-    model = open_speed_model(bench_gguf, threads=1, context_tokens=256)
-    model.read([1] * 256)
+    model = open_decoder(bench_gguf, threads=1, context_tokens=256)
+    model.prefill([1] * 256)
     with pytest.raises(InputError, match="room for 0"):
-        model.read([1])
+        model.prefill([1])
     model.close()
 
 
@@ -94,7 +94,7 @@ def test_a_checkpoint(tmp_path: Path) -> None:
     assert whole == stepped == again and set(other) != {whole}
     assert name.startswith("transformers ")
     with pytest.raises(InputError, match="made for 128 tokens"):
-        open_speed_model(tmp_path, threads=1, context_tokens=129)
+        open_decoder(tmp_path, threads=1, context_tokens=129)
 
 
 def test_a_runtime_is_chosen_by_the_kind_of_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_a_runtime_is_chosen_by_the_kind_of_model(tmp_path: Path, monkeypatch: p
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "model.onnx").touch()
     found = set()
-    monkeypatch.setattr("arte_edge.bench.runtimes.open.find_spec", lambda name: name in found or None)
+    monkeypatch.setattr("arte_edge.runtimes.loader.find_spec", lambda name: name in found or None)
     monkeypatch.delenv("ARTE_EDGE_GGUF_RUNTIME", raising=False)
     gguf = tmp_path / "a.gguf"
     assert choose_runtime(gguf) == "llama-cpp-python", "its error says how to install it"

@@ -5,7 +5,7 @@ endpoints, which is all that is used here. It gives text, tokens and the server'
 prompt: comparing logits and scoring choices need llama-cpp-python.
 
 Each prefill and each decode step is one request of its own. Its time includes the server's handling of it,
-which `XllamaSpeedModel.facts` states. The prebuilt Linux wheels are made for any CPU of their
+which `XllamaRuntime.facts` states. The prebuilt Linux wheels are made for any CPU of their
 kind (AVX2 at most on x86-64, plain armv8-a on ARM), so a llama.cpp compiled on the device may be faster: the
 row's `build` says which features are in use.
 """
@@ -19,33 +19,22 @@ import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
+import numpy as np
+from numpy.typing import NDArray
 
-from arte_edge.bench.runtime import RuntimeFacts
 from arte_edge.errors import EngineError, InputError
 from arte_edge.gguf.reader import read_model_header
-from arte_edge.runtimes.completion import Engine
-from arte_edge.runtimes.prompt_render import Message, render
+from arte_edge.runtimes.protocol import BaseRuntime, RuntimeFacts
 from arte_edge.threads import thread_count
 
-__all__ = ["XllamaServer", "XllamaSpeedModel", "XllamaTextModel"]
+__all__ = ["XllamaRuntime", "XllamaServer"]
 
 _N_BATCH, _N_UBATCH = 2048, 512  # llama.cpp's defaults
 _TEXT_TOKENS = 2048  # of context for a prompt and its answer; the file is opened again for longer ones
 _SPARE_TOKENS = 1  # the server wants room for the token that it writes
-
-_VERIFY_ONLY = {
-    "added_tokens",
-    "context_tokens",
-    "eos_tokens",
-    "file_tokens",
-    "logits",
-    "n_vocab",
-    "stop_tokens",
-}
-_VERIFY_ONLY |= {"token_text", "words"}
 
 
 class XllamaServer:
@@ -137,24 +126,33 @@ class XllamaServer:
             self._server = None
 
 
-class XllamaSpeedModel:
-    """`SpeedModel` of one GGUF file."""
+class XllamaRuntime(BaseRuntime):
+    """`Runtime` of one GGUF file, without what the server does not give: logits, and the list of the tokens."""
 
-    def __init__(self, path: Path, threads: int, context_tokens: int) -> None:
-        """Load the file and make an empty cache; raises what `XllamaServer` does.
+    def __init__(self, path: Path, threads: int | None = None, context_tokens: int = 0) -> None:
+        """Load the file; raises what `XllamaServer` does.
+
+        Args:
+            context_tokens: room in the cache; 0: for a prompt and its answer, and more when it is needed.
 
         Raises:
             InputError: a longer context than the model was trained for.
         """
-        self._server = XllamaServer(path, threads, context_tokens)
+        self._path, self._threads = path, thread_count(threads)
+        self._server = XllamaServer(path, self._threads, context_tokens or _TEXT_TOKENS)
+        self.name, self.quantization = path.name, self._server.header.quantization
         self.n_vocab = self._server.n_vocab
-        self.context_tokens = context_tokens
+        self.context_tokens: int = context_tokens or self._server.n_ctx
         if self._server.n_ctx < context_tokens:
             self._server.close()
             raise InputError(
                 f"{path.name}: {context_tokens} tokens of context, and the model was made for {self._server.n_ctx}",
                 "xllamacpp runs no model beyond that: shorten the prompt or the depth.",
             )
+        template = self._server.header.fields.get("tokenizer.chat_template")
+        self.chat_template = None if template is None else template.value.decode(errors="replace")
+        known = self._server.post("/props")
+        self.special_tokens = {name: str(known[name]) for name in ("bos_token", "eos_token")}
         self._tokens: list[int] = []
         self._overhead_ms: list[float] = []
 
@@ -178,8 +176,8 @@ class XllamaSpeedModel:
     def clear(self) -> None:
         self._tokens = []
 
-    def read(self, tokens: Sequence[int]) -> int:
-        """See `SpeedModel.read`.
+    def prefill(self, tokens: Sequence[int]) -> int:
+        """See `Decoder.prefill`.
 
         Raises:
             InputError: nothing to read, or more than the cache has room for.
@@ -198,57 +196,50 @@ class XllamaSpeedModel:
         inside_ms = timings["prompt_ms"] + timings["predicted_ms"]
         self._overhead_ms.append((time.perf_counter() - begin) * 1e3 - inside_ms)
 
-    def close(self) -> None:
-        self._server.close()
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        raise self._missing("added tokens")
 
+    @property
+    def eos_tokens(self) -> frozenset[int]:
+        raise self._missing("end tokens")
 
-class XllamaTextModel:
-    """What measuring answers needs of `Opened`: the file's own tokens, chat template and text."""
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        raise self._missing("stop tokens")
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
-        """Load the file; raises what `XllamaServer` does."""
-        self._path = path
-        self._threads = thread_count(threads)
-        self._server = XllamaServer(path, self._threads, _TEXT_TOKENS)
-        self.name, self.runtime = path.name, self._server.runtime
-        self.quantization = self._server.header.quantization
-        template = read_model_header(path).fields.get("tokenizer.chat_template")
-        self.chat_template = None if template is None else template.value.decode(errors="replace")
-        known = self._server.post("/props")
-        self.special_tokens = {name: str(known[name]) for name in ("bos_token", "eos_token")}
+    def token_text(self, token: int) -> str:
+        raise self._missing("texts of tokens")
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in _VERIFY_ONLY:
-            raise AttributeError(name)
-        raise EngineError(
-            f"xllamacpp does not give the {name.replace('_', ' ')} of {self.name}, which verifying compares",
+    def vocabulary(self) -> list[str]:
+        raise self._missing("vocabulary")
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        raise self._missing("logits")
+
+    def _missing(self, what: str) -> EngineError:
+        return EngineError(
+            f"xllamacpp does not give the {what} of {self.name}, which verifying compares",
             "Verify where llama-cpp-python is installed: pip install 'arte-edge[gguf]'.",
         )
 
-    def tokens(self, text: str) -> list[int]:
-        """See `Opened.tokens`."""
-        ids = self._tokenize(text)
+    def tokenize(self, text: str) -> list[int]:
+        ids = self._ids(text)
         # A chat template that writes BOS itself would otherwise give two.
         return ids[1:] if len(ids) > 1 and ids[:1] == self._begin and ids[1:2] == self._begin else ids
 
-    def _tokenize(self, text: str) -> list[int]:
+    def _ids(self, text: str) -> list[int]:
         document = {"content": text, "add_special": True, "parse_special": True}
         return [int(token) for token in self._server.post("/tokenize", document)["tokens"]]
 
     @cached_property
     def _begin(self) -> list[int]:
-        return self._tokenize("")[:1]
+        return self._ids("")[:1]
 
-    def render(self, messages: Sequence[Message]) -> str | None:
-        """See `Opened.render`."""
-        # Of an engine the renderer reads the template and the special tokens, and a model has both.
-        return None if self.chat_template is None else render(cast(Engine, self), messages)
-
-    def generate(self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:
-        """See `Opened.generate`."""
+    def _generate(self, prompts: list[str], max_tokens: int, stop: tuple[str, ...]) -> list[str]:
         texts = []
         for prompt in prompts:
-            ids = self.tokens(prompt)
+            ids = self.tokenize(prompt)
             if (needed := len(ids) + max_tokens) > self._server.n_ctx:
                 self._server.close()
                 self._server = XllamaServer(self._path, self._threads, 2 * needed)

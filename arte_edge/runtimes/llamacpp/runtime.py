@@ -1,0 +1,308 @@
+"""A GGUF file in llama.cpp, one text at a time: what a benchmark times, and what the gate reads and compares.
+
+The context that is timed is the one that llama-bench makes: batches of 2048 and 512, keys and values in F16,
+flash attention as llama.cpp decides, weights mapped. The calls are llama.cpp's own, one decode a token, the
+arrays filled beforehand: what Python adds to a token is a few microseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arte_edge.errors import EngineError, InputError
+from arte_edge.gguf.reader import read_model_header
+from arte_edge.runtimes.completion import Request, Sampling
+from arte_edge.runtimes.llamacpp.bindings import LlamaContext, LlamaModel, Row, flash_attn_in_use
+from arte_edge.runtimes.llamacpp.context_memory import ONE_SEQUENCE
+from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
+from arte_edge.runtimes.protocol import BaseRuntime, RuntimeFacts, readable
+
+__all__ = ["LlamaCppRuntime"]
+
+_N_BATCH, _N_UBATCH = 2048, 512
+_FLASH_AUTO = -1  # llama.h: LLAMA_FLASH_ATTN_TYPE_AUTO
+# ggml.h: enum ggml_type
+_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "q8_0": 8,
+    "iq4_nl": 20,
+    "bf16": 30,
+}
+_CHUNK = 128  # rows of logits at once: with a vocabulary of 262,144 they are 134 MB
+_CTX_STEP = 256  # tokens; contexts grow in steps, so that few are made
+_PARALLEL = 16
+_CONTROL, _USER_DEFINED = 1 << 3, 1 << 4  # llama.cpp: LLAMA_TOKEN_ATTR_*
+_ADDED = _CONTROL | _USER_DEFINED
+_NORMAL = 1  # GGUF: tokenizer.ggml.token_type of an ordinary token
+
+
+class LlamaCppRuntime(BaseRuntime):
+    """`Runtime` of one GGUF file."""
+
+    def __init__(
+        self,
+        path: Path,
+        threads: int | None = None,
+        context_tokens: int = 0,
+        type_k: str = "f16",
+        type_v: str = "f16",
+    ) -> None:
+        """Check the file's header and load it.
+
+        Args:
+            context_tokens: room in the cache, which is made at once; 0: the model's own limit, made when needed.
+            type_k: type of the cached keys of `prefill` and `step`.
+            type_v: of the cached values.
+
+        Raises:
+            InputError: not a GGUF, cut short, or one that llama.cpp does not load.
+            EngineError: llama.cpp is not installed, or makes no such context.
+        """
+        self._header = header = read_model_header(
+            path
+        )  # a file cut short would end in a crash inside the runtime
+        self.name, self.quantization = path.name, header.quantization
+        self._engine = LlamaCppEngine(
+            path,
+            sha256="",
+            quantization=header.quantization,
+            parallel=_PARALLEL,
+            threads=threads,
+        )
+        self._types = type_k, type_v
+        self._model = self._engine.model
+        self._reading: LlamaContext | None = None
+        self.chat_template = self._engine.chat_template
+        self.special_tokens = self._engine.special_tokens
+        self.n_vocab = self._model.n_vocab
+        self.context_tokens: int = context_tokens or self._model.n_ctx_train
+        eos = int(self._model.lib.llama_vocab_eos(self._model.vocab))
+        self.eos_tokens = frozenset([eos] if eos >= 0 else [])
+        if context_tokens:
+            try:
+                self._cache  # noqa: B018 (made before anything is timed)
+            except EngineError:
+                self.close()
+                raise
+
+    @cached_property
+    def facts(self) -> RuntimeFacts:
+        lib, vocab = self._model.lib, self._model.vocab
+        bos = lib.llama_vocab_bos(vocab)
+        buffers = self._model.buffers_mib
+        cache = vars(self).get("_cache")
+        return RuntimeFacts(
+            runtime=self._engine.identity.runtime,
+            build=lib.llama_print_system_info().decode(errors="replace").strip(" |\n"),
+            n_batch=_N_BATCH,
+            n_ubatch=_N_UBATCH,
+            type_k=self._types[0],
+            type_v=self._types[1],
+            flash_attn=cache.flash_attn if cache else None,
+            use_mmap=any("Mapped" in name for name in buffers) if buffers else None,
+            bos=bos if bos >= 0 and lib.llama_vocab_get_add_bos(vocab) else None,
+            notes=tuple(f"weights in {name}: {size} MiB" for name, size in buffers.items()),
+        )
+
+    @cached_property
+    def _cache(self) -> _Cache:
+        return _Cache(self._model, self._engine.threads, self.context_tokens, *self._types)
+
+    def clear(self) -> None:
+        self._cache.clear()
+
+    def prefill(self, tokens: Sequence[int]) -> int:
+        """See `Decoder.prefill`.
+
+        Raises:
+            InputError: nothing to read, or more than the cache has room for.
+        """
+        return self._cache.prefill(tokens)
+
+    def step(self, token: int) -> None:
+        self._cache.step(token)
+
+    def _of_kind(self, attributes: int) -> list[int]:
+        lib, vocab = self._model.lib, self._model.vocab
+        return [i for i in range(self.n_vocab) if lib.llama_vocab_get_attr(vocab, i) & attributes]
+
+    @cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        return frozenset(token for token in range(self.n_vocab) if self._model.is_end(token))
+
+    @cached_property
+    def added_tokens(self) -> tuple[str, ...]:
+        return tuple(text for token in self._of_kind(_ADDED) if (text := self.token_text(token)))
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._model.tokens(text)
+
+    def token_text(self, token: int) -> str:
+        if not 0 <= token < self.n_vocab:
+            return f"[{token}]"
+        return self._model.piece(token, special=True).decode(errors="replace")
+
+    def file_tokens(self, text: str) -> list[int] | None:
+        """See `Runtime.file_tokens`; None unless `text` holds a token that llama.cpp made special by its name.
+
+        Some families have ``</s>`` as an ordinary word of their vocabulary. llama.cpp
+        ends generations there whatever the file says, and parses it in prompts.
+        """
+        if not any(name in text for name in self._promoted):
+            return None
+        lib, vocab = self._model.lib, self._model.vocab
+        begin = self._model.tokens("")
+        ids = list(begin)
+        for part in self._specials.split(text):
+            if part in self._special_ids:
+                ids.append(self._special_ids[part])
+                continue
+            raw = part.encode()
+            buffer = (ctypes.c_int32 * (len(raw) + 16))()
+            ids += buffer[: lib.llama_tokenize(vocab, raw, len(raw), buffer, len(buffer), False, False)]
+        return ids[1:] if len(begin) == 1 and ids[:2] == begin * 2 else ids
+
+    @cached_property
+    def _promoted(self) -> frozenset[str]:
+        """Tokens that are ordinary in the file and special in the runtime."""
+        field = self._header.field("tokenizer.ggml.token_type")
+        kinds = [] if field is None else field.value
+        return frozenset(
+            self.token_text(token)
+            for token in self._of_kind(_CONTROL)
+            if token < len(kinds) and kinds[token] == _NORMAL
+        )
+
+    @cached_property
+    def _special_ids(self) -> dict[str, int]:
+        ids = self._of_kind(_ADDED)
+        return {text: token for token in ids if (text := self.token_text(token)) not in self._promoted}
+
+    @cached_property
+    def _specials(self) -> re.Pattern[str]:
+        longest_first = sorted(filter(None, self._special_ids), key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "(?!)")
+
+    def vocabulary(self) -> list[str]:
+        # Control tokens have no text.
+        return readable(self._model.piece(i).decode(errors="replace") for i in range(self.n_vocab))
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        if (unknown := max(ids, default=0)) >= self.n_vocab:
+            raise InputError(f"{self.name}: token {unknown} is not among its {self.n_vocab} tokens")
+        context = self._context_for(len(ids))
+        context.clear()
+        rows = [Row(token, position, 0, want=True) for position, token in enumerate(ids)]
+        values = np.empty((len(rows), self.n_vocab), dtype=np.float32)
+        for start in range(0, len(rows), _CHUNK):
+            values[start : start + _CHUNK] = context.decode(rows[start : start + _CHUNK])
+        return values
+
+    def _context_for(self, n_token: int) -> LlamaContext:
+        if self._reading is None or self._reading.n_ctx_seq < n_token:
+            self._drop_context()
+            size = -(-n_token // _CTX_STEP) * _CTX_STEP
+            self._reading = LlamaContext(self._model, 1, size, self._engine.threads, layout=ONE_SEQUENCE)
+        return self._reading
+
+    def _drop_context(self) -> None:
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
+
+    def _generate(self, prompts: list[str], max_tokens: int, stop: tuple[str, ...]) -> list[str]:
+        sampling = Sampling(max_tokens=max_tokens, stop=stop)
+        return [done.text for done in self._engine.complete([Request(p) for p in prompts], sampling)]
+
+    def close(self) -> None:
+        if cache := vars(self).pop("_cache", None):
+            cache.close()
+        self._drop_context()
+        self._engine.close()
+
+
+class _Cache:
+    """A context of one sequence as llama-bench makes it, and a batch whose arrays are used again."""
+
+    def __init__(
+        self, model: LlamaModel, threads: int, context_tokens: int, type_k: str, type_v: str
+    ) -> None:
+        self._lib = lib = model.lib
+        self._n_vocab, self._context_tokens = model.n_vocab, context_tokens
+        params = lib.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = context_tokens, _N_BATCH, _N_UBATCH
+        params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = _FLASH_AUTO
+        params.swa_full = False
+        params.type_k, params.type_v = _TYPES[type_k], _TYPES[type_v]
+        self._context = lib.llama_init_from_model(model.handle, params)
+        if not self._context:
+            raise EngineError(
+                f"llama.cpp makes no context of {context_tokens} tokens with keys in {type_k} and values in {type_v}",
+                "There is too little memory for it, or the model does not take these types.",
+            )
+        self.flash_attn = flash_attn_in_use()
+        self._memory = lib.llama_get_memory(self._context)
+        self._batch = lib.llama_batch_init(_N_BATCH, 0, 1)
+        for i in range(_N_BATCH):
+            self._batch.n_seq_id[i] = 1
+            self._batch.seq_id[i][0] = 0
+            self._batch.logits[i] = 0
+        self._used = 0
+
+    def clear(self) -> None:
+        self._lib.llama_memory_clear(self._memory, False)
+        self._used = 0
+
+    def prefill(self, tokens: Sequence[int]) -> int:
+        n, room = len(tokens), self._context_tokens - self._used
+        if not 0 < n <= room:
+            raise InputError(f"{n} tokens to read, and the context has room for {room}")
+        batch = self._batch
+        for start in range(0, n, _N_BATCH):
+            part = tokens[start : start + _N_BATCH]
+            size = len(part)
+            ctypes.memmove(batch.token, (ctypes.c_int32 * size)(*part), 4 * size)
+            first = self._used
+            ctypes.memmove(batch.pos, (ctypes.c_int32 * size)(*range(first, first + size)), 4 * size)
+            batch.logits[size - 1] = 1  # as llama-bench: of each batch's last token
+            batch.n_tokens = size
+            self._decode(size)
+            batch.logits[size - 1] = 0
+        logits = self._lib.llama_get_logits_ith(self._context, -1)
+        return int(np.ctypeslib.as_array(logits, shape=(self._n_vocab,)).argmax())
+
+    def step(self, token: int) -> None:
+        """Append one token and compute the next logits, which nobody reads while the clock runs."""
+        batch = self._batch
+        batch.token[0] = token
+        batch.pos[0] = self._used
+        batch.logits[0] = 1
+        batch.n_tokens = 1
+        self._decode(1)
+        batch.logits[0] = 0
+
+    def _decode(self, n_tokens: int) -> None:
+        status = self._lib.llama_decode(self._context, self._batch)
+        if status != 0:
+            raise EngineError(
+                f"llama_decode returned {status} for {n_tokens} tokens", "The context may be full."
+            )
+        self._lib.llama_synchronize(self._context)
+        self._used += n_tokens
+
+    def close(self) -> None:
+        self._lib.llama_batch_free(self._batch)
+        self._lib.llama_free(self._context)
