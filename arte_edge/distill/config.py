@@ -248,7 +248,7 @@ class Evaluate(_Section):
 
 
 class Deploy(_Section):
-    """The target device and its latency limit for an answer: see docs/recommend.md."""
+    """The target device and its latency limit for an answer: see docs/runs.md."""
 
     device: str = Field(
         default="", description="device profile, or a fingerprint in `rates`; empty: no latency limit"

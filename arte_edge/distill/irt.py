@@ -20,7 +20,7 @@ two agree to r = 0.99), but it has no prior on β, so from 8 to 20 its difficult
 far behind (r 0.47 to 0.77 with the truth against 0.74 to 0.87), its maximum-likelihood
 α stands on its bounds for up to half of the items, its own small-sample variant needs
 numpy's float128, absent on Windows and Apple silicon, and it takes seconds for the same
-matrix. Measurements: docs/preference-set.md.
+matrix. Measurements: docs/preference-scores.md.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def top_k(params: ItemParameters, k: int, groups: Sequence[Hashable] | None = No
     Ties go to the smaller index. Items that nobody solved come after all others: for
     the student, weaker than most who were asked, they are no test, and where there
     are many, taking them at their α spoils the set. Items that everybody solved keep
-    their place, for a weaker respondent may still fail them. (docs/preference-set.md)
+    their place, for a weaker respondent may still fail them. (docs/preference-scores.md)
 
     With `groups` ``[n_item]`` (the right answer of each item, for a closed answer
     set) every group sends its best items in equal numbers, for a set in which one

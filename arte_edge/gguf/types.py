@@ -179,7 +179,7 @@ def quality_warning(quant: QuantType, n_parameter: int) -> str | None:
     """Return what is known to be wrong with a type for a model of that size, or None.
 
     Source: perplexity of imatrix quantizations on wikitext, ThomasBaruzier's GGUF repositories of
-    Qwen2.5-0.5B and 1.5B, September 2024; docs/quantization.md has our own figures beside them.
+    Qwen2.5-0.5B and 1.5B, September 2024; docs/verify.md has our own figures beside them.
     """
     if quant.name == "Q4_0" and n_parameter <= _SMALL_MODEL:
         return (

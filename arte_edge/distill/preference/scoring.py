@@ -320,7 +320,7 @@ def scoring_engine(run: Run, n_score: int) -> Engine:
 
     Scores rank drafts, and there are thousands of them, so they are computed where that is fastest, in
     bfloat16 if the hardware multiplies it: rounding moves single answers, but hardly the ranking
-    (docs/engines.md has both measured). What is reported of a student always comes from its own engine.
+    (docs/runtimes.md has both measured). What is reported of a student always comes from its own engine.
     With `prefer.student_file` the quantized file itself scores.
     """
     config, prefer = run.config.student, run.config.prefer

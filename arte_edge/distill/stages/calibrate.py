@@ -4,7 +4,7 @@ Several models with several numbers of few-shot examples answer the validation q
 two-parameter logistic fit says which questions discriminate strong respondents from weak ones.
 Answers are constrained: a respondent that merely lacks the format would otherwise look weak
 everywhere. For closed answer sets the preference set holds every answer equally often, or a score on
-it would partly measure answer bias (docs/preference-set.md).
+it would partly measure answer bias (docs/preference-scores.md).
 """
 
 from __future__ import annotations
