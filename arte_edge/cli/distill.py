@@ -46,7 +46,7 @@ def distill(
             "--force", help="Continue even if the teacher does not significantly outperform the student."
         ),
     ] = False,
-    anyway: Annotated[bool, typer.Option("--anyway", hidden=True)] = False,
+    anyway: Annotated[bool, typer.Option("--anyway", hidden=True, help="Old name of --force.")] = False,
     update: Annotated[
         bool,
         typer.Option("--update", help="Change the settings of an existing run; finished calls are reused."),
