@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
     from arte_edge.console import Reporter
     from arte_edge.distill.config import RunConfig
-    from arte_edge.export.formats import Format
     from arte_edge.export.pipeline import Outcome
     from arte_edge.export.recipe import Recipe
     from arte_edge.export.source import Source
+    from arte_edge.models.formats import Format
     from arte_edge.verify.gate import Verdict
 
 __all__ = ["Reply", "Run", "bench", "export", "load_run", "recommend", "report", "verify"]
@@ -313,9 +313,9 @@ def plan_export(
     reporter: Reporter | None = None,
 ) -> tuple[Source, tuple[Format, ...], Recipe, Path]:
     """Return what `export` would make: its source, formats, recipe and folder. Parameters as of `export`."""
-    from arte_edge.export.formats import parse_list
     from arte_edge.export.recipe import load_recipe
     from arte_edge.export.source import open_source
+    from arte_edge.models.formats import parse_list
 
     plan = load_recipe(str(recipe or _DEFAULT_RECIPE))
     formats = plan.formats

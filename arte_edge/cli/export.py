@@ -136,9 +136,9 @@ def _close(outcome: Outcome, folder: Path, as_json: bool) -> None:
 def _show_list(as_json: bool) -> None:
     """Print the shipped recipes and every format there is."""
     from arte_edge import catalog
-    from arte_edge.export.formats import ARCHS
     from arte_edge.export.recipe import load_recipe
     from arte_edge.gguf.types import QUANT_TYPES
+    from arte_edge.models.formats import ARCHS
 
     onnx = ("int4", "int8", "fp32", "optimum-fp32", *(f"optimum-int8-{arch}" for arch in ARCHS))
     rows = []

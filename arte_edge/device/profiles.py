@@ -122,6 +122,11 @@ class Profile(_Table):
     )
     notes: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The names that results of this device may have: its own, and that of the profile it is based on."""
+        return frozenset(name for name in (self.name, self.base) if name)
+
     def facts(self) -> dict[str, Fact]:
         """Return the numbers that carry their evidence, by key, those that are known."""
         named = {key: getattr(self, key) for key in type(self).model_fields}

@@ -12,14 +12,31 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from arte_edge.device.model_size import ModelShape
 from arte_edge.device.profiles import Profile
+from arte_edge.errors import InputError
+from arte_edge.results.student_json import Artifact
 
-__all__ = ["Expected", "Source", "expected", "expected_here", "is_busy", "measure", "probe"]
+__all__ = [
+    "READS_FASTER",
+    "Expected",
+    "Prediction",
+    "Predictor",
+    "Source",
+    "expected",
+    "expected_here",
+    "is_busy",
+    "measure",
+    "predict_shape",
+    "predictor",
+    "probe",
+]
 
 _MAX_BYTES = 512_000_000  # in all: past every cache of a small machine, and past those of most servers
 _PASSES = 6
@@ -161,3 +178,55 @@ def _result(
     kv_s, overhead_s = shape.kv_bytes(context_tokens) / bytes_per_s, shape.n_layer * layer_s
     rate = 1 / (weights_s + kv_s + overhead_s)
     return Expected(rate, source, basis, weights_s, kv_s, overhead_s, is_upper_bound=bound)
+
+
+# Prompts are read faster than text is written. How much faster depends on kernels more than on
+# memory, so no formula gives it; this is the least ratio published for a Raspberry Pi 5 (nyunai's
+# edge-llm-leaderboard, stable-code-3b Q4_K_M, four threads: 10.8 to 5.56 tokens/s).
+READS_FASTER = 1.9
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is predicted for a file on a device: rates in tokens/s, memory in bytes."""
+
+    decode_tokens_per_s: float | None = None
+    ram_bytes: int | None = None
+    source: str = ""
+    prefill_tokens_per_s: float | None = None
+    prefill_source: str = ""
+
+
+Predictor = Callable[[Artifact], Prediction | None]
+
+
+def predictor(folder: Path, profile: Profile, context_tokens: int) -> Predictor:
+    """Return what predicts the files in `folder` on the device, with `context_tokens` in the cache."""
+
+    def predict(artifact: Artifact) -> Prediction | None:
+        path = folder / artifact.file
+        if not path.exists():
+            return None
+        try:
+            shape = ModelShape.of(path)
+        except InputError:  # a layout whose sizes we cannot read
+            return None
+        return predict_shape(shape, profile, context_tokens)
+
+    return predict
+
+
+def predict_shape(shape: ModelShape, profile: Profile, context_tokens: int) -> Prediction:
+    """Return what is expected of a model of these sizes on the device."""
+    from arte_edge.device.memory_estimate import fit
+
+    speed = expected(shape, profile, context_tokens)
+    found = fit(shape, profile.memory_bytes[0], context_tokens)
+    rate = speed.decode_tokens_per_s if speed else None
+    return Prediction(
+        rate,
+        found.peak_bytes,  # what a measured peak will be beside
+        speed.basis if speed else "sizes in the file's header",
+        rate and rate * READS_FASTER,
+        f"assumed to be {READS_FASTER} times the decode rate",
+    )

@@ -25,15 +25,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from arte_edge.console import Reporter
 from arte_edge.distill.config import Deploy
 from arte_edge.errors import InputError
 from arte_edge.models.local import LocalModel
 from arte_edge.store import write_atomic
+
+if TYPE_CHECKING:
+    from arte_edge.device.model_size import ModelShape
+    from arte_edge.device.profiles import Profile
+    from arte_edge.results.measurements import Measured
+    from arte_edge.results.student_json import Artifact
 
 __all__ = [
     "FILE_NAME",
@@ -42,11 +48,13 @@ __all__ = [
     "Rates",
     "budget_tokens",
     "decide_budget",
+    "device_rates",
     "penalize_length",
 ]
 
 FILE_NAME = "deploy.json"
 PROMPT_PERCENTILE = 95
+_CONTEXT_TOKENS = 512  # at which a prediction is made
 _LEAST = 8  # tokens: an answer in its tags and a word before it
 
 
@@ -120,10 +128,97 @@ def decide_budget(
 
 
 def device_rates(config: Deploy, student: LocalModel) -> Rates:
-    """Return how fast ``deploy.file`` of the student runs on ``deploy.device``: measured there, else predicted."""
-    from arte_edge.publish.deploy_rates import deploy_rates
+    """Return how fast ``deploy.file`` of the student runs on ``deploy.device``: measured there, else predicted.
 
-    return deploy_rates(config, student)
+    Raises:
+        InputError: the device is unknown and was not measured, or no such file was measured and
+            none can be predicted.
+    """
+    from arte_edge.device.model_size import ModelShape
+    from arte_edge.device.roofline import READS_FASTER, predict_shape
+
+    profile, names = _device(config)
+    artifact, best, folder = _measured_file(config, names) if config.rates else (None, None, None)
+    if best is not None and best.decode:
+        if best.prefill:
+            return Rates(best.decode, best.prefill, "measured", best.source)
+        source = f"{best.source}; prefill assumed to be {READS_FASTER} times as fast"
+        return Rates(best.decode, best.decode * READS_FASTER, "predicted", source)
+    if profile is None:
+        raise InputError(
+            f"deploy.device = '{config.device}': no such profile, and not measured for {config.file}",
+            "See `arte-edge devices ls`, or measure it: arte-edge bench FILE, and set deploy.rates.",
+        )
+    path = folder / artifact.file if folder and artifact else None
+    shape = ModelShape.of(path) if path and path.exists() else _predicted_shape(config.file, student)
+    predicted = predict_shape(shape, profile, _CONTEXT_TOKENS)
+    if (rate := predicted.decode_tokens_per_s) is None:
+        raise InputError(
+            f"deploy.device = '{config.device}': its memory bandwidth is unknown, so nothing can be predicted",
+            "Measure it: arte-edge bench FILE on the device, and set deploy.rates.",
+        )
+    source = f"{predicted.source}; prefill assumed to be {READS_FASTER} times as fast"
+    return Rates(rate, rate * READS_FASTER, "predicted", source)
+
+
+def _device(config: Deploy) -> tuple[Profile | None, frozenset[str]]:
+    """Return the profile, None for a fingerprint, and the names that its results may have."""
+    from arte_edge.device.profiles import find_device
+
+    try:
+        profile = find_device(config.device)
+    except InputError:
+        if not config.rates:
+            raise
+        return None, frozenset({config.device})
+    return profile, profile.names | {config.device}
+
+
+def _measured_file(
+    config: Deploy, names: frozenset[str]
+) -> tuple[Artifact | None, Measured | None, Path | None]:
+    """Return the exported file that ``deploy.file`` names, its measurement, and their folder.
+
+    Raises:
+        InputError: ``deploy.rates`` is no folder or file with results.
+    """
+    from arte_edge.results.locate import find_export, read_bench
+    from arte_edge.results.measurements import best_of_rows, measured
+    from arte_edge.results.student_json import read_student
+
+    given = Path(config.rates).expanduser()
+    has_rows = given.is_dir() and (given / "bench.jsonl").is_file()
+    folder = given.parent if given.is_file() else given if has_rows else find_export(given)
+    rows, student, file = read_bench(folder), read_student(folder), config.file
+    for artifact in student.artifacts if student else ():
+        if file in (artifact.quantization, artifact.file, artifact.file.rstrip("/")):
+            return artifact, measured(artifact, names, rows)[0], folder
+    return None, best_of_rows(rows, file, names), folder
+
+
+def _predicted_shape(kind: str, student: LocalModel) -> ModelShape:
+    """Return the sizes of the base student as a file of this kind, before it is exported.
+
+    Raises:
+        InputError: not a type that can be exported.
+    """
+    from arte_edge.checkpoint import shapes_of
+    from arte_edge.device.model_size import ModelShape
+    from arte_edge.models.formats import parse_list, predicted_bytes
+
+    checkpoint = student.checkpoint()
+    shape = ModelShape.of(checkpoint)
+    onnx = kind[:1].islower()
+    format = parse_list(None if onnx else kind, kind if onnx else None)[0]
+    scale = predicted_bytes(format, shapes_of(checkpoint)) / shape.weight_bytes
+    return replace(
+        shape,
+        name=kind,
+        quantization=kind,
+        weight_bytes=round(shape.weight_bytes * scale),
+        token_bytes=round(shape.token_bytes * scale),
+        token_bytes_by_type={},
+    )
 
 
 def _stored(path: Path, config: Deploy) -> Budget | None:

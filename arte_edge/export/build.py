@@ -18,10 +18,10 @@ from typing import Any, Literal, cast
 from arte_edge import __version__
 from arte_edge.cache import Progress, sha256_file, whole_file
 from arte_edge.export.build_cache import Made, Workshop
-from arte_edge.export.formats import FULL_WIDTH, Format
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
 from arte_edge.gguf.reader import Field
+from arte_edge.models.formats import FULL_WIDTH, Format
 from arte_edge.results.student_json import Student
 
 __all__ = ["Builder", "needs_imatrix", "uses_base"]

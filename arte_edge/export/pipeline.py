@@ -25,14 +25,13 @@ from arte_edge.console import Reporter
 from arte_edge.errors import ArteError, InputError
 from arte_edge.export.build import Builder, uses_base
 from arte_edge.export.build_cache import Made, Workshop, remove
-from arte_edge.export.estimate import predicted_bytes
-from arte_edge.export.formats import FULL_WIDTH, Format
 from arte_edge.export.lora_merge import merge
 from arte_edge.export.ollama import modelfile
 from arte_edge.export.provenance import gguf_keys, leaks
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
 from arte_edge.export.verification import Judge, reference_accuracy
+from arte_edge.models.formats import FULL_WIDTH, Format, predicted_bytes
 from arte_edge.onnx.folder import TOKENIZER_FILES
 from arte_edge.pii_scan import this_machine
 from arte_edge.results.accuracy import PairedAccuracy

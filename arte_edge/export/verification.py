@@ -14,9 +14,9 @@ from typing import Any
 from arte_edge import __version__
 from arte_edge.cache import Progress
 from arte_edge.export.build_cache import Made, Workshop
-from arte_edge.export.formats import Format
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
+from arte_edge.models.formats import Format
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import SCHEMA_VERSION, Artifact, Check, Fidelity, FidelityMetrics, Student
 from arte_edge.runtimes.loader import open_model

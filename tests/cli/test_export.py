@@ -11,9 +11,9 @@ import pytest
 
 from arte_edge.cli.main import main
 from arte_edge.errors import ArteError
-from arte_edge.export.formats import format_of
 from arte_edge.export.pipeline import Failure, Outcome
 from arte_edge.export.source import Source
+from arte_edge.models.formats import format_of
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import Artifact, Fidelity, FidelityMetrics, Lineage, Student, StudentFile
 

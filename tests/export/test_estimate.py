@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from arte_edge.export.estimate import plan, predicted_bytes
-from arte_edge.export.formats import format_of
+from arte_edge.export.estimate import plan
 from arte_edge.export.recipe import Recipe, build
+from arte_edge.models.formats import format_of, predicted_bytes
 
 
 def shapes(hidden: int, ffn: int, n_layer: int, kv: int, vocab: int) -> dict[str, tuple[int, ...]]:

@@ -21,7 +21,6 @@ pytest.importorskip("llama_cpp")
 from arte_edge.cache import sha256_file
 from arte_edge.console import Reporter
 from arte_edge.errors import ArteError, InputError
-from arte_edge.export.formats import parse_list
 from arte_edge.export.pipeline import Outcome, export
 from arte_edge.export.recipe import Recipe, build
 from arte_edge.export.source import Source, open_source
@@ -32,6 +31,7 @@ from arte_edge.gguf.metadata import rewrite
 from arte_edge.gguf.reader import Field, read_model_header
 from arte_edge.gguf.types import STRING
 from arte_edge.models.artifact_hash import checksums_of
+from arte_edge.models.formats import parse_list
 from arte_edge.results.student_json import Speed, read_student, write_student
 from arte_edge.verify.check import Check
 from arte_edge.verify.gate import Verdict

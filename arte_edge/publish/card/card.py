@@ -22,7 +22,7 @@ from arte_edge.publish.card.front_matter import (
     split_card,
 )
 from arte_edge.publish.card.metadata import CardOptions, head_keys, hub_id, model_index
-from arte_edge.publish.locate import find_export, read_bench, read_export
+from arte_edge.results.locate import find_export, read_bench, read_export
 from arte_edge.results.merge import merge_into, merge_rows
 from arte_edge.results.student_json import FILE_NAME, StudentFile
 from arte_edge.store import write_atomic

@@ -1,59 +1,23 @@
 """The metrics of each file on one device: measured where possible, else predicted and marked so.
 
 Measurements are those that `arte-edge bench` merged into ``student.json`` and the raw rows of
-``bench.jsonl``, matched by the hash of the tensor data. Measurements of a throttled device or under an
-emulator are ignored. Of several measurements of a file (threads, runtimes) the one with the highest
-decode rate counts, with its own prefill rate and memory.
+``bench.jsonl`` (`arte_edge.results.measurements`).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Sequence
 
+from arte_edge.device.roofline import Predictor
 from arte_edge.publish.recommend.constraints import Constraints
 from arte_edge.publish.recommend.pareto import Candidate, Metric
 from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.measurements import measured
 from arte_edge.results.merge import belongs_to, evaluation_of
-from arte_edge.results.rows import QualityRow, Row, SpeedRow
+from arte_edge.results.rows import QualityRow, Row
 from arte_edge.results.student_json import Artifact, Evaluation, StudentFile
 
-__all__ = [
-    "Measured",
-    "Prediction",
-    "Predictor",
-    "accuracies",
-    "candidates",
-    "evaluations",
-    "from_rows",
-    "measured",
-]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What is predicted for a file on a device: rates in tokens/s, memory in bytes."""
-
-    decode_tokens_per_s: float | None = None
-    ram_bytes: int | None = None
-    source: str = ""
-    prefill_tokens_per_s: float | None = None
-    prefill_source: str = ""
-
-
-Predictor = Callable[[Artifact], Prediction | None]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One measurement of one file: rates in tokens/s, memory in bytes, and what ran it."""
-
-    decode: float | None
-    prefill: float | None
-    ram_bytes: int | None
-    source: str
+__all__ = ["accuracies", "candidates", "evaluations"]
 
 
 def candidates(
@@ -94,51 +58,6 @@ def evaluations(artifact: Artifact, rows: Sequence[Row] = ()) -> list[Evaluation
     for row in rows:
         if isinstance(row, QualityRow) and row.status == "ok" and row.n > 0 and belongs_to(row, artifact):
             found.append(evaluation_of(row))
-    return found
-
-
-def measured(
-    artifact: Artifact, names: frozenset[str], rows: Sequence[Row] = ()
-) -> tuple[Measured | None, int]:
-    """Return the measurement that counts, None if there is none; and how many throttled ones were left out."""
-    speeds = [s for s in artifact.speeds if names & ({s.device, s.fingerprint, s.profile} - {""})]
-    found = [
-        Measured(
-            speed.decode_tokens_per_s,
-            speed.prefill_tokens_per_s,
-            speed.peak_rss_bytes,
-            f"{speed.runtime}, {speed.threads} thread{'s' * (speed.threads != 1)}",
-        )
-        for speed in speeds
-        if not speed.throttled
-    ]
-    mine = [row for row in rows if isinstance(row, SpeedRow) and row.ok and belongs_to(row, artifact)]
-    mine = [row for row in mine if _on(row, names)]
-    found += from_rows([row for row in mine if not row.throttled])
-    # A row of bench.jsonl is merged into student.json too: it must not count twice.
-    throttled = sum(bool(one.throttled) for one in (mine or speeds))
-    return max(found, key=lambda one: one.decode or 0.0, default=None), throttled
-
-
-def from_rows(rows: Sequence[SpeedRow]) -> list[Measured]:
-    """Return one measurement for each runtime and number of threads; an empty cache first (``n_depth`` least)."""
-    groups: dict[tuple[str, int], list[SpeedRow]] = defaultdict(list)
-    for row in rows:
-        groups[row.runtime, row.n_threads].append(row)
-    found = []
-    for (runtime, threads), group in groups.items():
-        depth = min(row.n_depth for row in group)
-        writes = [row.median_ts or row.avg_ts for row in group if row.n_gen and row.n_depth == depth]
-        reads = [row.median_ts or row.avg_ts for row in group if not row.n_gen and row.n_depth == depth]
-        ram = [row.peak_rss_bytes for row in group if row.peak_rss_bytes is not None]
-        found.append(
-            Measured(
-                median(writes) if writes else None,
-                median(reads) if reads else None,
-                max(ram, default=None),
-                f"{runtime}, {threads} thread{'s' * (threads != 1)}",
-            )
-        )
     return found
 
 
@@ -195,8 +114,3 @@ def _computed_answer_s(
     seconds = constraints.prompt_tokens / prefill.value + constraints.answer_tokens / decode.value
     lengths = f"{constraints.prompt_tokens} prompt and {constraints.answer_tokens} answer tokens"
     return Metric(seconds, "predicted", f"{lengths} at {decode.evidence} rates")
-
-
-def _on(row: Row, names: frozenset[str]) -> bool:
-    emulated = "qemu" in row.device.virtual
-    return not emulated and bool({row.device.profile, row.device.fingerprint} & (names - {""}))

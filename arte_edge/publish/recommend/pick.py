@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arte_edge.device.profiles import Profile
+from arte_edge.device.roofline import Predictor
 from arte_edge.errors import InputError
-from arte_edge.publish.locate import find_export, read_bench, read_export
 from arte_edge.publish.recommend.constraints import Constraints, parse_size, size_text
-from arte_edge.publish.recommend.measurements import Predictor, candidates
+from arte_edge.publish.recommend.measurements import candidates
 from arte_edge.publish.recommend.pareto import Candidate, Metric, ParetoFront, pareto_front
 from arte_edge.publish.recommend.table import (
     choice_lines,
@@ -30,6 +30,7 @@ from arte_edge.publish.recommend.table import (
     recommendation_lines,
     recommendation_table,
 )
+from arte_edge.results.locate import find_export, read_bench, read_export
 from arte_edge.results.rows import Row
 from arte_edge.results.student_json import StudentFile
 
@@ -41,7 +42,6 @@ __all__ = [
     "Relaxation",
     "Violation",
     "choose",
-    "device_names",
     "recommend",
 ]
 
@@ -165,7 +165,7 @@ def recommend(
     Raises:
         InputError: no export there, an unknown device, or not a size.
     """
-    from arte_edge.publish.predict import predictor
+    from arte_edge.device.roofline import predictor
 
     constraints = Constraints(
         max_ram_bytes=parse_size(max_ram, "--max-ram") if max_ram else None,
@@ -183,9 +183,7 @@ def recommend(
     measured |= {name for row in rows for name in (row.device.profile, row.device.fingerprint) if name}
     profile, names, note = _device(device, measured)
     predict = predictor(folder, profile, prompt_tokens + answer_tokens) if profile.name else None
-    found = choose(
-        student, profile, constraints, rows=rows, predict=predict, names=names | device_names(profile)
-    )
+    found = choose(student, profile, constraints, rows=rows, predict=predict, names=names | profile.names)
     notes = (note, *found.notes) if note else found.notes
     return replace(found, folder=folder.name, notes=notes)
 
@@ -214,11 +212,6 @@ def _device(ref: str | None, measured: set[str]) -> tuple[Profile, frozenset[str
         return Profile(title=ref, cores=1, memory_bytes=(1,)), frozenset({ref}), ""
 
 
-def device_names(device: Profile) -> frozenset[str]:
-    """Return the names that results of `device` may have: its own, and that of the profile it is based on."""
-    return frozenset(name for name in (device.name, device.base) if name)
-
-
 def choose(
     student: StudentFile,
     device: Profile,
@@ -235,7 +228,7 @@ def choose(
         predict: predicts metrics of a file that was not measured there; None: no predictions.
         names: that results of the device may have, fingerprints included; its own unless given.
     """
-    found = candidates(student, names or device_names(device), constraints, rows, predict)
+    found = candidates(student, names or device.names, constraints, rows, predict)
     good = [c for c in found if c.artifact.status == "ok"]
     violations = [
         Violation(c.file, "gate", "rejected by the fidelity gate") for c in found if c.artifact.status != "ok"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.errors import InputError
-from arte_edge.publish.locate import find_export, find_run, read_bench
+from arte_edge.results.locate import find_export, find_run, read_bench
 from arte_edge.results.rows import Row
 from arte_edge.results.student_json import StudentFile, read_student
 from arte_edge.store import read_jsonl

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge import __version__
-from arte_edge.publish.locate import find_run
 from arte_edge.publish.recommend.constraints import Constraints, size_text
 from arte_edge.publish.recommend.measurements import candidates
 from arte_edge.publish.recommend.pareto import Candidate, pareto_front
@@ -34,6 +33,7 @@ from arte_edge.publish.report.narrative import (
     score_label,
     stage_summaries,
 )
+from arte_edge.results.locate import find_run
 from arte_edge.results.rows import SpeedRow
 from arte_edge.store import write_atomic
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from arte_edge.device.profiles import Profile
+from arte_edge.device.roofline import Prediction
 from arte_edge.errors import InputError
 from arte_edge.publish.recommend.constraints import Constraints, parse_size, size_text
-from arte_edge.publish.recommend.measurements import Prediction
 from arte_edge.publish.recommend.pareto import Candidate, Metric, pareto_front
 from arte_edge.publish.recommend.pick import choose
 from arte_edge.publish.recommend.table import drop_text

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from arte_edge.distill.config import Deploy
+from arte_edge.distill.latency import device_rates
 from arte_edge.errors import InputError
 from arte_edge.models.local import LocalModel
-from arte_edge.publish.deploy_rates import deploy_rates
 from arte_edge.results.rows import DeviceFacts, SpeedRow
 from arte_edge.results.student_json import (
     Artifact,
@@ -51,14 +51,14 @@ def test_measured_rows_of_the_file_on_the_device_count(tmp_path: Path, student: 
     rows = [row(200, 0), row(40, 128), row(90, 128, quantization="Q8_0"), row(95, 128, profile="orange-pi-5")]
     folder = bench(tmp_path / "b", *rows, row(99, 128, throttled=True))
     for rates in (folder, f"{folder}/bench.jsonl"):
-        found = deploy_rates(Deploy(device=PI, rates=rates), student)
+        found = device_rates(Deploy(device=PI, rates=rates), student)
         assert (found.decode_tokens_per_s, found.prefill_tokens_per_s, found.evidence) == (
             40,
             200,
             "measured",
         )
         assert found.source == "llama_cpp 1, 4 threads"
-    by_print = deploy_rates(Deploy(device="0" * 16, rates=folder), student)
+    by_print = device_rates(Deploy(device="0" * 16, rates=folder), student)
     assert by_print.evidence == "measured"
 
 
@@ -75,14 +75,14 @@ def test_merged_speeds_of_an_earlier_round_count(tmp_path: Path, student: LocalM
         artifacts=(artifact,),
     )
     write_student(tmp_path / "round1" / "export", document)
-    found = deploy_rates(Deploy(device=PI, rates=str(tmp_path / "round1")), student)
+    found = device_rates(Deploy(device=PI, rates=str(tmp_path / "round1")), student)
     assert (found.decode_tokens_per_s, found.evidence) == (33, "measured")
-    named = deploy_rates(Deploy(device=PI, file="m-Q4_K_M.gguf", rates=str(tmp_path / "round1")), student)
+    named = device_rates(Deploy(device=PI, file="m-Q4_K_M.gguf", rates=str(tmp_path / "round1")), student)
     assert named == found
 
 
 def test_writing_without_reading_is_no_measurement_of_an_answer(tmp_path: Path, student: LocalModel) -> None:
-    found = deploy_rates(Deploy(device=PI, rates=bench(tmp_path / "b", row(40, 128))), student)
+    found = device_rates(Deploy(device=PI, rates=bench(tmp_path / "b", row(40, 128))), student)
     assert found.evidence == "predicted" and found.prefill_tokens_per_s == pytest.approx(76)
     assert "assumed" in found.source
 
@@ -91,15 +91,15 @@ def test_a_device_that_nobody_knows_and_nobody_measured_is_refused(
     tmp_path: Path, student: LocalModel
 ) -> None:
     with pytest.raises(InputError, match="toaster"):
-        deploy_rates(Deploy(device="toaster"), student)
+        device_rates(Deploy(device="toaster"), student)
     with pytest.raises(InputError, match=r"deploy\.device = 'toaster': no such profile, and not measured"):
-        deploy_rates(Deploy(device="toaster", rates=bench(tmp_path / "b", row(40, 128))), student)
+        device_rates(Deploy(device="toaster", rates=bench(tmp_path / "b", row(40, 128))), student)
 
 
 @pytest.mark.model
 def test_a_file_that_nobody_made_yet_is_predicted_from_its_size(smollm2: LocalModel) -> None:
     def rate(file: str) -> float:
-        found = deploy_rates(Deploy(device=PI, file=file), smollm2)
+        found = device_rates(Deploy(device=PI, file=file), smollm2)
         assert found.evidence == "predicted" and "GB/s" in found.source
         return found.decode_tokens_per_s
 
