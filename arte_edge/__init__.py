@@ -22,14 +22,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inspect import Signature
 
-    from arte_edge.api import Reply, Run, bench, export, load_run, recommend, report, verify
+    from arte_edge.api import Reply, Run, ask, bench, distill, export, load_run, recommend, report, verify
     from arte_edge.errors import ArteError
 
 __all__ = [
     "ArteError",
     "Reply",
     "Run",
+    "ask",
     "bench",
+    "distill",
     "export",
     "load_run",
     "recommend",

@@ -12,7 +12,7 @@ Errors are `ArteError`. A parity test holds the parameters of these functions an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arte_edge.bench.runner import BenchOutcome, bench
+from arte_edge.distill.ask import Reply, ask_student
 from arte_edge.errors import InputError
 from arte_edge.publish.recommend.pick import Recommendation, recommend
 from arte_edge.publish.report.page import ReportPage, report
@@ -35,32 +36,12 @@ if TYPE_CHECKING:
     from arte_edge.models.formats import Format
     from arte_edge.verify.gate import Verdict
 
-__all__ = ["Reply", "Run", "bench", "export", "load_run", "recommend", "report", "verify"]
+__all__ = ["Reply", "Run", "ask", "bench", "distill", "export", "load_run", "recommend", "report", "verify"]
 
 PathLike = str | Path
 ByteProgress = Callable[[str, int, int], None]
 _DEFAULT_RECIPE = "laptop"
 _SIXTEEN_BITS = ("F32", "F16", "BF16", "fp32", "fp16", "")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a student answered."""
-
-    text: str  # everything it wrote
-    answer: str | None  # the answer in it, None if it gave none in the task's form
-    prompt_tokens: int
-    completion_tokens: int
-    seconds: float
-
-    def __str__(self) -> str:
-        return self.text if self.answer is None else self.answer
-
-    def _repr_html_(self) -> str:
-        from arte_edge.notebook import fragment
-
-        rate = f"{self.completion_tokens} tokens in {self.seconds:.1f} s"
-        return fragment(self.answer or "no answer in the task's form", lines=[self.text, rate])
 
 
 @dataclass(frozen=True)
@@ -111,6 +92,10 @@ class Run:
         """The folder of the tuned student, a 16-bit checkpoint."""
         return self.folder / "tune" / "student"
 
+    def ask(self, text: str, *, max_tokens: int = 96) -> Reply:
+        """Return the tuned student's answer to one input of its task."""
+        return ask(self.folder, text, max_tokens=max_tokens)
+
     def export(self, **settings: Any) -> Outcome:
         """Export the student; parameters as of `arte_edge.export`."""
         return export(self.folder, **settings)
@@ -132,7 +117,9 @@ class Run:
 
         if not self.finished:
             return fragment(f"{self.name}: not finished", lines=["Run the same command again to resume."])
-        return fragment(self.name, [self.table])
+        from arte_edge.distill.summary import summary_lines
+
+        return fragment(self.name, [self.table], summary_lines(self.evaluation))
 
 
 def load_run(run: PathLike, *, runs: PathLike = "runs") -> Run:
@@ -149,6 +136,102 @@ def load_run(run: PathLike, *, runs: PathLike = "runs") -> Run:
             f"{run}: no run here", "Name a folder that `arte-edge distill` made, or one below runs/."
         )
     return Run(folder)
+
+
+def ask(run: PathLike, text: str, *, max_tokens: int = 96) -> Reply:
+    """Return the answer of a run's tuned student to `text`, prompted as in its training.
+
+    Raises:
+        InputError: no such run, or its student is not tuned yet.
+    """
+    return ask_student(load_run(run).folder, text, max_tokens=max_tokens)
+
+
+def distill(
+    run: PathLike | None = None,
+    *,
+    task: PathLike | None = None,
+    teacher: str | None = None,
+    student: str | None = None,
+    bbh: PathLike | None = None,
+    name: str | None = None,
+    runs: PathLike = "runs",
+    set: Mapping[str, Any] | Sequence[str] = (),
+    force: bool = False,
+    update: bool = False,
+    reporter: Reporter | None = None,
+) -> Run:
+    """Distil a student: check, elicit, calibrate, prefer, align, tailor, tune, evaluate.
+
+    Interrupted at any moment, the same call resumes.
+
+    Args:
+        run: a run.toml, or a shipped preset's name.
+        task: a shipped name, a task folder, a labelled file, hub:org/name.
+        teacher: a registry name, path, Hub id, or openai:MODEL@URL.
+        student: a registry name, path or Hub id.
+        bbh: folder of BIG-Bench-Hard files with the task.
+        name: of the run's folder; made of task and student unless given.
+        runs: where run folders are.
+        set: overrides of single keys: ``{"tune.epochs": 2}`` or ``["tune.epochs=2"]``.
+        force: continue even if the teacher does not significantly outperform the student.
+        update: change the settings of an existing run; finished calls stay cached.
+
+    Raises:
+        InputError: a wrong key, task or model, or a folder that holds another run.
+        StoppedEarly: a check or a budget ended the run; the same call resumes.
+    """
+    from arte_edge.console import Reporter
+    from arte_edge.distill.pipeline import run_pipeline
+
+    config, folder = plan_run(
+        run, task=task, teacher=teacher, student=student, bbh=bbh, name=name, runs=runs, set=set
+    )
+    run_pipeline(
+        config, folder, reporter or Reporter(folder / "events.jsonl", quiet=True), force=force, update=update
+    )
+    return Run(folder)
+
+
+def plan_run(
+    run: PathLike | None = None,
+    *,
+    task: PathLike | None = None,
+    teacher: str | None = None,
+    student: str | None = None,
+    bbh: PathLike | None = None,
+    name: str | None = None,
+    runs: PathLike = "runs",
+    set: Mapping[str, Any] | Sequence[str] = (),
+) -> tuple[RunConfig, Path]:
+    """Return the configuration and the folder of a run. Parameters as of `distill`."""
+    from arte_edge import catalog
+    from arte_edge.distill.config import build, load_toml, parse_set
+
+    path = None if run is None else catalog.find("presets", str(run))
+    task_keys = {
+        "ref": None if task is None else str(task),
+        "bbh": None if bbh is None else str(Path(bbh).resolve()),
+    }
+    given: dict[str, Any] = {
+        "name": name,
+        "task": {key: value for key, value in task_keys.items() if value is not None} or None,
+        "teacher": {"model": teacher} if teacher else None,
+        "student": {"model": student} if student else None,
+    }
+    flags = {key: value for key, value in given.items() if value}
+    overrides = (
+        [f"{key}={_toml(value)}" for key, value in set.items()] if isinstance(set, Mapping) else list(set)
+    )
+    config = build(str(run or "--set"), *([load_toml(path)] if path else []), flags, parse_set(overrides))
+    short = Path(config.student.model.split("@")[0].split(":")[-1]).name.lower().removesuffix(".gguf")
+    folder = config.name or (path.stem if path else f"{Path(config.task.ref).stem}-{short}")
+    return config, Path(runs) / folder
+
+
+def _toml(value: Any) -> str:
+    """Return a value as TOML: JSON is, for numbers, booleans, strings and lists of them."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
 def export(

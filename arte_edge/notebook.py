@@ -9,14 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from rich.table import Table
 
-__all__ = ["fragment", "table_html"]
+__all__ = ["ResultTable", "fragment", "table_html"]
 
 _CELL = "padding:0.2em 0.8em 0.2em 0;text-align:{align};white-space:{wrap};border:none"
+
+
+class ResultTable(Table):
+    """A table of the terminal that a notebook shows as an HTML table instead of as text."""
+
+    def _repr_mimebundle_(
+        self, include: Sequence[str], exclude: Sequence[str], **kwargs: Any
+    ) -> dict[str, str]:
+        bundle = super()._repr_mimebundle_(include, exclude, **kwargs)
+        return {**bundle, "text/html": table_html(self)}
 
 
 def fragment(title: str, tables: Iterable[Table] = (), lines: Sequence[str] = ()) -> str:

@@ -17,7 +17,7 @@ from arte_edge.bench.settings import BenchSettings
 from arte_edge.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("bench", "export", "recommend", "report", "verify")
+VERBS = ("ask", "bench", "distill", "export", "recommend", "report", "verify")
 # What only a terminal needs, and what only a program can pass.
 CLI_ONLY = {"as_json", "dry_run", "prices", "list", "output", "output_file"}
 API_ONLY = {"reporter", "progress", "on_row", "fetch"}
@@ -25,7 +25,7 @@ API_ONLY = {"reporter", "progress", "on_row", "fetch"}
 
 def cli_parameters(verb: str) -> set[str]:
     command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
-    return {parameter.name.rstrip("_") for parameter in command.params} - CLI_ONLY
+    return {p.name.rstrip("_") for p in command.params if not getattr(p, "hidden", False)} - CLI_ONLY
 
 
 def api_parameters(verb: str) -> set[str]:
@@ -97,6 +97,7 @@ def test_the_api_prints_nothing_and_does_not_know_the_command_line() -> None:
 def test_what_is_not_there_is_an_error_of_ours(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for call in (
         lambda: ae.load_run(tmp_path),
+        lambda: ae.distill(tmp_path / "none.toml"),
         lambda: ae.export(tmp_path / "none.gguf"),
         lambda: ae.report(tmp_path),
         lambda: ae.recommend(tmp_path),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -57,18 +57,11 @@ def distill(
 
     The run can be stopped at any moment: re-run the same command to resume.
     """
-    from arte_edge import catalog
-    from arte_edge.distill.config import build, load_toml, parse_set
+    from arte_edge import api
 
-    path = catalog.find("presets", run) if run is not None else None
-    flags: dict[str, Any] = {
-        **({"name": name} if name else {}),
-        **({"task": _given(ref=task, bbh=str(bbh.resolve()) if bbh else None)} if task or bbh else {}),
-        **({"teacher": {"model": teacher}} if teacher else {}),
-        **({"student": {"model": student}} if student else {}),
-    }
-    layers = [load_toml(path)] if path else []
-    config = build(run or "--set", *layers, flags, parse_set(set_ or []))
+    config, folder = api.plan_run(
+        run, task=task, teacher=teacher, student=student, bbh=bbh, name=name, runs=runs, set=set_ or []
+    )
     if prices and not dry_run:
         raise InputError("--prices needs --dry-run", "A run itself counts calls and tokens, not dollars.")
     if dry_run:
@@ -80,10 +73,6 @@ def distill(
     from arte_edge.distill.pipeline import run_pipeline
     from arte_edge.distill.summary import show_summary
 
-    folder_name = config.name or (
-        path.stem if path else f"{Path(config.task.ref).stem}-{_short(config.student.model)}"
-    )
-    folder = runs / folder_name
     reporter = Reporter(folder / "events.jsonl", as_json=as_json)
     done = run_pipeline(config, folder, reporter, force=force or anyway, update=update)
     calls = (done.calls_made, done.calls_cached)
@@ -92,11 +81,3 @@ def distill(
         emit_json({"event": "done", "run": str(folder), **counts, **done.evaluation})
     else:
         show_summary(out, done.evaluation, folder, calls)
-
-
-def _given(**values: str | None) -> dict[str, str]:
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _short(model: str) -> str:
-    return Path(model.split("@")[0].split(":")[-1]).name.lower().removesuffix(".gguf")

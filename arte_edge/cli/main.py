@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from arte_edge import __version__
 from arte_edge.cli import (
+    ask,
     bench,
     card,
     compare,
@@ -43,6 +44,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(distill.distill)
+app.command()(ask.ask)
 app.command()(export.export)
 app.command()(verify.verify)
 app.command()(bench.bench)

@@ -6,20 +6,20 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console, Group
-from rich.table import Table
 from rich.text import Text
 
 from arte_edge.distill.run_context import Summary
+from arte_edge.notebook import ResultTable
 
-__all__ = ["show_summary", "summary_table"]
+__all__ = ["show_summary", "summary_lines", "summary_table"]
 
 # Names in run folders of earlier versions.
 _OLD_PROMPTING = {"answer forced": "constrained"}
 
 
-def summary_table(evaluation: Summary) -> Table:
+def summary_table(evaluation: Summary) -> ResultTable:
     """Return accuracy by model and setting, with 95 % intervals."""
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = ResultTable(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for name, side in (
         ("model", "left"),
         ("prompting", "left"),
@@ -38,8 +38,8 @@ def summary_table(evaluation: Summary) -> Table:
     return table
 
 
-def show_summary(console: Console, evaluation: Summary, folder: Path, calls: tuple[int, int]) -> None:
-    """Print the table, the paired tests, the share of the gain that is format, and the paths."""
+def summary_lines(evaluation: Summary) -> list[str]:
+    """Return the text below the table: n, the paired tests, and the share of the gain that is format."""
     n = evaluation["rows"][0]["n"]
     part = ", a part of the test split: not a result" if evaluation["partial"] else ""
     lines = [f"n = {n} test examples{part}; the random baseline is {evaluation['chance']:.1%}."]
@@ -55,7 +55,13 @@ def show_summary(console: Console, evaluation: Summary, folder: Path, calls: tup
             f"{share:.0%} of the first gain is format: "
             "what the base student gains from constrained answers alone."
         )
-    lines += [
+    return lines
+
+
+def show_summary(console: Console, evaluation: Summary, folder: Path, calls: tuple[int, int]) -> None:
+    """Print the table, the text below it, and the paths."""
+    lines = [
+        *summary_lines(evaluation),
         "",
         f"Student: {folder / 'tune' / 'student'}",
         f"Run folder: {folder} ({calls[0]} engine calls made, {calls[1]} cached)",

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from arte_edge.cache import megabytes
 from arte_edge.export.pipeline import Outcome
+from arte_edge.notebook import ResultTable
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import FILE_NAME, Artifact
 
@@ -33,7 +34,7 @@ def show_outcome(console: Console, outcome: Outcome, out: Path) -> None:
 def artifact_table(artifacts: Sequence[Artifact], model: str) -> Table:
     """Return the table. The model's name, with which every file's begins, is left out to fit into 80 columns."""
     has_accuracy = any(artifact.accuracy for artifact in artifacts)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = ResultTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("file", overflow="fold")
     for name in ("size", "bits/w", "KL", "top-1", *(["accuracy"] if has_accuracy else [])):
         table.add_column(name, justify="right", no_wrap=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from rich.table import Table
 
+from arte_edge.notebook import ResultTable
+
 __all__ = ["Check", "checks_table", "long_notes"]
 
 _SHORT = 64  # characters of a note that fit into the table, on two lines
@@ -45,10 +47,9 @@ class Check:
 
 def checks_table(checks: Sequence[Check]) -> Table:
     """Return the checks as a table of 80 columns; longer notes are `long_notes`."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
+    table = ResultTable(box=None, pad_edge=False)
     for title in ("check", "measured", "limit", "", ""):
         number = title in ("measured", "limit")
         table.add_column(title, justify="right" if number else "left", no_wrap=bool(title))

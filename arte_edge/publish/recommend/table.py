@@ -41,9 +41,10 @@ def choice_lines(found: Recommendation) -> list[str]:
 def recommendation_table(found: Recommendation) -> Table:
     """Return the files with what is known of each; predicted values are marked ~."""
     from rich import box
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    from arte_edge.notebook import ResultTable
+
+    table = ResultTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("file", overflow="fold", min_width=12)
     for name in ("size", "memory", "tokens/s", "answer", "accuracy", "drop"):
         table.add_column(name, justify="right", no_wrap=True)
