@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from arte_edge.publish.report.svg import Axis, Plot, around, number
 from arte_edge.results.rows import SpeedRow
+from arte_edge.stats import pearson
 
 __all__ = [
     "Chart",
@@ -32,8 +34,10 @@ __all__ = [
 
 Rows = Sequence[dict[str, Any]]
 _MOST_QUESTIONS = 16
-_WORDS_A_BIN = 10
+_BIN_WORDS = 10
 _SCORE = "preference score"
+_MOST_TRACES = 6
+_MOST_POINTS = 400  # more are indistinguishable in a chart of this width
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,15 @@ class Chart:
     caption: str
 
 
+@dataclass(frozen=True)
+class Trace:
+    """The charts of one test; `sensors` None where the device reports nothing."""
+
+    name: str
+    tokens: Chart
+    sensors: Chart | None
+
+
 def time_chart(seconds: dict[str, float]) -> Chart | None:
     """Bars of minutes (or seconds) a stage."""
     found = {name: value for name, value in seconds.items() if value > 0}
@@ -51,7 +64,6 @@ def time_chart(seconds: dict[str, float]) -> Chart | None:
         return None
     longest = max(found.values())
     unit, scale = ("minutes", 60) if longest > 180 else ("seconds", 1)
-    total = sum(found.values())
     plot = Plot(
         Axis(unit, 0, longest / scale * 1.06),
         list(found),
@@ -59,12 +71,13 @@ def time_chart(seconds: dict[str, float]) -> Chart | None:
         desc="; ".join(f"{name} {value:.0f} s" for name, value in found.items()),
     )
     for row, value in enumerate(found.values()):
-        plot.bar(row, value / scale, 4, tip=f"{number(value / scale)}")
-    return Chart(plot.svg(), f"{total / 60:.1f} minutes in all, over all starts of the run.")
+        plot.bar(row, value / scale, 4, tip=number(value / scale))
+    total = sum(found.values()) / 60
+    return Chart(plot.svg(), f"{total:.1f} minutes in all, over all starts of the run.")
 
 
 def histogram_chart(values: Sequence[float], label: str, what: str) -> Chart | None:
-    """How often which value occurs."""
+    """The distribution of `values`."""
     if len(values) < 3:
         return None
     data = np.asarray(values, dtype=float)
@@ -73,16 +86,14 @@ def histogram_chart(values: Sequence[float], label: str, what: str) -> Chart | N
     edges = np.linspace(data.max() - width, data.max(), n_bins + 1)
     counts, _ = np.histogram(data, edges)
     plot = Plot(
-        around(label, [float(edges[0]), float(edges[-1])]),
+        around(label, edges.tolist()),
         Axis(what, 0, float(counts.max()) * 1.1),
-        title=f"How {label} is spread over {what}",
+        title=f"Distribution of {label} over {what}",
         desc=f"{data.size} {what}, from {number(data.min())} to {number(data.max())}, median {number(np.median(data))}",
     )
-    for n, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+    for n, (low, high) in zip(counts.tolist(), pairwise(edges.tolist()), strict=True):
         if n:
-            plot.box(
-                (float(low), float(high)), (0, float(n)), 4, tip=f"{n} from {number(low)} to {number(high)}"
-            )
+            plot.box((low, high), (0, n), 4, tip=f"{n} from {number(low)} to {number(high)}")
     plot.rule(float(np.median(data)), "median")
     return Chart(
         plot.svg(),
@@ -91,7 +102,7 @@ def histogram_chart(values: Sequence[float], label: str, what: str) -> Chart | N
 
 
 def questions_chart(scores: Rows, questions: Rows) -> Chart | None:
-    """A row a question: its rationales' scores by technique, and their mean as a bar."""
+    """One row a question: the scores of its rationales by technique, and their mean as a bar."""
     by_question: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in scores:
         by_question[row["question"]].append(row)
@@ -101,13 +112,12 @@ def questions_chart(scores: Rows, questions: Rows) -> Chart | None:
     half = _MOST_QUESTIONS // 2
     shown = ranked if len(ranked) <= _MOST_QUESTIONS else [*ranked[:half], *ranked[-half:]]
     values = [row["score"] for q in shown for row in by_question[q["id"]]]
-    techniques = sorted({row["technique"] for row in scores})
     plot = Plot(
         around(_SCORE, values),
         [str(q["input"]) for q in shown],
         title="Score of each question's rationales",
         desc=f"{len(shown)} questions, best first; {number(min(values))} to {number(max(values))}",
-        legend=[*((f"technique {t + 1}", t) for t in techniques), ("mean", 7)],
+        legend=[*_techniques(scores), ("mean", 7)],
     )
     for i, question in enumerate(shown):
         for row in by_question[question["id"]]:
@@ -117,55 +127,54 @@ def questions_chart(scores: Rows, questions: Rows) -> Chart | None:
     return Chart(plot.svg(), f"One candidate question per row, highest mean first.{part}")
 
 
+def _techniques(scores: Rows) -> list[tuple[str, int]]:
+    return [(f"technique {t + 1}", t) for t in sorted({int(row["technique"]) for row in scores})]
+
+
 def length_chart(scores: Rows, budget: int | None = None) -> Chart | None:
-    """Words of a rationale against its score, with the mean of each ten words: the paper's appendix."""
-    points = [(len(str(row["text"]).split()), float(row["score"]), int(row["technique"])) for row in scores]
-    if len(points) < 3:
+    """The words in a rationale against its score, with the mean of each bin of ten words."""
+    if len(scores) < 3:
         return None
-    words, values = np.array([p[0] for p in points]), np.array([p[1] for p in points])
-    means = []
-    for start in range(0, int(words.max()) + 1, _WORDS_A_BIN):
-        inside = values[(words >= start) & (words < start + _WORDS_A_BIN)]
-        if inside.size >= 2:
-            means.append((start + _WORDS_A_BIN / 2, float(inside.mean())))
-    techniques = sorted({p[2] for p in points})
-    varies = words.std() > 0 and values.std() > 0
-    r = float(np.corrcoef(words, values)[0, 1]) if varies else None
+    words = np.array([len(str(row["text"]).split()) for row in scores])
+    values = np.array([float(row["score"]) for row in scores])
+    bins = words // _BIN_WORDS
+    members = [bins == found for found in np.unique(bins)]
+    means = [(float(words[m].mean()), float(values[m].mean())) for m in members if m.sum() >= 2]
+    r = pearson(words, values)
     correlation = "correlation undefined" if r is None else f"r = {r:+.2f}"
     plot = Plot(
-        around("words in the rationale", [float(w) for w in words]),
-        around(_SCORE, [float(v) for v in values]),
+        around("words in the rationale", words.tolist()),
+        around(_SCORE, values.tolist()),
         title="Length of a rationale against its score",
-        desc=f"{len(points)} rationales of {words.min()} to {words.max()} words; {correlation}",
-        legend=[*((f"technique {t + 1}", t) for t in techniques), ("mean of ten words", 6)],
+        desc=f"{len(scores)} rationales of {words.min()} to {words.max()} words; {correlation}",
+        legend=[*_techniques(scores), ("mean of ten words", 6)],
     )
     if len(means) > 1:
-        plot.line(means, 6, style="dashed")
-    for (x, y, technique), row in zip(points, scores, strict=True):
-        plot.mark(x, y, technique, tip=f"{x} words, {y:.3f}: {row['text']}")
-    for middle, mean in means:
-        plot.mark(middle, mean, 6)
+        plot.line(means, 6, dashed=True)
+    for x, y, row in zip(words.tolist(), values.tolist(), scores, strict=True):
+        plot.mark(x, y, int(row["technique"]), tip=f"{x} words, {y:.3f}: {row['text']}")
+    for x, y in means:
+        plot.mark(x, y, 6)
     long = "" if budget is None else f" Candidates over {budget} tokens are penalised for their length."
-    return Chart(plot.svg(), f"{len(points)} rationales, {correlation}.{long}")
+    return Chart(plot.svg(), f"{len(scores)} rationales, {correlation}.{long}")
 
 
 def loss_chart(log: Rows, key: str, label: str, what: str) -> Chart | None:
-    """A quantity of a training, step by step."""
-    points = [(float(i + 1), float(row[key])) for i, row in enumerate(log) if row.get(key) is not None]
+    """A metric of a training run, step by step."""
+    points = [(float(i), float(row[key])) for i, row in enumerate(log, 1) if row.get(key) is not None]
     if len(points) < 3:
         return None
+    first, last = number(points[0][1]), number(points[-1][1])
     plot = Plot(
-        around("optimizer steps logged", [p[0] for p in points]),
-        around(label, [p[1] for p in points]),
+        around("optimizer steps logged", [x for x, _ in points]),
+        around(label, [y for _, y in points]),
         title=f"{what}: {label}",
-        desc=f"from {number(points[0][1])} to {number(points[-1][1])} in {len(points)} steps",
+        desc=f"from {first} to {last} in {len(points)} steps",
     )
     plot.line(points, 4)
     for x, y in points if len(points) <= 40 else ():
         plot.mark(x, y, 4, tip=f"{y:.4f}")
-    return Chart(
-        plot.svg(), f"{what}, {label}: {number(points[0][1])} at first, {number(points[-1][1])} at the end."
-    )
+    return Chart(plot.svg(), f"{what}, {label}: {first} at first, {last} at the end.")
 
 
 def accuracy_chart(rows: Rows, chance: float | None) -> Chart | None:
@@ -188,49 +197,32 @@ def accuracy_chart(rows: Rows, chance: float | None) -> Chart | None:
 
 
 def pareto_chart(device: str, points: Rows, front: Sequence[str], accuracy: bool) -> Chart | None:
-    """Decode rate against accuracy (or size) of each file; each point has file, decode, predicted, y, low, high."""
+    """Decode rate against accuracy (or size); each point has file, name, decode, predicted, y, low and high."""
     if not points:
         return None
-    speeds = [p["decode"] for p in points]
     names = [f"{p['name']}{' (predicted)' if p['predicted'] else ''}" for p in points]
     ends = [p[key] for p in points for key in ("y", "low", "high") if p.get(key) is not None]
     y_axis = around("accuracy, %" if accuracy else "size, MB", ends)
     plot = Plot(
-        around("decode, tokens/s (logarithmic)", speeds, log=True),
+        around("decode, tokens/s (logarithmic)", [p["decode"] for p in points], log=True),
         Axis(y_axis.label, max(y_axis.low, 0.0), min(y_axis.high, 100.0) if accuracy else y_axis.high),
         title=f"{'Accuracy' if accuracy else 'Size'} against speed on {device}",
         desc="; ".join(
             f"{n}: {number(p['decode'])} tokens/s, {number(p['y'])}"
             for n, p in zip(names, points, strict=True)
         ),
-        legend=list(zip(names, range(len(names)), strict=True)),
+        legend=[(name, i) for i, name in enumerate(names)],
     )
-    on = sorted((p for p in points if p["file"] in front), key=lambda p: p["decode"])
-    plot.line([(p["decode"], p["y"]) for p in on], 7, style="dashed")
+    plot.line(sorted((p["decode"], p["y"]) for p in points if p["file"] in front), 7, dashed=True)
     for i, p in enumerate(points):
+        x, y = p["decode"], p["y"]
         if p.get("low") is not None:
-            plot.whisker((p["decode"], p["decode"]), (p["low"], p["high"]), i)
-        plot.mark(
-            p["decode"], p["y"], i, hollow=p["predicted"], tip=f"{p['file']}: {number(p['decode'])} tokens/s"
-        )
-    guess = " Hollow marks are predicted, not measured." if any(p["predicted"] for p in points) else ""
+            plot.whisker((x, x), (p["low"], p["high"]), i)
+        plot.mark(x, y, i, hollow=p["predicted"], tip=f"{p['file']}: {number(x)} tokens/s")
+    hollow = " Hollow marks are predicted, not measured." if any(p["predicted"] for p in points) else ""
     return Chart(
-        plot.svg(), f"The dashed line is the Pareto front: files that no other file dominates.{guess}"
+        plot.svg(), f"The dashed line is the Pareto front: files that no other file dominates.{hollow}"
     )
-
-
-_MOST_TRACES = 6
-_MOST_POINTS = 400  # more are indistinguishable in a chart of this width
-
-
-@dataclass(frozen=True)
-class Trace:
-    """The charts of one test; `sensors` "" where the device reports nothing."""
-
-    name: str
-    tokens: str
-    sensors: str
-    caption: str
 
 
 def traced(rows: Sequence[SpeedRow]) -> list[SpeedRow]:
@@ -250,41 +242,36 @@ def trace_of(row: SpeedRow) -> Trace:
     name = f"{row.model_filename} on {where}, {row.n_threads} thread{'s' * (row.n_threads != 1)}"
     times = [np.asarray(one, dtype=float) for one in row.itl_samples_ms if one]
     every = np.concatenate(times)
+    median, p95 = float(np.median(every)), float(np.percentile(every, 95))
     top = float(min(every.max(), np.percentile(every, 99.5) * 1.5))
     plot = Plot(
         Axis("token, all repetitions one after another", 0, float(max(every.size, 2))),
         Axis("ms a token", 0, top * 1.08),
         title=f"Token times: {name}",
-        desc=f"{every.size} tokens, median {number(float(np.median(every)))} ms, "
-        f"95 % below {number(float(np.percentile(every, 95)))} ms",
+        desc=f"{every.size} tokens, median {number(median)} ms, 95 % below {number(p95)} ms",
     )
+    block = max(
+        1, -(-every.size // _MOST_POINTS)
+    )  # tokens a point: the median of neighbours where there are many
     start = 0
     for i, one in enumerate(times):
-        points = _thin(one, start, every.size)
-        plot.line([(x, min(y, top)) for x, y in points], (4, 0)[i % 2])
+        points = []
+        for at in range(0, one.size, block):
+            part = one[at : at + block]
+            points.append((start + at + part.size / 2, min(float(np.median(part)), top)))
+        plot.line(points, (4, 0)[i % 2])
         start += one.size
-    cut = int(np.sum(every > top))
-    return Trace(name, plot.svg(), _sensors(row, name), _caption(row, len(times), cut))
+    caption = _caption(row, len(times), n_above=int(np.sum(every > top)))
+    return Trace(name, Chart(plot.svg(), caption), _sensors(row, name))
 
 
-def _thin(
-    times: np.ndarray[tuple[int, ...], np.dtype[np.float64]], start: int, total: int
-) -> list[tuple[float, float]]:
-    """Return (token number, ms); where there are too many, medians of blocks of neighbours."""
-    block = max(1, -(-total // _MOST_POINTS))
-    return [
-        (start + i + min(block, times.size - i) / 2, float(np.median(times[i : i + block])))
-        for i in range(0, times.size, block)
-    ]
-
-
-def _sensors(row: SpeedRow, name: str) -> str:
+def _sensors(row: SpeedRow, name: str) -> Chart | None:
     warm = [(r.t_s, r.temperature_c) for r in row.readings if r.temperature_c is not None]
     if len(warm) < 2 or warm[0][0] == warm[-1][0]:
-        return ""
+        return None
     degrees = [value for _, value in warm]
     middle = (min(degrees) + max(degrees)) / 2
-    half = max((max(degrees) - min(degrees)) / 2, 2.5)  # half a degree of noise is no hill
+    half = max((max(degrees) - min(degrees)) / 2, 2.5)  # half a degree of noise must not look like a hill
     plot = Plot(
         Axis("seconds since the test began", min(0.0, warm[0][0]), warm[-1][0]),
         around("°C", [middle - half, middle + half]),
@@ -292,10 +279,10 @@ def _sensors(row: SpeedRow, name: str) -> str:
         desc=f"from {number(degrees[0])} °C to {number(degrees[-1])} °C, at most {number(max(degrees))} °C",
     )
     plot.line(warm, 5)
-    return plot.svg()
+    return Chart(plot.svg(), "The device's own sensors, about once a second.")
 
 
-def _caption(row: SpeedRow, repetitions: int, cut: int) -> str:
+def _caption(row: SpeedRow, repetitions: int, n_above: int) -> str:
     parts = [f"{repetitions} repetitions of {row.test}, median {number(row.median_ts)} tokens/s"]
     if row.itl_p50_ms is not None and row.itl_p95_ms is not None:
         parts.append(
@@ -306,8 +293,7 @@ def _caption(row: SpeedRow, repetitions: int, cut: int) -> str:
     if row.slope_percent_per_min is not None and row.slowed:
         parts.append(f"it slowed by {number(-row.slope_percent_per_min)} % a minute")
     if row.throttled is not None:
-        reason = row.throttle_reason or "yes"
-        parts.append(f"throttled: {reason}" if row.throttled else "not throttled")
-    if cut:
-        parts.append(f"{cut} slower tokens are drawn at the upper edge")
+        parts.append(f"throttled: {row.throttle_reason or 'yes'}" if row.throttled else "not throttled")
+    if n_above:
+        parts.append(f"{n_above} slower tokens are drawn at the upper edge")
     return "; ".join(parts) + "."

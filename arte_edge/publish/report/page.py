@@ -6,6 +6,7 @@ printed. All model-generated text in it is escaped.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def _context(run: RunData) -> dict[str, Any]:
     scores, questions = run.of("prefer", "scores.jsonl"), run.of("prefer", "questions.jsonl")
     evaluation = run.summaries.get("evaluate", {})
     budget = run.deploy["budget"]["answer_tokens"] if run.deploy else None
-    devices = _devices(run)
+    rows = accuracy_rows(run)
     return {
         "run": run,
         "version": __version__,
@@ -111,22 +112,18 @@ def _context(run: RunData) -> dict[str, Any]:
         "questions": questions_chart(scores, questions),
         "length": length_chart(scores, budget),
         "training": [
-            chart
-            for chart in (
-                loss_chart(run.of("align", "adapter/log.jsonl"), "rewards/margins", "reward margin", "align"),
-                loss_chart(run.of("tune", "student/log.jsonl"), "loss", "loss", "tune"),
-            )
-            if chart
+            loss_chart(run.of("align", "adapter/log.jsonl"), "rewards/margins", "reward margin", "align"),
+            loss_chart(run.of("tune", "student/log.jsonl"), "loss", "loss", "tune"),
         ],
-        "accuracy": accuracy_chart(accuracy_rows(run), evaluation.get("chance")),
-        "accuracy_rows": accuracy_rows(run),
+        "accuracy": accuracy_chart(rows, evaluation.get("chance")),
+        "accuracy_rows": rows,
         "paired": paired_lines(run),
         "candidates": sorted(scores, key=lambda row: -row["score"]),
         "n_examples": _EXAMPLES,
         "n_train": len(run.of("tailor", "train.jsonl")),
         "train": run.of("tailor", "train.jsonl")[:_EXAMPLES],
         "artifacts": run.student.artifacts if run.student else (),
-        "devices": devices,
+        "devices": _devices(run),
         "traces": [trace_of(row) for row in traced([r for r in run.bench if isinstance(r, SpeedRow)])],
         "bad_rows": [row for row in run.bench if row.status != "ok"],
         "missing": run.missing,
@@ -155,22 +152,17 @@ def _devices(run: RunData) -> list[dict[str, Any]]:
     """Return a Pareto front and a table for every device with measurements."""
     if run.student is None:
         return []
-    names: dict[str, frozenset[str]] = {}
-    for artifact in run.student.artifacts:
-        for speed in artifact.speeds:
-            ids = frozenset({speed.device, speed.fingerprint, speed.profile} - {""})
-            names[speed.device] = names.get(speed.device, frozenset()) | ids
+    names: dict[str, set[str]] = defaultdict(set)
+    for speed in (speed for artifact in run.student.artifacts for speed in artifact.speeds):
+        names[speed.device] |= {speed.device, speed.fingerprint, speed.profile} - {""}
     for row in run.bench:
         name = row.device.profile or row.device.fingerprint
-        names[name] = names.get(name, frozenset()) | {name, row.device.fingerprint}
-    merged = {
-        name: ids for name, ids in names.items() if not any(name in other for other in _others(names, name))
-    }
-    return [_device(run, name, ids) for name, ids in sorted(merged.items())]
-
-
-def _others(names: dict[str, frozenset[str]], name: str) -> list[frozenset[str]]:
-    return [ids for other, ids in names.items() if other != name]
+        names[name] |= {name, row.device.fingerprint}
+    return [
+        _device(run, name, frozenset(ids))
+        for name, ids in sorted(names.items())
+        if not any(name in other for key, other in names.items() if key != name)
+    ]
 
 
 def _device(run: RunData, name: str, ids: frozenset[str]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """One chart as inline SVG: axes with round ticks, a frame, and marks that are distinct without colour.
 
-Series 0 to 7 have a colour each (M. Okabe and K. Ito's palette, which people with the common kinds of
-colour blindness can tell apart; the page's style sheet holds it, once for light and once for dark)
-and a shape each. The drawing scales with the page; 480 units are wide enough for two charts side by
-side and still readable on a phone. All text is escaped here.
+Series 0 to 7 have a colour each (M. Okabe and K. Ito's palette, distinct to people with the common kinds of
+colour blindness; the page's style sheet holds it, once for light and once for dark) and a shape each. The
+drawing scales with the page; 480 units are wide enough for two charts side by side and still readable on a
+phone. All text is escaped here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,20 @@ from zlib import crc32
 __all__ = ["SHAPES", "Axis", "Plot", "around", "number"]
 
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+_TICKS = 5  # about so many on an axis
+_WIDTH = 480
+_CHAR = 6.7  # mean width of a character at 12 units
+_ROW = 24
+SHAPES = ("circle", "square", "triangle", "diamond", "down", "plus", "cross", "bar")
+# Corners of the filled shapes, and the strokes of the other two, in units of the radius.
+_CORNERS = {
+    "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
+    "triangle": ((0, -1.25), (1.15, 0.9), (-1.15, 0.9)),
+    "down": ((0, 1.25), (1.15, -0.9), (-1.15, -0.9)),
+    "diamond": ((0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)),
+    "bar": ((-0.5, -1.5), (0.5, -1.5), (0.5, 1.5), (-0.5, 1.5)),
+}
+_STROKES = {"plus": ((-1, 0, 1, 0), (0, -1, 0, 1)), "cross": ((-1, -1, 1, 1), (-1, 1, 1, -1))}
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,6 @@ class Axis:
     low: float
     high: float
     log: bool = False
-    n_ticks: int = 5
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
@@ -44,38 +57,30 @@ class Axis:
     @property
     def ticks(self) -> list[float]:
         """Round values between both ends."""
-        return self._log_ticks() if self.log else self._linear_ticks()
-
-    def _linear_ticks(self) -> list[float]:
-        rough = (self.high - self.low) / max(self.n_ticks, 1)
+        if self.log:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            for digits in ((1, 2, 5), (1, 3), (1,)):
+                every = [digit * 10.0**power for power in powers for digit in digits]
+                found = [tick for tick in every if self.low * 0.999 <= tick <= self.high * 1.001]
+                if len(found) <= 2 * _TICKS:
+                    break
+            if len(found) > 2:  # a narrow range holds few such numbers
+                return found
+        rough = (self.high - self.low) / _TICKS
         power = 10 ** math.floor(math.log10(rough))
         step = next(step * power for step in _STEPS if step * power >= rough * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [round(i * step, 12) for i in range(first, last + 1)]
 
-    def _log_ticks(self) -> list[float]:
-        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        for digits in ((1, 2, 5), (1, 3), (1,)):
-            every = [digit * 10.0**power for power in powers for digit in digits]
-            ticks = [tick for tick in every if self.low * 0.999 <= tick <= self.high * 1.001]
-            if len(ticks) <= 2 * self.n_ticks:
-                break
-        return ticks if len(ticks) > 2 else self._linear_ticks()  # a narrow range holds few such numbers
 
-
-def around(
-    label: str, values: list[float], *, zero: bool = False, log: bool = False, most: float = math.inf
-) -> Axis:
-    """Return an axis that holds all `values` with a little room.
-
-    `zero`: it begins at zero; `most`: it ends there, unless a value lies beyond.
-    """
+def around(label: str, values: Sequence[float], *, log: bool = False) -> Axis:
+    """Return an axis that holds all `values` with a little space at both ends."""
     low, high = min(values), max(values)
     if log:
         return Axis(label, low / 1.25, high * 1.25, log=True)
-    room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    return Axis(label, 0.0 if zero else low - room, min(high + room, max(most, high)))
+    space = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    return Axis(label, low - space, high + space)
 
 
 def number(value: float) -> str:
@@ -88,12 +93,6 @@ def number(value: float) -> str:
     text = f"{value:.{min(digits, 6)}f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return text.replace("-", "\u2212") or "0"
-
-
-_WIDTH = 480
-_CHAR = 6.7  # mean width of a character at 12 units
-_ROW = 24
-SHAPES = ("circle", "square", "triangle", "diamond", "down", "plus", "cross", "bar")
 
 
 class Plot:
@@ -132,14 +131,13 @@ class Plot:
         return round(self._bottom - self.y.share(value) * (self._bottom - self._top), 1)
 
     def mark(self, x: float, y: float, series: int = 0, *, tip: str = "", hollow: bool = False) -> None:
-        """Draw one point; `hollow`: predicted, or otherwise not quite one of the others."""
-        body = _shape(SHAPES[series % len(SHAPES)], self.px(x), self.py(y))
-        self._add(f"s{series % 8}{' hollow' if hollow else ''}", body, tip)
+        """Draw one point; `hollow`: predicted."""
+        self._add(f"s{series % 8}{' hollow' if hollow else ''}", _shape(series, self.px(x), self.py(y)), tip)
 
-    def line(self, points: Sequence[tuple[float, float]], series: int = 0, *, style: str = "") -> None:
-        """Join points; `style` is "", "dashed" or "faint"."""
+    def line(self, points: Sequence[tuple[float, float]], series: int = 0, *, dashed: bool = False) -> None:
+        """Join points."""
         path = " ".join(f"{self.px(x)},{self.py(y)}" for x, y in points)
-        self._add(f"s{series % 8} line {style}".strip(), f'<polyline points="{path}"/>')
+        self._add(f"s{series % 8} line{' dashed' if dashed else ''}", f'<polyline points="{path}"/>')
 
     def whisker(self, x: tuple[float, float], y: tuple[float, float], series: int = 0) -> None:
         """Draw an interval from (x0, y0) to (x1, y1), horizontal or vertical, with its ends."""
@@ -158,8 +156,7 @@ class Plot:
     def bar(self, row: int, value: float, series: int = 0, *, tip: str = "") -> None:
         """Fill a horizontal bar in a row, from the axis to `value`, which is written beside it."""
         x0, x1, y = self.px(max(self.x.low, 0.0)), self.px(value), self.py(row)
-        width = max(x1 - x0, 1)
-        body = f'<rect x="{x0}" y="{y - 8}" width="{width:.1f}" height="16"/>'
+        body = f'<rect x="{x0}" y="{y - 8}" width="{max(x1 - x0, 1):.1f}" height="16"/>'
         self._add(f"s{series % 8} area", body, tip)
         inside = x1 + _CHAR * len(tip) + 8 > self._right
         place = f'x="{x1 - 5}" text-anchor="end" class="on"' if inside else f'x="{x1 + 5}"'
@@ -189,33 +186,27 @@ class Plot:
         self._marks.append(f'<g class="{kind}">{inner}{body}</g>')
 
     def _frame(self) -> str:
+        left, right, top, bottom = f"{self._left:.1f}", self._right, self._top, self._bottom
         parts = []
         for tick in self.x.ticks:
             px = self.px(tick)
-            parts.append(f'<path class="grid" d="M{px} {self._top}V{self._bottom}"/>')
-            parts.append(f'<text x="{px}" y="{self._bottom + 16}" text-anchor="middle">{number(tick)}</text>')
+            parts.append(f'<path class="grid" d="M{px} {top}V{bottom}"/>')
+            parts.append(f'<text x="{px}" y="{bottom + 16}" text-anchor="middle">{number(tick)}</text>')
+        names = [(self.py(i), row) for i, row in enumerate(self.rows)]
         if self.y:
-            for tick in self.y.ticks:
-                py = self.py(tick)
-                parts.append(f'<path class="grid" d="M{self._left:.1f} {py}H{self._right}"/>')
-                parts.append(
-                    f'<text x="{self._left - 6:.1f}" y="{py + 4}" text-anchor="end">{number(tick)}</text>'
-                )
-            middle = (self._top + self._bottom) / 2
+            names = [(self.py(tick), number(tick)) for tick in self.y.ticks]
+            parts += [f'<path class="grid" d="M{left} {py}H{right}"/>' for py, _ in names]
             parts.append(
-                f'<text class="label" transform="translate(13 {middle:.1f}) rotate(-90)" '
+                f'<text class="label" transform="translate(13 {(top + bottom) / 2:.1f}) rotate(-90)" '
                 f'text-anchor="middle">{escape(self.y.label)}</text>'
             )
-        for i, row in enumerate(self.rows):
-            full = f"<title>{escape(row)}</title>" if _cut(row) != row else ""
-            parts.append(
-                f'<text x="{self._left - 6:.1f}" y="{self.py(i) + 4}" text-anchor="end">'
-                f"{full}{escape(_cut(row))}</text>"
-            )
-        parts.append(f'<path class="axis" d="M{self._left:.1f} {self._top}V{self._bottom}H{self._right}"/>')
-        centre = (self._left + self._right) / 2
+        for py, name in names:
+            full = f"<title>{escape(name)}</title>" if _cut(name) != name else ""
+            place = f'x="{self._left - 6:.1f}" y="{py + 4}" text-anchor="end"'
+            parts.append(f"<text {place}>{full}{escape(_cut(name))}</text>")
+        parts.append(f'<path class="axis" d="M{left} {top}V{bottom}H{right}"/>')
         parts.append(
-            f'<text class="label" x="{centre:.1f}" y="{self._bottom + 36}" text-anchor="middle">'
+            f'<text class="label" x="{(self._left + right) / 2:.1f}" y="{bottom + 36}" text-anchor="middle">'
             f"{escape(self.x.label)}</text>"
         )
         return "".join(parts)
@@ -233,25 +224,20 @@ def _legend_of(entries: Sequence[tuple[str, int]]) -> tuple[str, float]:
         width = 22 + _CHAR * len(text)
         if x + width > _WIDTH - 8 and x > 14:
             x, y = 14.0, y + 18
-        parts.append(f'<g class="s{series % 8}">{_shape(SHAPES[series % len(SHAPES)], x + 5, y - 4)}</g>')
+        parts.append(f'<g class="s{series % 8}">{_shape(series, x + 5, y - 4)}</g>')
         parts.append(f'<text x="{x + 14:.1f}" y="{y}">{escape(text)}</text>')
         x += width
     return "".join(parts), (y + 2 if entries else 0.0)
 
 
-def _shape(kind: str, x: float, y: float, r: float = 4.2) -> str:
+def _shape(series: int, x: float, y: float, r: float = 4.2) -> str:
+    kind = SHAPES[series % len(SHAPES)]
     if kind == "circle":
         return f'<circle cx="{x}" cy="{y}" r="{r}"/>'
-    corners = {
-        "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
-        "triangle": ((0, -1.25), (1.15, 0.9), (-1.15, 0.9)),
-        "down": ((0, 1.25), (1.15, -0.9), (-1.15, -0.9)),
-        "diamond": ((0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)),
-        "bar": ((-0.5, -1.5), (0.5, -1.5), (0.5, 1.5), (-0.5, 1.5)),
-    }
-    if kind in corners:
-        points = " ".join(f"{x + r * dx:.1f},{y + r * dy:.1f}" for dx, dy in corners[kind])
+    if kind in _CORNERS:
+        points = " ".join(f"{x + r * dx:.1f},{y + r * dy:.1f}" for dx, dy in _CORNERS[kind])
         return f'<polygon points="{points}"/>'
-    arms = ((-1, 0, 1, 0), (0, -1, 0, 1)) if kind == "plus" else ((-1, -1, 1, 1), (-1, 1, 1, -1))
-    path = "".join(f"M{x + r * a:.1f} {y + r * b:.1f}L{x + r * c:.1f} {y + r * d:.1f}" for a, b, c, d in arms)
+    path = "".join(
+        f"M{x + r * a:.1f} {y + r * b:.1f}L{x + r * c:.1f} {y + r * d:.1f}" for a, b, c, d in _STROKES[kind]
+    )
     return f'<path class="stroke" d="{path}"/>'

@@ -137,6 +137,16 @@ def test_length_against_score_tells_the_correlation_and_means() -> None:
     assert "correlation undefined" in (length_chart(same) or figure).caption
 
 
+def test_the_means_of_bins_are_inside_the_axis() -> None:
+    rows = [{**row, "text": "word " * n} for row, n in zip(SCORES, (8, 9, 15, 16, 41, 42), strict=False)]
+    figure = length_chart(rows)
+    assert figure is not None
+    plot_right = float(max(re.findall(r"M[\d.]+ [\d.]+V[\d.]+H([\d.]+)", figure.svg)))
+    (line,) = re.findall(r'dashed"><polyline points="([^"]*)"', figure.svg)
+    xs = [float(point.partition(",")[0]) for point in line.split()]
+    assert len(xs) == 3 and xs[0] > 14 and max(xs) < plot_right
+
+
 def test_a_question_row_is_drawn_for_each_and_the_best_stands_first() -> None:
     figure = questions_chart(SCORES, QUESTIONS)
     assert figure is not None
@@ -200,13 +210,13 @@ def speed(**more: Any) -> SpeedRow:
 def test_a_trace_shows_every_token_and_the_temperature_if_there_is_one() -> None:
     readings = tuple(Reading(t_s=float(t), temperature_c=50.0 + t) for t in range(5))
     trace = trace_of(speed(readings=readings, throttled=True, throttle_reason="clock capped"))
-    assert "ms a token" in texts(trace.tokens) and "°C" in texts(trace.sensors)
-    assert "throttled: clock capped" in trace.caption
-    lines = re.findall(r'<polyline points="([^"]*)"', trace.tokens)
+    assert trace.sensors is not None and "°C" in texts(trace.sensors.svg)
+    assert "ms a token" in texts(trace.tokens.svg) and "throttled: clock capped" in trace.tokens.caption
+    lines = re.findall(r'<polyline points="([^"]*)"', trace.tokens.svg)
     assert [len(line.split()) for line in lines] == [3, 3]
-    assert trace_of(speed()).sensors == ""
+    assert trace_of(speed()).sensors is None
     long = trace_of(speed(itl_samples_ms=(tuple(20.0 + i % 3 for i in range(5000)),)))
-    assert len(re.findall(r"[\d.]+,[\d.]+", long.tokens)) < 500
+    assert len(re.findall(r"[\d.]+,[\d.]+", long.tokens.svg)) < 500
 
 
 def test_of_each_file_on_a_device_the_fastest_is_traced_and_failures_are_not() -> None:
