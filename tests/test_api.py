@@ -1,7 +1,5 @@
 """The Python API: the command line's names and parameters, typed results, nothing printed, nothing loaded early."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import subprocess
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer
+from tiny import Capture
 
 import arte_edge as ae
 from arte_edge.bench.settings import BenchSettings
@@ -94,7 +93,7 @@ def test_the_api_prints_nothing_and_does_not_know_the_command_line() -> None:
     assert "arte_edge.cli" not in source
 
 
-def test_what_is_not_there_is_an_error_of_ours(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_there_is_an_error_of_ours(tmp_path: Path, capfd: Capture) -> None:
     for call in (
         lambda: ae.load_run(tmp_path),
         lambda: ae.distill(tmp_path / "none.toml"),

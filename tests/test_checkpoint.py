@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import contextlib
 import json
 import struct
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import Folders, Patch
 
 from arte_edge.checkpoint import (
     parameter_count,
@@ -31,9 +30,7 @@ def save(folder: Path, **tensors: Any) -> None:
     save_file({name: torch.as_tensor(value) for name, value in tensors.items()}, folder / "model.safetensors")
 
 
-def test_blocks_and_the_whole_are_what_safetensors_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_and_the_whole_are_what_safetensors_reads(tmp_path: Path, monkeypatch: Patch) -> None:
     import torch
 
     torch.manual_seed(1)
@@ -89,7 +86,7 @@ def test_numbers_that_gguf_has_no_plain_form_of_are_refused(tmp_path: Path) -> N
 
 @given(st.binary(max_size=200), st.booleans())
 def test_damaged_files_are_input_errors_never_others(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes, framed: bool
+    tmp_path_factory: Folders, content: bytes, framed: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("damaged")
     head = struct.pack("<Q", len(content)) if framed else b""

@@ -1,7 +1,5 @@
 """The command as a whole: every verb explains itself, and a mistyped one is the user's error (exit 2)."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The contributor's commands are the same on a machine, in a commit hook and in every CI."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What the command costs before it does anything: which modules load, and how soon help answers."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

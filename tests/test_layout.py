@@ -1,7 +1,5 @@
 """Rules that no linter knows: size, order of the packages, public names, data folders, pins, links."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import re

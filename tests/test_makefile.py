@@ -1,7 +1,5 @@
 """`make setup` on a machine that cannot build: it says what is missing before anything is installed."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -4,8 +4,6 @@ The empty environment is a real one (pip resolves and installs, from its cache w
 import that only works beside torch must fail here and not on somebody's Raspberry Pi.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -16,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tiny import Folders
 
 from arte_edge import catalog
 
@@ -72,7 +71,7 @@ def shipped(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory: Folders) -> Path:
     """A copy of the project with what a working checkout collects: keys, weights, byte code."""
     copy = tmp_path_factory.mktemp("source") / "arte-edge"
     copy.mkdir()
@@ -89,17 +88,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(source: Path, tmp_path_factory: Folders) -> Path:
     return build("--wheel", source, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="session")
-def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdist(source: Path, tmp_path_factory: Folders) -> Path:
     return build("--sdist", source, tmp_path_factory.mktemp("sdist"))
 
 
 @pytest.fixture(scope="session")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(wheel: Path, tmp_path_factory: Folders) -> Path:
     """The ``bin`` folder of an environment that holds the wheel and its core dependencies."""
     venv = tmp_path_factory.mktemp("installed") / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=venv.parent)

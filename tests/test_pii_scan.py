@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 
 from arte_edge.pii_scan import Machine, first_held

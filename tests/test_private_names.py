@@ -1,7 +1,5 @@
 """Private names of other packages: all listed in one place, all where the installed versions have them."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from tiny import Patch
 
 from arte_edge import private_names
 from arte_edge.distill.train import dpo
@@ -56,7 +55,7 @@ def test_every_row_names_a_module_that_uses_it_and_asks_first() -> None:
 
 
 @pytest.fixture
-def names_gone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def names_gone(monkeypatch: Patch) -> Iterator[None]:
     """No listed name is where it was, as after an update."""
     monkeypatch.setattr(private_names, "problem", lambda row: f"{row.module} has no {row.name} any more")
     missing.cache_clear()

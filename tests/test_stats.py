@@ -1,7 +1,5 @@
 """The intervals and tests are those of their papers, and agree with scipy where it has them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

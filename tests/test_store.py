@@ -1,7 +1,5 @@
 """The run folder survives whatever kills the process: torn files, a full disk, a changed stage."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tempfile
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import Patch
 
 from arte_edge.errors import ArteError
 from arte_edge.store import CallLog, Stage, content_key, read_jsonl, write_atomic, write_jsonl
@@ -159,7 +158,7 @@ def test_a_disk_that_fills_in_mid_write_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_an_atomic_write_that_fails_keeps_the_old_file_and_leaves_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: Patch
 ) -> None:
     path = tmp_path / "data.jsonl"
     write_atomic(path, b"old")

@@ -1,16 +1,13 @@
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
+from tiny import Patch
 
 from arte_edge.errors import ArteError
 from arte_edge.threads import available_cores, thread_count
 
 
-def test_the_caller_comes_before_the_environment_and_that_before_the_cores(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_caller_comes_before_the_environment_and_that_before_the_cores(monkeypatch: Patch) -> None:
     monkeypatch.setenv("ARTE_EDGE_THREADS", "3")
     assert (thread_count(7), thread_count(), thread_count(0)) == (7, 3, 3)
     monkeypatch.delenv("ARTE_EDGE_THREADS")
@@ -18,7 +15,7 @@ def test_the_caller_comes_before_the_environment_and_that_before_the_cores(
 
 
 @pytest.mark.parametrize("text", ["four", "0", "-1", "1.5", "²"])
-def test_a_wrong_number_is_an_error_of_the_user(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_a_wrong_number_is_an_error_of_the_user(monkeypatch: Patch, text: str) -> None:
     monkeypatch.setenv("ARTE_EDGE_THREADS", text)
     with pytest.raises(ArteError, match="ARTE_EDGE_THREADS") as error:
         thread_count()

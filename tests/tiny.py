@@ -1,28 +1,49 @@
-"""The one place where tiny models are made: random weights, a few layers, tokenizers trained in code, GGUF files.
+"""The one place where tiny models are made: random weights, a few layers, tokenizers trained in code, GGUF files;
+and the records of what is measured of them: rows, accuracies, a student.json.
 
 Everything is the same at every call with the same arguments. Tests say `import tiny`: pytest has `tests/` on its path.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from arte_edge.models.artifact_hash import checksums_of
+from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow
+from arte_edge.results.student_json import Artifact, Fidelity, Lineage, Student, StudentFile
 from arte_edge.tasks.loaders import load_task
 
 __all__ = [
     "SPECIAL",
     "TASK",
     "TEMPLATE",
+    "Capture",
+    "Folders",
+    "Make",
+    "Patch",
+    "accuracy",
+    "artifact",
     "bpe",
     "chat_tokenizer",
+    "facts",
     "finish",
     "gguf_writer",
+    "make_gguf",
+    "quality_row",
     "save_checkpoint",
+    "speed_row",
+    "student_file",
+    "tensor_sha256",
     "word_tokenizer",
     "write_base",
     "write_gguf",
@@ -30,6 +51,11 @@ __all__ = [
     "write_tokenizer",
 ]
 
+# What most signatures of tests name.
+Make = Callable[..., Any]
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
+Folders = pytest.TempPathFactory
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -233,3 +259,86 @@ def finish(writer: Any) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def make_gguf(path: Path, *, arch: str = "llama", rows: int = 8, **pairs: Any) -> Path:
+    """Write a GGUF of one Q8_0 matrix and a norm, with metadata named as in ``general__type="adapter"``."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_context_length(128)
+    writer.add_token_list(["a", "bc", "def"])
+    writer.add_chat_template("{{ messages }}")
+    for key, value in pairs.items():
+        add = writer.add_uint32 if isinstance(value, int) else writer.add_string
+        add(key.replace("__", "."), value)
+    weights = np.arange(rows * 32, dtype=np.float32).reshape(rows, 32)
+    if rows:
+        q8 = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor("blk.0.attn_q.weight", gguf.quantize(weights, q8), raw_dtype=q8)
+        writer.add_tensor("output_norm.weight", weights[0])
+    finish(writer)
+    return path
+
+
+@functools.cache
+def tensor_sha256() -> str:
+    """Return the tensor hash of what `make_gguf` writes by default, which the rows below are about."""
+    with tempfile.TemporaryDirectory() as folder:
+        return checksums_of(make_gguf(Path(folder) / "x.gguf")).tensor_sha256
+
+
+def facts(**more: Any) -> DeviceFacts:
+    """Return what is known of a Raspberry Pi 5."""
+    known = {"profile": "raspberry-pi-5", "fingerprint": "0123456789abcdef", "cpu": "Cortex-A76"}
+    return DeviceFacts(**known | {"arch": "aarch64", "cores": 4, "memory_bytes": 8 << 30} | more)
+
+
+def speed_row(test: str = "tg128", rate: float = 20.0, **more: Any) -> SpeedRow:
+    """Make a row: ``speed_row("tg128", 20.5, throttled=True)``."""
+    shape, _, depth = test.partition("@d")
+    n_prompt, n_gen = (int(shape[2:]) if shape[:2] == kind else 0 for kind in ("pp", "tg"))
+    rates = {"samples_ts": (rate, rate), "ttft_ms": 900.0} if n_prompt else {"samples_ts": (rate, rate)}
+    model = {"model_filename": "tiny-Q8_0.gguf", "model_size": 10, "tensor_sha256": tensor_sha256()}
+    return SpeedRow(
+        **{"test": test, "n_prompt": n_prompt, "n_gen": n_gen, "n_depth": int(depth or 0), "median_ts": rate}
+        | {"format": "gguf", "runtime": "llama_cpp 0.3.36", "n_threads": 4, "throttled": False}
+        | {"itl_p50_ms": 1000 / rate if n_gen else None, "peak_rss_bytes": 300_000_000}
+        | {"test_time": "2026-11-24T10:00:00Z", "temperature_c_max": 61.0, "device": facts()}
+        | rates
+        | model
+        | more
+    )
+
+
+def quality_row(right: int = 80, **more: Any) -> QualityRow:
+    """Make a row of 100 answers: ``quality_row(80, partial=True)``."""
+    model = {"model_filename": "tiny-Q8_0.gguf", "tensor_sha256": tensor_sha256(), "format": "gguf"}
+    found = {"right": right, "low": max(right / 100 - 0.08, 0), "high": min(right / 100 + 0.08, 1)}
+    return QualityRow(
+        **{"task": "home_intents", "split": "test", "n": 100, "device": facts()}
+        | {"runtime": "llama_cpp 0.3.36", "n_threads": 4, "test_time": "2026-11-24T10:00:00Z"}
+        | found
+        | model
+        | more
+    )
+
+
+def accuracy(right: int, n: int = 40, **more: Any) -> PairedAccuracy:
+    share = right / n
+    found = {"split": "validation", "n": n, "right": right, "accuracy": share, "low": max(share - 0.1, 0)}
+    return PairedAccuracy(**found | {"high": min(share + 0.1, 1)} | more)
+
+
+def artifact(quantization: str = "Q8_0", name: str = "m", **more: Any) -> Artifact:
+    """Make the entry of an accepted file; its hashes are its own."""
+    file = f"{name}-{quantization}.gguf"
+    known = {"file": file, "format": "gguf", "quantization": quantization, "status": "ok", "size_bytes": 10}
+    hashes = dict.fromkeys(("sha256", "tensor_sha256"), hashlib.sha256(file.encode()).hexdigest())
+    return Artifact(**known | hashes | {"bits_per_weight": 5.5, "fidelity": Fidelity(passed=True)} | more)
+
+
+def student_file(*artifacts: Artifact, name: str = "m", **more: Any) -> StudentFile:
+    student = Student(name=name, sha256="5a" * 32, architecture="llama", dtype="F16", parameter_count=256)
+    known = {"arte_edge_version": "0.1.0", "student": student, "lineage": Lineage(source="run")}
+    return StudentFile(**known | {"artifacts": artifacts} | more)

@@ -1,10 +1,9 @@
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Capture
 
 from arte_edge.cli.main import main
 from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow, append_rows
@@ -70,7 +69,7 @@ def sides(tmp_path: Path) -> tuple[str, str]:
 
 
 def test_the_table_says_ratio_interval_and_verdict_in_80_columns(
-    sides: tuple[str, str], capsys: pytest.CaptureFixture[str]
+    sides: tuple[str, str], capsys: Capture
 ) -> None:
     assert main(["compare", *sides]) == 0
     out = capsys.readouterr().out
@@ -83,7 +82,7 @@ def test_the_table_says_ratio_interval_and_verdict_in_80_columns(
     assert "A 0.80 s (p95 1.20)" in out and "A 300 MiB, B 300 MiB" in out
 
 
-def test_json_holds_the_same(sides: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_holds_the_same(sides: tuple[str, str], capsys: Capture) -> None:
     assert main(["compare", *sides, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [one["verdict"] for one in document["speeds"]] == ["slower", "faster"]
@@ -91,9 +90,7 @@ def test_json_holds_the_same(sides: tuple[str, str], capsys: pytest.CaptureFixtu
     assert document["qualities"][0]["paired"]["difference"] == pytest.approx(-0.1)
 
 
-def test_another_protocol_ends_with_2_and_force_shows_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_protocol_ends_with_2_and_force_shows_it(tmp_path: Path, capsys: Capture) -> None:
     files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
     append_rows(Path(files[0]), [speed("m.gguf", "tg128", 20)])
     append_rows(Path(files[1]), [speed("m.gguf", "tg64", 30, n_threads=2)])
@@ -105,8 +102,6 @@ def test_another_protocol_ends_with_2_and_force_shows_it(
     assert "1.5" in out and "n_gen 128 against 64" in out
 
 
-def test_nothing_measured_ends_with_2_and_says_how_to_measure(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_measured_ends_with_2_and_says_how_to_measure(tmp_path: Path, capsys: Capture) -> None:
     assert main(["compare", str(tmp_path), str(tmp_path)]) == 2
     assert "arte-edge bench" in capsys.readouterr().err

@@ -1,18 +1,14 @@
 """``arte-edge devices``: what it prints, in which form, and how it ends."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Capture, Make, Patch
 
 from arte_edge import catalog
 from arte_edge.cli.main import main
-
-Capture = pytest.CaptureFixture[str]
 
 
 def run_json(capsys: Capture, *argv: str) -> Any:
@@ -21,7 +17,7 @@ def run_json(capsys: Capture, *argv: str) -> Any:
 
 
 @pytest.fixture
-def model(make_gguf: Callable[..., Path]) -> Path:
+def model(make_gguf: Make) -> Path:
     sizes = {"llama__block_count": 2, "llama__embedding_length": 32, "llama__attention__head_count": 4}
     return make_gguf("tiny.gguf", **sizes)
 
@@ -74,9 +70,7 @@ def test_detect_describes_this_machine(capsys: Capture, model_cache: Path) -> No
     assert told["fingerprint"] in printed and all(len(line) <= 80 for line in printed.splitlines())
 
 
-def test_detect_probes_when_asked(
-    capsys: Capture, model_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_detect_probes_when_asked(capsys: Capture, model_cache: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr("arte_edge.device.roofline.measure", lambda threads: 12.5e9)
     assert run_json(capsys, "detect", "--probe")["read_bytes_per_s"] == 12.5e9
     assert main(["devices", "detect", "--probe"]) == 0
@@ -113,7 +107,7 @@ def test_bad_input_ends_with_2_and_says_what_to_do(
 
 
 def test_check_prints_what_was_found_and_fails_if_something_did(
-    capsys: Capture, model_cache: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: Capture, model_cache: Path, monkeypatch: Patch
 ) -> None:
     from arte_edge.device.ssh import workdir
     from arte_edge.device.ssh.workdir import Finding, Report

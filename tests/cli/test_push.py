@@ -1,10 +1,9 @@
 """``arte-edge push`` and ``card``: what is wrong with the command itself, in one sentence and with exit 2."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
+from tiny import Capture
 
 from arte_edge.cli.main import main
 
@@ -24,7 +23,7 @@ from arte_edge.cli.main import main
     ids=lambda value: " ".join(value[2:]) or value[0] if isinstance(value, list) else "",
 )
 def test_a_mistake_is_exit_2_with_a_reason(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+    tmp_path: Path, capsys: Capture, words: list[str], said: str
 ) -> None:
     assert main([word.format(dir=tmp_path) for word in words]) == 2
     told = capsys.readouterr()

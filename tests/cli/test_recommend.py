@@ -1,12 +1,11 @@
 """``arte-edge recommend`` on the command line: 80 columns, JSON, and exit codes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Capture
 
 from arte_edge.cli.main import main
 from arte_edge.results.accuracy import PairedAccuracy
@@ -52,9 +51,7 @@ def export(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_the_answer_fits_into_80_columns_and_names_the_pick(
-    export: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_answer_fits_into_80_columns_and_names_the_pick(export: Path, capsys: Capture) -> None:
     assert (
         main(["recommend", str(export), *PI, "--max-ram", "1GB", "--min-decode", "15", "--max-drop", "2"])
         == 0
@@ -69,7 +66,7 @@ def test_the_answer_fits_into_80_columns_and_names_the_pick(
     assert "(--max-drop): 5.0 points lost (-15.0 to +5.0, p = 0.5, n = 40), not significant, limit 2" in words
 
 
-def test_json_has_figures_with_their_evidence(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_figures_with_their_evidence(export: Path, capsys: Capture) -> None:
     assert main(["recommend", str(export), "--device", "0123456789abcdef", "--json"]) == 0
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert document["pick"] == "my-quite-long-student-name-Q4_K_M.gguf"
@@ -84,7 +81,7 @@ def test_json_has_figures_with_their_evidence(export: Path, capsys: pytest.Captu
 
 
 def test_no_file_satisfies_all_constraints_is_exit_code_1_and_says_what_to_relax(
-    export: Path, capsys: pytest.CaptureFixture[str]
+    export: Path, capsys: Capture
 ) -> None:
     assert main(["recommend", str(export), *PI, "--min-decode", "60", "--json"]) == 1
     done = capsys.readouterr()
@@ -100,18 +97,18 @@ def test_no_file_satisfies_all_constraints_is_exit_code_1_and_says_what_to_relax
     ],
 )
 def test_what_cannot_be_understood_is_exit_code_2(
-    export: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    export: Path, capsys: Capture, arguments: list[str], said: str
 ) -> None:
     assert main(["recommend", str(export), *arguments]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_a_folder_without_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_files_is_refused(tmp_path: Path, capsys: Capture) -> None:
     assert main(["recommend", str(tmp_path), *PI]) == 2
     assert "arte-edge export RUN" in capsys.readouterr().err
 
 
-def test_a_corrupt_student_json_is_refused(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_corrupt_student_json_is_refused(export: Path, capsys: Capture) -> None:
     (export / "export" / "student.json").write_text('{"schema_version": 1,')
     assert main(["recommend", str(export), *PI]) == 2
     assert "student.json" in capsys.readouterr().err

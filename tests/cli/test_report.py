@@ -1,17 +1,15 @@
 """``arte-edge report`` on the command line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
-import pytest
+from tiny import Capture
 
 from arte_edge.cli.main import main
 
 
 def test_the_page_is_written_beside_the_run_and_what_is_missing_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "run.toml").write_text('name = "r"\n')
     assert main(["report", str(tmp_path)]) == 0
@@ -24,6 +22,6 @@ def test_the_page_is_written_beside_the_run_and_what_is_missing_is_said(
     assert Path(document["report"]).is_file() and len(document["missing"]) == 9
 
 
-def test_what_is_no_run_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_run_is_exit_code_2(tmp_path: Path, capsys: Capture) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "no run.toml" in capsys.readouterr().err

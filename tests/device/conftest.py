@@ -4,8 +4,6 @@ No PAM, no root, a free port. ``ssh -F`` gives the client its own configuration,
 the developer's own is read or written.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket
@@ -18,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from tiny import Folders, Patch
 
 from arte_edge.device.ssh.connection import Ssh
 
@@ -128,7 +127,7 @@ def answers(port: int) -> bool:
 
 
 @pytest.fixture(scope="session")
-def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
+def sshd(tmp_path_factory: Folders) -> Iterator[tuple[Path, int]]:
     """The folder of a running server's keys, and its port. Its sessions find their home in ``<folder>/home``."""
     binary = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     if binary is None or shutil.which("ssh-keygen") is None:
@@ -171,7 +170,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]
 
 
 @pytest.fixture
-def device(sshd: tuple[Path, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+def device(sshd: tuple[Path, int], monkeypatch: Patch) -> Iterator[Device]:
     """A device named ``kitchen`` with an empty home, behind a link that a test can cut."""
     from arte_edge.device.ssh import connection, upload
 

@@ -1,7 +1,5 @@
 """What a machine is, read from made-up ``/proc`` and ``/sys`` folders, and from this one."""
 
-from __future__ import annotations
-
 import getpass
 import platform
 import socket

@@ -1,7 +1,5 @@
 """Will it fit: against what was measured, and what is said when it does not."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

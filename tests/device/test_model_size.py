@@ -1,15 +1,13 @@
 """Sizes of models, read from the headers of files made here, against what is in them."""
 
-from __future__ import annotations
-
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from tiny import Make
 
 from arte_edge.device.model_size import ModelShape, read_onnx_sizes
 from arte_edge.errors import InputError
@@ -81,7 +79,7 @@ def test_a_gguf_gives_its_bytes_by_type(tmp_path: Path, kind: str) -> None:
     assert path.stat().st_size - shape.weight_bytes < 10_000
 
 
-def test_an_untied_gguf_reads_one_row_of_its_embedding(make_gguf: Callable[..., Path]) -> None:
+def test_an_untied_gguf_reads_one_row_of_its_embedding(make_gguf: Make) -> None:
     pytest.importorskip("gguf")
     import gguf
     import numpy as np
@@ -156,7 +154,7 @@ def test_an_onnx_graph_is_measured_without_the_onnx_package(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("cut", [1, 7, 40, 200])
 def test_a_file_that_is_cut_or_is_no_model_is_an_error_and_not_a_guess(
-    tmp_path: Path, make_gguf: Callable[..., Path], cut: int
+    tmp_path: Path, make_gguf: Make, cut: int
 ) -> None:
     folder = write_safetensors(tmp_path / "model", {"a": ("F16", 8)})
     file = folder / "model.safetensors"

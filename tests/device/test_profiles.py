@@ -3,8 +3,6 @@
 Which device is meant: shipped, one's own, a file, an address; and which profile fits a machine.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

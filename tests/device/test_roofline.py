@@ -3,8 +3,6 @@
 The memory probe: plausible, short, kept per machine, and lost without harm.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 import time
@@ -14,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny import Patch
 
 from arte_edge.device import roofline
 from arte_edge.device.model_size import ModelShape
@@ -87,7 +86,7 @@ def test_a_profile_is_published_or_assumed_and_never_a_probe() -> None:
     assert expected(shape(), on_paper.model_copy(update={"peak_bandwidth": None})) is None
 
 
-def test_the_bandwidth_of_this_machine_gives_an_upper_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bandwidth_of_this_machine_gives_an_upper_bound(monkeypatch: Patch) -> None:
     monkeypatch.setattr("arte_edge.device.roofline.probe", lambda threads, fresh: threads * 8e9)
     found = expected_here(shape(), 2, context_tokens=1000)
     assert found == expected(shape(), 16e9, context_tokens=1000)
@@ -98,7 +97,7 @@ def test_the_bandwidth_of_this_machine_gives_an_upper_bound(monkeypatch: pytest.
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def quiet(monkeypatch: Patch) -> None:
     """A machine with nothing else to do, whatever runs beside the tests."""
     monkeypatch.setattr(roofline, "is_busy", lambda: False)
 
@@ -111,7 +110,7 @@ def test_the_probe_reads_at_a_rate_that_memory_can_have_and_is_short() -> None:
 
 
 def test_a_probe_is_kept_under_this_machine_and_made_again_when_asked(
-    model_cache: Path, monkeypatch: pytest.MonkeyPatch
+    model_cache: Path, monkeypatch: Patch
 ) -> None:
     rates = iter([1e9, 2e9, 3e9])
     monkeypatch.setattr(roofline, "measure", lambda threads: next(rates))
@@ -127,7 +126,7 @@ def test_a_probe_is_kept_under_this_machine_and_made_again_when_asked(
 
 @pytest.mark.parametrize("content", ["", "[]", '{"x": ', '{"x": 3}', '{"bytes_per_s": "fast"}'])
 def test_a_damaged_or_unwritable_memory_of_probes_is_no_error(
-    model_cache: Path, monkeypatch: pytest.MonkeyPatch, content: str
+    model_cache: Path, monkeypatch: Patch, content: str
 ) -> None:
     monkeypatch.setattr(roofline, "measure", lambda threads: 4e9)
     roofline.probe(2)
@@ -138,9 +137,7 @@ def test_a_damaged_or_unwritable_memory_of_probes_is_no_error(
     assert roofline.probe(2) == 4e9
 
 
-def test_what_was_measured_on_a_busy_machine_is_not_kept(
-    model_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_measured_on_a_busy_machine_is_not_kept(model_cache: Path, monkeypatch: Patch) -> None:
     rates = iter([1e9, 2e9])
     monkeypatch.setattr(roofline, "measure", lambda threads: next(rates))
     monkeypatch.setattr(roofline, "is_busy", lambda: True)

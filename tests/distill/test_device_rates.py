@@ -1,7 +1,5 @@
 """The rates behind [deploy]: measured on the device if anybody did, else predicted and marked so."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """docs/presets.md is what the code says, and has a row for every key of a run."""
 
-from __future__ import annotations
-
 import runpy
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tiny random checkpoints of every family, tokenizers trained in code, and what llama.cpp computes with both."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from numpy.typing import NDArray
+from tiny import Folders, Make
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. I'll say: it's 1234567 o'clock, isn't it?",
@@ -128,7 +127,7 @@ CHECKPOINT: dict[str, Any] = dict(
 
 
 @pytest.fixture(scope="session")
-def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def make_checkpoint(tmp_path_factory: Folders) -> Make:
     """Make a tiny random checkpoint with a tokenizer; the same call gives the same folder, so do not change it."""
     made: dict[str, Path] = {}
 
@@ -154,7 +153,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 
 @pytest.fixture(scope="session")
-def hf_logits() -> Callable[..., NDArray[np.float32]]:
+def hf_logits() -> Make:
     """Ask transformers for the logits ``[n_token, n_vocab]`` of a checkpoint, in float32."""
 
     def logits(checkpoint: Path, ids: Sequence[int]) -> NDArray[np.float32]:
@@ -170,7 +169,7 @@ def hf_logits() -> Callable[..., NDArray[np.float32]]:
 
 
 @pytest.fixture(scope="session")
-def llama_logits() -> Iterator[Callable[..., NDArray[np.float32]]]:
+def llama_logits() -> Iterator[Make]:
     """Logits ``[n_token, n_vocab]`` of llama.cpp: `n_prefill` tokens at once (default: all), then one by one."""
     import llama_cpp as lib
 
@@ -288,7 +287,7 @@ def _write_base(path: Path, arch: str, shapes: dict[str, tuple[int, ...]]) -> No
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
+def tiny_model(tmp_path_factory: Folders) -> Make:
     """Make the tiny model of an architecture; the same call gives the same model."""
     made: dict[tuple[str, bool], TinyModel] = {}
 

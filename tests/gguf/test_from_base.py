@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -9,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny import Patch
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.from_base import checkpoint_to_gguf
@@ -73,9 +72,7 @@ def test_metadata_is_the_bases_but_for_what_is_no_longer_true(tiny_model: Any, t
     assert str(tmp_path).encode() not in content and b"/home/" not in content
 
 
-def test_a_full_disk_leaves_nothing_behind(
-    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_nothing_behind(tiny_model: Any, tmp_path: Path, monkeypatch: Patch) -> None:
     model = tiny_model("llama")
     calls: list[int] = []
 

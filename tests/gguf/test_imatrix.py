@@ -1,7 +1,5 @@
 """Collected importance matrices: the sums are right, under the right names, and survive being killed."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tiny import Folders, Patch
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf import imatrix as room
@@ -32,7 +31,7 @@ FUSED = {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Make:
+def checkpoint(tmp_path_factory: Folders) -> Make:
     """Make a random two-layer checkpoint of a family, with a byte-level tokenizer."""
     made: dict[str, Path] = {}
 
@@ -114,7 +113,7 @@ def test_the_first_block_s_sums_are_those_worked_out_by_hand(checkpoint: Make, t
 
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_every_matrix_has_the_sums_of_what_it_was_multiplied_with(
-    arch: str, checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arch: str, checkpoint: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     # Beside the hooks, watch torch's own product, and tell the matrices apart by their weights.
     import torch
@@ -141,7 +140,7 @@ def test_every_matrix_has_the_sums_of_what_it_was_multiplied_with(
 
 @pytest.mark.parametrize("killed_after", [1, 2, 3])
 def test_a_killed_collection_goes_on_and_ends_with_the_same_bytes(
-    killed_after: int, checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    killed_after: int, checkpoint: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     whole = collect(checkpoint("llama"), PROMPTS, tmp_path / "whole" / "m.gguf")
     out, calls = tmp_path / "killed" / "m.gguf", []
@@ -165,7 +164,7 @@ def test_a_killed_collection_goes_on_and_ends_with_the_same_bytes(
 
 
 def test_a_finished_matrix_is_made_again_only_for_other_prompts_or_another_model(
-    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     out = collect(checkpoint("llama"), PROMPTS, tmp_path / "m.gguf")
     first = out.read_bytes()
@@ -186,7 +185,7 @@ def test_a_damaged_state_is_started_over(checkpoint: Make, tmp_path: Path) -> No
 
 
 def test_a_long_prompt_is_run_in_pieces_and_counted_whole(
-    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(room, "_WINDOW_TOKENS", 8)
     text = PROMPTS[0]

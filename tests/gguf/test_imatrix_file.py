@@ -1,7 +1,5 @@
 """Importance matrices as files: what is written is what llama.cpp's loader reads, and what it divides."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

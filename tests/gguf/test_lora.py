@@ -1,13 +1,11 @@
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tiny import Folders, Make
 
 from arte_edge.errors import InputError
 from arte_edge.gguf.from_base import checkpoint_to_gguf
@@ -22,7 +20,7 @@ def relative(got: Any, wanted: Any) -> float:
 
 
 @pytest.fixture(scope="module")
-def save_adapter(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def save_adapter(tiny_model: Any, tmp_path_factory: Folders) -> Make:
     """Save a LoRA with random matrices, both A and B, for a tiny model."""
 
     def save(arch: str, **settings: Any) -> Path:

@@ -1,9 +1,6 @@
 """Metadata is set, replaced and deleted; everything else of the file stays, in any circumstances."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import Make, Patch
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.metadata import rewrite
@@ -32,7 +30,7 @@ def tensors(path: Path) -> dict[str, tuple[Any, bytes]]:
     return {t.name: (t.tensor_type, t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
 
 
-def test_keys_are_set_replaced_and_deleted_and_nothing_else_changes(make_gguf: Callable[..., Path]) -> None:
+def test_keys_are_set_replaced_and_deleted_and_nothing_else_changes(make_gguf: Make) -> None:
     path = make_gguf(general__name="old", arte_edge__bench__0__device="pi4", arte_edge__bench__count=1)
     before, weights = values(path), tensors(path)
     fields = {"general.name": Field(STRING, b"new"), "arte_edge.x": Field(UINT64, 1 << 40)}
@@ -44,7 +42,7 @@ def test_keys_are_set_replaced_and_deleted_and_nothing_else_changes(make_gguf: C
     assert tensors(path) == weights
 
 
-def test_a_second_run_writes_nothing(make_gguf: Callable[..., Path]) -> None:
+def test_a_second_run_writes_nothing(make_gguf: Make) -> None:
     path = make_gguf()
     fields = {"arte_edge.a": Field(FLOAT32, 0.1), "arte_edge.b": Field(BOOL, True)}
     assert rewrite(path, fields, drop=("arte_edge.",)).changed
@@ -54,7 +52,7 @@ def test_a_second_run_writes_nothing(make_gguf: Callable[..., Path]) -> None:
     assert (path.stat().st_mtime_ns, path.stat().st_ino) == (state.st_mtime_ns, state.st_ino)
 
 
-def test_the_sum_it_returns_is_that_of_the_file(make_gguf: Callable[..., Path]) -> None:
+def test_the_sum_it_returns_is_that_of_the_file(make_gguf: Make) -> None:
     path = make_gguf()
     before = checksums_of(path)
     done = rewrite(path, {"arte_edge.a": Field(STRING, b"x" * 100)})
@@ -136,7 +134,7 @@ def test_any_metadata_survives_as_ggmls_own_reader_sees_it(
 
 
 @pytest.mark.parametrize("key", ["general.alignment", "general.architecture", "", "a b", "a..b", "ä.b"])
-def test_a_key_that_must_not_be_set_is_refused(make_gguf: Callable[..., Path], key: str) -> None:
+def test_a_key_that_must_not_be_set_is_refused(make_gguf: Make, key: str) -> None:
     path = make_gguf()
     data = path.read_bytes()
     with pytest.raises(InputError, match="cannot be set"):
@@ -144,12 +142,12 @@ def test_a_key_that_must_not_be_set_is_refused(make_gguf: Callable[..., Path], k
     assert path.read_bytes() == data
 
 
-def test_a_value_that_does_not_fit_is_refused(make_gguf: Callable[..., Path]) -> None:
+def test_a_value_that_does_not_fit_is_refused(make_gguf: Make) -> None:
     with pytest.raises(InputError, match=r"arte_edge\.a: cannot be written"):
         rewrite(make_gguf(), {"arte_edge.a": Field(UINT32, -1)})
 
 
-def test_a_damaged_file_is_refused_and_stays(make_gguf: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_and_stays(make_gguf: Make, tmp_path: Path) -> None:
     whole = make_gguf().read_bytes()
     path = tmp_path / "cut.gguf"
     for cut in (*range(0, 700, 7), len(whole) - 40):
@@ -159,9 +157,7 @@ def test_a_damaged_file_is_refused_and_stays(make_gguf: Callable[..., Path], tmp
         assert path.read_bytes() == whole[:cut]
 
 
-def test_a_full_disk_is_told_before_anything_is_written(
-    make_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_told_before_anything_is_written(make_gguf: Make, monkeypatch: Patch) -> None:
     path = make_gguf()
     usage = shutil.disk_usage(path.parent)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=100))
@@ -170,9 +166,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_write_that_fails_midway_leaves_the_old_file(
-    make_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_fails_midway_leaves_the_old_file(make_gguf: Make, monkeypatch: Patch) -> None:
     path = make_gguf()
     data = path.read_bytes()
 
@@ -186,7 +180,7 @@ def test_a_write_that_fails_midway_leaves_the_old_file(
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_link_stays_a_link(make_gguf: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_link_stays_a_link(make_gguf: Make, tmp_path: Path) -> None:
     path = make_gguf()
     link = tmp_path / "link.gguf"
     link.symlink_to(path)

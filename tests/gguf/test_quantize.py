@@ -1,17 +1,15 @@
 """Quantizing small random models with the real llama.cpp: what is written, what is reported, what is refused."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from tiny import Capture, Folders, Make
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.imatrix import Imatrix, write_imatrix
@@ -19,12 +17,11 @@ from arte_edge.gguf.quantize import quantize
 from arte_edge.gguf.reader import read_header
 from arte_edge.gguf.types import QUANT_TYPES
 
-Make = Callable[..., Path]
 N_LAYER, VOCAB, KV = 2, 64, 128
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Make:
+def model(tmp_path_factory: Folders) -> Make:
     """Write a random F16 Llama: ``model(width, width_ff)``; rows of 256 and 512 fit every type."""
     made: dict[tuple[int, int, bool], Path] = {}
 
@@ -277,6 +274,6 @@ def test_q4_0_of_a_small_model_is_warned_of(model: Make, tmp_path: Path) -> None
     assert "Q4_0" in warning and "%" in warning
 
 
-def test_nothing_is_printed(model: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_printed(model: Make, tmp_path: Path, capfd: Capture) -> None:
     quantize(model(96, 256), tmp_path / "out.gguf", "Q4_K_M")
     assert capfd.readouterr() == ("", "")

@@ -1,9 +1,6 @@
 """The GGUF reader: agrees with GGML's own package, rejects damaged files, parses each file once."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import Make, Patch
 
 from arte_edge.errors import InputError
 from arte_edge.gguf import reader
@@ -20,7 +18,6 @@ from arte_edge.gguf.reader import Field, read_header, read_model_header
 from arte_edge.gguf.types import FILE_TYPES, STRING, TENSOR_TYPES
 from arte_edge.gguf.writer import Tensor, write_gguf
 
-Make = Callable[..., Path]
 # The fixture's path does not change between examples; the files written from it do.
 _examples = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -230,7 +227,7 @@ def test_a_huge_count_costs_no_memory(make_gguf: Make) -> None:
 
 
 @pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def parsed(monkeypatch: Patch) -> list[Path]:
     """The files whose header was parsed, in order."""
     found: list[Path] = []
     parse = reader._parsed

@@ -1,7 +1,5 @@
 """A GGUF becomes a checkpoint with the same tokens and logits, once; a failure leaves nothing."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from numpy.typing import NDArray
+from tiny import Make, Patch
 
 from arte_edge.cache import DiskFull
 from arte_edge.errors import ArteError, InputError
@@ -72,7 +71,7 @@ def speaking_gguf(tmp_path: Path) -> Path:
 
 
 def test_the_checkpoint_has_the_tokens_logits_and_template_of_its_gguf(
-    model_cache: Path, speaking_gguf: Path, llama_logits: Logits, monkeypatch: pytest.MonkeyPatch
+    model_cache: Path, speaking_gguf: Path, llama_logits: Logits, monkeypatch: Patch
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -100,7 +99,7 @@ def test_the_checkpoint_has_the_tokens_logits_and_template_of_its_gguf(
 
 
 def test_an_architecture_that_transformers_does_not_know_is_the_users_matter(
-    model_cache: Path, make_gguf: Callable[..., Path]
+    model_cache: Path, make_gguf: Make
 ) -> None:
     model = resolve(str(make_gguf(arch="gptzilla")))
     with pytest.raises(InputError, match="gptzilla"):
@@ -125,7 +124,7 @@ def test_a_child_that_fails_is_explained_and_leaves_nothing(
     model_cache: Path,
     speaking_gguf: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: Patch,
     script: str,
     kind: type[ArteError],
     said: str,

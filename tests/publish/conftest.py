@@ -1,17 +1,16 @@
 """A Hub of our own, to which nothing leaves this machine."""
 
-from __future__ import annotations
-
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Make, Patch
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+def hub(monkeypatch: Patch, tmp_path: Path) -> Iterator[Make]:
     """Start a Hub of our own and log in to it: ``hub(benchmarks=[...])`` returns the server."""
     spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
     assert spec is not None

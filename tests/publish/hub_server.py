@@ -4,8 +4,6 @@ What huggingface_hub sends is sent over HTTP and checked as the Hub would: the t
 large files, the order of a commit's lines. Large files take git-lfs' basic transfer.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,29 +1,23 @@
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
+from tiny import Make, Patch, quality_row
 
 from arte_edge.errors import InputError
 from arte_edge.publish.eval_results import Benchmark, check_registered, parse_benchmark, write_eval_results
 from arte_edge.results.merge import merge_rows
-from arte_edge.results.rows import QualityRow
 
-MakeQuality = Callable[..., QualityRow]
 GSM8K = Benchmark("openai/gsm8k", "gsm8k")
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def offline(monkeypatch: Patch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def test_a_whole_test_split_becomes_an_entry_that_the_hubs_reader_knows(
-    export_folder: Path, quality_row: MakeQuality
-) -> None:
+def test_a_whole_test_split_becomes_an_entry_that_the_hubs_reader_knows(export_folder: Path) -> None:
     notes: list[str] = []
     student = merge_rows(export_folder, [quality_row(80)])
     (path,) = write_eval_results(export_folder, student, [GSM8K], repo="ada/tiny-GGUF", note=notes.append)
@@ -41,7 +35,7 @@ def test_a_whole_test_split_becomes_an_entry_that_the_hubs_reader_knows(
 
 @pytest.mark.parametrize("change", [{"partial": True}, {"split": "validation"}])
 def test_part_of_a_split_and_other_splits_are_no_entry(
-    export_folder: Path, quality_row: MakeQuality, change: dict[str, object]
+    export_folder: Path, change: dict[str, object]
 ) -> None:
     student = merge_rows(export_folder, [quality_row(80, **change)])
     with pytest.raises(InputError, match="no file was measured on the whole test split"):
@@ -49,7 +43,7 @@ def test_part_of_a_split_and_other_splits_are_no_entry(
     assert not (export_folder / ".eval_results").exists()
 
 
-def test_of_several_tasks_one_must_be_named(export_folder: Path, quality_row: MakeQuality) -> None:
+def test_of_several_tasks_one_must_be_named(export_folder: Path) -> None:
     student = merge_rows(export_folder, [quality_row(80), quality_row(70, task="gsm8k")])
     with pytest.raises(InputError, match="which of gsm8k, home_intents"):
         write_eval_results(export_folder, student, [GSM8K])
@@ -64,9 +58,7 @@ def test_a_benchmark_of_another_form_is_refused(text: str) -> None:
         parse_benchmark(text)
 
 
-def test_the_hub_is_asked_where_it_can_be_reached(
-    monkeypatch: pytest.MonkeyPatch, hub: Callable[..., str]
-) -> None:
+def test_the_hub_is_asked_where_it_can_be_reached(monkeypatch: Patch, hub: Make) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
     hub(benchmarks=["openai/gsm8k"])
     assert check_registered(GSM8K) == ""

@@ -1,11 +1,9 @@
-from __future__ import annotations
-
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Make, quality_row, speed_row
 
 from arte_edge.errors import InputError
 from arte_edge.gguf.metadata import rewrite
@@ -14,7 +12,6 @@ from arte_edge.models import LocalModel
 from arte_edge.models.artifact_hash import checksums_of
 from arte_edge.publish.gguf_results import write_keys
 from arte_edge.results.merge import merge_rows
-from arte_edge.results.rows import QualityRow, SpeedRow
 from arte_edge.results.student_json import FILE_NAME, read_student
 
 gguf = pytest.importorskip("gguf")
@@ -33,9 +30,7 @@ def tensors(path: Path) -> dict[str, tuple[Any, bytes]]:
     return {t.name: (t.tensor_type, t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
 
 
-def test_results_stand_in_the_file_and_its_sum_in_the_document(
-    export_folder: Path, speed_row: Callable[..., SpeedRow], quality_row: Callable[..., QualityRow]
-) -> None:
+def test_results_stand_in_the_file_and_its_sum_in_the_document(export_folder: Path) -> None:
     rows = [speed_row("tg128", 20.5), speed_row("pp512", 150.0), quality_row(80)]
     merge_rows(export_folder, rows)
     assert write_keys(export_folder) == (NAME,)
@@ -59,9 +54,7 @@ def test_results_stand_in_the_file_and_its_sum_in_the_document(
     assert speed.decode_tokens_per_s == 21.0
 
 
-def test_throttled_rates_and_partial_accuracies_stay_out_of_the_file(
-    export_folder: Path, speed_row: Callable[..., SpeedRow], quality_row: Callable[..., QualityRow]
-) -> None:
+def test_throttled_rates_and_partial_accuracies_stay_out_of_the_file(export_folder: Path) -> None:
     merge_rows(export_folder, [speed_row(throttled=True), quality_row(8, n=10, partial=True)])
     write_keys(export_folder)
     assert not [key for key in values(export_folder / NAME) if key.startswith("arte_edge.bench.")]
@@ -73,9 +66,7 @@ def test_throttled_rates_and_partial_accuracies_stay_out_of_the_file(
     assert "arte_edge.bench.count" not in values(export_folder / NAME)
 
 
-def test_another_files_results_are_not_written_into_it(
-    export_folder: Path, make_gguf: Callable[..., Path]
-) -> None:
+def test_another_files_results_are_not_written_into_it(export_folder: Path, make_gguf: Make) -> None:
     shutil.copy(make_gguf("other.gguf", rows=32), export_folder / NAME)
     before = (export_folder / NAME).read_bytes(), (export_folder / FILE_NAME).read_bytes()
     with pytest.raises(InputError, match="its tensors are not those"):

@@ -1,11 +1,9 @@
-from __future__ import annotations
-
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import speed_row
 
 from arte_edge.errors import InputError
 from arte_edge.gguf.metadata import rewrite
@@ -15,7 +13,6 @@ from arte_edge.publish.card.card import write_card
 from arte_edge.publish.gguf_results import write_keys
 from arte_edge.publish.hub import preview
 from arte_edge.results.merge import merge_rows
-from arte_edge.results.rows import SpeedRow
 from arte_edge.results.student_json import read_student
 
 MACHINE = Machine(
@@ -27,7 +24,7 @@ STRING = 8
 
 
 @pytest.fixture
-def ready(export_folder: Path, speed_row: Callable[..., SpeedRow]) -> Path:
+def ready(export_folder: Path) -> Path:
     """An export with results, a card, and raw rows beside it."""
     row = speed_row("tg128", 20.5)
     merge_rows(export_folder, [row])

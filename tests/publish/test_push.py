@@ -1,24 +1,19 @@
 """A push over real HTTP, to a Hub in this process."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from tiny import Capture, Make, Patch, speed_row
 
 from arte_edge.cli.main import main
-from arte_edge.results.rows import SpeedRow
 
-Capture = pytest.CaptureFixture[str]
 REPO = "ada/tiny-GGUF"
 NAME = "tiny-Q8_0.gguf"
 
 
 @pytest.fixture
-def ready(export_folder: Path, speed_row: Callable[..., SpeedRow], capsys: Capture) -> Path:
+def ready(export_folder: Path, capsys: Capture) -> Path:
     """An export as `arte-edge bench` and `arte-edge card` leave it."""
     lines = [speed_row("tg128", 20.5), speed_row("pp512", 150.0)]
     (export_folder / "bench.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in lines))
@@ -27,7 +22,7 @@ def ready(export_folder: Path, speed_row: Callable[..., SpeedRow], capsys: Captu
     return export_folder
 
 
-def test_nothing_is_sent_without_yes(ready: Path, hub: Callable[..., Any], capsys: Capture) -> None:
+def test_nothing_is_sent_without_yes(ready: Path, hub: Make, capsys: Capture) -> None:
     server = hub()
     assert main(["push", str(ready), "--to", REPO]) == 0
     told = capsys.readouterr()
@@ -39,9 +34,7 @@ def test_nothing_is_sent_without_yes(ready: Path, hub: Callable[..., Any], capsy
     assert "Nothing was sent." in told.err
 
 
-def test_with_yes_the_hub_has_what_the_preview_showed(
-    ready: Path, hub: Callable[..., Any], capsys: Capture
-) -> None:
+def test_with_yes_the_hub_has_what_the_preview_showed(ready: Path, hub: Make, capsys: Capture) -> None:
     server = hub()
     assert main(["push", str(ready), "--to", REPO, "--private", "--yes", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -54,7 +47,7 @@ def test_with_yes_the_hub_has_what_the_preview_showed(
 
 
 def test_a_push_that_was_cut_off_goes_on_and_sends_large_files_once(
-    ready: Path, hub: Callable[..., Any], capsys: Capture
+    ready: Path, hub: Make, capsys: Capture
 ) -> None:
     server = hub()
     server.fail_uploads = 1
@@ -69,9 +62,7 @@ def test_a_push_that_was_cut_off_goes_on_and_sends_large_files_once(
     assert server.files[NAME] == (ready / NAME).read_bytes()
 
 
-def test_something_personal_stops_it_before_the_hub_is_asked(
-    ready: Path, hub: Callable[..., Any], capsys: Capture
-) -> None:
+def test_something_personal_stops_it_before_the_hub_is_asked(ready: Path, hub: Make, capsys: Capture) -> None:
     server = hub()
     card = ready / "README.md"
     card.write_text(card.read_text() + "on 192.168.7.9\n")
@@ -85,7 +76,7 @@ def test_something_personal_stops_it_before_the_hub_is_asked(
 
 
 def test_a_token_is_in_no_message_and_no_file(
-    ready: Path, hub: Callable[..., Any], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    ready: Path, hub: Make, capsys: Capture, monkeypatch: Patch
 ) -> None:
     server = hub()
     token = "hf_" + "x" * 34
@@ -107,7 +98,7 @@ def test_a_token_is_in_no_message_and_no_file(
 
 
 def test_without_a_token_it_says_how_to_log_in(
-    ready: Path, hub: Callable[..., Any], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    ready: Path, hub: Make, capsys: Capture, monkeypatch: Patch
 ) -> None:
     server = hub()
     monkeypatch.delenv("HF_TOKEN")
@@ -118,7 +109,7 @@ def test_without_a_token_it_says_how_to_log_in(
 
 
 def test_a_hub_that_is_not_there_is_told_at_once(
-    ready: Path, hub: Callable[..., Any], capsys: Capture, monkeypatch: pytest.MonkeyPatch, closed_port: int
+    ready: Path, hub: Make, capsys: Capture, monkeypatch: Patch, closed_port: int
 ) -> None:
     hub()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port}")

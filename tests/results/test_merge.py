@@ -1,35 +1,27 @@
-from __future__ import annotations
-
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import facts, quality_row, speed_row
 
 from arte_edge.errors import InputError
 from arte_edge.results.merge import merge_into, merge_rows
-from arte_edge.results.rows import DeviceFacts, QualityRow, Row, SpeedRow
+from arte_edge.results.rows import Row
 from arte_edge.results.student_json import FILE_NAME, Speed, StudentFile, carry_results, read_student
-
-Make = Callable[..., SpeedRow]
-MakeQuality = Callable[..., QualityRow]
-PER_FUNCTION = HealthCheck.function_scoped_fixture
 
 
 def read(folder: Path) -> StudentFile:
-    found = read_student(folder)
-    assert found is not None
-    return found
+    return read_student(folder) or pytest.fail(f"no student.json in {folder}")
 
 
 def speeds(student: StudentFile) -> tuple[Speed, ...]:
     return student.artifacts[0].speeds
 
 
-def test_one_entry_a_device_holds_both_rates_and_every_test(export_folder: Path, speed_row: Make) -> None:
+def test_one_entry_a_device_holds_both_rates_and_every_test(export_folder: Path) -> None:
     rows = [speed_row("tg128", 20.5), speed_row("pp512", 150.0), speed_row("pp64", 120.0)]
     (speed,) = speeds(merge_rows(export_folder, rows))
     assert (speed.device, speed.threads, speed.fingerprint) == ("raspberry-pi-5", 4, "0123456789abcdef")
@@ -38,10 +30,8 @@ def test_one_entry_a_device_holds_both_rates_and_every_test(export_folder: Path,
     assert read(export_folder) == merge_rows(export_folder, [])  # it is on the disk
 
 
-def test_a_rerun_replaces_its_own_entry_and_no_other(
-    export_folder: Path, speed_row: Make, pi5: DeviceFacts
-) -> None:
-    other = pi5.model_copy(update={"profile": "", "fingerprint": "f" * 16})
+def test_a_rerun_replaces_its_own_entry_and_no_other(export_folder: Path) -> None:
+    other = facts(profile="", fingerprint="f" * 16)
     merge_rows(export_folder, [speed_row("tg128", 20.0), speed_row("tg128", 5.0, device=other)])
     found = speeds(merge_rows(export_folder, [speed_row("tg128", 22.0, test_time="2026-11-25T08:00:00Z")]))
     assert [(s.device, s.decode_tokens_per_s) for s in found] == [("raspberry-pi-5", 22.0), ("f" * 16, 5.0)]
@@ -49,20 +39,13 @@ def test_a_rerun_replaces_its_own_entry_and_no_other(
 
 @pytest.mark.parametrize("change", [{"n_threads": 2}, {"runtime": "xllamacpp 1"}])
 def test_threads_and_runtimes_are_entries_of_their_own(
-    export_folder: Path, speed_row: Make, change: dict[str, object]
+    export_folder: Path, change: dict[str, object]
 ) -> None:
     merged = merge_rows(export_folder, [speed_row(), speed_row(**change)])
     assert len(speeds(merged)) == 2
 
 
-def test_a_depth_is_an_entry_of_its_own(export_folder: Path, speed_row: Make) -> None:
-    merged = merge_rows(export_folder, [speed_row("tg128", 20.0), speed_row("tg128@d512", 15.0)])
-    assert [(s.n_depth, s.decode_tokens_per_s) for s in speeds(merged)] == [(0, 20.0), (512, 15.0)]
-
-
-def test_a_throttled_rate_is_kept_and_marked_and_never_displaces_a_sound_one(
-    export_folder: Path, speed_row: Make
-) -> None:
+def test_a_throttled_rate_is_kept_and_marked_and_never_displaces_a_sound_one(export_folder: Path) -> None:
     hot = speed_row("tg128", 9.0, throttled=True, test_time="2026-11-26T10:00:00Z")
     (speed,) = speeds(merge_rows(export_folder, [hot]))
     assert (speed.throttled, speed.decode_tokens_per_s) == (True, 9.0)
@@ -72,24 +55,16 @@ def test_a_throttled_rate_is_kept_and_marked_and_never_displaces_a_sound_one(
     assert (speed.throttled, speed.decode_tokens_per_s) == (False, 20.0)
 
 
-def test_a_failed_test_is_kept_with_its_reason_and_gives_no_figure(
-    export_folder: Path, speed_row: Make
-) -> None:
+def test_a_failed_test_is_kept_with_its_reason_and_gives_no_figure(export_folder: Path) -> None:
     row = speed_row("tg128", 0.5, status="out-of-memory", reason="needs 900 MB")
     (speed,) = speeds(merge_rows(export_folder, [row]))
     assert not speed.measured
     assert (speed.tests[0].status, speed.tests[0].reason) == ("out-of-memory", "needs 900 MB")
 
 
-def test_rows_of_unknown_tensors_emulators_and_no_runtime_are_told_and_left_out(
-    export_folder: Path, speed_row: Make, pi5: DeviceFacts
-) -> None:
-    emulated = pi5.model_copy(update={"virtual": "qemu-user"})
-    rows: list[Row] = [
-        speed_row(tensor_sha256="00" * 32),
-        speed_row(device=emulated),
-        speed_row(format="null"),
-    ]
+def test_rows_of_unknown_tensors_emulators_and_no_runtime_are_told_and_left_out(export_folder: Path) -> None:
+    emulated = facts(virtual="qemu-user")
+    rows = [speed_row(tensor_sha256="00" * 32), speed_row(device=emulated), speed_row(format="null")]
     notes: list[str] = []
     before = (export_folder / FILE_NAME).read_bytes()
     merge_rows(export_folder, rows, note=notes.append)
@@ -98,9 +73,7 @@ def test_rows_of_unknown_tensors_emulators_and_no_runtime_are_told_and_left_out(
     assert (export_folder / FILE_NAME).read_bytes() == before
 
 
-def test_an_accuracy_of_part_of_the_split_never_stands_before_one_of_all_of_it(
-    export_folder: Path, quality_row: MakeQuality
-) -> None:
+def test_an_accuracy_of_part_of_the_split_never_stands_before_one_of_all_of_it(export_folder: Path) -> None:
     part = quality_row(10, n=10, partial=True, test_time="2026-11-25T10:00:00Z")
     (found,) = merge_rows(export_folder, [part]).artifacts[0].evaluations
     assert found.partial
@@ -110,18 +83,14 @@ def test_an_accuracy_of_part_of_the_split_never_stands_before_one_of_all_of_it(
     assert not found.partial
 
 
-def test_the_students_own_accuracy_is_its_own_and_no_files(
-    export_folder: Path, quality_row: MakeQuality
-) -> None:
+def test_the_students_own_accuracy_is_its_own_and_no_files(export_folder: Path) -> None:
     own = quality_row(90, format="safetensors", tensor_sha256="", sha256=read(export_folder).student.sha256)
     merged = merge_rows(export_folder, [own])
     assert [one.right for one in merged.student_evaluations] == [90]
     assert all(not artifact.evaluations for artifact in merged.artifacts)
 
 
-def test_a_corrupt_document_is_an_input_error_and_stays_as_it_is(
-    export_folder: Path, speed_row: Make
-) -> None:
+def test_a_corrupt_document_is_an_input_error_and_stays_as_it_is(export_folder: Path) -> None:
     path = export_folder / FILE_NAME
     path.write_bytes(path.read_bytes()[:500])
     before = path.read_bytes()
@@ -130,9 +99,7 @@ def test_a_corrupt_document_is_an_input_error_and_stays_as_it_is(
     assert path.read_bytes() == before
 
 
-def test_what_stands_there_without_tests_is_somebody_elses_and_stays(
-    export_folder: Path, speed_row: Make
-) -> None:
+def test_what_stands_there_without_tests_is_somebody_elses_and_stays(export_folder: Path) -> None:
     path = export_folder / FILE_NAME
     document = json.loads(path.read_bytes())
     document["artifacts"][0]["speeds"] = [
@@ -143,31 +110,23 @@ def test_what_stands_there_without_tests_is_somebody_elses_and_stays(
     assert [speed.device for speed in speeds(merged)] == ["hand", "raspberry-pi-5"]
 
 
-def test_a_file_that_is_made_again_keeps_what_was_measured(export_folder: Path, speed_row: Make) -> None:
+def test_a_file_that_is_made_again_keeps_what_was_measured(export_folder: Path) -> None:
     fresh = read(export_folder)
     merged = merge_rows(export_folder, [speed_row()])
     assert carry_results(export_folder, fresh) == merged
 
 
 TIMES = ("", "2026-11-24T10:00:00Z", "2026-11-25T10:00:00Z")
+CHOICES = (("pp512", "tg128", "tg64", "tg128@d512", "quality"), TIMES, ("ok", "timeout"), (None, False, True))
 ROWS = st.lists(
-    st.tuples(
-        st.sampled_from(("pp512", "tg128", "tg64", "tg128@d512", "quality")),
-        st.sampled_from(TIMES),
-        st.sampled_from(("ok", "timeout")),
-        st.sampled_from((None, False, True)),
-        st.integers(1, 3),
-        st.integers(1, 2),
-        st.booleans(),
-    ),
-    max_size=8,
+    st.tuples(*map(st.sampled_from, CHOICES), st.integers(1, 3), st.integers(1, 2), st.booleans()), max_size=8
 )
 
 
-@settings(max_examples=60, suppress_health_check=[PER_FUNCTION, HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(rows=ROWS, seed=st.integers(0, 99), cut=st.integers(0, 8))
 def test_rows_give_the_same_document_in_any_order_and_however_often(
-    export_folder: Path, speed_row: Make, quality_row: MakeQuality, rows: list[tuple], seed: int, cut: int
+    export_folder: Path, rows: list[tuple], seed: int, cut: int
 ) -> None:
     def row(test: str, time: str, status: str, hot: bool | None, value: int, threads: int, part: bool) -> Row:
         if test == "quality":

@@ -1,69 +1,42 @@
 """bench.jsonl keeps every row that was written whole, whatever happened to the last one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import Folders, speed_row
 
 from arte_edge.errors import InputError
-from arte_edge.results.rows import DeviceFacts, QualityRow, Reading, SpeedRow, append_rows, read_rows
+from arte_edge.results.rows import DeviceFacts, QualityRow, Reading, Row, SpeedRow, append_rows, read_rows
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+numbers, small = st.integers(0, 9999), st.integers(1, 64)
 devices = st.builds(
-    DeviceFacts,
-    fingerprint=texts,
-    cpu=texts,
-    arch=texts,
-    cores=st.integers(1, 64),
-    memory_bytes=st.integers(0, 1 << 40),
+    DeviceFacts, fingerprint=texts, cpu=texts, arch=texts, cores=small, memory_bytes=numbers,
     features=st.lists(texts, max_size=3).map(tuple),
-)
+)  # fmt: skip
+readings = st.builds(Reading, t_s=finite, temperature_c=finite | st.none())
 speeds = st.builds(
-    SpeedRow,
-    test=texts,
-    model_filename=texts,
-    model_size=st.integers(0, 1 << 40),
-    format=st.sampled_from(["gguf", "onnx", "null"]),
-    n_threads=st.integers(1, 64),
-    n_prompt=st.integers(0, 9999),
-    n_gen=st.integers(0, 9999),
-    status=st.sampled_from(["ok", "crashed", "timeout"]),
-    reason=texts,
-    samples_ts=st.lists(finite, max_size=3).map(tuple),
+    SpeedRow, test=texts, model_filename=texts, model_size=numbers, format=st.sampled_from(["gguf", "onnx", "null"]),
+    n_threads=small, n_prompt=numbers, n_gen=numbers, status=st.sampled_from(["ok", "crashed", "timeout"]),
+    reason=texts, samples_ts=st.lists(finite, max_size=3).map(tuple), device=devices,
     itl_samples_ms=st.lists(st.lists(finite, max_size=2).map(tuple), max_size=2).map(tuple),
-    readings=st.lists(st.builds(Reading, t_s=finite, temperature_c=finite | st.none()), max_size=2).map(
-        tuple
-    ),
-    device=devices,
-)
+    readings=st.lists(readings, max_size=2).map(tuple),
+)  # fmt: skip
 qualities = st.builds(
-    QualityRow,
-    model_filename=texts,
-    format=st.just("gguf"),
-    n_threads=st.integers(1, 8),
-    task=texts,
-    split=st.sampled_from(["test", "validation"]),
-    n=st.integers(0, 99),
-    right=st.integers(0, 99),
-    low=st.floats(0, 1),
-    high=st.floats(0, 1),
+    QualityRow, model_filename=texts, format=st.just("gguf"), n_threads=small, task=texts, n=numbers, right=numbers,
+    split=st.sampled_from(["test", "validation"]), low=st.floats(0, 1), high=st.floats(0, 1), device=devices,
     answers=st.lists(st.tuples(texts, texts, st.booleans()), max_size=2).map(tuple),
-    device=devices,
-)
+)  # fmt: skip
 rows = st.lists(speeds | qualities, max_size=4)
 
 
 @settings(max_examples=60)
 @given(before=rows, after=rows, torn=st.integers(0, 300))
 def test_rows_come_back_and_a_torn_last_line_costs_only_itself(
-    tmp_path_factory: pytest.TempPathFactory,
-    before: list[SpeedRow | QualityRow],
-    after: list[SpeedRow | QualityRow],
-    torn: int,
+    tmp_path_factory: Folders, before: list[Row], after: list[Row], torn: int
 ) -> None:
     path = tmp_path_factory.mktemp("rows") / "bench.jsonl"
     append_rows(path, before)
@@ -81,46 +54,26 @@ def test_rows_come_back_and_a_torn_last_line_costs_only_itself(
         assert read_rows(path) == left + after
 
 
-def test_a_row_without_its_newline_is_whole(tmp_path: Path, pi5: DeviceFacts) -> None:
+def test_a_row_without_its_newline_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "bench.jsonl"
-    row = SpeedRow(
-        test="pp1",
-        model_filename="a",
-        model_size=1,
-        format="gguf",
-        n_threads=1,
-        n_prompt=1,
-        n_gen=0,
-        device=pi5,
-    )
-    append_rows(path, [row])
+    append_rows(path, [speed_row()])
     path.write_bytes(path.read_bytes().rstrip())  # some editors do that
-    assert read_rows(path) == [row]
-    append_rows(path, [row])
-    assert read_rows(path) == [row, row]
+    assert read_rows(path) == [speed_row()]
+    append_rows(path, [speed_row()])
+    assert read_rows(path) == [speed_row()] * 2
 
 
-def test_what_cannot_be_read_is_named_with_its_line(tmp_path: Path, pi5: DeviceFacts) -> None:
+def test_what_cannot_be_read_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "bench.jsonl"
     assert read_rows(path) == []
-    row = SpeedRow(
-        test="pp1",
-        model_filename="a",
-        model_size=1,
-        format="gguf",
-        n_threads=1,
-        n_prompt=1,
-        n_gen=0,
-        device=pi5,
-    )
-    append_rows(path, [row, row])
+    append_rows(path, [speed_row(), speed_row()])
     good = path.read_text()
-    for text, words in (
+    for text, named in (
         ("{\n" + good, ":1: not a JSON object"),
         (good.replace('"schema_version":2', '"schema_version":9'), ":1: schema_version is 9"),
-        (good.replace('"n_threads":1', '"n_threads":0'), ":1: n_threads"),
+        (good.replace('"n_threads":4', '"n_threads":0'), ":1: n_threads"),
         (good + '{"schema_version": 1}\n', ":3: task"),
     ):
         path.write_text(text)
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=named):
             read_rows(path)

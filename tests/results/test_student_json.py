@@ -1,59 +1,23 @@
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from tiny import artifact, student_file
 
 from arte_edge.errors import InputError
-from arte_edge.results.student_json import (
-    FILE_NAME,
-    Artifact,
-    Fidelity,
-    Lineage,
-    Speed,
-    Student,
-    StudentFile,
-    read_student,
-    write_student,
-)
+from arte_edge.results.student_json import FILE_NAME, Speed, StudentFile, read_student, write_student
 
-SUM = "ab" * 32
-
-
-def student_file(**changes: Any) -> StudentFile:
-    artifact = Artifact(
-        file="m-Q8_0.gguf",
-        format="gguf",
-        quantization="Q8_0",
-        status="ok",
-        size_bytes=10,
-        sha256=SUM,
-        tensor_sha256=SUM,
-        bits_per_weight=8.5,
-        fidelity=Fidelity(passed=True),
-        speeds=(Speed(device="pi5", runtime="llama.cpp", threads=4, decode_tokens_per_s=20.5),),
-    )
-    return StudentFile(
-        arte_edge_version="0",
-        student=Student(name="m", sha256=SUM, architecture="llama", dtype="F16", parameter_count=9),
-        lineage=Lineage(source="run"),
-        artifacts=(artifact,),
-    ).model_copy(update=changes)
+SPEED = Speed(device="pi5", runtime="llama.cpp", threads=4, decode_tokens_per_s=20.5)
+STUDENT = student_file(artifact(speeds=(SPEED,)))
 
 
 def test_what_is_written_is_read_back_to_the_byte(tmp_path: Path) -> None:
-    path = write_student(tmp_path, student_file())
+    assert read_student(tmp_path) is None
+    path = write_student(tmp_path, STUDENT)
     first = path.read_bytes()
     found = read_student(tmp_path)
-    assert found == student_file()
-    assert found is not None
+    assert found == STUDENT
     assert write_student(tmp_path, found).read_bytes() == first
-
-
-def test_a_folder_without_one_has_none(tmp_path: Path) -> None:
-    assert read_student(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -65,14 +29,14 @@ def test_a_folder_without_one_has_none(tmp_path: Path) -> None:
         ('{"schema_version": 1, "student": {}}', r"student\.json: "),
     ],
 )
-def test_a_file_that_is_none_of_ours_is_refused(tmp_path: Path, text: str, said: str) -> None:
+def test_another_file_is_rejected(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / FILE_NAME).write_text(text)
     with pytest.raises(InputError, match=said):
         read_student(tmp_path)
 
 
-def test_an_unknown_key_is_refused(tmp_path: Path) -> None:
-    write_student(tmp_path, student_file())
+def test_an_unknown_key_is_rejected(tmp_path: Path) -> None:
+    write_student(tmp_path, STUDENT)
     document = json.loads((tmp_path / FILE_NAME).read_text())
     document["artifacts"][0]["speed"] = 1
     (tmp_path / FILE_NAME).write_text(json.dumps(document))

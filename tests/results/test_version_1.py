@@ -1,7 +1,5 @@
 """What the version before wrote is still read: student.json, bench.jsonl, an export folder, a run folder."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -27,7 +25,6 @@ def export_1(tmp_path: Path) -> Path:
 def test_a_student_json_is_read_and_written_as_the_current_version(export_1: Path) -> None:
     assert json.loads((export_1 / "student.json").read_bytes())["schema_version"] == 1
     student = read_student(export_1)
-    assert student is not None
     assert [one.quantization for one in student.artifacts] == ["F16", "Q8_0", "Q4_K_M"]
     for artifact in student.artifacts:
         assert artifact.fidelity.metrics is not None and artifact.fidelity.metrics.n_prompts == 24
@@ -49,7 +46,6 @@ def test_rows_are_read_and_are_those_already_merged(export_1: Path) -> None:
         (0, 4, 0.0)
     ] * 2
     student = read_student(export_1)
-    assert student is not None
     merged = merge_into(student, rows)
     assert merged.student == student and merged.notes == ()
 

@@ -1,7 +1,5 @@
 """A benchmark on a device over real ssh: refused before it copies, cut in the middle, continued, cleaned away."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Make, Patch
 
 from arte_edge.bench import remote as remote_module
 from arte_edge.bench.remote import bench_remote
@@ -72,7 +71,7 @@ def profile(device: Any) -> Profile:
 
 
 @pytest.fixture
-def stub(device: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def stub(device: Any, monkeypatch: Patch, tmp_path: Path) -> None:
     """The environment there is this one, and the verb prints rows without measuring."""
     script = tmp_path / "verb.py"
     script.write_text(STUB.format(speed=SPEED.model_dump_json(), quality=QUALITY.model_dump_json()))
@@ -81,7 +80,7 @@ def stub(device: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def model(make_gguf: Callable[..., Path]) -> Path:
+def model(make_gguf: Make) -> Path:
     return make_gguf("student-Q8_0.gguf", rows=4000)
 
 
@@ -150,9 +149,7 @@ def test_ctrl_c_here_stops_the_benchmark_there(
     assert standing(job)["state"] == "idle"
 
 
-def refused(
-    monkeypatch: pytest.MonkeyPatch, device: Any, profile: Profile, model: Path, **facts: Any
-) -> ArteError:
+def refused(monkeypatch: Patch, device: Any, profile: Profile, model: Path, **facts: Any) -> ArteError:
     """Return the error that a device of these facts ends in; nothing may have been written there."""
     asked = remote_module.survey
 
@@ -168,21 +165,21 @@ def refused(
 
 
 def test_a_full_disk_is_refused_before_anything_is_copied(
-    device: Any, profile: Profile, stub: None, model: Path, monkeypatch: pytest.MonkeyPatch
+    device: Any, profile: Profile, stub: None, model: Path, monkeypatch: Patch
 ) -> None:
     error = refused(monkeypatch, device, profile, model, free_bytes=50_000_000)
     assert "50.0 MB are free" in error.message and "--clean" in error.hint
 
 
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_copied(
-    device: Any, profile: Profile, stub: None, model: Path, monkeypatch: pytest.MonkeyPatch
+    device: Any, profile: Profile, stub: None, model: Path, monkeypatch: Patch
 ) -> None:
     error = refused(monkeypatch, device, profile, model, available_bytes=40_000_000)
     assert "student-Q8_0.gguf on kitchen does not fit" in error.message and error.exit_code == 2
 
 
 def test_a_32_bit_system_is_refused(
-    device: Any, profile: Profile, stub: None, model: Path, monkeypatch: pytest.MonkeyPatch
+    device: Any, profile: Profile, stub: None, model: Path, monkeypatch: Patch
 ) -> None:
     assert "armv7l" in refused(monkeypatch, device, profile, model, machine="armv7l").message
 

@@ -1,7 +1,5 @@
 """One connection to a device: arguments arrive as they left, host keys hold, a cut is told from a refusal."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -101,10 +99,7 @@ def test_a_host_that_ssh_would_read_as_something_else_is_refused(host: str) -> N
 def test_a_wrong_host_key_is_an_error_that_says_what_to_do(device: Any, tmp_path: Path) -> None:
     other = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ"
     device.knows(other)
-    with (
-        device.ssh() as ssh,
-        pytest.raises(ArteError, match="host key changed") as error,
-    ):
+    with device.ssh() as ssh, pytest.raises(ArteError, match="host key changed") as error:
         ssh.run("true")
     assert not isinstance(error.value, ConnectionLost)
     assert "ssh-keygen" in error.value.hint and "-R" in error.value.hint

@@ -3,8 +3,6 @@
 The package as a device gets it: the running code, the same bytes every time, nothing that does not belong.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import Folders, Patch
 
 from arte_edge import catalog
 from arte_edge.bench.remote import ENV_BYTES, check_disk
@@ -143,7 +142,7 @@ def test_the_loopback_device_tells_all_of_it(device: Any) -> None:
 
 
 def test_an_environment_is_made_once_from_copied_wheels_when_no_index_is_reached(
-    device: Any, tmp_path: Path, program: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+    device: Any, tmp_path: Path, program: Callable[[str, str], Path], monkeypatch: Patch
 ) -> None:
     """The real pip there, without ensurepip and without a network; of what our wheel needs only one package."""
     monkeypatch.setattr(install_module.Plan, "requirements", lambda self, wheel: [wheel, "tomlkit"])
@@ -191,7 +190,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory: Folders) -> Path:
     return own_wheel(tmp_path_factory.mktemp("wheel"))
 
 
@@ -239,9 +238,7 @@ def test_platform_tags_are_those_that_the_device_would_accept() -> None:
     ]
 
 
-def test_a_package_without_such_a_wheel_is_an_error_that_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_without_such_a_wheel_is_an_error_that_names_it(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")

@@ -1,7 +1,5 @@
 """A job outlives the connection that began it, has the device for itself, and goes on where it was stopped."""
 
-from __future__ import annotations
-
 import json
 import sys
 import threading
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Patch
 
 from arte_edge.device.ssh import agent as job_module
 from arte_edge.device.ssh.connection import Patience, Ssh
@@ -125,9 +124,7 @@ def test_two_jobs_never_run_at_once(device: Any) -> None:
         make(device, other, [rows(1)], "two").run(lambda line: None, lambda text: None)
 
 
-def test_a_reboot_is_noticed_and_the_finished_part_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reboot_is_noticed_and_the_finished_part_is_kept(tmp_path: Path, monkeypatch: Patch) -> None:
     folder = tmp_path / "jobs" / "one"
     folder.mkdir(parents=True)
     (folder / "commands.json").write_text(json.dumps({"commands": [rows(2), rows(1000, 0.05)]}))

@@ -1,7 +1,5 @@
 """Files reach the device whole, resumed where a cut left them, and once."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from pathlib import Path

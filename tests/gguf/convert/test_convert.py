@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -10,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Make
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.convert.convert import convert
@@ -35,7 +34,7 @@ def edited(checkpoint: Path, out: Path, change: Callable[[dict[str, Any]], Any])
     return out
 
 
-def test_shards_give_the_same_file(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_shards_give_the_same_file(make_checkpoint: Make, tmp_path: Path) -> None:
     one, many = make_checkpoint("llama"), make_checkpoint("llama", shard="60KB")
     assert (many / "model.safetensors.index.json").is_file()
     assert convert(one, tmp_path / "a.gguf").read_bytes() == convert(many, tmp_path / "b.gguf").read_bytes()
@@ -43,7 +42,7 @@ def test_shards_give_the_same_file(make_checkpoint: Callable[..., Path], tmp_pat
 
 @pytest.mark.parametrize("damage", ["shard missing", "tensor in no shard"])
 def test_a_sharded_checkpoint_that_is_not_whole_is_refused(
-    damage: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+    damage: str, make_checkpoint: Make, tmp_path: Path
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(make_checkpoint("llama", shard="60KB"), folder)
@@ -58,7 +57,7 @@ def test_a_sharded_checkpoint_that_is_not_whole_is_refused(
 
 
 def test_a_tied_output_matrix_is_left_out_even_where_the_checkpoint_has_it(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
+    make_checkpoint: Make, tmp_path: Path
 ) -> None:
     tied = make_checkpoint("qwen2", tie_word_embeddings=True)
     both = edited(
@@ -71,16 +70,14 @@ def test_a_tied_output_matrix_is_left_out_even_where_the_checkpoint_has_it(
     assert own.shapes["output.weight"] == own.shapes["token_embd.weight"]
 
 
-def test_an_untied_output_matrix_that_is_missing_is_refused(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_an_untied_output_matrix_that_is_missing_is_refused(make_checkpoint: Make, tmp_path: Path) -> None:
     folder = edited(make_checkpoint("qwen2"), tmp_path / "copy", lambda t: t.pop("lm_head.weight"))
     with pytest.raises(InputError, match=r"lm_head\.weight is missing"):
         convert(folder, tmp_path / "out.gguf")
 
 
 def test_an_unknown_family_names_the_known_ones_and_the_way_out(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
+    make_checkpoint: Make, tmp_path: Path
 ) -> None:
     folder = copied(make_checkpoint("llama"), tmp_path / "copy", model_type="mamba")
     with pytest.raises(InputError, match="mamba") as caught:
@@ -105,7 +102,7 @@ def test_an_unknown_family_names_the_known_ones_and_the_way_out(
     ],
 )
 def test_settings_that_would_load_and_answer_wrongly_are_refused(
-    family: str, config: dict[str, Any], said: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+    family: str, config: dict[str, Any], said: str, make_checkpoint: Make, tmp_path: Path
 ) -> None:
     folder = copied(make_checkpoint(family), tmp_path / "copy", **config)
     with pytest.raises(InputError, match=said):
@@ -113,9 +110,7 @@ def test_settings_that_would_load_and_answer_wrongly_are_refused(
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_weights_that_are_not_whole_are_refused_by_name(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_weights_that_are_not_whole_are_refused_by_name(make_checkpoint: Make, tmp_path: Path) -> None:
     lost = "model.layers.1.mlp.up_proj.weight"
     folder = edited(make_checkpoint("llama"), tmp_path / "a", lambda t: t.pop(lost))
     with pytest.raises(InputError, match=r"blk\.1\.ffn_up\.weight is missing"):
@@ -139,7 +134,7 @@ def test_weights_that_are_not_whole_are_refused_by_name(
 
 
 def test_values_too_large_for_float16_are_refused_and_fit_bfloat16(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
+    make_checkpoint: Make, tmp_path: Path
 ) -> None:
     def spoil(tensors: dict[str, Any]) -> None:
         tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
@@ -151,9 +146,7 @@ def test_values_too_large_for_float16_are_refused_and_fit_bfloat16(
     assert convert(folder, tmp_path / "out.gguf", "BF16").is_file()
 
 
-def test_extra_fields_stand_over_what_the_checkpoint_says(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_extra_fields_stand_over_what_the_checkpoint_says(make_checkpoint: Make, tmp_path: Path) -> None:
     extra = {"general.name": Field(8, "Süß".encode()), "arte_edge.version": Field(8, b"1")}
     out = convert(make_checkpoint("llama"), tmp_path / "out.gguf", extra_fields=extra)
     fields = read_model_header(out).fields
@@ -165,7 +158,7 @@ def test_extra_fields_stand_over_what_the_checkpoint_says(
     [("llama", b"phi-3 teacher's pupil", b"Phi 3 teacher's pupil"), ("phi3", b"My Phi3", b"My Phi 3")],
 )
 def test_a_name_with_which_llama_cpp_would_not_load_the_vocabulary_is_mended(
-    family: str, name: bytes, written: bytes, make_checkpoint: Callable[..., Path], tmp_path: Path
+    family: str, name: bytes, written: bytes, make_checkpoint: Make, tmp_path: Path
 ) -> None:
     out = convert(
         make_checkpoint(family), tmp_path / "out.gguf", extra_fields={"general.name": Field(8, name)}
@@ -173,9 +166,7 @@ def test_a_name_with_which_llama_cpp_would_not_load_the_vocabulary_is_mended(
     assert read_model_header(out).fields["general.name"].value == written
 
 
-def test_a_process_killed_while_it_writes_leaves_no_file(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_process_killed_while_it_writes_leaves_no_file(make_checkpoint: Make, tmp_path: Path) -> None:
     out = tmp_path / "out" / "student.gguf"
     script = (
         "import os, signal, sys\nfrom pathlib import Path\n"
@@ -193,7 +184,7 @@ def test_a_process_killed_while_it_writes_leaves_no_file(
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from /proc")
 def test_neither_torch_nor_transformers_is_loaded_and_memory_stays_small(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
+    make_checkpoint: Make, tmp_path: Path
 ) -> None:
     wide = make_checkpoint("llama", hidden_size=1024, intermediate_size=8192, num_hidden_layers=4)
     script = (

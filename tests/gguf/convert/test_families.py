@@ -1,11 +1,9 @@
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tiny import Make
 
 from arte_edge.gguf.convert.convert import convert
 from arte_edge.gguf.from_base import checkpoint_to_gguf
@@ -20,12 +18,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10_000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10_000.0,
@@ -65,9 +58,9 @@ def relative(got: Any, wanted: Any) -> float:
 def test_llama_cpp_gives_the_logits_of_the_checkpoint_prefilled_and_step_by_step(
     family: str,
     config: dict[str, Any],
-    make_checkpoint: Callable[..., Path],
-    llama_logits: Callable[..., Any],
-    hf_logits: Callable[..., Any],
+    make_checkpoint: Make,
+    llama_logits: Make,
+    hf_logits: Make,
     tmp_path: Path,
 ) -> None:
     checkpoint = make_checkpoint(family, **config)
@@ -85,7 +78,7 @@ def test_every_family_has_a_case() -> None:
 
 @pytest.mark.parametrize("family", sorted(families()))
 def test_a_trained_checkpoint_patched_over_a_converted_base_is_the_converted_one(
-    family: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+    family: str, make_checkpoint: Make, tmp_path: Path
 ) -> None:
     import gguf
 
@@ -106,7 +99,7 @@ def test_a_trained_checkpoint_patched_over_a_converted_base_is_the_converted_one
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 @pytest.mark.parametrize("family", sorted(families()))
 def test_sixteen_bits_are_those_that_ggml_rounds_to(
-    family: str, dtype: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+    family: str, dtype: str, make_checkpoint: Make, tmp_path: Path
 ) -> None:
     import gguf
 
@@ -122,7 +115,7 @@ def test_sixteen_bits_are_those_that_ggml_rounds_to(
 
 
 def test_the_same_checkpoint_gives_the_same_file_whatever_its_folder_is_called(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
+    make_checkpoint: Make, tmp_path: Path
 ) -> None:
     import shutil
 
@@ -137,10 +130,7 @@ def test_the_same_checkpoint_gives_the_same_file_whatever_its_folder_is_called(
 
 
 def test_longrope_takes_the_long_factors_and_their_scale_where_the_context_is_long(
-    make_checkpoint: Callable[..., Path],
-    llama_logits: Callable[..., Any],
-    hf_logits: Callable[..., Any],
-    tmp_path: Path,
+    make_checkpoint: Make, llama_logits: Make, hf_logits: Make, tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint("phi3", rope_parameters=LONG_ROPE | {"original_max_position_embeddings": 32})
     out = convert(checkpoint, tmp_path / "student.gguf", "F32")

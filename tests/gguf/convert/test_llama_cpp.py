@@ -1,10 +1,9 @@
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import Make
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.convert.convert import convert_with_llama_cpp
@@ -33,7 +32,7 @@ def checkout(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def test_what_the_converter_wrote_is_kept_when_it_is_a_gguf_of_the_asked_type(
-    checkout: Callable[[str], Path], make_gguf: Callable[..., Path], tmp_path: Path
+    checkout: Callable[[str], Path], make_gguf: Make, tmp_path: Path
 ) -> None:
     made = make_gguf("made.gguf", general__file_type=1)
     folder = checkout(f"assert given.outtype == 'f16'; shutil.copy({str(made)!r}, given.outfile)")
@@ -53,7 +52,7 @@ def test_what_the_converter_wrote_is_kept_when_it_is_a_gguf_of_the_asked_type(
     ],
 )
 def test_a_converter_that_fails_or_lies_is_an_error_and_leaves_nothing(
-    body: str, said: str, checkout: Callable[[str], Path], make_gguf: Callable[..., Path], tmp_path: Path
+    body: str, said: str, checkout: Callable[[str], Path], make_gguf: Make, tmp_path: Path
 ) -> None:
     folder = checkout(body.replace("{q8}", str(make_gguf("q8.gguf"))))
     with pytest.raises(ArteError, match=said) as caught:

@@ -3,8 +3,6 @@
 Its version of llama-cpp-python 0.3.36 is the one compared with; it needs the package sentencepiece.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import struct

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import random
 import shutil
@@ -8,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Make
 
 from arte_edge.errors import InputError
 from arte_edge.gguf.convert.convert import convert
@@ -57,7 +56,7 @@ def changed(checkpoint: Path, out: Path, name: str, change: Callable[[dict[str, 
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
 def test_byte_level_tokens_are_those_of_the_tokenizer(
-    kind: str, make_checkpoint: Callable[..., Path], llama_tokens: Any, tmp_path: Path
+    kind: str, make_checkpoint: Make, llama_tokens: Any, tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint("llama", kind=kind)
     out = convert(checkpoint, tmp_path / "student.gguf")
@@ -70,7 +69,7 @@ def test_byte_level_tokens_are_those_of_the_tokenizer(
 
 @pytest.mark.parametrize("kind", ["prefixed", "plain", "unigram"])
 def test_sentencepiece_tokens_are_those_of_the_tokenizer(
-    kind: str, make_checkpoint: Callable[..., Path], llama_tokens: Any, tmp_path: Path
+    kind: str, make_checkpoint: Make, llama_tokens: Any, tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint("llama", kind=kind)
     out = convert(checkpoint, tmp_path / "student.gguf")
@@ -87,16 +86,12 @@ def test_sentencepiece_tokens_are_those_of_the_tokenizer(
         assert llama_tokens(out, text) == hf_tokens(checkpoint, text), repr(text)
 
 
-def test_granite_has_its_own_name_for_the_splitting_of_digits(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_granite_has_its_own_name_for_the_splitting_of_digits(make_checkpoint: Make, tmp_path: Path) -> None:
     out = convert(make_checkpoint("granite"), tmp_path / "student.gguf")
     assert read_model_header(out).fields["tokenizer.ggml.pre"].value == b"refact"
 
 
-def test_an_unknown_way_of_cutting_is_refused_with_a_way_out(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_an_unknown_way_of_cutting_is_refused_with_a_way_out(make_checkpoint: Make, tmp_path: Path) -> None:
     def spoil(tokenizer: dict[str, Any]) -> None:
         tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += r"|\p{Han}"
 
@@ -108,7 +103,7 @@ def test_an_unknown_way_of_cutting_is_refused_with_a_way_out(
 
 @pytest.mark.parametrize("step", [{"type": "Lowercase"}, {"type": "NFKC"}])
 def test_a_normalizer_that_llama_cpp_lacks_is_refused(
-    step: dict[str, Any], make_checkpoint: Callable[..., Path], tmp_path: Path
+    step: dict[str, Any], make_checkpoint: Make, tmp_path: Path
 ) -> None:
     odd = changed(
         make_checkpoint("qwen2"), tmp_path / "odd", "tokenizer.json", lambda t: t.update(normalizer=step)
@@ -118,7 +113,7 @@ def test_a_normalizer_that_llama_cpp_lacks_is_refused(
 
 
 def test_bos_is_added_where_the_tokenizer_adds_it(
-    make_checkpoint: Callable[..., Path], llama_tokens: Any, tmp_path: Path
+    make_checkpoint: Make, llama_tokens: Any, tmp_path: Path
 ) -> None:
     plain = make_checkpoint("llama")
     fields = read_model_header(convert(plain, tmp_path / "plain.gguf")).fields
@@ -137,9 +132,7 @@ def test_bos_is_added_where_the_tokenizer_adds_it(
     assert llama_tokens(out, "Hello")[0] == 1 != llama_tokens(tmp_path / "plain.gguf", "Hello")[0]
 
 
-def test_special_and_added_tokens_have_their_roles_and_kinds(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_special_and_added_tokens_have_their_roles_and_kinds(make_checkpoint: Make, tmp_path: Path) -> None:
     def more(tokenizer: dict[str, Any]) -> None:
         row = tokenizer["added_tokens"][0]
         top = max(tokenizer["model"]["vocab"].values())
@@ -157,7 +150,7 @@ def test_special_and_added_tokens_have_their_roles_and_kinds(
 
 
 def test_the_chat_template_is_carried_byte_for_byte_the_file_over_the_setting(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
+    make_checkpoint: Make, tmp_path: Path
 ) -> None:
     folder = changed(
         make_checkpoint("llama"),
@@ -186,7 +179,7 @@ def test_the_chat_template_is_carried_byte_for_byte_the_file_over_the_setting(
     ],
 )
 def test_a_tokenizer_that_is_missing_broken_or_too_large_is_refused(
-    damage: str, said: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+    damage: str, said: str, make_checkpoint: Make, tmp_path: Path
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(make_checkpoint("llama"), folder)

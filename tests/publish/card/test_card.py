@@ -1,19 +1,14 @@
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from tiny import facts, quality_row, speed_row
 
 from arte_edge.errors import InputError
 from arte_edge.publish.card.card import CARD, CardOptions, render_card, write_card
 from arte_edge.results.merge import merge_rows
-from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow
 from arte_edge.results.student_json import StudentFile, read_student
-
-Make = Callable[..., SpeedRow]
-MakeQuality = Callable[..., QualityRow]
 
 
 def read(folder: Path) -> StudentFile:
@@ -23,7 +18,7 @@ def read(folder: Path) -> StudentFile:
 
 
 @pytest.fixture
-def measured(export_folder: Path, speed_row: Make, quality_row: MakeQuality) -> StudentFile:
+def measured(export_folder: Path) -> StudentFile:
     rows = [speed_row("tg128", 20.5), speed_row("pp512", 150.0), quality_row(80)]
     return merge_rows(export_folder, rows)
 
@@ -92,7 +87,7 @@ def test_the_16_bit_score_is_never_a_files(export_folder: Path) -> None:
     assert ModelCard(text).data.eval_results is None
 
 
-def test_a_throttled_rate_is_kept_out_unless_allowed(export_folder: Path, speed_row: Make) -> None:
+def test_a_throttled_rate_is_kept_out_unless_allowed(export_folder: Path) -> None:
     student = merge_rows(export_folder, [speed_row("tg128", 9.25, throttled=True)])
     text = render_card(student, CardOptions())
     assert "9.2" not in text
@@ -102,7 +97,7 @@ def test_a_throttled_rate_is_kept_out_unless_allowed(export_folder: Path, speed_
     assert "throttled: true" in allowed
 
 
-def test_an_accuracy_of_part_of_the_split_is_kept_out(export_folder: Path, quality_row: MakeQuality) -> None:
+def test_an_accuracy_of_part_of_the_split_is_kept_out(export_folder: Path) -> None:
     student = merge_rows(export_folder, [quality_row(3, n=4, partial=True, low=0.3, high=0.95)])
     assert "75.0%" not in render_card(student, CardOptions())
 
@@ -116,7 +111,7 @@ def test_a_second_run_changes_nothing(export_folder: Path, measured: StudentFile
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_a_card_edited_by_hand_stays_as_it_was_outside_the_markers(
-    export_folder: Path, measured: StudentFile, speed_row: Make, newline: str
+    export_folder: Path, measured: StudentFile, newline: str
 ) -> None:
     write_card(export_folder, measured)
     path = export_folder / CARD
@@ -185,26 +180,22 @@ def test_broken_markers_are_told_and_nothing_is_lost(
     assert path.read_bytes() == before
 
 
-def test_a_name_cannot_break_out_of_its_cell(export_folder: Path, speed_row: Make, pi5: DeviceFacts) -> None:
-    evil = pi5.model_copy(update={"profile": "", "cpu": "a|b <!-- arte-edge:bench:end -->\n# x `"})
+def test_a_name_cannot_break_out_of_its_cell(export_folder: Path) -> None:
+    evil = facts(profile="", cpu="a|b <!-- arte-edge:bench:end -->\n# x `")
     student = merge_rows(export_folder, [speed_row(device=evil)])
     write_card(export_folder, student)
     assert not write_card(export_folder, student)[1]
     assert "a\\|b &lt;!--" in (export_folder / CARD).read_text("utf-8")
 
 
-def test_the_name_that_somebody_gave_a_device_is_not_told(
-    export_folder: Path, speed_row: Make, pi5: DeviceFacts
-) -> None:
-    own = pi5.model_copy(update={"profile": "adas-kitchen"})
+def test_the_name_that_somebody_gave_a_device_is_not_told(export_folder: Path) -> None:
+    own = facts(profile="adas-kitchen")
     text = render_card(merge_rows(export_folder, [speed_row(device=own)]), CardOptions())
     assert "kitchen" not in text
     assert "Cortex-A76" in text
 
 
-def test_the_checkpoints_card_is_a_finetune_and_names_no_quantized_file(
-    measured: StudentFile,
-) -> None:
+def test_the_checkpoints_card_is_a_finetune_and_names_no_quantized_file(measured: StudentFile) -> None:
     text = render_card(measured, CardOptions(checkpoint=True))
     data = ModelCard(text).data
     assert (data.library_name, data["base_model_relation"]) == ("transformers", "finetune")

@@ -1,7 +1,5 @@
 """The recommended file: what each constraint excludes, what chance may do, what is predicted, and what to relax."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

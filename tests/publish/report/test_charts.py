@@ -1,7 +1,5 @@
 """Axes with round ticks, marks where their values are, text that stays text."""
 
-from __future__ import annotations
-
 import math
 import re
 import xml.etree.ElementTree as ET

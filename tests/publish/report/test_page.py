@@ -1,17 +1,15 @@
 """One page that holds the run's found, says what is missing, runs nothing and asks no network."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Make
 
 from arte_edge.errors import InputError
 from arte_edge.publish.report.data import read_run
@@ -227,7 +225,7 @@ def test_a_folder_that_is_no_run_and_a_damaged_file_are_refused(run: Path, tmp_p
 
 
 @pytest.fixture
-def browse(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def browse(tmp_path: Path) -> Make:
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine")
 

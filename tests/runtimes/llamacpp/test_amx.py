@@ -11,8 +11,7 @@ from arte_edge.runtimes.llamacpp.bindings import model_params
 
 def library(info: bytes, **fields: bool) -> SimpleNamespace:
     return SimpleNamespace(
-        llama_model_default_params=lambda: SimpleNamespace(**fields),
-        llama_print_system_info=lambda: info,
+        llama_model_default_params=lambda: SimpleNamespace(**fields), llama_print_system_info=lambda: info
     )
 
 

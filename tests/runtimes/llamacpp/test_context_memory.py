@@ -15,11 +15,7 @@ from arte_edge.models.local import LocalModel
 from arte_edge.runtimes.llamacpp import autotune as llama_probe
 from arte_edge.runtimes.llamacpp import context_memory as llama_layout
 from arte_edge.runtimes.llamacpp.autotune import CANDIDATES, layout_for
-from arte_edge.runtimes.llamacpp.context_memory import (
-    DEFAULT_LAYOUT,
-    check_fits,
-    context_bytes,
-)
+from arte_edge.runtimes.llamacpp.context_memory import DEFAULT_LAYOUT, check_fits, context_bytes
 
 SIZES = {
     "attention.head_count": 9,

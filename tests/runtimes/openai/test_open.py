@@ -108,8 +108,7 @@ def test_a_server_that_is_not_there_says_where_it_was_looked_for():
 
 
 @pytest.mark.parametrize(
-    ("routes", "mode"),
-    [(("completions", "chat/completions"), "chat"), (("completions",), "completions")],
+    ("routes", "mode"), [(("completions", "chat/completions"), "chat"), (("completions",), "completions")]
 )
 def test_the_mode_is_found_out(serve, tiny_model, routes, mode):
     assert opened(serve(tiny_model(routes=routes)), mode="auto").mode == mode

@@ -52,10 +52,7 @@ def test_a_servers_own_defaults_are_switched_off():
     assert document.pop("seed") >= 0 and document == common
     assert (
         body("m", "completions", LLAMA, Request("Q"), sampling).items()
-        >= {
-            "repeat_penalty": 1.0,
-            "top_k": 0,
-        }.items()
+        >= {"repeat_penalty": 1.0, "top_k": 0}.items()
     )
     assert body("m", "completions", VLLM, Request("Q"), sampling)["include_stop_str_in_output"] is True
 
