@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from arte_edge.console import Reporter
     from arte_edge.distill.config import RunConfig
-    from arte_edge.export.pipeline import Outcome
+    from arte_edge.export.outcome import Outcome
     from arte_edge.export.recipe import Recipe
     from arte_edge.export.source import Source
     from arte_edge.models.formats import Format

@@ -28,7 +28,7 @@ __all__ = [
     "parameter_count",
     "read_config",
     "read_weights",
-    "refuse_quantized",
+    "reject_quantized",
     "shapes_of",
     "weights_dtype",
 ]
@@ -181,7 +181,7 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     return config
 
 
-def refuse_quantized(checkpoint: Path, what: str) -> None:
+def reject_quantized(checkpoint: Path, what: str) -> None:
     """Raise if a checkpoint's weights are quantized: a student's files are made from 16 bits.
 
     Raises:

@@ -14,7 +14,7 @@ from arte_edge.checkpoint import (
     parameter_count,
     read_config,
     read_weights,
-    refuse_quantized,
+    reject_quantized,
     shapes_of,
     weights_dtype,
 )
@@ -129,12 +129,12 @@ def test_a_checkpoint_in_four_bits_is_refused(tmp_path: Path) -> None:
     config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     write(tmp_path, {"a": ("F16", [2, 2])}, config)
     with pytest.raises(InputError, match="bitsandbytes") as error:
-        refuse_quantized(tmp_path, "the adapter's base")
+        reject_quantized(tmp_path, "the adapter's base")
     assert "--base" in error.value.hint
 
 
 def test_a_sixteen_bit_checkpoint_passes(tmp_path: Path) -> None:
-    refuse_quantized(write(tmp_path, {"a": ("F16", [2, 2])}), "the checkpoint")
+    reject_quantized(write(tmp_path, {"a": ("F16", [2, 2])}), "the checkpoint")
 
 
 def test_an_empty_checkpoint_is_refused(tmp_path: Path) -> None:

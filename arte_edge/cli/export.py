@@ -1,4 +1,4 @@
-"""``arte-edge export``: the files for a device, each verified against the student."""
+"""``arte-edge export``: files for a device, each verified against the student."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from arte_edge.console import Reporter, emit_json, out
 from arte_edge.errors import GateError, InputError
 
 if TYPE_CHECKING:
-    from arte_edge.export.pipeline import Outcome
+    from arte_edge.export.outcome import Outcome
+    from arte_edge.export.recipe import Recipe
+    from arte_edge.export.source import Source
+    from arte_edge.models.formats import Format
 
 __all__ = ["export"]
 
@@ -25,7 +28,7 @@ def export(
         ),
     ] = None,
     gguf: Annotated[
-        str | None, typer.Option(metavar="TYPES", help="GGUF types, as in Q4_K_M,Q8_0,F16.")
+        str | None, typer.Option(metavar="TYPES", help="GGUF types, for example Q4_K_M,Q8_0,F16.")
     ] = None,
     onnx: Annotated[
         str | None,
@@ -39,34 +42,37 @@ def export(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Where to; RUN/export for a run, else NAME-export."),
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Output folder. Default: RUN/export for a run, else NAME-export.",
+        ),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="Task to verify with, for a source that is no run (see `tasks ls`).")
+        str | None, typer.Option(help="Task to verify with, for a source that is not a run (see `tasks ls`).")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="An adapter's 16-bit base, in place of the one it names.")
+        str | None, typer.Option(help="An adapter's 16-bit base, instead of the one it names.")
     ] = None,
     llama_cpp: Annotated[
         Path | None,
-        typer.Option("--llama-cpp", metavar="DIR", help="Convert with your checkout of llama.cpp."),
+        typer.Option("--llama-cpp", metavar="DIR", help="Convert with this checkout of llama.cpp."),
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List recipes and formats, and stop.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List recipes and formats, and exit.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print predicted sizes and memory; write nothing.")
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace another student's files that lie in DIR.")
-    ] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Use only models of this machine.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace another student's files in DIR.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Use only models on this machine.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON lines on stdout, the last with the result.")
     ] = False,
 ) -> None:
-    """Export a student to GGUF and ONNX files, and verify each against it.
+    """Export a student to GGUF and ONNX, and verify each file.
 
-    A file that fails is named *.rejected and the exit code is 3. Re-run the same command
-    to resume after an interruption; finished files are kept.
+    A file that fails verification is named *.rejected and the exit code is 3. Run the same command again to
+    resume after an interruption; finished files are not built again.
     """
     if list_:
         _show_list(as_json)
@@ -78,7 +84,7 @@ def export(
     from arte_edge import api
 
     reporter = Reporter(as_json=as_json)
-    opened, formats, plan, folder = api.plan_export(
+    opened, formats, settings, folder = api.plan_export(
         source,
         gguf=gguf,
         onnx=onnx,
@@ -90,26 +96,37 @@ def export(
         reporter=reporter,
     )
     if dry_run:
-        from arte_edge.export.estimate import show_plan
-
-        show_plan(opened, formats, plan, folder, as_json)
+        _show_estimate(opened, formats, settings, folder, as_json)
         return
     from arte_edge.export.pipeline import export as run
 
     reporter.say(f"[bold]{opened.name}[/] → {folder}: {', '.join(f.label for f in formats)}")
-    outcome = run(opened, formats, plan, folder, reporter, llama_cpp=llama_cpp, force=force)
-    _close(outcome, folder, as_json)
+    outcome = run(opened, formats, settings, folder, reporter, llama_cpp=llama_cpp, force=force)
+    _show_outcome(outcome, as_json)
 
 
-def _close(outcome: Outcome, folder: Path, as_json: bool) -> None:
-    """Print the table, and end with the right exit code.
+def _show_estimate(
+    source: Source, formats: tuple[Format, ...], recipe: Recipe, folder: Path, as_json: bool
+) -> None:
+    from arte_edge.checkpoint import shapes_of
+    from arte_edge.export.estimate import estimate
+
+    found = estimate(shapes_of(source.checkpoint), formats, recipe, n_training=len(source.training))
+    if as_json:
+        emit_json(found.as_dict(source, folder))
+        return
+    out.print(found.table(source.name))
+    for note in found.notes(source, folder):
+        out.print(note, markup=False, soft_wrap=True)
+
+
+def _show_outcome(outcome: Outcome, as_json: bool) -> None:
+    """Print the outcome; raise for the exit code.
 
     Raises:
         GateError: a file was rejected.
-        ArteError: no file was, but a format could not be made.
+        ArteError: no file was, but a format could not be built.
     """
-    from arte_edge.export.table import show_outcome
-
     if as_json:
         failures = [
             {"format": f.format.label, "message": f.error.message, "hint": f.error.hint}
@@ -118,23 +135,23 @@ def _close(outcome: Outcome, folder: Path, as_json: bool) -> None:
         emit_json(
             {
                 "event": "done",
-                "folder": str(folder),
+                "folder": str(outcome.folder),
                 "rejected": [artifact.file for artifact in outcome.rejected],
                 "failures": failures,
                 "student": outcome.student.model_dump(mode="json"),
             }
         )
     else:
-        show_outcome(out, outcome, folder)
+        outcome.show(out)
     if outcome.rejected:
         names = ", ".join(artifact.file for artifact in outcome.rejected)
-        raise GateError(f"Not the student: {names}", "The reasons stand above and in student.json.")
+        raise GateError(f"Verification failed: {names}", "See the reasons above or in student.json.")
     if outcome.failures:
         raise outcome.failures[0].error
 
 
 def _show_list(as_json: bool) -> None:
-    """Print the shipped recipes and every format there is."""
+    """Print the shipped recipes and all formats."""
     from arte_edge import catalog
     from arte_edge.export.recipe import load_recipe
     from arte_edge.gguf.types import QUANT_TYPES

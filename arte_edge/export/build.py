@@ -1,8 +1,7 @@
-"""Make the files: each format from the student's checkpoint, the shared steps once.
+"""Build the file of each format from the student's checkpoint; steps that formats share run once.
 
-One 16-bit GGUF is the base of all quantized ones, one importance matrix serves them
-all, and one fp32 export those of optimum. Files are made in the workshop and get their
-names only from the gate.
+All quantized GGUFs are made from one 16-bit GGUF and one importance matrix, all int8 models of optimum
+from one fp32 export. Files are built below ``.export/`` and get their names after verification.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any, Literal, cast
 
 from arte_edge import __version__
 from arte_edge.cache import Progress, sha256_file, whole_file
-from arte_edge.export.build_cache import Made, Workshop
+from arte_edge.export.build_cache import BuildCache, BuiltFile
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
 from arte_edge.gguf.reader import Field
@@ -26,9 +25,9 @@ from arte_edge.results.student_json import Student
 
 __all__ = ["Builder", "needs_imatrix", "uses_base"]
 
-# Rounding to eight bits is so fine that llama.cpp does not weigh it.
+# llama.cpp does not use the matrix for 8 bits, whose rounding errors are small.
 _WITHOUT_IMATRIX = (*FULL_WIDTH, "Q8_0")
-_Wide = Literal["F16", "BF16", "F32"]
+_FullWidth = Literal["F16", "BF16", "F32"]
 
 
 def uses_base(format: Format, base: str) -> bool:
@@ -43,66 +42,65 @@ def needs_imatrix(format: Format) -> bool:
 
 @dataclass
 class Builder:
-    """Everything that decides the bytes of a file. `make` returns what it made, or what is there already."""
+    """Everything that determines the bytes of the files of one export."""
 
-    workshop: Workshop
+    cache: BuildCache
     source: Source
     student: Student
     recipe: Recipe
-    keys: dict[str, Field]  # metadata of every GGUF
+    gguf_fields: dict[str, Field]  # metadata of every GGUF
     formats: Sequence[Format]
-    llama_cpp: Path | None = None  # the user's own checkout, for a family that we do not know
-    progress: Progress | None = None
+    llama_cpp: Path | None = None  # convert with this checkout of llama.cpp
     imatrix: Path | None = None
-    imatrix_kept: bool = False  # it was there, of the same texts
+    imatrix_cached: bool = False  # collected by an earlier process, from the same texts
 
-    def collect(self) -> Path | None:
-        """Return the importance matrix beside the files, made or continued; None where none is wanted or possible.
+    def collect_imatrix(self, progress: Progress) -> None:
+        """Collect the importance matrix beside the files, if a format uses one and there are training texts.
 
         Raises:
             ArteError: packages are missing, or the disk is full.
         """
-        wanted = self.recipe.gguf.imatrix and any(map(needs_imatrix, self.formats))
-        if wanted and self.source.training:
-            from arte_edge.gguf.imatrix import collect
+        used = self.recipe.gguf.imatrix and any(map(needs_imatrix, self.formats))
+        if not used or not self.source.training:
+            return
+        from arte_edge.gguf.imatrix import collect
 
-            out = self.workshop.out / f"{self.student.name}.imatrix.gguf"
-            before = out.stat().st_mtime_ns if out.exists() else 0
-            self.imatrix = collect(
-                self.source.checkpoint,
-                self.source.training,
-                out,
-                dataset=self.source.training_from,
-                progress=self.progress,
-            )
-            self.imatrix_kept = before == out.stat().st_mtime_ns
-        return self.imatrix
+        source, out = self.source, self.cache.out / f"{self.student.name}.imatrix.gguf"
+        before = out.stat().st_mtime_ns if out.exists() else 0
+        self.imatrix = collect(
+            source.checkpoint, source.training, out, dataset=source.training_from, progress=progress
+        )
+        self.imatrix_cached = before == out.stat().st_mtime_ns
 
-    def make(self, format: Format) -> Made:
-        """Return the file of `format`.
+    def build(self, format: Format) -> BuiltFile:
+        """Return the file of `format`, built now or by an earlier process.
 
         Raises:
-            InputError: a family, type or override that cannot be.
+            InputError: an unknown model family, type or override.
             ArteError: a package is missing, the disk is full, or a builder failed.
         """
         name = format.file_name(self.student.name)
-        shop = self.workshop
-        places = (shop.final(name, accepted=True), shop.final(name, accepted=False))
-        build = {"gguf": self._gguf, "onnx-genai": self._genai, "onnx-optimum": self._optimum}[format.family]
-        return shop.make(
-            f"make-{format.label}",
-            self._inputs(format),
-            shop.pending(name),
-            lambda target: build(format, target),
-            *places,
-        )
+        step, inputs, target = f"make-{format.label}", self._inputs(format), self.cache.pending(name)
+        if cached := self.cache.find(step, inputs, *self.cache.places(name)):
+            return cached
+        base = self._gguf_base() if uses_base(format, self.recipe.gguf.base) else None
+        with self.cache.building(target):
+            if base is not None:
+                summary = self._from_base(format, base, target)
+            elif format.family == "gguf":
+                summary = self._convert(cast(_FullWidth, format.type), target)
+            elif format.family == "onnx-genai":
+                summary = self._build_genai(format, target)
+            else:
+                summary = self._build_optimum(format, target)
+        return self.cache.record(step, inputs, target, summary)
 
     def _inputs(self, format: Format) -> list[Any]:
-        """Return what decides the bytes of a format's file."""
+        """Return everything that determines the bytes of a format's file."""
         inputs: list[Any] = [__version__, self.student.sha256, format.label]
         if format.family == "gguf":
-            keys = {key: repr(field) for key, field in self.keys.items()}
-            inputs += [keys, self.llama_cpp is not None]
+            fields = {key: repr(field) for key, field in self.gguf_fields.items()}
+            inputs += [fields, self.llama_cpp is not None]
             if self.source.evaluated is not None:
                 inputs.append(sha256_file(self.source.evaluated))
             if format.type not in FULL_WIDTH:
@@ -113,33 +111,29 @@ class Builder:
             inputs += [onnx.block_size, onnx.accuracy_level, onnx.algorithm, onnx.mixed]
         return inputs
 
-    def _gguf(self, format: Format, target: Path) -> dict[str, Any]:
-        base = self.recipe.gguf.base
-        if format.type in FULL_WIDTH and format.type != base:
-            return self._convert(cast(_Wide, format.type), target)
-        wide = self._base()
-        if format.type == base:
-            _same_bytes(wide.path, target)
-            return wide.summary
+    def _gguf_base(self) -> BuiltFile:
+        """Return the 16-bit GGUF that the other files are made from."""
+        type = self.recipe.gguf.base
+        target = self.cache.base(f"{self.student.name}-{type}.gguf")
+        inputs = self._inputs(Format("gguf", type))
+        if cached := self.cache.find("base", inputs, target):
+            return cached
+        with self.cache.building(target):
+            summary = self._convert(type, target)
+        return self.cache.record("base", inputs, target, summary)
+
+    def _from_base(self, format: Format, base: BuiltFile, target: Path) -> dict[str, Any]:
+        if format.type == self.recipe.gguf.base:
+            _link_or_copy(base.path, target)
+            return base.summary
         from arte_edge.gguf.quantize import quantize
 
-        report = quantize(
-            wide.path,
-            target,
-            format.type,
-            imatrix=self.imatrix if needs_imatrix(format) else None,
-            overrides=self.recipe.gguf.overrides_of(format.type),
-        )
-        return asdict(report) | {"imatrix_used": self.imatrix is not None and needs_imatrix(format)}
+        imatrix = self.imatrix if needs_imatrix(format) else None
+        overrides = self.recipe.gguf.overrides_of(format.type)
+        report = quantize(base.path, target, format.type, imatrix=imatrix, overrides=overrides)
+        return asdict(report) | {"imatrix_used": imatrix is not None}
 
-    def _base(self) -> Made:
-        """Return the one 16-bit file that the others are made from."""
-        type = self.recipe.gguf.base
-        target = self.workshop.base(f"{self.student.name}-{type}.gguf")
-        inputs = self._inputs(Format("gguf", type))
-        return self.workshop.make("base", inputs, target, lambda path: self._convert(type, path))
-
-    def _convert(self, type: _Wide, target: Path) -> dict[str, Any]:
+    def _convert(self, type: _FullWidth, target: Path) -> dict[str, Any]:
         from arte_edge.gguf.reader import read_header
 
         if self.llama_cpp is not None:
@@ -147,67 +141,61 @@ class Builder:
             from arte_edge.gguf.metadata import rewrite
 
             convert_with_llama_cpp(self.llama_cpp, self.source.checkpoint, target, type)
-            rewrite(target, self.keys)
+            rewrite(target, self.gguf_fields)
         elif self.source.evaluated is not None and type == "F16":
             from arte_edge.gguf.from_base import with_metadata
 
-            with_metadata(self.source.evaluated, self.keys, target)
+            with_metadata(self.source.evaluated, self.gguf_fields, target)
         else:
             from arte_edge.gguf.convert.convert import convert
 
-            convert(self.source.checkpoint, target, type, extra_fields=self.keys)
+            convert(self.source.checkpoint, target, type, extra_fields=self.gguf_fields)
         tensors = read_header(target).tensors.values()
         bits = 8 * sum(t.size_bytes for t in tensors) / sum(t.n_value for t in tensors)
         types = Counter(tensor.type for tensor in tensors)
         return {"bits_per_weight": bits, "tensor_types": dict(types.most_common())}
 
-    def _genai(self, format: Format, target: Path) -> dict[str, Any]:
+    def _build_genai(self, format: Format, target: Path) -> dict[str, Any]:
         from arte_edge.onnx.genai_builder import GenaiSettings, build
 
+        onnx = self.recipe.onnx
         settings = GenaiSettings(
             precision=cast(Any, format.type),
-            block_size=self.recipe.onnx.block_size,
-            accuracy_level=self.recipe.onnx.accuracy_level,
-            algorithm=self.recipe.onnx.algorithm,
-            mixed=self.recipe.onnx.mixed,
+            block_size=onnx.block_size,
+            accuracy_level=onnx.accuracy_level,
+            algorithm=onnx.algorithm,
+            mixed=onnx.mixed,
         )
         build(self.source.checkpoint, target, settings)
         return {}
 
-    def _optimum(self, format: Format, target: Path) -> dict[str, Any]:
-        from arte_edge.onnx.optimum_exporter import build
+    def _build_optimum(self, format: Format, target: Path) -> dict[str, Any]:
+        from arte_edge.onnx.optimum_exporter import OptimumSettings, build
 
-        several = sum(f.family == "onnx-optimum" for f in self.formats) > 1
-        fp32 = self._optimum_base() if several and format.type == "int8" else None
-        build(self.source.checkpoint, target, _optimum_settings(format), fp32=fp32)
+        fp32 = None
+        if format.type == "int8" and sum(f.family == "onnx-optimum" for f in self.formats) > 1:
+            fp32 = self._optimum_base()
+        settings = OptimumSettings(precision=cast(Any, format.type))
+        if format.arch:
+            settings = OptimumSettings(precision=cast(Any, format.type), arch=cast(Any, format.arch))
+        build(self.source.checkpoint, target, settings, fp32=fp32)
         return {}
 
     def _optimum_base(self) -> Path:
-        """Return the one fp32 export that several int8 ones are quantized from."""
+        """Return the fp32 export that several int8 ones are quantized from."""
         fp32 = Format("onnx-optimum", "fp32")
         if fp32 in self.formats:
-            return self.make(fp32).path
-        from arte_edge.onnx.optimum_exporter import build
-
-        target = self.workshop.base(fp32.file_name(self.student.name))
-
-        def body(path: Path) -> dict[str, Any]:
-            build(self.source.checkpoint, path, _optimum_settings(fp32))
-            return {}
-
-        return self.workshop.make("optimum-base", self._inputs(fp32), target, body).path
+            return self.build(fp32).path
+        target, inputs = self.cache.base(fp32.file_name(self.student.name)), self._inputs(fp32)
+        if cached := self.cache.find("optimum-base", inputs, target):
+            return cached.path
+        with self.cache.building(target):
+            summary = self._build_optimum(fp32, target)
+        return self.cache.record("optimum-base", inputs, target, summary).path
 
 
-def _optimum_settings(format: Format) -> Any:
-    from arte_edge.onnx.optimum_exporter import OptimumSettings
-
-    if format.arch:
-        return OptimumSettings(precision=cast(Any, format.type), arch=cast(Any, format.arch))
-    return OptimumSettings(precision=cast(Any, format.type))
-
-
-def _same_bytes(source: Path, target: Path) -> None:
-    """Make `target` the file `source`: a second name where the disk allows it, else a copy.
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the file `source`: a hard link where the file system has them, else a copy.
 
     Raises:
         ArteError: the disk is full.

@@ -1,21 +1,21 @@
-"""The work folder of an export: what was made from what, so that the same command goes on.
+"""The build cache of an export: finished steps and the hash of their inputs, so that a rerun resumes.
 
     DIR/.export/
         lock            one process at a time
-        records/        a JSON file a step: the hash of its inputs, the sums of what it made
-        pending/        files that are made and not verified yet
-        base/           the 16-bit GGUF that the others are made from; removed at the end
+        records/        one JSON file a step: hash of its inputs, checksums of the file it built
+        pending/        files that are built and not verified yet
+        base/           the 16-bit GGUF that others are quantized from; removed at the end
 
-A file gets its own name in DIR only by a rename, after the gate has spoken. A step's
-record is written after its file is whole, so a kill between the two costs one step and
-nothing else. What a record says is believed only if the file still has its sums.
+A verified file gets its name in DIR by a rename. A step's record is written after its file is complete,
+so a kill between the two repeats one step. A record is valid only while its file has the recorded checksums.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,39 +27,38 @@ from arte_edge.errors import ArteError, InputError
 from arte_edge.models.artifact_hash import Checksums, checksums_of
 from arte_edge.store import content_key, write_atomic
 
-__all__ = ["Made", "Workshop"]
+__all__ = ["BuildCache", "BuiltFile", "remove"]
 
-_ROOM = ".export"
 REJECTED = ".rejected"
 
 
 @dataclass(frozen=True)
-class Made:
-    """A finished step: where its file lies, its sums, and what its maker said of it."""
+class BuiltFile:
+    """A complete file or folder, its checksums, and the summary that its builder returned."""
 
     path: Path
-    sums: Checksums
+    checksums: Checksums
     summary: dict[str, Any]
-    was_kept: bool  # from an earlier start
+    cached: bool  # built by an earlier process
 
 
-class Workshop:
-    """The folder DIR of one export. Use it as a context manager: it holds the lock."""
+class BuildCache:
+    """The cache in the folder `out` of an export. A context manager that holds the folder's lock."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.room = out / _ROOM
-        self._lock = FileLock(self.room / "lock")
+        self.folder = out / ".export"
+        self._lock = FileLock(self.folder / "lock")
 
-    def __enter__(self) -> Workshop:
-        """Make the folder and lock it.
+    def __enter__(self) -> BuildCache:
+        """Create the folder and lock it.
 
         Raises:
             InputError: another process exports into it, or it cannot be written.
         """
         try:
             for name in ("records", "pending", "base"):
-                (self.room / name).mkdir(parents=True, exist_ok=True)
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise InputError(
@@ -73,104 +72,95 @@ class Workshop:
         self._lock.release()
 
     def pending(self, name: str) -> Path:
-        return self.room / "pending" / name
+        return self.folder / "pending" / name
 
     def base(self, name: str) -> Path:
-        return self.room / "base" / name
+        return self.folder / "base" / name
 
     def final(self, name: str, *, accepted: bool) -> Path:
         return self.out / (name if accepted else name + REJECTED)
 
-    def require_room(self, need_bytes: int) -> None:
-        """Raise if the disk cannot take `need_bytes` more.
+    def places(self, name: str) -> tuple[Path, Path, Path]:
+        """Return where the file `name` may be: not verified yet, accepted, or rejected."""
+        return (self.pending(name), self.final(name, accepted=True), self.final(name, accepted=False))
 
-        Raises:
-            ArteError: it cannot; says how much is needed and how much is free.
-        """
+    def require_space(self, need_bytes: int) -> None:
+        """Raise `ArteError` if the disk has less than `need_bytes` free."""
         free_bytes = shutil.disk_usage(self.out).free
         if free_bytes < need_bytes:
             raise ArteError(
                 f"{self.out}: about {megabytes(need_bytes)} are needed, {megabytes(free_bytes)} are free",
-                "Free some space, choose another -o, or ask for fewer formats.",
+                "Free some space, choose another -o, or export fewer formats.",
             )
 
-    def make(
-        self, step: str, inputs: Any, target: Path, build: Callable[[Path], dict[str, Any]], *also: Path
-    ) -> Made:
-        """Return what `step` makes from `inputs`, building it at `target` unless it is there.
-
-        Args:
-            also: other places where an earlier start may have put the file.
-
-        Raises:
-            ArteError: whatever `build` raises, or a full disk.
-        """
-        key = content_key(step, inputs)
-        if made := self._kept(step, key, (target, *also)):
-            return made
-        remove(target)
-        with full_disk_is_clear(target, target.name):
-            summary = build(target)
-        sums = checksums_of(target)
-        document = {"inputs": key, "sha256": sums.sha256, "summary": summary}
-        self._write(step, document)
-        return Made(target, sums, summary, was_kept=False)
-
-    def _kept(self, step: str, key: str, places: Sequence[Path]) -> Made | None:
-        record = self._read(step)
-        if record.get("inputs") != key:
-            return None
+    def find(self, step: str, inputs: Any, *places: Path) -> BuiltFile | None:
+        """Return the file that `step` built from the same inputs, if it is unchanged in one of `places`."""
+        record = self._read(step, inputs)
         for place in places:
-            if not place.exists():
+            if not record or not place.exists():
                 continue
             try:
-                sums = checksums_of(place)
+                checksums = checksums_of(place)
             except InputError:  # damaged since
                 continue
-            if sums.sha256 == record.get("sha256"):
-                return Made(place, sums, dict(record.get("summary") or {}), was_kept=True)
+            if checksums.sha256 == record.get("sha256"):
+                return BuiltFile(place, checksums, dict(record.get("summary") or {}), cached=True)
         return None
 
-    def recall(self, step: str, inputs: Any) -> dict[str, Any] | None:
-        """Return what `note` kept under the same inputs."""
-        record = self._read(step)
-        summary = record.get("summary")
-        return summary if record.get("inputs") == content_key(step, inputs) and summary is not None else None
+    @contextmanager
+    def building(self, target: Path) -> Iterator[None]:
+        """Remove an old `target`; turn "no space left" while the block builds it into a clear error."""
+        remove(target)
+        with full_disk_is_clear(target, target.name):
+            yield
 
-    def note(self, step: str, inputs: Any, summary: dict[str, Any]) -> None:
-        """Keep a result that is no file, such as a verdict."""
-        self._write(step, {"inputs": content_key(step, inputs), "summary": summary})
+    def record(self, step: str, inputs: Any, target: Path, summary: Mapping[str, Any]) -> BuiltFile:
+        """Record that `step` built `target` from `inputs`."""
+        checksums = checksums_of(target)
+        self._write(step, inputs, sha256=checksums.sha256, summary=summary)
+        return BuiltFile(target, checksums, dict(summary), cached=False)
 
-    def place(self, made: Path, name: str, *, accepted: bool) -> Path:
-        """Give a verified file its name: `name`, or `name` with ``.rejected``. The other of the two goes."""
+    def find_result(self, step: str, inputs: Any) -> dict[str, Any] | None:
+        """Return what `record_result` stored for the same inputs."""
+        return self._read(step, inputs).get("summary")
+
+    def record_result(self, step: str, inputs: Any, result: Mapping[str, Any]) -> None:
+        """Store a result that is not a file, such as a verdict."""
+        self._write(step, inputs, summary=result)
+
+    def place(self, built: Path, name: str, *, accepted: bool) -> Path:
+        """Rename a verified file to `name`, or `name` with ``.rejected``, and remove the other of the two."""
         target, other = self.final(name, accepted=accepted), self.final(name, accepted=not accepted)
-        if made != target:
+        if built != target:
             if target.is_dir():  # a folder cannot be renamed over one that holds files
                 remove(target)
-            made.replace(target)
+            built.replace(target)
         remove(other)
         return target
 
     def close(self, *, keep_base: bool) -> None:
-        """Remove what the finished export does not need; with `keep_base` the next attempt starts from it."""
-        remove(self.room / "pending")
+        """Remove what a finished export does not need; with `keep_base` the next attempt reuses the base."""
+        remove(self.folder / "pending")
         if not keep_base:
-            remove(self.room / "base")
+            remove(self.folder / "base")
 
-    def _read(self, step: str) -> dict[str, Any]:
+    def _read(self, step: str, inputs: Any) -> dict[str, Any]:
+        """Return the record of `step`, empty if there is none for these inputs."""
         try:
-            record = json.loads((self.room / "records" / f"{step}.json").read_bytes())
+            record = json.loads((self.folder / "records" / f"{step}.json").read_bytes())
         except (OSError, ValueError):
             return {}
-        return record if isinstance(record, dict) else {}
+        matches = isinstance(record, dict) and record.get("inputs") == content_key(step, inputs)
+        return record if matches else {}
 
-    def _write(self, step: str, document: dict[str, Any]) -> None:
-        text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-        write_atomic(self.room / "records" / f"{step}.json", text.encode())
+    def _write(self, step: str, inputs: Any, **document: Any) -> None:
+        record = {"inputs": content_key(step, inputs), **document}
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        write_atomic(self.folder / "records" / f"{step}.json", text.encode())
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder if it is there."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,9 +1,4 @@
-"""A checkpoint's chat template and special tokens, read from its files alone.
-
-Rendering needs neither torch nor transformers, so a plan, a Modelfile and prompts can
-be made on any machine. The words are rendered by `arte_edge.runtimes.prompt_render`, the one
-place where prompts are.
-"""
+"""A checkpoint's chat template and special tokens, read from its files without torch or transformers."""
 
 from __future__ import annotations
 
@@ -19,21 +14,21 @@ from arte_edge.runtimes.prompt_render import Message, render
 
 __all__ = ["Chat", "read_chat"]
 
-# What ends a turn in the families we know; llama.cpp stops at these by itself, Ollama's older builds do not.
-_ENDS = ("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+# End-of-turn tokens of known families. llama.cpp stops at these without being told, older Ollama does not.
+_END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 
 
 @dataclass(frozen=True)
 class Chat:
-    """How a model is spoken to."""
+    """Chat template, special tokens and stop strings of a model."""
 
     chat_template: str | None
     special_tokens: dict[str, str] = field(default_factory=dict)
-    adds_bos: bool = False  # the tokenizer writes the begin token itself
+    adds_bos: bool = False  # the tokenizer adds the BOS token itself
     stops: tuple[str, ...] = ()  # texts of the tokens that end an answer
 
     def render(self, messages: Sequence[Message], prefill: str = "", *, plain: bool = False) -> str:
-        """Return the prompt text for `messages`; `plain` leaves the template aside.
+        """Return the prompt text for `messages`; with `plain` without the template.
 
         Raises:
             InputError: the template does not render.
@@ -42,13 +37,14 @@ class Chat:
 
     @property
     def template_sha256(self) -> str:
-        """The sha256 of the template's text, empty if there is none."""
-        text = self.chat_template
-        return "" if text is None else hashlib.sha256(text.encode()).hexdigest()
+        """The sha256 of the template's text, empty without one."""
+        return (
+            hashlib.sha256(self.chat_template.encode()).hexdigest() if self.chat_template is not None else ""
+        )
 
 
 def read_chat(checkpoint: Path) -> Chat:
-    """Return the chat of the checkpoint in a folder.
+    """Read the tokenizer files in a checkpoint folder.
 
     Raises:
         InputError: one of its tokenizer files is not JSON.
@@ -59,7 +55,7 @@ def read_chat(checkpoint: Path) -> Chat:
     inner = _json(checkpoint / "tokenizer.json")
     bos = tokens.get("bos_token", "")
     adds_bos = bool(bos) and (
-        config.get("add_bos_token") is True or _writes(inner.get("post_processor"), bos)
+        config.get("add_bos_token") is True or _prepends(inner.get("post_processor"), bos)
     )
     template = checkpoint / "chat_template.jinja"
     own = template.read_text("utf-8") if template.is_file() else _template(config.get("chat_template"))
@@ -67,12 +63,12 @@ def read_chat(checkpoint: Path) -> Chat:
 
 
 def _stops(checkpoint: Path, inner: dict[str, Any], tokens: dict[str, str]) -> tuple[str, ...]:
-    """Return the texts of the end token, of those generation_config.json names, and of known ends of turns."""
+    """Return the texts of the EOS token, of those in generation_config.json, and of known end-of-turn tokens."""
     added = {row.get("id"): row.get("content", "") for row in inner.get("added_tokens") or ()}
     named = _json(checkpoint / "generation_config.json").get("eos_token_id")
     ids = named if isinstance(named, list) else [named]
     texts = [tokens.get("eos_token", ""), *(added.get(number, "") for number in ids)]
-    texts += [text for text in _ENDS if text in added.values()]
+    texts += [text for text in _END_TOKENS if text in added.values()]
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
@@ -85,28 +81,28 @@ def _template(value: Any) -> str | None:
 
 
 def _text(token: Any) -> str:
-    """Return a special token's text, which is written plainly or as a table with its content."""
+    """Return a special token's text, stored as a string or as an object with `content`."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else ""
 
 
-def _writes(processor: Any, token: str) -> bool:
-    """True if a post-processor of tokenizer.json begins every text with `token`."""
+def _prepends(processor: Any, token: str) -> bool:
+    """True if a post-processor of tokenizer.json puts `token` in front of every text."""
     if not isinstance(processor, dict):
         return False
     if processor.get("type") == "Sequence":
-        return any(_writes(part, token) for part in processor.get("processors") or ())
+        return any(_prepends(part, token) for part in processor.get("processors") or ())
     first = (processor.get("single") or [{}])[0]
     return isinstance(first, dict) and (first.get("SpecialToken") or {}).get("id") == token
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Return a JSON object, empty if there is no such file."""
+    """Return a JSON object, empty if the file does not exist."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not valid JSON", "Fetch the checkpoint again.") from error
+        raise InputError(f"{path}: not valid JSON", "Download the checkpoint again.") from error
     return value if isinstance(value, dict) else {}

@@ -1,4 +1,4 @@
-"""What an export would make, before anything is made: the files, their sizes and the memory it takes."""
+"""The estimate of an export, for ``--dry-run``: files, their sizes, disk space and memory."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from rich import box
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from arte_edge.cache import megabytes
-from arte_edge.checkpoint import shapes_of
-from arte_edge.console import emit_json, out
 from arte_edge.export.build import needs_imatrix, uses_base
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
 from arte_edge.gguf.types import find_type, quality_warning
 from arte_edge.models.formats import Format, overhead_bytes, predicted_bytes
 
-__all__ = ["Line", "Plan", "plan", "show_plan"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Estimate", "FileEstimate", "estimate"]
 
 _GIGABYTE = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Line:
+class FileEstimate:
     """The predicted size of one format's file or folder."""
 
     format: Format
@@ -36,36 +34,95 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """The predicted disk space and memory of an export."""
 
-    lines: tuple[Line, ...]
-    base_bytes: int  # the 16-bit GGUF that is removed at the end, 0 if none is made or it is kept
+    files: tuple[FileEstimate, ...]
+    base_bytes: int  # of a 16-bit GGUF that is removed at the end; 0 without one
     memory_bytes: int
     memory_step: str
     imatrix: bool
 
     @property
     def disk_bytes(self) -> int:
-        """The most that lies on the disk at once."""
-        return self.base_bytes + sum(line.size_bytes for line in self.lines)
+        """Largest disk space used at any time."""
+        return self.base_bytes + sum(file.size_bytes for file in self.files)
+
+    def table(self, model: str) -> Table:
+        """Return the files of `model` as a table."""
+        from rich import box
+
+        from arte_edge.notebook import ResultTable
+
+        table = ResultTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("file", overflow="fold")
+        for name in ("size", "bits/w"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for file in self.files:
+            name = file.format.file_name(model)
+            table.add_row(name, megabytes(file.size_bytes), f"{file.bits_per_weight:.1f}")
+        if self.base_bytes:
+            table.add_row("16-bit GGUF, removed at the end", megabytes(self.base_bytes), "")
+        table.add_section()
+        table.add_row("total at most", megabytes(self.disk_bytes), "", style="bold")
+        return table
+
+    def notes(self, source: Source, folder: Path) -> list[str]:
+        """Return folder, memory, importance matrix and prompts of the export, and warnings."""
+        matrix = (
+            f"Importance matrix from {len(source.training)} {source.training_from}."
+            if self.imatrix
+            else "No importance matrix: none of these types uses one, or there are no training texts (--task)."
+        )
+        return [
+            f"Folder: {folder}. Memory: about {megabytes(self.memory_bytes)} for {self.memory_step} (rough).",
+            matrix,
+            f"Verified on {len(source.prompts)} prompts: {source.prompts_from}.",
+            *source.notes,
+            *(note for file in self.files for note in file.notes),
+        ]
+
+    def as_dict(self, source: Source, folder: Path) -> dict[str, Any]:
+        """Return the estimate for JSON."""
+        files = [
+            {
+                "file": file.format.file_name(source.name),
+                "format": file.format.family,
+                "quantization": file.format.type,
+                "size_bytes": file.size_bytes,
+                "bits_per_weight": round(file.bits_per_weight, 2),
+                "notes": list(file.notes),
+            }
+            for file in self.files
+        ]
+        return {
+            "event": "plan",
+            "folder": str(folder),
+            "artifacts": files,
+            "base_bytes": self.base_bytes,
+            "disk_bytes": self.disk_bytes,
+            "memory_bytes_rough": self.memory_bytes,
+            "memory_step": self.memory_step,
+            "imatrix": self.imatrix,
+            "notes": self.notes(source, folder),
+        }
 
 
-def plan(
+def estimate(
     shapes: Mapping[str, tuple[int, ...]],
     formats: Sequence[Format],
     recipe: Recipe,
     *,
     n_training: int,
-) -> Plan:
-    """Return the plan for a checkpoint with tensors of these `shapes` and a number of training texts."""
+) -> Estimate:
+    """Estimate the export of a checkpoint with tensors of these `shapes` and a number of training texts."""
     n_parameter = sum(math.prod(shape) for shape in shapes.values())
     imatrix = recipe.gguf.imatrix and n_training > 0 and any(map(needs_imatrix, formats))
     base = Format("gguf", recipe.gguf.base)
     converts = any(uses_base(format, base.type) for format in formats)
     step, memory = max(_memory(formats, shapes, n_parameter, imatrix).items(), key=lambda item: item[1])
-    return Plan(
-        lines=tuple(_line(format, shapes, n_parameter) for format in formats),
+    return Estimate(
+        files=tuple(_file(format, shapes, n_parameter) for format in formats),
         base_bytes=predicted_bytes(base, shapes) if converts and base not in formats else 0,
         memory_bytes=memory,
         memory_step=step,
@@ -73,17 +130,17 @@ def plan(
     )
 
 
-def _line(format: Format, shapes: Mapping[str, tuple[int, ...]], n_parameter: int) -> Line:
+def _file(format: Format, shapes: Mapping[str, tuple[int, ...]], n_parameter: int) -> FileEstimate:
     size = predicted_bytes(format, shapes)
     note = quality_warning(find_type(format.type), n_parameter) if format.family == "gguf" else None
     bits = 8 * (size - overhead_bytes(format, shapes)) / n_parameter
-    return Line(format, size, bits, (note,) if note else ())
+    return FileEstimate(format, size, bits, (note,) if note else ())
 
 
 def _memory(
     formats: Sequence[Format], shapes: Mapping[str, tuple[int, ...]], n_parameter: int, imatrix: bool
 ) -> dict[str, int]:
-    """Return the rough peak of each step in bytes."""
+    """Return the rough peak memory of each step in bytes."""
     largest = max(math.prod(shape) for shape in shapes.values())
     verify = 4 * n_parameter + max(predicted_bytes(format, shapes) for format in formats) + _GIGABYTE
     steps = {"verifying": verify}
@@ -96,71 +153,3 @@ def _memory(
     if any(format.family == "onnx-optimum" for format in formats):
         steps["building ONNX"] = 15 * n_parameter + _GIGABYTE
     return steps
-
-
-def show_plan(
-    source: Source, formats: tuple[Format, ...], recipe: Recipe, folder: Path, as_json: bool
-) -> None:
-    """Print the plan of exporting `source` to `folder`.
-
-    Raises:
-        InputError: its weights cannot be read.
-    """
-    found = plan(shapes_of(source.checkpoint), formats, recipe, n_training=len(source.training))
-    if as_json:
-        emit_json(_document(found, source, folder))
-        return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("file", overflow="fold")
-    for name in ("size", "bits/w"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for line in found.lines:
-        name = line.format.file_name(source.name)
-        table.add_row(name, megabytes(line.size_bytes), f"{line.bits_per_weight:.1f}")
-    if found.base_bytes:
-        table.add_row("16-bit GGUF, removed at the end", megabytes(found.base_bytes), "")
-    table.add_section()
-    table.add_row("at most", megabytes(found.disk_bytes), "", style="bold")
-    out.print(table)
-    for note in _notes(found, source, folder):
-        out.print(note, markup=False, soft_wrap=True)
-
-
-def _notes(found: Plan, source: Source, folder: Path) -> list[str]:
-    matrix = (
-        f"Importance matrix from {len(source.training)} {source.training_from}."
-        if found.imatrix
-        else "No importance matrix: none of these types uses one, or there are no training texts (--task)."
-    )
-    return [
-        f"Into {folder}. Memory: about {megabytes(found.memory_bytes)}, while {found.memory_step} (rough).",
-        matrix,
-        f"Verified on {len(source.prompts)} prompts: {source.prompts_from}.",
-        *source.notes,
-        *(note for line in found.lines for note in line.notes),
-    ]
-
-
-def _document(found: Plan, source: Source, folder: Path) -> dict[str, Any]:
-    lines = [
-        {
-            "file": line.format.file_name(source.name),
-            "format": line.format.family,
-            "quantization": line.format.type,
-            "size_bytes": line.size_bytes,
-            "bits_per_weight": round(line.bits_per_weight, 2),
-            "notes": list(line.notes),
-        }
-        for line in found.lines
-    ]
-    return {
-        "event": "plan",
-        "folder": str(folder),
-        "artifacts": lines,
-        "base_bytes": found.base_bytes,
-        "disk_bytes": found.disk_bytes,
-        "memory_bytes_rough": found.memory_bytes,
-        "memory_step": found.memory_step,
-        "imatrix": found.imatrix,
-        "notes": _notes(found, source, folder),
-    }

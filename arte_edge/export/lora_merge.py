@@ -1,8 +1,8 @@
-"""Fold a LoRA adapter into its 16-bit base on the CPU, and prove by logits that nothing was lost.
+"""Merge a LoRA adapter into its 16-bit base on the CPU, and check the logits of the result.
 
-The most common way to ruin a fine-tuned model is to merge its adapter into a quantized
-base. Here the base must be 16-bit, the sum is made in 32 bits and rounded once, and
-base plus adapter is compared with the result before the folder gets its name.
+Merging into a quantized base is the most common way to damage a fine-tuned model. Here the base must be
+16-bit, the sum is computed in 32 bits and rounded once, and the logits of base plus adapter are compared with
+those of the merged model before the folder gets its name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.cache import Progress, full_disk_is_clear, publish, sha256_file
-from arte_edge.checkpoint import refuse_quantized
+from arte_edge.checkpoint import reject_quantized
 from arte_edge.errors import InputError
 from arte_edge.extras import need
 from arte_edge.models.local import LocalModel
@@ -29,7 +29,7 @@ _WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter's folder and the model it belongs to."""
+    """A LoRA adapter's folder and its base model."""
 
     folder: Path
     base_ref: str
@@ -42,20 +42,20 @@ class Adapter:
 
 
 def is_adapter(folder: Path) -> bool:
-    """True if a folder holds a PEFT adapter and no model of its own."""
+    """True if a folder holds a PEFT adapter and no full model."""
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def read_adapter(
     folder: Path, base: str | None = None, *, offline: bool = False, progress: Progress | None = None
 ) -> Adapter:
-    """Return the adapter in `folder` and its base, which is fetched if it is not here.
+    """Return the adapter in `folder` and its base, downloaded if necessary.
 
     Args:
-        base: a model reference, in place of the one that the adapter's own config names.
+        base: a model reference, instead of the one in the adapter's config.
 
     Raises:
-        InputError: not a LoRA adapter in safetensors, or a base that is not there.
+        InputError: not a LoRA adapter in safetensors, or the base does not exist.
     """
     path = folder / "adapter_config.json"
     try:
@@ -64,7 +64,7 @@ def read_adapter(
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: not readable as JSON", "Save the adapter again.") from error
     if kind != "LORA":
-        raise InputError(f"{path}: peft_type is '{kind}', only LoRA adapters can be folded in")
+        raise InputError(f"{path}: peft_type is '{kind}', only LoRA adapters can be merged")
     if not (folder / _WEIGHTS).is_file():
         raise InputError(
             f"{folder}: no {_WEIGHTS}", "Save the adapter as safetensors; pickles are never opened."
@@ -80,22 +80,22 @@ def read_adapter(
 
 
 def merge(adapter: Adapter, base: Path, out: Path, prompts: Sequence[str]) -> Merge:
-    """Write the base checkpoint with the adapter folded in to `out`, whole or not at all.
+    """Write the base checkpoint with the adapter merged into it to `out`, atomically.
 
     Args:
         base: the checkpoint folder of ``adapter.base``.
-        prompts: rendered texts on whose every token the logits are compared.
+        prompts: rendered texts; logits are compared at each of their tokens.
 
     Raises:
         InputError: the base is quantized, or the adapter does not fit it.
-        ArteError: packages are missing, the disk is full, or the merged model is another one.
+        ArteError: packages are missing, the disk is full, or the merged model's logits differ.
     """
     need("train", "Merging an adapter")
-    refuse_quantized(base, "the adapter's base")
+    reject_quantized(base, "the adapter's base")
     from arte_edge.distill.train.lora_merge import check_merge, merge_adapter
 
     staging = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed merge left
+    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process
     out.parent.mkdir(parents=True, exist_ok=True)
     with full_disk_is_clear(staging, "the merged student"):
         try:

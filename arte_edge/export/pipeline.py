@@ -1,20 +1,21 @@
-"""One export from beginning to end.
+"""One export, from the source to ``student.json``.
 
-    source ─► (merge LoRA) ─► F16 GGUF ─► importance matrix ─► files ─► verify ─► names, student.json
+    source ─► (merge LoRA) ─► F16 GGUF ─► importance matrix ─► build ─► verify ─► rename, student.json
 
-Every step is cached under the hash of its inputs: running the same command again resumes, and asking
-for other formats makes only those. A file that fails verification is named ``*.rejected`` and a format
-that cannot be made is reported; neither stops the others.
+Every step is cached under the hash of its inputs: running the same command again resumes, and an export
+of other formats builds only those. A file that fails verification is named ``*.rejected``, a format that
+cannot be built is reported; neither stops the others.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
@@ -24,19 +25,23 @@ from arte_edge.checkpoint import parameter_count, read_config, shapes_of, weight
 from arte_edge.console import Reporter
 from arte_edge.errors import ArteError, InputError
 from arte_edge.export.build import Builder, uses_base
-from arte_edge.export.build_cache import Made, Workshop, remove
+from arte_edge.export.build_cache import REJECTED, BuildCache, BuiltFile, remove
 from arte_edge.export.lora_merge import merge
 from arte_edge.export.ollama import modelfile
-from arte_edge.export.provenance import gguf_keys, leaks
+from arte_edge.export.outcome import Failure, Outcome
+from arte_edge.export.provenance import gguf_fields, private_fields
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
-from arte_edge.export.verification import Judge, reference_accuracy
 from arte_edge.models.formats import FULL_WIDTH, Format, predicted_bytes
 from arte_edge.onnx.folder import TOKENIZER_FILES
 from arte_edge.pii_scan import this_machine
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import (
+    SCHEMA_VERSION,
     Artifact,
+    Check,
+    Fidelity,
+    FidelityMetrics,
     FileSum,
     Merge,
     Student,
@@ -46,27 +51,101 @@ from arte_edge.results.student_json import (
     read_student,
     write_student,
 )
+from arte_edge.runtimes.loader import open_model
 from arte_edge.store import write_atomic
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from arte_edge.runtimes.protocol import Runtime
 
-__all__ = [
-    "FOLDER",
-    "MODELFILE",
-    "Failure",
-    "Outcome",
-    "check_room",
-    "describe",
-    "export",
-    "kept_artifacts",
-    "write_modelfile",
-    "write_tokenizer",
-]
+__all__ = ["Failure", "Outcome", "export"]
+
+MERGED = "merged"
+MODELFILE = "Modelfile"
+_MERGE_PROMPTS = 8  # enough tokens to notice an adapter that was lost
 
 
-def describe(source: Source) -> Student:
-    """Return what identifies the 16-bit student of a source, whose adapter is merged by now.
+@dataclass
+class _Export:
+    """What the steps of one export share."""
+
+    cache: BuildCache
+    source: Source
+    recipe: Recipe
+    formats: tuple[Format, ...]
+    reporter: Reporter
+    failures: list[Failure] = field(default_factory=list)
+
+    def fail(self, format: Format, verb: str, error: ArteError) -> None:
+        self.failures.append(Failure(format, error))
+        self.reporter.warn(escape(f"{format.label} could not be {verb}: {error.message}"))
+
+
+def export(
+    source: Source,
+    formats: tuple[Format, ...],
+    recipe: Recipe,
+    out: Path,
+    reporter: Reporter,
+    *,
+    llama_cpp: Path | None = None,
+    force: bool = False,
+) -> Outcome:
+    """Export `formats` of `source` to the folder `out`, each file verified against the 16-bit student.
+
+    Args:
+        llama_cpp: convert with this checkout of llama.cpp instead of our converter.
+        force: replace another student's files in `out`.
+
+    Raises:
+        InputError: no format, or `out` holds another student's files.
+        ArteError: the disk is full, or a package is missing for every format.
+    """
+    if not formats:
+        raise InputError("No format to export to", "Give --gguf, --onnx or a --recipe that names some.")
+    for format in formats:
+        recipe.verify.limits(format)  # fail now if there are no thresholds for a format
+    with BuildCache(out) as cache:
+        for note in source.notes:
+            reporter.warn(escape(note))
+        job = _Export(cache, source, recipe, formats, reporter)
+        if source.adapter:
+            job.source = _merge(job)
+        student = _describe(job.source)
+        earlier = _earlier_artifacts(out, student, force)
+        _require_space(job, student)
+        built, imatrix_sha256 = _build(job, student, llama_cpp)
+        artifacts, accuracy = _verify(job, student, built, imatrix_sha256)
+        document = _write_documents(job, student, tuple(artifacts.values()), accuracy, earlier)
+        cache.close(keep_base=bool(job.failures))
+    return Outcome(document, tuple(artifacts.values()), tuple(job.failures), out)
+
+
+def _merge(job: _Export) -> Source:
+    """Merge the adapter, unless an earlier process did; return the merged source."""
+    source, cache = job.source, job.cache
+    adapter, target = source.adapter, cache.out / MERGED
+    assert adapter is not None
+    inputs = [__version__, adapter.sha256, sha256_checkpoint(source.checkpoint)]
+    cached = cache.find_result("merge", inputs)
+    if cached and target.is_dir() and sha256_checkpoint(target) == cached["checkpoint"]:
+        result, seconds = Merge.model_validate(cached["merge"]), None
+    else:
+        with job.reporter.stage("merge") as clock:
+            result = merge(adapter, source.checkpoint, target, source.prompts[:_MERGE_PROMPTS])
+        seconds = clock()
+        summary = {"checkpoint": sha256_checkpoint(target), "merge": result.model_dump(mode="json")}
+        cache.record_result("merge", inputs, summary)
+    text = (
+        f"adapter merged in 16 bits; mean difference of logits {result.mean_abs_diff:.2g}, mean change by the "
+        f"adapter {result.update_mean_abs:.2g}; same most likely token at {result.top1_agreement:.1%}"
+    )
+    job.reporter.done("merge", text, seconds)
+    lineage = source.lineage.model_copy(update={"merge": result})
+    return replace(source, checkpoint=target, lineage=lineage)
+
+
+def _describe(source: Source) -> Student:
+    """Return what identifies the 16-bit student.
 
     Raises:
         InputError: its checkpoint cannot be read.
@@ -80,8 +159,8 @@ def describe(source: Source) -> Student:
     )
 
 
-def kept_artifacts(out: Path, student: Student, force: bool) -> tuple[Artifact, ...]:
-    """Return what earlier exports of this student made in `out` and is still there.
+def _earlier_artifacts(out: Path, student: Student, force: bool) -> tuple[Artifact, ...]:
+    """Return the artifacts of earlier exports of this student whose files still exist in `out`.
 
     With `force` another student's files are removed.
 
@@ -89,297 +168,229 @@ def kept_artifacts(out: Path, student: Student, force: bool) -> tuple[Artifact, 
         InputError: `out` holds another student's files and `force` is not given.
     """
     try:
-        there = read_student(out)
+        earlier = read_student(out)
     except InputError:
         if not force:
             raise
-        there = None
-    if there is None:
         return ()
-    if there.student.sha256 == student.sha256:
-        return tuple(artifact for artifact in there.artifacts if (out / artifact.file.rstrip("/")).exists())
+    if earlier is None:
+        return ()
+    if earlier.student.sha256 == student.sha256:
+        return tuple(a for a in earlier.artifacts if (out / a.file.rstrip("/")).exists())
     if not force:
         raise InputError(
-            f"{out}: holds the files of another student ({there.student.name})",
+            f"{out}: holds the files of another student ({earlier.student.name})",
             "Choose another -o, or give --force to replace them.",
         )
-    for artifact in there.artifacts:
+    for artifact in earlier.artifacts:
         remove(out / Path(artifact.file).name)
     return ()
 
 
-def check_room(
-    shop: Workshop, checkpoint: Path, student: Student, formats: Sequence[Format], recipe: Recipe
-) -> None:
-    """Raise before an hour's work if what is still to be made cannot fit on the disk.
-
-    Raises:
-        ArteError: it cannot.
-    """
-    shapes = shapes_of(checkpoint)
-    missing = {format for format in formats if not _is_there(shop, format.file_name(student.name))}
-    base = Format("gguf", recipe.gguf.base)
+def _require_space(job: _Export, student: Student) -> None:
+    """Raise `ArteError` if the files that have to be built do not fit on the disk."""
+    cache, shapes = job.cache, shapes_of(job.source.checkpoint)
+    missing = {
+        format
+        for format in job.formats
+        if not any(place.exists() for place in cache.places(format.file_name(student.name)))
+    }
+    base = Format("gguf", job.recipe.gguf.base)
     if any(uses_base(format, base.type) for format in missing):
         missing.add(base)
-    shop.require_room(sum(predicted_bytes(format, shapes) for format in missing))
+    cache.require_space(sum(predicted_bytes(format, shapes) for format in missing))
 
 
-def _is_there(shop: Workshop, name: str) -> bool:
-    places = (shop.pending(name), shop.final(name, accepted=True), shop.final(name, accepted=False))
-    return any(place.exists() for place in places)
+def _build(job: _Export, student: Student, llama_cpp: Path | None) -> tuple[dict[Format, BuiltFile], str]:
+    """Build every format; return those that succeeded, and the sha256 of the importance matrix."""
+    source, reporter = job.source, job.reporter
+    fields = gguf_fields(student, source.lineage, source.chat.template_sha256)
+    builder = Builder(job.cache, source, student, job.recipe, fields, job.formats, llama_cpp)
+    if any(format.family == "gguf" for format in job.formats):
+        began = time.monotonic()
+        with _progress(reporter, "importance matrix") as progress:
+            builder.collect_imatrix(progress)
+        if builder.imatrix:
+            seconds = None if builder.imatrix_cached else time.monotonic() - began
+            reporter.done("imatrix", f"{len(source.training)} {source.training_from}", seconds)
+    private = this_machine().private_paths(source.checkpoint.absolute(), job.cache.out.absolute())
+    built: dict[Format, BuiltFile] = {}
+    for format in job.formats:
+        try:
+            with reporter.stage(f"make {format.label}") as clock:
+                file = builder.build(format)
+            if format.family == "gguf" and (keys := private_fields(file.path, private)):
+                message = f"{format.label}: {keys[0]} contains a path of this machine"
+                raise ArteError(message, "Please report this.")
+        except ArteError as error:
+            job.fail(format, "built", error)
+            continue
+        built[format] = file
+        reporter.done("make", file.path.name, None if file.cached else clock())
+    return built, sha256_file(builder.imatrix) if builder.imatrix else ""
 
 
-FOLDER = "tokenizer"
-MODELFILE = "Modelfile"
+def _verify(
+    job: _Export, student: Student, built: dict[Format, BuiltFile], imatrix_sha256: str
+) -> tuple[dict[Format, Artifact], PairedAccuracy | None]:
+    """Verify each file and rename it; return the artifacts, and the accuracy of the 16-bit student.
 
-
-def write_tokenizer(out: Path, checkpoint: Path, template_sha256: str) -> Tokenizer:
-    """Copy the checkpoint's tokenizer files to ``out/tokenizer``, each whole or not at all.
-
-    Files that an earlier export left there and the checkpoint does not have are removed.
+    The student is opened when the first file needs it and stays open: its answers and logits serve all.
     """
-    names = [name for name in TOKENIZER_FILES if (checkpoint / name).is_file()]
-    for name in names:
-        write_atomic(out / FOLDER / name, (checkpoint / name).read_bytes())
-    for name in set(TOKENIZER_FILES) - set(names):
-        (out / FOLDER / name).unlink(missing_ok=True)
-    sums = (
-        FileSum(
-            file=f"{FOLDER}/{name}",
-            size_bytes=(out / FOLDER / name).stat().st_size,
-            sha256=sha256_file(out / FOLDER / name),
-        )
-        for name in names
-    )
-    return Tokenizer(files=tuple(sums), chat_template_sha256=template_sha256)
-
-
-def write_modelfile(out: Path, ggufs: list[str], source: Source) -> Path | None:
-    """Write the Modelfile for accepted GGUF files, of which the first is used; none: no Modelfile.
-
-    A tailored student answers greedily, as it was measured.
-
-    Raises:
-        InputError: its template or system message cannot be quoted.
-    """
-    path = out / MODELFILE
-    if not ggufs:
-        path.unlink(missing_ok=True)
-        return None
-    sampling = {"temperature": 0.0} if source.asking else None
-    text = modelfile(ggufs, source.chat, asking=source.asking, plain=source.plain, sampling=sampling)
-    write_atomic(path, text.encode())
-    return path
-
-
-_MERGED = "merged"
-_MERGE_PROMPTS = 8  # enough tokens to see a lost adapter in
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A format that could not be made, which is not the gate's verdict."""
-
-    format: Format
-    error: ArteError
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What an export made. `artifacts` are those that were asked for, in order."""
-
-    student: StudentFile
-    artifacts: tuple[Artifact, ...]
-    failures: tuple[Failure, ...] = ()
-
-    folder: Path = Path()
-
-    @property
-    def table(self) -> Table:
-        """The files: size, divergence from the student, accuracy, verdict."""
-        from arte_edge.export.table import artifact_table
-
-        return artifact_table(self.artifacts, self.student.student.name)
-
-    def _repr_html_(self) -> str:
-        from arte_edge.export.table import summary_lines
-        from arte_edge.notebook import fragment
-
-        return fragment(self.student.student.name, [self.table], summary_lines(self, self.folder))
-
-    @property
-    def rejected(self) -> tuple[Artifact, ...]:
-        return tuple(artifact for artifact in self.artifacts if artifact.status == "rejected")
+    artifacts: dict[Format, Artifact] = {}
+    accuracy: PairedAccuracy | None = None
+    with _Reference(job.source.checkpoint) as reference:
+        for format, file in built.items():
+            began = time.monotonic()
+            try:
+                with _progress(job.reporter, f"verifying {format.label}") as progress:
+                    verdict, cached = _verdict(job, student, format, file, reference, progress)
+            except ArteError as error:
+                job.fail(format, "verified", error)
+                continue
+            artifact = _artifact(job.source, student, format, file, verdict, imatrix_sha256)
+            if accuracy is None and artifact.accuracy:
+                accuracy = artifact.accuracy.reference_alone
+            job.cache.place(file.path, format.file_name(student.name), accepted=artifact.status == "ok")
+            artifacts[format] = artifact
+            job.reporter.event("artifact", file=artifact.file, status=artifact.status, reason=artifact.reason)
+            seconds = None if cached else time.monotonic() - began
+            job.reporter.done("verify", f"{artifact.file}: {artifact.status}", seconds)
+    return artifacts, accuracy
 
 
 @dataclass
-class _Work:
-    """What the steps of one export share."""
+class _Reference:
+    """The 16-bit student, opened on first use. It takes four bytes a parameter."""
 
-    shop: Workshop
-    source: Source
-    recipe: Recipe
-    formats: tuple[Format, ...]
-    reporter: Reporter
-    failures: list[Failure] = field(default_factory=list)
+    checkpoint: Path
+    model: Runtime | None = None
+
+    def open(self, progress: Progress) -> Runtime:
+        if self.model is None:
+            progress("opening the student", 0, 1)
+            self.model = open_model(self.checkpoint)
+        return self.model
+
+    def __enter__(self) -> _Reference:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.model is not None:
+            self.model.close()
 
 
-def export(
-    source: Source,
-    formats: tuple[Format, ...],
-    recipe: Recipe,
-    out: Path,
-    reporter: Reporter,
-    *,
-    llama_cpp: Path | None = None,
-    force: bool = False,
-) -> Outcome:
-    """Make `formats` of `source` in the folder `out`, each judged against the 16-bit student.
-
-    Args:
-        llama_cpp: a checkout of llama.cpp whose converter is used in place of ours.
-        force: replace another student's files that lie in `out`.
+def _verdict(
+    job: _Export, student: Student, format: Format, file: BuiltFile, reference: _Reference, progress: Progress
+) -> tuple[dict[str, Any], bool]:
+    """Return the verdict on one file as `Verdict.as_dict` gives it, and whether it was cached.
 
     Raises:
-        InputError: nothing to make, or `out` holds another student's files.
-        ArteError: the disk is full, or a package is missing for everything that was asked for.
+        ArteError: a runtime is missing or failed, so nothing is known about the file.
     """
-    if not formats:
-        raise InputError("No format to export to", "Give --gguf, --onnx or a --recipe that names some.")
-    for format in formats:
-        recipe.verify.limits(format)  # a format that nothing could judge is refused before any work
-    with Workshop(out) as shop:
-        for note in source.notes:
-            reporter.warn(escape(note))
-        work = _Work(shop, source, recipe, formats, reporter)
-        merged = _merge(work) if source.adapter else None
-        if merged:
-            lineage = source.lineage.model_copy(update={"merge": merged})
-            work.source = replace(source, checkpoint=out / _MERGED, lineage=lineage)
-        student = describe(work.source)
-        before = kept_artifacts(out, student, force)
-        check_room(shop, work.source.checkpoint, student, formats, recipe)
-        made, imatrix = _make(work, student, llama_cpp)
-        judged, own = _judge(work, student, made, imatrix)
-        document = _tell(work, student, judged, own, before)
-        shop.close(keep_base=bool(work.failures))
-    return Outcome(document, tuple(judged.values()), tuple(work.failures), out)
+    source, settings, limits = job.source, job.recipe.verify, job.recipe.verify.limits(format)
+    task = source.task if settings.examples else None
+    inputs = [
+        __version__,
+        SCHEMA_VERSION,  # of the verdict, which is stored as JSON
+        file.checksums.sha256,
+        student.sha256,
+        list(source.prompts),
+        limits.model_dump(mode="json"),
+        [task.sha256, settings.examples] if task else None,
+        source.plain,
+    ]
+    step = f"verify-{format.label}"
+    if cached := job.cache.find_result(step, inputs):
+        return cached, True
+    from arte_edge.verify.gate import verify_file
+
+    found = verify_file(
+        reference.open(progress),
+        file.path,
+        source.prompts,
+        limits,
+        task=task,
+        limit=settings.examples,
+        plain=source.plain,
+        progress=progress,
+    )
+    verdict = found.as_dict() | {"reason": found.reason}
+    job.cache.record_result(step, inputs, verdict)
+    return verdict, False
 
 
-def _merge(work: _Work) -> Merge:
-    """Fold the adapter in, unless an earlier start did; return what the check of its logits found."""
-    adapter = work.source.adapter
-    assert adapter is not None
-    target = work.shop.out / _MERGED
-    inputs = [__version__, adapter.sha256, sha256_checkpoint(work.source.checkpoint)]
-    known = work.shop.recall("merge", inputs)
-    if known and target.is_dir() and sha256_checkpoint(target) == known["checkpoint"]:
-        found = Merge.model_validate(known["merge"])
-        work.reporter.done("merge", _say_merge(found), None)
-        return found
-    with work.reporter.stage("merge") as clock:
-        found = merge(adapter, work.source.checkpoint, target, work.source.prompts[:_MERGE_PROMPTS])
-    summary = {"checkpoint": sha256_checkpoint(target), "merge": found.model_dump(mode="json")}
-    work.shop.note("merge", inputs, summary)
-    work.reporter.done("merge", _say_merge(found), clock())
-    return found
-
-
-def _say_merge(found: Merge) -> str:
-    return (
-        f"adapter folded into 16 bits; logits differ by {found.mean_abs_diff:.2g} in the mean, the adapter "
-        f"moves them by {found.update_mean_abs:.2g}; same first choice at {found.top1_agreement:.1%}"
+def _artifact(
+    source: Source,
+    student: Student,
+    format: Format,
+    file: BuiltFile,
+    verdict: Mapping[str, Any],
+    imatrix_sha256: str,
+) -> Artifact:
+    """Return the entry of ``student.json`` for a verified file."""
+    name = format.file_name(student.name) + ("" if verdict["passed"] else REJECTED)
+    summary, sums, metrics = file.summary, file.checksums, verdict["fidelity"]
+    reference_runtime, runtime = verdict.get("runtimes") or ("", "")
+    bits = summary.get("bits_per_weight") or 8 * sums.tensor_bytes / student.parameter_count
+    fidelity = Fidelity(
+        passed=verdict["passed"],
+        prompts_from=source.prompts_from,
+        runtime=runtime,
+        reference_runtime=reference_runtime,
+        metrics=None if metrics is None else FidelityMetrics(**metrics),
+        checks=tuple(Check(**check) for check in verdict["checks"]),
+    )
+    accuracy = verdict.get("accuracy")
+    return Artifact(
+        file=name + "/" if format.is_folder else name,
+        format=format.family,
+        quantization=format.type,
+        arch=format.arch,
+        status="ok" if verdict["passed"] else "rejected",
+        reason=verdict["reason"],
+        size_bytes=sums.size_bytes,
+        sha256=sums.sha256,
+        tensor_sha256=sums.tensor_sha256,
+        parts=sums.parts,
+        bits_per_weight=round(bits, 4),
+        tensor_types=summary.get("tensor_types", {}),
+        imatrix_sha256=imatrix_sha256 if summary.get("imatrix_used") else "",
+        notes=tuple(_notes(summary)),
+        fidelity=fidelity,
+        accuracy=PairedAccuracy(**accuracy) if accuracy else None,
     )
 
 
-def _make(work: _Work, student: Student, llama_cpp: Path | None) -> tuple[dict[Format, Made], str]:
-    """Make every format; return those that could be made, and the sum of the importance matrix."""
-    keys = gguf_keys(student, work.source.lineage, work.source.chat.template_sha256)
-    builder = Builder(work.shop, work.source, student, work.recipe, keys, work.formats, llama_cpp)
-    made: dict[Format, Made] = {}
-    private = this_machine().private_paths(work.source.checkpoint.absolute(), work.shop.out.absolute())
-    if any(format.family == "gguf" for format in work.formats):
-        with _progress(work.reporter, "importance matrix") as builder.progress:
-            began = time.monotonic()
-            matrix = builder.collect()
-        if matrix:
-            n = len(work.source.training)
-            seconds = None if builder.imatrix_kept else time.monotonic() - began
-            work.reporter.done("imatrix", f"{n} {work.source.training_from}", seconds)
-    for format in work.formats:
-        try:
-            with work.reporter.stage(f"make {format.label}") as clock:
-                found = builder.make(format)
-            if format.family == "gguf" and (keys_found := leaks(found.path, private)):
-                raise ArteError(
-                    f"{format.label}: {keys_found[0]} names a path of this machine", "Please report this."
-                )
-        except ArteError as error:
-            work.failures.append(Failure(format, error))
-            work.reporter.warn(escape(f"{format.label} could not be made: {error.message}"))
-            continue
-        made[format] = found
-        work.reporter.done("make", f"{found.path.name}", None if found.was_kept else clock())
-    return made, sha256_file(builder.imatrix) if builder.imatrix else ""
+def _notes(summary: Mapping[str, Any]) -> list[str]:
+    """Return what a file's name does not show: tensors of another type, and warnings."""
+    notes = []
+    for swap, count in Counter(f.partition(": ")[2] for f in summary.get("fallbacks", ())).items():
+        planned, _, actual = swap.partition(" -> ")
+        place = "" if " " in planned else f" in place of {planned}"  # llama.cpp does not always name it
+        tensors = "1 tensor" if count == 1 else f"{count} tensors"
+        notes.append(f"{tensors} became {actual}{place}: row length is not a multiple of 256")
+    return [*notes, *summary.get("warnings", ())]
 
 
-def _judge(
-    work: _Work, student: Student, made: dict[Format, Made], imatrix: str
-) -> tuple[dict[Format, Artifact], PairedAccuracy | None]:
-    """Judge what was made and give each file its name; return the artifacts, and the student's own accuracy."""
-    judge = Judge(work.shop, work.source, student, work.recipe)
-    judged: dict[Format, Artifact] = {}
-    own: PairedAccuracy | None = None
-    try:
-        for format, found in made.items():
-            try:
-                with _progress(work.reporter, f"verifying {format.label}") as judge.progress:
-                    began = time.monotonic()
-                    verdict = judge.judge(format, found)
-            except ArteError as error:
-                work.failures.append(Failure(format, error))
-                work.reporter.warn(escape(f"{format.label} could not be verified: {error.message}"))
-                continue
-            own = own or reference_accuracy(verdict)
-            artifact = judge.artifact(format, found, verdict, imatrix)
-            work.shop.place(found.path, format.file_name(student.name), accepted=artifact.status == "ok")
-            judged[format] = artifact
-            work.reporter.event(
-                "artifact", file=artifact.file, status=artifact.status, reason=artifact.reason
-            )
-            seconds = None if judge.was_kept else time.monotonic() - began
-            work.reporter.done("verify", f"{artifact.file}: {artifact.status}", seconds)
-    finally:
-        judge.close()
-    return judged, own
-
-
-def _tell(
-    work: _Work,
+def _write_documents(
+    job: _Export,
     student: Student,
-    judged: dict[Format, Artifact],
-    own: PairedAccuracy | None,
-    before: tuple[Artifact, ...],
+    new: tuple[Artifact, ...],
+    accuracy: PairedAccuracy | None,
+    earlier: tuple[Artifact, ...],
 ) -> StudentFile:
-    """Write what lies beside the files, and ``student.json`` last."""
-    out, source = work.shop.out, work.source
-    new = {_slot(artifact) for artifact in judged.values()}
-    kept = [artifact for artifact in before if _slot(artifact) not in new]
-    artifacts = (*judged.values(), *kept)
-    ggufs = [a for a in artifacts if a.format == "gguf" and a.status == "ok"]
-    # A device wants a quantized file; of those the first that was asked for.
-    names = [a.file for a in sorted(ggufs, key=lambda a: a.quantization in FULL_WIDTH)]
-    try:
-        write_modelfile(out, names, source)
-    except InputError as error:  # a template with three quotes in it is no reason to lose the files
-        remove(out / MODELFILE)
-        work.reporter.warn(escape(error.message))
+    """Write the Modelfile and the tokenizer, and ``student.json`` last."""
+    out, source = job.cache.out, job.source
+    names = {_accepted_name(artifact) for artifact in new}
+    artifacts = (*new, *(artifact for artifact in earlier if _accepted_name(artifact) not in names))
+    _write_modelfile(job, artifacts)
     document = StudentFile(
         arte_edge_version=__version__,
         student=student,
         lineage=source.lineage,
-        tokenizer=write_tokenizer(out, source.checkpoint, source.chat.template_sha256),
-        student_accuracy=own,
+        tokenizer=_write_tokenizer(out, source.checkpoint, source.chat.template_sha256),
+        student_accuracy=accuracy,
         artifacts=artifacts,
     )
     document = carry_results(out, document)
@@ -387,9 +398,46 @@ def _tell(
     return document
 
 
-def _slot(artifact: Artifact) -> str:
-    """Return the name that a file has or would have if it had passed: one format has one file."""
-    return artifact.file.rstrip("/").removesuffix(".rejected")
+def _accepted_name(artifact: Artifact) -> str:
+    return artifact.file.rstrip("/").removesuffix(REJECTED)
+
+
+def _write_modelfile(job: _Export, artifacts: Sequence[Artifact]) -> None:
+    """Write Ollama's Modelfile for the accepted GGUF files; it uses the first quantized one.
+
+    A run's student decodes greedily, as it was evaluated. A template that cannot be quoted in a Modelfile is
+    a warning: the files are good without it.
+    """
+    path, source = job.cache.out / MODELFILE, job.source
+    ggufs = [a for a in artifacts if a.format == "gguf" and a.status == "ok"]
+    names = [a.file for a in sorted(ggufs, key=lambda a: a.quantization in FULL_WIDTH)]
+    if not names:
+        path.unlink(missing_ok=True)
+        return
+    sampling = {"temperature": 0.0} if source.prompting else None
+    try:
+        text = modelfile(
+            names, source.chat, prompting=source.prompting, plain=source.plain, sampling=sampling
+        )
+        write_atomic(path, text.encode())
+    except InputError as error:
+        path.unlink(missing_ok=True)
+        job.reporter.warn(escape(error.message))
+
+
+def _write_tokenizer(out: Path, checkpoint: Path, template_sha256: str) -> Tokenizer:
+    """Copy the checkpoint's tokenizer files to ``out/tokenizer``; remove others that an earlier export left."""
+    folder = out / "tokenizer"
+    names = [name for name in TOKENIZER_FILES if (checkpoint / name).is_file()]
+    sums = []
+    for name in names:
+        data = (checkpoint / name).read_bytes()
+        write_atomic(folder / name, data)
+        sha256 = sha256_file(folder / name)
+        sums.append(FileSum(file=f"{folder.name}/{name}", size_bytes=len(data), sha256=sha256))
+    for name in set(TOKENIZER_FILES) - set(names):
+        (folder / name).unlink(missing_ok=True)
+    return Tokenizer(files=tuple(sums), chat_template_sha256=template_sha256)
 
 
 @contextmanager
@@ -397,8 +445,4 @@ def _progress(reporter: Reporter, what: str) -> Iterator[Progress]:
     """Show the progress of one step, whose parts each count from 0 again."""
     with reporter.percent(what) as step:
         shown: Callable[[int, int], None] = step
-
-        def report(part: str, done: int, total: int) -> None:
-            shown(done, total)
-
-        yield report
+        yield lambda part, done, total: shown(done, total)

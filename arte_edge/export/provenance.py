@@ -1,9 +1,8 @@
-"""Where a file comes from, in its own metadata: GGUF keys that any reader of the format shows.
+"""The lineage of a student as GGUF metadata.
 
-Standard keys are those of ggml/docs/gguf.md (``general.base_model.*``,
-``general.dataset.*``, ``general.license``); ours stand below ``arte_edge.``. Nothing
-of the machine goes into a file: names of models that were given as paths lose their
-folders, servers lose their address, and `leaks` looks at the result.
+Standard keys are those of ggml/docs/gguf.md (``general.base_model.*``, ``general.dataset.*``,
+``general.license``); others begin with ``arte_edge.``. Files hold nothing about the machine: model paths lose
+their folders, servers their address, and `private_fields` checks the result.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from arte_edge.gguf.types import STRING, UINT32
 from arte_edge.models.registry import entries
 from arte_edge.results.student_json import SCHEMA_VERSION, Lineage, Parent, Student
 
-__all__ = ["PAPER", "gguf_keys", "leaks", "parent_of", "public_name"]
+__all__ = ["PAPER", "gguf_fields", "parent_of", "private_fields", "public_name"]
 
 PAPER = "arXiv:2406.19227"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?(:[\w.-]+)?")
 
 
 def public_name(ref: str) -> str:
-    """Return how a model reference may be called in public: without folders and server addresses."""
+    """Return a model reference without folders and server addresses."""
     if ref.startswith("openai:"):
         return ref.removeprefix("openai:").partition("@http")[0]
     looks_local = ref.startswith((".", "/", "~")) or "\\" in ref or ref.endswith(".gguf")
@@ -34,7 +33,7 @@ def public_name(ref: str) -> str:
 
 
 def parent_of(ref: str, sha256: str = "", quantization: str = "") -> Parent:
-    """Return what may be told of the model behind `ref`; a registry entry adds its licence and sum."""
+    """Return what may be published about the model `ref`; a registry entry adds its licence and checksum."""
     known = entries().get(ref)
     if known is None:
         return Parent(name=public_name(ref), sha256=sha256, quantization=quantization)
@@ -46,8 +45,8 @@ def parent_of(ref: str, sha256: str = "", quantization: str = "") -> Parent:
     )
 
 
-def gguf_keys(student: Student, lineage: Lineage, template_sha256: str) -> dict[str, Field]:
-    """Return the metadata that every GGUF of this student carries beside what its runtime needs."""
+def gguf_fields(student: Student, lineage: Lineage, template_sha256: str) -> dict[str, Field]:
+    """Return the metadata of every GGUF of this student, apart from what runtimes need."""
     texts: dict[str, str] = {"general.name": student.name}
     numbers: dict[str, int] = {"arte_edge.schema_version": SCHEMA_VERSION}
     if lineage.base:
@@ -87,15 +86,15 @@ def _model(prefix: str, parent: Parent) -> dict[str, str]:
     return keys
 
 
-def leaks(gguf: Path, private: Iterable[str]) -> list[str]:
-    """Return the metadata keys of a GGUF file whose text holds one of the `private` texts.
+def private_fields(gguf: Path, private: Iterable[str]) -> list[str]:
+    """Return the metadata keys of a GGUF file whose text contains one of the `private` texts.
 
     Raises:
         InputError: not a GGUF.
     """
-    words = [word for word in private if word]
+    texts = [text for text in private if text]
     return [
         key
         for key, value in read_model_header(gguf).metadata.items()
-        if isinstance(value, str) and any(word in value for word in words)
+        if isinstance(value, str) and any(text in value for text in texts)
     ]

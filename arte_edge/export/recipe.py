@@ -1,8 +1,7 @@
-"""A recipe: which files to make for a device, how, and how close to the student they must be.
+"""Recipes: which formats to export for a device, with what settings and verification thresholds.
 
-Recipes are the TOML files of ``export/`` (and the user's own). A key that does not
-exist is an error that names the nearest one; thresholds that a recipe leaves out are
-those of `arte_edge.verify.thresholds`.
+Recipes are the TOML files in ``export/`` and the user's own. An unknown key is an error that names the
+nearest known one; thresholds that a recipe does not set are those of `arte_edge.verify.thresholds`.
 """
 
 from __future__ import annotations
@@ -31,18 +30,20 @@ class GgufSettings(_Section):
 
     types: tuple[str, ...] = Field(default=(), description="llama.cpp's names: Q4_K_M, Q8_0, F16, …")
     base: Literal["F16", "BF16", "F32"] = Field(
-        default="F16", description="the 16-bit file that all others are made from"
+        default="F16", description="full-width file that the others are quantized from"
     )
     imatrix: bool = Field(
         default=True,
-        description="weigh rounding errors by the tailored training prompts, where there are any",
+        description="weight rounding errors by activations on training texts, if there are any",
     )
-    imatrix_prompts: int = Field(default=200, ge=1, description="training prompts that are read for it")
+    imatrix_prompts: int = Field(
+        default=200, ge=1, description="largest number of training texts for the importance matrix"
+    )
     overrides: dict[str, str] = Field(
-        default={}, description="tensor pattern = type, in every quantized file of the recipe"
+        default={}, description="tensor pattern = type, for every quantized file"
     )
     overrides_for: dict[str, dict[str, str]] = Field(
-        default={}, description="the same for one type alone: [gguf.overrides_for.Q4_K_M]"
+        default={}, description="overrides for one type: [gguf.overrides_for.Q4_K_M]"
     )
 
     @field_validator("types")
@@ -56,7 +57,7 @@ class GgufSettings(_Section):
         return {_checked(gguf_format, name).type: table for name, table in tables.items()}
 
     def overrides_of(self, type: str) -> dict[str, str]:
-        """Return the per-tensor overrides of one type, those meant for it alone last."""
+        """Return the per-tensor overrides of one type; its own override the general ones."""
         return {**self.overrides, **self.overrides_for.get(type, {})}
 
 
@@ -66,18 +67,16 @@ class OnnxSettings(_Section):
     formats: tuple[str, ...] = Field(
         default=(), description="int4, int8, fp32 (onnxruntime-genai), optimum-fp32, optimum-int8-arm64, …"
     )
-    arch: Arch = Field(default="avx2", description="processor of an optimum int8 that names none")
-    block_size: Literal[16, 32, 64, 128, 256] = Field(
-        default=32, description="weights that share one scale (int4)"
-    )
+    arch: Arch = Field(default="avx2", description="processor for an optimum int8 that names none")
+    block_size: Literal[16, 32, 64, 128, 256] = Field(default=32, description="weights per scale (int4)")
     accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
-        default=4, description="activations of int4 products: 4 int8 (fast), 1 float32 (exact)"
+        default=4, description="activation type of int4 matrix products: 4 int8 (fast), 1 float32 (exact)"
     )
     algorithm: Literal["auto", "k_quant", "rtn"] = Field(
-        default="auto", description="scales of int4: k_quant searches them, rtn rounds plainly"
+        default="auto", description="int4 scales: k_quant searches for them, rtn rounds to nearest"
     )
     mixed: bool = Field(
-        default=True, description="8 bits for the output and the layers that matter most (int4)"
+        default=True, description="8 bits for the output and the most sensitive layers (int4)"
     )
 
     @field_validator("formats")
@@ -89,14 +88,14 @@ class OnnxSettings(_Section):
 
 
 class VerifySettings(_Section):
-    """How much the gate looks at, and what it lets pass."""
+    """How many prompts and examples verification uses, and its thresholds."""
 
-    prompts: int = Field(default=24, ge=4, description="held-out prompts whose logits are compared")
+    prompts: int = Field(default=24, ge=4, description="held-out prompts for comparing logits")
     examples: int = Field(
-        default=40, ge=0, description="held-out examples of the task that student and file answer; 0: none"
+        default=40, ge=0, description="held-out task examples that both models answer; 0: none"
     )
     thresholds: dict[str, Thresholds] = Field(
-        default={}, description="by format, as in [verify.thresholds.Q4_K_M]; what is left out is built in"
+        default={}, description="by format: [verify.thresholds.Q4_K_M]; unset ones have built-in values"
     )
 
     @field_validator("thresholds")
@@ -107,9 +106,9 @@ class VerifySettings(_Section):
         return tables
 
     def limits(self, format: Format) -> Thresholds:
-        """Return the thresholds of one format: the built-in ones with the recipe's on top.
+        """Return the thresholds of one format: the built-in ones, overridden by the recipe's.
 
-        A table for ``optimum-int8`` holds for every processor, one for ``optimum-int8-arm64`` goes before it.
+        A table for ``optimum-int8`` is for every processor; one for ``optimum-int8-arm64`` overrides it.
         """
         general = format.label.removesuffix(f"-{format.arch}")
         limits = thresholds_for(general if general in TYPES else format.type)
@@ -131,7 +130,7 @@ class Recipe(_Section):
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        """What the recipe makes, GGUF first."""
+        """The formats of the recipe, GGUF first."""
         ggufs = [gguf_format(name) for name in self.gguf.types]
         return unique([*ggufs, *(onnx_format(name, self.onnx.arch) for name in self.onnx.formats)])
 
@@ -140,7 +139,7 @@ def load_recipe(ref: str) -> Recipe:
     """Load a shipped recipe by name, or a recipe file by path.
 
     Raises:
-        InputError: there is none, it is not TOML, or a key or value in it is wrong; all are named at once.
+        InputError: no such recipe, not TOML, or wrong keys or values; lists all of them.
     """
     path = catalog.find("export", ref)
     return build(str(path if path.name != f"{ref}.toml" else ref), _tables(path))
@@ -156,10 +155,10 @@ def _tables(path: Path) -> dict[str, Any]:
 
 
 def build(source: str, tables: Mapping[str, Any]) -> Recipe:
-    """Return the recipe in nested tables; `source` is named in errors.
+    """Return the recipe in nested tables; `source` names it in errors.
 
     Raises:
-        InputError: every problem at once, an unknown key with its nearest neighbour.
+        InputError: lists all wrong keys and values; for an unknown key the nearest known one.
     """
     try:
         return Recipe.model_validate(tables)
@@ -170,7 +169,7 @@ def build(source: str, tables: Mapping[str, Any]) -> Recipe:
 
 
 def _problem(kind: str, location: tuple[int | str, ...], message: str) -> tuple[str, str]:
-    """Return what is wrong at one key, and a hint."""
+    """Return a message on one key, and a hint."""
     key = ".".join(str(part) for part in location)
     if kind == "extra_forbidden":
         return f"unknown key '{key}'", nearest(str(location[-1]), _keys_at(location[:-1]))
@@ -182,14 +181,14 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         field = model.model_fields.get(str(part))
         if field is None:
-            continue  # the name of a format in a table of thresholds
+            continue  # a format's name in a table of thresholds
         options = [field.annotation, *get_args(field.annotation)]
         model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
     return list(model.model_fields)
 
 
 def _checked(parse: Callable[[str], Format], name: str) -> Format:
-    """Return a parsed format, with the reason in the kind of error that pydantic collects."""
+    """Parse a format; an error becomes a `ValueError`, which pydantic collects."""
     try:
         return parse(name)
     except InputError as error:

@@ -1,9 +1,8 @@
-"""The formats that can be exported: how a user spells them, the file names, and the predicted sizes.
+"""The export formats: their spelling, the names of their files, and predicted sizes.
 
-GGUF types have llama.cpp's names in any case (``q4_k_m``, and ``q4_k`` for the usual
-mix). ONNX is ``int4``, ``int8`` or ``fp32`` for onnxruntime-genai, the same with
-``optimum-`` in front for the portable layout, whose int8 may name the processor it is
-made for: ``optimum-int8-arm64``.
+GGUF types have llama.cpp's names in any case (``q4_k_m``; ``q4_k`` is ``Q4_K_M``). ONNX is ``int4``, ``int8``
+or ``fp32`` for onnxruntime-genai, or has the prefix ``optimum-`` for the portable layout, whose int8 may name
+a processor: ``optimum-int8-arm64``.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ _GENAI = ("int4", "int8", "fp32")
 _OPTIMUM = ("fp32", "int8")
 _BITS = {label: 8 * size / block for label, block, size in TENSOR_TYPES.values()}
 _BLOCKS = {label: block for label, block, _ in TENSOR_TYPES.values()}
-# What llama.cpp takes where a row is not whole blocks of 256 (llama-quant.cpp, tensor_type_fallback).
+# Types that llama.cpp uses if a row is not a multiple of 256 (llama-quant.cpp, tensor_type_fallback).
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _SMALL_BLOCKS = "IQ4_NL"
-# Mixes whose name says "medium" and more: half of these matrices get more bits.
+# The medium and large mixes give half of these matrices more bits.
 _MORE = {"Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "Q4_K_M": "Q6_K", "Q5_K_M": "Q6_K"}
 _MORE_PARTS = ("v_proj", "down_proj", "qkv_proj")
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
@@ -52,42 +51,44 @@ _FOLDER_BYTES = 4_000_000  # tokenizer files of an ONNX folder
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of file. `type` is a GGUF type in capitals, or an ONNX precision in small letters."""
+    """One format. `type` is a GGUF type in upper case, or an ONNX precision in lower case."""
 
     family: Family
     type: str
-    arch: str = ""  # of a processor; optimum's int8 only
+    arch: str = ""  # processor; optimum's int8 only
 
     @property
     def label(self) -> str:
-        """The name by which recipes and messages call it: ``Q4_K_M``, ``int4``, ``optimum-int8-avx2``."""
+        """The name in recipes and messages: ``Q4_K_M``, ``int4``, ``optimum-int8-avx2``."""
         if self.family != "onnx-optimum":
             return self.type
         return "-".join(filter(None, ("optimum", self.type, self.arch)))
 
     @property
     def is_folder(self) -> bool:
-        """True if the artifact is a folder of files: an ONNX model with its tokenizer and settings."""
+        """True for ONNX: a model with its tokenizer and settings."""
         return self.family != "gguf"
 
     def file_name(self, model: str) -> str:
-        """Return the name of the file or folder for the model called `model`."""
+        """Return the name of the file or folder of `model` in this format."""
         return f"{model}-onnx-{self.label}" if self.is_folder else f"{model}-{self.type}.gguf"
 
 
 def gguf_format(text: str) -> Format:
-    """Return the GGUF format that `text` names, in any case.
+    """Return the GGUF format named `text`, in any case.
 
     Raises:
-        InputError: llama.cpp has no such type, or has it no more.
+        InputError: llama.cpp has no such type, or removed it.
     """
     if text.strip().upper() in _REMOVED:
-        raise InputError(f"GGUF type {text}: llama.cpp removed it", "Use Q4_0: it is repacked when loaded.")
+        raise InputError(
+            f"GGUF type {text}: llama.cpp removed it", "Use Q4_0, which is repacked when it is loaded."
+        )
     return Format("gguf", find_type(text).name)
 
 
 def onnx_format(text: str, arch: Arch = "avx2") -> Format:
-    """Return the ONNX format that `text` names; `arch` is taken where an optimum int8 names no processor.
+    """Return the ONNX format named `text`; `arch` is for an optimum int8 that names no processor.
 
     Raises:
         InputError: no such format.
@@ -103,11 +104,11 @@ def onnx_format(text: str, arch: Arch = "avx2") -> Format:
         if not named:
             return Format("onnx-optimum", precision)
     known = [*_GENAI, "optimum-fp32", "optimum-int8", *(f"optimum-int8-{arch}" for arch in ARCHS)]
-    raise InputError(f"ONNX format '{text}': there is none of that name", nearest(name, known))
+    raise InputError(f"Unknown ONNX format '{text}'", nearest(name, known))
 
 
 def format_of(label: str) -> Format:
-    """Return the format that a recipe calls `label`, GGUF or ONNX.
+    """Return the format with the label `label`, GGUF or ONNX.
 
     Raises:
         InputError: no such format.
@@ -117,7 +118,7 @@ def format_of(label: str) -> Format:
 
 
 def parse_list(gguf: str | None, onnx: str | None, arch: str = "avx2") -> tuple[Format, ...]:
-    """Return the formats of two comma lists, in their order and each once.
+    """Return the formats in two comma-separated lists, in order, without repetitions.
 
     Raises:
         InputError: a name is unknown, or a list is empty.
@@ -128,7 +129,7 @@ def parse_list(gguf: str | None, onnx: str | None, arch: str = "avx2") -> tuple[
             continue
         names = [name for name in text.split(",") if name.strip()]
         if not names:
-            raise InputError(f"{flag}: names no format", f"For example {flag} {_EXAMPLE[flag]}")
+            raise InputError(f"{flag}: the list is empty", f"For example {flag} {_EXAMPLE[flag]}")
         formats += [
             gguf_format(name) if flag == "--gguf" else onnx_format(name, cast(Arch, arch)) for name in names
         ]
@@ -139,12 +140,12 @@ _EXAMPLE = {"--gguf": "Q4_K_M,Q8_0", "--onnx": "int4"}
 
 
 def unique(formats: Iterable[Format]) -> tuple[Format, ...]:
-    """Return `formats` without repetitions, in order."""
+    """Return `formats` in order, without repetitions."""
     return tuple(dict.fromkeys(formats))
 
 
 def predicted_bytes(format: Format, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return about how many bytes the file or folder of `format` will have."""
+    """Return the predicted size of the file or folder of `format`."""
     is_tied = not any(name.endswith("lm_head.weight") for name in shapes)
     bits = 0.0
     for name, shape in shapes.items():
@@ -173,13 +174,13 @@ def _gguf_bits(type: str, name: str, shape: tuple[int, ...], is_tied: bool) -> f
         if name.endswith("lm_head.weight") or (is_tied and name.endswith("embed_tokens.weight")):
             label = "Q6_K"
         elif type in _MORE and any(part in name for part in _MORE_PARTS):
-            # Half of the layers; an average is all that a sum of sizes needs.
-            return (_fitting(_MORE[type], shape) + _fitting(label, shape)) / 2
-    return _fitting(label, shape)
+            # Half of the layers; the average is enough for a sum of sizes.
+            return (_type_bits(_MORE[type], shape) + _type_bits(label, shape)) / 2
+    return _type_bits(label, shape)
 
 
-def _fitting(label: str, shape: tuple[int, ...]) -> float:
-    """Return the bits a weight of a tensor type, or of the one that is taken where its blocks do not fit."""
+def _type_bits(label: str, shape: tuple[int, ...]) -> float:
+    """Return the bits per weight of a tensor type, or of its fallback if the blocks do not fit."""
     if shape[-1] % _BLOCKS.get(label, 1):
         label = _FALLBACK.get(label, _SMALL_BLOCKS)
     return _BITS.get(label, 16.0)
@@ -194,9 +195,9 @@ def _onnx_bits(format: Format, name: str, shape: tuple[int, ...], is_tied: bool)
     if format.type == "fp32" or len(shape) < 2:
         return 32.0
     if format.family == "onnx-optimum":
-        return 32.0 if name.endswith("down_proj.weight") else 8.0  # int8 would spoil that product
+        return 32.0 if name.endswith("down_proj.weight") else 8.0  # int8 would damage that product
     if name.endswith("embed_tokens.weight") and not (is_tied and format.type == "int4"):
-        return 32.0  # only products of matrices are quantized; int4 looks tokens up in the product's matrix
+        return 32.0  # only matrix products are quantized; int4 looks tokens up in the output matrix
     if format.type == "int4" and not name.endswith(_EMBEDDINGS):
         return 6.1  # measured: 28 % of the layers' weights get 8 bits
-    return 9.0  # a float32 scale for 32 weights
+    return 9.0  # one float32 scale for 32 weights

@@ -11,7 +11,7 @@ import pytest
 
 from arte_edge.cli.main import main
 from arte_edge.errors import ArteError
-from arte_edge.export.pipeline import Failure, Outcome
+from arte_edge.export.outcome import Failure, Outcome
 from arte_edge.export.source import Source
 from arte_edge.models.formats import format_of
 from arte_edge.results.accuracy import PairedAccuracy
@@ -120,7 +120,7 @@ def test_all_accepted_ends_with_0_and_a_table_of_80_columns(
 def test_a_rejected_file_ends_with_3_and_says_why(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert verb("m", "-o", "out", artifacts=(artifact("Q8_0"), artifact("Q4_K_M", "rejected"))) == 3
     said = capsys.readouterr()
-    assert "is not the student" in said.out and "gibberish" in said.out
+    assert "gibberish" in said.out
     assert "Q4_K_M.gguf.rejected" in said.err
 
 
@@ -154,7 +154,7 @@ def test_a_dry_run_prints_sizes_and_memory_and_writes_nothing(
     source = Source("m", tmp_path, None, Lineage(source="checkpoint"), prompts=("a",) * 8)  # type: ignore[arg-type]
     monkeypatch.setattr("arte_edge.export.source.open_source", lambda *a, **k: source)
     shapes = {"model.embed_tokens.weight": (49152, 576), "model.norm.weight": (576,)}
-    monkeypatch.setattr("arte_edge.export.estimate.shapes_of", lambda path: shapes)
+    monkeypatch.setattr("arte_edge.checkpoint.shapes_of", lambda path: shapes)
     words = ["export", "m", "--gguf", "Q4_K_M,F16", "--dry-run", "-o", str(tmp_path / "out")]
     assert main(words) == 0
     said = capsys.readouterr().out

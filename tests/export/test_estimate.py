@@ -1,10 +1,8 @@
-""""""
-
 from __future__ import annotations
 
 import pytest
 
-from arte_edge.export.estimate import plan
+from arte_edge.export.estimate import estimate
 from arte_edge.export.recipe import Recipe, build
 from arte_edge.models.formats import format_of, predicted_bytes
 
@@ -34,7 +32,7 @@ def shapes(hidden: int, ffn: int, n_layer: int, kv: int, vocab: int) -> dict[str
 SMOLLM2 = shapes(576, 1536, 30, 192, 49152)
 
 
-# Measured: what llama-cpp-python 0.3.36, onnxruntime-genai 0.18 and optimum-onnx 0.1 wrote of SmolLM2-135M-Instruct.
+# Measured with SmolLM2-135M-Instruct: llama-cpp-python 0.3.36, onnxruntime-genai 0.18, optimum-onnx 0.1.
 @pytest.mark.parametrize(
     ("label", "size_bytes"),
     [
@@ -50,7 +48,7 @@ SMOLLM2 = shapes(576, 1536, 30, 192, 49152)
         ("optimum-fp32", 656_064_862),
     ],
 )
-def test_sizes_are_those_of_the_real_files_within_three_percent(label: str, size_bytes: int) -> None:
+def test_sizes_are_within_three_percent_of_real_files(label: str, size_bytes: int) -> None:
     assert predicted_bytes(format_of(label), SMOLLM2) == pytest.approx(size_bytes, rel=0.03)
 
 
@@ -63,17 +61,17 @@ def test_rows_that_256_divides_take_fewer_bits() -> None:
     assert per_weight[0] < 0.9 * per_weight[1]
 
 
-def test_the_sixteen_bit_base_counts_on_the_disk_unless_it_is_wanted_itself() -> None:
+def test_the_16_bit_base_counts_unless_it_is_exported_itself() -> None:
     def of(*labels: str) -> int:
         formats = [format_of(label) for label in labels]
-        return plan(SMOLLM2, formats, Recipe(), n_training=0).base_bytes
+        return estimate(SMOLLM2, formats, Recipe(), n_training=0).base_bytes
 
     assert of("Q8_0") > 0 and of("Q8_0", "F16") == of("int4") == of("BF16") == 0
 
 
-def test_an_importance_matrix_is_planned_only_where_it_matters() -> None:
+def test_an_importance_matrix_is_expected_only_where_it_matters() -> None:
     def planned(label: str, n_training: int, recipe: Recipe) -> bool:
-        return plan(SMOLLM2, [format_of(label)], recipe, n_training=n_training).imatrix
+        return estimate(SMOLLM2, [format_of(label)], recipe, n_training=n_training).imatrix
 
     without = build("r", {"gguf": {"imatrix": False}})
     assert planned("Q4_K_M", 9, Recipe())
@@ -84,12 +82,12 @@ def test_an_importance_matrix_is_planned_only_where_it_matters() -> None:
 
 
 def test_q4_0_of_a_small_model_comes_with_a_warning() -> None:
-    found = plan(SMOLLM2, [format_of("Q4_0")], Recipe(), n_training=0)
-    assert any("Q4_0" in note for note in found.lines[0].notes)
+    found = estimate(SMOLLM2, [format_of("Q4_0")], Recipe(), n_training=0)
+    assert any("Q4_0" in note for note in found.files[0].notes)
 
 
 def test_memory_names_the_step_that_needs_most() -> None:
-    gguf = plan(SMOLLM2, [format_of("Q4_K_M")], Recipe(), n_training=0)
-    onnx = plan(SMOLLM2, [format_of("optimum-fp32")], Recipe(), n_training=0)
+    gguf = estimate(SMOLLM2, [format_of("Q4_K_M")], Recipe(), n_training=0)
+    onnx = estimate(SMOLLM2, [format_of("optimum-fp32")], Recipe(), n_training=0)
     assert gguf.memory_step == "verifying" and onnx.memory_step == "building ONNX"
     assert onnx.memory_bytes > gguf.memory_bytes

@@ -1,4 +1,4 @@
-"""A real export, killed with SIGKILL at ten random moments: nothing looks finished that is not, and it goes on."""
+"""A real export, killed with SIGKILL at ten random moments: no incomplete file has a final name, and it resumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ imatrix_prompts = 6
 prompts = 4
 examples = 4
 [verify.thresholds.Q4_0]
-kl_mean = 1e-9 # a file that is refused has to survive as well
+kl_mean = 1e-9 # a rejected file has to survive too
 """
 
 
@@ -67,12 +67,12 @@ def test_an_export_killed_ten_times_shows_only_whole_files_and_ends_with_the_sam
         process = start(tiny_run, out)
         try:
             process.wait(timeout=moments.uniform(0.2, 1.0) * whole_s)
-            folder += 1  # it was faster: the next kill hits a fresh export
+            folder += 1  # it finished first: the next kill hits a fresh export
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             kills += 1
-        # Every file under a name of its own is the finished one; Modelfile, tokenizer and student.json too.
+        # Every file with a final name is the finished one, also Modelfile, tokenizer and student.json.
         shown = visible(out) if out.exists() else {}
         assert [name for name in shown if shown[name] != whole.get(name)] == []
         assert folder < _MOST_FOLDERS, "too few kills hit an export that was still at work"

@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 import shutil
@@ -15,7 +13,7 @@ PROMPTS = ["<|im_start|>user\nturn on the light<|im_end|>\n", "is the heating on
 
 def test_a_merge_is_checked_by_logits_and_appears_whole(tiny_adapter: Path, tmp_path: Path) -> None:
     adapter = read_adapter(tiny_adapter)
-    (tmp_path / ".merged.partial").mkdir()  # what a killed merge left
+    (tmp_path / ".merged.partial").mkdir()  # left by a killed process
     found = merge(adapter, adapter.base.checkpoint(), tmp_path / "merged", PROMPTS)
     assert found.top1_agreement >= 0.95 and found.tokens > 20
     assert 0 < found.mean_abs_diff < 0.1 * found.update_mean_abs
@@ -24,7 +22,7 @@ def test_a_merge_is_checked_by_logits_and_appears_whole(tiny_adapter: Path, tmp_
         assert (tmp_path / "merged" / name).read_bytes() == (adapter.base.checkpoint() / name).read_bytes()
 
 
-def test_an_adapter_of_another_model_is_refused_and_nothing_is_left(
+def test_an_adapter_of_another_model_is_rejected_and_nothing_remains(
     tiny_adapter: Path, tiny_student: Path, tmp_path: Path
 ) -> None:
     import torch
@@ -40,7 +38,7 @@ def test_an_adapter_of_another_model_is_refused_and_nothing_is_left(
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_merge_that_forgets_the_adapter_is_caught(
+def test_a_merge_without_the_adapter_is_caught(
     tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forget(base: Path, adapter: Path, out: Path, dtype: str = "auto") -> Path:

@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 import importlib.util
@@ -14,7 +12,7 @@ from hypothesis import strategies as st
 
 from arte_edge.errors import InputError
 from arte_edge.export.chat import Chat
-from arte_edge.export.ollama import Asking, Turns, go_template, modelfile, read_turns
+from arte_edge.export.ollama import Prompting, TemplateSegments, go_template, modelfile, template_segments
 from arte_edge.runtimes.prompt_render import Message
 
 CHATML = (
@@ -65,35 +63,35 @@ TALK: list[Message] = [
 
 @pytest.mark.parametrize("name", CHATS)
 @pytest.mark.parametrize("messages", [TALK[:1], TALK[:3], TALK, [SYSTEM, *TALK[:1]], [SYSTEM, *TALK]])
-def test_the_pieces_make_the_template_s_own_text(name: str, messages: list[Message]) -> None:
+def test_the_segments_render_as_the_template_does(name: str, messages: list[Message]) -> None:
     chat = CHATS[name]
-    turns = read_turns(chat)
-    assert turns is not None
+    segments = template_segments(chat)
+    assert segments is not None
     begin = "<bos>" if chat.adds_bos else ""  # the tokenizer writes it
-    assert begin + turns.text(messages) == chat.render(messages)
+    assert begin + segments.text(messages) == chat.render(messages)
 
 
-def test_a_model_without_a_template_has_no_pieces() -> None:
-    assert read_turns(Chat(None)) is None
+def test_a_model_without_a_template_has_no_segments() -> None:
+    assert template_segments(Chat(None)) is None
 
 
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",  # repeats what was said
+        "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",  # repeats a message
         "{% for m in messages %}{{ m.content | upper }}\n{% endfor %}",  # changes it
         "{% for m in messages %}[{{ loop.index }}]{{ m.content }}{% endfor %}>",  # counts the turns
         "{{ raise_exception('never') }}",
     ],
 )
-def test_a_template_that_is_more_than_pieces_gives_none_rather_than_wrong_ones(template: str) -> None:
-    assert read_turns(Chat(template)) is None
+def test_a_template_that_is_more_than_segments_gives_none(template: str) -> None:
+    assert template_segments(Chat(template)) is None
 
 
 def test_a_default_system_message_stays_with_the_first_turn() -> None:
-    turns = read_turns(Chat(CHATML))
-    assert isinstance(turns, Turns)
-    assert "You are helpful" in turns.first and "You are helpful" not in turns.system + turns.next
+    segments = template_segments(Chat(CHATML))
+    assert isinstance(segments, TemplateSegments)
+    assert "You are helpful" in segments.first and "You are helpful" not in segments.system + segments.next
 
 
 def load(name: str) -> ModuleType:
@@ -134,23 +132,25 @@ def parse_modelfile(text: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", CHATS)
 @pytest.mark.parametrize("with_system", [False, True])
 @pytest.mark.parametrize("n", [1, 3, 5])
-def test_ollama_s_template_writes_what_the_model_s_own_does(name: str, with_system: bool, n: int) -> None:
+def test_ollama_s_template_renders_as_the_model_s_own(name: str, with_system: bool, n: int) -> None:
     chat = CHATS[name]
     messages = [*([SYSTEM] if with_system else []), *TALK[:n]]
-    turns = read_turns(chat)
-    assert turns is not None
-    written = go.execute(go_template(turns), go_data(messages))
+    segments = template_segments(chat)
+    assert segments is not None
+    written = go.execute(go_template(segments), go_data(messages))
     assert ("<bos>" if chat.adds_bos else "") + written == chat.render(messages)
 
 
-def test_a_tailored_student_is_asked_as_in_training() -> None:
+def test_a_run_s_student_is_prompted_as_in_training() -> None:
     chat = Chat(CHATML, stops=("<|im_end|>",))
-    asking = Asking("Name the intent.", "Question: ", "Let's think step by step.", ("\nQuestion:",))
-    instructions = parse_modelfile(modelfile(["a.gguf"], chat, asking=asking, sampling={"temperature": 0.0}))
+    prompting = Prompting("Name the intent.", "Question: ", "Let's think step by step.", ("\nQuestion:",))
+    instructions = parse_modelfile(
+        modelfile(["a.gguf"], chat, prompting=prompting, sampling={"temperature": 0.0})
+    )
     by_name = dict(instructions)
-    asked = [{"role": "system", "content": by_name["SYSTEM"]}, {"role": "user", "content": "lights on"}]
-    trained = [asked[0], {"role": "user", "content": "Question: lights on"}]
-    written = go.execute(by_name["TEMPLATE"], go_data(asked))
+    sent = [{"role": "system", "content": by_name["SYSTEM"]}, {"role": "user", "content": "lights on"}]
+    trained = [sent[0], {"role": "user", "content": "Question: lights on"}]
+    written = go.execute(by_name["TEMPLATE"], go_data(sent))
     assert written == chat.render(trained, "Let's think step by step.")
     assert [value for name, value in instructions if name == "PARAMETER"] == [
         "temperature 0",
@@ -159,19 +159,19 @@ def test_a_tailored_student_is_asked_as_in_training() -> None:
     ]
 
 
-def test_the_first_file_is_the_one_that_is_used() -> None:
+def test_the_first_file_is_used() -> None:
     text = modelfile(["a-Q4_K_M.gguf", "a-Q8_0.gguf"], Chat(None))
     assert parse_modelfile(text)[0] == ("FROM", "./a-Q4_K_M.gguf")
-    assert "# Other files of the same student: a-Q8_0.gguf" in text
+    assert "a-Q8_0.gguf" in text
 
 
-def test_a_model_without_a_template_is_asked_in_plain_text() -> None:
+def test_a_model_without_a_template_is_prompted_in_plain_text() -> None:
     template = dict(parse_modelfile(modelfile(["a.gguf"], Chat(None))))["TEMPLATE"]
-    said = {"System": "Be brief.", "Prompt": "Hello"}
+    data = {"System": "Be brief.", "Prompt": "Hello"}
     plain = Chat(None).render(
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     )
-    assert go.execute(template, said) == plain
+    assert go.execute(template, data) == plain
 
 
 def test_a_template_that_cannot_be_translated_is_left_to_ollama() -> None:
@@ -179,9 +179,9 @@ def test_a_template_that_cannot_be_translated_is_left_to_ollama() -> None:
     assert "TEMPLATE" not in dict(parse_modelfile(text))
 
 
-def test_three_quotes_in_a_system_message_are_refused() -> None:
+def test_three_quotes_in_a_system_message_are_rejected() -> None:
     with pytest.raises(InputError, match="three double quotes"):
-        modelfile(["a.gguf"], Chat(None), asking=Asking(system='say """'))
+        modelfile(["a.gguf"], Chat(None), prompting=Prompting(system='say """'))
 
 
 @given(
@@ -191,7 +191,7 @@ def test_three_quotes_in_a_system_message_are_refused() -> None:
 def test_what_is_written_is_read_back(system: str, stop: str) -> None:
     if '"""' in system:
         return
-    text = modelfile(["a.gguf"], Chat(None), asking=Asking(system=system, stops=(stop,)))
+    text = modelfile(["a.gguf"], Chat(None), prompting=Prompting(system=system, stops=(stop,)))
     found = parse_modelfile(text)
     if system:
         assert dict(found)["SYSTEM"] == system + " " * system.endswith('"')

@@ -1,6 +1,6 @@
-"""The whole export on a tiny model: real files, and a gate whose word the test decides.
+"""The whole export on a tiny model: real files, and a gate whose verdict the test decides.
 
-Most of it with full-width types: llama.cpp's quantizer runs in a process of its own, which takes a second.
+Mostly with full-width types: llama.cpp's quantizer runs in its own process, which takes a second.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ pytest.importorskip("llama_cpp")
 from arte_edge.cache import sha256_file
 from arte_edge.console import Reporter
 from arte_edge.errors import ArteError, InputError
-from arte_edge.export.pipeline import Outcome, export
+from arte_edge.export.outcome import Outcome
+from arte_edge.export.pipeline import export
 from arte_edge.export.recipe import Recipe, build
 from arte_edge.export.source import Source, open_source
 from arte_edge.gguf import reader
@@ -45,15 +46,15 @@ class Interrupt(BaseException):
 
 @dataclass
 class Gate:
-    """Stands in for the gate, which is slow: says no to the types in `refuses` and counts its calls."""
+    """Replaces the gate, which is slow: rejects the types in `rejects` and counts its calls."""
 
-    refuses: set[str] = field(default_factory=set)
-    judged: list[str] = field(default_factory=list)
+    rejects: set[str] = field(default_factory=set)
+    verified: list[str] = field(default_factory=list)
 
     def verify_file(self, reference: Any, artifact: Path, *_: Any, **__: Any) -> Verdict:
-        type = read_model_header(artifact).quantization  # the file is whole when it is judged
-        self.judged.append(type)
-        passed = type not in self.refuses
+        type = read_model_header(artifact).quantization  # the file is complete when it is verified
+        self.verified.append(type)
+        passed = type not in self.rejects
         note = "" if passed else "it answers in another language"
         return Verdict(passed, (Check("kl mean", 0.5, 0.1, passed, note),), artifact=artifact.name)
 
@@ -72,7 +73,7 @@ def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gate:
     gate = Gate()
     monkeypatch.setenv("ARTE_EDGE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("arte_edge.verify.gate.verify_file", gate.verify_file)
-    monkeypatch.setattr("arte_edge.export.verification.open_model", lambda path: Closed())
+    monkeypatch.setattr("arte_edge.export.pipeline.open_model", lambda path: Closed())
     return gate
 
 
@@ -107,8 +108,8 @@ def test_many_formats_in_one_call_share_one_conversion(
     monkeypatch.setattr(module, "convert", counted)
     outcome = run(source, tmp_path / "out", "F16,Q8_0,Q4_0")
     assert len(conversions) == 1
-    assert [a.quantization for a in outcome.artifacts] == ["F16", "Q8_0", "Q4_0"] == gate.judged
-    names = {f"tiny-{type}.gguf" for type in gate.judged}
+    assert [a.quantization for a in outcome.artifacts] == ["F16", "Q8_0", "Q4_0"] == gate.verified
+    names = {f"tiny-{type}.gguf" for type in gate.verified}
     beside = {"Modelfile", "student.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}
     assert set(visible(tmp_path / "out")) - {"tokenizer/chat_template.jinja"} == names | beside
     assert {path.name for path in (tmp_path / "out" / ".export").iterdir()} == {"lock", "records"}
@@ -124,7 +125,7 @@ def test_a_gguf_header_is_parsed_once_a_file(
     monkeypatch.setattr(reader, "_parsed", lambda path: parsed.append(path.name) or parse(path))
     run(source, tmp_path / "out", "F16,Q8_0,Q4_0")
     assert len(parsed) == 3, parsed  # the F16 file, and each quantized one
-    assert gate.judged == ["F16", "Q8_0", "Q4_0"]
+    assert gate.verified == ["F16", "Q8_0", "Q4_0"]
 
 
 def test_the_file_that_the_run_evaluated_is_the_one_that_is_exported(
@@ -153,31 +154,33 @@ def test_the_file_that_the_run_evaluated_is_the_one_that_is_exported(
         assert exported[key] == measured[key]
     assert exported["general.name"].value == b"tiny" and "general.url" not in exported
 
-    evaluated.unlink()  # to save space: the converter then writes the same tensors
+    evaluated.unlink()  # the converter then writes the same tensors
     (again,) = run(open_source(str(folder)), tmp_path / "again", "F16").artifacts
     assert again.tensor_sha256 == before.tensor_sha256
 
 
-def test_the_same_command_again_makes_and_judges_nothing(source: Source, gate: Gate, tmp_path: Path) -> None:
+def test_the_same_command_again_builds_and_verifies_nothing(
+    source: Source, gate: Gate, tmp_path: Path
+) -> None:
     run(source, tmp_path / "out", "BF16,F16")
     before = visible(tmp_path / "out")
-    gate.judged.clear()
+    gate.verified.clear()
     run(source, tmp_path / "out", "BF16,F16")
-    assert gate.judged == [] and visible(tmp_path / "out") == before
+    assert gate.verified == [] and visible(tmp_path / "out") == before
 
 
 def test_another_format_later_joins_the_others(source: Source, gate: Gate, tmp_path: Path) -> None:
     run(source, tmp_path / "out", "BF16")
     outcome = run(source, tmp_path / "out", "F32")
-    assert gate.judged == ["BF16", "F32"]
+    assert gate.verified == ["BF16", "F32"]
     assert {a.quantization for a in outcome.student.artifacts} == {"BF16", "F32"}
     assert read_student(tmp_path / "out") == outcome.student
 
 
-def test_a_file_that_fails_is_renamed_and_the_others_are_made(
+def test_a_file_that_fails_is_renamed_and_the_others_are_built(
     source: Source, gate: Gate, tmp_path: Path
 ) -> None:
-    gate.refuses = {"F32"}
+    gate.rejects = {"F32"}
     outcome = run(source, tmp_path / "out", "F32,BF16")
     assert [a.status for a in outcome.artifacts] == ["rejected", "ok"]
     files = visible(tmp_path / "out")
@@ -188,17 +191,17 @@ def test_a_file_that_fails_is_renamed_and_the_others_are_made(
     assert b"F32" not in files["Modelfile"] and b"FROM ./tiny-BF16.gguf" in files["Modelfile"]
 
 
-def test_looser_limits_bring_a_rejected_file_back(source: Source, gate: Gate, tmp_path: Path) -> None:
-    gate.refuses = {"F32"}
+def test_looser_thresholds_bring_a_rejected_file_back(source: Source, gate: Gate, tmp_path: Path) -> None:
+    gate.rejects = {"F32"}
     run(source, tmp_path / "out", "F32")
-    gate.refuses = set()
+    gate.rejects = set()
     loose = {"gguf": {"imatrix": False}, "verify": {"examples": 0, "thresholds": {"F32": {"kl_mean": 9.0}}}}
     outcome = run(source, tmp_path / "out", "F32", build("loose", loose))
-    assert outcome.artifacts[0].status == "ok" and gate.judged == ["F32", "F32"]
+    assert outcome.artifacts[0].status == "ok" and gate.verified == ["F32", "F32"]
     assert "tiny-F32.gguf" in (files := visible(tmp_path / "out")) and "tiny-F32.gguf.rejected" not in files
 
 
-def test_a_format_that_cannot_be_made_does_not_stop_the_others(
+def test_a_format_that_cannot_be_built_does_not_stop_the_others(
     source: Source, gate: Gate, tmp_path: Path
 ) -> None:
     outcome = run(source, tmp_path / "out", "IQ2_XXS,BF16")  # the first needs an importance matrix
@@ -207,7 +210,7 @@ def test_a_format_that_cannot_be_made_does_not_stop_the_others(
     assert (tmp_path / "out" / ".export" / "base").is_dir()  # the next attempt starts from it
 
 
-def test_a_folder_with_another_student_is_refused(
+def test_a_folder_with_another_student_is_rejected(
     source: Source, gate: Gate, tiny_student: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(tiny_student, tmp_path / "other"))
@@ -221,7 +224,7 @@ def test_a_folder_with_another_student_is_refused(
     assert "other-F16.gguf" in files and "tiny-BF16.gguf" not in files
 
 
-def test_every_gguf_says_where_it_comes_from_and_no_path(source: Source, gate: Gate, tmp_path: Path) -> None:
+def test_every_gguf_holds_its_lineage_and_no_path(source: Source, gate: Gate, tmp_path: Path) -> None:
     outcome = run(source, tmp_path / "out", "BF16,F16")
     for artifact in outcome.artifacts:
         keys = read_model_header(tmp_path / "out" / artifact.file).fields
@@ -233,7 +236,7 @@ def test_every_gguf_says_where_it_comes_from_and_no_path(source: Source, gate: G
         assert not [text for text in private if text.encode() in data], name
 
 
-def test_a_file_of_the_user_s_own_converter_says_where_it_comes_from_too(
+def test_a_file_of_the_user_s_own_converter_holds_its_lineage_too(
     source: Source, gate: Gate, tmp_path: Path
 ) -> None:
     run(source, tmp_path / "ours", "F16")
@@ -253,7 +256,7 @@ def test_a_file_of_the_user_s_own_converter_says_where_it_comes_from_too(
     assert fields["general.name"] == read_model_header(ours).fields["general.name"]
 
 
-def test_what_was_measured_survives_another_export(source: Source, gate: Gate, tmp_path: Path) -> None:
+def test_measurements_survive_another_export(source: Source, gate: Gate, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = run(source, out, "F16").student
     speed = Speed(device="kitchen", runtime="llama_cpp", threads=4, decode_tokens_per_s=9.0)
@@ -269,7 +272,7 @@ def test_the_tokenizer_beside_the_files_is_the_base_s(source: Source, gate: Gate
         assert path.read_bytes() == (source.checkpoint / path.name).read_bytes()
 
 
-def test_a_disk_that_is_too_small_is_told_before_the_work(
+def test_a_disk_that_is_too_small_is_reported_first(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -279,7 +282,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_work(
         run(source, tmp_path / "out", "F16")
 
 
-def test_nothing_to_make_is_an_error(source: Source, tmp_path: Path) -> None:
+def test_no_format_is_an_error(source: Source, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No format"):
         export(source, (), RECIPE, tmp_path / "out", Reporter(quiet=True))
 
@@ -305,10 +308,10 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Non
     yield after
 
 
-def test_an_export_cut_at_any_rename_shows_no_file_that_is_not_whole_and_goes_on(
+def test_an_export_killed_at_any_rename_shows_only_complete_files_and_resumes(
     source: Source, gate: Gate, tmp_path: Path, interrupted: Callable[[int], None]
 ) -> None:
-    gate.refuses = {"F32"}
+    gate.rejects = {"F32"}
     interrupted(0)
     run(source, tmp_path / "alone", "BF16,F32,F16")
     whole = visible(tmp_path / "alone")

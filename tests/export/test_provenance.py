@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from arte_edge.export.provenance import gguf_keys, leaks, parent_of, public_name
+from arte_edge.export.provenance import gguf_fields, parent_of, private_fields, public_name
 from arte_edge.results.student_json import Data, Lineage, Parent, Student
 
 SUM = "cd" * 32
@@ -28,7 +28,7 @@ STUDENT = Student(name="tiny", sha256=SUM, architecture="llama", dtype="F16", pa
         ("openai:org/m@https://host/v1", "org/m"),
     ],
 )
-def test_a_name_in_public_has_no_folder_and_no_address(ref: str, name: str) -> None:
+def test_a_public_name_has_no_folder_and_no_address(ref: str, name: str) -> None:
     assert public_name(ref) == name
 
 
@@ -40,7 +40,7 @@ def test_a_folder_that_looks_like_a_hub_id_loses_its_parent(
     assert public_name("private/model") == "model"
 
 
-def test_a_registry_model_tells_its_hub_id_licence_and_sum() -> None:
+def test_a_registry_model_has_its_hub_id_licence_and_checksum() -> None:
     parent = parent_of("smollm2-135m-instruct")
     assert "/" in parent.name and parent.license == "Apache-2.0" and len(parent.sha256) == 64
 
@@ -56,7 +56,7 @@ def test_the_keys_of_a_run_s_student() -> None:
         seed=7,
         data=Data(file="train.jsonl", rows=40, sha256=SUM),
     )
-    keys = {key: field.value for key, field in gguf_keys(STUDENT, lineage, SUM).items()}
+    keys = {key: field.value for key, field in gguf_fields(STUDENT, lineage, SUM).items()}
     assert keys["general.base_model.count"] == 1
     assert keys["general.base_model.0.repo_url"] == b"https://huggingface.co/org/base"
     assert keys["general.base_model.0.organization"] == b"org"
@@ -67,7 +67,7 @@ def test_the_keys_of_a_run_s_student() -> None:
 
 
 def test_what_is_not_known_is_not_written() -> None:
-    keys = gguf_keys(STUDENT, Lineage(source="checkpoint", base=Parent(name="folder")), "")
+    keys = gguf_fields(STUDENT, Lineage(source="checkpoint", base=Parent(name="folder")), "")
     assert not [
         key for key in keys if key.startswith(("general.dataset", "general.license", "arte_edge.teacher"))
     ]
@@ -77,5 +77,5 @@ def test_what_is_not_known_is_not_written() -> None:
 
 def test_a_path_in_the_metadata_is_found(make_gguf: Callable[..., Path]) -> None:
     path = make_gguf(quantize__imatrix__file="/home/me/imatrix.gguf", general__name="clean")
-    assert leaks(path, ["/home/me/"]) == ["quantize.imatrix.file"]
-    assert leaks(path, ["/home/you/"]) == []
+    assert private_fields(path, ["/home/me/"]) == ["quantize.imatrix.file"]
+    assert private_fields(path, ["/home/you/"]) == []

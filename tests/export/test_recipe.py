@@ -10,12 +10,12 @@ from arte_edge.export.recipe import Recipe, build, load_recipe
 from arte_edge.models.formats import format_of
 from arte_edge.verify.thresholds import thresholds_for
 
-WANTED = {"laptop", "raspberry-pi-5", "raspberry-pi-4", "browser-onnx", "f16", "everything"}
+SHIPPED = {"laptop", "raspberry-pi-5", "raspberry-pi-4", "browser-onnx", "f16", "everything"}
 
 
-def test_every_shipped_recipe_loads_and_can_be_judged() -> None:
+def test_every_shipped_recipe_loads_and_has_thresholds() -> None:
     names = catalog.names("export")
-    assert set(names) >= WANTED
+    assert set(names) >= SHIPPED
     for name in names:
         recipe = load_recipe(name)
         assert recipe.formats, name
@@ -48,25 +48,25 @@ def test_every_problem_is_named_at_once() -> None:
     assert "Q4_X" in message and "onnx.block_size" in message and "verify.prompts" in message
 
 
-def test_thresholds_for_a_format_that_is_none_are_refused() -> None:
+def test_thresholds_for_an_unknown_format_are_rejected() -> None:
     with pytest.raises(InputError, match=r"verify\.thresholds"):
         build("mine", {"verify": {"thresholds": {"Q4_Z": {"kl_mean": 1.0}}}})
 
 
-def test_a_recipe_changes_the_limits_it_names_and_leaves_the_others() -> None:
+def test_a_recipe_changes_only_the_thresholds_it_names() -> None:
     recipe = build("mine", {"verify": {"thresholds": {"Q4_K_M": {"kl_mean": 0.5}}}})
     limits, built_in = recipe.verify.limits(format_of("Q4_K_M")), thresholds_for("Q4_K_M")
     assert limits.kl_mean == 0.5 and limits.top1 == built_in.top1
     assert recipe.verify.limits(format_of("Q8_0")) == thresholds_for("Q8_0")
 
 
-def test_a_recipe_can_switch_a_limit_off() -> None:
+def test_a_recipe_can_switch_a_threshold_off() -> None:
     recipe = build("mine", {"verify": {"thresholds": {"Q4_K_M": {"kl_mean": "off"}}}})
     assert recipe.verify.limits(format_of("Q4_K_M")).kl_mean is None
     assert recipe.verify.limits(format_of("Q4_K_M")).kl_p99 == thresholds_for("Q4_K_M").kl_p99
 
 
-def test_limits_for_one_processor_go_before_those_for_all() -> None:
+def test_thresholds_for_one_processor_override_those_for_all() -> None:
     tables = {"optimum-int8": {"kl_mean": 0.5, "top1": 0.5}, "optimum-int8-arm64": {"kl_mean": 0.7}}
     recipe = build("mine", {"verify": {"thresholds": tables}})
     arm, avx = (recipe.verify.limits(format_of(f"optimum-int8-{arch}")) for arch in ("arm64", "avx2"))
@@ -74,31 +74,31 @@ def test_limits_for_one_processor_go_before_those_for_all() -> None:
     assert (avx.kl_mean, avx.top1) == (0.5, 0.5)
 
 
-def test_overrides_for_one_type_go_on_top_of_those_for_all() -> None:
+def test_overrides_for_one_type_extend_those_for_all() -> None:
     tables = {"overrides": {"token_embd": "Q8_0"}, "overrides_for": {"q4_k_m": {"ffn_down": "Q6_K"}}}
     gguf = build("mine", {"gguf": tables}).gguf
     assert gguf.overrides_of("Q4_K_M") == {"token_embd": "Q8_0", "ffn_down": "Q6_K"}
     assert gguf.overrides_of("Q8_0") == {"token_embd": "Q8_0"}
 
 
-def test_a_recipe_file_of_ones_own_is_found_by_its_path(tmp_path: Path) -> None:
+def test_a_user_s_recipe_is_found_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('[gguf]\ntypes = ["q8_0"]\n[onnx]\nformats = ["optimum-int8"]\narch = "arm64"\n')
     assert [f.label for f in load_recipe(str(path)).formats] == ["Q8_0", "optimum-int8-arm64"]
 
 
-def test_a_name_that_is_no_recipe_names_the_nearest() -> None:
+def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(InputError) as error:
         load_recipe("raspberry-pi")
     assert "raspberry-pi-" in error.value.hint
 
 
-def test_a_file_that_is_no_toml_says_so(tmp_path: Path) -> None:
+def test_a_file_that_is_not_toml_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "broken.toml"
     path.write_text("[gguf\n")
     with pytest.raises(InputError, match="not TOML"):
         load_recipe(str(path))
 
 
-def test_an_empty_recipe_makes_nothing() -> None:
+def test_an_empty_recipe_has_no_formats() -> None:
     assert Recipe().formats == ()

@@ -18,7 +18,7 @@ def run(tiny_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
 
 
-def test_a_run_knows_its_task_its_texts_and_where_it_comes_from(tiny_run: Path) -> None:
+def test_a_run_has_its_task_texts_and_lineage(tiny_run: Path) -> None:
     source = open_source(str(tiny_run), n_training=8, n_prompt=5)
     assert source.name == "tiny" and source.checkpoint == tiny_run / "tune" / "student"
     assert source.task is not None and source.task.name == "home_intents"
@@ -32,18 +32,18 @@ def test_a_run_knows_its_task_its_texts_and_where_it_comes_from(tiny_run: Path) 
     assert lineage.tuning is not None and lineage.tuning.method == "lora"
 
 
-def test_a_run_s_student_is_asked_as_it_was_trained(tiny_run: Path) -> None:
-    asking = open_source(str(tiny_run)).asking
-    assert asking is not None
-    assert asking.before == "Question: " and asking.prefill == STEPS
-    assert load_task("home_intents").description.strip() in asking.system
+def test_a_run_s_student_is_prompted_as_in_training(tiny_run: Path) -> None:
+    prompting = open_source(str(tiny_run)).prompting
+    assert prompting is not None
+    assert prompting.before == "Question: " and prompting.prefill == STEPS
+    assert load_task("home_intents").description.strip() in prompting.system
 
 
 def test_no_text_of_the_test_split_is_read(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: object) -> None:
+    def fail(self: object) -> None:
         raise AssertionError("the test split was opened")
 
-    monkeypatch.setattr("arte_edge.tasks.task.Task.load_test", refuse)
+    monkeypatch.setattr("arte_edge.tasks.task.Task.load_test", fail)
     source = open_source(str(tiny_run), n_prompt=10_000)
     validation = {example.input for example in load_task("home_intents").validation}
     assert len(source.prompts) == len(validation)
@@ -56,7 +56,7 @@ def test_a_run_is_found_by_its_name(tiny_run: Path, tmp_path: Path, monkeypatch:
     assert open_source("mine").lineage.source == "run"
 
 
-def test_a_run_without_a_tuned_student_says_how_to_go_on(run: Path) -> None:
+def test_a_run_without_a_tuned_student_says_how_to_resume(run: Path) -> None:
     (run / "tune" / "manifest.json").unlink()
     with pytest.raises(InputError, match="no tuned student") as error:
         open_source(str(run))
@@ -83,7 +83,7 @@ def test_a_task_that_changed_since_the_run_is_noticed(run: Path) -> None:
 def test_a_checkpoint_without_a_task_is_compared_on_the_built_in_texts(tiny_student: Path) -> None:
     source = open_source(str(tiny_student))
     assert source.name == "tiny-student" and source.lineage.source == "checkpoint"
-    assert source.task is None and source.training == () and source.asking is None
+    assert source.task is None and source.training == () and source.prompting is None
     assert len(source.prompts) >= 8 and "built-in" in source.prompts_from
 
 
@@ -91,12 +91,12 @@ def test_a_task_brings_training_texts_and_held_out_prompts(tiny_student: Path) -
     source = open_source(str(tiny_student), task="home_intents", n_training=6, n_prompt=7)
     task = load_task("home_intents")
     assert len(source.training) == 6 and len(source.prompts) == 7
-    # It is asked this task; it was not tuned for it.
+    # It is verified on this task; it was not tuned for it.
     assert source.task is not None and source.task.sha256 == task.sha256 and source.lineage.task == ""
     assert all(any(seed.input in text for seed in task.seed) for text in source.training)
 
 
-def test_the_tokenizer_of_a_name_is_no_path(tiny_student: Path) -> None:
+def test_the_base_s_name_is_not_a_path(tiny_student: Path) -> None:
     base = open_source(str(tiny_student)).lineage.base
     assert base is not None and base.name == "tiny-student"
 
@@ -108,7 +108,7 @@ def test_an_adapter_knows_its_base(tiny_adapter: Path, tiny_student: Path) -> No
     assert source.lineage.base is not None and source.lineage.base.name == "tiny-student"
 
 
-def test_an_adapter_of_a_four_bit_base_is_refused(
+def test_an_adapter_of_a_four_bit_base_is_rejected(
     tiny_adapter: Path, tiny_student: Path, tmp_path: Path
 ) -> None:
     four = Path(shutil.copytree(tiny_student, tmp_path / "four-bit"))
@@ -130,7 +130,7 @@ def test_an_adapter_that_cannot_be_merged_says_why(
         open_source(str(folder))
 
 
-def test_base_goes_with_adapters_only(tiny_student: Path, tiny_run: Path) -> None:
+def test_base_is_for_adapters_only(tiny_student: Path, tiny_run: Path) -> None:
     for ref in (tiny_student, tiny_run):
         with pytest.raises(InputError, match="--base"):
             open_source(str(ref), base="x")

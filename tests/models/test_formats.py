@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 import pytest
@@ -10,7 +8,7 @@ from arte_edge.models.formats import Format, format_of, gguf_format, onnx_format
 
 
 @pytest.mark.parametrize(("text", "type"), [("q4_k_m", "Q4_K_M"), ("Q4_K", "Q4_K_M"), (" f16 ", "F16")])
-def test_gguf_types_are_taken_in_any_case_and_by_their_short_names(text: str, type: str) -> None:
+def test_gguf_types_in_any_case_and_short_names(text: str, type: str) -> None:
     assert gguf_format(text) == Format("gguf", type)
 
 
@@ -20,7 +18,7 @@ def test_an_unknown_type_names_the_nearest_one() -> None:
     assert "Q4_K_M" in error.value.hint
 
 
-def test_a_type_that_llama_cpp_removed_says_what_to_use() -> None:
+def test_a_removed_type_names_its_replacement() -> None:
     with pytest.raises(InputError) as error:
         gguf_format("Q4_0_4_4")
     assert "Q4_0" in error.value.hint
@@ -43,12 +41,12 @@ def test_onnx_formats(text: str, format: Format) -> None:
 @pytest.mark.parametrize(
     "text", ["int3", "optimum", "optimum-int4", "optimum-int8-sparc", "optimum-fp32-avx2"]
 )
-def test_an_onnx_format_that_nobody_makes_is_refused(text: str) -> None:
+def test_an_unknown_onnx_format_is_rejected(text: str) -> None:
     with pytest.raises(InputError):
         onnx_format(text)
 
 
-def test_lists_keep_their_order_and_lose_repetitions() -> None:
+def test_lists_are_in_order_without_repetitions() -> None:
     labels = [format.label for format in parse_list("Q8_0,q4_k_m,Q4_K", "int4")]
     assert labels == ["Q8_0", "Q4_K_M", "int4"]
 
