@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from arte_edge.bench.runner import BenchOutcome, bench
 from arte_edge.distill.ask import Reply, ask_student
 from arte_edge.errors import InputError
-from arte_edge.publish.recommend.pick import Recommendation, recommend
+from arte_edge.publish.recommend.pick import recommend
+from arte_edge.publish.recommend.recommendation import Recommendation
 from arte_edge.publish.report.page import ReportPage, report
 
 if TYPE_CHECKING:

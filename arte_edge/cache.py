@@ -149,9 +149,11 @@ def unwritable(error: OSError, folder: Path) -> ArteError:
     )
 
 
-def megabytes(size_bytes: int) -> str:
-    """Return `size_bytes` as a short text in decimal megabytes or gigabytes."""
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
+def megabytes(size_bytes: float) -> str:
+    """Return a size as a short text in decimal units: 1.25 GB, 105.5 MB; below 0.1 MB in kB or bytes."""
+    if size_bytes >= 100_000:
+        return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
+    return f"{size_bytes / 1e3:.1f} kB" if size_bytes >= 1000 else f"{size_bytes:.0f} B"
 
 
 def check_room(folder: Path, need_bytes: int, what: str) -> None:

@@ -10,7 +10,7 @@ from arte_edge.console import emit_json, out
 from arte_edge.errors import ArteError
 
 if TYPE_CHECKING:
-    from arte_edge.publish.recommend.pick import Recommendation
+    from arte_edge.publish.recommend.recommendation import Recommendation
 
 __all__ = ["recommend"]
 
@@ -68,14 +68,12 @@ def recommend(
 
 
 def _show(found: Recommendation) -> None:
-    from arte_edge.publish.recommend.table import choice_lines, recommendation_lines, recommendation_table
-
     out.print(f"Files for {found.device}", style="bold", markup=False)
-    out.print(recommendation_table(found))
-    for line in recommendation_lines(found):
+    out.print(found.table)
+    for line in found.lines:
         out.print(line, markup=False)
     if found.pick is not None:
-        first, *more = choice_lines(found)
+        first, *more = found.choice
         out.print(f"\n{first}", style="bold", markup=False)
         for line in more:
             out.print(line, markup=False)

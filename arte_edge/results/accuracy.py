@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from arte_edge.errors import InputError
 from arte_edge.stats import mcnemar, wilson
 
-__all__ = ["SIGNIFICANT_P", "Answers", "PairedAccuracy", "Record", "paired_on_common"]
+__all__ = ["NOT_KNOWN", "SIGNIFICANT_P", "Answers", "PairedAccuracy", "Record", "paired_on_common"]
 
 SIGNIFICANT_P = 0.05
+NOT_KNOWN = "–"  # in a table, in place of a number
 # For each example: the first 16 hex digits of the sha256 of its input, the answer, whether it is correct.
 Answers = tuple[tuple[str, str, bool], ...]
 
@@ -67,7 +68,34 @@ class PairedAccuracy(Record):
 
     def paired_with(self, name: str, reference: Sequence[bool], answers: Sequence[bool]) -> Self:
         """Return this accuracy with the difference from `reference`, which got the same examples in the same order."""
-        return self.model_copy(update=_paired_fields(name, reference, answers))
+        test = mcnemar(reference, answers)
+        return self.model_copy(
+            update={
+                "reference": name,
+                "reference_right": sum(map(bool, reference)),
+                "lost": test.only_a,
+                "gained": test.only_b,
+                "difference": test.difference,
+                "difference_low": test.low,
+                "difference_high": test.high,
+                "p_value": test.p_value,
+            }
+        )
+
+    @property
+    def percent(self) -> str:
+        """The accuracy and its interval for a table: ``82% (74–88)``."""
+        return f"{self.accuracy:.0%} ({100 * self.low:.0f}–{100 * self.high:.0f})"
+
+    @property
+    def difference_points(self) -> str:
+        """The difference in points with its interval, for a table: ``-5.0 (-9.1 to +1.2)``."""
+        if self.difference is None:
+            return NOT_KNOWN
+        text = f"{100 * self.difference:+.1f}"
+        if self.difference_low is None or self.difference_high is None:
+            return text
+        return f"{text} ({100 * self.difference_low:+.1f} to {100 * self.difference_high:+.1f})"
 
     @property
     def reference_alone(self) -> PairedAccuracy | None:
@@ -80,20 +108,6 @@ class PairedAccuracy(Record):
     def significant(self) -> bool:
         """Whether the difference from the reference is more than chance explains (p < 0.05)."""
         return self.p_value is not None and self.p_value < SIGNIFICANT_P
-
-
-def _paired_fields(name: str, reference: Sequence[bool], answers: Sequence[bool]) -> dict[str, Any]:
-    test = mcnemar(reference, answers)
-    return {
-        "reference": name,
-        "reference_right": sum(map(bool, reference)),
-        "lost": test.only_a,
-        "gained": test.only_b,
-        "difference": test.difference,
-        "difference_low": test.low,
-        "difference_high": test.high,
-        "p_value": test.p_value,
-    }
 
 
 def paired_on_common(

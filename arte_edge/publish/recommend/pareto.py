@@ -49,6 +49,11 @@ class Candidate:
     def file(self) -> str:
         return self.artifact.file
 
+    @property
+    def speed(self) -> float:
+        """The decode rate in tokens/s; 0 if it is not known."""
+        return self.decode.value if self.decode else 0.0
+
 
 @dataclass(frozen=True)
 class ParetoFront:
@@ -73,7 +78,7 @@ def pareto_front(candidates: Sequence[Candidate]) -> ParetoFront:
         for file, point in known.items()
         if not any(_dominates(other, point) for name, other in known.items() if name != file)
     ]
-    speed = {c.file: c.decode.value if c.decode else 0.0 for c in candidates}
+    speed = {c.file: c.speed for c in candidates}
     on.sort(key=lambda file: (-speed[file], file))
     return ParetoFront(tuple(on), tuple(axes), tuple(file for file, point in points.items() if point is None))
 

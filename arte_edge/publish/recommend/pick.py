@@ -12,129 +12,25 @@ predicted, counts as not satisfied.
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from arte_edge.cache import megabytes
 from arte_edge.device.profiles import Profile
 from arte_edge.device.roofline import Predictor
 from arte_edge.errors import InputError
-from arte_edge.publish.recommend.constraints import Constraints, parse_size, size_text
-from arte_edge.publish.recommend.measurements import candidates
+from arte_edge.publish.recommend.candidates import Constraints, candidates
 from arte_edge.publish.recommend.pareto import Candidate, Metric, ParetoFront, pareto_front
-from arte_edge.publish.recommend.table import (
-    choice_lines,
-    drop_text,
-    recommendation_lines,
-    recommendation_table,
-)
+from arte_edge.publish.recommend.recommendation import Recommendation, Relaxation, Violation, drop_text
 from arte_edge.results.locate import find_export, read_bench, read_export
 from arte_edge.results.rows import Row
 from arte_edge.results.student_json import StudentFile
 
-if TYPE_CHECKING:
-    from rich.table import Table
+__all__ = ["choose", "parse_size", "recommend"]
 
-__all__ = [
-    "Recommendation",
-    "Relaxation",
-    "Violation",
-    "choose",
-    "recommend",
-]
-
-
-@dataclass(frozen=True)
-class Violation:
-    """A constraint that a file does not satisfy, and why. `needs`: the limit that would let it in."""
-
-    file: str
-    constraint: str  # max_ram, min_decode, max_drop, max_size, max_answer_seconds, gate
-    reason: str
-    needs: float | None = None
-
-
-@dataclass(frozen=True)
-class Relaxation:
-    """The smallest change of one constraint, or of several, that lets one file in."""
-
-    file: str
-    constraints: tuple[tuple[str, float], ...]  # constraint and the limit it would need
-
-    @property
-    def text(self) -> str:
-        return " and ".join(
-            f"--{name.replace('_', '-')} {_as_option(name, value)}" for name, value in self.constraints
-        )
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """The answer. `pick` None: no file satisfies all constraints, and `relax` says what would help."""
-
-    device: str
-    candidates: tuple[Candidate, ...]
-    front: ParetoFront  # of the files that passed the gate
-    violations: tuple[Violation, ...]
-    pick: str | None
-    why: str
-    relax: Relaxation | None = None
-    notes: tuple[str, ...] = ()
-    model: str = ""  # which every file's name begins with
-    folder: str = ""
-
-    def candidate(self, file: str) -> Candidate:
-        """Return what is known of one file."""
-        return next(c for c in self.candidates if c.file == file)
-
-    @property
-    def hint(self) -> str:
-        """What to do where no file was picked; empty otherwise."""
-        if self.pick is not None:
-            return ""
-        return f"Relax {self.relax.text}." if self.relax else "Run `arte-edge bench` on the device first."
-
-    @property
-    def table(self) -> Table:
-        """The files with what is known of each; predicted values are marked ~."""
-        return recommendation_table(self)
-
-    def _repr_html_(self) -> str:
-        from arte_edge.notebook import fragment
-
-        lines = [*recommendation_lines(self), *choice_lines(self)]
-        return fragment(f"Files for {self.device}", [self.table], lines)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        files = [
-            {
-                "file": c.file,
-                "quantization": c.artifact.quantization,
-                "size_bytes": c.artifact.size_bytes,
-                "on_front": c.file in self.front.files,
-                "accuracy": c.accuracy.model_dump(mode="json") if c.accuracy else None,
-                "decode_tokens_per_s": asdict(c.decode) if c.decode else None,
-                "prefill_tokens_per_s": asdict(c.prefill) if c.prefill else None,
-                "ram_bytes": asdict(c.ram) if c.ram else None,
-                "answer_seconds": asdict(c.answer_s) if c.answer_s else None,
-            }
-            for c in self.candidates
-        ]
-        relax = self.relax.constraints if self.relax else ()
-        return {
-            "device": self.device,
-            "folder": self.folder,
-            "pick": self.pick,
-            "why": self.why,
-            "front": asdict(self.front),
-            "files": files,
-            "violations": [asdict(violation) for violation in self.violations],
-            "relax": [{"constraint": name, "to": value} for name, value in relax],
-            "notes": list(self.notes),
-        }
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(?:([KMGT])(?:(I)?B)?|B)?\s*", re.IGNORECASE)
 
 
 def recommend(
@@ -233,10 +129,9 @@ def choose(
     violations = [
         Violation(c.file, "gate", "rejected by the fidelity gate") for c in found if c.artifact.status != "ok"
     ]
-    for candidate in good:
-        violations += _violations(candidate, constraints)
-    out = {violation.file for violation in violations}
-    feasible = [c for c in good if c.file not in out]
+    violations += [violation for c in good for violation in _violations(c, constraints)]
+    excluded = {violation.file for violation in violations}
+    feasible = [c for c in good if c.file not in excluded]
     front = pareto_front(good)
     result = Recommendation(
         device=device.name or device.title,
@@ -256,7 +151,7 @@ def choose(
     faster = tuple(
         f"{c.file} may be faster: {c.decode.value:.1f} tokens/s predicted; measure it."
         for c in feasible
-        if c not in sure and c.decode and c.decode.value > _speed(pick)
+        if c not in sure and c.decode and c.decode.value > pick.speed
     )
     return replace(result, pick=pick.file, why=why, notes=result.notes + faster)
 
@@ -265,65 +160,66 @@ def _violations(c: Candidate, constraints: Constraints) -> list[Violation]:
     """Return the constraints that a file does not satisfy."""
     size = Metric(float(c.artifact.size_bytes), "measured")
     limits = (
-        ("max_size", constraints.max_size_bytes, size, "size", 1),
-        ("max_ram", constraints.max_ram_bytes, c.ram, "memory", 1),
-        ("max_answer_seconds", constraints.max_answer_seconds, c.answer_s, "answer time", 1),
-        ("min_decode", constraints.min_decode, c.decode, "decode", -1),
+        ("max_size", constraints.max_size_bytes, size, "size", 1, megabytes),
+        ("max_ram", constraints.max_ram_bytes, c.ram, "memory", 1, megabytes),
+        (
+            "max_answer_seconds",
+            constraints.max_answer_seconds,
+            c.answer_s,
+            "answer time",
+            1,
+            "{:.1f} s".format,
+        ),
+        ("min_decode", constraints.min_decode, c.decode, "decode rate", -1, "{:.1f} tokens/s".format),
     )
     found = []
-    for name, limit, metric, what, sign in limits:
+    for name, limit, metric, what, sign, text in limits:
         if limit is None:
             continue
         if metric is None:
-            found.append(Violation(c.file, name, f"{what}: neither measured nor predicted here"))
+            found.append(Violation(c.file, name, f"{what} was neither measured nor predicted"))
         elif sign * metric.value > sign * limit:
-            word = "predicted " if metric.predicted else ""
-            text = f"{what} {word}{_with_unit(name, metric.value)}, limit {_with_unit(name, limit)}"
-            found.append(Violation(c.file, name, text, metric.value))
-    if constraints.max_drop is not None:
-        found += _accuracy_violation(c, constraints.max_drop)
+            predicted = "predicted " if metric.predicted else ""
+            reason = f"{what} {predicted}{text(metric.value)}, limit {text(limit)}"
+            found.append(Violation(c.file, name, reason, metric.value))
+    if (most_points := constraints.max_drop) is not None:
+        if c.accuracy is None or c.accuracy.difference is None:
+            found.append(Violation(c.file, "max_drop", "accuracy was not measured against the student's"))
+        elif (points := -100 * c.accuracy.difference) > most_points + 1e-9:
+            reason = f"{drop_text(c.accuracy)}, limit {most_points:g}"
+            found.append(Violation(c.file, "max_drop", reason, points))
     return found
-
-
-def _accuracy_violation(c: Candidate, most_points: float) -> list[Violation]:
-    if c.accuracy is None or c.accuracy.difference is None:
-        return [Violation(c.file, "max_drop", "accuracy was not measured against the student's")]
-    points = -100 * c.accuracy.difference
-    if points <= most_points + 1e-9:
-        return []
-    return [Violation(c.file, "max_drop", f"{drop_text(c.accuracy)}, limit {most_points:g}", points)]
 
 
 def _pick(
     feasible: Sequence[Candidate], front: ParetoFront, n_feasible: int, constrained: bool
 ) -> tuple[Candidate, str]:
     """Return the pick among `feasible`, all measured or none, and why."""
-    one, all_of = (
-        (" that satisfies all constraints", " that satisfy all constraints") if constrained else ("", "")
-    )
+    one = " that satisfies all constraints" if constrained else ""
+    all_of = " that satisfy all constraints" if constrained else ""
     best_first = sorted(
         [c for c in feasible if c.file in front.files] or feasible,  # too little may be known for any front
-        key=lambda c: (-(c.accuracy.accuracy if c.accuracy else 0.0), -_speed(c), c.artifact.size_bytes),
+        key=lambda c: (-(c.accuracy.accuracy if c.accuracy else 0.0), -c.speed, c.artifact.size_bytes),
     )
-    top = best_first[0]
-    if top.accuracy is None:
-        equal = best_first
-    else:
-        reach = top.accuracy.accuracy
-        equal = [c for c in best_first if c.accuracy is not None and c.accuracy.high >= reach]
-    pick = min(equal, key=lambda c: (-_speed(c), c.artifact.size_bytes, c.file))
+    top, equal = best_first[0], best_first
+    if top.accuracy is not None:
+        best = top.accuracy.accuracy
+        equal = [c for c in best_first if c.accuracy is not None and c.accuracy.high >= best]
+    pick = min(equal, key=lambda c: (-c.speed, c.artifact.size_bytes, c.file))
+    rate = ""
+    if pick.decode is not None:
+        rate = f", at {pick.decode.value:.1f} tokens/s{' (predicted)' if pick.decode.predicted else ''}"
     if n_feasible == 1:
-        return pick, f"It is the only file{one}{_speed_text(pick)}."
+        return pick, f"It is the only file{one}{rate}."
     if pick.accuracy is None or top.accuracy is None:
-        return pick, (f"It is the fastest file{one}{_speed_text(pick)}; accuracy was not measured.")
+        return pick, f"It is the fastest file{one}{rate}; accuracy was not measured."
     if pick is top:
         rest = " and the fastest of those equally accurate" if len(equal) > 1 else ""
-        text = f"Of {n_feasible} files{all_of} it is the most accurate{rest}"
-        return pick, f"{text}{_speed_text(pick)}."
+        return pick, f"Of {n_feasible} files{all_of} it is the most accurate{rest}{rate}."
     gap = 100 * (top.accuracy.accuracy - pick.accuracy.accuracy)
     return pick, (
         f"It is the fastest of the files whose accuracy is statistically indistinguishable from the best"
-        f"{_speed_text(pick)}; {top.file} scored {gap:.1f} points higher on {top.accuracy.n} examples, "
+        f"{rate}; {top.file} scored {gap:.1f} points higher on {top.accuracy.n} examples, "
         "which is within the 95 % interval."
     )
 
@@ -335,7 +231,7 @@ def _relaxation(good: Sequence[Candidate], violations: Sequence[Violation]) -> R
         own = [violation for violation in violations if violation.file == candidate.file]
         if all(violation.needs is not None for violation in own):
             needed = tuple((v.constraint, v.needs) for v in own if v.needs is not None)
-            options.append((len(needed), -_speed(candidate), candidate.file, needed))
+            options.append((len(needed), -candidate.speed, candidate.file, needed))
     if not options:
         return None
     _, _, file, needed = min(options)
@@ -359,24 +255,15 @@ def _notes(good: Sequence[Candidate], front: ParetoFront) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _speed(c: Candidate) -> float:
-    return c.decode.value if c.decode else 0.0
+def parse_size(text: str, what: str) -> int:
+    """Return bytes: ``1GB`` and ``1G`` are decimal, ``1GiB`` is binary, a bare number is bytes.
 
-
-def _speed_text(c: Candidate) -> str:
-    if c.decode is None:
-        return ""
-    return f", at {c.decode.value:.1f} tokens/s{' (predicted)' if c.decode.predicted else ''}"
-
-
-def _with_unit(constraint: str, value: float) -> str:
-    if constraint in ("max_ram", "max_size"):
-        return size_text(value)
-    return f"{value:.1f} tokens/s" if constraint == "min_decode" else f"{value:.1f} s"
-
-
-def _as_option(constraint: str, value: float) -> str:
-    """Return a value as an option takes it, rounded to the side that lets the file in."""
-    if constraint in ("max_ram", "max_size"):
-        return f"{math.ceil(value / 1e6)}MB"
-    return f"{(math.floor if constraint == 'min_decode' else math.ceil)(value * 10) / 10:g}"
+    Raises:
+        InputError: not a size above zero; names `what`.
+    """
+    found = _SIZE.fullmatch(text)
+    power = " KMGT".index((found[2] or " ").upper()) if found else 0
+    size_bytes = round(float(found[1]) * (1024 if found[3] else 1000) ** power) if found else 0
+    if size_bytes < 1:
+        raise InputError(f"{what} {text}: not a size", "Write it as 1GB, 512MiB or 800000000.")
+    return size_bytes

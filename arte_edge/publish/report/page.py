@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge import __version__
-from arte_edge.publish.recommend.constraints import Constraints, size_text
-from arte_edge.publish.recommend.measurements import candidates
+from arte_edge.cache import megabytes
+from arte_edge.publish.recommend.candidates import Constraints, candidates
 from arte_edge.publish.recommend.pareto import Candidate, pareto_front
 from arte_edge.publish.report.charts import (
     accuracy_chart,
@@ -89,7 +89,7 @@ def render(run: RunData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["size"] = size_text
+    environment.filters["size"] = megabytes
     model = run.student.student.name if run.student else ""
     environment.filters["short"] = lambda file: file.removeprefix(model).lstrip("-") or file
     return environment.get_template("report.html.j2").render(**_context(run))
@@ -172,7 +172,7 @@ def _device(run: RunData, name: str, ids: frozenset[str]) -> dict[str, Any]:
     front = pareto_front(known) if known else None
     accuracy = front is not None and "accuracy" in front.axes
     facts = next((row.device for row in run.bench if row.device.fingerprint in ids), None)
-    about = [facts.cpu, f"{facts.cores} cores", size_text(facts.memory_bytes), facts.os] if facts else []
+    about = [facts.cpu, f"{facts.cores} cores", megabytes(facts.memory_bytes), facts.os] if facts else []
     points = [_point(c, run.student.student.name, accuracy) for c in known if c.accuracy or not accuracy]
     return {
         "name": name,
@@ -189,7 +189,7 @@ def _point(c: Candidate, model: str, accuracy: bool) -> dict[str, Any]:
     a = c.accuracy if accuracy else None
     return {
         "file": c.file,
-        "name": f"{c.file.removeprefix(model).strip('-/')}, {size_text(c.artifact.size_bytes)}",
+        "name": f"{c.file.removeprefix(model).strip('-/')}, {megabytes(c.artifact.size_bytes)}",
         "decode": c.decode.value,
         "predicted": c.decode.predicted,
         "y": 100 * a.accuracy if a else c.artifact.size_bytes / 1e6,

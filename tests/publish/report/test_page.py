@@ -166,7 +166,7 @@ def test_the_page_tells_the_run(run: Path) -> None:
         "m-Q4_K_M.gguf on raspberry-pi-5, 4 threads",
         "at most 58 °C; not throttled",
         "m-F16.gguf, tg64: out-of-memory. killed",
-        "105 MB",
+        "105.0 MB",
     ):
         assert words in page.text, words
     assert (
