@@ -33,7 +33,7 @@ from arte_edge.distill.preference.adaptive import (
     fit_score_model,
     interleave_answers,
 )
-from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, Worked, student_messages
+from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_PREFILL, Shot, student_messages
 from arte_edge.distill.run_context import Run, f16_student, quantized_student
 from arte_edge.runtimes.autotune import Way, Work, probing, quickest, ways_here
 from arte_edge.runtimes.completion import Engine
@@ -91,7 +91,7 @@ class Scored:
 def score_drafts(
     run: Run,
     engine: Engine,
-    shots: Sequence[Worked],
+    shots: Sequence[Shot],
     question: Sequence[str],
     examples: Sequence[Example],
     *,
@@ -139,7 +139,7 @@ def score_drafts(
 
 
 def right_answer_scores(
-    run: Run, engine: Engine, shots: Sequence[Worked], examples: Sequence[Example]
+    run: Run, engine: Engine, shots: Sequence[Shot], examples: Sequence[Example]
 ) -> Floats:
     """Return the full grid of probabilities of the right answer ``[n_draft, n_item]``, for any kind of score.
 
@@ -164,7 +164,7 @@ def _means(values: Floats, adaptive: bool) -> Floats:
 def _measure(
     run: Run,
     engine: Engine,
-    shots: Sequence[Worked],
+    shots: Sequence[Shot],
     examples: Sequence[Example],
     grid: ChoiceScores | GeneratedScores,
     cells: Sequence[Cells],
@@ -184,7 +184,7 @@ def _measure(
 
     def prompt(draft: int, item: int) -> str:
         messages = student_messages(run.task, examples[item].input, [shots[draft]])
-        return run.render(engine, messages, FORCE, student)
+        return run.render(engine, messages, ANSWER_PREFILL, student)
 
     groups = [
         ([prompt(one.draft, item) for item in one.items], [grid.choices[item] for item in one.items])
