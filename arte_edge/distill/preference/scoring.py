@@ -26,6 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.distill.config import Prefer
 from arte_edge.distill.preference.adaptive import (
     AdaptivePlan,
     Cells,
@@ -46,6 +47,7 @@ __all__ = [
     "Score",
     "Scored",
     "answer_bias",
+    "is_adaptive",
     "length_effect",
     "probabilities",
     "right_answer_scores",
@@ -55,6 +57,7 @@ __all__ = [
 
 _WORTH_SCORES = 500  # below, opening another engine and the first benchmark take longer than they save
 _RUNTIMES = ("llama_cpp_python", "xllamacpp", "torch", "transformers")
+_WORTH_DRAFTS, _WORTH_ITEMS = 40, 24  # below, adaptive scoring has too little to learn from and to save
 _LEAST_DRAFTS = 12  # below, a slope is mostly chance
 
 
@@ -86,6 +89,12 @@ class Scored:
     of_cells: int
     open: int
     rounds: int
+
+
+def is_adaptive(config: Prefer, n_draft: int, n_item: int) -> bool:
+    """Return whether so many drafts and questions are scored adaptively under this configuration."""
+    large = n_draft >= _WORTH_DRAFTS and n_item >= _WORTH_ITEMS
+    return config.race == "on" or (config.race == "auto" and large)
 
 
 def score_drafts(

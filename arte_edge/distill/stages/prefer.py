@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from arte_edge.distill.preference.adaptive import is_adaptive
 from arte_edge.distill.preference.scoring import (
     Score,
     Scored,
+    is_adaptive,
     length_effect,
     right_answer_scores,
     score_drafts,

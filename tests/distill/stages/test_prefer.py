@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from arte_edge.distill.config import Prefer
-from arte_edge.distill.preference.adaptive import is_adaptive
+from arte_edge.distill.preference.scoring import is_adaptive
 from arte_edge.distill.stages.calibrate import calibrate
 from arte_edge.distill.stages.elicit import elicit
 from arte_edge.distill.stages.prefer import prefer
