@@ -75,7 +75,7 @@ def test_scoring_runs_on_ordinary_layers_and_an_ordinary_cache_without_the_names
     model = small_llama().to(torch.bfloat16)
     assert not onednn_prepack.supported()
     assert onednn_prepack.pack(model) == 0
-    assert not packed_kv_cache.takes_rows(model)
+    assert not packed_kv_cache.supports_packing(model)
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -139,13 +139,13 @@ class Run:
         return self._engines[key]
 
     def engine_with(
-        self, model: LocalModel, adapter: tuple[Path, str] | None, config: ModelConfig, floats: str = ""
+        self, model: LocalModel, adapter: tuple[Path, str] | None, config: ModelConfig, dtype: str = ""
     ) -> Engine:
         """Return the open engine of a model on disk, with an optional LoRA adapter (path, sha256)."""
-        key = f"{model.sha256}|{adapter}|{config.engine}|{floats}"
+        key = f"{model.sha256}|{adapter}|{config.engine}|{dtype}"
         if key not in self._engines:
             self._engines[key] = open_local(
-                model, kind=config.engine, parallel=config.parallel, adapter=adapter, floats=floats
+                model, kind=config.engine, parallel=config.parallel, adapter=adapter, dtype=dtype
             )
         return self._engines[key]
 

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.runtimes.llamacpp.scheduler import Job
-from arte_edge.runtimes.prefix_tree import Context, Tree, longest_ways
+from arte_edge.runtimes.prefix_tree import Context, Tree, longest_paths
 from arte_edge.runtimes.sampling import log_softmax_at
 
-__all__ = ["Chooser", "spans"]
+__all__ = ["ChoiceScorer", "spans"]
 
 Token = TypeVar("Token", int, str)
 
@@ -26,18 +26,18 @@ Token = TypeVar("Token", int, str)
 def spans(lists: Sequence[Sequence[Token]], prompt: Sequence[Token]) -> list[tuple[int, int]]:
     """Return for each token list (prompt and choice) the range ``start, end`` that counts.
 
-    With one choice there is nothing to part from: all tokens after `prompt` count.
+    With one choice there is nothing to compare with: all tokens after `prompt` count.
     """
-    start = _parting([lists[0], prompt] if len(lists) == 1 else lists)
-    return [(start, _alone(tokens, lists, start)) for tokens in lists]
+    start = _divergence([lists[0], prompt] if len(lists) == 1 else lists)
+    return [(start, _unique_end(tokens, lists, start)) for tokens in lists]
 
 
-def _parting(lists: Sequence[Sequence[Token]]) -> int:
+def _divergence(lists: Sequence[Sequence[Token]]) -> int:
     shortest = min(len(tokens) for tokens in lists)
     return next((i for i in range(shortest) if len({tokens[i] for tokens in lists}) > 1), shortest)
 
 
-def _alone(tokens: Sequence[Token], lists: Sequence[Sequence[Token]], start: int) -> int:
+def _unique_end(tokens: Sequence[Token], lists: Sequence[Sequence[Token]], start: int) -> int:
     if len(lists) > 1:
         for end in range(start + 1, len(tokens)):
             if sum(list(other[:end]) == list(tokens[:end]) for other in lists) == 1:
@@ -45,8 +45,8 @@ def _alone(tokens: Sequence[Token], lists: Sequence[Sequence[Token]], start: int
     return len(tokens)
 
 
-class Chooser:
-    """Log-probabilities of the `choices` after one prompt; run its `trees` or its `jobs` first."""
+class ChoiceScorer:
+    """Log-probabilities of the `choices` after one prompt; decode its `trees` or its `jobs` first."""
 
     def __init__(self, tokenize: Callable[[str], list[int]], prompt: str, choices: Sequence[str]) -> None:
         lists = [tokenize(prompt + choice) for choice in choices]
@@ -59,39 +59,39 @@ class Chooser:
         for before, token in (term for terms in self._terms for term in terms):
             self._next.setdefault(before, set()).add(token)
         self._score: dict[Context, dict[int, float]] = {}
-        self._ways = longest_ways(self._next)  # the others get their logits on the way
+        self._paths = longest_paths(self._next)  # the shorter contexts are on these paths
 
     @property
     def has_prompt(self) -> bool:
-        """Return whether something stands before every token that counts."""
+        """Return whether there is a token before every token that counts."""
         return () not in self._next
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest context, and the one after it."""
-        return max((len(way) + 1 for way in self._ways), default=0)
+        """Tokens of the longest context, plus the one after it."""
+        return max((len(path) + 1 for path in self._paths), default=0)
 
-    def trees(self, most_leaves: int) -> list[Tree]:
-        """Return the ways as trees of at most `most_leaves`; nearly always one."""
-        parts = [self._ways[i : i + most_leaves] for i in range(0, len(self._ways), most_leaves)]
-        return [Tree(part, {context: [self._note] for context in self._wanted(part)}) for part in parts]
+    def trees(self, max_leaves: int) -> list[Tree]:
+        """Return the paths as trees of at most `max_leaves` leaves; nearly always one tree."""
+        parts = [self._paths[i : i + max_leaves] for i in range(0, len(self._paths), max_leaves)]
+        return [Tree(part, {context: [self._note] for context in self._contexts_on(part)}) for part in parts]
 
     def jobs(self) -> list[Job]:
-        """Return a job for each way on its own, for models that cannot share a token between sequences."""
-        return [self._job(way) for way in self._ways]
+        """Return a job for each path, for models that cannot share a token between sequences."""
+        return [self._job(path) for path in self._paths]
 
-    def _job(self, way: Context) -> Job:
-        wanted = frozenset(len(context) - 1 for context in self._wanted([way]))
-        return Job(list(way), wanted, lambda at, logits: self._note(way[: at + 1], logits))
+    def _job(self, path: Context) -> Job:
+        outputs = frozenset(len(context) - 1 for context in self._contexts_on([path]))
+        return Job(list(path), outputs, lambda at, logits: self._note(path[: at + 1], logits))
 
-    def _wanted(self, ways: Sequence[Context]) -> set[Context]:
-        """Return the contexts that are on one of `ways`."""
-        return {context for context in self._next if any(way[: len(context)] == context for way in ways)}
+    def _contexts_on(self, paths: Sequence[Context]) -> set[Context]:
+        """Return the contexts that are on one of `paths`."""
+        return {context for context in self._next if any(path[: len(context)] == context for path in paths)}
 
     def _note(self, context: Context, logits: NDArray[np.float32]) -> None:
         ids = sorted(self._next[context])
         self._score[context] = dict(zip(ids, log_softmax_at(logits, ids).tolist(), strict=True))
 
     def log_probabilities(self) -> NDArray[np.float64]:
-        """Return them ``[n_choice]``."""
+        """Return the log-probabilities ``[n_choice]``."""
         return np.array([sum(self._score[before][token] for before, token in terms) for terms in self._terms])

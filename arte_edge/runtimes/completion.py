@@ -27,7 +27,7 @@ class Sampling:
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     seed: int = 0
-    grammar: str | None = None  # GBNF; only engines with `supports_grammar` take it
+    grammar: str | None = None  # GBNF; only for engines with `supports_grammar`
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -43,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True)
 class EngineIdentity:
-    """What decides the text an engine writes; part of every stored row's key."""
+    """What determines the text that an engine generates; part of every stored row's key."""
 
     kind: str  # llamacpp | transformers | openai
     model: str  # sha256 of the weights, or the server's model name
@@ -57,9 +57,9 @@ class EngineIdentity:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came back for one request.
+    """The answer to one request.
 
-    `finish`: "stop" (a stop string, which is kept in `text`), "eos", "length", "loop" or "error".
+    `finish`: "stop" (a stop string, which `text` ends with), "eos", "length", "loop" or "error".
     """
 
     text: str

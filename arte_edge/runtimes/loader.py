@@ -102,12 +102,12 @@ def open_local(
     kind: Kind = "auto",
     parallel: int = 32,
     adapter: tuple[Path, str] | None = None,
-    floats: str = "",
+    dtype: str = "",
 ) -> Engine:
     """Open the engine of a model on this machine. `adapter` is a LoRA adapter's path and sha256.
 
-    For llama.cpp the adapter is a GGUF file, for transformers a PEFT folder. `floats` are what
-    transformers computes in, float32 or bfloat16; empty: what suits the machine.
+    For llama.cpp the adapter is a GGUF file, for transformers a PEFT folder. `dtype` is what
+    transformers computes in, float32 or bfloat16; empty: the default of the device.
     """
     path, sha256 = adapter or (None, "")
     if kind == "llamacpp" or (kind == "auto" and model.gguf is not None):
@@ -128,7 +128,7 @@ def open_local(
         )
     from arte_edge.runtimes.transformers.model import TransformersEngine
 
-    return TransformersEngine(model.checkpoint(), sha256=model.sha256, adapter=path, dtype=floats or "auto")
+    return TransformersEngine(model.checkpoint(), sha256=model.sha256, adapter=path, dtype=dtype or "auto")
 
 
 def model_format(path: Path) -> str:

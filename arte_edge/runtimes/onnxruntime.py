@@ -59,20 +59,20 @@ class CacheTensor:
 
 
 class Cache(Protocol):
-    """Where a session keeps what it has read."""
+    """The keys and values that a session has computed."""
 
     def reserve(self, n_past: int, n_total: int) -> None:
-        """Make room for `n_total` tokens; the first `n_past` are kept."""
+        """Grow to `n_total` tokens; the first `n_past` are preserved."""
 
     def bind(self, binding: Any, n_past: int, n_total: int) -> None:
         """Bind the tensors for a step that comes after `n_past` tokens and ends at `n_total`."""
 
     def stepped(self) -> None:
-        """Take what the last step wrote as the past of the next."""
+        """Make the output of the last step the past of the next."""
 
 
 def _room(n_total: int, limit: int) -> int:
-    """Return a capacity that seldom has to grow: a power of two, at least 256, at most `limit`."""
+    """Return a capacity that rarely has to grow: a power of two, at least 256, at most `limit`."""
     wanted = max(256, 1 << max(n_total - 1, 0).bit_length())
     return max(n_total, min(wanted, limit) if limit else wanted)
 
@@ -110,7 +110,7 @@ class SharedCache:
         self._is_bound = True
 
     def stepped(self) -> None:
-        """Nothing to do: the new keys stand behind the old ones."""
+        """Nothing to do: the new keys are already after the old ones."""
 
 
 class PairedCache:
@@ -149,7 +149,7 @@ class PairedCache:
             binding.bind_output(tensor.present, "cpu", 0, kind, after, present.ctypes.data)
 
     def stepped(self) -> None:
-        """Let the buffers change places."""
+        """Swap the buffers."""
         self._past, self._present = self._present, self._past
 
 
@@ -368,7 +368,7 @@ class OnnxSession:
     """
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
-        """Load the model that lies in `folder`, of onnxruntime-genai's or optimum's layout.
+        """Load the model in `folder`, in the layout of onnxruntime-genai or optimum.
 
         Args:
             threads: default ``ARTE_EDGE_THREADS``, else the cores this process may use.
@@ -402,7 +402,7 @@ class OnnxSession:
         names = {value.name for value in inputs} - {tensor.past for tensor in tensors}
         if unknown := sorted(names - {"input_ids", "attention_mask", "position_ids"}):
             raise InputError(
-                f"{layout.path.name} asks for {', '.join(unknown)}", "It is no plain text decoder."
+                f"{layout.path.name} needs the inputs {', '.join(unknown)}", "It is not a plain text decoder."
             )
         self._names = names
         (logits,) = (value for value in self._session.get_outputs() if value.name == "logits")
@@ -415,7 +415,7 @@ class OnnxSession:
         self._row: NDArray[Any] = np.empty((1, 1, self.n_vocab), self._logits_type)
 
     def reset(self) -> None:
-        """Forget what was read; the buffers are kept."""
+        """Empty the cache; the buffers are reused."""
         self.n_past = 0
 
     def step(self, ids: Sequence[int]) -> NDArray[np.float32]:
@@ -436,7 +436,7 @@ class OnnxSession:
         return np.concatenate([self._run(part) for part in parts])
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Return the logits of a text read from its start, [n, v]. Row i foretells token i + 1."""
+        """Return the logits of a text read from its start, [n, v]. Row i predicts token i + 1."""
         self.reset()
         return self.step(ids).copy()
 
@@ -444,7 +444,7 @@ class OnnxSession:
         """Yield the most likely continuation of `ids`, token by token.
 
         Args:
-            ids: the prompt; it may go on from a text that was read, after `step`.
+            ids: the prompt; it may continue a text that was read by `step`.
             max_new: tokens at most. The context length also ends a text.
             stop: ids that end the text and are not yielded; default the model's own `stop_tokens`.
         """
@@ -465,7 +465,7 @@ class OnnxSession:
         return list(self.write(ids, max_new, stop))
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._session = self._binding = None
 
     def _run(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:

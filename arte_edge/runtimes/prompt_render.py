@@ -61,12 +61,12 @@ def _rendered(template: str, messages: Sequence[Message], special: Mapping[str, 
         try:
             return _call(compiled, messages, special)
         except TemplateError:
-            # Some templates (Gemma's) refuse a system role: its text then opens the first user turn.
+            # Some templates (Gemma's) reject a system role: its text then starts the first user turn.
             if not messages or messages[0]["role"] != "system":
                 raise
             first = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
             return _call(compiled, [first, *messages[2:]], special)
-    except Exception as error:  # a template is a program from a download: it may raise anything
+    except Exception as error:  # a template is a downloaded program: it may raise anything
         raise InputError(
             f"The model's chat template does not render: {error}",
             "Fix `chat_template` in the model's tokenizer_config.json, or pass template = 'none' for raw text.",
@@ -101,6 +101,6 @@ def _compiled(template: str) -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.globals["raise_exception"] = raise_exception
-    # A fixed date: a prompt that changes at midnight would pay for every call again.
+    # A fixed date: a prompt that changes at midnight would repeat every call.
     environment.globals["strftime_now"] = lambda form: date(2024, 7, 26).strftime(form)
     return environment.from_string(template)

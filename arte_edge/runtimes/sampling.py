@@ -1,4 +1,4 @@
-"""Draw the next token from logits: greedy, or sampled with a generator of the request's own.
+"""Draw the next token from logits: greedy, or sampled with the request's own generator.
 
 Each request owns a generator seeded from its prompt, seed and sample number, so a
 draw does not depend on who shares the batch or in which order requests arrive.
@@ -42,7 +42,7 @@ def draw(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generat
 
 
 def _nucleus(weight: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
-    """Return the places of the largest weights ``[v]`` that make up `top_p` of all, the largest first.
+    """Return the indices of the largest weights ``[v]`` that make up `top_p` of all, the largest first.
 
     Only so many as a confident model needs are sorted, unless they are too few.
     """
@@ -67,7 +67,7 @@ def log_softmax_at(logits: NDArray[np.float32], tokens: Sequence[int]) -> NDArra
 
 
 def in_loop(tokens: Sequence[int], longest: int = 32, times: int = 4) -> bool:
-    """Return whether the last tokens are one phrase of at most `longest` tokens said `times` times in a row.
+    """Return whether the last tokens are one phrase of at most `longest` tokens repeated `times` times.
 
     A phrase must fill at least 24 tokens in all: "no, no, no, no" is still a text.
     """

@@ -9,9 +9,13 @@ import pytest
 
 from arte_edge.cache import room
 from arte_edge.errors import ArteError
-from arte_edge.runtimes.autotune import Way, quickest, sample_seconds, ways_here
+from arte_edge.runtimes.autotune import Candidate, candidates_here, fastest_engine, sample_seconds
 
-LLAMA, HALF, FULL = Way("llamacpp"), Way("transformers", "bfloat16"), Way("transformers", "float32")
+LLAMA, HALF, FULL = (
+    Candidate("llamacpp"),
+    Candidate("transformers", "bfloat16"),
+    Candidate("transformers", "float32"),
+)
 WAYS = [LLAMA, HALF, FULL]
 
 
@@ -41,8 +45,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARTE_EDGE_HOME", str(tmp_path))
 
 
-def opening(seconds: dict[Way, float], opened: list[Sleeper]) -> Any:
-    def open_way(way: Way) -> Any:
+def opening(seconds: dict[Candidate, float], opened: list[Sleeper]) -> Any:
+    def open_way(way: Candidate) -> Any:
         opened.append(Sleeper(seconds[way]))
         return opened[-1]
 
@@ -53,50 +57,50 @@ def opening(seconds: dict[Way, float], opened: list[Sleeper]) -> Any:
 def test_the_fastest_is_taken_measured_once_and_all_are_closed(work: Any) -> None:
     opened: list[Sleeper] = []
     seconds = {LLAMA: 0.03, HALF: 0.002, FULL: 0.02}
-    assert quickest(WAYS, opening(seconds, opened), work, ["model"]) == HALF
+    assert fastest_engine(WAYS, opening(seconds, opened), work, ["model"]) == HALF
     assert len(opened) == 3 and all(one.closed and one.prompts for one in opened)
     other = {LLAMA: 0.0, HALF: 0.02, FULL: 0.02}
-    assert quickest(WAYS, opening(other, opened), work, ["model"]) == HALF
+    assert fastest_engine(WAYS, opening(other, opened), work, ["model"]) == HALF
     assert len(opened) == 3
-    assert quickest(WAYS, opening(other, opened), work, ["another model"]) == LLAMA
+    assert fastest_engine(WAYS, opening(other, opened), work, ["another model"]) == LLAMA
 
 
 def test_a_little_faster_is_not_worth_leaving_the_default() -> None:
-    assert quickest(WAYS, opening({LLAMA: 0.03, HALF: 0.028, FULL: 0.03}, []), "choose", []) == LLAMA
+    assert fastest_engine(WAYS, opening({LLAMA: 0.03, HALF: 0.028, FULL: 0.03}, []), "choose", []) == LLAMA
 
 
 @pytest.mark.parametrize("error", [ArteError("no torch"), RuntimeError("out of memory"), MemoryError()])
 def test_a_way_that_cannot_be_gone_is_left_out_and_the_default_must_work(error: Exception) -> None:
     fine = opening({LLAMA: 0.02, FULL: 0.001}, [])
 
-    def failing(broken: Way) -> Any:
-        def open_way(way: Way) -> Any:
+    def failing(broken: Candidate) -> Any:
+        def open_way(way: Candidate) -> Any:
             if way == broken:
                 raise error
             return fine(way)
 
         return open_way
 
-    assert quickest(WAYS, failing(HALF), "choose", ["a"]) == FULL
+    assert fastest_engine(WAYS, failing(HALF), "choose", ["a"]) == FULL
     with pytest.raises(type(error)):
-        quickest([LLAMA, FULL], failing(LLAMA), "choose", ["b"])
+        fastest_engine([LLAMA, FULL], failing(LLAMA), "choose", ["b"])
 
 
 def test_without_a_choice_nothing_is_opened() -> None:
     opened: list[Sleeper] = []
-    assert quickest([HALF], opening({HALF: 1.0}, opened), "choose", []) == HALF
+    assert fastest_engine([HALF], opening({HALF: 1.0}, opened), "choose", []) == HALF
     assert not opened
 
 
 def test_a_kept_answer_that_cannot_be_read_is_measured_again() -> None:
     opened: list[Sleeper] = []
     quick = opening({LLAMA: 0.02, HALF: 0.001, FULL: 0.02}, opened)
-    quickest(WAYS, quick, "choose", [])
+    fastest_engine(WAYS, quick, "choose", [])
     (file,) = room("engines").glob("*.json")
     for text in ("{", json.dumps({"way": "abacus"}), json.dumps([1])):
         file.write_text(text)
-        assert quickest(WAYS, quick, "choose", []) == HALF
-    assert len(opened) == 12 and json.loads(file.read_text())["way"] == "transformers bfloat16"
+        assert fastest_engine(WAYS, quick, "choose", []) == HALF
+    assert len(opened) == 12 and json.loads(file.read_text())["engine"] == "transformers bfloat16"
 
 
 @pytest.mark.parametrize("work", ["write", "choose"])
@@ -111,11 +115,11 @@ def test_what_memory_cannot_hold_is_not_tried(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(room_of.onednn_prepack, "supported", lambda: True)
     monkeypatch.setattr(room_of, "available_bytes", lambda: 10_000)
-    assert ways_here(1_000, has_file=True) == WAYS
-    assert ways_here(3_000, has_file=True) == [LLAMA, HALF]
-    assert ways_here(6_000, has_file=True) == [LLAMA]
+    assert candidates_here(1_000, has_file=True) == WAYS
+    assert candidates_here(3_000, has_file=True) == [LLAMA, HALF]
+    assert candidates_here(6_000, has_file=True) == [LLAMA]
     monkeypatch.setattr(room_of.onednn_prepack, "supported", lambda: False)
-    assert ways_here(1_000, has_file=True) == [LLAMA, FULL]
+    assert candidates_here(1_000, has_file=True) == [LLAMA, FULL]
 
 
 def test_a_checkpoint_without_a_file_is_asked_in_the_other_floats_alone(
@@ -126,7 +130,7 @@ def test_a_checkpoint_without_a_file_is_asked_in_the_other_floats_alone(
 
     monkeypatch.setattr(room_of.onednn_prepack, "supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert ways_here(1_000, has_file=False) == [Way("transformers"), HALF]
+    assert candidates_here(1_000, has_file=False) == [Candidate("transformers"), HALF]
 
 
 def test_floats_that_somebody_asks_for_are_not_overruled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,5 +141,5 @@ def test_floats_that_somebody_asks_for_are_not_overruled(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for asked, way in (("float32", FULL), ("bfloat16", HALF)):
         monkeypatch.setenv("ARTE_EDGE_DTYPE", asked)
-        assert ways_here(1_000, has_file=True) == [LLAMA, way]
-        assert ways_here(1_000, has_file=False) == [Way("transformers")]
+        assert candidates_here(1_000, has_file=True) == [LLAMA, way]
+        assert candidates_here(1_000, has_file=False) == [Candidate("transformers")]

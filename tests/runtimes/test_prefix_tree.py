@@ -5,18 +5,18 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arte_edge.runtimes.prefix_tree import MAX_LEVELS, Stem, grow_stems
+from arte_edge.runtimes.prefix_tree import MAX_LEVELS, SharedPrefix, group_by_prefix
 
 TOKEN = st.integers(0, 2)
 LISTS = st.lists(st.lists(TOKEN, min_size=1, max_size=60), min_size=1, max_size=20)
 
 
-def grown(lists: list[list[int]]) -> list[tuple[int, Stem | None]]:
-    return grow_stems(lists, [len(tokens) - 1 for tokens in lists])
+def grown(lists: list[list[int]]) -> list[tuple[int, SharedPrefix | None]]:
+    return group_by_prefix(lists, [len(tokens) - 1 for tokens in lists])
 
 
-def chain(stem: Stem | None) -> list[Stem]:
-    return [] if stem is None else [*chain(stem.parent), stem]
+def chain(prefix: SharedPrefix | None) -> list[SharedPrefix]:
+    return [] if prefix is None else [*chain(prefix.parent), prefix]
 
 
 def grid(n_draft: int, k: int) -> list[list[int]]:
@@ -32,10 +32,10 @@ def grid(n_draft: int, k: int) -> list[list[int]]:
 def test_a_grid_shares_its_instructions_and_each_drafts_example() -> None:
     plan = grown(grid(3, 5))
     assert [i for i, _ in plan] == list(range(15))
-    for i, stem in plan:
-        assert [(s.start, s.end, s.level) for s in chain(stem)] == [(0, 20, 0), (20, 50, 1)], i
-    assert len({id(stem) for _, stem in plan}) == 3
-    assert len({id(stem.parent) for _, stem in plan if stem}) == 1
+    for i, prefix in plan:
+        assert [(s.start, s.end, s.level) for s in chain(prefix)] == [(0, 20, 0), (20, 50, 1)], i
+    assert len({id(prefix) for _, prefix in plan}) == 3
+    assert len({id(prefix.parent) for _, prefix in plan if prefix}) == 1
 
 
 def test_prompts_of_one_draft_come_together_whatever_their_order() -> None:
@@ -47,18 +47,18 @@ def test_prompts_of_one_draft_come_together_whatever_their_order() -> None:
 
 def test_equal_lists_keep_a_token_each() -> None:
     plan = grown([list(range(50))] * 4)
-    assert all(stem is not None and stem.end == 49 for _, stem in plan)
+    assert all(prefix is not None and prefix.end == 49 for _, prefix in plan)
 
 
 def test_too_little_is_not_shared() -> None:
-    assert all(stem is None for _, stem in grown([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]))
-    assert all(stem is None for _, stem in grown([[*range(12), 1], [*range(12), 2]]))  # saves 12 rows
+    assert all(prefix is None for _, prefix in grown([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]))
+    assert all(prefix is None for _, prefix in grown([[*range(12), 1], [*range(12), 2]]))  # saves 12 rows
     assert grown([[1] * 100]) == [(0, None)]
 
 
 def test_no_more_is_shared_than_is_allowed() -> None:
     lists = [list(range(60)), list(range(60)), list(range(60))]
-    assert all(stem is not None and stem.end == 40 for _, stem in grow_stems(lists, [59, 40, 50]))
+    assert all(prefix is not None and prefix.end == 40 for _, prefix in group_by_prefix(lists, [59, 40, 50]))
 
 
 @given(LISTS, st.data())
@@ -66,18 +66,18 @@ def test_every_list_is_planned_once_and_begins_with_its_stem(
     lists: list[list[int]], data: st.DataObject
 ) -> None:
     most = [data.draw(st.integers(0, len(tokens) - 1)) for tokens in lists]
-    plan = grow_stems(lists, most)
+    plan = group_by_prefix(lists, most)
     assert sorted(i for i, _ in plan) == list(range(len(lists)))
-    for i, stem in plan:
-        assert len(chain(stem)) <= MAX_LEVELS
-        for level, part in enumerate(chain(stem)):
+    for i, prefix in plan:
+        assert len(chain(prefix)) <= MAX_LEVELS
+        for level, part in enumerate(chain(prefix)):
             assert part.level == level and part.start < part.end <= most[i]
             assert list(part.tokens) == lists[i][: part.end]
 
 
 @given(LISTS)
 def test_lists_of_one_stem_are_neighbours(lists: list[list[int]]) -> None:
-    seen = [id(stem) for _, stem in grown(lists * 3) if stem]
+    seen = [id(prefix) for _, prefix in grown(lists * 3) if prefix]
     starts = [at for at in range(len(seen)) if at == 0 or seen[at] != seen[at - 1]]
-    # A stem may be left for a deeper one and come back, but is decoded again only if its level was taken.
+    # A prefix may be left for a deeper one and come back, but is decoded again only if its level was taken.
     assert len(starts) <= 2 * len(set(seen)) + 1

@@ -26,7 +26,6 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.distill.config import Prefer
 from arte_edge.distill.preference.adaptive import (
     AdaptivePlan,
     Cells,
@@ -34,9 +33,9 @@ from arte_edge.distill.preference.adaptive import (
     fit_score_model,
     interleave_answers,
 )
-from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_PREFILL, Shot, student_messages
+from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, Worked, student_messages
 from arte_edge.distill.run_context import Run, f16_student, quantized_student
-from arte_edge.runtimes.autotune import Way, Work, probing, quickest, ways_here
+from arte_edge.runtimes.autotune import Candidate, Workload, candidates_here, fastest_engine, may_measure
 from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.loader import is_server, open_local
 from arte_edge.tasks.task import Answer, Example
@@ -47,7 +46,6 @@ __all__ = [
     "Score",
     "Scored",
     "answer_bias",
-    "is_adaptive",
     "length_effect",
     "probabilities",
     "right_answer_scores",
@@ -57,7 +55,6 @@ __all__ = [
 
 _WORTH_SCORES = 500  # below, opening another engine and the first benchmark take longer than they save
 _RUNTIMES = ("llama_cpp_python", "xllamacpp", "torch", "transformers")
-_WORTH_DRAFTS, _WORTH_ITEMS = 40, 24  # below, adaptive scoring has too little to learn from and to save
 _LEAST_DRAFTS = 12  # below, a slope is mostly chance
 
 
@@ -91,16 +88,10 @@ class Scored:
     rounds: int
 
 
-def is_adaptive(config: Prefer, n_draft: int, n_item: int) -> bool:
-    """Return whether so many drafts and questions are scored adaptively under this configuration."""
-    large = n_draft >= _WORTH_DRAFTS and n_item >= _WORTH_ITEMS
-    return config.race == "on" or (config.race == "auto" and large)
-
-
 def score_drafts(
     run: Run,
     engine: Engine,
-    shots: Sequence[Shot],
+    shots: Sequence[Worked],
     question: Sequence[str],
     examples: Sequence[Example],
     *,
@@ -148,7 +139,7 @@ def score_drafts(
 
 
 def right_answer_scores(
-    run: Run, engine: Engine, shots: Sequence[Shot], examples: Sequence[Example]
+    run: Run, engine: Engine, shots: Sequence[Worked], examples: Sequence[Example]
 ) -> Floats:
     """Return the full grid of probabilities of the right answer ``[n_draft, n_item]``, for any kind of score.
 
@@ -173,7 +164,7 @@ def _means(values: Floats, adaptive: bool) -> Floats:
 def _measure(
     run: Run,
     engine: Engine,
-    shots: Sequence[Shot],
+    shots: Sequence[Worked],
     examples: Sequence[Example],
     grid: ChoiceScores | GeneratedScores,
     cells: Sequence[Cells],
@@ -193,7 +184,7 @@ def _measure(
 
     def prompt(draft: int, item: int) -> str:
         messages = student_messages(run.task, examples[item].input, [shots[draft]])
-        return run.render(engine, messages, ANSWER_PREFILL, student)
+        return run.render(engine, messages, FORCE, student)
 
     groups = [
         ([prompt(one.draft, item) for item in one.items], [grid.choices[item] for item in one.items])
@@ -336,22 +327,24 @@ def scoring_engine(run: Run, n_score: int) -> Engine:
     if prefer.student_file:
         return run.engine_with(quantized_student(run.local(config), prefer.student_file), None, config)
     pinned = prefer.engine == "student" or config.engine != "auto" or is_server(config.model)
-    if pinned or n_score < _WORTH_SCORES or not probing():
+    if pinned or n_score < _WORTH_SCORES or not may_measure():
         return run.engine(config)
     model = run.local(config)
 
-    def opening(way: Way) -> Engine:
-        which = f16_student(model) if way.kind == "llamacpp" else model
-        return open_local(which, kind=way.kind, parallel=config.parallel, floats=way.floats)
+    def opening(candidate: Candidate) -> Engine:
+        which = f16_student(model) if candidate.kind == "llamacpp" else model
+        return open_local(which, kind=candidate.kind, parallel=config.parallel, dtype=candidate.dtype)
 
     weights_bytes = sum(file.stat().st_size for file in model.checkpoint().glob("*.safetensors"))
-    ways = ways_here(weights_bytes, has_file=model.gguf is not None)
-    work: Work = "write" if prefer.score == "accuracy" else "choose"
-    way = quickest(ways, opening, work, [model.sha256, config.parallel, *map(_version, _RUNTIMES)])
-    if way.kind == "llamacpp":
+    candidates = candidates_here(weights_bytes, has_file=model.gguf is not None)
+    work: Workload = "write" if prefer.score == "accuracy" else "choose"
+    fastest = fastest_engine(
+        candidates, opening, work, [model.sha256, config.parallel, *map(_version, _RUNTIMES)]
+    )
+    if fastest.kind == "llamacpp":
         return run.engine(config)
     return run.engine_with(
-        model, None, config.model_copy(update={"engine": "transformers"}), floats=way.floats
+        model, None, config.model_copy(update={"engine": "transformers"}), dtype=fastest.dtype
     )
 
 

@@ -1,38 +1,36 @@
-"""Which context layout is fastest here: measured once per machine, model and llama.cpp, then remembered.
+"""Which context layout is fastest here: measured once per machine, model and llama.cpp version, then cached.
 
-Batches differ by tens of percent between layouts, and which one wins depends on the
-processor. ``ARTE_EDGE_PROBE=0`` takes `DEFAULT_LAYOUT` instead.
+Speeds differ by tens of percent between layouts, and which one wins depends on the processor.
+``ARTE_EDGE_PROBE=0`` takes `DEFAULT_LAYOUT` instead.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.cache import measured_once
 from arte_edge.memory import available_bytes
-from arte_edge.runtimes.autotune import fastest, machine, probing
+from arte_edge.runtimes.autotune import fastest, machine_id, may_measure
+from arte_edge.runtimes.llamacpp.bindings import LlamaContext, LlamaModel
 from arte_edge.runtimes.llamacpp.context_memory import DEFAULT_LAYOUT, Layout, context_bytes
-
-if TYPE_CHECKING:
-    from arte_edge.runtimes.llamacpp.bindings import LlamaModel
 
 __all__ = ["CANDIDATES", "layout_for", "probe"]
 
 # The first is the default. In a unified cache attention is only fast row by row, below 64 rows
-# (ggml's GGML_FA_TILE_Q), because longer tiles look at the cells of all sequences.
+# (ggml's GGML_FA_TILE_Q), because longer tiles attend to the cells of all sequences.
 CANDIDATES = (DEFAULT_LAYOUT, Layout(flash=True), Layout(unified=True, flash=True, ubatch=63))
 
 _SEQUENCES = 24
 _PREFIX, _SUFFIX, _STEPS = 192, 24, 3  # tokens shared, tokens of each question, decode steps timed
-_ANSWER = 40  # tokens of an answer: what a step weighs against the suffix
+_ANSWER = 40  # tokens of an answer: the weight of a step relative to the suffix
 _ROUNDS = 2
-_WORTH = 0.95  # another layout must take less than this of the default's time
-_SLOW_S = 4.0  # a model whose first round takes longer keeps the default: there is no short probe for it
+_WORTH = 0.95  # another layout must take less than this share of the default's time
+_SLOW_S = 4.0  # a model whose first round takes longer keeps the default: measuring it would take too long
 
 
 def layout_for(model: LlamaModel, sha256: str, threads: int) -> Layout:
@@ -40,9 +38,9 @@ def layout_for(model: LlamaModel, sha256: str, threads: int) -> Layout:
 
     A file without a known `sha256` gets the default.
     """
-    if not sha256 or not probing():
+    if not sha256 or not may_measure():
         return DEFAULT_LAYOUT
-    facts = [machine(), threads, sha256, f"{model.lib.__name__} {model.lib.__version__}", _SEQUENCES]
+    facts = [machine_id(), threads, sha256, f"{model.lib.__name__} {model.lib.__version__}", _SEQUENCES]
 
     def measure() -> dict[str, Any]:
         seconds = probe(model, threads)
@@ -55,7 +53,7 @@ def layout_for(model: LlamaModel, sha256: str, threads: int) -> Layout:
 
 
 def probe(model: LlamaModel, threads: int) -> list[float]:
-    """Return the seconds that each of `CANDIDATES` takes for a small grid, infinite where it was not tried."""
+    """Return the seconds that each of `CANDIDATES` takes for a small grid, infinite for those not tried."""
     seconds = [float("inf")] * len(CANDIDATES)
     for turn in range(_ROUNDS):
         for i, layout in enumerate(CANDIDATES):
@@ -72,16 +70,14 @@ def probe(model: LlamaModel, threads: int) -> list[float]:
 
 
 def _grid_seconds(model: LlamaModel, threads: int, layout: Layout) -> float:
-    """Time the suffixes and some steps of `_SEQUENCES` sequences after one prefix, steps weighed as `_ANSWER`."""
-    from arte_edge.runtimes.llamacpp.bindings import LlamaContext
-
+    """Return the time of the suffixes of `_SEQUENCES` sequences after one prefix plus `_ANSWER` steps."""
     n_ctx_seq = -(-(_PREFIX + _SUFFIX + _STEPS + 1) // 256) * 256
     context = LlamaContext(model, _SEQUENCES + 1, n_ctx_seq, threads, layout=layout)
     try:
         _decode(context, 1, 0, _PREFIX, first=_SEQUENCES)
         for slot in range(_SEQUENCES):
             context.copy(_SEQUENCES, slot)
-        _decode(context, _SEQUENCES, _PREFIX, 1)  # carries out the copies
+        _decode(context, _SEQUENCES, _PREFIX, 1)  # performs the copies
         began = time.perf_counter()
         _decode(context, _SEQUENCES, _PREFIX + 1, _SUFFIX)
         suffix_s = time.perf_counter() - began
@@ -95,11 +91,8 @@ def _grid_seconds(model: LlamaModel, threads: int, layout: Layout) -> float:
         context.close()
 
 
-def _decode(context: object, n_seq: int, start: int, n: int, first: int = 0) -> None:
-    """Decode `n` made-up tokens of each of `n_seq` sequences from position `start` on, logits of the last ones."""
-    from arte_edge.runtimes.llamacpp.bindings import LlamaContext
-
-    assert isinstance(context, LlamaContext)
+def _decode(context: LlamaContext, n_seq: int, start: int, n: int, first: int = 0) -> None:
+    """Decode `n` synthetic tokens of each of `n_seq` sequences from position `start` on, logits of the last ones."""
     at: NDArray[np.int32] = np.tile(np.arange(start, start + n, dtype=np.int32), n_seq)
     sequences = np.repeat(np.arange(first, first + n_seq, dtype=np.int32), n)
     tokens = ((at * 31 + sequences * 7) % min(context.model.n_vocab, 1000)).astype(np.int32)

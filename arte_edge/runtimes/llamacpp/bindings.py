@@ -1,8 +1,8 @@
 """llama.cpp's low-level calls as three small Python objects: a model, a context, a grammar.
 
-Everything that touches a pointer is here, so that the scheduler above it
-(`llama_batch`) reads as an algorithm. The high-level API of llama-cpp-python
-decodes one sequence at a time; the calls below decode many together.
+Everything that touches a pointer is here, so that the scheduler above it reads as an algorithm. The high-level API of
+llama-cpp-python decodes one sequence at a time; the calls below decode many together. llama.cpp's batch is six C
+arrays, which numpy views in place, so that filling a batch is four copies whatever its length.
 
 Notation: n_row rows (tokens) in one decode, v vocabulary size.
 """
@@ -44,7 +44,7 @@ class RowBatch:
         self._lib = lib
         self._token = _view(self.handle.token, capacity, ctypes.c_int32)
         self._position = _view(self.handle.pos, capacity, ctypes.c_int32)
-        self._wanted = _view(self.handle.logits, capacity, ctypes.c_int8)
+        self._output = _view(self.handle.logits, capacity, ctypes.c_int8)
         self._count = _view(self.handle.n_seq_id, capacity, ctypes.c_int32)
         # Each row's list of sequences has a memory of its own; ours are parts of the caller's array.
         self._lists = _view(self.handle.seq_id, capacity, ctypes.c_size_t)
@@ -56,7 +56,7 @@ class RowBatch:
         tokens: NDArray[np.int32],
         positions: NDArray[np.int32],
         sequences: NDArray[np.int32],
-        wanted: NDArray[np.int8],
+        output: NDArray[np.int8],
         counts: NDArray[np.int32] | None = None,
     ) -> Any:
         """Set the rows (all ``[n_row]``) and return the C batch, which the next `fill` overwrites.
@@ -68,7 +68,7 @@ class RowBatch:
         if n > self.capacity:
             raise ValueError(f"{n} rows exceed the batch's {self.capacity}")
         self._token[:n], self._position[:n] = tokens, positions
-        self._wanted[:n], self._count[:n] = wanted, 1 if counts is None else counts
+        self._output[:n], self._count[:n] = output, 1 if counts is None else counts
         self._sequences = held = np.ascontiguousarray(sequences, dtype=np.int32)
         first = np.arange(n) if counts is None else np.cumsum(counts) - counts
         self._lists[:n] = held.ctypes.data + held.itemsize * first
@@ -139,12 +139,12 @@ def load_llama_cpp() -> Any:
 
 @dataclass(frozen=True)
 class Row:
-    """One token of a decode: where it stands, whose it is, and whether its logits are wanted."""
+    """One token of a decode: where it stands, whose it is, and whether its logits are computed."""
 
     token: int
     position: int
     sequence: int
-    want: bool = False
+    output: bool = False
 
 
 class LlamaModel:
@@ -268,20 +268,20 @@ class LlamaContext:
             lib.llama_set_adapters_lora(self.handle, adapters, 1, scales)
 
     def decode(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        """Decode up to `n_batch` rows; return the logits ``[n_wanted, v]`` of the rows that want them, in order.
+        """Decode up to `n_batch` rows; return the logits ``[n_output, v]`` of the rows marked as output, in order.
 
         The array is a view that the next decode overwrites.
         """
-        table = np.array([(r.token, r.position, r.sequence, r.want) for r in rows], dtype=np.int32)
-        tokens, positions, sequences, wanted = table.reshape(-1, 4).T
-        return self.decode_arrays(tokens, positions, sequences, wanted.astype(np.int8))
+        table = np.array([(r.token, r.position, r.sequence, r.output) for r in rows], dtype=np.int32)
+        tokens, positions, sequences, output = table.reshape(-1, 4).T
+        return self.decode_arrays(tokens, positions, sequences, output.astype(np.int8))
 
     def decode_arrays(
         self,
         tokens: NDArray[np.int32],
         positions: NDArray[np.int32],
         sequences: NDArray[np.int32],
-        wanted: NDArray[np.int8],
+        output: NDArray[np.int8],
         counts: NDArray[np.int32] | None = None,
     ) -> NDArray[np.float32]:
         """`decode` for rows that are arrays ``[n_row]`` already; `counts` as in `RowBatch.fill`.
@@ -289,17 +289,17 @@ class LlamaContext:
         In a split cache the rows of neighbouring sequences are multiplied together only if they
         come in the order of their sequences (llama.cpp's `llama_batch_allocr::split_equal`).
         """
-        batch = self._batch.fill(tokens, positions, sequences, wanted, counts)
+        batch = self._batch.fill(tokens, positions, sequences, output, counts)
         status = self.lib.llama_decode(self.handle, batch)
         if status != 0:
             raise EngineError(
                 f"llama_decode returned {status} for {len(tokens)} tokens", "Lower the engine's `parallel`."
             )
-        n_wanted = int(np.count_nonzero(wanted))
-        if n_wanted == 0:
+        n_output = int(np.count_nonzero(output))
+        if n_output == 0:
             return np.empty((0, self.model.n_vocab), dtype=np.float32)
         logits = self.lib.llama_get_logits(self.handle)
-        return np.ctypeslib.as_array(logits, shape=(n_wanted, self.model.n_vocab))
+        return np.ctypeslib.as_array(logits, shape=(n_output, self.model.n_vocab))
 
     def copy(self, source: int, target: int) -> None:
         self.lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)

@@ -1,9 +1,8 @@
-"""How a llama.cpp context is laid out, what memory it takes, and whether that is there.
+"""Layouts of a llama.cpp context, the memory each takes, and whether it is available.
 
-The cache of keys and values is all that grows with the work: sequences times tokens
-times bytes a token. It is known before anything is allocated, so a context that
-cannot fit is refused in words instead of by the kernel. The cost does not depend on
-the number of prompts: they queue for the sequences there are.
+The KV cache is all that grows with the workload: sequences times tokens times bytes a token. Its size is known before
+anything is allocated, so a context that cannot fit is an error message and not a killed process. It does not depend
+on the number of prompts: they queue for the sequences there are.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ __all__ = [
 ]
 
 _F16_BYTES, _F32_BYTES = 2, 4
-_KEPT_FREE = 0.05  # of what is available: allocating the last byte is how machines die
+_KEPT_FREE = 0.05  # of the available memory
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a context is made with; the text it writes depends on it only by rounding.
+    """Settings of a context; the generated text depends on them only by rounding.
 
     * `unified`: one cache for all sequences. Copying a prefix is free and a batch needs no
-      splitting, but attention looks at every cell of every sequence. Split (the default): a
+      splitting, but attention covers every cell of every sequence. Split (the default): a
       cache for each, copied whole.
-    * `flash`: attention without the matrix of scores in memory. llama.cpp works on it in tiles where a
-      sequence has 64 rows or more in a batch, and else row by row, which is slow: off by default.
+    * `flash`: attention without the matrix of scores in memory. llama.cpp computes it in tiles where a
+      sequence has 64 rows or more in a batch, otherwise row by row, which is slow: off by default.
     * `ubatch`: rows that llama.cpp multiplies at once.
     """
 
@@ -45,7 +44,7 @@ class Layout:
 
 
 DEFAULT_LAYOUT = Layout()
-ONE_SEQUENCE = Layout(flash=True)  # as llama.cpp lays itself out for one sequence, whose prompts fill tiles
+ONE_SEQUENCE = Layout(flash=True)  # llama.cpp's own choice for one sequence, whose prompts fill tiles
 
 
 def context_bytes(model: Any, n_seq: int, n_ctx_seq: int, ubatch: int) -> int:
@@ -74,7 +73,7 @@ def kv_bytes_per_token(model: Any) -> int:
 
 
 def check_cells_fit(model: Any, cells: int, n_seq: int, ubatch: int) -> None:
-    """Refuse a unified context of `cells` tokens that the memory at hand cannot hold.
+    """Raise if a unified context of `cells` tokens does not fit into the available memory.
 
     Raises:
         EngineError: it does not fit.
@@ -87,10 +86,10 @@ def check_cells_fit(model: Any, cells: int, n_seq: int, ubatch: int) -> None:
 
 
 def check_fits(model: Any, n_seq: int, spare: int, n_ctx_seq: int, ubatch: int) -> None:
-    """Refuse a context that the memory at hand cannot hold.
+    """Raise if a context does not fit into the available memory.
 
     Args:
-        n_seq: all sequences, of which `spare` hold prefixes and are needed whatever `parallel` is.
+        n_seq: all sequences, of which `spare` hold prefixes and are needed for any value of `parallel`.
 
     Raises:
         EngineError: it does not fit; the hint names the number of sequences that would.
@@ -104,6 +103,8 @@ def check_fits(model: Any, n_seq: int, spare: int, n_ctx_seq: int, ubatch: int) 
         fitting -= 1
     size = f"{n_seq - spare} sequences of {n_ctx_seq} tokens need {need / 1e9:.1f} GB, {room / 1e9:.1f} GB are free"
     hint = (
-        f"parallel = {fitting} would fit." if fitting else "Not one fits: shorten the prompts or the answers."
+        f"parallel = {fitting} would fit."
+        if fitting
+        else "Not even one fits: shorten the prompts or the answers."
     )
     raise EngineError(f"{model.path.name}: {size}", hint)

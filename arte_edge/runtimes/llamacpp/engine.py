@@ -1,9 +1,8 @@
-"""The llama.cpp engine: GGUF files on any CPU, many sequences at once, prefixes shared.
+"""The llama.cpp engine: GGUF files on any CPU, many sequences at once, shared prefixes computed once.
 
-Greedy text equals what llama.cpp writes one prompt at a time, up to the rounding that
-a batch brings: matrix products of other shapes sum in another order. The pipeline
-therefore sends calls in fixed groups, so that a run that was killed decodes the same
-groups again (`arte_edge.store`).
+Greedy text equals what llama.cpp generates one prompt at a time, up to the rounding of another batch shape: matrix
+products of other shapes sum in another order. The pipeline therefore sends calls in fixed groups, so that a run that
+was killed decodes the same groups again (`arte_edge.store`).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.runtimes.choice_scoring import Chooser
+from arte_edge.runtimes.choice_scoring import ChoiceScorer
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.runtimes.llamacpp.autotune import layout_for
 from arte_edge.runtimes.llamacpp.bindings import Grammar, LlamaContext, LlamaModel
@@ -27,7 +26,7 @@ from arte_edge.threads import thread_count
 
 __all__ = ["LlamaCppEngine"]
 
-_LOOP_EVERY = 16  # tokens between two looks for a loop
+_LOOP_EVERY = 16  # tokens between two checks for a loop
 _CTX_STEP = 256  # tokens; contexts grow in steps, so that few are made
 _CELL_STEP = 1024  # likewise, for scoring
 
@@ -100,14 +99,14 @@ class LlamaCppEngine:
         self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
     ) -> list[NDArray[np.float64]]:
         """See `Engine.choose_each`; one batch for all prompts."""
-        choosers = [
-            Chooser(self.model.tokens, prompt, own) for prompt, own in zip(prompts, choices, strict=True)
+        scorers = [
+            ChoiceScorer(self.model.tokens, prompt, own) for prompt, own in zip(prompts, choices, strict=True)
         ]
         if self.model.can_rewind:
-            self._score([tree for chooser in choosers for tree in chooser.trees(MOST_LEAVES)])
+            self._score([tree for scorer in scorers for tree in scorer.trees(MOST_LEAVES)])
         else:
-            self._run([job for chooser in choosers for job in chooser.jobs()], 0)
-        return [chooser.log_probabilities() for chooser in choosers]
+            self._run([job for scorer in scorers for job in scorer.jobs()], 0)
+        return [scorer.log_probabilities() for scorer in scorers]
 
     def _score(self, trees: list[Tree]) -> None:
         """Decode `trees` in a unified context that is as large as they need.
@@ -138,7 +137,7 @@ class LlamaCppEngine:
         run_trees(made, groups)
 
     def _run(self, jobs: list[Job], max_new: int) -> None:
-        """Decode `jobs` in a context that depends on them alone: what ran before must not move a float.
+        """Decode `jobs` in a context that depends on them alone, so that results do not depend on earlier calls.
 
         Raises:
             EngineError: no memory for the context.
@@ -147,7 +146,7 @@ class LlamaCppEngine:
             return
         longest = max(len(job.tokens) for job in jobs) + max_new
         n_ctx_seq = -(-longest // _CTX_STEP) * _CTX_STEP
-        # Few prompts need few sequences; powers of two, so that few contexts are made.
+        # Few prompts need few sequences; powers of two, so that few different contexts are made.
         slots = min(self._parallel, 1 << (len(jobs) - 1).bit_length())
         n_seq = slots + MAX_LEVELS
         made = self._context
@@ -165,7 +164,7 @@ class LlamaCppEngine:
 
 
 class _Writer:
-    """Writes one completion: draws tokens until a stop string, an end token, a loop or the budget."""
+    """Generates one completion: draws tokens until a stop string, an end token, a loop or the budget."""
 
     def __init__(self, model: LlamaModel, request: Request, tokens: list[int], sampling: Sampling) -> None:
         self._model, self._sampling = model, sampling
@@ -177,7 +176,7 @@ class _Writer:
         self._written: list[int] = []
         self._finish = ""
         self._n_prompt = len(tokens)
-        self.job = Job(tokens=tokens, wanted=frozenset([len(tokens) - 1]), on_logits=self._on_logits)
+        self.job = Job(tokens=tokens, outputs=frozenset([len(tokens) - 1]), on_logits=self._on_logits)
 
     def _on_logits(self, position: int, logits: NDArray[np.float32]) -> int | None:
         token = self._draw(logits)
@@ -212,7 +211,7 @@ class _Writer:
             return int(logits.argmax())
         if self._grammar is None:
             return draw(logits, self._sampling, self._rng)
-        # Most draws fit the grammar already; masking the whole vocabulary is the slow path.
+        # Most draws are allowed by the grammar already; masking the whole vocabulary is the slow path.
         token = draw(logits, self._sampling, self._rng)
         one = np.array([token])
         if not np.isfinite(self._grammar.mask(one, logits[one])[0]):

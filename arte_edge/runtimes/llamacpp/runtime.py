@@ -204,7 +204,7 @@ class LlamaCppRuntime(BaseRuntime):
             raise InputError(f"{self.name}: token {unknown} is not among its {self.n_vocab} tokens")
         context = self._context_for(len(ids))
         context.clear()
-        rows = [Row(token, position, 0, want=True) for position, token in enumerate(ids)]
+        rows = [Row(token, position, 0, output=True) for position, token in enumerate(ids)]
         values = np.empty((len(rows), self.n_vocab), dtype=np.float32)
         for start in range(0, len(rows), _CHUNK):
             values[start : start + _CHUNK] = context.decode(rows[start : start + _CHUNK])

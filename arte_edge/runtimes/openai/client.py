@@ -1,7 +1,16 @@
-"""One OpenAI-compatible server: its address, its key, and calls that survive its bad moments.
+"""One OpenAI-compatible server: address, key, and calls with retries, rate limits and usage counts.
 
-The key comes from the environment and goes into one header. It is in no message,
-log or repr; should a server's error text repeat it, it is cut out.
+*Key*: it comes from the environment and goes into one header. It is in no message, log or repr; should a server's
+error text repeat it, it is cut out.
+
+*Retries*: waits are drawn with full jitter (uniform between zero and an exponentially growing bound), so that clients
+that failed together do not come back together. A ``Retry-After`` of the server is a minimum of the wait.
+
+*Limits*: a sliding window and not a token bucket, since a bucket that starts full lets twice the limit through in its
+first minute, and servers count exactly that minute.
+
+*Usage*: tokens are the server's own counts; an attempt that broke off before they arrived is not included, although
+the server may still bill it. Prices are the user's: they change too often to be shipped.
 """
 
 from __future__ import annotations
@@ -26,9 +35,8 @@ from arte_edge.errors import EngineError, InputError
 
 __all__ = [
     "KEY_VARIABLES",
-    "Breaker",
     "CallFailed",
-    "Meter",
+    "CircuitBreaker",
     "Prices",
     "RateLimiter",
     "RetryPolicy",
@@ -36,17 +44,18 @@ __all__ = [
     "Ticket",
     "Transient",
     "Usage",
+    "UsageMeter",
     "check_base_url",
     "is_transient",
     "retry_after_s",
-    "run",
+    "run_with_retries",
 ]
 
 T = TypeVar("T")
 
 
 class Transient(Exception):
-    """An attempt failed in a way that the next one may not. `wait_s` is what the server asked for."""
+    """An attempt failed, and the next one may succeed. `wait_s` is the server's Retry-After."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
@@ -72,7 +81,7 @@ class RetryPolicy:
     attempts: int = 6
     base_s: float = 0.5
     longest_s: float = 30.0
-    patience_s: float = 120.0  # a Retry-After beyond this ends the call: nobody sits through an hour
+    patience_s: float = 120.0  # a longer Retry-After ends the call
 
     def wait_s(self, attempt: int, asked_s: float | None) -> float:
         """Return the wait after failed attempt number `attempt` (from 1)."""
@@ -100,7 +109,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-def run(
+def run_with_retries(
     policy: RetryPolicy,
     attempt: Callable[[], T],
     *,
@@ -146,8 +155,8 @@ def run(
         ) from error
 
 
-class Breaker:
-    """Stops sending once it is plain that nothing will come back.
+class CircuitBreaker:
+    """Stops sending once the server is clearly gone.
 
     Trips on a fatal failure, or on `limit` failed calls in a row: a thousand rows
     against a dead server would otherwise wait through a thousand rounds of retries.
@@ -165,7 +174,7 @@ class Breaker:
 
     def failed(self, error: CallFailed) -> None:
         with self._lock:
-            # A refusal of this one row (its prompt is too long, say) tells nothing about the server.
+            # An error of this one row (for example a prompt that is too long) says nothing about the server.
             self._failed += error.status == 0
             if error.fatal or self._failed >= self._limit:
                 self.tripped = self.tripped or error
@@ -216,12 +225,12 @@ class RateLimiter:
             self._sleep(wait_s)
 
     def settle(self, ticket: Ticket, tokens: int) -> None:
-        """Charge an admitted request with the tokens it really took."""
+        """Charge an admitted request with the tokens it actually used."""
         with self._lock:
             ticket.tokens = tokens
 
     def hold(self, seconds: float) -> None:
-        """Let nothing out for so long: the server said when to come back, and meant every thread."""
+        """Send nothing for so long: a Retry-After applies to every thread."""
         with self._lock:
             self._held_until_s = max(self._held_until_s, self._clock() + seconds)
 
@@ -262,7 +271,7 @@ class Usage:
     cost_usd: float = 0.0
 
 
-class Meter:
+class UsageMeter:
     """Adds up a `Usage` from many threads."""
 
     def __init__(self, prices: Prices | None = None) -> None:
@@ -294,9 +303,9 @@ class Meter:
 
 KEY_VARIABLES = ("ARTE_EDGE_API_KEY", "OPENAI_API_KEY")
 
-# These end a whole batch: no other row would fare better.
+# These end a whole batch: every other row would fail as well.
 _FATAL = frozenset({401, 402, 403, 404, 405, 410})
-_SHOWN = 300  # characters of a server's own words in a message
+_SHOWN = 300  # characters of a server's error text in a message
 
 
 def check_base_url(url: str) -> httpx.URL:
@@ -310,7 +319,7 @@ def check_base_url(url: str) -> httpx.URL:
     except httpx.InvalidURL as error:
         raise InputError(f"'{url}' is not an address: {error}") from error
     if parsed.userinfo or parsed.query or parsed.fragment:
-        # Not shown: what stands there may be a secret.
+        # Not shown: it may contain a secret.
         raise InputError(
             f"The server address for {parsed.host} may hold no password, query or fragment",
             f"Give the key in the environment variable {KEY_VARIABLES[0]}.",
@@ -325,7 +334,7 @@ class Server:
     """Sends JSON to one server, with retries, limits and counts. Safe to use from many threads."""
 
     def __init__(
-        self, base_url: str, *, timeout_s: float, retry: RetryPolicy, limiter: RateLimiter, meter: Meter
+        self, base_url: str, *, timeout_s: float, retry: RetryPolicy, limiter: RateLimiter, meter: UsageMeter
     ) -> None:
         self.url = check_base_url(base_url)
         self.stop = threading.Event()
@@ -340,7 +349,7 @@ class Server:
                 "User-Agent": f"arte-edge/{__version__}",
                 **({"Authorization": f"Bearer {key}"} if key else {}),
             },
-            trust_env=not self._loopback,  # a proxy of the environment cannot reach our loopback
+            trust_env=not self._loopback,  # a proxy cannot reach this machine's loopback
         )
 
     def __repr__(self) -> str:
@@ -367,7 +376,7 @@ class Server:
             ticket = self._limiter.acquire(tokens)
 
         def counted(document: Any) -> T:
-            # Before `read`, which may refuse it: it is paid for all the same.
+            # Before `read`, which may reject it: it is billed all the same.
             prompt_tokens, completion_tokens = _token_counts(document)
             self._meter.tokens(prompt_tokens, completion_tokens)
             if prompt_tokens:
@@ -401,7 +410,7 @@ class Server:
             if failure.wait_s:
                 self._limiter.hold(failure.wait_s)
 
-        return run(self._retry, attempt, where=url, stop=self.stop, on_retry=on_retry)
+        return run_with_retries(self._retry, attempt, where=url, stop=self.stop, on_retry=on_retry)
 
     def _attempt(self, method: str, url: str, body: Mapping[str, Any] | None, read: Callable[[Any], T]) -> T:
         try:
@@ -413,24 +422,24 @@ class Server:
                 raise CallFailed(f"{url}: {error}", "Check the server's certificate.", fatal=True) from error
             raise Transient(self._redact(f"{type(error).__name__}: {error}")) from error
         if answer.status_code != 200:
-            raise self._refusal(url, answer.status_code, answer.text, retry_after_s(answer.headers))
+            raise self._failure(url, answer.status_code, answer.text, retry_after_s(answer.headers))
         try:
             document = json.loads(answer.content)
             failure = document.get("error") if isinstance(document, dict) else None
             if isinstance(failure, dict):
-                # Gateways in front of several providers pass failures on like this.
+                # Gateways in front of several providers report failures like this.
                 code = failure.get("code")
-                raise self._refusal(url, code if isinstance(code, int) else 500, answer.text, None)
+                raise self._failure(url, code if isinstance(code, int) else 500, answer.text, None)
             return read(document)
         except ValueError as error:
             what = self._redact(answer.text[:80])
             raise Transient(f"an answer that is no completion ({type(error).__name__}): {what!r}") from error
 
-    def _refusal(self, url: str, status: int, text: str, wait_s: float | None) -> Transient | CallFailed:
+    def _failure(self, url: str, status: int, text: str, wait_s: float | None) -> Transient | CallFailed:
         """Return the error to raise for an HTTP status other than 200."""
-        words = self._redact(_said(text))
+        shown = self._redact(_error_text(text))
         if is_transient(status) and "insufficient_quota" not in text:
-            return Transient(f"{status}: {words}", wait_s)
+            return Transient(f"{status}: {shown}", wait_s)
         hint = ""
         if status in (401, 403):
             found = f"it was read from {self._variable}" if self._variable else "neither is set"
@@ -442,7 +451,7 @@ class Server:
         elif 300 <= status < 400:
             hint = "The address redirects; give the address that it leads to."
         fatal = status in _FATAL or status < 400 or is_transient(status)
-        return CallFailed(f"{url} answered {status}: {words}", hint, status=status, fatal=fatal)
+        return CallFailed(f"{url} answered {status}: {shown}", hint, status=status, fatal=fatal)
 
     def _find_key(self) -> tuple[str, str]:
         """Return the variable that holds the key, and the key; both empty if there is none."""
@@ -463,7 +472,7 @@ def _token_counts(document: Any) -> tuple[int, int]:
     return (prompt if isinstance(prompt, int) else 0, written if isinstance(written, int) else 0)
 
 
-def _said(text: str) -> str:
+def _error_text(text: str) -> str:
     """Return the message in an error body, whichever of the usual shapes it has."""
     try:
         document = json.loads(text)

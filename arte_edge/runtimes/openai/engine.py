@@ -1,12 +1,11 @@
-"""The engine for any OpenAI-compatible server: vLLM, llama-server, llama-cpp-python, a cloud.
+"""The engine for OpenAI-compatible servers: vLLM, llama-server, llama-cpp-python, a cloud.
 
-Two modes. `completions` sends the rendered prompt as it is; `chat` sends messages and
-leaves the template to the server (a prompt is then the JSON document that
-`arte_edge.runtimes.prompt_render` makes). Rows go out sorted by prompt, so that those that
-share a prefix arrive together and the server's prefix cache holds.
+Two modes. `completions` sends the rendered prompt as it is; `chat` sends messages and leaves the template to the
+server (a prompt is then the JSON document that `arte_edge.runtimes.prompt_render` makes). Rows are sent sorted by
+prompt, so that those that share a prefix arrive together and hit the server's prefix cache.
 
-A row whose call fails is a completion with finish "error". What no row survives (a
-wrong key, an unknown model) is raised, if nothing was answered before it.
+A row whose call fails is a completion with finish "error". An error that affects every row (a wrong key, an unknown
+model) is raised, unless something was answered before it.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from arte_edge.errors import EngineError, InputError, nearest
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.runtimes.openai import schema
 from arte_edge.runtimes.openai.client import (
-    Breaker,
     CallFailed,
-    Meter,
+    CircuitBreaker,
     Prices,
     RateLimiter,
     RetryPolicy,
     Server,
     Usage,
+    UsageMeter,
 )
-from arte_edge.runtimes.openai.logprobs import Scorer
-from arte_edge.runtimes.openai.schema import Dialect, dialect_of
+from arte_edge.runtimes.openai.logprobs import LogprobScorer
+from arte_edge.runtimes.openai.schema import ServerQuirks, quirks_of
 from arte_edge.runtimes.prompt_render import CHAT_JSON
 
 __all__ = ["OpenAIEngine", "parse_ref"]
@@ -44,7 +43,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _PATHS: dict[schema.Mode, str] = {"completions": "/completions", "chat": "/chat/completions"}
-_BYTES_PER_TOKEN = 4.0  # of English text, until the server's own figures say better
+_BYTES_PER_TOKEN = 4.0  # of English text, until the server's own counts are known
 
 
 def parse_ref(ref: str) -> tuple[str, str]:
@@ -89,7 +88,7 @@ class OpenAIEngine:
             CallFailed: the server does not answer or refuses the key.
         """
         self._model, self._concurrency = model, max_concurrency
-        self._meter = Meter(prices)
+        self._meter = UsageMeter(prices)
         self._template, self._special = chat_template, dict(special_tokens or {})
         self._seen_bytes, self._seen_tokens = _BYTES_PER_TOKEN, 1.0  # of prompts, to learn their ratio
         limiter = RateLimiter(requests_per_minute, tokens_per_minute)
@@ -97,21 +96,21 @@ class OpenAIEngine:
             base_url, timeout_s=timeout_s, retry=retry or RetryPolicy(), limiter=limiter, meter=self._meter
         )
         try:
-            self._dialect = self._look_up_model()
+            self._quirks = self._look_up_model()
             if extra:
-                self._dialect = replace(self._dialect, extra={**self._dialect.extra, **extra})
+                self._quirks = replace(self._quirks, extra={**self._quirks.extra, **extra})
             self._mode: schema.Mode = self._find_mode() if mode == "auto" else mode
         except BaseException:
             self._server.close()
             raise
-        self._scorer = Scorer(self._score_call, self._many, self._dialect.candidates)
+        self._scorer = LogprobScorer(self._score_call, self._many, self._quirks.candidates)
 
     def __repr__(self) -> str:
         return f"OpenAIEngine({self._model!r}, {str(self._server.url)!r}, mode={self._mode!r})"
 
     @property
     def identity(self) -> EngineIdentity:
-        return EngineIdentity(kind="openai", model=self._model, runtime=self._dialect.name)
+        return EngineIdentity(kind="openai", model=self._model, runtime=self._quirks.name)
 
     @property
     def mode(self) -> schema.Mode:
@@ -119,7 +118,7 @@ class OpenAIEngine:
 
     @property
     def usage(self) -> Usage:
-        """What was asked for and what it cost since the engine was opened."""
+        """Requests, tokens and cost since the engine was opened."""
         return self._meter.usage
 
     @property
@@ -132,7 +131,7 @@ class OpenAIEngine:
 
     @property
     def supports_grammar(self) -> bool:
-        return self._dialect.grammar
+        return self._quirks.grammar
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `Engine.complete`. A failed row has finish "error" and the reason.
@@ -143,21 +142,21 @@ class OpenAIEngine:
         """
         if sampling.grammar and not self.supports_grammar:
             raise InputError(
-                f"The server at {self._server.url} takes no grammar",
+                f"The server at {self._server.url} does not support grammars",
                 "Use a local GGUF model or llama-server, or leave the grammar out.",
             )
         bodies = [
             schema.body(
                 self._model,
                 self._mode,
-                self._dialect,
+                self._quirks,
                 request,
                 sampling,
                 self._special.get("bos_token", ""),
             )
             for request in requests
         ]
-        breaker = Breaker(limit=max(8, 2 * self._concurrency))
+        breaker = CircuitBreaker(limit=max(8, 2 * self._concurrency))
 
         def one(index: int) -> Completion:
             if breaker.tripped is not None:
@@ -204,13 +203,13 @@ class OpenAIEngine:
         """Return the server's count where it has a call for that, else an estimate from the text's bytes."""
         if self._mode == "chat" and text.startswith("{"):
             text = "\n".join(message["content"] for message in schema.messages_of(text))
-        if self._dialect.tokenize is not None:
-            path, text_key, count_key = self._dialect.tokenize
+        if self._quirks.tokenize is not None:
+            path, text_key, count_key = self._quirks.tokenize
             try:
                 found = self._server.post_beside(path, {"model": self._model, text_key: text})[count_key]
                 return found if isinstance(found, int) else len(found)
             except (CallFailed, KeyError, TypeError):
-                self._dialect = replace(self._dialect, tokenize=None)
+                self._quirks = replace(self._quirks, tokenize=None)
         return self._estimate(text)
 
     def close(self) -> None:
@@ -227,13 +226,13 @@ class OpenAIEngine:
 
     def _call(self, request: Request, body: Mapping[str, Any], sampling: Sampling) -> Completion:
         def read(answer: Any) -> Completion:
-            return schema.completion(answer, self._mode, self._dialect, request, sampling)
+            return schema.completion(answer, self._mode, self._quirks, request, sampling)
 
         expected = self._estimate(request.prompt) + sampling.max_tokens
         return self._server.post(_PATHS[self._mode], body, read, tokens=expected)
 
     def _score_call(self, body: Mapping[str, Any]) -> schema.Answer:
-        document = {"model": self._model, "temperature": 0.0, "max_tokens": 1, **self._dialect.extra, **body}
+        document = {"model": self._model, "temperature": 0.0, "max_tokens": 1, **self._quirks.extra, **body}
         return self._server.post(
             _PATHS["completions"],
             document,
@@ -253,13 +252,13 @@ class OpenAIEngine:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _look_up_model(self) -> Dialect:
+    def _look_up_model(self) -> ServerQuirks:
         host = self._server.url.host
         try:
             document = self._server.get("/models")
         except CallFailed as error:
             if error.status in (400, 404, 405):
-                return dialect_of(host, "")  # some servers keep no list
+                return quirks_of(host, "")  # some servers keep no list
             raise
         entries = document.get("data") if isinstance(document, dict) else document
         listed = {
@@ -271,7 +270,7 @@ class OpenAIEngine:
             raise InputError(
                 f"{self._server.url} serves no model named '{self._model}'", nearest(self._model, listed)
             )
-        return dialect_of(host, listed.get(self._model, ""))
+        return quirks_of(host, listed.get(self._model, ""))
 
     def _find_mode(self) -> schema.Mode:
         """Ask for one token: chat if the server can, since it knows the template, else completions."""
@@ -281,17 +280,17 @@ class OpenAIEngine:
             "chat": json.dumps({"messages": [{"content": "Hi", "role": "user"}]}),
             "completions": "Hi",
         }
-        refusals = []
+        failures = []
         for mode, prompt in probes.items():
             request, sampling = Request(prompt), Sampling(max_tokens=1)
-            body = schema.body(self._model, mode, self._dialect, request, sampling)
+            body = schema.body(self._model, mode, self._quirks, request, sampling)
             try:
                 self._server.post(_PATHS[mode], body, schema.Answer.model_validate, tokens=2)
                 return mode
             except CallFailed as error:
                 if error.status in (401, 402, 403):
                     raise
-                refusals.append(f"{mode}: {error.message}")
+                failures.append(f"{mode}: {error.message}")
         raise CallFailed(
-            f"{self._server.url} speaks neither chat nor completions for '{self._model}'", "\n".join(refusals)
+            f"{self._server.url} offers neither chat nor completions for '{self._model}'", "\n".join(failures)
         )

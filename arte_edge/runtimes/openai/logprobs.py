@@ -1,16 +1,13 @@
 """Log-probabilities of given answers from a completions endpoint.
 
-The protocol has no call for it, so there are two ways, and which one a server is fit
-for is tried out once:
+The API has no call for it. There are two methods, and a probe finds out once which one works:
 
-- *echo*: the server gives back the prompt (with the choice in it) and every token's
-  log-probability. One call a choice. vLLM does this. llama-cpp-python gives values
-  that are one token off when a model has no BOS token, and llama-server none for the
-  prompt; so an echoed value must first agree with the same token's value when written.
-- *walk*: ask for the next token's likeliest candidates after the prompt, take the
-  longest that the choice begins with, go on behind it. One call a token, shared by
-  choices that begin alike. A token that is not among the candidates counts as the
-  least likely of them, which flatters it.
+- *echo*: the server returns the prompt (with the choice in it) and every token's log-probability. One call a choice.
+  vLLM does this. llama-cpp-python's values are one token off when a model has no BOS token, and llama-server gives
+  none for the prompt; so an echoed value must first agree with the value of the same token when generated.
+- *walk*: request the likeliest next tokens after the prompt, take the longest one that the choice starts with, and
+  continue after it. One call a token, shared by choices with the same start. A token that is not among the candidates
+  counts as the least likely of them, which overestimates it.
 """
 
 from __future__ import annotations
@@ -27,15 +24,15 @@ from arte_edge.runtimes.choice_scoring import spans
 from arte_edge.runtimes.openai.client import CallFailed
 from arte_edge.runtimes.openai.schema import Answer
 
-__all__ = ["Scorer"]
+__all__ = ["LogprobScorer"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_PROBE = "1 2 3 4 5 6 7"  # what follows is plain to any model, so a value of another token shows
-_AGREE_NATS = 0.1  # two evaluations of one token in 16 bits differ by less
-# llama-cpp-python lists no candidates where the token drawn is an end token. The list is the same
-# whichever token is drawn, so others are drawn until one shows it.
+_PROBE = "1 2 3 4 5 6 7"  # any model is sure of what follows, so the value of another token is noticed
+_AGREE_NATS = 0.1  # two 16-bit evaluations of one token differ by less
+# llama-cpp-python lists no candidates when the sampled token is an end token. The list does not depend on the
+# sampled token, so sampling is repeated until the list is there.
 _DRAWS = ({"temperature": 0.0}, *({"temperature": 2.0, "seed": seed} for seed in range(8)))
 
 
@@ -45,7 +42,7 @@ class Many(Protocol):
     def __call__(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]: ...
 
 
-class Scorer:
+class LogprobScorer:
     """Scores choices through `post`, which sends one completions request of one token.
 
     `n_candidates`: the most next tokens that the server gives log-probabilities of.
@@ -56,17 +53,17 @@ class Scorer:
         self._echoes: bool | None = None
 
     def choose(self, contexts: Sequence[str], choices: Sequence[str]) -> NDArray[np.float64]:
-        """Return log-probabilities ``[n_context, n_choice]``; see `choices.spans` for what counts.
+        """Return log-probabilities ``[n_context, n_choice]``; see `choice_scoring.spans` for what counts.
 
         Raises:
             EngineError: the server gives no log-probabilities.
             CallFailed: a call failed for good.
         """
         if self._echoes is None:
-            self._echoes = self._find_way()
+            self._echoes = self._can_echo()
         return (self._by_echo if self._echoes else self._by_walk)(contexts, choices)
 
-    def _find_way(self) -> bool:
+    def _can_echo(self) -> bool:
         """Return whether echoed values can be trusted."""
         candidates = self._candidates(_PROBE)
         token, value = max(candidates.items(), key=lambda item: item[1])
@@ -101,7 +98,10 @@ class Scorer:
             for choice, (start, end) in zip(choices, spans(lists, prompt), strict=True):
                 values = [value for value in echoes[context + choice][1][start:end] if value is not None]
                 if len(values) < end - start:
-                    raise EngineError("A server scores no first token", "Put a prompt before the choices.")
+                    raise EngineError(
+                        "A server gives no log-probability for the first token",
+                        "Put a prompt before the choices.",
+                    )
                 row.append(sum(values))
             rows.append(row)
         return np.array(rows, dtype=np.float64).reshape(len(contexts), len(choices))
@@ -109,7 +109,7 @@ class Scorer:
     def _by_walk(self, contexts: Sequence[str], choices: Sequence[str]) -> NDArray[np.float64]:
         paths = [[_Path(context, choice) for choice in choices] for context in contexts]
         candidates: dict[str, dict[str, float]] = {}
-        while live := [path for row in paths for path in row if path.goes_on(choices)]:
+        while live := [path for row in paths for path in row if path.is_open(choices)]:
             texts = sorted({path.text for path in live} - candidates.keys())
             candidates |= zip(texts, self._many(self._candidates, texts), strict=True)
             for path in live:
@@ -148,7 +148,7 @@ def _listed(answer: Answer) -> dict[str, float]:
 
 @dataclass
 class _Path:
-    """How far one choice has been walked."""
+    """The tokens of one choice found so far."""
 
     context: str
     choice: str
@@ -163,8 +163,8 @@ class _Path:
     def text(self) -> str:
         return self.context + self.walked
 
-    def goes_on(self, choices: Sequence[str]) -> bool:
-        """Return whether a token is missing: not at the end, and not yet told apart from the others."""
+    def is_open(self, choices: Sequence[str]) -> bool:
+        """Return whether a token is missing: not at the end, and not yet distinguished from the others."""
         walked = self.walked
         alone = len(choices) > 1 and sum(choice.startswith(walked) for choice in choices) == 1
         return walked != self.choice and not (alone and walked)

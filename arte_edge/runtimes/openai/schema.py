@@ -1,7 +1,11 @@
-"""The JSON that goes to an OpenAI-compatible server and what is made of its answer.
+"""The JSON of requests to OpenAI-compatible servers and of their answers, and how the servers differ.
 
-Pure functions, apart from the network. Servers strip the stop string that ended a
-text; the rest of the package counts on it being there, so it is put back here.
+Pure functions, without the network. Servers strip the stop string that ended a text; the rest of the package relies
+on it, so it is put back here.
+
+Servers fill in what a request leaves open from their own defaults: llama-cpp-python samples from 40 tokens with a
+repeat penalty of 1.1, vLLM uses a model's generation_config. A distribution that depends on the server is not the
+model's, so `ServerQuirks` switches these off for servers that name themselves in their model list.
 """
 
 from __future__ import annotations
@@ -21,63 +25,63 @@ from arte_edge.runtimes.sampling import request_rng
 __all__ = [
     "Answer",
     "Choice",
-    "Dialect",
     "Mode",
+    "ServerQuirks",
     "body",
     "completion",
-    "dialect_of",
     "messages_of",
+    "quirks_of",
     "with_stop",
 ]
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """What one kind of server takes and offers beyond the common ground."""
+class ServerQuirks:
+    """What one kind of server supports beyond the common API."""
 
     name: str
     extra: Mapping[str, Any] = field(default_factory=dict)  # added to every request
     prefill: Mapping[str, Any] = field(default_factory=dict)  # added when the last message is the model's
     max_tokens: str = "max_tokens"  # the key's name in chat requests
-    most_stops: int = 1000  # stop strings in one request
-    candidates: int = 20  # the most next tokens that it gives log-probabilities of
+    max_stops: int = 1000  # stop strings in one request
+    candidates: int = 20  # at most so many next tokens have log-probabilities
     keeps_stops: bool = False  # `extra` makes it leave stop strings in the text
-    grammar: bool = False  # takes GBNF
+    grammar: bool = False  # supports GBNF
     tokenize: tuple[str, str, str] | None = None  # path, key of the text, key of the count or the tokens
 
 
 _LLAMA_EXTRA = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
 
-_VLLM = Dialect(
+_VLLM = ServerQuirks(
     "vllm",
     extra={"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "include_stop_str_in_output": True},
     prefill={"continue_final_message": True, "add_generation_prompt": False},
     keeps_stops=True,
     tokenize=("/tokenize", "prompt", "count"),
 )
-_LLAMA_SERVER = Dialect(
+_LLAMA_SERVER = ServerQuirks(
     "llama-server",
     extra=_LLAMA_EXTRA,
     candidates=5000,
     grammar=True,
     tokenize=("/tokenize", "content", "tokens"),
 )
-_LLAMA_CPP_PYTHON = Dialect(
+_LLAMA_CPP_PYTHON = ServerQuirks(
     "llama-cpp-python",
     extra=_LLAMA_EXTRA,
     candidates=5000,
     grammar=True,
     tokenize=("/extras/tokenize/count", "input", "count"),
 )
-_OPENAI = Dialect("openai", max_tokens="max_completion_tokens", most_stops=4, candidates=5)
-_PLAIN = Dialect("openai-compatible")
+_OPENAI = ServerQuirks("openai", max_tokens="max_completion_tokens", max_stops=4, candidates=5)
+_PLAIN = ServerQuirks("openai-compatible")
 
-# `owned_by` in the server's model list -> what it is
+# `owned_by` in the server's model list -> its quirks
 _OWNERS = {"vllm": _VLLM, "llamacpp": _LLAMA_SERVER, "me": _LLAMA_CPP_PYTHON}
 
 
-def dialect_of(host: str, owned_by: str) -> Dialect:
-    """Return the dialect of the server at `host` whose model list says `owned_by`."""
+def quirks_of(host: str, owned_by: str) -> ServerQuirks:
+    """Return the quirks of the server at `host` with `owned_by` in its model list."""
     if host == "api.openai.com":
         return _OPENAI
     return _OWNERS.get(owned_by, _PLAIN)
@@ -143,43 +147,43 @@ def messages_of(prompt: str) -> list[dict[str, str]]:
             raise ValueError("no messages")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"A chat endpoint takes messages, and this prompt is not rendered for one: {prompt[:60]!r}",
+            f"A chat endpoint needs messages, and this prompt is not rendered for one: {prompt[:60]!r}",
             "Render prompts with the engine they go to, or open the server with mode completions.",
         ) from error
     return list(messages)
 
 
 def body(
-    model: str, mode: Mode, dialect: Dialect, request: Request, sampling: Sampling, bos: str = ""
+    model: str, mode: Mode, quirks: ServerQuirks, request: Request, sampling: Sampling, bos: str = ""
 ) -> dict[str, Any]:
     """Return the request document. `bos`: the begin token that the template itself writes, if known."""
     document: dict[str, Any] = {
         "model": model,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        **dialect.extra,
+        **quirks.extra,
     }
     if sampling.temperature > 0:
-        # Another one for every row and sample, the same in every run.
+        # A different seed for every row and sample, the same in every run.
         document["seed"] = int(request_rng(request, sampling).integers(2**31))
     if sampling.stop:
-        document["stop"] = list(sampling.stop[: dialect.most_stops])
+        document["stop"] = list(sampling.stop[: quirks.max_stops])
     if sampling.grammar:
         document["grammar"] = sampling.grammar
     if mode == "completions":
         document |= {"prompt": request.prompt, "max_tokens": sampling.max_tokens}
-        if dialect.name == "vllm" and bos and request.prompt.startswith(bos):
-            document["add_special_tokens"] = False  # or it would begin twice
+        if quirks.name == "vllm" and bos and request.prompt.startswith(bos):
+            document["add_special_tokens"] = False  # otherwise BOS would be doubled
         return document
     messages = messages_of(request.prompt)
-    document |= {"messages": messages, dialect.max_tokens: sampling.max_tokens}
+    document |= {"messages": messages, quirks.max_tokens: sampling.max_tokens}
     if messages[-1]["role"] == "assistant":
-        document |= dialect.prefill
+        document |= quirks.prefill
     return document
 
 
 def completion(
-    answer: Mapping[str, Any], mode: Mode, dialect: Dialect, request: Request, sampling: Sampling
+    answer: Mapping[str, Any], mode: Mode, quirks: ServerQuirks, request: Request, sampling: Sampling
 ) -> Completion:
     """Return the completion in a server's answer.
 
@@ -193,7 +197,7 @@ def completion(
             raise ValueError("a choice without a message")
         last = messages_of(request.prompt)[-1]
         prefill = last["content"] if last["role"] == "assistant" else ""
-        # A server that cannot go on from a prefill often opens by repeating it.
+        # A server that cannot continue a prefill often repeats it first.
         text = (choice.message.content or "").removeprefix(prefill)
     elif choice.text is None:
         raise ValueError("a choice without a text")
@@ -206,8 +210,8 @@ def completion(
     if choice.finish_reason == "content_filter":
         finish, error = "error", "the server's content filter cut the answer off"
     else:
-        # Where stop strings are kept, one that is not there ended nothing, and no guess is needed.
-        guess_from = None if dialect.keeps_stops else prefill
+        # Where the server keeps stop strings in the text, a missing one did not end it: nothing to guess.
+        guess_from = None if quirks.keeps_stops else prefill
         text, finish = with_stop(text, choice, sampling.stop, guess_from)
         error = ""
     return Completion(

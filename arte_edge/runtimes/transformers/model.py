@@ -1,8 +1,14 @@
-"""The transformers engine: checkpoint folders (safetensors), on a GPU where there is one.
+"""Checkpoint folders (safetensors) in transformers: loading, batched forward passes, and the engine over them.
 
-The module is not called `transformers`, so that nobody's import of the library finds
-it. Adapters are merged into the weights on loading: one model to run, and the one
-that is deployed. No code from a checkpoint is run, no pickles are read.
+Adapters are merged into the weights on loading, so the model that runs is the model that is deployed. No code from a
+checkpoint is run, no pickles are read.
+
+Rows of a batch are aligned at their ends, with padding between the shared prefix and a row's own tokens (left padding
+if there is no prefix). The mask hides the padding and positions count real tokens only, so a row's values are those
+that it has alone, up to the rounding of another batch shape. On a CPU, models that allow it run in a packed cache
+instead (`packed_kv_cache`).
+
+Notation: b rows, s cached positions, n new positions, v vocabulary size.
 """
 
 from __future__ import annotations
@@ -22,13 +28,13 @@ from numpy.typing import NDArray
 from arte_edge.cache import sha256_file
 from arte_edge.errors import InputError
 from arte_edge.extras import need
-from arte_edge.runtimes.choice_scoring import Chooser, spans
+from arte_edge.runtimes.choice_scoring import ChoiceScorer, spans
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.runtimes.prefix_tree import plan_groups
 from arte_edge.runtimes.sampling import draw
 from arte_edge.runtimes.transformers.onednn_prepack import pack
-from arte_edge.runtimes.transformers.packed_generate import write_rows
-from arte_edge.runtimes.transformers.packed_kv_cache import MOST_ROWS, run_trees, takes_rows
+from arte_edge.runtimes.transformers.packed_generate import generate_packed
+from arte_edge.runtimes.transformers.packed_kv_cache import MOST_ROWS, run_trees, supports_packing
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +53,12 @@ __all__ = [
     "shared_prefix",
 ]
 
-_BATCH_TOKENS = (16_384, 262_144)  # rows times length of a batch: on a CPU and at least, at most
-_CACHE_SHARE = 0.3  # of a GPU's free memory for keys and values; as much again while they grow by a token
+_BATCH_TOKENS = (16_384, 262_144)  # rows times length of a batch: on a CPU and the minimum, the maximum
+_CACHE_SHARE = 0.3  # of a GPU's free memory for keys and values, which need twice that while they grow
 
 
 def adapter_sha256(folder: Path) -> str:
-    """Return one sha256 of a LoRA adapter: its weights, and of its configuration all but the base's place.
+    """Return one sha256 of a LoRA adapter: its weights and its configuration without the path of the base.
 
     Raises:
         InputError: not an adapter folder with safetensors.
@@ -68,21 +74,21 @@ def adapter_sha256(folder: Path) -> str:
     return hashlib.sha256(f"{sha256_file(weights)}\n{canonical}".encode()).hexdigest()
 
 
-def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Return the kind of floats that `wanted`, or the environment in place of auto, stands for on `device`."""
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype for `name` on `device`; for auto ``ARTE_EDGE_DTYPE`` decides, then the device."""
     import torch
 
-    if wanted == "auto":
-        wanted = os.environ.get("ARTE_EDGE_DTYPE", "auto")
+    if name == "auto":
+        name = os.environ.get("ARTE_EDGE_DTYPE", "auto")
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     kinds["auto"] = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if wanted not in kinds:
-        raise InputError(f"dtype {wanted}: not a kind of floats", f"One of {', '.join(kinds)}.")
-    return kinds[wanted]
+    if name not in kinds:
+        raise InputError(f"dtype {name}: unknown", f"One of {', '.join(kinds)}.")
+    return kinds[name]
 
 
 def room_tokens(config: Any, device: torch.device) -> int:
-    """Return how many tokens of all rows together one batch may hold: a GPU is fed by far more than a CPU."""
+    """Return how many tokens one batch may hold, all rows together: a GPU needs far more than a CPU."""
     import torch
 
     if device.type != "cuda":
@@ -115,22 +121,21 @@ def load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> tuple[Any, A
     if adapter is not None:
         from peft import PeftModel
 
-        adapter_sha256(adapter)  # refuses a folder with pickled weights before peft would read them
+        adapter_sha256(adapter)  # rejects a folder with pickled weights before peft would read them
         model = PeftModel.from_pretrained(model, adapter, is_trainable=False).merge_and_unload()
     return model, tokenizer
 
 
-_SHORTEST_PREFIX = 8  # tokens; below this sharing costs more than it saves
+_SHORTEST_PREFIX = 8  # tokens; sharing fewer costs more than it saves
 _NEW_BATCH_TOKENS = 256  # what starting another batch costs, in tokens of prefill
 
 
 def plan(rows: Sequence[Sequence[int]], new_tokens: int, batch_tokens: int) -> list[list[int]]:
-    """Return batches of row numbers.
+    """Return batches of row indices.
 
-    Rows are taken in the order of their tokens, so that those with a common prefix are
-    neighbours. A batch ends when rows times the longest length, with `new_tokens` to
-    be written, would exceed `batch_tokens`, or when the next row would cost more of
-    the prefix that the batch shares than a batch of its own.
+    Rows are sorted by their tokens, so that those with a common prefix are neighbours. A batch ends when rows
+    times the longest length, `new_tokens` included, would exceed `batch_tokens`, or when the next row would
+    shorten the shared prefix by more than a batch of its own costs.
     """
     batches: list[list[int]] = []
     longest = shared = 0
@@ -151,7 +156,7 @@ def plan(rows: Sequence[Sequence[int]], new_tokens: int, batch_tokens: int) -> l
 
 
 def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """Return how many leading tokens are worth sharing: those of all rows, less one to decode in each."""
+    """Return how many leading tokens are worth sharing: the common ones, minus one to decode in each row."""
     if len(rows) < 2:
         return 0
     shared = min(min(map(len, rows)) - 1, *(_common(rows[0], row) for row in rows[1:]))
@@ -164,7 +169,7 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 class State:
-    """The cache of a batch, which of its positions hold tokens, and where each row stands."""
+    """The KV cache of a batch, and which of its positions hold tokens."""
 
     def __init__(self, cache: Any, mask: torch.Tensor) -> None:
         self.cache = cache
@@ -187,14 +192,14 @@ class Forward:
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model, self._device = model, device
-        # Without it a prefill would make logits for every position of every row.
+        # Without it a prefill would compute logits for every position of every row.
         self._last_only = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         )
-        self._held: tuple[tuple[int, ...], Any] = ((), None)
+        self._cached: tuple[tuple[int, ...], Any] = ((), None)
 
     def empty(self) -> State:
-        """Return the state of one row that holds nothing yet."""
+        """Return the state of one empty row."""
         import torch
 
         return State(None, torch.ones((1, 0), dtype=torch.long, device=self._device))
@@ -228,19 +233,19 @@ class Forward:
 
         width = max(len(tail) for tail in tails)
         ids = torch.tensor([[*tail, *[0] * (width - len(tail))] for tail in tails], dtype=torch.long)
-        # What follows a row's last token is never looked at, so the mask need not hide it.
+        # What follows a row's last token is never attended to, so the mask need not hide it.
         state.mask = torch.cat([state.mask, state.mask.new_ones(ids.shape)], dim=1)
         return self._call(ids, state).float()
 
     def _prefix(self, tokens: tuple[int, ...]) -> Any:
-        """Return a cache ``[1, s]`` of the prefix, the caller's to change; computed once for equal tokens."""
+        """Return a copy of the cache ``[1, s]`` of the prefix, which is computed once for equal tokens."""
         import torch
 
-        if self._held[0] != tokens:
+        if self._cached[0] != tokens:
             state = State(None, torch.ones((1, len(tokens)), dtype=torch.long, device=self._device))
             self._call(torch.tensor([tokens]), state, **self._last_only)
-            self._held = (tokens, state.cache)
-        return copy.deepcopy(self._held[1])
+            self._cached = (tokens, state.cache)
+        return copy.deepcopy(self._cached[1])
 
     def _call(self, ids: torch.Tensor, state: State, **options: int) -> torch.Tensor:
         import torch
@@ -260,7 +265,7 @@ class Forward:
         return logits
 
 
-_COMPACT_BELOW = 0.75  # of a batch's rows still writing: then the finished ones leave its cache
+_COMPACT_BELOW = 0.75  # of a batch's rows unfinished: then the finished ones are dropped from its cache
 
 
 class TransformersEngine:
@@ -278,9 +283,9 @@ class TransformersEngine:
         dtype: str = "auto",
         batch_tokens: int = 0,
     ) -> None:
-        """Load the checkpoint as `dtype`: float32, bfloat16, or auto, which is bfloat16 on CUDA and else float32.
+        """Load the checkpoint as `dtype`: float32, bfloat16, or auto: ``ARTE_EDGE_DTYPE``, bfloat16 on CUDA, float32.
 
-        ``ARTE_EDGE_DTYPE`` stands in for auto. `batch_tokens` bounds rows times length in one batch,
+        `batch_tokens` bounds rows times length in one batch,
         prompts and answers together; 0: what the device has room for.
 
         Raises:
@@ -343,10 +348,12 @@ class TransformersEngine:
         """See `Engine.complete`. A prompt too long for the model is a completion with finish "error".
 
         Raises:
-            InputError: a grammar, which this engine does not take.
+            InputError: a grammar, which this engine does not support.
         """
         if sampling.grammar:
-            raise InputError("The transformers engine takes no grammar", "Use a GGUF of the model for that.")
+            raise InputError(
+                "The transformers engine does not support grammars", "Use a GGUF file of the model."
+            )
         from arte_edge.runtimes.transformers.tokenizer import Writer
 
         prompts = [self.text.tokens(request.prompt) for request in requests]
@@ -358,18 +365,19 @@ class TransformersEngine:
                 done[i] = Completion("", "error", error=f"prompt and answer {why}")
         todo = [i for i in range(len(requests)) if i not in done]
         rows = [prompts[i] for i in todo]
-        if self._device.type == "cpu" and rows and self._in_rows(max(map(len, rows)) + new):
+        if self._device.type == "cpu" and rows and self._can_pack(max(map(len, rows)) + new):
             writers = [Writer(self.text, requests[i], prompts[i], sampling) for i in todo]
-            shares = write_rows(
+            shares = generate_packed(
                 self.model, self._device, rows, writers, lambda logits: _drawing(logits, sampling)
             )
             done |= {i: w.completion(n) for i, w, n in zip(todo, writers, shares, strict=True)}
             return [done[i] for i in range(len(requests))]
         for batch in plan(rows, new, self._batch_tokens):
             own = [rows[j] for j in batch]
-            shared = self._share(shared_prefix(own), own, new)
+            # A prefix shared in the cache is exact only inside the sliding window.
+            shared = shared_prefix(own) if max(map(len, own)) + new <= self._window else 0
             writers = [Writer(self.text, requests[todo[j]], rows[j], sampling) for j in batch]
-            self._write(own, shared, writers, sampling)
+            self._generate(own, shared, writers, sampling)
             done |= {todo[j]: w.completion(shared) for j, w in zip(batch, writers, strict=True)}
         return [done[i] for i in range(len(requests))]
 
@@ -381,74 +389,61 @@ class TransformersEngine:
         Raises:
             InputError: no prompt before the choices, or one too long for the model.
         """
-        choosers = [Chooser(self.text.tokens, p, own) for p, own in zip(prompts, choices, strict=True)]
-        if not all(chooser.has_prompt for chooser in choosers):
-            raise InputError("Choices need a prompt before them: a model scores no first token")
-        longest = max((chooser.longest for chooser in choosers), default=0)
+        scorers = [ChoiceScorer(self.text.tokens, p, own) for p, own in zip(prompts, choices, strict=True)]
+        if not all(scorer.has_prompt for scorer in scorers):
+            raise InputError("Choices need a prompt before them: a model does not predict the first token")
+        longest = max((scorer.longest for scorer in scorers), default=0)
         if longest > self.context_tokens:
             raise InputError(
                 f"A prompt of {longest} tokens exceeds the model's context of {self.context_tokens}"
             )
-        if not self._in_rows(longest):
+        if not self._can_pack(longest):
             return [self._choose_plain(prompt, own) for prompt, own in zip(prompts, choices, strict=True)]
-        trees = [tree for chooser in choosers for tree in chooser.trees(MOST_ROWS)]
+        trees = [tree for scorer in scorers for tree in scorer.trees(MOST_ROWS)]
         if trees:
             groups = plan_groups(trees, MOST_ROWS, MOST_ROWS)
             run_trees(self.model, self._device, groups)
-        return [chooser.log_probabilities() for chooser in choosers]
+        return [scorer.log_probabilities() for scorer in scorers]
 
     def _choose_plain(self, prompt: str, choices: Sequence[str]) -> NDArray[np.float64]:
-        """Score choices ``[n_choice]`` by a row for each, for models that cannot be told a tree."""
+        """Score choices ``[n_choice]`` in a batch row each, for models whose cache cannot be packed."""
+        import torch
+
         lists = [self.text.tokens(prompt + choice) for choice in choices]
         ranges = spans(lists, self.text.tokens(prompt))
         tails = [tokens[start:end] for tokens, (start, end) in zip(lists, ranges, strict=True)]
-        scores: NDArray[np.float64] = self._score([lists[0][: ranges[0][0]]], 0, [tails])[0]
-        return scores
+        logits, state = self.forward.prefill([lists[0][: ranges[0][0]]], 0)
+        first = torch.log_softmax(logits[0], dim=-1).cpu()
+        scores = [float(first[tail[0]]) if tail else 0.0 for tail in tails]
+        if max(map(len, tails)) > 1:
+            state.repeat(len(tails))
+            # The last token of a tail is only predicted, never read.
+            rest = torch.log_softmax(self.forward.extend(state, [tail[:-1] for tail in tails]), dim=-1)
+            for i, tail in enumerate(tails):
+                for j, token in enumerate(tail[1:]):
+                    scores[i] += float(rest[i, j, token])
+        return np.array(scores, dtype=np.float64)
 
-    def _in_rows(self, longest: int) -> bool:
-        """Return whether sequences of so many tokens can stand side by side in one row of the cache."""
-        return longest <= self._window and takes_rows(self.model)
+    def _can_pack(self, longest: int) -> bool:
+        """Return whether sequences of so many tokens can share a row of the cache."""
+        return longest <= self._window and supports_packing(self.model)
 
-    def _share(self, shared: int, rows: Sequence[Sequence[int]], new_tokens: int) -> int:
-        """Return how many tokens to take from a prefix: none where it would not be exact."""
-        return shared if max(map(len, rows)) + new_tokens <= self._window else 0
-
-    def _write(
+    def _generate(
         self, rows: Sequence[Sequence[int]], shared: int, writers: Sequence[Writer], sampling: Sampling
     ) -> None:
-        """Decode a batch until every writer has enough."""
+        """Decode a batch until every text is finished."""
         logits, state = self.forward.prefill(rows, shared)
         live = list(writers)
         while True:
             tokens = _draws(logits, live, sampling)
-            wanted = [not w.finish and w.push(t) for w, t in zip(live, tokens, strict=True)]
-            if not any(wanted):
+            unfinished = [not w.finish and w.push(t) for w, t in zip(live, tokens, strict=True)]
+            if not any(unfinished):
                 return
-            if sum(wanted) < _COMPACT_BELOW * len(live):
-                keep = [i for i, more in enumerate(wanted) if more]
+            if sum(unfinished) < _COMPACT_BELOW * len(live):
+                keep = [i for i, more in enumerate(unfinished) if more]
                 state.keep(keep)
                 live, tokens = [live[i] for i in keep], [tokens[i] for i in keep]
             logits = self.forward.step(state, tokens)
-
-    def _score(
-        self, rows: Sequence[Sequence[int]], shared: int, tails: Sequence[Sequence[Sequence[int]]]
-    ) -> NDArray[np.float64]:
-        """Return the summed log-probabilities ``[b, n_choice]`` of the tails of each row."""
-        import torch
-
-        logits, state = self.forward.prefill(rows, shared)
-        n_choice = len(tails[0])
-        flat = [tail for row in tails for tail in row]  # [b * n_choice]
-        first = torch.log_softmax(logits, dim=-1).cpu()
-        scores = [float(first[i // n_choice, tail[0]]) if tail else 0.0 for i, tail in enumerate(flat)]
-        if max(map(len, flat)) > 1:
-            state.repeat(n_choice)
-            # The last token of a tail is only predicted, never read.
-            rest = torch.log_softmax(self.forward.extend(state, [tail[:-1] for tail in flat]), dim=-1)
-            for i, tail in enumerate(flat):
-                for j, token in enumerate(tail[1:]):
-                    scores[i] += float(rest[i, j, token])
-        return np.array(scores, dtype=np.float64).reshape(len(tails), n_choice)
 
 
 def _draws(logits: torch.Tensor, writers: Sequence[Writer], sampling: Sampling) -> list[int]:
@@ -458,11 +453,11 @@ def _draws(logits: torch.Tensor, writers: Sequence[Writer], sampling: Sampling) 
 
 
 def _drawing(logits: torch.Tensor, sampling: Sampling) -> Callable[[int, Writer], int]:
-    """Return what draws a token from a row of logits ``[b, v]``, with the generator of who writes it."""
+    """Return a function that draws a token from a row of logits ``[b, v]`` with its writer's generator."""
     if sampling.temperature > 0.0:
         rows = logits.cpu().numpy()
         return lambda row, writer: draw(rows[row], sampling, writer.rng)
-    # On a processor numpy finds the largest of a row ten times faster than torch.
+    # On a CPU numpy's argmax of a row is ten times faster than torch's.
     greedy = logits.numpy().argmax(axis=-1) if logits.device.type == "cpu" else logits.argmax(dim=-1)
     tokens: list[int] = greedy.tolist()
     return lambda row, _: tokens[row]

@@ -1,9 +1,9 @@
-"""Lay weights out once for a processor's matrix unit, instead of at every product.
+"""Pre-pack Linear weights for oneDNN's bfloat16 kernels, once instead of at every product.
 
-oneDNN multiplies bfloat16 in blocks of its own order. torch keeps weights row by row, so each product of a
-`Linear` sorts its weights into blocks first; with some dozen tokens a call, as when many texts are written, that
-is a quarter of the time. The operators used here are those that torch's own compiler (inductor) emits for frozen
-weights; where a build of torch or a processor lacks them, the model stays as it is.
+oneDNN multiplies bfloat16 in blocks of its own layout. torch stores weights row by row, so each product of a `Linear`
+first reorders its weights; with some dozen tokens a call, as when many texts are generated, that is a quarter of the
+time. The operators used here are those that torch's own compiler (inductor) emits for frozen weights; where a build
+of torch or a processor lacks them, the model stays as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from arte_edge.private_names import missing
 
 __all__ = ["pack", "supported"]
 
-_TOKENS = 64  # of a typical call: oneDNN picks the order of the blocks by it
+_TOKENS = 64  # of a typical call: oneDNN chooses the block layout by it
 
 
 def pack(model: Any) -> int:
@@ -39,7 +39,7 @@ def pack(model: Any) -> int:
 
 
 def supported() -> bool:
-    """Return whether this build of torch and this processor multiply bfloat16, and weights can be laid out for it."""
+    """Return whether this torch build and processor support bfloat16 products with pre-packed weights."""
     import torch
 
     if not torch.backends.mkldnn.is_available() or missing(__name__):  # type: ignore[no-untyped-call]

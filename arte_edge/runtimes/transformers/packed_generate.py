@@ -1,9 +1,12 @@
-"""Write many completions side by side in rows of one cache (`hf_row`): prefixes once, places refilled as texts end.
+"""Generate many completions in a packed KV cache: prefixes computed once, slots refilled as sequences end.
 
-Each step decodes a sequence's last token and a guess of the next ones (`guess`) in one call; a guessed token
-counts where it is the one that is drawn there. The cells of the others are seen by nobody and given back.
+Each step decodes a sequence's last token together with proposed next tokens, found by prompt lookup: the tokens that
+followed the same few tokens before (speculative decoding without a second model, arXiv 2211.17192). A small model
+repeats the example, the question and what it wrote to other questions, and texts of other sequences are searched
+too. A proposed token costs one row of a batch that is decoded anyway; a right one saves a whole step, a wrong one is
+discarded, so the text does not change. The cells of discarded tokens are masked and freed.
 
-Prefixes are computed in a row of their own and copied to the rows whose sequences go on from them.
+Prefixes are computed in a row of their own and copied to the rows whose sequences extend them.
 """
 
 from __future__ import annotations
@@ -16,86 +19,86 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.runtimes.prefix_tree import Stem, grow_stems
-from arte_edge.runtimes.transformers.packed_kv_cache import Part, Row, extend, hold
+from arte_edge.runtimes.prefix_tree import SharedPrefix, group_by_prefix
+from arte_edge.runtimes.transformers.packed_kv_cache import CacheRow, NewTokens, forward_rows, load_prefix
 from arte_edge.runtimes.transformers.tokenizer import Writer
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Guesser", "Memory", "write_rows"]
+__all__ = ["NgramIndex", "PromptLookup", "generate_packed"]
 
 _LONGEST = 3  # tokens that are looked up at most
-_MOST = 8  # tokens of a guess
+_MOST = 8  # tokens of a proposal
 
 
-class Memory:
-    """Where each few tokens stood last, in lists that may still grow."""
+class NgramIndex:
+    """Where each n-gram occurred last, in token lists that may still grow."""
 
     def __init__(self) -> None:
         self._places: dict[tuple[int, ...], tuple[list[int], int]] = {}
 
     def note(self, tokens: list[int], start: int) -> None:
-        """Remember what the tokens from `start` on came after; the list is kept, not copied."""
+        """Index the tokens from `start` on by what precedes them; the list is referenced, not copied."""
         for at in range(max(start, 1), len(tokens)):
             for n in range(1, min(_LONGEST, at) + 1):
                 self._places[tuple(tokens[at - n : at])] = (tokens, at)
 
     def find(self, end: tuple[int, ...], most: int) -> list[int]:
-        """Return up to `most` tokens that came after `end` the last time."""
+        """Return up to `most` tokens that followed `end` the last time."""
         tokens, at = self._places.get(end, ([], 0))
         return tokens[at : at + most]
 
 
-class Guesser:
-    """The guesses for one text: shorter after a wrong one, longer after right ones."""
+class PromptLookup:
+    """Proposed tokens for one text: fewer after a wrong proposal, more after right ones."""
 
-    def __init__(self, prompt: Sequence[int], shared: Memory) -> None:
-        self._tokens, self._own, self._shared = list(prompt), Memory(), shared
+    def __init__(self, prompt: Sequence[int], shared: NgramIndex) -> None:
+        self._tokens, self._own, self._shared = list(prompt), NgramIndex(), shared
         self._own.note(self._tokens, 0)
         self._most = _MOST // 2
-        self._guess: list[int] = []
+        self._proposal: list[int] = []
 
-    def guess(self) -> list[int]:
-        """Return the tokens to try next: none where nothing is known."""
-        self._guess = []
+    def propose(self) -> list[int]:
+        """Return the tokens to try next; none where no n-gram matches."""
+        self._proposal = []
         for n in range(min(_LONGEST, len(self._tokens)), 0, -1):
             end = tuple(self._tokens[-n:])
-            self._guess = self._own.find(end, self._most) or self._shared.find(end, self._most)
-            if self._guess:
+            self._proposal = self._own.find(end, self._most) or self._shared.find(end, self._most)
+            if self._proposal:
                 break
-        return self._guess
+        return self._proposal
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Take what was written since the guess: the part of it that was right, and one more token."""
-        if self._guess:
+        """Append what was generated since the proposal: the right part of it and one more token."""
+        if self._proposal:
             right = len(tokens) - 1
-            self._most = min(self._most + 1, _MOST) if right == len(self._guess) else right + 1
+            self._most = min(self._most + 1, _MOST) if right == len(self._proposal) else right + 1
         start = len(self._tokens)
         self._tokens.extend(tokens)
         self._own.note(self._tokens, start)
         self._shared.note(self._tokens, start)
 
 
-_ROWS, _PLACES = 4, 12  # rows, and sequences in each: attention grows with the square of a row
-_MOST_NEW = 512  # tokens of a row in one call: its mask is so many by all its cells
-_REFILL_SHARE = 8  # new ones enter when one place in so many is free
-_DEAD_SHARE = 0.15  # of a row's cells: then those that nobody sees are given back
+_ROWS, _SLOTS = 4, 12  # rows, and sequences in each: attention grows with the square of a row
+_MOST_NEW = 512  # tokens of a row in one call: its mask has so many rows and a column a cell
+_REFILL_SHARE = 8  # new sequences enter when one slot in so many is free
+_DEAD_SHARE = 0.15  # of a row's cells masked for all sequences: then they are freed
 
 View = NDArray[np.bool_]  # [n_cells]: which cells of a row a sequence sees
-Draw = Callable[[int, Writer], int]  # row of the logits, who writes it: the token drawn there
+Draw = Callable[[int, Writer], int]  # row of the logits, its writer: the token drawn there
 
 
-def write_rows(
+def generate_packed(
     model: Any,
     device: torch.device,
     prompts: Sequence[Sequence[int]],
     writers: Sequence[Writer],
     drawing: Callable[[torch.Tensor], Draw],
 ) -> list[int]:
-    """Let every writer write after its prompt; return how many tokens of each prompt came from a prefix ``[n]``.
+    """Generate after every prompt; return how many tokens of each prompt came from a shared prefix ``[n]``.
 
-    `drawing` (logits ``[n, v]``) returns what draws a token from a row of them.
+    `drawing` (logits ``[n, v]``) returns a function that draws a token from one of their rows.
     """
     return _Schedule(model, device, prompts, writers, drawing).run()
 
@@ -103,30 +106,30 @@ def write_rows(
 @dataclass
 class _Sequence:
     writer: Writer
-    guesser: Guesser
+    lookup: PromptLookup
     pending: list[int]  # tokens not decoded yet
-    guessed: int  # how many of them, the last ones, are a guess
+    n_proposed: int  # how many of them, the last ones, are a proposal
     position: int  # of the first of them
     seen: View
 
-    def forget_guess(self) -> None:
-        self.pending = self.pending[: len(self.pending) - self.guessed]
-        self.guessed = 0
+    def drop_proposal(self) -> None:
+        self.pending = self.pending[: len(self.pending) - self.n_proposed]
+        self.n_proposed = 0
 
     def read(self, n: int, view: NDArray[np.bool_]) -> None:
-        """Take in the first `n` tokens of a prompt too long for one call; `view` is what the last of them saw."""
+        """Mark the first `n` tokens of a prompt too long for one call as read; `view` is the mask of the last one."""
         self.pending = self.pending[n:]
         self.position += n
         self.seen = view.copy()
 
     def advance(self, draw: Draw, row: int, views: NDArray[np.bool_]) -> bool:
-        """Draw tokens from `row` on for as long as they are those of the guess; return whether more are wanted.
+        """Draw tokens from `row` on while they equal the proposal; return whether the text continues.
 
-        `views` ``[1 + guessed, n_cells]`` says what each of the tokens that are drawn after saw.
+        `views` ``[1 + n_proposed, n_cells]`` are the masks of the tokens after which tokens are drawn.
         """
-        guess = self.pending[len(self.pending) - self.guessed :]
+        proposal = self.pending[len(self.pending) - self.n_proposed :]
         written: list[int] = []
-        for expected in (*guess, None):
+        for expected in (*proposal, None):
             written.append(draw(row + len(written), self.writer))
             if not self.writer.push(written[-1]):
                 return False
@@ -134,10 +137,10 @@ class _Sequence:
                 break
         right = len(written) - 1
         self.seen = views[right].copy()  # a view would keep the whole mask
-        self.position += len(self.pending) - self.guessed + right
-        self.guesser.add(written)
-        guess = self.guesser.guess()[: self.writer.room - 1]
-        self.pending, self.guessed = [written[-1], *guess], len(guess)
+        self.position += len(self.pending) - self.n_proposed + right
+        self.lookup.add(written)
+        proposal = self.lookup.propose()[: self.writer.room - 1]
+        self.pending, self.n_proposed = [written[-1], *proposal], len(proposal)
         return True
 
 
@@ -145,27 +148,27 @@ class _Sequence:
 class _Group:
     """The sequences of one row, and the prefix that was copied to it last."""
 
-    row: Row = field(default_factory=Row)
+    row: CacheRow = field(default_factory=CacheRow)
     live: list[_Sequence] = field(default_factory=list)
-    stem: Stem | None = None
-    prefix: View = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    prefix: SharedPrefix | None = None
+    prefix_view: View = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
 
-    def part(self) -> tuple[Part, list[int], list[int]]:
+    def part(self) -> tuple[NewTokens, list[int], list[int]]:
         """Return what is decoded next, how many tokens of each sequence, and after which of them tokens are drawn.
 
-        The sequences that write come first; prompts are read in pieces that `_MOST_NEW` has room for.
+        Generating sequences come first; prompts are read in pieces that fit into `_MOST_NEW`.
         """
         taken: list[int] = []
         for one in self.live:
             left = max(_MOST_NEW - sum(taken), 0)
             if len(one.pending) > left:
-                one.forget_guess()
+                one.drop_proposal()
             taken.append(min(len(one.pending), left))
         n, total = self.row.n_cells, sum(taken)
         mask = np.zeros((total, n + total), dtype=np.bool_)
         tokens: list[int] = []
         positions: list[int] = []
-        wanted: list[int] = []
+        outputs: list[int] = []
         for one, m in zip(self.live, taken, strict=True):
             start = len(tokens)
             mask[start : start + m, : len(one.seen)] = one.seen
@@ -173,33 +176,33 @@ class _Group:
             tokens += one.pending[:m]
             positions += range(one.position, one.position + m)
             if m == len(one.pending):
-                wanted += range(start + m - 1 - one.guessed, start + m)
-        return Part(self.row, tokens, np.array(positions), mask), taken, wanted
+                outputs += range(start + m - 1 - one.n_proposed, start + m)
+        return NewTokens(self.row, tokens, np.array(positions), mask), taken, outputs
 
     def advance(self, draw: Draw, first: int, seen: NDArray[np.bool_], taken: Sequence[int]) -> None:
-        """Let every sequence draw, from the row `first` of the logits on; those that are done leave.
+        """Let every sequence draw, from the row `first` of the logits on; ended sequences are removed.
 
-        `seen` ``[n, n_cells]`` says what each decoded token saw, `taken` how many of them are each sequence's.
+        `seen` ``[n, n_cells]`` are the masks of the decoded tokens, `taken` the number of tokens of each sequence.
         """
-        going, row, end = [], first, 0
+        live, row, end = [], first, 0
         for one, m in zip(self.live, taken, strict=True):
             end += m
             if m < len(one.pending):
                 if m:
                     one.read(m, seen[end - 1])
-                going.append(one)
+                live.append(one)
                 continue
-            n_drawn = 1 + one.guessed
+            n_drawn = 1 + one.n_proposed
             if one.advance(draw, row, seen[end - n_drawn : end]):
-                going.append(one)
+                live.append(one)
             row += n_drawn
-        self.live = going
-        self._give_back()
+        self.live = live
+        self._free_cells()
 
-    def _give_back(self) -> None:
-        """Move the cells that somebody sees together once too many are dead."""
+    def _free_cells(self) -> None:
+        """Compact the cells in use once too many are masked for all sequences."""
         alive = np.zeros(self.row.n_cells, dtype=np.bool_)
-        for view in (self.prefix, *(one.seen for one in self.live)):
+        for view in (self.prefix_view, *(one.seen for one in self.live)):
             alive[: len(view)] |= view
         if alive.sum() >= (1 - _DEAD_SHARE) * len(alive):
             return
@@ -207,7 +210,7 @@ class _Group:
         self.row.keep(cells)
         for one in self.live:
             one.seen = one.seen[cells[cells < len(one.seen)]]
-        self.prefix = self.prefix[cells[cells < len(self.prefix)]]
+        self.prefix_view = self.prefix_view[cells[cells < len(self.prefix_view)]]
 
 
 class _Schedule:
@@ -221,57 +224,59 @@ class _Schedule:
     ) -> None:
         self._model, self._device = model, device
         self._prompts, self._writers, self._drawing = prompts, writers, drawing
-        self._waiting = deque(grow_stems(prompts, [len(prompt) - 1 for prompt in prompts]))
+        self._waiting = deque(group_by_prefix(prompts, [len(prompt) - 1 for prompt in prompts]))
         self._groups = [_Group() for _ in range(_ROWS)]
-        self._prefixes = Row()
-        self._held: list[Stem] = []  # in the cells of `_prefixes`, one behind the other
-        self._written = Memory()
+        self._prefixes = CacheRow()
+        self._cached: list[SharedPrefix] = []  # in the cells of `_prefixes`, in order
+        self._written = NgramIndex()
         self._shared = [0] * len(prompts)
 
     def run(self) -> list[int]:
-        places = _ROWS * _PLACES
+        slots = _ROWS * _SLOTS
         while self._waiting or any(group.live for group in self._groups):
             live = sum(len(group.live) for group in self._groups)
-            if self._waiting and (not live or (places - live) * _REFILL_SHARE >= places):
+            if self._waiting and (not live or (slots - live) * _REFILL_SHARE >= slots):
                 self._refill()
             self._step()
         return self._shared
 
     def _refill(self) -> None:
-        """Give waiting sequences the free places: in rows that have their prefix, else in the emptiest ones."""
+        """Assign free slots to waiting sequences: in rows that hold their prefix, else in the emptiest row."""
         while self._waiting:
-            i, stem = self._waiting[0]
-            free = [group for group in self._groups if len(group.live) < _PLACES]
+            i, prefix = self._waiting[0]
+            free = [group for group in self._groups if len(group.live) < _SLOTS]
             if not free:
                 return
-            group = min(free, key=lambda one: (one.stem is not stem, len(one.live)))
+            group = min(free, key=lambda one: (one.prefix is not prefix, len(one.live)))
             self._waiting.popleft()
-            if group.stem is not stem:
-                self._copy(stem, group)
-            start = self._shared[i] = stem.end if stem else 0
+            if group.prefix is not prefix:
+                self._copy(prefix, group)
+            start = self._shared[i] = prefix.end if prefix else 0
             prompt = list(self._prompts[i])
-            guesser = Guesser(prompt, self._written)
-            group.live.append(_Sequence(self._writers[i], guesser, prompt[start:], 0, start, group.prefix))
+            lookup = PromptLookup(prompt, self._written)
+            group.live.append(
+                _Sequence(self._writers[i], lookup, prompt[start:], 0, start, group.prefix_view)
+            )
 
-    def _copy(self, stem: Stem | None, group: _Group) -> None:
-        """Copy a prefix to a group's row, where it takes the last one's place."""
+    def _copy(self, prefix: SharedPrefix | None, group: _Group) -> None:
+        """Copy a prefix to a group's row, where it replaces the last one."""
         before = group.row.n_cells
-        if stem:
-            self._held = hold(self._model, self._device, self._prefixes, stem, self._held)
-            group.row.adopt(self._prefixes, np.arange(stem.end))
-        group.stem, group.prefix = stem, np.arange(group.row.n_cells) >= before
+        if prefix:
+            self._cached = load_prefix(self._model, self._device, self._prefixes, prefix, self._cached)
+            group.row.adopt(self._prefixes, np.arange(prefix.end))
+        group.prefix, group.prefix_view = prefix, np.arange(group.row.n_cells) >= before
 
     def _step(self) -> None:
-        """Decode what is pending of all sequences in one call, and let them draw."""
+        """Decode the pending tokens of all sequences in one call, and let the sequences draw."""
         groups = [group for group in self._groups if group.live]
         made = [group.part() for group in groups]
-        wanted: list[int] = []
+        outputs: list[int] = []
         start = 0
         for part, _, own in made:
-            wanted += [start + place for place in own]
+            outputs += [start + place for place in own]
             start += len(part.tokens)
-        # Logits of one token at least: where all are still reading, nobody draws from them.
-        logits = extend(self._model, self._device, [part for part, _, _ in made], wanted or [0])
+        # At least one row of logits, which is unused while all sequences still read their prompts.
+        logits = forward_rows(self._model, self._device, [part for part, _, _ in made], outputs or [0])
         draw = self._drawing(logits)
         first = 0
         for group, (part, taken, own) in zip(groups, made, strict=True):

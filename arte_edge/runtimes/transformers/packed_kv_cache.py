@@ -1,9 +1,12 @@
-"""Rows of a transformers cache in which many sequences stand side by side.
+"""A packed KV cache for transformers: several sequences share one row, separated by attention masks.
 
-A mask says which cells of its row each new token sees, so sequences with a common prefix keep it once, need
-no padding, and come and go at any step. Attention to cells nobody asked for, which are masked, is the price;
-so the sequences are spread over several rows. The rows' tokens go through the model as one list: every matrix
-product is one for all of them, and only attention is done row by row.
+A mask says which cells of its row each new token attends to, so sequences with a common prefix store it once, need
+no padding, and enter and leave at any step. The price is attention over masked cells, so the sequences are spread
+over several rows. The tokens of all rows go through the model as one list: matrix products are computed for all of
+them together, and only attention is computed row by row.
+
+`run_trees` scores trees of continuations this way: a question and all its choices are one row, no cache is
+repeated for a choice, nothing is padded, and logits are computed only for the tokens that need them.
 """
 
 from __future__ import annotations
@@ -17,25 +20,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.private_names import missing
-from arte_edge.runtimes.prefix_tree import Group, Stem, n_held
+from arte_edge.runtimes.prefix_tree import Group, SharedPrefix, n_cached
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MOST_ROWS", "Part", "Row", "after", "extend", "hold", "run_trees", "takes_rows"]
+__all__ = [
+    "MOST_ROWS",
+    "CacheRow",
+    "NewTokens",
+    "forward_rows",
+    "load_prefix",
+    "run_trees",
+    "supports_packing",
+    "with_cached",
+]
 
 _LAYERS = {"full_attention", "sliding_attention"}
 _FIRST_CELLS = 512
-_PIECE = 512  # tokens of a prefix in one call: a mask is so many by all cells
-_ATTENTION = "arte_edge_rows"  # the name that attention over rows is registered by
+_PIECE = 512  # tokens of a prefix in one call: its mask has so many rows and a column a cell
+_ATTENTION = "arte_edge_rows"  # the name under which attention over rows is registered
 
 
-def takes_rows(model: Any) -> bool:
-    """Return whether `model` attends by a mask and positions alone, and make its attention take rows if so."""
+def supports_packing(model: Any) -> bool:
+    """Return whether `model` attends by mask and positions alone; if so, switch it to attention over rows."""
     known = inspect.signature(model.forward).parameters
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or _LAYERS)
-    # Scores that are squeezed before the softmax (Gemma 2) are not what `scaled_dot_product_attention` computes.
+    # `scaled_dot_product_attention` does not compute soft-capped scores (Gemma 2).
     plain = getattr(config, "attn_logit_softcapping", None) is None
     if missing(__name__) or not (
         plain and {"position_ids", "logits_to_keep"} <= set(known) and layers <= _LAYERS
@@ -47,65 +59,67 @@ def takes_rows(model: Any) -> bool:
     return bool(config._attn_implementation == _ATTENTION)
 
 
-class Row:
-    """Cells: the keys and values of the tokens of some sequences."""
+class CacheRow:
+    """One row of cells: the keys and values of the tokens of some sequences."""
 
     def __init__(self) -> None:
         self.n_cells = 0
         self._buffers: dict[int, list[torch.Tensor]] = {}  # by layer: keys and values [1, g, size, head_dim]
 
     def append(self, layer: int, new: Sequence[torch.Tensor], at: int) -> list[torch.Tensor]:
-        """Put keys and values ``[1, g, n, head_dim]`` behind the first `at` cells; return all of them."""
+        """Store keys and values ``[1, g, n, head_dim]`` after the first `at` cells; return all of them."""
         end = at + new[0].shape[2]
-        held = self._buffers.get(layer)
-        if held is None or held[0].shape[2] < end:
+        cached = self._buffers.get(layer)
+        if cached is None or cached[0].shape[2] < end:
             size = max(_FIRST_CELLS, 2 * end)
             grown = [s.new_empty((1, s.shape[1], size, s.shape[3])) for s in new]
-            for target, source in zip(grown, held or [], strict=False):
+            for target, source in zip(grown, cached or [], strict=False):
                 target[:, :, :at] = source[:, :, :at]
-            held = self._buffers[layer] = grown
-        for target, source in zip(held, new, strict=True):
+            cached = self._buffers[layer] = grown
+        for target, source in zip(cached, new, strict=True):
             target[:, :, at:end] = source
-        return [buffer[:, :, :end] for buffer in held]
+        return [buffer[:, :, :end] for buffer in cached]
 
     def crop(self, n_cells: int) -> None:
-        """Forget all cells but the first `n_cells`."""
+        """Drop all cells except the first `n_cells`."""
         self.n_cells = min(n_cells, self.n_cells)
 
     def keep(self, cells: NDArray[np.int64]) -> None:
-        """Forget all cells but `cells`, which move together in this order."""
+        """Drop all cells except `cells`, which become contiguous in this order."""
         import torch
 
         with torch.inference_mode():
-            for held in self._buffers.values():
-                index = torch.from_numpy(cells).to(held[0].device)
-                for buffer in held:
+            for cached in self._buffers.values():
+                index = torch.from_numpy(cells).to(cached[0].device)
+                for buffer in cached:
                     buffer[:, :, : len(cells)] = buffer.index_select(2, index)
         self.n_cells = len(cells)
 
-    def adopt(self, other: Row, cells: NDArray[np.int64]) -> None:
+    def adopt(self, other: CacheRow, cells: NDArray[np.int64]) -> None:
         """Append copies of the `cells` of another row."""
         import torch
 
         with torch.inference_mode():
-            for layer, held in other._buffers.items():
-                index = torch.from_numpy(cells).to(held[0].device)
-                self.append(layer, [buffer.index_select(2, index) for buffer in held], self.n_cells)
+            for layer, cached in other._buffers.items():
+                index = torch.from_numpy(cells).to(cached[0].device)
+                self.append(layer, [buffer.index_select(2, index) for buffer in cached], self.n_cells)
         self.n_cells += len(cells)
 
 
 @dataclass(frozen=True)
-class Part:
+class NewTokens:
     """New tokens of one row."""
 
-    row: Row
+    row: CacheRow
     tokens: Sequence[int]  # [n]
     positions: NDArray[np.int64]  # [n]
-    seen: NDArray[np.bool_]  # [n, n_cells + n]: which cells each token looks at, the new ones included
+    seen: NDArray[np.bool_]  # [n, n_cells + n]: which cells each token attends to, the new ones included
 
 
-def extend(model: Any, device: torch.device, parts: Sequence[Part], wanted: Sequence[int]) -> torch.Tensor:
-    """Append each part's tokens to its row; return the logits ``[w, v]`` of the `wanted` ones of all tokens."""
+def forward_rows(
+    model: Any, device: torch.device, parts: Sequence[NewTokens], outputs: Sequence[int]
+) -> torch.Tensor:
+    """Append each part's tokens to its row; return logits ``[o, v]`` of the tokens at the indices `outputs`."""
     import torch
 
     cache = _cells(parts, model, device)
@@ -114,12 +128,12 @@ def extend(model: Any, device: torch.device, parts: Sequence[Part], wanted: Sequ
     with torch.inference_mode():
         out = model(
             input_ids=torch.tensor([tokens], device=device),
-            # A mask of four dimensions is handed on as it is; attention over rows has its own.
+            # A four-dimensional mask is passed on unchanged; attention over rows has its own.
             attention_mask=torch.zeros((1, 1, 1, 1), dtype=model.dtype, device=device),
             position_ids=torch.from_numpy(positions)[None].to(device),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=torch.tensor(list(wanted), device=device),
+            logits_to_keep=torch.tensor(list(outputs), device=device),
         )
     for part in parts:
         part.row.n_cells += len(part.tokens)
@@ -127,34 +141,40 @@ def extend(model: Any, device: torch.device, parts: Sequence[Part], wanted: Sequ
     return logits
 
 
-def hold(model: Any, device: torch.device, row: Row, stem: Stem | None, held: Sequence[Stem]) -> list[Stem]:
-    """Leave exactly the prefix `stem` in the row, computing what is not there; return the stems on the way."""
-    way = stem.way if stem else []
-    same = n_held(way, held)
-    row.crop(way[same - 1].end if same else 0)
-    for one in way[same:]:
+def load_prefix(
+    model: Any,
+    device: torch.device,
+    row: CacheRow,
+    prefix: SharedPrefix | None,
+    cached: Sequence[SharedPrefix],
+) -> list[SharedPrefix]:
+    """Make `prefix` the whole content of the row, computing what is missing; return the cached prefixes."""
+    path = prefix.path if prefix else []
+    same = n_cached(path, cached)
+    row.crop(path[same - 1].end if same else 0)
+    for one in path[same:]:
         for start in range(one.start, one.end, _PIECE):
             at = np.arange(start, min(start + _PIECE, one.end))
             tokens = one.tokens[start : start + len(at)]
             seen = np.tri(len(at), dtype=np.bool_)
-            extend(model, device, [Part(row, tokens, at, after(row, seen))], [len(at) - 1])
-    return way
+            forward_rows(model, device, [NewTokens(row, tokens, at, with_cached(row, seen))], [len(at) - 1])
+    return path
 
 
-def after(row: Row, seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return a mask of new tokens that see all cells there are, and each other as `seen` says."""
+def with_cached(row: CacheRow, seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the mask of new tokens that attend to all cached cells, and to each other as in `seen`."""
     return np.concatenate([np.ones((len(seen), row.n_cells), dtype=np.bool_), seen], axis=1)
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What attention gets in place of keys: for each row its tokens' place, keys, values and mask."""
+    """Passed to attention in place of keys: for each row the slice of its tokens, keys, values and mask."""
 
     rows: list[tuple[slice, list[torch.Tensor], torch.Tensor]]
 
 
-def _cells(parts: Sequence[Part], model: Any, device: torch.device) -> Any:
-    """Return a cache that appends in place, to each row its own: the library's own copies all of itself."""
+def _cells(parts: Sequence[NewTokens], model: Any, device: torch.device) -> Any:
+    """Return a cache that appends to each row in place; the library's own cache copies itself."""
     import torch
     from transformers import DynamicCache
 
@@ -180,7 +200,7 @@ def _cells(parts: Sequence[Part], model: Any, device: torch.device) -> Any:
 
 
 def _register() -> None:
-    """Tell transformers of attention over rows; what else comes this way is attended to as before."""
+    """Register attention over rows with transformers; ordinary keys are attended to as before."""
     import torch
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -209,24 +229,24 @@ def _register() -> None:
     AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 
 
-MOST_ROWS = 512  # of one group: attention looks at all pairs of them
+MOST_ROWS = 512  # rows of one group: attention covers all pairs of them
 
 
 def run_trees(model: Any, device: torch.device, groups: Sequence[Group]) -> None:
-    """Decode every group and hand out its logits."""
-    row = Row()
-    held: list[Stem] = []
+    """Decode every group and pass its logits to their readers."""
+    row = CacheRow()
+    cached: list[SharedPrefix] = []
     for group in groups:
-        held = hold(model, device, row, group.stem, held)
+        cached = load_prefix(model, device, row, group.prefix, cached)
         tokens, positions, first, end, _ = np.array(group.rows, dtype=np.int64).T
-        # A token is on another one's way if it is before it and the other's leaf is behind it.
+        # A token is an ancestor of another one if it comes before it and the other's leaf is below it.
         seen = (first[None, :] <= first[:, None]) & (first[:, None] < end[None, :])
         seen &= positions[None, :] <= positions[:, None]
-        asked = [i for i, (_, _, _, _, wanted) in enumerate(group.rows) if wanted]
-        part = Part(row, tokens.tolist(), positions, after(row, seen))
-        logits = extend(model, device, [part], asked).cpu().numpy()
-        for i, found in zip(asked, logits, strict=True):
+        outputs = [i for i, (_, _, _, _, read) in enumerate(group.rows) if read]
+        part = NewTokens(row, tokens.tolist(), positions, with_cached(row, seen))
+        logits = forward_rows(model, device, [part], outputs).cpu().numpy()
+        for i, found in zip(outputs, logits, strict=True):
             _, at, leaf, _, _ = group.rows[i]
-            way = group.tree.ways[leaf][: at + 1]
-            for note in group.tree.wanted[way]:
-                note(way, found)
+            path = group.tree.paths[leaf][: at + 1]
+            for reader in group.tree.readers[path]:
+                reader(path, found)

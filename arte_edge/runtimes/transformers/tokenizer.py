@@ -27,8 +27,8 @@ _END_TOKENS = (
     "<|return|>",
     "<EOT>",
 )
-_SEAM = 4  # tokens of the prompt decoded with an answer, so that its first blank is not trimmed
-_LOOP_EVERY = 16  # tokens between two looks for a loop, as in the llama.cpp engine
+_SEAM = 4  # tokens of the prompt decoded with an answer, so that its leading space is not trimmed
+_LOOP_EVERY = 16  # tokens between two checks for a loop, as in the llama.cpp engine
 
 
 class Text:
@@ -106,7 +106,7 @@ class Writer:
         return self._sampling.max_tokens - len(self._written)
 
     def push(self, token: int) -> bool:
-        """Take the next token; return whether another one is wanted."""
+        """Append the next token; return whether the text continues."""
         if token in self._text.ends:
             return self._end("eos")
         self._written.append(token)

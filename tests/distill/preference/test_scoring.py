@@ -25,7 +25,7 @@ from arte_edge.distill.stages.calibrate import calibrate
 from arte_edge.distill.stages.elicit import elicit
 from arte_edge.distill.stages.prefer import prefer
 from arte_edge.models.local import LocalModel
-from arte_edge.runtimes.autotune import Way
+from arte_edge.runtimes.autotune import Candidate
 
 Floats = NDArray[np.float64]
 LENGTHS = st.lists(st.integers(1, 400), min_size=12, max_size=60)
@@ -194,21 +194,21 @@ def test_a_run_may_order_them_by_the_whole_score(house: Any) -> None:
 def measured(house: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """What was asked for, and the way that is said to be the fastest."""
     monkeypatch.setenv("ARTE_EDGE_PROBE", "1")
-    seen: dict[str, Any] = {"way": Way("transformers", "bfloat16"), "asked": [], "opened": []}
+    seen: dict[str, Any] = {"way": Candidate("transformers", "bfloat16"), "asked": [], "opened": []}
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "model.safetensors").write_bytes(bytes(2000))
 
-    def quickest(ways: list[Way], opening: Any, work: str, facts: list[object]) -> Way:
+    def fastest_engine(ways: list[Candidate], opening: Any, work: str, facts: list[object]) -> Candidate:
         seen["asked"].append((ways, work, facts))
         seen["engine"] = opening(seen["way"])
         return seen["way"]
 
     def open_local(model: LocalModel, **how: Any) -> Any:
-        seen["opened"].append((model.name, how.get("kind"), how.get("floats")))
+        seen["opened"].append((model.name, how.get("kind"), how.get("dtype")))
         return house.student
 
-    monkeypatch.setattr(scoring, "quickest", quickest)
+    monkeypatch.setattr(scoring, "fastest_engine", fastest_engine)
     monkeypatch.setattr(scoring, "open_local", open_local)
     monkeypatch.setattr("arte_edge.distill.run_context.open_local", open_local)
     monkeypatch.setattr(LocalModel, "checkpoint", lambda self, progress=None: checkpoint)
@@ -230,13 +230,13 @@ def test_much_is_scored_by_the_fastest_engine_in_its_floats(house: Any, measured
     assert scoring_engine(run, MUCH) is house.student
     assert measured["opened"][-1] == ("scripted-student", "transformers", "bfloat16")
     ways, work, facts = measured["asked"][0]
-    assert ways[0] == Way("llamacpp") and Way("transformers", "float32") in ways
+    assert ways[0] == Candidate("llamacpp") and Candidate("transformers", "float32") in ways
     assert work == "choose" and f"sha256 of {run.config.student.model}" in facts
     run.close()
 
 
 def test_where_llama_cpp_is_the_fastest_it_is_the_students_own(house: Any, measured: dict[str, Any]) -> None:
-    measured["way"] = Way("llamacpp")
+    measured["way"] = Candidate("llamacpp")
     run = house.run()
     assert scoring_engine(run, MUCH) is run.engine(run.config.student)
     run.close()

@@ -20,15 +20,15 @@ class Books:
 
     def __init__(self, slots: int, n_batch: int = 64) -> None:
         self.n_seq, self.n_batch = slots + MAX_LEVELS, n_batch
-        self.held: list[list[int]] = [[] for _ in range(self.n_seq)]
+        self.cached: list[list[int]] = [[] for _ in range(self.n_seq)]
         self.batches: list[list[tuple[int, int]]] = []  # (sequence, rows), in order
 
     def copy(self, source: int, target: int) -> None:
-        assert not self.held[target], "a copy over a sequence that is in use"
-        self.held[target] = list(self.held[source])
+        assert not self.cached[target], "a copy over a sequence that is in use"
+        self.cached[target] = list(self.cached[source])
 
     def drop(self, sequence: int, start: int = -1) -> None:
-        del self.held[sequence][max(start, 0) :]
+        del self.cached[sequence][max(start, 0) :]
 
     def decode_arrays(
         self, tokens: NDArray[Any], positions: NDArray[Any], sequences: NDArray[Any], wanted: NDArray[Any]
@@ -37,15 +37,15 @@ class Books:
         runs: list[tuple[int, int]] = []
         out = []
         for token, position, sequence, want in zip(tokens, positions, sequences, wanted, strict=True):
-            assert len(self.held[sequence]) == position, "a token that does not follow"
-            self.held[sequence].append(int(token))
+            assert len(self.cached[sequence]) == position, "a token that does not follow"
+            self.cached[sequence].append(int(token))
             if runs and runs[-1][0] == sequence:
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1)
             else:
                 runs.append((int(sequence), 1))
             if want:
                 row = np.zeros(N_VOCAB, dtype=np.float32)
-                row[sum(self.held[sequence]) % N_VOCAB] = 1
+                row[sum(self.cached[sequence]) % N_VOCAB] = 1
                 out.append(row)
         self.batches.append(runs)
         return np.array(out)

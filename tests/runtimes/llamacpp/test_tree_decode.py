@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from arte_edge.runtimes.llamacpp.tree_decode import MOST_LEAVES, run_trees
-from arte_edge.runtimes.prefix_tree import MAX_LEVELS, Context, Tree, cells_of, longest_ways, plan_groups
+from arte_edge.runtimes.prefix_tree import MAX_LEVELS, Context, Tree, cells_of, longest_paths, plan_groups
 
 N_VOCAB = 97
 
@@ -22,23 +22,23 @@ class Books:
 
     def __init__(self, cells: int, n_batch: int = 64) -> None:
         self.n_batch, self.cells = n_batch, cells
-        self.held: list[tuple[int, int, set[int]]] = []
+        self.cached: list[tuple[int, int, set[int]]] = []
         self.batches: list[int] = []
 
     def _of(self, sequence: int) -> list[tuple[int, int]]:
-        return sorted((at, token) for token, at, owners in self.held if sequence in owners)
+        return sorted((at, token) for token, at, owners in self.cached if sequence in owners)
 
     def copy(self, source: int, target: int) -> None:
         assert not self._of(target), "a copy over a sequence that is in use"
-        for _, _, owners in self.held:
+        for _, _, owners in self.cached:
             if source in owners:
                 owners.add(target)
 
     def drop(self, sequence: int, start: int = -1) -> None:
-        for _, at, owners in self.held:
+        for _, at, owners in self.cached:
             if at >= start:
                 owners.discard(sequence)
-        self.held = [cell for cell in self.held if cell[2]]
+        self.cached = [cell for cell in self.cached if cell[2]]
 
     def decode_arrays(
         self,
@@ -59,11 +59,11 @@ class Books:
             assert len(owners) == count and max(owners) < MAX_LEVELS + MOST_LEAVES
             for owner in owners:
                 assert len(self._of(owner)) == position, "a token that does not follow"
-                # llama.cpp lets the set of sequences that share a token only shrink along the way.
+                # llama.cpp lets the set of sequences that share a token only shrink along the path.
                 assert coupled.setdefault(owner, owners) >= owners
                 coupled[owner] = owners
-            self.held.append((int(token), int(position), owners))
-            assert len(self.held) <= self.cells
+            self.cached.append((int(token), int(position), owners))
+            assert len(self.cached) <= self.cells
             if want:
                 # Attention looks at the cells of the first sequence of a row.
                 path = [t for _, t in self._of(min(owners))]
@@ -83,7 +83,7 @@ def tree_of(contexts: Sequence[Context], seen: list[tuple[Context, int]]) -> Tre
     def note(context: Context, logits: NDArray[np.float32]) -> None:
         seen.append((context, int(logits.argmax())))
 
-    return Tree(longest_ways(contexts), {context: [note] for context in contexts})
+    return Tree(longest_paths(contexts), {context: [note] for context in contexts})
 
 
 CONTEXT = st.lists(st.integers(0, 3), min_size=1, max_size=14).map(tuple)
@@ -106,7 +106,7 @@ def test_each_context_gets_the_logits_of_its_own_path(
 
 
 def draft_questions(drafts: int, questions: int) -> list[list[Context]]:
-    """Return the wanted contexts of a small grid: instructions, a draft, a question, two ways on."""
+    """Return the wanted contexts of a small grid: instructions, a draft, a question, two paths on."""
     return [
         [(*[9] * 30, *[d] * 15, q, *[8] * 9), (*[9] * 30, *[d] * 15, q, *[8] * 9, 7, 7)]
         for d in range(1, drafts + 1)

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arte_edge.runtimes.openai.client import (
-    Breaker,
     CallFailed,
+    CircuitBreaker,
     RetryPolicy,
     Transient,
     is_transient,
     retry_after_s,
-    run,
+    run_with_retries,
 )
 
 
@@ -44,7 +44,7 @@ def test_only_failures_that_may_pass_are_tried_again():
 
 def test_the_first_success_is_returned_and_every_retry_is_heard_of():
     heard = []
-    found = run(
+    found = run_with_retries(
         RetryPolicy(base_s=0.001),
         attempts(Transient("one"), Transient("two"), "answer"),
         where="here",
@@ -56,7 +56,7 @@ def test_the_first_success_is_returned_and_every_retry_is_heard_of():
 
 def test_a_final_failure_is_raised_as_it_is():
     with pytest.raises(CallFailed, match="no"):
-        run(
+        run_with_retries(
             RetryPolicy(),
             attempts(CallFailed("no", status=400)),
             where="here",
@@ -74,7 +74,9 @@ def test_stopping_ends_a_long_wait_and_all_attempts():
 
     threading.Timer(0.1, stop.set).start()
     with pytest.raises(CallFailed):
-        run(RetryPolicy(attempts=1000), attempt, where="here", stop=stop, on_retry=lambda failure: None)
+        run_with_retries(
+            RetryPolicy(attempts=1000), attempt, where="here", stop=stop, on_retry=lambda failure: None
+        )
     assert len(tried) <= 2 and tried[-1] - tried[0] < 30
 
 
@@ -116,12 +118,12 @@ def test_no_header_breaks_the_reader(text):
 
 def test_a_breaker_trips_on_failures_in_a_row_and_on_fatal_ones():
     lost, refused = CallFailed("no answer"), CallFailed("too long", status=400)
-    breaker = Breaker(limit=3)
+    breaker = CircuitBreaker(limit=3)
     for outcome in (lost, lost, None, lost, lost, refused, refused):
         breaker.succeeded() if outcome is None else breaker.failed(outcome)
     assert breaker.tripped is None
     breaker.failed(lost)
     assert breaker.tripped is lost
-    breaker = Breaker(limit=3)
+    breaker = CircuitBreaker(limit=3)
     breaker.failed(CallFailed("wrong key", status=401, fatal=True))
     assert breaker.tripped is not None

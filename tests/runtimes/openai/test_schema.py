@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arte_edge.runtimes.completion import Request, Sampling
-from arte_edge.runtimes.openai.schema import Choice, body, completion, dialect_of, with_stop
+from arte_edge.runtimes.openai.schema import Choice, body, completion, quirks_of, with_stop
 
-PLAIN, VLLM = dialect_of("host", ""), dialect_of("host", "vllm")
-OPENAI, LLAMA = dialect_of("api.openai.com", "system"), dialect_of("host", "me")
+PLAIN, VLLM = quirks_of("host", ""), quirks_of("host", "vllm")
+OPENAI, LLAMA = quirks_of("api.openai.com", "system"), quirks_of("host", "me")
 CHAT = Request('{"messages": [{"content": "Q", "role": "user"}, {"content": "<ans>", "role": "assistant"}]}')
 
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 
 from arte_edge.errors import InputError
-from arte_edge.runtimes.openai.client import Meter, RateLimiter, RetryPolicy, Server, check_base_url
+from arte_edge.runtimes.openai.client import RateLimiter, RetryPolicy, Server, UsageMeter, check_base_url
 
 
 def server(url):
-    return Server(url, timeout_s=1.0, retry=RetryPolicy(), limiter=RateLimiter(), meter=Meter())
+    return Server(url, timeout_s=1.0, retry=RetryPolicy(), limiter=RateLimiter(), meter=UsageMeter())
 
 
 def test_an_address_without_a_path_gets_the_usual_one():

@@ -4,11 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from arte_edge.runtimes.openai.client import Meter, Prices, Usage
+from arte_edge.runtimes.openai.client import Prices, Usage, UsageMeter
 
 
 def test_counts_from_many_threads_add_up():
-    meter = Meter(Prices(prompt_usd_per_million=1.0, completion_usd_per_million=4.0))
+    meter = UsageMeter(Prices(prompt_usd_per_million=1.0, completion_usd_per_million=4.0))
 
     def count(_):
         meter.request()
@@ -24,6 +24,6 @@ def test_counts_from_many_threads_add_up():
 
 
 def test_without_prices_nothing_costs():
-    meter = Meter()
+    meter = UsageMeter()
     meter.tokens(10, 10)
     assert meter.usage == Usage(prompt_tokens=10, completion_tokens=10)

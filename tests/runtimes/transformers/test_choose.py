@@ -58,13 +58,13 @@ def test_choices_that_part_late_are_told_apart_where_they_part(llama, llama_fold
 
 
 def test_a_tree_gives_what_a_row_for_each_choice_gives(llama, monkeypatch):
-    """Questions of two drafts, with choices of their own, in small groups, against the plain way."""
+    """Questions of two drafts, with choices of their own, in small groups, against the plain path."""
     drafts = [PREFIX * 3 + word for word in ("one ", "two three ")]
     prompts = [draft + suffix for draft in drafts for suffix in SUFFIXES]
     own = [["xyza", "xyzb", "(A)"], [" True", " False"], ["xyzzy"], ["1</ans>", "12</ans>"], ["a", "b"]] * 2
     monkeypatch.setattr(hf_tree, "MOST_ROWS", 60)
     scores = llama.choose_each(prompts, own)
-    monkeypatch.setattr(hf, "takes_rows", lambda model: False)
+    monkeypatch.setattr(hf, "supports_packing", lambda model: False)
     plain = llama.choose_each(prompts, own)
     assert [len(row) for row in scores] == [len(choices) for choices in own]
     for left, right in zip(scores, plain, strict=True):

@@ -13,10 +13,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from arte_edge.runtimes.transformers import model as hf  # noqa: E402
-from arte_edge.runtimes.transformers import packed_generate as hf_write  # noqa: E402
-from arte_edge.runtimes.transformers import packed_kv_cache as hf_row  # noqa: E402
+from arte_edge.runtimes.transformers import packed_generate as packed  # noqa: E402
+from arte_edge.runtimes.transformers import packed_kv_cache as kv_cache  # noqa: E402
 from arte_edge.runtimes.transformers.model import TransformersEngine  # noqa: E402
-from arte_edge.runtimes.transformers.packed_generate import Guesser  # noqa: E402
+from arte_edge.runtimes.transformers.packed_generate import PromptLookup  # noqa: E402
 
 PREFIX = "the cat sat on the mat, and then the question was asked: "
 SUFFIXES = ["one?", "is it two or three or one or two?", "", "the mat. one two three", "two?"]
@@ -116,19 +116,19 @@ def test_rows_that_stop_leave_the_batch_without_disturbing_the_others(llama, mon
     ended = [text[: text.index(stop) + 1] if stop in text else text for text in full]
     assert 2 < sum(stop in text for text in full) < len(full) and len(set(map(len, ended))) > 4
     sizes = []
-    step, extend = llama.forward.step, hf_write.extend
+    step, forward = llama.forward.step, packed.forward_rows
     monkeypatch.setattr(
         llama.forward, "step", lambda state, tokens: (sizes.append(len(tokens)), step(state, tokens))[1]
     )
 
-    def extending(model, device, parts, wanted):
+    def counting(model, device, parts, outputs):
         sizes.append(sum(len(part.tokens) for part in parts))
-        return extend(model, device, parts, wanted)
+        return forward(model, device, parts, outputs)
 
-    monkeypatch.setattr(hf_write, "extend", extending)
+    monkeypatch.setattr(packed, "forward_rows", counting)
     for side_by_side in (True, False):
         sizes.clear()
-        monkeypatch.setattr(hf, "takes_rows", lambda model, known=side_by_side: known)
+        monkeypatch.setattr(hf, "supports_packing", lambda model, known=side_by_side: known)
         rows = complete_after(llama, PREFIX, words, Sampling(max_tokens=30, stop=(stop,)))
         assert 0 < sizes[-1] < len(words), "nothing is computed for rows that have ended"
         assert [row.text for row in rows] == ended
@@ -203,22 +203,22 @@ def test_a_prompt_too_long_is_an_error_row_between_whole_ones(llama):
 
 
 def test_sequences_of_several_drafts_come_and_go_in_two_rows(llama, monkeypatch):
-    """More prompts than places, three prefixes, and cells given back on the way: as the plain way writes."""
+    """More prompts than places, three prefixes, and cells given back on the path: as the plain path writes."""
     drafts = [PREFIX * 2 + word * 9 for word in ("one ", "two ", "three ")]
     requests = [
         Request(f"{draft}{word} {i}?") for draft in drafts for i in (1, 2) for word in ("cat", "mat", "the")
     ]
     sampling = Sampling(max_tokens=14)
-    monkeypatch.setattr(hf_write, "_PLACES", 2)
-    monkeypatch.setattr(hf_write, "_ROWS", 2)
-    monkeypatch.setattr(hf_write, "_REFILL_SHARE", 4)
+    monkeypatch.setattr(packed, "_SLOTS", 2)
+    monkeypatch.setattr(packed, "_ROWS", 2)
+    monkeypatch.setattr(packed, "_REFILL_SHARE", 4)
     moved = []
-    keep = hf_row.Row.keep
+    keep = kv_cache.CacheRow.keep
     monkeypatch.setattr(
-        hf_row.Row, "keep", lambda self, cells: (moved.append(len(cells)), keep(self, cells))[1]
+        kv_cache.CacheRow, "keep", lambda self, cells: (moved.append(len(cells)), keep(self, cells))[1]
     )
     rows = llama.complete(requests, sampling)
-    monkeypatch.setattr(hf, "takes_rows", lambda model: False)
+    monkeypatch.setattr(hf, "supports_packing", lambda model: False)
     plain = llama.complete(requests, sampling)
     assert [row.text for row in rows] == [row.text for row in plain]
     assert all(row.cached_tokens > 20 for row in rows)
@@ -231,14 +231,14 @@ FAMILIES = ("gemma3_text", "granite", "llama", "phi3", "qwen2", "qwen3", "smollm
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_writes_and_scores_in_rows_as_in_batches(tiny_checkpoint, tmp_path, monkeypatch, family):
     engine = TransformersEngine(tiny_checkpoint(tmp_path / "m", family), sha256="0", device="cpu")
-    asked, suffixes = hf_row.takes_rows(engine.model), [s or "three" for s in SUFFIXES]
+    asked, suffixes = kv_cache.supports_packing(engine.model), [s or "three" for s in SUFFIXES]
 
     def found():
         rows = complete_after(engine, PREFIX, suffixes, Sampling(max_tokens=10))
         return [row.text for row in rows], choose(engine, PREFIX, suffixes, ["one", "two three", "the cat"])
 
     texts, scores = found()
-    monkeypatch.setattr(hf, "takes_rows", lambda model: False)
+    monkeypatch.setattr(hf, "supports_packing", lambda model: False)
     plain_texts, plain_scores = found()
     assert asked and texts == plain_texts
     assert np.abs(scores - plain_scores).max() < 1e-3
@@ -254,17 +254,17 @@ def test_long_prompts_are_read_in_pieces_and_no_call_takes_more(llama, monkeypat
     sampling = Sampling(max_tokens=12)
     whole = llama.complete(requests, sampling)
     sizes, seen = [], []
-    run = hf_row.extend
+    run = kv_cache.forward_rows
 
-    def extending(model, device, parts, wanted):
+    def counting(model, device, parts, outputs):
         sizes.extend(len(part.tokens) for part in parts)
-        seen.append(len(wanted))
-        return run(model, device, parts, wanted)
+        seen.append(len(outputs))
+        return run(model, device, parts, outputs)
 
-    monkeypatch.setattr(hf_row, "extend", extending)
-    monkeypatch.setattr(hf_write, "extend", extending)
-    monkeypatch.setattr(hf_row, "_PIECE", 11)
-    monkeypatch.setattr(hf_write, "_MOST_NEW", 13)
+    monkeypatch.setattr(kv_cache, "forward_rows", counting)
+    monkeypatch.setattr(packed, "forward_rows", counting)
+    monkeypatch.setattr(kv_cache, "_PIECE", 11)
+    monkeypatch.setattr(packed, "_MOST_NEW", 13)
     pieces = llama.complete(requests, sampling)
     assert [row.text for row in pieces] == [row.text for row in whole]
     assert [row.cached_tokens for row in pieces] == [row.cached_tokens for row in whole]
@@ -273,25 +273,25 @@ def test_long_prompts_are_read_in_pieces_and_no_call_takes_more(llama, monkeypat
 
 def test_a_family_whose_attention_is_no_plain_softmax_stays_in_batches(tiny_checkpoint, tmp_path):
     engine = TransformersEngine(tiny_checkpoint(tmp_path / "m", "gemma2"), sha256="0", device="cpu")
-    assert not hf_row.takes_rows(engine.model)
+    assert not kv_cache.supports_packing(engine.model)
     rows = complete_after(engine, PREFIX, ["one", "two"], Sampling(max_tokens=6))
     assert all(row.finish != "error" for row in rows)
 
 
 def counted(engine, requests, sampling):
     """Complete the requests; return the texts with how they ended, and how many calls that took."""
-    calls, extend = [], hf_write.extend
+    calls, forward = [], packed.forward_rows
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_write, "extend", lambda *args: (calls.append(args), extend(*args))[1])
+        patch.setattr(packed, "forward_rows", lambda *args: (calls.append(args), forward(*args))[1])
         rows = engine.complete(requests, sampling)
     return [(row.text, row.finish, row.completion_tokens) for row in rows], len(calls)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_guesses_change_no_text_and_right_ones_save_steps(llama, monkeypatch, temperature):
+def test_proposals_change_no_text_and_right_ones_save_steps(llama, monkeypatch, temperature):
     sampling = Sampling(max_tokens=24, temperature=temperature, stop=("True",))
     requests = [Request(PREFIX + suffix, sample=i) for i in range(3) for suffix in SUFFIXES]
-    written, looked_up = [], Guesser.guess
+    written, looked_up = [], PromptLookup.propose
 
     def none(self):
         written.append(self._tokens)  # the list that grows
@@ -303,7 +303,7 @@ def test_guesses_change_no_text_and_right_ones_save_steps(llama, monkeypatch, te
 
     steps = {}
     for name, guess in {"none": none, "right": right, "wrong": lambda _: [5] * 3, "own": looked_up}.items():
-        monkeypatch.setattr(Guesser, "guess", guess)
+        monkeypatch.setattr(PromptLookup, "propose", guess)
         steps[name] = counted(llama, requests, sampling)
     assert {tuple(rows) for rows, _ in steps.values()} == {tuple(steps["none"][0])}
     assert steps["right"][1] < 0.5 * steps["none"][1]
