@@ -13,7 +13,16 @@ from arte_edge import catalog
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import Artifact, Evaluation, Speed, StudentFile
 
-__all__ = ["accuracies", "accuracy_on", "device_title", "evaluations", "files", "left_out", "speeds"]
+__all__ = [
+    "accuracies",
+    "accuracy_on",
+    "device_title",
+    "evaluations",
+    "files",
+    "left_out",
+    "speeds",
+    "student_accuracies",
+]
 
 
 def files(student: StudentFile) -> list[Artifact]:
@@ -45,6 +54,12 @@ def accuracies(artifact: Artifact) -> list[PairedAccuracy]:
     """Return every publishable accuracy of this file: on devices, then the gate's."""
     found: list[PairedAccuracy] = list(evaluations(artifact.evaluations))
     return [*found, *([artifact.accuracy] if artifact.accuracy else [])]
+
+
+def student_accuracies(student: StudentFile) -> list[PairedAccuracy]:
+    """Return every publishable accuracy of the 16-bit student: on devices, then the gate's."""
+    found: list[PairedAccuracy] = list(evaluations(student.student_evaluations))
+    return [*found, *([student.student_accuracy] if student.student_accuracy else [])]
 
 
 def accuracy_on(artifact: Artifact, fingerprint: str) -> Evaluation | None:

@@ -1,26 +1,20 @@
-"""The model card: README.md beside the files, written once and updated without losing a person's edits.
+"""The model card: README.md beside the files, written once and updated without losing manual edits.
 
 The first run writes a whole card. Later runs change three things: missing keys of the front matter,
-our results in ``model-index``, and the text between our markers. All else stays byte for byte. A
+our results in ``model-index``, and the text between our markers. The rest stays byte for byte. A
 README.md without any of our markers gets the sections at its end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from arte_edge.errors import InputError
 from arte_edge.publish import publishable
 from arte_edge.publish.card.body import SECTIONS, put_section, wrapped
-from arte_edge.publish.card.front_matter import (
-    FrontMatter,
-    merge_head,
-    merge_model_index,
-    read_head,
-    split_card,
-)
+from arte_edge.publish.card.front_matter import merge_head, merge_model_index, read_head, split_card
 from arte_edge.publish.card.metadata import CardOptions, head_keys, hub_id, model_index
 from arte_edge.results.locate import find_export, read_bench, read_export
 from arte_edge.results.merge import merge_into, merge_rows
@@ -93,10 +87,8 @@ def card(
     notes: list[str] = []
     changed: list[str] = []
     if checkpoint is None:
-        merged_student = merge_rows(path, rows, note=notes.append)
-        if merged_student != student:
-            changed.append(FILE_NAME)
-        student = merged_student
+        before, student = student, merge_rows(path, rows, note=notes.append)
+        changed += [FILE_NAME] if student != before else []
         done = write_eval_results(path, student, benchmarks, repo=repo, note=notes.append)
         if gguf_keys:
             changed += write_keys(path, allow_throttled=allow_throttled, note=notes.append)
@@ -125,22 +117,22 @@ def write_card(folder: Path, student: StudentFile, options: CardOptions | None =
 
 def render_card(student: StudentFile, options: CardOptions, before: str | None = None) -> str:
     """Return the card of `student`; `before` is the text of the existing card."""
-    parts = split_card(_fresh(student, options) if before is None else before)
+    parts = split_card(_new_body(student, options) if before is None else before)
     if before is not None:
-        parts = _with_body(parts, _updated(parts.body, parts.newline, student, options))
+        parts = replace(parts, body=_updated(parts.body, parts.newline, student, options))
     keys = head_keys(student, options)
-    replace = {key for key in ("base_model", "datasets", "license") if getattr(options, key)}
+    given = {key for key in ("base_model", "datasets", "license") if getattr(options, key)}
     if options.base_model:
-        replace.add("base_model_relation")
+        given.add("base_model_relation")
     if options.license:
-        replace.add("license_name")
+        given.add("license_name")
         keys.setdefault("license_name", None)
     there = read_head(parts).get("model-index")
     found = merge_model_index(there, model_index(student, options))
     if found != there:
-        replace.add("model-index")
+        given.add("model-index")
         keys["model-index"] = found
-    return merge_head(parts, keys, replace).text
+    return merge_head(parts, keys, given).text
 
 
 def _read(path: Path) -> str | None:
@@ -152,10 +144,6 @@ def _read(path: Path) -> str | None:
         raise InputError(f"{path.name}: not UTF-8 at byte {error.start}", "Save it as UTF-8.") from error
     except OSError as error:
         raise InputError(f"{path.name}: cannot be read: {error.strerror or error}") from error
-
-
-def _with_body(card: FrontMatter, body: str) -> FrontMatter:
-    return FrontMatter(card.opening, card.block, card.closing, body, card.newline)
 
 
 def _updated(body: str, newline: str, student: StudentFile, options: CardOptions) -> str:
@@ -170,29 +158,23 @@ def _updated(body: str, newline: str, student: StudentFile, options: CardOptions
     return body + gap + newline + _parts(student, options).replace("\n", newline)
 
 
-def _fresh(student: StudentFile, options: CardOptions) -> str:
-    title = f"# {student.student.name}" if options.checkpoint else f"# {student.student.name} for the edge"
-    return f"\n{title}\n\n{_about(student, options)}\n\n{_parts(student, options)}"
-
-
-def _about(student: StudentFile, options: CardOptions) -> str:
-    """Return one paragraph on what this is, and the commands that run it."""
-    lineage = student.lineage
-    tuned = (
-        "A finetune" if lineage.tuning or lineage.source in ("run", "adapter") else "A small language model"
-    )
-    base = f" of {lineage.base.name}" if lineage.base and tuned == "A finetune" else ""
-    purpose = f" for one task, `{lineage.task}`" if lineage.task else ""
+def _new_body(student: StudentFile, options: CardOptions) -> str:
+    """Return the whole body: a paragraph on what this is, the commands that run it, and the sections."""
+    lineage, name = student.lineage, student.student.name
+    is_tuned = lineage.tuning is not None or lineage.source in ("run", "adapter")
+    about = "A finetune" if is_tuned else "A small language model"
+    about += f" of {lineage.base.name}" if lineage.base and is_tuned else ""
+    about += f" for one task, `{lineage.task}`" if lineage.task else ""
     if options.checkpoint:
-        return f"{tuned}{base}{purpose}: the 16-bit checkpoint."
-    text = (
-        f"{tuned}{base}{purpose}, as files for llama.cpp or onnxruntime on small devices. Each file was "
+        return f"\n# {name}\n\n{about}: the 16-bit checkpoint.\n\n{_parts(student, options)}"
+    about += (
+        ", as files for llama.cpp or onnxruntime on small devices. Each file was "
         "compared with the 16-bit student before it was released; measurements on devices are below."
     )
     ggufs = [artifact.file for artifact in publishable.files(student) if artifact.format == "gguf"]
     if ggufs:  # files are sorted, the smallest last: the one for the smallest device
-        text += f"\n\n```\nollama create {student.student.name} -f Modelfile\nllama-cli -m {ggufs[-1]}\n```"
-    return text
+        about += f"\n\n```\nollama create {name} -f Modelfile\nllama-cli -m {ggufs[-1]}\n```"
+    return f"\n# {name} for the edge\n\n{about}\n\n{_parts(student, options)}"
 
 
 def _parts(student: StudentFile, options: CardOptions) -> str:

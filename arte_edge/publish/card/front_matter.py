@@ -1,15 +1,17 @@
-"""The YAML front matter of a model card: add missing keys, replace our results, keep all the rest.
+"""The YAML front matter of a model card: add missing keys, replace our results, keep everything else.
 
 People edit cards by hand, so an existing key is not changed, nor its place and comments, down to the
 byte. Two exceptions: a key given on the command line, and the results in ``model-index`` that carry
-our mark, which a rerun replaces; other results in it are kept.
+our mark, which a rerun replaces; other results in it stay.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from arte_edge.errors import InputError
@@ -24,7 +26,7 @@ _BLOCK = re.compile(r"\A(\ufeff?\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)--
 
 @dataclass(frozen=True)
 class FrontMatter:
-    """A card in its parts, which make up the whole text in order. Without a head the first three are empty."""
+    """A card in its parts, which make up the whole text in order. Without front matter the first three are empty."""
 
     opening: str
     block: str
@@ -46,7 +48,7 @@ def split_card(text: str) -> FrontMatter:
 
 
 def read_head(card: FrontMatter, name: str = "README.md") -> dict[str, Any]:
-    """Return the keys of a card's head.
+    """Return the keys of a card's front matter.
 
     Raises:
         InputError: it is not a YAML mapping; the message names the line.
@@ -79,20 +81,18 @@ def merge_head(
     A key of `replace` whose value is None is removed.
 
     Raises:
-        InputError: the head is no YAML mapping in block style.
+        InputError: the front matter is not a YAML mapping in block style.
     """
     there = read_head(card, name)
     spans = _spans(card.block, name) if there else {}
     edits: list[tuple[int, int, str]] = []
     added = ""
     for key, value in new.items():
-        if key in there:
-            if key not in replace or (value is not None and there[key] == value):
-                continue
-            begin, end = spans[key]
-            edits.append((begin, end, "" if value is None else _dump(key, value, card.newline)))
-        elif value is not None:
-            added += _dump(key, value, card.newline)
+        text = "" if value is None else dump_yaml({key: value}, card.newline)
+        if key not in there:
+            added += text
+        elif key in replace and (value is None or there[key] != value):
+            edits.append((*spans[key], text))
     block = card.block
     for begin, end, text in sorted(edits, reverse=True):
         whole = end == len(block)  # the last line has no line end of its own
@@ -100,14 +100,11 @@ def merge_head(
     if added:
         gap = card.newline if block and not block.endswith(("\n", "\r")) else ""
         block = block + gap + added.rstrip("\r\n")
-    if card.closing:
-        return FrontMatter(card.opening, block, card.closing, card.body, card.newline)
-    if not added:
-        return card
+    if card.closing or not added:
+        return dataclasses.replace(card, block=block)
     bom = "\ufeff" if card.body.startswith("\ufeff") else ""
-    rest = card.body.removeprefix("\ufeff")
-    line_end = card.newline
-    return FrontMatter(f"{bom}---{line_end}", block, f"{line_end}---{line_end}", rest, line_end)
+    rest, newline = card.body.removeprefix("\ufeff"), card.newline
+    return FrontMatter(f"{bom}---{newline}", block, f"{newline}---{newline}", rest, newline)
 
 
 def merge_model_index(there: Any, ours: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
@@ -117,15 +114,14 @@ def merge_model_index(there: Any, ours: list[dict[str, Any]]) -> list[dict[str, 
     """
     if not isinstance(there, list) or not there:
         return ours or None
-    kept = [_without_ours(entry) for entry in there]
-    kept = [entry for entry in kept if entry is not None]
+    others = [entry for entry in map(_without_ours, there) if entry is not None]
     if not ours:
-        return kept or None
-    for entry in kept:
+        return others or None
+    for entry in others:
         if isinstance(entry, dict) and entry.get("name") == ours[0]["name"]:
             entry["results"] = [*(entry.get("results") or []), *ours[0]["results"]]
-            return kept
-    return [*kept, *ours]
+            return others
+    return [*others, *ours]
 
 
 def _without_ours(entry: Any) -> Any:
@@ -156,18 +152,14 @@ def _spans(block: str, name: str) -> dict[str, tuple[int, int]]:
         raise InputError(
             f"{name}: its front matter is in flow style (braces)", "Write one 'key: value' a line."
         )
-    starts = [key.start_mark.index for key, _ in root.value]
+    starts = [*(key.start_mark.index for key, _ in root.value), len(block)]
     spans = {}
-    for (key, _), begin, after in zip(root.value, starts, [*starts[1:], len(block)], strict=True):
+    for (key, _), (begin, after) in zip(root.value, pairwise(starts), strict=True):
         lines = block[begin:after].splitlines(keepends=True)
         while len(lines) > 1 and (not lines[-1].strip() or lines[-1].startswith("#")):
             lines.pop()
         spans[str(key.value)] = (begin, begin + len("".join(lines)))
     return spans
-
-
-def _dump(key: str, value: Any, newline: str) -> str:
-    return dump_yaml({key: value}, newline)
 
 
 def dump_yaml(value: Any, newline: str = "\n") -> str:

@@ -10,7 +10,6 @@ listed only with the file it was measured on.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +17,13 @@ from arte_edge.export.provenance import PAPER
 from arte_edge.publish import publishable
 from arte_edge.publish.card.front_matter import MARK
 from arte_edge.results.accuracy import PairedAccuracy
-from arte_edge.results.student_json import Artifact, Evaluation, Speed, StudentFile
+from arte_edge.results.student_json import Artifact, Evaluation, StudentFile
 
 __all__ = ["CardOptions", "head_keys", "hub_id", "license_keys", "model_index"]
 
+_LLAMA_BENCH = {"dataset_type": "llama-bench", "dataset_name": "pp and tg tests of llama-bench"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-# Of https://huggingface.co/docs/hub/repositories-licenses those that models carry; others are named beside.
+# The licences that models have of those in https://huggingface.co/docs/hub/repositories-licenses.
 _LISTED = re.compile(
     r"apache-2\.0|mit|bsd-[23]-clause|cc0-1\.0|cc-by(-nc)?(-sa)?-4\.0|[al]?gpl-3\.0|mpl-2\.0|unlicense|gemma|"
     r"openrail|bigscience-openrail-m|creativeml-openrail-m|llama2|llama3(\.[123])?|llama4|other|unknown"
@@ -32,7 +32,7 @@ _LISTED = re.compile(
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What only a person knows of a card. Ids are those of the Hub."""
+    """What a card needs besides ``student.json``. Ids are those of the Hub."""
 
     base_model: str = ""  # the repository of the 16-bit student
     datasets: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ def hub_id(name: str) -> str:
 
 
 def license_keys(name: str) -> dict[str, str]:
-    """Return the licence as the Hub wants it; one that it does not list is ``other`` with its name."""
+    """Return the licence in the Hub's form; one that the Hub does not list is ``other`` with its name."""
     if not name:
         return {}
     if _LISTED.fullmatch(name.lower()):
@@ -94,83 +94,62 @@ def _library(formats: set[str], checkpoint: bool) -> str:
 def model_index(student: StudentFile, options: CardOptions) -> list[dict[str, Any]]:
     """Return our part of ``model-index``; empty if there is nothing to publish.
 
-    Built by huggingface_hub, so that it is what the Hub's own reader expects.
+    Built by huggingface_hub, so that it is what the Hub's own reader expects. Rates are metrics too, since
+    the Hub has no field of their own for them.
     """
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
     url = f"https://huggingface.co/{options.repo}/blob/main/bench.jsonl" if options.repo else None
 
-    def result(accuracy: PairedAccuracy, name: str, args: dict[str, Any]) -> Any:
-        task = accuracy.task or student.lineage.task or "task"
+    def metric(kind: str, name: str, value: float, args: dict[str, Any], **dataset: Any) -> Any:
         return EvalResult(
             task_type="text-generation",
             task_name="Text Generation",
-            dataset_type=task,
-            dataset_name=task,
-            dataset_split=accuracy.split,
-            metric_type="accuracy",
-            metric_name=f"accuracy, {name}",
-            metric_value=round(accuracy.accuracy, 4),
-            metric_args={**args, **_interval(accuracy), **MARK},
+            metric_type=kind,
+            metric_name=f"{kind}, {name}",
+            metric_value=value,
+            metric_args={**{key: given for key, given in args.items() if given is not None}, **MARK},
             source_url=url,
             source_name="arte-edge bench" if url else None,
+            **dataset,
         )
 
+    def accuracy(found: PairedAccuracy, name: str, args: dict[str, Any]) -> Any:
+        task = found.task or student.lineage.task or "task"
+        low, high = round(found.low, 4), round(found.high, 4)
+        interval = {"n": found.n, "low": low, "high": high, "confidence": 0.95}
+        split = {"dataset_type": task, "dataset_name": task, "dataset_split": found.split}
+        return metric("accuracy", name, round(found.accuracy, 4), {**args, **interval}, **split)
+
+    results = []
     if options.checkpoint:
-        own: Sequence[PairedAccuracy] = publishable.evaluations(student.student_evaluations)
-        own = own or ([student.student_accuracy] if student.student_accuracy else [])
         dtype = student.student.dtype
-        results = [result(one, f"{dtype} checkpoint", _where(one) | {"quantization": dtype}) for one in own]
-    else:
-        results = [
-            result(one, artifact.quantization, _what(artifact) | _where(one, artifact))
-            for artifact in publishable.files(student)
-            for one in publishable.accuracies(artifact)
-        ] + [
-            metric
-            for artifact in publishable.files(student)
-            for speed in publishable.speeds(artifact, options.allow_throttled)
-            for metric in _rates(artifact, speed, url)
-        ]
+        own = publishable.student_accuracies(student)
+        on_devices = [one for one in own if isinstance(one, Evaluation)]
+        for one in on_devices or own:
+            results.append(accuracy(one, f"{dtype} checkpoint", {**_measured_on(one), "quantization": dtype}))
+    for artifact in [] if options.checkpoint else publishable.files(student):
+        for one in publishable.accuracies(artifact):
+            args = {**_file(artifact), **_measured_on(one, artifact)}
+            results.append(accuracy(one, artifact.quantization, args))
+    for artifact in [] if options.checkpoint else publishable.files(student):
+        for speed in publishable.speeds(artifact, options.allow_throttled):
+            args = {
+                **_file(artifact),
+                "device": publishable.device_title(speed),
+                "threads": speed.threads,
+                "runtime": speed.runtime,
+                "depth": speed.n_depth or None,
+                "throttled": speed.throttled,
+            }
+            for kind in ("decode_tokens_per_s", "prefill_tokens_per_s"):
+                if (rate := getattr(speed, kind)) is not None:
+                    results.append(metric(kind, artifact.quantization, round(rate, 2), args, **_LLAMA_BENCH))
     return list(eval_results_to_model_index(student.student.name, results)) if results else []
 
 
-def _rates(artifact: Artifact, speed: Speed, url: str | None) -> list[Any]:
-    """Return the rates of one file on one device as metrics; the Hub has no field of their own for them."""
-    from huggingface_hub import EvalResult
-
-    rates = {
-        "decode_tokens_per_s": speed.decode_tokens_per_s,
-        "prefill_tokens_per_s": speed.prefill_tokens_per_s,
-    }
-    args = _what(artifact) | {
-        "device": publishable.device_title(speed),
-        "threads": speed.threads,
-        "runtime": speed.runtime,
-        "depth": speed.n_depth or None,
-        "throttled": speed.throttled,
-        **MARK,
-    }
-    return [
-        EvalResult(
-            task_type="text-generation",
-            task_name="Text Generation",
-            dataset_type="llama-bench",
-            dataset_name="pp and tg tests of llama-bench",
-            metric_type=name,
-            metric_name=f"{name}, {artifact.quantization}",
-            metric_value=round(value, 2),
-            metric_args={key: given for key, given in args.items() if given is not None},
-            source_url=url,
-            source_name="arte-edge bench" if url else None,
-        )
-        for name, value in rates.items()
-        if value is not None
-    ]
-
-
-def _what(artifact: Artifact) -> dict[str, Any]:
+def _file(artifact: Artifact) -> dict[str, str]:
     return {
         "file": artifact.file,
         "format": artifact.format,
@@ -179,22 +158,12 @@ def _what(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _where(accuracy: PairedAccuracy, artifact: Artifact | None = None) -> dict[str, Any]:
-    """Return what ran it: the gate's was measured where the file was made, by the runtime named there."""
+def _measured_on(accuracy: PairedAccuracy, artifact: Artifact | None = None) -> dict[str, Any]:
+    """Return device, threads and runtime; the gate measures at export, with the runtime that it names."""
     if isinstance(accuracy, Evaluation):
-        found = {
+        return {
             "device": publishable.device_title(accuracy),
             "threads": accuracy.threads,
-            "runtime": accuracy.runtime,
+            "runtime": accuracy.runtime or None,
         }
-        return {key: value for key, value in found.items() if value}
-    return {"runtime": artifact.fidelity.runtime} if artifact and artifact.fidelity.runtime else {}
-
-
-def _interval(accuracy: PairedAccuracy) -> dict[str, Any]:
-    return {
-        "n": accuracy.n,
-        "low": round(accuracy.low, 4),
-        "high": round(accuracy.high, 4),
-        "confidence": 0.95,
-    }
+    return {"runtime": artifact.fidelity.runtime or None} if artifact else {}
