@@ -92,36 +92,36 @@ class Machine:
         key: str,
         *,
         allow: Collection[str] = (),
-        words: bool = True,
+        names: bool = True,
         mail: bool = True,
     ) -> Iterator[Finding]:
         """Yield the personal data in `text`.
 
         Args:
             allow: texts that are no finding.
-            words: look for names and addresses too, not only for secrets and folders.
+            names: look for names and addresses too, not only for secrets and folders.
             mail: an e-mail address is a finding.
         """
-        for kind, found in self._all(text, words, mail):
+        for kind, found in self._all(text, names, mail):
             if kind == "a secret":
                 yield Finding(file, key, kind, f"{found[:6]}…")
             elif found not in allow:
                 yield Finding(file, key, kind, found if len(found) <= _SHOWN else f"{found[:_SHOWN]}…")
 
-    def _all(self, text: str, words: bool, mail: bool) -> Iterator[tuple[str, str]]:
+    def _all(self, text: str, names: bool, mail: bool) -> Iterator[tuple[str, str]]:
         for found in _unique(m.group() for m in _SECRET.finditer(text)):
             yield "a secret", found
         for secret in self.secrets:
             if secret in text and not _SECRET.search(secret):
                 yield "a secret", secret
-        paths = _unique(m.group() for m in _PATH.finditer(text)) if words else []
+        paths = _unique(m.group() for m in _PATH.finditer(text)) if names else []
         for folder in self.folders:  # longest first; told once
             whole = any(path.startswith(folder) for path in paths)
             if not whole and re.search(rf"{re.escape(folder)}(?![\w.-])", text):
                 paths.append(folder)
         for found in paths:
             yield "a path", found
-        if not words:
+        if not names:
             return
         for name in sorted(self.names):
             if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text):

@@ -69,7 +69,7 @@ def _print(found: Preview, repo: str, private: bool) -> None:
     table.add_column(overflow="fold")
     table.add_column(justify="right", no_wrap=True)
     for file in found.files:
-        table.add_row(file.name, _size(file.size_bytes), style=None)
+        table.add_row(file.name, megabytes(file.size_bytes))
     table.add_row(f"{len(found.files)} files", megabytes(found.size_bytes), style="bold")
     out.print(table, markup=False)
     if found.excluded:
@@ -79,9 +79,3 @@ def _print(found: Preview, repo: str, private: bool) -> None:
     out.print("\nFront matter of the card:", markup=False)
     for line in found.head.splitlines():
         out.print(f"  {line}", markup=False, soft_wrap=True)
-
-
-def _size(size_bytes: int) -> str:
-    from arte_edge.cache import megabytes
-
-    return megabytes(size_bytes) if size_bytes >= 100_000 else f"{size_bytes} B"

@@ -1,7 +1,7 @@
 """Push a student to the Hub: a preview of what would be sent, a scan for personal data, and the upload.
 
 Only files that belong to a student are sent: those that ``student.json`` names and the gate accepted,
-and known files beside them. All else in the folder is listed and stays here. Of a checkpoint's folder
+and known files beside them. Other files in the folder are listed and not sent. Of a checkpoint's folder
 the weights, configuration, tokenizer and card are sent. huggingface_hub does the upload; an
 interrupted push resumes with the same command, since large files that are already there are not sent
 again. The token is that of ``HF_TOKEN`` or of ``hf auth login``; it is never printed and never part of
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,6 +25,7 @@ from arte_edge.onnx.folder import TOKENIZER_FILES
 from arte_edge.pii_scan import Finding, Machine, first_held, this_machine
 from arte_edge.publish.card.card import CARD
 from arte_edge.publish.card.front_matter import read_head, split_card
+from arte_edge.publish.card.metadata import hub_id
 from arte_edge.publish.eval_results import FOLDER as EVAL_RESULTS
 from arte_edge.results.rows import BENCH_NAME
 from arte_edge.results.student_json import FILE_NAME, Artifact, StudentFile, read_student
@@ -34,26 +35,20 @@ __all__ = [
     "PreviewFile",
     "Push",
     "Upload",
-    "machine_here",
     "preview",
     "preview_push",
-    "push",
     "reject_findings",
     "send",
 ]
 
 _BESIDE = (
-    CARD,
-    FILE_NAME,
-    BENCH_NAME,
-    "Modelfile",
-    "LICENSE",
-    "LICENSE.md",
-    "LICENSE.txt",
-    "NOTICE",
-    ".gitattributes",
+    *(CARD, FILE_NAME, BENCH_NAME, "Modelfile"),
+    *("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", ".gitattributes"),
 )
 _CHECKPOINT = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
+_TOKEN = re.compile(r"\bhf_\w+|(?i:bearer)\s+\S+")
+_SHOWN = 12  # findings named in an error
+_NO_PART = "not part of the student"
 _TEXT_BYTES = 64 << 20  # a larger file is not scanned as text
 
 
@@ -98,11 +93,10 @@ def preview(folder: Path, machine: Machine, *, allow: Collection[str] = ()) -> P
         raise InputError(f"{folder}: no {CARD}", f"Write the card first: arte-edge card {folder}")
     names, excluded = _export(folder, student) if student else _checkpoint(folder)
     files = tuple(PreviewFile(name, (folder / name).stat().st_size) for name in sorted(names))
-    text = (folder / CARD).read_bytes().decode("utf-8", errors="replace")
-    card = split_card(text)
+    card = split_card((folder / CARD).read_bytes().decode("utf-8", errors="replace"))
     if not read_head(card):
         raise InputError(f"{CARD}: it has no front matter", f"Write it: arte-edge card {folder}")
-    findings = [finding for file in files for finding in _look(folder, file.name, machine, allow)]
+    findings = [finding for file in files for finding in _scan(folder, file.name, machine, allow)]
     return Preview(folder, files, tuple(sorted(excluded)), tuple(findings), card.block)
 
 
@@ -110,21 +104,16 @@ def _export(folder: Path, student: StudentFile) -> tuple[set[str], list[tuple[st
     names = {name for name in _BESIDE if (folder / name).is_file()}
     names |= {sum_.file for sum_ in student.tokenizer.files if (folder / sum_.file).is_file()}
     names |= {f"{EVAL_RESULTS}/{path.name}" for path in (folder / EVAL_RESULTS).glob("*.yaml")}
-    names |= _matrices(folder, student)
-    excluded = []
-    rejected: set[str] = set()
-    for artifact in student.artifacts:
-        if artifact.status == "ok":
-            names |= _artifact(folder, artifact)
-        else:
-            rejected.add(artifact.file.rstrip("/"))
-    for name in _all(folder):
-        if name in names:
-            continue
-        top = PurePosixPath(name).parts[0]
-        reason = "rejected by the gate" if name in rejected or top in rejected else "not part of the student"
-        excluded.append((name, reason))
-    return names, excluded
+    accepted = [artifact for artifact in student.artifacts if artifact.status == "ok"]
+    names = names.union(*(_artifact(folder, artifact) for artifact in accepted))
+    if sums := {artifact.imatrix_sha256 for artifact in accepted} - {""}:
+        names |= {path.name for path in folder.glob("*imatrix*.gguf") if sha256_file(path) in sums}
+    rejected = {artifact.file.rstrip("/") for artifact in student.artifacts if artifact.status != "ok"}
+    reasons = (
+        (name, "rejected by the gate" if PurePosixPath(name).parts[0] in rejected else _NO_PART)
+        for name in _all(folder)
+    )
+    return names, [(name, reason) for name, reason in reasons if name not in names]
 
 
 def _artifact(folder: Path, artifact: Artifact) -> set[str]:
@@ -146,18 +135,12 @@ def _artifact(folder: Path, artifact: Artifact) -> set[str]:
     return {f"{path.name}/{part.file}" for part in artifact.parts}
 
 
-def _matrices(folder: Path, student: StudentFile) -> set[str]:
-    """Return the importance matrix that accepted files were made with."""
-    sums = {artifact.imatrix_sha256 for artifact in student.artifacts if artifact.status == "ok"} - {""}
-    return {path.name for path in folder.glob("*imatrix*.gguf") if sums and sha256_file(path) in sums}
-
-
 def _checkpoint(folder: Path) -> tuple[set[str], list[tuple[str, str]]]:
     names = {name for name in (*_CHECKPOINT, *_BESIDE) if (folder / name).is_file()}
     names |= {path.name for path in folder.glob("*.safetensors")}
     if not any(name.endswith(".safetensors") for name in names):
         raise InputError(f"{folder}: no safetensors weights", "Give a checkpoint or an export.")
-    return names, [(name, "not part of the student") for name in _all(folder) if name not in names]
+    return names, [(name, _NO_PART) for name in _all(folder) if name not in names]
 
 
 def _all(folder: Path) -> Iterator[str]:
@@ -167,22 +150,23 @@ def _all(folder: Path) -> Iterator[str]:
             yield name
 
 
-def _look(folder: Path, name: str, machine: Machine, allow: Collection[str]) -> Iterator[Finding]:
+def _scan(folder: Path, name: str, machine: Machine, allow: Collection[str]) -> Iterator[Finding]:
     path = folder / name
-    base = PurePosixPath(name).name
-    if base.endswith(".gguf"):
-        pairs = _gguf_texts(path)
-    elif base.endswith(".safetensors"):
-        pairs = _safetensors_texts(path)
+    pairs: Iterator[tuple[str, str]]
+    if path.suffix == ".gguf":
+        metadata = read_header(path).metadata.items()
+        pairs = (pair for k, v in metadata if not k.startswith("tokenizer.ggml.") for pair in _walk(v, k))
+    elif path.suffix == ".safetensors":
+        pairs = _walk(_safetensors_metadata(path), "__metadata__")
     elif path.stat().st_size > _TEXT_BYTES or _is_binary(path):
         if (held := first_held(path, machine.private_paths())) and held not in allow:
             yield Finding(name, "bytes", "a path", held)
         return
     else:
         pairs = _texts(path)
-    words = base not in TOKENIZER_FILES
+    is_tokenizer, is_card = path.name in TOKENIZER_FILES, path.name == CARD
     for key, text in pairs:
-        yield from machine.findings(text, name, key, allow=allow, words=words, mail=base != CARD)
+        yield from machine.findings(text, name, key, allow=allow, names=not is_tokenizer, mail=not is_card)
 
 
 def _is_binary(path: Path) -> bool:
@@ -190,22 +174,13 @@ def _is_binary(path: Path) -> bool:
         return path.name.endswith((".onnx", ".data", ".onnx_data")) or b"\0" in file.read(4096)
 
 
-def _gguf_texts(path: Path) -> Iterator[tuple[str, str]]:
-    for key, value in read_header(path).metadata.items():
-        if not key.startswith("tokenizer.ggml."):
-            yield from _walk(value, key)
-
-
-def _safetensors_texts(path: Path) -> Iterator[tuple[str, str]]:
+def _safetensors_metadata(path: Path) -> Any:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > _TEXT_BYTES:
-            return
         try:
-            header = json.loads(file.read(length))
+            return json.loads(file.read(length)).get("__metadata__") if length <= _TEXT_BYTES else None
         except ValueError:
-            return
-    yield from _walk(header.get("__metadata__", {}), "__metadata__")
+            return None
 
 
 def _texts(path: Path) -> Iterator[tuple[str, str]]:
@@ -225,27 +200,20 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
             document = json.loads(line) if path.suffix == ".jsonl" else None
         except ValueError:
             document = None
-        if isinstance(document, dict):
-            yield from _walk(document, str(number))
-        else:
-            yield str(number), line
+        yield from _walk(document if isinstance(document, dict) else line, str(number))
 
 
 def _walk(value: Any, key: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for name, item in value.items():
-            yield from _walk(item, f"{key}.{name}".lstrip("."))
-            yield f"{key}.{name}".lstrip("."), str(name)
+            inner = f"{key}.{name}".lstrip(".")
+            yield from _walk(item, inner)
+            yield inner, str(name)
     elif isinstance(value, list):
         for i, item in enumerate(value):
             yield from _walk(item, f"{key}.{i}".lstrip("."))
     elif isinstance(value, str):
         yield key, value
-
-
-_REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_TOKEN = re.compile(r"\bhf_\w+|(?i:bearer)\s+\S+")
-_SHOWN = 12  # findings named in an error
 
 
 @dataclass(frozen=True)
@@ -256,12 +224,7 @@ class Upload:
     commit: str
 
 
-def machine_here() -> Machine:
-    """Return what identifies this machine, including the hosts of its devices and its Hub token."""
-    return this_machine(_own_hosts(), filter(None, [_token()]))
-
-
-def _own_hosts() -> Iterable[str]:
+def _own_hosts() -> Iterator[str]:
     """Yield the names of the user's own devices and the parts of their addresses (`arte-edge devices add`)."""
     from arte_edge.device.profiles import own_folder, read_profile
 
@@ -307,42 +270,15 @@ class Push:
         }
 
 
-def push(
-    folder: str | Path,
-    to: str,
-    *,
-    yes: bool = False,
-    private: bool = False,
-    allow: Collection[str] = (),
-    message: str = "",
-) -> Push:
-    """Return what a push of `folder` to the repository `to` would send, and with `yes` send it.
-
-    Args:
-        folder: an export's folder, or a checkpoint's, with its card.
-        to: ``USER/REPO`` on the Hub; it is created if it does not exist.
-        yes: send it. Without it nothing leaves the machine.
-        private: make a new repository private.
-        allow: texts that may be published although the privacy scan flags them.
-        message: of the commit.
-
-    Raises:
-        InputError: no student or card there, no token, or, with `yes`, personal data in the files.
-        ArteError: the Hub cannot be reached or rejects the upload.
-    """
-    found = preview_push(Path(folder).expanduser(), to, allow=allow)
-    return Push(to, private, found, send(found, to, private=private, message=message) if yes else None)
-
-
 def preview_push(folder: Path, repo: str, *, allow: Collection[str] = ()) -> Preview:
     """Return what a push of `folder` to `repo` would send; nothing is sent.
 
     Raises:
         InputError: a bad name of a repository, or as `preview`.
     """
-    if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
+    if hub_id(repo) != repo or ".." in repo or "--" in repo:
         raise InputError(f"--to {repo}: not USER/REPO", "For example --to ada/home-intents-GGUF")
-    return preview(folder, machine_here(), allow=allow)
+    return preview(folder, this_machine(_own_hosts(), filter(None, [_token()])), allow=allow)
 
 
 def reject_findings(found: Preview) -> None:
@@ -353,7 +289,7 @@ def reject_findings(found: Preview) -> None:
     """
     if not found.findings:
         return
-    listed = [str(finding) for finding in found.findings[:_SHOWN]]
+    listed = [*map(str, found.findings[:_SHOWN])]
     if more := len(found.findings) - len(listed):
         listed.append(f"and {more} more")
     raise InputError(
@@ -402,7 +338,11 @@ def send(found: Preview, repo: str, *, private: bool = False, message: str = "")
 
 def _translated(error: BaseException, repo: str) -> ArteError:
     """Return an error that names the cause and contains no token."""
-    status = _status(error)
+    status = 0
+    cause: BaseException | None = error
+    while cause is not None and not status:  # the HTTP status behind it
+        code = getattr(getattr(cause, "response", None), "status_code", None)
+        status, cause = code if isinstance(code, int) else 0, cause.__cause__
     if status in (401, 403):
         return InputError(
             f"This token has no write access to {repo} ({status})",
@@ -411,13 +351,3 @@ def _translated(error: BaseException, repo: str) -> ArteError:
     first = _TOKEN.sub("hf_…", (str(error) or type(error).__name__).strip().splitlines()[0])
     what = f" ({status})" if status else ""
     return ArteError(f"The push to {repo} stopped{what}: {first}", "Re-run the same command to resume.")
-
-
-def _status(error: BaseException | None) -> int:
-    """Return the HTTP status behind an error, 0 if there is none."""
-    while error is not None:
-        code = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(code, int):
-            return code
-        error = error.__cause__
-    return 0
