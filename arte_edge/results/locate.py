@@ -1,16 +1,14 @@
-"""Where the files of a run or an export lie: student.json, bench.jsonl beside it."""
+"""Find a run or an export by name or path, and read its ``student.json`` and ``bench.jsonl``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from arte_edge.errors import InputError
-from arte_edge.results.rows import Row
+from arte_edge.results.rows import BENCH_NAME, Row, read_rows
 from arte_edge.results.student_json import FILE_NAME, StudentFile, read_student
 
-__all__ = ["BENCH_NAME", "find_export", "find_run", "read_bench", "read_export"]
-
-BENCH_NAME = "bench.jsonl"
+__all__ = ["find_export", "find_run", "read_bench", "read_export"]
 
 
 def find_run(ref: str) -> Path:
@@ -70,9 +68,4 @@ def read_bench(folder: Path) -> list[Row]:
     Raises:
         InputError: the rows are of another version.
     """
-    path = folder / BENCH_NAME
-    if not path.is_file():
-        return []
-    from arte_edge.results.rows import read_rows
-
-    return list(read_rows(path))
+    return read_rows(folder / BENCH_NAME)

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from arte_edge.cache import locked
 from arte_edge.errors import InputError
-from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.accuracy import Record
 from arte_edge.results.rows import QualityRow, Row, SpeedRow
 from arte_edge.results.student_json import (
     FILE_NAME,
@@ -31,15 +32,7 @@ from arte_edge.results.student_json import (
     write_student,
 )
 
-__all__ = [
-    "Merged",
-    "belongs_to",
-    "evaluation_of",
-    "merge_into",
-    "merge_rows",
-    "speed_of",
-    "student_lock",
-]
+__all__ = ["Merged", "belongs_to", "evaluation_of", "merge_into", "merge_rows", "student_lock"]
 
 _Key = tuple[str, str, int, int]  # fingerprint, runtime, threads, depth
 
@@ -77,9 +70,9 @@ def merge_rows(
         merged = merge_into(student, rows)
         if merged.student != student:
             write_student(folder, merged.student)
-    for text in merged.notes if note else ():
-        assert note is not None
-        note(text)
+    if note:
+        for text in merged.notes:
+            note(text)
     return merged.student
 
 
@@ -124,15 +117,15 @@ def belongs_to(row: Row, artifact: Artifact) -> bool:
 
 
 def _not_mergeable(row: Row) -> str:
-    """Return why a row says nothing about a file on a device; empty if it does."""
+    """Return why a row is not merged; empty if it is."""
     if row.format == "null":
-        return f"{row.model_filename}: an empty runtime, which times only the harness; not merged"
+        return f"{row.model_filename}: the null runtime, which times only the harness; not merged"
     if isinstance(row, SpeedRow) and "qemu" in row.device.virtual:
-        return f"{row.model_filename}: run under an emulator, whose speed is no device's; not merged"
+        return f"{row.model_filename}: run under an emulator, which has no device's speed; not merged"
     if isinstance(row, QualityRow) and (row.status != "ok" or row.n == 0):
         return f"{row.model_filename}: {row.task} was not measured ({row.reason or row.status}); not merged"
     if isinstance(row, QualityRow) and row.right > row.n:
-        return f"{row.model_filename}: a damaged row says {row.right} right of {row.n}; not merged"
+        return f"{row.model_filename}: a damaged row, {row.right} correct of {row.n}; not merged"
     return ""
 
 
@@ -140,14 +133,12 @@ def _with(artifact: Artifact, rows: Sequence[Row]) -> Artifact:
     if not rows:
         return artifact
     speeds = _speeds(artifact.speeds, [row for row in rows if isinstance(row, SpeedRow)])
-    quality = [row for row in rows if isinstance(row, QualityRow)]
-    return artifact.model_copy(
-        update={"speeds": speeds, "evaluations": _evaluations(artifact.evaluations, quality)}
-    )
+    found = _evaluations(artifact.evaluations, [row for row in rows if isinstance(row, QualityRow)])
+    return artifact.model_copy(update={"speeds": speeds, "evaluations": found})
 
 
 def _speeds(there: Sequence[Speed], rows: Sequence[SpeedRow]) -> tuple[Speed, ...]:
-    foreign = tuple(speed for speed in there if not speed.tests)  # not from rows: unchanged
+    others = tuple(speed for speed in there if not speed.tests)  # not from rows: unchanged
     tests: dict[_Key, list[SpeedTest]] = defaultdict(list)
     facts: dict[_Key, set[tuple[str, str]]] = defaultdict(set)
     for speed in there:
@@ -159,16 +150,15 @@ def _speeds(there: Sequence[Speed], rows: Sequence[SpeedRow]) -> tuple[Speed, ..
         key = (row.device.fingerprint, row.runtime, row.n_threads, row.n_depth)
         tests[key].append(_test(row))
         facts[key].add((row.device.profile, row.device.cpu))
-    made = (speed_of(key, max(facts[key]), _newest(tests[key])) for key in sorted(tests))
-    return (*foreign, *made)
+    made = (_speed(key, max(facts[key]), _newest(tests[key])) for key in sorted(tests))
+    return (*others, *made)
 
 
 def _newest(tests: Iterable[SpeedTest]) -> tuple[SpeedTest, ...]:
     """Return one result a test, sorted by name."""
     best: dict[str, SpeedTest] = {}
     for test in tests:
-        there = best.get(test.test)
-        best[test.test] = test if there is None else max(there, test, key=_rank)
+        best[test.test] = max(best.get(test.test, test), test, key=_rank)
     return tuple(best[name] for name in sorted(best))
 
 
@@ -180,8 +170,8 @@ def _validity(test: SpeedTest) -> int:
     return 0 if test.status != "ok" else 1 if test.throttled else 2
 
 
-def speed_of(key: _Key, facts: tuple[str, str], tests: tuple[SpeedTest, ...]) -> Speed:
-    """Return the entry whose summary numbers are taken from `tests`.
+def _speed(key: _Key, facts: tuple[str, str], tests: tuple[SpeedTest, ...]) -> Speed:
+    """Return the entry whose summary metrics are taken from `tests`.
 
     They come from the tests nearest to llama-bench's defaults (prefill of 512 tokens, generation of
     128) among the valid ones, or among those of the throttled device if there is no other. A pg test,
@@ -197,6 +187,8 @@ def speed_of(key: _Key, facts: tuple[str, str], tests: tuple[SpeedTest, ...]) ->
     decode = min(writes, key=lambda test: (abs(test.n_gen - 128), test.n_gen), default=None)
     taken = [test for test in (prefill, decode) if test is not None]
     reported = [test.throttled for test in taken if test.throttled is not None]
+    memory = [test.peak_rss_bytes for test in taken if test.peak_rss_bytes is not None]
+    warmth = [test.temperature_c_max for test in taken if test.temperature_c_max is not None]
     return Speed(
         device=profile or fingerprint,
         fingerprint=fingerprint,
@@ -210,10 +202,8 @@ def speed_of(key: _Key, facts: tuple[str, str], tests: tuple[SpeedTest, ...]) ->
         decode_tokens_per_s=decode.tokens_per_s if decode else None,
         itl_p50_ms=decode.itl_p50_ms if decode else None,
         itl_p95_ms=decode.itl_p95_ms if decode else None,
-        peak_rss_bytes=max((t.peak_rss_bytes for t in taken if t.peak_rss_bytes is not None), default=None),
-        temperature_c_max=max(
-            (t.temperature_c_max for t in taken if t.temperature_c_max is not None), default=None
-        ),
+        peak_rss_bytes=max(memory, default=None),
+        temperature_c_max=max(warmth, default=None),
         throttled=any(reported) if reported else None,
         energy_j=decode.energy_j if decode else None,
         tests=tests,
@@ -223,34 +213,24 @@ def speed_of(key: _Key, facts: tuple[str, str], tests: tuple[SpeedTest, ...]) ->
 def _test(row: SpeedRow) -> SpeedTest:
     rate = (row.median_ts or row.avg_ts) if row.ok else 0.0
     return SpeedTest(
-        test=row.test,
-        n_prompt=row.n_prompt,
-        n_gen=row.n_gen,
-        status=row.status,
-        reason=row.reason,
-        test_time=row.test_time,
+        **_shared(row, SpeedTest),
         n_samples=len(row.samples_ts),
         tokens_per_s=rate or None,
         cv_ratio=row.cv if rate else None,
         sustained_tokens_per_s=row.sustained_ts,
-        load_ms=row.load_ms,
-        ttft_ms=row.ttft_ms,
-        itl_p50_ms=row.itl_p50_ms,
-        itl_p95_ms=row.itl_p95_ms,
-        peak_rss_bytes=row.peak_rss_bytes,
-        temperature_c_max=row.temperature_c_max,
-        throttled=row.throttled,
-        energy_j=row.energy_j,
-        energy_source=row.energy_source,
     )
+
+
+def _shared(row: Row, kind: type[Record]) -> dict[str, Any]:
+    """Return the keys that a row and a part of ``student.json`` have in common."""
+    return row.model_dump(include={*type(row).model_fields} & {*kind.model_fields} - {"device"})
 
 
 def _evaluations(there: Sequence[Evaluation], rows: Sequence[QualityRow]) -> tuple[Evaluation, ...]:
     best: dict[tuple[str, ...], Evaluation] = {}
     for found in (*there, *(evaluation_of(row) for row in rows)):
         key = (found.task, found.task_sha256, found.split, found.fingerprint, found.runtime)
-        before = best.get(key)
-        best[key] = found if before is None else max(before, found, key=_priority)
+        best[key] = max(best.get(key, found), found, key=_priority)
     return tuple(best[key] for key in sorted(best))
 
 
@@ -262,11 +242,10 @@ def _priority(found: Evaluation) -> tuple[bool, int, str, str]:
 
 def evaluation_of(row: QualityRow) -> Evaluation:
     """Return a row of a task as an entry of ``student.json``."""
-    shared = {*PairedAccuracy.model_fields, "runtime", "partial", "task_sha256", "test_time"}
-    shared |= {"answer_seconds_p50", "answer_seconds_p95"}
+    device = row.device
     return Evaluation(
-        **row.model_dump(include=shared),
-        device=row.device.profile or row.device.fingerprint,
-        fingerprint=row.device.fingerprint,
+        **_shared(row, Evaluation),
+        device=device.profile or device.fingerprint,
+        fingerprint=device.fingerprint,
         threads=row.n_threads,
     )

@@ -1,4 +1,4 @@
-"""``bench.jsonl``: one line for each measurement, with every sample kept, beside the files it is about.
+"""``bench.jsonl``: one line for each measurement, with every sample, beside the files that were measured.
 
 A row is one test of one file (``pp512``: prefill of 512 tokens; ``tg128``: generation of 128) with one
 number of threads. Names and units are those of llama.cpp's ``llama-bench -o json`` where they mean
@@ -40,7 +40,7 @@ BENCH_NAME = "bench.jsonl"
 SCHEMA_VERSION: Literal[2] = 2
 _READABLE = (1, 2)  # version 1 has no accuracy, lost and gained in the rows of a task
 
-# ok; the child process died; the kernel killed it for memory; too long; refused before it began
+# ok; the child process died; the kernel killed it for memory; too long; rejected before it began
 Status = Literal["ok", "crashed", "out-of-memory", "timeout", "refused"]
 
 
@@ -49,7 +49,7 @@ class DeviceFacts(Record):
 
     profile: str = Field(default="", description="name of the shipped or own profile, empty if none fits")
     fingerprint: str = Field(description="16 hex digits over the facts that do not change between runs")
-    cpu: str = Field(description="the processor as its maker calls it")
+    cpu: str = Field(description="the processor's name, as its vendor gives it")
     arch: str = Field(description="x86_64, aarch64, …")
     cores: int = Field(ge=1, description="cores this process may use")
     features: tuple[str, ...] = Field(default=(), description="avx2, avx512_vnni, asimddp, i8mm, …")
@@ -61,14 +61,12 @@ class DeviceFacts(Record):
 
 
 class Reading(Record):
-    """The sensors at one moment. None: this machine does not tell."""
+    """The sensors at one moment. None: the device does not report it."""
 
     t_s: float = Field(description="seconds since the test began")
     temperature_c: float | None = None
     clock_mhz: float | None = None
-    throttle_bits: int | None = Field(
-        default=None, description="as `vcgencmd get_throttled` on a Raspberry Pi"
-    )
+    throttle_bits: int | None = Field(default=None, description="of `vcgencmd get_throttled`, Raspberry Pi")
     power_w: float | None = None
 
 
@@ -79,7 +77,7 @@ class SpeedRow(Record):
     status: Status = "ok"
     reason: str = Field(default="", description="why it is not ok, and what to do")
 
-    # what
+    # the test and the file
     test: str = Field(description="pp512, tg128, tg128@d512, as llama-bench names it")
     model_filename: str = Field(description="name of the file or folder, without its path")
     model_type: str = Field(default="", description="architecture, as in llama")
@@ -87,15 +85,13 @@ class SpeedRow(Record):
     model_n_params: int = Field(default=0, ge=0)
     format: Literal["gguf", "onnx-genai", "onnx", "safetensors", "null"]
     quantization: str = ""
-    sha256: str = Field(default="", description="of the file; of a folder, one sum over its files")
+    sha256: str = Field(default="", description="of the file; of a folder, one hash over its files")
     tensor_sha256: str = Field(default="", description="of the tensor data alone: what results are keyed on")
 
-    # with what
+    # the runtime and its settings
     runtime: str = Field(default="", description="llama_cpp 0.3.36, xllamacpp …, onnxruntime …")
-    build_commit: str = Field(default="", description="of llama.cpp, where the runtime tells")
-    build: str = Field(
-        default="", description="what the runtime says of its build and of the CPU features it uses"
-    )
+    build_commit: str = Field(default="", description="of llama.cpp, where the runtime reports it")
+    build: str = Field(default="", description="the runtime's build, and the CPU features it uses")
     n_threads: int = Field(ge=1)
     n_batch: int = Field(default=0, ge=0)
     n_ubatch: int = Field(default=0, ge=0)
@@ -105,9 +101,9 @@ class SpeedRow(Record):
     use_mmap: bool | None = None
     n_prompt: int = Field(ge=0)
     n_gen: int = Field(ge=0)
-    n_depth: int = Field(default=0, ge=0, description="tokens in the cache before the test begins")
+    n_depth: int = Field(default=0, ge=0, description="tokens in the KV cache before the test begins")
 
-    # how fast
+    # speed
     test_time: str = Field(default="", description="when it began, ISO 8601, UTC")
     n_warmup: int = Field(default=0, ge=0, description="repetitions before the first that counts")
     avg_ns: int = 0
@@ -118,14 +114,12 @@ class SpeedRow(Record):
     samples_ts: tuple[float, ...] = ()
     median_ts: float = 0.0
     cv: float = Field(default=0.0, description="standard deviation over mean of `samples_ts`")
-    load_ms: float | None = Field(default=None, description="opening the file until it could decode")
-    ttft_ms: float | None = Field(
-        default=None, description="median; from the prompt to the first token, pp rows"
+    load_ms: float | None = Field(
+        default=None, description="from opening the file to a decoder that is ready"
     )
+    ttft_ms: float | None = Field(default=None, description="time to first token, median; pp rows")
     ttft_samples_ms: tuple[float, ...] = ()
-    itl_p50_ms: float | None = Field(
-        default=None, description="between two tokens, tg rows; every token counts"
-    )
+    itl_p50_ms: float | None = Field(default=None, description="inter-token latency over all tokens; tg rows")
     itl_p90_ms: float | None = Field(default=None, description="only from 64 tokens on (MLPerf)")
     itl_p95_ms: float | None = None
     itl_p99_ms: float | None = Field(default=None, description="only from 662 tokens on (MLPerf)")
@@ -133,25 +127,25 @@ class SpeedRow(Record):
     burst_ts: float | None = Field(default=None, description="rate of the first part of the test")
     sustained_ts: float | None = Field(default=None, description="rate of its last third")
     slope_percent_per_min: float | None = Field(default=None, description="of the rate over the test")
-    slowed: bool | None = Field(default=None, description="the slope is below zero beyond chance and matters")
-
-    # at what cost
-    peak_rss_bytes: int | None = Field(
-        default=None, description="of the child process, weights it mapped included"
+    slowed: bool | None = Field(
+        default=None, description="the slope is significantly below zero and large enough to matter"
     )
-    mapped_bytes: int | None = Field(default=None, description="of the model's files, in memory at the end")
+
+    # memory, temperature, energy
+    peak_rss_bytes: int | None = Field(default=None, description="of the child process, with mapped weights")
+    mapped_bytes: int | None = Field(
+        default=None, description="resident part of the model's files at the end"
+    )
     temperature_c_max: float | None = None
     clock_mhz_min: float | None = None
-    throttled: bool | None = Field(default=None, description="None: this machine does not tell")
+    throttled: bool | None = Field(default=None, description="None: the device does not report it")
     throttle_reason: str = ""
-    energy_j: float | None = Field(
-        default=None, description="measured during the counted repetitions, never estimated"
-    )
+    energy_j: float | None = Field(default=None, description="measured during the repetitions that count")
     energy_source: str = Field(default="", description="rapl, pmic, ina219, meter; empty: not measured")
     readings: tuple[Reading, ...] = Field(default=(), description="the sensors, about once a second")
     load_average: float | None = Field(default=None, description="of the last minute, before the test")
 
-    # beside what was expected (arte_edge.device.roofline)
+    # predicted by arte_edge.device.roofline
     expected_ts: float | None = None
     expected_from: str = Field(default="", description="probe, published")
 
@@ -218,7 +212,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
         except OSError as error:
             os.ftruncate(descriptor, size)
             raise ArteError(
-                f"{path}: {error.strerror}; what was there before is kept",
+                f"{path}: {error.strerror}; earlier rows are unchanged",
                 "Free some space and measure again.",
             ) from error
     finally:
@@ -244,7 +238,7 @@ def read_rows(path: Path) -> list[Row]:
             continue
         document = _parsed(line)
         if document is None:
-            if number == len(lines):  # no newline behind it: torn
+            if number == len(lines):  # no newline: cut off by a crash
                 break
             raise InputError(f"{path}:{number}: not a JSON object", "Delete the line; it is one result.")
         rows.append(parse_row(document, f"{path}:{number}"))
@@ -281,7 +275,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _whole_bytes(descriptor: int) -> int:
-    """Return how long the file is without a torn last line; a whole one without newline gets its newline."""
+    """Return the file's length without an incomplete last line; a complete one without newline gets its newline."""
     size = os.lseek(descriptor, 0, os.SEEK_END)
     tail, at = b"", size
     while at > 0 and b"\n" not in tail:
