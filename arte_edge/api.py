@@ -25,6 +25,7 @@ from arte_edge.errors import InputError
 from arte_edge.publish.recommend.pick import recommend
 from arte_edge.publish.recommend.recommendation import Recommendation
 from arte_edge.publish.report.page import ReportPage, report
+from arte_edge.results.locate import find_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -129,14 +130,7 @@ def load_run(run: PathLike, *, runs: PathLike = "runs") -> Run:
     Raises:
         InputError: there is none.
     """
-    folder = Path(run).expanduser()
-    if not folder.is_dir():
-        folder = Path(runs) / run
-    if not (folder / "run.toml").is_file():
-        raise InputError(
-            f"{run}: no run here", "Name a folder that `arte-edge distill` made, or one below runs/."
-        )
-    return Run(folder)
+    return Run(find_run(run, runs))
 
 
 def ask(run: PathLike, text: str, *, max_tokens: int = 96) -> Reply:

@@ -11,19 +11,19 @@ from arte_edge.results.student_json import FILE_NAME, StudentFile, read_student
 __all__ = ["find_export", "find_run", "read_bench", "read_export"]
 
 
-def find_run(ref: str) -> Path:
-    """Return the folder of a run: a path, or a name under ``runs/``.
+def find_run(ref: str | Path, runs: str | Path = "runs") -> Path:
+    """Return the folder of a run: a path, or a name in the folder `runs`.
 
     Raises:
         InputError: there is no such folder, or it holds no run.
     """
     path = Path(ref).expanduser()
-    path = path if path.is_dir() else Path("runs") / ref
+    path = path if path.is_dir() else Path(runs) / ref
     if not path.is_dir():
         raise InputError(f"{ref}: no such folder", "Give a run's folder, or its name under runs/.")
     if not (path / "run.toml").is_file():
         raise InputError(
-            f"{path}: no run: it has no run.toml", "Give the folder that `arte-edge distill` made."
+            f"{path}: not a run, it has no run.toml", "Give the folder that `arte-edge distill` made."
         )
     return path
 
