@@ -85,7 +85,7 @@ class Run:
     @property
     def table(self) -> Table:
         """Accuracy by model and prompting, with 95 % intervals: a rich table, HTML in a notebook."""
-        from arte_edge.distill.summary import summary_table
+        from arte_edge.distill.stages.evaluate import summary_table
 
         return summary_table(self.evaluation)
 
@@ -119,7 +119,7 @@ class Run:
 
         if not self.finished:
             return fragment(f"{self.name}: not finished", lines=["Run the same command again to resume."])
-        from arte_edge.distill.summary import summary_lines
+        from arte_edge.distill.stages.evaluate import summary_lines
 
         return fragment(self.name, [self.table], summary_lines(self.evaluation))
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from arte_edge.distill.preference.quantization_shift import Shift, compare
 from arte_edge.distill.preference.scoring import probabilities
-from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, Worked, student_messages
+from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_PREFILL, Shot, student_messages
 from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
 from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.loaders import load_task
@@ -55,7 +55,9 @@ def score(name: str, gguf: Path, threads: int) -> None:
     for start in range(len(rows_of(name)), len(drafts), TOGETHER):
         pack = drafts[start : start + TOGETHER]
         prompts = [
-            render(engine, student_messages(task, text, [Worked(draft["input"], draft["text"])]), FORCE)
+            render(
+                engine, student_messages(task, text, [Shot(draft["input"], draft["text"])]), ANSWER_PREFILL
+            )
             for draft in pack
             for text in inputs
         ]

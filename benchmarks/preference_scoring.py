@@ -39,10 +39,10 @@ def make_work(gguf: Path, checkpoint: str, drafts: list[int], threads: int) -> d
     """Return prompts and settings for some drafts of `drafts.json`."""
     from arte_edge.distill.prompts import (
         ANSWER_CLOSE,
+        ANSWER_PREFILL,
         ANSWER_STOPS,
-        FORCE,
-        STEPS,
-        Worked,
+        STEP_BY_STEP,
+        Shot,
         student_messages,
     )
     from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
@@ -52,10 +52,10 @@ def make_work(gguf: Path, checkpoint: str, drafts: list[int], threads: int) -> d
     task = load_task("home_intents")
     examples = task.validation[:K]
     rows = json.loads((RESULTS / "drafts.json").read_text("utf-8"))
-    shots = [Worked(rows[i]["question"], rows[i]["rationale"]) for i in drafts]
+    shots = [Shot(rows[i]["question"], rows[i]["rationale"]) for i in drafts]
     engine = LlamaCppEngine(gguf, sha256="", threads=threads)
     messages = [student_messages(task, example.input, [shot]) for shot in shots for example in examples]
-    prompts = [render(engine, message, STEPS) for message in messages]
+    prompts = [render(engine, message, STEP_BY_STEP) for message in messages]
     lengths = [engine.count_tokens(prompt) for prompt in prompts]
     options = [[o + ANSWER_CLOSE for o in task.answer.options(e.input)] for e in examples]
     return {
@@ -66,7 +66,7 @@ def make_work(gguf: Path, checkpoint: str, drafts: list[int], threads: int) -> d
         "tokens": TOKENS,
         "stop": list(ANSWER_STOPS),
         "prompts": prompts,
-        "forced": [render(engine, message, FORCE) for message in messages],
+        "forced": [render(engine, message, ANSWER_PREFILL) for message in messages],
         "choices": options * len(shots),
         "targets": [example.target for example in examples] * len(shots),
         "ceiling_depth": round(statistics.mean(lengths)) + TOKENS // 4,

@@ -18,15 +18,7 @@ from tiny import Folders, Make, Patch
 
 from arte_edge.models import LocalModel, resolve
 from arte_edge.models.artifact_hash import checksums_of
-from arte_edge.results.student_json import (
-    Data,
-    Fidelity,
-    FidelityMetrics,
-    Lineage,
-    Parent,
-    Tuning,
-    write_student,
-)
+from arte_edge.results.student_json import Data, Fidelity, Lineage, Parent, Tuning, write_student
 
 # A test says what must hold, not how busy the machine may be meanwhile.
 settings.register_profile("arte", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -144,24 +136,13 @@ def export_folder(make_gguf: Make, tmp_path: Path) -> Path:
     for name, rows in (("tiny-Q8_0.gguf", 8), ("tiny-Q4_K_M.gguf.rejected", 16)):
         path = make_gguf(name, rows=rows).rename(folder / name)
         ok = not name.endswith(".rejected")
-        metrics = FidelityMetrics(
-            n_prompts=24,
-            n_tokens=965,
-            kl_mean=0.0058,
-            kl_p99=0.03,
-            kl_max=0.05,
-            top1=0.96,
-            perplexity_reference=16.2,
-            perplexity_ratio=1.001,
-            perplexity_ratio_error=0.01,
-        )
         state = {"status": "ok"} if ok else {"status": "rejected", "reason": "kl mean"}
         sums = {key: value for key, value in vars(checksums_of(path)).items() if key != "tensor_bytes"}
         artifacts.append(
             tiny.artifact(
                 "Q8_0" if ok else "Q4_K_M",
                 **sums | state | {"file": name},
-                fidelity=Fidelity(passed=ok, runtime="llama_cpp 0.3.36", metrics=metrics),
+                fidelity=Fidelity(passed=ok, runtime="llama_cpp 0.3.36", metrics=tiny.metrics()),
                 accuracy=tiny.accuracy(
                     32, difference=-0.1, difference_low=-0.2, difference_high=0.0, p_value=0.1
                 ),

@@ -20,7 +20,7 @@ import pytest
 from arte_edge.models.artifact_hash import checksums_of
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow
-from arte_edge.results.student_json import Artifact, Fidelity, Lineage, Student, StudentFile
+from arte_edge.results.student_json import Artifact, Fidelity, FidelityMetrics, Lineage, Student, StudentFile
 from arte_edge.tasks.loaders import load_task
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "finish",
     "gguf_writer",
     "make_gguf",
+    "metrics",
     "quality_row",
     "save_checkpoint",
     "speed_row",
@@ -328,6 +329,19 @@ def accuracy(right: int, n: int = 40, **more: Any) -> PairedAccuracy:
     share = right / n
     found = {"split": "validation", "n": n, "right": right, "accuracy": share, "low": max(share - 0.1, 0)}
     return PairedAccuracy(**found | {"high": min(share + 0.1, 1)} | more)
+
+
+def metrics(**more: Any) -> FidelityMetrics:
+    known = {
+        "n_prompts": 24,
+        "n_tokens": 965,
+        "kl_mean": 0.0058,
+        "kl_p99": 0.03,
+        "kl_max": 0.05,
+        "top1": 0.96,
+    }
+    ratio = {"perplexity_reference": 16.2, "perplexity_ratio": 1.001, "perplexity_ratio_error": 0.01}
+    return FidelityMetrics(**known | ratio | more)
 
 
 def artifact(quantization: str = "Q8_0", name: str = "m", **more: Any) -> Artifact:

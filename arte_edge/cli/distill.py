@@ -71,7 +71,7 @@ def distill(
         return
     from arte_edge.console import Reporter, emit_json, out
     from arte_edge.distill.pipeline import run_pipeline
-    from arte_edge.distill.summary import show_summary
+    from arte_edge.distill.stages.evaluate import show_summary
 
     reporter = Reporter(folder / "events.jsonl", as_json=as_json)
     done = run_pipeline(config, folder, reporter, force=force or anyway, update=update)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from arte_edge.cache import sha256_file
 from arte_edge.distill.config import build, load_toml
-from arte_edge.distill.prompts import ANSWER_STOPS, STEPS, student_messages
+from arte_edge.distill.prompts import ANSWER_STOPS, STEP_BY_STEP, student_messages
 from arte_edge.errors import ArteError, InputError
 from arte_edge.models.local import LocalModel
 from arte_edge.models.resolve import from_folder
@@ -52,7 +52,9 @@ def ask_student(folder: Path, text: str, *, max_tokens: int = 96) -> Reply:
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
     engine = open_local(_tuned(folder), kind=config.student.engine, parallel=1)
     try:
-        prompt = render(engine, student_messages(task, text), STEPS, plain=config.student.template == "none")
+        prompt = render(
+            engine, student_messages(task, text), STEP_BY_STEP, plain=config.student.template == "none"
+        )
         began = time.monotonic()
         done = engine.complete([Request(prompt)], Sampling(max_tokens=max_tokens, stop=ANSWER_STOPS))[0]
         seconds = time.monotonic() - began

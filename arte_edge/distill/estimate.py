@@ -27,9 +27,9 @@ from arte_edge.distill.generation.rationales import rationale_prompt, rationale_
 from arte_edge.distill.prompts import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
+    ANSWER_PREFILL,
     ANSWER_STOPS,
-    FORCE,
-    STEPS,
+    STEP_BY_STEP,
     answer_shots,
     direct_messages,
     question_prefill,
@@ -303,7 +303,7 @@ def _prompts(run: Run, call: Call) -> list[str]:
         return [
             run.render(engine, direct_messages(task, e.input, shots), ANSWER_OPEN, config) for e in examples
         ]
-    prefill = STEPS if call.what == "generated" else FORCE
+    prefill = STEP_BY_STEP if call.what == "generated" else ANSWER_PREFILL
     return [run.render(engine, student_messages(task, e.input, shots), prefill, config) for e in examples]
 
 

@@ -18,10 +18,10 @@ from arte_edge.distill.config import ModelConfig
 from arte_edge.distill.generation.rationales import rationale_prompt, rationale_sampling
 from arte_edge.distill.prompts import (
     ANSWER_CLOSE,
+    ANSWER_PREFILL,
     ANSWER_STOPS,
-    FORCE,
-    STEPS,
-    Worked,
+    STEP_BY_STEP,
+    Shot,
     student_messages,
 )
 from arte_edge.distill.run_context import Run
@@ -30,7 +30,7 @@ from arte_edge.tasks.answers import canonical, extract, matches
 from arte_edge.tasks.task import Example
 
 __all__ = [
-    "Answered",
+    "Predictions",
     "constrained_answers",
     "generated_answers",
     "generated_answers_each",
@@ -42,8 +42,8 @@ _OPEN_ANSWER_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A model's answers to n examples, its whole texts where it generated them, and which are right."""
+class Predictions:
+    """The answers of a model to n examples, its full texts if they were generated, and which are right."""
 
     answers: list[str | None]
     right: NDArray[np.bool_]  # [n]
@@ -59,10 +59,10 @@ def generated_answers(
     engine: Engine,
     config: ModelConfig,
     examples: Sequence[Example],
-    shots: Sequence[Worked],
+    shots: Sequence[Shot],
     tokens: int,
     what: str,
-) -> Answered:
+) -> Predictions:
     """Let the model reason and answer, greedily, after `shots` (paper, section 3.3)."""
     return generated_answers_each(run, engine, config, [(examples, shots)], tokens, what)[0]
 
@@ -71,13 +71,13 @@ def generated_answers_each(
     run: Run,
     engine: Engine,
     config: ModelConfig,
-    lists: Sequence[tuple[Sequence[Example], Sequence[Worked]]],
+    lists: Sequence[tuple[Sequence[Example], Sequence[Shot]]],
     tokens: int,
     what: str,
-) -> list[Answered]:
+) -> list[Predictions]:
     """`generated_answers` for several lists of examples, each with its own shots, in the same batches."""
     requests = [
-        Request(run.render(engine, student_messages(run.task, example.input, shots), STEPS, config))
+        Request(run.render(engine, student_messages(run.task, example.input, shots), STEP_BY_STEP, config))
         for examples, shots in lists
         for example in examples
     ]
@@ -86,7 +86,7 @@ def generated_answers_each(
     return [_judge_texts(run, examples, [next(texts).text for _ in examples]) for examples, _ in lists]
 
 
-def teacher_answers(run: Run, examples: Sequence[Example]) -> Answered:
+def teacher_answers(run: Run, examples: Sequence[Example]) -> Predictions:
     """Let the teacher answer with the prompt with which it generates training data."""
     teacher = run.config.teacher
     engine = run.engine(teacher)
@@ -101,12 +101,12 @@ def constrained_answers(
     engine: Engine,
     config: ModelConfig,
     examples: Sequence[Example],
-    shots: Sequence[Worked],
+    shots: Sequence[Shot],
     what: str,
-) -> Answered:
+) -> Predictions:
     """Open the answer tag for the model and take its likeliest answer."""
     prompts = [
-        run.render(engine, student_messages(run.task, example.input, shots), FORCE, config)
+        run.render(engine, student_messages(run.task, example.input, shots), ANSWER_PREFILL, config)
         for example in examples
     ]
     answer = run.task.answer
@@ -131,15 +131,15 @@ def random_baseline(run: Run, examples: Sequence[Example]) -> float:
     return max(top, guess)
 
 
-def _judge_texts(run: Run, examples: Sequence[Example], texts: Sequence[str]) -> Answered:
+def _judge_texts(run: Run, examples: Sequence[Example], texts: Sequence[str]) -> Predictions:
     return _judge(run, examples, [extract(text, run.task.answer) for text in texts], texts)
 
 
 def _judge(
     run: Run, examples: Sequence[Example], answers: list[str | None], texts: Sequence[str] = ()
-) -> Answered:
+) -> Predictions:
     right = [
         matches(given, example.target, run.task.answer)
         for given, example in zip(answers, examples, strict=True)
     ]
-    return Answered(answers, np.array(right, dtype=np.bool_), tuple(texts))
+    return Predictions(answers, np.array(right, dtype=np.bool_), tuple(texts))

@@ -1,4 +1,4 @@
-"""Which validation questions tell models apart: a two-parameter logistic fit and its top k.
+"""Which validation questions discriminate between models: a two-parameter logistic fit and its top k.
 
     P(respondent i is right on item j) = 1 / (1 + exp(-α_j (θ_i - β_j)))
 
@@ -9,9 +9,9 @@ Scores, 1968). The preference set is the k items of largest α (ARTE, step 2).
 
 The estimate is Bayes modal: the marginal likelihood, abilities integrated out over
 N(0, 1), times a prior on every item (R. J. Mislevy, Psychometrika 51 (1986) 177–195).
-A real matrix has 8 to 20 respondents; there maximum likelihood runs away (an item
+A real matrix has 8 to 20 respondents; there maximum likelihood diverges (an item
 that all got right has no finite β, one that splits them cleanly no finite α), so the
-prior is not a refinement but what makes the answer exist. As α has a log-normal
+prior is not a refinement: without it there is no estimate. As α has a log-normal
 prior it is never negative: an item that the weak get right and the strong get wrong,
 often a wrong label, ends near zero and at the bottom of the order.
 
@@ -47,10 +47,10 @@ ABILITY_NODES = np.linspace(-5.0, 5.0, 81)
 
 @dataclass(frozen=True)
 class ItemParameters:
-    """What a response matrix tells of its items and its respondents.
+    """The estimates from a response matrix for its items and respondents.
 
-    `solved` is False for an item that nobody got right (or was asked): it showed no
-    difference between anybody, and its α is little more than the prior.
+    `solved` is False for an item that nobody got right (or answered): it distinguishes
+    no respondents, and its α is little more than the prior.
     """
 
     discrimination: Floats  # [n_item], above 0

@@ -12,7 +12,7 @@ student's own tokens. With a budget, a run changes in three places:
   that is a little too long is a little worse, and the ranking of two long drafts is kept.
 * tailor: the teacher's few-shot examples are shortened to fit, too long rationales are not trained on,
   and the questions that this leaves without one are sampled again
-  (`arte_edge.distill.generation.latency_rationales`).
+  (`arte_edge.distill.generation.rationales`).
 * evaluate: base and tuned student stop at the budget.
 
 Drafts are elicited without a budget: preferences need short and long ones to choose from.

@@ -102,12 +102,14 @@ def _prompt_tokens(run: Run) -> int:
     import numpy as np
 
     from arte_edge.distill.latency import PROMPT_PERCENTILE
-    from arte_edge.distill.prompts import STEPS, student_messages
+    from arte_edge.distill.prompts import STEP_BY_STEP, student_messages
 
     student = run.config.student
     engine = run.engine(student)
     counts = [
-        engine.count_tokens(run.render(engine, student_messages(run.task, example.input), STEPS, student))
+        engine.count_tokens(
+            run.render(engine, student_messages(run.task, example.input), STEP_BY_STEP, student)
+        )
         for example in run.task.validation
     ]
     return math.ceil(float(np.percentile(counts, PROMPT_PERCENTILE)))

@@ -1,8 +1,8 @@
-"""Every prompt of the method, in one place: what teacher and student are asked, word for word.
+"""Every prompt of the method in one place.
 
-Each function returns chat messages; `arte_edge.runtimes.prompt_render` makes text of them.
-Worked examples are turns of the conversation: chat models hold a format far better
-when they seem to have kept to it before. A prefill starts the model's answer.
+Each function returns chat messages; `arte_edge.runtimes.prompt_render` renders them. Few-shot examples
+are turns of the conversation: chat models follow a format far better if they seem to have followed it
+before. A prefill starts the model's answer.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from arte_edge.tasks.task import Example, Task
 __all__ = [
     "ANSWER_CLOSE",
     "ANSWER_OPEN",
+    "ANSWER_PREFILL",
     "ANSWER_STOPS",
-    "FORCE",
-    "STEPS",
-    "Worked",
+    "STEP_BY_STEP",
+    "Shot",
     "answer_shots",
     "direct_messages",
     "question_messages",
@@ -32,38 +32,38 @@ __all__ = [
 ]
 
 ANSWER_OPEN, ANSWER_CLOSE = "<ans>", "</ans>"
-STEPS = "Let's think step by step."
-# What stands in place of the student's own reasoning when its answer is forced.
-FORCE = f"{STEPS} The answer is {ANSWER_OPEN}"
+STEP_BY_STEP = "Let's think step by step."
+# Replaces the student's own reasoning in constrained answers.
+ANSWER_PREFILL = f"{STEP_BY_STEP} The answer is {ANSWER_OPEN}"
 ANSWER_STOPS = (ANSWER_CLOSE, "\nQuestion:", "\n\n\n")
 
 _TAG_RULE = f"End with the final answer between {ANSWER_OPEN} and {ANSWER_CLOSE}."
 _BRIEF = "Reason in one to three short sentences."
 
 
-class Worked(NamedTuple):
-    """A question with its worked answer, tags included: one shot."""
+class Shot(NamedTuple):
+    """A few-shot example: a question and its answer with reasoning and tags."""
 
     question: str
     answer: str
 
 
-def teacher_shots(task: Task, n: int) -> list[Worked]:
-    """Return `n` shots for the teacher: the task's worked examples first, then seeds with their bare answers."""
-    worked = [Worked(w.input, f"{w.reasoning.strip()} {tagged(w.target)}") for w in task.worked[:n]]
+def teacher_shots(task: Task, n: int) -> list[Shot]:
+    """Return `n` shots for the teacher: the task's worked examples first, then seeds with direct answers."""
+    worked = [Shot(w.input, f"{w.reasoning.strip()} {tagged(w.target)}") for w in task.worked[:n]]
     shown = {w.question for w in worked}
     return worked + answer_shots([seed for seed in task.seed if seed.input not in shown], n - len(worked))
 
 
-def answer_shots(seeds: Sequence[Example], n: int) -> list[Worked]:
-    """Return `n` of `seeds` with their bare answers as shots, spread over the answers."""
+def answer_shots(seeds: Sequence[Example], n: int) -> list[Shot]:
+    """Return `n` of `seeds` with direct answers as shots, balanced over the answers."""
     by_target: dict[str, list[Example]] = {}
     for seed in seeds:
         by_target.setdefault(seed.target, []).append(seed)
-    # Round-robin over the answers: eight shots of one label teach a small model that label.
+    # Round-robin over the answers: eight shots with one label bias a small model to it.
     groups = list(by_target.values())
     turns = sorted((rank, i) for i, group in enumerate(groups) for rank in range(len(group)))
-    return [Worked(groups[i][rank].input, tagged(groups[i][rank].target)) for rank, i in turns[: max(n, 0)]]
+    return [Shot(groups[i][rank].input, tagged(groups[i][rank].target)) for rank, i in turns[: max(n, 0)]]
 
 
 def tagged(answer: str) -> str:
@@ -71,7 +71,7 @@ def tagged(answer: str) -> str:
     return f"{ANSWER_OPEN}{answer}{ANSWER_CLOSE}"
 
 
-def _turns(shots: Sequence[Worked], opening: str = "") -> list[Message]:
+def _turns(shots: Sequence[Shot], opening: str = "") -> list[Message]:
     return [
         message
         for shot in shots
@@ -88,7 +88,7 @@ def question_text(number: int, text: str, target: str) -> str:
 
 
 def question_messages(task: Task, seeds: Sequence[Example], n_new: int) -> list[Message]:
-    """Ask the teacher for `n_new` more questions like `seeds`, in tags (paper, section 3.1)."""
+    """Prompt the teacher for `n_new` more questions like `seeds`, in tags (paper, section 3.1)."""
     shown = "\n".join(question_text(i, seed.input, seed.target) for i, seed in enumerate(seeds, 1))
     first, last = len(seeds) + 1, len(seeds) + n_new
     content = (
@@ -106,29 +106,29 @@ def question_prefill(n_seeds: int) -> str:
 
 
 def rationale_messages(
-    task: Task, question: str, technique: str | None, shots: Sequence[Worked] = ()
+    task: Task, question: str, technique: str | None, shots: Sequence[Shot] = ()
 ) -> list[Message]:
-    """Ask the teacher to reason about `question`.
+    """Prompt the teacher to reason about `question`.
 
     With `technique` None this is the *naive* prompt of alignment and tailoring: the
-    technique's own words are erased, so that the teacher learns by itself when to use
+    text of the technique is removed, so that the teacher learns by itself when to use
     it (paper, section 3.4, "prompt erasure").
     """
-    how = technique.strip() if technique else STEPS
+    how = technique.strip() if technique else STEP_BY_STEP
     system = f"{task.description.strip()}\n{_BRIEF} {_TAG_RULE}"
-    ask = {"role": "user", "content": f"Question: {question}\n\n{how}"}
-    return [{"role": "system", "content": system}, *_turns(shots), ask]
+    question_turn = {"role": "user", "content": f"Question: {question}\n\n{how}"}
+    return [{"role": "system", "content": system}, *_turns(shots), question_turn]
 
 
-def student_messages(task: Task, question: str, shots: Sequence[Worked] = ()) -> list[Message]:
-    """Ask the student, after `shots`; its answer is started with `STEPS` (paper, section 3.3)."""
+def student_messages(task: Task, question: str, shots: Sequence[Shot] = ()) -> list[Message]:
+    """Prompt the student, after `shots`; its answer starts with `STEP_BY_STEP` (paper, section 3.3)."""
     system = f"{task.description.strip()}\n{_TAG_RULE}"
-    ask = {"role": "user", "content": f"Question: {question}"}
-    return [{"role": "system", "content": system}, *_turns(shots, STEPS), ask]
+    question_turn = {"role": "user", "content": f"Question: {question}"}
+    return [{"role": "system", "content": system}, *_turns(shots, STEP_BY_STEP), question_turn]
 
 
-def direct_messages(task: Task, question: str, shots: Sequence[Worked] = ()) -> list[Message]:
-    """Ask for the answer alone, without reasoning; `shots` must show the same."""
+def direct_messages(task: Task, question: str, shots: Sequence[Shot] = ()) -> list[Message]:
+    """Prompt for the answer only, without reasoning; `shots` must do the same."""
     system = f"{task.description.strip()}\nGive the answer alone, between {ANSWER_OPEN} and {ANSWER_CLOSE}."
-    ask = {"role": "user", "content": f"Question: {question}"}
-    return [{"role": "system", "content": system}, *_turns(shots), ask]
+    question_turn = {"role": "user", "content": f"Question: {question}"}
+    return [{"role": "system", "content": system}, *_turns(shots), question_turn]

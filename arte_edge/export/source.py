@@ -19,7 +19,7 @@ from pathlib import Path
 from arte_edge.cache import Progress, slug
 from arte_edge.checkpoint import reject_quantized
 from arte_edge.distill.config import RunConfig, build, load_toml
-from arte_edge.distill.prompts import STEPS, student_messages, tagged
+from arte_edge.distill.prompts import STEP_BY_STEP, student_messages, tagged
 from arte_edge.errors import InputError
 from arte_edge.export.chat import Chat, read_chat
 from arte_edge.export.lora_merge import Adapter, is_adapter, read_adapter
@@ -245,7 +245,7 @@ def _lineage(folder: Path, config: RunConfig, task: Task) -> Lineage:
 def _prompting(task: Task) -> Prompting:
     system, question = student_messages(task, "")
     return Prompting(
-        system=system["content"], before=question["content"], prefill=STEPS, stops=("\nQuestion:",)
+        system=system["content"], before=question["content"], prefill=STEP_BY_STEP, stops=("\nQuestion:",)
     )
 
 
@@ -273,7 +273,7 @@ def _training_texts(rows: Path, n: int) -> tuple[str, ...]:
 def _seed_texts(task: Task, chat: Chat, n: int) -> tuple[str, ...]:
     """Return a sample of up to `n` seed examples of `task` with their answers."""
     texts = [
-        f"{chat.render(student_messages(task, seed.input), STEPS)} {tagged(seed.target)}"
+        f"{chat.render(student_messages(task, seed.input), STEP_BY_STEP)} {tagged(seed.target)}"
         for seed in task.seed
     ]
     return _sample(texts, n)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from arte_edge.distill.prompts import ANSWER_STOPS, STEPS, student_messages
+from arte_edge.distill.prompts import ANSWER_STOPS, STEP_BY_STEP, student_messages
 from arte_edge.errors import InputError
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.runtimes.protocol import Runtime
@@ -110,7 +110,7 @@ def answers(
 def _prompt(model: Runtime, task: Task, example: Example, plain: bool) -> str:
     messages = student_messages(task, example.input)
     text = None if plain else model.render(messages)
-    return (plain_text(messages) if text is None else text) + STEPS
+    return (plain_text(messages) if text is None else text) + STEP_BY_STEP
 
 
 def check_accuracy(accuracy: PairedAccuracy, allowed: float | None) -> Check:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, student_messages
+from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_PREFILL, student_messages
 from arte_edge.errors import InputError
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.tasks.task import Task
@@ -126,7 +126,10 @@ def task_prompts(reference: Renders, task: Task, limit: int = _TASK_PROMPTS) -> 
     if not task.validation:
         raise InputError(f"Task '{task.name}' has no validation examples", "Label some in validation.jsonl.")
     return [
-        _rendered(reference, student_messages(task, example.input)) + FORCE + example.target + ANSWER_CLOSE
+        _rendered(reference, student_messages(task, example.input))
+        + ANSWER_PREFILL
+        + example.target
+        + ANSWER_CLOSE
         for example in task.validation[:limit]
     ]
 

@@ -24,7 +24,7 @@ from score_worth_record import entropy
 from score_worth_stats import mean_interval
 
 from arte_edge.distill.preference.adaptive import interleave_answers
-from arte_edge.distill.prompts import ANSWER_STOPS, STEPS
+from arte_edge.distill.prompts import ANSWER_STOPS, STEP_BY_STEP
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.store import read_jsonl
 from arte_edge.tasks.answers import extract, matches
@@ -47,7 +47,7 @@ class Student(Learner):
 
     def written(self, asked: Sequence[Mapping[str, str]]) -> int:
         """Return how many of the questions are answered right in the student's own words."""
-        requests = [Request(self._prompt(row["input"], STEPS)) for row in asked]
+        requests = [Request(self._prompt(row["input"], STEP_BY_STEP)) for row in asked]
         sampling = Sampling(max_tokens=ANSWER_TOKENS, stop=tuple(ANSWER_STOPS))
         answers = [extract(one.text, self.task.answer) for one in self.engine.complete(requests, sampling)]
         return sum(

@@ -22,7 +22,14 @@ import numpy as np
 from score_worth_scores import UNASKED
 
 from arte_edge.cache import whole_file
-from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_STOPS, FORCE, STEPS, Worked, student_messages
+from arte_edge.distill.prompts import (
+    ANSWER_CLOSE,
+    ANSWER_PREFILL,
+    ANSWER_STOPS,
+    STEP_BY_STEP,
+    Shot,
+    student_messages,
+)
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.loader import open_engine
 from arte_edge.runtimes.prompt_render import render
@@ -41,7 +48,7 @@ class Asking:
         self.options = [self.task.answer.options(row["input"]) for row in self.rows]
 
     def prompts(self, drafts: Sequence[Mapping[str, str]], at: Sequence[int], opening: str) -> list[str]:
-        shots = [Worked(draft["input"], draft["text"]) for draft in drafts]
+        shots = [Shot(draft["input"], draft["text"]) for draft in drafts]
         asked = [self.rows[i]["input"] for i in at]
         return [
             render(self.engine, student_messages(self.task, one, [shot]), opening)
@@ -51,14 +58,14 @@ class Asking:
 
     def logp(self, drafts: Sequence[Mapping[str, str]]) -> np.ndarray[Any, Any]:
         """Return every answer's log-probability ``[d, k, n_choice]``."""
-        prompts = self.prompts(drafts, range(len(self.rows)), FORCE)
+        prompts = self.prompts(drafts, range(len(self.rows)), ANSWER_PREFILL)
         closed = [[choice + ANSWER_CLOSE for choice in own] for own in self.options] * len(drafts)
         found = np.array(self.engine.choose_each(prompts, closed), dtype=np.float32)
         return found.reshape(len(drafts), len(self.rows), -1)
 
     def right(self, drafts: Sequence[Mapping[str, str]], at: Sequence[int]) -> np.ndarray[Any, Any]:
         """Return 1 right, 0 wrong, -1 no answer ``[d, len(at)]``."""
-        requests = [Request(prompt) for prompt in self.prompts(drafts, at, STEPS)]
+        requests = [Request(prompt) for prompt in self.prompts(drafts, at, STEP_BY_STEP)]
         done = self.engine.complete(requests, Sampling(max_tokens=TOKENS, stop=tuple(ANSWER_STOPS)))
         targets = [self.rows[i]["target"] for i in at] * len(drafts)
         answers = [extract(one.text, self.task.answer) for one in done]

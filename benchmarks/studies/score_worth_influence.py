@@ -21,7 +21,7 @@ import torch
 from score_worth_scores import forced_outcome
 
 from arte_edge.cache import whole_file
-from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, STEPS, student_messages
+from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_PREFILL, STEP_BY_STEP, student_messages
 from arte_edge.runtimes.prompt_render import render
 from arte_edge.runtimes.transformers.model import TransformersEngine
 from arte_edge.tasks.loaders import load_task
@@ -40,7 +40,7 @@ class Learner:
         asked = work["outcome"][:items]
         self.options = [self.task.answer.options(row["input"]) for row in asked]
         self.truth = np.array([o.index(r["target"]) for o, r in zip(self.options, asked, strict=True)])
-        self.prompts = [self._prompt(row["input"], FORCE) for row in asked]
+        self.prompts = [self._prompt(row["input"], ANSWER_PREFILL) for row in asked]
 
     def _prompt(self, question: str, opening: str) -> str:
         return render(self.engine, student_messages(self.task, question, []), opening)
@@ -52,7 +52,7 @@ class Learner:
 
     def example(self, draft: Mapping[str, str]) -> tuple[list[int], int]:
         """Return a draft's tokens, and how many of them are the prompt."""
-        prompt = self.engine._text.tokens(self._prompt(draft["input"], STEPS))
+        prompt = self.engine._text.tokens(self._prompt(draft["input"], STEP_BY_STEP))
         completion = self.engine._text.tokens(f" {draft['text'].strip()}")
         end = self.model.generation_config.eos_token_id
         return [*prompt, *completion, end if isinstance(end, int) else end[0]], len(prompt)

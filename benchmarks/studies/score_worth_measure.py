@@ -30,7 +30,7 @@ from score_worth_scores import Floats, draft_scores, forced_outcome
 from score_worth_students import Students
 from score_worth_study import Study, half
 
-from arte_edge.distill.prompts import FORCE, STEPS, Worked
+from arte_edge.distill.prompts import ANSWER_PREFILL, STEP_BY_STEP, Shot
 from arte_edge.store import read_jsonl
 
 GRID_TOKENS, ANSWER_TOKENS = 64, 48  # that a student may write
@@ -43,13 +43,15 @@ def grid(study: Study, students: Students, limit: int) -> dict[str, Any]:
     """Measure every draft before every validation question, and the questions without a draft."""
     asked = study.work["validation"][:limit]
     options = [study.task.answer.options(row["input"]) for row in asked]
-    shots = [Worked(draft["input"], draft["text"]) for draft in study.drafts]
+    shots = [Shot(draft["input"], draft["text"]) for draft in study.drafts]
     right, logp = [], []
     for start in range(0, len(shots), 40):  # forty drafts at once: the table of tokens stays small
         some = shots[start : start + 40]
-        steps = [(study.prompt(row["input"], STEPS, shot), row["target"]) for shot in some for row in asked]
+        steps = [
+            (study.prompt(row["input"], STEP_BY_STEP, shot), row["target"]) for shot in some for row in asked
+        ]
         force = [
-            (study.prompt(row["input"], FORCE, shot), own)
+            (study.prompt(row["input"], ANSWER_PREFILL, shot), own)
             for shot in some
             for row, own in zip(asked, options, strict=True)
         ]
@@ -58,7 +60,7 @@ def grid(study: Study, students: Students, limit: int) -> dict[str, Any]:
         study.forget()
     d, v = len(shots), len(asked)
     zero = study.chosen(
-        students, [(study.prompt(r["input"], FORCE), o) for r, o in zip(asked, options, strict=True)]
+        students, [(study.prompt(r["input"], ANSWER_PREFILL), o) for r, o in zip(asked, options, strict=True)]
     )
     own = own_likelihood(study, students)
     return {
@@ -94,11 +96,11 @@ def judged(study: Study, students: Students, n: int, *, written: bool) -> list[d
     options = [study.task.answer.options(row["input"]) for row in asked]
     truth = np.array([o.index(r["target"]) for o, r in zip(options, asked, strict=True)])
     logp = study.chosen(
-        students, [(study.prompt(r["input"], FORCE), o) for r, o in zip(asked, options, strict=True)]
+        students, [(study.prompt(r["input"], ANSWER_PREFILL), o) for r, o in zip(asked, options, strict=True)]
     )
     rows = [forced_outcome(one, truth) for one in logp]
     if written:
-        asks = [(study.prompt(r["input"], STEPS), r["target"]) for r in asked]
+        asks = [(study.prompt(r["input"], STEP_BY_STEP), r["target"]) for r in asked]
         table, lengths = study.right(students, asks, ANSWER_TOKENS)
         for row, mine, tokens in zip(rows, table, lengths, strict=True):
             answered = [t for t, x in zip(tokens, mine, strict=True) if x >= 0]

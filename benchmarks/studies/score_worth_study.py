@@ -16,7 +16,7 @@ import torch
 from score_worth_students import Students
 from transformers import AutoTokenizer
 
-from arte_edge.distill.prompts import ANSWER_CLOSE, STEPS, Worked, student_messages
+from arte_edge.distill.prompts import ANSWER_CLOSE, STEP_BY_STEP, Shot, student_messages
 from arte_edge.runtimes.choice_scoring import spans
 from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.answers import extract, matches
@@ -54,7 +54,7 @@ class Study:
             ids += self._known[piece]
         return ids
 
-    def prompt(self, question: str, opening: str, shot: Worked | None = None) -> str:
+    def prompt(self, question: str, opening: str, shot: Shot | None = None) -> str:
         messages = student_messages(self.task, question, [shot] if shot else ())
         return render(self.engine, messages, opening)  # type: ignore[arg-type]
 
@@ -136,7 +136,7 @@ class Study:
 
     def training_row(self, draft: dict[str, Any]) -> tuple[list[int], int]:
         """Return (tokens, how many are the prompt) of a draft as `tune` would train on it."""
-        prompt = self.tokens(self.prompt(draft["input"], STEPS))
+        prompt = self.tokens(self.prompt(draft["input"], STEP_BY_STEP))
         completion = self.tokenizer(f" {draft['text'].strip()}", add_special_tokens=False)["input_ids"]
         return [*prompt, *completion, self.tokenizer.eos_token_id], len(prompt)
 

@@ -15,10 +15,9 @@ from arte_edge.distill.run_context import open_folder
 from arte_edge.distill.stages.calibrate import calibrate
 from arte_edge.distill.stages.check import check
 from arte_edge.distill.stages.elicit import elicit
-from arte_edge.distill.stages.evaluate import evaluate
+from arte_edge.distill.stages.evaluate import evaluate, summary_table
 from arte_edge.distill.stages.prefer import prefer
 from arte_edge.distill.stages.tailor import tailor
-from arte_edge.distill.summary import summary_table
 from arte_edge.models.local import LocalModel
 
 OLD = Path(__file__).parent / "data" / "run-0.1"

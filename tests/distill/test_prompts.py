@@ -7,7 +7,7 @@ from typing import Any
 
 from arte_edge.distill.generation.questions import parse_questions
 from arte_edge.distill.prompts import (
-    STEPS,
+    STEP_BY_STEP,
     answer_shots,
     direct_messages,
     question_messages,
@@ -45,7 +45,7 @@ def test_the_naive_prompt_erases_the_technique_and_nothing_else(house: Any) -> N
     with_it = rationale_messages(house.task, "Q?", technique)
     naive = rationale_messages(house.task, "Q?", None)
     assert with_it[-1]["content"] == f"Question: Q?\n\n{technique}"
-    assert naive[-1]["content"] == f"Question: Q?\n\n{STEPS}"
+    assert naive[-1]["content"] == f"Question: Q?\n\n{STEP_BY_STEP}"
     assert with_it[:-1] == naive[:-1]
 
 
@@ -62,12 +62,12 @@ def test_a_students_shot_is_a_turn_that_ends_in_a_readable_answer(house: Any) ->
     shots = answer_shots(house.task.seed, 1)
     system, asked, answered, ask = student_messages(house.task, "Q?", shots)
     assert [m["role"] for m in (system, asked, answered, ask)] == ["system", "user", "assistant", "user"]
-    assert answered["content"].startswith(STEPS)
+    assert answered["content"].startswith(STEP_BY_STEP)
     assert extract(answered["content"], house.task.answer) == house.task.seed[0].target
     assert ask["content"] == "Question: Q?"
 
 
 def test_the_direct_question_asks_for_no_reasoning(house: Any) -> None:
     messages = direct_messages(house.task, "Q?", answer_shots(house.task.seed, 2))
-    assert STEPS not in "".join(message["content"] for message in messages)
+    assert STEP_BY_STEP not in "".join(message["content"] for message in messages)
     assert messages[2]["content"] == "<ans>even</ans>"

@@ -11,7 +11,7 @@ import pytest
 from tiny import TASK
 
 from arte_edge.distill.config import RunConfig, dump_toml
-from arte_edge.distill.prompts import STEPS, student_messages, tagged
+from arte_edge.distill.prompts import STEP_BY_STEP, student_messages, tagged
 from arte_edge.store import write_jsonl
 from arte_edge.tasks.loaders import load_task
 
@@ -30,7 +30,7 @@ def write_run(folder: Path, student: Path) -> Path:
     shutil.copytree(student, folder / "tune" / "student")
     rows = [
         {
-            "prompt": chat.render(student_messages(task, seed.input), STEPS),
+            "prompt": chat.render(student_messages(task, seed.input), STEP_BY_STEP),
             "completion": f" {tagged(seed.target)}",
         }
         for seed in task.seed[:12]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from arte_edge.distill.prompts import STEPS
+from arte_edge.distill.prompts import STEP_BY_STEP
 from arte_edge.errors import InputError
 from arte_edge.export.source import open_source
 from arte_edge.tasks.loaders import load_task
@@ -35,7 +35,7 @@ def test_a_run_has_its_task_texts_and_lineage(tiny_run: Path) -> None:
 def test_a_run_s_student_is_prompted_as_in_training(tiny_run: Path) -> None:
     prompting = open_source(str(tiny_run)).prompting
     assert prompting is not None
-    assert prompting.before == "Question: " and prompting.prefill == STEPS
+    assert prompting.before == "Question: " and prompting.prefill == STEP_BY_STEP
     assert load_task("home_intents").description.strip() in prompting.system
 
 

@@ -27,14 +27,14 @@ def hub(monkeypatch: Patch, tmp_path: Path) -> Iterator[Make]:
         monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        for name in (
+        for name in [
             "ARTE_EDGE_OFFLINE",
             "HF_HUB_OFFLINE",
             "http_proxy",
             "HTTP_PROXY",
             "all_proxy",
             "ALL_PROXY",
-        ):
+        ]:
             monkeypatch.delenv(name, raising=False)
         return server
 

@@ -17,7 +17,7 @@ def offline(monkeypatch: Patch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def test_a_whole_test_split_becomes_an_entry_that_the_hubs_reader_knows(export_folder: Path) -> None:
+def test_a_whole_test_split_becomes_an_entry_of_the_hubs_form(export_folder: Path) -> None:
     notes: list[str] = []
     student = merge_rows(export_folder, [quality_row(80)])
     (path,) = write_eval_results(export_folder, student, [GSM8K], repo="ada/tiny-GGUF", note=notes.append)
@@ -25,18 +25,14 @@ def test_a_whole_test_split_becomes_an_entry_that_the_hubs_reader_knows(export_f
     (entry,) = parse_eval_result_entries(yaml.safe_load(path.read_text()))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 80.0)
     assert entry.date == "2026-11-24"  # a quoted text, not a date of YAML's
-    assert entry.notes is not None
-    assert entry.notes.startswith("GGUF Q8_0, llama_cpp 0.3.36, greedy, n=100")
+    assert str(entry.notes).startswith("GGUF Q8_0, llama_cpp 0.3.36, greedy, n=100")
     assert entry.source_url == "https://huggingface.co/ada/tiny-GGUF/blob/main/bench.jsonl"
-    assert len(notes) == 1
-    assert "not checked" in notes[0]
+    assert len(notes) == 1 and "not checked" in notes[0]
     assert write_eval_results(export_folder, student, [GSM8K], repo="ada/tiny-GGUF") == []
 
 
 @pytest.mark.parametrize("change", [{"partial": True}, {"split": "validation"}])
-def test_part_of_a_split_and_other_splits_are_no_entry(
-    export_folder: Path, change: dict[str, object]
-) -> None:
+def test_only_the_whole_test_split_is_an_entry(export_folder: Path, change: dict[str, object]) -> None:
     student = merge_rows(export_folder, [quality_row(80, **change)])
     with pytest.raises(InputError, match="no file was measured on the whole test split"):
         write_eval_results(export_folder, student, [GSM8K])
@@ -53,7 +49,7 @@ def test_of_several_tasks_one_must_be_named(export_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["gsm8k", "openai/gsm8k", "a/b/c:d", "openai/gsm8k:", "../x:y"])
-def test_a_benchmark_of_another_form_is_refused(text: str) -> None:
+def test_a_benchmark_of_another_form_is_rejected(text: str) -> None:
     with pytest.raises(InputError, match="not DATASET:TASK_ID"):
         parse_benchmark(text)
 

@@ -25,35 +25,33 @@ def ready(export_folder: Path, capsys: Capture) -> Path:
 def test_nothing_is_sent_without_yes(ready: Path, hub: Make, capsys: Capture) -> None:
     server = hub()
     assert main(["push", str(ready), "--to", REPO]) == 0
-    told = capsys.readouterr()
+    out = capsys.readouterr().out
     assert server.requests == []
-    assert f"To {REPO} (public if it is new)" in told.out
-    assert NAME in told.out
-    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in told.out
-    assert "tiny-Q4_K_M.gguf.rejected: rejected by the gate" in told.out
-    assert "Nothing was sent." in told.err
+    for part in (
+        REPO,
+        NAME,
+        "base_model: HuggingFaceTB/SmolLM2-135M-Instruct",
+        "tiny-Q4_K_M.gguf.rejected: ",
+    ):
+        assert part in out
 
 
 def test_with_yes_the_hub_has_what_the_preview_showed(ready: Path, hub: Make, capsys: Capture) -> None:
     server = hub()
     assert main(["push", str(ready), "--to", REPO, "--private", "--yes", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert set(server.files) == {file["file"] for file in told["files"]}
+    shown = json.loads(capsys.readouterr().out)
+    assert set(server.files) == {file["file"] for file in shown["files"]}
     assert all(server.files[name] == (ready / name).read_bytes() for name in server.files)
     assert "tiny-Q4_K_M.gguf.rejected" not in server.files
     assert server.repos[REPO]["visibility"] == "private"
-    assert told["sent"]["url"].endswith(REPO)
+    assert shown["sent"]["url"].endswith(REPO)
     assert any("validate-yaml" in request for request in server.requests)  # the Hub judged the card
 
 
-def test_a_push_that_was_cut_off_goes_on_and_sends_large_files_once(
-    ready: Path, hub: Make, capsys: Capture
-) -> None:
+def test_a_push_cut_off_resumes_and_sends_large_files_once(ready: Path, hub: Make, capsys: Capture) -> None:
     server = hub()
     server.fail_uploads = 1
     assert main(["push", str(ready), "--to", REPO, "--yes"]) == 1
-    told = capsys.readouterr().err
-    assert "same command to resume" in told
     assert server.commits == []
     for _ in range(2):
         assert main(["push", str(ready), "--to", REPO, "--yes"]) == 0
@@ -67,17 +65,13 @@ def test_something_personal_stops_it_before_the_hub_is_asked(ready: Path, hub: M
     card = ready / "README.md"
     card.write_text(card.read_text() + "on 192.168.7.9\n")
     assert main(["push", str(ready), "--to", REPO, "--yes"]) == 2
-    told = capsys.readouterr().err
-    assert "README.md:" in told
-    assert "192.168.7.9" in told
-    assert server.requests == []
+    error = capsys.readouterr().err
+    assert "README.md:" in error and "192.168.7.9" in error and server.requests == []
     assert main(["push", str(ready), "--to", REPO, "--yes", "--allow", "192.168.7.9"]) == 0
     assert "README.md" in server.files
 
 
-def test_a_token_is_in_no_message_and_no_file(
-    ready: Path, hub: Make, capsys: Capture, monkeypatch: Patch
-) -> None:
+def test_no_message_or_file_has_a_token(ready: Path, hub: Make, capsys: Capture, monkeypatch: Patch) -> None:
     server = hub()
     token = "hf_" + "x" * 34
     card = ready / "README.md"
@@ -90,16 +84,12 @@ def test_a_token_is_in_no_message_and_no_file(
     monkeypatch.setenv("HF_TOKEN", token.replace("x", "y"))
     server.refuse = 0
     assert main(["push", str(ready), "--to", REPO, "--yes"]) == 2
-    told = capsys.readouterr()
-    assert "no write access" in told.err
-    assert token not in told.out + told.err
-    assert "yyyyyyyy" not in told.out + told.err
-    assert server.files == {}
+    printed = "".join(capsys.readouterr())
+    assert "no write access" in printed and server.files == {}
+    assert token not in printed and "yyyyyyyy" not in printed
 
 
-def test_without_a_token_it_says_how_to_log_in(
-    ready: Path, hub: Make, capsys: Capture, monkeypatch: Patch
-) -> None:
+def test_no_token_says_how_to_log_in(ready: Path, hub: Make, capsys: Capture, monkeypatch: Patch) -> None:
     server = hub()
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(ready / "none"))
@@ -108,11 +98,10 @@ def test_without_a_token_it_says_how_to_log_in(
     assert server.requests == []
 
 
-def test_a_hub_that_is_not_there_is_told_at_once(
-    ready: Path, hub: Make, capsys: Capture, monkeypatch: Patch, closed_port: int
-) -> None:
-    hub()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port}")
+def test_an_unreachable_hub_is_exit_code_1(ready: Path, hub: Make, capsys: Capture) -> None:
+    server = hub()
+    server.shutdown()
+    server.server_close()
     assert main(["push", str(ready), "--to", REPO, "--yes"]) == 1
     assert "cannot be reached" in capsys.readouterr().err
 
@@ -126,15 +115,10 @@ def test_the_checkpoints_card_is_written_beside_it(ready: Path, tmp_path: Path, 
     assert {path: path.read_bytes() for path in ready.iterdir()} == before
 
 
-def test_the_card_is_shown_without_writing_it(ready: Path, capsys: Capture) -> None:
+def test_a_second_card_changes_nothing_and_a_dry_run_writes_nothing(ready: Path, capsys: Capture) -> None:
+    assert main(["card", str(ready), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["changed"] == []
     (ready / "README.md").unlink()
     assert main(["card", str(ready), "--dry-run", "--base-model", "ada/tiny"]) == 0
     assert "base_model_relation: quantized" in capsys.readouterr().out
     assert not (ready / "README.md").exists()
-
-
-def test_a_second_card_says_that_nothing_is_to_do(ready: Path, capsys: Capture) -> None:
-    assert main(["card", str(ready)]) == 0
-    assert "Nothing to change" in capsys.readouterr().out
-    assert main(["card", str(ready), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["changed"] == []

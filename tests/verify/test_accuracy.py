@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from arte_edge.distill.prompts import STEPS
+from arte_edge.distill.prompts import STEP_BY_STEP
 from arte_edge.errors import InputError
 from arte_edge.tasks.task import Answer, Example, Task, rows_sha256
 from arte_edge.verify.accuracy import check_accuracy, measure_accuracy
@@ -62,7 +62,9 @@ def test_both_answer_the_same_validation_examples_as_the_student_is_asked() -> N
     found = measure(before, after)
     assert (found.split, found.n, found.reference_right, found.accuracy) == ("validation", 100, 100, 0.7)
     assert before.asked == after.asked
-    assert all(prompt.startswith("<chat>Question: ") and prompt.endswith(STEPS) for prompt in before.asked)
+    assert all(
+        prompt.startswith("<chat>Question: ") and prompt.endswith(STEP_BY_STEP) for prompt in before.asked
+    )
     assert found.low < 0.7 < found.high
     assert (found.lost, found.gained) == (30, 0) and found.difference == pytest.approx(-0.3)
 

@@ -31,29 +31,19 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.distill.config import Prefer
-
 __all__ = [
     "AdaptivePlan",
     "Cells",
     "ScoreModel",
     "fit_score_model",
     "interleave_answers",
-    "is_adaptive",
 ]
 
 Floats = NDArray[np.float64]
 
-_WORTH_DRAFTS, _WORTH_ITEMS = 40, 24  # below, there is too little to learn from and too little to save
 _EM_STEPS = 15
 _JITTER = 1e-9
 _normal = NormalDist()
-
-
-def is_adaptive(config: Prefer, n_draft: int, n_item: int) -> bool:
-    """Return whether so many drafts and questions are scored adaptively under this configuration."""
-    large = n_draft >= _WORTH_DRAFTS and n_item >= _WORTH_ITEMS
-    return config.race == "on" or (config.race == "auto" and large)
 
 
 @dataclass(frozen=True)

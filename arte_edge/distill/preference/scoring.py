@@ -26,6 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.distill.config import Prefer
 from arte_edge.distill.preference.adaptive import (
     AdaptivePlan,
     Cells,
@@ -33,7 +34,7 @@ from arte_edge.distill.preference.adaptive import (
     fit_score_model,
     interleave_answers,
 )
-from arte_edge.distill.prompts import ANSWER_CLOSE, FORCE, Worked, student_messages
+from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_PREFILL, Shot, student_messages
 from arte_edge.distill.run_context import Run, f16_student, quantized_student
 from arte_edge.runtimes.autotune import Candidate, Workload, candidates_here, fastest_engine, may_measure
 from arte_edge.runtimes.completion import Engine
@@ -46,6 +47,7 @@ __all__ = [
     "Score",
     "Scored",
     "answer_bias",
+    "is_adaptive",
     "length_effect",
     "probabilities",
     "right_answer_scores",
@@ -55,6 +57,7 @@ __all__ = [
 
 _WORTH_SCORES = 500  # below, opening another engine and the first benchmark take longer than they save
 _RUNTIMES = ("llama_cpp_python", "xllamacpp", "torch", "transformers")
+_WORTH_DRAFTS, _WORTH_ITEMS = 40, 24  # below, adaptive scoring has too little to learn from and to save
 _LEAST_DRAFTS = 12  # below, a slope is mostly chance
 
 
@@ -88,10 +91,16 @@ class Scored:
     rounds: int
 
 
+def is_adaptive(config: Prefer, n_draft: int, n_item: int) -> bool:
+    """Return whether so many drafts and questions are scored adaptively under this configuration."""
+    large = n_draft >= _WORTH_DRAFTS and n_item >= _WORTH_ITEMS
+    return config.race == "on" or (config.race == "auto" and large)
+
+
 def score_drafts(
     run: Run,
     engine: Engine,
-    shots: Sequence[Worked],
+    shots: Sequence[Shot],
     question: Sequence[str],
     examples: Sequence[Example],
     *,
@@ -139,7 +148,7 @@ def score_drafts(
 
 
 def right_answer_scores(
-    run: Run, engine: Engine, shots: Sequence[Worked], examples: Sequence[Example]
+    run: Run, engine: Engine, shots: Sequence[Shot], examples: Sequence[Example]
 ) -> Floats:
     """Return the full grid of probabilities of the right answer ``[n_draft, n_item]``, for any kind of score.
 
@@ -164,7 +173,7 @@ def _means(values: Floats, adaptive: bool) -> Floats:
 def _measure(
     run: Run,
     engine: Engine,
-    shots: Sequence[Worked],
+    shots: Sequence[Shot],
     examples: Sequence[Example],
     grid: ChoiceScores | GeneratedScores,
     cells: Sequence[Cells],
@@ -184,7 +193,7 @@ def _measure(
 
     def prompt(draft: int, item: int) -> str:
         messages = student_messages(run.task, examples[item].input, [shots[draft]])
-        return run.render(engine, messages, FORCE, student)
+        return run.render(engine, messages, ANSWER_PREFILL, student)
 
     groups = [
         ([prompt(one.draft, item) for item in one.items], [grid.choices[item] for item in one.items])

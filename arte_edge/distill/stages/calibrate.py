@@ -16,7 +16,7 @@ import numpy as np
 from arte_edge.distill.config import ModelConfig
 from arte_edge.distill.evaluation import constrained_answers
 from arte_edge.distill.irt import fit_2pl, top_k
-from arte_edge.distill.prompts import Worked, answer_shots
+from arte_edge.distill.prompts import Shot, answer_shots
 from arte_edge.distill.run_context import Run, Summary
 from arte_edge.runtimes.loader import is_server
 
@@ -80,7 +80,7 @@ def _respondents(run: Run) -> list[ModelConfig]:
     return [*teachers, run.config.student, *extra]
 
 
-def _shots(run: Run, n: int) -> list[Worked]:
+def _shots(run: Run, n: int) -> list[Shot]:
     """Return `n` seeds sampled for this number of shots, so that respondents differ in more than length."""
     seeds = list(run.task.seed)
     random.Random(f"{run.config.seed}/calibrate/{n}").shuffle(seeds)

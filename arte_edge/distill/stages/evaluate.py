@@ -7,10 +7,15 @@ the table says so.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import Console, Group
+from rich.text import Text
+
 from arte_edge.distill.evaluation import (
-    Answered,
+    Predictions,
     constrained_answers,
     generated_answers,
     random_baseline,
@@ -19,14 +24,15 @@ from arte_edge.distill.evaluation import (
 from arte_edge.distill.prompts import teacher_shots
 from arte_edge.distill.run_context import Row, Run, Summary
 from arte_edge.models.local import LocalModel
+from arte_edge.notebook import ResultTable
 from arte_edge.stats import format_share, mcnemar, wilson
 from arte_edge.tasks.task import Example
 
-__all__ = ["CONSTRAINED", "evaluate"]
+__all__ = ["CONSTRAINED", "evaluate", "show_summary", "summary_lines", "summary_table"]
 
 CONSTRAINED = "constrained"
 _BASE, _TUNED = "base student", "tuned student"
-_Results = dict[tuple[str, str], Answered]  # by model and prompting
+_Results = dict[tuple[str, str], Predictions]  # by model and prompting
 
 
 def evaluate(run: Run, tuned: LocalModel) -> Summary:
@@ -96,7 +102,7 @@ def _summary(run: Run, examples: tuple[Example, ...], results: _Results) -> Summ
     }
 
 
-def _row(who: str, setting: str, answered: Answered, n: int) -> Row:
+def _row(who: str, setting: str, answered: Predictions, n: int) -> Row:
     right = int(answered.right.sum())
     interval = wilson(right, n)
     return {
@@ -110,7 +116,7 @@ def _row(who: str, setting: str, answered: Answered, n: int) -> Row:
     }
 
 
-def _paired(base: Answered, tuned: Answered) -> dict[str, Any]:
+def _paired(base: Predictions, tuned: Predictions) -> dict[str, Any]:
     test = mcnemar(base.right, tuned.right)
     return {
         "gained": test.only_b,
@@ -129,3 +135,57 @@ def _describe(summary: Summary) -> str:
         f"{summary['rows'][0]['n']} test examples, {first}: {by[_BASE, first]:.0%} before, "
         f"{by[_TUNED, first]:.0%} after"
     )
+
+
+def summary_table(evaluation: Summary) -> ResultTable:
+    """Return accuracy by model and prompting, with 95 % intervals."""
+    table = ResultTable(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for name in ("model", "prompting"):
+        table.add_column(name, no_wrap=True)
+    for name in ("right", "95 % interval"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in evaluation["rows"]:
+        table.add_row(
+            row["model"],
+            _prompting(row["setting"]),
+            f"{row['accuracy']:.1%}",
+            f"{row['low']:.1%} to {row['high']:.1%}",
+            style="bold" if row["model"] == _TUNED else "",
+        )
+    return table
+
+
+def summary_lines(evaluation: Summary) -> list[str]:
+    """Return the text below the table: n, the paired tests, and the share of the gain that is format."""
+    n = evaluation["rows"][0]["n"]
+    part = ", a part of the test split: not a result" if evaluation["partial"] else ""
+    lines = [f"n = {n} test examples{part}; the random baseline is {evaluation['chance']:.1%}."]
+    for setting, test in evaluation["paired"].items():
+        lines.append(
+            f"{_prompting(setting)}: {test['difference']:+.1%} "
+            f"({test['low']:+.1%} to {test['high']:+.1%}), "
+            f"{test['gained']} gained, {test['lost']} lost, p = {test['p_value']:.2g}."
+        )
+    share = evaluation["format_share"]
+    if share is not None:
+        lines.append(
+            f"{share:.0%} of the first gain is format: "
+            "what the base student gains from constrained answers alone."
+        )
+    return lines
+
+
+def show_summary(console: Console, evaluation: Summary, folder: Path, calls: tuple[int, int]) -> None:
+    """Print the table, the text below it, and the paths."""
+    lines = [
+        *summary_lines(evaluation),
+        "",
+        f"Student: {folder / 'tune' / 'student'}",
+        f"Run folder: {folder} ({calls[0]} engine calls made, {calls[1]} cached)",
+    ]
+    console.print(Group(summary_table(evaluation), Text("\n".join(lines))), soft_wrap=True)
+
+
+def _prompting(setting: str) -> str:
+    """Return the name of a prompting; earlier versions wrote "answer forced" and "8 worked"."""
+    return CONSTRAINED if setting == "answer forced" else setting.replace(" worked", "-shot")

@@ -20,16 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from arte_edge.distill.preference.adaptive import is_adaptive
 from arte_edge.distill.preference.scoring import (
     Score,
     Scored,
+    is_adaptive,
     length_effect,
     right_answer_scores,
     score_drafts,
     scoring_engine,
 )
-from arte_edge.distill.prompts import Worked
+from arte_edge.distill.prompts import Shot
 from arte_edge.distill.run_context import Row, Run, Summary
 from arte_edge.runtimes.completion import Engine
 from arte_edge.stats import pearson
@@ -52,7 +52,7 @@ def prefer(run: Run) -> Summary:
     with run.stage("prefer", _inputs(run, adaptive), _describe) as stage:
         if stage.todo:
             questions = {row["id"]: row for row in run.read("elicit", "questions.jsonl")}
-            shots = [Worked(questions[d["question"]]["input"], d["text"]) for d in drafts]
+            shots = [Shot(questions[d["question"]]["input"], d["text"]) for d in drafts]
             groups = [d["question"] for d in drafts]
             share = config.race_share if adaptive else 1.0
             engine = scoring_engine(run, round(share * len(drafts) * len(examples)))
@@ -178,7 +178,7 @@ def _adaptive_summary(scored: Scored, error: float) -> Summary:
 
 
 def _quantization_summary(
-    run: Run, engine: Engine, shots: Sequence[Worked], groups: Sequence[str], examples: Sequence[Example]
+    run: Run, engine: Engine, shots: Sequence[Shot], groups: Sequence[str], examples: Sequence[Example]
 ) -> Summary:
     """Compare how a sample of drafts ranks with the quantized file and with the 16-bit student."""
     if not run.config.prefer.student_file:

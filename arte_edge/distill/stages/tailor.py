@@ -2,7 +2,7 @@
 
 Questions are sampled with the prompt of alignment at temperature 1; rationales come from the naive
 prompt, greedily: which technique to use is now the teacher's choice. Under a latency limit the
-rationales have to fit it (`arte_edge.distill.generation.latency_rationales`).
+rationales have to fit it (`arte_edge.distill.generation.rationales`).
 
 A teacher generates some labels far more often than others, and the balance of labels affects the
 student more than any score of its drafts does (benchmarks/studies): of more usable examples than needed
@@ -16,13 +16,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from arte_edge.distill.generation.latency_rationales import over_budget, resample, short_shots
 from arte_edge.distill.generation.questions import Drafts, QuestionPlan, draft_questions
 from arte_edge.distill.generation.rationales import (
     direct_votes,
     generate_rationales,
     label_rows,
+    over_budget,
     reject_repeated,
+    resample,
+    short_shots,
 )
 from arte_edge.distill.preference.adaptive import interleave_answers
 from arte_edge.distill.run_context import Row, Run, Summary

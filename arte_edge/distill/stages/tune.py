@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from arte_edge.distill.prompts import STEPS, student_messages
+from arte_edge.distill.prompts import STEP_BY_STEP, student_messages
 from arte_edge.distill.run_context import Row, Run, Summary, tuned_student
 from arte_edge.distill.train.common import Lora, SftSettings
 from arte_edge.distill.train.sft import train_sft
@@ -54,7 +54,7 @@ def _training_rows(run: Run) -> list[Row]:
     engine = run.engine(student)
     return [
         {
-            "prompt": run.render(engine, student_messages(run.task, row["input"]), STEPS, student),
+            "prompt": run.render(engine, student_messages(run.task, row["input"]), STEP_BY_STEP, student),
             "completion": f" {row['rationale'].strip()}",
         }
         for row in run.read("tailor", "train.jsonl")

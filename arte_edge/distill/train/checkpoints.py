@@ -1,12 +1,12 @@
-"""Where a training keeps what it needs to go on after a kill, and how it knows that it may.
+"""The state from which a killed training resumes.
 
     .<out>.work/
-        request         which training this is; another one starts afresh
-        checkpoints/    the trainer's, each with a `complete` mark written after all else
-        adapters/       DPO: the adapters that were probed
-        probes.jsonl    DPO: what the probes said
+        request         which training this is; another one starts over
+        checkpoints/    the trainer's, each with a `complete` mark that is written last
+        adapters/       DPO: the adapters that were checked
+        probes.jsonl    DPO: the results of the checks
 
-A checkpoint without its mark was cut by a kill and is thrown away. The result
+A checkpoint without its mark is incomplete and is deleted. The result
 appears under its own name by one rename, and the folder is removed after that.
 """
 
@@ -27,7 +27,7 @@ _MARK = "complete"
 
 
 def checkpoint_key(checkpoint: Path) -> str:
-    """Return what tells one checkpoint folder from another: its configuration and its tensors' head.
+    """Return a key of a checkpoint folder: its configuration, its file sizes and a sample of the tensors.
 
     Raises:
         InputError: no such checkpoint.
@@ -45,7 +45,7 @@ def checkpoint_key(checkpoint: Path) -> str:
 
 
 def _sample(file: Path, size_bytes: int = 1 << 20) -> str:
-    """Return bytes from the middle of `file`, as hexadecimal text: enough to tell trained weights apart."""
+    """Return bytes from the middle of `file` as hexadecimal text: enough to distinguish trained weights."""
     with file.open("rb") as data:
         data.seek(max(0, file.stat().st_size // 2))
         return data.read(size_bytes).hex()
@@ -68,11 +68,11 @@ class Workspace:
         return self.folder / "checkpoints"
 
     def mark(self, step: int) -> None:
-        """Say that the checkpoint of `step` is whole."""
+        """Mark the checkpoint of `step` as complete."""
         write_atomic(self.checkpoints / f"checkpoint-{step}" / _MARK, b"")
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest whole checkpoint; throw away what a kill left half written."""
+        """Return the newest complete checkpoint; delete incomplete ones."""
         whole: list[Path] = []
         for folder in self.checkpoints.glob("checkpoint-*"):
             if (folder / _MARK).exists():
@@ -82,7 +82,7 @@ class Workspace:
         return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
     def finish(self, staged: Path, report: dict[str, Any]) -> None:
-        """Put `staged` in the place of the result, with its report, and remove the work folder."""
+        """Move `staged` to the place of the result, with its report, and remove the work folder."""
         document = json.dumps({"request": self._request, **report}, indent=1, ensure_ascii=False)
         write_atomic(staged / "training.json", document.encode())
         shutil.rmtree(self.out, ignore_errors=True)
@@ -91,10 +91,10 @@ class Workspace:
 
 
 def finished(out: Path, request: str, resume: bool) -> dict[str, Any] | None:
-    """Return the report of a result that is already there and is this training's.
+    """Return the report of a result of the same training that already exists.
 
     Raises:
-        InputError: `out` holds something that no training wrote.
+        InputError: `out` was not written by a training.
     """
     if not out.exists():
         return None

@@ -33,17 +33,17 @@ _RECENT = 4  # steps whose mean is judged: one batch alone is noise
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What the teacher wrote for a few held-out prompts."""
+    """The teacher's drafts for a few held-out prompts."""
 
-    valid_rate: float  # share of drafts that the parser accepts, 0 to 1
-    mean_tokens: float  # mean length of what it wrote
+    valid_rate: float  # share of valid drafts, 0 to 1
+    mean_tokens: float  # mean length of its completions
 
 
 Probe = Callable[[Path], ProbeResult]  # from a PEFT folder to what the teacher generates with it
 
 
 def chosen_drop_nats(chosen_rewards: Sequence[float], beta: float) -> float:
-    """Return by how much chosen completions lost log-probability against the reference, mean of recent steps.
+    """Return the loss of log-probability of chosen completions against the reference, mean of recent steps.
 
     `chosen_rewards` is TRL's ``rewards/chosen`` of each step, which is beta times the gain: unlike
     ``logps/chosen`` it does not move with which pairs happen to be in a batch.
@@ -55,7 +55,7 @@ def chosen_drop_nats(chosen_rewards: Sequence[float], beta: float) -> float:
 def collapse_reason(
     limits: CollapseLimits, start: ProbeResult | None, now: ProbeResult | None, drop_nats: float
 ) -> str:
-    """Return why the teacher counts as broken, in a sentence's worth of words; empty if it does not."""
+    """Return why the teacher counts as collapsed; empty if it does not."""
     if drop_nats > limits.max_chosen_drop_nats:
         limit = limits.max_chosen_drop_nats
         return f"chosen texts lost {drop_nats:.1f} nats of log-probability (limit {limit:g})"
@@ -88,7 +88,7 @@ def copy_adapter(source: Path, target: Path) -> Path:
 
 
 class Watch:
-    """The looks of one training, kept in its work folder."""
+    """The checks of one training, stored in its work folder."""
 
     def __init__(self, workspace: Workspace, settings: DpoSettings, probe: Probe | None) -> None:
         self._folder, self._settings, self._probe = workspace.folder, settings, probe
@@ -97,20 +97,20 @@ class Watch:
 
     @property
     def reason(self) -> str:
-        """Why the training must stop; empty while all looks were good."""
+        """Why the training must stop; empty while all checks passed."""
         return next((look["reason"] for look in self.looks if look["reason"]), "")
 
     @property
     def good_step(self) -> int:
-        """The last step whose adapter was found good."""
+        """The last step whose adapter passed."""
         return int(max(look["step"] for look in self.looks if not look["reason"]))
 
     def adapter(self, step: int) -> Path:
-        """Return the folder of the adapter that was looked at after `step`."""
+        """Return the folder of the adapter that was checked after `step`."""
         return self._folder / "adapters" / f"step-{step}"
 
     def forget_after(self, step: int) -> None:
-        """Drop the looks at steps that a resumed training takes again."""
+        """Drop the checks of steps that a resumed training repeats."""
         self.looks = [look for look in self.looks if look["step"] <= step]
 
     def due(self, state: Any) -> bool:
@@ -118,12 +118,12 @@ class Watch:
         return step % self._settings.probe_every == 0 or step == state.max_steps
 
     def look_if_due(self, state: Any, checkpoint: Path) -> None:
-        """Look at the adapter in the trainer's `checkpoint` if its step calls for it."""
+        """Check the adapter in the trainer's `checkpoint` if a check is due at its step."""
         if self.due(state):
             self.look(state.global_step, checkpoint, _chosen_rewards(state))
 
     def look(self, step: int, adapter: Path, chosen_rewards: Sequence[float]) -> None:
-        """Judge the adapter in the folder `adapter`, unless this step was judged before."""
+        """Check the adapter in the folder `adapter`, unless this step was checked before."""
         if any(look["step"] == step for look in self.looks):
             return
         kept = copy_adapter(adapter, self.adapter(step))
@@ -142,7 +142,7 @@ class Watch:
         return ProbeResult(self.looks[0]["valid_rate"], self.looks[0]["mean_tokens"])
 
     def callback(self) -> TrainerCallback:
-        """Return the callback that looks when it is time, and stops the training when it must."""
+        """Return the callback that checks when one is due, and stops the training on a collapse."""
         from transformers import TrainerCallback
 
         watch = self

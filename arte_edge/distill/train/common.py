@@ -68,7 +68,7 @@ class _Settings(BaseModel):
 
 
 class Lora(_Settings):
-    """The adapter: which layers get one, and how large it is."""
+    """A LoRA adapter: its layers and size."""
 
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0, description="the update is scaled by alpha / rank")
@@ -80,10 +80,12 @@ class _Training(_Settings):
     batch_size: int = Field(ge=1, description="examples (SFT) or pairs (DPO) in one forward pass")
     accumulate: int = Field(default=1, ge=1, description="forward passes to one optimizer step")
     epochs: float = Field(default=1.0, gt=0)
-    warmup: float = Field(ge=0, le=1, description="share of the steps in which the rate rises to its peak")
+    warmup: float = Field(ge=0, le=1, description="share of the steps with a rising learning rate")
     max_length: int = Field(default=1024, ge=8, description="tokens; a longer example is dropped and counted")
     seed: int = Field(default=0, ge=0)
-    save_every_s: float = Field(default=120.0, ge=0, description="seconds of work that a kill may cost")
+    save_every_s: float = Field(
+        default=120.0, ge=0, description="at most so many seconds of work are lost by a kill"
+    )
 
 
 class SftSettings(_Training):
@@ -99,7 +101,7 @@ class SftSettings(_Training):
 
 
 class CollapseLimits(_Settings):
-    """When an aligned teacher counts as broken, each limit against how the run began."""
+    """When an aligned teacher counts as collapsed, each limit relative to the start of the run."""
 
     min_valid: float = Field(default=0.5, ge=0, le=1, description="share of the first valid-draft rate")
     length_factor: float = Field(default=2.0, gt=1, description="mean length may change by this factor")
@@ -109,19 +111,19 @@ class CollapseLimits(_Settings):
 
 
 class DpoSettings(_Training):
-    """Direct preference optimization with LoRA; the defaults are what survives a small teacher."""
+    """Direct preference optimization with LoRA; the defaults work for a small teacher."""
 
     learning_rate: float = Field(default=5e-6, gt=0, description="the paper: 1e-7, all weights")
     batch_size: int = Field(default=2, ge=1)
     accumulate: int = Field(default=2, ge=1)
     warmup: float = Field(default=0.1, ge=0, le=1)
-    beta: float = Field(default=0.1, gt=0, description="how strongly the reference holds")
+    beta: float = Field(default=0.1, gt=0, description="strength of the KL penalty")
     losses: tuple[Literal["sigmoid", "sft", "ipo", "hinge"], ...] = Field(
         default=("sigmoid", "sft"), min_length=1, description='the paper: ["sigmoid"]'
     )
-    loss_weights: tuple[float, ...] = Field(default=(), description="one a loss; empty: 1.0 each")
+    loss_weights: tuple[float, ...] = Field(default=(), description="one per loss; empty: 1.0 each")
     lora: Lora = Lora()
-    probe_every: int = Field(default=4, ge=1, description="optimizer steps between two looks")
+    probe_every: int = Field(default=4, ge=1, description="optimizer steps between two checks")
     limits: CollapseLimits = CollapseLimits()
 
     @model_validator(mode="after")
@@ -134,10 +136,10 @@ class DpoSettings(_Training):
 
 
 def free_memory() -> None:
-    """Give back what a training held. The next stage opens a model of the same size beside it.
+    """Free the memory of a training: the next stage opens a model of the same size.
 
-    A trainer and its callbacks point at each other, so the collector has to be asked; and glibc
-    keeps what was freed until it is told to let go.
+    A trainer and its callbacks reference each other, so the garbage collector has to run; and glibc
+    keeps freed memory until malloc_trim.
     """
     import torch
 
@@ -172,7 +174,7 @@ def quiet_training() -> Iterator[None]:
     logging.disable_progress_bar()
     disable_progress_bar()
     try:
-        # A library's word to its developers about a name it will rename means nothing to a user.
+        # Deprecation notes to developers mean nothing to a user.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
@@ -233,16 +235,16 @@ def arguments(
         "train_sampling_strategy": "sequential",
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": schedule,
-        # Rounded down: a warm-up of one step would be one step at rate zero.
+        # Rounded down: a warm-up of one step would be a step at rate zero.
         "warmup_steps": int(settings.warmup * n_step),
-        "max_length": None,  # what is too long was dropped, with a count, not cut
+        "max_length": None,  # too long examples were dropped and counted, not truncated
         "seed": settings.seed,
         "bf16": cuda,
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,
         "gradient_checkpointing": False,  # costs a forward pass; the models are small
         "logging_steps": 1,
-        "save_strategy": "no",  # `keep_going` asks for checkpoints by the clock
+        "save_strategy": "no",  # `keep_going` saves checkpoints by the clock
         "save_total_limit": 2,  # the older one goes only when the newer one is whole
         "report_to": "none",
         "disable_tqdm": True,

@@ -1,8 +1,8 @@
-"""Align the teacher with the student's preferences: DPO with LoRA, watched for collapse.
+"""Align the teacher with the student's preferences: DPO with LoRA, with checks for model collapse.
 
 The reference model is the teacher without its adapter, so one copy of the weights
 serves both. TRL's trainer gets token ids that are made here, as the engines make
-them, and TRL's numbers are read by `watch`.
+them, and TRL's metrics are checked by `collapse`.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class DpoResult:
 
     adapter: Path  # a PEFT folder
     steps: int  # optimizer steps taken
-    kept_step: int  # the step whose adapter this is; 0: the teacher as it was
-    collapse: str  # why training was stopped; empty if it ran to its end
+    kept_step: int  # the step whose adapter this is; 0: the unchanged teacher
+    collapse: str  # why training was stopped early; empty if it was not
     pairs: int  # pairs that were trained on
     dropped: int  # pairs longer than max_length
     seconds: float
@@ -66,10 +66,10 @@ def train_dpo(
 ) -> DpoResult:
     """Align `checkpoint` on `pairs` (rendered ``prompt``, ``chosen``, ``rejected``) into the folder `out`.
 
-    `probe` is asked before the first step, every ``settings.probe_every`` steps and after the
-    last one; on a collapse training stops and the last good adapter is kept. Killed at any
-    moment, the same call goes on from its last checkpoint to the same adapter; a finished
-    one returns at once. `resume` False starts over.
+    `probe` runs before the first step, every ``settings.probe_every`` steps and after the last
+    one; on a collapse training stops and the last good adapter is used. Killed at any moment, the
+    same call resumes from its last checkpoint to the same adapter; a finished one returns at
+    once. `resume` False starts over.
 
     Raises:
         InputError: no pairs, a pair without its texts, no pair that fits, an unreadable checkpoint,
@@ -169,7 +169,7 @@ def _trainer(
 
 
 def _run(trainer: Any, workspace: Workspace, watch: Watch) -> None:
-    """Train from the last checkpoint on, after the look that a kill may have left out."""
+    """Train from the last checkpoint, after the check that a kill may have prevented."""
     from transformers import TrainerState
 
     last = workspace.last_checkpoint()

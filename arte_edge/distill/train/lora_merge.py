@@ -1,8 +1,8 @@
-"""Write a trained model as a 16-bit checkpoint, fold a LoRA adapter into its base, check that nothing was lost.
+"""Write a trained model as a 16-bit checkpoint, merge a LoRA adapter into its base, check the merge.
 
 A written checkpoint is the base's folder with other weights: the tokenizer's files
-and the configuration are the base's own, so that prompts are cut into the same
-tokens before and after training.
+and the configuration are the base's own, so that prompts are tokenized
+alike before and after training.
 
 Which 16 bits matters. Fine-tuning moves a weight by little, and bfloat16 has eight
 bits for it: after four LoRA steps on SmolLM2-135M, rounding to bfloat16 moved the
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["MergeCheck", "check_merge", "merge_adapter", "sixteen_bits", "write_checkpoint"]
 
 _OWN = ("config.json", "README.md", "model*.safetensors", "model.safetensors.index.json")
-_MIN_TOP1 = 0.95  # rounding may turn a tie between two words, seldom more
-_MAX_LOST = 0.75  # of the update; a merge that forgot the adapter loses 1.0
+_MIN_TOP1 = 0.95  # rounding can flip a tie between two tokens, rarely more
+_MAX_LOST = 0.75  # of the update; a merge without the adapter loses 1.0
 _NO_UPDATE = 0.05  # mean move of a logit below which there is nothing to lose
 
 
@@ -39,13 +39,13 @@ class MergeCheck:
 
     max_abs_diff: float
     mean_abs_diff: float
-    update_mean_abs: float  # how far the adapter moved the base's logits: what there was to lose
-    top1_agreement: float  # share of positions whose most likely word is the same
+    update_mean_abs: float  # mean change of the base's logits by the adapter
+    top1_agreement: float  # share of positions with the same most likely token
     tokens: int
 
 
 def sixteen_bits(base: Path, dtype: str) -> str:
-    """Return `dtype`, or for "auto" the one that suits the model in the folder `base`."""
+    """Return `dtype`, or for "auto" the one for the model in the folder `base`."""
     if dtype != "auto":
         return dtype
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ def write_checkpoint(model: Any, base: Path, out: Path, dtype: str = "auto") -> 
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path, dtype: str = "auto") -> Path:
-    """Write `base` with the LoRA in `adapter` folded in to the folder `out`; return `out`.
+    """Write `base` with the LoRA in `adapter` merged to the folder `out`; return `out`.
 
     The sum is made in float32 on the CPU and rounded once.
 
@@ -98,7 +98,7 @@ def check_merge(base: Path, adapter: Path, merged: Path, prompts: Sequence[str])
     """Compare the logits of base plus adapter with those of `merged`, at every token of `prompts`.
 
     Raises:
-        ArteError: most of what the adapter changed is lost, or the most likely word differs too often.
+        ArteError: most of the adapter's effect is lost, or the most likely token differs too often.
     """
     import torch
     from peft import PeftModel

@@ -1,7 +1,7 @@
-"""Supervised fine-tuning of the student, on completions alone.
+"""Supervised fine-tuning of the student, on completions only.
 
 TRL's trainer gets token ids and labels that are made here, so that what is learned
-is what an engine will be asked: the prompt's own tokens carry no loss, and the end
+is what an engine will be given: the tokens of the prompt carry no loss, and the end
 token closes each completion.
 """
 
@@ -64,7 +64,7 @@ def train_sft(
 ) -> SftResult:
     """Fine-tune `checkpoint` on `rows` (``prompt`` and ``completion``, rendered text) into the folder `out`.
 
-    Killed at any moment, the same call goes on from its last checkpoint to the same
+    Killed at any moment, the same call resumes from its last checkpoint to the same
     weights; a finished one returns at once. `resume` False starts over.
 
     Raises:
@@ -154,7 +154,7 @@ def _write(
     settings: SftSettings,
     workspace: Workspace,
 ) -> tuple[Path, dict[str, Any] | None]:
-    """Write the trained model to the work folder; return where, and the check of a merge."""
+    """Write the trained model to the work folder; return its path, and the check of a merge."""
     staged = workspace.folder / "result"
     shutil.rmtree(staged, ignore_errors=True)
     if settings.lora is None:

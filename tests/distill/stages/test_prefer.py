@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from arte_edge.distill.config import Prefer
-from arte_edge.distill.preference.adaptive import is_adaptive
+from arte_edge.distill.preference.scoring import is_adaptive
 from arte_edge.distill.stages.calibrate import calibrate
 from arte_edge.distill.stages.elicit import elicit
 from arte_edge.distill.stages.prefer import prefer
@@ -96,7 +96,7 @@ def test_a_race_asks_a_quarter_and_finds_the_same_pairs(uneven: Any) -> None:
 
 def test_a_race_stopped_in_the_middle_ends_with_the_same_scores(uneven: Any) -> None:
     _, whole, calls = scored(uneven, "whole", race="on")
-    choose_each, left = uneven.student.choose_each, 0
+    choose_each, left = uneven.student.choose_each, calls
 
     def dies(prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
         nonlocal left
@@ -111,7 +111,7 @@ def test_a_race_stopped_in_the_middle_ends_with_the_same_scores(uneven: Any) -> 
     left += 10**6
     elicit(run)
     calibrate(run)
-    left = 9 * calls // 10  # the first rounds are answered by then
+    left = calls * 3 // 4  # one group of calls is finished by then
     with pytest.raises(KeyboardInterrupt):
         prefer(run)
     run.close()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import speed_row
 
 from arte_edge.publish.report.charts import (
     accuracy_chart,
@@ -22,7 +23,7 @@ from arte_edge.publish.report.charts import (
     traced,
 )
 from arte_edge.publish.report.svg import SHAPES, Axis, Plot, around, number
-from arte_edge.results.rows import DeviceFacts, Reading, SpeedRow
+from arte_edge.results.rows import Reading, SpeedRow
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -71,15 +72,8 @@ def test_an_axis_that_cannot_be_drawn_is_refused() -> None:
 
 
 def test_numbers_are_short() -> None:
-    assert [number(v) for v in (0, 0.25, 61.31, 154.2, 12345, -2.5, 1e-5)] == [
-        "0",
-        "0.25",
-        "61.3",
-        "154",
-        "12\u2009345",
-        "\u22122.5",
-        "0.00001",
-    ]
+    found = [number(v) for v in (0, 0.25, 61.31, 154.2, 12345, -2.5, 1e-5)]
+    assert found == ["0", "0.25", "61.3", "154", "12\u2009345", "\u22122.5", "0.00001"]
 
 
 def test_a_chart_names_its_units_and_is_told_to_screen_readers() -> None:
@@ -115,9 +109,8 @@ def test_text_of_models_is_escaped_everywhere() -> None:
     plot.mark(0.5, 0, tip=bad)
     plot.bar(0, 0.5, tip=bad)
     plot.rule(0.5, bad)
-    svg = plot.svg()
-    assert "<script" not in svg
-    assert bad in "".join(parsed(svg).itertext())
+    assert "<script" not in plot.svg()
+    assert bad in "".join(parsed(plot.svg()).itertext())
 
 
 SCORES: list[dict[str, Any]] = [
@@ -127,18 +120,21 @@ SCORES: list[dict[str, Any]] = [
 QUESTIONS = [{"id": f"q{i}", "input": f"question {i}?", "score": 0.5 + 0.04 * i} for i in range(6)]
 
 
+def drawn(figure: Any) -> Any:
+    return figure or pytest.fail("nothing was drawn")
+
+
 def test_length_against_score_tells_the_correlation_and_means() -> None:
-    figure = length_chart(SCORES)
-    assert figure is not None and "r = +1.00" in figure.caption
+    figure = drawn(length_chart(SCORES))
+    assert "r = +1.00" in figure.caption
     assert {"words in the rationale", "preference score", "mean of ten words"} <= set(texts(figure.svg))
     same = [{**row, "text": "one two"} for row in SCORES]
-    assert "correlation undefined" in (length_chart(same) or figure).caption
+    assert "correlation undefined" in drawn(length_chart(same)).caption
 
 
 def test_the_means_of_bins_are_inside_the_axis() -> None:
     rows = [{**row, "text": "word " * n} for row, n in zip(SCORES, (8, 9, 15, 16, 41, 42), strict=False)]
-    figure = length_chart(rows)
-    assert figure is not None
+    figure = drawn(length_chart(rows))
     plot_right = float(max(re.findall(r"M[\d.]+ [\d.]+V[\d.]+H([\d.]+)", figure.svg)))
     (line,) = re.findall(r'dashed"><polyline points="([^"]*)"', figure.svg)
     xs = [float(point.partition(",")[0]) for point in line.split()]
@@ -146,19 +142,16 @@ def test_the_means_of_bins_are_inside_the_axis() -> None:
 
 
 def test_a_question_row_is_drawn_for_each_and_the_best_stands_first() -> None:
-    figure = questions_chart(SCORES, QUESTIONS)
-    assert figure is not None
+    figure = drawn(questions_chart(SCORES, QUESTIONS))
     rows = [text for text in texts(figure.svg) if text.startswith("question")]
     assert rows == [f"question {i}?" for i in (5, 4, 3, 2, 1, 0)]
     many = [{**q, "id": f"q{i}", "input": f"question {i}?"} for i, q in enumerate(QUESTIONS * 5)]
     scores = [{**SCORES[0], "question": q["id"]} for q in many]
-    cut = questions_chart(scores, many)
-    assert cut is not None and "best and the worst 8 of 30" in cut.caption
+    assert "8 of 30" in drawn(questions_chart(scores, many)).caption
 
 
 def test_a_histogram_counts_every_value() -> None:
-    figure = histogram_chart([row["score"] for row in SCORES], "score", "rationales")
-    assert figure is not None
+    figure = drawn(histogram_chart([row["score"] for row in SCORES], "score", "rationales"))
     counts = [int(n) for n in re.findall(r"<title>(\d+) from", figure.svg)]
     assert sum(counts) == len(SCORES)
     assert histogram_chart([0.5] * 9, "score", "rationales") is not None  # all alike
@@ -166,8 +159,7 @@ def test_a_histogram_counts_every_value() -> None:
 
 def test_intervals_and_chance_are_drawn() -> None:
     row = {"label": "tuned", "accuracy": 0.31, "low": 0.23, "high": 0.41, "n": 100, "series": 4}
-    figure = accuracy_chart([row], 0.16)
-    assert figure is not None and {"tuned", "random baseline", "accuracy, %"} <= set(texts(figure.svg))
+    assert {"tuned", "random baseline", "accuracy, %"} <= set(texts(drawn(accuracy_chart([row], 0.16)).svg))
 
 
 def test_the_front_marks_what_is_predicted() -> None:
@@ -175,34 +167,21 @@ def test_the_front_marks_what_is_predicted() -> None:
         {"file": f, "name": f, "decode": d, "predicted": p, "y": y, "low": y - 5, "high": y + 5}
         for f, d, p, y in (("a", 10.0, False, 50.0), ("b", 30.0, True, 45.0))
     ]
-    figure = pareto_chart("pi", points, ["b", "a"], True)
-    assert figure is not None and "Hollow marks are predicted" in figure.caption
+    figure = drawn(pareto_chart("pi", points, ["b", "a"], True))
+    assert "predicted" in figure.caption
     assert {"b (predicted)", "decode, tokens/s (logarithmic)"} <= set(texts(figure.svg))
     assert figure.svg.count("hollow") == 1
 
 
 def test_what_has_no_data_is_not_drawn() -> None:
-    assert time_chart({}) is None
-    assert histogram_chart([1.0], "s", "w") is None
-    assert questions_chart([], []) is None
-    assert length_chart([]) is None
-    assert loss_chart([], "loss", "loss", "tune") is None
-    assert accuracy_chart([], None) is None
+    assert time_chart({}) is histogram_chart([1.0], "s", "w") is questions_chart([], []) is None
+    assert length_chart([]) is loss_chart([], "loss", "loss", "tune") is accuracy_chart([], None) is None
     assert pareto_chart("pi", [], [], True) is None
 
 
 def speed(**more: Any) -> SpeedRow:
-    device = DeviceFacts(fingerprint="f" * 16, cpu="c", arch="aarch64", cores=4, memory_bytes=1)
-    kind = {
-        "n_threads": 4,
-        "itl_samples_ms": ((20.0, 21.0, 22.0), (23.0, 24.0, 25.0)),
-        "median_ts": 45.0,
-        **more,
-    }
-    return SpeedRow(
-        test="tg3", model_filename="m.gguf", model_size=1, format="gguf", n_prompt=0, n_gen=3,
-        device=device, **kind,
-    )  # fmt: skip
+    times = ((20.0, 21.0, 22.0), (23.0, 24.0, 25.0))
+    return speed_row("tg3", 45.0, **{"itl_samples_ms": times} | more)
 
 
 def test_a_trace_shows_every_token_and_the_temperature_if_there_is_one() -> None:

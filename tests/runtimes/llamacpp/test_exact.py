@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from arte_edge.distill.prompts import ANSWER_STOPS, FORCE, STEPS, Worked, student_messages
+from arte_edge.distill.prompts import ANSWER_PREFILL, ANSWER_STOPS, STEP_BY_STEP, Shot, student_messages
 from arte_edge.distill.run_context import f16_student
 from arte_edge.models.local import LocalModel
 from arte_edge.runtimes.completion import Request, Sampling
@@ -26,8 +26,8 @@ from arte_edge.runtimes.sampling import log_softmax_at
 pytestmark = pytest.mark.model
 K, NEW = 5, 32
 SHOTS = [
-    Worked("i am cold in here", "The person is cold, so more heating is wanted. <ans>warmer</ans>"),
-    Worked("is it going to rain", "Rain is asked about, which is outside. <ans>weather</ans>"),
+    Shot("i am cold in here", "The person is cold, so more heating is wanted. <ans>warmer</ans>"),
+    Shot("is it going to rain", "Rain is asked about, which is outside. <ans>weather</ans>"),
 ]
 
 
@@ -89,7 +89,7 @@ def test_what_is_written_together_is_what_each_prompt_gets_alone(
             return super()._draw(logits)
 
     monkeypatch.setattr(llamacpp, "_Writer", Watched)
-    texts = prompts(engine, STEPS)
+    texts = prompts(engine, STEP_BY_STEP)
     sampling = Sampling(max_tokens=NEW, stop=ANSWER_STOPS)
     done = engine.complete([Request(text) for text in texts], sampling)
     assert all(c.cached_tokens > 150 for c in done)
@@ -117,7 +117,7 @@ def test_what_is_written_together_is_what_each_prompt_gets_alone(
 def test_scores_without_writing_are_those_of_the_slow_way(engine: LlamaCppEngine) -> None:
     """`choose` against one decode a token of each choice, to its end where the choices part for good."""
     choices = ["light_on</ans>", "light_off</ans>", "lock</ans>", "weather</ans>"]
-    texts = prompts(engine, FORCE)[::K]
+    texts = prompts(engine, ANSWER_PREFILL)[::K]
     scores = engine.choose_each(texts, [choices] * len(texts))
     for text, row in zip(texts, scores, strict=True):
         lists = [engine.model.tokens(text + choice) for choice in choices]
@@ -129,7 +129,7 @@ def test_scores_without_writing_are_those_of_the_slow_way(engine: LlamaCppEngine
 
 
 def test_choices_of_their_own_are_scored_as_in_separate_calls(engine: LlamaCppEngine) -> None:
-    texts = prompts(engine, FORCE)[:3]
+    texts = prompts(engine, ANSWER_PREFILL)[:3]
     own = [["warmer</ans>", "cooler</ans>"], ["music</ans>", "timer</ans>", "lock</ans>"], ["timer</ans>"]]
     together = engine.choose_each(texts, own)
     for text, choices, row in zip(texts, own, together, strict=True):
