@@ -48,236 +48,165 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _key(default: Any, description: str = "", **limits: Any) -> Any:
+    """Return one key of a section; the description goes into docs/presets.md."""
+    return Field(default, description=description or None, **limits)
+
+
 class TaskConfig(_Section):
     """Where the task comes from."""
 
-    ref: str = Field(
-        default="home_intents", description="name of a shipped task, a task folder, or hub:org/name"
-    )
-    bbh: str | None = Field(default=None, description="folder in BIG-Bench Hard's layout that contains `ref`")
+    ref: str = _key("home_intents", "name of a shipped task, a task folder, or hub:org/name")
+    bbh: str | None = _key(None, "folder in BIG-Bench Hard's layout that contains `ref`")
 
 
 class ModelConfig(_Section):
     """A model and how to run it."""
 
-    model: str = Field(description="registry name, path, Hub id, or openai:MODEL@URL")
-    engine: Literal["auto", "llamacpp", "transformers"] = Field(
-        default="auto", description="auto: llamacpp for GGUF files, otherwise transformers"
+    model: str = _key(..., "registry name, path, Hub id, or openai:MODEL@URL")
+    engine: Literal["auto", "llamacpp", "transformers"] = _key(
+        "auto", "auto: llamacpp for GGUF files, otherwise transformers"
     )
-    template: Literal["auto", "none"] = Field(
-        default="auto", description="none: plain-text prompts, even if the model has a chat template"
+    template: Literal["auto", "none"] = _key(
+        "auto", "none: plain-text prompts, even if the model has a chat template"
     )
-    parallel: int = Field(
-        default=32,
-        ge=1,
-        le=200,
-        description="batch size of decoding (sequences); for a server, concurrent requests",
-    )
-    shots: int = Field(default=0, ge=0, le=40, description="few-shot examples before each question")
-    requests_per_minute: float = Field(default=0.0, ge=0.0, description="rate limit of a server; 0: none")
-    tokens_per_minute: float = Field(default=0.0, ge=0.0, description="rate limit of a server; 0: none")
-    timeout_s: float = Field(default=120.0, gt=0.0, description="timeout of one request to a server, seconds")
+    parallel: int = _key(32, "sequences decoded together; for a server, concurrent requests", ge=1, le=200)
+    shots: int = _key(0, "few-shot examples before each question", ge=0, le=40)
+    requests_per_minute: float = _key(0.0, "rate limit of a server; 0: none", ge=0.0)
+    tokens_per_minute: float = _key(0.0, "rate limit of a server; 0: none", ge=0.0)
+    timeout_s: float = _key(120.0, "timeout of one request to a server, seconds", gt=0.0)
 
 
 class TeacherConfig(ModelConfig):
     """The teacher: like any model, but few-shot by default."""
 
-    shots: int = Field(default=8, ge=0, le=40, description="few-shot examples before each question")
+    shots: int = _key(8, "few-shot examples before each question", ge=0, le=40)
 
 
 class Check(_Section):
     """Before the first step: does the teacher outperform the student?"""
 
-    examples: int = Field(
-        default=40, ge=10, description="validation examples that teacher and student answer"
-    )
+    examples: int = _key(40, "validation examples that teacher and student answer", ge=10)
 
 
 class Elicit(_Section):
     """Step 1: the teacher generates draft questions and rationales."""
 
-    questions: int = Field(
-        default=40, ge=4, description="valid draft questions to generate (paper: 250 per task)"
+    questions: int = _key(40, "valid draft questions to generate (paper: 250 per task)", ge=4)
+    shown: int = _key(3, "seed questions in each prompt (paper: 3)", ge=1)
+    one_draw: bool = _key(False, "draw seeds once per batch of prompts: faster (shared prefix), less diverse")
+    asked: int = _key(5, "questions requested per prompt (paper: 5)", ge=1)
+    temperature: float = _key(1.0, "of questions", ge=0.0, le=2.0)
+    top_p: float = _key(1.0, "of questions, also in tailor", gt=0.0, le=1.0)
+    question_tokens: int = _key(300, "maximum tokens of a completion with questions", ge=16)
+    rationale_tokens: int = _key(120, "maximum tokens of a rationale", ge=8)
+    rouge: float = _key(0.7, "ROUGE-L F1 from which a question counts as a duplicate", gt=0.0, le=1.0)
+    label: LabelPolicy = _key(
+        "teacher", "label of a draft: the teacher's target, a majority vote, or dropped"
     )
-    shown: int = Field(default=3, ge=1, description="seed questions in each prompt (paper: 3)")
-    one_draw: bool = Field(
-        default=False,
-        description="draw seeds once per batch of prompts: faster (shared prefix), less diverse",
+    grammar: bool = _key(True, "constrain the end of a rationale to an answer in its tags")
+    opinion_shots: int = _key(
+        24, "closed-answer tasks: few-shot examples of a direct answer, one more vote; 0: off", ge=0
     )
-    asked: int = Field(default=5, ge=1, description="questions requested per prompt (paper: 5)")
-    temperature: float = Field(default=1.0, ge=0.0, le=2.0, description="of questions")
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="of questions, also in tailor")
-    question_tokens: int = Field(
-        default=300, ge=16, description="maximum tokens of a completion with questions"
-    )
-    rationale_tokens: int = Field(default=120, ge=8, description="maximum tokens of a rationale")
-    rouge: float = Field(
-        default=0.7, gt=0.0, le=1.0, description="ROUGE-L F1 from which a question counts as a duplicate"
-    )
-    label: LabelPolicy = Field(
-        default="teacher",
-        description="how a draft is labelled: the teacher's target, a majority vote, or drop if they disagree",
-    )
-    grammar: bool = Field(
-        default=True, description="constrain the end of a rationale to an answer in its tags"
-    )
-    opinion_shots: int = Field(
-        default=24,
-        ge=0,
-        description="closed-answer tasks: few-shot examples for a direct answer of the teacher, one more vote; 0: off",
-    )
-    max_prompts: int = Field(
-        default=0, ge=0, description="prompts before giving up; 0: ten times the minimum"
-    )
+    max_prompts: int = _key(0, "prompts before giving up; 0: ten times the minimum", ge=0)
 
 
 class Calibrate(_Section):
     """Step 2: the preference set, the k most discriminating validation questions."""
 
-    k: int = Field(default=40, ge=2, description="size of the preference set (paper: 40)")
-    items: int = Field(default=100, ge=10, description="validation questions in the response matrix")
-    shots: tuple[int, ...] = Field(
-        default=(0, 1, 2, 3), description="numbers of few-shot examples for each model (paper: 0 to 3)"
-    )
-    models: tuple[str, ...] = Field(default=(), description="respondents besides teacher and student")
+    k: int = _key(40, "size of the preference set (paper: 40)", ge=2)
+    items: int = _key(100, "validation questions in the response matrix", ge=10)
+    shots: tuple[int, ...] = _key((0, 1, 2, 3), "numbers of few-shot examples for each model (paper: 0 to 3)")
+    models: tuple[str, ...] = _key((), "respondents besides teacher and student")
 
 
 class Prefer(_Section):
     """Step 3: the student's one-shot score of every draft."""
 
-    score: Literal["likelihood", "forced", "accuracy"] = Field(
-        default="likelihood",
-        description="likelihood: probability of the right answer; forced: is it the likeliest; "
-        "accuracy: generate and match (paper)",
+    score: Literal["likelihood", "forced", "accuracy"] = _key(
+        "likelihood", "likelihood: of the right answer; forced: is it likeliest; accuracy: generated (paper)"
     )
-    bias_free: bool = Field(
-        default=True,
-        description="closed-answer tasks: remove the answer bias that a draft induces (contextual calibration)",
+    bias_free: bool = _key(True, "closed-answer tasks: remove the answer bias that a draft induces")
+    length_free: bool = _key(True, "closed-answer tasks: regress log(length) out of the score")
+    answer_tokens: int = _key(96, "maximum tokens of an answer (accuracy only)", ge=4)
+    race: Literal["auto", "on", "off"] = _key(
+        "auto", "adaptive scoring; auto: from 40 drafts and 24 questions on; off: full grid (paper)"
     )
-    length_free: bool = Field(
-        default=True, description="closed-answer tasks: regress log(length) out of the score"
+    race_share: float = _key(0.25, "adaptive scoring: at most this share of the full grid", gt=0.0, le=1.0)
+    race_error: float = _key(
+        0.05, "adaptive scoring: risk at which the rank of a draft counts as decided", gt=0.0, lt=0.5
     )
-    answer_tokens: int = Field(default=96, ge=4, description="maximum tokens of an answer (accuracy only)")
-    race: Literal["auto", "on", "off"] = Field(
-        default="auto",
-        description="adaptive scoring: measure only what the ranking needs; auto: from 40 drafts and "
-        "24 questions on; "
-        "off: the full grid (paper)",
+    engine: Literal["auto", "student"] = _key(
+        "auto", "auto: the fastest engine for 500+ scores (may be bfloat16); student: its usual engine"
     )
-    race_share: float = Field(
-        default=0.25, gt=0.0, le=1.0, description="adaptive scoring: at most this share of the full grid"
-    )
-    race_error: float = Field(
-        default=0.05,
-        gt=0.0,
-        lt=0.5,
-        description="adaptive scoring: risk at which the rank of a draft counts as decided",
-    )
-    engine: Literal["auto", "student"] = Field(
-        default="auto",
-        description="auto: for 500+ scores, benchmark the available engines and use the fastest (may run in "
-        "bfloat16); student: use the engine that runs the student elsewhere",
-    )
-    student_file: str = Field(
-        default="",
-        description="score with the student quantized to this type, such as Q4_K_M; empty: 16 bits",
-    )
+    student_file: str = _key("", "score with the student quantized to this type; empty: 16 bits")
 
 
 class Align(_Section):
     """Step 4: DPO of the teacher on the student's preferences."""
 
-    question_pairs: int = Field(
-        default=50, ge=0, description="preference pairs of questions (paper: 50 per task)"
-    )
-    rationale_pairs: int = Field(
-        default=250, ge=0, description="preference pairs of rationales (paper: 250 per task)"
-    )
-    min_gap: float = Field(
-        default=0.02, ge=0.0, description="minimum score difference; a smaller one is a tie and is dropped"
-    )
-    learning_rate: float = Field(default=5e-6, gt=0.0, description="paper: 1e-7, all weights")
-    batch_size: int = Field(default=4, ge=1, description="pairs per optimizer step (paper: 16)")
-    epochs: float = Field(default=1.0, gt=0.0)
-    beta: float = Field(default=0.1, gt=0.0, description="strength of the KL penalty of DPO")
-    sft_weight: float = Field(
-        default=1.0, ge=0.0, description="weight of the SFT loss on chosen completions; 0: DPO only"
-    )
-    lora_rank: int = Field(default=8, ge=1)
-    lora_targets: tuple[str, ...] = Field(
-        default=(), description="layers to adapt, such as q_proj; empty: every linear layer"
-    )
-    shots: int = Field(default=0, ge=0, description="few-shot examples in the prompts of rationale pairs")
-    probe_every: int = Field(default=4, ge=1, description="optimizer steps between checks for model collapse")
-    probe_prompts: int = Field(default=4, ge=1, description="held-out prompts per check")
+    question_pairs: int = _key(50, "preference pairs of questions (paper: 50 per task)", ge=0)
+    rationale_pairs: int = _key(250, "preference pairs of rationales (paper: 250 per task)", ge=0)
+    min_gap: float = _key(0.02, "minimum score difference; a smaller one is a tie and is dropped", ge=0.0)
+    learning_rate: float = _key(5e-6, "paper: 1e-7, all weights", gt=0.0)
+    batch_size: int = _key(4, "pairs per optimizer step (paper: 16)", ge=1)
+    epochs: float = _key(1.0, gt=0.0)
+    beta: float = _key(0.1, "strength of the KL penalty of DPO", gt=0.0)
+    sft_weight: float = _key(1.0, "weight of the SFT loss on chosen completions; 0: DPO only", ge=0.0)
+    lora_rank: int = _key(8, ge=1)
+    lora_targets: tuple[str, ...] = _key((), "layers to adapt, such as q_proj; empty: every linear layer")
+    shots: int = _key(0, "few-shot examples in the prompts of rationale pairs", ge=0)
+    probe_every: int = _key(4, "optimizer steps between checks for model collapse", ge=1)
+    probe_prompts: int = _key(4, "held-out prompts per check", ge=1)
 
 
 class Tailor(_Section):
-    """Step 5: the aligned teacher writes the training data."""
+    """Step 5: the aligned teacher generates the training data."""
 
-    questions: int = Field(
-        default=150, ge=8, description="training examples to generate (paper: about 290 per task)"
-    )
-    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
-    label: LabelPolicy = Field(default="vote", description="as in elicit")
-    even_labels: bool = Field(
-        default=True, description="closed-answer tasks: balance labels when subsampling"
-    )
-    max_prompts: int = Field(default=0, ge=0, description="as in elicit")
+    questions: int = _key(150, "training examples to generate (paper: about 290 per task)", ge=8)
+    temperature: float = _key(1.0, ge=0.0, le=2.0)
+    label: LabelPolicy = _key("vote", "as in elicit")
+    even_labels: bool = _key(True, "closed-answer tasks: balance labels when subsampling")
+    max_prompts: int = _key(0, "as in elicit", ge=0)
 
 
 class Tune(_Section):
     """Step 6: supervised fine-tuning of the student."""
 
     method: Literal["full", "lora"] = "full"
-    learning_rate: float = Field(default=2e-5, gt=0.0, description="paper: 2e-5")
-    epochs: float = Field(default=2.0, gt=0.0, description="paper: 1")
-    batch_size: int = Field(default=4, ge=1)
-    lora_rank: int = Field(default=16, ge=1)
+    learning_rate: float = _key(2e-5, "paper: 2e-5", gt=0.0)
+    epochs: float = _key(2.0, "paper: 1", gt=0.0)
+    batch_size: int = _key(4, ge=1)
+    lora_rank: int = _key(16, ge=1)
 
 
 class Evaluate(_Section):
     """Last, once: evaluation on the held-out test split."""
 
-    limit: int = Field(default=0, ge=0, description="test examples; 0: all")
-    shots: tuple[int, ...] = Field(
-        default=(0, 3), description="numbers of few-shot examples with which the student is tested"
-    )
-    answer_tokens: int = Field(default=96, ge=4, description="maximum tokens of an answer")
-    teacher: bool = Field(default=True, description="evaluate the teacher as well")
+    limit: int = _key(0, "test examples; 0: all", ge=0)
+    shots: tuple[int, ...] = _key((0, 3), "numbers of few-shot examples with which the student is tested")
+    answer_tokens: int = _key(96, "maximum tokens of an answer", ge=4)
+    teacher: bool = _key(True, "evaluate the teacher as well")
 
 
 class Deploy(_Section):
     """The target device and its latency limit for an answer: see docs/runs.md."""
 
-    device: str = Field(
-        default="", description="device profile, or a fingerprint in `rates`; empty: no latency limit"
+    device: str = _key("", "device profile, or a fingerprint in `rates`; empty: no latency limit")
+    file: str = _key("Q4_K_M", "quantization type, or name, of the file that runs on the device")
+    max_answer_seconds: float = _key(
+        3.0, "latency limit from the prompt to the last token of the answer", gt=0.0
     )
-    file: str = Field(
-        default="Q4_K_M", description="quantization type, or name, of the file that runs on the device"
-    )
-    max_answer_seconds: float = Field(
-        default=3.0, gt=0.0, description="latency limit from the prompt to the last token of the answer"
-    )
-    rates: str = Field(
-        default="",
-        description="measured speeds: a student.json, a bench.jsonl, or a folder with them; empty: predict them",
-    )
-    draws: int = Field(
-        default=8,
-        ge=0,
-        description="rationales sampled again, at most, for a question whose first is too long",
-    )
+    rates: str = _key("", "measured speeds: student.json, bench.jsonl or their folder; empty: predict")
+    draws: int = _key(8, "most samples for a question whose rationale is too long", ge=0)
 
 
 class RunConfig(_Section):
     """A whole run, as in ``run.toml``."""
 
-    name: str = Field(default="", description="folder under runs/; empty: task and student")
-    seed: int = Field(default=0, ge=0)
-    data: Data = Field(
-        default="arte", description="training data of the student; the values other than arte are ablations"
-    )
+    name: str = _key("", "folder under runs/; empty: task and student")
+    seed: int = _key(0, ge=0)
+    data: Data = _key("arte", "training data of the student; all but arte are ablations")
     task: TaskConfig = TaskConfig()
     teacher: TeacherConfig = TeacherConfig(model="qwen2.5-coder-0.5b-instruct")
     student: ModelConfig = ModelConfig(model="smollm2-135m-instruct")

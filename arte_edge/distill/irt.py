@@ -18,7 +18,7 @@ often a wrong label, ends near zero and at the bottom of the order.
 Why not the girth library (0.8): from 200 respondents it recovers α equally well (the
 two agree to r = 0.99), but it has no prior on β, so from 8 to 20 its difficulties are
 far behind (r 0.47 to 0.77 with the truth against 0.74 to 0.87), its maximum-likelihood
-α stands on its bounds for up to half of the items, its own small-sample variant needs
+α is at its bounds for up to half of the items, its own small-sample variant needs
 numpy's float128, absent on Windows and Apple silicon, and it takes seconds for the same
 matrix. Measurements: docs/preference-scores.md.
 """
@@ -72,7 +72,7 @@ def fit_2pl(responses: ArrayLike) -> ItemParameters:
     """Estimate the items and the respondents of a response matrix.
 
     Args:
-        responses: ``[n_respondent, n_item]`` of 1 (right), 0 (wrong) and NaN (not asked).
+        responses: ``[n_respondent, n_item]`` of 1 (right), 0 (wrong) and NaN (not answered).
 
     Raises:
         InputError: not a matrix, fewer than two respondents or no item, or another value.
@@ -97,9 +97,9 @@ def fit_2pl(responses: ArrayLike) -> ItemParameters:
 def top_k(params: ItemParameters, k: int, groups: Sequence[Hashable] | None = None) -> NDArray[np.intp]:
     """Return the indices ``[k]`` of the most discriminative items, best first.
 
-    Ties go to the smaller index. Items that nobody solved come after all others: for
-    the student, weaker than most who were asked, they are no test, and where there
-    are many, taking them at their α spoils the set. Items that everybody solved keep
+    Ties go to the smaller index. Items that nobody solved come after all others: the
+    student, weaker than most respondents, cannot solve them either, and many of
+    them would spoil the set. Items that everybody solved keep
     their place, for a weaker respondent may still fail them. (docs/preference-scores.md)
 
     With `groups` ``[n_item]`` (the right answer of each item, for a closed answer
@@ -163,7 +163,7 @@ def _maximise(right: Floats, wrong: Floats, copies: Floats) -> tuple[Floats, Flo
     """Return α and β ``[n_pattern]`` at the maximum of the marginal posterior.
 
     The gradient is Fisher's identity: that of the complete-data likelihood, averaged
-    over the abilities as they stand (Bock & Aitkin, Psychometrika 46 (1981) 443–459).
+    over the current abilities (Bock & Aitkin, Psychometrika 46 (1981) 443–459).
     """
     from scipy.optimize import minimize
 

@@ -1,9 +1,9 @@
-"""Preference pairs for DPO: which questions and which rationales the student learns better from.
+"""Preference pairs for DPO: the questions and rationales that the student learns better from.
 
 Question level: chosen and rejected answer the same question-generation prompt, drawn
 from the top and the bottom quarter by score. Rationale level: a question's best and
-worst rationale under the naive prompt (paper, section 3.4). Ties and near-ties say
-nothing and are dropped; lengths are compared, because DPO is quick to learn "longer".
+worst rationale under the naive prompt (paper, section 3.4). Ties and near-ties carry no
+preference and are dropped; lengths are reported, because DPO easily learns "longer".
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Row = dict[str, Any]
 
 
 def draw_question_pairs(
-    questions: Sequence[Row], wanted: int, per_answer: int, first_number: int, min_gap: float, seed: int
+    questions: Sequence[Row], n_pair: int, per_answer: int, first_number: int, min_gap: float, seed: int
 ) -> tuple[list[Row], int]:
     """Return (pairs with chosen, rejected, gap; how many were dropped as ties).
 
     Each side holds up to `per_answer` questions, numbered from `first_number` in the tags that
-    the prompt asks for, less the opening that is prefilled.
+    the prompt requires, without the prefilled opening.
     """
     ranked = sorted(questions, key=lambda row: (-row["score"], row["id"]))
     quarter = max(1, len(ranked) // 4)
@@ -39,7 +39,7 @@ def draw_question_pairs(
     rng = random.Random(f"{seed}/question-pairs")
     pairs: list[Row] = []
     ties = 0
-    for _ in range(wanted):
+    for _ in range(n_pair):
         chosen, rejected = rng.sample(top, n), rng.sample(bottom, n)
         gap = float(np.mean([q["score"] for q in chosen]) - np.mean([q["score"] for q in rejected]))
         if gap < min_gap:
@@ -62,7 +62,7 @@ def _listing(questions: Sequence[Row], first: int) -> str:
 
 
 def draw_rationale_pairs(
-    rationales: Sequence[Row], wanted: int, min_gap: float, seed: int
+    rationales: Sequence[Row], n_pair: int, min_gap: float, seed: int
 ) -> tuple[list[Row], int]:
     """Return (pairs with question id, chosen, rejected, gap; how many questions were dropped as ties)."""
     by_question: dict[str, list[Row]] = defaultdict(list)
@@ -87,7 +87,7 @@ def draw_rationale_pairs(
             }
         )
     random.Random(f"{seed}/rationale-pairs").shuffle(pairs)
-    return pairs[:wanted], ties
+    return pairs[:n_pair], ties
 
 
 def length_report(pairs: Sequence[Row]) -> dict[str, float]:

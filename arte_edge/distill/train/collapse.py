@@ -26,7 +26,7 @@ from arte_edge.store import read_jsonl, write_atomic, write_jsonl
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-__all__ = ["Probe", "ProbeResult", "Watch", "chosen_drop_nats", "collapse_reason", "copy_adapter"]
+__all__ = ["CollapseMonitor", "Probe", "ProbeResult", "chosen_drop_nats", "collapse_reason", "copy_adapter"]
 
 _RECENT = 4  # steps whose mean is judged: one batch alone is noise
 
@@ -87,23 +87,23 @@ def copy_adapter(source: Path, target: Path) -> Path:
     return publish(staged, target)
 
 
-class Watch:
+class CollapseMonitor:
     """The checks of one training, stored in its work folder."""
 
     def __init__(self, workspace: Workspace, settings: DpoSettings, probe: Probe | None) -> None:
         self._folder, self._settings, self._probe = workspace.folder, settings, probe
         self._file = self._folder / "probes.jsonl"
-        self.looks: list[dict[str, Any]] = read_jsonl(self._file) if self._file.is_file() else []
+        self.checks: list[dict[str, Any]] = read_jsonl(self._file) if self._file.is_file() else []
 
     @property
     def reason(self) -> str:
         """Why the training must stop; empty while all checks passed."""
-        return next((look["reason"] for look in self.looks if look["reason"]), "")
+        return next((check["reason"] for check in self.checks if check["reason"]), "")
 
     @property
     def good_step(self) -> int:
         """The last step whose adapter passed."""
-        return int(max(look["step"] for look in self.looks if not look["reason"]))
+        return int(max(check["step"] for check in self.checks if not check["reason"]))
 
     def adapter(self, step: int) -> Path:
         """Return the folder of the adapter that was checked after `step`."""
@@ -111,57 +111,57 @@ class Watch:
 
     def forget_after(self, step: int) -> None:
         """Drop the checks of steps that a resumed training repeats."""
-        self.looks = [look for look in self.looks if look["step"] <= step]
+        self.checks = [check for check in self.checks if check["step"] <= step]
 
     def due(self, state: Any) -> bool:
         step: int = state.global_step
         return step % self._settings.probe_every == 0 or step == state.max_steps
 
-    def look_if_due(self, state: Any, checkpoint: Path) -> None:
+    def check_if_due(self, state: Any, checkpoint: Path) -> None:
         """Check the adapter in the trainer's `checkpoint` if a check is due at its step."""
         if self.due(state):
-            self.look(state.global_step, checkpoint, _chosen_rewards(state))
+            self.check(state.global_step, checkpoint, _chosen_rewards(state))
 
-    def look(self, step: int, adapter: Path, chosen_rewards: Sequence[float]) -> None:
+    def check(self, step: int, adapter: Path, chosen_rewards: Sequence[float]) -> None:
         """Check the adapter in the folder `adapter`, unless this step was checked before."""
-        if any(look["step"] == step for look in self.looks):
+        if any(check["step"] == step for check in self.checks):
             return
-        kept = copy_adapter(adapter, self.adapter(step))
-        self._record(step, self._probe(kept) if self._probe else None, chosen_rewards)
+        copy = copy_adapter(adapter, self.adapter(step))
+        self._record(step, self._probe(copy) if self._probe else None, chosen_rewards)
 
     def _record(self, step: int, now: ProbeResult | None, chosen_rewards: Sequence[float]) -> None:
         drop_nats = chosen_drop_nats(chosen_rewards, self._settings.beta)
         reason = collapse_reason(self._settings.limits, self._start(), now, drop_nats)
-        said = {} if now is None else {"valid_rate": now.valid_rate, "mean_tokens": now.mean_tokens}
-        self.looks.append({"step": step, **said, "chosen_drop_nats": drop_nats, "reason": reason})
-        write_jsonl(self._file, self.looks)
+        probed = {} if now is None else {"valid_rate": now.valid_rate, "mean_tokens": now.mean_tokens}
+        self.checks.append({"step": step, **probed, "chosen_drop_nats": drop_nats, "reason": reason})
+        write_jsonl(self._file, self.checks)
 
     def _start(self) -> ProbeResult | None:
-        if not self.looks or "valid_rate" not in self.looks[0]:
+        if not self.checks or "valid_rate" not in self.checks[0]:
             return None
-        return ProbeResult(self.looks[0]["valid_rate"], self.looks[0]["mean_tokens"])
+        return ProbeResult(self.checks[0]["valid_rate"], self.checks[0]["mean_tokens"])
 
     def callback(self) -> TrainerCallback:
         """Return the callback that checks when one is due, and stops the training on a collapse."""
         from transformers import TrainerCallback
 
-        watch = self
+        monitor = self
 
-        class Looking(TrainerCallback):  # type: ignore[misc]
+        class Checking(TrainerCallback):  # type: ignore[misc]
             def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                drop_nats = chosen_drop_nats(_chosen_rewards(state), watch._settings.beta)
-                if drop_nats > watch._settings.limits.max_chosen_drop_nats:
-                    watch._record(state.global_step, None, _chosen_rewards(state))
+                drop_nats = chosen_drop_nats(_chosen_rewards(state), monitor._settings.beta)
+                if drop_nats > monitor._settings.limits.max_chosen_drop_nats:
+                    monitor._record(state.global_step, None, _chosen_rewards(state))
                     control.should_training_stop = True
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                control.should_save = control.should_save or watch.due(state)
+                control.should_save = control.should_save or monitor.due(state)
 
             def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                watch.look_if_due(state, Path(args.output_dir) / f"checkpoint-{state.global_step}")
-                control.should_training_stop = control.should_training_stop or bool(watch.reason)
+                monitor.check_if_due(state, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+                control.should_training_stop = control.should_training_stop or bool(monitor.reason)
 
-        return Looking()
+        return Checking()
 
 
 def _chosen_rewards(state: Any) -> list[float]:

@@ -316,7 +316,7 @@ def check_rows(rows: Sequence[Mapping[str, str]], keys: Sequence[str], what: str
         InputError: names the first row that is wrong, counted from 1.
     """
     if not rows:
-        raise InputError(f"There is no {what} to train on", "The stage before this one kept nothing.")
+        raise InputError(f"There is no {what} to train on", "The stage before this one produced no rows.")
     for number, row in enumerate(rows, start=1):
         missing = [key for key in keys if not isinstance(row.get(key), str) or not row[key]]
         if missing or set(row) != set(keys):
@@ -332,13 +332,13 @@ def training_order(lengths: Sequence[int], batch_size: int, epochs: float, seed:
     `lengths` are in tokens. An example is seen at most once more often than another.
     """
     rng = random.Random(seed)
-    wanted = max(1, round(len(lengths) * epochs))
+    n = max(1, round(len(lengths) * epochs))
     order: list[int] = []
-    while len(order) < wanted:
+    while len(order) < n:
         epoch = list(range(len(lengths)))
         rng.shuffle(epoch)
         order += epoch
-    return _grouped(order[:wanted], lengths, batch_size, rng)
+    return _grouped(order[:n], lengths, batch_size, rng)
 
 
 def _grouped(order: list[int], lengths: Sequence[int], batch_size: int, rng: random.Random) -> list[int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.distill.train.checkpoints import Workspace, checkpoint_key, finished
-from arte_edge.distill.train.collapse import Probe, Watch, copy_adapter
+from arte_edge.distill.train.collapse import CollapseMonitor, Probe, copy_adapter
 from arte_edge.distill.train.common import (
     DpoSettings,
     Encoder,
@@ -51,7 +51,7 @@ class DpoResult:
     history: tuple[dict[str, float], ...]  # a row a step: loss, logps/chosen, rewards/margins, …
     probes: tuple[
         dict[str, Any], ...
-    ]  # a row a look: step, valid_rate, mean_tokens, chosen_drop_nats, reason
+    ]  # a row per check: step, valid_rate, mean_tokens, chosen_drop_nats, reason
 
 
 def train_dpo(
@@ -83,23 +83,23 @@ def train_dpo(
         return _result(out, report)
     began = time.monotonic()
     workspace = Workspace(out, request, resume)
-    watch = Watch(workspace, settings, probe)
+    monitor = CollapseMonitor(workspace, settings, probe)
     with quiet_training():
-        trainer, counts = _trainer(checkpoint, pairs, settings, workspace, watch, progress)
-        _run(trainer, workspace, watch)
+        trainer, counts = _trainer(checkpoint, pairs, settings, workspace, monitor, progress)
+        _run(trainer, workspace, monitor)
         history, steps = history_of(trainer), trainer.state.global_step
         del trainer
         free_memory()
-    staged = copy_adapter(watch.adapter(watch.good_step), workspace.folder / "result")
-    write_jsonl(staged / "log.jsonl", [*history, *({"probe": look} for look in watch.looks)])
+    staged = copy_adapter(monitor.adapter(monitor.good_step), workspace.folder / "result")
+    write_jsonl(staged / "log.jsonl", [*history, *({"probe": check} for check in monitor.checks)])
     report = {
         "steps": steps,
-        "kept_step": watch.good_step,
-        "collapse": watch.reason,
+        "kept_step": monitor.good_step,
+        "collapse": monitor.reason,
         **counts,
         "seconds": round(time.monotonic() - began, 3),
         "history": history,
-        "probes": watch.looks,
+        "probes": monitor.checks,
     }
     workspace.finish(staged, report)
     return _result(out, report)
@@ -123,7 +123,7 @@ def _trainer(
     pairs: Sequence[Mapping[str, str]],
     settings: DpoSettings,
     workspace: Workspace,
-    watch: Watch,
+    monitor: CollapseMonitor,
     progress: Progress | None,
 ) -> tuple[Any, dict[str, int]]:
     from datasets import Dataset
@@ -161,28 +161,28 @@ def _trainer(
         train_dataset=Dataset.from_list([encoded[i] for i in order]),
         processing_class=tokenizer,
         peft_config=lora_config(settings.lora),
-        callbacks=[keep_going(workspace, settings.save_every_s, progress), watch.callback()],
+        callbacks=[keep_going(workspace, settings.save_every_s, progress), monitor.callback()],
     )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for data
     score_completions_only(trainer.model.get_base_model(), pairs=True)
     return trainer, {"pairs": len(encoded), "dropped": len(pairs) - len(encoded)}
 
 
-def _run(trainer: Any, workspace: Workspace, watch: Watch) -> None:
+def _run(trainer: Any, workspace: Workspace, monitor: CollapseMonitor) -> None:
     """Train from the last checkpoint, after the check that a kill may have prevented."""
     from transformers import TrainerState
 
     last = workspace.last_checkpoint()
     if last is None:
-        watch.forget_after(0)
+        monitor.forget_after(0)
         trainer.model.save_pretrained(workspace.folder / "start")
-        watch.look(0, workspace.folder / "start", [])
+        monitor.check(0, workspace.folder / "start", [])
         trainer.train()
         return
     state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-    watch.forget_after(state.global_step)
-    watch.look_if_due(state, last)
-    if watch.reason:
+    monitor.forget_after(state.global_step)
+    monitor.check_if_due(state, last)
+    if monitor.reason:
         trainer.state = state
     else:
         trainer.train(resume_from_checkpoint=str(last))
