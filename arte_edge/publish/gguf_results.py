@@ -1,9 +1,9 @@
 """Measured results in a GGUF file's own metadata: ``arte_edge.bench.*`` and ``arte_edge.fidelity.*``.
 
-Few scalars, one group a device: a loader prints all of them. Only publishable results are written (see
+One group of scalars a device; few, because loaders print all keys. Only publishable results are written (see
 `publishable`), so no throttled rate and no accuracy on a part of a split. The keys of an earlier run are
-replaced as a whole. Tensors are not touched, hence results stay with the file; its own sum
-in ``student.json`` follows.
+replaced as a whole. Tensors do not change, so results still belong to the file; its checksum in
+``student.json`` is updated.
 
     arte_edge.bench.count                       uint32
     arte_edge.bench.{i}.device, .runtime, .date string
@@ -30,17 +30,14 @@ from arte_edge.results.locate import read_export
 from arte_edge.results.merge import student_lock
 from arte_edge.results.student_json import Artifact, write_student
 
-__all__ = ["BENCH", "FIDELITY", "bench_fields", "fidelity_fields", "write_keys"]
+__all__ = ["write_keys"]
 
-BENCH, FIDELITY = "arte_edge.bench.", "arte_edge.fidelity."
+_BENCH, _FIDELITY = "arte_edge.bench.", "arte_edge.fidelity."
 
 
-def bench_fields(artifact: Artifact, *, allow_throttled: bool = False) -> dict[str, Field]:
-    """Return the keys of a file's measured speeds; none if nothing was measured."""
+def _bench_fields(artifact: Artifact, allow_throttled: bool) -> dict[str, Field]:
     found = speeds(artifact, allow_throttled)
-    if not found:
-        return {}
-    fields = {f"{BENCH}count": Field(UINT32, len(found))}
+    fields = {f"{_BENCH}count": Field(UINT32, len(found))} if found else {}
     for i, speed in enumerate(found):
         quality = accuracy_on(artifact, speed.fingerprint) if speed.fingerprint else None
         values: dict[str, tuple[int, str | float | None]] = {
@@ -61,14 +58,12 @@ def bench_fields(artifact: Artifact, *, allow_throttled: bool = False) -> dict[s
         }
         for name, (kind, value) in values.items():
             if value is not None:
-                fields[f"{BENCH}{i}.{name}"] = Field(
-                    kind, value.encode() if isinstance(value, str) else value
-                )
+                data = value.encode() if isinstance(value, str) else value
+                fields[f"{_BENCH}{i}.{name}"] = Field(kind, data)
     return fields
 
 
-def fidelity_fields(artifact: Artifact) -> dict[str, Field]:
-    """Return the keys of the file's fidelity to the 16-bit student."""
+def _fidelity_fields(artifact: Artifact) -> dict[str, Field]:
     if (metrics := artifact.fidelity.metrics) is None:
         return {}
     found = {
@@ -76,21 +71,21 @@ def fidelity_fields(artifact: Artifact) -> dict[str, Field]:
         "top1_agreement": metrics.top1,
         "ppl_ratio": metrics.perplexity_ratio,
     }
-    return {f"{FIDELITY}{name}": Field(FLOAT32, v) for name, v in found.items() if v is not None}
+    return {f"{_FIDELITY}{name}": Field(FLOAT32, v) for name, v in found.items() if v is not None}
 
 
 def write_keys(
     folder: Path, *, allow_throttled: bool = False, note: Callable[[str], None] | None = None
 ) -> tuple[str, ...]:
-    """Write what is known of every accepted GGUF into it; return the files that changed.
+    """Write the results of every accepted GGUF into it; return the files that changed.
 
-    Their new sums go into ``student.json``. A kill in between leaves an old sum there, which the next
-    run corrects, since the tensors identify the file.
+    Their new checksums are written to ``student.json``. A kill in between leaves an old one there, which the
+    next run corrects, since the tensors identify the file.
 
     Raises:
-        InputError: a file holds other tensors than ``student.json`` says, and is not touched; or there
-            is no readable ``student.json``.
-        ArteError: no room for a second copy of a file, or the disk refuses.
+        InputError: a file's tensors differ from ``student.json``, which leaves it unchanged; or there is no
+            readable ``student.json``.
+        ArteError: no room for a second copy of a file, or a disk error.
     """
     changed: list[str] = []
     with student_lock(folder):
@@ -112,14 +107,14 @@ def write_keys(
 
 
 def _write_one(path: Path, artifact: Artifact, allow_throttled: bool) -> tuple[Artifact, bool]:
-    """Rewrite one file; return its entry with the sums that it now has, and whether the file changed."""
-    sums = checksums_of(path)
-    if sums.tensor_sha256 != artifact.tensor_sha256:
+    """Rewrite one file; return its entry with its new checksum, and whether the file changed."""
+    checksums = checksums_of(path)
+    if checksums.tensor_sha256 != artifact.tensor_sha256:
         raise InputError(
             f"{artifact.file}: its tensors are not those that student.json describes",
             "Export it again; results of another file are not written into it.",
         )
-    fields = bench_fields(artifact, allow_throttled=allow_throttled) | fidelity_fields(artifact)
-    done = rewrite(path, fields, drop=(BENCH, FIDELITY))
-    update = {"sha256": done.sha256 or sums.sha256, "size_bytes": path.stat().st_size}
+    fields = _bench_fields(artifact, allow_throttled) | _fidelity_fields(artifact)
+    done = rewrite(path, fields, drop=(_BENCH, _FIDELITY))
+    update = {"sha256": done.sha256 or checksums.sha256, "size_bytes": path.stat().st_size}
     return artifact.model_copy(update=update), done.changed

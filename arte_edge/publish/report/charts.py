@@ -283,7 +283,9 @@ def _sensors(row: SpeedRow, name: str) -> Chart | None:
 
 
 def _caption(row: SpeedRow, repetitions: int, n_above: int) -> str:
-    parts = [f"{repetitions} repetitions of {row.test}, median {number(row.median_ts)} tokens/s"]
+    parts = [
+        f"{repetitions} repetition{'s' * (repetitions != 1)} of {row.test}, median {number(row.median_ts)} tokens/s"
+    ]
     if row.itl_p50_ms is not None and row.itl_p95_ms is not None:
         parts.append(
             f"half of the tokens within {number(row.itl_p50_ms)} ms, 95 % within {number(row.itl_p95_ms)} ms"

@@ -1,7 +1,7 @@
 """The contents of a run folder: settings, stage summaries and rows, times, the export, the benchmark.
 
-What does not exist yet is listed as missing; a run that stopped half-way has a report too. Only
-damaged files are an error.
+What does not exist yet is listed as missing, so an interrupted run has a report too. Only damaged files are
+an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from arte_edge.store import read_jsonl
 
 __all__ = ["STAGES", "RunData", "StageCost", "read_run"]
 
-STAGES = ("check", "elicit", "calibrate", "prefer", "align", "tailor", "tune", "evaluate")
+# Of each stage the files that hold its rows.
 _ROWS = {
     "check": ("answers.jsonl",),
     "elicit": ("questions.jsonl", "rationales.jsonl"),
@@ -33,6 +33,7 @@ _ROWS = {
     "evaluate": ("answers.jsonl",),
 }
 
+STAGES = tuple(_ROWS)
 JsonRow = dict[str, Any]
 
 
@@ -76,15 +77,16 @@ def read_run(ref: str) -> RunData:
         InputError: no run, or one of its files is damaged; the message names it.
     """
     folder = find_run(ref)
+    path = folder / "run.toml"
     try:
-        config = tomllib.loads((folder / "run.toml").read_text("utf-8"))
+        config = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder / 'run.toml'}: not TOML: {error}") from error
+        raise InputError(f"{path}: not TOML: {error}") from error
     run = RunData(str(config.get("name") or folder.resolve().name), config)
     for stage in STAGES:
         _read_stage(run, folder / stage)
     if (folder / "events.jsonl").is_file():
-        _read_events(run, _events(folder / "events.jsonl"))
+        _read_events(run, folder / "events.jsonl")
     run.deploy = _json(folder / "deploy.json")
     _read_export(run, folder)
     return run
@@ -107,9 +109,8 @@ def _read_export(run: RunData, folder: Path) -> None:
     try:
         export = find_export(folder)
     except InputError as error:
-        several = "several" in error.message
-        why = error.message if several else "no files yet: `arte-edge export` makes and verifies them"
-        run.missing.append(f"files: {why}")
+        none = "no files yet: `arte-edge export` makes and verifies them"
+        run.missing.append(f"files: {error.message if 'several' in error.message else none}")
         return
     run.student = read_student(export)
     run.bench = read_bench(export)
@@ -134,24 +135,15 @@ def _json(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _events(path: Path) -> list[JsonRow]:
-    """Return the events that can be read: a killed process may have torn one, and nothing depends on it."""
-    rows = []
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
-def _read_events(run: RunData, events: list[JsonRow]) -> None:
+def _read_events(run: RunData, path: Path) -> None:
     cost: dict[str, StageCost] = defaultdict(StageCost)
     stage = ""
-    for event in events:
-        kind = event.get("event")
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:  # cut off when the process was killed; nothing depends on it
+            continue
+        kind = event.get("event") if isinstance(event, dict) else None
         if kind == "stage":
             name = str(event.get("name", ""))
             stage = name if event.get("state") == "begin" else ""

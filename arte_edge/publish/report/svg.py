@@ -221,7 +221,7 @@ def _legend_of(entries: Sequence[tuple[str, int]]) -> tuple[str, float]:
     x, y, parts = 14.0, 14.0, []
     for name, series in entries:
         text = _cut(name, 40)
-        width = 22 + _CHAR * len(text)
+        width = 30 + _CHAR * len(text)
         if x + width > _WIDTH - 8 and x > 14:
             x, y = 14.0, y + 18
         parts.append(f'<g class="s{series % 8}">{_shape(series, x + 5, y - 4)}</g>')
