@@ -1,4 +1,4 @@
-"""Find personal data in files that leave this machine: names of people and hosts, addresses, paths, secrets.
+"""Find personal data in files that will be published: names of people and hosts, addresses, paths, secrets.
 
 An export checks that no file holds a path of this machine; a push scans every text that it would send.
 A finding names the file and the key, and never shows a secret in full.
@@ -21,28 +21,17 @@ from pathlib import Path
 
 __all__ = ["Finding", "Machine", "first_held", "this_machine"]
 
-# Names that many machines share, or that are words: they tell nobody's name.
-_COMMON = frozenset(
-    (
-        "root",
-        "user",
-        "admin",
-        "ubuntu",
-        "debian",
-        "pi",
-        "runner",
-        "nobody",
-        "guest",
-        "test",
-        "build",
-        "docker",
-    )
-) | {"localhost", "localdomain", "local", "raspberrypi", "jetson", "home", "work", "model", "main", "default"}
+# Names that many machines share, or that are common words: they identify nobody.
+_COMMON = re.compile(
+    "root|user|admin|ubuntu|debian|pi|runner|nobody|guest|test|build|docker|localhost|localdomain|local|raspberrypi|"
+    "jetson|home|work|model|main|default",
+    re.IGNORECASE,
+)
 _SECRET = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}|"
     r"\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bxox[abpr]-[\w-]{10,}"
 )
-# Places where people's files and a system's temporary ones lie; a path on the web has a letter before its slash.
+# Folders of people's files and of a system's temporary ones; a path of a URL has a letter before its slash.
 _PATH = re.compile(
     r"(?<![\w.:/~-])(?:/(?:home|Users|root|tmp|mnt|media|opt|srv|var|private|Volumes|data|workspace|work)/[\w.@~+/-]+"
     r"|~/[\w.@+/-]+|[A-Za-z]:[\\/]+Users[\\/]+[^\\/\s\"']+|file:///?\S+)"
@@ -52,7 +41,7 @@ _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w
 _MAC = re.compile(r"(?<![\w:-])[0-9A-Fa-f]{2}(?:([:-])[0-9A-Fa-f]{2})(?:\1[0-9A-Fa-f]{2}){4}(?![\w:-])")
 _MAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b")
 _SHOWN = 60  # characters of what was found
-_RARE = 6  # bytes of a text that does not occur by chance in weights
+_RARE = 6  # bytes of a text that does not occur in weights by chance
 
 
 @dataclass(frozen=True)
@@ -77,7 +66,7 @@ class Machine:
     secrets: frozenset[str] = frozenset()
 
     def private_paths(self, *more: Path) -> list[str]:
-        """Return the texts that no file to be given away may hold: `more`, and anything below `folders`.
+        """Return the texts that no published file may hold: `more`, and any path below `folders`.
 
         They are searched for in gigabytes of weights, where a short text such as "/tmp/" occurs by chance.
         """
@@ -109,39 +98,26 @@ class Machine:
                 yield Finding(file, key, kind, found if len(found) <= _SHOWN else f"{found[:_SHOWN]}…")
 
     def _all(self, text: str, names: bool, mail: bool) -> Iterator[tuple[str, str]]:
-        for found in _unique(m.group() for m in _SECRET.finditer(text)):
-            yield "a secret", found
-        for secret in self.secrets:
-            if secret in text and not _SECRET.search(secret):
-                yield "a secret", secret
-        paths = _unique(m.group() for m in _PATH.finditer(text)) if names else []
-        for folder in self.folders:  # longest first; told once
-            whole = any(path.startswith(folder) for path in paths)
-            if not whole and re.search(rf"{re.escape(folder)}(?![\w.-])", text):
+        secrets = [s for s in self.secrets if s in text and not _SECRET.search(s)]
+        yield from (("a secret", found) for found in [*_matches(_SECRET, text), *secrets])
+        paths = _matches(_PATH, text) if names else []
+        for folder in self.folders:  # longest first; a folder inside a path that was found is not repeated
+            inside = any(path.startswith(folder) for path in paths)
+            if not inside and re.search(rf"{re.escape(folder)}(?![\w.-])", text):
                 paths.append(folder)
-        for found in paths:
-            yield "a path", found
+        yield from (("a path", path) for path in paths)
         if not names:
             return
         for name in sorted(self.names):
             if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text):
                 yield "a name of this machine or its user", name
-        for found in _unique(m.group() for m in (*_IPV4.finditer(text), *_IPV6.finditer(text))):
-            if _is_address(found):
-                yield "an address", found
-        for found in _unique(m.group() for m in _MAC.finditer(text)):
-            yield "an address", found
-        for found in _unique(m.group() for m in _MAIL.finditer(text)) if mail else ():
-            yield "an e-mail address", found
+        numbers = filter(_is_address, [*_matches(_IPV4, text), *_matches(_IPV6, text)])
+        yield from (("an address", found) for found in [*numbers, *_matches(_MAC, text)])
+        yield from (("an e-mail address", found) for found in (_matches(_MAIL, text) if mail else ()))
 
 
 def this_machine(more: Iterable[str] = (), secrets: Iterable[str] = ()) -> Machine:
-    """Return what identifies the machine that this runs on.
-
-    Args:
-        more: names beside its own: hosts that it reaches over ssh.
-        secrets: tokens in use.
-    """
+    """Return what identifies this machine; `more`: hosts that it reaches over ssh, `secrets`: tokens in use."""
     names = {socket.gethostname(), socket.gethostname().partition(".")[0], *more}
     with contextlib.suppress(OSError, KeyError):  # a container may not know its own user
         names.add(getpass.getuser())
@@ -149,7 +125,7 @@ def this_machine(more: Iterable[str] = (), secrets: Iterable[str] = ()) -> Machi
     folders = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), Path(sys.prefix)}
     texts = {text for folder in folders for text in (str(folder), os.path.realpath(folder))}
     return Machine(
-        frozenset(name for name in names if len(name) >= 3 and name.lower() not in _COMMON),
+        frozenset(name for name in names if len(name) >= 3 and not _COMMON.fullmatch(name)),
         tuple(sorted((text for text in texts if len(text) > 3), key=len, reverse=True)),
         frozenset(secret for secret in secrets if len(secret) >= 8),
     )
@@ -170,9 +146,10 @@ def _is_address(text: str) -> bool:
         return False
     if found.is_loopback or found.is_unspecified or found.is_multicast:
         return False
-    # "::" joins words in code and "1::" is no host; a version has small numbers and begins with 0 or 1.
+    # "::" joins names in code and "1::" is no host; a version has small numbers and begins with 0 or 1.
     return len(text) > 6 if found.version == 6 else not text.startswith("0.")
 
 
-def _unique(found: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(found))
+def _matches(pattern: re.Pattern[str], text: str) -> list[str]:
+    """Return the different texts that `pattern` finds, in order."""
+    return list(dict.fromkeys(match.group() for match in pattern.finditer(text)))

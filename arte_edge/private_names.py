@@ -1,7 +1,7 @@
 """The one list of names of other packages that are private or undocumented, and what is done without them.
 
 A new version may move or change such a name without notice. So `pyproject.toml` bounds the packages, a test
-checks every row against the installed versions, and a module that uses such names asks `missing` first and
+checks every row against the installed versions, and a module that uses such names calls `missing` first and
 takes the plain path where one is gone. A private name that is not listed here fails a test.
 """
 
@@ -25,14 +25,14 @@ class PrivateName:
         name: dotted, inside `module`.
         used_in: the module of ours that uses it.
         without: what happens where the name is missing.
-        parameters: that must be there, of a function; for a class, of its constructor.
+        parameters: those that we pass, separated by spaces: of a function, or of a class's constructor.
     """
 
     module: str
     name: str
     used_in: str
     without: str
-    parameters: tuple[str, ...] = ()
+    parameters: str = ""
 
 
 _PACK = "arte_edge.runtimes.transformers.onednn_prepack"
@@ -42,32 +42,22 @@ _SLIM = "arte_edge.onnx.simplify"
 _PLAIN_LINEAR = "ordinary Linear layers"
 _PLAIN_CACHE = "the library's own cache, one sequence a row"
 _PLAIN_HEAD = "TRL's own scoring of all tokens"
+_NO_TRAINING = "an error before training: TRL would tokenize the ids again"
 _AS_EXPORTED = "the exported graph stays as it is"
 
+_MKLDNN, _SDPA = "ops.mkldnn.", "transformers.integrations.sdpa_attention"
+_SHAPES = "onnxruntime.tools.symbolic_shape_infer"
+
 PRIVATE_NAMES = (
-    PrivateName("torch", "ops.mkldnn._is_mkldnn_bf16_supported", _PACK, _PLAIN_LINEAR),
-    PrivateName("torch", "ops.mkldnn._reorder_linear_weight", _PACK, _PLAIN_LINEAR, ("self", "batch_size")),
-    PrivateName(
-        "torch",
-        "ops.mkldnn._linear_pointwise",
-        _PACK,
-        _PLAIN_LINEAR,
-        ("X", "W", "B", "attr", "scalars", "algorithm"),
-    ),
+    PrivateName("torch", f"{_MKLDNN}_is_mkldnn_bf16_supported", _PACK, _PLAIN_LINEAR),
+    PrivateName("torch", f"{_MKLDNN}_reorder_linear_weight", _PACK, _PLAIN_LINEAR, "self batch_size"),
+    PrivateName("torch", f"{_MKLDNN}_linear_pointwise", _PACK, _PLAIN_LINEAR, "X W B attr scalars algorithm"),
     PrivateName("transformers", "PreTrainedConfig._attn_implementation", _ROWS, _PLAIN_CACHE),
     PrivateName(
-        "transformers",
-        "DynamicCache.update",
-        _ROWS,
-        _PLAIN_CACHE,
-        ("key_states", "value_states", "layer_idx"),
+        "transformers", "DynamicCache.update", _ROWS, _PLAIN_CACHE, "key_states value_states layer_idx"
     ),
     PrivateName(
-        "transformers.integrations.sdpa_attention",
-        "sdpa_attention_forward",
-        _ROWS,
-        _PLAIN_CACHE,
-        ("module", "query", "key", "value", "attention_mask", "scaling"),
+        _SDPA, "sdpa_attention_forward", _ROWS, _PLAIN_CACHE, "module query key value attention_mask scaling"
     ),
     PrivateName("transformers.masking_utils", "AttentionMaskInterface.register", _ROWS, _PLAIN_CACHE),
     PrivateName("transformers.masking_utils", "sdpa_mask", _ROWS, _PLAIN_CACHE),
@@ -76,32 +66,13 @@ PRIVATE_NAMES = (
         "FusedCausalLMOutput",
         _HEAD,
         _PLAIN_HEAD,
-        ("loss", "log_probs", "entropy", "mean_logits", "is_top1", "label_mask"),
+        "loss log_probs entropy mean_logits is_top1 label_mask",
     ),
-    PrivateName(
-        "transformers",
-        "PreTrainedConfig._attn_implementation",
-        _HEAD,
-        _PLAIN_HEAD,
-    ),
-    PrivateName(
-        "trl",
-        "DPOTrainer._prepare_dataset",
-        "arte_edge.distill.train.dpo",
-        "an error before training: TRL would tokenize the ids again",
-        ("dataset",),
-    ),
-    PrivateName(
-        "onnxruntime.tools.symbolic_shape_infer",
-        "SymbolicShapeInference._preprocess",
-        _SLIM,
-        _AS_EXPORTED,
-        ("in_mp",),
-    ),
-    PrivateName(
-        "onnxruntime.tools.symbolic_shape_infer", "SymbolicShapeInference._infer_impl", _SLIM, _AS_EXPORTED
-    ),
-    PrivateName("onnxruntime.tools.symbolic_shape_infer", "get_shape_from_value_info", _SLIM, _AS_EXPORTED),
+    PrivateName("transformers", "PreTrainedConfig._attn_implementation", _HEAD, _PLAIN_HEAD),
+    PrivateName("trl", "DPOTrainer._prepare_dataset", "arte_edge.distill.train.dpo", _NO_TRAINING, "dataset"),
+    PrivateName(_SHAPES, "SymbolicShapeInference._preprocess", _SLIM, _AS_EXPORTED, "in_mp"),
+    PrivateName(_SHAPES, "SymbolicShapeInference._infer_impl", _SLIM, _AS_EXPORTED),
+    PrivateName(_SHAPES, "get_shape_from_value_info", _SLIM, _AS_EXPORTED),
 )
 
 
@@ -122,8 +93,8 @@ def problem(row: PrivateName) -> str:
             found = getattr(found, part)
     except (ImportError, AttributeError):
         return f"{row.module} has no {row.name} any more"
-    lost = [name for name in row.parameters if name not in _parameters(found)]
-    return f"{row.module}: {row.name} takes no {', '.join(lost)} any more" if lost else ""
+    lost = [name for name in row.parameters.split() if name not in _parameters(found)]
+    return f"{row.module}: {row.name} has no parameter {', '.join(lost)} any more" if lost else ""
 
 
 def _parameters(found: Any) -> list[str]:

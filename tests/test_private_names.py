@@ -161,7 +161,7 @@ def test_a_missing_name_and_a_lost_parameter_are_told_in_a_sentence() -> None:
     gone = PrivateName("json", "decoder._nothing", "x", "y")
     assert "json" in problem(gone) and "_nothing" in problem(gone)
     assert "no_module_of_this_name" in problem(PrivateName("no_module_of_this_name", "a", "x", "y"))
-    assert "strictest" in problem(PrivateName("json", "loads", "x", "y", ("s", "strictest")))
-    assert not problem(PrivateName("json", "loads", "x", "y", ("s",)))
+    assert "strictest" in problem(PrivateName("json", "loads", "x", "y", "s strictest"))
+    assert not problem(PrivateName("json", "loads", "x", "y", "s"))
     with pytest.raises(ValueError, match="no listed name"):
         missing("arte_edge.errors")

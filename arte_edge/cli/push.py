@@ -38,13 +38,13 @@ def push(
     Stops (exit 2) if a file holds personal data: a host, a user, an address, a path,
     a token. Files that the gate rejected are never sent.
     """
-    from arte_edge.publish.hub import Push, preview_push, reject_findings, send
+    from arte_edge.publish.hub import preview_push, reject_findings, send
 
     found = preview_push(folder.expanduser(), to, allow=tuple(allow or ()))
     if not as_json:
         _print(found, to, private)
     elif found.findings or not yes:
-        emit_json(Push(to, private, found).as_dict())
+        emit_json(found.as_dict(to, private))
     reject_findings(found)
     if not yes:
         err.print(
@@ -53,7 +53,7 @@ def push(
         return
     sent = send(found, to, private=private, message=message or "")
     if as_json:
-        emit_json(Push(to, private, found, sent).as_dict())
+        emit_json(found.as_dict(to, private, sent))
     else:
         out.print(f"\nSent: {sent.url}", markup=False, soft_wrap=True)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,16 +30,7 @@ from arte_edge.publish.eval_results import FOLDER as EVAL_RESULTS
 from arte_edge.results.rows import BENCH_NAME
 from arte_edge.results.student_json import FILE_NAME, Artifact, StudentFile, read_student
 
-__all__ = [
-    "Preview",
-    "PreviewFile",
-    "Push",
-    "Upload",
-    "preview",
-    "preview_push",
-    "reject_findings",
-    "send",
-]
+__all__ = ["Preview", "preview", "preview_push", "reject_findings", "send"]
 
 _BESIDE = (
     *(CARD, FILE_NAME, BENCH_NAME, "Modelfile"),
@@ -73,6 +64,27 @@ class Preview:
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
+
+    def as_dict(self, to: str, private: bool, sent: Upload | None = None) -> dict[str, Any]:
+        """Return it for JSON; `sent` None: nothing left the machine."""
+        return {
+            "to": to,
+            "private": private,
+            "files": [{"file": file.name, "size_bytes": file.size_bytes} for file in self.files],
+            "size_bytes": self.size_bytes,
+            "not_sent": [{"file": name, "reason": reason} for name, reason in self.excluded],
+            "personal": [asdict(finding) for finding in self.findings],
+            "head": self.head,
+            "sent": asdict(sent) if sent else None,
+        }
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Where the files are now."""
+
+    url: str
+    commit: str
 
 
 def preview(folder: Path, machine: Machine, *, allow: Collection[str] = ()) -> Preview:
@@ -216,14 +228,6 @@ def _walk(value: Any, key: str) -> Iterator[tuple[str, str]]:
         yield key, value
 
 
-@dataclass(frozen=True)
-class Upload:
-    """Where the files are now."""
-
-    url: str
-    commit: str
-
-
 def _own_hosts() -> Iterator[str]:
     """Yield the names of the user's own devices and the parts of their addresses (`arte-edge devices add`)."""
     from arte_edge.device.profiles import own_folder, read_profile
@@ -242,32 +246,6 @@ def _token() -> str | None:
     from huggingface_hub import get_token
 
     return get_token()
-
-
-@dataclass(frozen=True)
-class Push:
-    """A push: what it would send or has sent. `sent` None: nothing left the machine."""
-
-    to: str
-    private: bool
-    preview: Preview
-    sent: Upload | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        found = self.preview
-        return {
-            "to": self.to,
-            "private": self.private,
-            "files": [{"file": file.name, "size_bytes": file.size_bytes} for file in found.files],
-            "size_bytes": found.size_bytes,
-            "not_sent": [{"file": name, "reason": reason} for name, reason in found.excluded],
-            "personal": [
-                {"file": f.file, "key": f.key, "kind": f.kind, "text": f.text} for f in found.findings
-            ],
-            "head": found.head,
-            "sent": None if self.sent is None else {"url": self.sent.url, "commit": self.sent.commit},
-        }
 
 
 def preview_push(folder: Path, repo: str, *, allow: Collection[str] = ()) -> Preview:
@@ -289,7 +267,7 @@ def reject_findings(found: Preview) -> None:
     """
     if not found.findings:
         return
-    listed = [*map(str, found.findings[:_SHOWN])]
+    listed = list(map(str, found.findings[:_SHOWN]))
     if more := len(found.findings) - len(listed):
         listed.append(f"and {more} more")
     raise InputError(
