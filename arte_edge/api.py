@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from arte_edge.export.outcome import Outcome
     from arte_edge.export.recipe import Recipe
     from arte_edge.export.source import Source
-    from arte_edge.models.formats import Format
+    from arte_edge.models.artifact import Format
     from arte_edge.verify.gate import Verdict
 
 __all__ = ["Reply", "Run", "ask", "bench", "distill", "export", "load_run", "recommend", "report", "verify"]
@@ -393,7 +393,7 @@ def plan_export(
     """Return what `export` would make: its source, formats, recipe and folder. Parameters as of `export`."""
     from arte_edge.export.recipe import load_recipe
     from arte_edge.export.source import open_source
-    from arte_edge.models.formats import parse_list
+    from arte_edge.models.artifact import parse_list
 
     plan = load_recipe(str(recipe or _DEFAULT_RECIPE))
     formats = plan.formats

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from tiny import Folders, Make, Patch
 
 from arte_edge.models import LocalModel, resolve
-from arte_edge.models.artifact_hash import checksums_of
+from arte_edge.models.artifact import checksums_of
 from arte_edge.results.student_json import Data, Fidelity, Lineage, Parent, Tuning, write_student
 
 # A test says what must hold, not how busy the machine may be meanwhile.

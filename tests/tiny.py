@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from arte_edge.models.artifact_hash import checksums_of
+from arte_edge.models.artifact import checksums_of
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow
 from arte_edge.results.student_json import Artifact, Fidelity, FidelityMetrics, Lineage, Student, StudentFile

@@ -132,7 +132,7 @@ def _sums(path: Path, kind: str) -> tuple[str, str, str]:
 
 
 def _checksum(path: Path) -> str:
-    """Return the sha256 of a file, or of a folder as `arte_edge.models.artifact_hash` makes it; a file's is cached."""
+    """Return the sha256 of a file, or of a folder as `arte_edge.models.artifact` makes it; a file's is cached."""
     from arte_edge.cache import sha256_file
 
     if path.is_file():
@@ -143,7 +143,7 @@ def _checksum(path: Path) -> str:
 
 
 def _tensors(path: Path) -> str:
-    from arte_edge.models.artifact_hash import checksums_of
+    from arte_edge.models.artifact import checksums_of
 
     return checksums_of(path).tensor_sha256
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from arte_edge.export.outcome import Outcome
     from arte_edge.export.recipe import Recipe
     from arte_edge.export.source import Source
-    from arte_edge.models.formats import Format
+    from arte_edge.models.artifact import Format
 
 __all__ = ["export"]
 
@@ -154,8 +154,8 @@ def _show_list(as_json: bool) -> None:
     """Print the shipped recipes and all formats."""
     from arte_edge import catalog
     from arte_edge.export.recipe import load_recipe
-    from arte_edge.gguf.types import QUANT_TYPES
-    from arte_edge.models.formats import ARCHS
+    from arte_edge.gguf.reader import QUANT_TYPES
+    from arte_edge.models.artifact import ARCHS
 
     onnx = ("int4", "int8", "fp32", "optimum-fp32", *(f"optimum-int8-{arch}" for arch in ARCHS))
     rows = []

@@ -102,7 +102,7 @@ def check(
 ) -> None:
     """Read models again, whole, and compare sums. Ends with 1 if one is damaged, or asked for and missing."""
     from arte_edge.models import registry
-    from arte_edge.models.verify_files import check as check_model
+    from arte_edge.models.resolve import check as check_model
 
     findings = [check_model(ref) for ref in refs or registry.entries()]
     if as_json:

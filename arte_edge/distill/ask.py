@@ -10,8 +10,7 @@ from arte_edge.cache import sha256_file
 from arte_edge.distill.config import build, load_toml
 from arte_edge.distill.prompts import ANSWER_STOPS, STEP_BY_STEP, student_messages
 from arte_edge.errors import ArteError, InputError
-from arte_edge.models.local import LocalModel
-from arte_edge.models.resolve import from_folder
+from arte_edge.models.resolve import LocalModel, from_folder
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.loader import open_local
 from arte_edge.runtimes.prompt_render import render

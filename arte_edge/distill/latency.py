@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from arte_edge.console import Reporter
 from arte_edge.distill.config import Deploy
 from arte_edge.errors import InputError
-from arte_edge.models.local import LocalModel
+from arte_edge.models.resolve import LocalModel
 from arte_edge.store import write_atomic
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def _predicted_shape(kind: str, student: LocalModel) -> ModelShape:
     """
     from arte_edge.checkpoint import shapes_of
     from arte_edge.device.model_size import ModelShape
-    from arte_edge.models.formats import parse_list, predicted_bytes
+    from arte_edge.models.artifact import parse_list, predicted_bytes
 
     checkpoint = student.checkpoint()
     shape = ModelShape.of(checkpoint)

@@ -24,8 +24,7 @@ from arte_edge.console import Reporter
 from arte_edge.distill.cached_calls import Calls
 from arte_edge.distill.config import ModelConfig, RunConfig, build, differences, dump_toml, load_toml
 from arte_edge.errors import InputError
-from arte_edge.models.local import LocalModel
-from arte_edge.models.resolve import resolve
+from arte_edge.models.resolve import LocalModel, resolve
 from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.loader import ServerLimits, is_server, open_engine, open_local
 from arte_edge.runtimes.prompt_render import Message, render

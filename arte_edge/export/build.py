@@ -19,8 +19,8 @@ from arte_edge.cache import Progress, sha256_file, whole_file
 from arte_edge.export.build_cache import BuildCache, BuiltFile
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
-from arte_edge.gguf.reader import Field
-from arte_edge.models.formats import FULL_WIDTH, Format
+from arte_edge.gguf.reader import FULL_WIDTH, Field
+from arte_edge.models.artifact import Format
 from arte_edge.results.student_json import Student
 
 __all__ = ["Builder", "needs_imatrix", "uses_base"]
@@ -138,7 +138,7 @@ class Builder:
 
         if self.llama_cpp is not None:
             from arte_edge.gguf.convert.convert import convert_with_llama_cpp
-            from arte_edge.gguf.metadata import rewrite
+            from arte_edge.gguf.writer import rewrite
 
             convert_with_llama_cpp(self.llama_cpp, self.source.checkpoint, target, type)
             rewrite(target, self.gguf_fields)

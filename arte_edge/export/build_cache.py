@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from arte_edge.cache import full_disk_is_clear, megabytes, unwritable
 from arte_edge.errors import ArteError, InputError
-from arte_edge.models.artifact_hash import Checksums, checksums_of
+from arte_edge.models.artifact import Checksums, checksums_of
 from arte_edge.store import content_key, write_atomic
 
 __all__ = ["BuildCache", "BuiltFile", "remove"]

@@ -12,8 +12,9 @@ from arte_edge.cache import megabytes
 from arte_edge.export.build import needs_imatrix, uses_base
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
-from arte_edge.gguf.types import find_type, quality_warning
-from arte_edge.models.formats import Format, overhead_bytes, predicted_bytes
+from arte_edge.gguf.quantize import quality_warning
+from arte_edge.gguf.reader import find_type
+from arte_edge.models.artifact import Format, overhead_bytes, predicted_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

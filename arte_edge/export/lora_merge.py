@@ -18,8 +18,7 @@ from arte_edge.cache import Progress, full_disk_is_clear, publish, sha256_file
 from arte_edge.checkpoint import reject_quantized
 from arte_edge.errors import InputError
 from arte_edge.extras import need
-from arte_edge.models.local import LocalModel
-from arte_edge.models.resolve import resolve
+from arte_edge.models.resolve import LocalModel, resolve
 from arte_edge.results.student_json import Merge
 
 __all__ = ["Adapter", "is_adapter", "merge", "read_adapter"]

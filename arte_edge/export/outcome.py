@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from arte_edge.cache import megabytes
 from arte_edge.errors import ArteError
-from arte_edge.models.formats import Format
+from arte_edge.models.artifact import Format
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import FILE_NAME, Artifact, StudentFile
 

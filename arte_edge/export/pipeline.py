@@ -32,7 +32,8 @@ from arte_edge.export.outcome import Failure, Outcome
 from arte_edge.export.provenance import gguf_fields, private_fields
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
-from arte_edge.models.formats import FULL_WIDTH, Format, predicted_bytes
+from arte_edge.gguf.reader import FULL_WIDTH
+from arte_edge.models.artifact import Format, predicted_bytes
 from arte_edge.onnx.folder import TOKENIZER_FILES
 from arte_edge.pii_scan import this_machine
 from arte_edge.results.accuracy import PairedAccuracy

@@ -11,8 +11,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
-from arte_edge.gguf.reader import Field, read_model_header
-from arte_edge.gguf.types import STRING, UINT32
+from arte_edge.gguf.reader import STRING, UINT32, Field, read_model_header
 from arte_edge.models.registry import entries
 from arte_edge.results.student_json import SCHEMA_VERSION, Lineage, Parent, Student
 

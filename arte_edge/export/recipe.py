@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from arte_edge import catalog
 from arte_edge.errors import InputError, nearest
-from arte_edge.models.formats import Arch, Format, format_of, gguf_format, onnx_format, unique
+from arte_edge.models.artifact import Arch, Format, format_of, gguf_format, onnx_format, unique
 from arte_edge.verify.thresholds import TYPES, Thresholds, thresholds_for
 
 __all__ = ["GgufSettings", "OnnxSettings", "Recipe", "VerifySettings", "build", "load_recipe"]

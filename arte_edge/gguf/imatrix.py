@@ -18,24 +18,25 @@ expert (llama.cpp, tools/imatrix and common/imatrix-loader.cpp).
 from __future__ import annotations
 
 import io
-import os
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.cache import Progress, sha256_checkpoint, whole_file
+from arte_edge.cache import Progress, sha256_checkpoint
 from arte_edge.checkpoint import read_config
 from arte_edge.errors import ArteError, InputError
 from arte_edge.extras import need
 from arte_edge.gguf.names import Layout, checkpoint_family
-from arte_edge.gguf.reader import read_header
+from arte_edge.gguf.reader import ARRAY, STRING, UINT32, Field, read_header
+from arte_edge.gguf.writer import Tensor, write_gguf
 from arte_edge.store import content_key, write_atomic
 
 if TYPE_CHECKING:
@@ -335,34 +336,23 @@ def write_imatrix(imatrix: Imatrix, out: Path) -> Path:
     """Write `imatrix` to `out`, whole or not at all; the same matrix gives the same bytes. Return `out`.
 
     Raises:
-        ArteError: the disk is full or not wriheader.
+        ArteError: the disk is full or not writable.
     """
-    with whole_file(out) as partial:
-        _write(imatrix, partial)
-    return out
-
-
-def _write(imatrix: Imatrix, path: Path) -> None:
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(path, "")
-    writer.kv_data[0].pop("general.architecture", None)  # llama.cpp writes none: a matrix is no model
-    writer.add_string("general.type", "imatrix")
-    writer.add_array("imatrix.datasets", [base_name(name) for name in imatrix.datasets or ("prompts",)])
-    writer.add_uint32("imatrix.chunk_count", imatrix.chunk_count)
-    writer.add_uint32("imatrix.chunk_size", CHUNK_TOKENS)
+    datasets = [base_name(name) for name in imatrix.datasets or ("prompts",)]
+    fields = {
+        "general.type": Field(STRING, "imatrix"),
+        "imatrix.datasets": Field(ARRAY, datasets, STRING),
+        "imatrix.chunk_count": Field(UINT32, imatrix.chunk_count),
+        "imatrix.chunk_size": Field(UINT32, CHUNK_TOKENS),
+    }
     if imatrix.key:
-        writer.add_string(_KEY, imatrix.key)
+        fields[_KEY] = Field(STRING, imatrix.key)
+    tensors = []
     for name in sorted(imatrix.sums):
         counts = imatrix.counts[name].astype(np.float32).reshape(-1, 1)
-        writer.add_tensor(name + _SUMS, imatrix.sums[name].astype(np.float32).reshape(counts.size, -1))
-        writer.add_tensor(name + _COUNTS, counts)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.flush()
-        for file in writer.fout or ():
-            os.fsync(file.fileno())
-    finally:
-        writer.close()
+        sums = imatrix.sums[name].astype(np.float32).reshape(counts.size, -1)
+        for part, values in ((_SUMS, sums), (_COUNTS, counts)):
+            tensors.append(Tensor(name + part, values.shape, "F32", partial(np.asarray, values)))
+    return write_gguf(
+        out, "", fields, tensors
+    )  # no architecture: llama.cpp writes none, a matrix is no model

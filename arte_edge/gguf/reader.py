@@ -1,15 +1,16 @@
 """Read the header of a GGUF file: metadata, tensor infos, alignment. Nothing else in the package parses one.
 
-GGML's own reader builds a numpy view of every token, which takes 4 to 14 seconds for a large vocabulary,
-and trusts every length in the file. This one takes about a tenth of a second, needs no package, and checks
-each length against the size of the file, so a damaged file is an error here instead of a crash inside a
-runtime minutes later. Arrays are decoded when they are used.
-
-A header is parsed once a file: it is cached under the file's inode, size and modification time, so a file
+GGML's own reader builds a numpy view of every token, which takes 4 to 14 seconds for a large vocabulary, and trusts
+every length in the file. This one takes about a tenth of a second, needs no package, and checks each length against
+the size of the file, so a damaged file is an error here instead of a crash inside a runtime minutes later. Arrays are
+decoded when they are used. A parsed header is cached under the file's inode, size and modification time, so a file
 that was renamed or linked after it was written is not parsed again.
 
-Layout (ggml/docs/gguf.md, versions 2 and 3, little-endian): magic, version, counts; key-value pairs;
-tensor infos (name, shape, type, offset); padding; tensor data.
+Layout (ggml/docs/gguf.md, versions 2 and 3, little-endian): magic, version, counts; key-value pairs; tensor infos
+(name, shape, type, offset); padding; tensor data.
+
+The tables of types are compared with GGML's package in the tests; that package is optional on a device. A quantization
+is a mix: Q4_K_M is mostly Q4_K with some Q6_K, and a tensor whose rows a type's blocks do not divide gets another type.
 """
 
 from __future__ import annotations
@@ -24,15 +25,85 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.errors import InputError
-from arte_edge.gguf.types import ARRAY, FILE_TYPES, SCALARS, STRING, TENSOR_TYPES, UINT32
+from arte_edge.errors import InputError, nearest
 
-__all__ = ["Field", "GgufHeader", "TensorInfo", "read_header", "read_model_header"]
+__all__ = [
+    "ARRAY",
+    "BOOL",
+    "FILE_TYPES",
+    "FLOAT32",
+    "FULL_WIDTH",
+    "INT32",
+    "QUANT_TYPES",
+    "SCALARS",
+    "STRING",
+    "TENSOR_TYPES",
+    "UINT8",
+    "UINT32",
+    "UINT64",
+    "Field",
+    "GgufHeader",
+    "QuantType",
+    "TensorInfo",
+    "find_type",
+    "read_header",
+    "read_model_header",
+]
+
+# Types of metadata values
+UINT8, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 0, 4, 5, 6, 7, 8, 9, 10
+# value type -> struct code of one scalar
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+# Tensor types: ggml's number, name, values in a block, bytes of a block
+_TENSOR_TYPES = """
+0 F32 1 4, 1 F16 1 2, 30 BF16 1 2, 28 F64 1 8, 24 I8 1 1, 25 I16 1 2, 26 I32 1 4, 27 I64 1 8,
+2 Q4_0 32 18, 3 Q4_1 32 20, 6 Q5_0 32 22, 7 Q5_1 32 24, 8 Q8_0 32 34, 9 Q8_1 32 40, 41 Q1_0 128 18, 42 Q2_0 64 18,
+10 Q2_K 256 84, 11 Q3_K 256 110, 12 Q4_K 256 144, 13 Q5_K 256 176, 14 Q6_K 256 210, 15 Q8_K 256 292,
+16 IQ2_XXS 256 66, 17 IQ2_XS 256 74, 22 IQ2_S 256 82, 18 IQ3_XXS 256 98, 21 IQ3_S 256 110, 20 IQ4_NL 32 18,
+23 IQ4_XS 256 136, 19 IQ1_S 256 50, 29 IQ1_M 256 56, 34 TQ1_0 256 54, 35 TQ2_0 256 66, 39 MXFP4 32 17, 40 NVFP4 64 36
+"""
+TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
+    int(number): (name, int(block_values), int(block_bytes))
+    for number, name, block_values, block_bytes in map(str.split, _TENSOR_TYPES.split(","))
+}
+# Types of unquantized weights: a GGUF of one of these is written directly from a checkpoint.
+FULL_WIDTH = ("F32", "F16", "BF16")
+
+
+class QuantType(NamedTuple):
+    """One file type: its name, llama.cpp's number for it, and the tensor type that most tensors get."""
+
+    name: str
+    number: int
+    default: str
+    needs_imatrix: bool
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.default not in FULL_WIDTH
+
+
+# File types of llama.cpp (llama_ftype, llama-quantize): name, number, default tensor type. A ! marks those that need an
+# importance matrix: some tensor of the mix is useless without one, or llama.cpp itself requires one (Q2_K_S).
+_QUANT_TYPES = """
+F32 0 F32, F16 1 F16, BF16 32 BF16, Q8_0 7 Q8_0, Q6_K 18 Q6_K, Q5_K_M 17 Q5_K, Q5_K_S 16 Q5_K, Q5_1 9 Q5_1, Q5_0 8 Q5_0,
+Q4_K_M 15 Q4_K, Q4_K_S 14 Q4_K, Q4_1 3 Q4_1, Q4_0 2 Q4_0, IQ4_NL 25 IQ4_NL, IQ4_XS 30 IQ4_XS, MXFP4_MOE 38 MXFP4,
+Q3_K_L 13 Q3_K, Q3_K_M 12 Q3_K, Q3_K_S 11 Q3_K, IQ3_M 27 IQ3_S, IQ3_S 26 IQ3_S, IQ3_XS 22 IQ3_S !, IQ3_XXS 23 IQ3_XXS !,
+Q2_K 10 Q2_K, Q2_K_S 21 Q2_K !, IQ2_M 29 IQ2_S !, IQ2_S 28 IQ2_XS !, IQ2_XS 20 IQ2_XS !, IQ2_XXS 19 IQ2_XXS !,
+Q2_0 41 Q2_0, TQ2_0 37 TQ2_0, TQ1_0 36 TQ1_0, IQ1_M 31 IQ1_M !, IQ1_S 24 IQ1_S !, Q1_0 40 Q1_0
+"""
+QUANT_TYPES = {
+    name: QuantType(name, int(number), default, bool(mark))
+    for name, number, default, *mark in map(str.split, _QUANT_TYPES.split(","))
+}
+# general.file_type -> the usual name of the mix
+FILE_TYPES = {quant.number: quant.name for quant in QUANT_TYPES.values()} | {39: "NVFP4"}
+_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # as in llama-quantize
 
 _MAX_DEPTH = 4  # of nested arrays; the format allows any depth, no known file uses more than one
 _UNKNOWN = "unknown type "
@@ -45,6 +116,20 @@ _NOT_A_MODEL = {
 }
 _CACHE_SIZE = 4  # headers; each holds a few megabytes where the vocabulary is large
 _MTIME_STEP_S = 0.01  # the coarsest clock tick of a Linux file system
+
+
+def find_type(name: str) -> QuantType:
+    """Return the quantization called `name`, in any case.
+
+    Raises:
+        InputError: llama.cpp offers none of that name; names the nearest.
+    """
+    upper = name.strip().upper()
+    found = QUANT_TYPES.get(_ALIASES.get(upper, upper))
+    if found is None:
+        hint = nearest(upper, [*QUANT_TYPES, *_ALIASES])
+        raise InputError(f"'{name}' is not a quantization of llama.cpp", hint)
+    return found
 
 
 @dataclass(frozen=True)
@@ -73,15 +158,9 @@ class TensorInfo:
     def n_value(self) -> int:
         return math.prod(self.shape)
 
-    @property
-    def row_values(self) -> int:
-        """Values in a row: what a type's block size must divide."""
-        return self.shape[-1]
 
-
-@dataclass(frozen=True)
-class _Pair:
-    """Where one key-value pair lies in the header: its key, its type (4 bytes), its value."""
+class _Pair(NamedTuple):
+    """Where a key-value pair lies in the header: its key, its type (4 bytes), its value."""
 
     start: int
     kind_at: int
@@ -97,9 +176,8 @@ class GgufHeader:
     alignment: int
     tensors: dict[str, TensorInfo]
     raw: bytes = field(repr=False)  # the whole header with its padding
+    raw_tensor_infos: bytes = field(repr=False)
     _pairs: dict[str, _Pair] = field(repr=False)
-    _tensors_at: int = field(repr=False)
-    _tensors_end: int = field(repr=False)
 
     @property
     def data_offset_bytes(self) -> int:
@@ -120,14 +198,10 @@ class GgufHeader:
         """All metadata as plain values: strings as `str`; of an array with more than 256 items its length."""
         return {key: _plain(self.raw, pair.kind_at) for key, pair in self._pairs.items()}
 
-    @cached_property
+    @property
     def raw_pairs(self) -> dict[str, bytes]:
         """The bytes of each key-value pair as they are in the file."""
         return {key: self.raw[pair.start : pair.end] for key, pair in self._pairs.items()}
-
-    @property
-    def raw_tensor_infos(self) -> bytes:
-        return self.raw[self._tensors_at : self._tensors_end]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -139,9 +213,8 @@ class GgufHeader:
 
     @property
     def quantization(self) -> str:
-        """The name of the quantization: what ``general.file_type`` says, else the type of most bytes."""
-        named = FILE_TYPES.get(self.metadata.get("general.file_type", -1))
-        if named:
+        """The name of the quantization, from ``general.file_type``, else the type of most bytes."""
+        if named := FILE_TYPES.get(self.metadata.get("general.file_type", -1)):
             return named
         size_by_type: Counter[str] = Counter()
         for tensor in self.tensors.values():
@@ -172,9 +245,8 @@ class GgufHeader:
         full = f"{self.architecture}.{key}"
         found = self.field(full)
         if found is None or not isinstance(found.value, int):
-            raise InputError(
-                f"{self.path}: {full} is not one integer", "Use a model whose layers are all alike."
-            )
+            hint = "Use a model whose layers are all alike."
+            raise InputError(f"{self.path}: {full} is not one integer", hint)
         return found.value
 
     def floats(self, name: str) -> NDArray[np.float32]:
@@ -185,8 +257,8 @@ class GgufHeader:
         """
         found = self.tensors.get(name)
         if found is None or found.type != "F32":
-            held = "missing" if found is None else found.type
-            raise InputError(f"{self.path}: tensor {name} is {held}, expected F32")
+            actual = "missing" if found is None else found.type
+            raise InputError(f"{self.path}: tensor {name} is {actual}, expected F32")
         values = np.fromfile(self.path, np.dtype("<f4"), found.n_value, offset=found.offset_bytes)
         return values.reshape(found.shape)
 
@@ -211,12 +283,11 @@ def read_header(path: Path, *, any_tensor_type: bool = False) -> GgufHeader:
         raise _unusable(path, str(error)) from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if not any_tensor_type:
-        for tensor in header.tensors.values():
-            if tensor.type.startswith(_UNKNOWN):
-                raise _unusable(
-                    path, f"tensor {tensor.name} has the {tensor.type}; a newer arte-edge may know it"
-                )
+    for tensor in header.tensors.values():
+        if tensor.type.startswith(_UNKNOWN) and not any_tensor_type:
+            raise _unusable(
+                path, f"tensor {tensor.name} has the {tensor.type}; a newer arte-edge may know it"
+            )
     return header
 
 
@@ -287,14 +358,18 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
     n_tensor, n_pair = struct.unpack_from("<QQ", data, 8)
     at, pairs = 24, dict[str, _Pair]()
     for _ in range(n_pair):
-        key, kind_at = _text(data, at)
+        key, kind_at = _name(data, at)
         if key in pairs:
             raise ValueError(f"the key {key} occurs twice")
         (kind,) = struct.unpack_from("<I", data, kind_at)
-        end = _end_of(data, kind_at + 4, kind, key, 0)
+        end = _end_of(data, kind_at + 4, kind, key)
         pairs[key] = _Pair(at, kind_at, end)
         at = end
-    alignment = _alignment(data, pairs)
+    alignment = 32
+    if "general.alignment" in pairs:
+        kind, alignment = struct.unpack_from("<II", data, pairs["general.alignment"].kind_at)
+        if kind != UINT32 or alignment == 0 or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment is {alignment} of type {kind}")
     tensors_at, infos = at, list[TensorInfo]()
     for _ in range(n_tensor):
         info, at = _tensor_info(data, at)
@@ -305,12 +380,12 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
         raise ValueError("two tensors have the same name")
     if n_tensor and max(info.offset_bytes + info.size_bytes for info in tensors.values()) > len(data):
         raise _CutShort
-    return GgufHeader(path, version, alignment, tensors, data[:start], pairs, tensors_at, at)
+    return GgufHeader(path, version, alignment, tensors, data[:start], data[tensors_at:at], pairs)
 
 
 def _tensor_info(data: mmap.mmap, at: int) -> tuple[TensorInfo, int]:
     """Return one tensor info with an offset from the start of the data, and where it ends."""
-    name, at = _text(data, at)
+    name, at = _name(data, at)
     (n_dim,) = struct.unpack_from("<I", data, at)
     if not 1 <= n_dim <= 4:
         raise ValueError(f"tensor {name} has {n_dim} dimensions")
@@ -320,18 +395,7 @@ def _tensor_info(data: mmap.mmap, at: int) -> tuple[TensorInfo, int]:
     return TensorInfo(name, tuple(reversed(shape)), label, offset_bytes, size_bytes), at + 16 + 8 * n_dim
 
 
-def _alignment(data: mmap.mmap, pairs: dict[str, _Pair]) -> int:
-    if "general.alignment" not in pairs:
-        return 32
-    kind, value = struct.unpack_from("<II", data, pairs["general.alignment"].kind_at)
-    if kind != UINT32:
-        raise ValueError(f"general.alignment is of type {kind}")
-    if value <= 0 or value & (value - 1):
-        raise ValueError(f"general.alignment is {value}")
-    return int(value)
-
-
-def _text(data: mmap.mmap, at: int) -> tuple[str, int]:
+def _name(data: mmap.mmap, at: int) -> tuple[str, int]:
     """Return a key or a tensor's name, and where it ends."""
     raw, end = _string(data, at)
     if end > len(data):
@@ -341,40 +405,30 @@ def _text(data: mmap.mmap, at: int) -> tuple[str, int]:
 
 def _string(data: mmap.mmap | bytes, at: int) -> tuple[bytes, int]:
     (length,) = struct.unpack_from("<Q", data, at)
-    end = at + 8 + length
-    return data[at + 8 : end], end
+    return data[at + 8 : at + 8 + length], at + 8 + length
 
 
-def _end_of(data: mmap.mmap, at: int, kind: int, key: str, depth: int) -> int:
+def _end_of(data: mmap.mmap, at: int, kind: int, key: str, depth: int = 0) -> int:
     """Return where the value of type `kind` at `at` ends, which lies inside the file."""
+    count = 1
+    if kind == ARRAY:
+        kind, count = struct.unpack_from("<IQ", data, at)
+        at += 12
     if kind == STRING:
-        end = _after_strings(data, at, 1)
-    elif kind == ARRAY:
-        item_kind, count = struct.unpack_from("<IQ", data, at)
-        end = at + 12
-        if item_kind in SCALARS:
-            end += struct.calcsize("<" + SCALARS[item_kind]) * count
-        elif item_kind == STRING:
-            end = _after_strings(data, end, count)
-        elif depth == _MAX_DEPTH:
-            raise ValueError(f"{key} has arrays nested more than {_MAX_DEPTH} deep")
-        else:
-            for _ in range(count):
-                end = _end_of(data, end, item_kind, key, depth + 1)
+        length = struct.Struct("<Q").unpack_from
+        for _ in range(count):  # a length beyond the file makes the next read fail
+            at += 8 + length(data, at)[0]
     elif kind in SCALARS:
-        end = at + struct.calcsize("<" + SCALARS[kind])
-    else:
+        at += struct.calcsize("<" + SCALARS[kind]) * count
+    elif kind != ARRAY:
         raise ValueError(f"{key} has the unknown value type {kind}")
-    if end > len(data):
+    elif depth == _MAX_DEPTH:
+        raise ValueError(f"{key} has arrays nested more than {_MAX_DEPTH} deep")
+    else:
+        for _ in range(count):
+            at = _end_of(data, at, ARRAY, key, depth + 1)
+    if at > len(data):
         raise _CutShort
-    return end
-
-
-def _after_strings(data: mmap.mmap, at: int, count: int) -> int:
-    """Return where `count` strings end; a length beyond the file makes the next read fail."""
-    unpack = struct.Struct("<Q").unpack_from
-    for _ in range(count):
-        at += 8 + unpack(data, at)[0]
     return at
 
 
@@ -388,15 +442,12 @@ def _decoded(raw: bytes, kind_at: int) -> Field:
 
 
 def _plain(raw: bytes, kind_at: int) -> Any:
-    kind, item_kind = struct.unpack_from("<II", raw, kind_at)
-    if kind == ARRAY:
-        (count,) = struct.unpack_from("<Q", raw, kind_at + 8)
+    if raw[kind_at : kind_at + 4] == struct.pack("<I", ARRAY):
+        item_kind, count = struct.unpack_from("<IQ", raw, kind_at + 4)
         if count > _SHORT_ARRAY or item_kind == ARRAY:
             return int(count)
-    value = _decoded(raw, kind_at).value
-    if isinstance(value, list):
-        return [_as_text(item) for item in value]
-    return _as_text(value)
+        return [_as_text(item) for item in _decoded(raw, kind_at).value]
+    return _as_text(_decoded(raw, kind_at).value)
 
 
 def _as_text(value: Any) -> Any:
@@ -404,7 +455,7 @@ def _as_text(value: Any) -> Any:
 
 
 def _values(raw: bytes, at: int, kind: int, count: int) -> Iterator[Any]:
-    """Yield `count` values of type `kind`; of an inner array a list."""
+    """Yield `count` values of type `kind`."""
     if kind == STRING:
         for _ in range(count):
             value, at = _string(raw, at)

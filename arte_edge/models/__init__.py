@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from arte_edge.models.local import LocalModel
-from arte_edge.models.resolve import resolve
+from arte_edge.models.resolve import LocalModel, resolve
 
 __all__ = ["LocalModel", "resolve"]

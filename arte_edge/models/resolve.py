@@ -1,23 +1,60 @@
-"""From what a user wrote to a model on this machine.
+"""From a model reference to a verified model on this machine.
 
-A reference is, in this order: a path (exists, ends in ``.gguf``, or begins with
-``.``, ``/`` or ``~``), a Hub id ``org/name[@revision][:QUANT]``, or a name of the
-registry. Everything is checked before a runtime sees it.
+A reference is, in this order: a path (exists, ends in ``.gguf``, or begins with ``.``, ``/`` or ``~``), a Hub id
+``org/name[@revision][:QUANT]``, or a name of the registry. A path needs neither the registry nor the Hub.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
 
 from arte_edge.cache import Progress, sha256_checkpoint, sha256_file
+from arte_edge.checkpoint import read_config
 from arte_edge.errors import InputError
 from arte_edge.gguf.reader import read_model_header
-from arte_edge.models import hub, registry
-from arte_edge.models.local import LocalModel
 
-__all__ = ["from_folder", "from_gguf", "resolve"]
+if TYPE_CHECKING:
+    from arte_edge.models.registry import Entry
+
+__all__ = ["Finding", "LocalModel", "check", "from_folder", "from_gguf", "resolve"]
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A GGUF file or a checkpoint folder, verified, with the identity that runs are keyed on.
+
+    Exactly one of `gguf` and `folder` is set. `sha256` is that of the GGUF file, or one checksum over a checkpoint's
+    weights, configuration and tokenizer. `quantization` is "Q4_K_M" and the like for a GGUF, the weights' type
+    ("BF16") for a checkpoint.
+    """
+
+    name: str
+    sha256: str
+    gguf: Path | None
+    folder: Path | None
+    quantization: str
+
+    def __post_init__(self) -> None:
+        if (self.gguf is None) == (self.folder is None):
+            raise ValueError("a model is either a GGUF file or a checkpoint folder")
+
+    def checkpoint(self, progress: Progress | None = None) -> Path:
+        """Return a safetensors folder with these weights; a GGUF is converted once and cached.
+
+        Raises:
+            ArteError: the packages for it are missing, or the disk is full.
+            InputError: an architecture that transformers cannot read from GGUF.
+        """
+        if self.gguf is None:
+            return cast(Path, self.folder)
+        from arte_edge.gguf.to_hf import to_checkpoint
+
+        return to_checkpoint(self.name, self.gguf, self.sha256, progress)
+
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<quant>[\w.-]+))?")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -45,10 +82,11 @@ def resolve(ref: str, *, offline: bool = False, progress: Progress | None = None
     if match := _HUB_ID.fullmatch(ref):
         from arte_edge.models.hub import from_hub
 
-        found = from_hub(
-            match["id"], match["revision"] or "main", match["quant"] or "", offline=offline, progress=progress
-        )
+        revision, quant = match["revision"] or "main", match["quant"] or ""
+        found = from_hub(match["id"], revision, quant, offline=offline, progress=progress)
         return from_folder(found, ref) if found.is_dir() else from_gguf(found, ref)
+    from arte_edge.models import hub, registry
+
     entry = registry.entry(ref)
     gguf = hub.pull(entry, offline=offline, progress=progress)
     return LocalModel(entry.name, entry.sha256, gguf, None, read_model_header(gguf).quantization)
@@ -73,14 +111,16 @@ def from_folder(folder: Path, name: str = "") -> LocalModel:
     name = name or folder.resolve().name
     if any(folder.glob("*.safetensors")) and (folder / "config.json").is_file():
         _check_shards(folder)
-        return LocalModel(name, sha256_checkpoint(folder), None, folder.absolute(), _weights_type(folder))
+        config = read_config(folder)
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "")
+        sha256 = sha256_checkpoint(folder)
+        return LocalModel(name, sha256, None, folder.absolute(), _DTYPES.get(dtype, dtype))
     ggufs = sorted(folder.glob("*.gguf"))
     if len(ggufs) == 1:
         return from_gguf(ggufs[0], name)
     if ggufs:
-        raise InputError(
-            f"{folder}: holds {len(ggufs)} GGUF files", f"Name one of them, for example {ggufs[0]}."
-        )
+        hint = f"Name one of them, for example {ggufs[0]}."
+        raise InputError(f"{folder}: holds {len(ggufs)} GGUF files", hint)
     if (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder}: holds an adapter, not a model", "Merge it into its base model first.")
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
@@ -104,11 +144,58 @@ def _check_shards(folder: Path) -> None:
         raise InputError(f"{folder}: {missing[0]} is missing", "Fetch the checkpoint again.")
 
 
-def _weights_type(folder: Path) -> str:
-    config = folder / "config.json"
+@dataclass(frozen=True)
+class Finding:
+    """The result of a check. `checkpoint` is set if the GGUF was converted before."""
+
+    name: str
+    state: Literal["ok", "missing", "damaged"]
+    detail: str
+    path: Path | None = None
+    checkpoint: Path | None = None
+
+
+def check(ref: str) -> Finding:
+    """Verify the model that `ref` names, reading all of it; nothing is fetched or removed.
+
+    Raises:
+        InputError: no such model.
+    """
+    from arte_edge.models import registry
+
+    entries = registry.entries()
+    if ref in entries and not Path(ref).exists():
+        return _check_entry(entries[ref])
+    model = resolve(ref, offline=True)
+    if model.gguf is None:
+        return Finding(model.name, "ok", f"checkpoint, {model.quantization}", model.folder, model.folder)
+    checkpoint = _converted(model.name, model.sha256)
+    return Finding(model.name, "ok", f"GGUF, {model.quantization}", model.gguf, checkpoint)
+
+
+def _check_entry(entry: Entry) -> Finding:
+    from arte_edge.models.hub import place
+
+    path = place(entry)
+    checkpoint = _converted(entry.name, entry.sha256)
+    if not path.is_file():
+        return Finding(entry.name, "missing", f"arte-edge models pull {entry.name}", None, checkpoint)
+    if (size_bytes := path.stat().st_size) != entry.size_bytes:
+        detail = f"{size_bytes} bytes, expected {entry.size_bytes}"
+        return Finding(entry.name, "damaged", detail, path, checkpoint)
+    if (sha256 := sha256_file(path, fresh=True)) != entry.sha256:
+        detail = f"sha256 {sha256[:16]}…, expected {entry.sha256[:16]}…"
+        return Finding(entry.name, "damaged", detail, path, checkpoint)
     try:
-        keys = json.loads(config.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{config}: not valid JSON", "Fetch the checkpoint again.") from error
-    dtype = str(keys.get("dtype") or keys.get("torch_dtype") or "")
-    return _DTYPES.get(dtype, dtype)
+        header = read_model_header(path)
+    except InputError as error:  # the registry names a file that is no model
+        return Finding(entry.name, "damaged", error.message, path, checkpoint)
+    detail = f"GGUF, {header.architecture}, {header.quantization}, {len(header.tensors)} tensors"
+    return Finding(entry.name, "ok", detail, path, checkpoint)
+
+
+def _converted(name: str, sha256: str) -> Path | None:
+    from arte_edge.gguf.to_hf import checkpoint_folder
+
+    folder = checkpoint_folder(name, sha256)
+    return folder if folder.is_dir() else None

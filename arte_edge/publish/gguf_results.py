@@ -21,10 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from arte_edge.errors import InputError
-from arte_edge.gguf.metadata import rewrite
-from arte_edge.gguf.reader import Field
-from arte_edge.gguf.types import BOOL, FLOAT32, STRING, UINT32, UINT64
-from arte_edge.models.artifact_hash import checksums_of
+from arte_edge.gguf.reader import BOOL, FLOAT32, STRING, UINT32, UINT64, Field
+from arte_edge.gguf.writer import rewrite
+from arte_edge.models.artifact import checksums_of
 from arte_edge.publish.publishable import accuracy_on, device_title, speeds
 from arte_edge.results.locate import read_export
 from arte_edge.results.merge import student_lock

@@ -20,7 +20,7 @@ from typing import Any
 from arte_edge.cache import is_offline, sha256_file
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.reader import read_header
-from arte_edge.models.artifact_hash import checksums_of
+from arte_edge.models.artifact import checksums_of
 from arte_edge.onnx.folder import TOKENIZER_FILES
 from arte_edge.pii_scan import Finding, Machine, first_held, this_machine
 from arte_edge.publish.card.card import CARD

@@ -16,8 +16,7 @@ from typing import Literal
 from arte_edge.cache import Progress
 from arte_edge.errors import InputError
 from arte_edge.extras import need
-from arte_edge.models.local import LocalModel
-from arte_edge.models.resolve import resolve
+from arte_edge.models.resolve import LocalModel, resolve
 from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.null import NullDecoder, null_ms
 from arte_edge.runtimes.protocol import Decoder, Runtime

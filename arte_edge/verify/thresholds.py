@@ -67,7 +67,7 @@ _FIVE = _limits(0.03, 0.3, 0.90, 1.02, 0.02)
 _FOUR = _limits(0.25, 2.5, 0.75, 1.06, 0.03)
 _THREE = _limits(0.40, 4.0, 0.65, 1.15, 0.05)
 _TWO = _limits(1.00, 6.0, 0.50, 1.60, 0.10)
-# Names as `arte_edge.gguf.types.FILE_TYPES` has them, and the ONNX precisions in lower case;
+# Names as `arte_edge.gguf.reader.FILE_TYPES` has them, and the ONNX precisions in lower case;
 # a whole label such as "optimum-int8" goes before the precision alone.
 TYPES: dict[str, Thresholds] = {
     "F32": _EXACT,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from arte_edge.cli.main import main
-from arte_edge.models.artifact_hash import checksums_of
+from arte_edge.models.artifact import checksums_of
 from arte_edge.results.rows import read_rows
 from arte_edge.results.student_json import Artifact, Fidelity, Lineage, Student, StudentFile, write_student
 

@@ -13,7 +13,7 @@ from arte_edge.cli.main import main
 from arte_edge.errors import ArteError
 from arte_edge.export.outcome import Failure, Outcome
 from arte_edge.export.source import Source
-from arte_edge.models.formats import format_of
+from arte_edge.models.artifact import format_of
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import Artifact, Fidelity, FidelityMetrics, Lineage, Student, StudentFile
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from arte_edge.console import Reporter
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.run_context import Run
-from arte_edge.models.local import LocalModel
+from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.tasks.task import Answer, Example, Task, rows_sha256
 

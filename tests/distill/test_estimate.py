@@ -25,7 +25,7 @@ from arte_edge.distill.estimate import (
 )
 from arte_edge.distill.run_context import Run
 from arte_edge.errors import InputError
-from arte_edge.models.local import LocalModel
+from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.completion import Completion, Request, Sampling
 from arte_edge.runtimes.openai.client import Prices
 from arte_edge.tasks.loaders import load_task

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from arte_edge.models.local import LocalModel
+from arte_edge.models.resolve import LocalModel
 
 _KILLS = 10
 # The smallest run that passes through every stage; one 135M model plays teacher and student.

@@ -29,7 +29,7 @@ from arte_edge.distill.stages.elicit import elicit
 from arte_edge.distill.stages.prefer import prefer
 from arte_edge.distill.stages.tailor import tailor
 from arte_edge.errors import InputError, StoppedEarly
-from arte_edge.models.local import LocalModel
+from arte_edge.models.resolve import LocalModel
 from arte_edge.results.rows import DeviceFacts, SpeedRow
 from arte_edge.results.student_json import (
     Artifact,

@@ -18,7 +18,7 @@ from arte_edge.distill.stages.elicit import elicit
 from arte_edge.distill.stages.evaluate import evaluate, summary_table
 from arte_edge.distill.stages.prefer import prefer
 from arte_edge.distill.stages.tailor import tailor
-from arte_edge.models.local import LocalModel
+from arte_edge.models.resolve import LocalModel
 
 OLD = Path(__file__).parent / "data" / "run-0.1"
 TABLES: dict[str, Any] = {

@@ -12,7 +12,7 @@ from arte_edge.console import Reporter
 from arte_edge.distill.config import build, load_toml
 from arte_edge.distill.run_context import Run, open_folder
 from arte_edge.errors import InputError
-from arte_edge.models.local import LocalModel
+from arte_edge.models.resolve import LocalModel
 
 
 def test_the_resolved_run_is_written_once_and_opens_again(house: Any) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from arte_edge.export.estimate import estimate
 from arte_edge.export.recipe import Recipe, build
-from arte_edge.models.formats import format_of, predicted_bytes
+from arte_edge.models.artifact import format_of, predicted_bytes
 
 
 def shapes(hidden: int, ffn: int, n_layer: int, kv: int, vocab: int) -> dict[str, tuple[int, ...]]:

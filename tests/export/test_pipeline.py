@@ -28,11 +28,9 @@ from arte_edge.export.source import Source, open_source
 from arte_edge.gguf import reader
 from arte_edge.gguf.convert.convert import convert
 from arte_edge.gguf.from_base import checkpoint_to_gguf
-from arte_edge.gguf.metadata import rewrite
-from arte_edge.gguf.reader import Field, read_model_header
-from arte_edge.gguf.types import STRING
-from arte_edge.models.artifact_hash import checksums_of
-from arte_edge.models.formats import parse_list
+from arte_edge.gguf.reader import STRING, Field, read_model_header
+from arte_edge.gguf.writer import rewrite
+from arte_edge.models.artifact import checksums_of, parse_list
 from arte_edge.results.student_json import Speed, read_student, write_student
 from arte_edge.verify.check import Check
 from arte_edge.verify.gate import Verdict

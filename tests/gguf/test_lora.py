@@ -8,8 +8,7 @@ import pytest
 from tiny import Folders, Make
 
 from arte_edge.errors import InputError
-from arte_edge.gguf.from_base import checkpoint_to_gguf
-from arte_edge.gguf.lora import adapter_to_gguf
+from arte_edge.gguf.from_base import adapter_to_gguf, checkpoint_to_gguf
 from arte_edge.gguf.reader import read_model_header
 
 IDS = [1, 17, 42, 3, 88, 5, 60, 61, 9, 33]

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from tiny import Make, Patch
 
 from arte_edge.errors import ArteError, InputError
-from arte_edge.gguf.metadata import rewrite
-from arte_edge.gguf.reader import Field
-from arte_edge.gguf.types import ARRAY, BOOL, FLOAT32, STRING, UINT32, UINT64
-from arte_edge.models.artifact_hash import checksums_of
+from arte_edge.gguf.reader import ARRAY, BOOL, FLOAT32, STRING, UINT32, UINT64, Field
+from arte_edge.gguf.writer import rewrite
+from arte_edge.models.artifact import checksums_of
 
 gguf = pytest.importorskip("gguf")
 

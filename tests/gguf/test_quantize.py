@@ -14,8 +14,7 @@ from tiny import Capture, Folders, Make
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.imatrix import Imatrix, write_imatrix
 from arte_edge.gguf.quantize import quantize
-from arte_edge.gguf.reader import read_header
-from arte_edge.gguf.types import QUANT_TYPES
+from arte_edge.gguf.reader import QUANT_TYPES, read_header
 
 N_LAYER, VOCAB, KV = 2, 64, 128
 
@@ -115,12 +114,12 @@ def test_the_report_is_what_is_in_the_file(model: Make, tmp_path: Path) -> None:
 _EVERY_TYPE = """
 import json, sys
 from pathlib import Path
-from arte_edge.gguf import quantize as room, quantize_worker
-from arte_edge.gguf.types import QUANT_TYPES
+from arte_edge.gguf import quantize as module
+from arte_edge.gguf.reader import QUANT_TYPES
 source, matrix, out = map(Path, sys.argv[1:])
-room.run_job = lambda job: quantize_worker._quantize(job)["log"]
+module._run = lambda job: module.call_llama_cpp(job)["log"]
 for name, quant in QUANT_TYPES.items():
-    report = room.quantize(source, out, name, imatrix=matrix if quant.needs_imatrix else None)
+    report = module.quantize(source, out, name, imatrix=matrix if quant.needs_imatrix else None)
     print(json.dumps([name, report.tensor_types, report.fallbacks, report.bits_per_weight]))
 """
 

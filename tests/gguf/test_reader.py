@@ -13,10 +13,8 @@ from tiny import Make, Patch
 
 from arte_edge.errors import InputError
 from arte_edge.gguf import reader
-from arte_edge.gguf.metadata import rewrite
-from arte_edge.gguf.reader import Field, read_header, read_model_header
-from arte_edge.gguf.types import FILE_TYPES, STRING, TENSOR_TYPES
-from arte_edge.gguf.writer import Tensor, write_gguf
+from arte_edge.gguf.reader import FILE_TYPES, STRING, TENSOR_TYPES, Field, read_header, read_model_header
+from arte_edge.gguf.writer import Tensor, rewrite, write_gguf
 
 # The fixture's path does not change between examples; the files written from it do.
 _examples = settings(

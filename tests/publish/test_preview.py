@@ -6,8 +6,8 @@ import pytest
 from tiny import speed_row
 
 from arte_edge.errors import InputError
-from arte_edge.gguf.metadata import rewrite
 from arte_edge.gguf.reader import Field
+from arte_edge.gguf.writer import rewrite
 from arte_edge.pii_scan import Machine
 from arte_edge.publish.card.card import write_card
 from arte_edge.publish.gguf_results import write_keys

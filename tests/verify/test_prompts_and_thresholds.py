@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from arte_edge.errors import InputError
-from arte_edge.gguf.types import FILE_TYPES
+from arte_edge.gguf.reader import FILE_TYPES
 from arte_edge.tasks.task import Answer, Example, Task
 from arte_edge.verify.prompts import built_in_prompts, prompts_from_file, task_prompts
 from arte_edge.verify.thresholds import STRICTEST, TYPES, Thresholds, thresholds_for

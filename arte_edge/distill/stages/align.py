@@ -196,7 +196,7 @@ def _on_llamacpp(run: Run) -> bool:
 
 
 def _converted(base: Path | None, adapter_dir: Path, out: Path) -> Adapter:
-    from arte_edge.gguf.lora import adapter_to_gguf
+    from arte_edge.gguf.from_base import adapter_to_gguf
 
     assert base is not None  # `_on_llamacpp` checked
     adapter_to_gguf(adapter_dir, base, out)

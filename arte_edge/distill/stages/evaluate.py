@@ -23,7 +23,7 @@ from arte_edge.distill.evaluation import (
 )
 from arte_edge.distill.prompts import teacher_shots
 from arte_edge.distill.run_context import Row, Run, Summary
-from arte_edge.models.local import LocalModel
+from arte_edge.models.resolve import LocalModel
 from arte_edge.notebook import ResultTable
 from arte_edge.stats import format_share, mcnemar, wilson
 from arte_edge.tasks.task import Example

@@ -8,7 +8,7 @@ from arte_edge.distill.prompts import STEP_BY_STEP, student_messages
 from arte_edge.distill.run_context import Row, Run, Summary, tuned_student
 from arte_edge.distill.train.common import Lora, SftSettings
 from arte_edge.distill.train.sft import train_sft
-from arte_edge.models.local import LocalModel
+from arte_edge.models.resolve import LocalModel
 
 __all__ = ["tune"]
 

@@ -22,12 +22,17 @@ from arte_edge.cache import whole_file
 from arte_edge.checkpoint import Weight
 from arte_edge.errors import ArteError, InputError
 from arte_edge.extras import need
-from arte_edge.gguf.convert.checkpoint import OTHER_CONVERTER, Checkpoint, open_checkpoint
-from arte_edge.gguf.convert.metadata import general_metadata, hyper_parameters, rope_tensors
+from arte_edge.gguf.convert.metadata import (
+    OTHER_CONVERTER,
+    Checkpoint,
+    general_metadata,
+    hyper_parameters,
+    open_checkpoint,
+    rope_tensors,
+)
 from arte_edge.gguf.convert.tokenizer import TokenizerFiles, read_tokenizer, vocabulary
 from arte_edge.gguf.names import BLOCK, name_for_llama_cpp, tensor_position, weight_tensor
-from arte_edge.gguf.reader import Field, read_model_header
-from arte_edge.gguf.types import FULL_WIDTH, QUANT_TYPES, STRING
+from arte_edge.gguf.reader import FULL_WIDTH, QUANT_TYPES, STRING, Field, read_model_header
 from arte_edge.gguf.writer import Tensor, write_gguf
 
 __all__ = ["SCRIPT", "convert", "convert_with_llama_cpp"]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.errors import InputError
-from arte_edge.gguf.convert.checkpoint import OTHER_CONVERTER
+from arte_edge.gguf.convert.metadata import OTHER_CONVERTER
 from arte_edge.gguf.convert.sentencepiece import (
     CONTROL,
     NORMAL,
@@ -31,8 +31,7 @@ from arte_edge.gguf.convert.sentencepiece import (
     scored,
 )
 from arte_edge.gguf.names import Family
-from arte_edge.gguf.reader import Field
-from arte_edge.gguf.types import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT8, UINT32
+from arte_edge.gguf.reader import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT8, UINT32, Field
 
 __all__ = ["TokenizerFiles", "read_tokenizer", "vocabulary"]
 

@@ -24,7 +24,7 @@ from arte_edge.distill.preference.scoring import (
 from arte_edge.distill.stages.calibrate import calibrate
 from arte_edge.distill.stages.elicit import elicit
 from arte_edge.distill.stages.prefer import prefer
-from arte_edge.models.local import LocalModel
+from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.autotune import Candidate
 
 Floats = NDArray[np.float64]

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from arte_edge.errors import EngineError
-from arte_edge.models.local import LocalModel
+from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.llamacpp import autotune as llama_probe
 from arte_edge.runtimes.llamacpp import context_memory as llama_layout
 from arte_edge.runtimes.llamacpp.autotune import CANDIDATES, layout_for
