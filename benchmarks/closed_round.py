@@ -29,7 +29,7 @@ from arte_edge.stats import mcnemar, wilson
 from arte_edge.store import write_atomic
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Example, Task
-from arte_edge.verify.accuracy import answers
+from arte_edge.verify.accuracy import answer_examples
 
 _WARMUP_EXAMPLES = 3
 _RESAMPLES = 10_000
@@ -40,12 +40,12 @@ def repetition(files: list[Path], task: Task, examples: tuple[Example, ...]) -> 
     models = [open_model(path) for path in files]
     try:
         for model in models:
-            answers(model, task, task.seed[:_WARMUP_EXAMPLES], timed=True)
+            answer_examples(model, task, task.seed[:_WARMUP_EXAMPLES], timed=True)
         rows = []
         for i, example in enumerate(examples):
             found: list[dict[str, Any]] = [{}, {}]
             for side in (0, 1) if i % 2 == 0 else (1, 0):
-                (one,) = answers(models[side], task, [example], timed=True)
+                (one,) = answer_examples(models[side], task, [example], timed=True)
                 tokens = len(models[side].tokenize(one.prompt + one.text)) - len(
                     models[side].tokenize(one.prompt)
                 )

@@ -24,7 +24,7 @@ from arte_edge.runtimes.loader import choose_runtime, open_model
 from arte_edge.runtimes.protocol import Runtime
 from arte_edge.tasks.task import Example, Task
 from arte_edge.threads import thread_count
-from arte_edge.verify.accuracy import ANSWER_TOKENS, Answered, answers
+from arte_edge.verify.accuracy import ANSWER_TOKENS, ExampleAnswer, answer_examples
 from arte_edge.verify.logits import Progress
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def measure_quality(
     elif reference is not None:
         model = open_model(reference, threads)
         try:
-            found = answers(model, task, examples, plain, max_tokens=answer_tokens, progress=progress)
+            found = answer_examples(model, task, examples, plain, max_tokens=answer_tokens, progress=progress)
             before = model.name, _kept(found)
         finally:
             model.close()
@@ -107,7 +107,9 @@ def _measured(
         model.generate(
             ["Question:"], _WARMUP_TOKENS
         )  # the file's pages, buffers: not the first answer's time
-        found = answers(model, task, examples, plain, max_tokens=answer_tokens, timed=True, progress=progress)
+        found = answer_examples(
+            model, task, examples, plain, max_tokens=answer_tokens, timed=True, progress=progress
+        )
         tokens = [_count(model, one) for one in found]
         runtime = model.facts.runtime
     finally:
@@ -163,11 +165,11 @@ def _check_reference(reference: Path | QualityRow | None, task: Task, split: Spl
         )
 
 
-def _kept(found: Sequence[Answered]) -> Answers:
+def _kept(found: Sequence[ExampleAnswer]) -> Answers:
     return tuple((example_key(one.example), (one.answer or "")[:_LONGEST], one.right) for one in found)
 
 
-def _percentiles(found: Sequence[Answered]) -> tuple[float | None, float | None]:
+def _percentiles(found: Sequence[ExampleAnswer]) -> tuple[float | None, float | None]:
     """Return median and 95th percentile of the seconds an answer took, None where none was timed."""
     seconds = [one.seconds for one in found if one.seconds is not None]
     if not seconds:
@@ -175,7 +177,7 @@ def _percentiles(found: Sequence[Answered]) -> tuple[float | None, float | None]
     return float(np.percentile(seconds, 50)), float(np.percentile(seconds, 95))
 
 
-def _count(model: Runtime, one: Answered) -> int:
+def _count(model: Runtime, one: ExampleAnswer) -> int:
     """Return the tokens of an answer: of prompt and answer, less those of the prompt; a stop token is not one."""
     return max(0, len(model.tokenize(one.prompt + one.text)) - len(model.tokenize(one.prompt)))
 

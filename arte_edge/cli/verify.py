@@ -1,4 +1,4 @@
-"""``arte-edge verify``: is this file still that model? A table of checks, and 3 if one fails."""
+"""``arte-edge verify``: compare a model file with the model it was made from."""
 
 from __future__ import annotations
 
@@ -22,29 +22,33 @@ _MODEL = "A name of 'models ls', a Hub id, a checkpoint folder, a .gguf file, or
 
 
 def verify(
-    reference: Annotated[str, typer.Argument(metavar="A", help=f"The model as it should be. {_MODEL}")],
-    artifact: Annotated[str, typer.Argument(metavar="B", help="The model to judge, named in the same ways.")],
+    reference: Annotated[str, typer.Argument(metavar="A", help=f"The reference model. {_MODEL}")],
+    artifact: Annotated[
+        str, typer.Argument(metavar="B", help="The model to verify, named in the same ways.")
+    ],
     task: Annotated[
-        str | None, typer.Option(help="Let both answer this task's validation examples (see `tasks ls`).")
+        str | None, typer.Option(help="Both models answer this task's validation examples (see `tasks ls`).")
     ] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Examples of the task; 0: all of them.")] = 100,
+    limit: Annotated[int, typer.Option(min=0, help="Number of the task's examples; 0: all.")] = 100,
     test: Annotated[
-        bool, typer.Option("--test", help="Use the task's test split. For a final evaluation only.")
+        bool, typer.Option("--test", help="Use the task's test split. Only for a final evaluation.")
     ] = False,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Compare logits on these texts: .jsonl with `prompt`, or one a line."),
+        typer.Option(help="Compare logits on these texts: .jsonl with `prompt`, or one per line."),
     ] = None,
     type_: Annotated[
-        str | None, typer.Option("--type", help="Judge B by the limits of this type, as in Q4_K_M or int4.")
+        str | None,
+        typer.Option("--type", help="Use the thresholds of this type, for example Q4_K_M or int4."),
     ] = None,
     bbh: Annotated[Path | None, typer.Option(help="Folder of BIG-Bench-Hard files with the task.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of B's runtime.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare model B with model A: tokens, chat template, stop tokens, logits, and a task's answers.
+    """Compare a model file with the model it was made from.
 
-    Ends with 3 if B is not A within the limits of its quantization type.
+    Compares tokens, chat template, stop tokens, logits, and answers to a task. The exit code is 3 if B differs
+    from A by more than the thresholds of its quantization type.
     """
     from arte_edge import api
 
@@ -67,15 +71,15 @@ def verify(
     if as_json:
         emit_json(verdict.as_dict() | {"reason": verdict.reason})
     else:
-        _print(verdict, type_ or verdict.judged_as)
+        _print(verdict, type_ or verdict.thresholds_of)
     if not verdict.passed:
         names = ", ".join(check.name for check in verdict.failed)
-        raise GateError(f"{verdict.artifact} is not {verdict.reference}: {names}")
+        raise GateError(f"{verdict.artifact} does not match {verdict.reference}: {names}")
 
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """Yield a progress callback for stderr: in place on a terminal, a line a step elsewhere."""
+    """Yield a progress callback for stderr: in place on a terminal, one line a step elsewhere."""
     if err.is_terminal:
         with err.status("") as status:
             yield lambda step, done, total: status.update(f"{step} {done}/{total}" if total > 1 else step)
@@ -91,15 +95,15 @@ def _progress() -> Iterator[Progress]:
     yield line
 
 
-def _print(verdict: Verdict, judged_as: str) -> None:
+def _print(verdict: Verdict, type: str) -> None:
     from arte_edge.verify.check import long_notes
 
     reference_runtime, artifact_runtime = (f" ({runtime})" if runtime else "" for runtime in verdict.runtimes)
     out.print(f"A  {verdict.reference}{reference_runtime}", markup=False, soft_wrap=True)
     out.print(f"B  {verdict.artifact}{artifact_runtime}", markup=False, soft_wrap=True)
-    if judged_as:
-        out.print(f"   limits of {judged_as}", markup=False)
+    if type:
+        out.print(f"   thresholds of {type}", markup=False)
     out.print(verdict.table)
     for note in long_notes(verdict.checks):
         out.print(f"\n{note}", markup=False)
-    out.print("\nB is A, within these limits." if verdict.passed else "\nB is not A.", markup=False)
+    out.print("\nPassed: B matches A." if verdict.passed else "\nFailed: B does not match A.", markup=False)

@@ -1,8 +1,8 @@
-"""Does the artifact still do the task? Both answer the same examples, and the answers are compared in pairs.
+"""Paired accuracy: reference and artifact answer the same task examples.
 
-Each side is asked as the tuned student is in use: its own chat template, the reasoning
-started for it, greedy decoding, the answer read out of its tags. Validation examples
-unless this is the final evaluation: a gate that looked at the test split would spend it.
+Both are prompted as a run's student in use: with their own chat template and a prefilled start of the
+reasoning, decoded greedily, the answer extracted from its tags. Validation examples unless this is the final
+evaluation: verification must not use up the test split.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from arte_edge.verify.check import Check
 from arte_edge.verify.logits import Progress
 from arte_edge.verify.prompts import plain_text
 
-__all__ = ["ANSWER_TOKENS", "Answered", "answers", "check_accuracy", "measure_accuracy"]
+__all__ = ["ANSWER_TOKENS", "ExampleAnswer", "answer_examples", "check_accuracy", "measure_accuracy"]
 
-ANSWER_TOKENS = 96  # what the evaluation of a run allows by default
-_BATCH = 32  # examples between two reports of progress
+ANSWER_TOKENS = 96  # default limit in the evaluation of a run
+_BATCH = 32  # examples per progress report
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What a model wrote for one example, and what was read out of it."""
+class ExampleAnswer:
+    """A model's output for one example, and the answer in it."""
 
     example: Example
     prompt: str
     text: str
-    answer: str | None  # None: no answer was found in the text
+    answer: str | None  # None: the text has no answer in the task's form
     right: bool
-    seconds: float | None  # from the prompt to the last token, where it was timed
+    seconds: float | None  # from prompt to last token, if timed
 
 
 def measure_accuracy(
@@ -49,9 +49,9 @@ def measure_accuracy(
     plain: bool = False,
     progress: Progress | None = None,
 ) -> PairedAccuracy:
-    """Let both answer `limit` examples (0: all) of the validation split, of the test split if `final`.
+    """Let both models answer `limit` examples (0: all) of the validation split, or of the test split if `final`.
 
-    With `plain` the chat templates are left aside, as a run with ``template = "none"`` does.
+    With `plain` they are prompted without chat template, as in a run with ``template = "none"``.
 
     Raises:
         InputError: the split is empty.
@@ -61,19 +61,15 @@ def measure_accuracy(
     examples = examples[:limit] if limit else examples
     if not examples:
         raise InputError(f"Task '{task.name}' has no {split} examples", f"Label some in {split}.jsonl.")
-    before = _right(reference, task, examples, plain, progress)
-    after = _right(artifact, task, examples, plain, progress)
+    before, after = (
+        [answer.right for answer in answer_examples(model, task, examples, plain, progress=progress)]
+        for model in (reference, artifact)
+    )
     accuracy = PairedAccuracy.of(task.name, split, sum(after), len(after))
     return accuracy.paired_with(reference.name, before, after)
 
 
-def _right(
-    model: Runtime, task: Task, examples: Sequence[Example], plain: bool, progress: Progress | None
-) -> list[bool]:
-    return [one.right for one in answers(model, task, examples, plain, progress=progress)]
-
-
-def answers(
+def answer_examples(
     model: Runtime,
     task: Task,
     examples: Sequence[Example],
@@ -82,13 +78,13 @@ def answers(
     max_tokens: int = ANSWER_TOKENS,
     timed: bool = False,
     progress: Progress | None = None,
-) -> list[Answered]:
-    """Let `model` answer `examples` greedily, in their order; with `plain` without its chat template.
+) -> list[ExampleAnswer]:
+    """Let `model` answer `examples` greedily, in order; with `plain` without its chat template.
 
-    With `timed` they are asked one at a time, as a user asks, and each is timed.
+    With `timed` they are sent one at a time, as by a user, and each is timed.
     """
-    found: list[Answered] = []
-    asked: set[str] = set()
+    found: list[ExampleAnswer] = []
+    sent: set[str] = set()
     size = 1 if timed else _BATCH
     for start in range(0, len(examples), size):
         if progress is not None:
@@ -97,13 +93,13 @@ def answers(
         prompts = [_prompt(model, task, example, plain) for example in part]
         begin = time.perf_counter()
         texts = model.generate(prompts, max_tokens, ANSWER_STOPS)
-        # What was asked before is remembered, not written again: that is no time of the model's.
-        seconds = time.perf_counter() - begin if timed and prompts[0] not in asked else None
-        asked.update(prompts)
+        # The answer to a repeated prompt comes from the runtime's cache, so its time means nothing.
+        seconds = time.perf_counter() - begin if timed and prompts[0] not in sent else None
+        sent.update(prompts)
         for example, prompt, text in zip(part, prompts, texts, strict=True):
             answer = extract(text, task.answer)
             right = matches(answer, example.target, task.answer)
-            found.append(Answered(example, prompt, text, answer, right, seconds))
+            found.append(ExampleAnswer(example, prompt, text, answer, right, seconds))
     return found
 
 
@@ -116,8 +112,7 @@ def _prompt(model: Runtime, task: Task, example: Example, plain: bool) -> str:
 def check_accuracy(accuracy: PairedAccuracy, allowed: float | None) -> Check:
     """Fail if the drop exceeds `allowed` and is significant (exact McNemar test, p < 0.05).
 
-    On a hundred examples chance alone moves accuracy by several points, so a drop that
-    the paired test cannot tell from chance does not reject a file.
+    On a hundred examples chance alone changes accuracy by several points.
     """
     before, difference = accuracy.reference_alone, accuracy.difference
     assert before is not None and difference is not None
@@ -126,6 +121,10 @@ def check_accuracy(accuracy: PairedAccuracy, allowed: float | None) -> Check:
         f"{accuracy.n} {accuracy.split} examples of {accuracy.task}; difference {difference:+.1%} "
         f"[{accuracy.difference_low:+.1%}, {accuracy.difference_high:+.1%}], p = {accuracy.p_value:.2g}"
     )
-    lost = allowed is not None and -difference > allowed and accuracy.significant
-    note = f"The artifact lost answers that the reference gets right: {shares}." if lost else shares
-    return Check("accuracy drop", -difference, allowed, not lost, note)
+    failed = allowed is not None and -difference > allowed and accuracy.significant
+    note = (
+        f"The artifact fails on examples that the reference answers correctly: {shares}."
+        if failed
+        else shares
+    )
+    return Check("accuracy drop", -difference, allowed, not failed, note)

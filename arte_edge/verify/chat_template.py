@@ -1,8 +1,7 @@
-"""Do both make the same prompt of a conversation: the same text, and the same ids of it?
+"""Chat template checks: both models must render the same text from a conversation, and tokenize it equally.
 
-Each side renders with its own chat template and its own special tokens and cuts the
-text with its own tokenizer, because that is what a user of each gets. A template
-that refuses a conversation (Gemma's has no system role) must refuse it on both sides.
+Each side uses its own chat template, special tokens and tokenizer, as for its users. If a template rejects a
+conversation (Gemma's has no system role), the other must reject it too.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ CONVERSATIONS: tuple[list[Message], ...] = (
 _ALL = f"{len(CONVERSATIONS)} conversations"
 
 
-def _outcome(model: Runtime, messages: list[Message]) -> str | None:
-    """Return the rendered text, None where the template refuses."""
+def _rendered(model: Runtime, messages: list[Message]) -> str | None:
+    """Return the rendered text, None if the template rejects the messages."""
     try:
         return model.render(messages)
     except InputError:
@@ -54,17 +53,17 @@ def _outcome(model: Runtime, messages: list[Message]) -> str | None:
 
 
 def check_templates(reference: Runtime, artifact: Runtime, limits: Thresholds) -> list[Check]:
-    """Compare every conversation of `CONVERSATIONS` as text, and as ids of each side's own text."""
+    """Compare all of `CONVERSATIONS` as text, and as token ids of each side's own text."""
     allowed = limits.template_differences
     if reference.chat_template is None and artifact.chat_template is None:
         return [Check("template", 0, allowed, True, "Neither has a chat template.")]
     if reference.chat_template is None or artifact.chat_template is None:
         lacking = "reference" if reference.chat_template is None else "artifact"
-        note = f"The {lacking} has no chat template, the other has one."
+        note = f"The {lacking} has no chat template, but the other model has one."
         return [Check("template", len(CONVERSATIONS), allowed, allowed is None, note)]
-    pairs = [(_outcome(reference, c), _outcome(artifact, c)) for c in CONVERSATIONS]
+    pairs = [(_rendered(reference, c), _rendered(artifact, c)) for c in CONVERSATIONS]
     texts = [(ours, theirs) for ours, theirs in pairs if ours != theirs]
-    note = _why(*texts[0], len(texts)) if texts else _ALL
+    note = _explain(*texts[0], len(texts)) if texts else _ALL
     same_text = Check("template", len(texts), allowed, allowed is None or len(texts) <= allowed, note)
     return [same_text, _check_ids(reference, artifact, pairs, limits)]
 
@@ -87,22 +86,22 @@ def _check_ids(
     note = _ALL
     if n:
         note = (
-            f"{n} of {_ALL} give other token ids; the template check says why, or special tokens "
-            "are not parsed alike."
+            f"{n} of {_ALL} have different token ids; see the template check, or special tokens are parsed "
+            "differently."
         )
     elif runtime:
-        note = f"{runtime} of {_ALL} are cut otherwise by {artifact.facts.runtime.split()[0]} itself."
+        note = f"{runtime} of {_ALL} are tokenized differently by {artifact.facts.runtime.split()[0]} itself."
     passed = (allowed is None or n <= allowed) and not many
     return Check("template ids", n + (runtime if many else 0), allowed, passed, note)
 
 
-def _why(ours: str | None, theirs: str | None, n: int) -> str:
+def _explain(ours: str | None, theirs: str | None, n: int) -> str:
     if ours is None or theirs is None:
-        refuses = "reference" if ours is None else "artifact"
-        return f"The {refuses}'s template refuses a conversation that the other renders."
+        rejects = "reference" if ours is None else "artifact"
+        return f"The {rejects}'s template rejects a conversation that the other renders."
     at = first_difference(ours, theirs)
     return (
-        f"{n} of {len(CONVERSATIONS)} conversations render otherwise, first at character {at}: reference "
+        f"{n} of {len(CONVERSATIONS)} conversations render differently, first at character {at}: reference "
         f"{excerpt(ours, at)}, artifact {excerpt(theirs, at)}; most likely another model's template, "
-        "or another BOS or EOS text."
+        "or a different BOS or EOS text."
     )

@@ -1,4 +1,4 @@
-"""One comparison of the gate with its limit, and the table that shows several."""
+"""One check of the gate, and the table of several."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ _SHORT = 64  # characters of a note that fit into the table, on two lines
 
 @dataclass(frozen=True)
 class Check:
-    """A measured value beside its threshold.
+    """A measured value and its threshold; None: reported only.
 
-    `threshold` None means measured and not gated. `note` is one sentence: for a check
-    that fails, what is most likely wrong; else what a reader should know, or empty.
+    `note` is one sentence: the most likely cause for a check that fails, else details or empty.
     """
 
     name: str
@@ -33,7 +32,7 @@ class Check:
     bound: Literal["at most", "at least"] = "at most"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the check for JSON, which has no infinity: such a value becomes None."""
+        """Return the check for JSON; a value that is not finite becomes None."""
         finite = self.measured is not None and math.isfinite(self.measured)
         return {
             "name": self.name,
@@ -46,7 +45,7 @@ class Check:
 
 
 def checks_table(checks: Sequence[Check]) -> Table:
-    """Return the checks as a table of 80 columns; longer notes are `long_notes`."""
+    """Return the checks as a table of 80 columns; long notes are in `long_notes`."""
     from rich.text import Text
 
     table = ResultTable(box=None, pad_edge=False)
@@ -57,28 +56,23 @@ def checks_table(checks: Sequence[Check]) -> Table:
         state = "FAILED" if not check.passed else "-" if check.threshold is None else "ok"
         style = "bold red" if not check.passed else ""
         note = check.note if check.passed and len(check.note) <= _SHORT else "see below"
-        table.add_row(check.name, _measured(check), _limit(check), Text(state, style=style), Text(note))
+        measured = "" if check.measured is None else _formatted(check.name, check.measured)
+        limit = ""
+        if check.threshold is not None:
+            sign = "≥" if check.bound == "at least" else "≤"
+            limit = f"{sign} {_formatted(check.name, check.threshold)}"
+        table.add_row(check.name, measured, limit, Text(state, style=style), Text(note))
     return table
 
 
 def long_notes(checks: Sequence[Check]) -> list[str]:
-    """Return the notes that do not fit into the table, those of failed checks last."""
+    """Return the notes that do not fit into the table; failed checks last."""
     passed = [check for check in checks if check.passed and len(check.note) > _SHORT]
     notes = [f"{check.name} (passed): {check.note}" for check in passed]
     return notes + [f"{check.name}: {check.note}" for check in checks if not check.passed]
 
 
-def _measured(check: Check) -> str:
-    return "" if check.measured is None else _shown(check.name, check.measured)
-
-
-def _limit(check: Check) -> str:
-    if check.threshold is None:
-        return ""
-    return f"{'≥' if check.bound == 'at least' else '≤'} {_shown(check.name, check.threshold)}"
-
-
-def _shown(name: str, value: float) -> str:
+def _formatted(name: str, value: float) -> str:
     if not math.isfinite(value):
         return "not finite"
     if name.startswith("kl"):

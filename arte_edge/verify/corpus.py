@@ -1,10 +1,8 @@
-"""The texts on which two tokenizers must agree: what tokenizers are known to stumble over.
+"""Test strings for comparing tokenizers.
 
-A converter that overlooks a pre-tokenizer, a merge or an added token gives a model
-ids it was never trained on, without any error. Each group below is one way in which
-that has happened: digits (split one by one, in threes, or not at all), runs of
-blanks, special tokens written as text, scripts without spaces, marks that combine,
-characters that a normalizer drops.
+A converter that misses a pre-tokenizer, a merge or an added token gives the model wrong ids without any
+error. Each group covers a known kind of fault: digits (split one by one, in threes, or not at all), runs of
+blanks, special tokens in text, scripts without spaces, combining marks, characters that normalizers drop.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from itertools import chain
 
 __all__ = ["HARD_STRINGS", "hard_strings"]
 
-_ADDED_AT_MOST = 48  # added tokens of one model that are tried; some have thousands of reserved ones
+_MAX_ADDED = 48  # added tokens to test; some models have thousands of reserved ones
 _WORDS = (
     "a",
     "Hello",
@@ -254,11 +252,10 @@ HARD_STRINGS: tuple[str, ...] = tuple(
 def hard_strings(added: Sequence[str] = ()) -> tuple[str, ...]:
     """Return `HARD_STRINGS`, then each of the model's `added` tokens alone, inside a word and between blanks.
 
-    Of a model with many added tokens the first and the last are taken: the reserved
-    ones between them are alike.
+    If there are many, the first and the last: the reserved ones between them are alike.
     """
-    half = _ADDED_AT_MOST // 2
-    chosen = tuple(added) if len(added) <= _ADDED_AT_MOST else (*added[:half], *added[-half:])
+    half = _MAX_ADDED // 2
+    chosen = tuple(added) if len(added) <= _MAX_ADDED else (*added[:half], *added[-half:])
     placed = (
         text for token in chosen for text in (token, f"a{token}b", f"one {token} two", f"{token}\n{token}")
     )

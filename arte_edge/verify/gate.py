@@ -1,18 +1,17 @@
-"""The gate: everything that must hold before an exported file may be called the student.
+"""The fidelity gate: all checks that an exported file must pass.
 
     verdict = verify(open_model(checkpoint), open_model(gguf), prompts, thresholds_for("Q4_K_M"))
     if not verdict.passed:
         print(verdict.reason)
 
-The checks, in this order: ``opens``, which a file shows only by failing it; ``tokens``,
-``vocabulary``, ``template``, ``template ids`` and ``stop tokens``, which decide what the
-model reads and where it ends; ``kl mean``, ``kl p99``, ``top-1 agreement`` and
-``perplexity ratio``, which say what the weights have lost; ``accuracy drop``, which says
-whether it matters. All are run even if one fails: a user mends more than one fault at a time.
+The checks, in this order: ``opens`` (listed only if it fails); ``tokens``, ``vocabulary``, ``template``,
+``template ids`` and ``stop tokens`` on the text side; ``kl mean``, ``kl p99``, ``top-1 agreement`` and
+``perplexity ratio`` on the weights; ``accuracy drop`` on a task. All are run even if one fails.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -39,7 +38,7 @@ __all__ = ["Check", "Thresholds", "Verdict", "verify", "verify_file"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate found. `fidelity` and `accuracy` hold the figures behind the checks, if they were measured."""
+    """The result of all checks. `fidelity` and `accuracy` hold the metrics behind them, if measured."""
 
     passed: bool
     checks: tuple[Check, ...]
@@ -47,9 +46,9 @@ class Verdict:
     accuracy: PairedAccuracy | None = None
     reference: str = ""
     artifact: str = ""
-    judged_as: str = ""  # the quantization type whose limits were taken; empty if they were given
+    thresholds_of: str = ""  # quantization type whose thresholds were used; empty if they were given
     runtimes: tuple[str, str] = field(default=("", ""))
-    notes: tuple[str, ...] = ()  # what limits the comparison itself
+    notes: tuple[str, ...] = ()  # limitations of the comparison
 
     @property
     def failed(self) -> tuple[Check, ...]:
@@ -57,36 +56,36 @@ class Verdict:
 
     @property
     def reason(self) -> str:
-        """Why it failed, a sentence a check; empty if it passed."""
+        """Why it failed, one line a check; empty if it passed."""
         return "\n".join(f"{check.name}: {check.note}" for check in self.failed)
 
     @property
     def table(self) -> Table:
-        """The checks with what was measured and their limits."""
+        """The checks with measured values and thresholds."""
         return checks_table(self.checks)
 
     def _repr_html_(self) -> str:
         from arte_edge.notebook import fragment
 
-        verdict = "is" if self.passed else "is not"
-        limits = f", by the limits of {self.judged_as}" if self.judged_as else ""
-        title = f"{self.artifact} {verdict} {self.reference}{limits}"
+        verdict = "matches" if self.passed else "does not match"
+        thresholds = f", thresholds of {self.thresholds_of}" if self.thresholds_of else ""
+        title = f"{self.artifact} {verdict} {self.reference}{thresholds}"
         return fragment(title, [self.table], [*self.notes, *long_notes(self.checks)])
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the verdict for JSON and for student.json; no paths in it."""
-        figures = None
+        """Return the verdict for JSON and student.json: no paths, None for values that are not finite."""
+        metrics = None
         if self.fidelity is not None:
-            finite = ((k, v) for k, v in asdict(self.fidelity).items())
-            figures = {k: v if abs(v) < float("inf") else None for k, v in finite}
+            values = asdict(self.fidelity)
+            metrics = {key: value if math.isfinite(value) else None for key, value in values.items()}
         return {
             "passed": self.passed,
             "reference": self.reference,
             "artifact": self.artifact,
-            "judged_as": self.judged_as,
+            "judged_as": self.thresholds_of,
             "runtimes": list(self.runtimes),
             "checks": [check.as_dict() for check in self.checks],
-            "fidelity": figures,
+            "fidelity": metrics,
             "accuracy": None if self.accuracy is None else self.accuracy.model_dump(mode="json"),
         }
 
@@ -106,14 +105,14 @@ def verify(
     """Compare `artifact` with `reference`, the 16-bit model that it was made from.
 
     Args:
-        reference: opened checkpoint (or its F16 GGUF).
-        artifact: the opened file to judge.
-        prompts: rendered held-out prompts, on which logits are compared; never training text.
-        thresholds: `thresholds_for` a quantization type, or a recipe's own.
-        task: where given, both answer its validation examples.
-        limit: of the task's examples; 0 takes all.
-        final: this is the final evaluation: use the test split.
-        plain: the student was tuned on plain text, so it is asked without its chat template.
+        reference: the opened checkpoint (or its F16 GGUF).
+        artifact: the opened file.
+        prompts: rendered held-out prompts for comparing logits; never training texts.
+        thresholds: `thresholds_for` a quantization type, or a recipe's.
+        task: both models answer its validation examples.
+        limit: number of examples; 0: all.
+        final: final evaluation: use the test split.
+        plain: prompt without the chat template, for a student tuned on plain text.
         progress: called with (step, done, total).
 
     Raises:
@@ -129,8 +128,9 @@ def verify(
         check_stops(reference, artifact, thresholds.stop_differences),
     ]
     fidelity = accuracy = None
-    if artifact.n_vocab < min(reference.n_vocab, _largest(reference, prompts) + 1):
-        note = f"The artifact has {artifact.n_vocab} tokens, the prompts use more of {reference.n_vocab}."
+    largest = max((token for prompt in prompts for token in reference.tokenize(prompt)), default=0)
+    if artifact.n_vocab < min(reference.n_vocab, largest + 1):
+        note = f"The artifact has {artifact.n_vocab} tokens, the prompts use ids up to {largest}."
         checks.append(Check("vocabulary size", artifact.n_vocab, reference.n_vocab, False, note, "at least"))
     else:
         fidelity = measure_fidelity(reference, artifact, prompts, progress)
@@ -164,14 +164,13 @@ def verify_file(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
-    """Open the file or folder `artifact` and `verify` it; one that does not open fails the check ``opens``.
+    """Open the file or folder `artifact` and `verify` it; if it does not open, the check ``opens`` fails.
 
-    Without `thresholds` those of the type that the file says it is are taken, the
-    strictest if it does not say.
+    Without `thresholds`, those of the quantization type in the file's metadata are used, the strictest without one.
 
     Raises:
-        FileNotFoundError: nothing is there, which says nothing about a model.
-        ArteError: as `verify`, or the runtime for it is not installed.
+        FileNotFoundError: no such file or folder.
+        ArteError: as `verify`, or its runtime is not installed.
     """
     if not artifact.exists():
         raise FileNotFoundError(artifact)
@@ -183,10 +182,10 @@ def verify_file(
             False, (Check("opens", None, None, False, note),), None, None, reference.name, artifact.name
         )
     try:
-        judged_as = ""
+        type = ""
         if thresholds is None:
-            judged_as = model.quantization if model.quantization in TYPES else STRICTEST
-            thresholds = thresholds_for(judged_as)
+            type = model.quantization if model.quantization in TYPES else STRICTEST
+            thresholds = thresholds_for(type)
         verdict = verify(
             reference,
             model,
@@ -198,10 +197,6 @@ def verify_file(
             plain=plain,
             progress=progress,
         )
-        return replace(verdict, judged_as=judged_as)
+        return replace(verdict, thresholds_of=type)
     finally:
         model.close()
-
-
-def _largest(reference: Runtime, prompts: Sequence[str]) -> int:
-    return max((token for prompt in prompts for token in reference.tokenize(prompt)), default=0)

@@ -1,18 +1,14 @@
-"""How far an artifact's next-token distributions are from the reference's, on the same token ids.
+"""Fidelity metrics: an artifact's next-token distributions against the reference's, and their checks.
 
 With p the reference's distribution at a position and q the artifact's, over v tokens:
 
-- divergence: KL(p‖q) = Σ p·(log p − log q), in nats (S. Kullback and R. A. Leibler,
-  Ann. Math. Stat. 22 (1951) 79–86); its mean and its 99th percentile over all positions
-  (linear interpolation between order statistics, type 7 of R. J. Hyndman and Y. Fan,
-  Am. Stat. 50 (1996) 361–365). The mean says how much is lost, the percentile where it hurts.
-- agreement: the share of positions at which both have the same most likely token.
-- perplexity: exp of the mean of −log of the probability of the token that follows
-  (F. Jelinek et al., J. Acoust. Soc. Am. 62 (1977) S63). The ratio is
-  exp(mean(log p(x) − log q(x))): paired token by token, so it is far less noisy than
-  either perplexity.
-
-The four figures of fidelity against their limits, with what is most likely wrong if one fails.
+- divergence: KL(p‖q) = Σ p·(log p − log q) in nats (S. Kullback and R. A. Leibler, Ann. Math. Stat. 22 (1951)
+  79–86); its mean, and its 99th percentile over all positions (type 7 of R. J. Hyndman and Y. Fan, Am. Stat.
+  50 (1996) 361–365).
+- agreement: share of positions at which both have the same most likely token.
+- perplexity: exp of the mean negative log-probability of the following token (F. Jelinek et al., J. Acoust.
+  Soc. Am. 62 (1977) S63). The ratio is exp(mean(log p(x) − log q(x))): paired token by token, so it is far
+  less noisy than either perplexity.
 """
 
 from __future__ import annotations
@@ -29,6 +25,7 @@ from arte_edge.errors import ArteError, InputError
 from arte_edge.runtimes.protocol import Runtime
 from arte_edge.verify.check import Check
 from arte_edge.verify.thresholds import Thresholds
+from arte_edge.verify.tokenizer import first_difference
 
 __all__ = [
     "Compared",
@@ -40,9 +37,9 @@ __all__ = [
     "summarize",
 ]
 
-Progress = Callable[[str, int, int], None]  # what, how many are done, of how many
-_ROWS = 64  # positions at once: the sums run in 64 bits, and a vocabulary may have 262,144 tokens
-LONGEST = 512  # tokens of a prompt that are compared
+Progress = Callable[[str, int, int], None]  # (step, done, total)
+_ROWS = 64  # positions per block: sums are 64-bit, and a vocabulary may have 262,144 tokens
+MAX_PROMPT_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -51,12 +48,12 @@ class Compared:
 
     kl: NDArray[np.float64]  # [n], nats
     same_top: NDArray[np.bool_]  # [n]
-    nll_reference: NDArray[np.float64]  # [n - 1], nats, of the tokens that follow
+    nll_reference: NDArray[np.float64]  # [n - 1], nats, of the following tokens
     nll_artifact: NDArray[np.float64]  # [n - 1]
     following: NDArray[np.intp]  # [n - 1], those tokens
 
     def after(self, n: int) -> Compared:
-        """Return the same without the first `n` positions."""
+        """Return the comparison without the first `n` positions."""
         return Compared(
             self.kl[n:], self.same_top[n:], self.nll_reference[n:], self.nll_artifact[n:], self.following[n:]
         )
@@ -64,7 +61,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """All prompts together. Divergences in nats a token; not finite if the artifact's logits are not."""
+    """Metrics over all prompts. Divergences in nats per token; infinite if the artifact's logits are not finite."""
 
     n_prompts: int
     n_tokens: int
@@ -80,9 +77,7 @@ class Fidelity:
 def compare_logits(
     reference: NDArray[np.float32], artifact: NDArray[np.float32], ids: Sequence[int]
 ) -> Compared:
-    """Compare logits ``[n, v]`` after each of n `ids`.
-
-    Vocabularies may be padded to different sizes; the tokens that both have are compared.
+    """Compare logits ``[n, v]`` after each of n `ids`, on the tokens that both vocabularies have.
 
     Raises:
         ValueError: the two do not have n rows each.
@@ -97,13 +92,13 @@ def compare_logits(
         part = slice(start, min(start + _ROWS, n))
         log_p, log_q = _log_softmax(reference[part, :width]), _log_softmax(artifact[part, :width])
         p = np.exp(log_p)
-        # A token that the reference rules out (p = 0) adds nothing, whatever the artifact gives it.
+        # A token with p = 0 adds nothing, whatever its q.
         terms = np.multiply(p, log_p - log_q, out=np.zeros_like(p), where=p > 0)
         kl[part] = terms.sum(axis=1)
         same[part] = log_p.argmax(axis=1) == log_q.argmax(axis=1)
         rows = np.arange(log_p.shape[0])
         nll_p[part], nll_q[part] = -log_p[rows, following[part]], -log_q[rows, following[part]]
-    # KL is never negative; sums of equal distributions come to -1e-17.
+    # KL is never negative; rounding gives -1e-17 for equal distributions.
     return Compared(np.maximum(kl, 0.0), same, nll_p[:-1], nll_q[:-1], following[:-1])
 
 
@@ -117,49 +112,44 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 def measure_fidelity(
     reference: Runtime, artifact: Runtime, prompts: Sequence[str], progress: Progress | None = None
 ) -> Fidelity:
-    """Compare both on the reference's token ids of each prompt, its first 512 tokens.
+    """Compare both models on the first 512 tokens of each prompt, tokenized by the reference.
 
-    A position counts once, however many prompts begin with the same tokens.
+    Positions of a prefix that several prompts share count once.
 
     Raises:
         InputError: no prompt has two tokens, or the artifact lacks one of the tokens.
     """
-    longest = min(LONGEST, reference.context_tokens, artifact.context_tokens)
-    texts = [ids[:longest] for ids in map(reference.tokenize, prompts) if len(ids) > 1]
-    texts = [ids for i, ids in enumerate(texts) if _known(ids, texts[:i]) < len(ids) - 1]
+    limit = min(MAX_PROMPT_TOKENS, reference.context_tokens, artifact.context_tokens)
+    texts = [ids[:limit] for ids in map(reference.tokenize, prompts) if len(ids) > 1]
+    texts = [ids for i, ids in enumerate(texts) if _shared_prefix(ids, texts[:i]) < len(ids) - 1]
     if not texts:
         raise InputError(
-            "No prompt to compare on: each needs at least two tokens", "Give longer prompts with --prompts."
+            "No usable prompt: each needs at least two tokens", "Give longer prompts with --prompts."
         )
     compared = []
     for done, ids in enumerate(texts):
         if progress is not None:
             progress("comparing logits", done, len(texts))
-        with np.errstate(invalid="ignore", over="ignore"):  # broken weights give NaN: that is a finding
+        with np.errstate(invalid="ignore", over="ignore"):  # damaged weights give NaN: that is a result
             found = compare_logits(reference.logits(ids), artifact.logits(ids), ids)
-        compared.append(found.after(_known(ids, texts[:done])))
+        compared.append(found.after(_shared_prefix(ids, texts[:done])))
     return summarize(compared)
 
 
-def _known(ids: Sequence[int], earlier: Sequence[Sequence[int]]) -> int:
-    """Return how many leading tokens of `ids` begin an earlier text as well.
+def _shared_prefix(ids: Sequence[int], earlier: Sequence[Sequence[int]]) -> int:
+    """Return the length of the longest prefix of `ids` that begins an earlier text too.
 
-    The system turn that all chat prompts share would otherwise be counted once a
-    prompt, and a handful of positions would decide the 99th percentile.
+    Otherwise the system turn of all chat prompts would be counted once a prompt, and a few positions would
+    determine the 99th percentile.
     """
-    return max((_common(ids, other) for other in earlier), default=0)
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    return max((first_difference(ids, other) for other in earlier), default=0)
 
 
 def summarize(compared: Sequence[Compared]) -> Fidelity:
-    """Join the prompts.
+    """Compute the metrics over all prompts.
 
     Raises:
-        ArteError: the reference itself gives values that are not finite.
+        ArteError: the reference's own logits are not finite.
     """
     kl = np.concatenate([c.kl for c in compared])
     nll_p = np.concatenate([c.nll_reference for c in compared])
@@ -183,11 +173,10 @@ def summarize(compared: Sequence[Compared]) -> Fidelity:
 def _ratio_error(compared: Sequence[Compared]) -> float:
     """Return the standard error of the mean log-ratio over all tokens, NaN for a single prompt.
 
-    Tokens of one prompt vary together, and so do occurrences of one token: the format
-    of a task's answers stands in every prompt and moves in all of them at once. Both
-    are clusters: the variance is that over prompts plus that over token ids less that
-    over their intersections (A. C. Cameron, J. B. Gelbach and D. L. Miller, J. Bus.
-    Econ. Stat. 29 (2011) 238–249), and no less than either alone.
+    Tokens of one prompt vary together, and so do occurrences of one token (the answer format is in every
+    prompt). With both clusterings the variance is that over prompts plus that over token ids minus that over
+    their intersections (A. C. Cameron, J. B. Gelbach and D. L. Miller, J. Bus. Econ. Stat. 29 (2011) 238–249),
+    and not less than either alone.
     """
     if len(compared) < 2:
         return float("nan")
@@ -201,7 +190,7 @@ def _ratio_error(compared: Sequence[Compared]) -> float:
 
 
 def _variance(residual: NDArray[np.float64], cluster: NDArray[np.intp]) -> float:
-    """Return the variance of a mean whose terms vary together within clusters."""
+    """Return the variance of a mean whose terms are correlated within clusters."""
     _, index = np.unique(cluster, return_inverse=True)
     sums = np.bincount(index, weights=residual)
     k = len(sums)
@@ -209,15 +198,14 @@ def _variance(residual: NDArray[np.float64], cluster: NDArray[np.intp]) -> float
 
 
 _ONE_SIDED_95 = 1.645  # standard normal quantile
-_GIBBERISH_KL = 1.0  # nats: beyond what rounding to two bits costs the models we measured
+_GIBBERISH_KL = 1.0  # nats: more than 2-bit types lose on the models measured
 
 
 def fidelity_checks(found: Fidelity, limits: Thresholds) -> list[Check]:
-    """Hold the four figures against their limits, each with what is most likely wrong if it fails.
+    """Return the four checks, with the most likely cause if they fail.
 
-    The perplexity ratio fails only where it is above its limit by more than its noise
-    (one-sided, 95 %): on a thousand tokens the noise alone can be as large as the limit
-    of an 8-bit type.
+    The perplexity ratio fails only if it exceeds its threshold by more than its noise (one-sided, 95 %): on a
+    thousand tokens the noise can be as large as the threshold of an 8-bit type.
     """
     cause = _cause(found)
     noise = found.perplexity_ratio_error if math.isfinite(found.perplexity_ratio_error) else 0.0
@@ -245,8 +233,8 @@ def fidelity_checks(found: Fidelity, limits: Thresholds) -> list[Check]:
     for name, value, limit, passed, note in rows:
         bound: Literal["at least", "at most"] = "at least" if name == "top-1 agreement" else "at most"
         if not passed:
-            told = all(check.passed for check in checks)  # the cause once, not four times
-            note = f"{value:.4g}, not {bound} {limit:g}" + (f": {cause}." if told else ".")
+            is_first = all(check.passed for check in checks)  # give the cause only once
+            note = f"{value:.4g}, not {bound} {limit:g}" + (f": {cause}." if is_first else ".")
         checks.append(Check(name, value, limit, passed, note, bound))
     return checks
 
@@ -260,11 +248,11 @@ def _cause(found: Fidelity) -> str:
         return "the artifact's logits are not finite, so a tensor holds damaged values"
     if found.kl_mean > _GIBBERISH_KL or found.top1 < 0.3:
         return (
-            "far beyond rounding, so weights are damaged, missing, of another model, "
-            "or laid out wrongly (such as attention heads that were not permuted)"
+            "far more than rounding errors: weights are damaged, missing, of another model, "
+            "or in the wrong layout (such as attention heads that were not permuted)"
         )
     return (
-        "more than this type may cost. Either the type is too small for this model (take a larger one, or an "
+        "more than this type may lose. Either the type is too small for this model (use a larger one, or an "
         "importance matrix), or the weights were rounded twice (such as an adapter merged into a 4-bit base), "
-        "a tensor is damaged, or they are not the reference's"
+        "a tensor is damaged, or the weights are not the reference's"
     )

@@ -1,8 +1,7 @@
-"""The texts on which logits are compared: a task's held-out examples, a file of the user's, or short built-in ones.
+"""Prompts for comparing logits: a task's held-out examples, a user's file, or built-in dialogues.
 
-What matters is the model's behaviour in use, so a task's prompts are rendered as the
-student reads them, with the right answer behind them. The built-in texts were written
-for this file, so that no training set holds them.
+A task's prompts are rendered as for the student, followed by the correct answer. The built-in texts were
+written for this file, so they are in no training set.
 """
 
 from __future__ import annotations
@@ -23,10 +22,9 @@ _TASK_PROMPTS = 48
 
 
 class Renders(Protocol):
-    """What a model needs here: its chat template."""
+    """Anything with a chat template; `render` returns None without one."""
 
-    def render(self, messages: Sequence[Message]) -> str | None:
-        """Return the prompt that the model's chat template makes, None for plain text."""
+    def render(self, messages: Sequence[Message]) -> str | None: ...
 
 
 _DIALOGUES = (
@@ -110,7 +108,7 @@ _DIALOGUES = (
 
 
 def built_in_prompts(reference: Renders) -> list[str]:
-    """Return sixteen short dialogues in the reference's own format, answers included: about 1,500 tokens."""
+    """Return sixteen short dialogues with answers in the reference's own format: about 1,500 tokens."""
     return [
         _rendered(reference, [{"role": "user", "content": question}]) + answer
         for question, answer in _DIALOGUES
@@ -118,7 +116,7 @@ def built_in_prompts(reference: Renders) -> list[str]:
 
 
 def task_prompts(reference: Renders, task: Task, limit: int = _TASK_PROMPTS) -> list[str]:
-    """Return the prompts of up to `limit` validation examples, each with its right answer.
+    """Return the prompts of up to `limit` validation examples, each with its correct answer.
 
     Raises:
         InputError: the task has no validation examples.
@@ -140,17 +138,15 @@ def _rendered(model: Renders, messages: Sequence[Message]) -> str:
 
 
 def plain_text(messages: Sequence[Message]) -> str:
-    """Return the prompt of a model without a chat template, as `arte_edge.runtimes.prompt_render` makes it."""
+    """Return the prompt for a model without a chat template, as `arte_edge.runtimes.prompt_render` renders it."""
     return "\n\n".join(message["content"] for message in messages) + "\n"
 
 
 def prompts_from_file(path: Path) -> list[str]:
-    """Return the prompts in a file: of ``.jsonl`` each row's ``prompt``, ``text`` or ``input``, else each line.
-
-    They are taken as they are, already rendered.
+    """Return the rendered prompts in a file: ``prompt``, ``text`` or ``input`` of ``.jsonl`` rows, else lines.
 
     Raises:
-        InputError: the file cannot be read, or holds none.
+        InputError: the file cannot be read, or is empty.
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -158,7 +154,7 @@ def prompts_from_file(path: Path) -> list[str]:
         raise InputError(f"{path}: cannot be read as text: {error}", "Give a UTF-8 text file.") from error
     prompts = [_row(path, n, line) for n, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
     if not prompts:
-        raise InputError(f"{path}: holds no prompts", "Write one prompt a line.")
+        raise InputError(f"{path}: contains no prompts", "Write one prompt a line.")
     return prompts
 
 
@@ -172,13 +168,13 @@ def _row(path: Path, number: int, line: str) -> str:
     )
     if not texts or not isinstance(texts[0], str):
         raise InputError(
-            f"{path}:{number}: has no text", "A row has `prompt`, `text` or `input`, or is a string."
+            f"{path}:{number}: no text", "A row needs `prompt`, `text` or `input`, or is a string."
         )
     return texts[0]
 
 
 def prompts_for(model: Renders, task: Task | None, file: Path | None) -> list[str]:
-    """Return the prompts of a user's file if there is one, else of the task, else the built-in ones."""
+    """Return the prompts of a user's file if given, else of the task, else the built-in ones."""
     if file is not None:
         return prompts_from_file(file)
     return built_in_prompts(model) if task is None else task_prompts(model, task)

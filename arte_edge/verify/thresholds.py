@@ -1,12 +1,11 @@
-"""How far a file of each quantization type may be from the 16-bit model before it is refused.
+"""Default thresholds of the gate for each quantization type; a recipe can override them.
 
-The perplexity limits are published losses of models of 0.5 to 2 billion parameters with
-an importance matrix (wikitext, Qwen2.5-0.5B and 1.5B; llama.cpp pull requests 4930, 4969
-and 6936): Q8_0 +0.5 %, Q6_K +0.7 %, Q5_K_M +2 %, Q4_K_M +4 %, int8 +0.5 %, plain int4
-+10 %. SmolLM2-135M keeps within them with an importance matrix (docs/verify.md has the
-figures), and its Q5_K_M without one does not. The limits of divergence and agreement
-leave room for a tuned student, which is surer of its tokens and so loses more nats: Q4_K_M of the
-quick start's measured 0.12; larger models lose less. A recipe may set its own.
+Perplexity thresholds are published losses of models of 0.5 to 2 billion parameters with an importance matrix
+(wikitext, Qwen2.5-0.5B and 1.5B; llama.cpp pull requests 4930, 4969 and 6936): Q8_0 +0.5 %, Q6_K +0.7 %,
+Q5_K_M +2 %, Q4_K_M +4 %, int8 +0.5 %, plain int4 +10 %. SmolLM2-135M meets them with an importance matrix
+(see docs/verify.md); its Q5_K_M without one does not. Those of divergence and agreement leave room for a
+tuned student, which has sharper distributions and loses more nats (0.12 for Q4_K_M of the quick start);
+larger models lose less.
 """
 
 from __future__ import annotations
@@ -21,40 +20,40 @@ __all__ = ["STRICTEST", "TYPES", "Thresholds", "thresholds_for"]
 
 
 class Thresholds(BaseModel):
-    """Limits of the gate; None ("off" in a recipe) measures without gating. Divergence is in nats a token."""
+    """Thresholds of the gate; None ("off" in a recipe): measured, not gated. Divergences in nats per token."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     token_differences: int | None = Field(
-        default=0, ge=0, description="hard strings that may be cut into other tokens"
+        default=0, ge=0, description="test strings that may be tokenized differently"
     )
     runtime_differences: int | None = Field(
         default=5,
         ge=0,
-        description="texts that the runtime itself may cut otherwise than the (right) tokenizer file says",
+        description="texts that the runtime may tokenize differently from its correct tokenizer file",
     )
     template_differences: int | None = Field(
-        default=0, ge=0, description="conversations that may render to another text or other ids"
+        default=0, ge=0, description="conversations that may render to a different text or different ids"
     )
     stop_differences: int | None = Field(
-        default=0, ge=0, description="stop tokens that may be missing or new"
+        default=0, ge=0, description="stop tokens that may be missing or additional"
     )
-    kl_mean: float | None = Field(default=None, ge=0, description="mean KL divergence, nats a token")
+    kl_mean: float | None = Field(default=None, ge=0, description="mean KL divergence, nats per token")
     kl_p99: float | None = Field(default=None, ge=0, description="its 99th percentile")
     top1: float | None = Field(
-        default=None, ge=0, le=1, description="least share of positions with the same most likely token"
+        default=None, ge=0, le=1, description="smallest share of positions with the same most likely token"
     )
     perplexity_ratio: float | None = Field(
         default=None, gt=0, description="perplexity of the artifact over that of the reference"
     )
     accuracy_drop: float | None = Field(
-        default=None, ge=0, le=1, description="share of a task's examples that may be lost beyond chance"
+        default=None, ge=0, le=1, description="largest significant drop of accuracy on a task"
     )
 
     @field_validator("*", mode="before")
     @classmethod
     def _off(cls, value: Any) -> Any:
-        """Read "off" as no limit: TOML has no word for None."""
+        """Read "off" as None, which TOML does not have."""
         return None if value == "off" else value
 
 
@@ -68,11 +67,11 @@ _FOUR = _limits(0.25, 2.5, 0.75, 1.06, 0.03)
 _THREE = _limits(0.40, 4.0, 0.65, 1.15, 0.05)
 _TWO = _limits(1.00, 6.0, 0.50, 1.60, 0.10)
 # Names as `arte_edge.gguf.reader.FILE_TYPES` has them, and the ONNX precisions in lower case;
-# a whole label such as "optimum-int8" goes before the precision alone.
+# a label such as "optimum-int8" has precedence over the precision alone.
 TYPES: dict[str, Thresholds] = {
     "F32": _EXACT,
     "F16": _EXACT,
-    "BF16": _limits(0.003, 0.03, 0.97, 1.003, 0.0),  # the runtime rounds activations to bfloat16 as well
+    "BF16": _limits(0.003, 0.03, 0.97, 1.003, 0.0),  # the runtime also rounds activations to bfloat16
     "Q8_0": _limits(0.012, 0.12, 0.95, 1.005, 0.01),
     "Q6_K": _limits(0.03, 0.3, 0.91, 1.007, 0.01),
     **dict.fromkeys(("Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1"), _FIVE),
@@ -86,7 +85,7 @@ TYPES: dict[str, Thresholds] = {
     "fp32": _EXACT,
     "fp16": _EXACT,
     "int8": _limits(0.02, 0.2, 0.92, 1.005, 0.01),
-    # Activations are quantized too, with one scale for all tokens that are read together.
+    # Activations are quantized too, with one scale per batch of tokens.
     "optimum-int8": _limits(0.15, 1.0, 0.78, 1.04, 0.02),
     "int4": _limits(0.35, 3.5, 0.68, 1.10, 0.03),
 }
@@ -94,7 +93,7 @@ STRICTEST = "F16"
 
 
 def thresholds_for(type: str) -> Thresholds:
-    """Return the default limits of a quantization type, a GGUF file type or ``fp32``, ``int8``, ``int4``.
+    """Return the default thresholds of a quantization type: a GGUF file type, ``fp32``, ``int8``, ``int4``.
 
     Raises:
         InputError: an unknown type.
@@ -102,5 +101,5 @@ def thresholds_for(type: str) -> Thresholds:
     by_fold = {name.casefold(): name for name in TYPES}
     found = by_fold.get(type.casefold())
     if found is None:
-        raise InputError(f"'{type}' has no thresholds: not a type we know", nearest(type, TYPES))
+        raise InputError(f"No thresholds for the unknown type '{type}'", nearest(type, TYPES))
     return TYPES[found]

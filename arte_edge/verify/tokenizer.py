@@ -1,4 +1,4 @@
-"""Do both cut text into the same tokens, and stop at the same ones?"""
+"""Tokenizer checks: both models must tokenize texts equally and stop at the same tokens."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from arte_edge.verify.thresholds import Thresholds
 
 __all__ = ["check_stops", "check_tokens", "check_vocabulary", "excerpt", "first_difference"]
 
-# Tokens that llama.cpp takes for the end of a generation by their text, whatever the file declares
-# (llama-vocab.cpp, "special_eog_ids"; the fill-in-the-middle marks among them). An artifact that stops
-# at one of them is as it should be; one that stops anywhere else is not.
+# Tokens that llama.cpp treats as end of generation because of their text, whatever the file declares
+# (llama-vocab.cpp, "special_eog_ids"; fill-in-the-middle marks among them). An artifact may stop at these.
 _ENDS_BY_NAME = (
     "<|eot_id|>",
     "<|eom_id|>",
@@ -47,8 +46,8 @@ _ENDS_BY_NAME = (
     "<file_sep>",
     "<REP>",
 )
-_LINES = 32  # words of a vocabulary that are cut in one call
-_SHOWN = 6  # ids of a list that a sentence shows
+_BATCH = 32  # vocabulary entries per call
+_SHOWN = 6  # ids shown in a message
 
 
 class _Difference(NamedTuple):
@@ -58,30 +57,29 @@ class _Difference(NamedTuple):
 
 
 def check_tokens(reference: Runtime, artifact: Runtime, strings: Sequence[str], limits: Thresholds) -> Check:
-    """Compare the ids of every string, as prompts are tokenized: special tokens parsed, BOS where it belongs.
+    """Compare the ids of every string, tokenized as prompts: special tokens parsed, BOS if the model adds one.
 
-    Two kinds of difference are counted apart, since no exporter can change them. A
-    string that agrees once it is brought to Unicode's composed form (NFC): the
-    reference's tokenizer composes, the runtime does not. And one that the artifact's
-    tokenizer file cuts right and its runtime does not; of those a few are allowed.
+    Two kinds of differences are counted separately, since no exporter can change them: strings that agree in
+    Unicode's composed form (NFC), which the reference's tokenizer applies and the runtime does not; and strings
+    for which the artifact's tokenizer file is right and its runtime is not. A few of the latter are allowed.
     """
     return _compare("tokens", reference, artifact, strings, f"{len(strings)} strings", limits)
 
 
 def check_vocabulary(reference: Runtime, artifact: Runtime, limits: Thresholds) -> Check:
-    """Compare the ids of every token's own text: one merge or entry that is wrong shows in the token it makes.
+    """Compare the ids of every token's own text, so that each wrong merge or vocabulary entry is found.
 
-    Hard strings meet a few thousand of a tokenizer's merges; this meets each of them.
+    The test strings use only a few thousand of a tokenizer's merges.
     """
-    words = reference.vocabulary()
+    entries = reference.vocabulary()
     suspects: list[str] = []
-    for start in range(0, len(words), _LINES):
-        part = words[start : start + _LINES]
+    for start in range(0, len(entries), _BATCH):
+        part = entries[start : start + _BATCH]
         joined = "\n".join(part)
         if reference.tokenize(joined) != artifact.tokenize(joined):
-            alone = [word for word in part if reference.tokenize(word) != artifact.tokenize(word)]
+            alone = [entry for entry in part if reference.tokenize(entry) != artifact.tokenize(entry)]
             suspects += alone or [joined]
-    return _compare("vocabulary", reference, artifact, suspects, f"{len(words)} tokens", limits)
+    return _compare("vocabulary", reference, artifact, suspects, f"{len(entries)} tokens", limits)
 
 
 def _compare(
@@ -108,19 +106,19 @@ def _compare(
     note = out_of
     if differences:
         cause = _cause(reference, artifact, differences, out_of)
-        note = f"{len(differences)} of {out_of}, first {_told(differences[0])}; {cause}."
+        note = f"{len(differences)} of {out_of}, first {_example(differences[0])}; {cause}."
     elif runtime:
         note = (
-            f"{len(runtime)} of {out_of} are cut otherwise by {program} itself, though the tokenizer file "
-            f"is right, first {_told(runtime[0])}."
+            f"{len(runtime)} of {out_of} are tokenized differently by {program} itself, though the tokenizer "
+            f"file is right, first {_example(runtime[0])}."
         )
     elif composed:
-        note = f"{composed} of {out_of} agree once composed (NFC), which {program} leaves to you."
+        note = f"{composed} of {out_of} agree only in composed form (NFC), which {program} does not apply."
     measured = len(differences) + (len(runtime) if many else 0)
     return Check(name, measured, allowed, passed, note)
 
 
-def _told(found: _Difference) -> str:
+def _example(found: _Difference) -> str:
     _, ours, theirs = found
     return f"{excerpt(found.text)}: reference {_ids(ours, theirs)}, artifact {_ids(theirs, ours)}"
 
@@ -138,35 +136,35 @@ def _cause(reference: Runtime, artifact: Runtime, differences: list[_Difference]
     ):
         return "an added or special token is missing, or is no longer one token"
     if all(any(c.isnumeric() for c in d.text) for d in differences):
-        return "numbers are cut otherwise: most likely the wrong pre-tokenizer (tokenizer.ggml.pre)"
+        return "numbers are split differently: most likely the wrong pre-tokenizer (tokenizer.ggml.pre)"
     if 2 * len(differences) > int(out_of.split()[0]):
-        return "most likely another model's tokenizer, or the wrong kind of it"
+        return "most likely another model's tokenizer, or the wrong kind of tokenizer"
     return "most likely a merge, a vocabulary entry or the pre-tokenizer differs"
 
 
 def check_stops(reference: Runtime, artifact: Runtime, allowed: int | None) -> Check:
-    """Compare where a generation ends.
+    """Compare the tokens that end a generation.
 
-    The artifact must stop at every token that the reference's files declare, declare
-    none of its own, and stop nowhere else but at tokens that are ends by their name.
+    The artifact must stop at every token that the reference's files declare, declare no others, and stop
+    nowhere else except at tokens that runtimes know by name.
     """
     missing = reference.eos_tokens - artifact.stop_tokens
     undeclared = artifact.eos_tokens - reference.eos_tokens - reference.stop_tokens
     extra = artifact.stop_tokens - reference.stop_tokens
     by_name = {token for token in extra if _is_end_by_name(reference, token)}
     odd = (extra - by_name) | undeclared
-    # Where one file names a single end and another a list, the single one must be in the list.
+    # If one file declares a single stop token and the other a list, the list must contain it.
     swapped = set()
     if not missing and not odd and artifact.eos_tokens.isdisjoint(reference.eos_tokens):
         swapped = set(artifact.eos_tokens or reference.eos_tokens)
     n = len(missing) + len(odd) + len(swapped)
     parts = []
     if missing:
-        parts.append(f"never stops at {_names(reference, missing)}, so it would write on after its answer")
+        parts.append(f"never stops at {_names(reference, missing)}, so it would continue after its answer")
     if odd:
-        parts.append(f"stops at {_names(artifact, odd)}, which does not end a text of the reference")
+        parts.append(f"stops at {_names(artifact, odd)}, which does not stop the reference")
     if swapped:
-        parts.append(f"declares {_names(artifact, swapped)} as its end, the reference does not")
+        parts.append(f"declares {_names(artifact, swapped)} as its stop token, the reference does not")
     if parts:
         note = f"The artifact {' and '.join(parts)}; most likely its end-of-sequence id was set wrongly."
     else:
@@ -184,7 +182,7 @@ def _names(model: Runtime, tokens: set[int] | frozenset[int]) -> str:
 
 
 def _ids(ids: list[int], other: list[int]) -> str:
-    """Return the ids around the first that differs from `other`."""
+    """Return the ids around the first one that differs from `other`."""
     at = first_difference(ids, other)
     start = max(0, at - 2)
     shown = ids[start : start + _SHOWN]
@@ -193,13 +191,13 @@ def _ids(ids: list[int], other: list[int]) -> str:
 
 
 def first_difference(one: Sequence[object], other: Sequence[object]) -> int:
-    """Return the first position at which two sequences differ; the shorter's end, if it begins the longer."""
+    """Return the length of the common prefix of two sequences."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def excerpt(text: str, at: int = 0, width: int = 32) -> str:
-    """Return `text` around the position `at`, quoted, with escapes for what cannot be seen."""
+    """Return `text` around the position `at`, quoted, with escapes for invisible characters."""
     start = max(0, at - width // 4)
     part = text[start : start + width]
     before, after = "…" if start else "", "…" if start + width < len(text) else ""

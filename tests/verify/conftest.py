@@ -1,4 +1,4 @@
-"""A tiny model with a real tokenizer, as checkpoint and as a good F16 GGUF, and ways to damage the GGUF."""
+"""A tiny model with a real tokenizer, as checkpoint and as a good F16 GGUF, and functions that damage the GGUF."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("llama_cpp")
 pytest.importorskip("gguf")
 BOS, START, END, TEXT_END = SPECIAL = ("<|begin|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
-# The words that the tokenizer learns its merges from.
+# Texts that the tokenizer learns its merges from.
 CORPUS = [
     "the question is whether the answer to the first question is the same as the second one",
     "let us think step by step about what the number 42 means and why it is even or odd",
@@ -44,7 +44,7 @@ class Tiny:
 
 
 def write_checkpoint(folder: Path, unreachable: str = "") -> Path:
-    """Write the checkpoint; `unreachable` is a word of the vocabulary that no merge makes."""
+    """Write the checkpoint; `unreachable` is a vocabulary entry that no merge makes."""
     inner = tiny_models.bpe(CORPUS, SPECIAL, 380, begin=BOS, words=[unreachable] if unreachable else ())
     return tiny_models.save_checkpoint(
         folder,

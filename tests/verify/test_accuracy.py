@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -31,18 +29,18 @@ def task(n: int = 100) -> Task:
 
 
 @dataclass
-class Pupil:
-    """An `Runtime` that answers parity right but for the numbers below `ignores`."""
+class FakeStudent:
+    """A runtime that answers parity correctly except for numbers below `ignores`."""
 
     ignores: int = 0
-    name: str = "pupil"
-    asked: list[str] = field(default_factory=list)
+    name: str = "student"
+    prompts: list[str] = field(default_factory=list)
 
     def render(self, messages: Sequence[Any]) -> str:
         return "<chat>" + messages[-1]["content"] + "</chat>"
 
     def generate(self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str]) -> list[str]:
-        self.asked += prompts
+        self.prompts += prompts
         return [self._answer(prompt) for prompt in prompts]
 
     def _answer(self, prompt: str) -> str:
@@ -53,51 +51,53 @@ class Pupil:
         return f" Look. <ans>{'even' if even else 'odd'}</ans>"
 
 
-def measure(before: Pupil, after: Pupil, **options: Any) -> Any:
+def measure(before: FakeStudent, after: FakeStudent, **options: Any) -> Any:
     return measure_accuracy(before, after, task(), **options)  # type: ignore[arg-type]
 
 
-def test_both_answer_the_same_validation_examples_as_the_student_is_asked() -> None:
-    before, after = Pupil(), Pupil(30)
+def test_both_models_answer_the_same_validation_examples() -> None:
+    before, after = FakeStudent(), FakeStudent(30)
     found = measure(before, after)
     assert (found.split, found.n, found.reference_right, found.accuracy) == ("validation", 100, 100, 0.7)
-    assert before.asked == after.asked
+    assert before.prompts == after.prompts
     assert all(
-        prompt.startswith("<chat>Question: ") and prompt.endswith(STEP_BY_STEP) for prompt in before.asked
+        prompt.startswith("<chat>Question: ") and prompt.endswith(STEP_BY_STEP) for prompt in before.prompts
     )
     assert found.low < 0.7 < found.high
     assert (found.lost, found.gained) == (30, 0) and found.difference == pytest.approx(-0.3)
 
 
-def test_a_student_of_plain_text_is_asked_in_plain_text() -> None:
-    before = Pupil()
-    measure(before, Pupil(), plain=True, limit=3)
-    assert len(before.asked) == 3
-    assert before.asked[0].startswith("Even or odd.") and "<chat>" not in before.asked[0]
+def test_a_student_of_plain_text_is_prompted_in_plain_text() -> None:
+    before = FakeStudent()
+    measure(before, FakeStudent(), plain=True, limit=3)
+    assert len(before.prompts) == 3
+    assert before.prompts[0].startswith("Even or odd.") and "<chat>" not in before.prompts[0]
 
 
 def test_the_test_split_is_read_in_the_final_evaluation_only() -> None:
-    before = Pupil()
-    measure(before, Pupil())
-    assert not any("test" in prompt for prompt in before.asked)
-    final = measure(Pupil(), Pupil(), final=True)
+    before = FakeStudent()
+    measure(before, FakeStudent())
+    assert not any("test" in prompt for prompt in before.prompts)
+    final = measure(FakeStudent(), FakeStudent(), final=True)
     assert (final.split, final.n) == ("test", len(TEST))
 
 
-def test_a_loss_beyond_the_limit_and_beyond_chance_fails() -> None:
-    check = check_accuracy(measure(Pupil(), Pupil(30)), 0.02)
+def test_a_significant_drop_above_the_threshold_fails() -> None:
+    check = check_accuracy(measure(FakeStudent(), FakeStudent(30)), 0.02)
     assert not check.passed
     assert check.measured == pytest.approx(0.3)
-    assert "lost answers" in check.note and "100.0% -> 70.0%" in check.note
+    assert "100.0% -> 70.0%" in check.note
 
 
-def test_a_loss_that_luck_explains_does_not_fail_and_no_limit_never_does() -> None:
-    assert check_accuracy(measure(Pupil(), Pupil(4)), 0.0).passed  # 4 of 100 lost, none gained: p = 0.125
-    assert not check_accuracy(measure(Pupil(), Pupil(6)), 0.0).passed  # p = 0.03
-    assert check_accuracy(measure(Pupil(), Pupil(30)), None).passed
-    assert check_accuracy(measure(Pupil(30), Pupil()), 0.0).passed  # a gain
+def test_a_drop_within_chance_passes_and_so_does_any_without_a_threshold() -> None:
+    assert check_accuracy(
+        measure(FakeStudent(), FakeStudent(4)), 0.0
+    ).passed  # 4 of 100 lost, none gained: p = 0.125
+    assert not check_accuracy(measure(FakeStudent(), FakeStudent(6)), 0.0).passed  # p = 0.03
+    assert check_accuracy(measure(FakeStudent(), FakeStudent(30)), None).passed
+    assert check_accuracy(measure(FakeStudent(30), FakeStudent()), 0.0).passed  # a gain
 
 
-def test_a_task_without_examples_is_refused() -> None:
+def test_a_task_without_examples_is_rejected() -> None:
     with pytest.raises(InputError, match=r"validation\.jsonl"):
-        measure_accuracy(Pupil(), Pupil(), task(0))  # type: ignore[arg-type]
+        measure_accuracy(FakeStudent(), FakeStudent(), task(0))  # type: ignore[arg-type]

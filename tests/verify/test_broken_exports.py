@@ -22,7 +22,7 @@ from .conftest import HEADS, Tiny, to_gguf, with_tensor
 WithFields = Callable[..., Path]
 
 
-def judge(reference: Runtime, artifact: Path) -> Verdict:
+def gate(reference: Runtime, artifact: Path) -> Verdict:
     return verify_file(reference, artifact, built_in_prompts(reference), thresholds_for("F16"))
 
 
@@ -35,7 +35,7 @@ def note(verdict: Verdict, name: str) -> str:
 
 
 def test_a_good_export_passes_every_check(reference: Runtime, tiny: Tiny) -> None:
-    verdict = judge(reference, tiny.gguf)
+    verdict = gate(reference, tiny.gguf)
     assert verdict.reason == ""
     assert verdict.passed
     assert {check.name for check in verdict.checks} >= {"tokens", "vocabulary", "template", "kl mean"}
@@ -43,14 +43,14 @@ def test_a_good_export_passes_every_check(reference: Runtime, tiny: Tiny) -> Non
 
 
 def test_the_reference_is_itself(reference: Runtime, tiny: Tiny) -> None:
-    verdict = judge(reference, tiny.checkpoint)
+    verdict = gate(reference, tiny.checkpoint)
     assert verdict.passed
     assert verdict.fidelity is not None and verdict.fidelity.kl_max == 0.0
 
 
 def test_a_wrong_chat_template_is_caught(reference: Runtime, with_fields: WithFields) -> None:
     other = b"{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-    verdict = judge(reference, with_fields({"tokenizer.chat_template": other}))
+    verdict = gate(reference, with_fields({"tokenizer.chat_template": other}))
     assert failed(verdict) == {"template", "template ids"}
     assert "<|im_start|>" in note(verdict, "template")
 
@@ -60,34 +60,34 @@ def test_a_template_without_its_bos_is_caught_as_text_only(
 ) -> None:
     # The runtime puts the begin token in front anyway, so the ids are the same.
     source = (reference.chat_template or "").replace("{{ bos_token }}", "")
-    verdict = judge(reference, with_fields({"tokenizer.chat_template": source.encode()}))
+    verdict = gate(reference, with_fields({"tokenizer.chat_template": source.encode()}))
     assert failed(verdict) == {"template"}
 
 
 def test_a_missing_chat_template_is_caught(reference: Runtime, with_fields: WithFields) -> None:
-    verdict = judge(reference, with_fields({"tokenizer.chat_template": None}))
+    verdict = gate(reference, with_fields({"tokenizer.chat_template": None}))
     assert failed(verdict) == {"template"}
     assert "artifact has no chat template" in note(verdict, "template")
 
 
 @pytest.mark.parametrize("token", [0, 1, 3, 40], ids=["bos", "turn-start", "text-end", "a-letter"])
 def test_a_swapped_eos_is_caught(reference: Runtime, with_fields: WithFields, token: int) -> None:
-    # llama.cpp knows <|im_end|> by its name and goes on stopping there: what the file declares must count.
-    verdict = judge(reference, with_fields({"tokenizer.ggml.eos_token_id": token}))
+    # llama.cpp knows <|im_end|> by name and still stops there: what the file declares must count.
+    verdict = gate(reference, with_fields({"tokenizer.ggml.eos_token_id": token}))
     assert "stop tokens" in failed(verdict)
     assert reference.token_text(token) in note(verdict, "stop tokens")
 
 
 def test_a_missing_bos_is_caught(reference: Runtime, with_fields: WithFields) -> None:
-    verdict = judge(reference, with_fields({"tokenizer.ggml.add_bos_token": False}))
+    verdict = gate(reference, with_fields({"tokenizer.ggml.add_bos_token": False}))
     assert failed(verdict) == {"tokens", "vocabulary"}
     assert "lacks the begin token '<|begin|>'" in note(verdict, "tokens")
 
 
 def test_a_special_token_that_became_text_is_caught(reference: Runtime, with_fields: WithFields) -> None:
     types = list(read_model_header(with_fields({})).fields["tokenizer.ggml.token_type"].value)
-    types[1] = 1  # <|im_start|> as NORMAL; names of ends llama.cpp mends by itself
-    verdict = judge(reference, with_fields({"tokenizer.ggml.token_type": types}))
+    types[1] = 1  # <|im_start|> as NORMAL; llama.cpp corrects the names of end tokens itself
+    verdict = gate(reference, with_fields({"tokenizer.ggml.token_type": types}))
     assert "tokens" in failed(verdict)
     assert "special token" in note(verdict, "tokens")
 
@@ -98,25 +98,25 @@ def test_one_changed_merge_is_caught(reference: Runtime, with_fields: WithFields
     at = round(where * (len(merges) - 1))
     left, _, right = merges[at].partition(b" ")
     merges[at] = right + b" " + left if left != right else b"! !"
-    verdict = judge(reference, with_fields({"tokenizer.ggml.merges": merges}))
+    verdict = gate(reference, with_fields({"tokenizer.ggml.merges": merges}))
     assert "vocabulary" in failed(verdict)
     assert "merge" in note(verdict, "vocabulary")
 
 
 def test_another_pre_tokenizer_is_caught(reference: Runtime, with_fields: WithFields) -> None:
-    verdict = judge(reference, with_fields({"tokenizer.ggml.pre": b"llama-bpe"}))
+    verdict = gate(reference, with_fields({"tokenizer.ggml.pre": b"llama-bpe"}))
     assert "tokens" in failed(verdict)
 
 
 def unpermuted(rows: NDArray[Any]) -> NDArray[Any]:
-    """Undo the interleaving that llama.cpp wants of a head's rows, as a converter that forgets it does."""
+    """Undo the interleaving that llama.cpp needs in a head's rows, as a converter that misses it does."""
     halves = rows.reshape(HEADS, rows.shape[0] // HEADS // 2, 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def test_permuted_attention_heads_are_caught(reference: Runtime, tiny: Tiny, tmp_path: Path) -> None:
     broken = with_tensor(tiny.gguf, tmp_path / "heads.gguf", "blk.0.attn_q.weight", unpermuted)
-    verdict = judge(reference, broken)
+    verdict = gate(reference, broken)
     assert {"kl mean", "kl p99"} <= failed(verdict)
     assert "tokens" not in failed(verdict)
 
@@ -126,7 +126,7 @@ def test_one_corrupted_tensor_is_caught(reference: Runtime, tiny: Tiny, tmp_path
     def shuffled(rows: NDArray[Any]) -> NDArray[Any]:
         return np.random.default_rng(0).permutation(rows, axis=0)
 
-    verdict = judge(reference, with_tensor(tiny.gguf, tmp_path / "corrupt.gguf", name, shuffled))
+    verdict = gate(reference, with_tensor(tiny.gguf, tmp_path / "corrupt.gguf", name, shuffled))
     assert {"kl mean", "kl p99", "top-1 agreement"} <= failed(verdict)
 
 
@@ -137,7 +137,7 @@ def test_a_tensor_with_values_that_are_not_finite_is_caught(
         rows[3, 3] = np.nan
         return rows
 
-    verdict = judge(reference, with_tensor(tiny.gguf, tmp_path / "nan.gguf", "blk.1.ffn_up.weight", poisoned))
+    verdict = gate(reference, with_tensor(tiny.gguf, tmp_path / "nan.gguf", "blk.1.ffn_up.weight", poisoned))
     assert {"kl mean", "top-1 agreement", "perplexity ratio"} <= failed(verdict)
     assert "not finite" in note(verdict, "kl mean")
     kl = next(check for check in verdict.as_dict()["checks"] if check["name"] == "kl mean")
@@ -148,7 +148,7 @@ def test_a_tensor_with_values_that_are_not_finite_is_caught(
 def test_a_truncated_file_is_caught(reference: Runtime, tiny: Tiny, tmp_path: Path, left: float) -> None:
     broken = tmp_path / "cut.gguf"
     broken.write_bytes(tiny.gguf.read_bytes()[: int(left * tiny.gguf.stat().st_size)])
-    verdict = judge(reference, broken)
+    verdict = gate(reference, broken)
     assert failed(verdict) == {"opens"}
     assert "cut short" in verdict.reason
     assert str(tmp_path) not in str(verdict.as_dict())  # no path of this machine in student.json
@@ -180,8 +180,8 @@ def test_an_adapter_merged_into_a_4_bit_base_is_caught(
     from arte_edge.runtimes.loader import open_model
 
     student = open_model(tmp_path / "right")
-    good = judge(student, to_gguf(tmp_path / "right", tmp_path / "right.gguf"))
-    bad = judge(student, to_gguf(tmp_path / "wrong", tmp_path / "wrong.gguf"))
+    good = gate(student, to_gguf(tmp_path / "right", tmp_path / "right.gguf"))
+    bad = gate(student, to_gguf(tmp_path / "wrong", tmp_path / "wrong.gguf"))
     student.close()
     assert good.passed, good.reason
     assert {"kl mean", "kl p99"} <= failed(bad)
@@ -198,8 +198,8 @@ def test_a_word_that_llama_cpp_alone_takes_for_an_end_is_told_and_not_held_again
 
     checkpoint = write_checkpoint(tmp_path / "student", unreachable="</s>")
     model = open_model(checkpoint)
-    verdict = judge(model, to_gguf(checkpoint, tmp_path / "F16.gguf"))
+    verdict = gate(model, to_gguf(checkpoint, tmp_path / "F16.gguf"))
     assert verdict.passed, verdict.reason
     tokens = next(check for check in verdict.checks if check.name == "tokens")
-    assert "cut otherwise by llama_cpp itself" in tokens.note and "</s>" in tokens.note
+    assert "tokenized differently by llama_cpp itself" in tokens.note and "</s>" in tokens.note
     model.close()

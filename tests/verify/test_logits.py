@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,27 +10,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arte_edge.errors import ArteError, InputError
-from arte_edge.verify.logits import LONGEST, compare_logits, measure_fidelity, summarize
+from arte_edge.verify.logits import MAX_PROMPT_TOKENS, compare_logits, measure_fidelity, summarize
 
 
 def logits(rows: int, vocabulary: int, seed: int, scale: float = 2.0) -> Any:
     return (scale * np.random.default_rng(seed).standard_normal((rows, vocabulary))).astype(np.float32)
 
 
-def test_divergence_and_perplexity_are_those_worked_out_by_hand() -> None:
+def test_divergence_and_perplexity_match_a_calculation_by_hand() -> None:
     # p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4): KL = 1/2 ln 2 + 1/4 ln 1/2 = 1/4 ln 2
     p, q = np.log([[0.5, 0.25, 0.25]] * 2), np.log([[0.25, 0.5, 0.25]] * 2)
     found = compare_logits(p.astype(np.float32), q.astype(np.float32), [2, 1])
     np.testing.assert_allclose(found.kl, np.log(2) / 4, rtol=1e-6)
     assert not found.same_top.any()
     total = summarize([found])
-    # the one token that follows is 1: 1/4 for p, 1/2 for q
+    # the following token is 1: 1/4 for p, 1/2 for q
     assert total.perplexity_reference == pytest.approx(4.0)
     assert total.perplexity_ratio == pytest.approx(0.5)
     assert total.n_tokens == 2
 
 
-def test_a_large_text_is_compared_as_its_pieces_are() -> None:
+def test_a_long_text_gives_the_same_as_its_parts() -> None:
     ids = list(np.random.default_rng(1).integers(0, 30, 200))
     p, q = logits(200, 30, 2), logits(200, 30, 3)
     whole = compare_logits(p, q, ids)
@@ -59,13 +57,13 @@ def test_a_vocabulary_padded_on_one_side_is_compared_on_the_tokens_both_have() -
     assert summarize([compare_logits(p, padded, [1, 2, 3, 4])]).kl_mean < 1e-9
 
 
-def test_a_token_that_the_reference_rules_out_does_not_spoil_the_sum() -> None:
+def test_a_token_of_probability_zero_keeps_the_sum_finite() -> None:
     p, q = logits(2, 6, 7), logits(2, 6, 8)
     p[:, 5] = -np.inf
     assert np.isfinite(compare_logits(p, q, [1, 2]).kl).all()
 
 
-def test_an_artifact_with_values_that_are_not_finite_is_infinitely_far() -> None:
+def test_logits_that_are_not_finite_have_infinite_divergence() -> None:
     p, q = logits(3, 6, 7), logits(3, 6, 8)
     q[1, 2] = np.nan
     with np.errstate(invalid="ignore"):
@@ -74,14 +72,14 @@ def test_an_artifact_with_values_that_are_not_finite_is_infinitely_far() -> None
     assert found.top1 == 0.0
 
 
-def test_a_damaged_reference_is_no_verdict_on_the_artifact() -> None:
+def test_a_damaged_reference_is_an_error() -> None:
     p, q = logits(3, 6, 7), logits(3, 6, 8)
     p[0, 0] = np.nan
     with np.errstate(invalid="ignore"), pytest.raises(ArteError, match="reference"):
         summarize([compare_logits(p, q, [1, 2, 3])])
 
 
-def test_rows_that_do_not_belong_to_the_tokens_are_refused() -> None:
+def test_a_wrong_number_of_rows_is_rejected() -> None:
     with pytest.raises(ValueError, match="3 tokens"):
         compare_logits(logits(3, 5, 0), logits(2, 5, 0), [1, 2, 3])
 
@@ -100,8 +98,8 @@ def test_the_error_of_the_ratio_shrinks_with_the_square_root_of_the_prompts() ->
     assert error(256) == pytest.approx(error(16) / 4, rel=0.5)
 
 
-def test_a_shift_of_one_token_that_every_prompt_holds_counts_as_noise() -> None:
-    # Sixteen prompts with one token each that the artifact finds less likely: not sixteen observations, but one.
+def test_a_shift_of_one_token_in_all_prompts_counts_as_noise() -> None:
+    # Sixteen prompts with one token each that the artifact finds less likely: one observation, not sixteen.
     def error(tokens: list[int]) -> float:
         p = np.zeros((2, 40), dtype=np.float32)
         pairs = []
@@ -116,8 +114,8 @@ def test_a_shift_of_one_token_that_every_prompt_holds_counts_as_noise() -> None:
 
 
 @dataclass
-class Words:
-    """An `Runtime` whose tokens are letters and whose logits depend on the whole text before."""
+class FakeRuntime:
+    """A runtime whose tokens are letters and whose logits depend on the whole text before."""
 
     noise: float = 0.0
     context_tokens: int = 10_000
@@ -137,10 +135,10 @@ class Words:
 
 
 def measure(prompts: list[str], **options: Any) -> Any:
-    return measure_fidelity(Words(**options), Words(0.3), prompts)  # type: ignore[arg-type]
+    return measure_fidelity(FakeRuntime(**options), FakeRuntime(0.3), prompts)  # type: ignore[arg-type]
 
 
-def test_a_beginning_that_prompts_share_counts_once() -> None:
+def test_a_shared_prefix_counts_once() -> None:
     head = "you are a helpful assistant "
     found = measure([head + "one two", head + "three"])
     assert found.n_tokens == len(head + "one two") + len("three")
@@ -149,8 +147,8 @@ def test_a_beginning_that_prompts_share_counts_once() -> None:
     assert twice.kl_mean == found.kl_mean and twice.n_prompts == 2
 
 
-def test_a_long_prompt_is_cut_and_a_short_one_left_out() -> None:
-    assert measure(["ab" * 600, "a", ""]).n_tokens == LONGEST
+def test_a_long_prompt_is_truncated_and_a_short_one_skipped() -> None:
+    assert measure(["ab" * 600, "a", ""]).n_tokens == MAX_PROMPT_TOKENS
     assert measure(["ab" * 600], context_tokens=64).n_tokens == 64
     with pytest.raises(InputError, match="two tokens"):
         measure(["a", ""])

@@ -37,7 +37,7 @@ def folder(good: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(good, tmp_path / "copy"))
 
 
-def judge(reference: Runtime, artifact: Path) -> Verdict:
+def gate(reference: Runtime, artifact: Path) -> Verdict:
     return verify_file(reference, artifact, built_in_prompts(reference), thresholds_for("fp32"))
 
 
@@ -56,7 +56,7 @@ def test_a_good_genai_folder_passes_in_its_own_runtime(reference: Runtime, good:
     assert isinstance(model, GenaiRuntime)
     assert (model.quantization, model.n_vocab) == ("fp32", reference.n_vocab)
     model.close()
-    verdict = judge(reference, good)
+    verdict = gate(reference, good)
     assert verdict.passed, verdict.reason
     assert verdict.runtimes[1].startswith("onnxruntime-genai")
 
@@ -84,25 +84,25 @@ def test_a_text_ends_with_a_stop_string(reference: Runtime, good: Path) -> None:
 def test_a_truncated_weight_file_is_caught(reference: Runtime, folder: Path) -> None:
     data = folder / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-5000])
-    verdict = judge(reference, folder)
+    verdict = gate(reference, folder)
     assert failed(verdict) == {"opens"} and "model.onnx.data" in verdict.reason
 
 
 def test_a_missing_weight_file_is_caught(reference: Runtime, folder: Path) -> None:
     (folder / "model.onnx.data").unlink()
-    assert failed(judge(reference, folder)) == {"opens"}
+    assert failed(gate(reference, folder)) == {"opens"}
 
 
 def test_a_swapped_eos_is_caught(reference: Runtime, folder: Path) -> None:
     change(folder / "genai_config.json", lambda c: c["model"].update(eos_token_id=1))
-    verdict = judge(reference, folder)
+    verdict = gate(reference, folder)
     assert failed(verdict) == {"stop tokens"}
     assert "never stops at <|im_end|> (2)" in verdict.reason
 
 
 def test_a_wrong_chat_template_is_caught(reference: Runtime, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
-    assert {"template", "template ids"} <= failed(judge(reference, folder))
+    assert {"template", "template ids"} <= failed(gate(reference, folder))
 
 
 def test_one_changed_merge_is_caught_although_the_runtime_follows_its_file(
@@ -113,7 +113,7 @@ def test_one_changed_merge_is_caught_although_the_runtime_follows_its_file(
         merges[3], merges[-1] = merges[-1], merges[3]
 
     change(folder / "tokenizer.json", swap)
-    assert failed(judge(reference, folder)) & {"tokens", "vocabulary", "opens"}
+    assert failed(gate(reference, folder)) & {"tokens", "vocabulary", "opens"}
 
 
 def test_one_corrupted_stretch_of_weights_is_caught(reference: Runtime, folder: Path) -> None:
@@ -121,4 +121,4 @@ def test_one_corrupted_stretch_of_weights_is_caught(reference: Runtime, folder: 
     middle = len(data) // 2
     data[middle : middle + 4096] = bytes(4096)
     (folder / "model.onnx.data").write_bytes(data)
-    assert "kl mean" in failed(judge(reference, folder))
+    assert "kl mean" in failed(gate(reference, folder))

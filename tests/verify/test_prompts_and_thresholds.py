@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -26,7 +24,7 @@ class Plain:
         return None
 
 
-def test_built_in_prompts_carry_question_and_answer_in_the_models_own_format() -> None:
+def test_built_in_prompts_have_questions_and_answers_in_the_model_s_format() -> None:
     chat, plain = built_in_prompts(Chat()), built_in_prompts(Plain())
     assert len(chat) == len(plain) >= 12
     assert all("[assistant]" in prompt and not prompt.endswith("[assistant]") for prompt in chat)
@@ -34,7 +32,7 @@ def test_built_in_prompts_carry_question_and_answer_in_the_models_own_format() -
 
 
 def test_task_prompts_are_validation_examples_with_their_answers_and_never_test_ones() -> None:
-    def refuse() -> tuple[Example, ...]:
+    def fail() -> tuple[Example, ...]:
         raise AssertionError("the test split was read")
 
     task = Task(
@@ -44,7 +42,7 @@ def test_task_prompts_are_validation_examples_with_their_answers_and_never_test_
         techniques=(),
         seed=(),
         validation=tuple(Example(f"q{i}", "True") for i in range(9)),
-        test_loader=refuse,
+        test_loader=fail,
     )
     prompts = task_prompts(Chat(), task, 4)
     assert len(prompts) == 4
@@ -60,14 +58,14 @@ def test_prompts_come_from_lines_or_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"label": 1}', "[1]", '{"text": 3}'])
-def test_rows_without_text_are_refused_with_their_line(tmp_path: Path, text: str) -> None:
+def test_rows_without_text_are_rejected(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=r"a\.jsonl"):
         prompts_from_file(path)
 
 
-def test_every_type_that_a_gguf_can_say_it_is_has_limits() -> None:
+def test_every_gguf_type_has_thresholds() -> None:
     assert set(FILE_TYPES.values()) <= set(TYPES)
     assert {"fp32", "int8", "int4"} <= set(TYPES)
     assert thresholds_for("q4_k_m") is TYPES["Q4_K_M"]
@@ -76,19 +74,19 @@ def test_every_type_that_a_gguf_can_say_it_is_has_limits() -> None:
 
 
 @pytest.mark.parametrize("name", ["kl_mean", "kl_p99", "perplexity_ratio", "accuracy_drop"])
-def test_fewer_bits_are_never_held_to_a_stricter_limit(name: str) -> None:
+def test_fewer_bits_never_have_a_stricter_threshold(name: str) -> None:
     order = (STRICTEST, "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ1_S")
     limits = [getattr(TYPES[type], name) for type in order]
     assert limits == sorted(limits)
     assert [TYPES[type].top1 for type in order] == sorted((TYPES[t].top1 for t in order), reverse=True)  # type: ignore[type-var]
 
 
-def test_perplexity_limits_are_the_published_ones() -> None:
+def test_perplexity_thresholds_are_the_published_ones() -> None:
     ratios = {type: TYPES[type].perplexity_ratio for type in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "int4")}
     assert ratios == {"Q8_0": 1.005, "Q6_K": 1.007, "Q5_K_M": 1.02, "Q4_K_M": 1.04, "int4": 1.10}
 
 
-def test_limits_of_a_recipe_are_checked() -> None:
+def test_thresholds_of_a_recipe_are_checked() -> None:
     assert Thresholds(kl_mean=None).token_differences == 0
     for wrong in ({"kl_meen": 1.0}, {"top1": 1.5}, {"kl_mean": -1}):
         with pytest.raises(ValidationError):

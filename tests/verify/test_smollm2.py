@@ -1,4 +1,4 @@
-"""The gate on a real model: no false alarm on good files, and faults that a tiny model could not show."""
+"""The gate on a real model: good files pass, and faults that need a real model are found."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def quantized(f16: Path, type: str) -> Path:
     return out
 
 
-def judge(student: Runtime, artifact: Path) -> Verdict:
+def gate(student: Runtime, artifact: Path) -> Verdict:
     return verify_file(student, artifact, built_in_prompts(student)[_PROMPTS])
 
 
 @pytest.mark.parametrize("type", ["F16", "Q8_0"])
 def test_a_good_file_raises_no_alarm(student: Runtime, f16: Path, type: str) -> None:
-    verdict = judge(student, f16 if type == "F16" else quantized(f16, type))
-    assert verdict.judged_as == type
+    verdict = gate(student, f16 if type == "F16" else quantized(f16, type))
+    assert verdict.thresholds_of == type
     assert verdict.passed, verdict.reason
 
 
@@ -79,7 +79,7 @@ def unpermuted(rows: NDArray[Any]) -> NDArray[Any]:
 def test_one_wrong_tensor_shows_through_the_rounding_of_4_bits(
     student: Runtime, f16: Path, tmp_path: Path, name: str, change: Any
 ) -> None:
-    verdict = judge(student, with_tensor(quantized(f16, "Q4_K_M"), tmp_path / "wrong.gguf", name, change))
+    verdict = gate(student, with_tensor(quantized(f16, "Q4_K_M"), tmp_path / "wrong.gguf", name, change))
     assert "kl mean" in {check.name for check in verdict.failed}
 
 

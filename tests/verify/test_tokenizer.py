@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 import unicodedata
@@ -21,7 +19,7 @@ def letters(text: str) -> list[int]:
 
 @dataclass
 class Fake:
-    """An `Runtime` that cuts text with `cut`; ids below 10 are special tokens by name."""
+    """A runtime that tokenizes with `cut`; ids below 10 are special tokens by name."""
 
     cut: Callable[[str], list[int]] = letters
     names: tuple[str, ...] = ("<s>", "<|im_end|>", "<|endoftext|>", "<|fim_pad|>")
@@ -89,7 +87,7 @@ def test_equal_tokenizers_pass() -> None:
     [
         (lambda t: [0, *letters(t)], "puts a token '<s>' in front"),
         (lambda t: [*letters(t), 1], "an end token after every prompt"),
-        (lambda t: [5 if c.isdigit() else ord(c) for c in t], "numbers are cut otherwise"),
+        (lambda t: [5 if c.isdigit() else ord(c) for c in t], "numbers are split differently"),
         (lambda t: letters(t.replace("the", "teh")), "a merge, a vocabulary entry"),
         (lambda t: [ord(c) + 1 for c in t], "another model's tokenizer"),
     ],
@@ -106,10 +104,8 @@ def test_a_failing_check_says_what_is_most_likely_wrong(cut: Any, sentence: str)
 def test_the_first_difference_is_shown_with_both_lists_of_ids() -> None:
     check = tokens(Fake(lambda t: letters(t.replace("q", "Q"))), strings=("plain", "a quick one", "quite"))
     assert check.measured == 2
-    assert check.note.startswith(
-        "2 of 3 strings, first 'a quick one': reference [97, 32, 113, 117, 105, 99…]"
-    )
-    assert "artifact [97, 32, 81, 117, 105, 99…]" in check.note
+    for part in ("2 of 3", "'a quick one'", "[97, 32, 113, 117, 105, 99…]", "[97, 32, 81, 117, 105, 99…]"):
+        assert part in check.note
 
 
 def test_a_lost_begin_token_is_named() -> None:
@@ -117,27 +113,27 @@ def test_a_lost_begin_token_is_named() -> None:
     assert "lacks the begin token '<s>'" in check.note
 
 
-def test_text_that_only_lacks_composition_is_told_and_not_held_against_the_artifact() -> None:
+def test_text_that_differs_only_in_composition_is_reported_and_passes() -> None:
     composing = Fake(lambda t: letters(unicodedata.normalize("NFC", t)))
     check = tokens(Fake(), composing, ("e\u0301", "plain"))
     assert check.passed and check.measured == 0
-    assert "1 of 2 strings agree once composed (NFC), which fake leaves to you" in check.note
+    assert "1 of 2 strings" in check.note and "NFC" in check.note
     other = Fake(lambda t: [n + 1 for n in letters(t)])
     assert tokens(other, composing, ("e\u0301",)).measured == 1
 
 
-def test_a_few_texts_that_only_the_runtime_cuts_otherwise_are_told_and_many_fail() -> None:
+def test_a_few_differences_of_the_runtime_itself_are_reported_and_many_fail() -> None:
     runtime = Fake(lambda t: letters(t.replace("½", "")), file_cut=letters)
     few = tokens(runtime, strings=("½", "a½b", "plain"))
     assert few.passed and few.measured == 0
-    assert "2 of 3 strings are cut otherwise by fake itself, though the tokenizer file is right" in few.note
+    assert "2 of 3 strings" in few.note and "fake itself" in few.note
     many = tokens(runtime, strings=tuple(f"{i}½" for i in range(9)))
     assert not many.passed and many.measured == 9
     broken_file = Fake(lambda t: letters(t.replace("½", "")), file_cut=lambda t: letters(t.replace("½", "")))
     assert not tokens(broken_file, strings=("½",)).passed
 
 
-def test_one_word_of_the_vocabulary_that_is_cut_otherwise_is_found_and_named() -> None:
+def test_one_vocabulary_entry_that_differs_is_found_and_named() -> None:
     words = [f"w{i}x" for i in range(1000)]
     broken = Fake(lambda t: letters(t.replace("w777x", "W777x")))
     check = check_vocabulary(Fake(learned=words), broken, Thresholds())  # type: ignore[arg-type]
@@ -147,9 +143,9 @@ def test_one_word_of_the_vocabulary_that_is_cut_otherwise_is_found_and_named() -
     assert good.passed and good.note == "1000 tokens"
 
 
-def test_equal_stops_pass_and_so_do_ends_that_a_runtime_knows_by_name() -> None:
+def test_equal_stop_tokens_pass_and_so_do_those_that_a_runtime_knows_by_name() -> None:
     assert stops(Fake()).passed
-    assert stops(Fake(stop_tokens=frozenset([1, 2, 3]))).passed  # <|fim_pad|>: llama.cpp always ends there
+    assert stops(Fake(stop_tokens=frozenset([1, 2, 3]))).passed  # <|fim_pad|>: llama.cpp always stops there
     assert not stops(Fake(stop_tokens=frozenset([1, 2, 4]))).passed
     assert stops(Fake(stop_tokens=frozenset([1]))).passed  # <|endoftext|> is not declared
 
@@ -160,7 +156,7 @@ def test_equal_stops_pass_and_so_do_ends_that_a_runtime_knows_by_name() -> None:
         (Fake(eos_tokens=frozenset([2]), stop_tokens=frozenset([2])), "never stops at <|im_end|> (1)"),
         (Fake(stop_tokens=frozenset([1, 2, 65])), "stops at A (65)"),
         (Fake(eos_tokens=frozenset([65]), stop_tokens=frozenset([1, 2, 65])), "stops at A (65)"),
-        (Fake(eos_tokens=frozenset([2])), "declares <|endoftext|> (2) as its end"),
+        (Fake(eos_tokens=frozenset([2])), "declares <|endoftext|> (2) as its stop token"),
         (Fake(eos_tokens=frozenset(), stop_tokens=frozenset()), "never stops at <|im_end|> (1)"),
     ],
 )
@@ -175,6 +171,6 @@ def test_a_declared_list_covers_an_artifact_that_names_one_of_it() -> None:
     assert stops(Fake(eos_tokens=frozenset([1])), listed).passed
 
 
-def test_an_excerpt_shows_what_cannot_be_seen() -> None:
+def test_an_excerpt_escapes_invisible_characters() -> None:
     assert excerpt("a\x00b") == r"'a\x00b'"
     assert excerpt("x" * 100, 50).startswith("…'xxx") and excerpt("x" * 100, 50).endswith("…")
