@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,21 +33,26 @@ __all__ = [
     "Make",
     "Patch",
     "accuracy",
+    "add_tensors",
     "artifact",
     "bpe",
     "chat_tokenizer",
+    "edited",
+    "edited_json",
     "facts",
     "finish",
     "gguf_writer",
+    "hf_logits",
+    "llama_shapes",
     "make_gguf",
     "metrics",
     "quality_row",
+    "relative_error",
     "save_checkpoint",
     "speed_row",
     "student_file",
     "tensor_sha256",
     "word_tokenizer",
-    "write_base",
     "write_gguf",
     "write_student",
     "write_tokenizer",
@@ -193,65 +199,94 @@ def write_student(folder: Path, seed: int = 4) -> Path:
     )
 
 
-def gguf_writer(path: Path, arch: str = "llama", **sizes: int) -> Any:
-    """Return GGML's own writer with the sizes of a model set: ``context_length=128``, ``head_count=4``, ..."""
+def edited(checkpoint: Path, out: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """Copy a checkpoint with its tensors changed."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(checkpoint, out)
+    tensors = load_file(out / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def edited_json(checkpoint: Path, out: Path, name: str = "config.json", **changes: Any) -> Path:
+    """Copy a checkpoint with keys of one of its JSON files changed; None removes one."""
+    shutil.copytree(checkpoint, out)
+    content = json.loads((out / name).read_text("utf-8")) | changes
+    (out / name).write_text(json.dumps({k: v for k, v in content.items() if v is not None}), "utf-8")
+    return out
+
+
+def hf_logits(checkpoint: Path, ids: Sequence[int], adapter: Path | None = None) -> np.ndarray:
+    """Return transformers' logits ``[n_token, n_vocab]`` of a checkpoint, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return np.asarray(model.eval()(torch.tensor([list(ids)])).logits[0])
+
+
+def relative_error(got: Any, expected: Any) -> float:
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def gguf_writer(path: Path, arch: str = "llama", **values: Any) -> Any:
+    """Return GGML's own writer with metadata set: ``context_length=128``, ``head_count=4``, ``name="Tiny"``, ..."""
     import gguf
 
     writer = gguf.GGUFWriter(path, arch)
-    for name, value in sizes.items():
+    for name, value in values.items():
         getattr(writer, f"add_{name}")(value)
-    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_layer_norm_rms_eps(1e-5)
     return writer
 
 
-def write_base(writer: Any, arch: str, shapes: Mapping[str, Sequence[int]], n_layer: int = 2) -> None:
-    """Finish a GGUF with zeros for weights, named as llama.cpp names transformers' tensors."""
-    import gguf
+def llama_shapes(
+    n_vocab: int, width: int, width_ff: int, n_layer: int = 2, kv: int = 0, tied: bool = True
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a Llama's tensors under GGUF's names."""
+    found: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (n_vocab, width),
+        "output_norm.weight": (width,),
+    }
+    rows = {"attn_q": width, "attn_k": kv or width, "attn_v": kv or width, "attn_output": width}
+    for i in range(n_layer):
+        for part, n in (rows | {"ffn_gate": width_ff, "ffn_up": width_ff}).items():
+            found[f"blk.{i}.{part}.weight"] = (n, width)
+        found[f"blk.{i}.ffn_down.weight"] = (width, width_ff)
+        found |= {f"blk.{i}.{part}_norm.weight": (width,) for part in ("attn", "ffn")}
+    return found | ({} if tied else {"output.weight": (n_vocab, width)})
 
-    table = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], n_layer)
+
+def add_tensors(
+    writer: Any, shapes: Mapping[str, Sequence[int]], *, seed: int = 3, scale: float = 0.3
+) -> Path:
+    """Add random matrices in F16 and norms about one in F32, and finish the file."""
+    random = np.random.default_rng(seed)
     for name, shape in shapes.items():
-        writer.add_tensor(
-            table.get_name(name, (".weight", ".bias")), np.zeros(tuple(shape), dtype=np.float32)
-        )
+        values = random.normal(0, scale, shape) + (len(shape) == 1)
+        writer.add_tensor(name, values.astype(np.float32 if len(shape) == 1 else np.float16))
     finish(writer)
+    return Path(writer.path)
 
 
 def write_gguf(path: Path) -> Path:
     """Write a random two-layer Llama in F16 with single characters for tokens: it runs in no time."""
-    import gguf
-
-    n_vocab, width, heads, n_ff, layers = 96, 64, 4, 96, 2
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([chr(33 + i) if i < 90 else f"<{i}>" for i in range(n_vocab)])
-    writer.add_token_types([gguf.TokenType.NORMAL] * 90 + [gguf.TokenType.CONTROL] * (n_vocab - 90))
-    writer.add_token_merges(["! !"])
-    writer.add_bos_token_id(n_vocab - 2)
-    writer.add_eos_token_id(n_vocab - 1)
-    writer.add_add_bos_token(True)
-    writer.add_vocab_size(n_vocab)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(width)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(n_ff)
-    writer.add_head_count(heads)
-    writer.add_rope_dimension_count(width // heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    rng = np.random.default_rng(5)
-    shapes = {"token_embd": (n_vocab, width), "output": (n_vocab, width)}
-    for layer in range(layers):
-        shapes |= {f"blk.{layer}.attn_{name}": (width, width) for name in ("q", "k", "v", "output")}
-        shapes |= {f"blk.{layer}.ffn_{name}": (n_ff, width) for name in ("gate", "up")}
-        shapes[f"blk.{layer}.ffn_down"] = (width, n_ff)
-    norms = ["output_norm", *(f"blk.{i}.{n}_norm" for i in range(layers) for n in ("attn", "ffn"))]
-    for name in norms:
-        writer.add_tensor(f"{name}.weight", np.ones(width, dtype=np.float32))
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", rng.normal(0, 0.3, shape).astype(np.float16))
-    finish(writer)
-    return path
+    n_vocab = 96
+    tokens = [chr(33 + i) if i < 90 else f"<{i}>" for i in range(n_vocab)]
+    sizes = {"vocab_size": n_vocab, "context_length": 4096, "embedding_length": 64, "block_count": 2}
+    heads = {"feed_forward_length": 96, "head_count": 4, "rope_dimension_count": 16, "file_type": 1}
+    ids = {"bos_token_id": n_vocab - 2, "eos_token_id": n_vocab - 1, "add_bos_token": True}
+    words = {"token_list": tokens, "token_types": [1] * 90 + [3] * 6, "token_merges": ["! !"]}
+    kind = {"tokenizer_model": "gpt2", "tokenizer_pre": "gpt-2"}
+    writer = gguf_writer(path, **sizes, **heads, **ids, **words, **kind)
+    return add_tensors(writer, llama_shapes(n_vocab, 64, 96, tied=False), seed=5)
 
 
 def finish(writer: Any) -> None:

@@ -60,37 +60,32 @@ def test_the_sum_it_returns_is_that_of_the_file(make_gguf: Make) -> None:
     assert after.tensor_sha256 == before.tensor_sha256
 
 
+WHOLE = {
+    f"{u}int{bits}": (0 if u else -(1 << bits - 1), (1 << bits - (not u)) - 1)
+    for u in ("u", "")
+    for bits in (8, 16, 32, 64)
+}
+FLOATS = {width: st.floats(width=width, allow_nan=False) for width in (32, 64)}
+ITEMS = (st.text(max_size=5), st.integers(-9, 9), FLOATS[32], st.booleans())
 SCALARS = st.one_of(
-    st.tuples(st.just("add_uint8"), st.integers(0, 255)),
-    st.tuples(st.just("add_int8"), st.integers(-128, 127)),
-    st.tuples(st.just("add_uint16"), st.integers(0, 65535)),
-    st.tuples(st.just("add_int16"), st.integers(-(1 << 15), (1 << 15) - 1)),
-    st.tuples(st.just("add_uint32"), st.integers(0, (1 << 32) - 1)),
-    st.tuples(st.just("add_int32"), st.integers(-(1 << 31), (1 << 31) - 1)),
-    st.tuples(st.just("add_uint64"), st.integers(0, (1 << 64) - 1)),
-    st.tuples(st.just("add_int64"), st.integers(-(1 << 63), (1 << 63) - 1)),
-    st.tuples(st.just("add_float32"), st.floats(width=32, allow_nan=False)),
-    st.tuples(st.just("add_float64"), st.floats(allow_nan=False)),
+    *(st.tuples(st.just(f"add_{name}"), st.integers(*ends)) for name, ends in WHOLE.items()),
+    *(st.tuples(st.just(f"add_float{width}"), values) for width, values in FLOATS.items()),
     st.tuples(st.just("add_bool"), st.booleans()),
     st.tuples(st.just("add_string"), st.text(max_size=20)),
-    st.tuples(st.just("add_array"), st.lists(st.text(max_size=5), min_size=1, max_size=4)),
-    st.tuples(st.just("add_array"), st.lists(st.integers(-9, 9), min_size=1, max_size=4)),
-    st.tuples(st.just("add_array"), st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=4)),
-    st.tuples(st.just("add_array"), st.lists(st.booleans(), min_size=1, max_size=4)),
+    *(st.tuples(st.just("add_array"), st.lists(item, min_size=1, max_size=4)) for item in ITEMS),
 )
 KEYS = st.from_regex(r"[a-z]{1,6}(\.[a-z0-9_]{1,6}){1,2}", fullmatch=True)
+BYTES = st.text(max_size=30).map(str.encode)
 FIELDS = st.one_of(
-    st.builds(Field, st.just(STRING), st.text(max_size=30).map(str.encode)),
+    st.builds(Field, st.just(STRING), BYTES),
     st.builds(Field, st.just(UINT32), st.integers(0, (1 << 32) - 1)),
     st.builds(Field, st.just(BOOL), st.booleans()),
-    st.builds(Field, st.just(FLOAT32), st.floats(width=32, allow_nan=False)),
-    st.builds(
-        Field, st.just(ARRAY), st.lists(st.text(max_size=5).map(str.encode), min_size=1), st.just(STRING)
-    ),
+    st.builds(Field, st.just(FLOAT32), FLOATS[32]),
+    st.builds(Field, st.just(ARRAY), st.lists(BYTES, min_size=1), st.just(STRING)),
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     pairs=st.dictionaries(KEYS, SCALARS, max_size=6),
     fields=st.dictionaries(KEYS, FIELDS, max_size=4),
@@ -112,16 +107,15 @@ def test_any_metadata_survives_as_ggmls_own_reader_sees_it(
     tiny.finish(writer)
     before, weights = values(path), tensors(path)
     rewrite(path, fields)
-    want = {key: field.value for key, field in fields.items()}
-    text = {
-        key: [v.decode() for v in value]
-        if isinstance(value, list)
-        else value.decode()
-        if isinstance(value, bytes)
-        else value
-        for key, value in want.items()
-    }
-    assert values(path) == before | text
+
+    def text(value: Any) -> Any:
+        return (
+            [v.decode() for v in value]
+            if isinstance(value, list)
+            else getattr(value, "decode", lambda: value)()
+        )
+
+    assert values(path) == before | {key: text(field.value) for key, field in fields.items()}
     assert tensors(path) == weights
     assert all(t.data_offset % (alignment or 32) == 0 for t in gguf.GGUFReader(path).tensors)
     data = path.read_bytes()
@@ -133,7 +127,7 @@ def test_any_metadata_survives_as_ggmls_own_reader_sees_it(
 
 
 @pytest.mark.parametrize("key", ["general.alignment", "general.architecture", "", "a b", "a..b", "ä.b"])
-def test_a_key_that_must_not_be_set_is_refused(make_gguf: Make, key: str) -> None:
+def test_a_key_that_must_not_be_set_is_rejected(make_gguf: Make, key: str) -> None:
     path = make_gguf()
     data = path.read_bytes()
     with pytest.raises(InputError, match="cannot be set"):
@@ -141,22 +135,22 @@ def test_a_key_that_must_not_be_set_is_refused(make_gguf: Make, key: str) -> Non
     assert path.read_bytes() == data
 
 
-def test_a_value_that_does_not_fit_is_refused(make_gguf: Make) -> None:
+def test_a_value_that_does_not_fit_is_rejected(make_gguf: Make) -> None:
     with pytest.raises(InputError, match=r"arte_edge\.a: cannot be written"):
         rewrite(make_gguf(), {"arte_edge.a": Field(UINT32, -1)})
 
 
-def test_a_damaged_file_is_refused_and_stays(make_gguf: Make, tmp_path: Path) -> None:
+def test_a_damaged_file_is_rejected_and_stays(make_gguf: Make, tmp_path: Path) -> None:
     whole = make_gguf().read_bytes()
     path = tmp_path / "cut.gguf"
-    for cut in (*range(0, 700, 7), len(whole) - 40):
+    for cut in (*range(0, 700, 21), len(whole) - 40):
         path.write_bytes(whole[:cut])
         with pytest.raises(InputError):
             rewrite(path, {"arte_edge.a": Field(UINT32, 1)})
         assert path.read_bytes() == whole[:cut]
 
 
-def test_a_full_disk_is_told_before_anything_is_written(make_gguf: Make, monkeypatch: Patch) -> None:
+def test_too_little_space_is_found_before_writing(make_gguf: Make, monkeypatch: Patch) -> None:
     path = make_gguf()
     usage = shutil.disk_usage(path.parent)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=100))

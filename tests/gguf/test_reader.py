@@ -17,22 +17,16 @@ from arte_edge.gguf.reader import FILE_TYPES, STRING, TENSOR_TYPES, Field, read_
 from arte_edge.gguf.writer import Tensor, rewrite, write_gguf
 
 # The fixture's path does not change between examples; the files written from it do.
-_examples = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+_examples = settings(max_examples=80, suppress_health_check=list(HealthCheck))
 
 
 def test_type_tables_are_those_of_ggml() -> None:
     gguf = pytest.importorskip("gguf")
     sizes = {int(kind): (kind.name, *size) for kind, size in gguf.GGML_QUANT_SIZES.items()}
-    assert {number: sizes[number] for number in TENSOR_TYPES if number in sizes} == {
-        number: row for number, row in TENSOR_TYPES.items() if number in sizes
-    }
-    assert len(set(sizes) & set(TENSOR_TYPES)) > 25
+    assert len(sizes.keys() & TENSOR_TYPES.keys()) > 25
     names = {int(kind): kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType}
-    assert {n: names[n] for n in FILE_TYPES if n in names} == {
-        n: FILE_TYPES[n] for n in FILE_TYPES if n in names
-    }
+    for theirs, ours in ((sizes, TENSOR_TYPES), (names, FILE_TYPES)):
+        assert [n for n in theirs.keys() & ours.keys() if theirs[n] != ours[n]] == []
 
 
 def test_header_says_what_was_written(make_gguf: Make) -> None:
@@ -48,8 +42,7 @@ def test_header_says_what_was_written(make_gguf: Make) -> None:
 
 def test_the_tensors_name_the_quantization_when_the_file_type_does_not(make_gguf: Make) -> None:
     path = make_gguf()
-    content = path.read_bytes().replace(b"general.file_type", b"general.file_typo")
-    path.write_bytes(content)
+    path.write_bytes(path.read_bytes().replace(b"general.file_type", b"general.file_typo"))
     assert read_model_header(path).quantization == "Q8_0"
 
 
@@ -82,24 +75,22 @@ def test_what_is_no_gguf_is_named(tmp_path: Path, content: bytes, said: str) -> 
         ({"general__alignment": 0}, "alignment"),
     ],
 )
-def test_a_gguf_that_is_no_model_is_refused(make_gguf: Make, pairs: dict[str, object], said: str) -> None:
+def test_a_gguf_that_is_no_model_is_rejected(make_gguf: Make, pairs: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said):
         read_model_header(make_gguf(**pairs))
 
 
-def test_a_type_from_the_future_is_named(make_gguf: Make) -> None:
-    path = make_gguf()
+def overwrite(path: Path, after: bytes, skip: int, value: bytes) -> None:
+    """Put `value` where `skip` bytes have passed since the first `after`."""
     content = bytearray(path.read_bytes())
-    at = content.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16
-    content[at : at + 4] = (99).to_bytes(4, "little")
+    at = content.index(after) + len(after) + skip
+    content[at : at + len(value)] = value
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"attn_q\.weight has the unknown type 99"):
-        read_model_header(path)
 
 
 @_examples
 @given(share=st.floats(0, 1, exclude_max=True))
-def test_a_file_cut_anywhere_is_refused(make_gguf: Make, share: float) -> None:
+def test_a_file_cut_anywhere_is_rejected(make_gguf: Make, share: float) -> None:
     path = make_gguf()
     content = path.read_bytes()
     header = read_model_header(path)
@@ -111,13 +102,10 @@ def test_a_file_cut_anywhere_is_refused(make_gguf: Make, share: float) -> None:
 
 @_examples
 @given(
-    places=st.lists(
-        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4
-    ),
-    share=st.floats(0, 1),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=4), st.floats(0, 1)
 )
 def test_a_damaged_file_is_read_or_rejected_but_never_a_crash(
-    make_gguf: Make, places: list[tuple[float, int]], share: float
+    make_gguf: Make, places: Any, share: float
 ) -> None:
     path = make_gguf()
     content = bytearray(path.read_bytes())
@@ -151,11 +139,11 @@ def fields() -> st.SearchStrategy[dict[str, Field]]:
         st.builds(Field, st.just(9), st.lists(values, min_size=1, max_size=5), st.just(kind))
         for kind, values in SCALARS.items()
     ]
-    keys = st.text("abcxyz._é", min_size=1, max_size=10).map(lambda key: f"x.{key}")
+    keys = st.text("abcxyz._é", min_size=1, max_size=10).map("x.{}".format)
     return st.dictionaries(keys, st.one_of(*scalar, *array), max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(fields(), st.lists(st.integers(1, 4), min_size=1, max_size=3))
 def test_what_is_written_is_read(written: dict[str, Field], shape: list[int]) -> None:
     values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
@@ -175,7 +163,10 @@ def test_reading_agrees_with_the_library_of_the_format(tiny_model: Any) -> None:
     ours, theirs = read_model_header(path), GGUFReader(path)
     for key, field in ours.fields.items():
         wanted = theirs.get_field(key).contents()
-        assert (field.value.decode() if isinstance(field.value, bytes) else field.value) == wanted
+        value = [
+            getattr(v, "decode", lambda v=v: v)() for v in np.atleast_1d(np.array(field.value, dtype=object))
+        ]
+        assert value == (wanted if isinstance(wanted, list) else [wanted])
     assert ours.shapes == {t.name: tuple(reversed(t.shape.tolist())) for t in theirs.tensors}
 
 
@@ -207,19 +198,13 @@ def test_only_f32_is_read_as_floats(make_gguf: Make) -> None:
         header.floats("blk.0.attn_q.weight")
     with pytest.raises(InputError, match="missing"):
         header.floats("nothing")
-
-
-def test_a_missing_file_is_the_user_s_mistake(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
-        read_header(tmp_path / "none.gguf")
+        read_header(header.path.with_name("none.gguf"))
 
 
 def test_a_huge_count_costs_no_memory(make_gguf: Make) -> None:
     path = make_gguf()
-    content = bytearray(path.read_bytes())
-    at = content.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8
-    content[at : at + 8] = np.uint64(2**60).tobytes()
-    path.write_bytes(content)
+    overwrite(path, b"tokenizer.ggml.tokens", 8, np.uint64(2**60).tobytes())
     with pytest.raises(InputError, match="cut short"):
         read_header(path)
 
@@ -233,9 +218,7 @@ def parsed(monkeypatch: Patch) -> list[Path]:
     return found
 
 
-def test_a_file_is_parsed_once_also_after_it_was_renamed_or_linked(
-    make_gguf: Make, parsed: list[Path]
-) -> None:
+def test_a_file_is_parsed_once_even_if_renamed_or_linked(make_gguf: Make, parsed: list[Path]) -> None:
     path = make_gguf()
     link, renamed = path.with_name("link.gguf"), path.with_name("renamed.gguf")
     assert read_model_header(path).path == path
@@ -256,12 +239,12 @@ def test_a_file_that_changed_is_parsed_again(make_gguf: Make, parsed: list[Path]
         assert read_header(path).metadata["general.name"] == "new"
 
 
-def test_a_tensor_type_of_a_newer_ggml_does_not_stop_a_change_of_metadata(make_gguf: Make) -> None:
+def test_a_tensor_type_of_a_newer_ggml_is_named_and_does_not_stop_a_change_of_metadata(
+    make_gguf: Make,
+) -> None:
     path = make_gguf()
-    content = bytearray(path.read_bytes())
-    at = content.index(b"output_norm.weight") + len(b"output_norm.weight") + 4 + 8
-    content[at : at + 4] = (99).to_bytes(4, "little")
-    path.write_bytes(content)
+    overwrite(path, b"output_norm.weight", 4 + 8, (99).to_bytes(4, "little"))
     assert rewrite(path, {"arte_edge.a": Field(STRING, b"x")}).changed
-    with pytest.raises(InputError, match=r"output_norm\.weight has the unknown type 99"):
-        read_header(path)
+    for read in (read_header, read_model_header):
+        with pytest.raises(InputError, match=r"output_norm\.weight has the unknown type 99"):
+            read(path)

@@ -3,35 +3,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Make
+from tiny import Make, edited, edited_json
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.convert.convert import convert
 from arte_edge.gguf.reader import Field, read_model_header
-
-
-def copied(checkpoint: Path, out: Path, **config: Any) -> Path:
-    """Copy a checkpoint with keys of its config.json changed; None removes one."""
-    shutil.copytree(checkpoint, out)
-    content = json.loads((out / "config.json").read_text("utf-8")) | config
-    (out / "config.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}), "utf-8")
-    return out
-
-
-def edited(checkpoint: Path, out: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """Copy a checkpoint with its tensors changed."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(checkpoint, out)
-    tensors = load_file(out / "model.safetensors")
-    change(tensors)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    return out
 
 
 def test_shards_give_the_same_file(make_checkpoint: Make, tmp_path: Path) -> None:
@@ -41,7 +21,7 @@ def test_shards_give_the_same_file(make_checkpoint: Make, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("damage", ["shard missing", "tensor in no shard"])
-def test_a_sharded_checkpoint_that_is_not_whole_is_refused(
+def test_an_incomplete_sharded_checkpoint_is_rejected(
     damage: str, make_checkpoint: Make, tmp_path: Path
 ) -> None:
     folder = tmp_path / "copy"
@@ -56,30 +36,22 @@ def test_a_sharded_checkpoint_that_is_not_whole_is_refused(
         convert(folder, tmp_path / "out.gguf")
 
 
-def test_a_tied_output_matrix_is_left_out_even_where_the_checkpoint_has_it(
+def test_the_output_matrix_is_written_if_and_only_if_it_is_not_tied(
     make_checkpoint: Make, tmp_path: Path
 ) -> None:
     tied = make_checkpoint("qwen2", tie_word_embeddings=True)
-    both = edited(
-        tied,
-        tmp_path / "both",
-        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
-    )
+    copy_embedding = lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})  # noqa: E731
+    both = edited(tied, tmp_path / "both", copy_embedding)  # some checkpoints have it twice
     assert "output.weight" not in read_model_header(convert(both, tmp_path / "a.gguf")).shapes
     own = read_model_header(convert(make_checkpoint("qwen2"), tmp_path / "b.gguf"))
     assert own.shapes["output.weight"] == own.shapes["token_embd.weight"]
-
-
-def test_an_untied_output_matrix_that_is_missing_is_refused(make_checkpoint: Make, tmp_path: Path) -> None:
-    folder = edited(make_checkpoint("qwen2"), tmp_path / "copy", lambda t: t.pop("lm_head.weight"))
+    lost = edited(make_checkpoint("qwen2"), tmp_path / "lost", lambda t: t.pop("lm_head.weight"))
     with pytest.raises(InputError, match=r"lm_head\.weight is missing"):
-        convert(folder, tmp_path / "out.gguf")
+        convert(lost, tmp_path / "out.gguf")
 
 
-def test_an_unknown_family_names_the_known_ones_and_the_way_out(
-    make_checkpoint: Make, tmp_path: Path
-) -> None:
-    folder = copied(make_checkpoint("llama"), tmp_path / "copy", model_type="mamba")
+def test_an_unknown_family_names_the_known_ones(make_checkpoint: Make, tmp_path: Path) -> None:
+    folder = edited_json(make_checkpoint("llama"), tmp_path / "copy", model_type="mamba")
     with pytest.raises(InputError, match="mamba") as caught:
         convert(folder, tmp_path / "out.gguf")
     assert "smollm3" in caught.value.hint and "--llama-cpp" in caught.value.hint
@@ -104,38 +76,40 @@ def test_an_unknown_family_names_the_known_ones_and_the_way_out(
 def test_settings_that_would_load_and_answer_wrongly_are_refused(
     family: str, config: dict[str, Any], said: str, make_checkpoint: Make, tmp_path: Path
 ) -> None:
-    folder = copied(make_checkpoint(family), tmp_path / "copy", **config)
+    folder = edited_json(make_checkpoint(family), tmp_path / "copy", **config)
     with pytest.raises(InputError, match=said):
         convert(folder, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_weights_that_are_not_whole_are_refused_by_name(make_checkpoint: Make, tmp_path: Path) -> None:
-    lost = "model.layers.1.mlp.up_proj.weight"
-    folder = edited(make_checkpoint("llama"), tmp_path / "a", lambda t: t.pop(lost))
-    with pytest.raises(InputError, match=r"blk\.1\.ffn_up\.weight is missing"):
-        convert(folder, tmp_path / "out.gguf")
-    folder = edited(
-        make_checkpoint("llama"), tmp_path / "b", lambda t: t.update({lost: t[lost][:40].clone()})
-    )
-    with pytest.raises(InputError, match="up_proj"):
-        convert(folder, tmp_path / "out.gguf")
-    folder = edited(
-        make_checkpoint("llama"), tmp_path / "c", lambda t: t.update({"model.odd.weight": t[lost].clone()})
-    )
-    with pytest.raises(InputError, match=r"model\.odd\.weight has no place"):
-        convert(folder, tmp_path / "out.gguf")
-    cut = tmp_path / "d"
-    shutil.copytree(make_checkpoint("llama"), cut)
-    content = (cut / "model.safetensors").read_bytes()
-    (cut / "model.safetensors").write_bytes(content[:-100])
-    with pytest.raises(InputError, match="cut short"):
-        convert(cut, tmp_path / "out.gguf")
+UP = "model.layers.1.mlp.up_proj.weight"
 
 
-def test_values_too_large_for_float16_are_refused_and_fit_bfloat16(
-    make_checkpoint: Make, tmp_path: Path
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t.pop(UP), r"blk\.1\.ffn_up\.weight is missing"),
+        (lambda t: t.update({UP: t[UP][:40].clone()}), "up_proj"),
+        (lambda t: t.update({"model.odd.weight": t[UP].clone()}), r"model\.odd\.weight has no place"),
+    ],
+)
+def test_wrong_tensors_are_rejected_by_name(
+    change: Any, named: str, make_checkpoint: Make, tmp_path: Path
 ) -> None:
+    folder = edited(make_checkpoint("llama"), tmp_path / "copy", change)
+    with pytest.raises(InputError, match=named):
+        convert(folder, tmp_path / "out.gguf")
+
+
+def test_a_weight_file_cut_short_is_rejected(make_checkpoint: Make, tmp_path: Path) -> None:
+    shutil.copytree(make_checkpoint("llama"), tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cut short"):
+        convert(tmp_path / "cut", tmp_path / "out.gguf")
+
+
+def test_values_too_large_for_float16_fit_bfloat16(make_checkpoint: Make, tmp_path: Path) -> None:
     def spoil(tensors: dict[str, Any]) -> None:
         tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
 
@@ -157,12 +131,11 @@ def test_extra_fields_stand_over_what_the_checkpoint_says(make_checkpoint: Make,
     ("family", "name", "written"),
     [("llama", b"phi-3 teacher's pupil", b"Phi 3 teacher's pupil"), ("phi3", b"My Phi3", b"My Phi 3")],
 )
-def test_a_name_with_which_llama_cpp_would_not_load_the_vocabulary_is_mended(
+def test_a_name_that_breaks_llama_cpps_vocabulary_is_changed(
     family: str, name: bytes, written: bytes, make_checkpoint: Make, tmp_path: Path
 ) -> None:
-    out = convert(
-        make_checkpoint(family), tmp_path / "out.gguf", extra_fields={"general.name": Field(8, name)}
-    )
+    fields = {"general.name": Field(8, name)}
+    out = convert(make_checkpoint(family), tmp_path / "out.gguf", extra_fields=fields)
     assert read_model_header(out).fields["general.name"].value == written
 
 
@@ -183,9 +156,7 @@ def test_a_process_killed_while_it_writes_leaves_no_file(make_checkpoint: Make, 
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from /proc")
-def test_neither_torch_nor_transformers_is_loaded_and_memory_stays_small(
-    make_checkpoint: Make, tmp_path: Path
-) -> None:
+def test_no_torch_is_loaded_and_memory_stays_small(make_checkpoint: Make, tmp_path: Path) -> None:
     wide = make_checkpoint("llama", hidden_size=1024, intermediate_size=8192, num_hidden_layers=4)
     script = (
         "import sys\nfrom pathlib import Path\n"

@@ -1,39 +1,30 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
-from tiny import Make
+from tiny import Make, hf_logits, relative_error
 
 from arte_edge.gguf.convert.convert import convert
 from arte_edge.gguf.from_base import checkpoint_to_gguf
 from arte_edge.gguf.names import families
 from arte_edge.gguf.reader import read_model_header
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
-LONG_ROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10_000.0,
-    "short_factor": [1.0 + 0.1 * i for i in range(8)],
-    "long_factor": [1.0 + 0.7 * i for i in range(8)],
-}
-
-
+PLAIN = {"rope_theta": 10_000.0}
+SHORT = PLAIN | {"original_max_position_embeddings": 32}
+LLAMA3_ROPE = SHORT | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = SHORT | {"rope_type": "yarn", "factor": 4.0}
+FACTORS = {f"{name}_factor": [1.0 + x * i for i in range(8)] for name, x in (("short", 0.1), ("long", 0.7))}
+LONG_ROPE = PLAIN | FACTORS | {"rope_type": "longrope"}
 IDS = [1, *(7 * i % 250 + 20 for i in range(39))]  # more than the sliding window of the tiny Gemma
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"rope_parameters": LLAMA3_ROPE}),
-    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}}),
+    ("llama", {"rope_parameters": PLAIN | {"rope_type": "linear", "factor": 4.0}}),
     ("llama", {"tie_word_embeddings": True, "head_dim": 32}),
     ("qwen2", {}),
     ("qwen2", {"tie_word_embeddings": True}),
@@ -50,26 +41,17 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def relative(got: Any, wanted: Any) -> float:
-    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
-
-
 @pytest.mark.parametrize(("family", "config"), CASES, ids=lambda part: str(part)[:40])
 def test_llama_cpp_gives_the_logits_of_the_checkpoint_prefilled_and_step_by_step(
-    family: str,
-    config: dict[str, Any],
-    make_checkpoint: Make,
-    llama_logits: Make,
-    hf_logits: Make,
-    tmp_path: Path,
+    family: str, config: dict[str, Any], make_checkpoint: Make, llama_logits: Make, tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint(family, **config)
     out = convert(checkpoint, tmp_path / "student.gguf", "F32")
     expected = hf_logits(checkpoint, IDS)
-    assert relative(llama_logits(out, IDS, len(IDS)), expected) < 1e-3
+    assert relative_error(llama_logits(out, IDS, len(IDS)), expected) < 1e-3
     steps = llama_logits(out, IDS, 8)
-    assert relative(steps, expected) < 1e-3
-    assert max(relative(row, wanted) for row, wanted in zip(steps, expected, strict=True)) < 1e-3
+    assert relative_error(steps, expected) < 1e-3
+    assert max(relative_error(row, wanted) for row, wanted in zip(steps, expected, strict=True)) < 1e-3
 
 
 def test_every_family_has_a_case() -> None:
@@ -80,8 +62,6 @@ def test_every_family_has_a_case() -> None:
 def test_a_trained_checkpoint_patched_over_a_converted_base_is_the_converted_one(
     family: str, make_checkpoint: Make, tmp_path: Path
 ) -> None:
-    import gguf
-
     base = convert(make_checkpoint(family), tmp_path / "base.gguf")
     trained = make_checkpoint(family, seed=8)
     patched = checkpoint_to_gguf(trained, base, tmp_path / "patched.gguf")
@@ -98,27 +78,19 @@ def test_a_trained_checkpoint_patched_over_a_converted_base_is_the_converted_one
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 @pytest.mark.parametrize("family", sorted(families()))
-def test_sixteen_bits_are_those_that_ggml_rounds_to(
+def test_sixteen_bits_are_rounded_as_ggml_does(
     family: str, dtype: str, make_checkpoint: Make, tmp_path: Path
 ) -> None:
-    import gguf
-
     wide = convert(make_checkpoint(family), tmp_path / "wide.gguf", "F32")
     narrow = convert(make_checkpoint(family), tmp_path / "narrow.gguf", dtype)  # type: ignore[arg-type]
-    pairs = zip(gguf.GGUFReader(wide).tensors, gguf.GGUFReader(narrow).tensors, strict=True)
-    for before, after in pairs:
+    for before, after in zip(gguf.GGUFReader(wide).tensors, gguf.GGUFReader(narrow).tensors, strict=True):
         assert before.name == after.name
         expected = gguf.quantize(np.array(before.data), after.tensor_type)
         assert np.array_equal(expected.view(np.uint8), after.data.view(np.uint8)), before.name
-        is_matrix = before.data.ndim == 2
-        assert after.tensor_type.name == (dtype if is_matrix else "F32")
+        assert after.tensor_type.name == (dtype if before.data.ndim == 2 else "F32")
 
 
-def test_the_same_checkpoint_gives_the_same_file_whatever_its_folder_is_called(
-    make_checkpoint: Make, tmp_path: Path
-) -> None:
-    import shutil
-
+def test_the_name_of_the_folder_does_not_change_the_file(make_checkpoint: Make, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("llama")
     other = tmp_path / "my-secret-project-7B"
     shutil.copytree(checkpoint, other)
@@ -129,10 +101,8 @@ def test_the_same_checkpoint_gives_the_same_file_whatever_its_folder_is_called(
     assert name.startswith(b"Llama ")
 
 
-def test_longrope_takes_the_long_factors_and_their_scale_where_the_context_is_long(
-    make_checkpoint: Make, llama_logits: Make, hf_logits: Make, tmp_path: Path
-) -> None:
+def test_longrope_takes_its_long_factors(make_checkpoint: Make, llama_logits: Make, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("phi3", rope_parameters=LONG_ROPE | {"original_max_position_embeddings": 32})
     out = convert(checkpoint, tmp_path / "student.gguf", "F32")
     assert len(IDS) > 32  # transformers chooses by the text's length, llama.cpp by the context's
-    assert relative(llama_logits(out, IDS, len(IDS)), hf_logits(checkpoint, IDS)) < 1e-3
+    assert relative_error(llama_logits(out, IDS, len(IDS)), hf_logits(checkpoint, IDS)) < 1e-3

@@ -1,5 +1,4 @@
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ given = parser.parse_args()
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Callable[[str], Path]:
+def checkout(tmp_path: Path) -> Make:
     """Make a checkout whose converter does what `body` says."""
 
     def make(body: str) -> Path:
@@ -32,7 +31,7 @@ def checkout(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def test_what_the_converter_wrote_is_kept_when_it_is_a_gguf_of_the_asked_type(
-    checkout: Callable[[str], Path], make_gguf: Make, tmp_path: Path
+    checkout: Make, make_gguf: Make, tmp_path: Path
 ) -> None:
     made = make_gguf("made.gguf", general__file_type=1)
     folder = checkout(f"assert given.outtype == 'f16'; shutil.copy({str(made)!r}, given.outfile)")
@@ -52,7 +51,7 @@ def test_what_the_converter_wrote_is_kept_when_it_is_a_gguf_of_the_asked_type(
     ],
 )
 def test_a_converter_that_fails_or_lies_is_an_error_and_leaves_nothing(
-    body: str, said: str, checkout: Callable[[str], Path], make_gguf: Make, tmp_path: Path
+    body: str, said: str, checkout: Make, make_gguf: Make, tmp_path: Path
 ) -> None:
     folder = checkout(body.replace("{q8}", str(make_gguf("q8.gguf"))))
     with pytest.raises(ArteError, match=said) as caught:
@@ -67,9 +66,7 @@ def test_a_folder_without_a_converter_is_an_input_error(tmp_path: Path) -> None:
         convert_with_llama_cpp(tmp_path, tmp_path, tmp_path / "student.gguf")
 
 
-def test_it_runs_with_this_python_and_without_the_network(
-    checkout: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_it_runs_with_this_python_and_without_the_network(checkout: Make, tmp_path: Path) -> None:
     folder = checkout("import os; sys.exit(sys.executable + os.environ['HF_HUB_OFFLINE'])")
     with pytest.raises(ArteError, match=f"{sys.executable}1"):
         convert_with_llama_cpp(folder, tmp_path, tmp_path / "student.gguf")

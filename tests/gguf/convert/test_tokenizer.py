@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Make
+from tiny import Make, edited_json
 
 from arte_edge.errors import InputError
 from arte_edge.gguf.convert.convert import convert
@@ -28,14 +28,10 @@ TEXTS = [
     "\u0000\u0001\u200b\u00a0\ufeffend",
     "!!!???...,,,;;;:::((([[[{{{",
 ]
-BYTE_LEVEL = {
-    "gpt-2": b"gpt-2",
-    "digits": b"smollm",
-    "qwen2": b"qwen2",
-    "llama3": b"llama-bpe",
-    "llama3-merging": b"smaug-bpe",
-    "gpt-4o": b"gpt-4o",
-}
+BYTE_LEVEL = dict(
+    **{"gpt-2": b"gpt-2", "digits": b"smollm", "qwen2": b"qwen2"},
+    **{"llama3": b"llama-bpe", "llama3-merging": b"smaug-bpe", "gpt-4o": b"gpt-4o"},
+)
 
 
 def hf_tokens(checkpoint: Path, text: str) -> list[int]:
@@ -55,9 +51,7 @@ def changed(checkpoint: Path, out: Path, name: str, change: Callable[[dict[str, 
 
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
-def test_byte_level_tokens_are_those_of_the_tokenizer(
-    kind: str, make_checkpoint: Make, llama_tokens: Any, tmp_path: Path
-) -> None:
+def test_byte_level_tokens_agree(kind: str, make_checkpoint: Make, llama_tokens: Any, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("llama", kind=kind)
     out = convert(checkpoint, tmp_path / "student.gguf")
     assert read_model_header(out).fields["tokenizer.ggml.pre"].value == BYTE_LEVEL[kind]
@@ -68,7 +62,7 @@ def test_byte_level_tokens_are_those_of_the_tokenizer(
 
 
 @pytest.mark.parametrize("kind", ["prefixed", "plain", "unigram"])
-def test_sentencepiece_tokens_are_those_of_the_tokenizer(
+def test_sentencepiece_tokens_agree(
     kind: str, make_checkpoint: Make, llama_tokens: Any, tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint("llama", kind=kind)
@@ -91,7 +85,7 @@ def test_granite_has_its_own_name_for_the_splitting_of_digits(make_checkpoint: M
     assert read_model_header(out).fields["tokenizer.ggml.pre"].value == b"refact"
 
 
-def test_an_unknown_way_of_cutting_is_refused_with_a_way_out(make_checkpoint: Make, tmp_path: Path) -> None:
+def test_an_unknown_pre_tokenizer_is_rejected(make_checkpoint: Make, tmp_path: Path) -> None:
     def spoil(tokenizer: dict[str, Any]) -> None:
         tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += r"|\p{Han}"
 
@@ -102,19 +96,13 @@ def test_an_unknown_way_of_cutting_is_refused_with_a_way_out(make_checkpoint: Ma
 
 
 @pytest.mark.parametrize("step", [{"type": "Lowercase"}, {"type": "NFKC"}])
-def test_a_normalizer_that_llama_cpp_lacks_is_refused(
-    step: dict[str, Any], make_checkpoint: Make, tmp_path: Path
-) -> None:
-    odd = changed(
-        make_checkpoint("qwen2"), tmp_path / "odd", "tokenizer.json", lambda t: t.update(normalizer=step)
-    )
+def test_an_unknown_normalizer_is_rejected(step: Any, make_checkpoint: Make, tmp_path: Path) -> None:
+    odd = edited_json(make_checkpoint("qwen2"), tmp_path / "odd", "tokenizer.json", normalizer=step)
     with pytest.raises(InputError, match="normalizer"):
         convert(odd, tmp_path / "student.gguf")
 
 
-def test_bos_is_added_where_the_tokenizer_adds_it(
-    make_checkpoint: Make, llama_tokens: Any, tmp_path: Path
-) -> None:
+def test_bos_is_added_as_the_tokenizer_does(make_checkpoint: Make, llama_tokens: Any, tmp_path: Path) -> None:
     plain = make_checkpoint("llama")
     fields = read_model_header(convert(plain, tmp_path / "plain.gguf")).fields
     assert fields["tokenizer.ggml.add_bos_token"].value is False  # llama-bpe's own default is to add it
@@ -124,9 +112,7 @@ def test_bos_is_added_where_the_tokenizer_adds_it(
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
     }
-    adding = changed(
-        plain, tmp_path / "adding", "tokenizer.json", lambda t: t.update(post_processor=template)
-    )
+    adding = edited_json(plain, tmp_path / "adding", "tokenizer.json", post_processor=template)
     out = convert(adding, tmp_path / "adding.gguf")
     assert read_model_header(out).fields["tokenizer.ggml.add_bos_token"].value is True
     assert llama_tokens(out, "Hello")[0] == 1 != llama_tokens(tmp_path / "plain.gguf", "Hello")[0]
@@ -149,52 +135,46 @@ def test_special_and_added_tokens_have_their_roles_and_kinds(make_checkpoint: Ma
     assert {role: fields[f"tokenizer.ggml.{role}_token_id"].value for role in roles} == roles
 
 
-def test_the_chat_template_is_carried_byte_for_byte_the_file_over_the_setting(
-    make_checkpoint: Make, tmp_path: Path
-) -> None:
-    folder = changed(
-        make_checkpoint("llama"),
-        tmp_path / "copy",
-        "tokenizer_config.json",
-        lambda c: c.update(chat_template="{{ 'the older one' }}"),
-    )
-    fields = read_model_header(convert(folder, tmp_path / "a.gguf")).fields
-    assert fields["tokenizer.chat_template"].value == b"{{ messages[0]['content'] }}"
+def test_the_chat_template_of_a_file_comes_first_byte_for_byte(make_checkpoint: Make, tmp_path: Path) -> None:
+    old = "{{ 'the older one' }}"
+    copy = tmp_path / "copy"
+    folder = edited_json(make_checkpoint("llama"), copy, "tokenizer_config.json", chat_template=old)
+
+    def carried() -> str:
+        fields = read_model_header(convert(folder, tmp_path / "a.gguf")).fields
+        return fields["tokenizer.chat_template"].value.decode()
+
+    assert carried() == "{{ messages[0]['content'] }}"
     template = "{% for m in messages %}\n{{ m.content }} é🙂\n{% endfor %}"
     (folder / "chat_template.jinja").write_bytes(template.encode())
-    fields = read_model_header(convert(folder, tmp_path / "b.gguf")).fields
-    assert fields["tokenizer.chat_template"].value == template.encode()
+    assert carried() == template
     (folder / "chat_template.jinja").unlink()
-    fields = read_model_header(convert(folder, tmp_path / "c.gguf")).fields
-    assert fields["tokenizer.chat_template"].value == b"{{ 'the older one' }}"
+    assert carried() == old
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        ("none", "no tokenizer.json and no tokenizer.model"),
-        ("broken", "not readable JSON"),
-        ("wordpiece", "WordPiece"),
-        ("too many", "rows"),
-    ],
-)
-def test_a_tokenizer_that_is_missing_broken_or_too_large_is_refused(
-    damage: str, said: str, make_checkpoint: Make, tmp_path: Path
+def wordpiece(content: dict[str, Any]) -> None:
+    content["model"]["type"] = "WordPiece"
+
+
+def too_many(content: dict[str, Any]) -> None:
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 5000, "content": "<new>"})
+
+
+@pytest.mark.parametrize(("change", "named"), [(wordpiece, "WordPiece"), (too_many, "rows")])
+def test_a_tokenizer_of_another_kind_or_too_large_is_rejected(
+    change: Any, named: str, make_checkpoint: Make, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(make_checkpoint("llama"), folder)
-    file = folder / "tokenizer.json"
-    content = json.loads(file.read_text("utf-8"))
-    if damage == "none":
-        file.unlink()
-    elif damage == "broken":
-        file.write_text("{", "utf-8")
-    else:
-        if damage == "wordpiece":
-            content["model"]["type"] = "WordPiece"
-        else:
-            content["added_tokens"].append(content["added_tokens"][0] | {"id": 5000, "content": "<new>"})
-        file.write_text(json.dumps(content), "utf-8")
-    with pytest.raises(InputError, match=said):
+    folder = changed(make_checkpoint("llama"), tmp_path / "copy", "tokenizer.json", change)
+    with pytest.raises(InputError, match=named):
         convert(folder, tmp_path / "student.gguf")
     assert not (tmp_path / "student.gguf").exists()
+
+
+def test_a_missing_or_broken_tokenizer_is_rejected(make_checkpoint: Make, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(make_checkpoint("llama"), tmp_path / "copy"))
+    (folder / "tokenizer.json").write_text("{", "utf-8")
+    with pytest.raises(InputError, match="not readable JSON"):
+        convert(folder, tmp_path / "student.gguf")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"no tokenizer\.json and no tokenizer\.model"):
+        convert(folder, tmp_path / "student.gguf")
