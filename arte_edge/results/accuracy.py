@@ -7,26 +7,57 @@ on which the two disagree say whether the difference is more than chance, hence 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from arte_edge.errors import InputError
 from arte_edge.stats import mcnemar, wilson
 
-__all__ = ["NOT_KNOWN", "SIGNIFICANT_P", "Answers", "PairedAccuracy", "Record", "paired_on_common"]
+__all__ = [
+    "NOT_KNOWN",
+    "SCHEMA_VERSION",
+    "Answers",
+    "PairedAccuracy",
+    "Record",
+    "paired_on_common",
+]
 
-SIGNIFICANT_P = 0.05
+# Of student.json and bench.jsonl. In version 1 `metrics` of a fidelity was `figures`, and the rows of a task had
+# no accuracy, lost and gained.
+SCHEMA_VERSION: Literal[2] = 2
+_READABLE = (1, 2)
+_SIGNIFICANT_P = 0.05
 NOT_KNOWN = "–"  # in a table, in place of a number
 # For each example: the first 16 hex digits of the sha256 of its input, the answer, whether it is correct.
 Answers = tuple[tuple[str, str, bool], ...]
 
 
 class Record(BaseModel):
-    """A part of a results file: frozen, and closed to keys that nobody declared."""
+    """A part of a results file: frozen, without undeclared keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def parse(cls, document: dict[str, Any], where: str, *, outdated: str, hint: str) -> Self:
+        """Return the record in a document of a readable schema version.
+
+        Raises:
+            InputError: another version, with the hint `outdated`; or a bad key, with `hint`.
+        """
+        if (version := document.get("schema_version")) not in _READABLE:
+            readable = " and ".join(map(str, _READABLE))
+            raise InputError(
+                f"{where}: schema_version is {version}, this arte-edge reads {readable}", outdated
+            )
+        try:
+            return cls.model_validate_json(json.dumps(document | {"schema_version": SCHEMA_VERSION}))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"]))
+            raise InputError(f"{where}: {key}: {problem['msg']}", hint) from error
 
 
 class PairedAccuracy(Record):
@@ -107,7 +138,7 @@ class PairedAccuracy(Record):
     @property
     def significant(self) -> bool:
         """Whether the difference from the reference is more than chance explains (p < 0.05)."""
-        return self.p_value is not None and self.p_value < SIGNIFICANT_P
+        return self.p_value is not None and self.p_value < _SIGNIFICANT_P
 
 
 def paired_on_common(

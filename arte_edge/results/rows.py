@@ -17,14 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from arte_edge.errors import ArteError, InputError
-from arte_edge.results.accuracy import Answers, PairedAccuracy, Record
+from arte_edge.results.accuracy import SCHEMA_VERSION, Answers, PairedAccuracy, Record
 
 __all__ = [
     "BENCH_NAME",
-    "SCHEMA_VERSION",
     "DeviceFacts",
     "QualityRow",
     "Reading",
@@ -37,8 +36,6 @@ __all__ = [
 ]
 
 BENCH_NAME = "bench.jsonl"
-SCHEMA_VERSION: Literal[2] = 2
-_READABLE = (1, 2)  # version 1 has no accuracy, lost and gained in the rows of a task
 
 # ok; the child process died; the kernel killed it for memory; too long; rejected before it began
 Status = Literal["ok", "crashed", "out-of-memory", "timeout", "refused"]
@@ -251,19 +248,9 @@ def parse_row(document: dict[str, Any], where: str, hint: str = "Delete the line
     Raises:
         InputError: an unknown version or a bad key; the message starts with `where`.
     """
-    version = document.get("schema_version")
-    if version not in _READABLE:
-        raise InputError(
-            f"{where}: schema_version is {version}, this arte-edge reads {' and '.join(map(str, _READABLE))}",
-            "Read it with the arte-edge that wrote it, or a newer one.",
-        )
-    kind = SpeedRow if "test" in document else QualityRow
-    try:
-        return kind.model_validate_json(json.dumps(document | {"schema_version": SCHEMA_VERSION}))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        raise InputError(f"{where}: {key}: {problem['msg']}", hint) from error
+    kind: type[Row] = SpeedRow if "test" in document else QualityRow
+    outdated = "Read it with the arte-edge that wrote it, or a newer one."
+    return kind.parse(document, where, outdated=outdated, hint=hint)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -6,8 +6,8 @@ error. Results are keyed on the hash of the *tensor data*, so that rewriting a f
 them. It holds no path, and no time except that of a measurement: the same export writes the same bytes.
 
 A speed entry is one file on one device with one runtime and number of threads. It holds every test
-that was run there, and above them the numbers people look for, taken from valid tests where there
-are any, else from tests on a throttled device, and marked so.
+that was run there, and a summary of them, taken from valid tests where there are any, else from tests
+on a throttled device, and marked so.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from arte_edge.errors import InputError
-from arte_edge.results.accuracy import PairedAccuracy, Record
+from arte_edge.results.accuracy import SCHEMA_VERSION, PairedAccuracy, Record
 from arte_edge.store import write_atomic
 
 __all__ = [
@@ -46,14 +46,12 @@ __all__ = [
     "write_student",
 ]
 
-SCHEMA_VERSION: Literal[2] = 2
-_READABLE = (1, 2)  # version 1: `metrics` of a fidelity was called `figures`
 FILE_NAME = "student.json"
 _SHA256 = r"^[0-9a-f]{64}$"
 
 
 class Parent(Record):
-    """A model that this one comes from."""
+    """A model in the lineage: the base or the teacher."""
 
     name: str = Field(description="registry name, Hub id, or the last part of a path")
     sha256: str = Field(default="", description="of the model's file, or one hash over its checkpoint")
@@ -73,7 +71,7 @@ class Tuning(Record):
     """How the student was trained; only what a run folder records."""
 
     method: str = Field(description="full or lora")
-    data: str = Field(default="", description="whose data: arte, original-teacher, question-only, …")
+    data: str = Field(default="", description="origin of the data: arte, original-teacher, question-only, …")
     learning_rate: float | None = None
     epochs: float | None = None
 
@@ -123,7 +121,7 @@ class FileSum(Record):
 
 
 class Tokenizer(Record):
-    """The tokenizer's files, byte for byte those of the base."""
+    """The tokenizer's files, the same bytes as those of the base."""
 
     files: tuple[FileSum, ...] = ()
     chat_template_sha256: str = Field(default="", description="of the template's text; empty: it has none")
@@ -222,7 +220,7 @@ class Speed(Record):
     profile: str = Field(default="", description="name of the device's profile; empty: none fits")
     cpu: str = Field(default="", description="the processor's name, as its vendor gives it")
     n_depth: int = Field(default=0, ge=0, description="tokens in the KV cache before a test begins")
-    tests: tuple[SpeedTest, ...] = Field(default=(), description="the tests that the numbers above come from")
+    tests: tuple[SpeedTest, ...] = Field(default=(), description="the tests that the summary is taken from")
 
     @property
     def measured(self) -> bool:
@@ -231,7 +229,7 @@ class Speed(Record):
 
     @property
     def date(self) -> str:
-        """Return the day of the newest test, empty if not known."""
+        """The day of the newest test, empty if not known."""
         return max((test.test_time[:10] for test in self.tests), default="")
 
 
@@ -298,33 +296,18 @@ def read_student(folder: Path) -> StudentFile | None:
         return None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON", "Remove it and export again.") from error
-    version = document.get("schema_version") if isinstance(document, dict) else None
-    if version not in _READABLE:
-        raise InputError(
-            f"{path}: schema_version is {version}, this arte-edge reads {' and '.join(map(str, _READABLE))}",
-            "Export with the arte-edge that wrote it, or choose another -o.",
-        )
-    try:
-        return StudentFile.model_validate(_upgraded(document))
-    except ValidationError as error:
-        key = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise InputError(
-            f"{path}: {key}: {error.errors()[0]['msg']}", "Remove it and export again."
-        ) from error
-
-
-def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
-    """Return a document of any known schema version as one of the current version."""
-    for artifact in document.get("artifacts", ()) if document["schema_version"] == 1 else ():
+    document = document if isinstance(document, dict) else {}
+    for artifact in document.get("artifacts", ()) if document.get("schema_version") == 1 else ():
         if isinstance(fidelity := artifact.get("fidelity"), dict) and "figures" in fidelity:
             fidelity["metrics"] = fidelity.pop("figures")
-    return {**document, "schema_version": SCHEMA_VERSION}
+    outdated = "Export with the arte-edge that wrote it, or choose another -o."
+    return StudentFile.parse(document, str(path), outdated=outdated, hint="Remove it and export again.")
 
 
 def carry_results(folder: Path, new: StudentFile) -> StudentFile:
-    """Return `new` with the measurements that the ``student.json`` in `folder` holds of the same tensors.
+    """Return `new` with the measurements in the ``student.json`` of `folder` of the same tensors.
 
-    A file that is exported again keeps its results. A damaged document has none.
+    So a file that is exported again keeps its results. A damaged document has none.
     """
     try:
         old = read_student(folder)
