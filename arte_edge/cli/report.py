@@ -36,4 +36,4 @@ def report(
         return
     for line in page.missing:
         stdout.print(f"not included: {line}", markup=False, soft_wrap=True)
-    stdout.print(f"The report: {page.path}", markup=False, soft_wrap=True)
+    stdout.print(f"wrote {page.path}", markup=False, soft_wrap=True)

@@ -33,19 +33,15 @@ def measured(
     artifact: Artifact, names: frozenset[str], rows: Sequence[Row] = ()
 ) -> tuple[Measured | None, int]:
     """Return the measurement that counts, None if there is none; and how many throttled ones were left out."""
-    speeds = [s for s in artifact.speeds if names & ({s.device, s.fingerprint, s.profile} - {""})]
+    speeds = [speed for speed in artifact.speeds if names & speed.names]
     found = [
         Measured(
-            speed.decode_tokens_per_s,
-            speed.prefill_tokens_per_s,
-            speed.peak_rss_bytes,
-            f"{speed.runtime}, {speed.threads} thread{'s' * (speed.threads != 1)}",
+            s.decode_tokens_per_s, s.prefill_tokens_per_s, s.peak_rss_bytes, _source(s.runtime, s.threads)
         )
-        for speed in speeds
-        if not speed.throttled
+        for s in speeds
+        if not s.throttled
     ]
-    mine = [row for row in rows if isinstance(row, SpeedRow) and row.ok and belongs_to(row, artifact)]
-    mine = [row for row in mine if _on(row, names)]
+    mine = [row for row in _speed_rows(rows, names) if belongs_to(row, artifact)]
     found += _from_rows([row for row in mine if not row.throttled])
     # A row of bench.jsonl is merged into student.json too: it must not count twice.
     throttled = sum(bool(one.throttled) for one in (mine or speeds))
@@ -56,9 +52,8 @@ def best_of_rows(rows: Sequence[Row], file: str, names: frozenset[str]) -> Measu
     """Return the fastest measurement of a file by its name or quantization type, where its hash is unknown."""
     mine = [
         row
-        for row in rows
-        if isinstance(row, SpeedRow) and row.ok and not row.throttled
-        if file in (row.quantization, row.model_filename) and _on(row, names)
+        for row in _speed_rows(rows, names)
+        if file in (row.quantization, row.model_filename) and not row.throttled
     ]
     return max(_from_rows(mine), key=lambda one: one.decode or 0.0, default=None)
 
@@ -74,17 +69,16 @@ def _from_rows(rows: Sequence[SpeedRow]) -> list[Measured]:
         writes = [row.median_ts or row.avg_ts for row in group if row.n_gen and row.n_depth == depth]
         reads = [row.median_ts or row.avg_ts for row in group if not row.n_gen and row.n_depth == depth]
         ram = [row.peak_rss_bytes for row in group if row.peak_rss_bytes is not None]
-        found.append(
-            Measured(
-                median(writes) if writes else None,
-                median(reads) if reads else None,
-                max(ram, default=None),
-                f"{runtime}, {threads} thread{'s' * (threads != 1)}",
-            )
-        )
+        decode, prefill = median(writes) if writes else None, median(reads) if reads else None
+        found.append(Measured(decode, prefill, max(ram, default=None), _source(runtime, threads)))
     return found
 
 
-def _on(row: Row, names: frozenset[str]) -> bool:
-    emulated = "qemu" in row.device.virtual
-    return not emulated and bool({row.device.profile, row.device.fingerprint} & (names - {""}))
+def _speed_rows(rows: Sequence[Row], names: frozenset[str]) -> list[SpeedRow]:
+    """Return the valid tests on the device, none under an emulator."""
+    tests = (row for row in rows if isinstance(row, SpeedRow) and row.ok)
+    return [row for row in tests if "qemu" not in row.device.virtual and names & row.device.names]
+
+
+def _source(runtime: str, threads: int) -> str:
+    return f"{runtime}, {threads} thread{'s' * (threads != 1)}"

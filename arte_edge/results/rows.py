@@ -56,6 +56,11 @@ class DeviceFacts(Record):
     virtual: str = Field(default="", description="kvm, qemu-user, container; empty: bare metal or unknown")
     power: str = Field(default="", description="mains, battery; empty: unknown")
 
+    @property
+    def names(self) -> set[str]:
+        """The names of the device: its profile and its fingerprint."""
+        return {self.profile, self.fingerprint} - {""}
+
 
 class Reading(Record):
     """The sensors at one moment. None: the device does not report it."""

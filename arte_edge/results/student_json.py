@@ -223,6 +223,11 @@ class Speed(Record):
     tests: tuple[SpeedTest, ...] = Field(default=(), description="the tests that the summary is taken from")
 
     @property
+    def names(self) -> set[str]:
+        """The names of the device: its profile and its fingerprint."""
+        return {self.device, self.fingerprint, self.profile} - {""}
+
+    @property
     def measured(self) -> bool:
         """Whether some rate is known; false where every test failed."""
         return self.decode_tokens_per_s is not None or self.prefill_tokens_per_s is not None

@@ -16,7 +16,7 @@ def test_the_page_is_written_beside_the_run_and_what_is_missing_is_said(
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     out = capsys.readouterr().out
     assert "not included: check: this stage has not finished" in out
-    assert out.splitlines()[-1] == f"The report: {tmp_path / 'report.html'}"
+    assert out.splitlines()[-1] == f"wrote {tmp_path / 'report.html'}"
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "x" / "y.html"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert Path(document["report"]).is_file() and len(document["missing"]) == 9

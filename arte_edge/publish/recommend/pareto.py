@@ -1,15 +1,14 @@
 """The Pareto front of the files of one export: accuracy, speed and size on one device.
 
 A file is on the front unless another dominates it: is at least as good in all three and better in one.
-Files are compared only on axes that are known: where no accuracy was measured, the front is that of
-speed and size, and says so.
+Files are compared only on known axes: where no accuracy was measured, the front is that of speed and size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import Artifact
@@ -18,6 +17,7 @@ __all__ = ["Candidate", "Evidence", "Metric", "ParetoFront", "pareto_front"]
 
 Evidence = Literal["measured", "predicted"]
 Axis = Literal["accuracy", "decode", "size"]
+_AXES: tuple[Axis, ...] = get_args(Axis)
 
 
 @dataclass(frozen=True)
@@ -66,33 +66,26 @@ class ParetoFront:
 
 def pareto_front(candidates: Sequence[Candidate]) -> ParetoFront:
     """Return the front over what is known. An axis that no file has is dropped; a file that lacks one is left out."""
-    axes: list[Axis] = ["size"]
-    if any(c.decode for c in candidates):
-        axes.insert(0, "decode")
-    if any(c.accuracy for c in candidates):
-        axes.insert(0, "accuracy")
-    points = {c.file: _point(c, axes) for c in candidates}
-    known = {file: point for file, point in points.items() if point is not None}
-    on = [
-        file
-        for file, point in known.items()
-        if not any(_dominates(other, point) for name, other in known.items() if name != file)
-    ]
-    speed = {c.file: c.speed for c in candidates}
-    on.sort(key=lambda file: (-speed[file], file))
-    return ParetoFront(tuple(on), tuple(axes), tuple(file for file, point in points.items() if point is None))
-
-
-def _point(candidate: Candidate, axes: Sequence[Axis]) -> tuple[float, ...] | None:
-    """Return the candidate's values, more is better; None if one is not known."""
-    values = {
-        "accuracy": candidate.accuracy.accuracy if candidate.accuracy else None,
-        "decode": candidate.decode.value if candidate.decode else None,
-        "size": -float(candidate.artifact.size_bytes),
+    values: dict[str, dict[Axis, float | None]] = {
+        c.file: {
+            "accuracy": c.accuracy.accuracy if c.accuracy else None,
+            "decode": c.decode.value if c.decode else None,
+            "size": -float(c.artifact.size_bytes),  # more is better on every axis
+        }
+        for c in candidates
     }
-    point = [values[axis] for axis in axes]
-    return None if any(value is None for value in point) else tuple(v for v in point if v is not None)
+    axes = [
+        axis for axis in _AXES if axis == "size" or any(found[axis] is not None for found in values.values())
+    ]
+    known = {
+        file: tuple(v for axis in axes if (v := found[axis]) is not None) for file, found in values.items()
+    }
+    points = {file: point for file, point in known.items() if len(point) == len(axes)}
+    speed = {c.file: c.speed for c in candidates}
+    front = (file for file, p in points.items() if not any(_dominates(other, p) for other in points.values()))
+    on = sorted(front, key=lambda file: (-speed[file], file))
+    return ParetoFront(tuple(on), tuple(axes), tuple(file for file in values if file not in points))
 
 
 def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
-    return all(x >= y for x, y in zip(a, b, strict=True)) and any(x > y for x, y in zip(a, b, strict=True))
+    return all(x >= y for x, y in zip(a, b, strict=True)) and tuple(a) != tuple(b)

@@ -74,9 +74,8 @@ def recommend(
     )
     folder = find_export(source)
     student, rows = read_export(folder), read_bench(folder)
-    speeds = [speed for artifact in student.artifacts for speed in artifact.speeds]
-    measured = {name for speed in speeds for name in (speed.device, speed.fingerprint) if name}
-    measured |= {name for row in rows for name in (row.device.profile, row.device.fingerprint) if name}
+    speeds = (speed for artifact in student.artifacts for speed in artifact.speeds)
+    measured = set[str]().union(*(speed.names for speed in speeds), *(row.device.names for row in rows))
     profile, names, note = _device(device, measured)
     predict = predictor(folder, profile, prompt_tokens + answer_tokens) if profile.name else None
     found = choose(student, profile, constraints, rows=rows, predict=predict, names=names | profile.names)
@@ -95,7 +94,7 @@ def _device(ref: str | None, measured: set[str]) -> tuple[Profile, frozenset[str
         from arte_edge.device.detect import detect
 
         facts = detect()
-        names = frozenset({facts.fingerprint, facts.profile} - {""})
+        names = frozenset(facts.names)
         if facts.profile:
             return find_device(facts.profile), names, ""
         here = Profile(title="this machine", cores=facts.cores, memory_bytes=(facts.memory_bytes,))

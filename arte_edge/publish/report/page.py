@@ -154,10 +154,9 @@ def _devices(run: RunData) -> list[dict[str, Any]]:
         return []
     names: dict[str, set[str]] = defaultdict(set)
     for speed in (speed for artifact in run.student.artifacts for speed in artifact.speeds):
-        names[speed.device] |= {speed.device, speed.fingerprint, speed.profile} - {""}
+        names[speed.device] |= speed.names
     for row in run.bench:
-        name = row.device.profile or row.device.fingerprint
-        names[name] |= {name, row.device.fingerprint}
+        names[row.device.profile or row.device.fingerprint] |= row.device.names
     return [
         _device(run, name, frozenset(ids))
         for name, ids in sorted(names.items())
