@@ -1,7 +1,5 @@
 """A machine to measure on."""
 
-from __future__ import annotations
-
 import pytest
 
 from arte_edge.results.rows import DeviceFacts

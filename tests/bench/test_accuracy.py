@@ -1,7 +1,5 @@
 """Right answers are measured in a child too: what it says comes back as a row, what it cannot do as well."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny import Patch
 
 from arte_edge.bench import accuracy
 from arte_edge.bench.accuracy import example_key, measure_quality, run_quality
@@ -74,7 +73,7 @@ class Pupil:
 class Shelf:
     """Opens pupils in place of files, so that what is asked, and when a model is closed, can be looked at."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, **pupils: int) -> None:
+    def __init__(self, monkeypatch: Patch, folder: Path, **pupils: int) -> None:
         self.paths = {name: folder / f"{name}.gguf" for name in pupils}
         self.opened: list[Pupil] = []
 
@@ -97,7 +96,7 @@ class Shelf:
 
 
 @pytest.fixture
-def shelf(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Shelf:
+def shelf(monkeypatch: Patch, tmp_path: Path) -> Shelf:
     return Shelf(monkeypatch, tmp_path, good=0, worse=12)
 
 
@@ -165,7 +164,7 @@ def test_the_test_split_is_left_alone_unless_it_is_asked_for(shelf: Shelf) -> No
     assert all("validation" in prompts[0] for prompts in shelf.opened[0].asked[1:])
 
 
-def test_a_question_that_was_asked_before_has_no_time(monkeypatch: pytest.MonkeyPatch, shelf: Shelf) -> None:
+def test_a_question_that_was_asked_before_has_no_time(monkeypatch: Patch, shelf: Shelf) -> None:
     times = iter(range(1000))
     clock = SimpleNamespace(perf_counter=lambda: float(next(times)) ** 2)
     monkeypatch.setattr("arte_edge.verify.accuracy.time", clock)

@@ -1,12 +1,11 @@
 """``bench.runner.bench`` from Python: an object comes back, nothing is printed, wrong values raise."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+from tiny import Capture
 
 from arte_edge.bench.runner import bench
 from arte_edge.bench.settings import BenchSettings, Reporter, Request
@@ -25,7 +24,7 @@ class Seen(Reporter):
         self.texts.append(text)
 
 
-def test_it_returns_rows_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_returns_rows_and_prints_nothing(capsys: Capture) -> None:
     seen, rows = Seen(), []
     outcome = bench("null:1", reporter=seen, on_row=rows.append, **QUICK)
     assert [row.test for row in outcome.speed] == ["pp4", "tg8"] == [row.test for row in rows]

@@ -1,7 +1,5 @@
 """The table fits 80 columns, whatever is in it, and says what went wrong; CSV and JSON hold every field."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """One child a case: what is measured comes back whole, what fails becomes a row, and the sweep goes on."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -9,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import Patch
 
 from arte_edge.bench.runner import run_bench
 from arte_edge.bench.settings import BenchSettings
@@ -91,7 +90,7 @@ def test_a_test_that_takes_too_long_is_a_row(this_device: DeviceFacts) -> None:
 
 
 def test_what_does_not_fit_is_refused_before_it_is_opened(
-    bench_gguf: Path, this_device: DeviceFacts, monkeypatch: pytest.MonkeyPatch
+    bench_gguf: Path, this_device: DeviceFacts, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr("arte_edge.memory.available_bytes", lambda *root: 1_000_000)
     rows = bench([bench_gguf], QUICK, this_device)

@@ -1,12 +1,11 @@
 """Rows of a student's files are kept beside them and merged into student.json, and never lost to a damaged one."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from tiny import Capture
 
 from arte_edge.cli.main import main
 from arte_edge.models.artifact import checksums_of
@@ -52,15 +51,13 @@ def bench_export(bench_gguf: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+def run(capsys: Capture, *words: str) -> tuple[int, str, str]:
     code = main(["bench", *words])
     said = capsys.readouterr()
     return code, said.out, said.err
 
 
-def test_rows_are_kept_beside_student_json_unless_told_otherwise(
-    capsys: pytest.CaptureFixture[str], bench_export: Path
-) -> None:
+def test_rows_are_kept_beside_student_json_unless_told_otherwise(capsys: Capture, bench_export: Path) -> None:
     code, _, _ = run(capsys, str(bench_export), *QUICK, "--no-save")
     assert code == 0 and not (bench_export / "bench.jsonl").exists()
     before = json.loads((bench_export / "student.json").read_text())
@@ -75,9 +72,7 @@ def test_rows_are_kept_beside_student_json_unless_told_otherwise(
     assert {test["test"] for test in speed["tests"]} == {"pp4", "tg8"}
 
 
-def test_a_damaged_student_json_does_not_lose_the_measurement(
-    capsys: pytest.CaptureFixture[str], bench_export: Path
-) -> None:
+def test_a_damaged_student_json_does_not_lose_the_measurement(capsys: Capture, bench_export: Path) -> None:
     model = next(bench_export.glob("*.gguf"))
     (bench_export / "student.json").write_text("{")
     code, _, err = run(capsys, str(model), *QUICK)
@@ -88,7 +83,7 @@ def test_a_damaged_student_json_does_not_lose_the_measurement(
 
 
 def test_a_runs_folder_stands_for_its_export_and_names_what_is_missing(
-    capsys: pytest.CaptureFixture[str], bench_export: Path, tmp_path: Path
+    capsys: Capture, bench_export: Path, tmp_path: Path
 ) -> None:
     from arte_edge.bench.find_models import find_targets
 

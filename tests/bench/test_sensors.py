@@ -1,18 +1,16 @@
 """"""
 
-from __future__ import annotations
-
 import mmap
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import Make
 
 from arte_edge.bench.sensors import Sensors, judge, mapped_bytes, peak_rss_bytes, power_supply
 from arte_edge.results.rows import Reading
@@ -26,12 +24,11 @@ case "$1" in
   *) echo "error=1 error_msg=\\"Command not registered\\"" ;;
 esac
 """
-Write = Callable[..., None]
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Write files of a fake machine: ``write({"sys/class/…": "48000"})``."""
+def write(tmp_path: Path) -> Make:
+    """Make files of a fake machine: ``write({"sys/class/…": "48000"})``."""
 
     def put(files: dict[str, str]) -> None:
         for name, text in files.items():
@@ -78,7 +75,7 @@ def test_a_machine_without_sensors_gives_empty_readings_and_no_error(tmp_path: P
         assert set(reading.model_dump(exclude={"t_s"}).values()) == {None}
 
 
-def test_temperature_and_the_fastest_clock_come_from_the_kernel(tmp_path: Path, write: Write) -> None:
+def test_temperature_and_the_fastest_clock_come_from_the_kernel(tmp_path: Path, write: Make) -> None:
     write(PI)
     with Sensors(period_s=0.02, root=tmp_path) as sensors:
         wait_for(sensors, 1)
@@ -89,7 +86,7 @@ def test_temperature_and_the_fastest_clock_come_from_the_kernel(tmp_path: Path, 
     assert last.temperature_c == 83.0
 
 
-def test_on_a_pi_the_firmware_says_clock_and_throttling(tmp_path: Path, write: Write, vcgencmd: Path) -> None:
+def test_on_a_pi_the_firmware_says_clock_and_throttling(tmp_path: Path, write: Make, vcgencmd: Path) -> None:
     write(PI)
     with Sensors(period_s=0.02, root=tmp_path, vcgencmd=str(vcgencmd)) as sensors:
         wait_for(sensors, 1)
@@ -113,7 +110,7 @@ def test_without_a_thermal_zone_the_firmware_says_the_temperature(tmp_path: Path
 
 @pytest.mark.parametrize("answer", ["VCHI initialization failed", "throttled=", ""])
 def test_a_firmware_that_does_not_answer_is_left_alone(
-    tmp_path: Path, write: Write, vcgencmd: Path, answer: str
+    tmp_path: Path, write: Make, vcgencmd: Path, answer: str
 ) -> None:
     write(PI)
     (vcgencmd.parent / "throttled").write_text(answer)
@@ -122,7 +119,7 @@ def test_a_firmware_that_does_not_answer_is_left_alone(
     assert sensors.readings()[0].clock_mhz == 2400.0 and sensors.bits_after is None
 
 
-def test_the_processors_zone_is_read_and_no_other(tmp_path: Path, write: Write) -> None:
+def test_the_processors_zone_is_read_and_no_other(tmp_path: Path, write: Make) -> None:
     zones = {"acpitz": 27800, "iwlwifi_1": 90000, "gpu-thermal": 91000, "soc-thermal": 70000}
     for n, (kind, value) in enumerate(zones.items()):
         folder = f"sys/class/thermal/thermal_zone{n}"
@@ -142,7 +139,7 @@ def test_the_processors_zone_is_read_and_no_other(tmp_path: Path, write: Write) 
     assert sensors.limit_c == 85.0
 
 
-def test_on_x86_the_package_is_read_and_its_counters_tell_throttling(tmp_path: Path, write: Write) -> None:
+def test_on_x86_the_package_is_read_and_its_counters_tell_throttling(tmp_path: Path, write: Make) -> None:
     chip, cpu = "sys/class/hwmon/hwmon3", "sys/devices/system/cpu/cpu0/thermal_throttle"
     write({"sys/class/hwmon/hwmon0/name": "nvme", "sys/class/hwmon/hwmon0/temp1_input": "99000"})
     write({f"{chip}/name": "coretemp", f"{chip}/temp1_label": "Package id 0", f"{chip}/temp1_input": "62000"})
@@ -158,7 +155,7 @@ def test_on_x86_the_package_is_read_and_its_counters_tell_throttling(tmp_path: P
     assert throttled is True and "too hot" in reason
 
 
-def test_a_sensor_that_vanishes_or_writes_nonsense_is_none_from_there(tmp_path: Path, write: Write) -> None:
+def test_a_sensor_that_vanishes_or_writes_nonsense_is_none_from_there(tmp_path: Path, write: Make) -> None:
     write(PI)
     with Sensors(period_s=0.02, root=tmp_path) as sensors:
         wait_for(sensors, 1)
@@ -175,7 +172,7 @@ def test_the_users_meter_stands_in_the_readings(tmp_path: Path) -> None:
     assert sensors.readings()[0].power_w == 6.5
 
 
-def test_a_second_of_reading_costs_next_to_nothing(tmp_path: Path, write: Write) -> None:
+def test_a_second_of_reading_costs_next_to_nothing(tmp_path: Path, write: Make) -> None:
     write(PI)
     sensors = Sensors(period_s=0.005, root=tmp_path)
     before = os.times()

@@ -1,10 +1,9 @@
 """Lists are read as llama-bench reads them and multiply out; suites are read strictly."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
+from tiny import Patch
 
 from arte_edge import catalog
 from arte_edge.bench.settings import (
@@ -73,7 +72,7 @@ def test_the_longest_test_decides_how_many_tokens_are_cached() -> None:
     assert BenchSettings(n_prompt=(0,), n_gen=(64, 900), n_depth=(0, 100)).context_tokens == 1000
 
 
-def test_threads_if_nobody_says(this_device: DeviceFacts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_if_nobody_says(this_device: DeviceFacts, monkeypatch: Patch) -> None:
     monkeypatch.delenv("ARTE_EDGE_THREADS", raising=False)
     monkeypatch.setattr("psutil.cpu_count", lambda logical: 8 if logical else 4)
     many = this_device.model_copy(update={"cores": 8})

@@ -3,8 +3,6 @@
 Percentiles appear from the sample counts of MLPerf on, and slowing down is seen and not imagined.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Sequence

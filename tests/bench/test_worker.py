@@ -1,7 +1,5 @@
 """However a child ends, the answer says how, and the next case runs."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -10,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Patch
 
 from arte_edge.bench.worker import Ended, run_child
 
@@ -97,7 +96,7 @@ def test_a_child_that_hangs_is_killed_in_time() -> None:
     assert "in warm-up 3 of 10" in answer["reason"] and "--timeout" in answer["reason"]
 
 
-def test_a_child_that_answers_and_hangs_does_not_hold_us_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_answers_and_hangs_does_not_hold_us_up(monkeypatch: Patch) -> None:
     monkeypatch.setattr("arte_edge.bench.worker._LINGER_S", 0.3)
     start = time.monotonic()
     assert run('say(result={"status": "ok"})\ntime.sleep(60)') == {"status": "ok"}

@@ -1,13 +1,12 @@
 """``arte-edge bench``: data on stdout in every format, a wrong word is exit 2, help comes at once."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny import Capture
 
 from arte_edge.cli.main import main
 from arte_edge.results.rows import SpeedRow
@@ -15,13 +14,13 @@ from arte_edge.results.rows import SpeedRow
 QUICK = ["-p", "4", "-n", "8", "-r", "2", "--no-warmup", "-t", "1", "--no-roofline"]
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+def run(capsys: Capture, *words: str) -> tuple[int, str, str]:
     code = main(["bench", *words])
     said = capsys.readouterr()
     return code, said.out, said.err
 
 
-def test_a_table_on_stdout_and_progress_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_on_stdout_and_progress_on_stderr(capsys: Capture) -> None:
     code, out, err = run(capsys, "null:1", *QUICK)
     assert code == 0
     assert "| pp4 " in out and "| tg8 " in out
@@ -29,7 +28,7 @@ def test_a_table_on_stdout_and_progress_on_stderr(capsys: pytest.CaptureFixture[
     assert "1/2 null:1 pp4" in err and "|" not in err
 
 
-def test_json_lines_and_csv_say_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_json_lines_and_csv_say_the_same(capsys: Capture, tmp_path: Path) -> None:
     for form in ("json", "jsonl", "csv"):
         file = tmp_path / f"rows.{form}"
         code, out, _ = run(capsys, "null", *QUICK, "-o", form, "--output-file", str(file))
@@ -53,7 +52,7 @@ def test_json_lines_and_csv_say_the_same(capsys: pytest.CaptureFixture[str], tmp
     assert len(json.loads(out)) == 2
 
 
-def test_lists_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_sweep(capsys: Capture) -> None:
     words = ["-p", "2-4+2", "-n", "0", "-t", "1,2", "-r", "1", "--no-warmup", "-o", "jsonl"]
     _, out, _ = run(capsys, "null", *words)
     rows = [json.loads(line) for line in out.splitlines()]
@@ -83,15 +82,13 @@ def test_lists_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     ],
     ids=str,
 )
-def test_a_wrong_word_is_exit_2(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+def test_a_wrong_word_is_exit_2(capsys: Capture, words: list[str], said: str) -> None:
     code, out, err = run(capsys, *words)
     assert code == 2
     assert said in err and out == ""
 
 
-def test_if_no_test_ends_well_the_exit_code_says_so_and_the_rows_are_there(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_if_no_test_ends_well_the_exit_code_says_so_and_the_rows_are_there(capsys: Capture) -> None:
     code, out, err = run(capsys, "null:1000", "-p", "9", "-n", "0", "--timeout", "1.5", "-o", "json")
     assert code == 1
     assert json.loads(out)[0]["status"] == "timeout"

@@ -1,7 +1,5 @@
 """A tiny server with faults in front of it, and tiny checkpoints."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import tiny
+from tiny import Folders, Make, Patch
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Front:
     _left: dict[str, list[str]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def start(self) -> Front:
+    def start(self) -> "Front":
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.handle_error = lambda *_: None  # clients that gave up waiting are part of the test
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -196,7 +195,7 @@ class TinyModel:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., Front]]:
+def serve() -> Iterator[Make]:
     """Start a `Front`; all are closed at the end of the test."""
     started: list[Front] = []
 
@@ -215,7 +214,7 @@ def tiny_model() -> type[TinyModel]:
 
 
 @pytest.fixture(autouse=True)
-def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_keys(monkeypatch: Patch) -> None:
     """Keep the keys of the person who runs the tests out of them."""
     monkeypatch.delenv("ARTE_EDGE_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -249,13 +248,13 @@ def _tiny_checkpoint(folder: Path, family: str = "llama", adds_bos: bool = False
 
 
 @pytest.fixture
-def tiny_checkpoint() -> Callable[..., Path]:
+def tiny_checkpoint() -> Make:
     """Write a two-layer checkpoint into a folder: ``tiny_checkpoint(folder, "mistral", adds_bos=True)``."""
     return _tiny_checkpoint
 
 
 @pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama_folder(tmp_path_factory: Folders) -> Path:
     return _tiny_checkpoint(tmp_path_factory.mktemp("llama"))
 
 

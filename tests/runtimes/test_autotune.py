@@ -1,11 +1,10 @@
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Patch
 
 from arte_edge.cache import room
 from arte_edge.errors import ArteError
@@ -41,7 +40,7 @@ class Sleeper:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("ARTE_EDGE_HOME", str(tmp_path))
 
 
@@ -108,7 +107,7 @@ def test_a_real_engine_does_the_sample(llama: Any, work: Any) -> None:
     assert 0 < sample_seconds(llama, work) < 60
 
 
-def test_what_memory_cannot_hold_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_memory_cannot_hold_is_not_tried(monkeypatch: Patch) -> None:
     from arte_edge.runtimes import autotune as room_of
 
     torch = pytest.importorskip("torch")
@@ -122,9 +121,7 @@ def test_what_memory_cannot_hold_is_not_tried(monkeypatch: pytest.MonkeyPatch) -
     assert candidates_here(1_000, has_file=True) == [LLAMA, FULL]
 
 
-def test_a_checkpoint_without_a_file_is_asked_in_the_other_floats_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_checkpoint_without_a_file_is_asked_in_the_other_floats_alone(monkeypatch: Patch) -> None:
     torch = pytest.importorskip("torch")
     from arte_edge.runtimes import autotune as room_of
 
@@ -133,7 +130,7 @@ def test_a_checkpoint_without_a_file_is_asked_in_the_other_floats_alone(
     assert candidates_here(1_000, has_file=False) == [Candidate("transformers"), HALF]
 
 
-def test_floats_that_somebody_asks_for_are_not_overruled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_floats_that_somebody_asks_for_are_not_overruled(monkeypatch: Patch) -> None:
     torch = pytest.importorskip("torch")
     from arte_edge.runtimes import autotune as room_of
 

@@ -1,7 +1,5 @@
 """Each runtime behind the clock reads and writes what the model says: the same tokens, from one cache."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -10,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+from tiny import Patch
 
 from arte_edge.errors import InputError
 from arte_edge.runtimes.loader import choose_runtime, open_decoder
@@ -97,7 +96,7 @@ def test_a_checkpoint(tmp_path: Path) -> None:
         open_decoder(tmp_path, threads=1, context_tokens=129)
 
 
-def test_a_runtime_is_chosen_by_the_kind_of_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runtime_is_chosen_by_the_kind_of_model(tmp_path: Path, monkeypatch: Patch) -> None:
     (tmp_path / "a.gguf").touch()
     (tmp_path / "genai").mkdir()
     (tmp_path / "genai" / "genai_config.json").touch()

@@ -1,7 +1,5 @@
 """The tree of shared prefixes: every list keeps its tokens, and nothing is shared that costs more than it saves."""
 
-from __future__ import annotations
-
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,7 +1,5 @@
 """Messages become the one text that is hashed and decoded, in the model's own template."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from typing import Any, cast

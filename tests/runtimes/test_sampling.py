@@ -1,11 +1,10 @@
 """Drawing tokens: greedy, sampled with a generator of the request's own, and loops."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import Patch
 
 from arte_edge.runtimes import sampling
 from arte_edge.runtimes.completion import Request, Sampling
@@ -48,7 +47,7 @@ def test_sorting_only_the_largest_keeps_the_tokens_that_sorting_all_keeps(
     logits = np.array(sizes, dtype=np.float32)
     chosen = []
     for most in (sorted_first, len(sizes)):
-        with pytest.MonkeyPatch.context() as patch:
+        with Patch.context() as patch:
             patch.setattr(sampling, "_NUCLEUS", most)
             rng = np.random.default_rng(0)
             chosen.append([draw(logits, Sampling(temperature=1.0, top_p=top_p), rng) for _ in range(20)])

@@ -1,7 +1,5 @@
 """A library that was built for AMX must never get weights into that unit's layout."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """Memory is foretold before it is taken, and the layout that a probe chose stays chosen."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +7,7 @@ from typing import Any
 
 import psutil
 import pytest
+from tiny import Patch
 
 from arte_edge.errors import EngineError
 from arte_edge.models.resolve import LocalModel
@@ -45,7 +44,7 @@ class TestMemory:
         assert grown == 40 * 256 * 30 * 2 * 3 * 64 * 2 + scores
 
     def test_a_context_that_cannot_fit_is_refused_with_the_size_that_would(
-        self, model: Any, monkeypatch: pytest.MonkeyPatch
+        self, model: Any, monkeypatch: Patch
     ) -> None:
         monkeypatch.setattr(llama_layout, "available_bytes", lambda: 500_000_000)
         check_fits(model, 23, 3, 512, 512)
@@ -84,11 +83,11 @@ class TestMemory:
 
 class TestProbe:
     @pytest.fixture(autouse=True)
-    def on(self, model_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on(self, model_cache: Path, monkeypatch: Patch) -> None:
         monkeypatch.setenv("ARTE_EDGE_PROBE", "1")
 
     @staticmethod
-    def times(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> list[int]:
+    def times(monkeypatch: Patch, *seconds: float) -> list[int]:
         asked: list[int] = []
 
         def measured(*_: object) -> list[float]:
@@ -98,29 +97,25 @@ class TestProbe:
         monkeypatch.setattr(llama_probe, "probe", measured)
         return asked
 
-    def test_the_first_answer_stays(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_first_answer_stays(self, model: Any, monkeypatch: Patch) -> None:
         asked = self.times(monkeypatch, 2.0, 1.0, 3.0)
         assert layout_for(model, "abc", 2) == CANDIDATES[1]
         self.times(monkeypatch, 1.0, 2.0, 3.0)
         assert layout_for(model, "abc", 2) == CANDIDATES[1]
         assert len(asked) == 1
 
-    def test_it_belongs_to_a_model_and_a_number_of_threads(
-        self, model: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_it_belongs_to_a_model_and_a_number_of_threads(self, model: Any, monkeypatch: Patch) -> None:
         asked = self.times(monkeypatch, 2.0, 1.0, 3.0)
         for sha256, threads in (("abc", 2), ("abd", 2), ("abc", 1)):
             layout_for(model, sha256, threads)
         assert len(asked) == 3
 
-    def test_a_hair_is_not_worth_leaving_the_default(
-        self, model: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_hair_is_not_worth_leaving_the_default(self, model: Any, monkeypatch: Patch) -> None:
         self.times(monkeypatch, 1.0, 0.97, 1.2)
         assert layout_for(model, "abc", 2) == DEFAULT_LAYOUT
 
     def test_off_it_is_the_default_and_nothing_is_kept(
-        self, model: Any, monkeypatch: pytest.MonkeyPatch, model_cache: Path
+        self, model: Any, monkeypatch: Patch, model_cache: Path
     ) -> None:
         asked = self.times(monkeypatch, 2.0, 1.0, 3.0)
         monkeypatch.setenv("ARTE_EDGE_PROBE", "0")
@@ -130,7 +125,7 @@ class TestProbe:
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"layout": {"ubatch": 7}}', '{"layout": {"wide": 1}}'])
     def test_a_damaged_answer_is_measured_again(
-        self, model: Any, monkeypatch: pytest.MonkeyPatch, model_cache: Path, text: str
+        self, model: Any, monkeypatch: Patch, model_cache: Path, text: str
     ) -> None:
         self.times(monkeypatch, 2.0, 1.0, 3.0)
         layout_for(model, "abc", 2)

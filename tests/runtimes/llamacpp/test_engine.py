@@ -1,12 +1,11 @@
 """The llama.cpp engine on the real SmolLM2-135M: batches write what single prompts write."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from tiny import Patch
 
 from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.completion import Request, Sampling
@@ -41,7 +40,7 @@ def engine(smollm2: LocalModel) -> Iterator[LlamaCppEngine]:
     bits, and their products with rounded activations make much of little.
     """
     assert smollm2.gguf is not None
-    with pytest.MonkeyPatch.context() as patch:
+    with Patch.context() as patch:
         patch.setattr(llamacpp, "layout_for", lambda *_: Layout(flash=True))
         engine = LlamaCppEngine(smollm2.gguf, sha256=smollm2.sha256, parallel=6)
         yield engine

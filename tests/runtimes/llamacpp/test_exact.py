@@ -1,13 +1,12 @@
 """The shared path against the plain one on the real SmolLM2: logits, argmax, answers, scores."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tiny import Patch
 
 from arte_edge.distill.prompts import ANSWER_PREFILL, ANSWER_STOPS, STEP_BY_STEP, Shot, student_messages
 from arte_edge.distill.run_context import f16_student
@@ -42,7 +41,7 @@ def engine(smollm2: LocalModel) -> Iterator[LlamaCppEngine]:
     """The student's F16 file, with fewer slots than prompts."""
     base = f16_student(smollm2)
     assert base.gguf is not None
-    with pytest.MonkeyPatch.context() as patch:
+    with Patch.context() as patch:
         patch.setenv("ARTE_EDGE_PROBE", "0")
         engine = LlamaCppEngine(base.gguf, sha256=base.sha256, parallel=10)
         yield engine
@@ -74,7 +73,7 @@ def apart(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.f
 
 
 def test_what_is_written_together_is_what_each_prompt_gets_alone(
-    engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
+    engine: LlamaCppEngine, monkeypatch: Patch
 ) -> None:
     seen: dict[int, list[NDArray[np.float32]]] = {}
     writers: list[llamacpp._Writer] = []

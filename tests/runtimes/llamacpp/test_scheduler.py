@@ -1,7 +1,5 @@
 """The scheduler against a context that only keeps books: which token of which sequence it holds where."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Trees of continuations against a unified context that only keeps books: every path gets its own logits."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

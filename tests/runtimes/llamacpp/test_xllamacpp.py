@@ -1,7 +1,5 @@
 """XllamaRuntime reads and writes what llama.cpp does, where neither llama-cpp-python nor torch is."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

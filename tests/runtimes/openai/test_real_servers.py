@@ -1,7 +1,5 @@
 """Against llama-cpp-python's own server with the real SmolLM2-135M, faults in front of it."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

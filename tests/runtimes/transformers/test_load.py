@@ -1,11 +1,10 @@
-from __future__ import annotations
-
 import json
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny import Patch
 
 from arte_edge.errors import InputError
 from arte_edge.runtimes.completion import Request, Sampling
@@ -143,7 +142,7 @@ def test_a_checkpoint_agrees_with_the_gguf_that_it_was_made_from(smollm2):
     ("free_bytes", "tokens"), [(100 * 10**9, 262_144), (8 * 10**9, 104_166), (10**8, 16_384)]
 )
 def test_a_batch_on_a_gpu_is_as_large_as_its_free_memory_allows(
-    monkeypatch: pytest.MonkeyPatch, free_bytes: int, tokens: int
+    monkeypatch: Patch, free_bytes: int, tokens: int
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, free_bytes))
     config = SimpleNamespace(

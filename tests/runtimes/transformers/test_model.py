@@ -1,10 +1,9 @@
-from __future__ import annotations
-
 import json
 import shutil
 
 import numpy as np
 import pytest
+from tiny import Patch
 
 from arte_edge.errors import InputError
 from arte_edge.runtimes.completion import Request, Sampling
@@ -281,7 +280,7 @@ def test_a_family_whose_attention_is_no_plain_softmax_stays_in_batches(tiny_chec
 def counted(engine, requests, sampling):
     """Complete the requests; return the texts with how they ended, and how many calls that took."""
     calls, forward = [], packed.forward_rows
-    with pytest.MonkeyPatch.context() as patch:
+    with Patch.context() as patch:
         patch.setattr(packed, "forward_rows", lambda *args: (calls.append(args), forward(*args))[1])
         rows = engine.complete(requests, sampling)
     return [(row.text, row.finish, row.completion_tokens) for row in rows], len(calls)

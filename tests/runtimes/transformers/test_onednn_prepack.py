@@ -1,7 +1,5 @@
 """Packed weights are the same weights: texts and scores stay, and a model that is not bfloat16 is left alone."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

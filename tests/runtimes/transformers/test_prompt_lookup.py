@@ -1,7 +1,5 @@
 """A proposal is what came after the same few tokens the last time, and grows and shrinks with its luck."""
 
-from __future__ import annotations
-
 from hypothesis import given
 from hypothesis import strategies as st
 
