@@ -31,25 +31,25 @@ from typing import Any, TypeVar
 from arte_edge.errors import ArteError, InputError
 
 __all__ = [
-    "FULL_MARKS",
+    "DISK_FULL_MESSAGES",
     "DiskFull",
     "Progress",
-    "check_room",
+    "access_error",
+    "atomic_file",
+    "cache_dir",
+    "cache_subdir",
+    "cached_measurement",
+    "check_free_space",
+    "cleanup_on_full_disk",
     "disk_errors",
-    "full_disk_is_clear",
-    "home",
     "is_offline",
     "locked",
-    "measured_once",
     "megabytes",
-    "publish",
-    "room",
+    "rename_into_place",
     "sha256_checkpoint",
     "sha256_file",
     "slug",
-    "unwritable",
     "user_registry",
-    "whole_file",
     "write_atomic",
 ]
 
@@ -59,7 +59,7 @@ Progress = Callable[[str, int, int], None]
 _TRUE = {"1", "on", "yes", "true"}
 
 
-def home() -> Path:
+def cache_dir() -> Path:
     """Return the cache folder: ``ARTE_EDGE_HOME`` if set, else the user's cache folder."""
     import platformdirs
 
@@ -73,27 +73,27 @@ def user_registry() -> Path:
     import platformdirs
 
     if os.environ.get("ARTE_EDGE_HOME"):
-        return home() / "models.toml"
+        return cache_dir() / "models.toml"
     return platformdirs.user_config_path("arte-edge", appauthor=False) / "models.toml"
 
 
-def is_offline(asked: bool = False) -> bool:
+def is_offline(requested: bool = False) -> bool:
     """True if the caller, ``ARTE_EDGE_OFFLINE`` or ``HF_HUB_OFFLINE`` disables network access."""
     names = ("ARTE_EDGE_OFFLINE", "HF_HUB_OFFLINE")
-    return asked or any(os.environ.get(name, "").lower() in _TRUE for name in names)
+    return requested or any(os.environ.get(name, "").lower() in _TRUE for name in names)
 
 
-def room(*parts: str) -> Path:
-    """Return a folder below `home`, created if it is missing.
+def cache_subdir(*parts: str) -> Path:
+    """Return a folder below `cache_dir`, created if it is missing.
 
     Raises:
         ArteError: it cannot be created.
     """
-    folder = home().joinpath(*parts)
+    folder = cache_dir().joinpath(*parts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise unwritable(error, folder) from error
+        raise access_error(error, folder) from error
     return folder
 
 
@@ -110,7 +110,7 @@ def locked(name: str, progress: Progress | None = None) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(room("locks") / f"{slug(name)}.lock")
+    lock = FileLock(cache_subdir("locks") / f"{slug(name)}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -126,7 +126,7 @@ def locked(name: str, progress: Progress | None = None) -> Iterator[None]:
 # No space, quota exceeded, file size limit reached: the same problem for a user.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # The texts of these errors in the output of a child process.
-FULL_MARKS = tuple(os.strerror(number) for number in sorted(_FULL))
+DISK_FULL_MESSAGES = tuple(os.strerror(number) for number in sorted(_FULL))
 
 
 class DiskFull(ArteError):
@@ -140,7 +140,7 @@ class DiskFull(ArteError):
         )
 
 
-def unwritable(error: OSError, folder: Path) -> ArteError:
+def access_error(error: OSError, folder: Path) -> ArteError:
     """Return the error to raise when the system denies reading or writing below `folder`."""
     where = error.filename or folder
     return ArteError(
@@ -156,7 +156,7 @@ def megabytes(size_bytes: float) -> str:
     return f"{size_bytes / 1e3:.1f} kB" if size_bytes >= 1000 else f"{size_bytes:.0f} B"
 
 
-def check_room(folder: Path, need_bytes: int, what: str) -> None:
+def check_free_space(folder: Path, need_bytes: int, what: str) -> None:
     """Raise `DiskFull` before anything is fetched if `need_bytes` cannot fit below `folder`."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < need_bytes:
@@ -164,7 +164,7 @@ def check_room(folder: Path, need_bytes: int, what: str) -> None:
 
 
 @contextmanager
-def full_disk_is_clear(staging: Path, what: str) -> Iterator[None]:
+def cleanup_on_full_disk(staging: Path, what: str) -> Iterator[None]:
     """Turn "no space left" into `DiskFull` and remove `staging`, which would keep the disk full.
 
     Other errors of the system, such as missing permissions, become an `ArteError` that names the path.
@@ -173,7 +173,7 @@ def full_disk_is_clear(staging: Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno not in _FULL:
-            raise unwritable(error, staging) from error
+            raise access_error(error, staging) from error
         shutil.rmtree(staging, ignore_errors=True)
         raise DiskFull(staging.parent, what) from error
     except DiskFull:
@@ -181,7 +181,7 @@ def full_disk_is_clear(staging: Path, what: str) -> Iterator[None]:
         raise
 
 
-def publish(staged: Path, final: Path) -> Path:
+def rename_into_place(staged: Path, final: Path) -> Path:
     """Flush `staged`, a file or a folder on the same disk, and rename it to `final` atomically."""
     for path in [staged, *staged.rglob("*")] if staged.is_dir() else [staged]:
         _flush(path)
@@ -204,7 +204,7 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn "no space" and "read-only" into errors that say what to do; other errors of the system pass.
+    """Turn "no space" and "read-only" into errors with a hint; other errors of the system pass.
 
     Raises:
         DiskFull: there is no space left.
@@ -221,7 +221,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_file(out: Path, partial: Path | None = None) -> Iterator[Path]:
+def atomic_file(out: Path, partial: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path, `partial` or one beside `out`, that is renamed to `out` when the block succeeds.
 
     When it fails, the temporary file is removed; one that a killed process left is overwritten.
@@ -251,7 +251,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         ArteError: the disk is full or not writable; no half file stays.
     """
     own = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
-    with whole_file(path, own) as partial, partial.open("wb") as file:
+    with atomic_file(path, own) as partial, partial.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -261,7 +261,7 @@ T = TypeVar("T")
 Row = dict[str, Any]
 
 
-def measured_once(
+def cached_measurement(
     kind: str,
     facts: Sequence[object],
     read: Callable[[Row], T | None],
@@ -283,7 +283,7 @@ def measured_once(
         store: False: what is measured now is not stored.
     """
     name = hashlib.sha256(json.dumps(list(facts)).encode()).hexdigest()[:24]
-    path = home() / f"{kind}s" / f"{name}.json"
+    path = cache_dir() / f"{kind}s" / f"{name}.json"
     if not fresh and (known := _stored(path, read)) is not None:
         return known
     with locked(f"{kind}-{name}") if _is_writable(path.parent) else contextlib.nullcontext():
@@ -307,7 +307,7 @@ def _stored(path: Path, read: Callable[[Row], T | None]) -> T | None:
 
 def _is_writable(folder: Path) -> bool:
     try:
-        return room(folder.name) == folder
+        return cache_subdir(folder.name) == folder
     except ArteError:
         return False
 
@@ -345,7 +345,7 @@ def sha256_checkpoint(folder: Path) -> str:
 
 def _load() -> dict[str, list[int | str]]:
     try:
-        rows = json.loads((home() / "hashes.json").read_text("utf-8"))
+        rows = json.loads((cache_dir() / "hashes.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     if not isinstance(rows, dict):
@@ -357,4 +357,4 @@ def _remember(path: str, row: list[int | str]) -> None:
     """Store one checksum. Losing it costs a second read, so a cache that cannot be written is no error."""
     with contextlib.suppress(OSError, ArteError):
         rows = {known: value for known, value in _load().items() if Path(known).exists()} | {path: row}
-        write_atomic(home() / "hashes.json", json.dumps(rows, indent=1).encode())
+        write_atomic(cache_dir() / "hashes.json", json.dumps(rows, indent=1).encode())

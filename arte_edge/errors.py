@@ -1,10 +1,10 @@
 """The one family of errors that reach a user, and the exit code each one ends with.
 
     ArteError            1  the run failed
-    ├── InputError       2  your input: a key, a file, a name, a model we cannot read
+    ├── InputError       2  your input: a key, a file, a name, an unreadable model
     ├── GateError        3  a fidelity gate failed: the exported file is not the student
-    ├── StoppedEarly     4  stopped on purpose; the same command goes on
-    └── EngineError      1  a model runtime or a server did not do its work
+    ├── StoppedEarly     4  stopped on purpose; re-run the same command to resume
+    └── EngineError      1  a model runtime or a server failed
 
 A message says what is wrong and where (``run.toml: align.learning_rat``); the
 hint says what to do about it. `arte_edge.cli` catches `ArteError` once and
@@ -46,13 +46,13 @@ class GateError(ArteError):
 
 
 class StoppedEarly(ArteError):
-    """A budget or a check ended the run; nothing is lost and it can go on."""
+    """A budget or a check ended the run; nothing is lost and it can be resumed."""
 
     exit_code = 4
 
 
 class EngineError(ArteError):
-    """A runtime or a server failed in a way that retrying did not mend."""
+    """A runtime or a server failed in a way that retrying did not fix."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

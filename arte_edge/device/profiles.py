@@ -232,10 +232,10 @@ def own_folder() -> Path:
     """Return where one's own devices are kept; it need not exist. ``ARTE_EDGE_HOME`` holds all in one place."""
     import platformdirs
 
-    from arte_edge.cache import home
+    from arte_edge.cache import cache_dir
 
     if os.environ.get("ARTE_EDGE_HOME"):
-        return home() / "devices"
+        return cache_dir() / "devices"
     return platformdirs.user_config_path("arte-edge", appauthor=False) / "devices"
 
 

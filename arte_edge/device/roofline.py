@@ -49,10 +49,10 @@ def probe(threads: int, *, fresh: bool = False) -> float:
     Args:
         fresh: measure again, whatever is remembered of this machine.
     """
-    from arte_edge.cache import measured_once
+    from arte_edge.cache import cached_measurement
     from arte_edge.device.detect import detect
 
-    return measured_once(
+    return cached_measurement(
         "bandwidth",
         [detect().fingerprint, threads],  # several machines may share a home folder
         read=lambda row: float(row["bytes_per_s"]),

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arte_edge.cache import room, sha256_file
+from arte_edge.cache import cache_subdir, sha256_file
 from arte_edge.console import Reporter
 from arte_edge.distill.cached_calls import Calls
 from arte_edge.distill.config import ModelConfig, RunConfig, build, differences, dump_toml, load_toml
@@ -191,7 +191,7 @@ def f16_student(model: LocalModel) -> LocalModel:
     """Return the F16 file of a GGUF student (made once and cached), or the checkpoint as it is."""
     if model.gguf is None or model.quantization == "F16":
         return model
-    path = room("checkpoints") / f"{model.sha256[:16]}-F16.gguf"
+    path = cache_subdir("checkpoints") / f"{model.sha256[:16]}-F16.gguf"
     return _f16_file(model.checkpoint(), model, path, model.name)
 
 
@@ -209,7 +209,7 @@ def quantized_student(model: LocalModel, kind: str) -> LocalModel:
         )
     if kind == base.quantization:
         return base
-    path = room("checkpoints") / f"{model.sha256[:16]}-{kind}.gguf"
+    path = cache_subdir("checkpoints") / f"{model.sha256[:16]}-{kind}.gguf"
     if not path.is_file():
         from arte_edge.gguf.quantize import quantize
 

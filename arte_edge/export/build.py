@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from arte_edge import __version__
-from arte_edge.cache import Progress, sha256_file, whole_file
+from arte_edge.cache import Progress, atomic_file, sha256_file
 from arte_edge.export.build_cache import BuildCache, BuiltFile
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
@@ -203,5 +203,5 @@ def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        with whole_file(target) as partial:
+        with atomic_file(target) as partial:
             shutil.copyfile(source, partial)

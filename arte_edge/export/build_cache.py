@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from arte_edge.cache import full_disk_is_clear, megabytes, unwritable
+from arte_edge.cache import access_error, cleanup_on_full_disk, megabytes
 from arte_edge.errors import ArteError, InputError
 from arte_edge.models.artifact import Checksums, checksums_of
 from arte_edge.store import content_key, write_atomic
@@ -65,7 +65,7 @@ class BuildCache:
                 f"{self.out}: another process exports into this folder", "Wait for it, or choose another -o."
             ) from error
         except OSError as error:
-            raise unwritable(error, self.out) from error
+            raise access_error(error, self.out) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -111,7 +111,7 @@ class BuildCache:
     def building(self, target: Path) -> Iterator[None]:
         """Remove an old `target`; turn "no space left" while the block builds it into a clear error."""
         remove(target)
-        with full_disk_is_clear(target, target.name):
+        with cleanup_on_full_disk(target, target.name):
             yield
 
     def record(self, step: str, inputs: Any, target: Path, summary: Mapping[str, Any]) -> BuiltFile:

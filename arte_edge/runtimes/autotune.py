@@ -2,7 +2,7 @@
 
 It depends on the processor: one that multiplies bfloat16 in a matrix unit scores several times faster with it,
 another is best served by llama.cpp. A small sample of the workload decides, once per machine and model
-(`arte_edge.cache.measured_once`).
+(`arte_edge.cache.cached_measurement`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from arte_edge.cache import measured_once
+from arte_edge.cache import cached_measurement
 from arte_edge.errors import ArteError
 from arte_edge.memory import available_bytes
 from arte_edge.runtimes.completion import Engine, Request, Sampling
@@ -130,7 +130,7 @@ def fastest_engine(
     def read(row: Mapping[str, Any]) -> Candidate | None:
         return next((candidate for candidate in candidates if str(candidate) == row["engine"]), None)
 
-    return measured_once(
+    return cached_measurement(
         "engine",
         [machine_id(), workload, [str(candidate) for candidate in candidates], *facts],
         read,

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from score_worth_scores import UNASKED
 
-from arte_edge.cache import whole_file
+from arte_edge.cache import atomic_file
 from arte_edge.distill.prompts import (
     ANSWER_CLOSE,
     ANSWER_PREFILL,
@@ -107,7 +107,7 @@ def record(work: Mapping[str, Any], engine: Any, out: Path, written: int) -> Non
             grid["logp"][some] = asking.logp(mine)
         else:
             grid["right"][np.ix_(some, at)] = asking.right(mine, at)
-        with whole_file(out) as temporary, temporary.open("wb") as file:
+        with atomic_file(out) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **grid)
         print(f"{what}: {n + 1} of {len(asks)} calls, {time.monotonic() - began:.0f} s", flush=True)
 

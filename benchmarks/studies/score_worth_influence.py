@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from score_worth_scores import forced_outcome
 
-from arte_edge.cache import whole_file
+from arte_edge.cache import atomic_file
 from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_PREFILL, STEP_BY_STEP, student_messages
 from arte_edge.runtimes.prompt_render import render
 from arte_edge.runtimes.transformers.model import TransformersEngine
@@ -99,7 +99,7 @@ def main() -> None:
         for key, value in learner.asked().items():
             found.setdefault(key, []).append(value - base[key])
         found.setdefault("places", []).append(place)
-        with whole_file(options.out) as temporary, temporary.open("wb") as file:
+        with atomic_file(options.out) as temporary, temporary.open("wb") as file:
             arrays: dict[str, Any] = {key: np.array(values) for key, values in found.items()}
             np.savez_compressed(file, **arrays)
         change = found["probability_free"][-1]

@@ -93,7 +93,7 @@ def test_wrong_bytes_are_removed_and_named(
     name = register("mine", b"x" * 500, packages=["evil"], sha256="0" * 64)
     with pytest.raises(ArteError, match="'mine' cannot be fetched") as caught:
         resolve(name)
-    assert "mirror evil: wrong bytes: sha256" in caught.value.hint and "000000" in caught.value.hint
+    assert "mirror evil: checksum mismatch: sha256" in caught.value.hint and "000000" in caught.value.hint
     assert _left_in(model_cache) == []
 
 

@@ -201,7 +201,7 @@ def test_a_checkpoint_comes_without_pickles_and_code(hub: TinyHub) -> None:
 def test_a_checkpoint_of_which_one_file_is_wrong_does_not_appear(hub: TinyHub, model_cache: Path) -> None:
     hub.repositories["me/it"] = dict(_CHECKPOINT)
     hub.lies_about = "model.safetensors"
-    with pytest.raises(ArteError, match=r"model\.safetensors arrived with wrong bytes"):
+    with pytest.raises(ArteError, match=r"model\.safetensors does not match its checksum"):
         resolve("me/it")
     assert not list((model_cache / "hub").rglob("*.safetensors"))
     hub.lies_about = ""

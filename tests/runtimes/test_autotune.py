@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tiny import Patch
 
-from arte_edge.cache import room
+from arte_edge.cache import cache_subdir
 from arte_edge.errors import ArteError
 from arte_edge.runtimes.autotune import Candidate, candidates_here, fastest_engine, sample_seconds
 
@@ -95,7 +95,7 @@ def test_a_kept_answer_that_cannot_be_read_is_measured_again() -> None:
     opened: list[Sleeper] = []
     quick = opening({LLAMA: 0.02, HALF: 0.001, FULL: 0.02}, opened)
     fastest_engine(WAYS, quick, "choose", [])
-    (file,) = room("engines").glob("*.json")
+    (file,) = cache_subdir("engines").glob("*.json")
     for text in ("{", json.dumps({"way": "abacus"}), json.dumps([1])):
         file.write_text(text)
         assert fastest_engine(WAYS, quick, "choose", []) == HALF

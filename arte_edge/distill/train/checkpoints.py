@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from arte_edge.cache import publish
+from arte_edge.cache import rename_into_place
 from arte_edge.errors import InputError
 from arte_edge.store import content_key, write_atomic
 
@@ -86,7 +86,7 @@ class Workspace:
         document = json.dumps({"request": self._request, **report}, indent=1, ensure_ascii=False)
         write_atomic(staged / "training.json", document.encode())
         shutil.rmtree(self.out, ignore_errors=True)
-        publish(staged, self.out)
+        rename_into_place(staged, self.out)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

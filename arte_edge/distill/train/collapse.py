@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arte_edge.cache import publish
+from arte_edge.cache import rename_into_place
 from arte_edge.distill.train.checkpoints import Workspace
 from arte_edge.distill.train.common import CollapseLimits, DpoSettings
 from arte_edge.store import read_jsonl, write_atomic, write_jsonl
@@ -84,7 +84,7 @@ def copy_adapter(source: Path, target: Path) -> Path:
     text = json.dumps(config, indent=2, sort_keys=True)
     write_atomic(staged / "adapter_config.json", text.encode())
     shutil.rmtree(target, ignore_errors=True)
-    return publish(staged, target)
+    return rename_into_place(staged, target)
 
 
 class CollapseMonitor:

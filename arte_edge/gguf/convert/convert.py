@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from arte_edge.cache import whole_file
+from arte_edge.cache import atomic_file
 from arte_edge.checkpoint import Weight
 from arte_edge.errors import ArteError, InputError
 from arte_edge.extras import need
@@ -154,7 +154,7 @@ def convert_with_llama_cpp(llama_cpp: Path, checkpoint: Path, out: Path, dtype: 
     partial = out.with_name(f".{out.name}.partial".replace("{", "_").replace("}", "_"))
     command = [sys.executable, str(script.absolute()), str(checkpoint.absolute())]
     command += ["--outfile", str(partial.absolute()), "--outtype", dtype.lower()]
-    with whole_file(out, partial):
+    with atomic_file(out, partial):
         done = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.cache import measured_once
+from arte_edge.cache import cached_measurement
 from arte_edge.memory import available_bytes
 from arte_edge.runtimes.autotune import fastest, machine_id, may_measure
 from arte_edge.runtimes.llamacpp.bindings import LlamaContext, LlamaModel
@@ -49,7 +49,7 @@ def layout_for(model: LlamaModel, sha256: str, threads: int) -> Layout:
             "seconds": [round(s, 4) for s in seconds],
         }
 
-    return measured_once("layout", facts, _read, measure)
+    return cached_measurement("layout", facts, _read, measure)
 
 
 def probe(model: LlamaModel, threads: int) -> list[float]:
