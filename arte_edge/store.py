@@ -26,7 +26,7 @@ from typing import Any
 from arte_edge.cache import disk_errors, write_atomic
 from arte_edge.errors import ArteError
 
-__all__ = ["CallLog", "Stage", "content_key", "read_jsonl", "write_atomic", "write_jsonl"]
+__all__ = ["CallLog", "Stage", "content_key", "parse_line", "read_jsonl", "write_atomic", "write_jsonl"]
 
 Row = dict[str, Any]
 
@@ -58,7 +58,7 @@ def read_jsonl(path: Path) -> list[Row]:
     """
     rows: list[Row] = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        row = _parsed(line)
+        row = parse_line(line)
         if row is None:
             raise ArteError(
                 f"{path}:{number}: not a JSON object", "Remove the stage's folder to make it again."
@@ -67,10 +67,11 @@ def read_jsonl(path: Path) -> list[Row]:
     return rows
 
 
-def _parsed(line: bytes) -> Row | None:
+def parse_line(line: bytes) -> Row | None:
+    """Return the JSON object in a line, None if it holds none."""
     try:
         value = json.loads(line)
-    except ValueError:  # UnicodeDecodeError is one too
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
     return value if isinstance(value, dict) else None
 
@@ -133,7 +134,7 @@ class CallLog:
         size, offset = 0, 0
         group: list[Row] = []
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
-            row = _parsed(line) if line.endswith(b"\n") else None
+            row = parse_line(line) if line.endswith(b"\n") else None
             if row is None or "key" not in row or "left" not in row:
                 if line.endswith(b"\n"):
                     raise ArteError(

@@ -11,7 +11,6 @@ crash cut off is dropped; it is always the last one.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydantic import Field
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.results.accuracy import SCHEMA_VERSION, Answers, PairedAccuracy, Record
+from arte_edge.store import parse_line
 
 __all__ = [
     "BENCH_NAME",
@@ -200,25 +200,26 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
         return
     data = b"".join(row.model_dump_json().encode() + b"\n" for row in rows)
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+        before = path.read_bytes() if path.exists() else b""
+        file = path.open("ab")
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    size, last = len(before), before.rpartition(b"\n")[2]
+    if last and parse_line(last) is None:  # cut off by a crash
+        size -= len(last)
+    elif last:  # some editors drop the newline at the end
+        data = b"\n" + data
     try:
-        size = _whole_bytes(descriptor)
-        try:
-            os.lseek(descriptor, size, os.SEEK_SET)
-            left = memoryview(data)
-            while left:
-                left = left[os.write(descriptor, left) :]
-            os.fsync(descriptor)
-        except OSError as error:
-            os.ftruncate(descriptor, size)
-            raise ArteError(
-                f"{path}: {error.strerror}; earlier rows are unchanged",
-                "Free some space and measure again.",
-            ) from error
-    finally:
-        os.close(descriptor)
+        with file:
+            file.truncate(size)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        os.truncate(path, size)
+        raise ArteError(
+            f"{path}: {error.strerror}; earlier rows are unchanged", "Free some space and measure again."
+        ) from error
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -238,7 +239,7 @@ def read_rows(path: Path) -> list[Row]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        document = _parsed(line)
+        document = parse_line(line)
         if document is None:
             if number == len(lines):  # no newline: cut off by a crash
                 break
@@ -256,29 +257,3 @@ def parse_row(document: dict[str, Any], where: str, hint: str = "Delete the line
     kind: type[Row] = SpeedRow if "test" in document else QualityRow
     outdated = "Read it with the arte-edge that wrote it, or a newer one."
     return kind.parse(document, where, outdated=outdated, hint=hint)
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _whole_bytes(descriptor: int) -> int:
-    """Return the file's length without an incomplete last line; a complete one without newline gets its newline."""
-    size = os.lseek(descriptor, 0, os.SEEK_END)
-    tail, at = b"", size
-    while at > 0 and b"\n" not in tail:
-        step = min(1 << 16, at)
-        at -= step
-        os.lseek(descriptor, at, os.SEEK_SET)
-        tail = os.read(descriptor, step) + tail
-    last = tail.rpartition(b"\n")[2]
-    if not last:
-        return size
-    if _parsed(last) is not None:
-        os.lseek(descriptor, size, os.SEEK_SET)
-        return size + os.write(descriptor, b"\n")
-    return size - len(last)
