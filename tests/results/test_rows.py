@@ -1,13 +1,14 @@
 """bench.jsonl keeps every row that was written whole, whatever happened to the last one."""
 
+import errno
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import Folders, speed_row
+from tiny import Folders, Patch, speed_row
 
-from arte_edge.errors import InputError
+from arte_edge.errors import ArteError, InputError
 from arte_edge.results.rows import DeviceFacts, QualityRow, Reading, Row, SpeedRow, append_rows, read_rows
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -77,3 +78,16 @@ def test_what_cannot_be_read_is_named_with_its_line(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(InputError, match=named):
             read_rows(path)
+
+
+def test_a_full_disk_leaves_the_earlier_rows(tmp_path: Path, monkeypatch: Patch) -> None:
+    path = tmp_path / "bench.jsonl"
+    append_rows(path, [speed_row()])
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ArteError, match=r"bench\.jsonl: No space left"):
+        append_rows(path, [speed_row()] * 2)
+    assert read_rows(path) == [speed_row()]
