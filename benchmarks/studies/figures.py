@@ -9,7 +9,7 @@ from arte_edge.store import write_atomic
 
 __all__ = ["write_svg"]
 
-# Okabe and Ito's palette, darkened where it would be faint on white (arte_edge/publish/templates/report.css)
+# Okabe and Ito's palette, darkened where it would be faint on white (arte_edge/publish/report/templates/report.css)
 _COLOURS = ("#0072b2", "#d55e00", "#007a5a", "#a8528a", "#2f8fc4", "#946200", "#6a6a00", "#444444")
 
 
@@ -21,7 +21,7 @@ def write_svg(plot: Plot, path: Path) -> None:
     style = rules + (
         "text{font:12px system-ui,sans-serif;fill:#1c1c1c;stroke:none}.grid{stroke:#e3e3e3}"
         ".axis,.rule path{stroke:#555;fill:none}.line,.line path,.line polyline{fill:none;stroke-width:2}"
-        ".faint{opacity:.45}.dashed{stroke-dasharray:5 4}.hollow{fill:none;stroke-width:1.3}.area{stroke:none}"
+        ".dashed{stroke-dasharray:5 4}.hollow{fill:none;stroke-width:1.3}.area{stroke:none}"
     )
     svg = plot.svg()
     head, _, rest = svg.partition(">")

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from score_worth_scores import UNASKED
 
 from arte_edge.distill.generation.rationales import reject_repeated
-from arte_edge.distill.preference.adaptive import Race, fit_score_model
+from arte_edge.distill.preference.adaptive import AdaptivePlan, fit_score_model
 from arte_edge.distill.preference.scoring import length_effect, probabilities
 from arte_edge.publish.report.svg import Axis, Plot
 from arte_edge.store import write_atomic
@@ -94,12 +94,12 @@ def found(drafts: Drafts, score: Floats) -> float:
 
 def race(drafts: Drafts, share: float) -> tuple[float, float]:
     """Return the agreement of one race and the share of the grid that it measured."""
-    rules = Race(tuple(drafts.question), drafts.grid.shape[1], share)
+    plan = AdaptivePlan(tuple(drafts.question), drafts.grid.shape[1], share)
     values = np.full_like(drafts.grid, np.nan)
     seen = values
-    while asks := rules.ask(seen):
-        for ask in asks:
-            values[ask.draft, list(ask.items)] = drafts.grid[ask.draft, list(ask.items)]
+    while todo := plan.next_round(seen):
+        for cell in todo:
+            values[cell.draft, list(cell.items)] = drafts.grid[cell.draft, list(cell.items)]
         mean = fit_score_model(values).mean if drafts.tokens is not None else np.zeros(len(values))
         seen = values + (drafts.level(mean) - mean)[:, None]
     return found(drafts, fit_score_model(values).mean), float(np.isfinite(values).mean())
@@ -163,7 +163,7 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> Plot:
     )
     for i, way in enumerate(WAYS):
         spent = "measured" if way == "race" else "share"  # a race that has decided all stops early
-        plot.line([(row[spent], row[way]) for row in mine], i, style="" if i == 0 else "dashed")
+        plot.line([(row[spent], row[way]) for row in mine], i, dashed=i > 0)
         for row in mine:
             low, high = row[f"{way} ci95"]
             plot.whisker((row[spent], row[spent]), (max(low, 0.7), min(high, 1.0)), i)
