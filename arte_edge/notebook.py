@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 __all__ = ["ResultTable", "fragment", "table_html"]
-
-_CELL = "padding:0.2em 0.8em 0.2em 0;text-align:{align};white-space:{wrap};border:none"
 
 
 class ResultTable(Table):
@@ -40,43 +39,32 @@ def fragment(title: str, tables: Iterable[Table] = (), lines: Sequence[str] = ()
 
 def table_html(table: Table) -> str:
     """Return a table of the terminal as an HTML table: its header, cells, alignment and bold rows."""
-    columns = table.columns
-    cells = [[_plain(cell) for cell in column.cells] for column in columns]
+    columns = [(column, [_text(cell) for cell in column.cells]) for column in table.columns]
     head = "".join(
-        f"<th style='{_style(column.justify, wrap=False)};font-weight:600'>{escape(_plain(column.header))}</th>"
-        for column in columns
+        f"<th style='{_style(column)};white-space:nowrap;font-weight:600'>{_text(column.header)}</th>"
+        for column, _ in columns
     )
-    body = []
-    for index, row in enumerate(table.rows):
+    body = ""
+    for i, row in enumerate(table.rows):
         weight = "font-weight:600" if "bold" in str(row.style or "") else ""
-        body.append(
-            f"<tr style='background:none;{weight}'>"
-            + "".join(
-                f"<td style='{_style(column.justify, wrap=not column.no_wrap)}'>{escape(text[index])}</td>"
-                for column, text in zip(columns, cells, strict=True)
-            )
-            + "</tr>"
+        cells = "".join(
+            f"<td style='{_style(column)};white-space:{'nowrap' if column.no_wrap else 'normal'}'>{texts[i]}</td>"
+            for column, texts in columns
         )
-    caption = ""
-    if table.caption:
-        side = "caption-side:bottom;text-align:left;padding-top:0.3em"
-        caption = f"<caption style='{side}'>{escape(_plain(table.caption))}</caption>"
+        body += f"<tr style='background:none;{weight}'>{cells}</tr>"
+    side = "caption-side:bottom;text-align:left;padding-top:0.3em"
+    caption = f"<caption style='{side}'>{_text(table.caption)}</caption>" if table.caption else ""
     return (
         f"<table style='border-collapse:collapse;margin:0'>{caption}"
-        f"<thead><tr style='border-bottom:1px solid currentColor'>{head}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table>"
+        f"<thead><tr style='border-bottom:1px solid currentColor'>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
 
 
-def _plain(cell: object) -> str:
-    """Return the text of a cell without its markup."""
-    from rich.text import Text
-
-    if isinstance(cell, Text):
-        return cell.plain
-    return Text.from_markup(str(cell)).plain
+def _text(cell: object) -> str:
+    """Return the escaped text of a cell without its markup."""
+    return escape(cell.plain if isinstance(cell, Text) else Text.from_markup(str(cell)).plain)
 
 
-def _style(justify: str, *, wrap: bool) -> str:
-    align = justify if justify in ("left", "right", "center") else "left"
-    return _CELL.format(align=align, wrap="normal" if wrap else "nowrap")
+def _style(column: Column) -> str:
+    align = column.justify if column.justify in ("left", "right", "center") else "left"
+    return f"padding:0.2em 0.8em 0.2em 0;text-align:{align};border:none"

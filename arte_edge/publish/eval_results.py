@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from arte_edge.cache import is_offline
 from arte_edge.errors import InputError
@@ -95,14 +94,28 @@ def write_eval_results(
     Raises:
         InputError: nothing was measured on a whole test split, or several tasks were and none is named.
     """
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
     found = [(benchmark, *pair) for benchmark in benchmarks for pair in _scores(student, benchmark)]
     for benchmark in benchmarks:  # check all before the first file is written
         if (text := check_registered(benchmark)) and note:
             note(text)
     written = []
-    for benchmark, artifact, evaluation in found:
+    for benchmark, artifact, score in found:
+        kind = "GGUF" if artifact.format == "gguf" else artifact.format
+        interval = f"95 % interval {100 * score.low:.1f}-{100 * score.high:.1f}"
+        notes = f"{kind} {artifact.quantization}, {score.runtime}, greedy, n={score.n}, {interval}"
+        entry = EvalResultEntry(
+            dataset_id=benchmark.dataset,
+            task_id=benchmark.task_id,
+            value=round(100 * score.accuracy, 2),
+            date=score.test_time[:10] or None,
+            source_url=f"https://huggingface.co/{repo}/blob/main/bench.jsonl" if repo else None,
+            source_name="arte-edge bench" if repo else None,
+            notes=f"{notes}, on {publishable.device_title(score)}",
+        )
         path = folder / FOLDER / f"{benchmark.slug}-{artifact.quantization.lower()}.yaml"
-        data = dump_yaml(_entry(benchmark, artifact, evaluation, repo)).encode()
+        data = dump_yaml(eval_result_entries_to_yaml([entry])).encode()
         if not path.is_file() or path.read_bytes() != data:
             write_atomic(path, data)
             written.append(path)
@@ -112,42 +125,18 @@ def write_eval_results(
 def _scores(student: StudentFile, benchmark: Benchmark) -> list[tuple[Artifact, Evaluation]]:
     """Return one score a file: on the whole test split, of the first device in order."""
     found: list[tuple[Artifact, Evaluation]] = []
+    flag = f"--benchmark {benchmark.dataset}"
     for artifact in publishable.files(student):
         tests = [one for one in publishable.evaluations(artifact.evaluations) if one.split == "test"]
-        if benchmark.task:
-            tests = [one for one in tests if one.task == benchmark.task]
-        elif len({one.task for one in tests}) > 1:
-            names = ", ".join(sorted({one.task for one in tests}))
+        tasks = sorted({one.task for one in tests})
+        if not benchmark.task and len(tasks) > 1:
             raise InputError(
-                f"--benchmark {benchmark.dataset}: which of {names}?",
-                f"Name it: --benchmark {benchmark.dataset}:{benchmark.task_id}=TASK",
+                f"{flag}: which of {', '.join(tasks)}?", f"Name it: {flag}:{benchmark.task_id}=TASK"
             )
-        found += [(artifact, one) for one in tests[:1]]
+        found += [(artifact, one) for one in tests if benchmark.task in ("", one.task)][:1]
     if not found:
         raise InputError(
-            f"--benchmark {benchmark.dataset}: no file was measured on the whole test split of "
-            f"{benchmark.task or 'a task'}",
+            f"{flag}: no file was measured on the whole test split of {benchmark.task or 'a task'}",
             "Measure it first: arte-edge bench FILE --task TASK, without --limit.",
         )
     return found
-
-
-def _entry(benchmark: Benchmark, artifact: Artifact, evaluation: Evaluation, repo: str) -> Any:
-    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
-
-    kind = {"gguf": "GGUF"}.get(artifact.format, artifact.format)
-    notes = (
-        f"{kind} {artifact.quantization}, {evaluation.runtime}, greedy, n={evaluation.n}, 95 % interval "
-        f"{100 * evaluation.low:.1f}-{100 * evaluation.high:.1f}, on {publishable.device_title(evaluation)}"
-    )
-    url = f"https://huggingface.co/{repo}/blob/main/bench.jsonl" if repo else None
-    entry = EvalResultEntry(
-        dataset_id=benchmark.dataset,
-        task_id=benchmark.task_id,
-        value=round(100 * evaluation.accuracy, 2),
-        date=evaluation.test_time[:10] or None,
-        source_url=url,
-        source_name="arte-edge bench" if url else None,
-        notes=notes,
-    )
-    return eval_result_entries_to_yaml([entry])
