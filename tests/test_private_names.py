@@ -17,7 +17,7 @@ from arte_edge import private_names
 from arte_edge.distill.train import dpo
 from arte_edge.distill.train.completion_head import attends_fully, score_completions_only
 from arte_edge.errors import ArteError
-from arte_edge.onnx.simplify import slim
+from arte_edge.onnx.simplify import simplify
 from arte_edge.private_names import PRIVATE_NAMES, PrivateName, missing, problem
 from arte_edge.runtimes.transformers import onednn_prepack, packed_kv_cache
 
@@ -101,7 +101,7 @@ def test_an_onnx_graph_stays_as_it_is_without_the_names(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [tensor], [result])), path)
     before = path.read_bytes()
-    assert slim(path) == (1, 1)
+    assert simplify(path) == (1, 1)
     assert path.read_bytes() == before
 
 

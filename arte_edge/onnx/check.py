@@ -1,12 +1,7 @@
-"""What an ONNX file says of itself: inputs, outputs, and the tensors that lie in other files.
+"""Check the files of an exported ONNX folder: complete, valid, and with the names that runtimes expect.
 
-Read with the `onnx` library and without the weights, so that a file of any size is judged in
-seconds.
-
-Is an exported ONNX folder what it says it is: whole, well-formed, and named as its readers expect.
-
-Nothing is assumed of the exporters: the files are read again. What the model computes is not
-judged here, that is the gate's work (`arte_edge.verify`).
+Graphs are read with the `onnx` library and without their weights, so that files of any size are checked in
+seconds. What the model computes is checked by `arte_edge.verify`.
 """
 
 from __future__ import annotations
@@ -29,17 +24,17 @@ __all__ = [
     "model_file",
     "optimum_problems",
     "read_graph",
-    "require_sound",
+    "require_valid",
 ]
 
 Shape = tuple[int | str, ...]
-# How much a writer may add behind the last tensor to end on a page.
+# Writers may pad the file after the last tensor to a page.
 _PADDING_BYTES = 65_536
 
 
 @dataclass(frozen=True)
 class ExternalTensor:
-    """A tensor whose bytes lie in another file. `need_bytes` follows from its shape and type."""
+    """A tensor stored in another file. `need_bytes` is computed from its shape and type."""
 
     name: str
     location: str
@@ -50,7 +45,7 @@ class ExternalTensor:
 
 @dataclass(frozen=True)
 class Graph:
-    """The outside of an ONNX model: what it takes and gives, by name, with shapes (a name: any size)."""
+    """The interface of an ONNX model. A dimension is a number, or a name if it varies."""
 
     inputs: dict[str, Shape]
     outputs: dict[str, Shape]
@@ -60,7 +55,7 @@ class Graph:
 
 
 def read_graph(path: Path) -> Graph:
-    """Return the outside of the model in `path`.
+    """Read the model in `path` without its weights.
 
     Raises:
         InputError: the file cannot be parsed.
@@ -69,14 +64,16 @@ def read_graph(path: Path) -> Graph:
 
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError is no public class
-        raise InputError(f"{path} is no readable ONNX file: {error}", "Export or copy it again.") from error
+    except Exception as error:  # protobuf's DecodeError is not a public class
+        raise InputError(
+            f"{path} is not a readable ONNX file: {error}", "Export or copy it again."
+        ) from error
     op_types: dict[str, int] = {}
     for node in model.graph.node:
         op_types[node.op_type] = op_types.get(node.op_type, 0) + 1
-    held = {tensor.name for tensor in model.graph.initializer}
+    initialized = {tensor.name for tensor in model.graph.initializer}
     return Graph(
-        inputs={value.name: _shape(value) for value in model.graph.input if value.name not in held},
+        inputs={value.name: _shape(value) for value in model.graph.input if value.name not in initialized},
         outputs={value.name: _shape(value) for value in model.graph.output},
         externals=tuple(
             _external(tensor)
@@ -108,9 +105,9 @@ def _external(tensor: Any) -> ExternalTensor:
 
 
 def external_problems(path: Path, graph: Graph) -> list[str]:
-    """Return what is wrong with the files that hold the tensors of the model in `path`.
+    """Return the problems of the files with the tensors of the model in `path`.
 
-    Each file must lie beside the model, be large enough for every tensor in it, and end with the last.
+    Each must be beside the model, contain every tensor completely, and end after the last one.
     """
     problems: list[str] = []
     ends: dict[str, int] = {}
@@ -118,7 +115,7 @@ def external_problems(path: Path, graph: Graph) -> list[str]:
         plain = PurePosixPath(tensor.location)
         if not tensor.location or plain.is_absolute() or plain.name != tensor.location:
             problems.append(
-                f"{path.name}: {tensor.name} lies in '{tensor.location}', which is no plain file name"
+                f"{path.name}: {tensor.name} is in '{tensor.location}', which is not a plain file name"
             )
         elif tensor.length != tensor.need_bytes:
             problems.append(
@@ -130,19 +127,19 @@ def external_problems(path: Path, graph: Graph) -> list[str]:
     for name, end in sorted(ends.items()):
         file = path.with_name(name)
         if not file.is_file():
-            problems.append(f"{name}, which holds tensors of {path.name}, is missing")
+            problems.append(f"{name}, which contains tensors of {path.name}, is missing")
         elif not end <= file.stat().st_size <= end + _PADDING_BYTES:
             problems.append(f"{name} has {file.stat().st_size} bytes, the tensors in it end at {end}")
     return problems
 
 
 _GENAI = "genai_config.json"
-# What a decoder of either layout may ask for besides its cache.
+# Inputs that a decoder of either layout may have besides its cache.
 _PLAIN_INPUTS = {"input_ids", "attention_mask", "position_ids"}
 
 
 def model_file(folder: Path) -> Path:
-    """Return the ONNX file of an exported folder: genai_config.json names it, or it lies alone in ``onnx/``.
+    """Return the ONNX file of an exported folder: named in genai_config.json, or the only one in ``onnx/``.
 
     Raises:
         InputError: there is none, or more than one.
@@ -155,29 +152,25 @@ def model_file(folder: Path) -> Path:
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise InputError(
-            f"{folder} must hold one ONNX model, it holds {names}", "Name a folder that export wrote."
+            f"{folder} must contain one ONNX model; found: {names}", "Give a folder written by export."
         )
     return found[0]
 
 
-def require_sound(folder: Path, checkpoint: Path) -> None:
-    """Raise unless `folder`, exported from `checkpoint`, has no problem.
-
-    Raises:
-        ArteError: with every problem.
-    """
+def require_valid(folder: Path, checkpoint: Path) -> None:
+    """Raise `ArteError` with all problems of `folder`, exported from `checkpoint`, if it has any."""
     if problems := folder_problems(folder, checkpoint):
         raise ArteError(
-            "The ONNX export is not sound:\n" + "\n".join(f"  {problem}" for problem in problems),
-            "Nothing was kept. Please report this with the versions of onnxruntime and its exporter.",
+            "The ONNX export is invalid:\n" + "\n".join(f"  {problem}" for problem in problems),
+            "Nothing was written. Please report this with the versions of onnxruntime and its exporter.",
         )
 
 
 def folder_problems(folder: Path, checkpoint: Path | None = None) -> list[str]:
-    """Return what is wrong with an exported folder of either layout, in plain words; empty if nothing is.
+    """Return the problems of an exported folder of either layout.
 
     Args:
-        checkpoint: what it was exported from; without it the end tokens are not compared.
+        checkpoint: its source; without it stop tokens are not compared.
     """
     is_genai = (folder / _GENAI).is_file()
     try:
@@ -186,9 +179,9 @@ def folder_problems(folder: Path, checkpoint: Path | None = None) -> list[str]:
             return [f"{path.name} is missing"]
         graph = read_graph(path)
         problems = external_problems(path, graph)
-        if not problems:  # the checker would name the first of them only
+        if not problems:  # the checker would name only the first of them
             problems += _checker(path)
-        problems += [f"{name} is left over" for name in _strays(path, graph)]
+        problems += [f"{name} is left over" for name in _unused_files(path, graph)]
         problems += (genai_problems if is_genai else optimum_problems)(folder, graph, checkpoint)
     except ArteError as error:
         return [error.message]
@@ -198,24 +191,24 @@ def folder_problems(folder: Path, checkpoint: Path | None = None) -> list[str]:
 
 
 def _checker(path: Path) -> list[str]:
-    """Run ONNX's own checker, by path, so that it looks at the external data too."""
+    """Run ONNX's own checker, by path, so that it checks external data too."""
     import onnx
 
     try:
         onnx.checker.check_model(str(path))
-    except Exception as error:  # ValidationError is no public class in every release
+    except Exception as error:  # ValidationError is not public in every release
         return [f"onnx.checker: {str(error).strip().splitlines()[0]}"]
     return []
 
 
-def _strays(path: Path, graph: Graph) -> list[str]:
-    """Return the names of weight files beside the model that no tensor of it lies in."""
+def _unused_files(path: Path, graph: Graph) -> list[str]:
+    """Return the names of weight files beside the model without a tensor of it."""
     used = {tensor.location for tensor in graph.externals}
     return [file.name for file in sorted(path.parent.glob(f"{path.name}?*")) if file.name not in used]
 
 
 def genai_problems(folder: Path, graph: Graph, checkpoint: Path | None) -> list[str]:
-    """Return where genai_config.json and the graph contradict each other or the checkpoint."""
+    """Return contradictions between genai_config.json, the graph and the checkpoint."""
     config = read_json(folder / _GENAI)
     model, decoder = config.get("model", {}), _decoder(config)
     layers = int(decoder.get("num_hidden_layers", 0))
@@ -230,13 +223,13 @@ def genai_problems(folder: Path, graph: Graph, checkpoint: Path | None) -> list[
     if checkpoint is not None:
         ids = model.get("eos_token_id")
         ends = frozenset([ids] if isinstance(ids, int) else ids or ())
-        if ends != (wanted := end_tokens(checkpoint)):
-            problems.append(f"{_GENAI} ends texts with {sorted(ends)}, the checkpoint with {sorted(wanted)}")
+        if ends != (expected := end_tokens(checkpoint)):
+            problems.append(f"{_GENAI} has stop tokens {sorted(ends)}, the checkpoint {sorted(expected)}")
     return problems
 
 
 def optimum_problems(folder: Path, graph: Graph, checkpoint: Path | None) -> list[str]:
-    """Return where config.json, generation_config.json and the graph contradict each other or the checkpoint."""
+    """Return contradictions between config.json, generation_config.json, the graph and the checkpoint."""
     config = read_json(folder / "config.json")
     layers = int(config.get("num_hidden_layers", 0))
     heads = config.get("num_key_value_heads", config.get("num_attention_heads"))
@@ -249,8 +242,8 @@ def optimum_problems(folder: Path, graph: Graph, checkpoint: Path | None) -> lis
     problems += _logits_problems(graph, "logits", config)
     if not layers:
         problems.append("config.json names no layers")
-    if checkpoint is not None and (ends := end_tokens(folder)) != (wanted := end_tokens(checkpoint)):
-        problems.append(f"the folder ends texts with {sorted(ends)}, the checkpoint with {sorted(wanted)}")
+    if checkpoint is not None and (ends := end_tokens(folder)) != (expected := end_tokens(checkpoint)):
+        problems.append(f"the folder has stop tokens {sorted(ends)}, the checkpoint {sorted(expected)}")
     return problems
 
 
@@ -259,26 +252,28 @@ def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _expand(names: Mapping[str, str], layers: int) -> Iterator[str]:
-    """Yield the graph's names behind those of genai_config.json, where %d stands for each layer."""
+    """Yield the graph's names for those in genai_config.json, where %d is the number of a layer."""
     for name in names.values():
         yield from (name.replace("%d", str(i)) for i in range(layers)) if "%d" in name else (name,)
 
 
-def _names(what: str, named: Sequence[str], there: Mapping[str, Shape]) -> list[str]:
-    missing, unnamed = sorted(set(named) - set(there)), sorted(set(there) - set(named))
+def _names(what: str, expected: Sequence[str], actual: Mapping[str, Shape]) -> list[str]:
+    missing, unknown = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     problems = [f"the graph has no {what} {', '.join(missing[:4])}"] if missing else []
-    return problems + ([f"the graph's {what} {', '.join(unnamed[:4])} are named nowhere"] if unnamed else [])
+    return problems + (
+        [f"the graph's {what} {', '.join(unknown[:4])} are not in the config"] if unknown else []
+    )
 
 
-def _cache_problems(graph: Graph, layers: int, wanted: tuple[int, object, int, object]) -> list[str]:
-    """Compare each cache tensor's shape [b, n_kv, s, d] with what the config says of n_kv and d."""
+def _cache_problems(graph: Graph, layers: int, expected: tuple[int, object, int, object]) -> list[str]:
+    """Compare each cache tensor's shape [b, n_kv, s, d] with n_kv and d in the config."""
     for name in (f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")):
         shape = graph.inputs.get(name, ())
         if len(shape) != 4 and shape:
             return [f"{name} has shape {shape}, not [batch, heads, length, size]"]
         for axis in (1, 3):
-            if shape and isinstance(shape[axis], int) and wanted[axis] not in (None, shape[axis]):
-                return [f"{name} has shape {shape}, the config says {wanted[axis]} at axis {axis}"]
+            if shape and isinstance(shape[axis], int) and expected[axis] not in (None, shape[axis]):
+                return [f"{name} has shape {shape}, the config says {expected[axis]} at axis {axis}"]
     return []
 
 

@@ -1,8 +1,8 @@
-"""Starting an exporter in a process of its own, without the network, and telling why it failed.
+"""Run an exporter in a child process, without network access, and report why it failed.
 
-The exporters are large programs that print a lot, keep gigabytes until they end, and read the
-Hub, the shell's settings and the git repository they lie in. A child process gives the memory
-back, its environment shuts the network out, and its last words become our error message.
+The exporters print a lot, keep gigabytes until they end, and read the Hub, shell settings and the git
+repository around them. A child process frees the memory, its environment disables the network, and the end
+of its log becomes the error message.
 """
 
 from __future__ import annotations
@@ -29,28 +29,27 @@ _OFFLINE = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
     "PYTHONIOENCODING": "utf-8",
-    # The builder stamps the model with the commit of the repository that it believes to lie in:
-    # with an environment inside a checkout that is the user's own repository.
+    # The builder writes the commit of the surrounding repository into the model, which may be the user's own.
     "GIT_DIR": os.devnull,
 }
-_TOLD_LINES = 12
+_SHOWN_LINES = 12
 
 
 def child_environment() -> dict[str, str]:
-    """Return this process's environment, with the network shut out of the exporters."""
+    """Return this process's environment with network access disabled for exporters."""
     return {**os.environ, **_OFFLINE}
 
 
 def run_worker(job: Mapping[str, Any], folder: Path, *, python: str = sys.executable, what: str) -> None:
-    """Run one job of `worker.py` in `python`, with its log in ``folder/log.txt``, until it ends.
+    """Run one job of `worker.py` in `python`, with its log in ``folder/log.txt``.
 
     Args:
-        job: what the worker reads, see there.
-        folder: where the child runs; its temporary files go there too.
-        what: the subject of the error message, as in "The ONNX model builder".
+        job: see `worker.py`.
+        folder: working folder of the child, also for its temporary files.
+        what: subject of the error message, as in "The ONNX model builder".
 
     Raises:
-        ArteError: it failed; with the last lines that it printed.
+        ArteError: it failed; with the last lines of its log.
     """
     log_path = folder / "log.txt"
     temporary = folder / "tmp"
@@ -69,9 +68,9 @@ def run_worker(job: Mapping[str, Any], folder: Path, *, python: str = sys.execut
         try:
             try:
                 child.stdin.write(json.dumps(dict(job)).encode() + b"\n")
-                child.stdin.flush()  # and left open: the child lives as long as this end does
+                child.stdin.flush()  # and left open: the child ends when this pipe closes
             except BrokenPipeError:
-                pass  # it died while starting: its log says why
+                pass  # it failed at start: see its log
             code = child.wait()
         finally:
             if child.poll() is None:
@@ -79,19 +78,19 @@ def run_worker(job: Mapping[str, Any], folder: Path, *, python: str = sys.execut
                 child.wait()
             child.stdin.close()
     if code != 0:
-        raise ArteError(f"{what} failed (exit {code}):\n{_last_words(log_path)}", _hint(code))
+        raise ArteError(f"{what} failed (exit {code}):\n{_log_tail(log_path)}", _hint(code))
 
 
-def _last_words(log: Path) -> str:
-    """Return the last lines of a log; progress bars write over a line, and only their last state counts."""
+def _log_tail(log: Path) -> str:
+    """Return the last lines of a log, of progress bars only the last state."""
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]
-    return "\n".join(["  " + line for line in lines if line.strip()][-_TOLD_LINES:]) or "  it printed nothing"
+    return "\n".join(["  " + line for line in lines if line.strip()][-_SHOWN_LINES:]) or "  no output"
 
 
 def _hint(code: int) -> str:
     if code in (-9, 137):
         return (
-            "The system ended it, most often for want of memory: close other programs or use a smaller model."
+            "The system killed it, most likely because memory ran out: close programs or use a smaller model."
         )
-    return "Nothing was written. `arte-edge --debug` shows where it was called from."
+    return "Nothing was written. `arte-edge --debug` shows the traceback."

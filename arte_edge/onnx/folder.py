@@ -1,7 +1,7 @@
-"""A folder of ONNX files that appears whole or not at all, and says nothing about this machine.
+"""Write an ONNX folder atomically and without paths of this machine.
 
-An export is built below a name that no reader looks at, checked there, and renamed into place.
-What a killed export left is removed by the next one to the same place.
+An export is built under a temporary name, checked, and renamed. What a killed process left is removed by the
+next export to the same place.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ __all__ = [
     "TOKENIZER_FILES",
     "checkpoint_files",
     "copy_tokenizer",
-    "leaks",
-    "refuse_leaks",
+    "find_private_text",
+    "reject_private_text",
     "staged",
 ]
 
-# Whatever a tokenizer may consist of: copied byte for byte where the checkpoint has it.
+# All files that a tokenizer may consist of; copied byte for byte if the checkpoint has them.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -42,29 +42,27 @@ TOKENIZER_FILES = (
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `out` that takes the place of `out` when the block ends well.
-
-    Only one process at a time builds `out`. A folder that stands there is replaced.
+    """Yield an empty folder that replaces `out` when the block succeeds. One process at a time builds `out`.
 
     Raises:
-        InputError: `out` is a file, or a folder that holds something other than an export.
-        ArteError: the disk is full, or the system refuses.
+        InputError: `out` is a file, or a folder that is not an export.
+        ArteError: the disk is full or not writable.
     """
     out = out.absolute()
     if out.exists() and not (out.is_dir() and (_is_export(out) or not any(out.iterdir()))):
-        raise InputError(f"{out} exists and is no ONNX export", "Name another folder, or remove it yourself.")
+        raise InputError(f"{out} exists and is not an ONNX export", "Choose another folder, or remove it.")
     with locked(f"onnx-{sha256(str(out).encode()).hexdigest()[:24]}"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        for left in out.parent.glob(f".{out.name}.*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in out.parent.glob(f".{out.name}.*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
         try:
             with cleanup_on_full_disk(staging, out.name):
-                (staging / "whole").mkdir()
-                yield staging / "whole"
+                (staging / "complete").mkdir()
+                yield staging / "complete"
                 if out.exists():  # a folder cannot be renamed over one that holds files
                     out.replace(staging / "old")
-                rename_into_place(staging / "whole", out)
+                rename_into_place(staging / "complete", out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -77,7 +75,7 @@ def checkpoint_files(checkpoint: Path) -> list[Path]:
     """Return the weight files of a checkpoint folder.
 
     Raises:
-        InputError: it is no folder with a config, safetensors weights and a tokenizer.json.
+        InputError: the config, safetensors weights or tokenizer.json are missing.
     """
     weights = sorted(checkpoint.glob("*.safetensors"))
     missing = [name for name in ("config.json", "tokenizer.json") if not (checkpoint / name).is_file()]
@@ -85,17 +83,16 @@ def checkpoint_files(checkpoint: Path) -> list[Path]:
         missing.append("*.safetensors")
     if missing:
         raise InputError(
-            f"{checkpoint} is no checkpoint that can be exported: it has no {', '.join(missing)}",
-            "Give a folder as transformers writes it. Adapters and GGUF files are turned into one first.",
+            f"{checkpoint}: not a complete checkpoint: missing {', '.join(missing)}",
+            "Give a folder written by transformers.",
         )
     return weights
 
 
 def copy_tokenizer(checkpoint: Path, folder: Path) -> list[str]:
-    """Make the tokenizer files of `folder` those of `checkpoint`, byte for byte; return their names.
+    """Replace the tokenizer files of `folder` by those of `checkpoint`, byte for byte; return their names.
 
-    A tokenizer that was loaded and saved again may come back changed, and a file that only the
-    saving made (a template moved into a file of its own, say) may contradict the others.
+    Loading and saving a tokenizer may change it, and files that only saving creates may contradict the others.
     """
     for name in TOKENIZER_FILES:
         (folder / name).unlink(missing_ok=True)
@@ -105,25 +102,17 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> list[str]:
     return names
 
 
-def leaks(folder: Path, texts: Sequence[str], besides: Sequence[str] = ()) -> dict[str, str]:
-    """Return the first of `texts` that each file below `folder` holds, by the file's name there.
-
-    Args:
-        besides: names of files to skip: those of the base model.
-    """
+def find_private_text(folder: Path, texts: Sequence[str], skip: Sequence[str] = ()) -> dict[str, str]:
+    """Return the first of `texts` found in each file below `folder`, by file name; files in `skip` are not read."""
     names = {
         path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
     }
-    held = {name: first_held(path, texts) for name, path in names.items() if name not in besides}
+    held = {name: first_held(path, texts) for name, path in names.items() if name not in skip}
     return {name: text for name, text in held.items() if text}
 
 
-def refuse_leaks(folder: Path, checkpoint: Path, besides: Sequence[str] = ()) -> None:
-    """Raise if a file below `folder` names a path of this machine.
-
-    Raises:
-        ArteError: with the files and the paths.
-    """
-    if found := leaks(folder, this_machine().private_paths(checkpoint, folder.parent), besides):
-        told = ", ".join(f"{name} ({held})" for name, held in found.items())
-        raise ArteError(f"The exporter wrote paths of this machine into {told}", "Please report this.")
+def reject_private_text(folder: Path, checkpoint: Path, skip: Sequence[str] = ()) -> None:
+    """Raise `ArteError` if a file below `folder` contains a path of this machine."""
+    if found := find_private_text(folder, this_machine().private_paths(checkpoint, folder.parent), skip):
+        files = ", ".join(f"{name} ({text})" for name, text in found.items())
+        raise ArteError(f"The exporter wrote paths of this machine into {files}", "Please report this.")

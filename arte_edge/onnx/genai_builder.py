@@ -1,15 +1,11 @@
-"""Operators that only onnxruntime knows under ONNX's own name, renamed to the standard ones.
+"""Export a checkpoint to ONNX with onnxruntime-genai's model builder.
 
-onnxruntime-genai's builder writes RMS normalization as ``SimplifiedLayerNormalization`` in the
-domain of standard operators, where ONNX has no such operator: `onnx.checker` refuses the file,
-and so does every tool but onnxruntime. Since opset 23 the standard has the same operator, with
-the same attributes, as ``RMSNormalization`` (https://onnx.ai/onnx/operators/onnx__RMSNormalization.html).
+The builder writes fused attention with an in-place KV cache, and block-quantized weights of 4 or 8 bits
+(MatMulNBits): the fastest ONNX layout on a CPU. The folder runs in onnxruntime-genai and in plain onnxruntime.
 
-A checkpoint as an ONNX model for onnxruntime, through onnxruntime-genai's model builder.
-
-The builder writes fused attention with a cache that grows in place, and weights of 4 or 8 bits
-in blocks (MatMulNBits), which is what makes it the fastest ONNX layout on a CPU. The folder
-runs in onnxruntime-genai and in plain onnxruntime (`arte_edge.runtimes.onnxruntime`).
+Its RMS normalization is the non-standard ``SimplifiedLayerNormalization`` in the domain of standard operators,
+which `onnx.checker` and all tools except onnxruntime reject. `standardize` renames it to the equal
+``RMSNormalization`` of opset 23 (https://onnx.ai/onnx/operators/onnx__RMSNormalization.html).
 """
 
 from __future__ import annotations
@@ -22,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from arte_edge.checkpoint import shapes_of
 from arte_edge.errors import ArteError, InputError
 from arte_edge.extras import need
-from arte_edge.onnx.check import require_sound
+from arte_edge.onnx.check import require_valid
 from arte_edge.onnx.child_process import run_worker
-from arte_edge.onnx.folder import checkpoint_files, copy_tokenizer, refuse_leaks, staged
+from arte_edge.onnx.folder import checkpoint_files, copy_tokenizer, reject_private_text, staged
 
 __all__ = ["GenaiSettings", "build", "standardize"]
 
@@ -34,9 +30,9 @@ _ATTRIBUTES = {"axis", "epsilon", "stash_type"}
 
 
 def standardize(path: Path) -> int:
-    """Rename the operators of the model in `path`, whose weights lie in other files; return how many.
+    """Rename the RMS normalizations of the model in `path`; return how many.
 
-    A node that uses more than the two operators share (a second output) is left as it is.
+    A node with features that the standard operator does not have (a second output) is not changed.
     """
     import onnx
 
@@ -57,15 +53,14 @@ def standardize(path: Path) -> int:
 
 
 class GenaiSettings(BaseModel):
-    """How the builder stores weights and multiplies with them.
+    """Settings of the builder.
 
     Attributes:
-        precision: bits of the weights of matrix products. The embedding stays fp32, as does the cache.
-        block_size: weights that share one scale; smaller is more exact and larger on disk.
-        accuracy_level: what products are computed in: 4 int8 (fastest on a CPU), 3 bf16, 2 fp16, 1 fp32.
-        algorithm: how int4 scales are found: "k_quant" (searched), "rtn" (plain rounding), "auto" for
-            k_quant wherever the builder can.
-        mixed: 8 bits in place of 4 for the output and the layers that matter most (k_quant only).
+        precision: of the weights of matrix products; embedding and cache are always fp32.
+        block_size: weights per scale; smaller is more accurate and larger on disk.
+        accuracy_level: type of matrix products: 4 int8 (fastest on a CPU), 3 bf16, 2 fp16, 1 fp32.
+        algorithm: of int4 scales: "k_quant" (searched), "rtn" (round to nearest), or "auto": k_quant if possible.
+        mixed: 8 bits for the output and the most sensitive layers (k_quant only).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,19 +73,14 @@ class GenaiSettings(BaseModel):
 
 
 def build(checkpoint: Path, out: Path, settings: GenaiSettings) -> Path:
-    """Export `checkpoint` to the folder `out`, which appears whole and checked or not at all.
+    """Export `checkpoint` to the folder `out`, atomically and checked; return `out`.
 
-    Args:
-        checkpoint: a folder of config.json, safetensors and tokenizer files; nothing is fetched.
-        out: ``model.onnx``, ``model.onnx.data``, ``genai_config.json`` and the checkpoint's
-            tokenizer files, byte for byte. An earlier export there is replaced.
-
-    Returns:
-        `out`.
+    It contains ``model.onnx``, ``model.onnx.data``, ``genai_config.json`` and the checkpoint's tokenizer files.
+    An earlier export is replaced. Nothing is downloaded.
 
     Raises:
-        InputError: `checkpoint` is no checkpoint, k-quant was asked for and cannot be, or `out` is taken.
-        ArteError: a package is missing, the builder failed, or what it wrote is not sound.
+        InputError: not a checkpoint, k-quant is impossible for it, or `out` is something else.
+        ArteError: a package is missing, the builder failed, or its output is invalid.
     """
     need("onnx", "Exporting to ONNX")
     need("train", "Exporting to ONNX")
@@ -99,7 +89,7 @@ def build(checkpoint: Path, out: Path, settings: GenaiSettings) -> Path:
     if settings.algorithm == "k_quant" and not _even_blocks(checkpoint, settings.block_size):
         raise InputError(
             f"{checkpoint}: rows of an odd number of {settings.block_size} weights cannot be k-quantized",
-            'Take a smaller block_size, or algorithm = "rtn".',
+            'Use a smaller block_size, or algorithm = "rtn".',
         )
     with staged(out) as folder:
         job = {"job": "genai", "arguments": _arguments(checkpoint, folder, settings)}
@@ -108,19 +98,19 @@ def build(checkpoint: Path, out: Path, settings: GenaiSettings) -> Path:
         except ArteError as error:
             if "is not currently supported" in error.message:
                 raise InputError(
-                    f"{checkpoint} is of a family that onnxruntime-genai's builder does not know",
-                    "Export it to GGUF, or to the portable ONNX layout if optimum knows it.",
+                    f"{checkpoint}: onnxruntime-genai's builder does not support this model family",
+                    "Export it to GGUF, or to the portable ONNX layout if optimum supports it.",
                 ) from error
             raise
         standardize(folder / "model.onnx")
         tokenizer = copy_tokenizer(checkpoint, folder)
-        require_sound(folder, checkpoint)
-        refuse_leaks(folder, checkpoint, besides=tokenizer)
+        require_valid(folder, checkpoint)
+        reject_private_text(folder, checkpoint, skip=tokenizer)
     return out
 
 
 def _even_blocks(checkpoint: Path, block_size: int) -> bool:
-    """Return whether every matrix' rows hold an even number of blocks: the builder's k-quant fails on an odd one."""
+    """Return whether all matrix rows have an even number of blocks; the builder's k-quant fails otherwise."""
     matrices = [shape for shape in shapes_of(checkpoint).values() if len(shape) == 2]
     return all(shape[1] % (2 * block_size) == 0 for shape in matrices)
 
@@ -131,8 +121,8 @@ def _arguments(checkpoint: Path, folder: Path, settings: GenaiSettings) -> list[
         options += [f"block_size={settings.block_size}", f"accuracy_level={settings.accuracy_level}"]
     searched = settings.precision == "int4" and settings.algorithm != "rtn"
     if searched and _even_blocks(checkpoint, settings.block_size):
-        # Plain rounding costs SmolLM2-135M a third of its perplexity, more than the gate lets pass. K-quant
-        # scales, and 8 bits for the output and the layers that matter most, cost a tenth, and 30 % of size.
+        # Round to nearest raises the perplexity of SmolLM2-135M by a third, more than the gate accepts; k-quant
+        # scales with 8 bits for the most sensitive layers by a tenth, for 30 % more size.
         options.append("algo_config=k_quant")
         if settings.mixed:
             options.append("matmul_mixed_precision=last_matmul:int8,mixed_layers:int8")

@@ -1,13 +1,11 @@
-"""An exported graph without the arithmetic on its own shapes.
+"""Remove shape arithmetic from an exported graph.
 
-Tracing writes every ``view`` and ``expand`` as a small program: take the shape, pick a number, put
-it beside others, reshape to that. A decoder has thousands of such nodes; on one token they cost
-as much as the weights do. Almost all of them say something that is known beforehand: a constant,
-"as it is", or "what is left", which ONNX has words for (0 and -1 of Reshape, 1 of Expand).
+Tracing writes every ``view`` and ``expand`` as several nodes that compute a shape. A decoder has thousands of
+them; for one token they cost as much as the weights. Almost all results are known in advance: a constant,
+"unchanged", or "the rest", which ONNX can express (0 and -1 in Reshape, 1 in Expand).
 
-The numbers are followed through the graph by onnxruntime's symbolic shape inference; this module
-only replaces what came out the same for every batch, length and past. Only standard operators are
-touched and none is added, so the file stays as portable as it was.
+onnxruntime's symbolic shape inference computes the sizes; those that are equal for every batch, length and
+past are replaced. Only standard operators are changed and none is added, so the file stays portable.
 """
 
 from __future__ import annotations
@@ -20,36 +18,36 @@ from typing import Any
 from arte_edge.cache import atomic_file
 from arte_edge.private_names import missing
 
-__all__ = ["expand_target", "reshape_target", "slim"]
+__all__ = ["expand_target", "reshape_target", "simplify"]
 
 _FOREVER = 2**31 - 1  # onnxruntime's inference clips larger Slice ends to this
 _LARGEST_SHAPE = 16  # entries of a tensor that may be a shape
 
 
-def reshape_target(wanted: Sequence[Any], shape: Sequence[Any]) -> list[int] | None:
-    """Return constants for a Reshape of `shape` to `wanted`, None if more than one size stays unknown.
+def reshape_target(result: Sequence[Any], shape: Sequence[Any]) -> list[int] | None:
+    """Return constants for a Reshape of `shape` to `result`, None if more than one size is unknown.
 
-    Sizes are numbers, or symbols (anything that is no int) where they vary.
+    Sizes are numbers, or symbols (anything that is not an int) if they vary.
     """
     target, unknown = [], 0
-    for i, size in enumerate(wanted):
+    for i, size in enumerate(result):
         if isinstance(size, int) and size > 0:
             target.append(size)
         elif not isinstance(size, int) and i < len(shape) and shape[i] == size:
-            target.append(0)  # as it is
+            target.append(0)  # unchanged
         elif size == 0:
-            return None  # means "as it is" or "nothing", by an attribute
+            return None  # means "unchanged" or "empty", depending on an attribute
         else:
-            target.append(-1)  # what is left
+            target.append(-1)  # the rest
             unknown += 1
     return target if unknown <= 1 else None
 
 
-def expand_target(wanted: Sequence[Any], shape: Sequence[Any]) -> list[int] | None:
-    """Return constants for an Expand of `shape` to `wanted`, None if it spreads along a size that varies."""
-    offset = len(wanted) - len(shape)
+def expand_target(result: Sequence[Any], shape: Sequence[Any]) -> list[int] | None:
+    """Return constants for an Expand of `shape` to `result`, None if it expands a varying size."""
+    offset = len(result) - len(shape)
     target = []
-    for i, size in enumerate(wanted):
+    for i, size in enumerate(result):
         if isinstance(size, int) and size > 0:
             target.append(size)
         elif i >= offset and shape[i - offset] == size:
@@ -59,11 +57,8 @@ def expand_target(wanted: Sequence[Any], shape: Sequence[Any]) -> list[int] | No
     return target
 
 
-def slim(path: Path) -> tuple[int, int]:
-    """Take the shape arithmetic out of the model in `path`, in place; return the nodes before and after.
-
-    Weights that lie in other files are not read.
-    """
+def simplify(path: Path) -> tuple[int, int]:
+    """Remove shape arithmetic from the model in `path`, in place; return the numbers of nodes before and after."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
@@ -94,9 +89,9 @@ def slim(path: Path) -> tuple[int, int]:
 
 
 def _symbols(model: Any) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-    """Return the entries of each small integer vector, and each tensor's shape: ints, or text where they vary.
+    """Return the entries of each small integer vector, and each tensor's shape: ints, or text if they vary.
 
-    The class has no public way to its findings; onnxruntime's own optimizers read them as we do.
+    The class has no public access to its results; onnxruntime's own optimizers read them in the same way.
     """
     import onnx
     from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference, get_shape_from_value_info
@@ -126,7 +121,7 @@ def _symbols(model: Any) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
 
 
 def _without_weights(model: Any) -> Any:
-    """Return a copy of `model` in which all tensors that may not be shapes are inputs: a type, a shape, no bytes."""
+    """Return a copy of `model` in which tensors that cannot be shapes are inputs without data."""
     import onnx
 
     graph = onnx.GraphProto(name=model.graph.name)
@@ -152,7 +147,7 @@ def _plain(size: Any) -> int | str:
 
 
 def _keeps_all(node: Any, values: Mapping[str, list[Any]], shapes: Mapping[str, list[Any]]) -> bool:
-    """Return whether a Slice takes everything along its one axis: from 0 to the size, in steps of 1."""
+    """Return whether a Slice keeps everything along its one axis: from 0 to the size, in steps of 1."""
     shape = shapes.get(node.input[0])
     if shape is None or len(node.input) < 4 or any(name not in values for name in node.input[1:]):
         return False
@@ -163,7 +158,7 @@ def _keeps_all(node: Any, values: Mapping[str, list[Any]], shapes: Mapping[str, 
 
 
 def _constant(model: Any, row: Sequence[int]) -> str:
-    """Return the name of an initializer that holds `row`, added if there is none yet."""
+    """Return the name of an initializer with the values `row`, added if necessary."""
     import numpy as np
     import onnx
 
@@ -174,17 +169,17 @@ def _constant(model: Any, row: Sequence[int]) -> str:
 
 
 def _bypass(model: Any, skipped: Mapping[str, str]) -> None:
-    """Let whoever reads an output in `skipped` read that node's input instead. Outputs of the graph stay."""
-    kept = {value.name for value in model.graph.output}
+    """Replace uses of outputs in `skipped` by that node's input, except outputs of the graph."""
+    outputs = {value.name for value in model.graph.output}
     for node in model.graph.node:
         for i, name in enumerate(node.input):
-            while name in skipped and name not in kept:
+            while name in skipped and name not in outputs:
                 name = skipped[name]
             node.input[i] = name
 
 
 def _remove_unused(model: Any) -> None:
-    """Remove nodes and initializers that no output of the graph depends on. Nodes are in order of use."""
+    """Remove nodes and initializers that no output depends on. Nodes are in topological order."""
     used = {value.name for value in model.graph.output}
     nodes = []
     for node in reversed(model.graph.node):

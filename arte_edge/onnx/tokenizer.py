@@ -1,4 +1,4 @@
-"""What ends a text, and text to ids and back, read from files alone: no torch, no transformers."""
+"""Tokenizer and stop tokens of a folder, read from its files without torch or transformers."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ __all__ = ["FileTokenizer", "end_tokens", "read_json"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds, empty if there is no such file.
+    """Return the object in a JSON file, empty if the file does not exist.
 
     Raises:
-        InputError: it cannot be read, or holds something else.
+        InputError: it cannot be read, or is not an object.
     """
     if not path.is_file():
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no readable JSON: {error}", "Make or copy the folder again.") from error
+        raise InputError(
+            f"{path} is not readable JSON: {error}", "Export or copy the folder again."
+        ) from error
     if not isinstance(data, dict):
-        raise InputError(f"{path} does not hold a JSON object", "Make or copy the folder again.")
+        raise InputError(f"{path} is not a JSON object", "Export or copy the folder again.")
     return data
 
 
 def end_tokens(checkpoint: Path) -> frozenset[int]:
-    """Return the ids that end a text of a checkpoint: its generation config's and its tokenizer's own.
+    """Return the stop tokens of a checkpoint: those of its generation config (else config.json) and tokenizer.
 
-    config.json is asked where there is no generation config. A chat model ends each turn with the
-    tokenizer's ``eos_token``, which base configs often fail to list.
+    A chat model ends each turn with the tokenizer's ``eos_token``, which configs often do not list.
     """
     config = read_json(checkpoint / "config.json")
     ids = read_json(checkpoint / "generation_config.json").get("eos_token_id")
@@ -48,7 +49,7 @@ def end_tokens(checkpoint: Path) -> frozenset[int]:
 
 
 def _token_text(token: object) -> str:
-    """Return a special token's text; tokenizer_config.json writes it plain or as an object."""
+    """Return a special token's text, stored as a string or as an object with `content`."""
     return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
 
 
@@ -60,14 +61,14 @@ class FileTokenizer:
     """The tokenizer of a folder, through the `tokenizers` library and tokenizer.json.
 
     Attributes:
-        bos: the text of the token that the tokenizer itself puts in front, empty if it puts none.
+        bos: text of the BOS token that the tokenizer adds, empty if it adds none.
     """
 
     def __init__(self, folder: Path) -> None:
         """Read the tokenizer.
 
         Raises:
-            InputError: the folder has no tokenizer.json that can be read.
+            InputError: tokenizer.json is missing or damaged.
         """
         from tokenizers import Tokenizer
 
@@ -86,7 +87,7 @@ class FileTokenizer:
         self._bos_ids = [bos_id] if adds_bos and bos_id is not None else []
 
     def tokens(self, text: str) -> list[int]:
-        """Return the ids of `text`, special tokens parsed, with the BOS in front that the model expects."""
+        """Return the ids of `text`, special tokens parsed, with the BOS that the model expects."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids if self.bos and text.startswith(self.bos) else [*self._bos_ids, *ids]
 

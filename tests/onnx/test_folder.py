@@ -1,4 +1,4 @@
-"""A folder of ONNX files: it appears whole or not at all, and no path of this machine gets into it."""
+"""ONNX folders are written atomically and without paths of this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from arte_edge.errors import ArteError
-from arte_edge.onnx.folder import leaks, refuse_leaks, staged
+from arte_edge.onnx.folder import find_private_text, reject_private_text, staged
 from arte_edge.pii_scan import this_machine
 
 
@@ -15,7 +15,7 @@ def fill(folder: Path, text: str = "new") -> None:
     (folder / "genai_config.json").write_text(text)
 
 
-def test_a_folder_appears_whole(tmp_path: Path) -> None:
+def test_a_folder_appears_complete(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     with staged(out) as folder:
         fill(folder)
@@ -25,7 +25,7 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_after_an_error_the_earlier_one_stands(tmp_path: Path) -> None:
+def test_after_an_error_the_earlier_export_is_unchanged(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with staged(out) as folder:
         fill(folder, "old")
@@ -36,7 +36,7 @@ def test_after_an_error_the_earlier_one_stands(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_a_killed_export_left_is_removed_by_the_next_to_the_same_place(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_export_are_removed(tmp_path: Path) -> None:
     for name in (".out.abc.partial", ".other.abc.partial"):
         (tmp_path / name / "whole").mkdir(parents=True)
     with staged(tmp_path / "out") as folder:
@@ -52,11 +52,11 @@ def test_paths_of_this_machine_are_found_in_any_file(tmp_path: Path) -> None:
     (out / "model.onnx").write_bytes(bytes(5000) + str(checkpoint).encode() + bytes(5000))
     (out / "tokenizer.json").write_text(f'{{"home": "{Path.home()}/x"}}')
     texts = this_machine().private_paths(checkpoint)
-    assert leaks(out, texts) == {
+    assert find_private_text(out, texts) == {
         "model.onnx": str(checkpoint),
         "tokenizer.json": next(text for text in texts if f"{Path.home()}/x".startswith(text)),
     }
     with pytest.raises(ArteError, match=r"model\.onnx"):
-        refuse_leaks(out, checkpoint, besides=["tokenizer.json"])
+        reject_private_text(out, checkpoint, skip=["tokenizer.json"])
     (out / "model.onnx").unlink()
-    refuse_leaks(out, checkpoint, besides=["tokenizer.json"])
+    reject_private_text(out, checkpoint, skip=["tokenizer.json"])

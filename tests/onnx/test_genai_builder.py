@@ -1,4 +1,4 @@
-"""What onnxruntime-genai's builder makes of a checkpoint: whole, checked, quiet about this machine, equal to it."""
+"""Exports of onnxruntime-genai's builder: complete, valid, without paths of this machine, equal to the checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from arte_edge.errors import ArteError, InputError
 from arte_edge.models import LocalModel
 from arte_edge.onnx.check import folder_problems, model_file, read_graph
-from arte_edge.onnx.folder import TOKENIZER_FILES, leaks
+from arte_edge.onnx.folder import TOKENIZER_FILES, find_private_text
 from arte_edge.onnx.genai_builder import GenaiSettings, build
 from arte_edge.pii_scan import this_machine
 from arte_edge.runtimes.onnxruntime import OnnxSession
@@ -69,7 +69,7 @@ def test_fp32_is_the_student(genai: Callable[[str], Path], tiny_student: Path) -
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_32_cached_steps_foretell_what_the_whole_text_foretells(
+def test_32_cached_steps_predict_the_same_as_the_whole_text(
     genai: Callable[[str], Path], precision: str
 ) -> None:
     session = OnnxSession(genai(precision), threads=1)
@@ -79,7 +79,7 @@ def test_32_cached_steps_foretell_what_the_whole_text_foretells(
     np.testing.assert_allclose(steps, whole, atol=1e-3 * float(np.abs(whole).max()))
 
 
-def test_the_cache_grows_and_is_forgotten(genai: Callable[[str], Path]) -> None:
+def test_the_cache_grows_and_is_cleared(genai: Callable[[str], Path]) -> None:
     session = OnnxSession(genai("int4"), threads=1)
     long = (IDS * 12)[:700]  # more than one chunk, and more than the first buffers hold
     whole = session.logits(long)
@@ -107,12 +107,12 @@ def test_greedy_text_equals_that_of_onnxruntime_genai(genai: Callable[[str], Pat
     assert session.generate(IDS, 24, stop={ours[3]}) == ours[:3]
 
 
-def test_a_k_quant_that_cannot_be_is_refused(tiny_student: Path, tmp_path: Path) -> None:
+def test_an_impossible_k_quant_is_rejected(tiny_student: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="odd number of 256"):
         build(tiny_student, tmp_path / "odd", GenaiSettings(block_size=256, algorithm="k_quant"))
 
 
-def test_quantized_weights_have_the_blocks_that_were_asked_for(
+def test_quantized_weights_have_the_block_size_of_the_settings(
     genai: Callable[[str], Path], tiny_student: Path, tmp_path: Path
 ) -> None:
     import onnx
@@ -125,7 +125,7 @@ def test_quantized_weights_have_the_blocks_that_were_asked_for(
     attributes = [{row.name: row.i for row in node.attribute} for node in nodes]
     assert nodes
     assert {(row["block_size"], row["accuracy_level"]) for row in attributes} == {(16, 1)}
-    assert {row["bits"] for row in attributes} == {4, 8}  # the output and the layers that matter most get 8
+    assert {row["bits"] for row in attributes} == {4, 8}  # the output and the most sensitive layers get 8
     plain = build(tiny_student, tmp_path / "plain", settings.model_copy(update={"algorithm": "rtn"}))
     graph = onnx.load(str(model_file(plain)), load_external_data=False).graph
     assert {row.i for node in graph.node for row in node.attribute if row.name == "bits"} == {4}
@@ -134,7 +134,7 @@ def test_quantized_weights_have_the_blocks_that_were_asked_for(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_folder_is_sound_and_the_checker_passes_by_path(
+def test_the_folder_is_valid_and_passes_onnx_checker(
     genai: Callable[[str], Path], tiny_student: Path, precision: str
 ) -> None:
     import onnx
@@ -156,29 +156,29 @@ def test_no_file_names_this_machine_or_its_repository(
     genai: Callable[[str], Path], tiny_student: Path
 ) -> None:
     folder = genai("int4")
-    assert leaks(folder, this_machine().private_paths(tiny_student, folder)) == {}
+    assert find_private_text(folder, this_machine().private_paths(tiny_student, folder)) == {}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
     assert not commit or commit[:7].encode() not in (folder / "model.onnx").read_bytes()
 
 
-Spoil = Callable[[Path], object]
+Damage = Callable[[Path], object]
 
 
-def config(change: Callable[[dict[str, Any]], object]) -> Spoil:
-    def spoil(folder: Path) -> None:
+def config(change: Callable[[dict[str, Any]], object]) -> Damage:
+    def damage(folder: Path) -> None:
         path = folder / "genai_config.json"
         data = json.loads(path.read_text())
         change(data["model"])
         path.write_text(json.dumps(data))
 
-    return spoil
+    return damage
 
 
-def cut(name: str) -> Spoil:
+def cut(name: str) -> Damage:
     return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size - 64)
 
 
-SPOILT: dict[str, tuple[Spoil, str]] = {
+DAMAGED: dict[str, tuple[Damage, str]] = {
     "weights cut short": (cut("model.onnx.data"), "model.onnx.data has"),
     "weights too long": (
         lambda folder: (folder / "model.onnx.data").open("ab").write(bytes(100_000)),
@@ -189,9 +189,9 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
         lambda folder: (folder / "model.onnx.data").rename(folder / "model.onnx_data"),
         "is missing",
     ),
-    "graph cut short": (cut("model.onnx"), "no readable ONNX"),
+    "graph cut short": (cut("model.onnx"), "not a readable ONNX"),
     "tokenizer missing": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
-    "another end token": (config(lambda model: model.update(eos_token_id=1)), "ends texts with [1]"),
+    "another end token": (config(lambda model: model.update(eos_token_id=1)), "stop tokens [1]"),
     "a layer too many": (
         config(lambda model: model["decoder"].update(num_hidden_layers=3)),
         "past_key_values.2",
@@ -205,14 +205,14 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", SPOILT)
-def test_a_spoilt_folder_is_found_out(
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_folder_is_detected(
     genai: Callable[[str], Path], tiny_student: Path, tmp_path: Path, what: str
 ) -> None:
-    spoil, words = SPOILT[what]
+    damage, problem = DAMAGED[what]
     folder = shutil.copytree(genai("int4"), tmp_path / "copy")
-    spoil(folder)
-    assert words in "\n".join(folder_problems(folder, tiny_student))
+    damage(folder)
+    assert problem in "\n".join(folder_problems(folder, tiny_student))
 
 
 def test_an_earlier_export_is_replaced_and_other_folders_are_not(
@@ -223,12 +223,12 @@ def test_an_earlier_export_is_replaced_and_other_folders_are_not(
     assert "MatMulNBits" in read_graph(out / "model.onnx").op_types
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="no ONNX export"):
+    with pytest.raises(InputError, match="not an ONNX export"):
         build(tiny_student, tmp_path / "mine", GenaiSettings())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
 
-def test_a_failing_build_tells_why_and_leaves_nothing(tiny_student: Path, tmp_path: Path) -> None:
+def test_a_failed_build_is_explained_and_leaves_nothing(tiny_student: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(tiny_student, tmp_path / "broken")
     weights = broken / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
@@ -264,9 +264,7 @@ def working_in(folder: Path) -> list[str]:
     return found
 
 
-def test_a_killed_build_leaves_nothing_that_looks_complete_and_its_builder_ends_too(
-    tiny_student: Path, tmp_path: Path
-) -> None:
+def test_a_killed_build_leaves_no_export_and_its_worker_exits(tiny_student: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     build_process = subprocess.Popen([sys.executable, "-c", BUILD, str(tiny_student), str(out)])
     deadline = time.monotonic() + 120
@@ -285,13 +283,13 @@ def test_a_killed_build_leaves_nothing_that_looks_complete_and_its_builder_ends_
 
 
 @pytest.mark.model
-def test_smollm2_in_four_bits_writes_what_it_wrote_in_sixteen(smollm2: LocalModel, tmp_path: Path) -> None:
+def test_smollm2_in_four_bits_predicts_as_in_sixteen(smollm2: LocalModel, tmp_path: Path) -> None:
     checkpoint = smollm2.checkpoint()
     out = build(checkpoint, tmp_path / "int4", GenaiSettings())
     session = OnnxSession(out)
     ids = session.tokenizer.tokens("The capital of France is Paris. The capital of Germany is")
     whole = session.logits(ids)
-    # Four bits cost a model this small much: the right word need not come first, but near it.
+    # A model this small loses much with four bits: the right word must be near the top, not first.
     first = [session.tokenizer.text([int(token)]) for token in whole[-1].argsort()[::-1][:5]]
     assert " Berlin" in first
     expected = transformers_logits(checkpoint, ids)

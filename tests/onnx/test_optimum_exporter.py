@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from arte_edge.errors import ArteError, InputError
 from arte_edge.onnx import optimum_exporter
 from arte_edge.onnx.check import folder_problems, model_file, read_graph
-from arte_edge.onnx.folder import TOKENIZER_FILES, leaks
+from arte_edge.onnx.folder import TOKENIZER_FILES, find_private_text
 from arte_edge.onnx.optimum_exporter import OptimumSettings, build, find_python, for_transformers_4
 from arte_edge.pii_scan import this_machine
 from arte_edge.runtimes.onnxruntime import OnnxSession
@@ -80,14 +80,14 @@ def test_fp32_is_the_student_with_its_rotary_base(exported: Callable[[str], Path
     assert np.abs(session.logits(IDS) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def test_32_cached_steps_foretell_what_the_whole_text_foretells(exported: Callable[[str], Path]) -> None:
+def test_32_cached_steps_predict_the_same_as_the_whole_text(exported: Callable[[str], Path]) -> None:
     session = OnnxSession(exported("fp32"), threads=1)
     whole = session.logits(IDS)
     session.reset()
     rows = [session.step(IDS[:-32]).copy(), *(session.step([token]).copy() for token in IDS[-32:])]
     assert (np.concatenate(rows).argmax(-1) == whole.argmax(-1)).all()
     kinds = read_graph(model_file(exported("fp32"))).op_types
-    assert kinds.get("Shape", 0) + kinds["Gather"] < 20  # the arithmetic on shapes is gone
+    assert kinds.get("Shape", 0) + kinds["Gather"] < 20  # shape arithmetic was removed
     session.logits((IDS * 8)[:400])  # the buffers grow
     np.testing.assert_allclose(session.logits(IDS), whole, atol=1e-4)
 
@@ -99,15 +99,14 @@ def test_int8_is_smaller_and_still_close(exported: Callable[[str], Path], arch: 
     assert model_file(small).stat().st_size < 0.7 * model_file(whole).stat().st_size
     kinds = read_graph(model_file(small)).op_types
     assert kinds["DynamicQuantizeLinear"]
-    # What int8 would spoil stays as it is: in each layer two products of activations and the MLP's way
-    # back; and the rotary angles.
+    # Not quantized: in each layer two products of activations and down_proj; and the rotary angles.
     assert kinds["MatMul"] == 7
     close = OnnxSession(small, threads=1).logits(IDS), OnnxSession(whole, threads=1).logits(IDS)
     assert np.corrcoef(close[0].ravel(), close[1].ravel())[0, 1] > 0.95
 
 
 @pytest.mark.parametrize("kind", ["fp32", "arm64"])
-def test_the_folder_is_what_transformers_js_reads(
+def test_the_folder_has_the_layout_of_transformers_js(
     exported: Callable[[str], Path], student: Path, kind: str
 ) -> None:
     import onnx
@@ -120,22 +119,20 @@ def test_the_folder_is_what_transformers_js_reads(
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (student / name).exists():
             assert (folder / name).read_bytes() == (student / name).read_bytes()
-    assert leaks(folder, this_machine().private_paths(student, folder)) == {}
+    assert find_private_text(folder, this_machine().private_paths(student, folder)) == {}
 
 
-def test_a_changed_folder_is_found_out(
-    exported: Callable[[str], Path], student: Path, tmp_path: Path
-) -> None:
+def test_a_changed_folder_is_detected(exported: Callable[[str], Path], student: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exported("fp32"), tmp_path / "copy")
     (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
-    assert "ends texts" in "\n".join(folder_problems(folder, student))
+    assert "stop tokens" in "\n".join(folder_problems(folder, student))
     (folder / "config.json").write_text(
         (folder / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1')
     )
-    assert "named nowhere" in "\n".join(folder_problems(folder))
+    assert "not in the config" in "\n".join(folder_problems(folder))
 
 
-def test_a_missing_environment_is_told_with_the_command_that_makes_it(
+def test_a_missing_environment_is_reported_with_the_command_that_creates_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -150,7 +147,7 @@ def test_a_missing_environment_is_told_with_the_command_that_makes_it(
 @pytest.mark.parametrize(
     ("python", "problem"), [("no-such-python", "cannot be run"), (sys.executable, "optimum-onnx")]
 )
-def test_a_named_python_without_optimum_is_refused(
+def test_a_named_python_without_optimum_is_rejected(
     monkeypatch: pytest.MonkeyPatch, python: str, problem: str
 ) -> None:
     monkeypatch.setenv("ARTE_EDGE_OPTIMUM_PYTHON", python)
@@ -158,7 +155,7 @@ def test_a_named_python_without_optimum_is_refused(
         find_python()
 
 
-def test_the_rotary_embedding_is_said_in_the_words_of_transformers_4() -> None:
+def test_the_rotary_embedding_in_the_format_of_transformers_4() -> None:
     rope = {
         "rope_type": "llama3",
         "rope_theta": 5e5,
@@ -188,5 +185,5 @@ def test_the_rotary_embedding_is_said_in_the_words_of_transformers_4() -> None:
         st.sampled_from(["rope_theta", "rope_scaling", "hidden_size", "torch_dtype"]), st.integers()
     )
 )
-def test_a_config_of_transformers_4_stays_as_it_is(config: dict[str, int]) -> None:
+def test_a_config_of_transformers_4_is_unchanged(config: dict[str, int]) -> None:
     assert for_transformers_4(config) == config

@@ -1,4 +1,4 @@
-"""Shape arithmetic taken out of a graph: the rules, and a small graph that computes the same without it."""
+"""Removing shape arithmetic from a graph: the rules, and a small graph that computes the same without it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arte_edge.onnx.simplify import expand_target, reshape_target, slim
+from arte_edge.onnx.simplify import expand_target, reshape_target, simplify
 
 
 @pytest.mark.parametrize(
-    ("wanted", "shape", "target"),
+    ("result", "shape", "target"),
     [
         (["b", "s", 9, 64], ["b", "s", 576], [0, 0, 9, 64]),
         (["b", 9, "p + s", 64], ["b", 3, 3, "p + s", 64], [0, 9, -1, 64]),
@@ -26,14 +26,12 @@ from arte_edge.onnx.simplify import expand_target, reshape_target, slim
         ([0, 4], ["b", 4], None),
     ],
 )
-def test_a_reshape_says_what_stays_and_what_is_left(
-    wanted: list[Any], shape: list[Any], target: list[int] | None
-) -> None:
-    assert reshape_target(wanted, shape) == target
+def test_the_constants_of_a_reshape(result: list[Any], shape: list[Any], target: list[int] | None) -> None:
+    assert reshape_target(result, shape) == target
 
 
 @pytest.mark.parametrize(
-    ("wanted", "shape", "target"),
+    ("result", "shape", "target"),
     [
         (["b", 3, 3, "t", 64], ["b", 3, 1, "t", 64], [1, 3, 3, 1, 1]),
         ([2, "b", 4], ["b", 4], [2, 1, 4]),
@@ -41,23 +39,19 @@ def test_a_reshape_says_what_stays_and_what_is_left(
         ([-1, 4], ["b", 4], None),
     ],
 )
-def test_an_expand_says_only_what_it_spreads(
-    wanted: list[Any], shape: list[Any], target: list[int] | None
-) -> None:
-    found = expand_target(wanted, shape)
-    # 1 leaves a size as it is, so it may stand for an equal number too
-    assert found == target or (found is not None and target is not None and np_expand(found, shape) == wanted)
+def test_the_constants_of_an_expand(result: list[Any], shape: list[Any], target: list[int] | None) -> None:
+    found = expand_target(result, shape)
+    # 1 keeps a size, so it may replace an equal number too
+    assert found == target or (found is not None and target is not None and np_expand(found, shape) == result)
 
 
 def np_expand(target: Sequence[int], shape: Sequence[Any]) -> list[Any]:
     shape = [1] * (len(target) - len(shape)) + list(shape)
-    return [size if wish == 1 else wish for wish, size in zip(target, shape, strict=True)]
+    return [size if new == 1 else new for new, size in zip(target, shape, strict=True)]
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.booleans()), min_size=1, max_size=5), st.randoms())
-def test_a_constant_reshape_gives_the_shape_that_was_computed(
-    sizes: list[tuple[int, bool]], rng: Any
-) -> None:
+def test_a_constant_reshape_gives_the_computed_shape(sizes: list[tuple[int, bool]], rng: Any) -> None:
     numbers = [size for size, _ in sizes]
     before = [f"x{size}" if varies else size for size, varies in sizes]
     order = list(range(len(sizes)))
@@ -71,7 +65,7 @@ def test_a_constant_reshape_gives_the_shape_that_was_computed(
 
 
 def traced(path: Path) -> Path:
-    """Write what tracing makes of ``x.view(b, s, 2, 4).transpose(1, 2)[:, :, :s]`` repeated to 6 heads."""
+    """Write the traced graph of ``x.view(b, s, 2, 4).transpose(1, 2)[:, :, :s]`` repeated to 6 heads."""
     from onnx import TensorProto, checker, helper, numpy_helper, save
 
     def node(kind: str, inputs: str, output: str, **attributes: Any) -> Any:
@@ -124,7 +118,7 @@ def test_a_traced_graph_computes_the_same_without_its_shape_arithmetic(tmp_path:
         np.random.default_rng(7).normal(size=size).astype(np.float32) for size in ((1, 5, 8), (3, 2, 8))
     ]
     expected = [onnxruntime.InferenceSession(path).run(None, {"x": x})[0] for x in inputs]
-    assert slim(path) == (14, 5)
+    assert simplify(path) == (14, 5)
     kinds = [node.op_type for node in onnx.load(str(path)).graph.node]
     assert kinds == ["Reshape", "Transpose", "Unsqueeze", "Expand", "Reshape"]
     onnx.checker.check_model(str(path), full_check=True)

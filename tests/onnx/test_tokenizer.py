@@ -1,4 +1,4 @@
-"""End tokens and token ids, read from a checkpoint's files alone."""
+"""Stop tokens and token ids, read from a checkpoint's files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(folder: Path, **files: dict[str, Any]) -> Path:
         ({}, {}, {2}),
     ],
 )
-def test_the_generation_config_is_asked_first_and_the_tokenizers_own_end_is_one_of_them(
+def test_stop_tokens_are_those_of_the_generation_config_and_the_tokenizer(
     tmp_path: Path, generation: dict[str, Any], config: dict[str, Any], ends: set[int]
 ) -> None:
     write(
