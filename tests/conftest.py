@@ -7,6 +7,7 @@ holds only the wheels a test writes, so that no test depends on a network.
 import hashlib
 import os
 import socket
+import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,12 +20,20 @@ from tiny import Folders, Make, Patch
 from arte_edge.models import LocalModel, resolve
 from arte_edge.models.artifact import checksums_of
 from arte_edge.results.student_json import Data, Fidelity, Lineage, Parent, Tuning, write_student
+from arte_edge.threads import available_cores
 
 # A test says what must hold, not how busy the machine may be meanwhile.
 settings.register_profile("arte", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("arte")
 # The engine's layout is the default one in every test, whatever this machine would measure.
 os.environ.setdefault("ARTE_EDGE_PROBE", "0")
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread(request: pytest.FixtureRequest) -> None:
+    """Tiny models run on one thread: two wait for each other longer than they compute."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(available_cores() if request.node.get_closest_marker("model") else 1)
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,7 @@ __all__ = [
     "artifact",
     "bpe",
     "chat_tokenizer",
+    "choose",
     "edited",
     "edited_json",
     "facts",
@@ -46,6 +47,7 @@ __all__ = [
     "llama_shapes",
     "make_gguf",
     "metrics",
+    "opened",
     "quality_row",
     "relative_error",
     "save_checkpoint",
@@ -391,3 +393,18 @@ def student_file(*artifacts: Artifact, name: str = "m", **more: Any) -> StudentF
     student = Student(name=name, sha256="5a" * 32, architecture="llama", dtype="F16", parameter_count=256)
     known = {"arte_edge_version": "0.1.0", "student": student, "lineage": Lineage(source="run")}
     return StudentFile(**known | {"artifacts": artifacts} | more)
+
+
+def choose(engine: Any, prefix: str, suffixes: Sequence[str], choices: Sequence[str]) -> np.ndarray:
+    """Return log-probabilities [n_suffix, n_choice] of the same choices after several prompts."""
+    rows = engine.choose_each([prefix + suffix for suffix in suffixes], [choices] * len(suffixes))
+    return np.array(rows).reshape(-1, len(choices))
+
+
+def opened(front: Any, **settings: Any) -> Any:
+    """Open the engine of a test server, with short waits between attempts."""
+    from arte_edge.runtimes.openai.client import RetryPolicy
+    from arte_edge.runtimes.openai.engine import OpenAIEngine
+
+    known = {"mode": "completions", "retry": RetryPolicy(attempts=5, base_s=0.01, longest_s=0.05)}
+    return OpenAIEngine("tiny", front.url, **known | settings)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from tiny import Patch
+from tiny import Patch, choose
 
 from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.completion import Request, Sampling
@@ -20,12 +20,6 @@ from arte_edge.runtimes.sampling import log_softmax_at
 WORDS = ["sun", "moon", "tree", "river", "stone", "bread", "horse", "winter", "music", "window"]
 SHARED = "You are a helpful assistant who answers in one short and friendly sentence.\n"
 PROMPTS = [f"{SHARED}Question: Tell me about {w}{end}\nAnswer:" for w in WORDS for end in (".", ", please.")]
-
-
-def choose(engine, prefix, suffixes, choices):
-    """Return log-probabilities [n_suffix, n_choice] of the same choices after several prompts."""
-    rows = engine.choose_each([prefix + suffix for suffix in suffixes], [choices] * len(suffixes))
-    return np.array(rows).reshape(-1, len(choices))
 
 
 def complete_after(engine, prefix, suffixes, sampling):

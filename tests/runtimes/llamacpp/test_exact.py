@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny import Patch
+from tiny import Patch, choose
 
 from arte_edge.distill.prompts import ANSWER_PREFILL, ANSWER_STOPS, STEP_BY_STEP, Shot, student_messages
 from arte_edge.distill.run_context import f16_student
@@ -28,12 +28,6 @@ SHOTS = [
     Shot("i am cold in here", "The person is cold, so more heating is wanted. <ans>warmer</ans>"),
     Shot("is it going to rain", "Rain is asked about, which is outside. <ans>weather</ans>"),
 ]
-
-
-def choose(engine, prefix, suffixes, choices):
-    """Return log-probabilities [n_suffix, n_choice] of the same choices after several prompts."""
-    rows = engine.choose_each([prefix + suffix for suffix in suffixes], [choices] * len(suffixes))
-    return np.array(rows).reshape(-1, len(choices))
 
 
 @pytest.fixture(scope="module")

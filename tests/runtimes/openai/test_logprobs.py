@@ -1,20 +1,8 @@
 import numpy as np
 import pytest
+from tiny import choose, opened
 
 from arte_edge.errors import EngineError
-from arte_edge.runtimes.openai.client import RetryPolicy
-from arte_edge.runtimes.openai.engine import OpenAIEngine
-
-
-def choose(engine, prefix, suffixes, choices):
-    """Return log-probabilities [n_suffix, n_choice] of the same choices after several prompts."""
-    rows = engine.choose_each([prefix + suffix for suffix in suffixes], [choices] * len(suffixes))
-    return np.array(rows).reshape(-1, len(choices))
-
-
-def opened(front, **settings):
-    settings = {"mode": "completions", "retry": RetryPolicy(base_s=0.01, longest_s=0.05)} | settings
-    return OpenAIEngine("tiny", front.url, **settings)
 
 
 def expected_scores(model, contexts, choices, start, end):

@@ -7,28 +7,17 @@ import sys
 import time
 
 import httpx
-import numpy as np
 import pytest
+from tiny import choose, opened
 
 from arte_edge.runtimes.completion import Request, Sampling
-from arte_edge.runtimes.openai.client import Prices, RetryPolicy
+from arte_edge.runtimes.openai.client import Prices
 from arte_edge.runtimes.openai.engine import OpenAIEngine
 from arte_edge.runtimes.prompt_render import render
 
 pytestmark = pytest.mark.model
 
 FAULTS = ("429", "500", "cut", "cut-body", "garbage", "truncated", "no-completion")
-
-
-def choose(engine, prefix, suffixes, choices):
-    """Return log-probabilities [n_suffix, n_choice] of the same choices after several prompts."""
-    rows = engine.choose_each([prefix + suffix for suffix in suffixes], [choices] * len(suffixes))
-    return np.array(rows).reshape(-1, len(choices))
-
-
-def opened(front, **settings):
-    settings = {"mode": "completions", "retry": RetryPolicy(base_s=0.01, longest_s=0.05)} | settings
-    return OpenAIEngine("tiny", front.url, **settings)
 
 
 def forward_to(base):

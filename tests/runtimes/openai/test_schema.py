@@ -48,10 +48,8 @@ def test_a_servers_own_defaults_are_switched_off():
     common = {"model": "m", "prompt": "Q", "temperature": 0.7, "top_p": 0.9, "max_tokens": 5, "stop": ["\n"]}
     document = body("m", "completions", PLAIN, Request("Q"), sampling)
     assert document.pop("seed") >= 0 and document == common
-    assert (
-        body("m", "completions", LLAMA, Request("Q"), sampling).items()
-        >= {"repeat_penalty": 1.0, "top_k": 0}.items()
-    )
+    own = {"repeat_penalty": 1.0, "top_k": 0}
+    assert body("m", "completions", LLAMA, Request("Q"), sampling).items() >= own.items()
     assert body("m", "completions", VLLM, Request("Q"), sampling)["include_stop_str_in_output"] is True
 
 
@@ -86,18 +84,10 @@ def test_an_answer_that_a_filter_cut_off_is_an_error_row():
     assert row.finish == "error" and "content filter" in row.error
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        [],
-        {},
-        {"choices": []},
-        {"choices": [{}]},
-        {"choices": [{"text": 3}]},
-        {"choices": [{"message": {"content": "chat"}}]},
-        "text",
-    ],
-)
+WRONG = [{}, {"choices": []}, {"choices": [{}]}, {"choices": [{"text": 3}]}, [], "text"]
+
+
+@pytest.mark.parametrize("answer", [*WRONG, {"choices": [{"message": {"content": "chat"}}]}])
 def test_what_is_no_completion_is_a_value_error(answer):
     with pytest.raises(ValueError):
         completion(answer, "completions", PLAIN, Request("Q"), Sampling())

@@ -2,9 +2,8 @@ import json
 import shutil
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from tiny import Patch
+from tiny import Patch, choose
 
 from arte_edge.errors import InputError
 from arte_edge.runtimes.completion import Request, Sampling
@@ -20,12 +19,6 @@ from arte_edge.runtimes.transformers.model import (  # noqa: E402
 from arte_edge.runtimes.transformers.tokenizer import Text  # noqa: E402
 
 PREFIX = "the cat sat on the mat, and then the question was asked: "
-
-
-def choose(engine, prefix, suffixes, choices):
-    """Return log-probabilities [n_suffix, n_choice] of the same choices after several prompts."""
-    rows = engine.choose_each([prefix + suffix for suffix in suffixes], [choices] * len(suffixes))
-    return np.array(rows).reshape(-1, len(choices))
 
 
 @pytest.mark.parametrize(("adds_bos", "extra"), [(True, 1), (False, 0)])
