@@ -104,7 +104,7 @@ class Recommendation:
 
         table = ResultTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("file", overflow="fold", min_width=12)
-        for name in ("size", "memory", "tokens/s", "answer", "accuracy", "drop"):
+        for name in ("size", "memory", "tokens/s", "answer", "accuracy", "change"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
         excluded = {one.file for one in self.violations}

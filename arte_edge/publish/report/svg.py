@@ -19,7 +19,7 @@ __all__ = ["SHAPES", "Axis", "Plot", "around", "number"]
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 _TICKS = 5  # about so many on an axis
 _WIDTH = 480
-_CHAR = 6.7  # mean width of a character at 12 units
+_CHAR = 7.3  # mean width of a character at 12 units, of a wide font
 _ROW = 24
 SHAPES = ("circle", "square", "triangle", "diamond", "down", "plus", "cross", "bar")
 # Corners of the filled shapes, and the strokes of the other two, in units of the radius.
@@ -221,7 +221,7 @@ def _legend_of(entries: Sequence[tuple[str, int]]) -> tuple[str, float]:
     x, y, parts = 14.0, 14.0, []
     for name, series in entries:
         text = _cut(name, 40)
-        width = 30 + _CHAR * len(text)
+        width = 26 + _CHAR * len(text)
         if x + width > _WIDTH - 8 and x > 14:
             x, y = 14.0, y + 18
         parts.append(f'<g class="s{series % 8}">{_shape(series, x + 5, y - 4)}</g>')
