@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from arte_edge.errors import InputError
-from arte_edge.runtimes.loader import model_format
+from arte_edge.runtimes.loader import decoder_format
 from arte_edge.runtimes.null import null_ms
 
 __all__ = ["Target", "describe", "find_targets"]
@@ -71,7 +71,7 @@ def _in_folder(folder: Path) -> list[Path]:
                 raise InputError(f"{place}: {missing[0]} is missing", "Export it again.")
             return files
     try:
-        model_format(folder)
+        decoder_format(folder)
         return [folder]
     except InputError:
         ggufs = sorted(folder.glob("*.gguf"))
@@ -88,7 +88,7 @@ def describe(path: Path) -> Target:
     Raises:
         InputError: not a model, or damaged.
     """
-    kind = model_format(path)
+    kind = decoder_format(path)
     if kind == "null":
         return Target(path, "null", path.name)
     from arte_edge.device.model_size import ModelShape

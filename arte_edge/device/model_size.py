@@ -314,15 +314,20 @@ def _onnx_shape(folder: Path, kind: str, architecture: str, sizes: Any, shared: 
 
 
 def model_format(path: Path) -> str:
-    """Return gguf, onnx-genai, onnx or safetensors. Raises InputError if `path` is none of them."""
+    """Return gguf, onnx-genai, onnx or safetensors.
+
+    Raises:
+        InputError: nothing there, or no model.
+    """
     if path.is_file():
         return "gguf"
-    if path.is_dir():
-        if (path / "genai_config.json").is_file():
-            return "onnx-genai"
-        if any(path.rglob("*.onnx")):
-            return "onnx"
-        if any(path.glob("*.safetensors")):
-            return "safetensors"
-    problem = "not a model" if path.exists() else "no such file or folder"
-    raise InputError(f"{path}: {problem}", "Give a .gguf file, or a folder with ONNX or safetensors weights.")
+    if (path / "genai_config.json").is_file():
+        return "onnx-genai"
+    if any(path.glob("*.onnx")) or any(path.glob("onnx/*.onnx")):
+        return "onnx"
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return "safetensors"
+    raise InputError(
+        f"{path}: {'no model here' if path.exists() else 'no such file or folder'}",
+        "Give a .gguf file, a folder with an ONNX model, or a checkpoint folder (config.json, *.safetensors).",
+    )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from arte_edge.cache import Progress
+from arte_edge.device.model_size import model_format
 from arte_edge.errors import InputError
 from arte_edge.extras import need
 from arte_edge.models.resolve import LocalModel, resolve
@@ -24,8 +25,8 @@ from arte_edge.runtimes.protocol import Decoder, Runtime
 __all__ = [
     "ServerLimits",
     "choose_runtime",
+    "decoder_format",
     "is_server",
-    "model_format",
     "open_decoder",
     "open_engine",
     "open_local",
@@ -130,26 +131,13 @@ def open_local(
     return TransformersEngine(model.checkpoint(), sha256=model.sha256, adapter=path, dtype=dtype or "auto")
 
 
-def model_format(path: Path) -> str:
-    """Return gguf, onnx-genai, onnx, safetensors or null.
+def decoder_format(path: Path) -> str:
+    """Return `model_format` of `path`, or null for the name of a null model.
 
     Raises:
         InputError: nothing there, or no model.
     """
-    if null_ms(path) is not None and not path.exists():
-        return "null"
-    if path.is_file():
-        return "gguf"
-    if (path / "genai_config.json").is_file():
-        return "onnx-genai"
-    if any(path.glob("*.onnx")) or any(path.glob("onnx/*.onnx")):
-        return "onnx"
-    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-        return "safetensors"
-    raise InputError(
-        f"{path}: {'no model here' if path.exists() else 'no such file or folder'}",
-        "Give a .gguf file, a folder with an ONNX model, or a checkpoint folder (config.json, *.safetensors).",
-    )
+    return "null" if null_ms(path) is not None and not path.exists() else model_format(path)
 
 
 def open_model(path: Path, threads: int | None = None) -> Runtime:
@@ -169,8 +157,6 @@ def open_model(path: Path, threads: int | None = None) -> Runtime:
         if len(ggufs) != 1:
             raise
         kind, path = "gguf", ggufs[0]
-    if kind == "null":
-        raise InputError(f"{path}: has no text side", "The null model can only be benchmarked.")
     if kind == "gguf" and choose_runtime(path) == "xllamacpp":
         from arte_edge.runtimes.llamacpp.xllamacpp import XllamaRuntime
 
@@ -202,7 +188,7 @@ def choose_runtime(path: Path, runtime: str = "auto") -> str:
     Raises:
         InputError: this runtime does not open this kind of model.
     """
-    kind = model_format(path)
+    kind = decoder_format(path)
     able = _RUNTIMES[kind]
     if runtime == "auto" and kind == "gguf":
         runtime = os.environ.get("ARTE_EDGE_GGUF_RUNTIME", "auto")
@@ -232,7 +218,7 @@ def open_decoder(
     """Open a model for a benchmark.
 
     Args:
-        path: what `model_format` knows.
+        path: what `decoder_format` knows.
         threads: of the runtime.
         context_tokens: room in the cache.
         runtime: see `choose_runtime`.

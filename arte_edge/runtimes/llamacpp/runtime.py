@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from arte_edge.errors import EngineError, InputError
 from arte_edge.gguf.reader import read_model_header
 from arte_edge.runtimes.completion import Request, Sampling
-from arte_edge.runtimes.llamacpp.bindings import LlamaContext, LlamaModel, Row, flash_attn_in_use
+from arte_edge.runtimes.llamacpp.bindings import LlamaContext, Row, flash_attn_in_use
 from arte_edge.runtimes.llamacpp.context_memory import ONE_SEQUENCE
 from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
 from arte_edge.runtimes.protocol import BaseRuntime, RuntimeFacts, readable
@@ -82,6 +83,7 @@ class LlamaCppRuntime(BaseRuntime):
             threads=threads,
         )
         self._types = type_k, type_v
+        self._flash_attn: bool | None = None
         self._model = self._engine.model
         self._reading: LlamaContext | None = None
         self.chat_template = self._engine.chat_template
@@ -90,9 +92,10 @@ class LlamaCppRuntime(BaseRuntime):
         self.context_tokens: int = context_tokens or self._model.n_ctx_train
         eos = int(self._model.lib.llama_vocab_eos(self._model.vocab))
         self.eos_tokens = frozenset([eos] if eos >= 0 else [])
-        if context_tokens:
+        self._cache: Any = None  # the context of `prefill` and `step`
+        if context_tokens:  # made before anything is timed
             try:
-                self._cache  # noqa: B018 (made before anything is timed)
+                self._open_cache()
             except EngineError:
                 self.close()
                 raise
@@ -102,7 +105,6 @@ class LlamaCppRuntime(BaseRuntime):
         lib, vocab = self._model.lib, self._model.vocab
         bos = lib.llama_vocab_bos(vocab)
         buffers = self._model.buffers_mib
-        cache = vars(self).get("_cache")
         return RuntimeFacts(
             runtime=self._engine.identity.runtime,
             build=lib.llama_print_system_info().decode(errors="replace").strip(" |\n"),
@@ -110,18 +112,43 @@ class LlamaCppRuntime(BaseRuntime):
             n_ubatch=_N_UBATCH,
             type_k=self._types[0],
             type_v=self._types[1],
-            flash_attn=cache.flash_attn if cache else None,
+            flash_attn=self._flash_attn,
             use_mmap=any("Mapped" in name for name in buffers) if buffers else None,
             bos=bos if bos >= 0 and lib.llama_vocab_get_add_bos(vocab) else None,
             notes=tuple(f"weights in {name}: {size} MiB" for name, size in buffers.items()),
         )
 
-    @cached_property
-    def _cache(self) -> _Cache:
-        return _Cache(self._model, self._engine.threads, self.context_tokens, *self._types)
+    def _open_cache(self) -> None:
+        """Make a context of one sequence as llama-bench does, and a batch whose arrays are reused."""
+        self._lib = lib = self._model.lib
+        type_k, type_v = self._types
+        params = lib.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = self.context_tokens, _N_BATCH, _N_UBATCH
+        params.n_threads = params.n_threads_batch = self._engine.threads
+        params.flash_attn_type = _FLASH_AUTO
+        params.swa_full = False
+        params.type_k, params.type_v = _TYPES[type_k], _TYPES[type_v]
+        self._cache = lib.llama_init_from_model(self._model.handle, params)
+        if not self._cache:
+            raise EngineError(
+                f"llama.cpp makes no context of {self.context_tokens} tokens with keys in {type_k} and values in "
+                f"{type_v}",
+                "There is too little memory for it, or the model does not support these types.",
+            )
+        self._flash_attn = flash_attn_in_use()
+        self._memory = lib.llama_get_memory(self._cache)
+        self._batch = lib.llama_batch_init(_N_BATCH, 0, 1)
+        for i in range(_N_BATCH):
+            self._batch.n_seq_id[i] = 1
+            self._batch.seq_id[i][0] = 0
+            self._batch.logits[i] = 0
+        self._used = 0
 
     def clear(self) -> None:
-        self._cache.clear()
+        if self._cache is None:
+            self._open_cache()
+        self._lib.llama_memory_clear(self._memory, False)
+        self._used = 0
 
     def prefill(self, tokens: Sequence[int]) -> int:
         """See `Decoder.prefill`.
@@ -129,10 +156,42 @@ class LlamaCppRuntime(BaseRuntime):
         Raises:
             InputError: nothing to read, or more than the cache has room for.
         """
-        return self._cache.prefill(tokens)
+        if self._cache is None:
+            self._open_cache()
+        n, room = len(tokens), self.context_tokens - self._used
+        if not 0 < n <= room:
+            raise InputError(f"{n} tokens to read, and the context has room for {room}")
+        batch = self._batch
+        for start in range(0, n, _N_BATCH):
+            part = tokens[start : start + _N_BATCH]
+            size = len(part)
+            ctypes.memmove(batch.token, (ctypes.c_int32 * size)(*part), 4 * size)
+            first = self._used
+            ctypes.memmove(batch.pos, (ctypes.c_int32 * size)(*range(first, first + size)), 4 * size)
+            batch.logits[size - 1] = 1  # as llama-bench: of each batch's last token
+            batch.n_tokens = size
+            self._decode(size)
+            batch.logits[size - 1] = 0
+        logits = self._lib.llama_get_logits_ith(self._cache, -1)
+        return int(np.ctypeslib.as_array(logits, shape=(self.n_vocab,)).argmax())
 
     def step(self, token: int) -> None:
-        self._cache.step(token)
+        batch = self._batch
+        batch.token[0] = token
+        batch.pos[0] = self._used
+        batch.logits[0] = 1
+        batch.n_tokens = 1
+        self._decode(1)
+        batch.logits[0] = 0
+
+    def _decode(self, n_tokens: int) -> None:
+        status = self._lib.llama_decode(self._cache, self._batch)
+        if status != 0:
+            raise EngineError(
+                f"llama_decode returned {status} for {n_tokens} tokens", "The context may be full."
+            )
+        self._lib.llama_synchronize(self._cache)
+        self._used += n_tokens
 
     def _of_kind(self, attributes: int) -> list[int]:
         lib, vocab = self._model.lib, self._model.vocab
@@ -227,82 +286,9 @@ class LlamaCppRuntime(BaseRuntime):
         return [done.text for done in self._engine.complete([Request(p) for p in prompts], sampling)]
 
     def close(self) -> None:
-        if cache := vars(self).pop("_cache", None):
-            cache.close()
+        if self._cache:
+            self._lib.llama_batch_free(self._batch)
+            self._lib.llama_free(self._cache)
+            self._cache = None
         self._drop_context()
         self._engine.close()
-
-
-class _Cache:
-    """A context of one sequence as llama-bench makes it, and a batch whose arrays are used again."""
-
-    def __init__(
-        self, model: LlamaModel, threads: int, context_tokens: int, type_k: str, type_v: str
-    ) -> None:
-        self._lib = lib = model.lib
-        self._n_vocab, self._context_tokens = model.n_vocab, context_tokens
-        params = lib.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = context_tokens, _N_BATCH, _N_UBATCH
-        params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = _FLASH_AUTO
-        params.swa_full = False
-        params.type_k, params.type_v = _TYPES[type_k], _TYPES[type_v]
-        self._context = lib.llama_init_from_model(model.handle, params)
-        if not self._context:
-            raise EngineError(
-                f"llama.cpp makes no context of {context_tokens} tokens with keys in {type_k} and values in {type_v}",
-                "There is too little memory for it, or the model does not take these types.",
-            )
-        self.flash_attn = flash_attn_in_use()
-        self._memory = lib.llama_get_memory(self._context)
-        self._batch = lib.llama_batch_init(_N_BATCH, 0, 1)
-        for i in range(_N_BATCH):
-            self._batch.n_seq_id[i] = 1
-            self._batch.seq_id[i][0] = 0
-            self._batch.logits[i] = 0
-        self._used = 0
-
-    def clear(self) -> None:
-        self._lib.llama_memory_clear(self._memory, False)
-        self._used = 0
-
-    def prefill(self, tokens: Sequence[int]) -> int:
-        n, room = len(tokens), self._context_tokens - self._used
-        if not 0 < n <= room:
-            raise InputError(f"{n} tokens to read, and the context has room for {room}")
-        batch = self._batch
-        for start in range(0, n, _N_BATCH):
-            part = tokens[start : start + _N_BATCH]
-            size = len(part)
-            ctypes.memmove(batch.token, (ctypes.c_int32 * size)(*part), 4 * size)
-            first = self._used
-            ctypes.memmove(batch.pos, (ctypes.c_int32 * size)(*range(first, first + size)), 4 * size)
-            batch.logits[size - 1] = 1  # as llama-bench: of each batch's last token
-            batch.n_tokens = size
-            self._decode(size)
-            batch.logits[size - 1] = 0
-        logits = self._lib.llama_get_logits_ith(self._context, -1)
-        return int(np.ctypeslib.as_array(logits, shape=(self._n_vocab,)).argmax())
-
-    def step(self, token: int) -> None:
-        """Append one token and compute the next logits, which nobody reads while the clock runs."""
-        batch = self._batch
-        batch.token[0] = token
-        batch.pos[0] = self._used
-        batch.logits[0] = 1
-        batch.n_tokens = 1
-        self._decode(1)
-        batch.logits[0] = 0
-
-    def _decode(self, n_tokens: int) -> None:
-        status = self._lib.llama_decode(self._context, self._batch)
-        if status != 0:
-            raise EngineError(
-                f"llama_decode returned {status} for {n_tokens} tokens", "The context may be full."
-            )
-        self._lib.llama_synchronize(self._context)
-        self._used += n_tokens
-
-    def close(self) -> None:
-        self._lib.llama_batch_free(self._batch)
-        self._lib.llama_free(self._context)

@@ -205,6 +205,7 @@ def test_a_checkpoint_is_refused_since_torch_never_goes_there(
 ) -> None:
     folder = tmp_path / "student"
     folder.mkdir()
+    (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="never installed on a device"):
         bench_remote(profile, [folder], BenchSettings(), reporter=Said())
