@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path, PurePath
 
 from arte_edge.gguf.reader import STRING, UINT32, Field, read_model_header
-from arte_edge.models.registry import entries
 from arte_edge.results.student_json import SCHEMA_VERSION, Lineage, Parent, Student
 
 __all__ = ["PAPER", "gguf_fields", "parent_of", "private_fields", "public_name"]
@@ -33,7 +32,11 @@ def public_name(ref: str) -> str:
 
 def parent_of(ref: str, sha256: str = "", quantization: str = "") -> Parent:
     """Return what may be published about the model `ref`; a registry entry adds its licence and checksum."""
-    known = entries().get(ref)
+    known = None
+    if "/" not in ref:  # a path or a Hub id is not in the registry
+        from arte_edge.models.registry import entries
+
+        known = entries().get(ref)
     if known is None:
         return Parent(name=public_name(ref), sha256=sha256, quantization=quantization)
     return Parent(

@@ -1,21 +1,19 @@
-"""Write a fine-tuned checkpoint as GGUF, with the metadata of the GGUF file its base came from.
+"""Write what was trained from a base GGUF as GGUF: a fine-tuned checkpoint, or a LoRA adapter.
 
-Fine-tuning changes weights and nothing else: the tokenizer, the chat template and the hyper-parameters are the
-base's. Copying them from the base file keeps the student's prompts byte for byte those the base was measured
-with, and needs no converter.
+Fine-tuning changes weights and nothing else: tokenizer, chat template and hyper-parameters are the base's. Copying them
+from the base file keeps the student's prompts byte for byte those the base was measured with, and needs no converter.
 
-Write a LoRA adapter that PEFT saved as a GGUF adapter, which llama.cpp applies to the running base model.
-
-So the aligned teacher needs no copy of its weights: the same quantized file that wrote the drafts writes the
-tailored data, with a few megabytes beside it. Note that the adapter is then applied to quantized weights, not
-to the 16-bit ones it was trained with; a run's probes measure the teacher as it will be used.
+llama.cpp applies an adapter to the running base model, so an aligned teacher needs no copy of its weights: the file
+that generated the first data generates the tailored data, with a few megabytes beside it. The adapter is then applied
+to quantized weights, not to the 16-bit ones it was trained with; a run measures the teacher as it is used.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,24 +39,16 @@ if TYPE_CHECKING:
 
 __all__ = ["adapter_to_gguf", "checkpoint_to_gguf", "with_metadata"]
 
-# What is no longer true of the new file. `quantize.` holds paths of the machine that made the base.
-_STALE = (
-    "general.architecture",
-    "general.file_type",
-    "general.alignment",
-    "general.quantized_by",
-    "quantize.",
-    "split.",
-)
-# What describes the publication of the base and is not true of a student made from it.
-_PUBLICATION = (
-    "arte_edge.",
-    *(f"general.{key}" for key in ("author", "basename", "description", "doi", "finetune", "organization")),
-    *(
-        f"general.{key}"
-        for key in ("repo_url", "url", "uuid", "version", "base_model.", "dataset.", "source.")
-    ),
-)
+# Not true of the new file. `quantize.` holds paths of the machine that made the base.
+_STALE = tuple(f"general.{key}" for key in ("architecture", "file_type", "alignment", "quantized_by"))
+_STALE += ("quantize.", "split.")
+# Describes the publication of the base, not a student made from it.
+_ABOUT = "author basename description doi finetune organization repo_url url uuid version base_model. dataset. source."
+_PUBLICATION = ("arte_edge.", *(f"general.{key}" for key in _ABOUT.split()))
+_SAME_BASE = "Give the GGUF file that the checkpoint was converted from before it was trained."
+_PREFIX = "base_model.model."
+# Settings of adapter_config.json that a GGUF adapter cannot express, so they must be off.
+_PLAIN = ("use_dora", "use_rslora", "fan_in_fan_out", "alpha_pattern", "modules_to_save", "layer_replication")
 
 
 def checkpoint_to_gguf(
@@ -80,7 +70,9 @@ def checkpoint_to_gguf(
     sources = read_weights(checkpoint)
     names = _checked_names(base, layout, sources)
     tensors = [_tensor(base, layout, name, sources[source], dtype) for source, name in names.items()]
-    tensors += [_copied(base, name) for name in base.tensors if name.startswith("rope_")]
+    for name in base.tensors:  # rotary factors, which only the base holds
+        if name.startswith("rope_"):
+            tensors.append(Tensor(name, base.tensors[name].shape, "F32", partial(base.floats, name)))
     tensors.sort(key=lambda tensor: tensor_position(tensor.name))
     fields = {key: field for key, field in base.fields.items() if not key.startswith(_STALE)}
     fields["general.file_type"] = Field(UINT32, QUANT_TYPES[dtype].number)
@@ -88,21 +80,13 @@ def checkpoint_to_gguf(
 
 
 def with_metadata(student: Path, fields: Mapping[str, Field], out: Path) -> Path:
-    """Write a copy of the file `student`, which `checkpoint_to_gguf` made, with `fields` to `out`; return `out`.
-
-    Raises:
-        InputError: not a GGUF, or a key or value that it cannot hold.
-        ArteError: the disk is full.
-    """
+    """Write a copy of the file `student`, made by `checkpoint_to_gguf`, with `fields` to `out`; return `out`."""
     name, old = fields.get("general.name"), read_model_header(student).field("general.name")
     if name is not None and old is not None:
         renamed = name_for_llama_cpp(name.value, is_phi3=is_phi3_name(old.value))
         fields = {**fields, "general.name": Field(STRING, renamed)}
     rewrite(student, fields, _PUBLICATION, out=out)
     return out
-
-
-_SAME_BASE = "Give the GGUF file that the checkpoint was converted from before it was trained."
 
 
 def _checked_names(base: GgufHeader, layout: Layout, sources: dict[str, Weight]) -> dict[str, str]:
@@ -122,21 +106,9 @@ def _checked_names(base: GgufHeader, layout: Layout, sources: dict[str, Weight])
 def _tensor(base: GgufHeader, layout: Layout, name: str, weight: Weight, dtype: str) -> Tensor:
     expected = base.tensors[name if name in base.tensors else "token_embd.weight"].shape
     if weight.shape != expected:
-        raise InputError(
-            f"{weight.path}: {weight.name} is {list(weight.shape)}, in {base.path} {list(expected)}",
-            _SAME_BASE,
-        )
+        shapes = f"{list(weight.shape)}, in {base.path} {list(expected)}"
+        raise InputError(f"{weight.path}: {weight.name} is {shapes}", _SAME_BASE)
     return weight_tensor(layout, name, weight, dtype)
-
-
-def _copied(base: GgufHeader, name: str) -> Tensor:
-    """Return a tensor that only the base holds: rotary factors, derived from the config elsewhere."""
-    return Tensor(name, base.tensors[name].shape, "F32", lambda: base.floats(name))
-
-
-_PREFIX = "base_model.model."
-# Settings of adapter_config.json that a GGUF adapter cannot express, so they must be off.
-_PLAIN = ("use_dora", "use_rslora", "fan_in_fan_out", "alpha_pattern", "modules_to_save", "layer_replication")
 
 
 def adapter_to_gguf(adapter_dir: Path, base_gguf: Path, out: Path) -> Path:
@@ -157,7 +129,7 @@ def adapter_to_gguf(adapter_dir: Path, base_gguf: Path, out: Path) -> Path:
     for name in sorted(matrices):
         target, part = _target(adapter_dir, layout, name)
         _check_shape(adapter_dir, base, target, part, tuple(matrices[name].shape))
-        tensors.append(_tensor_lora(layout, target, part, matrices[name]))
+        tensors.append(_lora_tensor(layout, target, part, matrices[name]))
     # llama.cpp scales by alpha / rank, the rank being that of each pair of matrices, as PEFT does
     (alpha,) = struct.unpack("<f", struct.pack("<f", float(config["lora_alpha"])))
     fields = {
@@ -176,10 +148,8 @@ def _read_adapter(adapter_dir: Path) -> tuple[dict[str, Any], dict[str, TorchTen
         config: dict[str, Any] = json.loads((adapter_dir / "adapter_config.json").read_text("utf-8"))
         matrices: dict[str, TorchTensor] = load_file(adapter_dir / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(
-            f"{adapter_dir}: no readable adapter_config.json and adapter_model.safetensors",
-            "Give the folder of a LoRA adapter as PEFT saves it.",
-        ) from error
+        what = f"{adapter_dir}: no readable adapter_config.json and adapter_model.safetensors"
+        raise InputError(what, "Give the folder of a LoRA adapter as PEFT saves it.") from error
     return config, matrices
 
 
@@ -215,10 +185,9 @@ def _check_shape(adapter_dir: Path, base: GgufHeader, target: str, part: str, sh
         )
 
 
-def _tensor_lora(layout: Layout, target: str, part: str, matrix: TorchTensor) -> Tensor:
+def _lora_tensor(layout: Layout, target: str, part: str, matrix: TorchTensor) -> Tensor:
     def load() -> NDArray[np.float32]:
         values: NDArray[np.float32] = matrix.float().numpy()
         return layout.to_gguf(target, values) if part == "b" else values  # the layout changes rows only
 
-    loader: Callable[[], NDArray[np.float32]] = load
-    return Tensor(f"{target}.lora_{part}", tuple(matrix.shape), "F32", loader)
+    return Tensor(f"{target}.lora_{part}", tuple(matrix.shape), "F32", load)

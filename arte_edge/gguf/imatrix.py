@@ -1,18 +1,18 @@
-"""Importance matrices: which input columns of each weight matrix matter for *these* prompts.
+"""Importance matrices: which input columns of each weight matrix matter for given prompts.
 
-Quantization rounds a weight with an error; the effect of the error grows with the square of the input that it
-is multiplied with. The mean square of every input column, over the prompts that the student was tailored to,
-shows the quantizer where to be exact. Prompts are run through the checkpoint one by one in 32 bits, and the
-sums are saved on the way, so a killed collection resumes and ends with the same file.
+Quantization rounds a weight with an error; the effect of the error grows with the square of the input that it is
+multiplied with. The mean square of every input column, over the prompts that the student was tailored to, shows the
+quantizer where to be exact. Prompts are run through the checkpoint one by one in 32 bits; the sums are saved regularly,
+so a killed collection resumes and ends with the same file.
 
 A converter may permute, fuse or offset a weight's *rows*; the columns stay, and the columns are what the inputs
-multiply. So the sums need no conversion, and a test verifies that for every family. Only matrices inside the
-blocks count, as in llama-imatrix: the output matrix is left out (tied, it is also the embedding).
+multiply. So the sums need no conversion, and a test verifies that for every family. Only matrices inside the blocks
+count, as in llama-imatrix: the output matrix is left out (tied, it is also the embedding).
 
-The file has the GGUF form that llama.cpp's tools write and read. For every weight matrix two F32 tensors:
-``NAME.in_sum2`` is the sum, over all tokens, of each input column's squared value, ``NAME.counts`` the number
-of tokens. ``llama-quantize`` divides one by the other. A mixture of experts has one row of each for every
-expert (llama.cpp, tools/imatrix and common/imatrix-loader.cpp).
+The file has the GGUF form of llama.cpp's tools. For every weight matrix two F32 tensors: ``NAME.in_sum2`` is the sum,
+over all tokens, of each input column's squared value, ``NAME.counts`` the number of tokens. ``llama-quantize`` divides
+one by the other. A mixture of experts has one row of each for every expert (llama.cpp, tools/imatrix and
+common/imatrix-loader.cpp).
 """
 
 from __future__ import annotations
@@ -42,15 +42,7 @@ from arte_edge.store import content_key, write_atomic
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "CHUNK_TOKENS",
-    "Imatrix",
-    "base_name",
-    "collect",
-    "linear_names",
-    "read_imatrix",
-    "write_imatrix",
-]
+__all__ = ["CHUNK_TOKENS", "Imatrix", "base_name", "collect", "linear_names", "read_imatrix", "write_imatrix"]
 
 Sums = dict[str, NDArray[np.float64]]
 CHUNK_TOKENS = 512  # llama-imatrix's own default; it counts tokens in chunks of this many
@@ -114,11 +106,10 @@ def collect(
         ArteError: a package is missing, activations are not finite, or the disk is full.
     """
     if not any(prompts):
-        raise InputError(
-            "An importance matrix needs prompts", "Give the texts that the student was trained on."
-        )
-    need("train", "Collecting an importance matrix")
-    need("gguf", "Collecting an importance matrix")
+        hint = "Give the texts that the student was trained on."
+        raise InputError("An importance matrix needs prompts", hint)
+    for extra in ("train", "gguf"):
+        need(extra, "Collecting an importance matrix")
     dataset = base_name(dataset)
     key = content_key("imatrix", _VERSION, sha256_checkpoint(checkpoint), dataset, list(prompts))
     if _is_finished(out, key):
@@ -126,43 +117,27 @@ def collect(
     state = out.with_name(f".{out.name}.state")
     sums, n_prompt, n_token = _loaded(state, key)
     if n_prompt < len(prompts):
-        n_token = _run(checkpoint, prompts, state, key, sums, n_prompt, n_token, progress)
+        import torch
+
+        model, tokenizer = _load(checkpoint)
+        names, saved = linear_names(model, checkpoint), time.monotonic()
+        with torch.inference_mode(), _watched(model, names, sums):
+            for number, prompt in enumerate(prompts[n_prompt:], n_prompt + 1):
+                ids = _token_ids(tokenizer, prompt)
+                for start in range(0, len(ids), _WINDOW_TOKENS):
+                    # The output matrix is left out, and its logits would be the largest array in memory.
+                    model.base_model(torch.tensor([ids[start : start + _WINDOW_TOKENS]]), use_cache=False)
+                n_token += len(ids)
+                if progress:
+                    progress("importance matrix", number, len(prompts))
+                if time.monotonic() - saved >= _SAVE_EVERY_S:
+                    _save(state, key, sums, number, n_token)
+                    saved = time.monotonic()
     counts = {name: np.array([n_token], dtype=np.float32) for name in sums}
     rows = {name: values.astype(np.float32)[None, :] for name, values in sums.items()}
     write_imatrix(Imatrix(rows, counts, (dataset,), max(n_token // CHUNK_TOKENS, 1), key), out)
     state.unlink(missing_ok=True)
     return out
-
-
-def _run(
-    checkpoint: Path,
-    prompts: Sequence[str],
-    state: Path,
-    key: str,
-    sums: Sums,
-    n_prompt: int,
-    n_token: int,
-    progress: Progress | None,
-) -> int:
-    """Add the prompts from number `n_prompt` on to `sums`, saving periodically; return the total of tokens."""
-    import torch
-
-    model, tokenizer = _load(checkpoint)
-    names = linear_names(model, checkpoint)
-    saved = time.monotonic()
-    with torch.inference_mode(), _watched(model, names, sums):
-        for number, prompt in enumerate(prompts[n_prompt:], n_prompt + 1):
-            ids = _token_ids(tokenizer, prompt)
-            for start in range(0, len(ids), _WINDOW_TOKENS):
-                # The output matrix is left out, and its logits would be the largest array in memory.
-                model.base_model(torch.tensor([ids[start : start + _WINDOW_TOKENS]]), use_cache=False)
-            n_token += len(ids)
-            if progress:
-                progress("importance matrix", number, len(prompts))
-            if time.monotonic() - saved >= _SAVE_EVERY_S:
-                _save(state, key, sums, number, n_token)
-                saved = time.monotonic()
-    return n_token
 
 
 def _load(checkpoint: Path) -> tuple[Any, Any]:
@@ -276,17 +251,14 @@ def _watched(model: torch.nn.Module, names: dict[str, str], sums: Sums) -> Itera
             columns = inputs[0].detach().flatten(0, -2).float()
             squares = columns.square().sum(dim=0, dtype=torch.float64).cpu().numpy()
             if not np.isfinite(squares).all():
-                raise ArteError(
-                    f"{name}: its inputs are not finite",
-                    "The checkpoint is damaged or its training diverged.",
-                )
+                hint = "The checkpoint is damaged or its training diverged."
+                raise ArteError(f"{name}: its inputs are not finite", hint)
             sums[name] = sums[name] + squares if name in sums else squares
 
         return add
 
-    handles = [
-        model.get_submodule(module).register_forward_pre_hook(hook(name)) for module, name in names.items()
-    ]
+    modules = [(model.get_submodule(module), name) for module, name in names.items()]
+    handles = [module.register_forward_pre_hook(hook(name)) for module, name in modules]
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
 """The model families that a GGUF file can be written for, and how their tensors are named and laid out.
 
-Each family is a small TOML file in ``families/``: what its checkpoints call themselves, how rows are laid
-out, which GGUF keys its hyper-parameters go to, and what llama.cpp assumes about it (a checkpoint that differs
-there is rejected, because its file would load and answer wrongly). docs/new-family.md explains how to add one.
+Each family is a small TOML file in ``families/``: the model types of its checkpoints, how rows are laid out, which GGUF
+keys its hyper-parameters go to, and what llama.cpp assumes about it (a checkpoint that differs there is rejected,
+because its file would load and answer wrongly). docs/new-family.md explains how to add one.
 
 A GGUF file differs from a transformers checkpoint in three ways. Names (`gguf` has the table). The rows of a
 Llama's query and key projections: transformers pairs the two halves of a head in its rotary embedding,
@@ -64,7 +64,7 @@ class Pattern(_Frozen):
     others: Any
 
     def expected(self, n_layer: int) -> list[Any]:
-        """Return the list that llama.cpp assumes."""
+        """Return the list assumed by llama.cpp."""
         return [self.value if (layer + 1) % self.every == 0 else self.others for layer in range(n_layer)]
 
 
@@ -114,22 +114,14 @@ def families() -> dict[str, Family]:
 
 
 def family_of_arch(arch: str, where: str) -> Family:
-    """Return the family of a GGUF architecture; `where` begins the error's message.
-
-    Raises:
-        InputError: not one of `families`.
-    """
+    """Return the family of a GGUF architecture or raise an `InputError` whose message begins with `where`."""
     if arch not in families():
         raise _unsupported(f"{where}: architecture '{arch}'")
     return families()[arch]
 
 
 def family_of_model_type(model_type: object, where: str) -> Family:
-    """Return the family of a checkpoint's ``model_type``; `where` begins the error's message.
-
-    Raises:
-        InputError: not one of `families`.
-    """
+    """Return the family of a checkpoint's ``model_type`` or raise an `InputError` that begins with `where`."""
     for family in families().values():
         if model_type in family.model_types:
             return family
@@ -137,7 +129,6 @@ def family_of_model_type(model_type: object, where: str) -> Family:
 
 
 def _unsupported(what: str) -> InputError:
-    """Return the error that names the supported families."""
     known = ", ".join(f"{arch} ({' '.join(family.model_types)})" for arch, family in families().items())
     return InputError(f"{what} is not supported", f"Supported: {known}.")
 
@@ -153,7 +144,6 @@ class Layout:
 
     @cached_property
     def family(self) -> Family:
-        """The family that `arch` names."""
         return family_of_arch(self.arch, "GGUF")
 
     @cached_property
@@ -189,11 +179,6 @@ class Layout:
         return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensor.shape)
 
 
-def _is_kept_f32(gguf_name: str, shape: tuple[int, ...]) -> bool:
-    """True for what llama.cpp needs as float32 in every file: norms, biases and rotary factors."""
-    return len(shape) == 1 or gguf_name.endswith("_norm.weight")
-
-
 def tensor_position(gguf_name: str) -> tuple[int, int, str]:
     """Return the sort key of a tensor in the files we write: rotary factors, embedding, blocks in order, output.
 
@@ -213,8 +198,8 @@ def is_phi3_name(name: bytes) -> bool:
 def name_for_llama_cpp(name: bytes, is_phi3: bool) -> bytes:
     """Return `name` with "Phi-3" in it if, and only if, llama.cpp must treat the tokens as Phi-3's.
 
-    It is the name alone that makes it drop spaces after special tokens, and it then rejects a vocabulary
-    that lacks one of four (llama-vocab.cpp, "phi-3").
+    The name alone makes it drop spaces after special tokens, and then it rejects a vocabulary that lacks one of
+    four (llama-vocab.cpp, "phi-3").
     """
     if is_phi3:
         return name if is_phi3_name(name) else name + b" (Phi-3)"
@@ -222,23 +207,22 @@ def name_for_llama_cpp(name: bytes, is_phi3: bool) -> bytes:
 
 
 def weight_tensor(layout: Layout, name: str, weight: Weight, dtype: str) -> Tensor:
-    """Return a checkpoint's weight as the GGUF tensor `name`, read and laid out when it is written."""
-    kept = _is_kept_f32(name, weight.shape)
+    """Return a checkpoint's weight as the GGUF tensor `name`, read and laid out when it is written.
+
+    llama.cpp requires norms, biases and rotary factors as float32 in every file.
+    """
+    is_f32 = len(weight.shape) == 1 or name.endswith("_norm.weight")
 
     def moved() -> NDArray[np.generic]:
         values = weight.load()
-        return layout.to_gguf(name, widened(values) if kept else values)
+        return layout.to_gguf(name, widened(values) if is_f32 else values)
 
     load = moved if layout.moves(name) else weight.blocks
-    return Tensor(name, weight.shape, "F32" if kept else dtype, load)
+    return Tensor(name, weight.shape, "F32" if is_f32 else dtype, load)
 
 
 def layout_of(base: GgufHeader) -> Layout:
-    """Return the layout of the model in a GGUF file.
-
-    Raises:
-        InputError: its architecture is not one of `families`.
-    """
+    """Return the layout of the model in a GGUF file; an `InputError` if its architecture is not supported."""
     family_of_arch(base.architecture, str(base.path))
     n_head = base.number("attention.head_count")
     shared = base.field(f"{base.architecture}.attention.head_count_kv") is not None
@@ -247,10 +231,6 @@ def layout_of(base: GgufHeader) -> Layout:
 
 
 def checkpoint_family(checkpoint: Path) -> str:
-    """Return the GGUF architecture of the transformers checkpoint in a folder.
-
-    Raises:
-        InputError: no readable config.json, or a model type that is not one of `families`.
-    """
-    config = read_config(checkpoint)
-    return family_of_model_type(config.get("model_type"), str(checkpoint / "config.json")).arch
+    """Return the GGUF architecture of the transformers checkpoint in a folder; an `InputError` if not supported."""
+    model_type = read_config(checkpoint).get("model_type")
+    return family_of_model_type(model_type, str(checkpoint / "config.json")).arch

@@ -1,9 +1,9 @@
 """A 16-bit GGUF file to a quantized one: checked beforehand, written whole or not at all, read back.
 
-llama.cpp does the arithmetic. What it would reject late, ignore silently or crash on is rejected here before it
-starts, and no path of this machine gets into the metadata. The name of a quantization promises little: rows
-that 256 does not divide get another type (most of SmolLM2-135M and Qwen2.5-0.5B), and mixes vary with the model
-and the importance matrix. So the report is read back from the file itself.
+llama.cpp does the arithmetic. What it would reject late, ignore silently or crash on is rejected here before it starts,
+and no path of this machine gets into the metadata. The name of a quantization is not what a file holds: rows that 256
+does not divide get another type (most of SmolLM2-135M and Qwen2.5-0.5B), and mixes vary with the model and the
+importance matrix. So the report is read back from the file itself.
 
 The call runs in a child process, this module with a job as JSON on its standard input: llama.cpp aborts the whole
 process on a file that it does not expect, cannot be interrupted, and keeps its buffers.
@@ -158,12 +158,12 @@ def quantize(
 
 def _read_source(source: Path) -> GgufHeader:
     header = read_model_header(source)  # rejects adapters, vocabularies, pieces of a split model
-    done = [tensor for tensor in header.tensors.values() if tensor.type not in FULL_WIDTH]
-    if done:
-        raise InputError(
-            f"{source}: is quantized already ({done[0].name} is {done[0].type})",
-            "Quantize from a file of 16 or 32 bits: a second rounding adds to the first.",
-        )
+    for tensor in header.tensors.values():
+        if tensor.type not in FULL_WIDTH:
+            what = f"{source}: is quantized already ({tensor.name} is {tensor.type})"
+            raise InputError(
+                what, "Quantize from a file of 16 or 32 bits: a second rounding adds to the first."
+            )
     return header
 
 
@@ -195,7 +195,7 @@ def _check_request(
 def _metadata(model: GgufHeader, matrix: Imatrix | None, path: Path | None) -> dict[str, str | int]:
     """Return the keys that ``llama-quantize`` writes about the matrix, with names in place of paths.
 
-    What the source says about an earlier matrix is no longer true (and may hold a path), so it is blanked.
+    The source's keys about an earlier matrix are no longer true (and may hold a path), so they are blanked.
     """
     pairs: dict[str, str | int] = {
         key: 0 if isinstance(value, int) else ""
@@ -234,7 +234,8 @@ def resolve_overrides(overrides: Mapping[str, str], tensors: Sequence[TensorInfo
     Raises:
         InputError: an unknown type, a broken expression, or a pattern that matches no matrix.
     """
-    names = [tensor.name for tensor in tensors if _may_be_quantized(tensor)]
+    matrices = [tensor.name for tensor in tensors if len(tensor.shape) > 1]
+    names = [name for name in matrices if name.endswith(".weight") and "_norm." not in name]
     types: dict[str, str] = {}
     for pattern, requested in overrides.items():
         label, _ = _tensor_type(requested)
@@ -255,10 +256,6 @@ def _tensor_type(name: str) -> tuple[str, int]:
     if upper not in weights:
         raise InputError(f"'{name}' is not a tensor type for weights", nearest(upper, weights))
     return upper, weights[upper]
-
-
-def _may_be_quantized(tensor: TensorInfo) -> bool:
-    return len(tensor.shape) > 1 and tensor.name.endswith(".weight") and "_norm." not in tensor.name
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -301,9 +298,8 @@ def _warnings(
             yield f"llama.cpp left {name} as {after.tensors[name].type}; the override requests {label}."
     if matrix is None:
         return
-    blocks = [
-        t.name for t in after.tensors.values() if t.name.startswith("blk.") and t.type not in FULL_WIDTH
-    ]
+    quantized = [tensor.name for tensor in after.tensors.values() if tensor.type not in FULL_WIDTH]
+    blocks = [name for name in quantized if name.startswith("blk.")]
     without = [name for name in blocks if name not in matrix.sums]
     if without:
         yield f"The importance matrix has no data for {len(without)} of {len(blocks)} matrices, {without[0]} first."
@@ -385,7 +381,8 @@ def call_llama_cpp(job: _Job) -> dict[str, Any]:
         for slot, (key, value) in zip(pairs, job.metadata.items(), strict=False):
             slot.key = key.encode()
             if isinstance(value, str):
-                slot.tag, slot.value.val_str = _STRING, _clipped(value)
+                cut = value.encode()[:_TEXT_BYTES].decode(errors="ignore")  # between characters
+                slot.tag, slot.value.val_str = _STRING, cut.encode()
             else:
                 slot.tag, slot.value.val_i64 = _INT, value
         params.kv_overrides = pairs
@@ -400,11 +397,6 @@ def call_llama_cpp(job: _Job) -> dict[str, Any]:
         params.imatrix = entries
     status = lib.llama_model_quantize(os.fsencode(job.source), os.fsencode(job.out), ctypes.byref(params))
     return {"status": int(status), "log": "".join(lines)}
-
-
-def _clipped(text: str) -> bytes:
-    """Return `text` in at most `_TEXT_BYTES` bytes of UTF-8, cut between characters."""
-    return text.encode()[:_TEXT_BYTES].decode(errors="ignore").encode()
 
 
 if __name__ == "__main__":

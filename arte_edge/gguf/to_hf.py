@@ -1,13 +1,12 @@
 """Turn a GGUF file into a safetensors checkpoint, once, and cache it.
 
-Training needs weights that torch can read, and transformers takes half a minute and more to unpack a GGUF. The
-folder appears only when it is complete and has been loaded again: same logits, and the same tokens as the
-GGUF's own runtime gives. (A GGUF names its pre-tokenizer, ``tokenizer.ggml.pre``; a converter that ignores it
-gives a model tokens it was not trained on, without any error.)
+Training needs weights that torch can read, and transformers takes half a minute and more to unpack a GGUF. The folder
+appears only when it is complete and has been loaded again: same logits, and the same tokens as llama.cpp's. (A GGUF
+names its pre-tokenizer, ``tokenizer.ggml.pre``; a converter that ignores it silently changes the model's tokens.)
 
-The work is done by a child process, ``python -m arte_edge.gguf.to_hf GGUF OUT``, so that running out of memory
-ends the child and not the run, all of its memory is returned, and the output of the libraries stays out of our
-progress. It reports to its parent in JSON lines: ``{"step": …}``, or ``{"error": …, "hint": …}``.
+A child process does it, ``python -m arte_edge.gguf.to_hf GGUF OUT``, so that running out of memory ends the child and
+not the run, all of its memory is returned, and the output of the libraries does not mix with our progress. It reports
+to its parent in JSON lines: ``{"step": …}``, or ``{"error": …, "hint": …}``.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ PROBES = (
     "a\r\nb and some more  ",
 )
 _PROBE = "The quick brown fox"
-# Loading twice must give the same numbers but for the order in which they are added up.
+# Loading twice must give the same numbers apart from the order of summation.
 _LOGIT_TOLERANCE = 1e-2
 
 
@@ -72,8 +71,8 @@ def to_checkpoint(name: str, gguf: Path, sha256: str, progress: Progress | None 
     final = checkpoint_folder(name, sha256)
     if final.is_dir():
         return final
-    need("train", "Converting a GGUF to a checkpoint")
-    need("gguf", "Converting a GGUF to a checkpoint")
+    for extra in ("train", "gguf"):
+        need(extra, "Converting a GGUF to a checkpoint")
     with locked(final.name, progress):
         if final.is_dir():  # another process was first
             return final
@@ -101,14 +100,8 @@ def _run_child(gguf: Path, out: Path, what: str, progress: Progress | None) -> N
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     failure: dict[str, str] = {}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=output,
-            text=True,
-            env=environment,
-        )
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": output}
+        child = subprocess.Popen(command, **pipes, text=True, env=environment)
         try:
             for line in child.stdout or ():
                 message = json.loads(line)
@@ -137,12 +130,7 @@ def _run_child(gguf: Path, out: Path, what: str, progress: Progress | None) -> N
 
 
 def _unpack(header: GgufHeader, out: Path, report: Callable[[str], None]) -> None:
-    """Write the tokenizer and the bfloat16 weights of a GGUF to `out`, load both again and compare.
-
-    Raises:
-        InputError: an architecture that transformers cannot read from GGUF.
-        ArteError: the disk is full, or the result is wrong.
-    """
+    """Write the tokenizer and the bfloat16 weights of a GGUF to `out`, load both again and compare."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -204,7 +192,7 @@ def _clear_quantization_marks(model: Any) -> None:
 
 
 def _logits(model: Any, tokenizer: Any) -> Any:
-    """Return logits ``[n_token, n_vocabulary]`` of a short text, as float32."""
+    """Return float32 logits ``[n_token, n_vocabulary]`` of a short text."""
     import torch
 
     with torch.inference_mode():
@@ -220,11 +208,9 @@ def _restore_pre_tokenizer(tokenizer: Any, header: GgufHeader) -> None:
 
     if header.metadata.get("tokenizer.ggml.pre") != "smollm":
         return
-    parts = [
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    ]
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
 
 
 def check_tokenizer(tokenizer: Any, header: GgufHeader) -> None:

@@ -1,8 +1,8 @@
 """Turn a transformers checkpoint into a GGUF file, in this process and without torch, or by llama.cpp's own script.
 
-The family's TOML says what its settings and rows become, GGML's `gguf` has the tensors' names, and the
-weights stream from file to file a few megabytes at a time, so memory does not grow with the model. The numbers
-are bit for bit those of llama.cpp's own converter; see benchmarks/gguf_conversion.py and the tests.
+The family's TOML maps its settings and rows, GGML's `gguf` has the tensors' names, and the weights stream from file to
+file a few megabytes at a time, so memory does not grow with the model. The numbers are bit for bit those of llama.cpp's
+own converter; see benchmarks/gguf_conversion.py and the tests.
 
 For models without a family file, `convert_with_llama_cpp` runs ``convert_hf_to_gguf.py`` of the user's own
 checkout of llama.cpp with this Python; it needs torch, transformers and what its requirements file lists.
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from arte_edge.cache import atomic_file
 from arte_edge.checkpoint import Weight
@@ -30,7 +30,7 @@ from arte_edge.gguf.convert.metadata import (
     open_checkpoint,
     rope_tensors,
 )
-from arte_edge.gguf.convert.tokenizer import TokenizerFiles, read_tokenizer, vocabulary
+from arte_edge.gguf.convert.tokenizer import read_tokenizer, vocabulary
 from arte_edge.gguf.names import BLOCK, name_for_llama_cpp, tensor_position, weight_tensor
 from arte_edge.gguf.reader import FULL_WIDTH, QUANT_TYPES, STRING, Field, read_model_header
 from arte_edge.gguf.writer import Tensor, write_gguf
@@ -58,7 +58,7 @@ def convert(
 
     Args:
         dtype: the type of the matrices.
-        extra_fields: metadata to add, over what the checkpoint says.
+        extra_fields: metadata that overrides the checkpoint's.
 
     Raises:
         InputError: no whole checkpoint with a tokenizer, a family or a tokenizer we do not know, or
@@ -76,7 +76,9 @@ def convert(
         **vocabulary(files, source.family, source.n_vocab),
         **extra_fields,
     }
-    _adapt_name(fields, files)
+    strips = any(token.strips_right and token.special for token in files.added.values())
+    is_phi3 = strips and set(fields["tokenizer.ggml.tokens"].value) >= _PHI3_TOKENS
+    fields["general.name"] = Field(STRING, name_for_llama_cpp(fields["general.name"].value, is_phi3))
     return write_gguf(out, source.family.arch, fields, tensors)
 
 
@@ -87,18 +89,16 @@ def _tensors(source: Checkpoint, dtype: str) -> list[Tensor]:
     for name, weight in source.weights.items():
         if name.endswith(_NOT_WEIGHTS):
             continue
-        target = layout.gguf_name(name)
-        if target is None:
-            raise InputError(
-                f"{weight.path}: {name} has no place in a {source.family.title} GGUF", OTHER_CONVERTER
-            )
+        if (target := layout.gguf_name(name)) is None:
+            what = f"{weight.path}: {name} has no place in a {source.family.title} GGUF"
+            raise InputError(what, OTHER_CONVERTER)
         named[target] = weight
     _check_whole(source, named)
     return [weight_tensor(layout, name, named[name], dtype) for name in sorted(named, key=tensor_position)]
 
 
 def _check_whole(source: Checkpoint, named: dict[str, Weight]) -> None:
-    """Raise for a tensor that is missing or does not fit the settings: the runtime's message would say less."""
+    """Raise for a tensor that is missing or does not fit the settings: a runtime would not name it."""
     layers: dict[int, dict[str, tuple[int, ...]]] = {}
     for name, weight in named.items():
         if match := BLOCK.fullmatch(name):
@@ -126,12 +126,6 @@ def _check_whole(source: Checkpoint, named: dict[str, Weight]) -> None:
                 )
 
 
-def _adapt_name(fields: dict[str, Field], files: TokenizerFiles) -> None:
-    strips = any(token.strips_right and token.special for token in files.added.values())
-    is_phi3 = strips and set(fields["tokenizer.ggml.tokens"].value) >= _PHI3_TOKENS
-    fields["general.name"] = Field(STRING, name_for_llama_cpp(fields["general.name"].value, is_phi3))
-
-
 def _check_dtype(dtype: str) -> None:
     if dtype not in FULL_WIDTH:
         raise InputError(f"'{dtype}' is not a type to convert to", f"Choose from {', '.join(FULL_WIDTH)}.")
@@ -155,15 +149,9 @@ def convert_with_llama_cpp(llama_cpp: Path, checkpoint: Path, out: Path, dtype: 
     command = [sys.executable, str(script.absolute()), str(checkpoint.absolute())]
     command += ["--outfile", str(partial.absolute()), "--outtype", dtype.lower()]
     with atomic_file(out, partial):
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1"},
-            check=False,
-        )
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "errors": "replace"}
+        done = subprocess.run(command, **pipes, env=environment, check=False)
         if done.returncode != 0 or not partial.is_file():
             raise _failure(script, done)
         _check_written(script, partial, dtype)

@@ -1,25 +1,22 @@
-"""A transformers checkpoint, opened for conversion: its family, its settings in one form, its tensors unread.
+"""A checkpoint's config.json, checked, and as GGUF metadata: hyper-parameters, rotary scaling, and ``general.*``.
 
-config.json has been written in several ways: rotary settings flat, nested or by kind of layer, a head's width
-given or implied, defaults left out. Here they become one flat table that the family files can name keys of,
-and settings that llama.cpp computes differently from transformers are rejected.
+config.json has been written in several ways: rotary settings flat, nested or by kind of layer, a head's width given or
+implied, defaults left out. Here they become one flat table whose keys the family files name, and settings that
+llama.cpp computes differently from transformers are rejected.
 
-A checkpoint's settings as GGUF metadata: hyper-parameters, rotary scaling, and ``general.*``.
+Rotary scaling in llama.cpp: ``linear`` and ``yarn`` are a few keys; Llama 3's is a tensor of divisors, one for each
+pair of a head's dimensions; Phi's ``longrope`` is two such tensors, for short and long contexts, and a factor.
 
-Rotary scaling has forms of its own in llama.cpp: ``linear`` and ``yarn`` are a few keys; Llama 3's is a tensor
-of divisors, one for each pair of a head's dimensions; Phi's ``longrope`` is two such tensors, for short and for
-long contexts, and a factor.
-
-``general.*`` describes the file to people and to hubs, from the checkpoint's own card and settings. Names of
-folders are left out, though llama.cpp's converter uses them: a run's folder says nothing about the model, and
-a path of the user's machine must not be in a published file. The exporter adds its own keys over these.
+``general.*`` describes the file to people and to hubs, from the checkpoint's own card and settings. Names of folders
+are left out, though llama.cpp's converter uses them: a path of the user's machine must not be in a published file. The
+exporter adds its own keys over these.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,13 +56,8 @@ class Checkpoint:
     @property
     def layout(self) -> Layout:
         """Head counts and names, for laying the tensors out."""
-        config = self.config
-        return Layout(
-            self.family.arch,
-            config["num_hidden_layers"],
-            config["num_attention_heads"],
-            config["num_key_value_heads"],
-        )
+        counts = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        return Layout(self.family.arch, *(self.config[key] for key in counts))
 
     @property
     def n_vocab(self) -> int:
@@ -87,10 +79,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except InputError as error:
         raise InputError(error.message, f"{error.hint} {OTHER_CONVERTER}") from None
     if raw.get("quantization_config"):
-        raise InputError(
-            f"{folder}: its weights are quantized already",
-            "Give the 16-bit checkpoint that it was made from.",
-        )
+        hint = "Give the 16-bit checkpoint that it was made from."
+        raise InputError(f"{folder}: its weights are quantized already", hint)
     config = _flat(raw, family, where)
     _check_settings(config, family, where)
     weights = _without_tied_output(folder, config, read_weights(folder))
@@ -151,7 +141,7 @@ def _check_settings(config: dict[str, Any], family: Family, where: str) -> None:
 def _without_tied_output(
     folder: Path, config: dict[str, Any], weights: dict[str, Weight]
 ) -> dict[str, Weight]:
-    """Return the weights less an output matrix that the model ties to its embedding and so never reads."""
+    """Return the weights without an output matrix that is tied to the embedding and so never read."""
     if _EMBEDDING not in weights:
         raise InputError(f"{folder}: {_EMBEDDING} is missing", "Give a whole checkpoint of a language model.")
     rows = weights[_EMBEDDING].shape[0]
@@ -164,9 +154,8 @@ def _without_tied_output(
     if config.get("tie_word_embeddings", _OUTPUT not in weights):
         return {name: weight for name, weight in weights.items() if name != _OUTPUT}
     if _OUTPUT not in weights:
-        raise InputError(
-            f"{folder}: {_OUTPUT} is missing and tie_word_embeddings is false", "Give a whole checkpoint."
-        )
+        what = f"{folder}: {_OUTPUT} is missing and tie_word_embeddings is false"
+        raise InputError(what, "Give a whole checkpoint.")
     return weights
 
 
@@ -194,18 +183,14 @@ def hyper_parameters(checkpoint: Checkpoint) -> dict[str, Field]:
     """
     family, where = checkpoint.family, checkpoint.folder / "config.json"
     fields: dict[str, Field] = {}
-    kinds: tuple[tuple[dict[str, str], int, Callable[[Any], Any]], ...] = (
-        (family.uint32, UINT32, int),
-        (family.float32, FLOAT32, float),
-    )
-    for table, kind, number in kinds:
-        for key, name in table.items():
-            value = checkpoint.config.get(name.removesuffix("?"))
-            if value is None and name.endswith("?"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InputError(f"{where}: {name} is {value!r}, not a number", "Give a whole checkpoint.")
-            fields[f"{family.arch}.{key}"] = Field(kind, number(value))
+    for key, name in (*family.uint32.items(), *family.float32.items()):
+        value = checkpoint.config.get(name.removesuffix("?"))
+        if value is None and name.endswith("?"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{where}: {name} is {value!r}, not a number", "Give a whole checkpoint.")
+        whole = key in family.uint32
+        fields[f"{family.arch}.{key}"] = Field(UINT32, int(value)) if whole else Field(FLOAT32, float(value))
     if family.rope_keys:
         scaling = _scaling_keys(checkpoint.config, str(where))
         fields |= {f"{family.arch}.rope.scaling.{key}": field for key, field in scaling.items()}
@@ -227,11 +212,8 @@ def _scaling_keys(config: dict[str, Any], where: str) -> dict[str, Field]:
         if rope["rope_type"] == "yarn":
             length = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
             fields["original_context_length"] = Field(UINT32, int(length))
-            fields |= {
-                key: Field(FLOAT32, float(rope[name]))
-                for name, key in _YARN.items()
-                if rope.get(name) is not None
-            }
+            given = {key: rope[name] for name, key in _YARN.items() if rope.get(name) is not None}
+            fields |= {key: Field(FLOAT32, float(value)) for key, value in given.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where}: rotary scaling lacks {error}", "Give a whole checkpoint.") from error
     return fields
@@ -251,12 +233,10 @@ def rope_tensors(checkpoint: Checkpoint) -> list[Tensor]:
     found = []
     for name in ("long", "short"):
         factors = np.array(checkpoint.config["rope"].get(f"{name}_factor") or [], dtype=np.float32)
-        if len(factors) * 2 != checkpoint.config["rotary_dim"]:
-            raise InputError(
-                f"{checkpoint.folder / 'config.json'}: {name}_factor has {len(factors)} numbers, "
-                f"not {checkpoint.config['rotary_dim'] // 2}",
-                "Give a whole checkpoint.",
-            )
+        expected = checkpoint.config["rotary_dim"]
+        if len(factors) * 2 != expected:
+            counts = f"{name}_factor has {len(factors)} numbers, not {expected // 2}"
+            raise InputError(f"{checkpoint.folder / 'config.json'}: {counts}", "Give a whole checkpoint.")
         found.append(_tensor(f"rope_factors_{name}.weight", factors))
     return found
 
@@ -272,16 +252,9 @@ def _llama3_factors(config: dict[str, Any]) -> NDArray[np.float32]:
     `apply_scaling`). Every step is rounded to float32, as torch did where the model was made.
     """
     rope, dim = config["rope"], config.get("head_dim") or config["hidden_per_head"]
-    one, factor, low, high, length = (
-        np.float32(number)
-        for number in (
-            1.0,
-            rope.get("factor", 8.0),
-            rope.get("low_freq_factor", 1.0),
-            rope.get("high_freq_factor", 4.0),
-            rope.get("original_max_position_embeddings", 8192),
-        )
-    )
+    one, factor = np.float32(1.0), np.float32(rope.get("factor", 8.0))
+    low, high = np.float32(rope.get("low_freq_factor", 1.0)), np.float32(rope.get("high_freq_factor", 4.0))
+    length = np.float32(rope.get("original_max_position_embeddings", 8192))
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     waves = np.float32(2 * math.pi) / (one / np.power(np.float32(config["rope_theta"]), exponents))
     smooth = (length / waves - low) / (high - low)
@@ -317,7 +290,10 @@ def general_metadata(checkpoint: Checkpoint, tensors: Sequence[Tensor], dtype: s
         raise InputError(f"{readme}: its front matter is not valid YAML", "Fix or remove it.") from error
     logging.getLogger("metadata").setLevel(logging.ERROR)
     about = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, {}, None, n_parameter)
-    _add_sampling(about, gguf.Metadata.load_generation_config(checkpoint.folder))
+    sampling = gguf.Metadata.load_generation_config(checkpoint.folder)
+    for name, attribute in _SAMPLING.items():  # what the model's authors recommend
+        if isinstance(value := sampling.get(name), int | float) and hasattr(about, attribute):
+            setattr(about, attribute, value)
     about.size_label = about.size_label or gguf.size_label(n_parameter, n_parameter, 0, 0)
     about.name = about.name or f"{checkpoint.family.title} {about.size_label}"
     writer = gguf.GGUFWriter(None, checkpoint.family.arch)
@@ -329,14 +305,6 @@ def general_metadata(checkpoint: Checkpoint, tensors: Sequence[Tensor], dtype: s
         "general.file_type": Field(UINT32, QUANT_TYPES[dtype].number),
         "general.quantization_version": Field(UINT32, _QUANTIZATION_VERSION),
     }
-
-
-def _add_sampling(about: Any, generation: dict[str, Any]) -> None:
-    """Copy the sampling settings that the model's authors recommend."""
-    for name, attribute in _SAMPLING.items():
-        value = generation.get(name)
-        if isinstance(value, int | float) and hasattr(about, attribute):
-            setattr(about, attribute, value)
 
 
 def _field(value: Any) -> Field:

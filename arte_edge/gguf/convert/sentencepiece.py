@@ -47,25 +47,23 @@ def read_model(path: Path) -> Pieces:
     try:
         data = path.read_bytes()
         for number, start, end in fields(data):
-            message = (
-                {key: (at, stop) for key, at, stop in fields(data, start, end)} if number in (1, 2, 3) else {}
-            )
+            if number not in (1, 2, 3):
+                continue
+            message = {key: (at, stop) for key, at, stop in fields(data, start, end)}
             if number == 1:
                 pieces.texts.append(data[slice(*message.get(1, (0, 0)))])
-                pieces.scores.append(
-                    struct.unpack("<f", data[slice(*message[2])])[0] if 2 in message else 0.0
-                )
+                score = data[slice(*message[2])] if 2 in message else bytes(4)
+                pieces.scores.append(struct.unpack("<f", score)[0])
                 pieces.kinds.append(_number(data, message, 3, NORMAL))
             elif number == 2:
                 kind_of_model = _number(data, message, 3, _UNIGRAM)
-            elif number == 3:
+            else:
                 pieces.normalizer_map = data[slice(*message.get(2, (0, 0)))]
                 pieces.adds_space_prefix = bool(_number(data, message, 3, 1))
                 pieces.removes_extra_spaces = bool(_number(data, message, 4, 1))
     except (OSError, IndexError, ValueError, struct.error) as error:
-        raise InputError(
-            f"{path}: not a readable SentencePiece model", "Fetch the checkpoint again."
-        ) from error
+        hint = "Fetch the checkpoint again."
+        raise InputError(f"{path}: not a readable SentencePiece model", hint) from error
     if not pieces.texts or kind_of_model not in (1, 2):
         raise InputError(f"{path}: not a SentencePiece model of the BPE or unigram type", "Fetch it again.")
     pieces.is_unigram = kind_of_model == _UNIGRAM
@@ -79,9 +77,9 @@ def _number(data: bytes, message: Mapping[int, tuple[int, int]], key: int, defau
 def scored(path: Path, tokenizer: dict[str, Any], added: Collection[int]) -> Pieces:
     """Return the vocabulary of a tokenizer.json that was made from a SentencePiece model.
 
-    A unigram model has scores. Of a BPE model a piece's score is minus the rank of
-    the first merge that makes it; single characters come after all of them, as in SentencePiece.
-    `added` tokens are matched before anything is merged, so they have no rank.
+    A unigram model has scores. In a BPE model a piece's score is minus the rank of the first merge that makes it;
+    single characters come after all of them, as in SentencePiece. `added` tokens are matched before merging, so
+    they have no rank.
 
     Raises:
         InputError: the vocabulary has gaps or is empty.
@@ -133,13 +131,11 @@ def _scores_of_merges(texts: list[str], merges: list[Any], added: set[str]) -> l
 
 def _adds_space(tokenizer: dict[str, Any]) -> bool:
     """True if the tokenizer adds a space before a text: by its normalizer, or by its Metaspace."""
-    parts = _parts(tokenizer.get("normalizer"), "normalizers")
-    if any(part.get("type") == "Prepend" for part in parts):
+    if any(part.get("type") == "Prepend" for part in _parts(tokenizer.get("normalizer"), "normalizers")):
         return True
-    parts = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")
-    return any(
-        part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") != "never" for part in parts
-    )
+    steps = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    spaces = [step for step in steps if step.get("type") == "Metaspace"]
+    return any(step.get("prepend_scheme", "always") != "never" for step in spaces)
 
 
 def _parts(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

@@ -1,15 +1,13 @@
 """A checkpoint's tokenizer as GGUF metadata: tokens, token types, merges or scores, special tokens, chat template.
 
 llama.cpp has three tokenizers of use here: ``gpt2`` (byte-level BPE with a named pre-tokenizer), ``llama``
-(SentencePiece BPE) and ``t5`` (SentencePiece unigram). Which one a checkpoint needs is read from its
-tokenizer.json, not from its family: a Phi-3 has the second, a Phi-4-mini the first.
+(SentencePiece BPE) and ``t5`` (SentencePiece unigram). tokenizer.json decides which one a checkpoint needs, not the
+family: a Phi-3 has the second, a Phi-4-mini the first. Where two files define the same thing, transformers' precedence
+holds: tokenizer_config.json over tokenizer.json, chat_template.jinja over both.
 
-Where two files define the same thing, transformers' precedence holds: tokenizer_config.json over
-tokenizer.json, chat_template.jinja over both.
-
-llama.cpp's converter recognizes a pre-tokenizer by a hash over the token ids of one long string, which fails
-for every new vocabulary. Here the splitting rule itself is compared, so any vocabulary with a known rule is
-converted, and an unknown rule is rejected instead of guessed.
+llama.cpp's converter recognizes a pre-tokenizer by a hash over the token ids of one long string, which fails for every
+new vocabulary. Here the splitting rule itself is compared, so any vocabulary with a known rule is converted, and an
+unknown rule is rejected instead of guessed.
 """
 
 from __future__ import annotations
@@ -58,14 +56,8 @@ _REGEXES = {
     f"|\\p{{N}}{{1,3}}| ?[^\\s\\p{{L}}\\p{{N}}]+[\\r\\n/]*|{_REST}": "gpt-4o",
 }
 # our name -> tokenizer.ggml.pre, unless the family has its own
-_NAMES = {
-    "gpt-2": "gpt-2",
-    "digits": "smollm",
-    "qwen2": "qwen2",
-    "llama3": "llama-bpe",
-    "llama3-merging": "smaug-bpe",
-    "gpt-4o": "gpt-4o",
-}
+_NAMES = {"gpt-2": "gpt-2", "digits": "smollm", "qwen2": "qwen2", "gpt-4o": "gpt-4o"}
+_NAMES |= {"llama3": "llama-bpe", "llama3-merging": "smaug-bpe"}
 
 
 def vocabulary(files: TokenizerFiles, family: Family, n_vocab: int) -> dict[str, Field]:
@@ -107,12 +99,7 @@ def _byte_level(files: TokenizerFiles, family: Family, n_vocab: int) -> dict[str
 
 def _merge(merge: str | list[str]) -> bytes:
     """Return a merge in GGUF form: two pieces with a space between; a space inside a piece becomes its byte symbol."""
-    if isinstance(merge, str):
-        return merge.encode()
-    left, right = merge
-    if " " in left or " " in right:
-        left, right = left.replace(" ", "\u0120"), right.replace(" ", "\u0120")
-    return f"{left} {right}".encode()
+    return (merge if isinstance(merge, str) else " ".join(p.replace(" ", "\u0120") for p in merge)).encode()
 
 
 def _pieces(files: TokenizerFiles, family: Family, n_vocab: int) -> dict[str, Field]:
@@ -201,29 +188,24 @@ def _template_fields(templates: dict[str, str]) -> dict[str, Field]:
 def _pre_tokenizer_name(path: Path, tokenizer: dict[str, Any], own_names: dict[str, str]) -> str:
     """Return ``tokenizer.ggml.pre`` for the byte-level tokenizer in `tokenizer`, read from `path`.
 
-    Args:
-        own_names: the family's name of a splitting rule that has several names in llama.cpp.
-
-    Raises:
-        InputError: a splitting rule or a normalizer that llama.cpp does not have.
+    `own_names` has the family's name of a splitting rule that has several names in llama.cpp.
     """
     normalizer = tokenizer.get("normalizer")
     # NFC is Qwen's. llama.cpp skips it, which matters for text with combining accents only.
     if normalizer and normalizer.get("type") != "NFC":
-        raise InputError(
-            f"{path}: the normalizer {normalizer.get('type')} is not supported in GGUF", OTHER_CONVERTER
-        )
+        what = f"{path}: the normalizer {normalizer.get('type')} is not supported in GGUF"
+        raise InputError(what, OTHER_CONVERTER)
     step = tokenizer.get("pre_tokenizer") or {}
     parts = step.get("pretokenizers", []) if step.get("type") == "Sequence" else [step]
     name = _recognized(parts)
     if name is None:
         raise InputError(f"{path}: llama.cpp has no such pre_tokenizer: {parts}", OTHER_CONVERTER)
-    # Llama 3 takes a word that is a token as a whole, without merges; llama.cpp decides that by the name.
-    if tokenizer["model"].get("ignore_merges") and name != "llama3":
-        raise InputError(
-            f"{path}: ignore_merges is known to llama.cpp for Llama 3's splitting only", OTHER_CONVERTER
-        )
-    if name == "llama3" and not tokenizer["model"].get("ignore_merges"):
+    # Llama 3 uses a word that is a token as a whole, without merges; llama.cpp decides that by the name.
+    ignore_merges = tokenizer["model"].get("ignore_merges")
+    if ignore_merges and name != "llama3":
+        what = f"{path}: ignore_merges is known to llama.cpp for Llama 3's splitting only"
+        raise InputError(what, OTHER_CONVERTER)
+    if name == "llama3" and not ignore_merges:
         name = "llama3-merging"
     return own_names.get(name, _NAMES[name])
 
@@ -259,12 +241,9 @@ class AddedToken:
     @property
     def is_control(self) -> bool:
         """True for special tokens and for those that have the form of one: users must not be able to write them."""
-        text = self.text
-        looks = (text.startswith("<|") and text.endswith("|>")) or (
-            text.startswith("<｜") and text.endswith("｜>")
-        )
-        unused = text.startswith("<unused") and text.endswith(">")
-        return self.special or looks or unused or text in _CONTROL
+        forms = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+        looks = any(self.text.startswith(start) and self.text.endswith(end) for start, end in forms)
+        return self.special or looks or self.text in _CONTROL
 
 
 @dataclass(frozen=True)
@@ -348,7 +327,7 @@ def _special(
         number = ids.get(text, vocabulary.get(text)) if isinstance(text, str) else None
         if number is None:
             number = config.get(f"{role}_token_id")
-        if isinstance(number, list):  # several ends of text: the first is the usual one
+        if isinstance(number, list):  # several end tokens: the first is the usual one
             number = number[0] if number else None
         if isinstance(number, int) and not isinstance(number, bool) and number >= 0:
             found[role] = number
@@ -363,12 +342,9 @@ def _templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
             given = file.read_text("utf-8")
         except (OSError, ValueError) as error:
             raise InputError(f"{file}: not readable text ({error})", _SAVE_AGAIN) from error
-    if isinstance(given, str) and given:
-        templates = {"default": given}
-    elif isinstance(given, list):
+    templates = {"default": given} if isinstance(given, str) and given else {}
+    if isinstance(given, list):
         templates = {str(row["name"]): str(row["template"]) for row in given if isinstance(row, dict)}
-    else:
-        templates = {}
     for extra in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         templates.setdefault(extra.stem, extra.read_text("utf-8"))
     return templates
