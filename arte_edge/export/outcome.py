@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from arte_edge.cache import megabytes
 from arte_edge.errors import ArteError
 from arte_edge.models.artifact import Format
-from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.accuracy import NOT_KNOWN
 from arte_edge.results.student_json import FILE_NAME, Artifact, StudentFile
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["Failure", "Outcome"]
-
-_DASH = "–"
 
 
 @dataclass(frozen=True)
@@ -64,11 +62,11 @@ class Outcome:
                 f"…{artifact.file.removeprefix(self.student.student.name)}",
                 megabytes(artifact.size_bytes),
                 f"{artifact.bits_per_weight:.2f}",
-                _DASH if metrics is None or metrics.kl_mean is None else f"{metrics.kl_mean:.4f}",
-                _DASH if metrics is None else f"{metrics.top1:.1%}",
+                NOT_KNOWN if metrics is None or metrics.kl_mean is None else f"{metrics.kl_mean:.4f}",
+                NOT_KNOWN if metrics is None else f"{metrics.top1:.1%}",
             ]
             if has_accuracy:
-                cells.append(_with_interval(artifact.accuracy) if artifact.accuracy else _DASH)
+                cells.append(artifact.accuracy.percent if artifact.accuracy else NOT_KNOWN)
             table.add_row(*cells, "[green]ok[/]" if artifact.status == "ok" else "[bold red]rejected[/]")
         return table
 
@@ -84,7 +82,7 @@ class Outcome:
             )
         if own := self.student.student_accuracy:
             lines.append(
-                f"Accuracy of the 16-bit student: {_with_interval(own)} on {own.n} {own.split} examples of "
+                f"Accuracy of the 16-bit student: {own.percent} on {own.n} {own.split} examples of "
                 f"{own.task}. Intervals are 95 %."
             )
         for artifact in self.artifacts:
@@ -111,7 +109,3 @@ class Outcome:
         from arte_edge.notebook import fragment
 
         return fragment(self.student.student.name, [self.table], self.details)
-
-
-def _with_interval(found: PairedAccuracy) -> str:
-    return f"{found.accuracy:.0%} ({100 * found.low:.0f}–{100 * found.high:.0f})"
