@@ -111,8 +111,8 @@ class Plot:
         self.x, self.y = x, y if isinstance(y, Axis) else None
         self.rows = () if isinstance(y, Axis) else tuple(y)
         self.title, self.desc = title, desc
-        labels = [number(t) for t in self.y.ticks] if self.y else [_cut(row) for row in self.rows]
-        self._left = 14 + _CHAR * max((len(label) for label in labels), default=0) + (22 if self.y else 0)
+        labels = [number(t) for t in self.y.ticks] if self.y else self.rows
+        self._left = 14 + _CHAR * min(max(map(len, labels), default=0), 30) + (22 if self.y else 0)
         self._right = _WIDTH - 14.0
         self._legend, legend_height = _legend_of(legend)
         self._top = 20.0 + legend_height
@@ -159,18 +159,15 @@ class Plot:
         body = f'<rect x="{x0}" y="{y - 8}" width="{max(x1 - x0, 1):.1f}" height="16"/>'
         self._add(f"s{series % 8} area", body, tip)
         inside = x1 + _CHAR * len(tip) + 8 > self._right
-        place = f'x="{x1 - 5}" text-anchor="end" class="on"' if inside else f'x="{x1 + 5}"'
-        self._marks.append(f'<text {place} y="{y + 4}">{escape(tip)}</text>')
+        place = (x1 - 5, y + 4, "end", 'class="on"') if inside else (x1 + 5, y + 4)
+        self._marks.append(_text(tip, *place))
 
     def rule(self, x: float, label: str) -> None:
         """Draw a vertical line at a value that matters, with its name."""
-        px = self.px(x)
-        end = ' text-anchor="end"' if px > self._right - _CHAR * len(label) else ""
-        at = px - 4 if end else px + 4
-        self._marks.append(
-            f'<g class="rule"><path d="M{px} {self._top - 14}V{self._bottom}"/>'
-            f'<text x="{at}" y="{self._top - 5}"{end}>{escape(label)}</text></g>'
-        )
+        px, y = self.px(x), self._top - 5
+        at_end = px > self._right - _CHAR * len(label)
+        name = _text(label, px - 4, y, "end") if at_end else _text(label, px + 4, y)
+        self._marks.append(f'<g class="rule"><path d="M{px} {self._top - 14}V{self._bottom}"/>{name}</g>')
 
     def svg(self) -> str:
         """Return the chart."""
@@ -186,46 +183,40 @@ class Plot:
         self._marks.append(f'<g class="{kind}">{inner}{body}</g>')
 
     def _frame(self) -> str:
-        left, right, top, bottom = f"{self._left:.1f}", self._right, self._top, self._bottom
+        left, right, top, bottom = round(self._left, 1), self._right, self._top, self._bottom
         parts = []
         for tick in self.x.ticks:
             px = self.px(tick)
             parts.append(f'<path class="grid" d="M{px} {top}V{bottom}"/>')
-            parts.append(f'<text x="{px}" y="{bottom + 16}" text-anchor="middle">{number(tick)}</text>')
+            parts.append(_text(number(tick), px, bottom + 16, "middle"))
         names = [(self.py(i), row) for i, row in enumerate(self.rows)]
         if self.y:
             names = [(self.py(tick), number(tick)) for tick in self.y.ticks]
             parts += [f'<path class="grid" d="M{left} {py}H{right}"/>' for py, _ in names]
-            parts.append(
-                f'<text class="label" transform="translate(13 {(top + bottom) / 2:.1f}) rotate(-90)" '
-                f'text-anchor="middle">{escape(self.y.label)}</text>'
-            )
-        for py, name in names:
-            full = f"<title>{escape(name)}</title>" if _cut(name) != name else ""
-            place = f'x="{self._left - 6:.1f}" y="{py + 4}" text-anchor="end"'
-            parts.append(f"<text {place}>{full}{escape(_cut(name))}</text>")
+            turned = f'transform="translate(13 {(top + bottom) / 2:.1f}) rotate(-90)"'
+            parts.append(_text(self.y.label, 0, 0, "middle", f'class="label" {turned}'))
+        parts += [_text(name, left - 6, py + 4, "end") for py, name in names]
         parts.append(f'<path class="axis" d="M{left} {top}V{bottom}H{right}"/>')
-        parts.append(
-            f'<text class="label" x="{(self._left + right) / 2:.1f}" y="{bottom + 36}" text-anchor="middle">'
-            f"{escape(self.x.label)}</text>"
-        )
+        parts.append(_text(self.x.label, (left + right) / 2, bottom + 36, "middle", 'class="label"'))
         return "".join(parts)
 
 
-def _cut(text: str, most: int = 30) -> str:
-    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+def _text(text: str, x: float, y: float, anchor: str = "start", more: str = "", most: int = 30) -> str:
+    """Return a text element; the full text of one that is cut is shown on hover."""
+    cut = text if len(text) <= most else text[: most - 1].rstrip() + "…"
+    title = f"<title>{escape(text)}</title>" if cut != text else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{title}{escape(cut)}</text>'
 
 
 def _legend_of(entries: Sequence[tuple[str, int]]) -> tuple[str, float]:
     """Return the legend above the frame and its height; entries wrap."""
     x, y, parts = 14.0, 14.0, []
     for name, series in entries:
-        text = _cut(name, 40)
-        width = 26 + _CHAR * len(text)
+        width = 26 + _CHAR * min(len(name), 40)
         if x + width > _WIDTH - 8 and x > 14:
             x, y = 14.0, y + 18
         parts.append(f'<g class="s{series % 8}">{_shape(series, x + 5, y - 4)}</g>')
-        parts.append(f'<text x="{x + 14:.1f}" y="{y}">{escape(text)}</text>')
+        parts.append(_text(name, x + 14, y, most=40))
         x += width
     return "".join(parts), (y + 2 if entries else 0.0)
 
