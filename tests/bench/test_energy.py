@@ -26,6 +26,13 @@ def put(root: Path, files: dict[str, str]) -> None:
         path.write_text(text + "\n")
 
 
+def program(tmp_path: Path, text: str) -> str:
+    script = tmp_path / "vcgencmd"
+    script.write_text(text)
+    script.chmod(0o755)
+    return str(script)
+
+
 def measure(meter: EnergyMeter, seconds: float = 0.3) -> tuple[float | None, str, float]:
     begin = time.monotonic()
     meter.start()
@@ -119,21 +126,17 @@ def test_a_jetson_is_read_at_its_input(tmp_path: Path) -> None:
 
 
 def test_a_pi_5_adds_up_the_rails_that_it_measures_whole(tmp_path: Path) -> None:
-    script = tmp_path / "vcgencmd"
-    script.write_text(PMIC)
-    script.chmod(0o755)
-    probe, _ = find_probe(root=tmp_path, vcgencmd=str(script))
+    script = program(tmp_path, PMIC)
+    probe, _ = find_probe(root=tmp_path, vcgencmd=script)
     assert probe is not None and probe.source == "pmic"
     assert probe.watts() == pytest.approx(2.5 * 0.8 + 0.1 * 3.3)
-    joules, source, seconds = measure(EnergyMeter(root=tmp_path, vcgencmd=str(script), period_s=0.1))
+    joules, source, seconds = measure(EnergyMeter(root=tmp_path, vcgencmd=script, period_s=0.1))
     assert source == "pmic" and joules == pytest.approx(2.33 * seconds, rel=0.3)
 
 
 def test_a_firmware_without_the_rails_measures_nothing(tmp_path: Path) -> None:
-    script = tmp_path / "vcgencmd"
-    script.write_text('#!/bin/sh\n[ "$1" = get_throttled ] && echo throttled=0x0 || echo error=1\n')
-    script.chmod(0o755)
-    assert find_probe(root=tmp_path, vcgencmd=str(script)) == (None, "")
+    script = program(tmp_path, '#!/bin/sh\n[ "$1" = get_throttled ] && echo throttled=0x0 || echo error=1\n')
+    assert find_probe(root=tmp_path, vcgencmd=script) == (None, "")
 
 
 def test_a_reading_that_fails_makes_the_sum_unknown_not_small(tmp_path: Path) -> None:

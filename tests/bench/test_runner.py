@@ -1,42 +1,40 @@
 """One child a case: what is measured comes back whole, what fails becomes a row, and the sweep goes on."""
 
 import os
+import platform
 import signal
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from tiny import Patch
+from tiny import Patch, facts
 
 from arte_edge.bench.runner import run_bench
-from arte_edge.bench.settings import BenchSettings
+from arte_edge.bench.settings import BenchSettings, Reporter
 from arte_edge.errors import InputError
-from arte_edge.results.rows import DeviceFacts, SpeedRow
+from arte_edge.results.rows import SpeedRow
 
 QUICK = BenchSettings(n_prompt=(16,), n_gen=(80,), repetitions=3, warmup_s=1, threads=(1,), roofline=False)
 
 
-class Quiet:
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def progress(self, text: str) -> None:
-        self.said.append(text)
-
-
-def bench(paths: list[Path], settings: BenchSettings, device: DeviceFacts) -> list[SpeedRow]:
+def bench(paths: list[Path], settings: BenchSettings) -> list[SpeedRow]:
     seen: list[SpeedRow] = []
-    rows = run_bench(paths, settings, device=device, reporter=Quiet(), on_row=seen.append)
+    rows = run_bench(
+        paths,
+        settings,
+        device=facts(profile="", arch=platform.machine()),
+        reporter=Reporter(),
+        on_row=seen.append,
+    )
     assert rows == seen
     return rows
 
 
-def test_a_gguf_is_measured_with_everything_a_row_promises(
-    bench_gguf: Path, this_device: DeviceFacts
-) -> None:
+def test_a_gguf_is_measured_with_everything_a_row_promises(bench_gguf: Path) -> None:
     pytest.importorskip("llama_cpp")
-    reads, writes = bench([bench_gguf], QUICK, this_device)
+    reads, writes = bench([bench_gguf], QUICK)
     assert (reads.status, writes.status) == ("ok", "ok"), (reads.reason, writes.reason)
     assert (reads.test, writes.test) == ("pp16", "tg80")
     assert reads.model_type == "llama" and reads.quantization == "F16" and reads.format == "gguf"
@@ -60,9 +58,7 @@ def test_a_gguf_is_measured_with_everything_a_row_promises(
     assert str(bench_gguf.parent) not in text, "nothing of this machine's folders is in a row"
 
 
-def test_a_child_that_is_killed_is_a_row_and_the_next_case_runs(this_device: DeviceFacts) -> None:
-    import psutil
-
+def test_a_child_that_is_killed_is_a_row_and_the_next_case_runs() -> None:
     def kill_the_first() -> None:
         ends = time.monotonic() + 20
         while time.monotonic() < ends:
@@ -77,48 +73,44 @@ def test_a_child_that_is_killed_is_a_row_and_the_next_case_runs(this_device: Dev
     settings = QUICK.model_copy(update={"n_prompt": (16, 8), "n_gen": (0,), "warmup": False})
     killer = threading.Thread(target=kill_the_first)
     killer.start()
-    first, second = bench([Path("null:50")], settings, this_device)
+    first, second = bench([Path("null:50")], settings)
     killer.join()
     assert first.status == "crashed" and "Killed" in first.reason
     assert second.status == "ok" and second.median_ts == pytest.approx(20, rel=0.1)
 
 
-def test_a_test_that_takes_too_long_is_a_row(this_device: DeviceFacts) -> None:
+def test_a_test_that_takes_too_long_is_a_row() -> None:
     settings = QUICK.model_copy(update={"n_prompt": (100,), "n_gen": (0,), "timeout_s": 2.0})
-    (row,) = bench([Path("null:100")], settings, this_device)
+    (row,) = bench([Path("null:100")], settings)
     assert row.status == "timeout" and "--timeout" in row.reason
 
 
-def test_what_does_not_fit_is_refused_before_it_is_opened(
-    bench_gguf: Path, this_device: DeviceFacts, monkeypatch: Patch
-) -> None:
+def test_what_does_not_fit_is_refused_before_it_is_opened(bench_gguf: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr("arte_edge.memory.available_bytes", lambda *root: 1_000_000)
-    rows = bench([bench_gguf], QUICK, this_device)
+    rows = bench([bench_gguf], QUICK)
     assert [row.status for row in rows] == ["refused", "refused"]
     assert "does not fit" in rows[0].reason
 
 
-def test_a_runtime_that_says_no_is_a_row(bench_gguf: Path, this_device: DeviceFacts) -> None:
+def test_a_runtime_that_says_no_is_a_row(bench_gguf: Path) -> None:
     pytest.importorskip("llama_cpp")
     settings = QUICK.model_copy(update={"n_gen": (0,), "runtime": "xllamacpp", "type_k": ("q8_0",)})
-    (row,) = bench([bench_gguf], settings, this_device)
+    (row,) = bench([bench_gguf], settings)
     assert row.status == "refused" and "cache types" in row.reason
 
 
-def test_a_damaged_file_and_a_wrong_runtime_are_refused_before_anything_is_measured(
-    bench_gguf: Path, tmp_path: Path, this_device: DeviceFacts
-) -> None:
+def test_a_damaged_file_and_a_wrong_runtime_are_errors(bench_gguf: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.gguf"
     short.write_bytes(bench_gguf.read_bytes()[:-5000])
     with pytest.raises(InputError, match=r"short\.gguf"):
-        bench([Path("null"), short], QUICK, this_device)
+        bench([Path("null"), short], QUICK)
     with pytest.raises(InputError, match="does not run gguf"):
-        bench([bench_gguf], QUICK.model_copy(update={"runtime": "onnxruntime"}), this_device)
+        bench([bench_gguf], QUICK.model_copy(update={"runtime": "onnxruntime"}))
 
 
-def test_depth_is_filled_before_the_clock_starts(bench_gguf: Path, this_device: DeviceFacts) -> None:
+def test_depth_is_filled_before_the_clock_starts(bench_gguf: Path) -> None:
     pytest.importorskip("llama_cpp")
     settings = QUICK.model_copy(update={"n_prompt": (8,), "n_gen": (8,), "n_depth": (64,)})
-    rows = bench([bench_gguf], settings, this_device)
+    rows = bench([bench_gguf], settings)
     assert [(row.test, row.status) for row in rows] == [("pp8@d64", "ok"), ("tg8@d64", "ok")]
     assert [row.n_depth for row in rows] == [64, 64]

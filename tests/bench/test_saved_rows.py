@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import Capture
+from tiny import Capture, artifact, student_file
 
+from arte_edge.bench.find_models import find_targets
 from arte_edge.cli.main import main
 from arte_edge.models.artifact import checksums_of
 from arte_edge.results.rows import read_rows
-from arte_edge.results.student_json import Artifact, Fidelity, Lineage, Student, StudentFile, write_student
+from arte_edge.results.student_json import write_student
 
 QUICK = ["-p", "4", "-n", "8", "-r", "2", "--no-warmup", "-t", "1", "--no-roofline"]
 
@@ -24,30 +25,10 @@ def bench_export(bench_gguf: Path, tmp_path: Path) -> Path:
     path = folder / bench_gguf.name
     shutil.copy(bench_gguf, path)
     sums = checksums_of(path)
-    good = Artifact(
-        file=path.name,
-        format="gguf",
-        quantization="F16",
-        status="ok",
-        size_bytes=sums.size_bytes,
-        sha256=sums.sha256,
-        tensor_sha256=sums.tensor_sha256,
-        bits_per_weight=16,
-        fidelity=Fidelity(passed=True),
-    )
-    bad = good.model_copy(
-        update={"file": "tiny-Q2_K.gguf.rejected", "status": "rejected", "tensor_sha256": "1" * 64}
-    )
-    student = Student(name="tiny", sha256="0" * 64, architecture="llama", dtype="F16", parameter_count=1000)
-    write_student(
-        folder,
-        StudentFile(
-            arte_edge_version="0",
-            student=student,
-            lineage=Lineage(source="checkpoint"),
-            artifacts=(good, bad),
-        ),
-    )
+    hashes = {"sha256": sums.sha256, "tensor_sha256": sums.tensor_sha256, "size_bytes": sums.size_bytes}
+    good = artifact("F16", file=path.name, **hashes)
+    bad = artifact("Q2_K", file="tiny-Q2_K.gguf.rejected", status="rejected")
+    write_student(folder, student_file(good, bad, name="tiny"))
     return folder
 
 
@@ -85,14 +66,9 @@ def test_a_damaged_student_json_does_not_lose_the_measurement(capsys: Capture, b
 def test_a_runs_folder_stands_for_its_export_and_names_what_is_missing(
     capsys: Capture, bench_export: Path, tmp_path: Path
 ) -> None:
-    from arte_edge.bench.find_models import find_targets
-
-    def fetch(ref: str) -> Path:
-        raise AssertionError(ref)
-
     run_folder = tmp_path / "run"
     shutil.copytree(bench_export, run_folder / "export")
-    assert find_targets([str(run_folder)], fetch) == [run_folder / "export" / "tiny-F16.gguf"]
+    assert find_targets([str(run_folder)], pytest.fail) == [run_folder / "export" / "tiny-F16.gguf"]
     (run_folder / "export" / "tiny-F16.gguf").unlink()
     code, _, err = run(capsys, str(run_folder))
     assert code == 2 and "tiny-F16.gguf is missing" in err

@@ -1,4 +1,4 @@
-""""""
+"""Sensors of a fake machine: temperature, clock, throttling; and the memory that a process and its files take."""
 
 import mmap
 import os
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -166,12 +167,6 @@ def test_a_sensor_that_vanishes_or_writes_nonsense_is_none_from_there(tmp_path: 
     assert (last.temperature_c, last.clock_mhz) == (None, 600.0)
 
 
-def test_the_users_meter_stands_in_the_readings(tmp_path: Path) -> None:
-    with Sensors(root=tmp_path, power_watts=6.5) as sensors:
-        pass
-    assert sensors.readings()[0].power_w == 6.5
-
-
 def test_a_second_of_reading_costs_next_to_nothing(tmp_path: Path, write: Make) -> None:
     write(PI)
     sensors = Sensors(period_s=0.005, root=tmp_path)
@@ -185,8 +180,9 @@ def test_a_second_of_reading_costs_next_to_nothing(tmp_path: Path, write: Make) 
 
 def test_the_block_ends_at_once_however_long_the_period(tmp_path: Path) -> None:
     begin = time.monotonic()
-    with Sensors(period_s=60, root=tmp_path) as sensors:
+    with Sensors(period_s=60, root=tmp_path, power_watts=6.5) as sensors:
         pass
+    assert sensors.readings()[0].power_w == 6.5  # the user's meter
     assert time.monotonic() - begin < 5 and len(sensors.readings()) == 1
 
 
@@ -196,38 +192,24 @@ def test_the_supply_is_named_or_nothing_is() -> None:
 
 def readings(*values: tuple[float | None, float | None, int | None]) -> list[Reading]:
     """(temperature, clock, bits) a second each."""
-    return [
-        Reading(t_s=t, temperature_c=heat, clock_mhz=clock, throttle_bits=bits)
-        for t, (heat, clock, bits) in enumerate(values)
-    ]
+    names = ("temperature_c", "clock_mhz", "throttle_bits")
+    return [Reading(t_s=t, **dict(zip(names, row, strict=True))) for t, row in enumerate(values)]
 
 
 COOL = readings(*[(50.0, 2400.0, 0)] * 8)
 
 
-def test_a_cool_machine_with_clean_bits_was_not_throttled() -> None:
-    assert judge(0, COOL, 0) == (False, "")
-
-
 def test_a_machine_that_tells_nothing_is_not_judged() -> None:
     assert judge(None, [], None) == (None, "")
     assert judge(None, readings(*[(None, None, None)] * 8), None) == (None, "")
-    assert judge(None, readings(*[(60.0, None, None)] * 8), None) == (
-        None,
-        "",
-    )  # hot or not, it takes a clock
+    assert judge(None, readings(*[(60.0, None, None)] * 8), None) == (None, "")  # it takes a clock
 
 
-@pytest.mark.parametrize(
-    ("bit", "words"),
-    [
-        (0x1, "under-voltage: use the official power supply"),
-        (0x2, "clock capped"),
-        (0x4, "too hot"),
-        (0x8, "soft temperature limit"),
-    ],
-)
-def test_each_bit_is_said_in_words(bit: int, words: str) -> None:
+BITS = {0x1: "under-voltage: use the official power supply", 0x2: "clock capped", 0x4: "too hot"}
+
+
+@pytest.mark.parametrize(("bit", "words"), [*BITS.items(), (0x8, "soft temperature limit")])
+def test_each_bit_is_explained(bit: int, words: str) -> None:
     during = readings((50.0, 2400.0, 0), (50.0, 2400.0, bit), (50.0, 2400.0, 0))
     throttled, reason = judge(0, during, 0)
     assert throttled is True and words in reason
@@ -236,6 +218,7 @@ def test_each_bit_is_said_in_words(bit: int, words: str) -> None:
 
 
 def test_what_happened_before_the_test_does_not_count_against_it() -> None:
+    assert judge(0, COOL, 0) == (False, "")
     assert judge(0x50000, COOL, 0x50000) == (False, "")
     assert judge(0x50000, COOL, 0xD0000)[0] is True
 
@@ -259,18 +242,13 @@ def test_a_core_that_waits_is_not_throttled() -> None:
     assert judge(None, cool, None) == (False, "")
 
 
-@given(
-    st.none() | st.integers(0, 2**20),
-    st.lists(
-        st.tuples(
-            st.none() | st.floats(-20, 120), st.none() | st.floats(0, 6000), st.none() | st.integers(0, 2**20)
-        ),
-        max_size=20,
-    ),
-    st.none() | st.integers(0, 2**20),
-)
+BIT_FIELDS = st.none() | st.integers(0, 2**20)
+VALUES = st.tuples(st.none() | st.floats(-20, 120), st.none() | st.floats(0, 6000), BIT_FIELDS)
+
+
+@given(BIT_FIELDS, st.lists(VALUES, max_size=20), BIT_FIELDS)
 def test_any_readings_are_judged_and_only_throttling_has_a_reason(
-    before: int | None, values: list[tuple[float | None, float | None, int | None]], after: int | None
+    before: Any, values: Any, after: Any
 ) -> None:
     throttled, reason = judge(before, readings(*values), after)
     assert bool(reason) == (throttled is True)

@@ -12,32 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny import facts
 
-from arte_edge.bench.settings import Case
+from arte_edge.bench.settings import BenchSettings, Case, cases
 from arte_edge.bench.timing import draw_tokens, measure, min_samples, pace, percentile, spread, trend
 from arte_edge.runtimes.null import NullDecoder
 from arte_edge.runtimes.protocol import RuntimeFacts
 
 
-def case(**told: Any) -> Case:
-    common = {
-        "path": Path("null"),
-        "runtime": "null",
-        "n_prompt": 0,
-        "n_gen": 0,
-        "n_depth": 0,
-        "threads": 1,
-        "type_k": "f16",
-        "type_v": "f16",
-        "repetitions": 3,
-        "warmup": False,
-        "warmup_s": 5.0,
-        "delay_s": 0.0,
-        "sustained_s": 0.0,
-        "power_watts": None,
-        "timeout_s": 60.0,
-    }
-    return Case.model_validate(common | told)
+def case(**more: Any) -> Case:
+    settings = BenchSettings(
+        n_prompt=(1,), n_gen=(0,), repetitions=3, warmup=False, threads=(1,), timeout_s=60
+    )
+    (plain,) = cases(Path("null"), settings, facts())
+    return plain.model_copy(update={"n_prompt": 0, "warmup_s": 5.0} | more)
 
 
 class Recorder:
@@ -181,11 +169,11 @@ def test_a_machine_that_loses_a_fifth_has_slowed_down_and_the_slope_says_how_fas
     n = 3000  # about a minute
     tokens = 0.02 * np.linspace(1.0, 1.25, n) * rng.lognormal(0, 0.1, n)
     found = trend(runs(tokens, 100))
-    assert found is not None and found.slowed
+    assert found.slowed
     minutes = tokens.sum() / 60
     assert found.slope_percent_per_min * minutes == pytest.approx(-21, abs=6)
     rates = pace(runs(tokens, 100))
-    assert rates is not None and rates.sustained_ts < 0.9 * rates.burst_ts
+    assert rates.sustained_ts < 0.9 * rates.burst_ts
 
 
 def test_noise_pauses_and_a_growing_context_are_not_slowing_down() -> None:
@@ -196,7 +184,6 @@ def test_noise_pauses_and_a_growing_context_are_not_slowing_down() -> None:
         tokens *= np.tile(np.linspace(1.0, 1.5, 128), 10)  # the cache fills up in each repetition
         tokens[rng.integers(0, 1280, 12)] += 0.3  # somebody else's turn
         found = trend(runs(tokens, 128))
-        assert found is not None
         false_alarms += found.slowed
     assert false_alarms <= 1
 
@@ -210,7 +197,6 @@ def test_a_test_too_short_to_warm_anything_has_no_trend() -> None:
 def test_burst_and_sustained_are_of_the_first_and_the_last_third() -> None:
     tokens = np.concatenate([np.full(100, 0.01), np.full(100, 0.01), np.full(50, 0.02)])  # 1 s, 1 s, 1 s
     rates = pace(runs(tokens, 50))
-    assert rates is not None
     assert rates.burst_ts == pytest.approx(100, rel=0.02)
     assert rates.sustained_ts == pytest.approx(50, rel=0.04)
     assert pace([[0, 1]]) is None

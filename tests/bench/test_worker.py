@@ -1,17 +1,22 @@
 """However a child ends, the answer says how, and the next case runs."""
 
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from tiny import Patch
+from tiny import Patch, facts
 
+from arte_edge.bench.settings import BenchSettings, cases
 from arte_edge.bench.worker import Ended, run_child
 
+posix = pytest.mark.skipif(os.name != "posix", reason="signals")
 OOM = "sys/fs/cgroup/memory.events"
 
 
@@ -33,7 +38,7 @@ say(result={"echo": request})
     assert seen == [("loading", 0, 0), ("repetition", 2, 5)]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
+@posix
 @pytest.mark.parametrize(
     ("number", "words"),
     [
@@ -59,7 +64,7 @@ def fake_root(tmp_path: Path, kills: int) -> Path:
     return tmp_path
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
+@posix
 def test_a_kill_that_the_control_group_counts_is_out_of_memory(tmp_path: Path) -> None:
     root = fake_root(tmp_path, 4)
     code = f"""
@@ -73,7 +78,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert "smaller type or context" in answer["reason"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
+@posix
 def test_a_kill_near_the_size_of_the_memory_is_out_of_memory(tmp_path: Path) -> None:
     root = fake_root(tmp_path, 0)
     (root / "proc/meminfo").write_text("MemTotal:  60000 kB\nMemAvailable:  60000 kB\n")
@@ -81,7 +86,7 @@ def test_a_kill_near_the_size_of_the_memory_is_out_of_memory(tmp_path: Path) -> 
     assert run(code, root=root)["status"] == "out-of-memory"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
+@posix
 def test_a_kill_without_evidence_is_not_blamed_on_the_kernel(tmp_path: Path) -> None:
     answer = run("os.kill(os.getpid(), signal.SIGKILL)", root=fake_root(tmp_path, 4))
     assert answer["status"] == "crashed"
@@ -117,38 +122,17 @@ def test_a_child_that_cannot_be_started_is_a_result_too() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on address space")
 def test_running_into_a_limit_of_memory_is_out_of_memory() -> None:
     # The real child, with less memory than it needs: Python's allocation fails, as malloc does under a limit.
-    import json
-
-    case = {
-        "path": "null",
-        "runtime": "null",
-        "n_prompt": 400_000_000,
-        "n_gen": 0,
-        "n_depth": 0,
-        "threads": 1,
-        "type_k": "f16",
-        "type_v": "f16",
-        "repetitions": 1,
-        "warmup": False,
-        "warmup_s": 1.0,
-        "delay_s": 0.0,
-        "sustained_s": 0.0,
-        "power_watts": None,
-        "timeout_s": 30.0,
-    }
+    settings = BenchSettings(n_prompt=(1,), n_gen=(0,), repetitions=1, warmup=False, threads=(1,))
+    (case,) = cases(Path("null"), settings, facts())
+    request = {"kind": "speed", "case": case.model_dump(mode="json") | {"n_prompt": 400_000_000}}
     limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (600_000_000,) * 2)\n"
     code = limit + "from arte_edge.bench.worker import main; main()"
-    answer = run_child(
-        {"kind": "speed", "case": json.loads(json.dumps(case))}, 60, command=[sys.executable, "-c", code]
-    )
+    answer = run_child(request, 60, command=[sys.executable, "-c", code])
     assert answer["status"] == "out-of-memory"
     assert "smaller type or context" in answer["reason"]
 
 
 def test_the_child_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
-    import json
-    import subprocess
-
     parent = f"""
 import sys, threading, time
 from pathlib import Path
@@ -175,18 +159,10 @@ worker.run_child(request, 60, told)
         time.sleep(0.05)
     process.kill()
     process.wait()
-    while time.monotonic() < deadline and Path(f"/proc/{pid}/exe").exists() and _is_running(pid):
+    while time.monotonic() < deadline and _is_running(pid):
         time.sleep(0.05)
     assert not _is_running(pid)
 
 
 def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

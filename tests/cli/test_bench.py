@@ -39,15 +39,8 @@ def test_json_lines_and_csv_say_the_same(capsys: Capture, tmp_path: Path) -> Non
             continue
         rows = json.loads(out) if form == "json" else [json.loads(line) for line in out.splitlines()]
         assert [SpeedRow.model_validate(row).test for row in rows] == ["pp4", "tg8"]
-        assert {
-            "avg_ts",
-            "stddev_ts",
-            "samples_ns",
-            "samples_ts",
-            "n_prompt",
-            "n_gen",
-            "model_filename",
-        } <= set(rows[0])
+        fields = "avg_ts stddev_ts samples_ns samples_ts n_prompt n_gen model_filename"
+        assert set(fields.split()) <= set(rows[0])
     _, out, _ = run(capsys, "null", *QUICK, "--json")
     assert len(json.loads(out)) == 2
 
@@ -56,12 +49,8 @@ def test_lists_sweep(capsys: Capture) -> None:
     words = ["-p", "2-4+2", "-n", "0", "-t", "1,2", "-r", "1", "--no-warmup", "-o", "jsonl"]
     _, out, _ = run(capsys, "null", *words)
     rows = [json.loads(line) for line in out.splitlines()]
-    assert [(row["n_threads"], row["test"]) for row in rows] == [
-        (1, "pp2"),
-        (1, "pp4"),
-        (2, "pp2"),
-        (2, "pp4"),
-    ]
+    found = [(row["n_threads"], row["test"]) for row in rows]
+    assert found == [(1, "pp2"), (1, "pp4"), (2, "pp2"), (2, "pp4")]
 
 
 @pytest.mark.parametrize(
@@ -88,23 +77,11 @@ def test_a_wrong_word_is_exit_2(capsys: Capture, words: list[str], said: str) ->
     assert said in err and out == ""
 
 
-def test_if_no_test_ends_well_the_exit_code_says_so_and_the_rows_are_there(capsys: Capture) -> None:
+def test_if_all_tests_fail_the_exit_code_is_1_and_rows_are_printed(capsys: Capture) -> None:
     code, out, err = run(capsys, "null:1000", "-p", "9", "-n", "0", "--timeout", "1.5", "-o", "json")
     assert code == 1
     assert json.loads(out)[0]["status"] == "timeout"
     assert "--timeout" in err
-
-
-def test_help_takes_less_than_half_a_second_of_the_processor() -> None:
-    # Its time, not the clock's: a busy machine makes the clock run, slow code makes both run.
-    import resource
-
-    command = [sys.executable, "-m", "arte_edge", "bench", "--help"]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
-    assert "--n-prompt" in done.stdout
 
 
 def test_the_verb_and_its_child_need_no_torch_and_no_runtime(tmp_path: Path) -> None:
@@ -114,8 +91,7 @@ def test_the_verb_and_its_child_need_no_torch_and_no_runtime(tmp_path: Path) -> 
         "from arte_edge.cli.main import main\n"
         f"sys.exit(main(['bench', 'null', *{QUICK!r}, '-o', 'json']))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)) == 2

@@ -3,61 +3,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Capture
+from tiny import Capture, quality_row, speed_row
 
 from arte_edge.cli.main import main
-from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow, append_rows
-
-DEVICE = DeviceFacts(
-    fingerprint="a" * 16,
-    profile="raspberry-pi-5",
-    cpu="Cortex-A76",
-    arch="aarch64",
-    cores=4,
-    memory_bytes=8 << 30,
-)
+from arte_edge.results.rows import QualityRow, SpeedRow, append_rows
 
 
 def speed(name: str, test: str, rate: float, **more: Any) -> SpeedRow:
-    reads = int(test[2:]) if test.startswith("pp") else 0
-    writes = 0 if reads else int(test[2:])
     samples = tuple(rate * factor for factor in (0.99, 1.0, 1.01, 1.0))
-    values: dict[str, Any] = {
-        "test": test,
-        "model_filename": name,
-        "model_size": 1000,
-        "format": "gguf",
-        "runtime": "llama_cpp 0.3.36",
-        "n_threads": 4,
-        "n_prompt": reads,
-        "n_gen": writes,
-        "samples_ts": samples,
-        "samples_ns": tuple(int(1e9 * (reads + writes) / sample) for sample in samples),
-        "median_ts": rate,
-        "peak_rss_bytes": 300 << 20,
-        "device": DEVICE,
-    }
-    return SpeedRow(**values | more)
+    times = tuple(int(1e9 * int(test[2:]) / sample) for sample in samples)
+    known = {"model_filename": name, "tensor_sha256": "", "peak_rss_bytes": 300 << 20}
+    return speed_row(test, rate, **known | {"samples_ts": samples, "samples_ns": times} | more)
 
 
 def quality(name: str, right: int) -> QualityRow:
     answers = tuple((f"{i:016x}", "on", i < right) for i in range(100))
-    return QualityRow(
-        model_filename=name,
-        format="gguf",
-        runtime="llama_cpp 0.3.36",
-        n_threads=4,
-        task="home_intents",
-        split="test",
-        n=100,
-        right=right,
-        low=0,
-        high=1,
-        answers=answers,
-        answer_seconds_p50=0.8,
-        answer_seconds_p95=1.2,
-        device=DEVICE,
-    )
+    times = {"answer_seconds_p50": 0.8, "answer_seconds_p95": 1.2}
+    return quality_row(right, model_filename=name, tensor_sha256="", answers=answers, low=0, high=1, **times)
 
 
 @pytest.fixture

@@ -5,57 +5,40 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Capture
+from tiny import Capture, accuracy, artifact, student_file
 
 from arte_edge.cli.main import main
-from arte_edge.results.accuracy import PairedAccuracy
-from arte_edge.results.student_json import (
-    Artifact,
-    Fidelity,
-    Lineage,
-    Speed,
-    Student,
-    StudentFile,
-    write_student,
-)
+from arte_edge.results.student_json import Artifact, Speed, write_student
 
 PI = ("--device", "raspberry-pi-5")
 
 
-def artifact(name: str, size: int, char: str, decode: float, difference: float) -> Artifact:
-    accuracy = PairedAccuracy(
-        split="validation", n=40, right=16, accuracy=0.4, low=0.26, high=0.55, difference=difference,
-        difference_low=difference - 0.1, difference_high=difference + 0.1, p_value=0.5,
-    )  # fmt: skip
-    speed = Speed(
-        device="raspberry-pi-5", runtime="llama_cpp 0.3.36", threads=4, decode_tokens_per_s=decode,
-        prefill_tokens_per_s=6 * decode, peak_rss_bytes=size + 90_000_000, fingerprint="0123456789abcdef",
-    )  # fmt: skip
-    return Artifact(
-        file=f"my-quite-long-student-name-{name}.gguf", format="gguf", quantization=name, status="ok",
-        size_bytes=size, sha256=char * 64, tensor_sha256=char * 64, bits_per_weight=5.5,
-        fidelity=Fidelity(passed=True), accuracy=accuracy, speeds=(speed,),
-    )  # fmt: skip
+NAME = "my-quite-long-student-name"
+
+
+def file(kind: str, size: int, decode: float, difference: float) -> Artifact:
+    ends = {"difference_low": difference - 0.1, "difference_high": difference + 0.1, "p_value": 0.5}
+    rates = {
+        "decode_tokens_per_s": decode,
+        "prefill_tokens_per_s": 6 * decode,
+        "fingerprint": "0123456789abcdef",
+    }
+    run = {"device": "raspberry-pi-5", "runtime": "llama_cpp 0.3.36", "threads": 4}
+    speed = Speed(**run | rates, peak_rss_bytes=size + 90_000_000)
+    right = accuracy(16, difference=difference, **ends)
+    return artifact(kind, NAME, size_bytes=size, accuracy=right, speeds=(speed,))
 
 
 @pytest.fixture
 def export(tmp_path: Path) -> Path:
-    student = Student(
-        name="my-quite-long-student-name", sha256="c" * 64, architecture="llama", dtype="F16", parameter_count=135
-    )  # fmt: skip
-    files = (artifact("Q8_0", 145_000_000, "a", 31.4, 0.0), artifact("Q4_K_M", 105_000_000, "b", 43.9, -0.05))
-    document = StudentFile(
-        arte_edge_version="0", student=student, lineage=Lineage(source="run"), artifacts=files
-    )
-    write_student(tmp_path / "run" / "export", document)
+    files = (file("Q8_0", 145_000_000, 31.4, 0.0), file("Q4_K_M", 105_000_000, 43.9, -0.05))
+    write_student(tmp_path / "run" / "export", student_file(*files, name=NAME))
     return tmp_path / "run"
 
 
 def test_the_answer_fits_into_80_columns_and_names_the_pick(export: Path, capsys: Capture) -> None:
-    assert (
-        main(["recommend", str(export), *PI, "--max-ram", "1GB", "--min-decode", "15", "--max-drop", "2"])
-        == 0
-    )
+    constraints = ["--max-ram", "1GB", "--min-decode", "15", "--max-drop", "2"]
+    assert main(["recommend", str(export), *PI, *constraints]) == 0
     out = capsys.readouterr().out
     table, _, words = out.partition("is excluded")
     assert max(map(len, table.splitlines())) <= 80
@@ -71,18 +54,13 @@ def test_json_has_figures_with_their_evidence(export: Path, capsys: Capture) -> 
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert document["pick"] == "my-quite-long-student-name-Q4_K_M.gguf"
     first = document["files"][0]
-    assert first["decode_tokens_per_s"] == {
-        "value": 31.4,
-        "evidence": "measured",
-        "source": "llama_cpp 0.3.36, 4 threads",
-    }
+    measured = {"value": 31.4, "evidence": "measured", "source": "llama_cpp 0.3.36, 4 threads"}
+    assert first["decode_tokens_per_s"] == measured
     assert first["answer_seconds"]["evidence"] == "predicted"  # arithmetic, though from measured rates
     assert str(export.parent) not in json.dumps(document)
 
 
-def test_no_file_satisfies_all_constraints_is_exit_code_1_and_says_what_to_relax(
-    export: Path, capsys: Capture
-) -> None:
+def test_no_file_is_exit_code_1_with_what_to_relax(export: Path, capsys: Capture) -> None:
     assert main(["recommend", str(export), *PI, "--min-decode", "60", "--json"]) == 1
     done = capsys.readouterr()
     assert json.loads(done.out)["relax"] == [{"constraint": "min_decode", "to": 43.9}]
@@ -96,9 +74,7 @@ def test_no_file_satisfies_all_constraints_is_exit_code_1_and_says_what_to_relax
         ([*PI, "--max-ram", "lots"], "--max-ram lots: not a size"),
     ],
 )
-def test_what_cannot_be_understood_is_exit_code_2(
-    export: Path, capsys: Capture, arguments: list[str], said: str
-) -> None:
+def test_a_wrong_value_is_exit_code_2(export: Path, capsys: Capture, arguments: list[str], said: str) -> None:
     assert main(["recommend", str(export), *arguments]) == 2
     assert said in capsys.readouterr().err
 
