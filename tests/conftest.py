@@ -43,6 +43,17 @@ def smollm2() -> LocalModel:
 
 
 @pytest.fixture(scope="session")
+def small_run(smollm2: LocalModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of SmolLM2 with itself; takes minutes, so several tests share it."""
+    from small_run import finish
+
+    smollm2.checkpoint()
+    runs = tmp_path_factory.mktemp("small-runs")
+    finish(runs)
+    return runs / "run"
+
+
+@pytest.fixture(scope="session")
 def bench_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GGUF file, small enough to measure in no time."""
     pytest.importorskip("gguf")
