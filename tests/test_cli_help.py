@@ -1,18 +1,14 @@
 """The command as a whole: every verb explains itself, and a mistyped one is the user's error (exit 2)."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from tiny import Capture
 
 from arte_edge import __version__
-from arte_edge.cli.main import app
-
-ROOT = Path(__file__).resolve().parents[1]
+from arte_edge.cli.main import app, main
 
 
 def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -26,18 +22,8 @@ EVERYTHING = list(commands(typer.main.get_command(app)))
 VERBS = [(words, command) for words, command in EVERYTHING if not hasattr(command, "commands")]
 
 
-def arte_edge(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "arte_edge", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-
-
 def label(value: Any) -> str | None:
     return " ".join(value) or "arte-edge" if isinstance(value, tuple) else ""
-
-
-def test_the_command_has_verbs() -> None:
-    assert {("tasks", "ls"), ("models", "ls")} <= {words for words, _ in VERBS}
 
 
 @pytest.mark.parametrize(("words", "command"), EVERYTHING, ids=label)
@@ -51,24 +37,17 @@ def test_every_verb_can_answer_in_json(words: tuple[str, ...], command: Any) -> 
     assert "--json" in [option for param in command.params for option in param.opts]
 
 
-def test_help_goes_to_stdout() -> None:
-    done = arte_edge("--help")
-    assert done.returncode == 0
-    assert "Usage: arte-edge" in done.stdout
-    assert done.stderr == ""
+def test_help_and_version_go_to_stdout(capsys: Capture) -> None:
+    assert {("tasks", "ls"), ("models", "ls")} <= {words for words, _ in VERBS}
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr()
+    assert "Usage: arte-edge" in printed.out and printed.err == ""
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"arte-edge {__version__}\n"
 
 
-def test_version_is_the_package_version() -> None:
-    assert arte_edge("--version").stdout == f"arte-edge {__version__}\n"
-
-
-MISTYPED = [["distil"], ["tasks", "lss"], ["tasks", "ls", "--jsn"], ["--debg"]]
-
-
-@pytest.mark.parametrize("words", MISTYPED, ids=" ".join)
-def test_a_mistyped_command_is_exit_2_without_a_traceback(words: list[str]) -> None:
-    done = arte_edge(*words)
-    assert done.returncode == 2
-    assert words[-1] in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+@pytest.mark.parametrize("words", ["distil", "tasks lss", "tasks ls --jsn", "--debg"])
+def test_a_mistyped_command_is_exit_2_without_a_traceback(words: str, capsys: Capture) -> None:
+    assert main(words.split()) == 2
+    printed = capsys.readouterr()
+    assert words.split()[-1] in printed.err and "Traceback" not in printed.err and printed.out == ""

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
@@ -109,13 +110,12 @@ def _download(
 
 
 def _bytes_below(folder: Path) -> int:
-    """Return the size of what pip has written so far; files may vanish while we look."""
+    """Return the size of what pip has written so far; files and folders may vanish while we look."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:
-            continue
+    for parent, _, names in os.walk(folder):  # skips a folder that is gone, where rglob raises
+        for name in names:
+            with suppress(OSError):
+                total += Path(parent, name).stat().st_size
     return total
 
 
