@@ -26,7 +26,7 @@ from typing import Any
 from arte_edge.cache import disk_errors, write_atomic
 from arte_edge.errors import ArteError
 
-__all__ = ["CallLog", "Stage", "content_key", "parse_line", "read_jsonl", "write_atomic", "write_jsonl"]
+__all__ = ["CallLog", "Stage", "content_key", "parse_line", "read_jsonl", "write_jsonl"]
 
 Row = dict[str, Any]
 

@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.bench.accuracy import example_key
+from arte_edge.cache import write_atomic
 from arte_edge.runtimes.loader import open_model
 from arte_edge.stats import mcnemar, wilson
-from arte_edge.store import write_atomic
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Example, Task
 from arte_edge.verify.accuracy import answer_examples

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import Patch
 
+from arte_edge.cache import write_atomic
 from arte_edge.errors import ArteError
-from arte_edge.store import CallLog, Stage, content_key, read_jsonl, write_atomic, write_jsonl
+from arte_edge.store import CallLog, Stage, content_key, read_jsonl, write_jsonl
 
 Row = dict[str, Any]
 
@@ -115,7 +116,8 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from arte_edge.errors import ArteError
-from arte_edge.store import CallLog, write_atomic
+from arte_edge.cache import write_atomic
+from arte_edge.store import CallLog
 
 folder = Path(sys.argv[1])
 path = folder / "calls.jsonl"

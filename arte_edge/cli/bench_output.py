@@ -8,11 +8,10 @@ from types import TracebackType
 
 from arte_edge.bench.report import Table, as_csv, as_json, quality_line, summary
 from arte_edge.bench.settings import Reporter
-from arte_edge.cache import megabytes
+from arte_edge.cache import megabytes, write_atomic
 from arte_edge.console import err
 from arte_edge.errors import InputError, nearest
 from arte_edge.results.rows import QualityRow, SpeedRow, append_rows
-from arte_edge.store import write_atomic
 
 __all__ = ["FORMATS", "Output"]
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from arte_edge import catalog
+from arte_edge.cache import write_atomic
 from arte_edge.errors import InputError, nearest
 from arte_edge.results.rows import DeviceFacts
-from arte_edge.store import write_atomic
 
 __all__ = [
     "Fact",

@@ -29,11 +29,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from arte_edge.cache import write_atomic
 from arte_edge.console import Reporter
 from arte_edge.distill.config import Deploy
 from arte_edge.errors import InputError
 from arte_edge.models.resolve import LocalModel
-from arte_edge.store import write_atomic
 
 if TYPE_CHECKING:
     from arte_edge.device.model_size import ModelShape

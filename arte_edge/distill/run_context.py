@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arte_edge.cache import cache_subdir, sha256_file
+from arte_edge.cache import cache_subdir, sha256_file, write_atomic
 from arte_edge.console import Reporter
 from arte_edge.distill.cached_calls import Calls
 from arte_edge.distill.config import ModelConfig, RunConfig, build, differences, dump_toml, load_toml
@@ -28,7 +28,7 @@ from arte_edge.models.resolve import LocalModel, resolve
 from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.loader import ServerLimits, is_server, open_engine, open_local
 from arte_edge.runtimes.prompt_render import Message, render
-from arte_edge.store import CallLog, Stage, write_atomic
+from arte_edge.store import CallLog, Stage
 from arte_edge.tasks.task import Task
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from arte_edge.cache import access_error, cleanup_on_full_disk, megabytes
+from arte_edge.cache import access_error, cleanup_on_full_disk, megabytes, write_atomic
 from arte_edge.errors import ArteError, InputError
 from arte_edge.models.artifact import Checksums, checksums_of
-from arte_edge.store import content_key, write_atomic
+from arte_edge.store import content_key
 
 __all__ = ["BuildCache", "BuiltFile", "remove"]
 

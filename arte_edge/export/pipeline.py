@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from arte_edge import __version__
-from arte_edge.cache import Progress, sha256_checkpoint, sha256_file
+from arte_edge.cache import Progress, sha256_checkpoint, sha256_file, write_atomic
 from arte_edge.checkpoint import parameter_count, read_config, shapes_of, weights_dtype
 from arte_edge.console import Reporter
 from arte_edge.errors import ArteError, InputError
@@ -53,7 +53,6 @@ from arte_edge.results.student_json import (
     write_student,
 )
 from arte_edge.runtimes.loader import open_model
-from arte_edge.store import write_atomic
 
 if TYPE_CHECKING:
     from arte_edge.runtimes.protocol import Runtime

@@ -30,14 +30,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.cache import Progress, sha256_checkpoint
+from arte_edge.cache import Progress, sha256_checkpoint, write_atomic
 from arte_edge.checkpoint import read_config
 from arte_edge.errors import ArteError, InputError
 from arte_edge.extras import need
 from arte_edge.gguf.names import Layout, checkpoint_family
 from arte_edge.gguf.reader import ARRAY, STRING, UINT32, Field, read_header
 from arte_edge.gguf.writer import Tensor, write_gguf
-from arte_edge.store import content_key, write_atomic
+from arte_edge.store import content_key
 
 if TYPE_CHECKING:
     import torch

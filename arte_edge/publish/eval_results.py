@@ -13,12 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from arte_edge.cache import is_offline
+from arte_edge.cache import is_offline, write_atomic
 from arte_edge.errors import InputError
 from arte_edge.publish import publishable
 from arte_edge.publish.card.front_matter import dump_yaml
 from arte_edge.results.student_json import Artifact, Evaluation, StudentFile
-from arte_edge.store import write_atomic
 
 __all__ = ["FOLDER", "Benchmark", "check_registered", "parse_benchmark", "write_eval_results"]
 

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from arte_edge.cache import write_atomic
 from arte_edge.errors import InputError
 from arte_edge.results.accuracy import SCHEMA_VERSION, PairedAccuracy, Record
-from arte_edge.store import write_atomic
 
 __all__ = [
     "FILE_NAME",

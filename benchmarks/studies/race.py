@@ -31,11 +31,11 @@ from figures import write_svg
 from numpy.typing import NDArray
 from score_worth_scores import UNASKED
 
+from arte_edge.cache import write_atomic
 from arte_edge.distill.generation.rationales import reject_repeated
 from arte_edge.distill.preference.adaptive import AdaptivePlan, fit_score_model
 from arte_edge.distill.preference.scoring import length_effect, probabilities
 from arte_edge.publish.report.svg import Axis, Plot
-from arte_edge.store import write_atomic
 
 HERE = Path(__file__).parents[1]
 RECORDED, RESULTS = HERE / "results" / "score_worth", HERE / "results" / "race"

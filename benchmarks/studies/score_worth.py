@@ -38,8 +38,8 @@ from score_worth_stats import (
     with_interval,
 )
 
+from arte_edge.cache import write_atomic
 from arte_edge.distill.preference.scoring import length_effect
-from arte_edge.store import write_atomic
 
 OUTCOMES = ("right", "forced", "probability_free")
 PAIRS = (("best", "worst"), ("top questions", "bottom questions"))

@@ -17,9 +17,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from arte_edge.cache import rename_into_place
+from arte_edge.cache import rename_into_place, write_atomic
 from arte_edge.errors import InputError
-from arte_edge.store import content_key, write_atomic
+from arte_edge.store import content_key
 
 __all__ = ["Workspace", "checkpoint_key", "finished"]
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arte_edge.cache import rename_into_place
+from arte_edge.cache import rename_into_place, write_atomic
 from arte_edge.distill.train.checkpoints import Workspace
 from arte_edge.distill.train.common import CollapseLimits, DpoSettings
-from arte_edge.store import read_jsonl, write_atomic, write_jsonl
+from arte_edge.store import read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

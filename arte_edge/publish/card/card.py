@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from arte_edge.cache import write_atomic
 from arte_edge.errors import InputError
 from arte_edge.publish import publishable
 from arte_edge.publish.card.body import SECTIONS, put_section, wrapped
@@ -19,7 +20,6 @@ from arte_edge.publish.card.metadata import CardOptions, head_keys, hub_id, mode
 from arte_edge.results.locate import find_export, read_bench, read_export
 from arte_edge.results.merge import merge_into, merge_rows
 from arte_edge.results.student_json import FILE_NAME, StudentFile
-from arte_edge.store import write_atomic
 
 __all__ = ["CARD", "Card", "CardOptions", "card", "render_card", "write_card"]
 

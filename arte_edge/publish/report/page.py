@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge import __version__
-from arte_edge.cache import megabytes
+from arte_edge.cache import megabytes, write_atomic
 from arte_edge.publish.recommend.candidates import Constraints, candidates
 from arte_edge.publish.recommend.pareto import Candidate, pareto_front
 from arte_edge.publish.report.charts import (
@@ -36,7 +36,6 @@ from arte_edge.publish.report.narrative import (
 )
 from arte_edge.results.locate import find_run
 from arte_edge.results.rows import SpeedRow
-from arte_edge.store import write_atomic
 
 __all__ = ["ReportPage", "render", "report"]
 
