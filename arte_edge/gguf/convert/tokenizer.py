@@ -8,26 +8,24 @@ holds: tokenizer_config.json over tokenizer.json, chat_template.jinja over both.
 llama.cpp's converter recognizes a pre-tokenizer by a hash over the token ids of one long string, which fails for every
 new vocabulary. Here the splitting rule itself is compared, so any vocabulary with a known rule is converted, and an
 unknown rule is rejected instead of guessed.
+
+A SentencePiece vocabulary comes from tokenizer.model, a protocol buffer of which a few fields matter here, so it is
+read without the package; or from tokenizer.json, which newer transformers save alone: its merges are in the order of
+the missing scores, so scores are made with which llama.cpp merges in the same order.
 """
 
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from arte_edge import protobuf
 from arte_edge.errors import InputError
 from arte_edge.gguf.convert.metadata import OTHER_CONVERTER
-from arte_edge.gguf.convert.sentencepiece import (
-    CONTROL,
-    NORMAL,
-    UNUSED,
-    USER_DEFINED,
-    Pieces,
-    read_model,
-    scored,
-)
 from arte_edge.gguf.names import Family
 from arte_edge.gguf.reader import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT8, UINT32, Field
 
@@ -35,11 +33,14 @@ __all__ = ["TokenizerFiles", "read_tokenizer", "vocabulary"]
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # Added tokens that are control tokens although some checkpoints do not mark them as special.
-_CONTROL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+_CONTROL_TEXTS = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 _SAVE_AGAIN = "Save the tokenizer beside the model: AutoTokenizer.from_pretrained(…).save_pretrained(…)."
 _ADDED_SCORE, _PAD_SCORE = -1000.0, -10000.0
 # What GGUF calls the roles; the misspelling is the format's
 _GGUF_ROLES = {"unk": "unknown", "sep": "seperator", "pad": "padding"}
+# Kinds of token, the same numbers in SentencePiece and in tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_UNIGRAM = 1  # TrainerSpec.model_type; 2 is BPE
 _SPACE = "\u2581"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -47,7 +48,6 @@ _PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _CLITICS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _NO_WORD = r"[^\r\n\p{L}\p{N}]?"
-
 # regular expression of a Split -> our name of the splitting rule
 _REGEXES = {
     f"{_WORDS}|\\p{{N}}|{_PUNCTUATION}|{_REST}": "qwen2",
@@ -84,13 +84,13 @@ def _byte_level(files: TokenizerFiles, family: Family, n_vocab: int) -> dict[str
     model = files.tokenizer["model"]
     pre = _pre_tokenizer_name(files.path, files.tokenizer, family.pre_tokenizers)
     texts: list[str | None] = [None] * n_vocab
-    kinds = [UNUSED] * n_vocab
+    kinds = [_UNUSED] * n_vocab
     _check_ids(files, n_vocab, max(model["vocab"].values(), default=-1))
     for text, token in model["vocab"].items():
-        texts[token], kinds[token] = text, NORMAL
+        texts[token], kinds[token] = text, _NORMAL
     for token, added in files.added.items():
         texts[token] = added.text if added.is_control else added.text.replace(_SPACE, " ")
-        kinds[token] = CONTROL if added.is_control else USER_DEFINED
+        kinds[token] = _CONTROL if added.is_control else _USER_DEFINED
     tokens = [f"[PAD{i}]".encode() if text is None else text.encode() for i, text in enumerate(texts)]
     fields = _head("gpt2", pre, tokens, kinds)
     fields["tokenizer.ggml.merges"] = Field(ARRAY, [_merge(merge) for merge in model["merges"]], STRING)
@@ -103,25 +103,25 @@ def _merge(merge: str | list[str]) -> bytes:
 
 
 def _pieces(files: TokenizerFiles, family: Family, n_vocab: int) -> dict[str, Field]:
-    pieces = read_model(files.model) if files.model else scored(files.path, files.tokenizer, files.added)
+    pieces = _read_model(files.model) if files.model else _scored(files.path, files.tokenizer, files.added)
     _check_ids(files, n_vocab, len(pieces.texts) - 1)
     missing = n_vocab - len(pieces.texts)
     pieces.texts += [f"[PAD{n_vocab - missing + i}]".encode() for i in range(missing)]
     pieces.scores += [_PAD_SCORE] * missing
-    pieces.kinds += [UNUSED] * missing
+    pieces.kinds += [_UNUSED] * missing
     for token, kind in enumerate(pieces.kinds):
-        if kind == USER_DEFINED:  # matched in the raw text, so with real spaces
+        if kind == _USER_DEFINED:  # matched in the raw text, so with real spaces
             pieces.texts[token] = pieces.texts[token].replace(_SPACE.encode(), b" ")
     for token, added in files.added.items():
         text = added.text if added.is_control else added.text.replace(_SPACE, " ")
         pieces.texts[token], pieces.scores[token] = text.encode(), _ADDED_SCORE
-        pieces.kinds[token] = CONTROL if added.is_control else USER_DEFINED
+        pieces.kinds[token] = _CONTROL if added.is_control else _USER_DEFINED
     fields = _head("t5" if pieces.is_unigram else "llama", "default", pieces.texts, pieces.kinds)
     fields["tokenizer.ggml.scores"] = Field(ARRAY, pieces.scores, FLOAT32)
     return fields | _space_fields(files, family, pieces)
 
 
-def _space_fields(files: TokenizerFiles, family: Family, pieces: Pieces) -> dict[str, Field]:
+def _space_fields(files: TokenizerFiles, family: Family, pieces: _Pieces) -> dict[str, Field]:
     adds = family.add_space_prefix
     if adds is None:
         adds = pieces.adds_space_prefix
@@ -243,7 +243,7 @@ class AddedToken:
         """True for special tokens and for those that have the form of one: users must not be able to write them."""
         forms = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
         looks = any(self.text.startswith(start) and self.text.endswith(end) for start, end in forms)
-        return self.special or looks or self.text in _CONTROL
+        return self.special or looks or self.text in _CONTROL_TEXTS
 
 
 @dataclass(frozen=True)
@@ -348,3 +348,124 @@ def _templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     for extra in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         templates.setdefault(extra.stem, extra.read_text("utf-8"))
     return templates
+
+
+@dataclass
+class _Pieces:
+    """A vocabulary in the order of its ids. `is_unigram`: pieces win by likelihood, not by merging."""
+
+    texts: list[bytes]
+    scores: list[float]
+    kinds: list[int]
+    is_unigram: bool = False
+    adds_space_prefix: bool = True
+    removes_extra_spaces: bool = False
+    normalizer_map: bytes = b""
+
+
+def _read_model(path: Path) -> _Pieces:
+    """Return the vocabulary in a tokenizer.model.
+
+    Raises:
+        InputError: it cannot be read, is damaged, or splits by words or characters.
+    """
+    pieces = _Pieces([], [], [])
+    kind_of_model = _UNIGRAM
+    try:
+        data = path.read_bytes()
+        for number, start, end in protobuf.fields(data):
+            if number not in (1, 2, 3):
+                continue
+            message = {key: (at, stop) for key, at, stop in protobuf.fields(data, start, end)}
+            if number == 1:
+                pieces.texts.append(data[slice(*message.get(1, (0, 0)))])
+                score = data[slice(*message[2])] if 2 in message else bytes(4)
+                pieces.scores.append(struct.unpack("<f", score)[0])
+                pieces.kinds.append(_number(data, message, 3, _NORMAL))
+            elif number == 2:
+                kind_of_model = _number(data, message, 3, _UNIGRAM)
+            else:
+                pieces.normalizer_map = data[slice(*message.get(2, (0, 0)))]
+                pieces.adds_space_prefix = bool(_number(data, message, 3, 1))
+                pieces.removes_extra_spaces = bool(_number(data, message, 4, 1))
+    except (OSError, IndexError, ValueError, struct.error) as error:
+        hint = "Fetch the checkpoint again."
+        raise InputError(f"{path}: not a readable SentencePiece model", hint) from error
+    if not pieces.texts or kind_of_model not in (1, 2):
+        raise InputError(f"{path}: not a SentencePiece model of the BPE or unigram type", "Fetch it again.")
+    pieces.is_unigram = kind_of_model == _UNIGRAM
+    return pieces
+
+
+def _number(data: bytes, message: Mapping[int, tuple[int, int]], key: int, default: int) -> int:
+    return protobuf.varint(data, message[key][0])[0] if key in message else default
+
+
+def _scored(path: Path, tokenizer: dict[str, Any], added: Collection[int]) -> _Pieces:
+    """Return the vocabulary of a tokenizer.json that was made from a SentencePiece model.
+
+    A unigram model has scores. In a BPE model a piece's score is minus the rank of the first merge that makes it;
+    single characters come after all of them, as in SentencePiece. `added` tokens are matched before merging, so
+    they have no rank.
+
+    Raises:
+        InputError: the vocabulary has gaps or is empty.
+    """
+    model = tokenizer["model"]
+    if model["type"] == "Unigram":
+        texts = [str(piece) for piece, _ in model["vocab"]]
+        scores = [float(score) for _, score in model["vocab"]]
+        unknown = model.get("unk_id")
+    else:
+        ids: dict[str, int] = model["vocab"]
+        texts = [""] * (max(ids.values(), default=-1) + 1)
+        for text, token in ids.items():
+            texts[token] = text
+        scores = _scores_of_merges(texts, model["merges"], {texts[i] for i in added if i < len(texts)})
+        unknown = ids.get(model.get("unk_token") or "")
+    if not texts:
+        raise InputError(f"{path}: its vocabulary is empty", "Save the tokenizer again.")
+    kinds = [_BYTE if _is_byte(text) else _NORMAL for text in texts]
+    if unknown is not None:
+        kinds[unknown] = _UNKNOWN
+    pieces = _Pieces([text.encode() for text in texts], scores, kinds, model["type"] == "Unigram")
+    pieces.adds_space_prefix = _adds_space(tokenizer)
+    return pieces
+
+
+def _is_byte(text: str) -> bool:
+    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+
+
+def _scores_of_merges(texts: list[str], merges: list[Any], added: set[str]) -> list[float]:
+    rank: dict[str, int] = {}
+    for merge in merges:
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        if (piece := left + right) not in added:
+            rank.setdefault(piece, len(rank))
+    single = len(rank)
+    scores = []
+    for text in texts:
+        if text in rank:
+            scores.append(-float(rank[text]))
+        elif _is_byte(text) or len(text) != 1:
+            scores.append(0.0)
+        else:
+            scores.append(-float(single))
+            single += 1
+    return scores
+
+
+def _adds_space(tokenizer: dict[str, Any]) -> bool:
+    """True if the tokenizer adds a space before a text: by its normalizer, or by its Metaspace."""
+    if any(part.get("type") == "Prepend" for part in _parts(tokenizer.get("normalizer"), "normalizers")):
+        return True
+    steps = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    spaces = [step for step in steps if step.get("type") == "Metaspace"]
+    return any(step.get("prepend_scheme", "always") != "never" for step in spaces)
+
+
+def _parts(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    if not step:
+        return []
+    return list(step[key]) if step.get("type") == "Sequence" else [step]
