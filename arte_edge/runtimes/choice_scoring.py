@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from arte_edge.runtimes.llamacpp.scheduler import Job
 from arte_edge.runtimes.prefix_tree import Context, Tree, longest_paths
-from arte_edge.runtimes.sampling import log_softmax_at
 
-__all__ = ["ChoiceScorer", "spans"]
+__all__ = ["ChoiceScorer", "log_softmax_at", "spans"]
 
 Token = TypeVar("Token", int, str)
 
@@ -43,6 +42,13 @@ def _unique_end(tokens: Sequence[Token], lists: Sequence[Sequence[Token]], start
             if sum(list(other[:end]) == list(tokens[:end]) for other in lists) == 1:
                 return end
     return len(tokens)
+
+
+def log_softmax_at(logits: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float64]:
+    """Return log-probabilities ``[n_token]`` of `tokens` under `logits` ``[v]``."""
+    peak = float(logits.max())
+    total = peak + float(np.log(np.exp(logits - peak).sum(dtype=np.float64)))
+    return logits[list(tokens)].astype(np.float64) - total
 
 
 class ChoiceScorer:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from arte_edge.runtimes.completion import Request, Sampling
 
-__all__ = ["draw", "in_loop", "log_softmax_at", "request_rng"]
+__all__ = ["draw", "in_loop", "request_rng"]
 
 # Tokens less likely than e^-25 of the best one are never drawn; sorting 150,000 of them costs more than decoding.
 _TAIL_NATS = 25.0
@@ -57,13 +57,6 @@ def _nucleus(weight: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
         if end <= len(order) or len(order) == n:
             break
     return order[:end]
-
-
-def log_softmax_at(logits: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float64]:
-    """Return log-probabilities ``[n_token]`` of `tokens` under `logits` ``[v]``."""
-    peak = float(logits.max())
-    total = peak + float(np.log(np.exp(logits - peak).sum(dtype=np.float64)))
-    return logits[list(tokens)].astype(np.float64) - total
 
 
 def in_loop(tokens: Sequence[int], longest: int = 32, times: int = 4) -> bool:

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from tiny import Patch
 
 from arte_edge.runtimes import sampling
+from arte_edge.runtimes.choice_scoring import log_softmax_at
 from arte_edge.runtimes.completion import Request, Sampling
-from arte_edge.runtimes.sampling import draw, in_loop, log_softmax_at, request_rng
+from arte_edge.runtimes.sampling import draw, in_loop, request_rng
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], dtype=np.float32))
 

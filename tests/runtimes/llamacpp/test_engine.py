@@ -11,11 +11,11 @@ from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.completion import Request, Sampling
 
 pytest.importorskip("llama_cpp")
+from arte_edge.runtimes.choice_scoring import log_softmax_at
 from arte_edge.runtimes.llamacpp import engine as llamacpp
 from arte_edge.runtimes.llamacpp.bindings import LlamaContext, Row
 from arte_edge.runtimes.llamacpp.context_memory import Layout
 from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
-from arte_edge.runtimes.sampling import log_softmax_at
 
 WORDS = ["sun", "moon", "tree", "river", "stone", "bread", "horse", "winter", "music", "window"]
 SHARED = "You are a helpful assistant who answers in one short and friendly sentence.\n"

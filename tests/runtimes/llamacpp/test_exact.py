@@ -17,10 +17,10 @@ from arte_edge.tasks.answers import extract
 from arte_edge.tasks.loaders import load_task
 
 pytest.importorskip("llama_cpp")
+from arte_edge.runtimes.choice_scoring import log_softmax_at
 from arte_edge.runtimes.llamacpp import engine as llamacpp
 from arte_edge.runtimes.llamacpp.bindings import LlamaContext, Row
 from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
-from arte_edge.runtimes.sampling import log_softmax_at
 
 pytestmark = pytest.mark.model
 K, NEW = 5, 32
@@ -53,7 +53,7 @@ def prompts(engine: LlamaCppEngine, opening: str) -> list[str]:
 
 def plain(engine: LlamaCppEngine, tokens: list[int], start: int) -> NDArray[np.float32]:
     """Return the logits after tokens `start` … of one sequence, decoded alone from its first token ``[n, v]``."""
-    context = LlamaContext(engine.model, 1, 512, engine._threads)
+    context = LlamaContext(engine.model, 1, 512, engine.threads)
     try:
         rows = [Row(token, at, 0, at >= start) for at, token in enumerate(tokens)]
         return context.decode(rows).copy()

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from arte_edge.runtimes.llamacpp.tree_decode import MOST_LEAVES, run_trees
+from arte_edge.runtimes.llamacpp.engine import MOST_LEAVES, run_trees
 from arte_edge.runtimes.prefix_tree import MAX_LEVELS, Context, Tree, cells_of, longest_paths, plan_groups
 
 N_VOCAB = 97
