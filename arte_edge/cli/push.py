@@ -68,8 +68,8 @@ def _print(found: Preview, repo: str, private: bool) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(overflow="fold")
     table.add_column(justify="right", no_wrap=True)
-    for file in found.files:
-        table.add_row(file.name, megabytes(file.size_bytes))
+    for name, size_bytes in found.files.items():
+        table.add_row(name, megabytes(size_bytes))
     table.add_row(f"{len(found.files)} files", megabytes(found.size_bytes), style="bold")
     out.print(table, markup=False)
     if found.excluded:

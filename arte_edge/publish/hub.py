@@ -44,33 +44,25 @@ _TEXT_BYTES = 64 << 20  # a larger file is not scanned as text
 
 
 @dataclass(frozen=True)
-class PreviewFile:
-    """One file that would be sent."""
-
-    name: str  # in the folder and in the repository
-    size_bytes: int
-
-
-@dataclass(frozen=True)
 class Preview:
     """What a push would send, and what it would not."""
 
     folder: Path
-    files: tuple[PreviewFile, ...]
+    files: dict[str, int]  # what is sent: name in the folder and in the repository, size in bytes
     excluded: tuple[tuple[str, str], ...]  # files that are not sent, and why
     findings: tuple[Finding, ...]
     head: str  # front matter of the card
 
     @property
     def size_bytes(self) -> int:
-        return sum(file.size_bytes for file in self.files)
+        return sum(self.files.values())
 
     def as_dict(self, to: str, private: bool, sent: Upload | None = None) -> dict[str, Any]:
         """Return it for JSON; `sent` None: nothing left the machine."""
         return {
             "to": to,
             "private": private,
-            "files": [{"file": file.name, "size_bytes": file.size_bytes} for file in self.files],
+            "files": [{"file": name, "size_bytes": size} for name, size in self.files.items()],
             "size_bytes": self.size_bytes,
             "not_sent": [{"file": name, "reason": reason} for name, reason in self.excluded],
             "personal": [asdict(finding) for finding in self.findings],
@@ -104,11 +96,11 @@ def preview(folder: Path, machine: Machine, *, allow: Collection[str] = ()) -> P
     if not (folder / CARD).is_file():
         raise InputError(f"{folder}: no {CARD}", f"Write the card first: arte-edge card {folder}")
     names, excluded = _export(folder, student) if student else _checkpoint(folder)
-    files = tuple(PreviewFile(name, (folder / name).stat().st_size) for name in sorted(names))
+    files = {name: (folder / name).stat().st_size for name in sorted(names)}
     card = split_card((folder / CARD).read_bytes().decode("utf-8", errors="replace"))
     if not read_head(card):
         raise InputError(f"{CARD}: it has no front matter", f"Write it: arte-edge card {folder}")
-    findings = [finding for file in files for finding in _scan(folder, file.name, machine, allow)]
+    findings = [finding for name in files for finding in _scan(folder, name, machine, allow)]
     return Preview(folder, files, tuple(sorted(excluded)), tuple(findings), card.block)
 
 
@@ -306,7 +298,7 @@ def send(found: Preview, repo: str, *, private: bool = False, message: str = "")
         commit = api.upload_folder(
             repo_id=repo,
             folder_path=found.folder,
-            allow_patterns=[escape(file.name) for file in found.files],
+            allow_patterns=[escape(name) for name in found.files],
             commit_message=message or "Files, card and results by arte-edge",
         )
     except Exception as error:  # of huggingface_hub, httpx and the system

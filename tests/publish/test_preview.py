@@ -38,8 +38,8 @@ def test_what_is_sent_is_what_belongs_to_the_student_and_nothing_else(ready: Pat
     (ready / "notes.txt").write_text("private")
     (ready / ".env").write_text("KEY=1")
     shown = preview(ready, MACHINE)
-    assert [f.name for f in shown.files] == ["README.md", "bench.jsonl", "student.json", "tiny-Q8_0.gguf"]
-    assert shown.size_bytes == sum((ready / file.name).stat().st_size for file in shown.files)
+    assert [*shown.files] == ["README.md", "bench.jsonl", "student.json", "tiny-Q8_0.gguf"]
+    assert shown.size_bytes == sum((ready / name).stat().st_size for name in shown.files)
     assert dict(shown.excluded) == {
         ".env": "not part of the student",
         "notes.txt": "not part of the student",
@@ -130,9 +130,7 @@ def test_a_checkpoint_is_sent_with_its_card_and_looked_through(tmp_path: Path) -
     (tmp_path / "optimizer.pt").write_bytes(b"x")
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     shown = preview(tmp_path, MACHINE)
-    assert {f.name for f in shown.files} == {
-        *["README.md", "config.json", "model.safetensors", "tokenizer.json"]
-    }
+    assert {*shown.files} == {*["README.md", "config.json", "model.safetensors", "tokenizer.json"]}
     assert [name for name, _ in shown.excluded] == ["optimizer.pt"]
     assert [str(f) for f in shown.findings] == [
         "config.json:_name_or_path: a path: /root/base",

@@ -143,8 +143,13 @@ def choose(
         model=student.student.name,
     )
     if not feasible:
-        relax = _relaxation(good, violations)
-        return replace(result, why=_why_none(good, relax), relax=relax)
+        if not good:
+            return replace(result, why="No file passed the fidelity gate.")
+        if (relax := _relaxation(good, violations)) is None:
+            why = "No file satisfies all constraints, and the missing metrics were not measured."
+        else:
+            why = f"No file satisfies all constraints. The nearest is {relax.file}, with {relax.text}."
+        return replace(result, why=why, relax=relax)
     sure = [c for c in feasible if c.decode and not c.decode.predicted] or feasible
     pick, why = _pick(sure, pareto_front(sure), len(feasible), constraints.any)
     faster = tuple(
@@ -235,14 +240,6 @@ def _relaxation(good: Sequence[Candidate], violations: Sequence[Violation]) -> R
         return None
     _, _, file, needed = min(options)
     return Relaxation(file, needed)
-
-
-def _why_none(good: Sequence[Candidate], relax: Relaxation | None) -> str:
-    if not good:
-        return "No file passed the fidelity gate."
-    if relax is None:
-        return "No file satisfies all constraints, and the missing metrics were not measured."
-    return f"No file satisfies all constraints. The nearest is {relax.file}, with {relax.text}."
 
 
 def _notes(good: Sequence[Candidate], front: ParetoFront) -> tuple[str, ...]:

@@ -20,7 +20,6 @@ from arte_edge.stats import pearson
 
 __all__ = [
     "Chart",
-    "Trace",
     "accuracy_chart",
     "histogram_chart",
     "length_chart",
@@ -46,15 +45,6 @@ class Chart:
 
     svg: str
     caption: str
-
-
-@dataclass(frozen=True)
-class Trace:
-    """The charts of one test; `sensors` None where the device reports nothing."""
-
-    name: str
-    tokens: Chart
-    sensors: Chart | None
 
 
 def time_chart(seconds: dict[str, float]) -> Chart | None:
@@ -236,8 +226,8 @@ def traced(rows: Sequence[SpeedRow]) -> list[SpeedRow]:
     return sorted(best.values(), key=lambda r: (r.model_filename, r.device.fingerprint))[:_MOST_TRACES]
 
 
-def trace_of(row: SpeedRow) -> Trace:
-    """Return the charts of one row that holds token times."""
+def trace_of(row: SpeedRow) -> tuple[str, Chart, Chart | None]:
+    """Return a title, and the charts of token times and of sensors, None where the device reports nothing."""
     where = row.device.profile or row.device.cpu
     name = f"{row.model_filename} on {where}, {row.n_threads} thread{'s' * (row.n_threads != 1)}"
     times = [np.asarray(one, dtype=float) for one in row.itl_samples_ms if one]
@@ -262,7 +252,7 @@ def trace_of(row: SpeedRow) -> Trace:
         plot.line(points, (4, 0)[i % 2])
         start += one.size
     caption = _caption(row, len(times), n_above=int(np.sum(every > top)))
-    return Trace(name, Chart(plot.svg(), caption), _sensors(row, name))
+    return name, Chart(plot.svg(), caption), _sensors(row, name)
 
 
 def _sensors(row: SpeedRow, name: str) -> Chart | None:
