@@ -70,9 +70,8 @@ def report(run: str | Path, *, out: str | Path | None = None) -> ReportPage:
         ArteError: the disk is full.
     """
     found = read_run(str(run))
-    page = ReportPage(
-        Path(out) if out else find_run(str(run)) / "report.html", render(found), tuple(found.missing)
-    )
+    path = Path(out) if out else find_run(run) / "report.html"
+    page = ReportPage(path, render(found), tuple(found.missing))
     write_atomic(page.path, page.html.encode("utf-8", errors="replace"))
     return page
 
@@ -167,8 +166,8 @@ def _device(run: RunData, name: str, ids: frozenset[str]) -> dict[str, Any]:
     assert run.student is not None
     found = [c for c in candidates(run.student, ids, Constraints(), run.bench) if c.artifact.status == "ok"]
     known = [c for c in found if c.decode is not None]
-    front = pareto_front(known) if known else None
-    accuracy = front is not None and "accuracy" in front.axes
+    front = pareto_front(known)
+    accuracy = "accuracy" in front.axes
     facts = next((row.device for row in run.bench if row.device.fingerprint in ids), None)
     about = [facts.cpu, f"{facts.cores} cores", megabytes(facts.memory_bytes), facts.os] if facts else []
     points = [_point(c, run.student.student.name, accuracy) for c in known if c.accuracy or not accuracy]
@@ -177,8 +176,8 @@ def _device(run: RunData, name: str, ids: frozenset[str]) -> dict[str, Any]:
         "about": ", ".join(part for part in about if part),
         "virtual": facts.virtual if facts else "",
         "candidates": known,
-        "front": front.files if front else (),
-        "chart": pareto_chart(name, points, front.files if front else (), accuracy),
+        "front": front.files,
+        "chart": pareto_chart(name, points, front.files, accuracy),
     }
 
 
