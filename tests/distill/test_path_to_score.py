@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from arte_edge.models.local import LocalModel
 from tracing import documented, files_run
 
 from arte_edge.cli.main import main
+from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
 
 LIMIT = 15
