@@ -1,8 +1,7 @@
-"""The one place that knows where shipped files live: tasks, presets, models, recipes, profiles.
+"""Find shipped files: tasks, presets, models, recipes, profiles.
 
-In an installed wheel they lie under ``arte_edge/_data/<kind>``; in a checkout
-they are the sibling folders that people edit. A reference that looks like a path
-(it has a ``/`` or ends in ``.toml``) is a path; anything else is a shipped name.
+In an installed wheel they are in ``arte_edge/_data/<kind>``, in a checkout in sibling folders of the package. A
+reference with a ``/`` or that ends in ``.toml`` is a path; anything else is a shipped name.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ KINDS = {
 
 
 def root(kind: str) -> Path:
-    """Return the folder that holds the shipped files of `kind`."""
+    """Return the folder with the shipped files of `kind`."""
     shipped = _PACKAGE / "_data" / kind
     return shipped if shipped.is_dir() else KINDS[kind]
 
@@ -41,7 +40,7 @@ def names(kind: str) -> list[str]:
 
 
 def find(kind: str, ref: str) -> Path:
-    """Return the path behind `ref`, a shipped name or a path.
+    """Return the path of `ref`, a shipped name or a path.
 
     Raises:
         InputError: no such file or name; the hint gives the nearest shipped name.
@@ -59,13 +58,13 @@ def find(kind: str, ref: str) -> Path:
 
 
 def describe(text: str) -> str:
-    """Return the first sentence of a TOML file's opening comment, without the line that shows the command."""
-    words: list[str] = []
+    """Return the first sentence of a TOML file's opening comment, without the line with the command."""
+    lines: list[str] = []
     for line in text.splitlines():
         comment = line.removeprefix("#").strip()
-        if not line.startswith("#") or (words and not comment):
+        if not line.startswith("#") or (lines and not comment):
             break
         if comment and not comment.startswith("arte-edge "):
-            words.append(comment)
-    first, _, _ = " ".join(words).partition(". ")
+            lines.append(comment)
+    first, _, _ = " ".join(lines).partition(". ")
     return f"{first.rstrip('.')}." if first else ""

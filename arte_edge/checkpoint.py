@@ -1,9 +1,8 @@
-"""A transformers checkpoint on disk: its config.json and its weights, read without torch.
+"""Read config.json and weights of a transformers checkpoint without torch.
 
-The `safetensors` package gives numpy no bfloat16, which is what nearly every checkpoint holds, and importing
-torch to widen it takes longer than converting a small model. The format is a JSON table followed by the raw
-numbers (https://huggingface.co/docs/safetensors), so numpy reads them in place, a block of rows at a time:
-bfloat16 as its 16 bits in `uint16`, the other types as themselves.
+The `safetensors` package has no bfloat16 for numpy, and importing torch takes longer than converting a small
+model. The format is a JSON header followed by the raw values (https://huggingface.co/docs/safetensors); numpy
+reads them in blocks of rows, bfloat16 as `uint16`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ __all__ = [
     "weights_dtype",
 ]
 
-# float32, float16, or uint16 that holds the bits of bfloat16
+# float32, float16, or uint16 with the bits of bfloat16
 Values = NDArray[Any]
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
@@ -43,7 +42,7 @@ _BLOCK_BYTES = 16_000_000
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of a checkpoint, unread. `shape` is ``[n_out, n_in]``, or ``[n]``."""
+    """One tensor of a checkpoint, not loaded. `shape` is ``[n_out, n_in]``, or ``[n]``."""
 
     name: str
     path: Path
@@ -56,7 +55,7 @@ class Weight:
         return self._read(0, math.prod(self.shape)).reshape(self.shape)
 
     def blocks(self) -> Iterator[Values]:
-        """Yield the values in order as whole rows, about 16 MB at a time."""
+        """Yield the values in order as complete rows, about 16 MB at a time."""
         row = math.prod(self.shape[1:])
         n_row = max(1, _BLOCK_BYTES // max(1, row * _DTYPES[self.dtype].itemsize))
         for start in range(0, self.shape[0] if self.shape else 0, n_row):
@@ -69,16 +68,16 @@ class Weight:
             self.path, dtype, count, offset=self.offset_bytes + start * dtype.itemsize
         )
         if len(values) != count:
-            raise InputError(f"{self.path}: ended while {self.name} was read", "Fetch the checkpoint again.")
+            raise InputError(f"{self.path}: truncated in {self.name}", "Download the checkpoint again.")
         return values
 
 
 def read_weights(checkpoint: Path) -> dict[str, Weight]:
-    """Return the tensors of the checkpoint in a folder, one file or shards, by name; none is read.
+    """Return the tensors of a checkpoint (one file or shards) by name, without their values.
 
     Raises:
-        InputError: no safetensors, a shard is missing or cut short, a file is damaged, or its
-            numbers are of a type that has no plain form in GGUF (8-bit floats, integers).
+        InputError: no safetensors, a shard is missing or truncated, a file is damaged, or has 8-bit floats or
+            integers.
     """
     index = checkpoint / "model.safetensors.index.json"
     if not index.is_file():
@@ -87,19 +86,19 @@ def read_weights(checkpoint: Path) -> dict[str, Weight]:
         weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
         files = sorted({Path(file).name for file in weight_map.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: not a weights index", "Fetch the checkpoint again.") from error
+        raise InputError(f"{index}: not a weights index", "Download the checkpoint again.") from error
     found: dict[str, Weight] = {}
     for file in files:
         found |= _read_file(checkpoint / file)
     if missing := sorted(set(weight_map) - set(found)):
         raise InputError(
-            f"{checkpoint}: {missing[0]} is in the index but in no file", "Fetch the checkpoint again."
+            f"{checkpoint}: {missing[0]} is in the index but not in a file", "Download the checkpoint again."
         )
     return found
 
 
 def _read_file(path: Path) -> dict[str, Weight]:
-    """Return the tensors of one file, each checked to lie inside it."""
+    """Return the tensors of one file; check that they are inside it."""
     try:
         size_bytes = path.stat().st_size
         with path.open("rb") as file:
@@ -111,11 +110,11 @@ def _read_file(path: Path) -> dict[str, Weight]:
         return {name: _weight(path, name, row, 8 + length, size_bytes) for name, row in rows.items()}
     except OSError as error:
         raise InputError(
-            f"{path}: no readable weights ({error.strerror})", "Give a whole checkpoint: *.safetensors."
+            f"{path}: no readable weights ({error.strerror})", "Give a complete checkpoint: *.safetensors."
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise InputError(
-            f"{path}: not a readable safetensors file ({error})", "Fetch the checkpoint again."
+            f"{path}: not a readable safetensors file ({error})", "Download the checkpoint again."
         ) from error
 
 
@@ -124,15 +123,15 @@ def _weight(path: Path, name: str, row: dict[str, Any], data_offset: int, size_b
     start, end = row["data_offsets"]
     if kind not in _DTYPES:
         raise InputError(
-            f"{path}: {name} is {kind}; a GGUF is made from 16- or 32-bit floats",
-            "Give the checkpoint that was not quantized.",
+            f"{path}: {name} is {kind}, not a 16- or 32-bit float",
+            "Give the checkpoint before quantization.",
         )
     if (
         end - start != math.prod(shape) * _DTYPES[kind].itemsize
         or start < 0
         or data_offset + end > size_bytes
     ):
-        raise ValueError(f"{name} lies outside the file: cut short?")
+        raise ValueError(f"{name} is outside the file: cut short?")
     return Weight(name, path, kind, shape, data_offset + start)
 
 
@@ -146,12 +145,12 @@ def shapes_of(checkpoint: Path) -> dict[str, tuple[int, ...]]:
 
 
 def parameter_count(checkpoint: Path) -> int:
-    """Return how many parameters a checkpoint holds; a tied output matrix counts once."""
+    """Return the number of parameters of a checkpoint; a tied output matrix counts once."""
     return sum(math.prod(shape) for shape in shapes_of(checkpoint).values())
 
 
 def weights_dtype(checkpoint: Path) -> str:
-    """Return the type that most parameters of a checkpoint have: F16, BF16 or F32."""
+    """Return the type of most parameters of a checkpoint: F16, BF16 or F32."""
     totals: Counter[str] = Counter()
     for weight in _weights(checkpoint).values():
         totals[weight.dtype] += math.prod(weight.shape)
@@ -161,7 +160,7 @@ def weights_dtype(checkpoint: Path) -> str:
 def _weights(checkpoint: Path) -> dict[str, Weight]:
     weights = read_weights(checkpoint)
     if not weights:
-        raise InputError(f"{checkpoint}: holds no tensors", "Fetch the checkpoint again.")
+        raise InputError(f"{checkpoint}: contains no tensors", "Download the checkpoint again.")
     return weights
 
 
@@ -182,15 +181,11 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def reject_quantized(checkpoint: Path, what: str) -> None:
-    """Raise if a checkpoint's weights are quantized: a student's files are made from 16 bits.
-
-    Raises:
-        InputError: they are.
-    """
+    """Raise `InputError` if a checkpoint's weights are quantized; files are exported from 16 bits."""
     quantized = read_config(checkpoint).get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "some method") if isinstance(quantized, dict) else quantized
         raise InputError(
-            f"{checkpoint}: {what} is quantized ({method}), and its rounding would stay in every file",
+            f"{checkpoint}: {what} is quantized ({method}), and every file would inherit its rounding errors",
             "Give the 16-bit original" + (", with --base for an adapter." if "base" in what else "."),
         )

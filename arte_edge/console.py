@@ -1,7 +1,6 @@
-"""Output: data on stdout, everything else on stderr, JSON on request, and the progress of long work.
+"""Output: data on stdout, everything else on stderr, JSON on request, progress of long work.
 
-A terminal gets bars, a pipe or log gets lines. `Reporter` also records every event in the run
-folder's ``events.jsonl``.
+A terminal gets progress bars, a pipe or log gets lines. `Reporter` also records events in ``events.jsonl``.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ if TYPE_CHECKING:
 
 __all__ = ["ByteProgress", "Reporter", "emit_json", "err", "model_progress", "out", "transfer_bar"]
 
-# Tables must not wrap differently in a pipe than in an 80-column terminal.
+# Tables wrap in a pipe as in an 80-column terminal.
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
-# What is being done, bytes done, bytes in total (0: unknown).
+# (step, bytes done, total bytes; 0: unknown)
 ByteProgress = Callable[[str, int, int], None]
 
 _WORTH_A_LINE_BYTES = 1_000_000
 
 
 def emit_json(value: Any) -> None:
-    """Write one JSON document on one line of stdout, the form that ``--json`` promises."""
+    """Write one JSON document on one line of stdout."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
     sys.stdout.flush()
 
 
 class Reporter:
-    """Reports stages and the calls in them. With `as_json` events go to stdout, one object a line."""
+    """Reports stages and their calls. With `as_json` events go to stdout, one JSON object a line."""
 
     def __init__(self, events: Path | None = None, *, as_json: bool = False, quiet: bool = False) -> None:
         self._events = events
@@ -50,7 +49,7 @@ class Reporter:
 
     @property
     def quiet(self) -> bool:
-        """True if nothing is shown to a person."""
+        """True if there is no output for people."""
         return self._quiet
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -73,7 +72,7 @@ class Reporter:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[], float]]:
-        """Bracket a stage; yields a clock in seconds. Its time is recorded also when it fails."""
+        """Record begin, end and time of a stage, also if it fails; yields a clock in seconds."""
         self.event("stage", name=name, state="begin")
         began = time.monotonic()
         state = "failed"
@@ -84,7 +83,7 @@ class Reporter:
             self.event("stage", name=name, state=state, seconds=round(time.monotonic() - began, 2))
 
     def done(self, name: str, text: str, seconds: float | None) -> None:
-        """Print the closing line of a stage; `seconds` is None if it was finished by an earlier start."""
+        """Print the result of a stage; `seconds` is None if it was cached."""
         from rich.table import Table
 
         clock = "cached" if seconds is None else f"{seconds:.0f} s"

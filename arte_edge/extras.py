@@ -1,4 +1,4 @@
-"""Optional parts: say exactly which pip command brings the missing one."""
+"""Optional dependencies: check them, and name the pip command that installs missing ones."""
 
 from __future__ import annotations
 
@@ -24,11 +24,7 @@ def missing_modules(extra: str) -> list[str]:
 
 
 def need(extra: str, why: str) -> None:
-    """Raise unless every module of `extra` can be imported. Imports none of them.
-
-    Raises:
-        ArteError: with the pip command that installs the extra.
-    """
+    """Raise `ArteError` with the pip command if a module of `extra` is not installed. Imports none of them."""
     if missing := missing_modules(extra):
         raise ArteError(
             f"{why} needs {', '.join(missing)}, which is not installed",

@@ -1,8 +1,4 @@
-"""How much memory there is for a model: what the machine has, or what a container's limit leaves of it.
-
-A process that goes past its control group's limit is killed just as one that goes past the
-machine's, so the smaller of both counts.
-"""
+"""Memory available to this process: of the machine, or of a container's limit if that is less."""
 
 from __future__ import annotations
 
@@ -11,11 +7,11 @@ from pathlib import Path
 
 __all__ = ["available_bytes", "cgroup_files", "machine_bytes", "total_bytes"]
 
-_NO_LIMIT_BYTES = 1 << 60  # what version 1 of control groups says in place of "max"
+_NO_LIMIT_BYTES = 1 << 60  # version 1 of control groups uses such numbers instead of "max"
 
 
 def machine_bytes(root: Path = Path("/")) -> int:
-    """Return the machine's memory in bytes, as the kernel sees it; 0 if nothing tells."""
+    """Return the machine's memory in bytes as the kernel reports it; 0 if unknown."""
     if (kilobytes := _meminfo(root).get("MemTotal")) is not None:
         return kilobytes
     import psutil
@@ -24,12 +20,12 @@ def machine_bytes(root: Path = Path("/")) -> int:
 
 
 def total_bytes(root: Path = Path("/")) -> int:
-    """Return the memory this process may use in all: the machine's, or the tightest control group's."""
+    """Return the total memory this process may use: the machine's, or the tightest control group's."""
     return min([machine_bytes(root), *(limit for limit, _ in _limits(root))])
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """Return the memory that can be taken now without swapping, in bytes."""
+    """Return the memory that can be allocated now without swapping, in bytes."""
     available = _meminfo(root).get("MemAvailable")
     if available is None:
         import psutil
@@ -39,7 +35,7 @@ def available_bytes(root: Path = Path("/")) -> int:
 
 
 def _meminfo(root: Path) -> dict[str, int]:
-    """Return ``/proc/meminfo`` in bytes, empty where there is none."""
+    """Return ``/proc/meminfo`` in bytes, empty without it."""
     try:
         text = (root / "proc/meminfo").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -48,7 +44,7 @@ def _meminfo(root: Path) -> dict[str, int]:
 
 
 def cgroup_files(root: Path, controller: str, name_v2: str, name_v1: str) -> list[Path]:
-    """Return this process's control files, those of its group's parents included, that exist.
+    """Return the existing control files of this process's group and its parents.
 
     Args:
         controller: of version 1, e.g. ``memory``.
@@ -80,7 +76,7 @@ def cgroup_files(root: Path, controller: str, name_v2: str, name_v1: str) -> lis
 def _limits(root: Path) -> list[tuple[int, int]]:
     """Return ``(limit, used)`` in bytes of every control group above this process that has a limit.
 
-    Cached files count as used there although they are given up on demand, so they are subtracted.
+    The used memory there includes the page cache, which is freed on demand, so it is subtracted.
     """
     limits = []
     for file in cgroup_files(root, "memory", "memory.max", "memory.limit_in_bytes"):
@@ -89,12 +85,12 @@ def _limits(root: Path) -> list[tuple[int, int]]:
             file.with_name("memory.current" if file.name == "memory.max" else "memory.usage_in_bytes")
         )
         if limit is not None and limit < _NO_LIMIT_BYTES:
-            limits.append((limit, max(0, (used or 0) - _cached_files(file.with_name("memory.stat")))))
+            limits.append((limit, max(0, (used or 0) - _page_cache(file.with_name("memory.stat")))))
     return limits
 
 
-def _cached_files(stat: Path) -> int:
-    """Return the bytes of cached files in a group's ``memory.stat``; version 1 has totals of all groups below."""
+def _page_cache(stat: Path) -> int:
+    """Return the page cache in a group's ``memory.stat``; version 1 has totals that include subgroups."""
     try:
         rows = dict(line.split(" ", 1) for line in stat.read_text(encoding="ascii").splitlines())
         prefix = "total_" if "total_inactive_file" in rows else ""
@@ -106,5 +102,5 @@ def _cached_files(stat: Path) -> int:
 def _number(file: Path) -> int | None:
     try:
         return int(file.read_text(encoding="ascii").strip())
-    except (OSError, ValueError):  # "max" is no number: no limit
+    except (OSError, ValueError):  # "max": no limit
         return None

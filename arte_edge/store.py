@@ -1,17 +1,15 @@
-"""The run folder: what was computed stays computed, whatever kills the process.
+"""The run folder: results survive a killed process.
 
     runs/<name>/
-        run.toml        the configuration as resolved; it decides whether a folder is this run's
-        calls.jsonl     every engine call ever made here, keyed by its content
-        events.jsonl    what happened when
+        run.toml        the resolved configuration; it determines whether a folder belongs to a run
+        calls.jsonl     all engine calls of the run, keyed by their content
+        events.jsonl    events with times
         <stage>/        manifest.json and the stage's data, one JSONL file each
 
-A call's key is the sha256 of model identity, rendered prompt, sampling and sample
-number, never of code, stage or file names: changing a later setting pays for nothing
-twice. Calls are appended in groups, each written at once and fsynced. The floats of
-a batch depend on who shares it, so a group that was torn by a crash is dropped whole
-when the file is opened, and the same group is decoded again: a killed run ends with
-the same data as one that was not.
+A call's key is the sha256 of model identity, rendered prompt, sampling and sample number, not of code, stage or
+file names: changing a later setting repeats no call. Calls are appended in groups, each written at once and
+fsynced. Logits depend on the other prompts of a batch, so an incomplete group is dropped when the file is
+opened, and the same group is decoded again: a killed run ends with the same data as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ __all__ = ["CallLog", "Stage", "content_key", "parse_line", "read_jsonl", "write
 
 Row = dict[str, Any]
 
-# What a stage's manifest vouches for: its data, and the weights that later stages load.
+# Files with a checksum in a stage's manifest: its data, and weights that later stages load.
 _HASHED = {".jsonl", ".gguf", ".safetensors"}
 
 
@@ -41,7 +39,7 @@ def content_key(*parts: Any) -> str:
 
 
 def _line(row: Row) -> bytes:
-    # A server that cuts an emoji in half sends a lone surrogate; json.loads reads it back.
+    # A server that splits an emoji sends a lone surrogate; json.loads reads it back.
     return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass") + b"\n"
 
 
@@ -54,14 +52,14 @@ def read_jsonl(path: Path) -> list[Row]:
     """Read a file that `write_jsonl` wrote.
 
     Raises:
-        ArteError: a line is not a JSON object; says which.
+        ArteError: a line is not a JSON object.
     """
     rows: list[Row] = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         row = parse_line(line)
         if row is None:
             raise ArteError(
-                f"{path}:{number}: not a JSON object", "Remove the stage's folder to make it again."
+                f"{path}:{number}: not a JSON object", "Remove the stage's folder to run it again."
             )
         rows.append(row)
     return rows
@@ -77,10 +75,9 @@ def parse_line(line: bytes) -> Row | None:
 
 
 class CallLog:
-    """An append-only JSONL file of rows with a ``key``, written in groups that are whole or absent.
+    """An append-only JSONL file of rows with a ``key``, written in atomic groups.
 
-    A row of status "error" is kept for the record and does not count as done, so a
-    failed call is tried again by the next run.
+    A row with the status "error" does not count as done: the next run repeats the call.
     """
 
     def __init__(self, path: Path) -> None:
@@ -99,10 +96,10 @@ class CallLog:
         return self._done.get(key)
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Append `rows` as one group and fsync. Either all of them are in the file afterwards or none.
+        """Append `rows` as one group and fsync: all or none.
 
         Raises:
-            ArteError: the disk is full; the file ends where it ended before.
+            ArteError: the disk is full; the file is unchanged.
         """
         if not rows:
             return
@@ -130,7 +127,7 @@ class CallLog:
             self._done[row["key"]] = row
 
     def _recover(self) -> int:
-        """Read whole groups, cut off a torn tail, return the size that is left in bytes."""
+        """Read complete groups, truncate an incomplete one at the end, return the size in bytes."""
         size, offset = 0, 0
         group: list[Row] = []
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
@@ -139,7 +136,7 @@ class CallLog:
                 if line.endswith(b"\n"):
                     raise ArteError(
                         f"{self.path}:{number}: this line is damaged",
-                        "Delete the line (its call is then made again) and give the same command again.",
+                        "Delete the line (its call is repeated) and run the same command again.",
                     )
                 break
             offset += len(line)
@@ -153,7 +150,7 @@ class CallLog:
 
 
 class Stage:
-    """One stage's folder: its data files and a manifest that says it is done and from what."""
+    """One stage's folder: its data files, and a manifest once it is done."""
 
     def __init__(self, folder: Path, inputs: Any) -> None:
         self.folder = folder
@@ -164,7 +161,7 @@ class Stage:
         return self.folder / "manifest.json"
 
     def manifest(self) -> Row | None:
-        """Return the manifest if the stage is done, from these inputs, and its files are unchanged."""
+        """Return the manifest if the stage is done with the same inputs and its files are unchanged."""
         try:
             manifest = json.loads(self._manifest_path.read_bytes())
         except (FileNotFoundError, ValueError):
@@ -175,7 +172,7 @@ class Stage:
         return manifest if same else None
 
     def finish(self, summary: Row) -> Row:
-        """Record the stage's files (by sha256) and `summary`; the stage counts as done from here on."""
+        """Record the stage's files (by sha256) and `summary`: the stage is done."""
         files = {
             str(path.relative_to(self.folder)): file_sha256(path)
             for path in sorted(self.folder.rglob("*"))

@@ -32,6 +32,11 @@ def test_every_command_and_every_option_has_help(words: tuple[str, ...], command
     assert [param.name for param in command.params if not getattr(param, "help", None)] == []
 
 
+@pytest.mark.parametrize(("words", "command"), EVERYTHING[1:], ids=label)
+def test_the_first_sentence_fits_into_the_list_of_commands(words: tuple[str, ...], command: Any) -> None:
+    assert not command.get_short_help_str(limit=58).endswith("...")
+
+
 @pytest.mark.parametrize(("words", "command"), VERBS, ids=label)
 def test_every_verb_can_answer_in_json(words: tuple[str, ...], command: Any) -> None:
     assert "--json" in [option for param in command.params for option in param.opts]

@@ -101,9 +101,10 @@ def bench(
         bool, typer.Option("--save/--no-save", help="Save rows in an export's bench.jsonl and student.json.")
     ] = True,
 ) -> None:
-    """Measure speed, memory, heat and energy of MODEL on this device; no configuration needed.
+    """Measure speed, memory, heat and energy of a model.
 
-    Flags, defaults and JSON fields are llama-bench's where they mean the same; lists multiply.
+    Needs no configuration. Flags, defaults and JSON fields are llama-bench's where they mean the same; lists
+    multiply.
     """
     if not source:
         raise InputError("Missing argument MODEL.", f"{_MODEL} For example: arte-edge bench model.gguf")

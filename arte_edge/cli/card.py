@@ -57,10 +57,10 @@ def card(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the card and change nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write or update README.md, the GGUF files' metadata and student.json from the measured results.
+    """Write the model card and metadata from the results.
 
-    Your own edits of the card are kept: only our results and the text between the
-    arte-edge markers are replaced.
+    Writes or updates README.md, the GGUF files' metadata and student.json. Your own edits of the card are
+    kept: only our results and the text between the arte-edge markers are replaced.
     """
     from arte_edge.publish.card.card import card as write
 

@@ -1,4 +1,4 @@
-"""``arte-edge compare``: two sets of results side by side, and what of the difference is more than chance."""
+"""``arte-edge compare``: compare two sets of results, with confidence intervals and paired tests."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ if TYPE_CHECKING:
 __all__ = ["compare"]
 
 _WIDTH = 80
-_RESULTS = "A bench.jsonl, what `bench -o json` printed, an export or run folder, or a measured model."
+_RESULTS = "A bench.jsonl, output of `bench -o json`, an export or run folder, or a measured model."
 
 
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help=_RESULTS)],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The same, of what is compared with A.")],
+    b: Annotated[
+        Path, typer.Argument(metavar="B", help="The results to compare with A, given in the same ways.")
+    ],
     force: Annotated[
-        bool, typer.Option("--force", help="Compare speeds although settings differ; prints the differences.")
+        bool,
+        typer.Option("--force", help="Compare speeds although settings differ, and print the differences."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare results B with results A: rates as ratios with their intervals, right answers in pairs.
+    """Compare two sets of results: speed and accuracy.
 
-    Rejects (exit code 2) what was measured differently: other prompt or answer lengths,
-    threads, cache types or device, another task or split.
+    Speeds as ratios with confidence intervals, correct answers as paired tests. Results that are not comparable
+    (other prompt or answer lengths, threads, cache types, device, task or split) are rejected with exit code 2.
     """
     from arte_edge.bench.compare import compare as compare_rows
     from arte_edge.bench.compare import rows_of
@@ -55,12 +58,12 @@ def lines_of(found: Comparison) -> list[str]:
         lines.append(f"{'test':<12} {'thr':>3} {'A t/s':>9} {'B t/s':>9}  {'B/A':>5} {'95 %':<15}  verdict")
         lines += [_speed_line(one) for one in pairs]
         lines += [*_costs(pairs), ""]
-    for answered in found.qualities:
-        lines += [*_heading(answered.a, answered.b), *_quality_lines(answered), ""]
+    for pair in found.qualities:
+        lines += [*_heading(pair.a, pair.b), *_quality_lines(pair), ""]
     for title, items in (
-        ("Not the same on both sides", found.differs),
-        ("In A alone", found.only_a),
-        ("In B alone", found.only_b),
+        ("Different on both sides", found.differs),
+        ("Only in A", found.only_a),
+        ("Only in B", found.only_b),
     ):
         if items:
             lines += [*_wrapped(f"{title}: {'; '.join(items)}."), ""]
@@ -92,7 +95,7 @@ def _rate(row: SpeedRow) -> str:
 
 
 def _costs(pairs: list[SpeedPair]) -> list[str]:
-    """Return what the pairs cost beside time: the highest resident memory, and energy where it was measured."""
+    """Return the highest resident memory of the pairs, and energy where it was measured."""
     lines = []
     memory = [(one.a.peak_rss_bytes, one.b.peak_rss_bytes) for one in pairs]
     known = [(a, b) for a, b in memory if a is not None and b is not None]
@@ -127,7 +130,7 @@ def _quality_lines(one: QualityPair) -> list[str]:
     if len(times) == 2:
         lines.append(f"  an answer: {', '.join(times)}")
         if one.a.device.fingerprint != one.b.device.fingerprint:
-            lines.append("  measured on different devices: the times do not compare")
+            lines.append("  measured on different devices: times are not comparable")
     return lines
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Device profiles, this machine, and your own devices over ssh.", no_args_is_help=True)
+app = typer.Typer(help="List, show, add and check devices.", no_args_is_help=True)
 
 _REF = "A name of 'devices ls', a .toml file, or user@host."
 
@@ -58,7 +58,10 @@ def ls(as_json: Json = False) -> None:
 
 @app.command("show")
 def show(device: Ref, model: Model = None, context: Context = 2048, as_json: Json = False) -> None:
-    """Print every fact of a device with its source; with --model, whether it fits and its predicted speed."""
+    """Print the facts of a device with their sources.
+
+    With --model, also whether the model fits and its predicted speed.
+    """
     from arte_edge.device.memory_estimate import fit_profile
     from arte_edge.device.model_size import ModelShape
     from arte_edge.device.profiles import find_device
@@ -85,7 +88,7 @@ def detect(
     context: Context = 2048,
     as_json: Json = False,
 ) -> None:
-    """Print what this machine is, its profile and its sensors."""
+    """Print this machine's hardware, profile and sensors."""
     from arte_edge import memory
     from arte_edge.device.detect import board
     from arte_edge.device.detect import detect as facts_of
@@ -126,7 +129,10 @@ def add(
     notes: Annotated[str, typer.Option(help="Cooling, power supply, place; recorded in results.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Add a device of your own. Nothing is sent to it; `devices check` reaches it."""
+    """Add a device of your own.
+
+    Nothing is sent to it; `devices check` connects to it.
+    """
     from arte_edge.device.profiles import add_device
 
     path = add_device(name, host, base=base, workdir=workdir, python=python, title=title, notes=notes)
@@ -144,7 +150,10 @@ def check(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check over ssh that a device is ready to measure. Changes nothing there without --clean."""
+    """Check over ssh that a device is ready to measure.
+
+    Changes nothing there without --clean.
+    """
     from dataclasses import asdict
 
     from arte_edge.device.profiles import find_device
@@ -178,7 +187,10 @@ def rm(
     name: Annotated[str, typer.Argument(help="A device of your own.")],
     as_json: Json = False,
 ) -> None:
-    """Remove a device from your list. Nothing on the device changes."""
+    """Remove a device from your list.
+
+    Nothing on the device changes.
+    """
     from arte_edge.device.profiles import remove_device
 
     path = remove_device(name)

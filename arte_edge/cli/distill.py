@@ -53,9 +53,10 @@ def distill(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON lines on stdout.")] = False,
 ) -> None:
-    """Distil a student: check, elicit, calibrate, prefer, align, tailor, tune, evaluate.
+    """Distil a student for a task, from a run file or flags.
 
-    The run can be stopped at any moment: re-run the same command to resume.
+    Stages: check, elicit, calibrate, prefer, align, tailor, tune, evaluate. The run can be stopped at any
+    moment: re-run the same command to resume.
     """
     from arte_edge import api
 

@@ -12,7 +12,10 @@ __all__ = ["env"]
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Print versions, processor, memory and optional parts, for a bug report. Nothing private is in it."""
+    """Print versions and hardware for a bug report.
+
+    The output contains nothing private.
+    """
     from arte_edge.environment import environment
 
     found = environment()

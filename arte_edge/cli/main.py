@@ -1,7 +1,6 @@
-"""The ``arte-edge`` command: registers the verbs, catches `ArteError` once, sets the exit code.
+"""The ``arte-edge`` command: registers the verbs, catches `ArteError`, sets the exit code.
 
-Verb files import nothing heavy before their verb runs, so that ``--help`` answers
-at once on a Raspberry Pi as well.
+Verbs import heavy modules only when they run, so that ``--help`` is fast on a Raspberry Pi too.
 """
 
 from __future__ import annotations
@@ -72,17 +71,16 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
 ) -> None:
     """Options before the verb."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 done, 1 failed, 2 your input, 3 gate, 4 stopped early."""
+    """Run the command; return its exit code (see `arte_edge.errors`)."""
     args = sys.argv[1:] if argv is None else argv
     try:
-        # Standalone mode: Typer shows its own usage errors. Their classes moved between its releases
-        # (0.29 has its own copy of click), so they are not caught by name here.
+        # Standalone mode: Typer prints its own usage errors, whose classes differ between its releases.
         app(args=args, prog_name="arte-edge")
     except ArteError as error:
         if "--debug" in args:
@@ -92,8 +90,8 @@ def main(argv: list[str] | None = None) -> int:
             err.print(error.hint, markup=False, soft_wrap=True)
         return error.exit_code
     except SystemExit as done:
-        if done.code == 130:  # what Typer makes of Ctrl-C
-            err.print("Interrupted. Nothing finished is lost: the same command goes on.", markup=False)
+        if done.code == 130:  # Typer's code for Ctrl-C
+            err.print("Interrupted. Run the same command again to resume.", markup=False)
             return 4
         return done.code if isinstance(done.code, int) else 0
     return 0

@@ -1,4 +1,4 @@
-"""``arte-edge models``: the models that can be named, fetched, converted and checked."""
+"""``arte-edge models``: list, download, convert and check models."""
 
 from __future__ import annotations
 
@@ -14,22 +14,20 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    help="Models: what has a name, what is here, and whether it is whole.", no_args_is_help=True
-)
+app = typer.Typer(help="List, download and check models.", no_args_is_help=True)
 
 _REF = "A name of 'models ls', a .gguf file, a checkpoint folder or a Hub id (org/name[@revision][:QUANT])."
 
 Ref = Annotated[str, typer.Argument(help=_REF)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Checkpoint = Annotated[
-    bool, typer.Option("--checkpoint", help="As a safetensors folder; a GGUF is converted once.")
+    bool, typer.Option("--checkpoint", help="As safetensors folder; a GGUF is converted once.")
 ]
 
 
 @app.command("ls")
 def ls(as_json: Json = False) -> None:
-    """List the models that have a name, and which of them are on this machine."""
+    """List named models, and which are on this machine."""
     from arte_edge.cache import user_registry
     from arte_edge.models import registry
 
@@ -42,13 +40,13 @@ def ls(as_json: Json = False) -> None:
     from arte_edge.cache import megabytes
 
     table = Table(box=None, pad_edge=False)
-    for title in ("model", "role", "size", "licence", "here"):
+    for title in ("model", "role", "size", "licence", "cached"):
         table.add_column(title, justify="right" if title == "size" else "left", no_wrap=title == "model")
     for model in models:
-        here = ["file"] if model["path"] else []
-        here += ["checkpoint"] if model["checkpoint"] else []
+        cached = ["file"] if model["path"] else []
+        cached += ["checkpoint"] if model["checkpoint"] else []
         row = (model["name"], model["role"], megabytes(model["size_bytes"]), model["license"])
-        table.add_row(*row, " + ".join(here) or "-")
+        table.add_row(*row, " + ".join(cached) or "-")
     out.print(table)
     err.print(f"Add your own in {user_registry()}", markup=False, soft_wrap=True)
 
@@ -60,7 +58,10 @@ def pull(
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Fetch models, verify them, and with --checkpoint make them ready for training."""
+    """Download and verify models.
+
+    With --checkpoint, also convert GGUFs to safetensors for training.
+    """
     from arte_edge.console import model_progress
     from arte_edge.models import resolve
 
@@ -82,7 +83,10 @@ def pull(
 
 @app.command("path")
 def path(ref: Ref, checkpoint: Checkpoint = False, as_json: Json = False) -> None:
-    """Print where a model lies. Fetches nothing; a model that is not here is an error."""
+    """Print the path of a model on this machine.
+
+    Downloads nothing; a model that is not on this machine is an error.
+    """
     from arte_edge.console import model_progress
     from arte_edge.models import resolve
 
@@ -97,10 +101,13 @@ def path(ref: Ref, checkpoint: Checkpoint = False, as_json: Json = False) -> Non
 
 @app.command("check")
 def check(
-    refs: Annotated[list[str] | None, typer.Argument(help=_REF + " None: every named model.")] = None,
+    refs: Annotated[list[str] | None, typer.Argument(help=_REF + " Default: all named models.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Read models again, whole, and compare sums. Ends with 1 if one is damaged, or asked for and missing."""
+    """Read models completely and compare checksums.
+
+    Exit code 1 if one is damaged, or given and missing.
+    """
     from arte_edge.models import registry
     from arte_edge.models.resolve import check as check_model
 
@@ -117,7 +124,7 @@ def check(
 
 
 def _summary(entry: Entry) -> dict[str, Any]:
-    """Return an entry of the registry with where its file and checkpoint lie, None if they are not here."""
+    """Return an entry of the registry with the paths of its file and checkpoint, None if not cached."""
     from arte_edge.gguf.to_hf import checkpoint_folder
     from arte_edge.models.hub import cached
 

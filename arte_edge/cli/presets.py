@@ -1,7 +1,6 @@
-"""``arte-edge ls | show | copy | check``: run files, shipped or your own, before anything is run.
+"""``arte-edge ls | show | copy | check``: run files, shipped presets or the user's own.
 
-A preset is an ordinary run file with a comment that says what it is for. `check` finds
-what would stop a run, without fetching a model.
+A preset is an ordinary run file with an explaining comment. `check` finds problems without downloading models.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from arte_edge.errors import InputError
 __all__ = ["check", "copy", "ls", "show"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Name = Annotated[str, typer.Argument(help="A shipped preset's name, or the path of a run file.")]
+Name = Annotated[str, typer.Argument(help="Name of a shipped preset, or path of a run file.")]
 
 
 def ls(as_json: Json = False) -> None:
-    """List the shipped presets: run files to start from."""
+    """List the shipped presets (run files to start from)."""
     presets = [_summary(name) for name in catalog.names("presets")]
     if as_json:
         emit_json(presets)
@@ -35,7 +34,10 @@ def ls(as_json: Json = False) -> None:
 
 
 def show(name: Name, as_json: Json = False) -> None:
-    """Print a run file with its comments; with --json, every key with the value that it resolves to."""
+    """Print a run file with its comments.
+
+    With --json, all keys with their resolved values.
+    """
     from arte_edge.distill.config import build, load_toml
 
     path = catalog.find("presets", name)
@@ -47,10 +49,13 @@ def show(name: Name, as_json: Json = False) -> None:
 
 def copy(
     name: Name,
-    dest: Annotated[Path, typer.Argument(metavar="DEST.toml", help="The file to write; it must not exist.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST.toml", help="File to write; it must not exist.")],
     as_json: Json = False,
 ) -> None:
-    """Copy a preset to a file of your own. Nothing is ever overwritten."""
+    """Copy a preset to a new file.
+
+    An existing file is not overwritten.
+    """
     text = _read(catalog.find("presets", name))
     if dest.suffix != ".toml":
         raise InputError(f"{dest}: a run file ends in .toml", f"For example {dest}.toml.")
@@ -58,22 +63,24 @@ def copy(
         with dest.open("x", encoding="utf-8") as file:  # "x": two copies at once cannot both win
             file.write(text)
     except FileExistsError as error:
-        raise InputError(f"{dest}: exists already", "Give another name, or remove it first.") from error
+        raise InputError(f"{dest}: exists already", "Choose another name, or remove it first.") from error
     except OSError as error:
         raise InputError(f"{dest}: cannot be written ({error.strerror})") from error
     if as_json:
         emit_json({"preset": name, "file": str(dest)})
         return
-    out.print(f"Wrote {dest}. Next: change it, `arte-edge check {dest}`, `arte-edge distill {dest}`.")
+    out.print(f"Wrote {dest}. Next: edit it, `arte-edge check {dest}`, `arte-edge distill {dest}`.")
 
 
 def check(
-    ref: Annotated[str, typer.Argument(metavar="FILE|NAME", help="A run file, or a shipped preset's name.")],
+    ref: Annotated[
+        str, typer.Argument(metavar="FILE|NAME", help="A run file, or the name of a shipped preset.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """Say all that is wrong with a run file: keys, values, task, models. Exit code 2 if anything is.
+    """Check a run file: keys, values, task, models.
 
-    Fetches no model; a Hub id is taken at its word.
+    Lists all problems; exit code 2 if there are any. Downloads no model; Hub ids are not checked.
     """
     from arte_edge.distill.config import load_toml
     from arte_edge.distill.validate_config import find_problems
@@ -88,9 +95,9 @@ def check(
             if hint:
                 out.print(f"    {hint}", markup=False, soft_wrap=True)
     if problems:
-        raise InputError(f"{ref}: {len(problems)} problem{'s' * (len(problems) > 1)}", "Listed above.")
+        raise InputError(f"{ref}: {len(problems)} problem{'s' * (len(problems) > 1)}", "See the list above.")
     if not as_json:
-        out.print(f"{ref}: good", markup=False)
+        out.print(f"{ref}: ok", markup=False)
 
 
 def _summary(name: str) -> dict[str, Any]:

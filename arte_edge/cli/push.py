@@ -33,10 +33,10 @@ def push(
     message: Annotated[str | None, typer.Option(metavar="TEXT", help="Message of the commit.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what would be sent to the Hugging Face Hub, and with --yes send it.
+    """Upload an export to the Hugging Face Hub.
 
-    Stops (exit 2) if a file holds personal data: a host, a user, an address, a path,
-    a token. Files that the gate rejected are never sent.
+    Only with --yes; otherwise shows what would be uploaded. Stops (exit 2) if a file holds personal data:
+    a host, a user, an address, a path, a token. Files that the gate rejected are never sent.
     """
     from arte_edge.publish.hub import preview_push, reject_findings, send
 

@@ -41,9 +41,9 @@ def recommend(
     answer_tokens: Annotated[int, typer.Option(min=1, help="Answer length, likewise.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Recommend one exported file for a device, by accuracy, speed and size.
+    """Recommend the best exported file for a device.
 
-    What was not measured on the device is predicted and marked ~. Exit code 1 if no
+    By accuracy, speed and size. What was not measured on the device is predicted and marked ~. Exit code 1 if no
     file satisfies all constraints; the last line then says which to relax, and to what.
     """
     from arte_edge import api

@@ -23,10 +23,10 @@ def report(
         bool, typer.Option("--json", help="Print JSON: the path and what is missing.")
     ] = False,
 ) -> None:
-    """Write a report on a run as one HTML page: charts inline, nothing loaded from the network.
+    """Write a report on a run as one HTML page.
 
-    A run that is not finished, or was not exported or measured yet, has a report too,
-    which lists what is missing.
+    Charts are inline, nothing is loaded from the network. A run that is not finished, or was not exported or
+    measured yet, has a report too, which lists what is missing.
     """
     from arte_edge import api
 

@@ -1,6 +1,6 @@
-"""``arte-edge tasks``: list, show, check and start task folders.
+"""``arte-edge tasks``: list, show, check and create tasks.
 
-What is printed comes from the seed split: the test split is counted, never shown.
+Examples come from the seed split; the test split is counted, never shown.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Tasks: what a student learns, with its data.", no_args_is_help=True)
+app = typer.Typer(help="List, show, check and create tasks.", no_args_is_help=True)
 
 Bbh = Annotated[
     Path | None,
-    typer.Option("--bbh", metavar="DIR", help="Take tasks from a folder of BIG-Bench Hard files."),
+    typer.Option("--bbh", metavar="DIR", help="Use tasks from a folder of BIG-Bench Hard files."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("ls")
 def ls(bbh: Bbh = None, as_json: Json = False) -> None:
-    """List the shipped tasks, or those of a BIG-Bench Hard folder."""
+    """List shipped tasks, or those of a BIG-Bench Hard folder."""
     from arte_edge.tasks.loaders import load_task
 
     tasks = [_summary(load_task(name, bbh=bbh)) for name in _names(bbh)]
     if as_json:
         emit_json(tasks)
         return
-    rows = [("task", "answer", "rows", "what it is")]
+    rows = [("task", "answer", "rows", "description")]
     for task in tasks:
         sizes = "/".join(str(n) for n in task["n_rows"].values())
         rows.append((task["name"], task["answer"]["kind"], sizes, task["description"]))
@@ -55,11 +55,11 @@ def ls(bbh: Bbh = None, as_json: Json = False) -> None:
 @app.command("show")
 def show(
     ref: Annotated[str, typer.Argument(help="A shipped name, a task folder, data.jsonl or hub:org/name.")],
-    n_examples: Annotated[int, typer.Option("--examples", "-n", min=0, help="How many seed examples.")] = 3,
+    n_examples: Annotated[int, typer.Option("--examples", "-n", min=0, help="Number of seed examples.")] = 3,
     bbh: Bbh = None,
     as_json: Json = False,
 ) -> None:
-    """Show a task: description, answer kind, techniques and some seed examples."""
+    """Show a task: description, answers, techniques, examples."""
     from arte_edge.tasks.loaders import load_task
 
     task = load_task(ref, bbh=bbh)
@@ -93,12 +93,15 @@ def show(
 @app.command("check")
 def check(
     refs: Annotated[
-        list[str] | None, typer.Argument(help="Tasks to check; all shipped ones if none.")
+        list[str] | None, typer.Argument(help="Tasks to check. Default: all shipped ones.")
     ] = None,
     bbh: Bbh = None,
     as_json: Json = False,
 ) -> None:
-    """Run every check on tasks and list all that is wrong. Exit code 2 if anything is."""
+    """Check tasks and list all problems.
+
+    Exit code 2 if there are any.
+    """
     reports = [_report(ref, bbh) for ref in refs or _names(bbh)]
     if as_json:
         emit_json(reports)
@@ -107,7 +110,7 @@ def check(
             _print_report(report)
     if bad := [report["task"] for report in reports if report["problems"]]:
         n_problems = sum(len(report["problems"]) for report in reports)
-        raise InputError(f"{n_problems} problems in {', '.join(bad)}", "They are listed above.")
+        raise InputError(f"{n_problems} problems in {', '.join(bad)}", "See the list above.")
 
 
 @app.command("new")
@@ -120,32 +123,32 @@ def new(
         str | None, typer.Option("--hub", metavar="ORG/NAME", help="Split this Hub dataset into the task.")
     ] = None,
     input_column: Annotated[str, typer.Option("--input", help="Column of the input.")] = "input",
-    target_column: Annotated[str, typer.Option("--target", help="Column of the right answer.")] = "target",
+    target_column: Annotated[str, typer.Option("--target", help="Column of the correct answer.")] = "target",
     split_seed: Annotated[int, typer.Option("--seed", help="Seed of the split.")] = 0,
-    description: Annotated[str, typer.Option("--description", help="What the task is.")] = "",
+    description: Annotated[str, typer.Option("--description", help="Description of the task.")] = "",
     teacher: Annotated[
         str | None,
         typer.Option("--teacher", metavar="MODEL", help="Let this model propose the technique prompts."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Start a task folder: a skeleton to fill in, or one made of a labelled file.
+    """Create a task folder, empty or from a labelled file.
 
-    With --teacher, a model proposes the four technique prompts, for a new task or for one that is there.
+    With --teacher, a model proposes the four technique prompts, for a new or an existing task.
     """
     from arte_edge.tasks.from_table import task_from_table
     from arte_edge.tasks.loaders import hub_records, jsonl_records, task_name
-    from arte_edge.tasks.scaffold import check_vacant, write_skeleton, write_task
+    from arte_edge.tasks.scaffold import check_empty, write_skeleton, write_task
 
     if jsonl and hub:
         raise InputError("--jsonl and --hub exclude each other")
     filled_in = (folder / "task.toml").is_file()
     if teacher and not (jsonl or hub or filled_in):
-        hint = "Add --jsonl FILE, or start the folder without --teacher, fill it in and run this again."
-        raise InputError("A teacher proposes techniques from a description and seeds: there are none", hint)
+        hint = "Add --jsonl FILE, or create the folder without --teacher, fill it in and run this again."
+        raise InputError("A teacher needs a description and seed examples to propose techniques", hint)
     name = task_name(folder.resolve().name)
     if jsonl or hub:
-        check_vacant(folder)
+        check_empty(folder)
         records = (
             jsonl_records(jsonl, input_column, target_column)
             if jsonl
@@ -205,10 +208,10 @@ def _summary(task: Task) -> dict[str, Any]:
 
 
 def _report(ref: str, bbh: Path | None) -> dict[str, Any]:
-    """Return what is wrong with a task (`problems`) and what is only weak (`remarks`)."""
+    """Return the problems of a task, and warnings about its data as `remarks`."""
     from arte_edge.tasks.folder import read_folder
     from arte_edge.tasks.loaders import find_folder, load_task
-    from arte_edge.tasks.validation import advise
+    from arte_edge.tasks.validation import quality_warnings
 
     task: Task | None
     problems: list[Problem] = []
@@ -221,14 +224,18 @@ def _report(ref: str, bbh: Path | None) -> dict[str, Any]:
         return {"task": ref, "problems": [{"where": "", "what": error.message, "hint": error.hint}]}
     report: dict[str, Any] = {"task": ref, "problems": [asdict(problem) for problem in problems]}
     if task:
-        report |= {"n_rows": _summary(task)["n_rows"], "sha256": task.sha256, "remarks": advise(task)}
+        report |= {
+            "n_rows": _summary(task)["n_rows"],
+            "sha256": task.sha256,
+            "remarks": quality_warnings(task),
+        }
     return report
 
 
 def _print_report(report: dict[str, Any]) -> None:
     if not report["problems"]:
         sizes = "/".join(str(n) for n in report["n_rows"].values())
-        out.print(f"{report['task']}: good, {sizes} rows", markup=False)
+        out.print(f"{report['task']}: ok, {sizes} rows", markup=False)
     for problem in report["problems"]:
         where = f"{problem['where']}: " if problem["where"] else ""
         out.print(f"{report['task']}: {where}{problem['what']}", markup=False, soft_wrap=True)

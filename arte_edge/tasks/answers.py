@@ -1,10 +1,10 @@
-"""Reads an answer out of what a model wrote, and says whether it is right.
+"""Extract an answer from a model's output, and decide whether it is correct.
 
-The answer is what stands in the **last complete** ``<ans>…</ans>``. A tag that the
-end of the text cut off does not count: half an answer is no answer. Then, by kind:
+The answer is the content of the **last complete** ``<ans>…</ans>``; one that the end of the text truncates
+does not count. By kind:
 
 =========  ==========================================  =====================================
-kind       canonical form                              read as the same
+kind       canonical form                              accepted variants
 =========  ==========================================  =====================================
 choice     the letter of an option, ``(A)``            ``a``, ``A.``, ``a)``, ``(A) circle``
 choice     one of the task's fixed labels, as written  case, blanks, ``_``, ``-``, edge dots
@@ -14,7 +14,7 @@ text       the text, tidied, case kept                 case, Unicode forms, blan
                                                        quotes and punctuation
 =========  ==========================================  =====================================
 
-Nothing else is forgiven: "the answer is True" inside the tags is not an answer.
+Nothing else is accepted: "the answer is True" inside the tags is not an answer.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _BOOLEANS = {"true": "True", "yes": "True", "false": "False", "no": "False"}
 def extract(text: str, answer: Answer) -> str | None:
     """Return the canonical answer in the last complete ``<ans>…</ans>`` of `text`.
 
-    None if there is no complete tag, or if what it holds cannot be read as `answer`'s kind.
+    None without a complete tag, or if its content is not of the kind `answer`.
     """
     tags = _TAG.findall(text)
     return canonical(tags[-1], answer) if tags else None
 
 
 def canonical(text: str, answer: Answer) -> str | None:
-    """Return `text`, a bare answer, in the one form its kind is written in; None if it cannot be read."""
+    """Return the canonical form of `text`, a bare answer; None if it is not of the kind `answer`."""
     if answer.kind == "number":
         return canonical_number(text)
     if answer.kind == "text":
@@ -60,7 +60,7 @@ def canonical(text: str, answer: Answer) -> str | None:
 
 
 def comparable(text: str, answer: Answer) -> str | None:
-    """Return the form in which answers are compared: equal forms are one answer. For counting votes."""
+    """Return the form in which answers are compared; answers with equal forms are equal."""
     form = canonical(text, answer)
     if form is None or answer.kind != "text":
         return form
@@ -68,7 +68,7 @@ def comparable(text: str, answer: Answer) -> str | None:
 
 
 def matches(predicted: str | None, target: str, answer: Answer) -> bool:
-    """Return True if `predicted`, as from `extract`, is the answer `target`; None never is."""
+    """Return True if `predicted`, as returned by `extract`, equals the answer `target`."""
     if predicted is None:
         return False
     form = comparable(predicted, answer)

@@ -1,7 +1,6 @@
-"""Reads and writes a task folder: ``task.toml`` and three splits of ``{"input", "target"}`` rows.
+"""Read and write a task folder: ``task.toml`` and three splits of ``{"input", "target"}`` rows.
 
-Every check happens while loading and not in a separate linter, because a task that overlaps with
-its own test split must never load at all.
+All checks are part of loading, because a task that overlaps with its own test split must never load.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arte_edge.errors import nearest
 from arte_edge.tasks.answers import canonical
-from arte_edge.tasks.task import SPLITS, Answer, Example, Task, WorkedExample, rows_sha256
-from arte_edge.tasks.validation import Problem, explain_validation, refuse
+from arte_edge.tasks.task import SPLITS, Answer, Example, FewShotExample, Task, rows_sha256
+from arte_edge.tasks.validation import Problem, explain_validation, raise_first
 
 __all__ = [
     "MIN_ROWS",
@@ -44,7 +43,7 @@ class Row:
 
 
 def read_rows(path: Path, answer: Answer) -> tuple[list[Row], list[Problem]]:
-    """Read a split: its good rows, targets in canonical form, and what is wrong with the others."""
+    """Read a split: its valid rows with canonical targets, and the problems of the others."""
     rows: list[Row] = []
     values, problems = parse_jsonl(path)
     seen: dict[str, str] = {}
@@ -83,7 +82,9 @@ def parse_jsonl(path: Path) -> tuple[list[tuple[str, dict[str, object]]], list[P
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            problems.append(Problem(where, f"not JSON ({error})", "One object a line, in double quotes."))
+            problems.append(
+                Problem(where, f"not JSON ({error})", "Write one object a line, in double quotes.")
+            )
             continue
         if isinstance(value, dict):
             values.append((where, value))
@@ -105,7 +106,7 @@ def _check_columns(where: str, value: dict[str, object]) -> Problem | None:
 
 
 def check_target(where: str, text: str, target: str, answer: Answer) -> str | Problem:
-    """Return the canonical form of `target`, or why it cannot be the answer to the input `text`."""
+    """Return the canonical form of `target`, or the reason why it cannot be the answer to the input `text`."""
     form = canonical(target, answer)
     if form is None:
         return Problem(where, f"target {target!r} is not {_expected(answer)}", _target_hint(target, answer))
@@ -122,7 +123,7 @@ def _expected(answer: Answer) -> str:
     if answer.choices:
         return f"one of {', '.join(answer.choices)}"
     names = {"choice": "the letter of an option", "boolean": "True or False", "number": "one number"}
-    return names.get(answer.kind, "a text with a letter or digit in it")
+    return names.get(answer.kind, "a text with a letter or digit")
 
 
 def _target_hint(target: str, answer: Answer) -> str:
@@ -132,14 +133,14 @@ def _target_hint(target: str, answer: Answer) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Example]) -> None:
-    """Write a split; the same rows give the same bytes on every system."""
+    """Write a split; the bytes are the same on every system."""
     lines = [json.dumps({"input": r.input, "target": r.target}, ensure_ascii=False) + "\n" for r in rows]
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
-# Three seeds fill one question prompt; IRT and preference scores say nothing below 20 questions.
+# Three seeds fill one question prompt; IRT and preference scores mean nothing below 20 questions.
 MIN_ROWS = {"seed": 3, "validation": 20, "test": 1}
-_WHAT_FOR = {
+_PURPOSE = {
     "seed": "the teacher sees three at a time",
     "validation": "fewer cannot rank questions or rationales",
     "test": "the final evaluation reads it",
@@ -152,28 +153,28 @@ class TaskFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="lower case, digits, _ and -")
-    description: str = Field(description="what the task is, as told to the teacher and the student")
-    answer: Answer = Field(description="what answers look like")
-    techniques: tuple[str, ...] = Field(description="reasoning-technique prompts, four by habit")
-    worked: tuple[WorkedExample, ...] = Field(
-        default=(), description="examples with reasoning, for a teacher that needs to be shown how"
+    description: str = Field(description="what the task is; part of the prompts for teacher and student")
+    answer: Answer = Field(description="form of the answers")
+    techniques: tuple[str, ...] = Field(description="reasoning-technique prompts, usually four")
+    worked: tuple[FewShotExample, ...] = Field(
+        default=(), description="few-shot examples with reasoning, for the teacher"
     )
 
 
 def load_folder(folder: Path, *, techniques_required: bool = True) -> Task:
-    """Load the task in `folder`; a teacher that is to propose techniques takes it without them.
+    """Load the task in `folder`; it may lack techniques if a teacher is going to propose them.
 
     Raises:
-        InputError: the first thing that is wrong with it, with file and line.
+        InputError: its first problem, with file and line.
     """
     task, problems = read_folder(folder, techniques_required=techniques_required)
-    refuse(problems, str(folder))
+    raise_first(problems, str(folder))
     assert task is not None  # without problems there is a task
     return task
 
 
 def read_folder(folder: Path, *, techniques_required: bool = True) -> tuple[Task | None, list[Problem]]:
-    """Return the task in `folder` if it is sound, and everything that is wrong with it."""
+    """Return the task in `folder` if it is valid, and all its problems."""
     file, problems = _read_task_file(folder / "task.toml")
     if file is None:
         return None, problems
@@ -186,14 +187,14 @@ def read_folder(folder: Path, *, techniques_required: bool = True) -> tuple[Task
         if not bad:
             problems += check_sizes(split, len(splits[split]), f"{split}.jsonl")
     problems += _overlaps(splits)
-    problems += _check_worked(file, splits)
+    problems += _check_few_shot(file, splits)
     if problems:
         return None, problems
     examples = {split: tuple(row.example for row in rows) for split, rows in splits.items()}
 
     def read_test() -> tuple[Example, ...]:
         rows, bad = read_rows(folder / "test.jsonl", file.answer)
-        refuse(bad, str(folder))
+        raise_first(bad, str(folder))
         return tuple(row.example for row in rows)
 
     task = Task(
@@ -213,17 +214,17 @@ def read_folder(folder: Path, *, techniques_required: bool = True) -> tuple[Task
 
 
 def check_sizes(split: str, n_rows: int, where: str) -> list[Problem]:
-    """Return a problem if a split is too small to be of use."""
+    """Return a problem if a split is too small."""
     needed = MIN_ROWS[split]
     if n_rows >= needed:
         return []
     rows = "row" if n_rows == 1 else "rows"
-    return [Problem(where, f"{n_rows} {rows}, at least {needed} are needed: {_WHAT_FOR[split]}")]
+    return [Problem(where, f"{n_rows} {rows}, at least {needed} are needed: {_PURPOSE[split]}")]
 
 
 def _read_task_file(path: Path) -> tuple[TaskFile | None, list[Problem]]:
     if not path.is_file():
-        hint = "A task folder holds task.toml and three splits; `arte-edge tasks new DIR` starts one."
+        hint = "A task folder contains task.toml and three splits; `arte-edge tasks new DIR` creates one."
         return None, [Problem(path.name, f"this file is missing in {path.parent}", hint)]
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -240,15 +241,15 @@ def _read_task_file(path: Path) -> tuple[TaskFile | None, list[Problem]]:
 
 
 def _check_techniques(techniques: tuple[str, ...]) -> list[Problem]:
-    # Rationales are compared with each other, so one technique is as good as none.
+    # Rationales are compared with each other, so at least two are necessary.
     if len(techniques) >= 2 and all(technique.strip() for technique in techniques):
         return []
     hint = "Write four, or let a teacher propose them: `arte-edge tasks new DIR --teacher MODEL`."
     return [Problem("task.toml: techniques", "at least two prompts are needed, none of them empty", hint)]
 
 
-def _check_worked(file: TaskFile, splits: dict[str, list[Row]]) -> list[Problem]:
-    """Return what is wrong with the worked examples: no answer of the task, or a row to be kept unseen."""
+def _check_few_shot(file: TaskFile, splits: dict[str, list[Row]]) -> list[Problem]:
+    """Return the problems of few-shot examples: not an answer of the task, or in a split that must stay unseen."""
     problems: list[Problem] = []
     hidden = {row.example.key: row.where for split in SPLITS[1:] for row in splits[split]}
     for number, worked in enumerate(file.worked, 1):
@@ -260,18 +261,18 @@ def _check_worked(file: TaskFile, splits: dict[str, list[Row]]) -> list[Problem]
             problems.append(Problem(where, "reasoning is empty", "One to three short sentences."))
         if row := hidden.get(Example(worked.input, worked.target).key):
             problems.append(
-                Problem(where, f"the same input as {row}", "The teacher must not see it: take a seed.")
+                Problem(where, f"the same input as {row}", "The teacher must not see it: use a seed example.")
             )
     return problems
 
 
 def _overlaps(splits: dict[str, list[Row]]) -> list[Problem]:
-    """Return the rows whose input stands in an earlier split too, told by content and not by bytes."""
+    """Return the rows whose input is in an earlier split too, compared by `content_key`."""
     problems: list[Problem] = []
     seen: dict[str, Row] = {}
     for rows in splits.values():
         for row in rows:
             if (first := seen.setdefault(row.example.key, row)) is not row:
-                hint = "Splits must not overlap, or the figures lie: keep it in one of them."
+                hint = "Splits must not overlap, or the results are wrong: keep it in one of them."
                 problems.append(Problem(row.where, f"the same input as {first.where}", hint))
     return problems

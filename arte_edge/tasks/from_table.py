@@ -1,12 +1,10 @@
-"""Makes a task of a labelled table: clean it, infer the answer kind, split it.
+"""Make a task from a labelled table: clean it, infer the answer kind, split it.
 
-Tables come from the world, so a few bad rows are dropped and the task's `notes` say which and why;
-many bad rows are an error, because then the columns or the answer kind are wrong and not the rows.
+A few bad rows are dropped and listed in the task's `notes`; many are an error, because then the columns or the
+answer kind are wrong.
 
-The split of a row is decided by a hash of its input and the split's seed, not by a random generator
-and not by the order of the file: it is the same in every Python version and survives a re-ordered
-download. Closed answer sets keep their proportions in each split, so that a small test split is not
-lopsided by chance.
+A hash of its input and the split seed determines the split of a row: independent of the Python version and of
+the order of the file. Splits of closed answer sets are stratified.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from pathlib import Path
 from arte_edge.errors import InputError
 from arte_edge.tasks.folder import check_target
 from arte_edge.tasks.normalize import canonical_number, fold_label
-from arte_edge.tasks.task import SPLITS, Answer, Example, Task, WorkedExample, content_key, rows_sha256
+from arte_edge.tasks.task import SPLITS, Answer, Example, FewShotExample, Task, content_key, rows_sha256
 from arte_edge.tasks.validation import Problem
 
 __all__ = [
@@ -36,8 +34,7 @@ __all__ = [
     "task_from_table",
 ]
 
-# Published sets have a few broken rows (a film title with a comma became two options);
-# they must not turn a multiple-choice task into free text.
+# Published data sets have a few broken rows, which must not turn a multiple-choice task into free text.
 _ALMOST_ALL = 0.95
 _MAX_LABELS = 12
 _MIN_ROWS_A_LABEL = 5
@@ -47,9 +44,8 @@ _LETTER = re.compile(r"\([A-Z]\)")
 def infer_answer(targets: Sequence[str]) -> Answer:
     """Return the answer kind of `targets`.
 
-    Letters like ``(A)`` make a choice of letters; True and False a boolean; numbers a number; at
-    most 12 labels that each occur five times on average a closed set, in alphabetical order;
-    anything else is text.
+    Letters like ``(A)`` are a choice of letters; True and False a boolean; numbers a number; at most 12 labels
+    that occur five times on average a closed set, in alphabetical order; anything else is text.
     """
     if not targets:
         return Answer(kind="text")
@@ -71,12 +67,12 @@ def infer_answer(targets: Sequence[str]) -> Answer:
     return Answer(kind="text")
 
 
-# Below this the validation split falls under the 20 rows that everything later needs.
+# With fewer rows the validation split has less than the 20 that later stages need.
 MIN_TABLE = 50
 
 
 def split_sizes(n_rows: int) -> dict[str, int]:
-    """Return rows a split: 40 seeds and up to 100 for validation; a smaller table is shared 28 : 42 : 30.
+    """Return rows per split: 40 seed and up to 100 validation; smaller tables are split 28 : 42 : 30.
 
     Raises:
         InputError: fewer than `MIN_TABLE` rows.
@@ -84,7 +80,7 @@ def split_sizes(n_rows: int) -> dict[str, int]:
     if n_rows < MIN_TABLE:
         raise InputError(
             f"{n_rows} usable rows cannot be split: at least {MIN_TABLE} are needed",
-            "That is 14 to show the teacher, 20 to choose by and the rest to test on.",
+            "That is 14 for the teacher, 20 for validation and the rest for the test.",
         )
     n_seed = min(40, n_rows * 28 // 100)
     n_validation = min(100, max(20, n_rows * 42 // 100))
@@ -94,13 +90,13 @@ def split_sizes(n_rows: int) -> dict[str, int]:
 def split_examples(
     examples: Sequence[Example], answer: Answer, split_seed: int, max_rows: int | None = None
 ) -> dict[str, tuple[Example, ...]]:
-    """Split `examples`, which must be distinct, by `split_seed`; `max_rows` takes that many of them first."""
+    """Split up to `max_rows` of the distinct `examples` by `split_seed`."""
 
     def rank(example: Example) -> str:
         return hashlib.sha256(f"{split_seed}:{example.key}".encode()).hexdigest()
 
-    # Within a split by another hash than the one that cut it: at the edges of a cut one answer
-    # has more of the lowest ranks than the others, and stages take the first n rows of a split.
+    # Order within a split by another hash: at the border of a split one answer has more of the lowest ranks,
+    # and stages use the first n rows of a split.
     def place(example: Example) -> str:
         return hashlib.sha256(f"{split_seed}:place:{example.key}".encode()).hexdigest()
 
@@ -117,7 +113,7 @@ def split_examples(
 
 
 def _interleave(ordered: Sequence[Example], split_seed: int) -> list[Example]:
-    """Spread each answer evenly over the sequence, so that any stretch has the proportions of the whole."""
+    """Spread each answer evenly over the sequence, so that any part has the proportions of the whole."""
     by_target: dict[str, list[Example]] = defaultdict(list)
     for example in ordered:
         by_target[example.target].append(example)
@@ -134,7 +130,7 @@ _MAX_BAD_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Record:
-    """An input and its target as found at `where`, not yet checked."""
+    """An input and its target, read from `where`, not checked yet."""
 
     where: str
     input: str
@@ -156,11 +152,11 @@ def task_from_table(
     answer: Answer | None = None,
     description: str = "",
     techniques: tuple[str, ...] = (),
-    worked: tuple[WorkedExample, ...] = (),
+    worked: tuple[FewShotExample, ...] = (),
 ) -> Task:
-    """Return a task of `records`; what is not given is inferred or filled with general prompts.
+    """Return a task made from `records`; missing parts are inferred, or general prompts.
 
-    A worked example that stands in a split to be kept unseen is left out, with a note.
+    Few-shot examples that are in the validation or test split are left out, with a note.
 
     Raises:
         InputError: too few rows, or more than one in twenty does not fit the answer kind.
@@ -172,7 +168,7 @@ def task_from_table(
     hidden = {example.key for split in SPLITS[1:] for example in splits[split]}
     shown = tuple(example for example in worked if content_key(example.input) not in hidden)
     if len(shown) < len(worked):
-        notes.append(f"left out {len(worked) - len(shown)} worked examples that stand in a hidden split")
+        notes.append(f"left out {len(worked) - len(shown)} few-shot examples of the validation or test split")
     generic = prose("generic")
     kind = "label" if answer.choices else answer.kind
     return Task(
@@ -199,10 +195,10 @@ def _strings(value: object) -> tuple[str, ...]:
 def clean(records: Sequence[Record], answer: Answer) -> tuple[list[Example], list[str]]:
     """Return the usable rows of `records`, each input once, and notes on what was dropped.
 
-    An input that occurs with two different targets is dropped altogether: nobody can say which is right.
+    An input with two different targets is dropped.
     """
     good: dict[str, Example] = {}
-    disputed: set[str] = set()
+    ambiguous: set[str] = set()
     n_repeated = 0
     bad: list[Problem] = []
     for record in records:
@@ -214,17 +210,17 @@ def clean(records: Sequence[Record], answer: Answer) -> tuple[list[Example], lis
         if key in good:
             n_repeated += 1
             if good[key].target != checked:
-                disputed.add(key)
+                ambiguous.add(key)
         else:
             good[key] = Example(record.input, checked)
     if len(bad) > _MAX_BAD_SHARE * len(records):
         message = (
             f"{len(bad)} of {len(records)} rows do not fit the answer kind '{answer.kind}'; first: {bad[0]}"
         )
-        raise InputError(message, "Check which columns hold input and target.")
+        raise InputError(message, "Check which columns contain input and target.")
     notes = [f"dropped {problem}" for problem in bad]
     if n_repeated:
         notes.append(f"dropped {n_repeated} repeated rows")
-    if disputed:
-        notes.append(f"dropped {len(disputed)} inputs that occur with two different targets")
-    return [example for key, example in good.items() if key not in disputed], notes
+    if ambiguous:
+        notes.append(f"dropped {len(ambiguous)} inputs with two different targets")
+    return [example for key, example in good.items() if key not in ambiguous], notes

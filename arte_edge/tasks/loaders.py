@@ -1,23 +1,23 @@
-"""Loads a task from a reference, whatever kind of reference it is.
+"""Load a task from any kind of reference.
 
 =========================  ==================================================
-reference                  what it is
+reference                  meaning
 =========================  ==================================================
 ``home_intents``           a shipped task
 ``./my_task``              a task folder
-``data.jsonl?input=q``     a labelled file, split by us
+``data.jsonl?input=q``     a labelled file, split here
 ``hub:org/name?split=…``   a dataset of the Hub, or ``hub:./folder``
 ``bbh/navigate.json``      a task in the layout of BIG-Bench Hard
 ``navigate``, with `bbh`   the same, from the folder `bbh`
 =========================  ==================================================
 
-Options follow a question mark, as in an address. A table that we split takes ``seed`` (of the
-split, 0) and ``rows`` (how many of them); a labelled file and a Hub dataset take ``input`` and
-``target`` (column names); a Hub dataset ``config``, ``split`` and ``revision``.
+Options follow a question mark, as in a URL. Tables without splits have ``seed`` (of the split, 0) and ``rows``
+(maximum); labelled files and Hub datasets ``input`` and ``target`` (column names); Hub datasets ``config``,
+``split`` and ``revision``.
 
-BIG-Bench Hard's files hold neither splits nor a description: the split is seeded, and our own
-description (``prose/bbh.toml``) tells the teacher what the task is. Its technique prompts follow
-the four groups of the ARTE paper: logic, commonsense, mathematics, knowledge.
+BIG-Bench Hard's files have no splits and no description: the split is seeded, and description and technique
+prompts come from ``prose/bbh.toml``, in the four groups of the ARTE paper: logic, commonsense, mathematics,
+knowledge.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from arte_edge.errors import ArteError, InputError, nearest
 from arte_edge.extras import need
 from arte_edge.tasks.folder import load_folder, parse_jsonl
 from arte_edge.tasks.from_table import Record, prose, task_from_table
-from arte_edge.tasks.task import Task, WorkedExample
-from arte_edge.tasks.validation import refuse
+from arte_edge.tasks.task import FewShotExample, Task
+from arte_edge.tasks.validation import raise_first
 
 __all__ = ["bbh_names", "find_folder", "hub_records", "jsonl_records", "load_bbh", "load_task", "task_name"]
 
-# What `Dataset.save_to_disk` leaves behind, as opposed to a folder of data files.
+# Written by `Dataset.save_to_disk`; not in a folder of data files.
 _SAVED_DATASET = ("dataset_dict.json", "state.json")
 
 
 def task_name(ref: str) -> str:
-    """Return a task name made of the last part of `ref`: ``data/My Set.jsonl`` gives ``my_set``."""
+    """Return a task name from the last part of `ref`: ``data/My Set.jsonl`` gives ``my_set``."""
     last = ref.rstrip("/").rsplit("/", 1)[-1].removesuffix(".jsonl")
     return re.sub(r"[^a-z0-9]+", "_", last.lower()).strip("_") or "task"
 
@@ -54,12 +54,14 @@ def jsonl_records(path: Path, input_column: str = "input", target_column: str = 
     """Read `path`, one JSON object a line.
 
     Raises:
-        InputError: no such file, a line that is not JSON, or a column that is not there.
+        InputError: no such file, a line that is not JSON, or a missing column.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file", "A JSON object a line, with an input and a target column.")
+        raise InputError(
+            f"{path}: no such file", "One JSON object a line, with an input and a target column."
+        )
     values, problems = parse_jsonl(path)
-    refuse(problems, str(path))
+    raise_first(problems, str(path))
     return list(_records(values, input_column, target_column))
 
 
@@ -79,7 +81,7 @@ def hub_records(
         ArteError: the `datasets` library is missing, or the Hub cannot be reached.
     """
     if find_spec("datasets") is None:
-        need("train", "Loading a dataset of the Hub")
+        need("train", "Loading a Hub dataset")
     import datasets
 
     try:
@@ -89,13 +91,13 @@ def hub_records(
         else:
             data = datasets.load_dataset(name, config, split=split, revision=revision)
     except (FileNotFoundError, ValueError, KeyError) as error:
-        known = f"hub:{name}: the dataset, its configuration or its split '{split}' is not there"
+        known = f"hub:{name}: the dataset, its configuration or its split '{split}' does not exist"
         raise InputError(
             f"{known} ({_first_line(error)})", "Options: hub:org/name?config=…&split=…."
         ) from error
     except OSError as error:
         raise ArteError(
-            f"hub:{name} cannot be reached ({_first_line(error)})", "Try again when online."
+            f"hub:{name} cannot be reached ({_first_line(error)})", "Try again with network access."
         ) from error
     names = {key: f.int2str for key, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
     values = ((f"hub:{name}[{split}]:{index}", row) for index, row in enumerate(data))
@@ -112,7 +114,7 @@ def _records(
     target_column: str,
     label_names: Mapping[str, Any] | None = None,
 ) -> Iterable[Record]:
-    """Yield the two columns of each row as text; class labels that are numbers get their names."""
+    """Yield the two columns of each row as text, class labels by name."""
     names = label_names or {}
     for where, row in values:
         cells = []
@@ -122,7 +124,7 @@ def _records(
                 raise InputError(f"{where}: no column '{column}'", hint)
             cell = names[column](row[column]) if column in names else row[column]
             if not isinstance(cell, str | int | float) or not str(cell).strip():
-                raise InputError(f"{where}: column '{column}' holds {cell!r}, not a text or a number")
+                raise InputError(f"{where}: column '{column}' is {cell!r}, not a text or a number")
             cells.append(str(cell))
         yield Record(where, cells[0], cells[1])
 
@@ -135,7 +137,7 @@ def bbh_names(folder: Path) -> list[str]:
     """
     names = sorted(path.stem for path in folder.glob("*.json"))
     if not names:
-        what = "has no JSON files" if folder.is_dir() else "is no folder"
+        what = "has no JSON files" if folder.is_dir() else "is not a folder"
         raise InputError(f"{folder} {what}", "--bbh takes a folder of BIG-Bench Hard's <task>.json files.")
     return names
 
@@ -144,7 +146,7 @@ def load_bbh(folder: Path, name: str, *, split_seed: int = 0, max_rows: int | No
     """Load the task `name` from `folder`, split by `split_seed`.
 
     Raises:
-        InputError: no such folder or task, or a file that is not in the layout.
+        InputError: no such folder or task, or a file in another layout.
     """
     path = folder / f"{name}.json"
     if not path.is_file():
@@ -161,7 +163,7 @@ def load_bbh(folder: Path, name: str, *, split_seed: int = 0, max_rows: int | No
         max_rows=max_rows,
         description=str(extra.get("description", "")),
         techniques=tuple(str(item) for item in group) if isinstance(group, list) else (),
-        worked=tuple(WorkedExample.model_validate(item) for item in worked)
+        worked=tuple(FewShotExample.model_validate(item) for item in worked)
         if isinstance(worked, list)
         else (),
     )
@@ -179,42 +181,42 @@ def _read(path: Path) -> list[Record]:
         raise InputError(f"{path}: not in the layout of BIG-Bench Hard ({error!r})", hint) from error
 
 
-_SPLITTING = ("seed", "rows")
-_COLUMNS = (*_SPLITTING, "input", "target")
+_SPLIT_OPTIONS = ("seed", "rows")
+_COLUMNS = (*_SPLIT_OPTIONS, "input", "target")
 _HUB = (*_COLUMNS, "config", "split", "revision")
 
 
-class _How(TypedDict, total=False):
-    """The options that say how a table is split."""
+class _Split(TypedDict, total=False):
+    """How to split a table."""
 
     split_seed: int
     max_rows: int
 
 
 def load_task(ref: str, *, bbh: Path | None = None) -> Task:
-    """Load the task that `ref` names; with `bbh`, from that folder of BIG-Bench Hard files.
+    """Load the task `ref`; with `bbh`, from that folder of BIG-Bench Hard files.
 
     Raises:
-        InputError: there is no such task, or something in it is wrong; the message says where.
+        InputError: no such task, or a problem in it; the message says where.
     """
     name, options = _parse(ref)
     if bbh is not None:
-        return load_bbh(bbh, name, **_splitting(ref, options, _SPLITTING))
+        return load_bbh(bbh, name, **_split(ref, options, _SPLIT_OPTIONS))
     if name.startswith("hub:"):
         return _load_hub(ref, name.removeprefix("hub:"), options)
     if name.endswith(".jsonl"):
-        how = _splitting(ref, options, _COLUMNS)
+        split = _split(ref, options, _COLUMNS)
         records = jsonl_records(Path(name).expanduser(), **_columns(options))
-        return task_from_table(task_name(name), records, **how)
+        return task_from_table(task_name(name), records, **split)
     if name.endswith(".json"):
         path = Path(name).expanduser()
-        return load_bbh(path.parent, path.stem, **_splitting(ref, options, _SPLITTING))
-    _splitting(ref, options, ())
+        return load_bbh(path.parent, path.stem, **_split(ref, options, _SPLIT_OPTIONS))
+    _split(ref, options, ())
     return load_folder(_folder(name))
 
 
 def find_folder(ref: str) -> Path | None:
-    """Return the task folder that `ref` names, or None if it is a table that we split ourselves.
+    """Return the task folder `ref`, or None if it is a table without splits.
 
     Raises:
         InputError: no shipped task has this name, or there is no such folder.
@@ -224,7 +226,7 @@ def find_folder(ref: str) -> Path | None:
 
 
 def _load_hub(ref: str, name: str, options: dict[str, str]) -> Task:
-    how = _splitting(ref, options, _HUB)
+    split = _split(ref, options, _HUB)
     records = hub_records(
         name,
         **_columns(options),
@@ -232,12 +234,12 @@ def _load_hub(ref: str, name: str, options: dict[str, str]) -> Task:
         config=options.get("config"),
         revision=options.get("revision"),
     )
-    return task_from_table(task_name(name), records, **how)
+    return task_from_table(task_name(name), records, **split)
 
 
 def _folder(name: str) -> Path:
     if name not in catalog.names("tasks") and Path(name, "task.toml").is_file():
-        return Path(name)  # a folder beside us, named without ./
+        return Path(name)  # a folder in the working directory, given without ./
     path = catalog.find("tasks", name)
     return path.parent if path.name == "task.toml" else path
 
@@ -253,21 +255,21 @@ def _columns(options: dict[str, str]) -> dict[str, str]:
     return {f"{key}_column": options[key] for key in ("input", "target") if key in options}
 
 
-def _splitting(ref: str, options: dict[str, str], known: tuple[str, ...]) -> _How:
-    """Check that `options` are `known` and return those that say how to split."""
+def _split(ref: str, options: dict[str, str], known: tuple[str, ...]) -> _Split:
+    """Check that `options` are `known`; return those about splitting."""
     for key in options:
         if key not in known:
-            hint = nearest(key, known) or "A task folder has its own splits: it takes no options."
+            hint = nearest(key, known) or "A task folder has its own splits and no options."
             raise InputError(f"{ref}: unknown option '{key}'", hint)
-    how: _How = {}
+    found: _Split = {}
     if "seed" in options:
-        how["split_seed"] = _whole(ref, "seed", options["seed"])
+        found["split_seed"] = _integer(ref, "seed", options["seed"])
     if "rows" in options:
-        how["max_rows"] = _whole(ref, "rows", options["rows"])
-    return how
+        found["max_rows"] = _integer(ref, "rows", options["rows"])
+    return found
 
 
-def _whole(ref: str, key: str, value: str) -> int:
+def _integer(ref: str, key: str, value: str) -> int:
     if not (value.isascii() and value.isdecimal()):
         raise InputError(f"{ref}: {key} must be a whole number, not '{value}'", f"For example {key}=1.")
     return int(value)

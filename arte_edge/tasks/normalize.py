@@ -1,8 +1,7 @@
-"""Normal forms of text and numbers: what two strings may differ in and still be the same answer.
+"""Normal forms of texts, labels and numbers, for comparing answers and the choices of a task.
 
-Kept apart from the answer kinds, because the same forms decide whether two choices of a task are
-distinct. Numbers are read strictly: a text that states two different numbers ("2 + 3 = 5", "3,5",
-"twenty-one") has no readable answer, because guessing which one was meant would score luck.
+Numbers are parsed strictly: a text with two different numbers ("2 + 3 = 5", "3,5", "twenty-one") has no
+answer, because guessing would count luck as skill.
 """
 
 from __future__ import annotations
@@ -22,25 +21,24 @@ _NOT_WORD = re.compile(r"[\W_]+")
 
 
 def tidy_text(text: str) -> str:
-    """Return `text` in NFKC, blanks collapsed, quotes and punctuation at its edges removed; case kept."""
+    """Return `text` in NFKC with collapsed blanks and without quotes and punctuation at its ends."""
     tidy = _SPACE.sub(" ", unicodedata.normalize("NFKC", text))
     return tidy.strip(_EDGE)
 
 
 def fold_text(text: str) -> str:
-    """Return the form in which free texts are compared.
+    """Return the form in which free texts are compared: `tidy_text`, case folded, no blanks at brackets and commas.
 
-    As `tidy_text`, with case folded and no blanks beside brackets and commas, so that
-    ``set_heat( Bedroom,21 )`` and ``set_heat(bedroom, 21)`` are one answer.
+    ``set_heat( Bedroom,21 )`` and ``set_heat(bedroom, 21)`` are equal.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return _SPACE_AT_BRACKET.sub(r"\1", tidy_text(folded))
 
 
 def fold_label(text: str) -> str:
-    """Return the form in which fixed labels are compared: letters and digits, case folded, one blank between.
+    """Return the form in which fixed labels are compared: words of letters and digits, case folded.
 
-    ``Light on``, ``light_on`` and ``"light-on".`` are one label.
+    ``Light on``, ``light_on`` and ``"light-on".`` are equal.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return _NOT_WORD.sub(" ", folded).strip()
@@ -52,13 +50,13 @@ WORDS = (
     *("nineteen", "twenty"),
 )
 _WORD = re.compile(rf"\b(minus |negative )?({'|'.join(WORDS)})\b")
-# Beside one of these a number word or a figure means something else than it says.
+# With one of these words, a number has another value.
 _SCALE = re.compile(
     r"\b(thirty|forty|fifty|sixty|seventy|eighty|ninety|hundreds?|thousands?|millions?|billions?|dozens?"
     r"|half|halves|thirds?|quarters?)\b"
 )
-# A sign counts only where nothing stands before it that could be subtracted from; digits inside
-# a word ("m2", "v2") are no number; `tail` is what is glued to a unit ("2x3") and spoils it.
+# A minus after a word or bracket is not a sign; digits inside a word ("m2", "v2") are not a number; a `tail`
+# after a unit ("2x3") makes the text ambiguous.
 _FIGURE = re.compile(
     r"(?P<sign>(?<![^\W_])(?<!\))-\s?[$€£¥]?\s?|\b(?:minus|negative) )?(?<![^\W_])(?<![.,])"
     r"(?P<digits>\.?\d[\d.,]*)(?:e(?P<exponent>[+-]?\d{1,2})(?!\w))?(?:[^\W\d_]*)(?P<tail>\w*)"
@@ -68,10 +66,10 @@ _MINUS_SIGNS = str.maketrans(dict.fromkeys("‐‑‒–—−", "-"))
 
 
 def canonical_number(text: str) -> str | None:
-    """Return the number that `text` states, plain (``-1234.5``), or None if it states none or several.
+    """Return the number in `text` as ``-1234.5``, None if there is none or several.
 
-    Thousands commas, a unit, a currency sign, a trailing dot and number words up to twenty are
-    read; the same number written twice ("5 (five)") is one number.
+    Thousands commas, units, currency signs, a trailing dot and number words up to twenty are accepted; the same
+    number written twice ("5 (five)") is one number.
     """
     folded = " ".join(unicodedata.normalize("NFKC", text).translate(_MINUS_SIGNS).casefold().split())
     if _SCALE.search(folded):

@@ -1,14 +1,10 @@
-"""Writes task folders: a skeleton, a labelled table, the shipped tasks' data, proposed techniques.
+"""Write task folders: a skeleton with explaining comments, a labelled table, the data of the shipped tasks.
 
-The comments that a person needs while filling a skeleton in are written into the file itself.
+``python -m arte_edge.tasks.scaffold [NAME ...]`` writes the data of the shipped tasks; a test compares the
+files in the repository with its output byte by byte.
 
-``python -m arte_edge.tasks.scaffold [NAME ...]`` writes the data of the shipped tasks; a test compares
-the files in the repository with its output byte by byte. Their descriptions and technique prompts are
-prose, written by hand in each ``task.toml``.
-
-The ARTE paper writes technique prompts by hand for each task, which is its stated limit. A teacher that
-sees the description and a few seeds writes usable ones, if the format is started for it and unusable
-ones are discarded and generated again.
+`propose_techniques`: in the ARTE paper technique prompts are written by hand for each task. A teacher with the
+description and a few seeds writes usable ones if its answer is prefilled and unusable ones are regenerated.
 """
 
 from __future__ import annotations
@@ -34,7 +30,7 @@ from arte_edge.tasks.task import SPLITS, Answer, Example, Task
 __all__ = [
     "GENERATORS",
     "N_TECHNIQUES",
-    "check_vacant",
+    "check_empty",
     "parse_techniques",
     "propose_techniques",
     "set_techniques",
@@ -59,7 +55,7 @@ Then: arte-edge tasks check DIR"""
 
 
 def write_skeleton(folder: Path, name: str, description: str = "") -> None:
-    """Write a task folder to fill in; `arte-edge tasks check` says what is still to be done.
+    """Write a task folder to fill in; `arte-edge tasks check` lists what is missing.
 
     Raises:
         InputError: `folder` exists and is not empty.
@@ -68,7 +64,7 @@ def write_skeleton(folder: Path, name: str, description: str = "") -> None:
 
 
 def write_task(folder: Path, task: Task) -> None:
-    """Write `task`, as made of a labelled table, as a task folder: its splits are then fixed files.
+    """Write `task`, made from a labelled table, as a task folder with fixed splits.
 
     Raises:
         InputError: `folder` exists and is not empty.
@@ -77,14 +73,10 @@ def write_task(folder: Path, task: Task) -> None:
     _write(folder, task.name, task.description, task.answer, task.techniques, splits)
 
 
-def check_vacant(folder: Path) -> None:
-    """Raise unless `folder` can be written without touching anything that is there.
-
-    Raises:
-        InputError: it exists and is not an empty folder.
-    """
+def check_empty(folder: Path) -> None:
+    """Raise `InputError` if `folder` exists and is not an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists already", "Name a new folder; nothing is ever overwritten.")
+        raise InputError(f"{folder} exists already", "Choose a new folder; nothing is overwritten.")
 
 
 def _write(
@@ -95,7 +87,7 @@ def _write(
     techniques: Sequence[str],
     splits: dict[str, tuple[Example, ...]],
 ) -> None:
-    check_vacant(folder)
+    check_empty(folder)
     document = tomlkit.document()
     _comment(document, _ABOUT_SPLITS)
     document.add(tomlkit.nl())
@@ -120,7 +112,7 @@ def _write(
 
 
 def set_techniques(folder: Path, techniques: Sequence[str]) -> None:
-    """Replace the technique prompts of the task in `folder`; comments and other keys stay as they are."""
+    """Replace the technique prompts of the task in `folder`; comments and other keys are unchanged."""
     path = folder / "task.toml"
     document = tomlkit.parse(path.read_text(encoding="utf-8"))
     document["techniques"] = _array(techniques)
@@ -159,7 +151,7 @@ def write_data(name: str, folder: Path) -> None:
 
 
 def main(names: list[str]) -> int:
-    """Write the data of `names`, or of every shipped task."""
+    """Write the data of the tasks `names`, default all shipped ones."""
     if unknown := set(names) - set(GENERATORS):
         print(f"no generator for {', '.join(sorted(unknown))}; known: {', '.join(GENERATORS)}")
         return 2
@@ -173,11 +165,11 @@ N_TECHNIQUES = 4
 _MAX_CALLS = 8
 _N_SEEDS = 3
 _CHARACTERS = (30, 600)
-_TOO_ALIKE = 0.8
+_MAX_SIMILARITY = 0.8
 _START = "<Technique_1>"
 _TAGGED = re.compile(r"<Technique_(\d+)>(.*?)</Technique_\1>", re.DOTALL)
 _BRIEF = "Use one to three short sentences."
-_ASK = """\
+_PROMPT = """\
 Here is a task and some of its examples.
 
 Task: {description}
@@ -188,12 +180,12 @@ Write four different instructions for a person who has to solve this task, one f
 going step by step, recalling the rule, eliminating wrong answers, restating the input. \
 Each is one or two sentences, fits this task and holds for every input. \
 Do not solve or mention an example."""
-# A small model that has not seen such an answer solves the examples instead of writing instructions.
-_SHOWN_ASK = _ASK.format(
+# Without a one-shot example, a small model solves the examples instead of writing instructions.
+_EXAMPLE_PROMPT = _PROMPT.format(
     description="Sort a list of words in alphabetical order. The answer is the sorted words.",
     examples="Input: plum, apple, pear\nAnswer: apple, pear, plum",
 )
-_SHOWN = (
+_EXAMPLE_TECHNIQUES = (
     "Go through the alphabet from the first letter on and write down each word when its letter comes.",
     "Recall that words with the same first letter are ordered by the next one, then compare word by word.",
     "Cross out every word that cannot come next because another one comes before it, and repeat.",
@@ -202,36 +194,36 @@ _SHOWN = (
 
 
 def propose_techniques(engine: Engine, task_description: str, seeds: Sequence[Example]) -> tuple[str, ...]:
-    """Return four technique prompts that `engine` writes for a task, none of them like another.
+    """Return four different technique prompts that `engine` writes for a task.
 
-    Asks up to eight times, each time with the next three seeds, and keeps what is usable.
+    Up to eight calls, each with the next three seeds.
 
     Raises:
-        ArteError: the calls failed, or fewer than four usable prompts came of them.
+        ArteError: the calls failed, or gave fewer than four usable prompts.
     """
-    kept: list[str] = []
+    usable: list[str] = []
     failure = ""
     for call in range(_MAX_CALLS):
         shown = [seeds[(call * _N_SEEDS + i) % len(seeds)] for i in range(min(_N_SEEDS, len(seeds)))]
         examples = "\n\n".join(f"Input: {seed.input}\nAnswer: {seed.target}" for seed in shown)
-        ask = _ASK.format(description=task_description, examples=examples)
+        question = _PROMPT.format(description=task_description, examples=examples)
         messages = [
-            {"role": "user", "content": _SHOWN_ASK},
-            {"role": "assistant", "content": _tagged(_SHOWN)},
-            {"role": "user", "content": ask},
+            {"role": "user", "content": _EXAMPLE_PROMPT},
+            {"role": "assistant", "content": _tagged(_EXAMPLE_TECHNIQUES)},
+            {"role": "user", "content": question},
         ]
         prompt = render(engine, messages, _START)
-        # The first answer is the teacher's best; the others must differ from it.
+        # The first answer is greedy; the others must differ from it.
         sampling = Sampling(temperature=0.8 if call else 0.0, max_tokens=500, stop=("</Technique_4>",))
         completion = engine.complete([Request(prompt, sample=call)], sampling)[0]
         failure = completion.error or failure
-        kept += _new_ones(parse_techniques(completion.text), kept, [seed.input for seed in shown])
-        if len(kept) >= N_TECHNIQUES:
-            return tuple(kept[:N_TECHNIQUES])
+        usable += _usable(parse_techniques(completion.text), usable, [seed.input for seed in shown])
+        if len(usable) >= N_TECHNIQUES:
+            return tuple(usable[:N_TECHNIQUES])
     reason = f" (last error: {failure})" if failure else ""
     raise ArteError(
-        f"The teacher wrote {len(kept)} usable technique prompts, {N_TECHNIQUES} are needed{reason}",
-        "Write them by hand under `techniques` in task.toml, or ask a larger teacher.",
+        f"The teacher wrote {len(usable)} usable technique prompts, {N_TECHNIQUES} are needed{reason}",
+        "Write them by hand under `techniques` in task.toml, or use a larger teacher.",
     )
 
 
@@ -241,25 +233,29 @@ def _tagged(techniques: Sequence[str]) -> str:
 
 
 def parse_techniques(text: str) -> list[str]:
-    """Return the tagged techniques in `text`, which may or may not repeat the tag it was started with."""
+    """Return the tagged techniques in `text`, which may or may not repeat its prefilled tag."""
     started = text if text.lstrip().startswith(_START) else _START + text
     return [" ".join(body.split()) for _, body in _TAGGED.findall(started)]
 
 
-def _new_ones(proposed: Sequence[str], kept: Sequence[str], shown: Sequence[str]) -> list[str]:
-    """Return the proposals that are instructions: of fair length, without tags or examples, not repeated."""
+def _usable(proposed: Sequence[str], earlier: Sequence[str], shown: Sequence[str]) -> list[str]:
+    """Return proposals of fair length, without tags or examples, and not similar to others."""
     new: list[str] = []
     for text in proposed:
         fits = _CHARACTERS[0] <= len(text) <= _CHARACTERS[1] and "<" not in text and "..." not in text
         quotes = any(fold_label(example) in fold_label(text) for example in shown)
-        if fits and not quotes and not any(_alike(text, other) for other in [*_SHOWN, *kept, *new]):
+        if (
+            fits
+            and not quotes
+            and not any(_similar(text, other) for other in [*_EXAMPLE_TECHNIQUES, *earlier, *new])
+        ):
             new.append(text)
     return [text if "sentence" in text.lower() else f"{text} {_BRIEF}" for text in new]
 
 
-def _alike(one: str, other: str) -> bool:
+def _similar(one: str, other: str) -> bool:
     a, b = (fold_label(text.removesuffix(_BRIEF)) for text in (one, other))
-    return SequenceMatcher(None, a, b, autojunk=False).ratio() > _TOO_ALIKE
+    return SequenceMatcher(None, a, b, autojunk=False).ratio() > _MAX_SIMILARITY
 
 
 if __name__ == "__main__":

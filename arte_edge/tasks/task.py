@@ -1,9 +1,7 @@
-"""What a task is: a description, an answer kind, technique prompts and three splits of examples.
+"""A task: a description, an answer kind, technique prompts and three splits of examples.
 
-The test split is deliberately awkward to reach. A `Task` carries the seed and
-validation examples, and of the test examples only the hashes of their inputs, so
-that elicitation can refuse a question that stands in the test split without
-anybody having read it. `Task.load_test` is for the final evaluation alone.
+A `Task` holds the seed and validation examples, but of the test split only hashes of the inputs, so that
+elicitation can reject a test question without reading it. Only the final evaluation calls `Task.load_test`.
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ __all__ = [
     "SPLITS",
     "Answer",
     "Example",
+    "FewShotExample",
     "Kind",
     "Task",
-    "WorkedExample",
     "content_key",
     "listed_letters",
     "rows_sha256",
@@ -39,13 +37,13 @@ Kind = Literal["choice", "boolean", "number", "text"]
 SPLITS = ("seed", "validation", "test")
 BOOLEANS = ("True", "False")
 
-# "(A) circle" at the start of a line, the way BIG-Bench Hard lists its options
+# "(A) circle" at the start of a line, as in BIG-Bench Hard
 _LINE_OPTION = re.compile(r"^[ \t]*\(([A-Z])\)", re.MULTILINE)
 _ANY_OPTION = re.compile(r"\(([A-Z])\)(?=\s|$)")
 
 
 def content_key(text: str) -> str:
-    """Return the sha256 of `text` with whitespace runs made one blank and case folded: its identity."""
+    """Return the sha256 of `text` with collapsed whitespace and folded case: its identity."""
     return hashlib.sha256(" ".join(text.split()).casefold().encode()).hexdigest()
 
 
@@ -59,10 +57,9 @@ def rows_sha256(rows: Iterable[Example]) -> str:
 
 
 def listed_letters(text: str) -> tuple[str, ...]:
-    """Return the option letters that `text` lists, as ``("(A)", "(B)", ...)``; empty if it lists none.
+    """Return the option letters in `text`, as ``("(A)", "(B)", ...)``.
 
-    Options stand at the starts of lines; a text without such lines may list them in running
-    text. A list starts at (A) and goes on without a gap.
+    Options are at the starts of lines; without such lines anywhere in the text. Letters start at (A), without gaps.
     """
     found = _LINE_OPTION.findall(text) or _ANY_OPTION.findall(text)
     letters: list[str] = []
@@ -74,25 +71,26 @@ def listed_letters(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled input of a task; `target` is the right answer in its canonical form."""
+    """One labelled input of a task; `target` is the correct answer in canonical form."""
 
     input: str
     target: str
 
     @cached_property
     def key(self) -> str:
-        """The identity of the input: two examples with one key are the same question."""
+        """The identity of the input: examples with equal keys are the same question."""
         return content_key(self.input)
 
 
 class Answer(BaseModel):
-    """What answers look like. `arte_edge.tasks.answers` says how they are read and compared."""
+    """The form of a task's answers; `arte_edge.tasks.answers` parses and compares them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Kind = Field(description="choice, boolean, number or text")
     choices: tuple[str, ...] = Field(
-        default=(), description="the fixed labels of a closed set; empty with kind choice: letters as listed"
+        default=(),
+        description="fixed labels of a closed set; a choice without labels: letters of options in the input",
     )
 
     @field_validator("choices")
@@ -115,12 +113,12 @@ class Answer(BaseModel):
 
     @property
     def closed(self) -> bool:
-        """True if every answer comes from a set that is known beforehand."""
+        """True if the set of answers is known in advance."""
         return self.kind in ("choice", "boolean")
 
     @property
     def letters(self) -> bool:
-        """True if the answer is the letter of an option that the input lists."""
+        """True if the answer is the letter of an option in the input."""
         return self.kind == "choice" and not self.choices
 
     def options(self, text: str) -> tuple[str, ...]:
@@ -132,17 +130,14 @@ class Answer(BaseModel):
         return self.choices
 
 
-class WorkedExample(BaseModel):
-    """A hand-written example with its reasoning: what a good rationale of this task looks like.
-
-    Shown to the teacher, where teacher.shots asks for it; small teachers need it most.
-    """
+class FewShotExample(BaseModel):
+    """A hand-written example with a good rationale, for the teacher's prompt (``teacher.shots`` of them)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    input: str = Field(description="a question of the task, in no split but seed")
+    input: str = Field(description="a question of the task, not in validation or test")
     reasoning: str = Field(description="one to three short sentences that lead to the answer")
-    target: str = Field(description="the right answer")
+    target: str = Field(description="the correct answer")
 
 
 def _no_test() -> tuple[Example, ...]:
@@ -151,10 +146,10 @@ def _no_test() -> tuple[Example, ...]:
 
 @dataclass(frozen=True)
 class Task:
-    """A task as the rooms use it.
+    """A loaded task.
 
-    `folder` is the task folder, or None where the examples came from elsewhere; then
-    `split_seed` repeats the split. `notes` say what a loader dropped, and why.
+    `folder` is the task folder, or None for other sources; then `split_seed` repeats the split. `notes` list what
+    a loader dropped, and why.
     """
 
     name: str
@@ -163,37 +158,37 @@ class Task:
     techniques: tuple[str, ...]
     seed: tuple[Example, ...]
     validation: tuple[Example, ...]
-    worked: tuple[WorkedExample, ...] = ()
+    worked: tuple[FewShotExample, ...] = ()
     folder: Path | None = None
     split_seed: int | None = None
     notes: tuple[str, ...] = ()
-    # of the test rows only hashes: enough to refuse overlap and to notice a change, not enough to read
+    # Only hashes of the test rows: enough to detect overlap and changes, not enough to read them.
     test_inputs: frozenset[str] = field(default=frozenset(), repr=False)
     test_sha256: str = ""
     test_loader: Callable[[], tuple[Example, ...]] = field(default=_no_test, repr=False, compare=False)
 
     def test_keys(self) -> frozenset[str]:
-        """Return the `Example.key` of every test example, for refusing overlap unseen."""
+        """Return the `Example.key` of every test example, for detecting overlap."""
         return self.test_inputs
 
     def load_test(self) -> tuple[Example, ...]:
-        """Read the test split. The final evaluation alone calls this.
+        """Read the test split. Only the final evaluation calls this.
 
         Raises:
-            InputError: the test file is no longer the one that the task was loaded with.
+            InputError: the test file changed since the task was loaded.
         """
         test = self.test_loader()
         if rows_sha256(test) != self.test_sha256:
             raise InputError(
                 f"The test split of task '{self.name}' changed after the task was loaded",
-                "Load the task again, or start a new run: figures before and after do not compare.",
+                "Load the task again, or start a new run: results before and after are not comparable.",
             )
         return test
 
     @cached_property
     def sha256(self) -> str:
-        """The identity of the task: its words (description to worked examples) and the three splits."""
+        """The identity of the task: its texts (description to few-shot examples) and the three splits."""
         splits = [rows_sha256(self.seed), rows_sha256(self.validation), self.test_sha256]
-        worked = [example.model_dump() for example in self.worked]
-        words = [self.description, self.answer.model_dump(mode="json"), list(self.techniques), worked]
-        return _sha256_json([words, splits])
+        few_shot = [example.model_dump() for example in self.worked]
+        texts = [self.description, self.answer.model_dump(mode="json"), list(self.techniques), few_shot]
+        return _sha256_json([texts, splits])

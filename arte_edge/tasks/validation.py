@@ -1,4 +1,4 @@
-"""Problems of a task, collected so that ten rows can be fixed at once, and warnings about weak data."""
+"""Problems of a task, collected so that they can be fixed at once, and warnings about weak data."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pydantic import BaseModel, ValidationError
 from arte_edge.errors import InputError, nearest
 from arte_edge.tasks.task import Answer, Example, Task
 
-__all__ = ["Problem", "advise", "explain_validation", "refuse"]
+__all__ = ["Problem", "explain_validation", "quality_warnings", "raise_first"]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: `where` is ``file:line`` or ``file: key``; `hint` says what to do."""
+    """A problem at `where`, which is ``file:line`` or ``file: key``; `hint` says how to fix it."""
 
     where: str
     what: str
@@ -27,12 +27,8 @@ class Problem:
         return f"{self.where}: {self.what}"
 
 
-def refuse(problems: Sequence[Problem], ref: str) -> None:
-    """Raise the first of `problems` with its hint, and say how to see the others.
-
-    Raises:
-        InputError: unless there are no problems.
-    """
+def raise_first(problems: Sequence[Problem], ref: str) -> None:
+    """Raise `InputError` for the first of `problems`, if there are any, with the command that lists the others."""
     if not problems:
         return
     first, others = problems[0], len(problems) - 1
@@ -41,7 +37,7 @@ def refuse(problems: Sequence[Problem], ref: str) -> None:
 
 
 def explain_validation(error: ValidationError, model: type[BaseModel], file: str) -> Iterator[Problem]:
-    """Turn each complaint of pydantic about `file` into a problem; an unknown key names its nearest."""
+    """Turn each error of pydantic about `file` into a problem; for an unknown key with the nearest known one."""
     for item in error.errors():
         path = [str(part) for part in item["loc"]]
         key = ".".join(path) or "(the whole file)"
@@ -55,7 +51,7 @@ def explain_validation(error: ValidationError, model: type[BaseModel], file: str
 
 
 def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """Return the keys that `model` knows in the table at `path`; a number in it is a place in a list."""
+    """Return the keys of `model` in the table at `path`; a number in `path` is an index."""
     at: Any = model
     for part in path:
         at = get_args(at)[0] if part.isdecimal() else at.model_fields[part].annotation
@@ -66,25 +62,27 @@ _GOOD_VALIDATION = 60
 _TOO_COMMON = 0.7
 
 
-def advise(task: Task) -> list[str]:
-    """Return remarks on `task`: thin validation, answers that are missing or far too common."""
-    remarks = list(task.notes)
+def quality_warnings(task: Task) -> list[str]:
+    """Return warnings about the data of `task`: few validation rows, answers that are missing or too common."""
+    warnings = list(task.notes)
     if len(task.validation) < _GOOD_VALIDATION:
         n = len(task.validation)
-        remarks.append(f"validation: {n} rows rank questions poorly, {_GOOD_VALIDATION} to 100 are good")
+        warnings.append(f"validation: {n} rows rank questions poorly; {_GOOD_VALIDATION} to 100 are good")
     if task.answer.closed:
         for split, rows in (("seed", task.seed), ("validation", task.validation)):
-            remarks += _about_balance(split, rows, task.answer)
-    return remarks
+            warnings += _balance_warnings(split, rows, task.answer)
+    return warnings
 
 
-def _about_balance(split: str, rows: tuple[Example, ...], answer: Answer) -> list[str]:
+def _balance_warnings(split: str, rows: tuple[Example, ...], answer: Answer) -> list[str]:
     counts = Counter(row.target for row in rows)
-    remarks = []
+    warnings = []
     possible = {option for row in rows for option in answer.options(row.input)}
     if missing := sorted(possible - set(counts)):
-        remarks.append(f"{split}: no example of {', '.join(missing)}")
+        warnings.append(f"{split}: no example of {', '.join(missing)}")
     answer_text, n = counts.most_common(1)[0]
     if n > _TOO_COMMON * len(rows):
-        remarks.append(f"{split}: {n} of {len(rows)} answers are {answer_text}; guessing it looks like skill")
-    return remarks
+        warnings.append(
+            f"{split}: {n} of {len(rows)} answers are {answer_text}; always guessing it looks like skill"
+        )
+    return warnings

@@ -17,7 +17,7 @@ from arte_edge.distill.prompts import (
     teacher_shots,
 )
 from arte_edge.tasks.answers import extract
-from arte_edge.tasks.task import Example, WorkedExample
+from arte_edge.tasks.task import Example, FewShotExample
 
 
 def test_bare_shots_are_spread_over_the_answers(house: Any) -> None:
@@ -31,7 +31,7 @@ def test_bare_shots_are_spread_over_the_answers(house: Any) -> None:
 
 def test_a_teacher_sees_worked_examples_first_and_no_question_twice(house: Any) -> None:
     seed = house.task.seed[1]
-    worked = WorkedExample(input=seed.input, reasoning=" It ends in 1. ", target=seed.target)
+    worked = FewShotExample(input=seed.input, reasoning=" It ends in 1. ", target=seed.target)
     task = replace(house.task, worked=(worked,))
     shots = teacher_shots(task, 3)
     assert shots[0].answer == "It ends in 1. <ans>odd</ans>"

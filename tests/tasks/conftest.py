@@ -1,4 +1,4 @@
-"""Task folders made in code, sound until a test breaks them."""
+"""Task folders made in code, valid until a test breaks them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# On a busy machine one slow example says nothing about the code.
+# On a busy machine single examples may be slow.
 settings.register_profile("tasks", deadline=None)
 settings.load_profile("tasks")
 
@@ -43,7 +43,7 @@ def write_jsonl() -> Callable[[Path, Rows], Path]:
 
 @pytest.fixture
 def parity(tmp_path: Path, write_jsonl: Callable[[Path, Rows], Path]) -> Path:
-    """A sound task folder of 4 seed, 20 validation and 10 test rows."""
+    """A valid task folder of 4 seed, 20 validation and 10 test rows."""
     folder = tmp_path / "parity"
     folder.mkdir()
     (folder / "task.toml").write_text(TASK_TOML, encoding="utf-8")

@@ -68,18 +68,18 @@ def test_an_unknown_task_is_the_users_error_and_names_the_nearest(verb: str, cap
     assert "Did you mean 'home_intents'?" in streams.out + streams.err
 
 
-def test_check_finds_the_shipped_tasks_good(capsys: Capture) -> None:
+def test_the_shipped_tasks_pass_the_check(capsys: Capture) -> None:
     assert main(["tasks", "check"]) == 0
-    assert capsys.readouterr().out.count(": good, 40/100/200 rows") == len(catalog.names("tasks"))
+    assert capsys.readouterr().out.count(": ok, 40/100/200 rows") == len(catalog.names("tasks"))
 
 
 def test_check_lists_every_problem_of_every_task(parity: Path, capsys: Capture) -> None:
     with (parity / "test.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"input": "Is 4 even or odd?", "target": "even"}\n{"input": "x", "target": "evn"}\n')
     assert main(["tasks", "check", str(parity), "home_intents", "--json"]) == 2
-    broken, sound = json.loads(capsys.readouterr().out)
+    broken, valid = json.loads(capsys.readouterr().out)
     assert [problem["where"] for problem in broken["problems"]] == ["test.jsonl:12", "test.jsonl:11"]
-    assert sound["problems"] == []
+    assert valid["problems"] == []
     assert main(["tasks", "check", str(parity)]) == 2
     streams = capsys.readouterr()
     assert "test.jsonl:12: target 'evn' is not one of even, odd" in streams.out
@@ -110,24 +110,15 @@ def test_new_splits_a_labelled_file(tmp_path: Path, write_jsonl: Write, capsys: 
 def test_new_splits_a_dataset(tmp_path: Path, capsys: Capture) -> None:
     datasets = pytest.importorskip("datasets", reason="the datasets library is not installed")
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
-    argv = [
-        "tasks",
-        "new",
-        str(tmp_path / "even"),
-        "--hub",
-        str(tmp_path / "saved"),
-        "--input",
-        "q",
-        "--target",
-        "a",
-    ]
+    argv = ["tasks", "new", str(tmp_path / "even"), "--hub", str(tmp_path / "saved")]
+    argv += ["--input", "q", "--target", "a"]
     written = run_json(capsys, *argv)
     assert written == {"folder": str(tmp_path / "even"), "name": "even", "techniques": []}
     assert load_folder(tmp_path / "even").answer.choices == ("no", "yes")
     assert main([*argv, "--jsonl", "x.jsonl"]) == 2
 
 
-def test_a_teacher_replaces_the_techniques_of_a_task_that_is_there(
+def test_a_teacher_replaces_the_techniques_of_an_existing_task(
     parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     opened: list[str] = []

@@ -1,4 +1,4 @@
-"""Reading task folders: what is sound loads, what is not is named with file and line."""
+"""Reading task folders: valid ones load, problems are reported with file and line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def edit(folder: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
-def test_a_sound_folder_loads(parity: Path) -> None:
+def test_a_valid_folder_loads(parity: Path) -> None:
     task = load_folder(parity)
     assert (task.name, task.folder, task.split_seed) == ("parity", parity, None)
     assert (len(task.seed), len(task.validation), len(task.load_test())) == (4, 20, 10)
@@ -39,7 +39,7 @@ def test_a_sound_folder_loads(parity: Path) -> None:
     assert task.answer.options("") == ("even", "odd")
 
 
-def test_targets_are_brought_to_canonical_form(parity: Path) -> None:
+def test_targets_become_canonical(parity: Path) -> None:
     append(parity, "seed.jsonl", '{"input": "Is 99 even or odd?", "target": " ODD. "}')
     assert load_folder(parity).seed[-1].target == "odd"
 
@@ -48,7 +48,7 @@ def test_targets_are_brought_to_canonical_form(parity: Path) -> None:
     ("line", "where", "hint"),
     [
         ('{"input": "x", "target": "evn"}', "seed.jsonl:5: target 'evn' is not one of even, odd", "'even'"),
-        ('{"input": "x", "target": "even"', "seed.jsonl:5: not JSON", "One object a line"),
+        ('{"input": "x", "target": "even"', "seed.jsonl:5: not JSON", "one object a line"),
         ("[1, 2]", "seed.jsonl:5: not an object", ""),
         ('{"input": "x", "targt": "even"}', "seed.jsonl:5: no 'target'", "It has: input, targt."),
         ('{"input": "x", "target": 4}', "seed.jsonl:5: 'target' must be a string", ""),
@@ -66,20 +66,18 @@ def test_a_bad_row_is_named_by_file_and_line(parity: Path, line: str, where: str
     with pytest.raises(InputError) as caught:
         load_folder(parity)
     assert caught.value.message.startswith(where)
-    assert hint in caught.value.hint
+    assert hint.lower() in caught.value.hint.lower()
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize(("split", "n_before"), [("seed", 4), ("validation", 24)])
-def test_splits_that_overlap_are_refused(parity: Path, split: str, n_before: int) -> None:
+def test_splits_that_overlap_are_rejected(parity: Path, split: str, n_before: int) -> None:
     append(parity, "test.jsonl", f'{{"input": "is {n_before - 1}   even or ODD?", "target": "odd"}}')
     with pytest.raises(InputError, match=rf"test.jsonl:11: the same input as {split}.jsonl:"):
         load_folder(parity)
 
 
-def test_a_validation_set_of_3_rows_is_refused_with_the_number_needed(
-    parity: Path, write_jsonl: Write
-) -> None:
+def test_a_validation_set_of_3_rows_is_rejected(parity: Path, write_jsonl: Write) -> None:
     write_jsonl(parity / "validation.jsonl", [row(4), row(6), row(8)])
     with pytest.raises(InputError, match=r"validation.jsonl: 3 rows, at least 20 are needed"):
         load_folder(parity)
@@ -153,12 +151,12 @@ def test_a_line_separator_inside_a_string_does_not_move_the_line_numbers(parity:
         load_folder(parity)
 
 
-def test_a_teacher_that_proposes_techniques_takes_a_task_without_them(parity: Path) -> None:
+def test_a_task_may_lack_techniques_that_a_teacher_proposes(parity: Path) -> None:
     edit(parity, '["Look at the last digit.", "Halve the number."]', "[]")
     assert load_folder(parity, techniques_required=False).techniques == ()
 
 
-WORKED = """
+FEW_SHOT = """
 [[worked]]
 input = "Is 1 even or odd?"
 reasoning = "Its last digit is odd."
@@ -166,11 +164,11 @@ target = "odd"
 """
 
 
-def test_worked_examples_load_and_are_part_of_the_identity(parity: Path) -> None:
+def test_few_shot_examples_load_and_are_part_of_the_identity(parity: Path) -> None:
     before = load_folder(parity).sha256
-    append(parity, "task.toml", WORKED)
+    append(parity, "task.toml", FEW_SHOT)
     task = load_folder(parity)
-    assert [worked.reasoning for worked in task.worked] == ["Its last digit is odd."]
+    assert [example.reasoning for example in task.worked] == ["Its last digit is odd."]
     assert task.sha256 != before
 
 
@@ -188,10 +186,10 @@ def test_worked_examples_load_and_are_part_of_the_identity(parity: Path) -> None
         ("reasoning =", "resoning =", "task.toml: worked.0.reasoning: this key is missing"),
     ],
 )
-def test_a_worked_example_that_gives_hidden_rows_away_or_is_wrong_is_refused(
+def test_a_few_shot_example_of_another_split_or_with_an_error_is_rejected(
     parity: Path, old: str, new: str, where: str
 ) -> None:
-    append(parity, "task.toml", WORKED.replace(old, new))
+    append(parity, "task.toml", FEW_SHOT.replace(old, new))
     with pytest.raises(InputError) as caught:
         load_folder(parity)
     assert caught.value.message == where

@@ -1,4 +1,4 @@
-"""A task made of a labelled table: answer kind, split, dropped rows."""
+"""A task made from a labelled table: answer kind, split, dropped rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_kind_follows_from_the_targets(targets: list[str], answer: Answer) -
     assert infer_answer(targets) == answer
 
 
-def test_one_broken_row_in_ten_makes_no_choice_of_letters() -> None:
+def test_one_broken_row_in_ten_is_not_a_choice_of_letters() -> None:
     assert infer_answer(["(A)"] * 9 + ["Paris"]).choices != ()
 
 
@@ -56,7 +56,7 @@ def examples(n_rows: int, share_true: float = 0.5) -> list[Example]:
 @pytest.mark.parametrize(
     ("n_rows", "sizes"), [(250, (40, 100, 110)), (187, (40, 78, 69)), (146, (40, 61, 45)), (50, (14, 21, 15))]
 )
-def test_a_table_is_shared_out_by_its_size(n_rows: int, sizes: tuple[int, int, int]) -> None:
+def test_split_sizes_depend_on_the_size_of_the_table(n_rows: int, sizes: tuple[int, int, int]) -> None:
     assert tuple(split_sizes(n_rows).values()) == sizes
 
 
@@ -81,8 +81,8 @@ def test_the_order_of_the_file_does_not_matter_and_the_seed_does(answer: Answer)
     assert split_examples(rows, answer, 1) != split_examples(rows, answer, 2)
 
 
-def test_a_split_is_the_same_for_ever() -> None:
-    # A published figure names its split by the seed: a change here would make it a lie.
+def test_a_split_never_changes() -> None:
+    # Published results name their split by its seed.
     seed_split = split_examples(examples(60), TEXT, 0)["seed"]
     assert [row.input for row in seed_split[:4]] == [
         "Statement 49.",
@@ -95,14 +95,14 @@ def test_a_split_is_the_same_for_ever() -> None:
 @given(st.floats(0.1, 0.9), st.integers(0, 10**6))
 def test_closed_answers_keep_their_proportion_in_each_split(share: float, seed: int) -> None:
     rows = examples(200, share)
-    wanted = Counter(row.target for row in rows)["True"] / 200
+    expected = Counter(row.target for row in rows)["True"] / 200
     for part in split_examples(rows, BOOLEAN, seed).values():
         n_true = Counter(row.target for row in part)["True"]
-        assert abs(n_true - wanted * len(part)) <= 2
+        assert abs(n_true - expected * len(part)) <= 2
 
 
-def test_the_first_rows_of_a_split_are_as_mixed_as_a_draw_by_lot() -> None:
-    # The standard deviation of such a draw (40 of 100, half of them True) is 2.46.
+def test_the_first_rows_of_a_split_are_as_mixed_as_a_random_sample() -> None:
+    # The standard deviation of such a sample (40 of 100, half of them True) is 2.46.
     rows = examples(250, 0.5)
     firsts = [split_examples(rows, BOOLEAN, seed)["validation"][:40] for seed in range(200)]
     off = [sum(row.target == "True" for row in first) - 20 for first in firsts]
@@ -128,7 +128,7 @@ def test_a_table_becomes_a_task_with_general_prompts() -> None:
     assert task.sha256 != task_from_table("even", records(), split_seed=4).sha256
 
 
-def test_what_the_caller_says_is_kept() -> None:
+def test_given_parts_are_used() -> None:
     task = task_from_table(
         "even", records(), description="Even?", techniques=("a", "b"), answer=Answer(kind="text")
     )
@@ -142,7 +142,7 @@ def test_splits_of_a_table_are_disjoint() -> None:
     assert not seen & task.test_keys()
 
 
-def test_repeated_disputed_and_unfit_rows_are_dropped_and_said() -> None:
+def test_repeated_ambiguous_and_unfit_rows_are_dropped_with_a_note() -> None:
     rows = [
         *records(),
         Record("t:r", "is 1  EVEN?", "no"),
@@ -152,11 +152,8 @@ def test_repeated_disputed_and_unfit_rows_are_dropped_and_said() -> None:
     examples, notes = clean(rows, Answer(kind="choice", choices=("yes", "no")))
     assert len(examples) == 99
     assert not any(example.input == "Is 2 even?" for example in examples)
-    assert notes == [
-        "dropped t:u: target '?' is not one of yes, no",
-        "dropped 2 repeated rows",
-        "dropped 1 inputs that occur with two different targets",
-    ]
+    for note, part in zip(notes, ("t:u: target '?'", "2 repeated", "1 inputs with two"), strict=True):
+        assert part in note
 
 
 def test_many_unfit_rows_are_an_error_about_the_columns() -> None:

@@ -45,9 +45,9 @@ def test_a_wrong_column_names_the_nearest(tmp_path: Path, write_jsonl: Write) ->
 
 
 @pytest.mark.parametrize("cell", [None, [], {"a": 1}, " "])
-def test_a_cell_that_is_no_text_is_named(tmp_path: Path, write_jsonl: Write, cell: object) -> None:
+def test_a_cell_that_is_not_text_is_named(tmp_path: Path, write_jsonl: Write, cell: object) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [*ROWS, {"sentence": "x", "label": cell}])
-    with pytest.raises(InputError, match=r"d.jsonl:5: column 'label' holds"):
+    with pytest.raises(InputError, match=r"d.jsonl:5: column 'label' is"):
         jsonl_records(path, "sentence", "label")
 
 
@@ -63,7 +63,7 @@ def test_bad_json_and_a_missing_file_are_input_errors(tmp_path: Path) -> None:
     ("ref", "name"),
     [("data/My Set.jsonl", "my_set"), ("org/SST-2", "sst_2"), ("./x/", "x"), ("???", "task"), ("ünï", "n")],
 )
-def test_a_name_is_made_of_the_reference(ref: str, name: str) -> None:
+def test_a_name_comes_from_the_reference(ref: str, name: str) -> None:
     assert task_name(ref) == name
 
 
@@ -84,7 +84,7 @@ def test_a_saved_dataset_is_read_with_the_names_of_its_class_labels(tmp_path: Pa
     ]
     two = hub_records(str(tmp_path / "two"), "sentence", "label", split="test")
     assert [record.input for record in two] == ["number 2"]
-    with pytest.raises(InputError, match="its split 'dev' is not there"):
+    with pytest.raises(InputError, match="its split 'dev' does not exist"):
         hub_records(str(tmp_path / "two"), split="dev")
 
 
@@ -102,12 +102,12 @@ def test_a_folder_of_data_files_is_a_dataset(
 
 
 @needs_datasets
-def test_a_dataset_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
+def test_a_missing_dataset_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"hub:.*none: the dataset"):
         hub_records(str(tmp_path / "none"))
 
 
-def test_without_the_datasets_library_the_pip_command_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_datasets_library_the_hint_is_a_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(_name: str) -> None:
         return None
 
@@ -152,7 +152,7 @@ def test_an_unknown_task_or_folder_is_an_input_error(layout: Path) -> None:
     with pytest.raises(InputError) as caught:
         load_bbh(layout, "paritty")
     assert caught.value.hint == "Did you mean 'parity'?"
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         load_bbh(layout / "none", "parity")
 
 
@@ -191,7 +191,7 @@ def test_all_27_published_files_load_with_the_right_kind() -> None:
         assert len(task.notes) <= 2, name
 
 
-def test_worked_examples_come_with_a_task_that_has_them_and_stand_in_no_hidden_split(tmp_path: Path) -> None:
+def test_few_shot_examples_are_not_in_the_validation_or_test_split(tmp_path: Path) -> None:
     worked = prose("bbh")["tasks"]["boolean_expressions"]["worked"]  # type: ignore[index]
     shown = [example["input"] for example in worked]
     rows = [{"input": f"{text} ", "target": "True"} for text in shown]
@@ -203,7 +203,7 @@ def test_worked_examples_come_with_a_task_that_has_them_and_stand_in_no_hidden_s
     kept = [example.input for example in task.worked]
     assert 0 < len(kept) < len(shown) and set(kept) < set(shown)
     assert not {content_key(text) for text in kept} & hidden
-    assert any(f"left out {len(shown) - len(kept)} worked examples" in note for note in task.notes)
+    assert any(f"left out {len(shown) - len(kept)} few-shot examples" in note for note in task.notes)
 
 
 QUESTIONS = [{"q": f"Is {n} even?", "a": "no" if n % 2 else "yes"} for n in range(80)]
@@ -228,7 +228,7 @@ def test_a_folder_is_named_by_its_path_or_its_task_file(
     assert len(identities) == 1
 
 
-def test_a_labelled_file_takes_options_after_a_question_mark(tmp_path: Path, write_jsonl: Write) -> None:
+def test_a_labelled_file_has_options_after_a_question_mark(tmp_path: Path, write_jsonl: Write) -> None:
     path = write_jsonl(tmp_path / "My data.jsonl", QUESTIONS)
     task = load_task(f"{path}?input=q&target=a&seed=7&rows=60")
     assert (task.name, task.split_seed, len(task.seed)) == ("my_data", 7, 16)
@@ -252,7 +252,7 @@ def test_a_bad_option_is_an_input_error(
     assert hint in caught.value.hint
 
 
-def test_a_task_folder_takes_no_options(parity: Path) -> None:
+def test_a_task_folder_has_no_options(parity: Path) -> None:
     with pytest.raises(InputError, match="unknown option 'seed'"):
         load_task(f"{parity}?seed=1")
 

@@ -12,11 +12,11 @@ from arte_edge.tasks.normalize import WORDS, canonical_number, fold_label, fold_
 
 
 @pytest.mark.parametrize("text", ["light_on", "Light on", '"light-on".', "LIGHT  ON!", "ｌｉｇｈｔ on"])
-def test_labels_differ_in_letters_and_digits_only(text: str) -> None:
+def test_labels_are_compared_by_letters_and_digits(text: str) -> None:
     assert fold_label(text) == "light on"
 
 
-def test_texts_differ_in_case_forms_blanks_and_edges_only() -> None:
+def test_free_texts_are_compared_without_case_forms_and_blanks() -> None:
     assert fold_text("  “Ｓet_heat( Bedroom,21 )”.") == fold_text("set_heat(bedroom, 21)")
     assert fold_text("> ]") == fold_text(">]")
     assert fold_text("barn damp") != fold_text("barndamp")
@@ -57,7 +57,7 @@ def test_normal_forms_are_stable(text: str) -> None:
         ("= 8", "8"),
     ],
 )
-def test_a_number_is_read_as_people_write_it(text: str, number: str) -> None:
+def test_numbers_in_common_spellings(text: str, number: str) -> None:
     assert canonical_number(text) == number
 
 
@@ -69,7 +69,7 @@ def test_a_number_is_read_as_people_write_it(text: str, number: str) -> None:
         *("twenty-one", "one hundred", "2 million", "two thirds", "3 dozen"),
     ],
 )
-def test_a_text_that_states_no_number_or_several_is_not_guessed_at(text: str) -> None:
+def test_a_text_without_one_number_gives_none(text: str) -> None:
     assert canonical_number(text) is None
 
 
@@ -79,7 +79,7 @@ def test_number_words_up_to_twenty_are_numbers(value: int, word: str) -> None:
 
 
 @given(st.integers(), st.sampled_from(["{}", "{}.", " {} ", "{} units", "${}", "({})", "{:,}", "= {:,}."]))
-def test_every_whole_number_survives_its_spellings(value: int, spelling: str) -> None:
+def test_every_integer_survives_its_spellings(value: int, spelling: str) -> None:
     assert canonical_number(spelling.format(value)) == str(value)
 
 
@@ -91,7 +91,7 @@ def test_a_decimal_keeps_its_value(value: Decimal) -> None:
 
 
 @given(st.text())
-def test_any_text_gives_none_or_a_plain_number_that_reads_as_itself(text: str) -> None:
+def test_any_text_gives_none_or_a_canonical_number(text: str) -> None:
     form = canonical_number(text)
     if form is not None:
         assert canonical_number(form) == form

@@ -32,7 +32,7 @@ from arte_edge.tasks.task import SPLITS, Example
 RECORDS = [Record(f"t:{n}", f"Is {n} “even”?\n", "no" if n % 2 else "yes") for n in range(80)]
 
 
-def test_a_skeleton_is_toml_and_its_check_says_what_to_fill_in(tmp_path: Path) -> None:
+def test_the_check_of_a_skeleton_lists_what_to_fill_in(tmp_path: Path) -> None:
     write_skeleton(tmp_path / "mine", "mine")
     task, problems = read_folder(tmp_path / "mine")
     assert task is None
@@ -50,7 +50,7 @@ def test_a_table_written_as_a_folder_is_the_same_task(tmp_path: Path) -> None:
     assert (folder.answer, folder.techniques) == (table.answer, table.techniques)
 
 
-def test_what_is_there_is_never_overwritten(tmp_path: Path) -> None:
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     for target in (tmp_path, tmp_path / "notes.txt"):
         with pytest.raises(InputError, match="exists already"):
@@ -101,7 +101,7 @@ def test_closed_answers_are_balanced_in_every_split(name: str) -> None:
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_name_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["nothing"]) == 2
     assert "known: boolean_expressions" in capsys.readouterr().out
 
@@ -114,7 +114,7 @@ PAIRS = "Imagine as many socks as the number says, pair them up, look for a sing
 
 
 class Teacher:
-    """An engine that answers from a list and remembers what it was asked."""
+    """An engine that answers from a list and records its requests."""
 
     identity = EngineIdentity("fake", "teacher")
     chat_template = None
@@ -123,11 +123,11 @@ class Teacher:
 
     def __init__(self, *answers: Completion | str) -> None:
         self.answers = list(answers)
-        self.asked: list[tuple[Request, Sampling]] = []
+        self.requests: list[tuple[Request, Sampling]] = []
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        self.asked += [(request, sampling) for request in requests]
-        answer = self.answers[(len(self.asked) - 1) % len(self.answers)]
+        self.requests += [(request, sampling) for request in requests]
+        answer = self.answers[(len(self.requests) - 1) % len(self.answers)]
         return [answer if isinstance(answer, Completion) else Completion(answer, "stop")]
 
     def choose_each(
@@ -157,14 +157,14 @@ def test_four_good_techniques_take_one_greedy_call() -> None:
         RULE,
         PAIRS + " Use one to three short sentences.",
     )
-    [(request, sampling)] = teacher.asked
+    [(request, sampling)] = teacher.requests
     assert sampling.temperature == 0
     assert request.prompt.endswith("<Technique_1>")
     assert "Even or odd?" in request.prompt
     assert all(seed.input in request.prompt for seed in SEEDS[:3])
 
 
-def test_unusable_techniques_are_asked_for_again_with_other_seeds() -> None:
+def test_unusable_techniques_are_regenerated_with_other_seeds() -> None:
     quoting = f"Since {SEEDS[0].input} is about zero, think of it as an even number."
     teacher = Teacher(
         tagged(STEPS, "...", "Think.", quoting),
@@ -178,16 +178,16 @@ def test_unusable_techniques_are_asked_for_again_with_other_seeds() -> None:
         "Recall which digits are even, then compare the ending.",
         PAIRS,
     ]
-    prompts = {request.prompt for request, _ in teacher.asked}
+    prompts = {request.prompt for request, _ in teacher.requests}
     assert len(prompts) == 3
-    assert [sampling.temperature > 0 for _, sampling in teacher.asked] == [False, True, True]
+    assert [sampling.temperature > 0 for _, sampling in teacher.requests] == [False, True, True]
 
 
 def test_a_teacher_that_never_writes_four_ends_in_an_error_that_counts() -> None:
     teacher = Teacher(tagged(STEPS, HALVE), Completion("", "error", error="HTTP 500"))
     with pytest.raises(ArteError, match=r"2 usable technique prompts, 4 are needed \(last error: HTTP 500\)"):
         propose_techniques(teacher, "Even or odd?", SEEDS)
-    assert len(teacher.asked) == 8
+    assert len(teacher.requests) == 8
 
 
 def test_the_started_tag_may_or_may_not_be_repeated_and_a_cut_one_is_dropped() -> None:

@@ -1,4 +1,4 @@
-"""What a task knows of itself, and what it does not give away."""
+"""Identity, options and test split of a task."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from arte_edge.tasks.folder import load_folder
 from arte_edge.tasks.task import Answer, Example, listed_letters
 
 
-def test_an_example_is_known_by_its_content() -> None:
+def test_the_key_of_an_example_is_its_content() -> None:
     assert Example("Is 4\n even?", "x").key == Example(" is 4 EVEN? ", "y").key
     assert Example("Is 4 even?", "x").key != Example("Is 5 even?", "x").key
 
 
-def test_options_are_the_letters_that_the_input_lists() -> None:
+def test_options_are_the_letters_in_the_input() -> None:
     text = "Which (A) one (B)?\nOptions:\n(A) circle\n(B) kite\n(C)square"
     assert Answer(kind="choice").options(text) == ("(A)", "(B)", "(C)")
     assert listed_letters("Pick (A) this or (B) that.") == ("(A)", "(B)")
@@ -40,12 +40,12 @@ def test_options_of_the_other_kinds_do_not_depend_on_the_input() -> None:
     ("kind", "choices"),
     [("choice", ("on", "On.")), ("choice", ("only",)), ("choice", ("a", "!")), ("number", ("1", "2"))],
 )
-def test_choices_that_cannot_be_told_apart_are_refused(kind: str, choices: tuple[str, ...]) -> None:
+def test_indistinct_choices_are_rejected(kind: str, choices: tuple[str, ...]) -> None:
     with pytest.raises(ValidationError):
         Answer.model_validate({"kind": kind, "choices": choices})
 
 
-def test_the_test_split_is_reached_by_load_test_alone(parity: Path) -> None:
+def test_only_load_test_gives_the_test_split(parity: Path) -> None:
     task = load_folder(parity)
     test = task.load_test()
     assert task.test_keys() == {example.key for example in test}
@@ -55,7 +55,7 @@ def test_the_test_split_is_reached_by_load_test_alone(parity: Path) -> None:
     assert not any(example.input in held for example in test)
 
 
-def test_a_test_split_that_changed_after_loading_is_refused(
+def test_a_test_split_that_changed_after_loading_is_rejected(
     parity: Path, write_jsonl: Callable[[Path, list[dict[str, object]]], Path]
 ) -> None:
     task = load_folder(parity)

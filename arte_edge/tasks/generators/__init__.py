@@ -1,1 +1,1 @@
-"""Seeded generators of the shipped tasks' data; `arte_edge.tasks.scaffold` writes what they make."""
+"""Seeded generators of the shipped tasks' data, which `arte_edge.tasks.scaffold` writes."""

@@ -1,8 +1,7 @@
-"""Dates to be worked out from what is said about other days, as a choice of four options.
+"""Dates to be inferred from statements about other days, as a choice of four options.
 
-The wrong options are the answer to another question about the same day, and both answers
-with one and the same slip. If all wrong options lay around the right one, it could be told
-without reading the question, as the one that the others resemble.
+The wrong options are the answer to another question about the same day, and both answers with the same
+mistake. If all wrong options were close to the correct one, it could be recognized without the question.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Draws that repeat byte for byte, and the filling of splits with balanced, distinct rows.
+"""Reproducible random choices, and splits of balanced, distinct rows.
 
-Of Python's generator only `random()` is promised to give the same sequence in every
-version, so every draw here is made from it: the committed data must come out the same
-on the interpreter of ten years from now.
+Python guarantees only for `random()` the same sequence in every version, so all choices use it: the committed
+data must be reproducible.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Draw:
         return self._random() < probability
 
     def integer(self, low: int, high: int) -> int:
-        """Return a whole number from `low` to `high`, both included."""
+        """Return an integer from `low` to `high`, both included."""
         return low + int(self._random() * (high - low + 1))
 
     def pick(self, options: Sequence[T]) -> T:
@@ -47,7 +46,7 @@ class Draw:
 
 
 def quotas(labels: Sequence[T], n_rows: int) -> dict[T, int]:
-    """Share `n_rows` among `labels` as evenly as they go; the first labels take what is left over."""
+    """Divide `n_rows` among `labels` as evenly as possible; the first labels get the remainder."""
     share, rest = divmod(n_rows, len(labels))
     return {label: share + (index < rest) for index, label in enumerate(labels)}
 
@@ -55,17 +54,17 @@ def quotas(labels: Sequence[T], n_rows: int) -> dict[T, int]:
 def fill(
     make: Callable[[str], tuple[str, Example]], labels: Sequence[str], draw: Draw
 ) -> dict[str, list[Example]]:
-    """Fill the three splits with rows from ``make(label)``, balanced over `labels`, none twice.
+    """Fill the three splits with distinct rows from ``make(label)``, balanced over `labels`.
 
-    `make` returns a stem and an example whose target is `label`. No two rows of any split
-    share a stem, so that a question does not come back with its options in another order.
+    `make` returns a key and an example with the target `label`. Keys are unique over all splits, so that no
+    question occurs twice with its options in another order.
     """
     used: set[str] = set()
     splits: dict[str, list[Example]] = {}
     for split in SPLITS:
         rows: list[Example] = []
-        for label, n_wanted in quotas(draw.shuffled(labels), SIZES[split]).items():
-            for _ in range(n_wanted):
+        for label, n_label in quotas(draw.shuffled(labels), SIZES[split]).items():
+            for _ in range(n_label):
                 rows.append(_distinct(make, label, used))
         splits[split] = draw.shuffled(rows)
     return splits
@@ -73,8 +72,8 @@ def fill(
 
 def _distinct(make: Callable[[str], tuple[str, Example]], label: str, used: set[str]) -> Example:
     for _ in range(_MAX_TRIES):
-        stem, example = make(label)
-        if example.target == label and (key := content_key(stem)) not in used:
+        unique, example = make(label)
+        if example.target == label and (key := content_key(unique)) not in used:
             used.add(key)
             return example
     raise RuntimeError(f"no new row for {label} in {_MAX_TRIES} tries: the generator is too narrow")

@@ -1,9 +1,7 @@
 """Spoken home commands, for two tasks: the intent alone, and the whole call with its slots.
 
-What is said at home should stay at home, which makes this the task that people really
-put on a device of their own. Frames (``home_phrases.toml``) are shared out among the
-splits, half of them to the test split, so that test phrasings are new and not only new
-rooms in old sentences; rooms, numbers and small talk occur in every split.
+Sentence frames (``home_phrases.toml``) are divided among the splits, half of them to the test split, so that its
+phrasings are new; rooms, numbers and small talk occur in every split.
 """
 
 from __future__ import annotations
@@ -23,16 +21,16 @@ __all__ = ["CALL_SEED", "INTENT_SEED", "generate_calls", "generate_intents"]
 
 INTENT_SEED = 1913
 CALL_SEED = 1914
-# words of an input, so that a short context and a small model will do
+# words of an input: for a short context and a small model
 _WORDS = {"label": (6, 18), "call": (4, 18)}
-# of the frames of an intent, by split
+# share of an intent's frames, by split
 _SHARES = {"seed": 0.2, "validation": 0.3, "test": 0.5}
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
 class _Intent:
-    """One intent of the phrase file; `label` and `call` are empty where a task does without it."""
+    """One intent of the phrase file; `label` or `call` is empty if a task does not use it."""
 
     label: str
     call: str

@@ -28,7 +28,7 @@ from arte_edge.errors import StoppedEarly
 from arte_edge.runtimes.completion import Completion, Request, Sampling
 from arte_edge.store import content_key
 from arte_edge.tasks.answers import canonical
-from arte_edge.tasks.task import Answer, WorkedExample
+from arte_edge.tasks.task import Answer, FewShotExample
 
 
 @pytest.mark.parametrize(
@@ -236,11 +236,11 @@ def test_a_rationale_is_shortened_to_its_last_clauses_and_keeps_its_answer_whole
 
 def test_the_teacher_is_shown_what_fits_and_only_under_a_budget(house: Any) -> None:
     worked = (
-        WorkedExample(input="Is 1 even or odd?", reasoning="One is alone, so it is odd.", target="odd"),
-        WorkedExample(
+        FewShotExample(input="Is 1 even or odd?", reasoning="One is alone, so it is odd.", target="odd"),
+        FewShotExample(
             input="Is 2 even or odd?", reasoning="Two make a pair and no one is left", target="even"
         ),
-        WorkedExample(input="Is 3 even or odd?", reasoning="It ends in 3.", target="odd"),
+        FewShotExample(input="Is 3 even or odd?", reasoning="It ends in 3.", target="odd"),
     )
     house.task = replace(house.task, worked=worked)
     shown: dict[str, Any] = {"teacher": {"model": "scripted-teacher", "shots": 3}}
