@@ -21,8 +21,8 @@ from arte_edge import catalog
 ROOT = Path(__file__).resolve().parents[1]
 # What a build reads; everything else of a checkout (environments, runs, .git) stays out of the copy.
 FILES = (".gitignore", "LICENSE", "README.md", "pyproject.toml")
-FOLDERS = ("arte_edge", "benchmarks", "devices", "export")
-NOT_COPIED = shutil.ignore_patterns("__pycache__", ".*_cache", "results")
+FOLDERS = ("arte_edge", "benchmarks/suites", "devices", "export")
+NOT_COPIED = shutil.ignore_patterns("__pycache__", ".*_cache")
 DATA = {"export": "_data/export", "devices": "_data/devices", "benchmarks/suites": "_data/suites"}
 SECRET = "OPENAI_API_KEY=do-not-ship"
 
@@ -103,14 +103,13 @@ def installed(wheel: Path, tmp_path_factory: Folders) -> Path:
     venv = tmp_path_factory.mktemp("installed") / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=venv.parent)
     pip = (sys.executable, "-m", "pip", "--python", venv / "bin/python")
-    run(*pip, "install", "--quiet", "-c", ROOT / "constraints.txt", wheel, cwd=venv.parent)
+    run(*pip, "install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt", wheel, cwd=venv.parent)
     return venv / "bin"
 
 
 def test_the_only_top_level_of_the_wheel_is_the_package(wheel: Path) -> None:
-    tops = {name.partition("/")[0] for name in contents(wheel)}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"arte_edge"}
-    assert len(tops) == 2
+    package, info = sorted({name.partition("/")[0] for name in contents(wheel)})
+    assert package == "arte_edge" and info.endswith(".dist-info")
 
 
 def test_the_wheel_holds_the_package_and_the_data_rooms_and_nothing_else(source: Path, wheel: Path) -> None:
@@ -165,13 +164,13 @@ def test_every_module_imports_with_core_dependencies_only(installed: Path, tmp_p
     assert Path(report["file"]).is_relative_to(installed.parent)
     assert report["failed"] == {}
     rooms = {name.split(".")[1] for name in report["names"]}
-    assert {"cli", "distill", "engines", "models", "tasks"} <= rooms
+    assert {"cli", "distill", "models", "results", "runtimes", "tasks"} <= rooms
     assert report["top"] == [], "a folder of the project is importable beside the package"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["tasks", "ls"], ["models", "ls"], ["ls"]], ids=" ".join)
-def test_the_installed_command_answers(installed: Path, tmp_path: Path, words: list[str]) -> None:
-    assert run(installed / "arte-edge", *words, cwd=tmp_path).strip()
+@pytest.mark.parametrize("word", ["--help", "ls"])
+def test_the_installed_command_answers(installed: Path, tmp_path: Path, word: str) -> None:
+    assert run(installed / "arte-edge", word, cwd=tmp_path).strip()
 
 
 @pytest.mark.parametrize("kind", ["tasks", "models"])

@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -47,6 +49,7 @@ __all__ = [
     "llama_shapes",
     "make_gguf",
     "metrics",
+    "model_shape",
     "opened",
     "quality_row",
     "relative_error",
@@ -56,6 +59,7 @@ __all__ = [
     "tensor_sha256",
     "word_tokenizer",
     "write_gguf",
+    "write_safetensors",
     "write_student",
     "write_tokenizer",
 ]
@@ -218,6 +222,21 @@ def edited_json(checkpoint: Path, out: Path, name: str = "config.json", **change
     content = json.loads((out / name).read_text("utf-8")) | changes
     (out / name).write_text(json.dumps({k: v for k, v in content.items() if v is not None}), "utf-8")
     return out
+
+
+def write_safetensors(folder: Path, tensors: Mapping[str, tuple[str, Sequence[int]]], **config: Any) -> Path:
+    """Write a checkpoint of zeros: name -> (type, shape)."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * (4 if dtype == "F32" else 2)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    head = json.dumps(header).encode()
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(at))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def hf_logits(checkpoint: Path, ids: Sequence[int], adapter: Path | None = None) -> np.ndarray:
@@ -408,3 +427,14 @@ def opened(front: Any, **settings: Any) -> Any:
 
     known = {"mode": "completions", "retry": RetryPolicy(attempts=5, base_s=0.01, longest_s=0.05)}
     return OpenAIEngine("tiny", front.url, **known | settings)
+
+
+def model_shape(**sizes: Any) -> Any:
+    """Return the shape of SmolLM2-135M in Q8_0."""
+    from arte_edge.device.model_size import ModelShape
+
+    names = {"name": "a.gguf", "format": "gguf", "architecture": "llama", "quantization": "Q8_0"}
+    layers = {"n_layer": 30, "n_kv_head": 3, "head_dim": 64, "n_embd": 576, "n_ff": 1536, "kv_values": 11520}
+    weights = dict.fromkeys(("weight_bytes", "token_bytes"), 143_025_408) | {"n_params": 134_515_008}
+    words = {"n_vocab": 49152, "n_ctx_train": 8192, "token_bytes_by_type": {"Q8_0": 143_025_408}}
+    return ModelShape(**names | layers | weights | words | sizes)

@@ -40,12 +40,9 @@ def machine(root: Path, **files: str) -> Path:
 
 @pytest.fixture
 def pi5(tmp_path: Path) -> Path:
-    root = machine(
-        tmp_path,
-        proc__cpuinfo="".join(arm_core(i, "0xd0b") for i in range(4))
-        + "Revision\t: d04171\nSerial\t: 10000000\n",
-        proc__meminfo="MemTotal:        8245696 kB\nMemAvailable:    7000000 kB\n",
-    )
+    cores = "".join(arm_core(i, "0xd0b") for i in range(4)) + "Revision\t: d04171\nSerial\t: 10000000\n"
+    meminfo = "MemTotal:        8245696 kB\nMemAvailable:    7000000 kB\n"
+    root = machine(tmp_path, proc__cpuinfo=cores, proc__meminfo=meminfo)
     (root / "proc/device-tree").mkdir()
     (root / "proc/device-tree/model").write_bytes(b"Raspberry Pi 5 Model B Rev 1.0\0")
     policy = root / "sys/devices/system/cpu/cpufreq/policy0"
@@ -136,7 +133,7 @@ def test_apple_silicon_speaks_through_sysctl() -> None:
         ({"sys__class__dmi__id__sys_vendor": "Dell Inc."}, ""),
     ],
 )
-def test_what_stands_between_us_and_the_hardware_is_told(
+def test_virtual_machines_and_containers_are_found(
     tmp_path: Path, files: dict[str, str], virtual: str
 ) -> None:
     root = machine(tmp_path, proc__cpuinfo=x86_core(0, "avx2"), **files)
@@ -147,36 +144,26 @@ def test_what_stands_between_us_and_the_hardware_is_told(
     ("online", "status", "power"), [("1", "Full", "mains"), ("0", "Discharging", "battery")]
 )
 def test_a_laptop_says_if_it_is_plugged_in(tmp_path: Path, online: str, status: str, power: str) -> None:
-    supply = "sys__class__power_supply__"
-    files = {
-        f"{supply}AC__type": "Mains\n",
-        f"{supply}AC__online": online,
-        f"{supply}BAT0__type": "Battery\n",
-    }
-    root = machine(tmp_path, proc__cpuinfo="", **files, **{f"{supply}BAT0__status": status})
+    files = {"AC__type": "Mains\n", "AC__online": online, "BAT0__type": "Battery\n", "BAT0__status": status}
+    files = {f"sys__class__power_supply__{name}": text for name, text in files.items()}
+    root = machine(tmp_path, proc__cpuinfo="", **files)
     assert detect(root=root, arch="x86_64", system="Linux").power == power
 
 
 def test_a_containers_limit_counts_in_both_versions_of_control_groups(tmp_path: Path) -> None:
     meminfo = "MemTotal: 8000000 kB\nMemAvailable: 6000000 kB\n"
     two = machine(tmp_path / "v2", proc__meminfo=meminfo, proc__self__cgroup="0::/a/b\n")
-    machine(
-        two,
-        **{"sys__fs__cgroup__a__memory.max": "1000000000\n", "sys__fs__cgroup__a__memory.current": "1000"},
-    )
-    machine(
-        two,
-        **{"sys__fs__cgroup__a__b__memory.max": "max\n", "sys__fs__cgroup__a__b__cpu.max": "100000 100000"},
-    )
+    limits = {"memory.max": "1000000000\n", "memory.current": "1000"}
+    limits |= {"b__memory.max": "max\n", "b__cpu.max": "100000 100000"}
+    machine(two, **{f"sys__fs__cgroup__a__{name}": text for name, text in limits.items()})
     assert memory.total_bytes(two) == 1_000_000_000
     assert memory.available_bytes(two) == 1_000_000_000 - 1000
     stat = two / "sys/fs/cgroup/a/memory.stat"
     stat.write_text("anon 500\ninactive_file 300\nactive_file 100\n")
     assert memory.available_bytes(two) == 1_000_000_000 - 600, "cached files are given up on demand"
     assert usable_cores(two) == 1
-    one = machine(
-        tmp_path / "v1", proc__meminfo=meminfo, proc__self__cgroup="4:memory:/docker/abc\n2:cpu,cpuacct:/\n"
-    )
+    groups = "4:memory:/docker/abc\n2:cpu,cpuacct:/\n"
+    one = machine(tmp_path / "v1", proc__meminfo=meminfo, proc__self__cgroup=groups)
     limit = "sys__fs__cgroup__memory__memory.limit_in_bytes"  # the host's path is not mounted in here
     machine(one, **{limit: "500000000"})
     assert memory.total_bytes(one) == 500_000_000

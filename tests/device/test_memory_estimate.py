@@ -4,45 +4,21 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tiny import model_shape
 
 from arte_edge.device.memory_estimate import fit, fit_profile, refuse, repacked_types
 from arte_edge.device.model_size import ModelShape
 from arte_edge.device.profiles import load_profile
 
-
-def shape(**sizes: Any) -> ModelShape:
-    told: dict[str, Any] = {
-        "name": "a.gguf",
-        "format": "gguf",
-        "architecture": "llama",
-        "quantization": "Q8_0",
-        "weight_bytes": 143_025_408,
-        "token_bytes": 143_025_408,
-        "n_params": 134_515_008,
-        "n_layer": 30,
-        "n_kv_head": 3,
-        "head_dim": 64,
-        "n_embd": 576,
-        "n_ff": 1536,
-        "n_vocab": 49152,
-        "n_ctx_train": 8192,
-        "kv_values": 11520,
-        "token_bytes_by_type": {"Q8_0": 143_025_408},
-    }
-    return ModelShape(**told | sizes)
-
-
-SMOLLM2 = shape()
-SMOLLM2_Q4_0 = shape(weight_bytes=89_941_248, token_bytes_by_type={"Q8_0": 30_081_024, "Q4_0": 59_719_680})
-QWEN = shape(
-    weight_bytes=485_452_288,
-    kv_values=6144,
-    n_embd=896,
-    n_ff=4864,
-    n_vocab=151936,
-    token_bytes_by_type={"Q8_0": 146_105_344, "Q5_0": 173_150_824, "Q6_K": 42_900_480, "Q4_K": 29_417_472},
+SMOLLM2 = model_shape()
+SMOLLM2_Q4_0 = model_shape(
+    weight_bytes=89_941_248, token_bytes_by_type={"Q8_0": 30_081_024, "Q4_0": 59_719_680}
 )
-ONNX = shape(format="onnx-genai", weight_bytes=86_287_616, kv_value_bytes=4)
+BY_TYPE = {"Q8_0": 146_105_344, "Q5_0": 173_150_824, "Q6_K": 42_900_480, "Q4_K": 29_417_472}
+SIZES = {"kv_values": 6144, "n_embd": 896, "n_ff": 4864, "n_vocab": 151936}
+QWEN = model_shape(weight_bytes=485_452_288, token_bytes_by_type=BY_TYPE, **SIZES)
+F16 = model_shape(weight_bytes=269_100_288, token_bytes_by_type={"F16": 269_100_288})
+ONNX = model_shape(format="onnx-genai", weight_bytes=86_287_616, kv_value_bytes=4)
 
 
 # Peak resident bytes after a full context was read and 16 tokens written, llama-cpp-python 0.3.36 and
@@ -54,17 +30,15 @@ ONNX = shape(format="onnx-genai", weight_bytes=86_287_616, kv_value_bytes=4)
         (SMOLLM2, 2048, 271_962_112),
         (SMOLLM2_Q4_0, 512, 240_476_160),
         (SMOLLM2_Q4_0, 2048, 277_917_696),
-        (shape(weight_bytes=269_100_288, token_bytes_by_type={"F16": 269_100_288}), 512, 360_976_384),
-        (shape(weight_bytes=269_100_288, token_bytes_by_type={"F16": 269_100_288}), 2048, 398_680_064),
+        (F16, 512, 360_976_384),
+        (F16, 2048, 398_680_064),
         (QWEN, 512, 655_060_992),
         (QWEN, 2048, 676_708_352),
         (ONNX, 512, 338_939_904),
         (ONNX, 2048, 781_295_616),
     ],
 )
-def test_the_prediction_is_what_was_measured_or_a_little_more(
-    model: ModelShape, context: int, peak_bytes: int
-) -> None:
+def test_predictions_are_measured_peaks_or_a_little_more(model: Any, context: int, peak_bytes: int) -> None:
     assert 0.98 <= fit(model, 1 << 40, context).peak_bytes / peak_bytes <= 1.15
 
 

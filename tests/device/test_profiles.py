@@ -6,6 +6,7 @@ Which device is meant: shipped, one's own, a file, an address; and which profile
 from pathlib import Path
 
 import pytest
+from tiny import facts
 
 from arte_edge import catalog
 from arte_edge.device.profiles import (
@@ -25,6 +26,7 @@ from arte_edge.results.rows import DeviceFacts
 
 NAMES = catalog.names("devices")
 GOOD = 'title = "Board"\ncores = 4\nmemory_bytes = [4000000000]\n'
+PEAK = "[peak_bandwidth]\nvalue = 1.0\n"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,14 +55,10 @@ def test_the_recipe_of_a_profile_exists(name: str) -> None:
     ("text", "says", "hint"),
     [
         (GOOD + "corse = 4\n", "unknown key 'corse'", "cores"),
-        (
-            GOOD + "[peak_bandwidth]\nvalue = 1.0\nevidence = 'measured'\nsuorce = 'abcd'\n",
-            "suorce",
-            "source",
-        ),
+        (GOOD + PEAK + "evidence = 'measured'\nsuorce = 'abcd'\n", "suorce", "source"),
         (GOOD + "[match]\nmodle = 'x'\n", "unknown key 'match.modle'", "model"),
-        (GOOD + "[peak_bandwidth]\nvalue = 1.0\nevidence = 'hearsay'\nsource = 'abcd'\n", "evidence", ""),
-        (GOOD + "[peak_bandwidth]\nvalue = 1.0\nevidence = 'published'\n", "peak_bandwidth.source", ""),
+        (GOOD + PEAK + "evidence = 'hearsay'\nsource = 'abcd'\n", "evidence", ""),
+        (GOOD + PEAK + "evidence = 'published'\n", "peak_bandwidth.source", ""),
         (GOOD.replace("cores = 4", "cores = 0"), "cores", ""),
         (GOOD + "base = 'raspberry-pi-55'\n", "base", "raspberry-pi-5"),
         ("title = ", "not readable as TOML", ""),
@@ -75,8 +73,8 @@ def test_a_wrong_file_is_named_with_its_key(tmp_path: Path, text: str, says: str
     assert hint in caught.value.hint
 
 
-def facts(arch: str, cpu: str = "x", features: tuple[str, ...] = ()) -> DeviceFacts:
-    return DeviceFacts(fingerprint="0" * 16, cpu=cpu, arch=arch, cores=4, features=features, memory_bytes=1)
+def machine(arch: str, cpu: str = "x", features: tuple[str, ...] = ()) -> DeviceFacts:
+    return facts(profile="", arch=arch, cpu=cpu, features=features)
 
 
 AVX2 = ("avx2", "fma")
@@ -84,26 +82,26 @@ AVX512 = (*AVX2, "avx512f", "avx512_vnni")
 
 
 @pytest.mark.parametrize(
-    ("machine", "model", "system", "profile"),
+    ("device", "model", "system", "profile"),
     [
-        (facts("aarch64"), "Raspberry Pi 5 Model B Rev 1.0", "Linux", "raspberry-pi-5"),
-        (facts("aarch64"), "Raspberry Pi 500 Rev 1.0", "Linux", "raspberry-pi-5"),
-        (facts("aarch64"), "Raspberry Pi 4 Model B Rev 1.4", "Linux", "raspberry-pi-4b"),
-        (facts("aarch64"), "Raspberry Pi Zero 2 W Rev 1.0", "Linux", "raspberry-pi-zero-2w"),
-        (facts("aarch64"), "Orange Pi 5", "Linux", "orange-pi-5"),
-        (facts("aarch64"), "NVIDIA Jetson Orin Nano Developer Kit", "Linux", "jetson-orin-nano"),
-        (facts("arm64", "Apple M2"), "", "Darwin", "apple-m-series"),
-        (facts("arm64", "Snapdragon(R) X Elite"), "", "Windows", "snapdragon-x"),
-        (facts("aarch64", "Oryon"), "", "Linux", "snapdragon-x"),
-        (facts("x86_64", "Intel Core i3-1315U", AVX2), "", "Linux", "x86-laptop-avx2"),
-        (facts("x86_64", "AMD Ryzen AI 5 340", AVX512), "", "Linux", "x86-laptop-avx512"),
-        (facts("x86_64", "AMD EPYC", AVX512), "", "Linux", "generic-x86"),
-        (facts("aarch64", "Neoverse-N1"), "", "Linux", "generic-arm64"),
-        (facts("riscv64"), "", "Linux", ""),
+        (machine("aarch64"), "Raspberry Pi 5 Model B Rev 1.0", "Linux", "raspberry-pi-5"),
+        (machine("aarch64"), "Raspberry Pi 500 Rev 1.0", "Linux", "raspberry-pi-5"),
+        (machine("aarch64"), "Raspberry Pi 4 Model B Rev 1.4", "Linux", "raspberry-pi-4b"),
+        (machine("aarch64"), "Raspberry Pi Zero 2 W Rev 1.0", "Linux", "raspberry-pi-zero-2w"),
+        (machine("aarch64"), "Orange Pi 5", "Linux", "orange-pi-5"),
+        (machine("aarch64"), "NVIDIA Jetson Orin Nano Developer Kit", "Linux", "jetson-orin-nano"),
+        (machine("arm64", "Apple M2"), "", "Darwin", "apple-m-series"),
+        (machine("arm64", "Snapdragon(R) X Elite"), "", "Windows", "snapdragon-x"),
+        (machine("aarch64", "Oryon"), "", "Linux", "snapdragon-x"),
+        (machine("x86_64", "Intel Core i3-1315U", AVX2), "", "Linux", "x86-laptop-avx2"),
+        (machine("x86_64", "AMD Ryzen AI 5 340", AVX512), "", "Linux", "x86-laptop-avx512"),
+        (machine("x86_64", "AMD EPYC", AVX512), "", "Linux", "generic-x86"),
+        (machine("aarch64", "Neoverse-N1"), "", "Linux", "generic-arm64"),
+        (machine("riscv64"), "", "Linux", ""),
     ],
 )
-def test_each_machine_finds_its_profile(machine: DeviceFacts, model: str, system: str, profile: str) -> None:
-    assert match_device(machine, model, system) == profile
+def test_each_machine_finds_its_profile(device: DeviceFacts, model: str, system: str, profile: str) -> None:
+    assert match_device(device, model, system) == profile
 
 
 def test_every_shipped_profile_can_be_detected_by_something() -> None:
@@ -132,34 +130,33 @@ def test_an_address_is_a_device_too_and_a_file_as_well(tmp_path: Path, model_cac
     assert find_device(str(file)).title == "Board"
 
 
-@pytest.mark.parametrize(
-    "host",
-    [
-        "-oProxyCommand=touch x",
-        "pi@-x",
-        "pi@host;ls",
-        "pi@ho st",
-        "pi@host:22",
-        "$(id)@host",
-        "a@b@c",
-        "",
-        "@host",
-    ],
-)
-def test_a_host_that_ssh_or_a_shell_could_misread_is_refused(host: str, model_cache: Path) -> None:
+HOSTS = [
+    "-oProxyCommand=touch x",
+    "pi@-x",
+    "pi@host;ls",
+    "pi@ho st",
+    "pi@host:22",
+    "$(id)@host",
+    "a@b@c",
+    "",
+    "@host",
+]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_host_that_ssh_or_a_shell_could_misread_is_rejected(host: str, model_cache: Path) -> None:
     with pytest.raises(InputError):
         add_device("kitchen", host)
     assert own_names() == []
     own_folder().mkdir(parents=True)  # nor by hand
-    (own_folder() / "bad.toml").write_text(
-        f'title = "x"\nbase = "generic-arm64"\n[remote]\nhost = "{host}"\n'
-    )
+    text = f'title = "x"\nbase = "generic-arm64"\n[remote]\nhost = "{host}"\n'
+    (own_folder() / "bad.toml").write_text(text)
     with pytest.raises(InputError, match=r"remote\.host"):
         find_device("bad")
 
 
 @pytest.mark.parametrize("name", ["-rf", "a b", "../x", "Kitchen", "", "raspberry-pi-5"])
-def test_a_name_that_is_none_or_is_taken_is_refused(name: str, model_cache: Path) -> None:
+def test_a_name_that_is_none_or_is_taken_is_rejected(name: str, model_cache: Path) -> None:
     with pytest.raises(InputError):
         add_device(name, "pi@kitchen")
 

@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import Patch
+from tiny import Patch, model_shape
 
 from arte_edge.device import roofline
 from arte_edge.device.model_size import ModelShape
@@ -33,25 +33,8 @@ def benchmark() -> ModuleType:
 
 
 def shape(**sizes: Any) -> ModelShape:
-    told: dict[str, Any] = {
-        "name": "a.gguf",
-        "format": "gguf",
-        "architecture": "llama",
-        "quantization": "Q8_0",
-        "weight_bytes": 10**9,
-        "token_bytes": 10**9,
-        "n_params": 1,
-        "n_layer": 20,
-        "n_kv_head": 2,
-        "head_dim": 64,
-        "n_embd": 512,
-        "n_ff": 1536,
-        "n_vocab": 1000,
-        "n_ctx_train": 2048,
-        "kv_values": 5000,
-        "token_bytes_by_type": {"Q8_0": 6 * 10**8, "Q4_K": 4 * 10**8},
-    }
-    return ModelShape(**told | sizes)
+    weights = {"weight_bytes": 10**9, "token_bytes": 10**9, "n_layer": 20, "kv_values": 5000}
+    return model_shape(**weights | {"token_bytes_by_type": {"Q8_0": 6 * 10**8, "Q4_K": 4 * 10**8}} | sizes)
 
 
 def test_the_eight_published_rows_of_a_raspberry_pi_5_are_met_within_20_percent() -> None:
@@ -109,17 +92,14 @@ def test_the_probe_reads_at_a_rate_that_memory_can_have_and_is_short() -> None:
     assert time.perf_counter() - start < 5
 
 
-def test_a_probe_is_kept_under_this_machine_and_made_again_when_asked(
-    model_cache: Path, monkeypatch: Patch
-) -> None:
+def test_a_probe_is_kept_until_a_fresh_one_is_requested(model_cache: Path, monkeypatch: Patch) -> None:
     rates = iter([1e9, 2e9, 3e9])
     monkeypatch.setattr(roofline, "measure", lambda threads: next(rates))
     assert [roofline.probe(2), roofline.probe(2), roofline.probe(1)] == [1e9, 1e9, 2e9]
     assert roofline.probe(2, fresh=True) == 3e9
     assert roofline.probe(2) == 3e9
-    monkeypatch.setattr(
-        "arte_edge.device.detect.detect", lambda: SimpleNamespace(fingerprint="another machine")
-    )
+    other = SimpleNamespace(fingerprint="another machine")
+    monkeypatch.setattr("arte_edge.device.detect.detect", lambda: other)
     monkeypatch.setattr(roofline, "measure", lambda threads: 5e9)
     assert roofline.probe(2) == 5e9
 

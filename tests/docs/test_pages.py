@@ -1,11 +1,13 @@
-"""docs/presets.md is what the code says, and has a row for every key of a run."""
+"""The generated pages say what the code says."""
 
+import json
 import runpy
 from pathlib import Path
 
 import pytest
 
 from arte_edge.distill.config import RunConfig
+from arte_edge.results.student_json import SCHEMA_VERSION
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = (DOCS / "presets.md").read_text(encoding="utf-8")
@@ -41,3 +43,18 @@ def test_a_page_with_another_default_is_out_of_date() -> None:
     changed = PAGE.replace("| `tune.epochs` | `2.0` |", "| `tune.epochs` | `3.0` |")
     assert changed != PAGE
     assert BUILDER["render"](changed) == PAGE
+
+
+SCHEMA = runpy.run_path(str(DOCS / "build_student_schema.py"))
+
+
+def test_the_published_schema_is_that_of_the_code() -> None:
+    assert SCHEMA["main"](["--check"]) == 0
+    assert json.loads(SCHEMA["render"]())["properties"]["schema_version"]["const"] == SCHEMA_VERSION
+
+
+def test_every_key_of_the_schema_is_closed_and_explained_where_its_name_does_not_do() -> None:
+    document = json.loads(SCHEMA["render"]())
+    for name, table in document["$defs"].items():
+        assert table["additionalProperties"] is False, name
+        assert table["description"], name
