@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 OURS = (
-    "import sys; from pathlib import Path; from arte_edge.gguf.convert.convert import convert; "
+    "import sys; from pathlib import Path; from arte_edge.gguf.convert import convert; "
     "convert(Path(sys.argv[1]), Path(sys.argv[2]))"
 )
 

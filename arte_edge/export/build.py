@@ -137,7 +137,7 @@ class Builder:
         from arte_edge.gguf.reader import read_header
 
         if self.llama_cpp is not None:
-            from arte_edge.gguf.convert.convert import convert_with_llama_cpp
+            from arte_edge.gguf.convert import convert_with_llama_cpp
             from arte_edge.gguf.writer import rewrite
 
             convert_with_llama_cpp(self.llama_cpp, self.source.checkpoint, target, type)
@@ -147,7 +147,7 @@ class Builder:
 
             with_metadata(self.source.evaluated, self.gguf_fields, target)
         else:
-            from arte_edge.gguf.convert.convert import convert
+            from arte_edge.gguf.convert import convert
 
             convert(self.source.checkpoint, target, type, extra_fields=self.gguf_fields)
         tensors = read_header(target).tensors.values()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BLOCK",
+    "OTHER_CONVERTER",
     "Family",
     "Layout",
     "Pattern",
@@ -47,6 +48,7 @@ __all__ = [
     "weight_tensor",
 ]
 
+OTHER_CONVERTER = "For other models give your own checkout of llama.cpp with --llama-cpp DIR."
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)")  # a tensor of a layer: its number, its name inside
 _PHI3 = re.compile(rb"phi-?3", re.IGNORECASE)
 _FOLDER = Path(__file__).with_name("families")

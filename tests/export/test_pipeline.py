@@ -26,7 +26,7 @@ from arte_edge.export.pipeline import export
 from arte_edge.export.recipe import Recipe, build
 from arte_edge.export.source import Source, open_source
 from arte_edge.gguf import reader
-from arte_edge.gguf.convert.convert import convert
+from arte_edge.gguf.convert import convert
 from arte_edge.gguf.from_base import checkpoint_to_gguf
 from arte_edge.gguf.reader import STRING, Field, read_model_header
 from arte_edge.gguf.writer import rewrite
@@ -94,7 +94,7 @@ def visible(out: Path) -> dict[str, bytes]:
 def test_many_formats_in_one_call_share_one_conversion(
     source: Source, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from arte_edge.gguf.convert import convert as module
+    from arte_edge.gguf import convert as module
 
     conversions: list[Path] = []
     real = module.convert

@@ -14,7 +14,7 @@ import tiny
 from numpy.typing import NDArray
 from tiny import Folders, Make
 
-from arte_edge.gguf.convert.convert import convert
+from arte_edge.gguf.convert import convert
 from arte_edge.gguf.reader import STRING, UINT32, Field
 from arte_edge.gguf.writer import rewrite
 

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Make, Patch, edited, edited_json, relative_error
+from tiny import Folders, Make, Patch, edited, edited_json, relative_error
 
 from arte_edge.errors import ArteError, InputError
-from arte_edge.gguf.from_base import checkpoint_to_gguf
+from arte_edge.gguf.from_base import adapter_to_gguf, checkpoint_to_gguf
 from arte_edge.gguf.reader import read_model_header
 
 IDS = [1, 17, 42, 3, 88, 5, 60, 61, 9, 33]
@@ -115,3 +115,111 @@ def test_a_broken_checkpoint_is_an_input_error(damage: str, tiny_model: Any, tmp
         (broken / name).write_text("{")
     with pytest.raises(InputError, match="broken"):
         checkpoint_to_gguf(broken, model.base_gguf, tmp_path / "student.gguf")
+
+
+@pytest.fixture(scope="module")
+def save_adapter(tiny_model: Any, tmp_path_factory: Folders) -> Make:
+    """Save a LoRA with random matrices, both A and B, for a tiny model."""
+
+    def save(arch: str, **settings: Any) -> Path:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(tiny_model(arch).checkpoint, dtype=torch.float32)
+        wanted = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear"} | settings
+        tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **wanted))
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for name, tensor in tuned.named_parameters():
+                if "lora_" in name:
+                    tensor.copy_(0.15 * torch.randn_like(tensor))
+        folder = tmp_path_factory.mktemp("adapter")
+        tuned.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+# gemma3: llama.cpp looks GELU up in a float16 table
+@pytest.mark.parametrize(("arch", "tolerance"), [("llama", 1e-5), ("qwen2", 1e-5), ("gemma3", 5e-4)])
+def test_llama_cpp_with_the_adapter_gives_the_logits_of_peft(
+    arch: str, tolerance: float, tiny_model: Any, save_adapter: Any, llama_logits: Any, tmp_path: Path
+) -> None:
+    model, adapter = tiny_model(arch), save_adapter(arch)
+    base = checkpoint_to_gguf(model.checkpoint, model.base_gguf, tmp_path / "base.gguf", "F32")
+    out = adapter_to_gguf(adapter, base, tmp_path / "adapter.gguf")
+    wanted = model.hf_logits(IDS, adapter)
+    assert relative_error(llama_logits(base, IDS, adapter=out), wanted) < tolerance
+    assert relative_error(llama_logits(base, IDS), wanted) > 0.1  # the adapter does change the model
+
+
+def test_each_pair_may_have_its_own_rank(
+    tiny_model: Any, save_adapter: Any, llama_logits: Any, tmp_path: Path
+) -> None:
+    model, adapter = tiny_model("llama"), save_adapter("llama", rank_pattern={"q_proj": 2, "down_proj": 8})
+    base = checkpoint_to_gguf(model.checkpoint, model.base_gguf, tmp_path / "base.gguf", "F32")
+    out = adapter_to_gguf(adapter, base, tmp_path / "adapter.gguf")
+    assert relative_error(llama_logits(base, IDS, adapter=out), model.hf_logits(IDS, adapter)) < 1e-5
+
+
+def test_the_metadata_and_no_private_path(tiny_model: Any, save_adapter: Any, tmp_path: Path) -> None:
+    base = tiny_model("qwen2").base_gguf
+    out = adapter_to_gguf(save_adapter("qwen2", target_modules=["q_proj"]), base, tmp_path / "a.gguf")
+    from gguf import GGUFReader
+
+    fields = {key: f.contents() for key, f in GGUFReader(out).fields.items() if not key.startswith("GGUF.")}
+    kind = {"general.architecture": "qwen2", "general.type": "adapter", "adapter.type": "lora"}
+    assert fields == kind | {"adapter.lora.alpha": 12.0}
+    names = [tensor.name for tensor in GGUFReader(out).tensors]
+    assert names == [f"blk.{layer}.attn_q.weight.lora_{part}" for layer in (0, 1) for part in "ab"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"] and b"/tmp" not in out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"alpha_pattern": {"q_proj": 3}},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+    ],
+)
+def test_a_setting_that_gguf_lacks_is_rejected(
+    settings: Any, tiny_model: Any, save_adapter: Any, tmp_path: Path
+) -> None:
+    named = "embed_tokens" if "target_modules" in settings else next(iter(settings))
+    adapter = save_adapter("llama", **settings)
+    with pytest.raises(InputError, match=named):
+        adapter_to_gguf(adapter, tiny_model("llama").base_gguf, tmp_path / "a.gguf")
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_an_adapter_of_another_model_is_rejected(tiny_model: Any, save_adapter: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    adapter = Path(shutil.copytree(save_adapter("llama"), tmp_path / "wide"))
+    wide = {name: t.repeat(2, 2) for name, t in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(wide, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="does not fit"):
+        adapter_to_gguf(adapter, tiny_model("llama").base_gguf, tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("damage", ["", "adapter_model.safetensors", "adapter_config.json"])
+def test_a_broken_adapter_is_an_error(
+    damage: str, tiny_model: Any, save_adapter: Any, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    if damage:
+        shutil.copytree(save_adapter("llama"), broken)
+        (broken / damage).write_bytes((broken / damage).read_bytes()[:100])
+    with pytest.raises(InputError, match="broken"):
+        adapter_to_gguf(broken, tiny_model("llama").base_gguf, tmp_path / "a.gguf")
+
+
+def test_an_adapter_is_no_base(tiny_model: Any, save_adapter: Any, tmp_path: Path) -> None:
+    adapter = save_adapter("llama")
+    out = adapter_to_gguf(adapter, tiny_model("llama").base_gguf, tmp_path / "a.gguf")
+    with pytest.raises(InputError):
+        read_model_header(out)

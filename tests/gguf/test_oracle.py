@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from arte_edge.gguf.convert.convert import convert, convert_with_llama_cpp
+from arte_edge.gguf.convert import convert, convert_with_llama_cpp
 from arte_edge.gguf.reader import read_model_header
 from arte_edge.models import resolve
 

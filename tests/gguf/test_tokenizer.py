@@ -9,7 +9,7 @@ import pytest
 from tiny import Make, edited_json
 
 from arte_edge.errors import InputError
-from arte_edge.gguf.convert.convert import convert
+from arte_edge.gguf.convert import convert
 from arte_edge.gguf.reader import read_model_header
 
 # What tokenizers stumble over. No text begins or ends in a way that only a chat template would make.

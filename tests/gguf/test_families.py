@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import Make, hf_logits, relative_error
 
-from arte_edge.gguf.convert.convert import convert
+from arte_edge.gguf.convert import convert
 from arte_edge.gguf.from_base import checkpoint_to_gguf
 from arte_edge.gguf.names import families
 from arte_edge.gguf.reader import read_model_header

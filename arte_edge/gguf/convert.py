@@ -1,11 +1,16 @@
-"""A checkpoint's config.json, checked, and as GGUF metadata: hyper-parameters, rotary scaling, and ``general.*``.
+"""A transformers checkpoint to a GGUF file, in this process and without torch, or by llama.cpp's own script.
+
+The family's TOML maps its settings and rows, GGML's `gguf` has the tensors' names, and the weights stream from file to
+file a few megabytes at a time, so memory does not grow with the model. The numbers are bit for bit those of llama.cpp's
+own converter; see benchmarks/gguf_conversion.py and the tests. For models without a family file,
+`convert_with_llama_cpp` runs ``convert_hf_to_gguf.py`` of the user's own checkout of llama.cpp with this Python; it
+needs torch, transformers and what its requirements file lists.
 
 config.json has been written in several ways: rotary settings flat, nested or by kind of layer, a head's width given or
 implied, defaults left out. Here they become one flat table whose keys the family files name, and settings that
-llama.cpp computes differently from transformers are rejected.
-
-Rotary scaling in llama.cpp: ``linear`` and ``yarn`` are a few keys; Llama 3's is a tensor of divisors, one for each
-pair of a head's dimensions; Phi's ``longrope`` is two such tensors, for short and long contexts, and a factor.
+llama.cpp computes differently from transformers are rejected. Rotary scaling in llama.cpp: ``linear`` and ``yarn`` are
+a few keys; Llama 3's is a tensor of divisors, one for each pair of a head's dimensions; Phi's ``longrope`` is two such
+tensors, for short and long contexts, and a factor.
 
 ``general.*`` describes the file to people and to hubs, from the checkpoint's own card and settings. Names of folders
 are left out, though llama.cpp's converter uses them: a path of the user's machine must not be in a published file. The
@@ -16,36 +21,159 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.cache import atomic_file
 from arte_edge.checkpoint import Weight, read_config, read_weights
-from arte_edge.errors import InputError
-from arte_edge.gguf.names import Family, Layout, family_of_model_type
-from arte_edge.gguf.reader import ARRAY, FLOAT32, QUANT_TYPES, STRING, UINT32, Field
-from arte_edge.gguf.writer import Tensor
+from arte_edge.errors import ArteError, InputError
+from arte_edge.extras import need
+from arte_edge.gguf.names import (
+    BLOCK,
+    OTHER_CONVERTER,
+    Family,
+    Layout,
+    family_of_model_type,
+    name_for_llama_cpp,
+    tensor_position,
+    weight_tensor,
+)
+from arte_edge.gguf.reader import (
+    ARRAY,
+    FLOAT32,
+    FULL_WIDTH,
+    QUANT_TYPES,
+    STRING,
+    UINT32,
+    Field,
+    read_model_header,
+)
+from arte_edge.gguf.tokenizer import read_tokenizer, vocabulary
+from arte_edge.gguf.writer import Tensor, write_gguf
 
-__all__ = [
-    "OTHER_CONVERTER",
-    "Checkpoint",
-    "general_metadata",
-    "hyper_parameters",
-    "open_checkpoint",
-    "rope_tensors",
-]
+__all__ = ["SCRIPT", "convert", "convert_with_llama_cpp"]
 
-OTHER_CONVERTER = "For other models give your own checkout of llama.cpp with --llama-cpp DIR."
+SCRIPT = "convert_hf_to_gguf.py"
+_SHOWN_LINES = 3
+_NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+# The tensors that llama.cpp cannot do without, whatever the family
+_NEEDED = ("token_embd.weight", "output_norm.weight")
+_PHI3_TOKENS = {b"</s>", b"<unk>", b"<s>", b"<|endoftext|>"}
 _EMBEDDING = "model.embed_tokens.weight"
 _OUTPUT = "lm_head.weight"
+_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+# generation_config.json -> gguf.Metadata
+_SAMPLING = {
+    "top_k": "sampling_top_k",
+    "top_p": "sampling_top_p",
+    "min_p": "sampling_min_p",
+    "temperature": "sampling_temp",
+}
+_YARN = {  # config key -> GGUF key below rope.scaling.
+    "extrapolation_factor": "yarn_ext_factor",
+    "attention_factor": "yarn_attn_factor",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+}
+
+
+def convert(
+    checkpoint: Path,
+    out: Path,
+    dtype: Literal["F16", "BF16", "F32"] = "F16",
+    *,
+    extra_fields: Mapping[str, Field] = MappingProxyType({}),
+) -> Path:
+    """Write the model in the folder `checkpoint` to the GGUF file `out`; return `out`.
+
+    Norms, biases and rotary factors stay F32, as llama.cpp requires. The file appears whole or not at all.
+
+    Args:
+        dtype: the type of the matrices.
+        extra_fields: metadata that overrides the checkpoint's.
+
+    Raises:
+        InputError: no whole checkpoint with a tokenizer, a family or a tokenizer we do not know, or
+            settings that llama.cpp does not have for the family; says which file and key.
+        ArteError: a package is missing, the disk is full, or a weight does not fit `dtype`.
+    """
+    need("gguf", "Writing GGUF")
+    _check_dtype(dtype)
+    source = _open_checkpoint(checkpoint)
+    files = read_tokenizer(checkpoint, source.config)
+    tensors = _rope_tensors(source) + _tensors(source, dtype)
+    fields = {
+        **_general_metadata(source, tensors, dtype),
+        **_hyper_parameters(source),
+        **vocabulary(files, source.family, source.n_vocab),
+        **extra_fields,
+    }
+    strips = any(token.strips_right and token.special for token in files.added.values())
+    is_phi3 = strips and set(fields["tokenizer.ggml.tokens"].value) >= _PHI3_TOKENS
+    fields["general.name"] = Field(STRING, name_for_llama_cpp(fields["general.name"].value, is_phi3))
+    return write_gguf(out, source.family.arch, fields, tensors)
+
+
+def _tensors(source: _Checkpoint, dtype: str) -> list[Tensor]:
+    """Return the tensors of the weights, block by block."""
+    layout = source.layout
+    named: dict[str, Weight] = {}
+    for name, weight in source.weights.items():
+        if name.endswith(_NOT_WEIGHTS):
+            continue
+        if (target := layout.gguf_name(name)) is None:
+            what = f"{weight.path}: {name} has no place in a {source.family.title} GGUF"
+            raise InputError(what, OTHER_CONVERTER)
+        named[target] = weight
+    _check_whole(source, named)
+    return [weight_tensor(layout, name, named[name], dtype) for name in sorted(named, key=tensor_position)]
+
+
+def _check_whole(source: _Checkpoint, named: dict[str, Weight]) -> None:
+    """Raise for a tensor that is missing or does not fit the settings: a runtime would not name it."""
+    layers: dict[int, dict[str, tuple[int, ...]]] = {}
+    for name, weight in named.items():
+        if match := BLOCK.fullmatch(name):
+            layers.setdefault(int(match[1]), {})[match[2]] = weight.shape
+    first = layers.get(0, {})
+    missing = [name for name in _NEEDED if name not in named]
+    for layer in range(source.layout.n_layer):
+        missing += [f"blk.{layer}.{part}" for part in first.keys() - layers.get(layer, {}).keys()]
+    if missing or not first:
+        raise InputError(
+            f"{source.folder}: {sorted(missing)[0] if missing else 'blk.0'} is missing in the weights",
+            "Give a whole checkpoint, with every shard.",
+        )
+    hidden, heads = source.config["hidden_size"], source.layout
+    width = source.config.get("head_dim") or source.config["hidden_per_head"]
+    expected = {"attn_q.weight": heads.n_head * width, "attn_k.weight": heads.n_head_kv * width}
+    for layer, parts in sorted(layers.items()):
+        for part, shape in parts.items():
+            rows = expected.get(part, shape[0])
+            if shape != first.get(part) or shape[0] != rows or (part in expected and shape[1] != hidden):
+                raise InputError(
+                    f"{source.folder}: {named[f'blk.{layer}.{part}'].name} is {list(shape)}, "
+                    "which does not fit config.json and the other layers",
+                    "Save model and config together: model.save_pretrained(…).",
+                )
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in FULL_WIDTH:
+        raise InputError(f"'{dtype}' is not a type to convert to", f"Choose from {', '.join(FULL_WIDTH)}.")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class _Checkpoint:
     """A checkpoint whose family and settings are known. `config` has `rope`, the rotary scaling, beside the rest."""
 
     folder: Path
@@ -65,7 +193,7 @@ class Checkpoint:
         return self.weights[_EMBEDDING].shape[0]
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def _open_checkpoint(folder: Path) -> _Checkpoint:
     """Read and check config.json and the tables of the weights in `folder`.
 
     Raises:
@@ -84,7 +212,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = _flat(raw, family, where)
     _check_settings(config, family, where)
     weights = _without_tied_output(folder, config, read_weights(folder))
-    return Checkpoint(folder, family, config, weights)
+    return _Checkpoint(folder, family, config, weights)
 
 
 def _flat(raw: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
@@ -159,23 +287,7 @@ def _without_tied_output(
     return weights
 
 
-_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
-# generation_config.json -> gguf.Metadata
-_SAMPLING = {
-    "top_k": "sampling_top_k",
-    "top_p": "sampling_top_p",
-    "min_p": "sampling_min_p",
-    "temperature": "sampling_temp",
-}
-_YARN = {  # config key -> GGUF key below rope.scaling.
-    "extrapolation_factor": "yarn_ext_factor",
-    "attention_factor": "yarn_attn_factor",
-    "beta_fast": "yarn_beta_fast",
-    "beta_slow": "yarn_beta_slow",
-}
-
-
-def hyper_parameters(checkpoint: Checkpoint) -> dict[str, Field]:
+def _hyper_parameters(checkpoint: _Checkpoint) -> dict[str, Field]:
     """Return ``<arch>.*``, everything llama.cpp needs to build the graph.
 
     Raises:
@@ -219,7 +331,7 @@ def _scaling_keys(config: dict[str, Any], where: str) -> dict[str, Field]:
     return fields
 
 
-def rope_tensors(checkpoint: Checkpoint) -> list[Tensor]:
+def _rope_tensors(checkpoint: _Checkpoint) -> list[Tensor]:
     """Return the tensors that a rotary scaling has in GGUF: none, Llama 3's factors or Phi's two sets.
 
     Raises:
@@ -274,7 +386,7 @@ def _longrope_factor(config: dict[str, Any]) -> float:
     return math.sqrt(1 + math.log(scale) / math.log(config["original_max_position_embeddings"]))
 
 
-def general_metadata(checkpoint: Checkpoint, tensors: Sequence[Tensor], dtype: str) -> dict[str, Field]:
+def _general_metadata(checkpoint: _Checkpoint, tensors: Sequence[Tensor], dtype: str) -> dict[str, Field]:
     """Return ``general.*`` for a file with these tensors.
 
     Raises:
@@ -317,3 +429,49 @@ def _field(value: Any) -> Field:
     item = GGUFValueType.get_type(content[0])
     items = [part.encode() if isinstance(part, str) else part for part in content]
     return Field(ARRAY, items, int(item))
+
+
+def convert_with_llama_cpp(llama_cpp: Path, checkpoint: Path, out: Path, dtype: str = "F16") -> Path:
+    """Write the model in `checkpoint` to the GGUF file `out` by the converter in `llama_cpp`; return `out`.
+
+    Raises:
+        InputError: `llama_cpp` has no converter, or `checkpoint` is no folder.
+        ArteError: the converter failed, or what it wrote is not a GGUF of type `dtype`.
+    """
+    script = llama_cpp / SCRIPT
+    if not script.is_file():
+        raise InputError(f"{llama_cpp}: no {SCRIPT} there", "Give the folder of a checkout of llama.cpp.")
+    _check_dtype(dtype)
+    if not checkpoint.is_dir():
+        raise InputError(f"{checkpoint}: no such folder", "Give a transformers checkpoint.")
+    # The script fills {…} in names itself, and adds nothing to a name without one.
+    partial = out.with_name(f".{out.name}.partial".replace("{", "_").replace("}", "_"))
+    command = [sys.executable, str(script.absolute()), str(checkpoint.absolute())]
+    command += ["--outfile", str(partial.absolute()), "--outtype", dtype.lower()]
+    with atomic_file(out, partial):
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "errors": "replace"}
+        done = subprocess.run(command, **pipes, env=environment, check=False)
+        if done.returncode != 0 or not partial.is_file():
+            raise _failure(script, done)
+        _check_written(script, partial, dtype)
+    return out
+
+
+def _failure(script: Path, done: subprocess.CompletedProcess[str]) -> ArteError:
+    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    output = " / ".join(lines[-_SHOWN_LINES:])[:500] or "no message"
+    hint = f"Run it by hand to see its whole output: python {script.name} CHECKPOINT."
+    if "ModuleNotFoundError" in output or "ImportError" in output:
+        hint = f"Install what it needs: pip install -r {script.parent / 'requirements.txt'}"
+    return ArteError(f"{script} ended with code {done.returncode}: {output}", hint)
+
+
+def _check_written(script: Path, partial: Path, dtype: str) -> None:
+    """Raise unless the file is a whole GGUF whose matrices are of type `dtype`."""
+    try:
+        header = read_model_header(partial)
+    except InputError as error:
+        raise ArteError(f"{script} wrote no usable GGUF: {error.message}", error.hint) from error
+    if header.metadata.get("general.file_type") != QUANT_TYPES[dtype].number:
+        raise ArteError(f"{script} wrote {header.quantization} instead of {dtype}", "Update the checkout.")

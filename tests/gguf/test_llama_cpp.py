@@ -5,7 +5,7 @@ import pytest
 from tiny import Make
 
 from arte_edge.errors import ArteError, InputError
-from arte_edge.gguf.convert.convert import convert_with_llama_cpp
+from arte_edge.gguf.convert import convert_with_llama_cpp
 
 # A stand-in for the script of a checkout, which would need minutes: it takes the same arguments.
 SCRIPT = """

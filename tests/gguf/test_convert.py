@@ -10,7 +10,7 @@ import pytest
 from tiny import Make, edited, edited_json
 
 from arte_edge.errors import ArteError, InputError
-from arte_edge.gguf.convert.convert import convert
+from arte_edge.gguf.convert import convert
 from arte_edge.gguf.reader import Field, read_model_header
 
 
@@ -143,7 +143,7 @@ def test_a_process_killed_while_it_writes_leaves_no_file(make_checkpoint: Make, 
     out = tmp_path / "out" / "student.gguf"
     script = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from arte_edge.gguf.convert.convert import convert\n"
+        "from arte_edge.gguf.convert import convert\n"
         "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
         "convert(Path(sys.argv[1]), Path(sys.argv[2]))\n"
     )
@@ -160,7 +160,7 @@ def test_no_torch_is_loaded_and_memory_stays_small(make_checkpoint: Make, tmp_pa
     wide = make_checkpoint("llama", hidden_size=1024, intermediate_size=8192, num_hidden_layers=4)
     script = (
         "import sys\nfrom pathlib import Path\n"
-        "from arte_edge.gguf.convert.convert import convert\n"
+        "from arte_edge.gguf.convert import convert\n"
         "convert(Path(sys.argv[1]), Path(sys.argv[2]), 'F32')\n"
         "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)\n"
         # not ru_maxrss: that begins with what the process that started this one had

@@ -25,8 +25,7 @@ from typing import Any
 
 from arte_edge import protobuf
 from arte_edge.errors import InputError
-from arte_edge.gguf.convert.metadata import OTHER_CONVERTER
-from arte_edge.gguf.names import Family
+from arte_edge.gguf.names import OTHER_CONVERTER, Family
 from arte_edge.gguf.reader import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT8, UINT32, Field
 
 __all__ = ["TokenizerFiles", "read_tokenizer", "vocabulary"]

@@ -1,1 +1,0 @@
-"""From a transformers checkpoint to a GGUF file."""
