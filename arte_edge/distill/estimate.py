@@ -78,7 +78,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Mean tokens of one kind of call, and of all drafts the valid ones per prompt."""
+    """Mean tokens of one kind of call."""
 
     prompt: float
     completion: float = 0.0
@@ -138,12 +138,14 @@ def dry_run(config: RunConfig, *, prices: Prices | None = None, as_json: bool = 
             lengths, drafts_per_prompt = probe(run, {work.call for work in stage_work(config, sizes, 1.0)})
         finally:
             run.close()
-    lines = estimate(config, sizes, lengths, drafts_per_prompt, prices)
+    priced = prices is not None
+    rows = _rows(estimate(config, sizes, lengths, drafts_per_prompt, prices), priced=priced)
     notes = _notes(config, sizes, drafts_per_prompt, prices)
     if as_json:
-        emit_json(_document(lines, drafts_per_prompt, notes, priced=prices is not None))
+        stages = {"stages": rows[:-1], "total": rows[-1]}
+        emit_json({"event": "plan", **stages, "drafts_per_prompt": drafts_per_prompt, "notes": notes})
         return
-    _print_table(lines, priced=prices is not None)
+    _print_table(rows, priced=priced)
     for note in notes:
         out.print(note, markup=False, soft_wrap=True)
 
@@ -344,7 +346,7 @@ def _notes(config: RunConfig, sizes: Sizes, drafts_per_prompt: float, prices: Pr
     return notes
 
 
-def _print_table(lines: list[StageEstimate], *, priced: bool) -> None:
+def _print_table(rows: Sequence[Mapping[str, Any]], *, priced: bool) -> None:
     from rich import box
     from rich.table import Table
 
@@ -352,40 +354,26 @@ def _print_table(lines: list[StageEstimate], *, priced: bool) -> None:
     table.add_column("stage")
     for name in ("calls", "prompt tokens", "completion tokens", *(["USD"] if priced else [])):
         table.add_column(name, justify="right", no_wrap=True)
-    for line in lines:
-        table.add_row(*_cells(line, priced=priced))
-    table.add_section()
-    table.add_row(*_cells(_total(lines), priced=priced), style="bold")
+    for row in rows:
+        if row["stage"] == "total":
+            table.add_section()
+        cells = [row["stage"], *(f"{row[key]:,}" for key in ("calls", "prompt_tokens", "completion_tokens"))]
+        cells += [f"{row['cost_usd']:,.2f}"] if priced else []
+        table.add_row(*cells, style="bold" if row["stage"] == "total" else "")
     out.print(table)
 
 
-def _cells(line: StageEstimate, *, priced: bool) -> list[str]:
-    cells = [line.stage, f"{line.calls:,}", f"{line.prompt_tokens:,.0f}", f"{line.completion_tokens:,.0f}"]
-    return [*cells, f"{line.cost_usd:,.2f}"] if priced else cells
-
-
-def _total(lines: list[StageEstimate]) -> StageEstimate:
+def _rows(lines: Sequence[StageEstimate], *, priced: bool) -> list[dict[str, Any]]:
+    """Return the lines as rows, the last one their total; without prices the cost is None."""
     keys = ("calls", "prompt_tokens", "completion_tokens", "cost_usd")
-    return StageEstimate("total", **{key: sum(getattr(line, key) for line in lines) for key in keys})
-
-
-def _document(
-    lines: list[StageEstimate], drafts_per_prompt: float, notes: list[str], *, priced: bool
-) -> dict[str, Any]:
-    return {
-        "event": "plan",
-        "stages": [_row(line, priced=priced) for line in lines],
-        "total": _row(_total(lines), priced=priced),
-        "drafts_per_prompt": drafts_per_prompt,
-        "notes": notes,
-    }
-
-
-def _row(line: StageEstimate, *, priced: bool) -> dict[str, Any]:
-    return {
-        "stage": line.stage,
-        "calls": line.calls,
-        "prompt_tokens": round(line.prompt_tokens),
-        "completion_tokens": round(line.completion_tokens),
-        "cost_usd": round(line.cost_usd, 4) if priced else None,
-    }
+    total = StageEstimate("total", **{key: sum(getattr(line, key) for line in lines) for key in keys})
+    return [
+        {
+            "stage": line.stage,
+            "calls": line.calls,
+            "prompt_tokens": round(line.prompt_tokens),
+            "completion_tokens": round(line.completion_tokens),
+            "cost_usd": round(line.cost_usd, 4) if priced else None,
+        }
+        for line in (*lines, total)
+    ]

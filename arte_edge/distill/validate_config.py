@@ -1,8 +1,4 @@
-"""What would stop a run, found in its file before a model is fetched: `arte-edge check`.
-
-All problems at once: a person who mends one and meets the next reads the same file
-five times.
-"""
+"""Validate a run file before any model is downloaded: `arte-edge check`. All problems are reported at once."""
 
 from __future__ import annotations
 
@@ -25,9 +21,9 @@ Problem = tuple[str, str]
 
 
 def find_problems(tables: Mapping[str, Any]) -> list[Problem]:
-    """Return all that is wrong with a run file's tables as (message, hint) pairs.
+    """Return every problem of a run file's tables as (message, hint) pairs.
 
-    Task and models are looked at even where other keys are wrong.
+    Task and models are checked even if other keys are wrong.
     """
     return [
         *problems_of(tables),
@@ -38,7 +34,7 @@ def find_problems(tables: Mapping[str, Any]) -> list[Problem]:
 
 
 def _value(tables: Mapping[str, Any], section: str, key: str) -> Any:
-    """Return a key's value, or its default where the file does not set it."""
+    """Return a key's value, or its default if the file does not set it."""
     table = tables.get(section)
     if isinstance(table, Mapping) and key in table:
         return table[key]
@@ -61,8 +57,8 @@ def _size_problems(tables: Mapping[str, Any], task: Task) -> Iterator[Problem]:
     shown = _value(tables, "elicit", "shown")
     if isinstance(shown, int) and shown > len(task.seed):
         yield (
-            f"elicit.shown: {shown} seeds are shown in a prompt, and the task '{task.name}' has {len(task.seed)}",
-            "Show fewer, or write more seeds.",
+            f"elicit.shown: {shown} seeds per prompt, but the task '{task.name}' has {len(task.seed)}",
+            "Lower elicit.shown, or add seeds.",
         )
 
 
@@ -87,7 +83,7 @@ def _model_problems(key: str, ref: Any) -> Iterator[Problem]:
 
 
 def _look_up(ref: str) -> None:
-    """Raise if `ref` names no model. Fetches nothing and computes no sum of a large file."""
+    """Raise if `ref` names no model. Downloads nothing and hashes no large file."""
     path = Path(ref).expanduser()
     if is_server(ref):
         from arte_edge.runtimes.openai.engine import parse_ref
@@ -106,7 +102,10 @@ def _alignment_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
     if isinstance(teacher, str) and is_server(teacher) and tables.get("data") != "original-teacher":
         yield (
             f"teacher.model: {teacher} is a server, and alignment needs the teacher's weights",
-            'Take data = "original-teacher", or a local teacher.',
+            'Set data = "original-teacher", or use a local teacher.',
         )
     if isinstance(student, str) and is_server(student):
-        yield f"student.model: {student} is a server, and the student is trained here", "Take a local model."
+        yield (
+            f"student.model: {student} is a server, but the student is trained locally",
+            "Use a local model.",
+        )

@@ -1,8 +1,7 @@
-"""How the student as it will be deployed prefers drafts, against the student with 16 bits.
+"""The effect of quantization on preference scores.
 
-`prefer.student_file` scores drafts with a quantized file. Whether that changes which drafts are
-preferred can be measured, since both students answer the same questions: a sample of drafts is
-scored by both, and what moves is held against the scores' own standard error.
+`prefer.student_file` scores drafts with a quantized file. A sample of drafts is scored by it and by the
+16-bit student on the same questions, and the changes are compared with the standard error of the scores.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Shift:
-    """What changes in the order of drafts between two files of one student.
+    """The changes in the ranking of drafts between two files of one student.
 
     `r` is the correlation of the drafts' scores, `r_within` that of their distances from their own
     question's mean, `moved` the mean change of a score. Of `questions` with several rationales,
-    `best_kept` and `worst_kept` are the shares whose best or worst rationale stays. `flips` counts the
-    bests and worsts that change, `flips_beyond_error` those where the 16-bit student tells the two apart
-    by more than the standard error of their paired difference.
+    `best_kept` and `worst_kept` are the shares whose best or worst rationale is unchanged. `flips` counts
+    changed bests and worsts, `flips_beyond_error` those where the 16-bit scores of the two differ by more
+    than the standard error of their paired difference.
     """
 
     drafts: int
