@@ -52,7 +52,7 @@ def test_wilson_refuses_impossible_counts_and_levels(right: int, n: int, level: 
     ("both", "only_a", "only_b", "neither", "low", "high"),
     [(36, 12, 2, 0, 0.0569, 0.3404), (1, 1, 7, 12, -0.5069, -0.0256), (59, 6, 16, 80, -0.1186, -0.0046)],
 )
-def test_mcnemar_gives_the_published_intervals(
+def test_mcnemar_intervals(
     both: int, only_a: int, only_b: int, neither: int, low: float, high: float
 ) -> None:
     a, b = answers(both, only_a, only_b, neither)
@@ -120,9 +120,7 @@ def test_mcnemar_refuses_lists_that_do_not_pair(a: list[bool], b: list[bool]) ->
         (0.50, 0.60, 0.40, None),
     ],
 )
-def test_format_share_is_what_forcing_alone_recovers(
-    base: float, forced: float, tuned: float, share: float | None
-) -> None:
+def test_format_share(base: float, forced: float, tuned: float, share: float | None) -> None:
     assert format_share(base, forced, tuned) == (None if share is None else pytest.approx(share))
 
 

@@ -159,7 +159,7 @@ def test_a_disk_that_fills_in_mid_write_loses_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_an_atomic_write_that_fails_keeps_the_old_file_and_leaves_nothing_else(
+def test_a_failed_atomic_write_keeps_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: Patch
 ) -> None:
     path = tmp_path / "data.jsonl"

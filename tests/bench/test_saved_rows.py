@@ -63,9 +63,7 @@ def test_a_damaged_student_json_does_not_lose_the_measurement(capsys: Capture, b
     assert (bench_export / "student.json").read_text() == "{"
 
 
-def test_a_runs_folder_stands_for_its_export_and_names_what_is_missing(
-    capsys: Capture, bench_export: Path, tmp_path: Path
-) -> None:
+def test_a_runs_folder_names_what_is_missing(capsys: Capture, bench_export: Path, tmp_path: Path) -> None:
     run_folder = tmp_path / "run"
     shutil.copytree(bench_export, run_folder / "export")
     assert find_targets([str(run_folder)], pytest.fail) == [run_folder / "export" / "tiny-F16.gguf"]

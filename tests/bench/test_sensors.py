@@ -110,7 +110,7 @@ def test_without_a_thermal_zone_the_firmware_says_the_temperature(tmp_path: Path
 
 
 @pytest.mark.parametrize("answer", ["VCHI initialization failed", "throttled=", ""])
-def test_a_firmware_that_does_not_answer_is_left_alone(
+def test_firmware_without_an_answer_is_ignored(
     tmp_path: Path, write: Make, vcgencmd: Path, answer: str
 ) -> None:
     write(PI)
@@ -247,9 +247,7 @@ VALUES = st.tuples(st.none() | st.floats(-20, 120), st.none() | st.floats(0, 600
 
 
 @given(BIT_FIELDS, st.lists(VALUES, max_size=20), BIT_FIELDS)
-def test_any_readings_are_judged_and_only_throttling_has_a_reason(
-    before: Any, values: Any, after: Any
-) -> None:
+def test_only_throttling_has_a_reason(before: Any, values: Any, after: Any) -> None:
     throttled, reason = judge(before, readings(*values), after)
     assert bool(reason) == (throttled is True)
 

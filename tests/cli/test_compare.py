@@ -30,9 +30,7 @@ def sides(tmp_path: Path) -> tuple[str, str]:
     return str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
 
 
-def test_the_table_says_ratio_interval_and_verdict_in_80_columns(
-    sides: tuple[str, str], capsys: Capture
-) -> None:
+def test_the_table_has_ratio_interval_and_verdict(sides: tuple[str, str], capsys: Capture) -> None:
     assert main(["compare", *sides]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80

@@ -106,9 +106,7 @@ def test_bad_input_ends_with_2_and_says_what_to_do(
     assert says in " ".join(capsys.readouterr().err.split())
 
 
-def test_check_prints_what_was_found_and_fails_if_something_did(
-    capsys: Capture, model_cache: Path, monkeypatch: Patch
-) -> None:
+def test_check_prints_findings_and_fails(capsys: Capture, model_cache: Path, monkeypatch: Patch) -> None:
     from arte_edge.device.ssh import workdir
     from arte_edge.device.ssh.workdir import Finding, Report
 

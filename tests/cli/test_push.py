@@ -22,9 +22,7 @@ from arte_edge.cli.main import main
     ],
     ids=lambda value: " ".join(value[2:]) or value[0] if isinstance(value, list) else "",
 )
-def test_a_mistake_is_exit_2_with_a_reason(
-    tmp_path: Path, capsys: Capture, words: list[str], said: str
-) -> None:
+def test_a_mistake_is_exit_code_2(tmp_path: Path, capsys: Capture, words: list[str], said: str) -> None:
     assert main([word.format(dir=tmp_path) for word in words]) == 2
     told = capsys.readouterr()
     assert said in told.err

@@ -8,9 +8,7 @@ from tiny import Capture
 from arte_edge.cli.main import main
 
 
-def test_the_page_is_written_beside_the_run_and_what_is_missing_is_said(
-    tmp_path: Path, capsys: Capture
-) -> None:
+def test_the_page_is_written_beside_the_run_and_missing_parts_named(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "run.toml").write_text('name = "r"\n')
     assert main(["report", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")

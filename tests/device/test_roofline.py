@@ -105,7 +105,7 @@ def test_a_probe_is_kept_until_a_fresh_one_is_requested(model_cache: Path, monke
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"x": ', '{"x": 3}', '{"bytes_per_s": "fast"}'])
-def test_a_damaged_or_unwritable_memory_of_probes_is_no_error(
+def test_a_damaged_or_unwritable_cache_is_no_error(
     model_cache: Path, monkeypatch: Patch, content: str
 ) -> None:
     monkeypatch.setattr(roofline, "measure", lambda threads: 4e9)

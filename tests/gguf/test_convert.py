@@ -21,9 +21,7 @@ def test_shards_give_the_same_file(make_checkpoint: Make, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("damage", ["shard missing", "tensor in no shard"])
-def test_an_incomplete_sharded_checkpoint_is_rejected(
-    damage: str, make_checkpoint: Make, tmp_path: Path
-) -> None:
+def test_incomplete_shards_are_rejected(damage: str, make_checkpoint: Make, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(make_checkpoint("llama", shard="60KB"), folder)
     if damage == "shard missing":
@@ -36,9 +34,7 @@ def test_an_incomplete_sharded_checkpoint_is_rejected(
         convert(folder, tmp_path / "out.gguf")
 
 
-def test_the_output_matrix_is_written_if_and_only_if_it_is_not_tied(
-    make_checkpoint: Make, tmp_path: Path
-) -> None:
+def test_the_output_matrix_is_written_only_if_untied(make_checkpoint: Make, tmp_path: Path) -> None:
     tied = make_checkpoint("qwen2", tie_word_embeddings=True)
     copy_embedding = lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})  # noqa: E731
     both = edited(tied, tmp_path / "both", copy_embedding)  # some checkpoints have it twice
@@ -93,9 +89,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
         (lambda t: t.update({"model.odd.weight": t[UP].clone()}), r"model\.odd\.weight has no place"),
     ],
 )
-def test_wrong_tensors_are_rejected_by_name(
-    change: Any, named: str, make_checkpoint: Make, tmp_path: Path
-) -> None:
+def test_wrong_tensors_are_named(change: Any, named: str, make_checkpoint: Make, tmp_path: Path) -> None:
     folder = edited(make_checkpoint("llama"), tmp_path / "copy", change)
     with pytest.raises(InputError, match=named):
         convert(folder, tmp_path / "out.gguf")
@@ -131,7 +125,7 @@ def test_extra_fields_stand_over_what_the_checkpoint_says(make_checkpoint: Make,
     ("family", "name", "written"),
     [("llama", b"phi-3 teacher's pupil", b"Phi 3 teacher's pupil"), ("phi3", b"My Phi3", b"My Phi 3")],
 )
-def test_a_name_that_breaks_llama_cpps_vocabulary_is_changed(
+def test_a_breaking_name_is_changed(
     family: str, name: bytes, written: bytes, make_checkpoint: Make, tmp_path: Path
 ) -> None:
     fields = {"general.name": Field(8, name)}

@@ -59,7 +59,7 @@ def test_every_family_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("family", sorted(families()))
-def test_a_trained_checkpoint_patched_over_a_converted_base_is_the_converted_one(
+def test_a_base_patched_and_a_conversion_are_equal(
     family: str, make_checkpoint: Make, tmp_path: Path
 ) -> None:
     base = convert(make_checkpoint(family), tmp_path / "base.gguf")
@@ -78,9 +78,7 @@ def test_a_trained_checkpoint_patched_over_a_converted_base_is_the_converted_one
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 @pytest.mark.parametrize("family", sorted(families()))
-def test_sixteen_bits_are_rounded_as_ggml_does(
-    family: str, dtype: str, make_checkpoint: Make, tmp_path: Path
-) -> None:
+def test_rounding_is_that_of_ggml(family: str, dtype: str, make_checkpoint: Make, tmp_path: Path) -> None:
     wide = convert(make_checkpoint(family), tmp_path / "wide.gguf", "F32")
     narrow = convert(make_checkpoint(family), tmp_path / "narrow.gguf", dtype)  # type: ignore[arg-type]
     for before, after in zip(gguf.GGUFReader(wide).tensors, gguf.GGUFReader(narrow).tensors, strict=True):

@@ -15,7 +15,7 @@ IDS = [1, 17, 42, 3, 88, 5, 60, 61, 9, 33]
 
 # llama.cpp looks GELU, which Gemma has, up in a float16 table.
 @pytest.mark.parametrize(("arch", "exact"), [("llama", 1e-5), ("qwen2", 1e-5), ("gemma3", 5e-4)])
-def test_llama_cpp_gives_the_logits_of_the_checkpoint(
+def test_llama_cpp_agrees_with_transformers(
     arch: str, exact: float, tiny_model: Any, llama_logits: Any, tmp_path: Path
 ) -> None:
     model = tiny_model(arch)
@@ -34,7 +34,7 @@ def test_an_output_matrix_of_its_own_is_written(tiny_model: Any, llama_logits: A
     assert relative_error(llama_logits(out, IDS), tied.hf_logits(IDS)) < 1e-5
 
 
-def test_a_checkpoint_in_shards_gives_the_same_file(
+def test_shards_give_the_same_file_from_a_base(
     tiny_model: Any, make_checkpoint: Make, tmp_path: Path
 ) -> None:
     model = tiny_model("llama")

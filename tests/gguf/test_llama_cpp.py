@@ -30,9 +30,7 @@ def checkout(tmp_path: Path) -> Make:
     return make
 
 
-def test_what_the_converter_wrote_is_kept_when_it_is_a_gguf_of_the_asked_type(
-    checkout: Make, make_gguf: Make, tmp_path: Path
-) -> None:
+def test_a_gguf_of_the_requested_type_is_kept(checkout: Make, make_gguf: Make, tmp_path: Path) -> None:
     made = make_gguf("made.gguf", general__file_type=1)
     folder = checkout(f"assert given.outtype == 'f16'; shutil.copy({str(made)!r}, given.outfile)")
     out = convert_with_llama_cpp(folder, tmp_path, tmp_path / "out dir" / "student.gguf")
@@ -50,7 +48,7 @@ def test_what_the_converter_wrote_is_kept_when_it_is_a_gguf_of_the_asked_type(
         ("shutil.copy(r'{q8}', given.outfile)", "instead of F16"),
     ],
 )
-def test_a_converter_that_fails_or_lies_is_an_error_and_leaves_nothing(
+def test_a_failed_converter_leaves_nothing(
     body: str, said: str, checkout: Make, make_gguf: Make, tmp_path: Path
 ) -> None:
     folder = checkout(body.replace("{q8}", str(make_gguf("q8.gguf"))))

@@ -62,9 +62,7 @@ def test_byte_level_tokens_agree(kind: str, make_checkpoint: Make, llama_tokens:
 
 
 @pytest.mark.parametrize("kind", ["prefixed", "plain", "unigram"])
-def test_sentencepiece_tokens_agree(
-    kind: str, make_checkpoint: Make, llama_tokens: Any, tmp_path: Path
-) -> None:
+def test_sentencepiece_agrees(kind: str, make_checkpoint: Make, llama_tokens: Any, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("llama", kind=kind)
     out = convert(checkpoint, tmp_path / "student.gguf")
     fields = read_model_header(out).fields
@@ -161,7 +159,7 @@ def too_many(content: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("change", "named"), [(wordpiece, "WordPiece"), (too_many, "rows")])
-def test_a_tokenizer_of_another_kind_or_too_large_is_rejected(
+def test_other_tokenizers_are_rejected(
     change: Any, named: str, make_checkpoint: Make, tmp_path: Path
 ) -> None:
     folder = changed(make_checkpoint("llama"), tmp_path / "copy", "tokenizer.json", change)

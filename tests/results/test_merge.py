@@ -38,9 +38,7 @@ def test_a_rerun_replaces_its_own_entry_and_no_other(export_folder: Path) -> Non
 
 
 @pytest.mark.parametrize("change", [{"n_threads": 2}, {"runtime": "xllamacpp 1"}])
-def test_threads_and_runtimes_are_entries_of_their_own(
-    export_folder: Path, change: dict[str, object]
-) -> None:
+def test_threads_and_runtimes_have_their_own_entries(export_folder: Path, change: dict[str, object]) -> None:
     merged = merge_rows(export_folder, [speed_row(), speed_row(**change)])
     assert len(speeds(merged)) == 2
 

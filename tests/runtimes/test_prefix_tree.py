@@ -60,9 +60,7 @@ def test_no_more_is_shared_than_is_allowed() -> None:
 
 
 @given(LISTS, st.data())
-def test_every_list_is_planned_once_and_begins_with_its_stem(
-    lists: list[list[int]], data: st.DataObject
-) -> None:
+def test_every_list_is_planned_once_behind_its_prefix(lists: list[list[int]], data: st.DataObject) -> None:
     most = [data.draw(st.integers(0, len(tokens) - 1)) for tokens in lists]
     plan = group_by_prefix(lists, most)
     assert sorted(i for i, _ in plan) == list(range(len(lists)))

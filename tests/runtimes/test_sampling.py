@@ -42,9 +42,7 @@ def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass() -> None:
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.floats(0.01, 0.999), st.integers(1, 50))
-def test_sorting_only_the_largest_keeps_the_tokens_that_sorting_all_keeps(
-    sizes: list[int], top_p: float, sorted_first: int
-) -> None:
+def test_sorting_only_the_largest_is_enough(sizes: list[int], top_p: float, sorted_first: int) -> None:
     logits = np.array(sizes, dtype=np.float32)
     chosen = []
     for most in (sorted_first, len(sizes)):

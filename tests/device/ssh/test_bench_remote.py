@@ -2,38 +2,24 @@
 
 import json
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Make, Patch
+from tiny import Make, Patch, quality_row, speed_row
 
 from arte_edge.bench import remote as remote_module
 from arte_edge.bench.remote import bench_remote
 from arte_edge.bench.settings import BenchSettings, Reporter
 from arte_edge.device.profiles import Profile, Remote
+from arte_edge.device.ssh.agent import standing
 from arte_edge.device.ssh.connection import ConnectionLost, RemoteError
-from arte_edge.device.ssh.probe import Survey
 from arte_edge.device.ssh.workdir import check, clean
 from arte_edge.errors import ArteError, InputError
-from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow
 
-FACTS = DeviceFacts(fingerprint="0" * 16, cpu="Cortex-A76", arch="aarch64", cores=4, memory_bytes=8 << 30)
-SPEED = SpeedRow(
-    test="tg8",
-    model_filename="X",
-    model_size=1,
-    format="gguf",
-    n_threads=1,
-    n_prompt=0,
-    n_gen=8,
-    device=FACTS,
-)
-QUALITY = QualityRow(
-    model_filename="X", format="gguf", n_threads=1, task="parity", split="test", n=4, right=3, low=0.3, high=0.9,
-    device=FACTS,
-)  # fmt: skip
+SPEED = speed_row("tg8", model_filename="X", model_size=1)
+QUALITY = quality_row(3, model_filename="X", task="parity", n=4)
 # Replaces the benchmark where a test is about the connection: prints a row per repetition.
 STUB = """
 import json, sys, time, pathlib
@@ -84,36 +70,37 @@ def model(make_gguf: Make) -> Path:
     return make_gguf("student-Q8_0.gguf", rows=4000)
 
 
-def names(rows: list[Any]) -> list[str]:
-    return [row.test for row in rows]
+@pytest.fixture
+def bench(profile: Profile, stub: None, model: Path) -> Make:
+    """Run the stub with `model` on the device: ``bench(repetitions=2, on_row=…)``."""
+
+    def run(profile: Profile = profile, repetitions: int = 1, **options: Any) -> list[Any]:
+        settings = BenchSettings(repetitions=repetitions)
+        return bench_remote(profile, [model], settings, **{"reporter": Said()} | options)
+
+    return run
 
 
 def test_rows_come_back_verbatim_and_the_job_is_removed(
-    device: Any, profile: Profile, stub: None, model: Path, tmp_path: Path
+    device: Any, bench: Make, model: Path, tmp_path: Path
 ) -> None:
     task = tmp_path / "parity task"
     task.mkdir()
     (task / "task.toml").write_text("name = 'parity'")
     said, seen = Said(), []
-    rows = bench_remote(
-        profile, [model], BenchSettings(repetitions=2), reporter=said, task=task, on_row=seen.append
-    )
-    expected = [
-        SPEED.model_copy(update={"model_filename": model.name, "model_size": 7, "test": t})
-        for t in ("tg0", "tg1")
-    ]
+    rows = bench(repetitions=2, reporter=said, task=task, on_row=seen.append)
+    own = {"model_filename": model.name, "model_size": 7}
+    expected = [SPEED.model_copy(update=own | {"test": test}) for test in ("tg0", "tg1")]
     assert rows == [*expected, QUALITY.model_copy(update={"model_filename": model.name})] == seen
     assert "GGUF runs on " in said.text and "é[bold]" in said.text
     assert list((device.work / "jobs").iterdir()) == []
     assert device.work.stat().st_mode & 0o777 == 0o700
     sent = device.proxy.sent_bytes
-    bench_remote(profile, [model], BenchSettings(repetitions=1), reporter=said)
+    bench()
     assert device.proxy.sent_bytes - sent < 200_000  # neither wheel nor model again
 
 
-def test_a_cut_in_mid_benchmark_and_a_caller_that_left_lose_no_row(
-    device: Any, profile: Profile, stub: None, model: Path
-) -> None:
+def test_a_cut_in_mid_benchmark_and_a_caller_that_left_lose_no_row(device: Any, bench: Make) -> None:
     seen: list[Any] = []
 
     def cut(row: Any) -> None:
@@ -121,124 +108,97 @@ def test_a_cut_in_mid_benchmark_and_a_caller_that_left_lose_no_row(
         if len(seen) == 3:
             device.proxy.cut()
 
-    rows = bench_remote(profile, [model], BenchSettings(repetitions=9), reporter=Said(), on_row=cut)
-    assert names(rows) == [f"tg{i}" for i in range(9)] == names(seen)
+    rows = bench(repetitions=6, on_row=cut)
+    assert [row.test for row in rows] == [f"tg{i}" for i in range(6)] == [row.test for row in seen]
 
     def leave(row: Any) -> None:
         device.proxy.refuse = True
         device.proxy.cut()
 
     with pytest.raises(ConnectionLost, match="kitchen") as error:
-        bench_remote(profile, [model], BenchSettings(repetitions=12), reporter=Said(), on_row=leave)
-    assert "run the same command again to resume" in error.value.hint
+        bench(repetitions=8, on_row=leave)
+    assert "same command" in error.value.hint
     device.proxy.refuse = False
-    assert len(bench_remote(profile, [model], BenchSettings(repetitions=12), reporter=Said())) == 12
+    assert len(bench(repetitions=8)) == 8
 
 
-def test_ctrl_c_here_stops_the_benchmark_there(
-    device: Any, profile: Profile, stub: None, model: Path
-) -> None:
+def test_ctrl_c_stops_the_benchmark_there(device: Any, bench: Make) -> None:
     def interrupt(row: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bench_remote(profile, [model], BenchSettings(repetitions=500), reporter=Said(), on_row=interrupt)
-    from arte_edge.device.ssh.agent import standing
-
+        bench(repetitions=500, on_row=interrupt)
     (job,) = (device.work / "jobs").iterdir()
     assert standing(job)["state"] == "idle"
 
 
-def refused(monkeypatch: Patch, device: Any, profile: Profile, model: Path, **facts: Any) -> ArteError:
-    """Return the error that a device of these facts ends in; nothing may have been written there."""
-    asked = remote_module.survey
-
-    def with_facts(*args: Any, **words: Any) -> Survey:
-        return Survey(**{**asked(*args, **words).__dict__, **facts})
-
-    monkeypatch.setattr(remote_module, "survey", with_facts)
+@pytest.mark.parametrize(
+    ("facts", "message", "hint"),
+    [
+        ({"free_bytes": 50_000_000}, "50.0 MB are free", "--clean"),
+        ({"available_bytes": 40_000_000}, "student-Q8_0.gguf on kitchen does not fit", ""),
+        ({"machine": "armv7l"}, "armv7l", ""),  # a system of 32 bits
+    ],
+)
+def test_what_cannot_run_is_rejected_before_anything_is_copied(
+    facts: dict[str, Any], message: str, hint: str, device: Any, bench: Make, monkeypatch: Patch
+) -> None:
+    survey = remote_module.survey
+    monkeypatch.setattr(remote_module, "survey", lambda *a, **k: replace(survey(*a, **k), **facts))
     with pytest.raises(ArteError) as error:
-        bench_remote(profile, [model], BenchSettings(), reporter=Said())
-    assert not device.work.exists()
-    assert device.proxy.sent_bytes < 60_000
-    return error.value
+        bench()
+    assert message in error.value.message and hint in error.value.hint
+    assert not device.work.exists() and device.proxy.sent_bytes < 60_000
 
 
-def test_a_full_disk_is_refused_before_anything_is_copied(
-    device: Any, profile: Profile, stub: None, model: Path, monkeypatch: Patch
+def test_a_device_without_python_or_with_an_old_one_is_an_error(
+    profile: Profile, bench: Make, program: Make
 ) -> None:
-    error = refused(monkeypatch, device, profile, model, free_bytes=50_000_000)
-    assert "50.0 MB are free" in error.message and "--clean" in error.hint
-
-
-def test_a_model_that_does_not_fit_is_refused_before_anything_is_copied(
-    device: Any, profile: Profile, stub: None, model: Path, monkeypatch: Patch
-) -> None:
-    error = refused(monkeypatch, device, profile, model, available_bytes=40_000_000)
-    assert "student-Q8_0.gguf on kitchen does not fit" in error.message and error.exit_code == 2
-
-
-def test_a_32_bit_system_is_refused(
-    device: Any, profile: Profile, stub: None, model: Path, monkeypatch: Patch
-) -> None:
-    assert "armv7l" in refused(monkeypatch, device, profile, model, machine="armv7l").message
-
-
-def test_a_device_without_python_or_with_an_old_one_is_told_what_it_needs(
-    device: Any, profile: Profile, stub: None, model: Path, program: Callable[[str, str], Path]
-) -> None:
-    told = {"version": [3, 9, 2], "path": "/usr/bin/python3", "llama_cpp": False, "bits": "64bit"}
-    for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
-        program(name, f"echo '{json.dumps(told)}'")
+    old = {"version": [3, 9, 2], "path": "/usr/bin/python3", "llama_cpp": False, "bits": "64bit"}
     no_path = profile.model_copy(update={"remote": profile.remote.model_copy(update={"python": "python3"})})
-    with pytest.raises(ArteError, match=r"kitchen has Python 3\.9\.2; arte-edge needs 3\.11") as error:
-        bench_remote(no_path, [model], BenchSettings(), reporter=Said())
-    assert "uv python install" in error.value.hint
-    for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
-        program(name, "exit 1")
-    with pytest.raises(ArteError, match="kitchen has no Python"):
-        bench_remote(no_path, [model], BenchSettings(), reporter=Said())
+    for answer, message in (
+        (f"echo '{json.dumps(old)}'", r"Python 3\.9\.2.* 3\.11"),
+        ("exit 1", "no Python"),
+    ):
+        for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
+            program(name, answer)
+        with pytest.raises(ArteError, match=f"kitchen has {message}") as error:
+            bench(no_path)
+    assert "python" in error.value.hint
 
 
-def test_a_checkpoint_is_refused_since_torch_never_goes_there(
-    device: Any, profile: Profile, tmp_path: Path
-) -> None:
-    folder = tmp_path / "student"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"")
+def test_a_checkpoint_is_rejected_since_torch_never_goes_there(profile: Profile, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="never installed on a device"):
-        bench_remote(profile, [folder], BenchSettings(), reporter=Said())
+        bench_remote(profile, [tmp_path], BenchSettings(), reporter=Said())
 
 
-def test_a_kind_of_device_is_not_a_device(profile: Profile, model: Path) -> None:
+def test_a_kind_of_device_is_not_a_device(profile: Profile, bench: Make) -> None:
     with pytest.raises(InputError, match="without an address"):
-        bench_remote(profile.model_copy(update={"remote": None}), [model], BenchSettings(), reporter=Said())
+        bench(profile.model_copy(update={"remote": None}))
 
 
 def test_a_folder_that_is_not_ours_is_neither_used_nor_removed(
-    device: Any, profile: Profile, stub: None, model: Path
+    device: Any, profile: Profile, bench: Make
 ) -> None:
     (device.home / "photos").mkdir()
     (device.home / "photos/cat.jpg").write_bytes(b"cat")
     other = profile.model_copy(update={"remote": profile.remote.model_copy(update={"workdir": "~/photos"})})
-    with pytest.raises(RemoteError, match="not made by arte-edge"):
-        bench_remote(other, [model], BenchSettings(), reporter=Said())
-    with pytest.raises(RemoteError, match="not made by arte-edge"):
-        clean(other)
+    for use in (bench, clean):
+        with pytest.raises(RemoteError, match="not made by arte-edge"):
+            use(other)
     assert (device.home / "photos/cat.jpg").read_bytes() == b"cat"
 
 
-def test_cleaning_removes_the_work_folder(device: Any, profile: Profile, stub: None, model: Path) -> None:
-    bench_remote(profile, [model], BenchSettings(repetitions=1), reporter=Said())
-    assert clean(profile) == str(device.work)
-    assert not device.work.exists()
-    assert clean(profile) == str(device.work)  # twice is no error
+def test_cleaning_removes_the_work_folder(device: Any, profile: Profile, bench: Make) -> None:
+    bench()
+    for _ in range(2):  # twice is no error
+        assert clean(profile) == str(device.work)
+        assert not device.work.exists()
 
 
-def test_checking_changes_nothing_and_finds_what_is_wrong(
-    device: Any, profile: Profile, program: Callable[[str, str], Path]
-) -> None:
+def test_checking_changes_nothing_and_finds_what_is_wrong(device: Any, profile: Profile) -> None:
     report = check(profile)
     assert report.ok
     found = {finding.what: finding for finding in report.findings}
@@ -252,9 +212,7 @@ def test_checking_changes_nothing_and_finds_what_is_wrong(
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_the_real_verb_measures_there_in_an_environment_of_its_own(
-    device: Any, profile: Profile, smollm2: Any
-) -> None:
+def test_the_real_verb_measures_in_its_own_environment(device: Any, profile: Profile, smollm2: Any) -> None:
     """Nothing replaced: pip installs the device-side parts there, `arte-edge bench` measures, rows come back."""
     said = Said()
     # An interpreter that has no llama-cpp-python, as a fresh device's.

@@ -89,9 +89,7 @@ def test_a_second_run_changes_nothing(export_folder: Path, measured: StudentFile
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_a_card_edited_by_hand_stays_outside_the_markers(
-    export_folder: Path, measured: StudentFile, newline: str
-) -> None:
+def test_edits_by_hand_stay(export_folder: Path, measured: StudentFile, newline: str) -> None:
     write_card(export_folder, measured)
     path = export_folder / CARD
     text = path.read_text("utf-8")
@@ -118,9 +116,7 @@ def test_a_card_edited_by_hand_stays_outside_the_markers(
     assert "33.25" in body[0].split(index)[1]
 
 
-def test_a_card_that_is_not_ours_gets_the_parts_at_its_end(
-    export_folder: Path, measured: StudentFile
-) -> None:
+def test_a_foreign_card_gets_the_parts_at_its_end(export_folder: Path, measured: StudentFile) -> None:
     path = export_folder / CARD
     path.write_text("# Mine\n\nAll mine.")
     write_card(export_folder, measured)

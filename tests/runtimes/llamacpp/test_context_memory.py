@@ -43,9 +43,7 @@ class TestMemory:
         scores = 2 * 512 * 256 * 9 * 4  # of 512 rows at once: 9 heads, 4 bytes each, and a copy
         assert grown == 40 * 256 * 30 * 2 * 3 * 64 * 2 + scores
 
-    def test_a_context_that_cannot_fit_is_refused_with_the_size_that_would(
-        self, model: Any, monkeypatch: Patch
-    ) -> None:
+    def test_a_context_that_cannot_fit_is_rejected(self, model: Any, monkeypatch: Patch) -> None:
         monkeypatch.setattr(llama_layout, "available_bytes", lambda: 500_000_000)
         check_fits(model, 23, 3, 512, 512)
         with pytest.raises(EngineError, match=r"^student\.gguf: 64 sequences of 512 tokens need") as error:
@@ -114,9 +112,7 @@ class TestProbe:
         self.times(monkeypatch, 1.0, 0.97, 1.2)
         assert layout_for(model, "abc", 2) == DEFAULT_LAYOUT
 
-    def test_off_it_is_the_default_and_nothing_is_kept(
-        self, model: Any, monkeypatch: Patch, model_cache: Path
-    ) -> None:
+    def test_off_nothing_is_kept(self, model: Any, monkeypatch: Patch, model_cache: Path) -> None:
         asked = self.times(monkeypatch, 2.0, 1.0, 3.0)
         monkeypatch.setenv("ARTE_EDGE_PROBE", "0")
         assert layout_for(model, "abc", 2) == DEFAULT_LAYOUT
@@ -124,7 +120,7 @@ class TestProbe:
         assert not asked and not list(model_cache.iterdir())
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"layout": {"ubatch": 7}}', '{"layout": {"wide": 1}}'])
-    def test_a_damaged_answer_is_measured_again(
+    def test_a_damaged_cache_is_replaced(
         self, model: Any, monkeypatch: Patch, model_cache: Path, text: str
     ) -> None:
         self.times(monkeypatch, 2.0, 1.0, 3.0)

@@ -47,9 +47,7 @@ def texts(engine: LlamaCppEngine, prompts: list[str], sampling: Sampling) -> lis
 
 @pytest.mark.model
 class TestComplete:
-    def test_a_batch_with_a_shared_prefix_writes_what_single_prompts_write(
-        self, engine: LlamaCppEngine
-    ) -> None:
+    def test_a_batch_writes_what_single_prompts_write(self, engine: LlamaCppEngine) -> None:
         sampling = Sampling(max_tokens=12)
         together = engine.complete([Request(prompt) for prompt in PROMPTS], sampling)
         alone = [texts(engine, [prompt], sampling)[0] for prompt in PROMPTS]

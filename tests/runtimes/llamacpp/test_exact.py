@@ -66,9 +66,7 @@ def apart(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.f
     return np.sqrt(np.square(left.astype(np.float64) - right).mean(axis=1))
 
 
-def test_what_is_written_together_is_what_each_prompt_gets_alone(
-    engine: LlamaCppEngine, monkeypatch: Patch
-) -> None:
+def test_a_batch_writes_what_each_prompt_gets_alone(engine: LlamaCppEngine, monkeypatch: Patch) -> None:
     seen: dict[int, list[NDArray[np.float32]]] = {}
     writers: list[llamacpp._Writer] = []
 

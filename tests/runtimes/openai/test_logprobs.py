@@ -27,9 +27,7 @@ def expected_scores(model, contexts, choices, start, end):
     ("choices", "start", "end"),
     [((" True", " False"), 0, 1), (("(A)", "(B)", "(C)"), 1, 2), (("(A)",), 0, 3)],
 )
-def test_choices_are_scored_right_however_the_server_echoes(
-    serve, tiny_model, echo, ends_at_once, choices, start, end
-):
+def test_choices_are_scored_however_it_echoes(serve, tiny_model, echo, ends_at_once, choices, start, end):
     model = tiny_model(echo=echo, ends_at_once=ends_at_once)
     suffixes = ["yes one.", "no two.", "no."]
     engine = opened(serve(model))

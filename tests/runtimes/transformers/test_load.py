@@ -22,9 +22,7 @@ PREFIX = "the cat sat on the mat, and then the question was asked: "
 
 
 @pytest.mark.parametrize(("adds_bos", "extra"), [(True, 1), (False, 0)])
-def test_a_begin_token_is_added_once_and_only_where_the_tokenizer_adds_one(
-    tiny_checkpoint, tmp_path, adds_bos, extra
-):
+def test_a_begin_token_is_added_once_and_where_it_belongs(tiny_checkpoint, tmp_path, adds_bos, extra):
     engine = TransformersEngine(tiny_checkpoint(tmp_path / "m", adds_bos=adds_bos), sha256="0", device="cpu")
     bare = engine.count_tokens("<s>cat") - 1
     assert engine.count_tokens("cat") == bare + extra
@@ -90,9 +88,7 @@ def test_an_adapter_changes_the_text_as_peft_itself_does(llama_folder, adapter, 
     assert scores != pytest.approx(choose(llama, PREFIX, ["one", "two"], [" True", " False"]), abs=1e-3)
 
 
-def test_an_adapters_identity_is_its_weights_and_scale_not_where_its_base_lay(
-    llama_folder, adapter, tmp_path
-):
+def test_an_adapters_identity_is_its_weights_and_scale(llama_folder, adapter, tmp_path):
     moved = shutil.copytree(adapter, tmp_path / "moved")
     config = json.loads((moved / "adapter_config.json").read_text())
     (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/elsewhere"}))
