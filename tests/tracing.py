@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import CO_OPTIMIZED
 from pathlib import Path
 from types import FrameType
 
@@ -15,8 +16,22 @@ __all__ = ["GROUND_FLOOR", "documented", "files_run"]
 
 PACKAGE = Path(arte_edge.__file__).parent
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
-# Used by everything: output, atomic files, statistics of a summary, an example of a task.
-GROUND_FLOOR = {"console", "cache", "stats", "tasks/task"}
+# Used by everything: errors, output, atomic files, statistics of a summary, an example of a task.
+GROUND_FLOOR = set(
+    [
+        "errors",
+        "catalog",
+        "extras",
+        "threads",
+        "console",
+        "store",
+        "cache",
+        "stats",
+        "pii_scan",
+        "tasks/task",
+        "__init__",
+    ]
+)
 
 
 @contextmanager
@@ -24,9 +39,10 @@ def files_run(found: set[str]) -> Iterator[None]:
     """Collect the files whose functions run in this block, and those of the callers that wait for it."""
 
     def note(frame: FrameType) -> None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PACKAGE):
-            found.add(path.relative_to(PACKAGE).with_suffix("").as_posix())
+        code = frame.f_code
+        # Only functions: the bodies of modules and classes run when they are imported.
+        if code.co_flags & CO_OPTIMIZED and code.co_filename.startswith(f"{PACKAGE}/"):
+            found.add(Path(code.co_filename).relative_to(PACKAGE).with_suffix("").as_posix())
 
     frame: FrameType | None = sys._getframe()
     while frame is not None:

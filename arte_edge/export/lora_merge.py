@@ -21,7 +21,7 @@ from arte_edge.extras import need
 from arte_edge.models.resolve import LocalModel, resolve
 from arte_edge.results.student_json import Merge
 
-__all__ = ["Adapter", "is_adapter", "merge", "read_adapter"]
+__all__ = ["Adapter", "merge", "read_adapter"]
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -38,11 +38,6 @@ class Adapter:
     @property
     def sha256(self) -> str:
         return sha256_file(self.folder / _WEIGHTS)
-
-
-def is_adapter(folder: Path) -> bool:
-    """True if a folder holds a PEFT adapter and no full model."""
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def read_adapter(

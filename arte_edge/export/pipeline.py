@@ -24,14 +24,12 @@ from arte_edge.cache import Progress, sha256_checkpoint, sha256_file, write_atom
 from arte_edge.checkpoint import parameter_count, read_config, shapes_of, weights_dtype
 from arte_edge.console import Reporter
 from arte_edge.errors import ArteError, InputError
-from arte_edge.export.build import Builder, uses_base
-from arte_edge.export.build_cache import REJECTED, BuildCache, BuiltFile, remove
+from arte_edge.export.build import REJECTED, BuildCache, Builder, BuiltFile, remove, uses_base
 from arte_edge.export.lora_merge import merge
 from arte_edge.export.ollama import modelfile
 from arte_edge.export.outcome import Failure, Outcome
-from arte_edge.export.provenance import gguf_fields, private_fields
 from arte_edge.export.recipe import Recipe
-from arte_edge.export.source import Source
+from arte_edge.export.source import Source, gguf_fields, private_fields
 from arte_edge.gguf.reader import FULL_WIDTH
 from arte_edge.models.artifact import Format, predicted_bytes
 from arte_edge.onnx.folder import TOKENIZER_FILES

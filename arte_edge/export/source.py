@@ -5,6 +5,10 @@ for the importance matrix (what the student was tuned on), and *held-out prompts
 task's validation examples). The test split is in neither. A run records its task and data, and its files
 are checked against their checksums; for other sources ``--task`` names a task. Without a task, verification
 uses built-in dialogues and there is no importance matrix.
+
+The lineage becomes GGUF metadata: standard keys are those of ggml/docs/gguf.md (``general.base_model.*``,
+``general.dataset.*``, ``general.license``); others begin with ``arte_edge.``. Files hold nothing about the
+machine: model paths lose their folders, servers their address, and `private_fields` checks the result.
 """
 
 from __future__ import annotations
@@ -12,9 +16,10 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property, partial
+from pathlib import Path, PurePath
 
 from arte_edge.cache import Progress, slug
 from arte_edge.checkpoint import reject_quantized
@@ -22,17 +27,103 @@ from arte_edge.distill.config import RunConfig, build, load_toml
 from arte_edge.distill.prompts import STEP_BY_STEP, student_messages, tagged
 from arte_edge.errors import InputError
 from arte_edge.export.chat import Chat, read_chat
-from arte_edge.export.lora_merge import Adapter, is_adapter, read_adapter
+from arte_edge.export.lora_merge import Adapter, read_adapter
 from arte_edge.export.ollama import Prompting
-from arte_edge.export.provenance import parent_of, public_name
+from arte_edge.gguf.reader import STRING, UINT32, Field, read_model_header
 from arte_edge.models.resolve import from_folder, resolve
-from arte_edge.results.student_json import Data, Lineage, Tuning
+from arte_edge.results.student_json import SCHEMA_VERSION, Data, Lineage, Parent, Student, Tuning
 from arte_edge.store import file_sha256, read_jsonl
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
 from arte_edge.verify.prompts import built_in_prompts, task_prompts
 
-__all__ = ["Source", "open_source"]
+__all__ = ["PAPER", "Source", "gguf_fields", "open_source", "parent_of", "private_fields", "public_name"]
+
+PAPER = "arXiv:2406.19227"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?(:[\w.-]+)?")
+
+
+def public_name(ref: str) -> str:
+    """Return a model reference without folders and server addresses."""
+    if ref.startswith("openai:"):
+        return ref.removeprefix("openai:").partition("@http")[0]
+    looks_local = ref.startswith((".", "/", "~")) or "\\" in ref or ref.endswith(".gguf")
+    if looks_local or ("/" in ref and (Path(ref).exists() or not _HUB_ID.fullmatch(ref))):
+        return PurePath(ref.replace("\\", "/").rstrip("/")).name or "model"
+    return ref
+
+
+def parent_of(ref: str, sha256: str = "", quantization: str = "") -> Parent:
+    """Return what may be published about the model `ref`; a registry entry adds its licence and checksum."""
+    known = None
+    if "/" not in ref:  # a path or a Hub id is not in the registry
+        from arte_edge.models.registry import entries
+
+        known = entries().get(ref)
+    if known is None:
+        return Parent(name=public_name(ref), sha256=sha256, quantization=quantization)
+    return Parent(
+        name=known.hub.id if known.hub else known.name,
+        sha256=sha256 or known.sha256,
+        quantization=quantization,
+        license=known.license,
+    )
+
+
+def gguf_fields(student: Student, lineage: Lineage, template_sha256: str) -> dict[str, Field]:
+    """Return the metadata of every GGUF of this student, apart from what runtimes need."""
+    texts: dict[str, str] = {"general.name": student.name}
+    numbers: dict[str, int] = {"arte_edge.schema_version": SCHEMA_VERSION}
+    if lineage.base:
+        numbers["general.base_model.count"] = 1
+        texts |= _parent_fields("general.base_model.0", lineage.base)
+        texts["general.license"] = lineage.base.license
+    if lineage.data:
+        numbers["general.dataset.count"] = 1
+        texts["general.dataset.0.name"] = f"{lineage.task} {lineage.data.file}"
+        texts["general.dataset.0.description"] = f"{lineage.data.rows} rows, sha256 {lineage.data.sha256}"
+        texts["arte_edge.data.sha256"] = lineage.data.sha256
+    if lineage.teacher:
+        texts["arte_edge.teacher.name"] = lineage.teacher.name
+        texts["arte_edge.teacher.sha256"] = lineage.teacher.sha256
+    if lineage.method == "arte":
+        texts["arte_edge.paper"] = PAPER
+    if lineage.seed is not None:
+        numbers["arte_edge.seed"] = lineage.seed
+    texts |= {
+        "arte_edge.source": lineage.source,
+        "arte_edge.task.name": lineage.task,
+        "arte_edge.task.sha256": lineage.task_sha256,
+        "arte_edge.method": lineage.method,
+        "arte_edge.student.sha256": student.sha256,
+        "arte_edge.template.sha256": template_sha256,
+    }
+    fields = {key: Field(STRING, text.encode()) for key, text in texts.items() if text}
+    return fields | {key: Field(UINT32, number) for key, number in numbers.items()}
+
+
+def _parent_fields(prefix: str, parent: Parent) -> dict[str, str]:
+    keys = {f"{prefix}.name": parent.name}
+    if _HUB_ID.fullmatch(parent.name):
+        repository = parent.name.partition("@")[0].partition(":")[0]
+        keys[f"{prefix}.organization"] = repository.partition("/")[0]
+        keys[f"{prefix}.repo_url"] = f"https://huggingface.co/{repository}"
+    return keys
+
+
+def private_fields(gguf: Path, private: Iterable[str]) -> list[str]:
+    """Return the metadata keys of a GGUF file whose text contains one of the `private` texts.
+
+    Raises:
+        InputError: not a GGUF.
+    """
+    texts = [text for text in private if text]
+    return [
+        key
+        for key, value in read_model_header(gguf).metadata.items()
+        if isinstance(value, str) and any(text in value for text in texts)
+    ]
+
 
 _NOT_QUANTIZED = ("F16", "BF16", "F32", "")
 
@@ -49,12 +140,17 @@ class Source:
     task: Task | None = None
     training: tuple[str, ...] = ()  # rendered texts for the importance matrix; empty: none can be made
     training_from: str = ""
-    prompts: tuple[str, ...] = ()  # rendered and held out
+    render_prompts: Callable[[], Sequence[str]] = tuple  # held out; rendered when verification needs them
     prompts_from: str = ""
     prompting: Prompting | None = None  # of a run's student
     plain: bool = False  # prompted without its chat template
     evaluated: Path | None = None  # the F16 GGUF that the run evaluated, if it is still there
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """The held-out prompts of verification."""
+        return tuple(self.render_prompts())
 
 
 def open_source(
@@ -87,24 +183,29 @@ def open_source(
         if base:
             raise InputError("--base is for adapters", f"{ref} is a run, and its student is merged.")
         return _open_run(folder, task, n_training, n_prompt)
-    if folder.is_dir() and is_adapter(folder):
+    if _is_adapter(folder):
         source = _adapter(read_adapter(folder, base, offline=offline, progress=progress), progress)
     elif base:
         raise InputError("--base is for adapters", f"{ref} is not one.")
     else:
         source = _model(ref, offline, progress)
     if task is None:
-        prompts = tuple(built_in_prompts(source.chat))
-        return replace(source, prompts=prompts, prompts_from="arte-edge's built-in dialogues")
+        render = partial(built_in_prompts, source.chat)
+        return replace(source, render_prompts=render, prompts_from="arte-edge's built-in dialogues")
     loaded = load_task(task)
     return replace(
         source,
         task=loaded,
         training=_seed_texts(loaded, source.chat, n_training),
         training_from=f"{loaded.name} seed examples",
-        prompts=tuple(task_prompts(source.chat, loaded, n_prompt)),
+        render_prompts=partial(task_prompts, source.chat, loaded, n_prompt),
         prompts_from=f"validation examples of {loaded.name}",
     )
+
+
+def _is_adapter(folder: Path) -> bool:
+    """True if a folder holds a PEFT adapter and no full model."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def _model(ref: str, offline: bool, progress: Progress | None) -> Source:
@@ -174,7 +275,7 @@ def _open_run(folder: Path, task_ref: str | None, n_training: int, n_prompt: int
         task=task,
         training=_training_texts(folder / "tune" / "rows.jsonl", n_training),
         training_from=f"{task.name} training texts",
-        prompts=tuple(task_prompts(rendering, task, n_prompt)),
+        render_prompts=partial(task_prompts, rendering, task, n_prompt),
         prompts_from=f"validation examples of {task.name}",
         prompting=_prompting(task),
         plain=plain,

@@ -151,7 +151,7 @@ def test_a_dry_run_prints_sizes_and_memory_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("gguf")
-    source = Source("m", tmp_path, None, Lineage(source="checkpoint"), prompts=("a",) * 8)  # type: ignore[arg-type]
+    source = Source("m", tmp_path, None, Lineage(source="checkpoint"), render_prompts=lambda: ("a",) * 8)  # type: ignore[arg-type]
     monkeypatch.setattr("arte_edge.export.source.open_source", lambda *a, **k: source)
     shapes = {"model.embed_tokens.weight": (49152, 576), "model.norm.weight": (576,)}
     monkeypatch.setattr("arte_edge.checkpoint.shapes_of", lambda path: shapes)

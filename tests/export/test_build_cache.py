@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from arte_edge.errors import InputError
-from arte_edge.export.build_cache import BuildCache, BuiltFile
+from arte_edge.export.build import BuildCache, BuiltFile
 
 Build = Callable[..., BuiltFile]
 

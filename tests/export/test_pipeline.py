@@ -273,9 +273,7 @@ def test_the_tokenizer_beside_the_files_is_the_base_s(source: Source, gate: Gate
 def test_a_disk_that_is_too_small_is_reported_first(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "arte_edge.export.build_cache.shutil.disk_usage", lambda path: SimpleNamespace(free=9)
-    )
+    monkeypatch.setattr("arte_edge.export.build.shutil.disk_usage", lambda path: SimpleNamespace(free=9))
     with pytest.raises(ArteError, match="are needed"):
         run(source, tmp_path / "out", "F16")
 

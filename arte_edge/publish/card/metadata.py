@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from arte_edge.export.provenance import PAPER
+from arte_edge.export.source import PAPER
 from arte_edge.publish import publishable
 from arte_edge.publish.card.front_matter import MARK
 from arte_edge.results.accuracy import PairedAccuracy
