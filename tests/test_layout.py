@@ -32,13 +32,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # At most so many, counted by the tests below. Lower a number when the code allows it; never raise one.
 LIMITS = {
     "lines of a file": 600,
-    "modules, without __init__": 275,  # aim: 190
+    "modules, without __init__": 198,  # aim: 190
     "lines of the package": 40_800,  # aim: 36,000
     "lines of the tests": 25_700,  # aim: 21,000
-    "modules under 80 lines with one importer": 22,  # aim: 15
+    "modules under 80 lines with one importer": 12,  # aim: 15
     "import cycles at the top of modules": 0,
-    "import cycles, with imports inside functions": 5,  # aim: 0
-    "imports of a package further up": 8,  # aim: 0
+    "import cycles, with imports inside functions": 1,  # aim: 0
+    "imports of a package further up": 0,  # aim: 0
 }
 SHORT_LINES = 80
 
