@@ -37,9 +37,8 @@ from arte_edge.bench.remote import bench_remote
 from arte_edge.bench.runner import Reporter, Row
 from arte_edge.bench.settings import BenchSettings
 from arte_edge.device.profiles import Profile, Remote
-from arte_edge.device.ssh.connection import Patience, Ssh
-from arte_edge.device.ssh.upload import blobs_of, place, send
-from arte_edge.device.ssh.workdir import clean
+from arte_edge.device.ssh.connection import ReconnectPolicy, Ssh
+from arte_edge.device.ssh.workdir import blobs_of, clean, place, send
 
 RESULTS = Path(__file__).parent / "results" / "arm_emulation"
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
@@ -253,7 +252,7 @@ def compare(given: argparse.Namespace, config: str) -> dict[str, Any]:
         script = 'cd "$3" && exec "$1"/env-*/bin/python -c "$2" "$4" 1 $5'
         ssh.run('mkdir -p "$1/answers"', work)
         blobs = [blob for model in models for blob in blobs_of(model)]
-        send(ssh, work, blobs, patience=Patience(print))
+        send(ssh, work, blobs, policy=ReconnectPolicy(print))
         place(ssh, work, f"{work}/answers", blobs)
         names = " ".join(model.name for model in models)
         out = ssh.run(script, work, code, f"{work}/answers", json.dumps(PROMPTS), names, timeout_s=1500)

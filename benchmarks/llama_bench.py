@@ -23,9 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arte_edge.bench.find_models import describe
 from arte_edge.bench.runner import run_case
-from arte_edge.bench.settings import BenchSettings, cases
+from arte_edge.bench.settings import BenchSettings, cases, describe
 from arte_edge.device.detect import detect
 
 RESULTS = Path(__file__).parent / "results" / "llama_bench"

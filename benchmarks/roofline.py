@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.device import roofline
-from arte_edge.device.model_size import ModelShape
+from arte_edge.device.model_size import ModelSize
 from arte_edge.device.profiles import load_profile
 
 _PROFILE = "raspberry-pi-5"
@@ -31,13 +31,13 @@ def published_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def row_shape(row: dict[str, Any]) -> ModelShape:
+def row_shape(row: dict[str, Any]) -> ModelSize:
     """Return the sizes of a published row: bytes a token and layers; its cache is too short to count."""
     sizes = dict.fromkeys(
         ("n_params", "n_kv_head", "head_dim", "n_embd", "n_ff", "n_vocab", "n_ctx_train"), 0
     )
     size_bytes = int(row["token_bytes"])
-    return ModelShape(
+    return ModelSize(
         row["model"], "gguf", "", "", size_bytes, size_bytes, n_layer=row["n_layer"], kv_values=0, **sizes
     )
 

@@ -431,10 +431,10 @@ def opened(front: Any, **settings: Any) -> Any:
 
 def model_shape(**sizes: Any) -> Any:
     """Return the shape of SmolLM2-135M in Q8_0."""
-    from arte_edge.device.model_size import ModelShape
+    from arte_edge.device.model_size import ModelSize
 
     names = {"name": "a.gguf", "format": "gguf", "architecture": "llama", "quantization": "Q8_0"}
     layers = {"n_layer": 30, "n_kv_head": 3, "head_dim": 64, "n_embd": 576, "n_ff": 1536, "kv_values": 11520}
     weights = dict.fromkeys(("weight_bytes", "token_bytes"), 143_025_408) | {"n_params": 134_515_008}
     words = {"n_vocab": 49152, "n_ctx_train": 8192, "token_bytes_by_type": {"Q8_0": 143_025_408}}
-    return ModelShape(**names | layers | weights | words | sizes)
+    return ModelSize(**names | layers | weights | words | sizes)

@@ -1,10 +1,8 @@
-"""Preflight checks before anything is copied: free disk space and memory for the model on the device.
+"""``bench --device``: a benchmark on another machine over ssh.
 
-``bench --device``: a benchmark on another machine over ssh.
-
-All preflight checks run before the first byte is copied. The device runs ``python -m arte_edge.bench``
-with the request as JSON, in an environment of its own and detached from the connection, and writes
-its rows as JSON lines. Nothing needs root, and everything lies in one folder there.
+All preflight checks (disk, memory, Python) run before the first byte is copied. The device runs
+``python -m arte_edge.bench.runner`` with the request as JSON, in an environment of its own and detached from
+the connection, and writes its rows as JSON lines. Nothing needs root, and everything lies in one folder there.
 """
 
 from __future__ import annotations
@@ -19,12 +17,11 @@ from pydantic import ValidationError
 
 from arte_edge.bench.settings import BenchSettings, Reporter, Request, Split
 from arte_edge.cache import megabytes
-from arte_edge.device.memory_estimate import fit, refuse
-from arte_edge.device.model_size import ModelShape, model_format
+from arte_edge.device.memory_estimate import does_not_fit, fit
+from arte_edge.device.model_size import ModelSize
 from arte_edge.device.profiles import Profile
-from arte_edge.device.ssh.connection import ConnectionLost, Patience, Ssh
+from arte_edge.device.ssh.connection import ConnectionLost, JobFailed, ReconnectPolicy, RemoteJob, Ssh
 from arte_edge.device.ssh.environment import (
-    Plan,
     Site,
     env_bytes_missing,
     install,
@@ -33,25 +30,25 @@ from arte_edge.device.ssh.environment import (
     read_marker,
     send_wheel,
 )
-from arte_edge.device.ssh.job import JobFailed, RemoteJob
-from arte_edge.device.ssh.probe import Survey, survey
-from arte_edge.device.ssh.upload import blobs_of, missing_bytes, place
-from arte_edge.device.ssh.workdir import prepare, reach
+from arte_edge.device.ssh.workdir import Probe, blobs_of, missing_bytes, place, prepare, probe, reach
 from arte_edge.errors import ArteError
 from arte_edge.results.rows import QualityRow, Row, SpeedRow
+from arte_edge.runtimes.loader import decoder_format
 from arte_edge.store import content_key
 
 __all__ = ["ENV_BYTES", "bench_remote", "check_disk", "check_memory"]
 
-# What the environment takes, by part, rounded up: 282 MB with xllamacpp, 527 MB with onnx beside it,
-# measured with `du` on aarch64 (benchmarks/results/arm_emulation); pip needs the packed wheels beside it for
-# a moment, and llama-cpp-python its objects.
+# Size of the environment by extra, rounded up: 282 MB with xllamacpp, 527 MB with onnx beside it, measured with
+# `du` on aarch64 (benchmarks/results/arm_emulation). Includes pip's packed wheels during the installation, and
+# the object files of llama-cpp-python.
 ENV_BYTES = {"": 180_000_000, "xllamacpp": 140_000_000, "gguf": 600_000_000, "onnx": 330_000_000}
 _MARGIN_BYTES = 100_000_000
+# Arguments of the device's interpreter before the `Request` as JSON; a test replaces them.
+BENCH = ("-m", "arte_edge.bench.runner")
 
 
-def check_disk(found: Survey, need_bytes: int, host: str) -> None:
-    """Raise ArteError if `need_bytes` and a margin do not fit below the work folder there."""
+def check_disk(found: Probe, need_bytes: int, host: str) -> None:
+    """Raise ArteError if `need_bytes` and a margin do not fit on the disk of the work folder."""
     if found.free_bytes < need_bytes + _MARGIN_BYTES:
         raise ArteError(
             f"{host}: not enough disk space: {megabytes(need_bytes)} would be copied, "
@@ -60,19 +57,13 @@ def check_disk(found: Survey, need_bytes: int, host: str) -> None:
         )
 
 
-def check_memory(found: Survey, models: Sequence[Path], tokens: int, host: str) -> None:
-    """Raise InputError if a model with a cache of `tokens` tokens cannot fit into the device's memory."""
-    if not (there := found.available_bytes or found.memory_bytes):
-        return  # unknown
-    for model in models:
-        shape = ModelShape.of(model)
-        needs = fit(shape, there, tokens)
+def check_memory(found: Probe, models: Sequence[Path], tokens: int, host: str) -> None:
+    """Raise InputError if a model with a cache of `tokens` tokens does not fit into the device's memory."""
+    there = found.available_bytes or found.memory_bytes  # 0: unknown
+    for size in (ModelSize.of(model) for model in models if there):
+        needs = fit(size, there, tokens)
         if needs.verdict == "no":
-            raise refuse(shape, needs, host)
-
-
-# What the device's interpreter runs, followed by a `Request` as JSON; a test replaces it.
-BENCH = ("-m", "arte_edge.bench")
+            raise does_not_fit(size, needs, host)
 
 
 def bench_remote(
@@ -88,24 +79,25 @@ def bench_remote(
     compile_there: bool = False,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Benchmark `models` on the device and return its rows as it wrote them.
+    """Benchmark `models` on the device and return its rows unchanged.
 
-    After an interruption the same call resumes: files already there are not sent again, a benchmark
-    that still runs is joined, and finished models are not measured again.
+    After an interruption the same call resumes: files already there are not uploaded again, a running
+    benchmark is joined, and finished models are not measured again.
 
     Args:
-        task: a task's folder, copied there.
+        task: a task's folder, which is copied there.
         compile_there: compile llama-cpp-python on the device instead of installing a prebuilt runtime.
-        on_row: gets every row as it arrives; a row of an interrupted run may arrive again.
+        on_row: called with each row as it arrives; a row of an interrupted run may arrive again.
 
     Raises:
-        InputError: the device cannot be addressed, not a model, a format that cannot run there.
+        InputError: the device has no address, a path is not a model, or its format cannot run there.
         ArteError: rejected before anything is copied (32-bit, old Python, full disk, too little memory,
             host key), or failed there; the hint says whether the same command resumes.
         ConnectionLost: the device did not come back in time.
     """
     remote = reach(profile)
-    formats = [model_format(model) for model in models]
+    formats = {model: decoder_format(model) for model in models}
+    files = [model for model, kind in formats.items() if kind != "null"]
     name = profile.name or remote.host
 
     def say(text: str) -> None:
@@ -115,30 +107,20 @@ def bench_remote(
         Ssh(remote.host, config=remote.ssh_config) as ssh,
         TemporaryDirectory(prefix="arte-edge-") as scratch,
     ):
-        found = survey(ssh, workdir=remote.workdir, python=remote.python)
-
-        def choose(installed: Sequence[str] = ()) -> Plan:
-            return plan(
-                found,
-                formats,
-                profile.runtimes,
-                remote.host,
-                compile_there=compile_there,
-                installed=installed,
-            )
-
-        chosen = choose()
+        found = probe(ssh, remote)
+        needs = found, formats.values(), profile.runtimes, remote.host
+        chosen = plan(*needs, compile_there=compile_there)
         marker = read_marker(ssh, f"{found.work}/{chosen.env_name}")
-        chosen = choose(marker.extras)
-        check_memory(found, models, settings.context_tokens, remote.host)
-        blobs = [blob for model in models for blob in blobs_of(model)]
+        chosen = plan(*needs, compile_there=compile_there, installed=marker.extras)
+        check_memory(found, files, settings.context_tokens, remote.host)
+        blobs = [blob for model in files for blob in blobs_of(model)]
         inputs = blobs_of(task) if task else []
         missing = missing_bytes(ssh, found.work, [*blobs, *inputs])
         check_disk(found, missing + env_bytes_missing(marker, chosen, ENV_BYTES), remote.host)
         if chosen.why:
             say(f"GGUF runs on {chosen.why}")
         prepare(ssh, found.work)
-        site = Site(ssh, found, Patience(say), say, reporter.transfer)
+        site = Site(ssh, found, ReconnectPolicy(say), say, reporter.transfer)
         wheel = own_wheel(Path(scratch))
         wheel_there = send_wheel(site, wheel)
         python = install(site, chosen, wheel, wheel_there)
@@ -150,14 +132,15 @@ def bench_remote(
             limit=limit,
             speed=speed,
         )
-        requests = [common.model_copy(update={"source": f"./models/{m.resolve().name}"}) for m in models]
+        sources = [f"./models/{m.resolve().name}" if m in files else str(m) for m in models]
+        requests = [common.model_copy(update={"source": source}) for source in sources]
         commands = [[python, *BENCH, request.model_dump_json()] for request in requests]
         key = content_key(commands, [(blob.name, blob.sha256) for blob in [*blobs, *inputs]])
         job = site.job(f"bench-{key[:12]}", chosen.python, wheel_there)
-        if not job.is_laid_out():
+        if not job.is_prepared():
             place(ssh, found.work, f"{job.folder}/models", blobs)
             place(ssh, found.work, f"{job.folder}/task", inputs)
-            job.lay_out(commands, keep_going=True)
+            job.prepare(commands, keep_going=True)
         say("measuring")
         return _measure(job, say, on_row, {model.resolve().name for model in models})
 
@@ -165,7 +148,7 @@ def bench_remote(
 def _measure(
     job: RemoteJob, say: Callable[[str], None], on_row: Callable[[Row], None] | None, models: set[str]
 ) -> list[Row]:
-    """Follow the benchmark to its end; of a row that came before and after a break the last one counts."""
+    """Follow the benchmark to its end; of a row that arrived both before and after a break the last one counts."""
     rows: dict[str, Row] = {}
 
     def take(line: str) -> None:
@@ -175,18 +158,14 @@ def _measure(
         except (ValueError, TypeError, ValidationError):
             say(f"not a result: {line[:200]}")
             return
-        if isinstance(row, SpeedRow):
-            key = content_key("speed", row.model_filename, row.sha256, row.test, row.n_threads)
-        else:
-            key = content_key("quality", row.model_filename, row.sha256, row.task, row.split, row.n_threads)
-        rows[key] = row
+        test = row.test if isinstance(row, SpeedRow) else (row.task, row.split)
+        rows[content_key(test, row.model_filename, row.sha256, row.n_threads)] = row
         if on_row:
             on_row(row)
 
     def log(text: str) -> None:
-        for line in text.splitlines():
-            if line.strip():
-                say(line)
+        for line in filter(str.strip, text.splitlines()):
+            say(line)
 
     try:
         job.run(take, log)

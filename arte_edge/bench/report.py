@@ -1,7 +1,7 @@
-"""Rows for people: the markdown table of llama-bench, with ours beside it, 80 columns wide.
+"""Output of a benchmark: tables like those of llama-bench, 80 columns wide, CSV, JSON, HTML, and progress.
 
-A table a model, printed as its rows arrive, so every column has its width from the beginning; what does
-not go into a cell stands below the table. At the end, for several models, a line each.
+There is one table per model, printed as its rows arrive, so the column widths are fixed; notes that do not fit
+into a cell are below the table. At the end there is a summary with one line per model.
 """
 
 from __future__ import annotations
@@ -9,13 +9,21 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
+from pathlib import Path
 
-from arte_edge.results.rows import QualityRow, SpeedRow
+from arte_edge.bench.settings import Reporter
+from arte_edge.cache import megabytes, write_atomic
+from arte_edge.console import err
+from arte_edge.errors import InputError, nearest
+from arte_edge.results.rows import QualityRow, Row, SpeedRow, append_rows
 
-__all__ = ["Table", "as_csv", "as_html", "as_json", "heading", "quality_line", "summary"]
+__all__ = ["FORMATS", "Output", "Table", "as_csv", "as_html", "as_json", "quality_line", "summary"]
+
+FORMATS = ("csv", "json", "jsonl", "md")
 
 _WIDTH = 80
 _COLUMNS = (
@@ -31,16 +39,11 @@ _COLUMNS = (
 _WIDTHS = [width for _, width, _ in _COLUMNS]
 _SIDES = "".join(side for _, _, side in _COLUMNS)
 _MIB = 1 << 20
-_WORDS = {
-    "crashed": "crashed",
-    "out-of-memory": "out of memory",
-    "timeout": "too long",
-    "refused": "refused",
-}
+_STATUS = {"out-of-memory": "out of memory", "refused": "rejected"}  # others are shown as they are
 
 
 class Table:
-    """Turns rows into lines as they come; call `end` after the last."""
+    """Turns rows into lines as they arrive; call `end` after the last."""
 
     def __init__(self) -> None:
         self._model: tuple[str, str, str] | None = None
@@ -52,14 +55,15 @@ class Table:
         model = (row.model_filename, row.sha256, row.runtime if row.ok else "")
         if self._model is None or model[:2] != self._model[:2]:
             lines += self.end()
-            lines += [*heading(row), "", _line([name for name, _, _ in _COLUMNS]), _rule(_WIDTHS, _SIDES)]
+            titles = [name for name, _, _ in _COLUMNS]
+            lines += [*_heading(row), "", _row(titles, _WIDTHS, _SIDES), _rule(_WIDTHS, _SIDES)]
         self._model = model
-        lines.append(_line(_cells(row)))
+        lines.append(_row(_cells(row), _WIDTHS, _SIDES))
         self._notes += _notes(row)
         return lines
 
     def end(self) -> list[str]:
-        """Return what stands below the table that was begun, and forget it."""
+        """Return the notes below the current table, and start a new one."""
         lines = [*self._notes]
         if self._model is not None:
             lines = ["", *lines, ""] if lines else [""]
@@ -67,8 +71,8 @@ class Table:
         return lines
 
 
-def heading(row: SpeedRow) -> list[str]:
-    """Return one or two lines that say which model this is, and what runs it."""
+def _heading(row: SpeedRow) -> list[str]:
+    """Return the lines with the model and its runtime."""
     facts = [row.model_type, row.quantization if row.quantization not in row.model_filename else ""]
     if row.model_n_params:
         facts.append(f"{row.model_n_params / 1e6:.0f} M parameters")
@@ -81,37 +85,37 @@ def heading(row: SpeedRow) -> list[str]:
 
 
 def summary(rows: Sequence[SpeedRow]) -> list[str]:
-    """Return a table with a line for each model, threads and depth; empty for fewer than two models."""
+    """Return a table with one line per model, threads and depth; empty for fewer than two models."""
     groups: dict[tuple[str, int, int], list[SpeedRow]] = {}
     for row in rows:
         groups.setdefault((row.model_filename, row.n_threads, row.n_depth), []).append(row)
     if len({name for name, _, _ in groups}) < 2:
         return []
-    titles = ("model", "thr", "MiB", "read t/s", "write t/s", "TTFT ms", "p95")
+    titles = ("model", "thr", "MiB", "pp t/s", "tg t/s", "TTFT ms", "p95")
     widths = (22, 3, 4, 8, 9, 7, 5)
     lines = [_row(titles, widths, "<>>>>>>"), _rule(widths, "<>>>>>>")]
     for (name, threads, _), group in groups.items():
-        reads = [row for row in group if row.n_prompt and row.ok]
-        writes = [row for row in group if row.n_gen and row.ok]
+        prefill = next((row for row in group if row.n_prompt and row.ok), None)
+        decode = next((row for row in group if row.n_gen and row.ok), None)
         cells = (
             name if len(name) <= widths[0] else "…" + name[-widths[0] + 1 :],
             str(threads),
             f"{group[0].model_size / _MIB:.0f}",
-            _number(reads[0].median_ts) if reads else "-",
-            _number(writes[0].median_ts) if writes else "-",
-            _number(reads[0].ttft_ms) if reads else "-",
-            _number(writes[0].itl_p95_ms) if writes else "-",
+            _number(prefill.median_ts) if prefill else "-",
+            _number(decode.median_ts) if decode else "-",
+            _number(prefill.ttft_ms) if prefill else "-",
+            _number(decode.itl_p95_ms) if decode else "-",
         )
         lines.append(_row(cells, widths, "<>>>>>>"))
     return [*lines, ""]
 
 
 def quality_line(row: QualityRow) -> str:
-    """Return one file's right answers in a line or two."""
+    """Return one file's accuracy in one or two lines."""
     if row.status != "ok":
         return textwrap.fill(f"{row.model_filename}: {row.task}: {row.status}: {row.reason}", _WIDTH)
     share = row.right / max(row.n, 1)
-    text = f"{row.model_filename}: {row.task} {row.split}: {row.right}/{row.n} right, {share:.1%}"
+    text = f"{row.model_filename}: {row.task} {row.split}: {row.right}/{row.n} correct, {share:.1%}"
     text += f" ({row.low:.1%} to {row.high:.1%})"
     if row.difference is not None and row.reference:
         text += f", {row.difference:+.1%} against {row.reference}"
@@ -124,9 +128,14 @@ def quality_line(row: QualityRow) -> str:
     return textwrap.fill(text, _WIDTH, subsequent_indent="  ")
 
 
-def as_csv(rows: Sequence[SpeedRow | QualityRow]) -> str:
-    """Return rows as CSV with a header, lists as JSON in their cell, the device's facts flat."""
-    documents = [_flat(row) for row in rows]
+def as_csv(rows: Sequence[Row]) -> str:
+    """Return rows as CSV with a header, lists as JSON in their cell, the device's facts as columns of their own."""
+    documents = []
+    for row in rows:
+        document = row.model_dump(mode="json")
+        device = document.pop("device")
+        document |= {f"device_{name}": value for name, value in device.items()}
+        documents.append({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in document.items()})
     names = list(dict.fromkeys(name for document in documents for name in document))
     out = io.StringIO()
     writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
@@ -135,12 +144,12 @@ def as_csv(rows: Sequence[SpeedRow | QualityRow]) -> str:
     return out.getvalue()
 
 
-def as_json(rows: Sequence[SpeedRow | QualityRow]) -> str:
-    """Return rows as a JSON array, a row a line."""
+def as_json(rows: Sequence[Row]) -> str:
+    """Return rows as a JSON array, one row per line."""
     return "[\n" + ",\n".join(row.model_dump_json() for row in rows) + "\n]\n"
 
 
-def as_html(rows: Sequence[SpeedRow | QualityRow]) -> str:
+def as_html(rows: Sequence[Row]) -> str:
     """Return a short HTML table for notebooks."""
     head = ("model", "quantization", "runtime", "threads", "test", "result")
     lines = [f"<tr>{''.join(f'<th>{title}</th>' for title in head)}</tr>"]
@@ -155,19 +164,9 @@ def as_html(rows: Sequence[SpeedRow | QualityRow]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
-def _flat(row: SpeedRow | QualityRow) -> dict[str, object]:
-    document = row.model_dump(mode="json")
-    device = document.pop("device")
-    document |= {f"device_{name}": value for name, value in device.items()}
-    return {
-        name: json.dumps(value) if isinstance(value, list | dict) else value
-        for name, value in document.items()
-    }
-
-
 def _cells(row: SpeedRow) -> list[str]:
     if not row.ok:
-        rate = _WORDS[row.status]
+        rate = _STATUS.get(row.status, row.status)
     elif len(row.samples_ts) > 1:
         rate = f"{_number(row.median_ts)} ± {_number(row.stddev_ts)}"
     else:
@@ -187,25 +186,26 @@ def _cells(row: SpeedRow) -> list[str]:
 
 
 def _notes(row: SpeedRow) -> list[str]:
-    """Return what a cell is too small for."""
-    said: list[str] = []
+    """Return the notes on a row."""
+    notes: list[str] = []
     if not row.ok:
-        said.append(row.reason)
+        notes.append(row.reason)
     if row.throttled:
-        said.append(f"throttled: {row.throttle_reason}")
+        notes.append(f"throttled: {row.throttle_reason}")
     if row.slowed and row.sustained_ts is not None and row.burst_ts is not None:
-        said.append(f"slowed down: {_number(row.burst_ts)} t/s at first, {_number(row.sustained_ts)} at last")
+        rates = f"{_number(row.burst_ts)} t/s at the start, {_number(row.sustained_ts)} at the end"
+        notes.append(f"slowed down: {rates}")
     if row.expected_ts is not None:
         word = "at most" if "upper bound" in row.expected_from else "expected"
-        said.append(f"{word} {_number(row.expected_ts)} t/s ({row.expected_from})")
+        notes.append(f"{word} {_number(row.expected_ts)} t/s ({row.expected_from})")
     if row.energy_j is not None:
         per_token = row.energy_j / max(1, len(row.samples_ns) * (row.n_prompt or row.n_gen))
-        said.append(f"{per_token * 1e3:.3g} mJ a token ({row.energy_source})")
+        notes.append(f"{per_token * 1e3:.3g} mJ per token ({row.energy_source})")
     if row.ok and row.cv > 0.1:
-        said.append(f"unsteady: its repetitions vary by {row.cv:.0%}")
+        notes.append(f"unsteady: repetitions vary by {row.cv:.0%}")
     return [
         line
-        for text in said
+        for text in notes
         for line in textwrap.wrap(f"{row.test}, {row.n_threads} thr: {text}", _WIDTH, subsequent_indent="  ")
     ]
 
@@ -215,10 +215,6 @@ def _number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return _row(cells, _WIDTHS, _SIDES)
 
 
 def _row(cells: Sequence[str], widths: Sequence[int], sides: str) -> str:
@@ -233,3 +229,92 @@ def _rule(widths: Sequence[int], sides: str) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
+
+
+class Output(Reporter):
+    """Prints rows on stdout and progress on stderr; finished rows are kept if the benchmark is stopped early.
+
+    Raises:
+        InputError: an unknown format, or a file without a known suffix.
+    """
+
+    def __init__(self, form: str, file: Path | None = None) -> None:
+        if form not in FORMATS:
+            raise InputError(f"-o {form}: no such format", nearest(form, FORMATS))
+        self._file_form = "" if file is None else file.suffix.removeprefix(".")
+        if file is not None and self._file_form not in FORMATS:
+            raise InputError(f"--output-file {file}: unknown format", "End it in .md, .csv, .json or .jsonl.")
+        if file is not None and not file.absolute().parent.is_dir():
+            raise InputError(f"--output-file {file}: there is no such folder")
+        self._form, self._file = form, file
+        self._rows: list[Row] = []
+        self._table = Table()
+        self._file_lines: list[str] = []
+        self._status = err.status("") if err.is_terminal else None
+        self._last = ""
+
+    def __enter__(self) -> Output:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+        if not self._rows and kind is not None:
+            return
+        speeds = [row for row in self._rows if isinstance(row, SpeedRow)]
+        self._lines([*self._table.end(), *summary(speeds)])
+        whole: dict[str, Callable[[Sequence[Row]], str]] = {"csv": as_csv, "json": as_json}
+        if write := whole.get(self._form):
+            sys.stdout.write(write(self._rows))
+        sys.stdout.flush()
+        if self._file is not None and self._file_form != "jsonl":
+            write = whole.get(self._file_form)
+            text = write(self._rows) if write else "\n".join(self._file_lines) + "\n"
+            write_atomic(self._file, text.encode())
+
+    def row(self, row: Row) -> None:
+        """Print a row, unless the format needs all of them at once."""
+        self._rows.append(row)
+        if isinstance(row, SpeedRow):
+            self._lines(self._table.add(row))
+        else:
+            self._lines([*self._table.end(), quality_line(row)])
+        if self._form == "jsonl":
+            sys.stdout.write(row.model_dump_json() + "\n")
+            sys.stdout.flush()
+        if self._file is not None and self._file_form == "jsonl":
+            append_rows(self._file, [row])
+
+    def progress(self, text: str) -> None:
+        """Show the activity: in place on a terminal, one line per test elsewhere."""
+        if self._status is not None:
+            from rich.markup import escape
+
+            self._status.update(escape(text))
+            return
+        label = text.rpartition(": ")[0]
+        if label != self._last:
+            self._last = label
+            err.print(label, markup=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        err.print(text, markup=False, soft_wrap=True)
+
+    def transfer(self, name: str, done_bytes: int, total_bytes: int) -> None:
+        """Show an upload: its share on a terminal, one line per large file elsewhere."""
+        if self._status is not None:
+            self.progress(
+                f"copying {name}, {done_bytes / max(1, total_bytes):.0%} of {megabytes(total_bytes)}"
+            )
+        elif total_bytes >= 1_000_000 and name != self._last:
+            self._last = name
+            self.note(f"copying {name}, {megabytes(total_bytes)}")
+
+    def _lines(self, lines: list[str]) -> None:
+        self._file_lines += lines
+        if self._form == "md" and lines:
+            sys.stdout.write("\n".join(lines) + "\n")
+            sys.stdout.flush()

@@ -1,45 +1,54 @@
-"""``arte_edge.bench.bench``: measure the files of a model and return rows; nothing is printed.
+"""`bench`: measure the files of a model, here or on a device, and return rows.
 
-Every test runs in a child process of its own, and a failure is a row with its reason, so a sweep
-always continues.
+Every test runs in a child process of its own (`arte_edge.bench.worker`), and a failure is a row with its
+reason, so a sweep always continues. ``python -m arte_edge.bench.runner REQUEST`` is how `bench.remote` starts
+a benchmark on a device: it gets a `Request` as JSON and prints its rows as JSON lines.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arte_edge.bench.find_models import Target, describe, find_targets
 from arte_edge.bench.settings import (
     BenchSettings,
     Case,
     Reporter,
     Request,
     Split,
+    Target,
     cases,
+    decode_threads,
+    describe,
+    find_targets,
     load_suite,
     make_settings,
 )
+from arte_edge.bench.timing import OnProgress
 from arte_edge.bench.worker import run_child
+from arte_edge.device.model_size import ModelSize
 from arte_edge.errors import ArteError, InputError
 from arte_edge.results.rows import DeviceFacts, QualityRow, Row, SpeedRow
 from arte_edge.runtimes.loader import choose_runtime
 
-__all__ = ["BenchOutcome", "bench", "run_bench", "run_case", "run_request"]
+__all__ = ["BenchOutcome", "bench", "main", "run_bench", "run_case", "run_quality", "run_request"]
+
+_SIXTEEN_BITS = ("F16", "BF16", "F32", "fp32", "fp16")
 
 OnRow = Callable[[Row], None]
 
 
 @dataclass(frozen=True)
 class BenchOutcome:
-    """What was measured, failures included.
+    """The result of a benchmark, failures included.
 
     Attributes:
         paths: the measured files and folders.
-        rows: one per test, in the order in which they were measured.
+        rows: one per test, in the order of measurement.
     """
 
     paths: tuple[Path, ...]
@@ -165,8 +174,6 @@ def _measure(paths: Sequence[Path], request: Request, reporter: Reporter, on_row
     if request.speed:
         rows += run_bench(paths, request.settings, device=facts, reporter=reporter, on_row=on_row)
     if request.task is not None:
-        from arte_edge.bench.accuracy import run_quality
-
         rows += run_quality(
             paths,
             request.task,
@@ -182,7 +189,8 @@ def _measure(paths: Sequence[Path], request: Request, reporter: Reporter, on_row
 
 
 def _save(paths: Sequence[Path], rows: Sequence[Row], reporter: Reporter) -> None:
-    """Append rows to the ``bench.jsonl`` of the exports they belong to, and merge them into student.json."""
+    """Append rows to the ``bench.jsonl`` of their exports, and merge them into student.json."""
+    from arte_edge.results.merge import merge_rows
     from arte_edge.results.rows import BENCH_NAME, append_rows
     from arte_edge.results.student_json import FILE_NAME as STUDENT
 
@@ -195,14 +203,10 @@ def _save(paths: Sequence[Path], rows: Sequence[Row], reporter: Reporter) -> Non
         if not own or not (folder / STUDENT).is_file():
             continue
         append_rows(folder / BENCH_NAME, own)
-        from arte_edge.results.merge import merge_rows
-
         try:
             merge_rows(folder, own, note=reporter.note)
         except ArteError as error:  # the rows are saved; a damaged student.json must not fail the benchmark
-            reporter.note(f"not merged into {STUDENT}: {error.message}")
-            if error.hint:
-                reporter.note(error.hint)
+            reporter.note(f"not merged into {STUDENT}: {error.message}. {error.hint}".rstrip(". "))
 
 
 def run_bench(
@@ -213,14 +217,10 @@ def run_bench(
     reporter: Reporter,
     on_row: OnRow,
 ) -> list[SpeedRow]:
-    """Measure every case of every model and return the rows, those of failures included.
-
-    Args:
-        models: files and folders, see `targets.find_targets`.
-        on_row: called with each row as soon as it is there.
+    """Measure every test of every model and return the rows, failures included.
 
     Raises:
-        InputError: a model is damaged or not one; nothing has been measured then.
+        InputError: a path is not a model, or damaged; nothing was measured.
     """
     targets = [describe(path) for path in models]
     for target in targets:
@@ -229,48 +229,28 @@ def run_bench(
     rows: list[SpeedRow] = []
     for number, (target, case) in enumerate(todo, 1):
         label = f"{number}/{len(todo)} {target.model_filename} {case.test}, {case.threads} threads"
-
-        def show(text: str, label: str = label) -> None:
-            reporter.progress(f"{label}: {text}")
-
-        row = run_case(target, case, device, show)
+        row = run_case(target, case, device, _progress(reporter, label))
         rows.append(row)
         on_row(row)
     return rows
 
 
+def _progress(reporter: Reporter, label: str) -> OnProgress:
+    return lambda what, done, total: reporter.progress(
+        f"{label}: {what} {done}/{total}" if total else f"{label}: {what}"
+    )
+
+
 def run_case(
-    target: Target, case: Case, device: DeviceFacts, progress: Callable[[str], None] | None = None
+    target: Target, case: Case, device: DeviceFacts, on_progress: OnProgress | None = None
 ) -> SpeedRow:
-    """Measure one case in a child process of its own and return its row, whatever becomes of it."""
-    base = _base(target, case, device)
-    if refusal := _does_not_fit(target, case, device):
-        return SpeedRow(**base, status="refused", reason=refusal)
-
-    def show(what: str, done: int, total: int) -> None:
-        if progress is not None:
-            progress(f"{what} {done}/{total}" if total else what)
-
-    request = {"kind": "speed", "case": json.loads(case.model_dump_json())}
-    timeout_s = case.timeout_s + case.sustained_s + case.delay_s
-    answer = {key: value for key, value in run_child(request, timeout_s, show).items() if value is not None}
-    measured = answer.get("status", "ok") == "ok"
-    foretold = _expected(target, case) if measured and case.roofline else {}
-    return SpeedRow(**base | foretold | answer)
-
-
-def _base(target: Target, case: Case, device: DeviceFacts) -> dict[str, Any]:
-    """Return the fields that are known before anything runs."""
-    return {
+    """Measure one case in a child process of its own and return its row, whatever happens to it."""
+    known: dict[str, Any] = {
         "test": case.test,
-        "model_filename": target.model_filename,
+        **_model_fields(target),
         "model_type": target.model_type,
         "model_size": target.model_size,
         "model_n_params": target.model_n_params,
-        "format": target.format,
-        "quantization": target.quantization,
-        "sha256": target.sha256,
-        "tensor_sha256": target.tensor_sha256,
         "runtime": choose_runtime(case.path, case.runtime),
         "n_threads": case.threads,
         "type_k": case.type_k if target.format == "gguf" else "",
@@ -280,39 +260,156 @@ def _base(target: Target, case: Case, device: DeviceFacts) -> dict[str, Any]:
         "n_depth": case.n_depth,
         "device": device,
     }
+    if reason := _does_not_fit(target, case, device):
+        return SpeedRow(**known, status="refused", reason=reason)
+    request = {"kind": "speed", "case": json.loads(case.model_dump_json())}
+    timeout_s = case.timeout_s + case.sustained_s + case.delay_s
+    answer = {
+        key: value for key, value in run_child(request, timeout_s, on_progress).items() if value is not None
+    }
+    measured = answer.get("status", "ok") == "ok"
+    predicted = _predicted(target, case) if measured and case.roofline else {}
+    return SpeedRow(**known | predicted | answer)
+
+
+def _model_fields(target: Target) -> dict[str, Any]:
+    keys = ("model_filename", "format", "quantization", "sha256", "tensor_sha256")
+    return {key: getattr(target, key) for key in keys}
 
 
 def _does_not_fit(target: Target, case: Case, device: DeviceFacts) -> str:
-    """Return why this case would run out of memory, with what would help; empty if it should fit."""
-    if target.format == "null":
-        return ""
-    from arte_edge.device.memory_estimate import fit, refuse, repacked_types
-    from arte_edge.device.model_size import ModelShape
+    """Return why this case would run out of memory and what would help; empty if it should fit."""
+    from arte_edge.device.memory_estimate import does_not_fit, fit, repacked_types
     from arte_edge.memory import available_bytes
 
+    if target.format == "null":
+        return ""
     try:
-        shape = ModelShape.of(target.path)
+        size = ModelSize.of(target.path)
     except ArteError:
         return ""
     repacked = repacked_types(device.arch, device.features)
-    found = fit(shape, available_bytes(), case.context_tokens, repacked=repacked)
+    found = fit(size, available_bytes(), case.context_tokens, repacked=repacked)
     if found.verdict != "no":
         return ""
-    error = refuse(shape, found, "this device")
+    error = does_not_fit(size, found, "this device")
     return f"{error.message}. {error.hint}"
 
 
-def _expected(target: Target, case: Case) -> dict[str, Any]:
-    """Return what the roofline foretells of writing, empty where it cannot or need not."""
-    if not case.n_gen or target.format in ("null", "safetensors"):  # a checkpoint is computed in 32 bits
-        return {}
-    from arte_edge.device.model_size import ModelShape
+def _predicted(target: Target, case: Case) -> dict[str, Any]:
+    """Return the roofline's prediction of the decode rate, empty where there is none."""
     from arte_edge.device.roofline import expected_here
 
+    if not case.n_gen or target.format in ("null", "safetensors"):  # a checkpoint is computed in 32 bits
+        return {}
     try:
-        middle = case.n_depth + case.n_gen // 2
-        found = expected_here(ModelShape.of(target.path), case.threads, middle)
+        found = expected_here(ModelSize.of(target.path), case.threads, case.n_depth + case.n_gen // 2)
     except (ArteError, OSError):
         return {}
     bound = " (upper bound)" if found.is_upper_bound else ""
     return {"expected_ts": round(found.decode_tokens_per_s, 3), "expected_from": f"{found.source}{bound}"}
+
+
+def run_quality(
+    models: Sequence[Path],
+    task: str,
+    *,
+    split: Split = "test",
+    limit: int = 0,
+    bbh: Path | None = None,
+    threads: int = 0,
+    timeout_s: float = 7200.0,
+    device: DeviceFacts,
+    reporter: Reporter,
+    on_row: Callable[[QualityRow], None],
+) -> list[QualityRow]:
+    """Let every model answer the task's examples and return the rows, failures included.
+
+    The 16-bit file of an export comes first, and the others are paired with its answers.
+
+    Args:
+        task: a shipped name or a folder.
+        limit: largest number of examples; 0: all.
+        threads: 0: one per fast core.
+        timeout_s: per model.
+
+    Raises:
+        InputError: there is no such task, or a path is not a model.
+    """
+    from arte_edge.tasks.loaders import load_task
+
+    loaded = load_task(task, bbh=bbh)  # rejected here, not once per model
+    targets = sorted((describe(path) for path in models), key=lambda t: t.quantization not in _SIXTEEN_BITS)
+    threads = threads or decode_threads(device)
+    reference: QualityRow | None = None
+    rows: list[QualityRow] = []
+    for number, target in enumerate(targets, 1):
+        request = {
+            "kind": "quality",
+            "path": str(target.path),
+            "task": task,
+            "bbh": str(bbh) if bbh else None,
+            "split": split,
+            "limit": limit,
+            "threads": threads,
+            "device": device.model_dump(mode="json"),
+            "reference": None if reference is None else reference.model_dump(mode="json"),
+        }
+        label = f"{number}/{len(targets)} {target.model_filename} {loaded.name}"
+        answer = run_child(request, timeout_s, _progress(reporter, label))
+        if "row" in answer:
+            row = QualityRow.model_validate_json(json.dumps(answer["row"]))
+        else:
+            row = QualityRow(
+                status=answer["status"],
+                reason=answer["reason"],
+                **_model_fields(target),
+                runtime=choose_runtime(target.path),
+                n_threads=threads,
+                task=loaded.name,
+                split=split,
+                n=0,
+                right=0,
+                accuracy=0.0,
+                low=0.0,
+                high=1.0,
+                device=device,
+            )
+        if reference is None and row.status == "ok" and target.quantization in _SIXTEEN_BITS:
+            reference = row
+        rows.append(row)
+        on_row(row)
+    return rows
+
+
+class _Lines(Reporter):
+    """Prints one line per test to stderr."""
+
+    _label = ""
+
+    def progress(self, text: str) -> None:
+        label = text.rpartition(": ")[0]
+        if label != self._label:
+            self._label = label
+            self.note(label)
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def main(request: str) -> int:
+    """Run a `Request` given as JSON and print its rows as JSON lines; return 1 if no test succeeded."""
+    try:
+        rows = run_request(
+            Request.model_validate_json(request),
+            _Lines(),
+            lambda row: print(row.model_dump_json(), flush=True),
+        )
+    except ArteError as error:
+        print(f"{error.message} {error.hint}".rstrip(), file=sys.stderr)
+        return error.exit_code
+    return int(not any(row.status == "ok" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

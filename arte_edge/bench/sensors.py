@@ -1,13 +1,19 @@
-"""Sensors read while a test runs: memory, temperature, clock frequency, throttling.
+"""Sensors read while a test runs: temperature, clock frequency, throttling, power and energy.
 
-Everything comes from files of Linux (``/sys``, ``/proc``) and, on a Raspberry Pi, from ``vcgencmd``. A
-sensor that does not exist gives None and never an estimate.
+Values come from Linux' ``/sys`` and, on a Raspberry Pi, from ``vcgencmd``, the only source there of the actual
+clock frequency (``scaling_cur_freq`` is the requested one): a process of a few milliseconds,
+https://www.raspberrypi.com/documentation/computers/os.html#vcgencmd. A missing sensor gives None, never an estimate.
+
+Power is taken from the first of these: the reading of an external meter (``--power-watts``), an INA219 or a
+relative of it (hwmon; the whole board, if it is wired so), a Jetson's INA3221, RAPL (x86: the processor package
+alone), the power chip of a Raspberry Pi 5 (the rails that it measures). Energy counters are read directly;
+power readings are integrated over time (trapezoidal rule).
 """
 
 from __future__ import annotations
 
-import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,9 +21,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from arte_edge.bench.energy import PowerProbe, find_probe, read_integer, read_text
-from arte_edge.bench.vcgencmd import Vcgencmd, find_vcgencmd
 from arte_edge.results.rows import Reading
 
 __all__ = [
@@ -26,156 +31,213 @@ __all__ = [
     "STICKY_SHIFT",
     "THROTTLED",
     "UNDER_VOLTAGE",
+    "EnergyMeter",
     "Sensors",
-    "judge",
-    "mapped_bytes",
-    "peak_rss_bytes",
-    "power_supply",
+    "find_probe",
 ]
 
-_PROC = Path("/proc/self")
-
-
-def peak_rss_bytes(proc: Path = _PROC) -> int:
-    """Return the most bytes of memory that this process ever had resident, weights that it mapped included.
-
-    ``VmHWM`` where there is ``/proc``: unlike ``ru_maxrss`` it starts anew with `exec`, so
-    that a child does not inherit the peak of a large parent. Elsewhere ``ru_maxrss`` (bytes
-    on macOS, kilobytes on the BSDs) and, on Windows, psutil's peak working set.
-    """
-    if peak := _field(proc / "status", b"VmHWM:"):
-        return peak
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def mapped_bytes(paths: Sequence[Path], proc: Path = _PROC) -> int | None:
-    """Return how many bytes of `paths` (files, or folders of files) this process has mapped and in memory.
-
-    The ``Rss`` of their mappings in ``/proc/self/smaps``: 0 means that the runtime copied
-    the weights instead of mapping them. None where the system does not tell.
-    """
-    try:
-        smaps = (proc / "smaps").read_bytes()
-    except OSError:
-        return None
-    wanted = {os.fsencode(file) for path in paths for file in _files(path)}
-    total, inside = 0, False
-    for line in smaps.splitlines():
-        head, _, rest = line.partition(b" ")
-        if not head.endswith(b":"):  # "7f00-7f10 r--p 00000000 08:01 1234  /path of/the file"
-            parts = rest.split(None, 4)
-            inside = len(parts) == 5 and parts[4].removesuffix(b" (deleted)") in wanted
-        elif inside and head == b"Rss:":
-            total += int(rest.split()[0]) * 1024
-    return total
-
-
-def _files(path: Path) -> list[Path]:
-    real = path.resolve()
-    return [file.resolve() for file in real.rglob("*") if file.is_file()] if real.is_dir() else [real]
-
-
-def _field(path: Path, name: bytes) -> int:
-    """Return a field of kilobytes in bytes, 0 if it is not there."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
-        return 0
-    for line in lines:
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    return 0
-
+_ROOT = Path("/")
 
 # https://www.raspberrypi.com/documentation/computers/os.html#get_throttled
 UNDER_VOLTAGE, FREQUENCY_CAPPED, THROTTLED, SOFT_LIMIT = 1 << 0, 1 << 1, 1 << 2, 1 << 3
-STICKY_SHIFT = 16  # the same four, since the boot
-_WORDS = (
-    (UNDER_VOLTAGE, "under-voltage: use the official power supply and a short cable"),
-    (THROTTLED, "too hot, throttled: cool it, or let it rest between tests"),
-    (SOFT_LIMIT, "soft temperature limit reached: cool it, or let it rest between tests"),
-    (FREQUENCY_CAPPED, "clock capped by the firmware: check supply and cooling"),
-)
-_LIMIT_C = 80.0  # where nothing better is known: a Raspberry Pi's first limit
-_NEAR_C = 5.0
-_FALL = 0.9  # below this share of its best clock a machine was held back
-_ENOUGH = 6  # readings: two in the last third
+STICKY_SHIFT = 16  # the same four bits, since boot
+_TIMEOUT_S = 2.0
+_RAIL = re.compile(r"^\s*(\S+)_([AV])\s+(?:current|volt)\(\d+\)=(\d+(?:\.\d*)?)[AV]\s*$", re.MULTILINE)
 
 
-def judge(
-    before: int | None, readings: Sequence[Reading], after: int | None, limit_c: float | None = None
-) -> tuple[bool | None, str]:
-    """Return whether the machine was throttled, and why in words.
+class Vcgencmd:
+    """The firmware of a Raspberry Pi; None where it does not answer. It is not called again after a timeout."""
 
-    Three things count: a bit that held at one of the readings, a bit "since the boot"
-    that was not set before the test and is set after it (it catches what fell between
-    two readings), and a clock whose best in the last third of the test is a tenth below
-    its best in the first half, while the temperature was within 5 °C of its limit. The
-    best counts, not the mean: a core that waits for the disk clocks down as well.
+    def __init__(self, executable: str) -> None:
+        self._executable = executable
+        self._hung = False
+
+    def throttled(self) -> int | None:
+        """Return the bits of ``get_throttled``: 0-3 the current state, 16-19 the same since boot."""
+        found = re.search(r"throttled=(0x[0-9a-fA-F]+)", self._call("get_throttled"))
+        return int(found[1], 16) if found else None
+
+    def clock_mhz(self) -> float | None:
+        """Return the actual clock of the ARM cores in MHz."""
+        found = re.search(r"=(\d+)\s*$", self._call("measure_clock", "arm"))
+        return int(found[1]) / 1e6 if found else None
+
+    def temperature_c(self) -> float | None:
+        found = re.search(r"temp=(\d+(?:\.\d*)?)", self._call("measure_temp"))
+        return float(found[1]) if found else None
+
+    def pmic_w(self) -> float | None:
+        """Return the power that a Pi 5's power chip delivers: volts times amperes, summed over its rails.
+
+        Only rails with both values count. Devices on the 5 V input (USB, fan, HAT) and the chip's own losses
+        are not included, so a meter in the supply line reads more.
+        """
+        rails: dict[str, dict[str, float]] = {}
+        for name, kind, value in _RAIL.findall(self._call("pmic_read_adc")):
+            rails.setdefault(name, {})[kind] = float(value)
+        products = [rail["A"] * rail["V"] for rail in rails.values() if len(rail) == 2]
+        return sum(products) if products else None
+
+    def _call(self, *args: str) -> str:
+        """Return its output, empty if it fails; a firmware without the command prints an error and exits with 0."""
+        if self._hung:
+            return ""
+        try:
+            done = subprocess.run(
+                [self._executable, *args],
+                capture_output=True,
+                stdin=subprocess.DEVNULL,
+                timeout=_TIMEOUT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            self._hung = True
+            return ""
+        except OSError:
+            return ""
+        return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
+
+
+def find_vcgencmd(executable: str | None, root: Path = Path("/")) -> Vcgencmd | None:
+    """Return vcgencmd if it exists and the firmware answers (this needs the group ``video``).
 
     Args:
-        before: throttle bits before the test, None if this machine has none.
-        readings: the sensors during it, in order.
-        after: the bits after it.
-        limit_c: temperature from which this machine lowers its clock; None takes 80 °C.
-
-    Returns:
-        True with the reasons, False with an empty reason, or (None, "") where nothing tells.
+        executable: a path; None looks in PATH, except for a fake `root`.
+        root: where ``sys`` is; another folder in tests.
     """
-    live = [reading.throttle_bits for reading in readings if reading.throttle_bits is not None]
-    bits = 0
-    for value in live:
-        bits |= value & 0xF
-    if before is not None and after is not None:
-        bits |= (after & ~before) >> STICKY_SHIFT & 0xF
-    reasons = [words for bit, words in _WORDS if bits & bit]
-    heat = _hot_and_slower(readings, _LIMIT_C if limit_c is None else limit_c)
-    if heat and not reasons:
-        reasons.append(heat)
-    if reasons:
-        return True, "; ".join(reasons)
-    told = bool(live) or (before is not None and after is not None) or heat is not None
-    return (False, "") if told else (None, "")
-
-
-def _hot_and_slower(readings: Sequence[Reading], limit_c: float) -> str | None:
-    """Return what happened in words, empty if nothing did, None if clock or temperature are not known."""
-    known = [(r.clock_mhz, r.temperature_c) for r in readings]
-    clocks = [clock for clock, heat in known if clock is not None and heat is not None]
-    heats = [heat for clock, heat in known if clock is not None and heat is not None]
-    if len(clocks) < _ENOUGH:
+    found = executable or (shutil.which("vcgencmd") if root == Path("/") else None)
+    if found is None:
         return None
-    best, last = max(clocks[: -(-len(clocks) // 2)]), max(clocks[-(-2 * len(clocks) // 3) :])
-    if last >= _FALL * best or max(heats) < limit_c - _NEAR_C:
-        return ""
-    return (
-        f"clock fell from {best:.0f} to {last:.0f} MHz at {max(heats):.0f} °C: "
-        "cool it, or let it rest between tests"
-    )
+    firmware = Vcgencmd(found)
+    return firmware if firmware.throttled() is not None else None
 
 
-_ROOT = Path("/")
-_MOST = 7200  # readings kept: two hours
-# Zones that are the processor, surest first; others (battery, wireless, the board's acpitz) are not.
-_ZONES = (
-    re.compile(r"x86_pkg_temp|cpu.*|bigcore.*|cluster.*", re.IGNORECASE),
-    re.compile(r"soc.*|package.*|center[-_]thermal", re.IGNORECASE),
+# Linux: drivers/hwmon/ina2xx.c; power1_input is in microwatts.
+_INA2XX = ("ina219", "ina220", "ina226", "ina230", "ina231")
+_NO_RAPL = (
+    "RAPL exists but only root may read it, so energy was not measured; "
+    "for this boot: sudo chmod -R a+r /sys/class/powercap/intel-rapl:*"
 )
-# https://docs.kernel.org/hwmon/: chips within x86 processors, and the labels that stand for all of it
-_CHIPS = ("coretemp", "k10temp", "zenpower")
-_LABELS = ("Package", "Tctl", "Tdie")
-_X86_LIMIT_C = 95.0  # AMD's data sheets, Zen 2 to 4; Intel's chips say theirs, mostly 100
 
 
-class Sensors:
-    """Reads while the ``with`` block runs; see `readings`, `bits_before`, `bits_after`, `limit_c`."""
+class PowerProbe(Protocol):
+    @property
+    def source(self) -> str:
+        """``meter``, ``ina219``, ``ina3221``, ``rapl``, ``pmic``."""
+
+    def watts(self) -> float | None:
+        """Return the current power, None if it cannot be read."""
+
+
+class _Meter:
+    source = "meter"
+
+    def __init__(self, watts: float) -> None:
+        self._watts = watts
+
+    def watts(self) -> float:
+        return self._watts
+
+
+class _Ina:
+    """An INA2xx on the board's input, or the ``VDD_IN`` channel of a Jetson's INA3221."""
+
+    def __init__(self, folder: Path, source: str, channel: str = "") -> None:
+        self.source, self._folder, self._channel = source, folder, channel
+
+    def watts(self) -> float | None:
+        if not self._channel:
+            power_uw = read_integer(self._folder / "power1_input")
+            return None if power_uw is None else power_uw / 1e6
+        volts_m = read_integer(self._folder / f"in{self._channel}_input")
+        amperes_m = read_integer(self._folder / f"curr{self._channel}_input")
+        return None if volts_m is None or amperes_m is None else volts_m * amperes_m / 1e6
+
+
+class _Pmic:
+    source = "pmic"
+
+    def __init__(self, firmware: Vcgencmd) -> None:
+        self._firmware = firmware
+
+    def watts(self) -> float | None:
+        return self._firmware.pmic_w()
+
+
+class _Rapl:
+    """The energy counters of all processor packages; each wraps around at its own maximum."""
+
+    source = "rapl"
+
+    def __init__(self, packages: list[Path]) -> None:
+        self._packages = packages
+        self._range_uj = [read_integer(p / "max_energy_range_uj") or 0 for p in packages]
+        self._last: list[int] = []
+        self._total_uj = 0
+        self._before: tuple[float, float] | None = None  # time and energy at the last call of `watts`
+
+    def joules(self) -> float | None:
+        """Return the energy since the first call; must be called more often than a counter wraps around."""
+        now = [read_integer(package / "energy_uj") for package in self._packages]
+        counts = [count for count in now if count is not None]
+        if len(counts) < len(now):
+            return None
+        for count, last, size in zip(counts, self._last, self._range_uj, strict=False):
+            self._total_uj += count - last if count >= last else count - last + size
+        self._last = counts
+        return self._total_uj / 1e6
+
+    def watts(self) -> float | None:
+        joules, now = self.joules(), time.monotonic()
+        before, self._before = self._before, None if joules is None else (now, joules)
+        if joules is None or before is None or now <= before[0]:
+            return None
+        return (joules - before[1]) / (now - before[0])
+
+
+def find_probe(
+    *, root: Path = _ROOT, vcgencmd: str | None = None, power_watts: float | None = None
+) -> tuple[PowerProbe | None, str]:
+    """Return the power probe of this machine, and a note if one exists but cannot be read.
+
+    Args:
+        root: where ``sys`` is; another folder in tests.
+        vcgencmd: its path; None looks in PATH.
+        power_watts: a steady reading of an external meter.
+    """
+    if power_watts is not None:
+        return _Meter(power_watts), ""
+    for name in sorted(root.glob("sys/class/hwmon/hwmon*/name")):
+        if (ina := _ina(name.parent, read_text(name))) is not None and ina.watts() is not None:
+            return ina, ""
+    packages = [
+        path
+        for path in sorted(root.glob("sys/class/powercap/intel-rapl:*"))
+        if read_text(path / "name").startswith(
+            "package"
+        )  # not its parts core, uncore, dram; nor psys around it
+    ]
+    if packages:
+        rapl = _Rapl(packages)
+        return (rapl, "") if rapl.joules() is not None else (None, _NO_RAPL)
+    firmware = find_vcgencmd(vcgencmd, root)
+    if firmware is not None and firmware.pmic_w() is not None:
+        return _Pmic(firmware), ""
+    return None, ""
+
+
+def _ina(folder: Path, name: str) -> _Ina | None:
+    if name in _INA2XX:
+        return _Ina(folder, name)
+    if name == "ina3221":
+        for label in sorted(folder.glob("in*_label")):
+            if read_text(label) == "VDD_IN":
+                return _Ina(folder, name, label.name.removeprefix("in").removesuffix("_label"))
+    return None
+
+
+class EnergyMeter:
+    """Measures the energy between `start` and `stop`, sampling in a background thread. Reusable."""
 
     def __init__(
         self,
@@ -185,21 +247,118 @@ class Sensors:
         vcgencmd: str | None = None,
         power_watts: float | None = None,
     ) -> None:
-        """Find what there is.
+        self._probe, self.note = find_probe(root=root, vcgencmd=vcgencmd, power_watts=power_watts)
+        self._period_s = period_s
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._start_j: float | None = None
+        self._joules: float | None = None
+        self._last: tuple[float, float] | None = None
 
-        Args:
-            period_s: between two readings.
-            root: where ``sys`` is; another folder in tests.
-            vcgencmd: path of it; None looks in PATH.
-            power_watts: a steady reading of the user's own meter, in W.
-        """
+    @property
+    def source(self) -> str:
+        """The name of the probe, empty if there is none."""
+        return "" if self._probe is None else self._probe.source
+
+    def start(self) -> None:
+        if self._probe is None:
+            return
+        self._end()
+        self._done.clear()
+        self._start_j, self._joules, self._last = None, 0.0, None
+        self._sample()
+        self._thread = threading.Thread(target=self._run, name="energy", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> tuple[float | None, str]:
+        """Return the joules since `start` and their source; (None, "") if any reading failed."""
+        if self._thread is None:
+            return None, ""
+        self._end()
+        self._sample()
+        return (None, "") if self._joules is None else (self._joules, self.source)
+
+    def _end(self) -> None:
+        if self._thread is not None:
+            self._done.set()
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while not self._done.wait(self._period_s):
+            self._sample()
+
+    def _sample(self) -> None:
+        """Update the sum; a failed reading makes it unknown for good instead of too small."""
+        probe = self._probe
+        if probe is None or self._joules is None:
+            return
+        if isinstance(probe, _Rapl):
+            total = probe.joules()
+            if self._start_j is None:
+                self._start_j = total
+            self._joules = None if total is None or self._start_j is None else total - self._start_j
+            return
+        watts, now = probe.watts(), time.monotonic()
+        if watts is None:
+            self._joules = None
+            return
+        if self._last is not None:
+            self._joules += (watts + self._last[1]) / 2 * (now - self._last[0])
+        self._last = (now, watts)
+
+
+def read_integer(path: Path) -> int | None:
+    """Return the number in a file of /sys, None if it cannot be read."""
+    try:
+        return int(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file of /sys, empty if it cannot be read."""
+    try:
+        return path.read_text("utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+_MAX_READINGS = 7200  # two hours
+# Thermal zones of the processor, the most specific first; others are batteries, wireless, the board (acpitz).
+_ZONES = (
+    re.compile(r"x86_pkg_temp|cpu.*|bigcore.*|cluster.*", re.IGNORECASE),
+    re.compile(r"soc.*|package.*|center[-_]thermal", re.IGNORECASE),
+)
+# https://docs.kernel.org/hwmon/: sensors inside x86 processors, and the labels for the whole package
+_CHIPS = ("coretemp", "k10temp", "zenpower")
+_LABELS = ("Package", "Tctl", "Tdie")
+_X86_LIMIT_C = 95.0  # AMD's data sheets, Zen 2 to 4; Intel's chips report theirs, mostly 100
+
+
+class Sensors:
+    """Reads the sensors while the ``with`` block runs; see `readings`, `bits_before`, `bits_after`, `limit_c`.
+
+    Args:
+        period_s: between two readings.
+        root, vcgencmd, power_watts: as for `find_probe`.
+    """
+
+    def __init__(
+        self,
+        *,
+        period_s: float = 1.0,
+        root: Path = _ROOT,
+        vcgencmd: str | None = None,
+        power_watts: float | None = None,
+    ) -> None:
         self._period_s = period_s
         self._firmware = find_vcgencmd(vcgencmd, root)
         self._temperatures, self.limit_c = _temperature_files(root)
         self._clocks = sorted(root.glob("sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq"))
         self._power: PowerProbe | None = find_probe(root=root, vcgencmd=vcgencmd, power_watts=power_watts)[0]
         self._bits = _throttle_source(self._firmware, root)
-        self._readings: deque[Reading] = deque(maxlen=_MOST)
+        self._readings: deque[Reading] = deque(maxlen=_MAX_READINGS)
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._begin = 0.0
@@ -224,7 +383,7 @@ class Sensors:
         self.bits_after = self._bits()
 
     def readings(self) -> tuple[Reading, ...]:
-        """Return what was read so far, in order, at most the last two hours of it."""
+        """Return the readings so far, in order, at most those of the last two hours."""
         return tuple(self._readings)
 
     def _run(self) -> None:
@@ -235,46 +394,30 @@ class Sensors:
 
     def _read(self) -> None:
         t_s = time.monotonic() - self._begin
+        firmware = self._firmware
+        temperature_c = _highest(self._temperatures)
+        if temperature_c is None and firmware is not None:
+            temperature_c = firmware.temperature_c()
+        clock_mhz = None if firmware is None else firmware.clock_mhz()
         reading = Reading(
             t_s=round(t_s, 3),
-            temperature_c=self._temperature(),
-            clock_mhz=self._clock(),
+            temperature_c=temperature_c,
+            clock_mhz=_highest(self._clocks) if clock_mhz is None else clock_mhz,  # of the fastest core
             throttle_bits=self._bits(),
             power_w=None if self._power is None else self._power.watts(),
         )
         self._readings.append(reading)
 
-    def _temperature(self) -> float | None:
-        values = [value / 1000 for file in self._temperatures if (value := read_integer(file)) is not None]
-        if values:
-            return max(values)
-        return None if self._firmware is None else self._firmware.temperature_c()
 
-    def _clock(self) -> float | None:
-        """Return the clock of the fastest core in MHz; the firmware's word counts before the kernel's."""
-        if self._firmware is not None and (clock := self._firmware.clock_mhz()) is not None:
-            return clock
-        values = [value / 1000 for file in self._clocks if (value := read_integer(file)) is not None]
-        return max(values, default=None)
-
-
-def power_supply() -> str:
-    """Return ``mains`` or ``battery``, as psutil tells on every system; empty where nothing tells."""
-    import psutil
-
-    try:
-        battery = psutil.sensors_battery()
-    except (AttributeError, OSError, NotImplementedError):
-        return ""
-    if battery is None or battery.power_plugged is None:
-        return ""
-    return "mains" if battery.power_plugged else "battery"
+def _highest(files: Sequence[Path]) -> float | None:
+    """Return the largest of the numbers in `files` in thousands, None if none can be read."""
+    return max((value / 1000 for file in files if (value := read_integer(file)) is not None), default=None)
 
 
 def _temperature_files(root: Path) -> tuple[list[Path], float | None]:
-    """Return the files of the processor's temperature (millidegrees) and where it is slowed down, in °C.
+    """Return the files of the processor's temperature (millidegrees) and its throttling temperature in °C.
 
-    Of several that are equally sure the hottest counts at each reading.
+    Of several equally specific files the hottest counts at each reading.
     """
     kinds = {
         file.parent: read_text(file) for file in sorted(root.glob("sys/class/thermal/thermal_zone*/type"))
@@ -282,58 +425,57 @@ def _temperature_files(root: Path) -> tuple[list[Path], float | None]:
     zones = [[zone for zone, kind in kinds.items() if pattern.fullmatch(kind)] for pattern in _ZONES]
     chips = _chips(root)
     for candidates in (zones[0], chips, zones[1]):
-        if working := [path for path in candidates if read_integer(_temperature_of(path)) is not None]:
-            x86 = any(kinds.get(path) == "x86_pkg_temp" for path in working) or candidates is chips
-            limit_c = _critical_c(chips) if x86 else _passive_c(working)
-            return [_temperature_of(path) for path in working], limit_c
+        files = {path: path if path.name.endswith("_input") else path / "temp" for path in candidates}
+        if readable := {path: file for path, file in files.items() if read_integer(file) is not None}:
+            x86 = any(kinds.get(path) == "x86_pkg_temp" for path in readable) or candidates is chips
+            limit_c = _critical_c(chips) if x86 else _passive_c(list(readable))
+            return list(readable.values()), limit_c
     return [], None
 
 
-def _temperature_of(path: Path) -> Path:
-    return path if path.name.endswith("_input") else path / "temp"
-
-
 def _chips(root: Path) -> list[Path]:
-    """Return the temperature inputs of the processor's own sensor chips: the package's if it is labelled."""
+    """Return the temperature inputs of the processor's own sensors: that of the package if there is a label."""
     found: list[Path] = []
     for name in sorted(root.glob("sys/class/hwmon/hwmon*/name")):
         if read_text(name) in _CHIPS:
             inputs = sorted(name.parent.glob("temp*_input"))
-            labelled = [
-                i for i in inputs if read_text(Path(str(i)[: -len("input")] + "label")).startswith(_LABELS)
-            ]
+            labelled = [i for i in inputs if read_text(_beside(i, "label")).startswith(_LABELS)]
             found += labelled or inputs
     return found
 
 
-def _critical_c(inputs: Sequence[Path]) -> float:
-    """Return the lowest critical temperature of the chips in °C; AMD's do not say theirs, so 95.
+def _beside(path: Path, kind: str) -> Path:
+    """Return the file of another kind for ``temp1_input`` or ``trip_point_0_type``."""
+    return path.with_name(f"{path.name.rpartition('_')[0]}_{kind}")
 
-    Not the trip points of ``x86_pkg_temp``: they are thresholds that someone wants to be told of.
+
+def _critical_c(inputs: Sequence[Path]) -> float:
+    """Return the lowest critical temperature of the chips in °C; AMD's do not report it, so 95.
+
+    The trip points of ``x86_pkg_temp`` are notification thresholds, not limits.
     """
-    files = [Path(str(path)[: -len("input")] + "crit") for path in inputs]
-    points = [value / 1000 for file in files if (value := read_integer(file)) is not None and value > 0]
-    return min(points, default=_X86_LIMIT_C)
+    values = (read_integer(_beside(path, "crit")) for path in inputs)
+    return min((value / 1000 for value in values if value is not None and value > 0), default=_X86_LIMIT_C)
 
 
 def _passive_c(zones: Sequence[Path]) -> float | None:
-    """Return the lowest ``passive`` trip point of thermal zones in °C: from there the kernel lowers the clock."""
+    """Return the lowest ``passive`` trip point in °C: above it the kernel lowers the clock."""
     points = [
         value / 1000
         for zone in zones
         for kind in sorted(zone.glob("trip_point_*_type"))
         if read_text(kind) == "passive"
-        and (value := read_integer(kind.with_name(kind.name.removesuffix("type") + "temp"))) is not None
+        and (value := read_integer(_beside(kind, "temp"))) is not None
         and value > 0
     ]
     return min(points, default=None)
 
 
 def _throttle_source(firmware: Vcgencmd | None, root: Path) -> Callable[[], int | None]:
-    """Return what tells throttling here, in the bits of ``vcgencmd get_throttled``."""
+    """Return a function that reads the throttling state as the bits of ``vcgencmd get_throttled``."""
     if firmware is not None:
         return firmware.throttled
-    # Intel: Documentation/ABI/testing/sysfs-devices-system-cpu, one count of the package's events a core
+    # Intel: Documentation/ABI/testing/sysfs-devices-system-cpu, one count of the package's events per core
     counts = sorted(root.glob("sys/devices/system/cpu/cpu[0-9]*/thermal_throttle/*_throttle_count"))
     if counts:
         return _Counted(counts)
@@ -343,7 +485,7 @@ def _throttle_source(firmware: Vcgencmd | None, root: Path) -> Callable[[], int 
 
 
 class _Counted:
-    """Makes bits of Intel's counters of throttle events: held since the last look, held since the first one."""
+    """Turns Intel's counters of throttle events into bits: since the last call, since the first one."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = files
@@ -361,7 +503,7 @@ class _Counted:
 
 
 def _mac_bits() -> int | None:
-    """Return the throttled bit from the speed limit of ``pmset -g therm``; Apple silicon does not print one."""
+    """Return the throttled bit from the speed limit of ``pmset -g therm``; Apple silicon has none."""
     try:
         done = subprocess.run(["pmset", "-g", "therm"], capture_output=True, timeout=2, check=False)
     except (OSError, subprocess.TimeoutExpired):

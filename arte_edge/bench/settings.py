@@ -1,4 +1,4 @@
-"""Benchmark settings, named suites of them, and the single tests that their lists multiply out to.
+"""What is measured: the models, the settings and suites of settings, and the tests that they multiply out to.
 
 Names and defaults are those of ``llama-bench`` where they mean the same. Lists are written as there:
 ``1,2,4``, ``1-4``, ``1-9+4``, ``128-1024*2``. A suite is a file ``benchmarks/suites/*.toml`` or the user's own,
@@ -10,23 +10,33 @@ from __future__ import annotations
 import contextlib
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from arte_edge import catalog
+from arte_edge.device.model_size import ModelSize
 from arte_edge.errors import InputError, nearest
 from arte_edge.results.rows import DeviceFacts
+from arte_edge.runtimes.loader import decoder_format
+from arte_edge.runtimes.null import null_ms
 from arte_edge.threads import threads_from_environment
 
 __all__ = [
     "BenchSettings",
     "Case",
+    "Reporter",
+    "Request",
     "Split",
+    "Target",
     "cases",
     "decode_threads",
+    "describe",
+    "find_targets",
     "load_suite",
     "make_settings",
     "parse_counts",
@@ -42,7 +52,7 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
 
 
 class BenchSettings(BaseModel):
-    """How to measure. Every list multiplies the cases. Times in the unit of the name."""
+    """How to measure. Every list multiplies the tests."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,18 +83,6 @@ class BenchSettings(BaseModel):
             return (value,)
         return parse_counts(value) if isinstance(value, str) else value
 
-    @field_validator("type_k", "type_v", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        return tuple(value.split(",")) if isinstance(value, str) else value
-
-    @field_validator("n_prompt", "n_gen", "n_depth", "threads")
-    @classmethod
-    def _in_range(cls, values: tuple[int, ...]) -> tuple[int, ...]:
-        if not values or min(values) < 0 or max(values) > _MOST_TOKENS:
-            raise ValueError(f"must be numbers from 0 to {_MOST_TOKENS}, at least one")
-        return tuple(dict.fromkeys(values))
-
     @field_validator("threads", mode="before")
     @classmethod
     def _threads(cls, value: Any) -> Any:
@@ -94,12 +92,19 @@ class BenchSettings(BaseModel):
             return tuple(0 if item == "auto" else item for item in value)
         return (value,) if isinstance(value, int) else value
 
-    @field_validator("type_k", "type_v")
+    @field_validator("n_prompt", "n_gen", "n_depth", "threads")
     @classmethod
-    def _some(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        if not values:
+    def _in_range(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        if not values or min(values) < 0 or max(values) > _MOST_TOKENS:
+            raise ValueError(f"must be numbers from 0 to {_MOST_TOKENS}, at least one")
+        return tuple(dict.fromkeys(values))
+
+    @field_validator("type_k", "type_v", mode="before")
+    @classmethod
+    def _types(cls, value: Any) -> Any:
+        if not value:
             raise ValueError("must name at least one type")
-        return values
+        return tuple(value.split(",")) if isinstance(value, str) else value
 
     @property
     def context_tokens(self) -> int:
@@ -108,16 +113,16 @@ class BenchSettings(BaseModel):
 
 
 class Reporter:
-    """Receives progress; this one ignores it. Subclass it to show something."""
+    """Receives progress and ignores it; subclasses show it."""
 
     def progress(self, text: str) -> None:
-        """Called often with what is being done now."""
+        """Called often with the current activity."""
 
     def note(self, text: str) -> None:
-        """Called with what a user should see once."""
+        """Called with a message for the user."""
 
     def transfer(self, name: str, done_bytes: int, total_bytes: int) -> None:
-        """Called while a file is copied to a device."""
+        """Called while a file is uploaded to a device."""
 
 
 class Request(BaseModel):
@@ -135,7 +140,7 @@ class Request(BaseModel):
 
 
 class Case(BaseModel):
-    """One test of one model, all that the child process has to know. Either `n_prompt` or `n_gen` is 0."""
+    """One test of one model, complete, as the child process gets it. Either `n_prompt` or `n_gen` is 0."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -168,37 +173,24 @@ class Case(BaseModel):
 
 
 def cases(path: Path, settings: BenchSettings, device: DeviceFacts) -> Iterator[Case]:
-    """Yield the cases of one model, in the order of llama-bench: threads, depth, then reading and writing."""
-    common = settings.model_dump(
-        include={
-            "runtime",
-            "repetitions",
-            "warmup",
-            "warmup_s",
-            "delay_s",
-            "power_watts",
-            "timeout_s",
-            "roofline",
-        }
-    )
-    for type_k in settings.type_k:
-        for type_v in settings.type_v:
-            for threads in settings.threads:
-                for n_depth in settings.n_depth:
-                    tests = [(n, 0) for n in settings.n_prompt] + [(0, n) for n in settings.n_gen]
-                    for n_prompt, n_gen in tests:
-                        if n_prompt or n_gen:
-                            yield Case(
-                                path=path,
-                                n_prompt=n_prompt,
-                                n_gen=n_gen,
-                                n_depth=n_depth,
-                                threads=threads or decode_threads(device),
-                                type_k=type_k,
-                                type_v=type_v,
-                                sustained_s=settings.sustained_s if n_gen else 0.0,
-                                **common,
-                            )
+    """Yield the cases of one model, in the order of llama-bench: threads, depth, then prefill and decode."""
+    lists = {"n_prompt", "n_gen", "n_depth", "threads", "type_k", "type_v", "sustained_s"}
+    common = settings.model_dump(exclude=lists)
+    tests = [(n, 0) for n in settings.n_prompt if n] + [(0, n) for n in settings.n_gen if n]
+    for type_k, type_v, threads, n_depth, (n_prompt, n_gen) in product(
+        settings.type_k, settings.type_v, settings.threads, settings.n_depth, tests
+    ):
+        yield Case(
+            path=path,
+            n_prompt=n_prompt,
+            n_gen=n_gen,
+            n_depth=n_depth,
+            threads=threads or decode_threads(device),
+            type_k=type_k,
+            type_v=type_v,
+            sustained_s=settings.sustained_s if n_gen else 0.0,
+            **common,
+        )
 
 
 def decode_threads(device: DeviceFacts) -> int:
@@ -215,19 +207,16 @@ def decode_threads(device: DeviceFacts) -> int:
     if device.profile:
         from arte_edge.device.profiles import find_device
 
-        with contextlib.suppress(InputError):  # an own profile that is gone
+        with contextlib.suppress(InputError):  # a user's profile that was removed
             threads = min(threads, find_device(device.profile).cores)
     return max(1, threads)
 
 
 def parse_counts(text: str, *, threads: bool = False) -> tuple[int, ...]:
-    """Return the numbers of a list in llama-bench's notation.
+    """Return the numbers of a list in llama-bench's notation; raise ValueError if it is none or too long.
 
     Args:
         threads: ``auto`` is allowed and becomes 0; the number 0 is not.
-
-    Raises:
-        ValueError: not such a list, or more than a thousand numbers.
     """
     numbers: list[int] = []
     for part in text.split(","):
@@ -239,51 +228,42 @@ def parse_counts(text: str, *, threads: bool = False) -> tuple[int, ...]:
             raise ValueError(f"'{part}' is not a number or a range such as 1-8*2")
         first, last = int(found[1]), int(found[2] or found[1])
         if threads and first == 0:
-            raise ValueError("0 threads cannot work; auto uses one per fast core")
-        numbers += _steps(first, last, found[3] or "+", int(found[4] or 1))
+            raise ValueError("threads must be at least 1; auto uses one per fast core")
+        step, number, previous = int(found[4] or 1), first, -1
+        numbers.append(number)
+        while len(numbers) <= 1000:
+            number, previous = (number * step if found[3] == "*" else number + step), number
+            if not previous < number <= last:
+                break
+            numbers.append(number)
         if len(numbers) > 1000:
             raise ValueError(f"'{text}' has more than a thousand numbers; use a larger step")
     return tuple(numbers)
-
-
-def _steps(first: int, last: int, sign: str, step: int) -> Sequence[int]:
-    numbers = [first]
-    while len(numbers) <= 1001:
-        following = numbers[-1] + step if sign == "+" else numbers[-1] * step
-        if following > last or following <= numbers[-1]:
-            break
-        numbers.append(following)
-    return numbers
 
 
 _TABLE = "bench"
 
 
 def load_suite(ref: str) -> dict[str, Any]:
-    """Return the settings of the suite `ref`, a shipped name or a ``.toml``.
-
-    Raises:
-        InputError: there is none, it is not TOML, or a key or value is wrong; says which.
-    """
+    """Return the settings of the suite `ref`, a shipped name or a ``.toml``; raise InputError if it is invalid."""
     path = catalog.find("suites", ref)
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: not TOML: {error}") from error
-    if unknown := [key for key in document if key != _TABLE]:
-        raise InputError(f"{path}: unknown table '{unknown[0]}'", f"A suite has one table, [{_TABLE}].")
-    table = document.get(_TABLE, {})
-    if not isinstance(table, dict):
-        raise InputError(f"{path}: {_TABLE} is no table", f"A suite has one table, [{_TABLE}].")
+    table = document.pop(_TABLE, {})
+    if document or not isinstance(table, dict):
+        problem = f"unknown table '{next(iter(document))}'" if document else f"{_TABLE} is not a table"
+        raise InputError(f"{path}: {problem}", f"A suite has one table, [{_TABLE}].")
     make_settings(str(path), table)
     return table
 
 
 def make_settings(source: str, *layers: Mapping[str, Any]) -> BenchSettings:
-    """Return the settings of `layers`, the last on top; `source` is named in errors.
+    """Return the settings of `layers`, the last one first in priority.
 
     Raises:
-        InputError: every problem at once, an unknown key with its nearest neighbour.
+        InputError: lists every problem, with the nearest name of an unknown key; starts with `source`.
     """
     values = {key: value for layer in layers for key, value in layer.items()}
     try:
@@ -298,3 +278,108 @@ def make_settings(source: str, *layers: Mapping[str, Any]) -> BenchSettings:
             else:
                 problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}")
         raise InputError(f"{source}: {'; '.join(problems)}", " ".join(hints)) from error
+
+
+@dataclass(frozen=True)
+class Target:
+    """One model to measure, as its rows describe it."""
+
+    path: Path
+    format: Literal["gguf", "onnx-genai", "onnx", "safetensors", "null"]
+    model_filename: str
+    model_type: str = ""
+    model_size: int = 0
+    model_n_params: int = 0
+    quantization: str = ""
+    sha256: str = ""
+    tensor_sha256: str = ""
+
+
+def find_targets(refs: Sequence[str], fetch: Callable[[str], Path]) -> list[Path]:
+    """Return the files and folders that `refs` name, in order, without duplicates.
+
+    The folder of a run means its export; an export means all its files that passed verification.
+
+    Args:
+        fetch: returns the file of a registry name or Hub id.
+
+    Raises:
+        InputError: there is no such model, or no file of an export passed.
+    """
+    found: dict[Path, None] = {}
+    for ref in refs:
+        path = Path(ref).expanduser()
+        if null_ms(Path(ref)) is not None and not path.exists():
+            found[Path(ref)] = None
+        elif path.is_dir():
+            found |= dict.fromkeys(_in_folder(path))
+        else:
+            found[path if path.is_file() else fetch(ref)] = None
+    return list(found)
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    from arte_edge.results.student_json import FILE_NAME, read_student
+
+    for place in (folder, folder / "export"):
+        if (place / FILE_NAME).is_file() and (student := read_student(place)) is not None:
+            files = [place / artifact.file for artifact in student.artifacts if artifact.status == "ok"]
+            if not files:
+                raise InputError(
+                    f"{place}: no file here passed verification", "See student.json for the reasons."
+                )
+            if missing := [file.name for file in files if not file.exists()]:
+                raise InputError(f"{place}: {missing[0]} is missing", "Export it again.")
+            return files
+    try:
+        decoder_format(folder)
+        return [folder]
+    except InputError:
+        if ggufs := sorted(folder.glob("*.gguf")):
+            return ggufs
+        if (folder / "run.toml").is_file():
+            raise InputError(f"{folder}: nothing is exported yet", f"arte-edge export {folder}") from None
+        raise
+
+
+def describe(path: Path) -> Target:
+    """Return the format, sizes and checksums of `path`. Raises InputError if it is not a model, or damaged."""
+    kind = decoder_format(path)
+    if kind == "null":
+        return Target(path, "null", path.name)
+    size = ModelSize.of(path)
+    files = path.rglob("*") if path.is_dir() else [path]
+    sha256, tensor_sha256, quantization = _checksums(path, kind)
+    return Target(
+        path=path,
+        format=kind,  # type: ignore[arg-type]
+        model_filename=path.resolve().name if path.name in ("", ".", "..") else path.name,
+        model_type=size.architecture,
+        model_size=sum(file.stat().st_size for file in files if file.is_file()),
+        model_n_params=size.n_params,
+        quantization=quantization or size.quantization,
+        sha256=sha256,
+        tensor_sha256=tensor_sha256,
+    )
+
+
+def _checksums(path: Path, kind: str) -> tuple[str, str, str]:
+    """Return the sha256, the sha256 of the tensors and the quantization, empty where unknown."""
+    from arte_edge.cache import sha256_checkpoint, sha256_file
+    from arte_edge.models.artifact import checksums_of
+    from arte_edge.results.student_json import read_student
+    from arte_edge.runtimes.onnxruntime import onnx_precision
+
+    if kind == "safetensors":
+        return sha256_checkpoint(path), "", ""
+    try:
+        student = read_student(path.resolve().parent)
+    except InputError:  # a damaged student.json does not prevent measuring
+        student = None
+    artifacts = student.artifacts if student else ()
+    own = next((a for a in artifacts if a.file.rstrip("/") == path.resolve().name), None)
+    if own is not None and path.is_file() and own.sha256 == sha256_file(path):
+        return own.sha256, own.tensor_sha256, own.quantization
+    sums = checksums_of(path)
+    label = own.quantization if own else onnx_precision(path) if path.is_dir() else ""
+    return sums.sha256, sums.tensor_sha256, label

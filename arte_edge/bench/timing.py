@@ -1,4 +1,4 @@
-"""The clocks of a test: warm-up until the rate is steady, repetitions, and their statistics."""
+"""The timing of a test: warm-up until the rate is steady, repetitions, their statistics, signs of throttling."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.bench.sensors import FREQUENCY_CAPPED, SOFT_LIMIT, STICKY_SHIFT, THROTTLED, UNDER_VOLTAGE
 from arte_edge.bench.settings import Case
+from arte_edge.results.rows import Reading
 from arte_edge.runtimes.protocol import Decoder
 
 __all__ = [
@@ -24,7 +27,9 @@ __all__ = [
     "Timed",
     "Trend",
     "draw_tokens",
+    "judge",
     "measure",
+    "metrics",
     "min_samples",
     "pace",
     "percentile",
@@ -32,15 +37,15 @@ __all__ = [
     "trend",
 ]
 
-_STEADY = 0.05  # coefficient of variation of the last three
-_WARM_UPS = 10  # repetitions at most
-_WARM_TOKENS = 16  # written in one warm-up
+_STEADY = 0.05  # coefficient of variation of the last three repetitions
+_MAX_WARM_UPS = 10
+_WARM_UP_TOKENS = 16  # generated in one warm-up
 _SEED = 42
-Say = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 
 
 class Meter(Protocol):
-    """Energy between two moments; `arte_edge.bench.energy.EnergyMeter`."""
+    """Energy between two moments; `arte_edge.bench.sensors.EnergyMeter`."""
 
     def start(self) -> None: ...
 
@@ -49,13 +54,13 @@ class Meter(Protocol):
 
 @dataclass
 class Timed:
-    """Every time that was taken.
+    """All measured times.
 
     Attributes:
-        samples_ns: one for each repetition that counts.
-        token_ns: of writing, when it began and when each token was there: ``[repetition][n + 1]``.
+        samples_ns: one per counted repetition.
+        token_ns: of decoding, the start and the time of each token: ``[repetition][n + 1]``.
         n_warmup: repetitions before the first that counts.
-        energy_j: of the repetitions that count; None where nothing measures it.
+        energy_j: of the counted repetitions; None where nothing measures it.
     """
 
     samples_ns: list[int] = field(default_factory=list)
@@ -67,21 +72,24 @@ class Timed:
 
 def draw_tokens(n: int, n_vocab: int, bos: int | None) -> list[int]:
     """Return `n` ids inside the vocabulary, the same at every call; `bos` first if the model has one."""
-    draw = random.Random(_SEED).random  # its sequence is promised to stay, across versions of Python
+    draw = random.Random(_SEED).random  # Python guarantees the same sequence across versions
     tokens = [int(draw() * n_vocab) for _ in range(n)]
     if tokens and bos is not None:
         tokens[0] = bos
     return tokens
 
 
-def measure(model: Decoder, case: Case, meter: Meter | None = None, say: Say | None = None) -> Timed:
-    """Time the repetitions of `case` on a model that is open.
+def measure(
+    model: Decoder, case: Case, meter: Meter | None = None, on_progress: OnProgress | None = None
+) -> Timed:
+    """Time the repetitions of `case` on an open model.
 
     Args:
-        meter: started and stopped around each repetition that counts.
-        say: called with what is being done, the number of the repetition, and how many there are.
+        meter: started and stopped around each counted repetition.
+        on_progress: called with the activity, the number of the repetition, and the total.
     """
-    tell = say or (lambda what, done, total: None)
+    report = on_progress or (lambda what, done, total: None)
+    run = _prefill if case.n_prompt else _decode
     bos = model.facts.bos
     tokens = draw_tokens(case.n_prompt or case.n_gen, model.n_vocab, bos)
     depth = draw_tokens(case.n_depth, model.n_vocab, bos)
@@ -92,18 +100,27 @@ def measure(model: Decoder, case: Case, meter: Meter | None = None, say: Say | N
         if depth:
             model.prefill(depth)
 
-    with _no_collection():
-        if case.warmup:
-            short = tokens if case.n_prompt else tokens[:_WARM_TOKENS]
-            timed.n_warmup = _warm_up(model, short, bool(case.n_prompt), begin, case.warmup_s, tell)
+    with _no_garbage_collection():
+        if case.warmup:  # until the last three vary by less than 5 %, or a limit is reached
+            ends = time.monotonic() + case.warmup_s
+            warm_ns: list[int] = []
+            while len(warm_ns) < _MAX_WARM_UPS:
+                report("warm-up", len(warm_ns) + 1, _MAX_WARM_UPS)
+                begin()
+                times = run(model, tokens if case.n_prompt else tokens[:_WARM_UP_TOKENS])
+                warm_ns.append(times[-1] - times[0])
+                steady = len(warm_ns) >= 3 and spread(warm_ns[-3:]) < _STEADY
+                if steady or time.monotonic() >= ends:
+                    break
+            timed.n_warmup = len(warm_ns)
         joules: list[float | None] = []
         ends = time.monotonic() + case.sustained_s
         while len(timed.samples_ns) < case.repetitions or time.monotonic() < ends:
-            tell("repetition", len(timed.samples_ns) + 1, case.repetitions)
+            report("repetition", len(timed.samples_ns) + 1, case.repetitions)
             begin()
             if meter is not None:
                 meter.start()
-            times = _read(model, tokens) if case.n_prompt else _write(model, tokens)
+            times = run(model, tokens)
             if meter is not None:
                 energy_j, timed.energy_source = meter.stop()
                 joules.append(energy_j)
@@ -118,49 +135,27 @@ def measure(model: Decoder, case: Case, meter: Meter | None = None, say: Say | N
     return timed
 
 
-def _warm_up(
-    model: Decoder,
-    tokens: Sequence[int],
-    reads: bool,
-    begin: Callable[[], None],
-    limit_s: float,
-    tell: Say,
-) -> int:
-    """Repeat until the last three vary by less than 5 %, ten times or `limit_s` seconds at most."""
-    ends = time.monotonic() + limit_s
-    taken: list[int] = []
-    while len(taken) < _WARM_UPS:
-        tell("warm-up", len(taken) + 1, _WARM_UPS)
-        begin()
-        times = _read(model, tokens) if reads else _write(model, tokens)
-        taken.append(times[-1] - times[0])
-        if time.monotonic() >= ends or (len(taken) >= 3 and spread(taken[-3:]) < _STEADY):
-            break
-    return len(taken)
-
-
-def _read(model: Decoder, tokens: Sequence[int]) -> list[int]:
-    """Return when reading began and when the first token was known, in ns."""
+def _prefill(model: Decoder, tokens: Sequence[int]) -> list[int]:
+    """Return the time of the start and of the first logits, in ns."""
     now = time.perf_counter_ns
     start = now()
     model.prefill(tokens)
     return [start, now()]
 
 
-def _write(model: Decoder, tokens: Sequence[int]) -> list[int]:
-    """Return when writing began and when each token was there, in ns: [n + 1]."""
+def _decode(model: Decoder, tokens: Sequence[int]) -> list[int]:
+    """Return the time of the start and of each token, in ns: [n + 1]."""
     step, now = model.step, time.perf_counter_ns
     times = [now()]
-    keep = times.append
+    append = times.append
     for token in tokens:
         step(token)
-        keep(now())
+        append(now())
     return times
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep Python's cycle collector out of the measurement."""
+def _no_garbage_collection() -> Iterator[None]:
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -175,15 +170,15 @@ _CONFIDENCE = 0.99
 _BINS = 60
 _FEWEST_BINS = 8
 _FEWEST_TOKENS = 64
-_SHORTEST_S = 5.0  # in less than this nothing warms up
+_SHORTEST_S = 5.0  # a shorter test does not heat the device up
 _BURST_S = 10.0
-_CHANCE = 0.01
-_MATTERS = 0.05  # of the rate, lost from the first bin to the last
+_SIGNIFICANCE = 0.01
+_RELEVANT_LOSS = 0.05  # of the rate, from the first bin to the last
 
 
 @dataclass(frozen=True)
 class Trend:
-    """How the rate moved during a test. `slowed`: it fell, beyond chance and by more than 5 %."""
+    """How the rate changed during a test. `slowed`: it fell significantly and by more than 5 %."""
 
     slope_percent_per_min: float
     p_value: float
@@ -192,7 +187,7 @@ class Trend:
 
 @dataclass(frozen=True)
 class Pace:
-    """Tokens a second at the beginning of a test and in its last third."""
+    """Tokens per second at the beginning of a test and in its last third."""
 
     burst_ts: float
     sustained_ts: float
@@ -204,7 +199,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def min_samples(share: float) -> int:
-    """Return from how many samples on the percentile `share` is given.
+    """Return the smallest number of samples for which the percentile `share` is reported.
 
     The smallest n for which at most one sample above the true percentile has a probability under 1 %:
     ``share**n + n (1 - share) share**(n - 1) < 0.01`` (MLPerf Inference rules, appendix on early stopping).
@@ -216,20 +211,20 @@ def min_samples(share: float) -> int:
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """Return the percentile (0.95 for the 95th), None from too few samples; the median from any."""
+    """Return the percentile (0.95 for the 95th), None for too few samples; the median for any number."""
     if not values or (share > 0.5 and len(values) < min_samples(share)):
         return None
     return float(np.quantile(np.asarray(values, dtype=np.float64), share))
 
 
 def pace(token_ns: Sequence[Sequence[int]]) -> Pace | None:
-    """Return the rates at the beginning and in the end; see `trend` for the argument.
+    """Return the rates at the beginning and at the end, None for fewer than three tokens.
 
-    The beginning is the first ten seconds, or the first third of a test shorter than thirty. None from
-    fewer than three tokens.
+    The beginning is the first ten seconds, or the first third of a test shorter than thirty.
     """
-    times_s = _durations(token_ns)
-    ends = np.cumsum(times_s)  # what lies between the repetitions is no part of it
+    rows = _seconds(token_ns)
+    times_s = np.concatenate(rows) if rows else np.empty(0)
+    ends = np.cumsum(times_s)  # without the time between repetitions
     if len(ends) < 3:
         return None
     total = float(ends[-1])
@@ -239,13 +234,12 @@ def pace(token_ns: Sequence[Sequence[int]]) -> Pace | None:
 
 
 def trend(token_ns: Sequence[Sequence[int]]) -> Trend | None:
-    """Return how the rate moved, None if the test is too short to tell.
+    """Return how the rate changed, None if the test is too short.
 
     Args:
-        token_ns: for each repetition the times at which a token was there, the first one when it
-            began, on one clock in nanoseconds: ``[repetition][n + 1]``.
+        token_ns: as `Timed.token_ns`, ``[repetition][n + 1]``.
     """
-    rows = [np.diff(np.asarray(times, dtype=np.float64)) / 1e9 for times in token_ns]
+    rows = _seconds(token_ns)
     n_all = sum(map(len, rows))
     if len(rows) < 3 or n_all < _FEWEST_TOKENS:
         return None
@@ -253,7 +247,7 @@ def trend(token_ns: Sequence[Sequence[int]]) -> Trend | None:
     table = np.full((len(rows), width), np.nan)
     for row, times in zip(table, rows, strict=True):
         row[: len(times)] = times
-    usual = np.nanmedian(table, axis=0)  # by position
+    usual = np.nanmedian(table, axis=0)  # by position in the sequence
     moments = np.concatenate([np.asarray(times[1:], dtype=np.float64) for times in token_ns]) / 1e9
     expected = np.concatenate([usual[: len(times)] for times in rows])
     taken = np.concatenate(rows)
@@ -267,15 +261,15 @@ def trend(token_ns: Sequence[Sequence[int]]) -> Trend | None:
         return None
     rate = np.array([expected[bins == b].sum() / taken[bins == b].sum() for b in filled])
     when = np.array([moments[bins == b].mean() for b in filled])
-    slope = _theil_sen(when, rate)  # of the relative rate, a second
+    slope = _theil_sen(when, rate)  # of the relative rate, per second
     p_value = _mann_kendall_falls(rate)
     lost = -slope * (when[-1] - when[0])
-    return Trend(slope * 60 * 100, p_value, bool(p_value < _CHANCE and lost > _MATTERS))
+    return Trend(slope * 60 * 100, p_value, bool(p_value < _SIGNIFICANCE and lost > _RELEVANT_LOSS))
 
 
-def _durations(token_ns: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-    rows = [np.diff(np.asarray(times, dtype=np.float64)) / 1e9 for times in token_ns]
-    return np.concatenate(rows) if rows else np.empty(0)
+def _seconds(token_ns: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
+    """Return the seconds per token: ``[repetition][n]``."""
+    return [np.diff(np.asarray(times, dtype=np.float64)) / 1e9 for times in token_ns]
 
 
 def _theil_sen(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
@@ -285,9 +279,9 @@ def _theil_sen(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 
 
 def _mann_kendall_falls(values: NDArray[np.float64]) -> float:
-    """Return the one-sided chance of ranks that fall so steadily in a series without a trend.
+    """Return the one-sided p-value of the Mann-Kendall test for a falling series.
 
-    Normal approximation with continuity correction (Kendall 1975); at eight points it is good to 0.002.
+    Normal approximation with continuity correction (Kendall 1975); for eight points its error is below 0.002.
     """
     n = len(values)
     i, j = np.triu_indices(n, 1)
@@ -295,3 +289,96 @@ def _mann_kendall_falls(values: NDArray[np.float64]) -> float:
     deviation = math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
     corrected = score + 1 if score < 0 else score - 1 if score > 0 else 0.0
     return 0.5 * math.erfc(-corrected / deviation / math.sqrt(2))
+
+
+_REASONS = (
+    (UNDER_VOLTAGE, "under-voltage: use the official power supply and a short cable"),
+    (THROTTLED, "too hot, throttled: cool it, or let it rest between tests"),
+    (SOFT_LIMIT, "soft temperature limit reached: cool it, or let it rest between tests"),
+    (FREQUENCY_CAPPED, "clock capped by the firmware: check supply and cooling"),
+)
+_LIMIT_C = 80.0  # default: a Raspberry Pi's first limit
+_NEAR_C = 5.0
+_CLOCK_DROP = 0.9  # below this share of its highest clock a machine was throttled
+_FEWEST_READINGS = 6  # two in the last third
+
+
+def judge(
+    before: int | None, readings: Sequence[Reading], after: int | None, limit_c: float | None = None
+) -> tuple[bool | None, str]:
+    """Return whether the machine was throttled, and the reasons; None if its sensors cannot tell.
+
+    Three things count: a bit that was set in one of the readings, a bit "since boot" that was set between
+    `before` and `after` (which catches throttling between two readings), and a clock whose maximum in the last
+    third of the test is 10 % below its maximum in the first half while the temperature was within 5 °C of its
+    limit. Maximum and not mean, because a core that waits for the disk clocks down as well.
+
+    Args:
+        before: throttle bits before the test, None if this machine has none.
+        readings: the sensors during it, in order.
+        after: the bits after it.
+        limit_c: temperature from which this machine lowers its clock; None: 80 °C.
+    """
+    live = [reading.throttle_bits for reading in readings if reading.throttle_bits is not None]
+    bits = 0
+    for value in live:
+        bits |= value & 0xF
+    if before is not None and after is not None:
+        bits |= (after & ~before) >> STICKY_SHIFT & 0xF
+    reasons = [reason for bit, reason in _REASONS if bits & bit]
+    heat = _hot_and_slower(readings, _LIMIT_C if limit_c is None else limit_c)
+    if heat and not reasons:
+        reasons.append(heat)
+    if reasons:
+        return True, "; ".join(reasons)
+    known = bool(live) or (before is not None and after is not None) or heat is not None
+    return (False, "") if known else (None, "")
+
+
+def _hot_and_slower(readings: Sequence[Reading], limit_c: float) -> str | None:
+    """Return a description of thermal throttling, empty if there was none, None without enough readings."""
+    known = [(r.clock_mhz, r.temperature_c) for r in readings]
+    clocks = [clock for clock, heat in known if clock is not None and heat is not None]
+    if len(clocks) < _FEWEST_READINGS:
+        return None
+    hottest = max(heat for clock, heat in known if clock is not None and heat is not None)
+    best, last = max(clocks[: -(-len(clocks) // 2)]), max(clocks[-(-2 * len(clocks) // 3) :])
+    if last >= _CLOCK_DROP * best or hottest < limit_c - _NEAR_C:
+        return ""
+    return (
+        f"clock fell from {best:.0f} to {last:.0f} MHz at {hottest:.0f} °C: "
+        "cool it, or let it rest between tests"
+    )
+
+
+def metrics(case: Case, timed: Timed) -> dict[str, Any]:
+    """Return rates, percentiles and trend of the measured times, as fields of a `SpeedRow`."""
+    n_tokens = case.n_prompt or case.n_gen
+    samples_ts = [n_tokens * 1e9 / max(ns, 1) for ns in timed.samples_ns]
+    several = len(samples_ts) > 1
+    found: dict[str, Any] = {
+        "n_warmup": timed.n_warmup,
+        "avg_ns": round(statistics.fmean(timed.samples_ns)),
+        "stddev_ns": round(statistics.stdev(timed.samples_ns)) if several else 0,
+        "avg_ts": statistics.fmean(samples_ts),
+        "stddev_ts": statistics.stdev(samples_ts) if several else 0.0,
+        "samples_ns": timed.samples_ns,
+        "samples_ts": [round(rate, 4) for rate in samples_ts],
+        "median_ts": statistics.median(samples_ts),
+        "cv": spread(samples_ts),
+        "energy_j": timed.energy_j,
+        "energy_source": timed.energy_source,
+    }
+    if case.n_prompt:
+        ttft_ms = [round(ns / 1e6, 6) for ns in timed.samples_ns]
+        return found | {"ttft_ms": statistics.median(ttft_ms), "ttft_samples_ms": ttft_ms}
+    itl_ms = [[(b - a) / 1e6 for a, b in pairwise(times)] for times in timed.token_ns]
+    everything = [value for row in itl_ms for value in row]
+    for name, share in (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99)):
+        found[f"itl_{name}_ms"] = percentile(everything, share)
+    found["itl_samples_ms"] = [[round(value, 4) for value in row] for row in itl_ms]
+    if (rates := pace(timed.token_ns)) is not None:
+        found |= {"burst_ts": rates.burst_ts, "sustained_ts": rates.sustained_ts}
+    if (change := trend(timed.token_ns)) is not None:
+        found |= {"slope_percent_per_min": change.slope_percent_per_min, "slowed": change.slowed}
+    return found

@@ -1,8 +1,8 @@
-"""One test in a child process of its own: started here, measured there, limited in time.
+"""One measurement in a child process of its own, with a time limit: both the parent's and the child's side.
 
-A crash of a runtime, a kill for memory or a timeout ends the child and becomes a row with its reason;
-memory is measured from zero. ``python -m arte_edge.bench.worker`` is the child's side: one JSON request
-on stdin, JSON lines of progress and one result on a descriptor of its own.
+A crash of a runtime, a kill for memory or a timeout ends the child and becomes a row with its reason, and
+memory use is that of one measurement. ``python -m arte_edge.bench.worker`` is the child: it gets one JSON
+request on stdin, and writes JSON lines of progress and one result.
 """
 
 from __future__ import annotations
@@ -18,29 +18,24 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
 from arte_edge.bench.settings import Case
-from arte_edge.bench.timing import Timed, measure, pace, percentile, spread, trend
+from arte_edge.bench.timing import OnProgress, judge, measure, metrics
 from arte_edge.errors import ArteError, EngineError
 
-__all__ = ["CHILD", "Ended", "figures", "main", "measure_case", "run_child"]
+__all__ = ["main", "mapped_bytes", "measure_case", "peak_rss_bytes", "run_child"]
 
-# -P: the folder that the command is given in must not be where the child finds its modules.
-CHILD = (sys.executable, "-P", "-m", "arte_edge.bench.worker")
+# -P: the child must not import modules from the current folder.
+_CHILD = (sys.executable, "-P", "-m", "arte_edge.bench.worker")
 _ROOT = Path("/")
-_NEAR = 0.85  # of the memory there is: a process killed above it was killed for it
-_LINGER_S = 10.0  # between a child's last word and its end
+_PROC = Path("/proc/self")
+_NEAR = 0.85  # of the total memory; a process that was killed above it was killed for its memory
+_EXIT_S = 10.0  # from a child's result to its exit
 _OUT_OF_MEMORY = "Take a smaller type or context (-p, -n, -d), or close other programs."
-OnProgress = Callable[[str, int, int], None]
-
-
-class Ended(dict[str, Any]):
-    """What a child answered, or ``status`` and ``reason`` where it could not."""
 
 
 def run_child(
@@ -48,15 +43,15 @@ def run_child(
     timeout_s: float,
     on_progress: OnProgress | None = None,
     *,
-    command: Sequence[str] = CHILD,
+    command: Sequence[str] = _CHILD,
     root: Path = _ROOT,
-) -> Ended:
-    """Run one request in a child process and return its answer. Raises nothing that the child did.
+) -> dict[str, Any]:
+    """Run one request in a child process and return its result, or ``status`` and ``reason`` if it failed.
 
     Args:
-        timeout_s: from its start; then it is killed.
-        on_progress: called with (what, done, total) as the child says it.
-        command: the child, as an argument list.
+        timeout_s: after this time the child is killed.
+        on_progress: called with (activity, done, total).
+        command: the child's command line.
         root: where ``proc`` and ``sys`` are; another folder in tests.
     """
     kills = _oom_kills(root)
@@ -66,49 +61,57 @@ def run_child(
                 list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
             )
         except OSError as error:  # no memory for another process, or no such program
-            return Ended(status="crashed", reason=f"The process could not be started: {error.strerror}.")
-        doing = "starting"
-        answer: Ended | None = None
-        timed_out = False
+            return {"status": "crashed", "reason": f"The process could not be started: {error.strerror}."}
+        activity, timed_out = "starting", False
+        result: dict[str, Any] | None = None
         try:
             for message in _messages(child, request, time.monotonic() + timeout_s):
                 if "result" in message:
-                    answer = Ended(message["result"])
+                    result = message["result"]
                     break
-                doing = _say(message, on_progress) or doing
+                if isinstance(what := message.get("doing"), str):
+                    done, total = message.get("done", 0), message.get("total", 0)
+                    if on_progress is not None:
+                        on_progress(what, done, total)
+                    activity = f"in {what} {done} of {total}" if total else what
             else:
-                timed_out = not _gone(child, 0.0)
+                timed_out = not _exited(child, 0.0)
         finally:
-            code, peak_bytes = _end(child, 0.0 if answer is None and timed_out else _LINGER_S)
-        if answer is not None:
-            return answer
+            code, peak_bytes = _end(child, 0.0 if timed_out else _EXIT_S)
+        if result is not None:
+            return result
         if timed_out:
-            return Ended(
-                status="timeout",
-                reason=f"Not done after {timeout_s:g} s, {doing}. Raise --timeout, or lower -p, -n or -r.",
-                peak_rss_bytes=peak_bytes,
-            )
-        ended = _post_mortem(code, doing, peak_bytes, _oom_kills(root) > kills, child.pid, root)
-        if ended["status"] == "crashed" and (last := _last_words(errors)):
-            ended["reason"] += f" It said: {last}"
-        return ended
+            status = "timeout"
+            reason = f"Not done after {timeout_s:g} s, {activity}. Raise --timeout, or lower -p, -n or -r."
+        else:
+            evidence = ""
+            if hasattr(signal, "SIGKILL") and code == -signal.SIGKILL:
+                evidence = _memory_evidence(peak_bytes, _oom_kills(root) > kills, child.pid, root)
+            status, reason = _cause_of_death(code, activity, evidence)
+            if peak_bytes and code < 0:
+                reason += f" It held {peak_bytes / 1e6:.0f} MB."
+            if status == "crashed" and (last := _last_line(errors)):
+                reason += f" Its last message: {last}"
+        return {"status": status, "reason": reason, "peak_rss_bytes": peak_bytes}
 
 
-def _messages(child: subprocess.Popen[bytes], request: dict[str, Any], ends: float) -> Any:
-    """Yield what the child says until it closes its stdout or `ends` (monotonic seconds) has come."""
+def _messages(
+    child: subprocess.Popen[bytes], request: dict[str, Any], ends: float
+) -> Iterator[dict[str, Any]]:
+    """Yield the child's messages until it closes its stdout, or until `ends` (monotonic seconds)."""
     assert child.stdin is not None and child.stdout is not None
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_pump, args=(child.stdout, lines), daemon=True).start()
     with contextlib.suppress(BrokenPipeError, OSError):
         child.stdin.write(json.dumps(request).encode() + b"\n")
-        child.stdin.flush()  # and stays open: its end tells the child that we are gone
+        child.stdin.flush()  # not closed: the child exits when its stdin ends
     while (left_s := ends - time.monotonic()) > 0:
         try:
             line = lines.get(timeout=left_s)
         except queue.Empty:
             return
         if line is None:
-            _gone(child, _LINGER_S)
+            _exited(child, _EXIT_S)
             return
         with contextlib.suppress(ValueError):
             message = json.loads(line)
@@ -123,17 +126,8 @@ def _pump(stream: IO[bytes], lines: queue.SimpleQueue[bytes | None]) -> None:
     lines.put(None)
 
 
-def _say(message: dict[str, Any], on_progress: OnProgress | None) -> str:
-    what, done, total = message.get("doing"), message.get("done", 0), message.get("total", 0)
-    if not isinstance(what, str):
-        return ""
-    if on_progress is not None:
-        on_progress(what, done, total)
-    return f"in {what} {done} of {total}" if total else what
-
-
-def _gone(child: subprocess.Popen[bytes], within_s: float) -> bool:
-    """Return whether the process has ended, waiting a little; it is not reaped where wait4 will do that."""
+def _exited(child: subprocess.Popen[bytes], within_s: float) -> bool:
+    """Return whether the process exits within this time; it is not reaped where `_end` uses wait4."""
     ends = time.monotonic() + within_s
     while True:
         if hasattr(os, "waitid"):
@@ -147,12 +141,12 @@ def _gone(child: subprocess.Popen[bytes], within_s: float) -> bool:
         time.sleep(0.01)
 
 
-def _end(child: subprocess.Popen[bytes], patience_s: float) -> tuple[int, int | None]:
-    """Let the child end, or make it; return its exit code (negative: signal) and its peak memory in bytes."""
+def _end(child: subprocess.Popen[bytes], within_s: float) -> tuple[int, int | None]:
+    """Let the child exit, or kill it; return its exit code (negative: signal) and its peak memory in bytes."""
     with contextlib.suppress(OSError):
         assert child.stdin is not None
         child.stdin.close()
-    if not _gone(child, patience_s):
+    if not _exited(child, within_s):
         child.kill()
     if not hasattr(os, "wait4") or child.returncode is not None:
         return child.wait(), None
@@ -161,38 +155,32 @@ def _end(child: subprocess.Popen[bytes], patience_s: float) -> tuple[int, int | 
     return child.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _post_mortem(code: int, doing: str, peak_bytes: int | None, counted: bool, pid: int, root: Path) -> Ended:
-    """Say how a child died that gave no answer."""
-    peak = f" It held {peak_bytes / 1e6:.0f} MB." if peak_bytes else ""
-    if code == -signal.SIGKILL if hasattr(signal, "SIGKILL") else False:
-        if evidence := _memory_evidence(peak_bytes, counted, pid, root):
-            status, reason = "out-of-memory", f"Killed for its memory, {doing} ({evidence}). {_OUT_OF_MEMORY}"
-        else:
-            reason = f"Killed by somebody, {doing}; nothing says that it was the kernel. Run it again."
-            status = "crashed"
-        return Ended(status=status, reason=reason + peak, peak_rss_bytes=peak_bytes)
-    if code < 0:
-        name = signal.Signals(-code).name if -code in {s.value for s in signal.Signals} else f"signal {-code}"
-        advice = {
-            "SIGILL": "The runtime was built for another processor: install one built for this one.",
-            "SIGBUS": "The file became shorter or the disk fails: check its sha256.",
-        }.get(name, "The runtime crashed: check the file's sha256, or try another --runtime.")
-        return Ended(status="crashed", reason=f"{name}, {doing}. {advice}{peak}", peak_rss_bytes=peak_bytes)
-    return Ended(
-        status="crashed",
-        reason=f"It ended with code {code}, {doing}, without a result.",
-        peak_rss_bytes=peak_bytes,
-    )
+def _cause_of_death(code: int, activity: str, memory_evidence: str) -> tuple[str, str]:
+    """Return the status and the reason of a child that exited without a result."""
+    if memory_evidence:
+        return "out-of-memory", f"Killed for its memory, {activity} ({memory_evidence}). {_OUT_OF_MEMORY}"
+    if code >= 0:
+        return "crashed", f"It exited with code {code}, {activity}, without a result."
+    name = signal.Signals(-code).name if -code in {s.value for s in signal.Signals} else f"signal {-code}"
+    advice = {
+        "SIGKILL": "Killed by another process; there is no sign of the out-of-memory killer. Run it again.",
+        "SIGILL": "The runtime was built for another processor: install one built for this one.",
+        "SIGBUS": "The file became shorter or the disk is failing: check its sha256.",
+    }.get(name, "The runtime crashed: check the file's sha256, or try another --runtime.")
+    return "crashed", f"{name}, {activity}. {advice}"
 
 
 def _memory_evidence(peak_bytes: int | None, counted: bool, pid: int, root: Path) -> str:
-    """Return what speaks for the kernel's out-of-memory killer, empty if nothing does."""
+    """Return the evidence for the kernel's out-of-memory killer, empty if there is none."""
     if counted:
         return "the control group counted an out-of-memory kill"
-    if root == _ROOT and f"Killed process {pid} " in _kernel_log():
-        return "the kernel's log says so"
     from arte_edge.memory import total_bytes
 
+    if root == _ROOT:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            log = subprocess.run(["dmesg"], capture_output=True, timeout=5, check=False).stdout
+            if f"Killed process {pid} ".encode() in log[-100_000:]:
+                return "the kernel's log says so"
     total = total_bytes(root)
     if peak_bytes and total and peak_bytes > _NEAR * total:
         return f"at {peak_bytes / 1e6:.0f} of {total / 1e6:.0f} MB"
@@ -200,7 +188,7 @@ def _memory_evidence(peak_bytes: int | None, counted: bool, pid: int, root: Path
 
 
 def _oom_kills(root: Path) -> int:
-    """Return how often the kernel has killed for memory in our control groups (``memory.events``)."""
+    """Return the number of out-of-memory kills in our control groups (``memory.events``)."""
     from arte_edge.memory import cgroup_files
 
     counts = [0]
@@ -211,34 +199,23 @@ def _oom_kills(root: Path) -> int:
     return max(counts)
 
 
-def _kernel_log() -> str:
-    """Return the end of the kernel's log, empty where we may not read it."""
-    try:
-        done = subprocess.run(["dmesg"], capture_output=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout[-100_000:].decode(errors="replace")
-
-
-def _last_words(errors: IO[bytes]) -> str:
-    """Return the last line that the child wrote to stderr, cut to a length for a table."""
+def _last_line(errors: IO[bytes]) -> str:
+    """Return the last line of the child's stderr, at most 200 characters of it."""
     size = errors.seek(0, os.SEEK_END)
     errors.seek(max(0, size - 4000))
     lines = [line.strip() for line in errors.read().decode(errors="replace").splitlines() if line.strip()]
     return lines[-1][:200] if lines else ""
 
 
-Say = Callable[[str, int, int], None]
-
-
-def main() -> int:
-    """Answer one request; the exit code is 0 whenever there was an answer."""
-    out = _own_stdout()
+def main() -> None:
+    """Run one request from stdin and exit with 0, whatever its result."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever else prints to stdout goes to stderr
     request: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     phase = ""
 
-    def say(what: str, done: int = 0, total: int = 0) -> None:
+    def report(what: str, done: int = 0, total: int = 0) -> None:
         nonlocal phase
         phase = what
         _send(out, {"doing": what, "done": done, "total": total})
@@ -247,32 +224,30 @@ def main() -> int:
         if request["kind"] == "quality":
             from arte_edge.bench.accuracy import measure_request
 
-            result = measure_request(request, say)
+            result = measure_request(request, report)
         else:
-            result = measure_case(Case.model_validate(request["case"]), say)
+            result = measure_case(Case.model_validate(request["case"]), report)
     except MemoryError:
         reason = f"No memory left, in {phase or 'the start'}. Take a smaller type or context (-p, -n, -d)."
         result = {"status": "out-of-memory", "reason": reason}
     except ArteError as error:
         status = "crashed" if isinstance(error, EngineError) else "refused"
         result = {"status": status, "reason": f"{error.message}. {error.hint}".strip()}
-    except Exception as error:  # whatever a runtime raises is a row, not the end of the sweep
+    except Exception as error:  # an exception of a runtime is a row and does not end the sweep
         text = next(iter(str(error).splitlines()), "")
         result = {"status": "crashed", "reason": f"{type(error).__name__}: {text} (in {phase})"}
     _send(out, {"result": result})
-    out.flush()
-    os._exit(0)  # a runtime's clean-up at exit must not turn a result into a crash
+    os._exit(0)  # a runtime that crashes in its clean-up must not lose the result
 
 
-def measure_case(case: Case, say: Say) -> dict[str, Any]:
+def measure_case(case: Case, report: OnProgress) -> dict[str, Any]:
     """Open the model, measure, and return the fields of a `SpeedRow` that only this process knows."""
-    from arte_edge.bench.energy import EnergyMeter
-    from arte_edge.bench.sensors import Sensors, judge, mapped_bytes, peak_rss_bytes
+    from arte_edge.bench.sensors import EnergyMeter, Sensors
     from arte_edge.runtimes.loader import open_decoder, warm_import
 
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    say("loading", 0, 0)
-    warm_import(case.path, case.runtime)  # a library is loaded once, a model each time
+    report("loading", 0, 0)
+    warm_import(case.path, case.runtime)  # so that `load_ms` is the model's alone
     start = time.perf_counter_ns()
     model = open_decoder(
         case.path,
@@ -287,12 +262,14 @@ def measure_case(case: Case, say: Say) -> dict[str, Any]:
     test_time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     with Sensors(power_watts=case.power_watts) as sensors:
         meter = EnergyMeter(power_watts=case.power_watts)
-        timed = measure(model, case, meter if meter.source else None, say)
+        timed = measure(model, case, meter if meter.source else None, report)
     readings = sensors.readings()
     throttled, reason = judge(sensors.bits_before, readings, sensors.bits_after, sensors.limit_c)
+    heats = [reading.temperature_c for reading in readings if reading.temperature_c is not None]
+    clocks = [reading.clock_mhz for reading in readings if reading.clock_mhz is not None]
     facts = model.facts
     return {
-        **figures(case, timed),
+        **metrics(case, timed),
         "runtime": facts.runtime,
         "build_commit": facts.build_commit,
         "build": facts.build,
@@ -307,56 +284,55 @@ def measure_case(case: Case, say: Say) -> dict[str, Any]:
         "load_average": load_average,
         "peak_rss_bytes": peak_rss_bytes(),
         "mapped_bytes": mapped_bytes([case.path]),
-        "temperature_c_max": max(
-            (r.temperature_c for r in readings if r.temperature_c is not None), default=None
-        ),
-        "clock_mhz_min": min((r.clock_mhz for r in readings if r.clock_mhz is not None), default=None),
+        "temperature_c_max": max(heats, default=None),
+        "clock_mhz_min": min(clocks, default=None),
         "throttled": throttled,
         "throttle_reason": reason,
         "readings": [reading.model_dump() for reading in readings],
     }
 
 
-def figures(case: Case, timed: Timed) -> dict[str, Any]:
-    """Return rates, percentiles and trend of what was timed, as fields of a `SpeedRow`."""
-    import statistics
+def peak_rss_bytes(proc: Path = _PROC) -> int:
+    """Return the peak resident memory of this process, mapped weights included.
 
-    n_tokens = case.n_prompt or case.n_gen
-    samples_ts = [n_tokens * 1e9 / max(ns, 1) for ns in timed.samples_ns]
-    several = len(samples_ts) > 1
-    found: dict[str, Any] = {
-        "n_warmup": timed.n_warmup,
-        "avg_ns": round(statistics.fmean(timed.samples_ns)),
-        "stddev_ns": round(statistics.stdev(timed.samples_ns)) if several else 0,
-        "avg_ts": statistics.fmean(samples_ts),
-        "stddev_ts": statistics.stdev(samples_ts) if several else 0.0,
-        "samples_ns": timed.samples_ns,
-        "samples_ts": [round(rate, 4) for rate in samples_ts],
-        "median_ts": statistics.median(samples_ts),
-        "cv": spread(samples_ts),
-        "energy_j": timed.energy_j,
-        "energy_source": timed.energy_source,
-    }
-    if case.n_prompt:
-        ttft_ms = [round(ns / 1e6, 6) for ns in timed.samples_ns]
-        return found | {"ttft_ms": statistics.median(ttft_ms), "ttft_samples_ms": ttft_ms}
-    itl_ms = [[(b - a) / 1e6 for a, b in pairwise(times)] for times in timed.token_ns]
-    everything = [value for row in itl_ms for value in row]
-    for name, share in (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99)):
-        found[f"itl_{name}_ms"] = percentile(everything, share)
-    found["itl_samples_ms"] = [[round(value, 4) for value in row] for row in itl_ms]
-    if (rates := pace(timed.token_ns)) is not None:
-        found |= {"burst_ts": rates.burst_ts, "sustained_ts": rates.sustained_ts}
-    if (moved := trend(timed.token_ns)) is not None:
-        found |= {"slope_percent_per_min": moved.slope_percent_per_min, "slowed": moved.slowed}
-    return found
+    ``VmHWM`` where there is ``/proc``: unlike ``ru_maxrss`` it is reset by `exec`, so a child does not
+    inherit the peak of a large parent. Elsewhere ``ru_maxrss`` (bytes on macOS, kilobytes on the BSDs)
+    and, on Windows, psutil's peak working set.
+    """
+    with contextlib.suppress(OSError):
+        if found := re.search(rb"(?m)^VmHWM:\s*([1-9]\d*)", (proc / "status").read_bytes()):
+            return int(found[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _own_stdout() -> IO[bytes]:
-    """Return stdout for our answers alone, and let everything else that writes there write to stderr."""
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    return os.fdopen(kept, "wb")
+def mapped_bytes(paths: Sequence[Path], proc: Path = _PROC) -> int | None:
+    """Return how many bytes of `paths` (files, or folders of files) are mapped by this process and resident.
+
+    The ``Rss`` of their mappings in ``/proc/self/smaps``: 0 means that the runtime copied the weights instead
+    of mapping them. None where there is no such file.
+    """
+    try:
+        smaps = (proc / "smaps").read_bytes()
+    except OSError:
+        return None
+    real = [path.resolve() for path in paths]
+    files = {os.fsencode(file.resolve()) for path in real for file in (path, *path.rglob("*"))}
+    total, inside = 0, False
+    for line in smaps.splitlines():
+        head, _, rest = line.partition(b" ")
+        if not head.endswith(b":"):  # "7f00-7f10 r--p 00000000 08:01 1234  /path of/the file"
+            parts = rest.split(None, 4)
+            inside = len(parts) == 5 and parts[4].removesuffix(b" (deleted)") in files
+        elif inside and head == b"Rss:":
+            total += int(rest.split()[0]) * 1024
+    return total
 
 
 def _send(out: IO[bytes], message: dict[str, Any]) -> None:
@@ -370,4 +346,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

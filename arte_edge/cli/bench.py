@@ -108,9 +108,9 @@ def bench(
     """
     if not source:
         raise InputError("Missing argument MODEL.", f"{_MODEL} For example: arte-edge bench model.gguf")
+    from arte_edge.bench.report import Output
     from arte_edge.bench.runner import bench as run_bench
     from arte_edge.bench.settings import BenchSettings
-    from arte_edge.cli.bench_output import Output
 
     given = {key: ctx.params[key] for key in BenchSettings.model_fields if ctx.params[key] is not None}
     with Output("json" if as_json else output, output_file) as out:

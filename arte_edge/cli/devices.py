@@ -10,7 +10,7 @@ import typer
 from arte_edge.console import emit_json, err, out
 
 if TYPE_CHECKING:
-    from arte_edge.device.model_size import ModelShape
+    from arte_edge.device.model_size import ModelSize
     from arte_edge.device.profiles import Profile
 
 __all__ = ["app"]
@@ -63,20 +63,20 @@ def show(device: Ref, model: Model = None, context: Context = 2048, as_json: Jso
     With --model, also whether the model fits and its predicted speed.
     """
     from arte_edge.device.memory_estimate import fit_profile
-    from arte_edge.device.model_size import ModelShape
+    from arte_edge.device.model_size import ModelSize
     from arte_edge.device.profiles import find_device
     from arte_edge.device.roofline import expected
 
     profile = find_device(device)
-    shape = ModelShape.of(model) if model else None
-    fits = fit_profile(shape, profile, context) if shape else None
-    speed = expected(shape, profile, context) if shape else None
+    size = ModelSize.of(model) if model else None
+    fits = fit_profile(size, profile, context) if size else None
+    speed = expected(size, profile, context) if size else None
     if as_json:
-        emit_json(_json(profile) | _model_json(shape, fits, speed))
+        emit_json(_json(profile) | _model_json(size, fits, speed))
         return
     _show_profile(profile)
-    if shape and fits:
-        _show_model(shape, fits, speed)
+    if size and fits:
+        _show_model(size, fits, speed)
 
 
 @app.command("detect")
@@ -93,9 +93,8 @@ def detect(
     from arte_edge.device.detect import board
     from arte_edge.device.detect import detect as facts_of
     from arte_edge.device.memory_estimate import fit, repacked_types
-    from arte_edge.device.model_size import ModelShape
-    from arte_edge.device.roofline import expected_here, is_busy
-    from arte_edge.device.roofline import probe as bandwidth
+    from arte_edge.device.model_size import ModelSize
+    from arte_edge.device.roofline import bandwidth, expected_here, is_busy
 
     facts = facts_of()
     found: dict[str, Any] = facts.model_dump(mode="json") | {"board": board()}
@@ -103,17 +102,17 @@ def detect(
     if (probe or model) and is_busy():
         err.print("This machine is busy: the bandwidth is measured too low and not cached.", markup=False)
     found["read_bytes_per_s"] = bandwidth(facts.cores, fresh=True) if probe else None
-    shape = ModelShape.of(model) if model else None
+    size = ModelSize.of(model) if model else None
     repacked = repacked_types(facts.arch, facts.features)
-    fits = fit(shape, found["available_bytes"], context, repacked=repacked) if shape else None
-    speed = expected_here(shape, facts.cores, context, fresh=probe) if shape else None
+    fits = fit(size, found["available_bytes"], context, repacked=repacked) if size else None
+    speed = expected_here(size, facts.cores, context, fresh=probe) if size else None
     if as_json:
-        emit_json(found | _model_json(shape, fits, speed))
+        emit_json(found | _model_json(size, fits, speed))
         return
     for key, value in found.items():
         _line(key, _readable(key, value))
-    if shape and fits:
-        _show_model(shape, fits, speed)
+    if size and fits:
+        _show_model(size, fits, speed)
 
 
 @app.command("add")
@@ -157,12 +156,12 @@ def check(
     from dataclasses import asdict
 
     from arte_edge.device.profiles import find_device
-    from arte_edge.device.ssh.workdir import check as look
+    from arte_edge.device.ssh.environment import check as check_device
     from arte_edge.device.ssh.workdir import clean as remove
     from arte_edge.errors import ArteError
 
     profile = find_device(device)
-    report = look(profile)
+    report = check_device(profile)
     failed = [finding for finding in report.findings if finding.state == "failed"]
     unreached = any(finding.what == "ssh" for finding in failed)
     removed = remove(profile) if clean and not unreached else ""
@@ -214,14 +213,14 @@ def _json(profile: Profile) -> dict[str, Any]:
     return profile.model_dump(mode="json", exclude_none=True)
 
 
-def _model_json(shape: ModelShape | None, fits: Any, speed: Any) -> dict[str, Any]:
+def _model_json(size: ModelSize | None, fits: Any, speed: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
-    if shape is None:
+    if size is None:
         return {}
     return {
-        "model": asdict(shape),
-        "fit": fits.as_json() | {"in_words": fits.in_words()},
+        "model": asdict(size),
+        "fit": fits.as_json(),
         "expected": asdict(speed) if speed else None,
     }
 
@@ -244,12 +243,12 @@ def _show_profile(profile: Profile) -> None:
             _line(key, _readable(key, value) + (f"  ({source})" if source else ""))
 
 
-def _show_model(shape: ModelShape, fits: Any, speed: Any) -> None:
+def _show_model(size: ModelSize, fits: Any, speed: Any) -> None:
     _line(
         "model",
-        f"{shape.name}: {shape.quantization or shape.format}, {shape.token_bytes / 1e6:.1f} MB a token",
+        f"{size.name}: {size.quantization or size.format}, {size.token_bytes / 1e6:.1f} MB a token",
     )
-    _line("fit", fits.in_words())
+    _line("fit", fits.summary())
     if fits.verdict == "no":
         _line("", f"largest context that fits: {fits.largest_context_tokens} tokens")
     if speed:

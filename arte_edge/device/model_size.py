@@ -1,8 +1,8 @@
-"""The sizes of a model that decide whether it fits and how fast it decodes, read from headers alone.
+"""The format and the sizes of a model, which determine whether it fits and how fast it decodes, from headers alone.
 
 A generated token reads every weight once, with two exceptions: of an embedding that is not also the
-output head only one row is looked up, and of the experts of a mixture only the chosen ones are read.
-It also reads the keys and values of all tokens before it.
+output head only one row is read, and of the experts of a mixture only the selected ones. It also reads the
+keys and values of all tokens before it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import mmap
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from arte_edge.errors import InputError
 from arte_edge.protobuf import fields, varint
 
-__all__ = ["ModelShape", "OnnxSizes", "model_format", "read_onnx_sizes"]
+__all__ = ["ModelFormat", "ModelSize", "OnnxSizes", "model_format", "read_onnx_sizes"]
+
+ModelFormat = Literal["gguf", "onnx-genai", "onnx", "safetensors"]
 
 _GRAPH = 7  # of ModelProto
 _NODE, _INITIALIZER = 1, 5  # of GraphProto
@@ -27,20 +29,32 @@ _DIMS, _DATA_TYPE, _NAME = 1, 2, 8  # of TensorProto
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 16: 16, 21: 4, 22: 4}
 
 
+def model_format(path: Path) -> ModelFormat:
+    """Return the format of the model at `path`. Raises InputError if there is none."""
+    if path.is_file():
+        return "gguf"
+    if (path / "genai_config.json").is_file():
+        return "onnx-genai"
+    if any(path.glob("*.onnx")) or any(path.glob("onnx/*.onnx")):
+        return "onnx"
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return "safetensors"
+    raise InputError(
+        f"{path}: {'no model here' if path.exists() else 'no such file or folder'}",
+        "Give a .gguf file, a folder with an ONNX model, or a checkpoint folder (config.json, *.safetensors).",
+    )
+
+
 @dataclass(frozen=True)
 class OnnxSizes:
-    """Bytes of the initializers, and of those that are read a row at a time (an embedding)."""
+    """Bytes of the initializers, and of those that are read one row at a time (an embedding)."""
 
     weight_bytes: int
     lookup_bytes: int
 
 
 def read_onnx_sizes(path: Path) -> OnnxSizes:
-    """Return what the graph at `path` says of its weights, wherever their data lies.
-
-    Raises:
-        InputError: the file cannot be read as ONNX.
-    """
+    """Return the sizes of a graph's weights, whether inside or outside the file. Raises InputError if unreadable."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _graph_sizes(data)
@@ -52,27 +66,25 @@ def _graph_sizes(data: mmap.mmap) -> OnnxSizes:
     counts: dict[str, int] = {}  # name -> bytes
     looked_up: set[str] = set()
     multiplied: set[str] = set()
-    for number, start, end in fields(data, 0, len(data)):
-        if number != _GRAPH:
-            continue
-        for kind, at, stop in fields(data, start, end):
-            if kind == _INITIALIZER:
-                name, size_bytes = _tensor(data, at, stop)
-                counts[name] = size_bytes
-            elif kind == _NODE:
-                inputs, op = _node(data, at, stop)
-                (looked_up if op.startswith("Gather") else multiplied).update(inputs)
+    graphs = [(start, end) for number, start, end in fields(data, 0, len(data)) if number == _GRAPH]
+    for kind, at, stop in (part for start, end in graphs for part in fields(data, start, end)):
+        if kind == _INITIALIZER:
+            name, size_bytes = _tensor(data, at, stop)
+            counts[name] = size_bytes
+        elif kind == _NODE:
+            inputs, op = _node(data, at, stop)
+            (looked_up if op.startswith("Gather") else multiplied).update(inputs)
     if not counts:
-        raise ValueError("it holds no weights")
+        raise ValueError("it contains no weights")
     lookup = sum(counts[name] for name in looked_up - multiplied if name in counts)
     return OnnxSizes(sum(counts.values()), lookup)
 
 
 def _tensor(data: mmap.mmap, at: int, end: int) -> tuple[str, int]:
-    """Return an initializer's name and its bytes."""
+    """Return an initializer's name and size in bytes."""
     name, bits, values = "", 32, 1
     for number, start, stop in fields(data, at, end):
-        if number == _DIMS:  # one varint each, or several packed; the two look alike here
+        if number == _DIMS:  # one varint each, or several packed
             while start < stop:
                 size, start = varint(data, start)
                 values *= size
@@ -95,80 +107,90 @@ def _node(data: mmap.mmap, at: int, end: int) -> tuple[list[str], str]:
 
 
 _KV_VALUE_BYTES = 2  # f16, the default of the runtimes
-_HEAD_ROWS = ("token_embd.weight", "per_layer_token_embd.weight")
+_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 _WIDE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """Sizes of one model file or folder. Bytes are of the weights as they are stored."""
+class ModelSize:
+    """Sizes of one model file or folder. Bytes are of the weights as stored."""
 
     name: str
-    format: str  # gguf, onnx-genai, onnx, safetensors
+    format: ModelFormat
     architecture: str
     quantization: str
     weight_bytes: int
-    token_bytes: int  # of weights, read to write one token
+    token_bytes: int  # of weights, read to generate one token
     n_params: int
     n_layer: int
     n_kv_head: int  # the largest of all layers
     head_dim: int
     n_embd: int
-    n_ff: int  # the widest layer's
+    n_ff: int  # the largest of all layers
     n_vocab: int
     n_ctx_train: int
-    kv_values: int  # keys and values that one token adds to the cache, over all layers
+    kv_values: int  # keys and values of one token in the cache, summed over all layers
     token_bytes_by_type: dict[str, int] = field(default_factory=dict)  # sums to `token_bytes`
     kv_value_bytes: int = _KV_VALUE_BYTES
 
     @classmethod
-    def of(cls, path: Path) -> ModelShape:
+    def of(cls, path: Path) -> ModelSize:
         """Return the sizes of a GGUF file, or of a folder with ONNX or safetensors weights.
 
         Raises:
-            InputError: none of these, or its header or config does not say what is needed.
+            InputError: not a model, or its header or config is incomplete.
         """
-        read = {
+        readers = {
             "gguf": _of_gguf,
             "onnx-genai": _of_genai,
             "onnx": _of_onnx,
             "safetensors": _of_safetensors,
         }
-        return read[model_format(path)](path)
+        return readers[model_format(path)](path)
 
     def kv_bytes(self, tokens: int) -> int:
         """Return the bytes of the keys and values of `tokens` tokens.
 
-        Layers with a sliding window hold fewer; they are counted in full, so this is an upper bound.
+        This is an upper bound: layers with a sliding window, which store fewer, are counted in full.
         """
         return tokens * self.kv_values * self.kv_value_bytes
 
 
-def _of_gguf(path: Path) -> ModelShape:
+def _of_gguf(path: Path) -> ModelSize:
     from arte_edge.gguf.reader import read_model_header
 
     header = read_model_header(path)
-    arch, told = header.architecture, header.metadata
+    arch = header.architecture
+
+    def numbers(key: str) -> list[int]:
+        """Return a number, or one per layer, as a list; empty if the file does not have it."""
+        value = header.metadata.get(f"{arch}.{key}")
+        values = value if isinstance(value, list | tuple) else [value]
+        return [int(item) for item in values if isinstance(item, int)]
+
+    def number(key: str) -> int:
+        return (numbers(key) or [0])[0]
+
     is_tied = "output.weight" not in header.tensors
-    experts = max(1, _number(told, f"{arch}.expert_count"))
-    used = _number(told, f"{arch}.expert_used_count") or experts
+    experts = max(1, number("expert_count"))
+    used = number("expert_used_count") or experts
     by_type: dict[str, int] = {}
     for name, tensor in header.tensors.items():
-        if name in _HEAD_ROWS and not (is_tied and name == _HEAD_ROWS[0]):
+        if name in _EMBEDDINGS and not (is_tied and name == _EMBEDDINGS[0]):
             size_bytes = tensor.size_bytes // max(1, tensor.shape[0])
         elif "_exps." in name:
             size_bytes = tensor.size_bytes * used // experts
         else:
             size_bytes = tensor.size_bytes
         by_type[tensor.type] = by_type.get(tensor.type, 0) + size_bytes
-    n_layer, n_embd = _number(told, f"{arch}.block_count"), _number(told, f"{arch}.embedding_length")
-    n_head = max(_numbers(told, f"{arch}.attention.head_count") or [1])
-    kv_heads = _numbers(told, f"{arch}.attention.head_count_kv") or [n_head]
-    key_dim = _number(told, f"{arch}.attention.key_length") or n_embd // max(1, n_head)
-    value_dim = _number(told, f"{arch}.attention.value_length") or key_dim
+    n_layer, n_embd = number("block_count"), number("embedding_length")
+    n_head = max(numbers("attention.head_count") or [1])
+    kv_heads = numbers("attention.head_count_kv") or [n_head]
+    key_dim = number("attention.key_length") or n_embd // max(1, n_head)
+    value_dim = number("attention.value_length") or key_dim
     heads = sum(kv_heads) if len(kv_heads) > 1 else kv_heads[0] * n_layer
-    embedding = header.tensors.get(_HEAD_ROWS[0])
-    return ModelShape(
+    embedding = header.tensors.get(_EMBEDDINGS[0])
+    return ModelSize(
         name=path.name,
         format="gguf",
         architecture=arch,
@@ -180,23 +202,12 @@ def _of_gguf(path: Path) -> ModelShape:
         n_kv_head=max(kv_heads),
         head_dim=key_dim,
         n_embd=n_embd,
-        n_ff=max(_numbers(told, f"{arch}.feed_forward_length") or [0]),
-        n_vocab=embedding.shape[0] if embedding else _number(told, f"{arch}.vocab_size"),
+        n_ff=max(numbers("feed_forward_length") or [0]),
+        n_vocab=embedding.shape[0] if embedding else number("vocab_size"),
         n_ctx_train=header.context_tokens,
         kv_values=heads * (key_dim + value_dim),
         token_bytes_by_type=by_type,
     )
-
-
-def _numbers(told: dict[str, Any], key: str) -> list[int]:
-    """Return a number, or one a layer, as a list; empty if the file does not say."""
-    value = told.get(key)
-    values = value if isinstance(value, list | tuple) else [value]
-    return [int(item) for item in values if isinstance(item, int)]
-
-
-def _number(told: dict[str, Any], key: str) -> int:
-    return (_numbers(told, key) or [0])[0]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -210,13 +221,15 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _attention(config: dict[str, Any], source: Path) -> dict[str, int]:
-    """Return the sizes that a ``config.json`` of transformers tells; of a multimodal one its text part's."""
+    """Return the sizes in a ``config.json`` of transformers, or in the text part of a multimodal one."""
     config = config.get("text_config") or config
     try:
         n_layer, n_embd = int(config["num_hidden_layers"]), int(config["hidden_size"])
         n_head = int(config["num_attention_heads"])
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{source}: {error} is missing or no number", "Is it a language model's?") from error
+        raise InputError(
+            f"{source}: {error} is missing or not a number", "Is it a language model's?"
+        ) from error
     n_kv_head = int(config.get("num_key_value_heads") or n_head)
     head_dim = int(config.get("head_dim") or config.get("head_size") or n_embd // n_head)
     return {
@@ -231,23 +244,22 @@ def _attention(config: dict[str, Any], source: Path) -> dict[str, int]:
     }
 
 
-def _of_safetensors(folder: Path) -> ModelShape:
+def _of_safetensors(folder: Path) -> ModelSize:
     config = _json(folder / "config.json")
     by_type: dict[str, int] = {}
     weight_bytes = n_params = lookup_bytes = 0
-    tensors = {
-        name: told for file in sorted(folder.glob("*.safetensors")) for name, told in _tensors(file).items()
-    }
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = {name: info for file in files for name, info in _tensors(file).items()}
     has_head = "lm_head.weight" in tensors and not config.get("tie_word_embeddings", False)
-    for name, told in tensors.items():
-        start, end = told["data_offsets"]
+    for name, info in tensors.items():
+        start, end = info["data_offsets"]
         weight_bytes += end - start
-        n_params += (end - start) // _WIDE.get(told["dtype"], 1)
+        n_params += (end - start) // _WIDE.get(info["dtype"], 1)
         if name.endswith("embed_tokens.weight") and has_head:
             lookup_bytes += end - start
         else:
-            by_type[told["dtype"]] = by_type.get(told["dtype"], 0) + end - start
-    return ModelShape(
+            by_type[info["dtype"]] = by_type.get(info["dtype"], 0) + end - start
+    return ModelSize(
         name=folder.name,
         format="safetensors",
         architecture=str(config.get("model_type", "")),
@@ -266,68 +278,45 @@ def _tensors(file: Path) -> dict[str, Any]:
         with file.open("rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
             if size > file.stat().st_size:
-                raise ValueError("cut short")
+                raise ValueError("truncated")
             header = json.loads(stream.read(size))
     except (OSError, ValueError, struct.error) as error:
         raise InputError(f"{file}: not a safetensors file: {error}", "Fetch it again.") from error
-    return {name: told for name, told in header.items() if name != "__metadata__"}
+    return {name: info for name, info in header.items() if name != "__metadata__"}
 
 
-def _of_genai(folder: Path) -> ModelShape:
-
+def _of_genai(folder: Path) -> ModelSize:
     source = folder / "genai_config.json"
-    told = _json(source).get("model", {})
-    decoder = told.get("decoder", {})
+    model = _json(source).get("model", {})
+    decoder = model.get("decoder", {})
     sizes = read_onnx_sizes(folder / decoder.get("filename", "model.onnx"))
-    config = {**decoder, "vocab_size": told.get("vocab_size"), "head_dim": decoder.get("head_size")}
-    config["max_position_embeddings"] = told.get("context_length")
+    config = {**decoder, "vocab_size": model.get("vocab_size"), "head_dim": decoder.get("head_size")}
+    config["max_position_embeddings"] = model.get("context_length")
     parent = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    shared = _attention(config, source)
-    return _onnx_shape(
-        folder, "onnx-genai", str(told.get("type") or parent.get("model_type", "")), sizes, shared
-    )
+    architecture = str(model.get("type") or parent.get("model_type", ""))
+    return _onnx_size(folder, "onnx-genai", architecture, sizes, _attention(config, source))
 
 
-def _of_onnx(folder: Path) -> ModelShape:
-
+def _of_onnx(folder: Path) -> ModelSize:
     config = _json(folder / "config.json")
-    graphs = sorted(folder.rglob("*.onnx"), key=lambda path: path.stat().st_size)
-    sizes = max((read_onnx_sizes(path) for path in graphs), key=lambda sizes: sizes.weight_bytes)
+    sizes = max(map(read_onnx_sizes, folder.rglob("*.onnx")), key=lambda sizes: sizes.weight_bytes)
     shared = _attention(config, folder / "config.json")
-    return _onnx_shape(folder, "onnx", str(config.get("model_type", "")), sizes, shared)
+    return _onnx_size(folder, "onnx", str(config.get("model_type", "")), sizes, shared)
 
 
-def _onnx_shape(folder: Path, kind: str, architecture: str, sizes: Any, shared: dict[str, int]) -> ModelShape:
+def _onnx_size(
+    folder: Path, kind: ModelFormat, architecture: str, sizes: OnnxSizes, shared: dict[str, int]
+) -> ModelSize:
     token_bytes = sizes.weight_bytes - sizes.lookup_bytes
-    return ModelShape(
+    return ModelSize(
         name=folder.name,
         format=kind,
         architecture=architecture,
         quantization="",
         weight_bytes=sizes.weight_bytes,
         token_bytes=token_bytes,
-        n_params=0,  # packed four-bit weights do not say how many they are
+        n_params=0,  # unknown for packed 4-bit weights
         token_bytes_by_type={"onnx": token_bytes},
-        kv_value_bytes=4,  # the shipped recipes keep the cache in fp32, which is what ONNX on a CPU computes in
+        kv_value_bytes=4,  # the shipped recipes keep the cache in fp32, in which ONNX computes on a CPU
         **shared,
-    )
-
-
-def model_format(path: Path) -> str:
-    """Return gguf, onnx-genai, onnx or safetensors.
-
-    Raises:
-        InputError: nothing there, or no model.
-    """
-    if path.is_file():
-        return "gguf"
-    if (path / "genai_config.json").is_file():
-        return "onnx-genai"
-    if any(path.glob("*.onnx")) or any(path.glob("onnx/*.onnx")):
-        return "onnx"
-    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-        return "safetensors"
-    raise InputError(
-        f"{path}: {'no model here' if path.exists() else 'no such file or folder'}",
-        "Give a .gguf file, a folder with an ONNX model, or a checkpoint folder (config.json, *.safetensors).",
     )

@@ -36,7 +36,7 @@ from arte_edge.errors import InputError
 from arte_edge.models.resolve import LocalModel
 
 if TYPE_CHECKING:
-    from arte_edge.device.model_size import ModelShape
+    from arte_edge.device.model_size import ModelSize
     from arte_edge.device.profiles import Profile
     from arte_edge.results.measurements import Measured
     from arte_edge.results.student_json import Artifact
@@ -134,31 +134,31 @@ def device_rates(config: Deploy, student: LocalModel) -> Rates:
         InputError: the device is unknown and was not measured, or no such file was measured and
             none can be predicted.
     """
-    from arte_edge.device.model_size import ModelShape
-    from arte_edge.device.roofline import READS_FASTER, predict_shape
+    from arte_edge.device.model_size import ModelSize
+    from arte_edge.device.roofline import PREFILL_FACTOR, predict
 
     profile, names = _device(config)
     artifact, best, folder = _measured_file(config, names) if config.rates else (None, None, None)
     if best is not None and best.decode:
         if best.prefill:
             return Rates(best.decode, best.prefill, "measured", best.source)
-        source = f"{best.source}; prefill assumed to be {READS_FASTER} times as fast"
-        return Rates(best.decode, best.decode * READS_FASTER, "predicted", source)
+        source = f"{best.source}; prefill assumed to be {PREFILL_FACTOR} times as fast"
+        return Rates(best.decode, best.decode * PREFILL_FACTOR, "predicted", source)
     if profile is None:
         raise InputError(
             f"deploy.device = '{config.device}': no such profile, and not measured for {config.file}",
             "See `arte-edge devices ls`, or measure it: arte-edge bench FILE, and set deploy.rates.",
         )
     path = folder / artifact.file if folder and artifact else None
-    shape = ModelShape.of(path) if path and path.exists() else _predicted_shape(config.file, student)
-    predicted = predict_shape(shape, profile, _CONTEXT_TOKENS)
+    shape = ModelSize.of(path) if path and path.exists() else _predicted_shape(config.file, student)
+    predicted = predict(shape, profile, _CONTEXT_TOKENS)
     if (rate := predicted.decode_tokens_per_s) is None:
         raise InputError(
             f"deploy.device = '{config.device}': its memory bandwidth is unknown, so nothing can be predicted",
             "Measure it: arte-edge bench FILE on the device, and set deploy.rates.",
         )
-    source = f"{predicted.source}; prefill assumed to be {READS_FASTER} times as fast"
-    return Rates(rate, rate * READS_FASTER, "predicted", source)
+    source = f"{predicted.source}; prefill assumed to be {PREFILL_FACTOR} times as fast"
+    return Rates(rate, rate * PREFILL_FACTOR, "predicted", source)
 
 
 def _device(config: Deploy) -> tuple[Profile | None, frozenset[str]]:
@@ -196,18 +196,18 @@ def _measured_file(
     return None, best_of_rows(rows, file, names), folder
 
 
-def _predicted_shape(kind: str, student: LocalModel) -> ModelShape:
+def _predicted_shape(kind: str, student: LocalModel) -> ModelSize:
     """Return the sizes of the base student as a file of this kind, before it is exported.
 
     Raises:
         InputError: not a type that can be exported.
     """
     from arte_edge.checkpoint import shapes_of
-    from arte_edge.device.model_size import ModelShape
+    from arte_edge.device.model_size import ModelSize
     from arte_edge.models.artifact import parse_list, predicted_bytes
 
     checkpoint = student.checkpoint()
-    shape = ModelShape.of(checkpoint)
+    shape = ModelSize.of(checkpoint)
     onnx = kind[:1].islower()
     format = parse_list(None if onnx else kind, kind if onnx else None)[0]
     scale = predicted_bytes(format, shapes_of(checkpoint)) / shape.weight_bytes

@@ -56,7 +56,7 @@ def test_a_wrong_value_is_an_input_error_that_names_it(wrong: dict[str, Any], na
 def test_a_device_runs_the_request_as_json_and_prints_only_rows() -> None:
     settings = BenchSettings(n_prompt=(4,), n_gen=(0,), repetitions=1, warmup=False, threads=(1,))
     request = Request(source="null", settings=settings).model_dump_json()
-    command = [sys.executable, "-m", "arte_edge.bench", request]
+    command = [sys.executable, "-m", "arte_edge.bench.runner", request]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from arte_edge.bench.energy import EnergyMeter, find_probe
+from arte_edge.bench.sensors import EnergyMeter, find_probe
 
 # What a Raspberry Pi 5 prints, shortened: rails with volts and amperes, one of volts alone.
 PMIC = """#!/bin/sh

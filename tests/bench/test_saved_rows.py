@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny import Capture, artifact, student_file
 
-from arte_edge.bench.find_models import find_targets
+from arte_edge.bench.settings import find_targets
 from arte_edge.cli.main import main
 from arte_edge.models.artifact import checksums_of
 from arte_edge.results.rows import read_rows

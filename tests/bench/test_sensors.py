@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import Make
 
-from arte_edge.bench.sensors import Sensors, judge, mapped_bytes, peak_rss_bytes, power_supply
+from arte_edge.bench.sensors import Sensors
+from arte_edge.bench.timing import judge
+from arte_edge.bench.worker import mapped_bytes, peak_rss_bytes
 from arte_edge.results.rows import Reading
 
 # A stand-in for the firmware's command: a real process, whose answers a test can change while it runs.
@@ -186,10 +188,6 @@ def test_the_block_ends_at_once_however_long_the_period(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 5 and len(sensors.readings()) == 1
 
 
-def test_the_supply_is_named_or_nothing_is() -> None:
-    assert power_supply() in ("mains", "battery", "")
-
-
 def readings(*values: tuple[float | None, float | None, int | None]) -> list[Reading]:
     """(temperature, clock, bits) a second each."""
     names = ("temperature_c", "clock_mhz", "throttle_bits")
@@ -273,7 +271,7 @@ def test_without_proc_the_system_call_says_about_the_same(tmp_path: Path) -> Non
 
 @linux
 def test_a_child_does_not_inherit_the_peak_of_its_parent() -> None:
-    code = "from arte_edge.bench.sensors import peak_rss_bytes; print(peak_rss_bytes())"
+    code = "from arte_edge.bench.worker import peak_rss_bytes; print(peak_rss_bytes())"
     block = bytearray(200 * MB)
     block[::4096] = b"x" * len(block[::4096])
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

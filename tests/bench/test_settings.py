@@ -107,7 +107,7 @@ def test_every_shipped_suite_loads_and_the_default_is_llama_benchs() -> None:
         ("[bench]\nrepetitions = 0", "repetitions"),
         ("[bench]\nn_gen = []", "n_gen"),
         ("[speed]", "unknown table 'speed'"),
-        ("bench = 3", "no table"),
+        ("bench = 3", "not a table"),
         ("[bench", "not TOML"),
     ],
 )

@@ -63,7 +63,7 @@ def test_lists_sweep(capsys: Capture) -> None:
         (["null", "-r", "0"], "repetitions"),
         (["null", "--runtime", "vllm"], "runtime"),
         (["null", "--suite", "quik"], "quik"),
-        (["null", "--output-file", "a.xlsx"], "what format"),
+        (["null", "--output-file", "a.xlsx"], "a.xlsx"),
         (["null", "--split", "train"], "train"),
         (["null", "--no-speed"], "nothing to measure"),
         (["null", "--device", "no-such-board"], "no-such-board"),

@@ -71,7 +71,7 @@ def test_detect_describes_this_machine(capsys: Capture, model_cache: Path) -> No
 
 
 def test_detect_probes_when_asked(capsys: Capture, model_cache: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("arte_edge.device.roofline.measure", lambda threads: 12.5e9)
+    monkeypatch.setattr("arte_edge.device.roofline.measure_bandwidth", lambda threads: 12.5e9)
     assert run_json(capsys, "detect", "--probe")["read_bytes_per_s"] == 12.5e9
     assert main(["devices", "detect", "--probe"]) == 0
     assert "12.5 GB/s" in capsys.readouterr().out
@@ -92,8 +92,8 @@ def test_add_show_rm_is_a_round_trip(capsys: Capture, model_cache: Path) -> None
     ("argv", "says"),
     [
         (["show", "raspberry-pi-6"], "Did you mean 'raspberry-pi-"),
-        (["rm", "raspberry-pi-5"], "Shipped profiles stay."),
-        (["add", "kitchen", "--", "-oProxyCommand=x"], "no user@host"),
+        (["rm", "raspberry-pi-5"], "Shipped profiles"),
+        (["add", "kitchen", "--", "-oProxyCommand=x"], "not user@host"),
         (["add", "raspberry-pi-5", "pi@x"], "shipped profile"),
         (["check", "raspberry-pi-5"], "devices add"),
         (["show", "raspberry-pi-5", "--model", "/nowhere.gguf"], "no such file"),
@@ -107,21 +107,21 @@ def test_bad_input_ends_with_2_and_says_what_to_do(
 
 
 def test_check_prints_findings_and_fails(capsys: Capture, model_cache: Path, monkeypatch: Patch) -> None:
-    from arte_edge.device.ssh import workdir
-    from arte_edge.device.ssh.workdir import Finding, Report
+    from arte_edge.device.ssh import environment, workdir
+    from arte_edge.device.ssh.environment import Finding, Report
 
     found = (
         Finding("ssh", "ok", "Linux aarch64"),
         Finding("disk", "warning", "1 MB free", "A lot is needed."),
     )
-    monkeypatch.setattr(workdir, "check", lambda profile: Report(profile.remote.host, found))
+    monkeypatch.setattr(environment, "check", lambda profile: Report(profile.remote.host, found))
     monkeypatch.setattr(workdir, "clean", lambda profile: "/home/pi/.cache/arte-edge-device")
     assert main(["devices", "check", "pi@kitchen"]) == 0
     printed = capsys.readouterr().out
     assert "Linux aarch64" in printed and "warning: 1 MB free" in printed and "A lot is needed." in printed
     assert run_json(capsys, "check", "pi@kitchen", "--clean")["removed"] == "/home/pi/.cache/arte-edge-device"
     failed = Report("pi@kitchen", (Finding("ssh", "failed", "no answer", "Is it on?"),))
-    monkeypatch.setattr(workdir, "check", lambda profile: failed)
+    monkeypatch.setattr(environment, "check", lambda profile: failed)
     assert main(["devices", "check", "pi@kitchen", "--clean", "--json"]) == 1
     printed = capsys.readouterr()
     assert json.loads(printed.out)["removed"] == "" and "Is it on?" in printed.err

@@ -172,10 +172,10 @@ def sshd(tmp_path_factory: Folders) -> Iterator[tuple[Path, int]]:
 @pytest.fixture
 def device(sshd: tuple[Path, int], monkeypatch: Patch) -> Iterator[Device]:
     """A device named ``kitchen`` with an empty home, behind a link that a test can cut."""
-    from arte_edge.device.ssh import connection, upload
+    from arte_edge.device.ssh import connection, workdir
 
     monkeypatch.setattr(connection, "WAITS_S", (0.05,) * 6)
-    monkeypatch.setattr(upload, "_SETTLE_S", "0.05")
+    monkeypatch.setattr(workdir, "_SETTLE_S", "0.05")
     folder, port = sshd
     proxy = Proxy(port)
     home = folder / "home"

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from tiny import model_shape
 
-from arte_edge.device.memory_estimate import fit, fit_profile, refuse, repacked_types
-from arte_edge.device.model_size import ModelShape
+from arte_edge.device.memory_estimate import does_not_fit, fit, fit_profile, repacked_types
+from arte_edge.device.model_size import ModelSize
 from arte_edge.device.profiles import load_profile
 
 SMOLLM2 = model_shape()
@@ -44,7 +44,7 @@ def test_predictions_are_measured_peaks_or_a_little_more(model: Any, context: in
 
 @pytest.mark.parametrize("model", [SMOLLM2, QWEN, ONNX])
 @pytest.mark.parametrize("memory_bytes", [300_000_000, 500_000_000, 900_000_000])
-def test_the_largest_context_fits_and_the_next_step_does_not(model: ModelShape, memory_bytes: int) -> None:
+def test_the_largest_context_fits_and_the_next_step_does_not(model: ModelSize, memory_bytes: int) -> None:
     largest = fit(model, memory_bytes, 512).largest_context_tokens
     if largest:
         assert fit(model, memory_bytes, largest).verdict != "no"
@@ -58,18 +58,21 @@ def test_verdicts_and_the_sentence_hold_the_numbers() -> None:
     assert fit(SMOLLM2, 2 * needed, 512).verdict == "fits"
     no = fit(SMOLLM2, needed - 1, 512)
     assert no.verdict == "no" and no.largest_context_tokens < 512
-    assert "does not fit: 248.0 MB of 248.0 MB" in no.in_words() and "512 tokens" in no.in_words()
+    assert "does not fit: 248.0 MB of 248.0 MB" in no.summary() and "512 tokens" in no.summary()
 
 
 def test_a_refusal_says_what_would_fit() -> None:
     long = fit(SMOLLM2, 300_000_000, 8192)
-    assert refuse(SMOLLM2, long, "a Zero").hint == f"A context of {long.largest_context_tokens} tokens fits."
+    assert (
+        does_not_fit(SMOLLM2, long, "a Zero").hint
+        == f"A context of {long.largest_context_tokens} tokens fits."
+    )
     big = replace(QWEN, weight_bytes=900_000_000)
-    error = refuse(big, fit(big, 400_000_000, 512), "raspberry-pi-zero-2w")
+    error = does_not_fit(big, fit(big, 400_000_000, 512), "raspberry-pi-zero-2w")
     assert "a.gguf on raspberry-pi-zero-2w does not fit" in error.message
     assert error.hint.startswith("Weights of up to ")
     assert error.exit_code == 2
-    assert refuse(big, fit(big, 1000, 512), "x").hint.startswith("No model of this kind")
+    assert does_not_fit(big, fit(big, 1000, 512), "x").hint.startswith("No model of this kind")
 
 
 def test_repacked_weights_count_in_the_peak_and_not_in_the_need() -> None:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from tiny import Make, write_safetensors
 
-from arte_edge.device.model_size import ModelShape, read_onnx_sizes
+from arte_edge.device.model_size import ModelSize, read_onnx_sizes
 from arte_edge.errors import InputError
 from arte_edge.gguf.reader import read_model_header
 from arte_edge.models import LocalModel
@@ -32,7 +32,7 @@ def test_only_an_output_head_is_read_whole(tmp_path: Path, tied: bool, token_byt
     }
     if not tied:
         tensors["lm_head.weight"] = ("F32", [150])
-    shape = ModelShape.of(write_safetensors(tmp_path / "model", tensors, **CONFIG))
+    shape = ModelSize.of(write_safetensors(tmp_path / "model", tensors, **CONFIG))
     assert shape.token_bytes == token_bytes == sum(shape.token_bytes_by_type.values())
     assert shape.weight_bytes == 600 + 600 * (not tied)
     assert (shape.format, shape.architecture, shape.n_layer, shape.n_ff) == ("safetensors", "llama", 2, 96)
@@ -49,7 +49,7 @@ def test_a_gguf_gives_its_bytes_by_type(tmp_path: Path, kind: str) -> None:
     writer.add_tensor("token_embd.weight", np.zeros((100, 256), np.float32))
     writer.add_tensor("blk.0.ffn_up.weight", np.zeros((512, row_bytes), np.uint8), raw_dtype=of_type)
     tiny.finish(writer)
-    shape = ModelShape.of(path)
+    shape = ModelSize.of(path)
     assert (shape.n_layer, shape.n_embd, shape.n_ff, shape.n_vocab) == (1, 256, 512, 100)
     assert shape.weight_bytes == shape.token_bytes  # tied
     assert shape.n_params == read_model_header(path).parameter_count == 612 * 256
@@ -66,7 +66,7 @@ def test_an_untied_gguf_reads_one_row_of_its_embedding(tmp_path: Path) -> None:
     for name, rows in (("token_embd.weight", 100), ("output.weight", 100), ("blk.0.ffn_up_exps.weight", 80)):
         writer.add_tensor(name, np.zeros((rows, 64), np.float16))
     tiny.finish(writer)
-    shape = ModelShape.of(path)
+    shape = ModelSize.of(path)
     row = 64 * 2
     assert shape.weight_bytes == 280 * row
     assert shape.token_bytes == (1 + 100 + 80 * 2 // 8) * row
@@ -90,14 +90,14 @@ def test_an_onnx_graph_is_measured_without_the_onnx_package(tmp_path: Path) -> N
     assert sizes.weight_bytes == 64 * (100 * 4 + 30 * 2 + 20)
     assert sizes.lookup_bytes == 64 * 100 * 4  # what is looked up and multiplied is read whole
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    shape = ModelShape.of(tmp_path)
+    shape = ModelSize.of(tmp_path)
     assert (shape.format, shape.token_bytes) == ("onnx", sizes.weight_bytes - sizes.lookup_bytes)
     heads = {"head_size": 16, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     decoder = heads | {"filename": "model.onnx", "num_hidden_layers": 2}
     model = {"type": "llama", "vocab_size": 100, "context_length": 512, "decoder": decoder}
     (tmp_path / "genai_config.json").write_text(json.dumps({"model": model}))
-    assert ModelShape.of(tmp_path).format == "onnx-genai"
-    assert ModelShape.of(tmp_path).kv_values == 2 * 2 * 16 * 2
+    assert ModelSize.of(tmp_path).format == "onnx-genai"
+    assert ModelSize.of(tmp_path).kv_values == 2 * 2 * 16 * 2
 
 
 @pytest.mark.parametrize("cut", [1, 7, 40, 200])
@@ -106,23 +106,23 @@ def test_a_file_cut_short_is_an_error_and_not_a_guess(tmp_path: Path, make_gguf:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[: min(cut, 60)])
     with pytest.raises(InputError):
-        ModelShape.of(folder)
+        ModelSize.of(folder)
     gguf = make_gguf("a.gguf")
     gguf.write_bytes(gguf.read_bytes()[:cut])
     with pytest.raises(InputError):
-        ModelShape.of(gguf)
+        ModelSize.of(gguf)
     graph = tmp_path / "onnx" / "model.onnx"
     graph.parent.mkdir()
     graph.write_bytes(b"\x3a\xff\xff\xff\x0f" + bytes(cut))
     with pytest.raises(InputError):
         read_onnx_sizes(graph)
     with pytest.raises(InputError, match="no such file"):
-        ModelShape.of(tmp_path / "nothing")
+        ModelSize.of(tmp_path / "nothing")
 
 
 @pytest.mark.model
 def test_smollm2_is_what_its_card_says(smollm2: LocalModel) -> None:
-    shape = ModelShape.of(smollm2.gguf)
+    shape = ModelSize.of(smollm2.gguf)
     assert (shape.n_params, shape.n_layer, shape.n_embd, shape.n_ff) == (134_515_008, 30, 576, 1536)
     assert (shape.n_kv_head, shape.head_dim, shape.n_vocab, shape.n_ctx_train) == (3, 64, 49152, 8192)
     assert shape.token_bytes == shape.weight_bytes  # its embedding is tied

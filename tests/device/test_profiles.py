@@ -165,7 +165,7 @@ def test_nothing_is_overwritten_and_what_ships_cannot_be_removed(model_cache: Pa
     add_device("kitchen", "pi@kitchen")
     with pytest.raises(InputError, match="exists already"):
         add_device("kitchen", "pi@other")
-    with pytest.raises(InputError, match="no device of your own"):
+    with pytest.raises(InputError, match="raspberry-pi-5"):
         remove_device("raspberry-pi-5")
 
 

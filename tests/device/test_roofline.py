@@ -15,7 +15,7 @@ import pytest
 from tiny import Patch, model_shape
 
 from arte_edge.device import roofline
-from arte_edge.device.model_size import ModelShape
+from arte_edge.device.model_size import ModelSize
 from arte_edge.device.profiles import Fact, load_profile
 from arte_edge.device.roofline import expected, expected_here
 
@@ -32,7 +32,7 @@ def benchmark() -> ModuleType:
     return module
 
 
-def shape(**sizes: Any) -> ModelShape:
+def shape(**sizes: Any) -> ModelSize:
     weights = {"weight_bytes": 10**9, "token_bytes": 10**9, "n_layer": 20, "kv_values": 5000}
     return model_shape(**weights | {"token_bytes_by_type": {"Q8_0": 6 * 10**8, "Q4_K": 4 * 10**8}} | sizes)
 
@@ -70,7 +70,7 @@ def test_a_profile_is_published_or_assumed_and_never_a_probe() -> None:
 
 
 def test_the_bandwidth_of_this_machine_gives_an_upper_bound(monkeypatch: Patch) -> None:
-    monkeypatch.setattr("arte_edge.device.roofline.probe", lambda threads, fresh: threads * 8e9)
+    monkeypatch.setattr("arte_edge.device.roofline.bandwidth", lambda threads, fresh: threads * 8e9)
     found = expected_here(shape(), 2, context_tokens=1000)
     assert found == expected(shape(), 16e9, context_tokens=1000)
     assert found.is_upper_bound and found.source == "probe" and "16.0 GB/s" in found.basis
@@ -87,40 +87,40 @@ def quiet(monkeypatch: Patch) -> None:
 
 def test_the_probe_reads_at_a_rate_that_memory_can_have_and_is_short() -> None:
     start = time.perf_counter()
-    rate = roofline.measure(1, 64_000_000)
+    rate = roofline.measure_bandwidth(1, 64_000_000)
     assert 2e8 < rate < 1e12
     assert time.perf_counter() - start < 5
 
 
 def test_a_probe_is_kept_until_a_fresh_one_is_requested(model_cache: Path, monkeypatch: Patch) -> None:
     rates = iter([1e9, 2e9, 3e9])
-    monkeypatch.setattr(roofline, "measure", lambda threads: next(rates))
-    assert [roofline.probe(2), roofline.probe(2), roofline.probe(1)] == [1e9, 1e9, 2e9]
-    assert roofline.probe(2, fresh=True) == 3e9
-    assert roofline.probe(2) == 3e9
+    monkeypatch.setattr(roofline, "measure_bandwidth", lambda threads: next(rates))
+    assert [roofline.bandwidth(2), roofline.bandwidth(2), roofline.bandwidth(1)] == [1e9, 1e9, 2e9]
+    assert roofline.bandwidth(2, fresh=True) == 3e9
+    assert roofline.bandwidth(2) == 3e9
     other = SimpleNamespace(fingerprint="another machine")
     monkeypatch.setattr("arte_edge.device.detect.detect", lambda: other)
-    monkeypatch.setattr(roofline, "measure", lambda threads: 5e9)
-    assert roofline.probe(2) == 5e9
+    monkeypatch.setattr(roofline, "measure_bandwidth", lambda threads: 5e9)
+    assert roofline.bandwidth(2) == 5e9
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"x": ', '{"x": 3}', '{"bytes_per_s": "fast"}'])
 def test_a_damaged_or_unwritable_cache_is_no_error(
     model_cache: Path, monkeypatch: Patch, content: str
 ) -> None:
-    monkeypatch.setattr(roofline, "measure", lambda threads: 4e9)
-    roofline.probe(2)
+    monkeypatch.setattr(roofline, "measure_bandwidth", lambda threads: 4e9)
+    roofline.bandwidth(2)
     [stored] = (model_cache / "bandwidths").iterdir()
     stored.write_text(content)
-    assert roofline.probe(2) == 4e9
+    assert roofline.bandwidth(2) == 4e9
     monkeypatch.setenv("ARTE_EDGE_HOME", "/proc/nowhere")
-    assert roofline.probe(2) == 4e9
+    assert roofline.bandwidth(2) == 4e9
 
 
 def test_what_was_measured_on_a_busy_machine_is_not_kept(model_cache: Path, monkeypatch: Patch) -> None:
     rates = iter([1e9, 2e9])
-    monkeypatch.setattr(roofline, "measure", lambda threads: next(rates))
+    monkeypatch.setattr(roofline, "measure_bandwidth", lambda threads: next(rates))
     monkeypatch.setattr(roofline, "is_busy", lambda: True)
-    assert roofline.probe(2) == 1e9
+    assert roofline.bandwidth(2) == 1e9
     monkeypatch.setattr(roofline, "is_busy", lambda: False)
-    assert [roofline.probe(2), roofline.probe(2)] == [2e9, 2e9]
+    assert [roofline.bandwidth(2), roofline.bandwidth(2)] == [2e9, 2e9]

@@ -1,18 +1,16 @@
-"""Commands that run on the device without a connection to it: started, followed, stopped. This part runs there.
+"""The device's side of a job: commands that run without a connection; they are started, followed and stopped.
 
-    python -m arte_edge.device.ssh.agent start  FOLDER           begin or go on; says how it stands
-    python -m arte_edge.device.ssh.agent follow FOLDER OUT ERR    print what is new since these bytes, until the end
-    python -m arte_edge.device.ssh.agent stop   FOLDER           end it, children included
+    python -m arte_edge.device.ssh.agent start  FOLDER           start or resume; print the state
+    python -m arte_edge.device.ssh.agent follow FOLDER OUT ERR   print the output after these bytes, until the end
+    python -m arte_edge.device.ssh.agent stop   FOLDER           stop it with its children
 
 ``FOLDER`` (below ``<work>/jobs``) holds ``commands.json``: the commands to run one after the other, and
-whether the next one is run when one has failed.
-Their output is collected in ``out.jsonl``, flushed to the card line by line, what they say in
-``err.log``, and ``ended.json`` says how it ended. Commands that were finished before a reboot
-are not run again. One job at a time has the device: it holds ``<work>/lock``, which the kernel
-frees however the job ends, and names itself in ``<work>/owner.json``.
+whether to continue after one that failed. Their stdout is collected in ``out.jsonl``, synced to disk line by
+line, their stderr in ``err.log``, and the exit code in ``ended.json``. Commands that finished before a reboot
+are not run again. One job runs at a time: it holds ``<work>/lock``, which the kernel releases however the job
+ends, and writes its name into ``<work>/owner.json``.
 
-It is run from the wheel as it lies there, before any environment is made, so it needs nothing but
-Python's own library.
+It runs directly from the wheel before any environment is made, so it needs only the standard library.
 """
 
 from __future__ import annotations
@@ -28,38 +26,35 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["boot_id", "follow", "main", "standing", "start", "stop", "work"]
+__all__ = ["boot_id", "follow", "main", "start", "state", "stop", "work"]
 
 _POLL_S = 0.25
-# A reader that is gone shows when it is written to; this is how long one may go unnoticed.
-_SIGN_OF_LIFE_S = 15.0
+# Writing shows whether the reader is still connected, so an idle stream is written to this often.
+_HEARTBEAT_S = 15.0
 
 
 def main(argv: list[str]) -> int:
-    """Do what the module's docstring says; every answer is one JSON object a line."""
+    """Run the command in the module's docstring; every answer is one JSON object per line."""
     verb, folder, *rest = argv
     path = Path(folder).absolute()
-    if verb == "start":
-        _answer(start(path))
-    elif verb == "work":
+    events: Iterator[dict[str, Any]] = iter(())
+    if verb == "work":
         work(path, sys.stdout)
+    elif verb == "start":
+        events = iter([start(path)])
     elif verb == "follow":
-        for event in follow(path, int(rest[0]), int(rest[1])):
-            _answer(event)
+        events = follow(path, int(rest[0]), int(rest[1]))
     elif verb == "stop":
-        _answer({"stopped": stop(path)})
+        events = iter([{"stopped": stop(path)}])
     else:
         return 2
+    for event in events:
+        print(json.dumps(event), flush=True)
     return 0
 
 
-def _answer(event: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(event) + "\n")
-    sys.stdout.flush()
-
-
 def boot_id() -> str:
-    """Return what changes with every boot, empty where the system does not tell."""
+    """Return an id that changes with every boot, empty where the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -71,8 +66,8 @@ def _work_folder(folder: Path) -> Path:
 
 
 def _lock(folder: Path) -> TextIO | None:
-    """Return the device's lock, held, or None if a job holds it."""
-    import fcntl  # not on Windows, which only starts jobs elsewhere
+    """Return the acquired lock of the device, None if a job holds it."""
+    import fcntl  # not on Windows, which only starts jobs on other machines
 
     file = (_work_folder(folder) / "lock").open("w", encoding="ascii")
     try:
@@ -100,10 +95,10 @@ def _write(path: Path, value: object) -> None:
     temporary.replace(path)
 
 
-def standing(folder: Path) -> dict[str, Any]:
-    """Return ``{"state": …}``: ended (with code), running, busy (another job has the device) or idle.
+def state(folder: Path) -> dict[str, Any]:
+    """Return ``{"state": …}``: ended (with code), running, busy (another job is running) or idle.
 
-    An idle job that had begun says why it is not running: reboot or killed.
+    An idle job that was started before has the reason why it is not running: reboot or killed.
     """
     if ended := _read(folder / "ended.json"):
         return {"state": "ended", **ended}
@@ -118,8 +113,8 @@ def standing(folder: Path) -> dict[str, Any]:
 
 
 def start(folder: Path) -> dict[str, Any]:
-    """Begin the job, or go on with it, in a session of its own. Returns its standing afterwards."""
-    before = standing(folder)
+    """Start or resume the job in a session of its own. Returns its state afterwards."""
+    before = state(folder)
     failed = before["state"] == "ended" and before.get("code") != 0
     if before["state"] != "idle" and not failed:
         return before
@@ -133,18 +128,18 @@ def start(folder: Path) -> dict[str, Any]:
             start_new_session=True,
         )
     assert worker.stdout is not None
-    said = worker.stdout.readline().strip()
-    return {"state": said.decode() or "failed", "why": before.get("why", "")}
+    answer = worker.stdout.readline().strip()
+    return {"state": answer.decode() or "failed", "why": before.get("why", "")}
 
 
 def work(folder: Path, ready: TextIO) -> None:
-    """Run the job's commands, one after the other, to the end or to the first that fails, as the job says.
+    """Run the job's commands one after the other.
 
     Args:
-        ready: told ``running`` once the device is ours, else ``busy``; closed then.
+        ready: gets ``running`` once the lock is acquired, else ``busy``.
     """
     lock = _lock(folder)
-    for _ in range(10):  # somebody who only looked holds it for a moment
+    for _ in range(10):  # `state` holds it for a moment
         if lock is not None:
             break
         time.sleep(0.1)
@@ -158,17 +153,16 @@ def work(folder: Path, ready: TextIO) -> None:
     ready.write("running\n")
     ready.flush()
     nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)  # whoever started us may be gone by now
+    os.dup2(nothing, 1)  # the process that started this one may have ended
     done = _read(folder / "done.json")
     code = 0
     with (folder / "out.jsonl").open("ab") as out, (folder / "err.log").open("ab") as err:
         _drop_torn_line(folder / "out.jsonl")
         order = _read(folder / "commands.json")
-        for number, words in enumerate(order.get("commands", [])):
+        for number, command in enumerate(order.get("commands", [])):
             if str(number) in done:
                 continue
-            failed = _run(words, folder, out, err)
-            if failed:
+            if failed := _run(command, folder, out, err):
                 code = failed
                 if order.get("keep_going"):
                     continue
@@ -179,22 +173,22 @@ def work(folder: Path, ready: TextIO) -> None:
     lock.close()
 
 
-def _run(words: list[str], folder: Path, out: Any, err: Any) -> int:
-    # The wheel that this very module runs from must not shadow the environment the command belongs to.
+def _run(command: list[str], folder: Path, out: Any, err: Any) -> int:
+    # The wheel that this module runs from must not shadow the packages of the command's environment.
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     env |= {"ARTE_EDGE_HOME": str(_work_folder(folder) / "home"), "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
     try:
         child = subprocess.Popen(
-            words, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err
+            command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err
         )
     except OSError as error:
-        err.write(f"{words[0]}: {error.strerror}\n".encode())
+        err.write(f"{command[0]}: {error.strerror}\n".encode())
         return 127
     assert child.stdout is not None
     for line in child.stdout:
         out.write(line)
         out.flush()
-        os.fsync(out.fileno())  # a row is minutes of work: a power cut must not take it
+        os.fsync(out.fileno())  # a row is minutes of work, which a power cut must not lose
     return child.wait()
 
 
@@ -205,33 +199,26 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def follow(folder: Path, out_bytes: int, err_bytes: int) -> Iterator[dict[str, Any]]:
-    """Yield whole new lines of output and what else is said, with the bytes read so far; end with the job.
+    """Yield new complete lines of stdout and new stderr, with the bytes read so far, until the job ends.
 
-    The last event has ``end``: how the job stands (`standing`) when nothing more comes.
+    The last event has ``end``: the job's `state` at its end.
     """
-    quiet_s = 0.0
+    last_s = time.monotonic()
     while True:
-        now = standing(folder)  # before reading, so that nothing written before an end is missed
+        now = state(folder)  # before reading, so that nothing written before the end is missed
         lines = _since(folder / "out.jsonl", out_bytes)
         lines = lines[: lines.rfind(b"\n") + 1]
-        said = _since(folder / "err.log", err_bytes)
+        errors = _since(folder / "err.log", err_bytes)
         out_bytes += len(lines)
-        err_bytes += len(said)
-        if lines or said:
-            yield {
-                "out": lines.decode(errors="replace"),
-                "err": said.decode(errors="replace"),
-                "at": [out_bytes, err_bytes],
-            }
-            quiet_s = 0.0
+        err_bytes += len(errors)
+        at = [out_bytes, err_bytes]
+        if lines or errors or time.monotonic() - last_s >= _HEARTBEAT_S:
+            yield {"out": lines.decode(errors="replace"), "err": errors.decode(errors="replace"), "at": at}
+            last_s = time.monotonic()
         if now["state"] != "running":
-            yield {"end": now, "at": [out_bytes, err_bytes]}
+            yield {"end": now, "at": at}
             return
         time.sleep(_POLL_S)
-        quiet_s += _POLL_S
-        if quiet_s >= _SIGN_OF_LIFE_S:
-            yield {"at": [out_bytes, err_bytes]}
-            quiet_s = 0.0
 
 
 def _since(path: Path, offset: int) -> bytes:
@@ -244,16 +231,16 @@ def _since(path: Path, offset: int) -> bytes:
 
 
 def stop(folder: Path) -> bool:
-    """End the job's whole session, kindly first. Returns whether it ran."""
-    if standing(folder)["state"] != "running":
+    """Terminate the job's whole session, and kill it after 5 s. Returns whether it was running."""
+    if state(folder)["state"] != "running":
         return False
     pid = int(_read(_work_folder(folder) / "owner.json")["pid"])
-    for what, wait_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
-            os.killpg(pid, what)
-        until = time.monotonic() + wait_s
+            os.killpg(pid, number)
+        until = time.monotonic() + 5.0
         while time.monotonic() < until:
-            if standing(folder)["state"] != "running":
+            if state(folder)["state"] != "running":
                 return True
             time.sleep(0.05)
     return True

@@ -1,7 +1,12 @@
-"""An ssh connection through the system's own client, its errors in plain words, and reconnecting."""
+"""ssh through the system's own client: commands, errors in plain words, reconnecting, and jobs.
+
+A job runs detached from the connection under `arte_edge.device.ssh.agent`, which the device runs from our wheel.
+"""
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
 import shlex
@@ -9,39 +14,41 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, TypeVar
 
-from arte_edge.errors import ArteError, InputError
+from arte_edge.device.profiles import check_host
+from arte_edge.errors import ArteError
 
 __all__ = [
     "WAITS_S",
     "Channel",
     "ConnectionLost",
-    "Patience",
+    "JobFailed",
+    "ReconnectPolicy",
     "RemoteError",
+    "RemoteJob",
     "Ssh",
-    "check_host",
     "connection_error",
-    "last_words",
+    "put_text",
 ]
 
-_SENSELESS = re.compile(r"^\s*$|^@+$|^(mux_client|Shared connection to|Connection to .* closed\.|Warning: )")
+_NOISE = re.compile(r"^\s*$|^@+$|^(mux_client|Shared connection to|Connection to .* closed\.|Warning: )")
 # "write error: No space left on device", "Disk quota exceeded", a limit on the size of a file
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large", re.IGNORECASE)
 
 
-def last_words(text: str, lines: int = 1) -> str:
-    """Return the last `lines` lines that say something."""
-    said = [line.strip() for line in text.splitlines() if not _SENSELESS.search(line)]
-    return "\n".join(said[-lines:])
+def _last_line(text: str) -> str:
+    """Return the last line that is not noise of ssh, empty if there is none."""
+    lines = [line.strip() for line in text.splitlines() if not _NOISE.search(line)]
+    return lines[-1] if lines else ""
 
 
 class ConnectionLost(ArteError):
-    """The device cannot be reached now; it may be back in a moment."""
+    """The device is unreachable at the moment; retrying may help."""
 
     def __init__(self, host: str, why: str) -> None:
         super().__init__(
@@ -54,22 +61,20 @@ class RemoteError(ArteError):
     """A command on the device failed."""
 
     def __init__(self, host: str, code: int, errors: str, hint: str = "") -> None:
-        said = last_words(errors) or f"exit code {code}"
         self.code = code
         self.errors = errors
-        self.is_full = _FULL.search(errors) is not None
-        if self.is_full:
+        if _FULL.search(errors):
             super().__init__(
                 f"{host}: the disk there is full",
                 "Free some space there (`arte-edge devices check … --clean` removes our own folder); "
                 "then run the same command again to resume.",
             )
         else:
-            super().__init__(f"{host}: {said}", hint)
+            super().__init__(f"{host}: {_last_line(errors) or f'exit code {code}'}", hint)
 
 
 def connection_error(host: str, errors: str) -> ArteError:
-    """Return the error for ssh's exit code 255; `ConnectionLost` only where trying again may help."""
+    """Return the error for ssh's exit code 255; `ConnectionLost` only where retrying may help."""
     by_hand = f"ssh {host}"
     if "REMOTE HOST IDENTIFICATION HAS CHANGED" in errors or "host key has just been changed" in errors:
         found = re.search(r"ssh-keygen .*-R .*", errors)
@@ -97,45 +102,23 @@ def connection_error(host: str, errors: str) -> ArteError:
         r"(?m)^.*(?:Bad (?:configuration|owner)|terminating, \d+ bad|Can't open user).*$", errors
     ):
         return ArteError(f"{host}: invalid ssh configuration: {found.group().strip()}")
-    return ConnectionLost(host, last_words(errors))
+    return ConnectionLost(host, _last_line(errors))
 
 
 _CONNECT_S = 20
-# A link that says nothing for 3 x 10 s is gone (ssh_config(5), ServerAliveInterval).
-_OPTIONS = (
-    *("-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}", "-o", "ServerAliveInterval=10"),
-    *("-o", "ServerAliveCountMax=3", "-o", "ClearAllForwardings=yes", "-o", "RequestTTY=no"),
-    *(
-        "-o",
-        "RemoteCommand=none",
-        "-o",
-        "PermitLocalCommand=no",
-        "-o",
-        "ForwardAgent=no",
-        "-o",
-        "ForwardX11=no",
-    ),
+# A link that is silent for 3 x 10 s is considered broken (ssh_config(5), ServerAliveInterval).
+_SETTINGS = (
+    f"BatchMode=yes ConnectTimeout={_CONNECT_S} ServerAliveInterval=10 ServerAliveCountMax=3 RequestTTY=no "
+    "ClearAllForwardings=yes RemoteCommand=none PermitLocalCommand=no ForwardAgent=no ForwardX11=no"
 )
+_OPTIONS = [word for setting in _SETTINGS.split() for word in ("-o", setting)]
 _LOST = 255  # ssh's own exit code; our scripts never end with it
-_MARK = "@arte-edge@"  # what a login script prints before it is not ours
-
-
-def check_host(host: str) -> str:
-    """Return `host` if ssh may be given it.
-
-    Raises:
-        InputError: it is empty, would be read as an option, or holds blanks or control characters.
-    """
-    if not host or host.startswith("-") or any(c.isspace() or not c.isprintable() for c in host):
-        raise InputError(
-            f"{host!r} is not a host that ssh can be given", "Write it as ssh takes it: pi@kitchen"
-        )
-    return host
+_MARK = "@arte-edge@"  # what a login script prints comes before it
 
 
 @dataclass
 class Channel:
-    """A command that runs there, its ends in our hands."""
+    """A running remote command with its input and output as pipes."""
 
     host: str
     process: subprocess.Popen[bytes]
@@ -148,11 +131,7 @@ class Channel:
         self.sent, self.got = self.process.stdin, self.process.stdout
 
     def finish(self) -> str:
-        """Close its input, wait for its end and return what it printed that was not read yet.
-
-        Raises:
-            ConnectionLost, RemoteError, ArteError: as `Ssh.run` does.
-        """
+        """Close its input, wait for it to end and return the rest of its output. Raises as `Ssh.run` does."""
         with suppress(BrokenPipeError):
             self.sent.close()
         printed = self.got.read().decode(errors="replace")
@@ -165,19 +144,18 @@ class Channel:
 
 
 class Ssh:
-    """One device over ssh. Use as a context manager; opening connects nothing yet."""
+    """One device over ssh, a context manager. The first command connects; the others share its connection.
+
+    Args:
+        host: ``user@host``, or an alias of the ssh configuration.
+        config: another file than ``~/.ssh/config``.
+
+    Raises:
+        InputError: `host` is not a valid host.
+        ArteError: there is no ssh on this machine.
+    """
 
     def __init__(self, host: str, *, config: str = "") -> None:
-        """Remember whom to call.
-
-        Args:
-            host: ``user@host``, or an alias of the ssh configuration.
-            config: another file than ``~/.ssh/config``.
-
-        Raises:
-            InputError: `host` cannot be one.
-            ArteError: there is no ssh on this machine.
-        """
         self.host = check_host(host)
         if shutil.which("ssh") is None:
             raise ArteError("There is no ssh on this machine", "Install the OpenSSH client.")
@@ -186,7 +164,7 @@ class Ssh:
         self._master: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Ssh:
-        # Windows' ssh cannot share a connection. The name of a socket must stay below 104 bytes.
+        # Windows' ssh cannot share a connection. The name of a socket must be shorter than 104 bytes.
         if os.name != "nt":
             self._folder = Path(tempfile.mkdtemp(prefix="arte-ssh-"))
         return self
@@ -211,20 +189,23 @@ class Ssh:
             self._master = None
 
     def run(self, script: str, *args: str, timeout_s: float = 120) -> str:
-        """Run `script` there with ``$1``, ``$2``… = `args` and return what it printed.
+        """Run `script` on the device with ``$1``, ``$2``… = `args` and return its output.
 
         Raises:
-            ConnectionLost: the connection broke, or nothing came back in `timeout_s`; trying again may help.
-            RemoteError: the script ended with another code than 0.
+            ConnectionLost: the connection broke, or there was no answer within `timeout_s`; retrying may help.
+            RemoteError: the script failed.
             ArteError: the connection failed for a reason that retrying does not fix.
         """
-        command = [*self._command(), self._line(script, args)]
         try:
             done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False
+                self._command(script, args),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=timeout_s,
+                check=False,
             )
         except subprocess.TimeoutExpired as error:
-            self.hang_up()  # whatever hangs, the next command gets a fresh connection
+            self.hang_up()  # the next command gets a fresh connection
             raise ConnectionLost(self.host, f"no answer in {timeout_s:.0f} s") from error
         errors = done.stderr.decode(errors="replace")
         if done.returncode == _LOST:
@@ -235,14 +216,17 @@ class Ssh:
 
     @contextmanager
     def open(self, script: str, *args: str) -> Iterator[Channel]:
-        """Run `script` there with its input and output as pipes; it is ended when the block ends.
+        """Run `script` on the device with its input and output as pipes; it is killed when the block ends.
 
-        What a login script prints comes first on ``got``: who reads there must know its own lines.
+        The output of a login script comes first on ``got``, so a reader must recognize its own lines.
         """
-        command = [*self._command(), self._line(script, args)]
         with tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, bufsize=0
+                self._command(script, args),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                bufsize=0,
             )
             try:
                 yield Channel(self.host, process, errors)
@@ -254,26 +238,23 @@ class Ssh:
                         assert pipe is not None
                         pipe.close()
 
-    def _line(self, script: str, args: tuple[str, ...]) -> str:
-        """Return the one string that the login shell there, whichever it is, takes apart into these words."""
-        return shlex.join(["exec", "sh", "-c", f"printf '%s\\n' {_MARK}\n{script}", "sh", *args])
+    def _command(self, script: str, args: tuple[str, ...]) -> list[str]:
+        """Return the ssh command line; its last argument is quoted for whichever login shell runs there."""
+        remote = shlex.join(["exec", "sh", "-c", f"printf '%s\\n' {_MARK}\n{script}", "sh", *args])
+        share = ["-o", "ControlMaster=no", "-o", f"ControlPath={self._socket() or 'none'}"]
+        return [*self._base, *share, "--", self.host, remote]
 
-    def _command(self) -> list[str]:
-        share = self._shared()
-        return [*self._base, *share, "--", self.host]
-
-    def _shared(self) -> list[str]:
-        """Return the options that join the master connection; make one if there is none."""
+    def _socket(self) -> Path | None:
+        """Return the socket of the master connection, which is opened if there is none yet."""
         if self._folder is None:
-            return ["-o", "ControlMaster=no", "-o", "ControlPath=none"]
+            return None
         socket = self._folder / "s"
-        share = ["-o", "ControlMaster=no", "-o", f"ControlPath={socket}"]
         if self._master is not None and self._master.poll() is None:
-            return share
+            return socket
         socket.unlink(missing_ok=True)
         with tempfile.TemporaryFile() as errors:
-            # A session of its own: Ctrl-C must not reach it, since the command that ends the work there
-            # travels over it. `cat` ends when our end of its pipe does, however this process ends.
+            # A session of its own: Ctrl-C must not reach it, since the command that stops the job uses this
+            # connection. `cat` ends when our end of its pipe is closed, however this process ends.
             self._master = subprocess.Popen(
                 [
                     *(*self._base, "-o", "ControlMaster=yes", "-o", "ControlPersist=no"),
@@ -291,16 +272,16 @@ class Ssh:
                     errors.seek(0)
                     raise connection_error(self.host, errors.read().decode(errors="replace"))
                 time.sleep(0.02)
-        return share
+        return socket
 
 
 T = TypeVar("T")
-# Two and a half minutes in all: a Raspberry Pi answers about 40 s after a reboot began.
+# 2.5 minutes in total: a Raspberry Pi answers about 40 s after a reboot began.
 WAITS_S: tuple[float, ...] = (1, 2, 4, 8, 15, 30, 30, 30, 30)
 
 
-class Patience:
-    """Tries again after a lost connection; every step forward restores the patience."""
+class ReconnectPolicy:
+    """Retries after a lost connection, waiting `WAITS_S`; any progress resets the count of failures."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -308,17 +289,13 @@ class Patience:
         self._marks: dict[str, int] = {}
 
     def reached(self, what: str, mark: int) -> None:
-        """Count the failures anew if `what` is further than it was."""
+        """Reset the count of failures if `what` has made progress since the last call."""
         if mark > self._marks.get(what, -1):
             self._marks[what] = mark
             self._failures = 0
 
-    def keep_trying(self, step: Callable[[], T]) -> T:
-        """Return ``step()``, called again after every `ConnectionLost` until the patience is at its end.
-
-        Raises:
-            ConnectionLost: the last one.
-        """
+    def retry(self, step: Callable[[], T]) -> T:
+        """Return ``step()``, called again after each `ConnectionLost`; the last of them is raised."""
         from tenacity import RetryCallState, Retrying, retry_if_exception_type
 
         def count(state: RetryCallState) -> None:  # tenacity calls `after` first, then `wait`, then `stop`
@@ -330,17 +307,145 @@ class Patience:
         def wait_s(state: RetryCallState) -> float:
             return WAITS_S[min(self._failures, len(WAITS_S)) - 1]
 
-        def tell(state: RetryCallState) -> None:
+        def report(state: RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
             if isinstance(error, ConnectionLost):
                 self._say(f"{error.message}; trying again in {wait_s(state):g} s")
 
-        kept = Retrying(
+        retrying = Retrying(
             retry=retry_if_exception_type(ConnectionLost),
             after=count,
             wait=wait_s,
             stop=is_over,
-            before_sleep=tell,
+            before_sleep=report,
             reraise=True,
         )
-        return kept(step)
+        return retrying(step)
+
+
+def put_text(ssh: Ssh, path: str, text: str) -> None:
+    """Write a small file on the device atomically."""
+    script = 'umask 077; mkdir -p "$(dirname "$1")" && printf %s "$2" > "$1.tmp" && mv -f "$1.tmp" "$1"'
+    ssh.run(script, path, text)
+
+
+_LOG_CHARS = 4000  # the end of a job's log, for the message if it fails
+# $1 interpreter, $2 our wheel, $3… arguments of the module
+_JOB = (
+    'py=$1; PYTHONPATH=$2; export PYTHONPATH; shift 2; cd / && exec "$py" -m arte_edge.device.ssh.agent "$@"'
+)
+
+
+class JobFailed(ArteError):
+    """A command of the job failed."""
+
+    def __init__(self, host: str, code: int, log: str) -> None:
+        cause = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        super().__init__(
+            f"{host}: {_last_line(log) or 'no error output'} ({cause})",
+            "Finished measurements are kept there; run the same command again to resume.",
+        )
+        self.code = code
+        self.log = log
+
+
+@dataclass
+class RemoteJob:
+    """One job on a device: started, followed through every lost connection, stopped."""
+
+    ssh: Ssh
+    folder: str  # <work>/jobs/<name>
+    python: str
+    wheel: str
+    policy: ReconnectPolicy
+
+    def is_prepared(self) -> bool:
+        """True if an earlier attempt prepared this very job."""
+        return self.ssh.run('[ -e "$1/commands.json" ] && echo yes; exit 0', self.folder).strip() == "yes"
+
+    def prepare(self, commands: Sequence[Sequence[str]], *, keep_going: bool = False) -> None:
+        """Write the job's commands; with `keep_going` a failed command does not stop the ones after it."""
+        order = {"commands": [list(command) for command in commands], "keep_going": keep_going}
+        put_text(self.ssh, f"{self.folder}/commands.json", json.dumps(order))
+
+    def run(self, on_line: Callable[[str], None], on_log: Callable[[str], None]) -> None:
+        """Start or resume the job, and follow it until it ends.
+
+        Args:
+            on_line: called with every line of its stdout, those of earlier attempts included.
+            on_log: called with its stderr as it arrives.
+
+        Raises:
+            ArteError: another job is running there; the device restarted or killed the job.
+            JobFailed: a command failed.
+            ConnectionLost: the device did not come back in time; the job continues there.
+        """
+        state = self.policy.retry(lambda: self._call("start"))
+        if state["state"] == "busy":
+            raise ArteError(
+                f"{self.ssh.host} is busy with another benchmark; two at once would disturb each other",
+                "Wait until it has finished and run the same command again.",
+            )
+        if state["state"] == "failed":
+            raise ArteError(f"{self.ssh.host}: the job did not start", f"See {self.folder}/job.log there.")
+        if why := state.get("why"):
+            on_log(f"resuming after {'a reboot' if why == 'reboot' else 'the job was killed'}\n")
+        at = [0, 0]
+        log = ""
+
+        def read() -> dict[str, Any]:
+            nonlocal at, log
+            args = ("follow", self.folder, str(at[0]), str(at[1]))
+            with self.ssh.open(_JOB, self.python, self.wheel, *args) as channel:
+                lines = io.BufferedReader(channel.got)  # type: ignore[type-var]
+                for line in lines:  # a name keeps it alive: it closes the pipe when it is deleted
+                    if (event := _event(line)) is None:
+                        continue
+                    for row in filter(None, event.get("out", "").split("\n")):
+                        on_line(row)
+                    if text := event.get("err", ""):
+                        log = (log + text)[-_LOG_CHARS:]
+                        on_log(text)
+                    at = event.get("at", at)
+                    self.policy.reached(self.folder, sum(at))
+                    if "end" in event:
+                        return dict(event["end"])
+                channel.finish()
+            raise ConnectionLost(self.ssh.host, "the stream ended early")
+
+        end = self.policy.retry(read)
+        if end["state"] != "ended":
+            raise ArteError(
+                f"{self.ssh.host} restarted during the benchmark"
+                if end.get("why") == "reboot"
+                else f"{self.ssh.host}: the job was killed there, perhaps out of memory",
+                "Finished measurements are kept there; run the same command again to resume.",
+            )
+        if (code := int(end.get("code", 1))) != 0:
+            raise JobFailed(self.ssh.host, code, log)
+
+    def stop(self) -> None:
+        """Stop the job and all its processes."""
+        self._call("stop")
+
+    def remove(self) -> None:
+        """Remove the job's folder."""
+        if PurePosixPath(self.folder).parent.name == "jobs":
+            self.ssh.run('rm -rf "$1"', self.folder)
+
+    def _call(self, verb: str) -> dict[str, Any]:
+        for line in self.ssh.run(_JOB, self.python, self.wheel, verb, self.folder).splitlines():
+            if (event := _event(line.encode())) is not None:
+                return event
+        raise ArteError(
+            f"{self.ssh.host}: no answer from arte-edge's agent there",
+            "`arte-edge devices check … --clean` resets it.",
+        )
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

@@ -13,9 +13,10 @@ from arte_edge.bench import remote as remote_module
 from arte_edge.bench.remote import bench_remote
 from arte_edge.bench.settings import BenchSettings, Reporter
 from arte_edge.device.profiles import Profile, Remote
-from arte_edge.device.ssh.agent import standing
+from arte_edge.device.ssh.agent import state
 from arte_edge.device.ssh.connection import ConnectionLost, RemoteError
-from arte_edge.device.ssh.workdir import check, clean
+from arte_edge.device.ssh.environment import check
+from arte_edge.device.ssh.workdir import clean
 from arte_edge.errors import ArteError, InputError
 
 SPEED = speed_row("tg8", model_filename="X", model_size=1)
@@ -129,7 +130,7 @@ def test_ctrl_c_stops_the_benchmark_there(device: Any, bench: Make) -> None:
     with pytest.raises(KeyboardInterrupt):
         bench(repetitions=500, on_row=interrupt)
     (job,) = (device.work / "jobs").iterdir()
-    assert standing(job)["state"] == "idle"
+    assert state(job)["state"] == "idle"
 
 
 @pytest.mark.parametrize(
@@ -143,8 +144,8 @@ def test_ctrl_c_stops_the_benchmark_there(device: Any, bench: Make) -> None:
 def test_what_cannot_run_is_rejected_before_anything_is_copied(
     facts: dict[str, Any], message: str, hint: str, device: Any, bench: Make, monkeypatch: Patch
 ) -> None:
-    survey = remote_module.survey
-    monkeypatch.setattr(remote_module, "survey", lambda *a, **k: replace(survey(*a, **k), **facts))
+    probe = remote_module.probe
+    monkeypatch.setattr(remote_module, "probe", lambda *a, **k: replace(probe(*a, **k), **facts))
     with pytest.raises(ArteError) as error:
         bench()
     assert message in error.value.message and hint in error.value.hint
@@ -169,6 +170,7 @@ def test_a_device_without_python_or_with_an_old_one_is_an_error(
 
 def test_a_checkpoint_is_rejected_since_torch_never_goes_there(profile: Profile, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="never installed on a device"):
         bench_remote(profile, [tmp_path], BenchSettings(), reporter=Said())

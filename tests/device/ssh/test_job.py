@@ -12,8 +12,7 @@ import pytest
 from tiny import Patch
 
 from arte_edge.device.ssh import agent as job_module
-from arte_edge.device.ssh.connection import Patience, Ssh
-from arte_edge.device.ssh.job import JobFailed, RemoteJob
+from arte_edge.device.ssh.connection import JobFailed, ReconnectPolicy, RemoteJob, Ssh
 from arte_edge.errors import ArteError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,8 +29,8 @@ def rows(n: int, seconds: float = 0.0, code: int = 0) -> list[str]:
 
 def make(device: Any, ssh: Ssh, commands: Sequence[Sequence[str]], name: str = "one") -> RemoteJob:
     folder = f"{device.work}/jobs/{name}"
-    job = RemoteJob(ssh, folder, sys.executable, str(ROOT), Patience(lambda text: None))
-    job.lay_out(commands)
+    job = RemoteJob(ssh, folder, sys.executable, str(ROOT), ReconnectPolicy(lambda text: None))
+    job.prepare(commands)
     return job
 
 
@@ -44,7 +43,7 @@ def test_rows_and_words_come_back_and_the_job_leaves_nothing(device: Any) -> Non
     said: list[str] = []
     with device.ssh() as ssh:
         job = make(device, ssh, [rows(3), rows(2)])
-        assert job.is_laid_out()
+        assert job.is_prepared()
         job.run(got.append, said.append)
         job.remove()
     assert numbers(got) == [0, 1, 2, 0, 1]
@@ -81,8 +80,8 @@ def test_a_job_whose_caller_is_gone_for_good_is_joined_by_the_next(device: Any) 
     device.proxy.refuse = False
     got: list[str] = []
     with device.ssh() as ssh:
-        job = RemoteJob(ssh, f"{device.work}/jobs/one", sys.executable, str(ROOT), Patience(print))
-        assert job.is_laid_out()
+        job = RemoteJob(ssh, f"{device.work}/jobs/one", sys.executable, str(ROOT), ReconnectPolicy(print))
+        assert job.is_prepared()
         job.run(got.append, lambda text: None)
     assert numbers(got) == list(range(30))
     assert len(first) >= 1
@@ -95,7 +94,7 @@ def test_a_failing_command_ends_the_job_with_its_last_words_and_is_run_again(dev
         with pytest.raises(JobFailed, match=r"done measuring \(exit code 3\)"):
             job.run(got.append, lambda text: None)
         assert numbers(got) == [0, 0]
-        job.lay_out([rows(1), rows(2), rows(3)])
+        job.prepare([rows(1), rows(2), rows(3)])
         again: list[str] = []
         job.run(again.append, lambda text: None)
     assert numbers(again) == [0, 0, 0, 1, 0, 1, 2]  # kept: first command, failed one; then the rest
@@ -105,7 +104,7 @@ def test_a_benchmark_goes_on_with_the_next_model_when_one_failed(device: Any) ->
     got: list[str] = []
     with device.ssh() as ssh:
         job = make(device, ssh, [])
-        job.lay_out([rows(1, code=1), rows(2)], keep_going=True)
+        job.prepare([rows(1, code=1), rows(2)], keep_going=True)
         with pytest.raises(JobFailed, match="exit code 1"):
             job.run(got.append, lambda text: None)
     assert numbers(got) == [0, 0, 1]
@@ -145,7 +144,7 @@ def test_a_reboot_is_noticed_and_the_finished_part_is_kept(tmp_path: Path, monke
     with (folder / "out.jsonl").open("ab") as file:
         file.write(b'{"torn')
     monkeypatch.setattr(job_module, "boot_id", lambda: "another boot")
-    assert job_module.standing(folder) == {"state": "idle", "why": "reboot"}
+    assert job_module.state(folder) == {"state": "idle", "why": "reboot"}
     assert list(job_module.follow(folder, 10_000_000, 0))[-1]["end"]["why"] == "reboot"
     (folder / "commands.json").write_text(json.dumps({"commands": [rows(2), rows(3)]}))
     assert job_module.start(folder) == {"state": "running", "why": "reboot"}

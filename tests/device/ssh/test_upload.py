@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from arte_edge.device.ssh.connection import ConnectionLost, Patience, RemoteError
-from arte_edge.device.ssh.upload import blobs_of, missing_bytes, place, send
+from arte_edge.device.ssh.connection import ConnectionLost, ReconnectPolicy, RemoteError
+from arte_edge.device.ssh.workdir import blobs_of, missing_bytes, place, send
 
 SIZE = 6_000_000
 
@@ -21,9 +21,9 @@ def model(tmp_path: Path) -> Path:
 
 
 def put(device: Any, path: Path, tick: Any = None, said: list[str] | None = None) -> None:
-    patience = Patience((said if said is not None else []).append)
+    patience = ReconnectPolicy((said if said is not None else []).append)
     with device.ssh() as ssh:
-        send(ssh, str(device.work), blobs_of(path), patience=patience, tick=tick)
+        send(ssh, str(device.work), blobs_of(path), policy=patience, tick=tick)
 
 
 def arrived(device: Any, path: Path) -> bool:
@@ -119,7 +119,7 @@ def test_a_folder_keeps_its_names_and_shares_equal_files(device: Any, tmp_path: 
     assert [blob.name for blob in blobs] == ["onnx int4/model.onnx.data", "onnx int4/sub/copy"]
     with device.ssh() as ssh:
         assert missing_bytes(ssh, str(device.work), blobs) == 7000
-        send(ssh, str(device.work), blobs, patience=Patience(print))
+        send(ssh, str(device.work), blobs, policy=ReconnectPolicy(print))
         target = f"{device.work}/jobs/a b/models"
         place(ssh, str(device.work), target, blobs)
         place(ssh, str(device.work), target, blobs)
