@@ -16,9 +16,9 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path, PurePath
 
 from arte_edge.cache import Progress, slug
@@ -140,8 +140,7 @@ class Source:
     task: Task | None = None
     training: tuple[str, ...] = ()  # rendered texts for the importance matrix; empty: none can be made
     training_from: str = ""
-    render_prompts: Callable[[], Sequence[str]] = tuple  # held out; rendered when verification needs them
-    prompts_from: str = ""
+    n_prompt: int = 24  # largest number of held-out prompts
     prompting: Prompting | None = None  # of a run's student
     plain: bool = False  # prompted without its chat template
     evaluated: Path | None = None  # the F16 GGUF that the run evaluated, if it is still there
@@ -149,8 +148,13 @@ class Source:
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
-        """The held-out prompts of verification."""
-        return tuple(self.render_prompts())
+        """The held-out prompts of verification, rendered when it needs them."""
+        chat = replace(self.chat, chat_template=None) if self.plain else self.chat
+        return tuple(task_prompts(chat, self.task, self.n_prompt) if self.task else built_in_prompts(chat))
+
+    @property
+    def prompts_from(self) -> str:
+        return f"validation examples of {self.task.name}" if self.task else "arte-edge's built-in dialogues"
 
 
 def open_source(
@@ -190,16 +194,14 @@ def open_source(
     else:
         source = _model(ref, offline, progress)
     if task is None:
-        render = partial(built_in_prompts, source.chat)
-        return replace(source, render_prompts=render, prompts_from="arte-edge's built-in dialogues")
+        return source
     loaded = load_task(task)
     return replace(
         source,
         task=loaded,
         training=_seed_texts(loaded, source.chat, n_training),
         training_from=f"{loaded.name} seed examples",
-        render_prompts=partial(task_prompts, source.chat, loaded, n_prompt),
-        prompts_from=f"validation examples of {loaded.name}",
+        n_prompt=n_prompt,
     )
 
 
@@ -266,7 +268,6 @@ def _open_run(folder: Path, task_ref: str | None, n_training: int, n_prompt: int
     task = _task(folder, config, task_ref)
     chat = read_chat(checkpoint)
     plain = config.student.template == "none"
-    rendering = replace(chat, chat_template=None) if plain else chat
     return Source(
         name=slug(config.name or folder.resolve().name),
         checkpoint=checkpoint,
@@ -275,8 +276,7 @@ def _open_run(folder: Path, task_ref: str | None, n_training: int, n_prompt: int
         task=task,
         training=_training_texts(folder / "tune" / "rows.jsonl", n_training),
         training_from=f"{task.name} training texts",
-        render_prompts=partial(task_prompts, rendering, task, n_prompt),
-        prompts_from=f"validation examples of {task.name}",
+        n_prompt=n_prompt,
         prompting=_prompting(task),
         plain=plain,
         evaluated=evaluated,

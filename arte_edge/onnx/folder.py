@@ -28,15 +28,9 @@ __all__ = [
 
 # All files that a tokenizer may consist of; copied byte for byte if the checkpoint has them.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+    *("chat_template.json",),
 )
 
 
@@ -49,7 +43,8 @@ def staged(out: Path) -> Iterator[Path]:
         ArteError: the disk is full or not writable.
     """
     out = out.absolute()
-    if out.exists() and not (out.is_dir() and (_is_export(out) or not any(out.iterdir()))):
+    is_export = (out / "genai_config.json").is_file() or (out / "onnx").is_dir()
+    if out.exists() and not (is_export or (out.is_dir() and not any(out.iterdir()))):
         raise InputError(f"{out} exists and is not an ONNX export", "Choose another folder, or remove it.")
     with locked(f"onnx-{sha256(str(out).encode()).hexdigest()[:24]}"):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -65,10 +60,6 @@ def staged(out: Path) -> Iterator[Path]:
                 rename_into_place(staging / "complete", out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-
-
-def _is_export(folder: Path) -> bool:
-    return (folder / "genai_config.json").is_file() or (folder / "onnx").is_dir()
 
 
 def checkpoint_files(checkpoint: Path) -> list[Path]:

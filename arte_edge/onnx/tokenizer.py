@@ -44,17 +44,16 @@ def end_tokens(checkpoint: Path) -> frozenset[int]:
         ids = (config.get("text_config") or {}).get("eos_token_id")
     listed = [ids] if isinstance(ids, int) else list(ids or ())
     own = _token_text(read_json(checkpoint / "tokenizer_config.json").get("eos_token"))
-    added = {row["content"]: row["id"] for row in _added(checkpoint)}
+    added = {
+        row["content"]: row["id"]
+        for row in read_json(checkpoint / "tokenizer.json").get("added_tokens") or ()
+    }
     return frozenset(listed) | (frozenset([added[own]]) if own in added else frozenset())
 
 
 def _token_text(token: object) -> str:
     """Return a special token's text, stored as a string or as an object with `content`."""
     return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
-
-
-def _added(folder: Path) -> list[dict[str, Any]]:
-    return list(read_json(folder / "tokenizer.json").get("added_tokens") or ())
 
 
 class FileTokenizer:

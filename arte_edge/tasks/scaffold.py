@@ -16,7 +16,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 import tomlkit
-from tomlkit.items import Array, String
+from tomlkit.items import Array
 
 from arte_edge import catalog
 from arte_edge.errors import ArteError, InputError
@@ -94,7 +94,9 @@ def _write(
     document["name"] = name
     document.add(tomlkit.nl())
     _comment(document, _ABOUT_DESCRIPTION)
-    document["description"] = _text(description)
+    document["description"] = tomlkit.string(
+        f"{description}\n" if description else "", multiline=bool(description)
+    )
     document.add(tomlkit.nl())
     _comment(document, _ABOUT_TECHNIQUES)
     document["techniques"] = _array(techniques)
@@ -122,10 +124,6 @@ def set_techniques(folder: Path, techniques: Sequence[str]) -> None:
 def _comment(document: tomlkit.TOMLDocument, text: str) -> None:
     for line in text.split("\n"):
         document.add(tomlkit.comment(line))
-
-
-def _text(text: str) -> String:
-    return tomlkit.string(f"{text}\n" if text else "", multiline=bool(text))
 
 
 def _array(texts: Sequence[str]) -> Array:

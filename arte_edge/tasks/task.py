@@ -140,10 +140,6 @@ class FewShotExample(BaseModel):
     target: str = Field(description="the correct answer")
 
 
-def _no_test() -> tuple[Example, ...]:
-    return ()
-
-
 @dataclass(frozen=True)
 class Task:
     """A loaded task.
@@ -165,7 +161,7 @@ class Task:
     # Only hashes of the test rows: enough to detect overlap and changes, not enough to read them.
     test_inputs: frozenset[str] = field(default=frozenset(), repr=False)
     test_sha256: str = ""
-    test_loader: Callable[[], tuple[Example, ...]] = field(default=_no_test, repr=False, compare=False)
+    test_loader: Callable[[], tuple[Example, ...]] = field(default=tuple, repr=False, compare=False)
 
     def test_keys(self) -> frozenset[str]:
         """Return the `Example.key` of every test example, for detecting overlap."""

@@ -1,1 +1,1 @@
-"""Verification: proves that an exported file still is the student, or says why it is not."""
+"""Verification: compare an exported file with the 16-bit student."""

@@ -76,9 +76,9 @@ def _check_ids(
         if ours is None or theirs is None:
             n += ours != theirs
             continue
-        wanted = reference.tokenize(ours)
-        if artifact.tokenize(theirs) != wanted:
-            by_runtime = artifact.file_tokens(theirs) == wanted
+        expected = reference.tokenize(ours)
+        if artifact.tokenize(theirs) != expected:
+            by_runtime = artifact.file_tokens(theirs) == expected
             runtime += by_runtime
             n += not by_runtime
     many = limits.runtime_differences is not None and runtime > limits.runtime_differences

@@ -15,36 +15,11 @@ __all__ = ["check_stops", "check_tokens", "check_vocabulary", "excerpt", "first_
 # Tokens that llama.cpp treats as end of generation because of their text, whatever the file declares
 # (llama-vocab.cpp, "special_eog_ids"; fill-in-the-middle marks among them). An artifact may stop at these.
 _ENDS_BY_NAME = (
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<|return|>",
-    "<|call|>",
-    "<|calls|>",
-    "<|flush|>",
-    "<end_of_turn>",
-    "<|end_of_turn|>",
-    "<end_of_utterance>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "<EOT>",
-    "_<EOT>",
-    "[EOT]",
-    "[EOS]",
-    "<｜end▁of▁sentence｜>",
-    "<|fim_pad|>",
-    "<fim_pad>",
-    "<fim-pad>",
-    "<PRE>",
-    "<|repo_name|>",
-    "<reponame>",
-    "<|file_sep|>",
-    "<fim_repo>",
-    "<file_sep>",
-    "<REP>",
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>"),
+    *("<|calls|>", "<|flush|>", "<end_of_turn>", "<|end_of_turn|>", "<end_of_utterance>"),
+    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"),
+    *("<｜end▁of▁sentence｜>", "<|fim_pad|>", "<fim_pad>", "<fim-pad>", "<PRE>", "<|repo_name|>"),
+    *("<reponame>", "<|file_sep|>", "<fim_repo>", "<file_sep>", "<REP>"),
 )
 _BATCH = 32  # vocabulary entries per call
 _SHOWN = 6  # ids shown in a message
@@ -151,7 +126,7 @@ def check_stops(reference: Runtime, artifact: Runtime, allowed: int | None) -> C
     missing = reference.eos_tokens - artifact.stop_tokens
     undeclared = artifact.eos_tokens - reference.eos_tokens - reference.stop_tokens
     extra = artifact.stop_tokens - reference.stop_tokens
-    by_name = {token for token in extra if _is_end_by_name(reference, token)}
+    by_name = {t for t in extra if t < reference.n_vocab and reference.token_text(t) in _ENDS_BY_NAME}
     odd = (extra - by_name) | undeclared
     # If one file declares a single stop token and the other a list, the list must contain it.
     swapped = set()
@@ -170,10 +145,6 @@ def check_stops(reference: Runtime, artifact: Runtime, allowed: int | None) -> C
     else:
         note = _names(artifact, artifact.stop_tokens)
     return Check("stop tokens", n, allowed, allowed is None or n <= allowed, note)
-
-
-def _is_end_by_name(reference: Runtime, token: int) -> bool:
-    return token < reference.n_vocab and reference.token_text(token) in _ENDS_BY_NAME
 
 
 def _names(model: Runtime, tokens: set[int] | frozenset[int]) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from arte_edge.cli.main import main
 from arte_edge.errors import ArteError
+from arte_edge.export.chat import Chat
 from arte_edge.export.outcome import Failure, Outcome
 from arte_edge.export.source import Source
 from arte_edge.models.artifact import format_of
@@ -71,7 +72,7 @@ def verb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         )
         seen = Outcome(document, artifacts, failures)
         monkeypatch.setattr("arte_edge.export.pipeline.export", lambda *a, **k: seen)
-        source = Source("m", tmp_path, None, Lineage(source="checkpoint"))  # type: ignore[arg-type]
+        source = Source("m", tmp_path, Chat(None), Lineage(source="checkpoint"))
         monkeypatch.setattr("arte_edge.export.source.open_source", lambda *a, **k: source)
         return main(["export", *words])
 
@@ -151,7 +152,7 @@ def test_a_dry_run_prints_sizes_and_memory_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("gguf")
-    source = Source("m", tmp_path, None, Lineage(source="checkpoint"), render_prompts=lambda: ("a",) * 8)  # type: ignore[arg-type]
+    source = Source("m", tmp_path, Chat(None), Lineage(source="checkpoint"))
     monkeypatch.setattr("arte_edge.export.source.open_source", lambda *a, **k: source)
     shapes = {"model.embed_tokens.weight": (49152, 576), "model.norm.weight": (576,)}
     monkeypatch.setattr("arte_edge.checkpoint.shapes_of", lambda path: shapes)

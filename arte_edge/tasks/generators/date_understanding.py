@@ -18,18 +18,8 @@ SEED = 1752
 _LETTERS = ("(A)", "(B)", "(C)", "(D)")
 _YEARS = (1985, 2029)
 _NAMES = (
-    "Amara",
-    "Bruno",
-    "Chen",
-    "Dalia",
-    "Emil",
-    "Freya",
-    "Hugo",
-    "Imani",
-    "Jonas",
-    "Leila",
-    "Noor",
-    "Petra",
+    *("Amara", "Bruno", "Chen", "Dalia", "Emil", "Freya", "Hugo", "Imani", "Jonas", "Leila"),
+    *("Noor", "Petra"),
 )
 _FEASTS = (
     ("New Year's Day", 1, 1),

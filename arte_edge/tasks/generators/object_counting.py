@@ -1,4 +1,4 @@
-"""Lists of things of which only one kind is to be counted, answers 2 to 13 equally often."""
+"""Lists of things of which one kind has to be counted; answers 2 to 13 are equally frequent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SEED = 1202
 _ANSWERS = tuple(str(n) for n in range(2, 14))
 _MOST_OF_ONE = 5
 
-# "singular/plural"; the kinds share no member, so that nobody can quarrel with a count.
+# "singular/plural"; the kinds share no member, so that counts are unambiguous.
 _KINDS = {
     "fruits": (
         *("apple/apples", "banana/bananas", "peach/peaches", "plum/plums", "orange/oranges"),
