@@ -15,6 +15,7 @@ print nothing and raise `ArteError`. Importing the package loads none of them, n
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,9 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# onnxruntime sends usage data unless this is set before it is imported, here and in child processes.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # These verbs are the names of packages too, and importing a package binds its name here.
 _PACKAGES = ("bench", "distill", "export", "verify")
