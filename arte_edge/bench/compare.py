@@ -1,4 +1,4 @@
-"""Compare two benchmark results: ratios of rates with intervals, paired answers, and what forbids it."""
+"""Compare two benchmark results: ratios of rates with intervals, paired answers, and differences in the protocol."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,21 +21,21 @@ _MEASURE = "Measure it first: arte-edge bench {path}"
 
 
 def rows_of(path: Path) -> list[Row]:
-    """Return the rows that `path` stands for, never none.
+    """Return the rows of `path`, at least one.
 
     Args:
         path: a .jsonl file of rows, a .json list of them, a folder with bench.jsonl in it or in
-            its export folder, or one measured model, whose bench.jsonl lies beside it.
+            its export folder, or one measured model beside its bench.jsonl.
 
     Raises:
-        InputError: nothing there, no results, or a damaged file.
+        InputError: no such file, no results, or a damaged file.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if path.suffix in (".jsonl", ".json"):
         rows = read_rows(path) if path.suffix == ".jsonl" else _json_rows(path)
         if not rows:
-            raise InputError(f"{path}: holds no results", _MEASURE.format(path="MODEL"))
+            raise InputError(f"{path}: contains no results", _MEASURE.format(path="MODEL"))
         return rows
     if path.is_dir():
         for place in (path, path / "export"):
@@ -58,16 +59,16 @@ def _json_rows(path: Path) -> list[Row]:
     return [parse_row(row, f"{path}: row {number}", again) for number, row in enumerate(document, 1)]
 
 
-# What must be the same for two speeds to be about the same work, in the words of the flags.
-_PROTOCOL: tuple[str, ...] = ("n_prompt", "n_gen", "n_depth", "n_threads", "type_k", "type_v")
-# What a comparison in JSON says of each side.
-_MODEL_KEYS: tuple[str, ...] = ("model_filename", "tensor_sha256", "runtime", "test_time")
-_SPEED_KEYS: tuple[str, ...] = (
+# Must be equal for two speeds to be comparable.
+_PROTOCOL = ("n_prompt", "n_gen", "n_depth", "n_threads", "type_k", "type_v")
+# The keys of each side of a comparison in JSON.
+_MODEL_KEYS = ("model_filename", "tensor_sha256", "runtime", "test_time")
+_SPEED_KEYS = (
     *_MODEL_KEYS,
     *("status", "reason", "median_ts", "ttft_ms", "itl_p50_ms", "itl_p95_ms", "load_ms"),
     *("peak_rss_bytes", "energy_j", "energy_source", "throttled"),
 )
-_QUALITY_KEYS: tuple[str, ...] = (
+_QUALITY_KEYS = (
     *_MODEL_KEYS,
     *("n", "right", "low", "high", "partial"),
     *("answer_seconds_p50", "answer_seconds_p95", "answer_tokens_mean"),
@@ -83,23 +84,22 @@ class SpeedPair:
 
     @cached_property
     def rate(self) -> Ratio | None:
-        """Return the ratio of the rates; None if a side did not end well."""
+        """The ratio of the rates; None if a side failed."""
         return ratio(self.a.samples_ts, self.b.samples_ts) if self.a.ok and self.b.ok else None
 
     @property
     def verdict(self) -> str:
-        """``faster``, ``slower`` or ``same`` (no difference beyond chance), ``?`` where nothing can be said."""
+        """``faster``, ``slower``, ``same`` (no significant difference), or ``?`` (unknown)."""
         if self.rate is None or self.rate.beyond_chance is None or self.throttled:
             return "?"
         return "same" if not self.rate.beyond_chance else "faster" if self.rate.value > 1 else "slower"
 
     @property
     def throttled(self) -> bool:
-        """Some side was held back, so that the ratio says more of the cooling than of the files."""
+        """A throttled side makes the ratio one of the cooling, not of the files."""
         return bool(self.a.throttled or self.b.throttled)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
         return {
             **{key: getattr(self.a, key) for key in ("test", *_PROTOCOL)},
             "a": {key: getattr(self.a, key) for key in _SPEED_KEYS},
@@ -118,7 +118,7 @@ class QualityPair:
 
     @cached_property
     def paired(self) -> PairedAccuracy:
-        """Return the accuracy of b, with a as its reference, on the examples that both answered."""
+        """The accuracy of b, with a as its reference, on the examples that both answered."""
         a, b = self.a, self.b
         return paired_on_common(
             a.model_filename, a.answers, b.model_filename, b.answers, task=b.task, split=b.split
@@ -132,7 +132,6 @@ class QualityPair:
         return "better" if (self.paired.difference or 0.0) > 0 else "worse"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
         return {
             "task": self.a.task,
             "split": self.a.split,
@@ -145,7 +144,7 @@ class QualityPair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What could be paired, what could not, and what is not the same on both sides."""
+    """The paired results, the names of unpaired ones, and the differences in the protocol."""
 
     speeds: tuple[SpeedPair, ...]
     qualities: tuple[QualityPair, ...]
@@ -154,39 +153,32 @@ class Comparison:
     differs: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        return {
-            "speeds": [one.as_dict() for one in self.speeds],
-            "qualities": [one.as_dict() for one in self.qualities],
-            "only_a": self.only_a,
-            "only_b": self.only_b,
-            "differs": self.differs,
-        }
+        pairs = {"speeds": self.speeds, "qualities": self.qualities}
+        return vars(self) | {key: [one.as_dict() for one in found] for key, found in pairs.items()}
 
 
 def compare(a: Sequence[Row], b: Sequence[Row], *, force: bool = False) -> Comparison:
     """Pair the rows of `a` and `b`.
 
-    Of several results of one test a sound one stands before one of a throttled machine and
-    that before a failure, the whole of a split before a part, and then the newest. Speeds are paired by test, depth,
-    threads, cache types and device; answers by task and split, on whatever machine. Rows
-    of the same tensors go together, else of the same file name, else of the same type, else
-    what is left if each side has one model; the same runtime before another one.
+    Of several results of one test, a valid one is preferred to a throttled one and that to a failure, a whole
+    split to a part of it, and then the newest. Speeds are paired by test, depth, threads, cache types and device;
+    answers by task and split, on any device. Rows of the same tensors are paired first, then those of the same
+    file name, of the same type, and the rest if each side has one model; the same runtime before another one.
 
     Args:
-        force: pair by the test's name alone where nothing else is the same, and say what differs.
+        force: pair by the kind of test alone where nothing else is equal, and list the differences.
 
     Raises:
-        InputError: nothing on the two sides is comparable; says what differs.
+        InputError: nothing is comparable; lists the differences.
     """
-    speeds = [_newest(row for row in side if isinstance(row, SpeedRow)) for side in (a, b)]
+    speeds = [_best(row for row in side if isinstance(row, SpeedRow)) for side in (a, b)]
     answers = [
-        _newest(row for row in side if isinstance(row, QualityRow) and row.status == "ok" and row.answers)
+        _best(row for row in side if isinstance(row, QualityRow) and row.status == "ok" and row.answers)
         for side in (a, b)
     ]
     sides: list[list[Row]] = [[*speeds[i], *answers[i]] for i in range(2)]
     if not all(sides):
-        raise InputError("One side holds no result", "Measure it first: arte-edge bench MODEL.")
+        raise InputError("One side contains no result", "Measure it first: arte-edge bench MODEL.")
     speed_pairs = [SpeedPair(x, y) for x, y in _pairs(speeds[0], speeds[1], _speed_protocol)]
     quality_pairs = [QualityPair(x, y) for x, y in _pairs(answers[0], answers[1], _quality_protocol)]
     differs: list[str] = []
@@ -194,15 +186,16 @@ def compare(a: Sequence[Row], b: Sequence[Row], *, force: bool = False) -> Compa
         differs = _differences(speeds, answers)
         if not force:
             raise InputError(
-                "The two were not measured in the same way: " + "; ".join(differs),
-                "Measure both alike, or give --force to see their speeds side by side all the same.",
+                "The two were measured differently: " + "; ".join(differs),
+                "Measure both with the same settings, or compare their speeds anyway with --force.",
             )
-        speed_pairs = [SpeedPair(x, y) for x, y in _pairs(speeds[0], speeds[1], _forced_protocol)]
+        speed_pairs = [
+            SpeedPair(x, y) for x, y in _pairs(speeds[0], speeds[1], lambda row: bool(row.n_prompt))
+        ]
         if not speed_pairs:
-            raise InputError("There is no test of one kind on both sides", "; ".join(differs))
+            raise InputError("No kind of test is on both sides", "; ".join(differs))
     differs += [note for note in _notes(speed_pairs, quality_pairs) if note not in differs]
-    paired = {id(one.a) for one in speed_pairs} | {id(one.b) for one in speed_pairs}
-    paired |= {id(one.a) for one in quality_pairs} | {id(one.b) for one in quality_pairs}
+    paired = {id(row) for one in (*speed_pairs, *quality_pairs) for row in (one.a, one.b)}
     only_a, only_b = (tuple(_name(row) for row in side if id(row) not in paired) for side in sides)
     return Comparison(tuple(speed_pairs), tuple(quality_pairs), only_a, only_b, tuple(differs))
 
@@ -210,20 +203,20 @@ def compare(a: Sequence[Row], b: Sequence[Row], *, force: bool = False) -> Compa
 R = TypeVar("R", SpeedRow, QualityRow)
 
 
-def _newest(rows: Iterable[R]) -> list[R]:
-    """Return the soundest, then last row of each test of each model on each device, in the order of their first."""
+def _best(rows: Iterable[R]) -> list[R]:
+    """Return the best, then last row of each test of each model on each device, in order of first appearance."""
     found: dict[Hashable, R] = {}
     for row in rows:
         what = _speed_protocol(row) if isinstance(row, SpeedRow) else _quality_protocol(row)
         model = row.tensor_sha256 or row.sha256 or row.model_filename
         key = model, _runtime_kind(row), row.n_threads, row.device.fingerprint, what
-        if key not in found or _soundness(row) >= _soundness(found[key]):
+        if key not in found or _validity(row) >= _validity(found[key]):
             found[key] = row
     return list(found.values())
 
 
-def _soundness(row: Row) -> int:
-    """Return what goes before what: sound, throttled, failed; all of a split, a part of it."""
+def _validity(row: Row) -> int:
+    """Return the rank of a row: valid, throttled, failed; a whole split, a part of it."""
     if isinstance(row, QualityRow):
         return 0 if row.partial else 1
     return 0 if not row.ok else 1 if row.throttled else 2
@@ -231,10 +224,6 @@ def _soundness(row: Row) -> int:
 
 def _speed_protocol(row: SpeedRow) -> Hashable:
     return (row.device.fingerprint, *(getattr(row, key) for key in _PROTOCOL))
-
-
-def _forced_protocol(row: SpeedRow) -> Hashable:
-    return ("pp" if row.n_prompt else "") + ("tg" if row.n_gen else "")
 
 
 def _quality_protocol(row: QualityRow) -> Hashable:
@@ -246,56 +235,53 @@ def _runtime_kind(row: Row) -> str:
 
 
 def _pairs(a: Sequence[R], b: Sequence[R], protocol: Callable[[R], Hashable]) -> list[tuple[R, R]]:
-    """Return pairs of one protocol, each row in one pair at most, the surest matches first, in the order of `a`."""
+    """Return pairs of one protocol, each row in at most one pair, the closest matches first, in the order of `a`."""
     single = all(len({row.model_filename for row in side}) == 1 for side in (a, b))
-    ways: tuple[Callable[[R, R], bool], ...] = (
+    matches: tuple[Callable[[R, R], bool], ...] = (
         lambda x, y: bool(x.tensor_sha256) and x.tensor_sha256 == y.tensor_sha256,
         lambda x, y: x.model_filename == y.model_filename,
         lambda x, y: (x.format, x.quantization) == (y.format, y.quantization),
         lambda x, y: single,
     )
     partner: dict[int, int] = {}
-    for same_model in ways:
-        for same_runtime in (True, False):
-            for i, x in enumerate(a):
-                for j, y in enumerate(b):
-                    if i in partner or j in partner.values():
-                        continue
-                    if same_runtime and _runtime_kind(x) != _runtime_kind(y):
-                        continue
-                    if protocol(x) == protocol(y) and same_model(x, y):
-                        partner[i] = j
+    for same_model, same_runtime in product(matches, (True, False)):
+        for (i, x), (j, y) in product(enumerate(a), enumerate(b)):
+            if i in partner or j in partner.values():
+                continue
+            if same_runtime and _runtime_kind(x) != _runtime_kind(y):
+                continue
+            if protocol(x) == protocol(y) and same_model(x, y):
+                partner[i] = j
     return [(a[i], b[partner[i]]) for i in sorted(partner)]
 
 
 def _differences(speeds: Sequence[Sequence[SpeedRow]], answers: Sequence[Sequence[QualityRow]]) -> list[str]:
-    """Return in words what is not the same on the two sides and keeps them from being paired."""
+    """Return the differences that prevent pairing the two sides."""
     found: list[str] = []
+
+    def compare_key(key: str, sides: Sequence[Sequence[Row]]) -> None:
+        first, second = ({getattr(row, key) for row in side} for side in sides)
+        if not first & second:
+            texts = [",".join(str(value)[:16] for value in sorted(values)) for values in (first, second)]
+            found.append(f"{key} {texts[0]} against {texts[1]}")
+
     if all(speeds):
         for key in _PROTOCOL:
-            first, second = (sorted({getattr(row, key) for row in side}) for side in speeds)
-            if not set(first) & set(second):
-                found.append(f"{key} {_listed(first)} against {_listed(second)}")
+            compare_key(key, speeds)
         if not {row.device.fingerprint for row in speeds[0]} & {row.device.fingerprint for row in speeds[1]}:
-            names = [speeds[i][0].device for i in range(2)]
-            shown = [name.profile or name.cpu or "?" for name in names]
-            found.append(
-                f"device {shown[0]} ({names[0].fingerprint}) against {shown[1]} ({names[1].fingerprint})"
-            )
+            devices = [side[0].device for side in speeds]
+            names = [f"{one.profile or one.cpu or '?'} ({one.fingerprint})" for one in devices]
+            found.append(f"device {names[0]} against {names[1]}")
     if all(answers):
-        for what in ("task", "task_sha256", "split"):
-            first, second = (sorted({str(getattr(row, what)) for row in side}) for side in answers)
-            if not set(first) & set(second):
-                found.append(
-                    f"{what} {_listed(t[:16] for t in first)} against {_listed(t[:16] for t in second)}"
-                )
+        for key in ("task", "task_sha256", "split"):
+            compare_key(key, answers)
     if not found and not (all(speeds) or all(answers)):
-        found.append("one side holds speeds alone, the other answers alone")
+        found.append("one side contains only speeds, the other only answers")
     return found or ["other tests, or other models"]
 
 
 def _notes(speeds: Sequence[SpeedPair], answers: Sequence[QualityPair]) -> list[str]:
-    """Return what is not the same within the pairs, each once."""
+    """Return the differences within the pairs, each once."""
     found: dict[str, None] = {}
     for one in speeds:
         for key in ("runtime", "build_commit", "n_batch", "n_ubatch", "flash_attn", *_PROTOCOL):
@@ -309,14 +295,12 @@ def _notes(speeds: Sequence[SpeedPair], answers: Sequence[QualityPair]) -> list[
         if one.throttled:
             sides = [name for name, row in (("A", one.a), ("B", one.b)) if row.throttled]
             found[f"{one.a.test}: {' and '.join(sides)} throttled"] = None
-    for pair_ in answers:
-        if pair_.paired.n < max(pair_.a.n, pair_.b.n):
-            found[f"{pair_.a.task}: compared on the {pair_.paired.n} examples that both answered"] = None
+    for answered in answers:
+        if answered.paired.n < max(answered.a.n, answered.b.n):
+            found[f"{answered.a.task}: compared on the {answered.paired.n} examples that both answered"] = (
+                None
+            )
     return list(found)
-
-
-def _listed(values: Iterable[Any]) -> str:
-    return ",".join(map(str, values))
 
 
 def _name(row: Row) -> str:

@@ -210,12 +210,7 @@ def _save(paths: Sequence[Path], rows: Sequence[Row], reporter: Reporter) -> Non
 
 
 def run_bench(
-    models: Sequence[Path],
-    settings: BenchSettings,
-    *,
-    device: DeviceFacts,
-    reporter: Reporter,
-    on_row: OnRow,
+    models: Sequence[Path], settings: BenchSettings, *, device: DeviceFacts, reporter: Reporter, on_row: OnRow
 ) -> list[SpeedRow]:
     """Measure every test of every model and return the rows, failures included.
 

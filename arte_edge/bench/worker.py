@@ -8,6 +8,7 @@ request on stdin, and writes JSON lines of progress and one result.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -267,18 +268,10 @@ def measure_case(case: Case, report: OnProgress) -> dict[str, Any]:
     throttled, reason = judge(sensors.bits_before, readings, sensors.bits_after, sensors.limit_c)
     heats = [reading.temperature_c for reading in readings if reading.temperature_c is not None]
     clocks = [reading.clock_mhz for reading in readings if reading.clock_mhz is not None]
-    facts = model.facts
+    facts = dataclasses.asdict(model.facts)
     return {
         **metrics(case, timed),
-        "runtime": facts.runtime,
-        "build_commit": facts.build_commit,
-        "build": facts.build,
-        "n_batch": facts.n_batch,
-        "n_ubatch": facts.n_ubatch,
-        "type_k": facts.type_k,
-        "type_v": facts.type_v,
-        "flash_attn": facts.flash_attn,
-        "use_mmap": facts.use_mmap,
+        **{key: value for key, value in facts.items() if key not in ("bos", "notes")},
         "test_time": test_time,
         "load_ms": round(load_ms, 3),
         "load_average": load_average,

@@ -169,10 +169,7 @@ def check(
         emit_json(asdict(report) | {"removed": removed})
     else:
         for finding in report.findings:
-            _line(
-                finding.what,
-                finding.text if finding.state == "ok" else f"{finding.state}: {finding.text}",
-            )
+            _line(finding.what, finding.text if finding.state == "ok" else f"{finding.state}: {finding.text}")
             if finding.hint:
                 _line("", finding.hint)
         if removed:
@@ -182,10 +179,7 @@ def check(
 
 
 @app.command("rm")
-def rm(
-    name: Annotated[str, typer.Argument(help="A device of your own.")],
-    as_json: Json = False,
-) -> None:
+def rm(name: Annotated[str, typer.Argument(help="A device of your own.")], as_json: Json = False) -> None:
     """Remove a device from your list.
 
     Nothing on the device changes.
@@ -218,11 +212,7 @@ def _model_json(size: ModelSize | None, fits: Any, speed: Any) -> dict[str, Any]
 
     if size is None:
         return {}
-    return {
-        "model": asdict(size),
-        "fit": fits.as_json(),
-        "expected": asdict(speed) if speed else None,
-    }
+    return {"model": asdict(size), "fit": fits.as_json(), "expected": asdict(speed) if speed else None}
 
 
 def _show_profile(profile: Profile) -> None:
@@ -234,7 +224,7 @@ def _show_profile(profile: Profile) -> None:
             fact = facts[key]
             _line(key, f"{_fact_text(key, fact.value)}  ({fact.evidence}: {fact.source})")
         elif key in ("remote", "runtimes"):
-            _line(key, ", ".join(f"{part} = {_readable(part, said)}" for part, said in value.items() if said))
+            _line(key, ", ".join(f"{part} = {_readable(part, item)}" for part, item in value.items() if item))
         elif key == "notes":
             for note in value:
                 _line("note", note)
@@ -245,8 +235,7 @@ def _show_profile(profile: Profile) -> None:
 
 def _show_model(size: ModelSize, fits: Any, speed: Any) -> None:
     _line(
-        "model",
-        f"{size.name}: {size.quantization or size.format}, {size.token_bytes / 1e6:.1f} MB a token",
+        "model", f"{size.name}: {size.quantization or size.format}, {size.token_bytes / 1e6:.1f} MB a token"
     )
     _line("fit", fits.summary())
     if fits.verdict == "no":

@@ -132,17 +132,17 @@ def _arm_name(cores: list[dict[str, str]]) -> str:
 
 
 # sysctl's name of a feature on Apple silicon -> Linux's
-_APPLE = {
-    "hw.optional.AdvSIMD": "asimd",
-    "hw.optional.arm.FEAT_FP16": "asimdhp",
-    "hw.optional.arm.FEAT_DotProd": "asimddp",
-    "hw.optional.arm.FEAT_I8MM": "i8mm",
-    "hw.optional.arm.FEAT_BF16": "bf16",
-    "hw.optional.arm.FEAT_SME": "sme",
-    "hw.optional.arm.FEAT_SME2": "sme2",
-    "hw.optional.avx2_0": "avx2",
-    "hw.optional.avx512f": "avx512f",
-    "hw.optional.fma": "fma",
+_ARM_FEATURES = {
+    "FP16": "asimdhp",
+    "DotProd": "asimddp",
+    "I8MM": "i8mm",
+    "BF16": "bf16",
+    "SME": "sme",
+    "SME2": "sme2",
+}
+_APPLE = {f"hw.optional.arm.FEAT_{apple}": linux for apple, linux in _ARM_FEATURES.items()} | {
+    f"hw.optional.{apple}": linux
+    for apple, linux in {"AdvSIMD": "asimd", "avx2_0": "avx2", "avx512f": "avx512f", "fma": "fma"}.items()
 }
 
 
@@ -177,18 +177,14 @@ def _fallback_name() -> str:
 
 
 # start of the firmware's vendor and product name -> hypervisor
-_HYPERVISORS = (
-    ("qemu", "kvm"),
-    ("amazon ec2", "kvm"),
-    ("google", "kvm"),
-    ("kvm", "kvm"),
-    ("microsoft corporation virtual", "hyper-v"),
-    ("vmware", "vmware"),
-    ("innotek", "virtualbox"),
-    ("xen", "xen"),
-    ("parallels", "parallels"),
-    ("apple inc. virtual", "apple"),
-)
+_HYPERVISORS = dict.fromkeys(("qemu", "amazon ec2", "google", "kvm"), "kvm") | {
+    "microsoft corporation virtual": "hyper-v",
+    "vmware": "vmware",
+    "innotek": "virtualbox",
+    "xen": "xen",
+    "parallels": "parallels",
+    "apple inc. virtual": "apple",
+}
 _CONTAINER_MARKS = ("docker", "containerd", "kubepods", "libpod", "lxc")
 
 
@@ -270,7 +266,7 @@ def _virtual(root: Path, cpu: Cpu) -> str:
     """Return the layers of virtualization, outermost first, joined by ``+``."""
     layers = []
     firmware = _firmware(root).lower()
-    known = [name for start, name in _HYPERVISORS if firmware.startswith(start)]
+    known = [name for start, name in _HYPERVISORS.items() if firmware.startswith(start)]
     if known and "metal" not in firmware:
         layers.append(known[0])
     elif "microsoft" in _read(root / "proc/sys/kernel/osrelease").lower():

@@ -201,7 +201,7 @@ def test_results_are_found_wherever_they_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("empty.jsonl", "", "holds no results"),
+        ("empty.jsonl", "", "no results"),
         ("torn.json", "[{", "not readable as JSON"),
         ("object.json", "{}", "not a list"),
         ("old.json", '[{"schema_version": 9, "task": "x"}]', "row 1: schema_version"),

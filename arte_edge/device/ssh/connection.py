@@ -84,10 +84,7 @@ def connection_error(host: str, errors: str) -> ArteError:
             f"If the device was reinstalled: {forget} and then once: {by_hand}",
         )
     if "Host key verification failed" in errors:
-        return ArteError(
-            f"{host}: unknown host key",
-            f"Connect once and compare the fingerprint: {by_hand}",
-        )
+        return ArteError(f"{host}: unknown host key", f"Connect once and compare the fingerprint: {by_hand}")
     if "Permission denied" in errors or "Too many authentication failures" in errors:
         return ArteError(
             f"{host}: login rejected; password prompts are not possible here",

@@ -63,18 +63,10 @@ __all__ = [
 # Machines for which every runtime publishes wheels, as `uname -m` prints them.
 _MACHINES = ("aarch64", "arm64", "x86_64", "amd64")
 # pip's messages when it cannot reach an index, as opposed to a package that is missing on it.
-_OFFLINE = (
-    "Temporary failure in name resolution",
-    "Name or service not known",
-    "nodename nor servname provided",
-    "Network is unreachable",
-    "No route to host",
-    "Connection refused",
-    "Max retries exceeded",
-    "Failed to establish a new connection",
-    "NewConnectionError",
-    "ConnectTimeoutError",
-    "Read timed out",
+_OFFLINE = re.compile(
+    "Temporary failure in name resolution|Name or service not known|nodename nor servname provided|"
+    "Network is unreachable|No route to host|Connection refused|Max retries exceeded|Read timed out|"
+    "Failed to establish a new connection|NewConnectionError|ConnectTimeoutError"
 )
 
 
@@ -168,20 +160,20 @@ def plan(
             sees_system, why = True, "llama-cpp-python, which is installed there already"
         else:
             extras.append("xllamacpp")
-            reason = (
-                "the profile prefers it"
-                if runtimes.gguf[0] == "xllamacpp"
-                else "llama-cpp-python has no wheel and would have to be compiled (--compile)"
-                if found.can_compile
-                else "llama-cpp-python has no wheel and there is no compiler"
-            )
+            if runtimes.gguf[0] == "xllamacpp":
+                reason = "the profile prefers it"
+            else:
+                remedy = (
+                    "would have to be compiled (--compile)" if found.can_compile else "there is no compiler"
+                )
+                reason = f"llama-cpp-python has no wheel and {remedy}"
             why = f"xllamacpp, prebuilt: {reason}"
     return Plan(python, tuple(sorted(extras)), sees_system, compiles, why)
 
 
 def is_offline(errors: str) -> bool:
     """True if pip's messages say that no package index could be reached."""
-    return any(mark in errors for mark in _OFFLINE)
+    return _OFFLINE.search(errors) is not None
 
 
 def install_commands(
@@ -520,13 +512,9 @@ def check(profile: Profile) -> Report:
     if found.memory_bytes:
         free = f", {megabytes(found.available_bytes)} free" if found.available_bytes else ""
         findings.append(Finding("memory", "ok", f"{megabytes(found.memory_bytes)}{free}"))
-    findings.append(
-        Finding("disk", "ok", f"{megabytes(found.free_bytes)} free")
-        if found.free_bytes > _FIRST_RUN_BYTES
-        else Finding(
-            "disk", "warning", f"{megabytes(found.free_bytes)} free", "A first run takes up to 1 GB."
-        )
-    )
+    state: Literal["ok", "warning"] = "ok" if found.free_bytes > _FIRST_RUN_BYTES else "warning"
+    hint = "" if state == "ok" else "A first run takes up to 1 GB."
+    findings.append(Finding("disk", state, f"{megabytes(found.free_bytes)} free", hint))
     size = megabytes(int(used) * 1024) if used.isdigit() and int(used) else "nothing"
     findings.append(Finding("work folder", "ok", f"{found.work}: {size}"))
     return Report(remote.host, tuple(findings))
