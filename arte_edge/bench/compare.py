@@ -153,8 +153,8 @@ class Comparison:
     differs: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        pairs = {"speeds": self.speeds, "qualities": self.qualities}
-        return vars(self) | {key: [one.as_dict() for one in found] for key, found in pairs.items()}
+        speeds = [one.as_dict() for one in self.speeds]
+        return vars(self) | {"speeds": speeds, "qualities": [one.as_dict() for one in self.qualities]}
 
 
 def compare(a: Sequence[Row], b: Sequence[Row], *, force: bool = False) -> Comparison:
@@ -195,7 +195,8 @@ def compare(a: Sequence[Row], b: Sequence[Row], *, force: bool = False) -> Compa
         if not speed_pairs:
             raise InputError("No kind of test is on both sides", "; ".join(differs))
     differs += [note for note in _notes(speed_pairs, quality_pairs) if note not in differs]
-    paired = {id(row) for one in (*speed_pairs, *quality_pairs) for row in (one.a, one.b)}
+    pairs: list[SpeedPair | QualityPair] = [*speed_pairs, *quality_pairs]
+    paired = {id(row) for one in pairs for row in (one.a, one.b)}
     only_a, only_b = (tuple(_name(row) for row in side if id(row) not in paired) for side in sides)
     return Comparison(tuple(speed_pairs), tuple(quality_pairs), only_a, only_b, tuple(differs))
 

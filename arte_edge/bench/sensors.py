@@ -12,6 +12,7 @@ power readings are integrated over time (trapezoidal rule).
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
@@ -20,8 +21,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from arte_edge.results.rows import Reading
 
@@ -120,54 +121,17 @@ _NO_RAPL = (
 )
 
 
-class PowerProbe(Protocol):
-    @property
-    def source(self) -> str:
-        """``meter``, ``ina219``, ``ina3221``, ``rapl``, ``pmic``."""
+@dataclass(frozen=True)
+class PowerProbe:
+    """A source of power readings; None where it cannot be read. An energy counter has `joules` as well."""
 
-    def watts(self) -> float | None:
-        """Return the current power, None if it cannot be read."""
-
-
-class _Meter:
-    source = "meter"
-
-    def __init__(self, watts: float) -> None:
-        self._watts = watts
-
-    def watts(self) -> float:
-        return self._watts
-
-
-class _Ina:
-    """An INA2xx on the board's input, or the ``VDD_IN`` channel of a Jetson's INA3221."""
-
-    def __init__(self, folder: Path, source: str, channel: str = "") -> None:
-        self.source, self._folder, self._channel = source, folder, channel
-
-    def watts(self) -> float | None:
-        if not self._channel:
-            power_uw = read_integer(self._folder / "power1_input")
-            return None if power_uw is None else power_uw / 1e6
-        volts_m = read_integer(self._folder / f"in{self._channel}_input")
-        amperes_m = read_integer(self._folder / f"curr{self._channel}_input")
-        return None if volts_m is None or amperes_m is None else volts_m * amperes_m / 1e6
-
-
-class _Pmic:
-    source = "pmic"
-
-    def __init__(self, firmware: Vcgencmd) -> None:
-        self._firmware = firmware
-
-    def watts(self) -> float | None:
-        return self._firmware.pmic_w()
+    source: str  # meter, ina219, ina3221, rapl, pmic
+    watts: Callable[[], float | None]
+    joules: Callable[[], float | None] | None = None
 
 
 class _Rapl:
     """The energy counters of all processor packages; each wraps around at its own maximum."""
-
-    source = "rapl"
 
     def __init__(self, packages: list[Path]) -> None:
         self._packages = packages
@@ -206,7 +170,7 @@ def find_probe(
         power_watts: a steady reading of an external meter.
     """
     if power_watts is not None:
-        return _Meter(power_watts), ""
+        return PowerProbe("meter", lambda: power_watts), ""
     for name in sorted(root.glob("sys/class/hwmon/hwmon*/name")):
         if (ina := _ina(name.parent, read_text(name))) is not None and ina.watts() is not None:
             return ina, ""
@@ -219,21 +183,60 @@ def find_probe(
     ]
     if packages:
         rapl = _Rapl(packages)
-        return (rapl, "") if rapl.joules() is not None else (None, _NO_RAPL)
+        if rapl.joules() is None:
+            return None, _NO_RAPL
+        return PowerProbe("rapl", rapl.watts, rapl.joules), ""
     firmware = find_vcgencmd(vcgencmd, root)
     if firmware is not None and firmware.pmic_w() is not None:
-        return _Pmic(firmware), ""
+        return PowerProbe("pmic", firmware.pmic_w), ""
     return None, ""
 
 
-def _ina(folder: Path, name: str) -> _Ina | None:
+def _ina(folder: Path, name: str) -> PowerProbe | None:
+    """Return the probe of an INA2xx on the board's input, or of the ``VDD_IN`` channel of a Jetson's INA3221."""
+
+    def value(file: str) -> float:
+        number = read_integer(folder / file)
+        return math.nan if number is None else float(number)
+
+    def probe(watts: Callable[[], float]) -> PowerProbe:
+        return PowerProbe(name, lambda: None if math.isnan(now := watts()) else now)
+
     if name in _INA2XX:
-        return _Ina(folder, name)
-    if name == "ina3221":
-        for label in sorted(folder.glob("in*_label")):
-            if read_text(label) == "VDD_IN":
-                return _Ina(folder, name, label.name.removeprefix("in").removesuffix("_label"))
-    return None
+        return probe(lambda: value("power1_input") / 1e6)
+    labels = sorted(folder.glob("in*_label")) if name == "ina3221" else []
+    if (label := next((label for label in labels if read_text(label) == "VDD_IN"), None)) is None:
+        return None
+    n = label.name.removeprefix("in").removesuffix("_label")
+    return probe(lambda: value(f"in{n}_input") * value(f"curr{n}_input") / 1e6)  # mV, mA
+
+
+class _Periodic:
+    """Calls `sample` every `period_s` seconds in a background thread."""
+
+    def __init__(self, sample: Callable[[], None], period_s: float) -> None:
+        self._sample, self._period_s = sample, period_s
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._done.clear()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> bool:
+        """Stop and return whether it was running."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._done.set()
+            thread.join()
+        return thread is not None
+
+    def _run(self) -> None:
+        due = time.monotonic() + self._period_s
+        while not self._done.wait(max(0.0, due - time.monotonic())):
+            self._sample()
+            due = max(due + self._period_s, time.monotonic())
 
 
 class EnergyMeter:
@@ -248,9 +251,7 @@ class EnergyMeter:
         power_watts: float | None = None,
     ) -> None:
         self._probe, self.note = find_probe(root=root, vcgencmd=vcgencmd, power_watts=power_watts)
-        self._period_s = period_s
-        self._done = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = _Periodic(self._sample, period_s)
         self._start_j: float | None = None
         self._joules: float | None = None
         self._last: tuple[float, float] | None = None
@@ -261,39 +262,25 @@ class EnergyMeter:
         return "" if self._probe is None else self._probe.source
 
     def start(self) -> None:
-        if self._probe is None:
-            return
-        self._end()
-        self._done.clear()
-        self._start_j, self._joules, self._last = None, 0.0, None
-        self._sample()
-        self._thread = threading.Thread(target=self._run, name="energy", daemon=True)
-        self._thread.start()
+        if self._probe is not None:
+            self._thread.stop()
+            self._start_j, self._joules, self._last = None, 0.0, None
+            self._sample()
+            self._thread.start()
 
     def stop(self) -> tuple[float | None, str]:
         """Return the joules since `start` and their source; (None, "") if any reading failed."""
-        if self._thread is None:
+        if not self._thread.stop():
             return None, ""
-        self._end()
         self._sample()
         return (None, "") if self._joules is None else (self._joules, self.source)
-
-    def _end(self) -> None:
-        if self._thread is not None:
-            self._done.set()
-            self._thread.join()
-            self._thread = None
-
-    def _run(self) -> None:
-        while not self._done.wait(self._period_s):
-            self._sample()
 
     def _sample(self) -> None:
         """Update the sum; a failed reading makes it unknown for good instead of too small."""
         probe = self._probe
         if probe is None or self._joules is None:
             return
-        if isinstance(probe, _Rapl):
+        if probe.joules is not None:
             total = probe.joules()
             if self._start_j is None:
                 self._start_j = total
@@ -352,45 +339,32 @@ class Sensors:
         vcgencmd: str | None = None,
         power_watts: float | None = None,
     ) -> None:
-        self._period_s = period_s
         self._firmware = find_vcgencmd(vcgencmd, root)
         self._temperatures, self.limit_c = _temperature_files(root)
         self._clocks = sorted(root.glob("sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq"))
         self._power: PowerProbe | None = find_probe(root=root, vcgencmd=vcgencmd, power_watts=power_watts)[0]
         self._bits = _throttle_source(self._firmware, root)
         self._readings: deque[Reading] = deque(maxlen=_MAX_READINGS)
-        self._done = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = _Periodic(self._read, period_s)
         self._begin = 0.0
         self.bits_before: int | None = None
         self.bits_after: int | None = None
 
     def __enter__(self) -> Sensors:
         self._readings.clear()
-        self._done.clear()
         self._begin = time.monotonic()
         self.bits_before = self.bits_after = self._bits()
         self._read()
-        self._thread = threading.Thread(target=self._run, name="sensors", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._done.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._thread.stop()
         self.bits_after = self._bits()
 
     def readings(self) -> tuple[Reading, ...]:
         """Return the readings so far, in order, at most those of the last two hours."""
         return tuple(self._readings)
-
-    def _run(self) -> None:
-        due = time.monotonic() + self._period_s
-        while not self._done.wait(max(0.0, due - time.monotonic())):
-            self._read()
-            due = max(due + self._period_s, time.monotonic())
 
     def _read(self) -> None:
         t_s = time.monotonic() - self._begin
