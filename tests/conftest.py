@@ -158,26 +158,16 @@ def export_folder(make_gguf: Make, tmp_path: Path) -> Path:
         ok = not name.endswith(".rejected")
         state = {"status": "ok"} if ok else {"status": "rejected", "reason": "kl mean"}
         sums = {key: value for key, value in vars(checksums_of(path)).items() if key != "tensor_bytes"}
-        artifacts.append(
-            tiny.artifact(
-                "Q8_0" if ok else "Q4_K_M",
-                **sums | state | {"file": name},
-                fidelity=Fidelity(passed=ok, runtime="llama_cpp 0.3.36", metrics=tiny.metrics()),
-                accuracy=tiny.accuracy(
-                    32, difference=-0.1, difference_low=-0.2, difference_high=0.0, p_value=0.1
-                ),
-            )
-        )
-    lineage = Lineage(
-        source="run",
-        task="home_intents",
-        method="arte",
-        seed=0,
-        base=Parent(name="HuggingFaceTB/SmolLM2-135M-Instruct", license="Apache-2.0"),
-        teacher=Parent(name="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", license="Apache-2.0"),
-        tuning=Tuning(method="full", data="arte", learning_rate=1e-4, epochs=2),
-        data=Data(file="train.jsonl", rows=32, sha256="da" * 32),
-    )
+        paired = {"difference": -0.1, "difference_low": -0.2, "difference_high": 0.0, "p_value": 0.1}
+        gate = {"fidelity": Fidelity(passed=ok, runtime="llama_cpp 0.3.36", metrics=tiny.metrics())}
+        gate |= {"accuracy": tiny.accuracy(32, **paired), "file": name}
+        artifacts.append(tiny.artifact("Q8_0" if ok else "Q4_K_M", **sums, **state, **gate))
+    known = {"source": "run", "task": "home_intents", "method": "arte", "seed": 0}
+    base = Parent(name="HuggingFaceTB/SmolLM2-135M-Instruct", license="Apache-2.0")
+    teacher = Parent(name="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", license="Apache-2.0")
+    tuning = Tuning(method="full", data="arte", learning_rate=1e-4, epochs=2)
+    data = Data(file="train.jsonl", rows=32, sha256="da" * 32)
+    lineage = Lineage(**known, base=base, teacher=teacher, tuning=tuning, data=data)
     own = tiny.accuracy(36)
     document = tiny.student_file(*artifacts, name="tiny", lineage=lineage, student_accuracy=own)
     write_student(folder, document)

@@ -78,10 +78,12 @@ def test_what_is_not_finite_is_rejected_by_name(dtype: str, value: float) -> Non
             encode(block, dtype, "blk.0")
 
 
-def test_numbers_that_gguf_has_no_plain_form_of_are_refused(tmp_path: Path) -> None:
+def test_unknown_and_missing_tensors_are_rejected(tmp_path: Path) -> None:
     save(tmp_path, packed=np.zeros((4, 4), dtype=np.uint8))
     with pytest.raises(InputError, match="packed is U8"):
         read_weights(tmp_path)
+    with pytest.raises(InputError, match="no tensors"):
+        weights_dtype(write_safetensors(tmp_path, {}))
 
 
 @given(st.binary(max_size=200), st.booleans())
@@ -118,11 +120,6 @@ def test_a_checkpoint_in_four_bits_is_rejected(tmp_path: Path) -> None:
 
 def test_a_sixteen_bit_checkpoint_passes(tmp_path: Path) -> None:
     reject_quantized(write_safetensors(tmp_path, {"a": ("F16", [2, 2])}), "the checkpoint")
-
-
-def test_an_empty_checkpoint_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no tensors"):
-        weights_dtype(write_safetensors(tmp_path, {}))
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]"])

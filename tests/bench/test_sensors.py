@@ -197,10 +197,15 @@ def readings(*values: tuple[float | None, float | None, int | None]) -> list[Rea
 COOL = readings(*[(50.0, 2400.0, 0)] * 8)
 
 
-def test_a_machine_that_tells_nothing_is_not_judged() -> None:
+def test_nothing_is_said_of_a_machine_that_tells_nothing_and_old_events() -> None:
     assert judge(None, [], None) == (None, "")
     assert judge(None, readings(*[(None, None, None)] * 8), None) == (None, "")
     assert judge(None, readings(*[(60.0, None, None)] * 8), None) == (None, "")  # it takes a clock
+    assert judge(0, COOL, 0) == (False, "")
+    assert judge(0x50000, COOL, 0x50000) == (False, "")
+    assert judge(0x50000, COOL, 0xD0000)[0] is True
+    reason = judge(0, readings((85.0, 1500.0, 0x5)), 0x50000)[1]
+    assert "under-voltage" in reason and "too hot" in reason
 
 
 BITS = {0x1: "under-voltage: use the official power supply", 0x2: "clock capped", 0x4: "too hot"}
@@ -213,17 +218,6 @@ def test_each_bit_is_explained(bit: int, words: str) -> None:
     assert throttled is True and words in reason
     throttled, reason = judge(0, COOL, bit << 16)  # between two readings: only the sticky bit saw it
     assert throttled is True and words in reason
-
-
-def test_what_happened_before_the_test_does_not_count_against_it() -> None:
-    assert judge(0, COOL, 0) == (False, "")
-    assert judge(0x50000, COOL, 0x50000) == (False, "")
-    assert judge(0x50000, COOL, 0xD0000)[0] is True
-
-
-def test_several_reasons_are_all_named() -> None:
-    reason = judge(0, readings((85.0, 1500.0, 0x5)), 0x50000)[1]
-    assert "under-voltage" in reason and "too hot" in reason
 
 
 def test_a_clock_that_falls_in_the_heat_is_throttling_even_without_bits() -> None:
@@ -265,8 +259,9 @@ def test_the_peak_stays_after_the_memory_is_given_back() -> None:
     assert peak_rss_bytes() >= peak - MB
 
 
-def test_without_proc_the_system_call_says_about_the_same(tmp_path: Path) -> None:
+def test_other_systems_answer_about_the_same_or_nothing(tmp_path: Path) -> None:
     assert 0.5 < peak_rss_bytes(tmp_path) / peak_rss_bytes() < 2
+    assert mapped_bytes([tmp_path], proc=tmp_path) is None
 
 
 @linux
@@ -293,7 +288,3 @@ def test_only_the_pages_of_the_models_files_that_were_read_count(tmp_path: Path)
         assert mapped_bytes([other]) == 0
         (tmp_path / "link.gguf").symlink_to(model)
         assert mapped_bytes([tmp_path / "link.gguf"]) == 8 * MB
-
-
-def test_a_system_without_smaps_does_not_tell(tmp_path: Path) -> None:
-    assert mapped_bytes([tmp_path], proc=tmp_path) is None

@@ -9,6 +9,8 @@ from tiny import Capture, Make, Patch
 
 from arte_edge import catalog
 from arte_edge.cli.main import main
+from arte_edge.device.ssh import environment, workdir
+from arte_edge.device.ssh.environment import Finding, Report
 
 
 def run_json(capsys: Capture, *argv: str) -> Any:
@@ -54,11 +56,7 @@ def test_show_with_a_model_says_if_it_fits_and_how_fast_it_should_be(capsys: Cap
     assert told["model"]["n_layer"] == 2
     assert main(["devices", "show", "orange-pi-5", "--model", str(model), "--context", "64"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert (
-        "keys and values of 64 tokens" in printed
-        and "tokens/s (assumed:" in printed
-        and "34.0 GB/s" in printed
-    )
+    assert all(part in printed for part in ("of 64 tokens", "tokens/s (assumed:", "34.0 GB/s"))
 
 
 def test_detect_describes_this_machine(capsys: Capture, model_cache: Path) -> None:
@@ -107,13 +105,8 @@ def test_bad_input_ends_with_2_and_says_what_to_do(
 
 
 def test_check_prints_findings_and_fails(capsys: Capture, model_cache: Path, monkeypatch: Patch) -> None:
-    from arte_edge.device.ssh import environment, workdir
-    from arte_edge.device.ssh.environment import Finding, Report
-
-    found = (
-        Finding("ssh", "ok", "Linux aarch64"),
-        Finding("disk", "warning", "1 MB free", "A lot is needed."),
-    )
+    full = Finding("disk", "warning", "1 MB free", "A lot is needed.")
+    found = (Finding("ssh", "ok", "Linux aarch64"), full)
     monkeypatch.setattr(environment, "check", lambda profile: Report(profile.remote.host, found))
     monkeypatch.setattr(workdir, "clean", lambda profile: "/home/pi/.cache/arte-edge-device")
     assert main(["devices", "check", "pi@kitchen"]) == 0

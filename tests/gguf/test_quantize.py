@@ -127,9 +127,11 @@ def test_rows_that_256_does_not_divide_are_named_with_what_they_got(model: Make,
     assert report.bits_per_weight > 5.5  # far from the 4.5 of Q4_K
 
 
-def test_a_type_of_small_blocks_falls_back_only_for_the_output_matrix(model: Make, tmp_path: Path) -> None:
+def test_rows_that_do_not_fit_fall_back_and_are_named(model: Make, tmp_path: Path) -> None:
     report = quantize(model(96, 256), tmp_path / "out.gguf", "Q4_0")
     assert report.fallbacks == ("token_embd.weight: Q6_K -> Q8_0",)
+    report = quantize(model(96, 256), tmp_path / "out.gguf", "Q8_0", overrides={"attn_v": "Q6_K"})
+    assert report.fallbacks == tuple(f"blk.{i}.attn_v.weight: Q6_K -> Q8_0" for i in range(N_LAYER))
 
 
 def test_a_matrix_moves_the_rounding_to_other_columns(model: Make, matrix: Make, tmp_path: Path) -> None:
@@ -172,11 +174,6 @@ def test_overrides_reach_the_tensors_they_name(model: Make, tmp_path: Path) -> N
     assert types["token_embd.weight"] == "Q5_K"
 
 
-def test_an_override_that_does_not_fit_falls_back_and_says_so(model: Make, tmp_path: Path) -> None:
-    report = quantize(model(96, 256), tmp_path / "out.gguf", "Q8_0", overrides={"attn_v": "Q6_K"})
-    assert report.fallbacks == tuple(f"blk.{i}.attn_v.weight: Q6_K -> Q8_0" for i in range(N_LAYER))
-
-
 @pytest.mark.parametrize(
     ("kind", "overrides", "message"),
     [
@@ -196,12 +193,9 @@ def test_a_wrong_request_is_rejected_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_matrix_of_another_model_is_rejected(model: Make, matrix: Make, tmp_path: Path) -> None:
+def test_other_matrices_and_quantized_sources_are_rejected(model: Make, matrix: Make, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="columns for blk"):
         quantize(model(), tmp_path / "out.gguf", "Q4_K_M", imatrix=matrix(96, 256))
-
-
-def test_a_quantized_source_is_rejected(model: Make, tmp_path: Path) -> None:
     quantize(model(), tmp_path / "q8.gguf", "Q8_0")
     with pytest.raises(InputError, match="quantized already"):
         quantize(tmp_path / "q8.gguf", tmp_path / "out.gguf", "Q4_0")
@@ -232,11 +226,10 @@ def test_the_number_of_threads_does_not_change_a_byte(model: Make, matrix: Make,
     assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "2.gguf").read_bytes()
 
 
-def test_q4_0_of_a_small_model_is_warned_of(model: Make, tmp_path: Path) -> None:
+def test_q4_0_of_a_small_model_has_a_warning_and_nothing_is_printed(
+    model: Make, tmp_path: Path, capfd: Capture
+) -> None:
     (warning,) = quantize(model(), tmp_path / "out.gguf", "Q4_0").warnings
     assert "Q4_0" in warning and "%" in warning
-
-
-def test_nothing_is_printed(model: Make, tmp_path: Path, capfd: Capture) -> None:
     quantize(model(96, 256), tmp_path / "out.gguf", "Q4_K_M")
     assert capfd.readouterr() == ("", "")

@@ -231,20 +231,12 @@ def _tiny_checkpoint(folder: Path, family: str = "llama", adds_bos: bool = False
     inner = tiny.bpe([_CORPUS] * 4, specials, 160, begin="<s>" if adds_bos else "", alphabet=alphabet)
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer = tiny.chat_tokenizer(inner, template, bos_token="<s>", eos_token="</s>")
-    return tiny.save_checkpoint(
-        folder,
-        tokenizer,
-        family,
-        dtype="float32",
-        hidden_size=32,
-        intermediate_size=64,
-        max_position_embeddings=256,
-        initializer_range=0.4,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-        **({"sliding_window": 12} if family == "mistral" else {}),
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 256}
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos")}
+    more = {"initializer_range": 0.4, "pad_token_id": None} | (
+        {"sliding_window": 12} if family == "mistral" else {}
     )
+    return tiny.save_checkpoint(folder, tokenizer, family, dtype="float32", **sizes, **ids, **more)
 
 
 @pytest.fixture

@@ -24,16 +24,12 @@ class Sleeper:
     def __init__(self, seconds: float) -> None:
         self.seconds, self.closed, self.prompts = seconds, False, 0
 
-    def choose_each(self, prompts: list[str], choices: list[list[str]]) -> list[Any]:
-        assert len(prompts) == len(choices)
-        self.prompts += len(prompts)
-        time.sleep(self.seconds)
-        return []
-
-    def complete(self, requests: list[Any], sampling: Any) -> list[Any]:
+    def complete(self, requests: list[Any], _: Any) -> list[Any]:
         self.prompts += len(requests)
         time.sleep(self.seconds)
         return []
+
+    choose_each = complete
 
     def close(self) -> None:
         self.closed = True

@@ -5,20 +5,10 @@ from hypothesis import strategies as st
 from arte_edge.runtimes.choice_scoring import spans
 
 
-def test_one_token_choices_count_that_token():
+def test_the_tokens_that_count():
     assert spans([[1, 2, 8], [1, 2, 9]], [1, 2]) == [(2, 3), (2, 3)]
-
-
-def test_what_is_before_the_parting_and_after_standing_alone_does_not_count():
     assert spans([list("Q(A)"), list("Q(B)")], list("Q")) == [(2, 3), (2, 3)]
-
-
-def test_a_seam_inside_a_token_is_before_the_choice():
-    # The prompt "a b" becomes "a", "bT" or "a", "bF" together with the choices.
     assert spans([["a", "bT"], ["a", "bF"]], ["a", "b"]) == [(1, 2), (1, 2)]
-
-
-def test_one_choice_counts_all_its_tokens():
     assert spans([[1, 2, 3, 4]], [1, 2]) == [(2, 4)]
 
 

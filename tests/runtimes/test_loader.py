@@ -78,17 +78,13 @@ def test_more_than_the_context_is_refused_and_not_a_crash(bench_gguf: Path) -> N
 def test_a_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     words = tiny.chat_tokenizer(tiny.word_tokenizer([str(i) for i in range(96)], unk="0"), eos_token="1")
-    tiny.save_checkpoint(
-        tmp_path,
-        words,
-        seed=3,
-        dtype="float32",
-        hidden_size=32,
-        intermediate_size=48,
-        num_key_value_heads=4,
-        initializer_range=0.4,
-        max_position_embeddings=128,
-    )
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 128,
+    }
+    tiny.save_checkpoint(tmp_path, words, seed=3, dtype="float32", initializer_range=0.4, **sizes)
     whole, stepped, again, other, name, _ = check(tmp_path, "auto")
     assert whole == stepped == again and set(other) != {whole}
     assert name.startswith("transformers ")

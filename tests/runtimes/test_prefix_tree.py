@@ -43,18 +43,12 @@ def test_prompts_of_one_draft_come_together_whatever_their_order() -> None:
     assert [i for i, _ in plan] == [0, 2, 4, 6, 1, 3, 5, 7]
 
 
-def test_equal_lists_keep_a_token_each() -> None:
+def test_what_is_shared_and_what_is_not() -> None:
     plan = grown([list(range(50))] * 4)
     assert all(prefix is not None and prefix.end == 49 for _, prefix in plan)
-
-
-def test_too_little_is_not_shared() -> None:
     assert all(prefix is None for _, prefix in grown([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]))
     assert all(prefix is None for _, prefix in grown([[*range(12), 1], [*range(12), 2]]))  # saves 12 rows
     assert grown([[1] * 100]) == [(0, None)]
-
-
-def test_no_more_is_shared_than_is_allowed() -> None:
     lists = [list(range(60)), list(range(60)), list(range(60))]
     assert all(prefix is not None and prefix.end == 40 for _, prefix in group_by_prefix(lists, [59, 40, 50]))
 

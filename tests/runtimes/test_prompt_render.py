@@ -28,16 +28,10 @@ def rendered(template: str | None, *messages: Any, prefill: str = "", plain: boo
     return render(cast(Engine, Templated(template)), messages, prefill, plain=plain)
 
 
-def test_a_model_without_a_template_gets_plain_text() -> None:
+def test_a_model_gets_its_own_template_if_it_has_one_and_then_the_prefill() -> None:
     assert rendered(None, SYSTEM, USER, prefill="So") == "Be brief.\n\nHello <b> é\nSo"
-
-
-def test_a_model_with_a_template_gets_its_own_and_then_the_prefill() -> None:
     text = rendered(CHATML, SYSTEM, USER, prefill="So")
     assert text == "<|system|>Be brief.</s><|user|>Hello <b> é</s><|assistant|>So"
-
-
-def test_plain_leaves_the_template_aside() -> None:
     assert rendered(CHATML, USER, plain=True) == "Hello <b> é\n"
 
 
@@ -55,35 +49,23 @@ def test_a_template_that_refuses_a_system_role_has_its_text_in_the_first_turn() 
     assert rendered(template, SYSTEM, USER) == "<|user|>Be brief.\n\nHello <b> é</s><|assistant|>"
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for %}",
-        "{{ messages[0].nope.nope }}",
-        "{{ raise_exception('never') }}",
-        "{{ 1 // 0 }}",
-        "{{ messages + 1 }}",
-        "{% for i in range(10 ** 9) %}{% endfor %}",
-        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    ],
+BROKEN = (
+    *("{% for %}", "{{ messages[0].nope.nope }}", "{{ raise_exception('never') }}", "{{ 1 // 0 }}"),
+    *("{{ messages + 1 }}", "{% for i in range(10 ** 9) %}{% endfor %}"),
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
 )
-def test_a_template_that_does_not_render_is_an_input_error(template: str) -> None:
-    with pytest.raises(InputError, match="chat template does not render") as caught:
+ESCAPES = (
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.append({'role': 'user', 'content': 'x'}) }}",
+    "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+)
+
+
+@pytest.mark.parametrize("template", BROKEN + ESCAPES)
+def test_a_broken_template_is_an_input_error_and_none_leaves_its_sandbox(template: str) -> None:
+    with pytest.raises(InputError, match="does not render") as caught:
         rendered(template, USER)
     assert "template = 'none'" in caught.value.hint
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append({'role': 'user', 'content': 'x'}) }}",
-        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
-    ],
-)
-def test_a_template_cannot_leave_its_sandbox(template: str) -> None:
-    with pytest.raises(InputError, match="does not render"):
-        rendered(template, USER)
 
 
 def test_a_prompt_does_not_change_at_midnight() -> None:

@@ -27,16 +27,10 @@ def test_temperature_0_is_the_most_likely_token_and_draws_nothing() -> None:
     assert rng.bit_generator.state == before
 
 
-def test_temperature_1_draws_from_the_distribution_itself() -> None:
+def test_temperatures_and_top_p() -> None:
     assert frequencies(Sampling(temperature=1.0)) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
-
-
-def test_temperature_2_takes_the_root_of_the_weights() -> None:
     weights = np.sqrt([0.5, 0.3, 0.15, 0.05])
     assert frequencies(Sampling(temperature=2.0)) == pytest.approx(weights / weights.sum(), abs=0.03)
-
-
-def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass() -> None:
     assert frequencies(Sampling(temperature=1.0, top_p=0.7)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert frequencies(Sampling(temperature=1.0, top_p=0.01))[0] == 1.0
 

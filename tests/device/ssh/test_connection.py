@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import Patch
 
 from arte_edge.device.ssh.connection import (
     ConnectionLost,
@@ -32,18 +33,15 @@ def test_what_runs_there_says_what_it_printed_and_not_what_a_login_script_says(d
         session.write_text(kept)
 
 
+WORDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
+
+
 def test_arguments_arrive_as_they_left(device: Any) -> None:
     @settings(max_examples=12)
-    @given(
-        st.lists(
-            st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12),
-            max_size=4,
-        )
-    )
+    @given(st.lists(WORDS, max_size=4))
     def check(words: list[str]) -> None:
-        assert ssh.run('for word in "$@"; do printf "%s\\001" "$word"; done', *words) == "".join(
-            f"{word}\1" for word in words
-        )
+        printed = ssh.run('for word in "$@"; do printf "%s\\001" "$word"; done', *words)
+        assert printed == "".join(f"{word}\1" for word in words)
 
     with device.ssh() as ssh:
         check()
@@ -128,10 +126,8 @@ def test_a_refused_login_says_how_to_give_a_key(device: Any) -> None:
 
 
 def test_a_name_that_nobody_has_is_no_lost_connection(tmp_path: Path) -> None:
-    with (
-        Ssh("nobody.invalid", config=os.devnull) as ssh,
-        pytest.raises(ArteError, match="unknown host") as error,
-    ):
+    ssh = Ssh("nobody.invalid", config=os.devnull)
+    with ssh, pytest.raises(ArteError, match="unknown host") as error:
         ssh.run("true")
     assert not isinstance(error.value, ConnectionLost)
 
@@ -162,7 +158,7 @@ def test_patience_waits_for_a_link_and_ends_with_what_to_do(device: Any) -> None
     assert "run the same command again to resume" in error.value.hint
 
 
-def test_progress_restores_the_patience() -> None:
+def test_progress_restores_the_patience(monkeypatch: Patch) -> None:
     patience, calls = ReconnectPolicy(lambda text: None), 0
 
     def step() -> str:
@@ -173,13 +169,8 @@ def test_progress_restores_the_patience() -> None:
             raise ConnectionLost("kitchen", "cut")
         return "done"
 
-    from arte_edge.device.ssh import connection as module
-
-    kept, module.WAITS_S = module.WAITS_S, (0.0,) * 5
-    try:
-        assert patience.retry(step) == "done"
-    finally:
-        module.WAITS_S = kept
+    monkeypatch.setattr("arte_edge.device.ssh.connection.WAITS_S", (0.0,) * 5)
+    assert patience.retry(step) == "done"
 
 
 @pytest.mark.parametrize("text", ["", "client_loop: send disconnect: Broken pipe", "Connection timed out"])

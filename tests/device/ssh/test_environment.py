@@ -22,10 +22,10 @@ from arte_edge import catalog
 from arte_edge.bench.remote import ENV_BYTES, check_disk
 from arte_edge.device.profiles import Remote, Runtimes
 from arte_edge.device.ssh import environment
-from arte_edge.device.ssh import environment as install_module
 from arte_edge.device.ssh.connection import ReconnectPolicy
 from arte_edge.device.ssh.environment import (
     Marker,
+    Plan,
     Platform,
     Site,
     env_bytes_missing,
@@ -42,50 +42,44 @@ from arte_edge.device.ssh.workdir import Probe, Python, parse, probe
 from arte_edge.errors import ArteError, InputError
 
 PYTHON = Python("/usr/bin/python3", (3, 11, 2), False, 64)
-PI = Probe(
-    work="/home/pi/.cache/arte-edge-device",
-    system="Linux",
-    machine="aarch64",
-    boot_id="b",
-    glibc_minor=36,
-    pythons=(PYTHON,),
-    can_compile=True,
-    memory_bytes=8 << 30,
-    available_bytes=7 << 30,
-    free_bytes=20_000_000_000,
-)
+SYSTEM = {"work": "/home/pi/.cache/arte-edge-device", "system": "Linux", "machine": "aarch64", "boot_id": "b"}
+BYTES = {"memory_bytes": 8 << 30, "available_bytes": 7 << 30, "free_bytes": 20_000_000_000}
+PI = Probe(**SYSTEM, **BYTES, glibc_minor=36, pythons=(PYTHON,), can_compile=True)
+BARE = dataclasses.replace(PI, can_compile=False)
+
+
+def chosen(pi: Probe = PI, *formats: str, runtimes: Runtimes = Runtimes(), **more: Any) -> Plan:  # noqa: B008
+    return plan(pi, formats or ["gguf"], runtimes, "kitchen", **more)
 
 
 def test_without_a_word_a_device_gets_the_prebuilt_runtime_and_hears_why() -> None:
-    found = plan(PI, ["gguf"], Runtimes(), "kitchen")
+    found = chosen()
     assert found.extras == ("xllamacpp",) and not found.compiles
     assert "--compile" in found.why
-    bare = dataclasses.replace(PI, can_compile=False)
-    assert "there is no compiler" in plan(bare, ["gguf"], Runtimes(), "kitchen").why
+    assert "there is no compiler" in chosen(BARE).why
 
 
 def test_a_llama_cpp_that_is_there_is_used() -> None:
     has = dataclasses.replace(PI, pythons=(dataclasses.replace(PYTHON, has_llama_cpp=True),))
-    found = plan(has, ["gguf", "onnx-genai"], Runtimes(), "kitchen")
+    found = chosen(has, "gguf", "onnx-genai")
     assert found.sees_system and found.extras == ("onnx",)
     assert "installed there already" in found.why
     prefers = Runtimes(gguf=("xllamacpp", "llama-cpp-python"))
-    assert plan(has, ["gguf"], prefers, "kitchen").extras == ("xllamacpp",)
+    assert chosen(has, runtimes=prefers).extras == ("xllamacpp",)
 
 
 def test_compiling_happens_only_when_asked_for_and_needs_a_compiler() -> None:
-    found = plan(PI, ["gguf"], Runtimes(), "kitchen", compile_there=True)
+    found = chosen(PI, compile_there=True)
     assert found.extras == ("gguf",) and found.compiles
-    bare = dataclasses.replace(PI, can_compile=False)
     with pytest.raises(InputError, match="no C and C\\+\\+ compiler") as error:
-        plan(bare, ["gguf"], Runtimes(), "kitchen", compile_there=True)
+        chosen(BARE, compile_there=True)
     assert "--compile" in error.value.hint
-    assert "earlier" in plan(bare, ["gguf"], Runtimes(), "kitchen", installed=["gguf"]).why
+    assert "earlier" in chosen(BARE, installed=["gguf"]).why
 
 
 @pytest.mark.parametrize("extras", [("xllamacpp",), ("onnx",), ("onnx", "xllamacpp")])
 def test_nothing_is_compiled_by_accident(extras: tuple[str, ...]) -> None:
-    found = dataclasses.replace(plan(PI, ["gguf"], Runtimes(), "kitchen"), extras=extras)
+    found = dataclasses.replace(chosen(), extras=extras)
     commands = install_commands(found, "/w/env", "/w/arte.whl", wheelhouse="/w/house")
     (pip,) = [words for words in commands if any(word.startswith("/w/arte.whl[") for word in words)]
     assert pip[pip.index("--only-binary") + 1] == ":all:"
@@ -96,7 +90,7 @@ def test_nothing_is_compiled_by_accident(extras: tuple[str, ...]) -> None:
 def test_a_32_bit_python_on_a_64_bit_kernel_is_found_out() -> None:
     odd = dataclasses.replace(PI, pythons=(dataclasses.replace(PYTHON, bits=32),))
     with pytest.raises(ArteError, match="32-bit Python"):
-        plan(odd, ["gguf"], Runtimes(), "kitchen")
+        chosen(odd)
 
 
 def test_pips_words_tell_a_missing_network_from_a_missing_package() -> None:
@@ -105,7 +99,7 @@ def test_pips_words_tell_a_missing_network_from_a_missing_package() -> None:
 
 
 def test_space_counts_what_is_not_there_yet() -> None:
-    found = plan(PI, ["gguf", "onnx"], Runtimes(), "kitchen")
+    found = chosen(PI, "gguf", "onnx")
     everything = env_bytes_missing(Marker(), found, ENV_BYTES)
     assert everything == ENV_BYTES[""] + ENV_BYTES["xllamacpp"] + ENV_BYTES["onnx"]
     assert env_bytes_missing(Marker("sum", ("xllamacpp",)), found, ENV_BYTES) == ENV_BYTES["onnx"]
@@ -145,8 +139,8 @@ def test_an_environment_is_made_once_from_copied_wheels_when_no_index_is_reached
     device: Any, tmp_path: Path, program: Callable[[str, str], Path], monkeypatch: Patch
 ) -> None:
     """The real pip there, without ensurepip and without a network; of what our wheel needs only one package."""
-    monkeypatch.setattr(install_module.Plan, "requirements", lambda self, wheel: [wheel, "tomlkit"])
-    real_fetch = install_module.fetch_wheels
+    monkeypatch.setattr(environment.Plan, "requirements", lambda self, wheel: [wheel, "tomlkit"])
+    real_fetch = environment.fetch_wheels
 
     def fetch(requirements: Any, target: Any, folder: Path) -> list[Path]:
         fetched.append(list(requirements))
@@ -157,8 +151,8 @@ def test_an_environment_is_made_once_from_copied_wheels_when_no_index_is_reached
         return [made[0], *([*line, "--no-deps"] for line in made[1:])]
 
     fetched: list[list[str]] = []
-    monkeypatch.setattr(install_module, "fetch_wheels", fetch)
-    monkeypatch.setattr(install_module, "install_commands", commands)
+    monkeypatch.setattr(environment, "fetch_wheels", fetch)
+    monkeypatch.setattr(environment, "install_commands", commands)
     # A Python as Debian without python3-venv has it, and an index that nobody answers for.
     no_index = "export PIP_CONFIG_FILE=/dev/null PIP_INDEX_URL=http://127.0.0.1:9/simple"
     no_pip = 'case "$*" in "-m venv /"*) echo "ensurepip is not available"; exit 1;; esac'
@@ -168,18 +162,17 @@ def test_an_environment_is_made_once_from_copied_wheels_when_no_index_is_reached
     with device.ssh() as ssh:
         found = probe(ssh, Remote(host="kitchen", python=str(python)))
         here = Python(str(python), found.pythons[0].version, False, 64)
-        chosen = plan(dataclasses.replace(found, pythons=(here,)), ["gguf"], Runtimes(), "kitchen")
+        made = chosen(dataclasses.replace(found, pythons=(here,)))
         site = Site(ssh, found, ReconnectPolicy(said.append), said.append)
         there = send_wheel(site, wheel)
-        path = install(site, chosen, wheel, there)
-        assert read_marker(ssh, f"{found.work}/{chosen.env_name}").extras == ("xllamacpp",)
+        path = install(site, made, wheel, there)
+        assert read_marker(ssh, f"{found.work}/{made.env_name}").extras == ("xllamacpp",)
         n_said = len(said)
-        assert install(site, chosen, wheel, there) == path
+        assert install(site, made, wheel, there) == path
         assert len(said) == n_said
     assert Path(path).is_file() and os.access(path, os.X_OK)
-    assert (
-        [len(words) for words in fetched] == [1, 2] and fetched[0] == ["pip"] and fetched[1][1] == "tomlkit"
-    )
+    assert [len(words) for words in fetched] == [1, 2]
+    assert fetched[0] == ["pip"] and fetched[1][1] == "tomlkit"
     assert any("no ensurepip" in line for line in said)
     assert any("no package index" in line for line in said)
     assert list(Path(path).parents[1].glob("lib/python3*/site-packages/tomlkit"))
@@ -232,10 +225,7 @@ def test_pip_takes_it_with_its_extras_and_without_torch(wheel: Path, tmp_path: P
 
 def test_platform_tags_are_those_that_the_device_would_accept() -> None:
     tags = Platform("aarch64", (3, 11), 19).platforms
-    assert tags == [
-        *("manylinux_2_19_aarch64", "manylinux_2_18_aarch64", "manylinux_2_17_aarch64"),
-        "manylinux2014_aarch64",
-    ]
+    assert tags == [f"manylinux{version}_aarch64" for version in ("_2_19", "_2_18", "_2_17", "2014")]
 
 
 def test_a_package_without_such_a_wheel_is_an_error_that_names_it(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -247,12 +237,7 @@ def test_a_package_without_such_a_wheel_is_an_error_that_names_it(tmp_path: Path
     assert "aarch64" in error.value.hint
 
 
-@pytest.mark.parametrize(
-    ("need", "expected"),
-    [
-        ("torch>=2.6", 'torch>=2.6 ; extra == "train"'),
-        ("a>=1 ; python_version < '3.12'", "a>=1 ; (python_version < '3.12') and extra == \"train\""),
-    ],
-)
-def test_a_requirement_of_an_extra_keeps_its_own_marker(need: str, expected: str) -> None:
-    assert environment._with_marker(need, "train") == expected
+def test_a_requirement_of_an_extra_keeps_its_own_marker() -> None:
+    assert environment._under("torch>=2.6", "train") == 'torch>=2.6 ; extra == "train"'
+    marked = environment._under("a>=1 ; python_version < '3.12'", "train")
+    assert marked == "a>=1 ; (python_version < '3.12') and extra == \"train\""

@@ -1,6 +1,8 @@
 """A job outlives the connection that began it, has the device for itself, and goes on where it was stopped."""
 
 import json
+import os
+import signal
 import sys
 import threading
 import time
@@ -12,7 +14,7 @@ import pytest
 from tiny import Patch
 
 from arte_edge.device.ssh import agent as job_module
-from arte_edge.device.ssh.connection import JobFailed, ReconnectPolicy, RemoteJob, Ssh
+from arte_edge.device.ssh.connection import ConnectionLost, JobFailed, ReconnectPolicy, RemoteJob, Ssh
 from arte_edge.errors import ArteError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -29,9 +31,12 @@ def rows(n: int, seconds: float = 0.0, code: int = 0) -> list[str]:
 
 def make(device: Any, ssh: Ssh, commands: Sequence[Sequence[str]], name: str = "one") -> RemoteJob:
     folder = f"{device.work}/jobs/{name}"
-    job = RemoteJob(ssh, folder, sys.executable, str(ROOT), ReconnectPolicy(lambda text: None))
+    job = RemoteJob(ssh, folder, sys.executable, str(ROOT), ReconnectPolicy(quiet))
     job.prepare(commands)
     return job
+
+
+def quiet(text: str) -> None: ...
 
 
 def numbers(lines: Sequence[str]) -> list[int]:
@@ -60,14 +65,12 @@ def test_a_connection_cut_in_the_middle_loses_no_row_and_doubles_none(device: An
             device.proxy.cut()
 
     with device.ssh() as ssh:
-        make(device, ssh, [rows(12, 0.1)]).run(take, lambda text: None)
+        make(device, ssh, [rows(12, 0.1)]).run(take, quiet)
     assert device.proxy.cuts == 1
     assert numbers(got) == list(range(12))
 
 
 def test_a_job_whose_caller_is_gone_for_good_is_joined_by_the_next(device: Any) -> None:
-    from arte_edge.device.ssh.connection import ConnectionLost
-
     first: list[str] = []
 
     def leave(line: str) -> None:
@@ -76,13 +79,13 @@ def test_a_job_whose_caller_is_gone_for_good_is_joined_by_the_next(device: Any) 
         device.proxy.cut()
 
     with device.ssh() as ssh, pytest.raises(ConnectionLost):
-        make(device, ssh, [rows(30, 0.1)]).run(leave, lambda text: None)
+        make(device, ssh, [rows(30, 0.1)]).run(leave, quiet)
     device.proxy.refuse = False
     got: list[str] = []
     with device.ssh() as ssh:
         job = RemoteJob(ssh, f"{device.work}/jobs/one", sys.executable, str(ROOT), ReconnectPolicy(print))
         assert job.is_prepared()
-        job.run(got.append, lambda text: None)
+        job.run(got.append, quiet)
     assert numbers(got) == list(range(30))
     assert len(first) >= 1
 
@@ -92,11 +95,11 @@ def test_a_failing_command_ends_the_job_with_its_last_words_and_is_run_again(dev
         job = make(device, ssh, [rows(1), rows(1, code=3), rows(9)])
         got: list[str] = []
         with pytest.raises(JobFailed, match=r"done measuring \(exit code 3\)"):
-            job.run(got.append, lambda text: None)
+            job.run(got.append, quiet)
         assert numbers(got) == [0, 0]
         job.prepare([rows(1), rows(2), rows(3)])
         again: list[str] = []
-        job.run(again.append, lambda text: None)
+        job.run(again.append, quiet)
     assert numbers(again) == [0, 0, 0, 1, 0, 1, 2]  # kept: first command, failed one; then the rest
 
 
@@ -106,21 +109,21 @@ def test_a_benchmark_goes_on_with_the_next_model_when_one_failed(device: Any) ->
         job = make(device, ssh, [])
         job.prepare([rows(1, code=1), rows(2)], keep_going=True)
         with pytest.raises(JobFailed, match="exit code 1"):
-            job.run(got.append, lambda text: None)
+            job.run(got.append, quiet)
     assert numbers(got) == [0, 0, 1]
 
 
 def test_two_jobs_never_run_at_once(device: Any) -> None:
     with device.ssh() as ssh, device.ssh() as other:
         slow = make(device, ssh, [rows(30, 0.1)])
-        thread = threading.Thread(target=lambda: slow.run(lambda line: None, lambda text: None))
+        thread = threading.Thread(target=lambda: slow.run(quiet, quiet))
         thread.start()
         while not (Path(slow.folder) / "out.jsonl").exists():
             time.sleep(0.05)
         with pytest.raises(ArteError, match="busy with another benchmark"):
-            make(device, other, [rows(1)], "two").run(lambda line: None, lambda text: None)
+            make(device, other, [rows(1)], "two").run(quiet, quiet)
         thread.join()
-        make(device, other, [rows(1)], "two").run(lambda line: None, lambda text: None)
+        make(device, other, [rows(1)], "two").run(quiet, quiet)
 
 
 def test_a_reboot_is_noticed_and_the_finished_part_is_kept(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -136,9 +139,6 @@ def test_a_reboot_is_noticed_and_the_finished_part_is_kept(tmp_path: Path, monke
             break
     # A reboot: every process is gone at once, the card keeps what was flushed, and the boot has a new name.
     pid = json.loads((tmp_path / "owner.json").read_text())["pid"]
-    import os
-    import signal
-
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     with (folder / "out.jsonl").open("ab") as file:
@@ -157,15 +157,12 @@ def test_a_reboot_is_noticed_and_the_finished_part_is_kept(tmp_path: Path, monke
 
 
 def test_a_kill_from_outside_is_told_from_a_reboot(device: Any) -> None:
-    import os
-    import signal
-
     def kill(line: str) -> None:
         pid = json.loads((device.work / "owner.json").read_text())["pid"]
         os.killpg(pid, signal.SIGKILL)
 
     with device.ssh() as ssh, pytest.raises(ArteError, match="killed there") as error:
-        make(device, ssh, [rows(300, 0.1)]).run(kill, lambda text: None)
+        make(device, ssh, [rows(300, 0.1)]).run(kill, quiet)
     assert "run the same command again to resume" in error.value.hint
 
 
@@ -184,7 +181,7 @@ def test_stopping_ends_the_job_with_its_children(device: Any) -> None:
             job.stop()
 
         with pytest.raises(ArteError, match="killed"):
-            job.run(stop, lambda text: None)
+            job.run(stop, quiet)
     status = Path(f"/proc/{pids[0]}/status")
     until = time.monotonic() + 5
     while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < until:

@@ -44,12 +44,9 @@ def test_only_what_is_named_changes(wanted: Any, replace: tuple[str, ...], old: 
     assert merge_head(split_card(HAND), wanted, replace=replace).text == HAND.replace(old, new)
 
 
-def test_a_card_without_a_head_gets_one_and_keeps_its_words() -> None:
+def test_a_card_gets_a_head_in_its_own_line_ends() -> None:
     card = merge_head(split_card("# Mine\r\n\r\nText"), {"license": "mit"})
     assert card.text == "---\r\nlicense: mit\r\n---\r\n# Mine\r\n\r\nText"
-
-
-def test_line_ends_and_a_byte_order_mark_stay() -> None:
     text = "\ufeff---\r\nlicense: mit\r\n---\r\nText\r\n"
     card = merge_head(split_card(text), {"tags": ["a", "b"]})
     assert card.text == "\ufeff---\r\nlicense: mit\r\ntags:\r\n- a\r\n- b\r\n---\r\nText\r\n"

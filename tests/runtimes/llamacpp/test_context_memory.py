@@ -16,13 +16,8 @@ from arte_edge.runtimes.llamacpp import context_memory as llama_layout
 from arte_edge.runtimes.llamacpp.autotune import CANDIDATES, layout_for
 from arte_edge.runtimes.llamacpp.context_memory import DEFAULT_LAYOUT, check_fits, context_bytes
 
-SIZES = {
-    "attention.head_count": 9,
-    "attention.head_count_kv": 3,
-    "block_count": 30,
-    "embedding_length": 576,
-    "feed_forward_length": 1536,
-}
+SIZES = {"attention.head_count": 9, "attention.head_count_kv": 3, "block_count": 30}
+SIZES |= {"embedding_length": 576, "feed_forward_length": 1536}
 
 
 @pytest.fixture
@@ -63,7 +58,6 @@ class TestMemory:
         pytest.importorskip("llama_cpp")
         from arte_edge.runtimes.llamacpp.bindings import LlamaContext, LlamaModel, Row
 
-        assert smollm2.gguf is not None
         model = LlamaModel(smollm2.gguf)
 
         def resident_bytes(n_seq: int) -> int:

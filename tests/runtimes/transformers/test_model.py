@@ -386,15 +386,14 @@ def test_every_row_is_in_one_batch_and_no_batch_is_too_large(rows, new_tokens, b
         assert size <= batch_tokens or len(batch) == 1
 
 
-def test_rows_of_long_prefixes_are_not_mixed():
+def test_rows_are_batched_by_long_prefixes():
     prefixes = [[k] * 300 for k in range(3)]
     rows = [[*prefixes[i % 3], 7, i] for i in range(30)]
     assert [{i % 3 for i in batch} for batch in plan(rows, 10, 10**6)] == [{0}, {1}, {2}]
-
-
-def test_rows_without_a_prefix_fill_one_batch():
     rows = [[i, *range(50)] for i in range(40)]
     assert len(plan(rows, 10, 10**6)) == 1
+    assert shared_prefix([[1, 2, 3, 4], [1, 2, 3, 5]]) == 0
+    assert shared_prefix([]) == shared_prefix([[1] * 50]) == 0
 
 
 @given(ROWS.map(lambda rows: [[5] * 8 + row for row in rows]))
@@ -403,8 +402,3 @@ def test_a_shared_prefix_is_shared_and_leaves_each_row_a_token(rows):
     assert all(row[:n] == rows[0][:n] and len(row) > n for row in rows)
     if n and all(len(row) > n + 1 for row in rows):
         assert len({row[n] for row in rows}) > 1, "it could be longer"
-
-
-def test_too_short_a_prefix_is_not_worth_sharing():
-    assert shared_prefix([[1, 2, 3, 4], [1, 2, 3, 5]]) == 0
-    assert shared_prefix([]) == shared_prefix([[1] * 50]) == 0
