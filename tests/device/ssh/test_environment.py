@@ -238,6 +238,6 @@ def test_a_package_without_such_a_wheel_is_an_error_that_names_it(tmp_path: Path
 
 
 def test_a_requirement_of_an_extra_keeps_its_own_marker() -> None:
-    assert environment._under("torch>=2.6", "train") == 'torch>=2.6 ; extra == "train"'
-    marked = environment._under("a>=1 ; python_version < '3.12'", "train")
+    assert environment._with_marker("torch>=2.6", "train") == 'torch>=2.6 ; extra == "train"'
+    marked = environment._with_marker("a>=1 ; python_version < '3.12'", "train")
     assert marked == "a>=1 ; (python_version < '3.12') and extra == \"train\""
