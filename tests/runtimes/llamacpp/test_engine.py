@@ -22,10 +22,6 @@ SHARED = "You are a helpful assistant who answers in one short and friendly sent
 PROMPTS = [f"{SHARED}Question: Tell me about {w}{end}\nAnswer:" for w in WORDS for end in (".", ", please.")]
 
 
-def complete_after(engine, prefix, suffixes, sampling):
-    return engine.complete([Request(prefix + suffix) for suffix in suffixes], sampling)
-
-
 @pytest.fixture(scope="module")
 def engine(smollm2: LocalModel) -> Iterator[LlamaCppEngine]:
     """One engine with fewer slots than prompts, so that slots are refilled.
@@ -54,12 +50,6 @@ class TestComplete:
         same = sum(a == b.text for a, b in zip(alone, together, strict=True))
         assert same >= 19, f"{same} of {len(PROMPTS)}"
         assert all(c.cached_tokens >= 10 and c.completion_tokens <= 12 for c in together)
-
-    def test_continue_shared_is_complete(self, engine: LlamaCppEngine) -> None:
-        sampling = Sampling(max_tokens=8)
-        suffixes = [prompt.removeprefix(SHARED) for prompt in PROMPTS[:5]]
-        shared = [c.text for c in complete_after(engine, SHARED, suffixes, sampling)]
-        assert shared == texts(engine, PROMPTS[:5], sampling)
 
     def test_a_sampled_text_is_its_requests_own(self, engine: LlamaCppEngine) -> None:
         sampling = Sampling(temperature=1.0, max_tokens=10, seed=3)
