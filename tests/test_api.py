@@ -74,13 +74,9 @@ def test_importing_costs_little_and_loads_no_runtime() -> None:
         "import sys, time; t = time.perf_counter(); import arte_edge as ae; s = time.perf_counter() - t\n"
         "print(s, [m for m in ('torch', 'numpy', 'transformers', 'pydantic', 'rich') if m in sys.modules])"
     )
-    best = min(
-        (
-            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-            for _ in range(3)
-        ),
-        key=lambda done: float(done.stdout.split()[0]),
-    )
+    command = [sys.executable, "-c", code]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT) for _ in range(3)]
+    best = min(runs, key=lambda done: float(done.stdout.split()[0]))
     seconds, loaded = best.stdout.split(maxsplit=1)
     assert float(seconds) < 0.1 and loaded.strip() == "[]"
 

@@ -127,6 +127,8 @@ def test_a_model_of_known_speed_is_measured_at_its_speed() -> None:
         timed = measure(NullDecoder(4096, 5.0), case(n_gen=40))
         steps = [b - a for times in timed.token_ns for a, b in pairwise(times)]
         best = max(best, 1e9 / statistics.median(steps))
+        if best > 0.95 * 200:
+            break
     assert 0.95 * 200 < best <= 200  # sleep wakes up late, never early
 
 

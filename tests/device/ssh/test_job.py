@@ -79,14 +79,14 @@ def test_a_job_whose_caller_is_gone_for_good_is_joined_by_the_next(device: Any) 
         device.proxy.cut()
 
     with device.ssh() as ssh, pytest.raises(ConnectionLost):
-        make(device, ssh, [rows(30, 0.1)]).run(leave, quiet)
+        make(device, ssh, [rows(12, 0.1)]).run(leave, quiet)
     device.proxy.refuse = False
     got: list[str] = []
     with device.ssh() as ssh:
         job = RemoteJob(ssh, f"{device.work}/jobs/one", sys.executable, str(ROOT), ReconnectPolicy(print))
         assert job.is_prepared()
         job.run(got.append, quiet)
-    assert numbers(got) == list(range(30))
+    assert numbers(got) == list(range(12))
     assert len(first) >= 1
 
 
@@ -115,7 +115,7 @@ def test_a_benchmark_goes_on_with_the_next_model_when_one_failed(device: Any) ->
 
 def test_two_jobs_never_run_at_once(device: Any) -> None:
     with device.ssh() as ssh, device.ssh() as other:
-        slow = make(device, ssh, [rows(30, 0.1)])
+        slow = make(device, ssh, [rows(12, 0.1)])
         thread = threading.Thread(target=lambda: slow.run(quiet, quiet))
         thread.start()
         while not (Path(slow.folder) / "out.jsonl").exists():

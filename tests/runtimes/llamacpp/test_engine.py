@@ -29,7 +29,6 @@ def engine(smollm2: LocalModel) -> Iterator[LlamaCppEngine]:
     With flash attention, whose rounding does not depend on the shape of a batch: these weights have four
     bits, and their products with rounded activations make much of little.
     """
-    assert smollm2.gguf is not None
     with Patch.context() as patch:
         patch.setattr(llamacpp, "layout_for", lambda *_: Layout(flash=True))
         engine = LlamaCppEngine(smollm2.gguf, sha256=smollm2.sha256, parallel=6)
