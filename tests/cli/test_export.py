@@ -81,16 +81,16 @@ def verb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def test_the_list_names_recipes_and_formats(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "--list"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for word in ("raspberry-pi-5", "browser-onnx", "Q4_K_M", "optimum-int8-arm64"):
-        assert word in said
+        assert word in printed
     assert main(["export", "--list", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert {row["name"] for row in document["recipes"]} >= {"laptop", "f16", "everything"}
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "printed"),
     [
         ([], "SOURCE"),
         (["x", "--gguf", "Q4_KM"], "Q4_K_M"),
@@ -100,10 +100,10 @@ def test_the_list_names_recipes_and_formats(capsys: pytest.CaptureFixture[str]) 
     ],
 )
 def test_what_the_user_got_wrong_ends_with_2(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str], model_cache: Path
+    words: list[str], printed: str, capsys: pytest.CaptureFixture[str], model_cache: Path
 ) -> None:
     assert main(["export", *words]) == 2
-    assert said in capsys.readouterr().err
+    assert printed in capsys.readouterr().err
 
 
 def test_all_accepted_ends_with_0_and_a_table_of_80_columns(
@@ -111,18 +111,18 @@ def test_all_accepted_ends_with_0_and_a_table_of_80_columns(
 ) -> None:
     labels = ("Q4_K_M", "Q8_0", "int4", "optimum-int8-avx512")
     assert verb("m", "-o", "out", artifacts=tuple(map(artifact, labels))) == 0
-    said = capsys.readouterr().out
-    table = [line for line in said.splitlines() if re.search(r"─|\bok\b|verdict", line)]
+    printed = capsys.readouterr().out
+    table = [line for line in printed.splitlines() if re.search(r"─|\bok\b|verdict", line)]
     assert len(table) == 2 + len(labels) and max(map(len, table)) <= 80
     for word in ("105.5 MB", "6.17", "0.0312", "93.1%", "28% (20–38)", "ok", "accuracy", "bits/w"):
-        assert word in said
+        assert word in printed
 
 
 def test_a_rejected_file_ends_with_3_and_says_why(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert verb("m", "-o", "out", artifacts=(artifact("Q8_0"), artifact("Q4_K_M", "rejected"))) == 3
-    said = capsys.readouterr()
-    assert "gibberish" in said.out
-    assert "Q4_K_M.gguf.rejected" in said.err
+    printed = capsys.readouterr()
+    assert "gibberish" in printed.out
+    assert "Q4_K_M.gguf.rejected" in printed.err
 
 
 def test_a_format_that_could_not_be_made_ends_with_its_own_code(
@@ -131,7 +131,7 @@ def test_a_format_that_could_not_be_made_ends_with_its_own_code(
     failure = Failure(format_of("optimum-fp32"), ArteError("no optimum here", "pip install it"))
     assert verb("m", "-o", "out", artifacts=(artifact("Q8_0"),), failures=(failure,)) == 1
     assert "pip install it" in capsys.readouterr().out
-    # A refused file weighs more than one that is missing.
+    # A rejected file weighs more than one that is missing.
     assert verb("m", "-o", "out", artifacts=(artifact("Q8_0", "rejected"),), failures=(failure,)) == 3
 
 
@@ -158,8 +158,8 @@ def test_a_dry_run_prints_sizes_and_memory_and_writes_nothing(
     monkeypatch.setattr("arte_edge.checkpoint.shapes_of", lambda path: shapes)
     words = ["export", "m", "--gguf", "Q4_K_M,F16", "--dry-run", "-o", str(tmp_path / "out")]
     assert main(words) == 0
-    said = capsys.readouterr().out
-    assert "m-Q4_K_M.gguf" in said and "Memory" in said
+    printed = capsys.readouterr().out
+    assert "m-Q4_K_M.gguf" in printed and "Memory" in printed
     assert main([*words, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert [row["quantization"] for row in plan["artifacts"]] == ["Q4_K_M", "F16"]

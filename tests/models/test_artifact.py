@@ -108,7 +108,7 @@ def test_one_changed_weight_changes_both(make_gguf: Callable[..., Path]) -> None
     assert after.tensor_sha256 != before.tensor_sha256 and after.sha256 != before.sha256
 
 
-def test_a_gguf_that_is_cut_short_is_refused(make_gguf: Callable[..., Path]) -> None:
+def test_a_gguf_that_is_cut_short_is_rejected(make_gguf: Callable[..., Path]) -> None:
     path = make_gguf()
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(InputError):
@@ -139,6 +139,6 @@ def test_a_model_without_external_data_is_its_own(tmp_path: Path) -> None:
     assert found.tensor_sha256 == hashlib.sha256(b"graph").hexdigest()
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no \.onnx"):
         checksums_of(tmp_path)

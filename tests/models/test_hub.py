@@ -1,4 +1,4 @@
-"""The Hub's own library against a small Hub of ours: resume, verification, quantizations, offline."""
+"""The Hub's own library against a local test Hub: resume, verification, quantizations, offline."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ Register = Callable[..., str]
 
 @dataclass
 class TinyHub:
-    """Repositories by id, what was asked of them, and one fault: a file whose first answer breaks off."""
+    """Repositories by id, the requests, and faults."""
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    asked: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
-    breaks_off: str = ""
-    lies_about: str = ""  # a file whose sum is announced wrong
-    refuses_with: str = ""  # an X-Error-Code for every question
+    requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
+    breaks_off: str = ""  # a file whose first download breaks off
+    wrong_sum_of: str = ""  # a file with a wrong checksum
+    error_code: str = ""  # the X-Error-Code of every answer
 
-    def files_got(self) -> list[str]:
+    def downloaded(self) -> list[str]:
         return [
-            path.rsplit("/", 1)[-1] for method, path, _ in self.asked if method == "GET" and "resolve" in path
+            path.rsplit("/", 1)[-1]
+            for method, path, _ in self.requests
+            if method == "GET" and "resolve" in path
         ]
 
     def sum_of(self, name: str, content: bytes) -> str:
-        return hashlib.sha256(content + (b"!" if name == self.lies_about else b"")).hexdigest()
+        return hashlib.sha256(content + (b"!" if name == self.wrong_sum_of else b"")).hexdigest()
 
 
 def _handler(hub: TinyHub) -> type[BaseHTTPRequestHandler]:
@@ -52,26 +54,26 @@ def _handler(hub: TinyHub) -> type[BaseHTTPRequestHandler]:
             if self.command != "HEAD":
                 self.wfile.write(content)
 
-        def _refuse(self, code: str) -> None:
+        def _reject(self, code: str) -> None:
             self._answer(403 if code == "GatedRepo" else 404, b"", {"X-Error-Code": code})
 
         def do_HEAD(self) -> None:
             self.do_GET()
 
         def do_GET(self) -> None:
-            hub.asked.append((self.command, self.path, self.headers.get("Range", "")))
+            hub.requests.append((self.command, self.path, self.headers.get("Range", "")))
             parts = self.path.partition("?")[0].strip("/").split("/")
             if parts == [""]:
                 return self._answer(200, b"", {})
-            if hub.refuses_with:
-                return self._refuse(hub.refuses_with)
+            if hub.error_code:
+                return self._reject(hub.error_code)
             id = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
             if id not in hub.repositories:
-                return self._refuse("RepoNotFound")
+                return self._reject("RepoNotFound")
             files = hub.repositories[id]
             if parts[0] == "api":
                 if parts[5] not in ("main", COMMIT):
-                    return self._refuse("RevisionNotFound")
+                    return self._reject("RevisionNotFound")
                 siblings = [
                     {
                         "rfilename": name,
@@ -84,7 +86,7 @@ def _handler(hub: TinyHub) -> type[BaseHTTPRequestHandler]:
                 return self._answer(200, body, {"Content-Type": "application/json"})
             name = "/".join(parts[4:])
             if name not in files:
-                return self._refuse("EntryNotFound")
+                return self._reject("EntryNotFound")
             return self._file(name, files[name])
 
         def _file(self, name: str, content: bytes) -> None:
@@ -138,17 +140,17 @@ def test_a_registered_model_comes_from_the_hub_first(
     assert model.sha256 == hashlib.sha256(gguf_bytes).hexdigest()
 
 
-def test_a_connection_that_breaks_off_is_gone_on_with(hub: TinyHub, gguf_bytes: bytes) -> None:
+def test_a_download_that_breaks_off_is_resumed(hub: TinyHub, gguf_bytes: bytes) -> None:
     content = gguf_bytes + bytes(25_000_000)  # the library keeps whole blocks of 10 MiB
     hub.repositories["me/it"] = {"it.gguf": content}
     hub.breaks_off = "it.gguf"
     model = resolve("me/it")
     assert model.gguf is not None and model.gguf.read_bytes() == content
-    ranges = [asked[2] for asked in hub.asked if asked[0] == "GET" and "resolve" in asked[1]]
+    ranges = [part for method, path, part in hub.requests if method == "GET" and "resolve" in path]
     assert ranges[0] == "" and ranges[-1].startswith("bytes="), ranges
 
 
-def test_wrong_bytes_of_the_hub_send_us_to_the_mirror(
+def test_wrong_bytes_of_the_hub_are_replaced_by_the_mirror_s(
     hub: TinyHub, register: Register, gguf_bytes: bytes, make_wheel: Callable[[str, bytes], Path]
 ) -> None:
     hub.repositories["me/it"] = {"it.gguf": b"?" * len(gguf_bytes)}
@@ -165,13 +167,13 @@ def test_a_quantization_is_picked_by_name(hub: TinyHub, gguf_bytes: bytes) -> No
     }
     model = resolve("me/it:Q4_K_M")
     assert model.gguf is not None and model.gguf.name == "it-q4_k_m.gguf"
-    assert (model.name, hub.files_got()) == ("me/it:Q4_K_M", ["it-q4_k_m.gguf"])
+    assert (model.name, hub.downloaded()) == ("me/it:Q4_K_M", ["it-q4_k_m.gguf"])
 
 
-@pytest.mark.parametrize(("ref", "said"), [("me/it", "holds 2 GGUF files"), ("me/it:Q9", "no GGUF 'Q9'")])
-def test_a_quantization_that_is_not_clear_lists_those_there_are(hub: TinyHub, ref: str, said: str) -> None:
+@pytest.mark.parametrize(("ref", "message"), [("me/it", "holds 2 GGUF files"), ("me/it:Q9", "no GGUF 'Q9'")])
+def test_an_ambiguous_quantization_lists_the_files(hub: TinyHub, ref: str, message: str) -> None:
     hub.repositories["me/it"] = {"it-Q4_0.gguf": b"a", "it-Q8_0.gguf": b"b"}
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         resolve(ref)
     assert "it-Q4_0.gguf" in caught.value.hint and "it-Q8_0.gguf" in caught.value.hint
 
@@ -198,51 +200,51 @@ def test_a_checkpoint_comes_without_pickles_and_code(hub: TinyHub) -> None:
     assert (model.quantization, model.gguf) == ("BF16", None)
 
 
-def test_a_checkpoint_of_which_one_file_is_wrong_does_not_appear(hub: TinyHub, model_cache: Path) -> None:
+def test_a_checkpoint_with_a_wrong_file_does_not_appear(hub: TinyHub, model_cache: Path) -> None:
     hub.repositories["me/it"] = dict(_CHECKPOINT)
-    hub.lies_about = "model.safetensors"
+    hub.wrong_sum_of = "model.safetensors"
     with pytest.raises(ArteError, match=r"model\.safetensors does not match its checksum"):
         resolve("me/it")
     assert not list((model_cache / "hub").rglob("*.safetensors"))
-    hub.lies_about = ""
+    hub.wrong_sum_of = ""
     assert resolve("me/it").folder
 
 
-def test_what_was_fetched_by_id_works_without_network(
+def test_a_downloaded_model_works_without_network(
     hub: TinyHub, monkeypatch: pytest.MonkeyPatch, closed_port: int
 ) -> None:
     hub.repositories["me/it"] = dict(_CHECKPOINT)
     first = resolve(f"me/it@{COMMIT}")
-    questions = len(hub.asked)
-    assert resolve(f"me/it@{COMMIT}") == first and len(hub.asked) == questions  # a commit never changes
+    n_requests = len(hub.requests)
+    assert resolve(f"me/it@{COMMIT}") == first and len(hub.requests) == n_requests  # a commit never changes
     branch = resolve("me/it")
     assert branch.folder == first.folder and branch.sha256 == first.sha256
     assert resolve("me/it", offline=True) == branch
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port}")
-    said: list[str] = []
-    assert resolve("me/it", progress=lambda step, *_: said.append(step)) == branch
-    assert any("cannot be reached" in step for step in said)
+    steps: list[str] = []
+    assert resolve("me/it", progress=lambda step, *_: steps.append(step)) == branch
+    assert any("cannot be reached" in step for step in steps)
 
 
 def test_offline_without_a_copy_names_the_command(hub: TinyHub) -> None:
     with pytest.raises(InputError, match="offline") as caught:
         resolve("me/it", offline=True)
     assert "arte-edge models pull me/it" in caught.value.hint
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize(
-    ("ref", "code", "said"),
+    ("ref", "code", "message"),
     [
         ("me/nothing", "", "no public repository me/nothing"),
         ("me/it@v9", "", "no revision 'v9'"),
         ("me/it", "GatedRepo", "is gated"),
     ],
 )
-def test_what_the_hub_refuses_is_said_plainly(hub: TinyHub, ref: str, code: str, said: str) -> None:
+def test_errors_of_the_hub_have_plain_messages(hub: TinyHub, ref: str, code: str, message: str) -> None:
     hub.repositories["me/it"] = dict(_CHECKPOINT)
-    hub.refuses_with = code
-    with pytest.raises(ArteError, match=said):
+    hub.error_code = code
+    with pytest.raises(ArteError, match=message):
         resolve(ref)
 
 

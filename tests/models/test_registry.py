@@ -60,7 +60,7 @@ def test_an_unknown_name_offers_the_nearest(model_cache: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said", "hint"),
+    ("text", "message", "hint"),
     [
         (_GOOD.replace("license", "licence"), "mine.licence", "license"),
         (_GOOD.replace('id = "me/mine"', 'id = "me/mine", revison = "x"'), "mine.hub.revison", "revision"),
@@ -79,10 +79,10 @@ def test_an_unknown_name_offers_the_nearest(model_cache: Path) -> None:
     ],
 )
 def test_a_mistake_in_the_users_file_is_named_with_its_place(
-    model_cache: Path, text: str, said: str, hint: str
+    model_cache: Path, text: str, message: str, hint: str
 ) -> None:
     _write(model_cache, text)
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         registry.entries()
     assert str(model_cache / "models.toml") in caught.value.message
     assert re.search(hint, caught.value.hint)

@@ -58,7 +58,7 @@ def test_a_checkpoints_identity_is_its_weights_shape_and_tokens(model_cache: Pat
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "an adapter, not a model"),
         ({"config.json": "{}", "pytorch_model.bin": ""}, "pickles"),
@@ -76,13 +76,13 @@ def test_a_checkpoints_identity_is_its_weights_shape_and_tokens(model_cache: Pat
     ],
 )
 def test_a_folder_that_is_no_model_is_named(
-    model_cache: Path, tmp_path: Path, files: dict[str, str], said: str
+    model_cache: Path, tmp_path: Path, files: dict[str, str], message: str
 ) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     for name, text in files.items():
         (folder / name).write_text(text)
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         resolve(str(folder))
     assert caught.value.hint
 
@@ -93,7 +93,7 @@ def test_a_path_that_is_not_there_is_never_taken_for_a_name(model_cache: Path, r
         resolve(ref)
 
 
-def test_a_cut_gguf_is_refused_before_a_runtime_sees_it(model_cache: Path, make_gguf: MakeGguf) -> None:
+def test_a_cut_gguf_is_rejected_before_a_runtime_sees_it(model_cache: Path, make_gguf: MakeGguf) -> None:
     path = make_gguf()
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(InputError, match="cut short"):
