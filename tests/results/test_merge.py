@@ -37,10 +37,11 @@ def test_a_rerun_replaces_its_own_entry_and_no_other(export_folder: Path) -> Non
     assert [(s.device, s.decode_tokens_per_s) for s in found] == [("raspberry-pi-5", 22.0), ("f" * 16, 5.0)]
 
 
-@pytest.mark.parametrize("change", [{"n_threads": 2}, {"runtime": "xllamacpp 1"}])
-def test_threads_and_runtimes_have_their_own_entries(export_folder: Path, change: dict[str, object]) -> None:
-    merged = merge_rows(export_folder, [speed_row(), speed_row(**change)])
-    assert len(speeds(merged)) == 2
+def test_threads_runtimes_and_depths_have_their_own_entries(export_folder: Path) -> None:
+    others = [speed_row(n_threads=2), speed_row(runtime="xllamacpp 1"), speed_row("tg128@d512", 15.0)]
+    found = speeds(merge_rows(export_folder, [speed_row(), *others]))
+    assert len(found) == 4
+    assert {(s.n_depth, s.decode_tokens_per_s) for s in found} == {(0, 20.0), (512, 15.0)}
 
 
 def test_a_throttled_rate_is_kept_and_marked_and_never_displaces_a_sound_one(export_folder: Path) -> None:
