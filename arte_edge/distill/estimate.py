@@ -35,7 +35,7 @@ from arte_edge.distill.prompts import (
     question_prefill,
     student_messages,
 )
-from arte_edge.distill.run_context import Run
+from arte_edge.distill.run_context import RunContext
 from arte_edge.errors import EngineError, InputError
 from arte_edge.extras import need
 from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
@@ -127,7 +127,7 @@ def dry_run(config: RunConfig, *, prices: Prices | None = None, as_json: bool = 
 
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
     with TemporaryDirectory(prefix="arte-edge-") as folder:
-        run = Run(config, task, Path(folder), Reporter(quiet=True))
+        run = RunContext(config, task, Path(folder), Reporter(quiet=True))
         try:
             check_teacher(config)
             if prices and not run.teacher_is_server:
@@ -234,7 +234,7 @@ def _calibrate(config: RunConfig, sizes: Sizes) -> Iterator[Work]:
             yield Work("calibrate", Call(who, "constrained", shots), items)
 
 
-def probe(run: Run, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], float]:
+def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], float]:
     """Return the mean lengths of each kind of call, and the valid drafts per prompt, from a few real calls.
 
     Raises:
@@ -265,7 +265,7 @@ def probe(run: Run, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], float]:
     return lengths, _drafts_per_prompt(run, answers[Call("teacher", "question")])
 
 
-def _answers(run: Run, engine: Engine, call: Call, sampling: Sampling) -> list[Completion]:
+def _answers(run: RunContext, engine: Engine, call: Call, sampling: Sampling) -> list[Completion]:
     prompts = _prompts(run, call)[:_PROBE_CALLS]
     answers = engine.complete([Request(prompt, i) for i, prompt in enumerate(prompts)], sampling)
     done = [answer for answer in answers if answer.finish != "error"]
@@ -274,7 +274,7 @@ def _answers(run: Run, engine: Engine, call: Call, sampling: Sampling) -> list[C
     return done
 
 
-def _lengths(run: Run, engine: Engine, call: Call) -> Lengths:
+def _lengths(run: RunContext, engine: Engine, call: Call) -> Lengths:
     prompts = _prompts(run, call)
     prompt = sum(engine.count_tokens(text) for text in prompts) / len(prompts)
     if call.what not in ("constrained", "vote"):
@@ -288,7 +288,7 @@ def _lengths(run: Run, engine: Engine, call: Call) -> Lengths:
     return Lengths(prompt, tokens / len(examples))
 
 
-def _prompts(run: Run, call: Call) -> list[str]:
+def _prompts(run: RunContext, call: Call) -> list[str]:
     """Return a few real prompts of a kind; the questions in them are validation examples."""
     config = run.config.teacher if call.who == "teacher" else run.config.student
     engine, task, elicit = run.engine(config), run.task, run.config.elicit
@@ -309,7 +309,7 @@ def _prompts(run: Run, call: Call) -> list[str]:
     return [run.render(engine, student_messages(task, e.input, shots), prefill, config) for e in examples]
 
 
-def _drafts_per_prompt(run: Run, answers: Sequence[Completion]) -> float:
+def _drafts_per_prompt(run: RunContext, answers: Sequence[Completion]) -> float:
     elicit, task = run.config.elicit, run.task
     known: tuple[Example, ...] = (*task.seed, *task.validation)
     near = NearDuplicates(elicit.rouge, (example.input for example in known))
@@ -324,7 +324,7 @@ def _drafts_per_prompt(run: Run, answers: Sequence[Completion]) -> float:
     return max(n_valid / len(answers), _FEWEST_DRAFTS)
 
 
-def _sizes(run: Run) -> Sizes:
+def _sizes(run: RunContext) -> Sizes:
     return Sizes(
         n_validation=len(run.task.validation),
         n_test=len(run.task.test_keys()),

@@ -24,7 +24,7 @@ from arte_edge.distill.prompts import (
     Shot,
     student_messages,
 )
-from arte_edge.distill.run_context import Run
+from arte_edge.distill.run_context import RunContext
 from arte_edge.runtimes.completion import Engine, Request, Sampling
 from arte_edge.tasks.answers import canonical, extract, matches
 from arte_edge.tasks.task import Example
@@ -55,7 +55,7 @@ class Predictions:
 
 
 def generated_answers(
-    run: Run,
+    run: RunContext,
     engine: Engine,
     config: ModelConfig,
     examples: Sequence[Example],
@@ -68,7 +68,7 @@ def generated_answers(
 
 
 def generated_answers_each(
-    run: Run,
+    run: RunContext,
     engine: Engine,
     config: ModelConfig,
     lists: Sequence[tuple[Sequence[Example], Sequence[Shot]]],
@@ -86,7 +86,7 @@ def generated_answers_each(
     return [_judge_texts(run, examples, [next(texts).text for _ in examples]) for examples, _ in lists]
 
 
-def teacher_answers(run: Run, examples: Sequence[Example]) -> Predictions:
+def teacher_answers(run: RunContext, examples: Sequence[Example]) -> Predictions:
     """Let the teacher answer with the prompt with which it generates training data."""
     teacher = run.config.teacher
     engine = run.engine(teacher)
@@ -97,7 +97,7 @@ def teacher_answers(run: Run, examples: Sequence[Example]) -> Predictions:
 
 
 def constrained_answers(
-    run: Run,
+    run: RunContext,
     engine: Engine,
     config: ModelConfig,
     examples: Sequence[Example],
@@ -122,7 +122,7 @@ def constrained_answers(
     return _judge(run, examples, [canonical(text, answer) for text in texts])
 
 
-def random_baseline(run: Run, examples: Sequence[Example]) -> float:
+def random_baseline(run: RunContext, examples: Sequence[Example]) -> float:
     """Return the accuracy of always giving the most frequent answer, or of guessing among the options."""
     top = Counter(example.target for example in examples).most_common(1)[0][1] / len(examples)
     if not run.task.answer.closed:
@@ -131,12 +131,12 @@ def random_baseline(run: Run, examples: Sequence[Example]) -> float:
     return max(top, guess)
 
 
-def _judge_texts(run: Run, examples: Sequence[Example], texts: Sequence[str]) -> Predictions:
+def _judge_texts(run: RunContext, examples: Sequence[Example], texts: Sequence[str]) -> Predictions:
     return _judge(run, examples, [extract(text, run.task.answer) for text in texts], texts)
 
 
 def _judge(
-    run: Run, examples: Sequence[Example], answers: list[str | None], texts: Sequence[str] = ()
+    run: RunContext, examples: Sequence[Example], answers: list[str | None], texts: Sequence[str] = ()
 ) -> Predictions:
     right = [
         matches(given, example.target, run.task.answer)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from arte_edge.console import Reporter
 from arte_edge.distill.config import RunConfig
-from arte_edge.distill.run_context import Run, Summary, open_folder, quantized_student
+from arte_edge.distill.run_context import RunContext, Summary, open_folder, quantized_student
 from arte_edge.extras import need
 from arte_edge.runtimes.completion import Engine
 from arte_edge.tasks.loaders import load_task
@@ -52,7 +52,7 @@ def run_pipeline(
     check_teacher(config)
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
     open_folder(config, folder, task, update=update)
-    run = Run(config, task, folder, reporter)
+    run = RunContext(config, task, folder, reporter)
     try:
         reporter.say(
             f"[bold]{task.name}[/]: {config.student.model} learns from {config.teacher.model} → {folder}"
@@ -72,7 +72,7 @@ def run_pipeline(
         run.close()
 
 
-def _prepare(run: Run, *, update: bool) -> None:
+def _prepare(run: RunContext, *, update: bool) -> None:
     """Decide the latency budget and make the file that scores: errors there come before any expensive step."""
     deploy, student = run.config.deploy, run.config.student
     if deploy.device:
@@ -87,7 +87,7 @@ def _prepare(run: Run, *, update: bool) -> None:
         quantized_student(run.local(student), kind)
 
 
-def run_budget(run: Run, *, update: bool) -> Budget:
+def run_budget(run: RunContext, *, update: bool) -> Budget:
     """Return the latency budget of a run with a ``[deploy]`` device, decided once."""
     from arte_edge.distill.latency import decide_budget
 
@@ -97,7 +97,7 @@ def run_budget(run: Run, *, update: bool) -> Budget:
     )
 
 
-def _prompt_tokens(run: Run) -> int:
+def _prompt_tokens(run: RunContext) -> int:
     """Return the length of a long prompt of the student, in its tokens: a percentile of the validation examples."""
     import numpy as np
 
@@ -115,7 +115,7 @@ def _prompt_tokens(run: Run) -> int:
     return math.ceil(float(np.percentile(counts, PROMPT_PERCENTILE)))
 
 
-def _data_teacher(run: Run, adapter: tuple[Path, str] | None) -> Engine:
+def _data_teacher(run: RunContext, adapter: tuple[Path, str] | None) -> Engine:
     """Return the teacher that generates the training data: aligned, or as it is."""
     if adapter is None:
         return run.engine(run.config.teacher)

@@ -1,6 +1,6 @@
 """What the stages of one run share: configuration, task, open engines, the store, the reporter.
 
-A stage opens its folder with `Run.stage` and reads top to bottom:
+A stage opens its folder with `RunContext.stage` and reads top to bottom:
 
     with run.stage("prefer", inputs, describe) as stage:
         if stage.todo:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OpenStage",
     "Row",
-    "Run",
+    "RunContext",
     "Summary",
     "f16_student",
     "open_folder",
@@ -81,7 +81,7 @@ class OpenStage(Stage):
         return files
 
 
-class Run:
+class RunContext:
     """One run in progress. Engines open when a stage first needs them and close with the run."""
 
     def __init__(self, config: RunConfig, task: Task, folder: Path, reporter: Reporter) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from arte_edge.console import Reporter
 from arte_edge.distill.config import build, parse_set
-from arte_edge.distill.run_context import Run, open_folder
+from arte_edge.distill.run_context import RunContext, open_folder
 from arte_edge.distill.stages.calibrate import calibrate
 from arte_edge.distill.stages.elicit import elicit
 from arte_edge.store import read_jsonl
@@ -43,7 +43,7 @@ def draft(name: str, folder: Path, questions: int, teacher: str, student: str) -
     task = load_task(name)
     folder.mkdir(parents=True, exist_ok=True)
     open_folder(config, folder, task, update=False)
-    run = Run(config, task, folder, Reporter(folder / "events.jsonl", as_json=False))
+    run = RunContext(config, task, folder, Reporter(folder / "events.jsonl", as_json=False))
     run.calls.group = 96  # a GPU takes more at once
     try:
         elicit(run)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from arte_edge.console import Reporter
 from arte_edge.distill.config import RunConfig
-from arte_edge.distill.run_context import Run
+from arte_edge.distill.run_context import RunContext
 from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.tasks.task import Answer, Example, Task, rows_sha256
@@ -134,8 +134,8 @@ class House:
         base = {"teacher": {"model": TEACHER}, "student": {"model": STUDENT}, "elicit": {"questions": 8}}
         return RunConfig.model_validate(base | tables)
 
-    def run(self, **tables: Any) -> Run:
-        return Run(
+    def run(self, **tables: Any) -> RunContext:
+        return RunContext(
             self.config(**tables), self.task, self.folder, Reporter(self.folder / "events.jsonl", quiet=True)
         )
 

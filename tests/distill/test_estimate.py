@@ -23,7 +23,7 @@ from arte_edge.distill.estimate import (
     probe,
     stage_work,
 )
-from arte_edge.distill.run_context import Run
+from arte_edge.distill.run_context import RunContext
 from arte_edge.errors import InputError
 from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.completion import Completion, Request, Sampling
@@ -166,14 +166,16 @@ class WordEngine:
 def engine(monkeypatch: pytest.MonkeyPatch, make_gguf: Callable[..., Path]) -> WordEngine:
     words = WordEngine()
     gguf = make_gguf(rows=1024)
-    monkeypatch.setattr(Run, "engine", lambda run, config: words)
-    monkeypatch.setattr(Run, "local", lambda run, config: LocalModel("m", "0" * 64, gguf, None, "Q8_0"))
+    monkeypatch.setattr(RunContext, "engine", lambda run, config: words)
+    monkeypatch.setattr(
+        RunContext, "local", lambda run, config: LocalModel("m", "0" * 64, gguf, None, "Q8_0")
+    )
     monkeypatch.setattr("arte_edge.distill.estimate.need", lambda extra, why: None)
     return words
 
 
 def test_the_probe_finds_the_lengths(engine: WordEngine, tmp_path: Path) -> None:
-    run = Run(RunConfig(), load_task("home_intents"), tmp_path, Reporter(quiet=True))
+    run = RunContext(RunConfig(), load_task("home_intents"), tmp_path, Reporter(quiet=True))
     calls = [Call("teacher", "rationale"), Call("student", "generated", 3), Call("student", "constrained", 1)]
     lengths, drafts_per_prompt = probe(run, calls)
     run.close()
@@ -256,7 +258,7 @@ def test_a_model_that_answers_nothing_is_an_error(
 
 def test_the_student_is_not_the_teacher(engine: WordEngine, tmp_path: Path) -> None:
     config = RunConfig(teacher=TeacherConfig(model="a", shots=8), student=ModelConfig(model="b"))
-    run = Run(config, load_task("home_intents"), tmp_path, Reporter(quiet=True))
+    run = RunContext(config, load_task("home_intents"), tmp_path, Reporter(quiet=True))
     calls = [Call("teacher", "rationale"), Call("student", "generated")]
     lengths, _ = probe(run, calls)
     run.close()

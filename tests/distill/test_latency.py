@@ -22,7 +22,7 @@ from arte_edge.distill.latency import (
     penalize_length,
 )
 from arte_edge.distill.pipeline import run_budget
-from arte_edge.distill.run_context import Run, quantized_student
+from arte_edge.distill.run_context import RunContext, quantized_student
 from arte_edge.distill.stages.calibrate import calibrate
 from arte_edge.distill.stages.check import check
 from arte_edge.distill.stages.elicit import elicit
@@ -47,7 +47,7 @@ RATES = Rates(20.0, 200.0, "measured", "llama_cpp, 4 threads")
 DEVICE = {"deploy": {"device": "raspberry-pi-5", "max_answer_seconds": 2.0}}
 
 
-def settle(run: Run, rates: Rates = RATES, *, update: bool = False) -> Budget:
+def settle(run: RunContext, rates: Rates = RATES, *, update: bool = False) -> Budget:
     """Decide the budget of a run whose device has these rates."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("arte_edge.distill.latency.device_rates", lambda deploy, student: rates)
@@ -89,8 +89,8 @@ def test_only_what_is_too_long_pays_and_longer_pays_more() -> None:
     assert penalize_length(-1.0, 90, 30, log=True) < penalize_length(-1.0, 60, 30, log=True)
 
 
-def start(house: Any, **tables: Any) -> Run:
-    run: Run = house.run(**{"check": {"examples": 20}, "calibrate": {"items": 20, "k": 8}, **tables})
+def start(house: Any, **tables: Any) -> RunContext:
+    run: RunContext = house.run(**{"check": {"examples": 20}, "calibrate": {"items": 20, "k": 8}, **tables})
     if run.config.deploy.device:
         run.budget = settle(run)
     return run

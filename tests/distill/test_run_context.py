@@ -10,7 +10,7 @@ import pytest
 import arte_edge.distill.run_context as run_module
 from arte_edge.console import Reporter
 from arte_edge.distill.config import build, load_toml
-from arte_edge.distill.run_context import Run, open_folder
+from arte_edge.distill.run_context import RunContext, open_folder
 from arte_edge.errors import InputError
 from arte_edge.models.resolve import LocalModel
 
@@ -56,7 +56,7 @@ def test_a_model_that_teaches_itself_is_decoded_as_each_whoever_comes_first(
     monkeypatch.setattr(run_module, "open_local", lambda model, **_: model.quantization)
     config = house.config(teacher={"model": smollm2.name}, student={"model": smollm2.name})
     monkeypatch.setattr(run_module, "resolve", lambda ref: smollm2)
-    run = Run(config, house.task, house.folder, Reporter(quiet=True))
+    run = RunContext(config, house.task, house.folder, Reporter(quiet=True))
     order = [config.teacher, config.student] if first == "teacher" else [config.student, config.teacher]
     opened = {type(model).__name__: run.engine(model) for model in order}
     assert opened == {"TeacherConfig": "Q4_1", "ModelConfig": "F16"}

@@ -17,7 +17,7 @@ from typing import Any
 
 from arte_edge.distill.config import Elicit, ModelConfig
 from arte_edge.distill.prompts import question_messages, question_prefill
-from arte_edge.distill.run_context import Run
+from arte_edge.distill.run_context import RunContext
 from arte_edge.errors import EngineError, StoppedEarly
 from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
 from arte_edge.tasks.answers import canonical
@@ -148,7 +148,7 @@ def parse_questions(text: str) -> list[tuple[str, str] | str]:
 
 
 def question_prompts(
-    run: Run, engine: Engine, config: ModelConfig, plan: QuestionPlan, first: int, n: int
+    run: RunContext, engine: Engine, config: ModelConfig, plan: QuestionPlan, first: int, n: int
 ) -> list[Request]:
     """Return prompts number `first` to ``first + n - 1``, each with its own sample of seeds or all with one."""
     requests = []
@@ -160,7 +160,9 @@ def question_prompts(
     return requests
 
 
-def draft_questions(run: Run, engine: Engine, config: ModelConfig, plan: QuestionPlan, what: str) -> Drafts:
+def draft_questions(
+    run: RunContext, engine: Engine, config: ModelConfig, plan: QuestionPlan, what: str
+) -> Drafts:
     """Draft until `plan.needed` valid questions exist.
 
     Raises:

@@ -41,7 +41,7 @@ from arte_edge.distill.prompts import (
     rationale_messages,
     teacher_shots,
 )
-from arte_edge.distill.run_context import Row, Run
+from arte_edge.distill.run_context import Row, RunContext
 from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
 from arte_edge.tasks.answers import comparable, extract
 from arte_edge.tasks.task import BOOLEANS, Answer, content_key
@@ -75,7 +75,7 @@ _CLAUSE = re.compile(r"[,;:.!?]\s+|[，；：。！？、]\s*|\n+")
 
 
 def rationale_prompt(
-    run: Run,
+    run: RunContext,
     engine: Engine,
     config: ModelConfig,
     question: str,
@@ -88,7 +88,7 @@ def rationale_prompt(
 
 
 def generate_rationales(
-    run: Run,
+    run: RunContext,
     engine: Engine,
     config: ModelConfig,
     questions: Sequence[Row],
@@ -115,7 +115,7 @@ def generate_rationales(
     ]
 
 
-def rationale_sampling(run: Run, engine: Engine, tokens: int) -> Sampling:
+def rationale_sampling(run: RunContext, engine: Engine, tokens: int) -> Sampling:
     """Return how rationales are decoded: greedily, the end constrained to the format if the engine can."""
     constrained = run.config.elicit.grammar and engine.supports_grammar
     grammar = rationale_grammar(run.task.answer, tokens) if constrained else None
@@ -123,7 +123,7 @@ def rationale_sampling(run: Run, engine: Engine, tokens: int) -> Sampling:
 
 
 def direct_votes(
-    run: Run, engine: Engine, config: ModelConfig, questions: Sequence[Row], what: str
+    run: RunContext, engine: Engine, config: ModelConfig, questions: Sequence[Row], what: str
 ) -> list[str | None]:
     """Return the teacher's direct few-shot answer to each question, None where the answer set is open.
 
@@ -149,7 +149,7 @@ def direct_votes(
     return found
 
 
-def rationale_row(run: Run, question: Row, technique: int, completion: Completion) -> Row:
+def rationale_row(run: RunContext, question: Row, technique: int, completion: Completion) -> Row:
     """Return the stored row of a rationale: see `generate_rationales`."""
     return {
         "question": question["id"],
@@ -162,7 +162,7 @@ def rationale_row(run: Run, question: Row, technique: int, completion: Completio
 
 
 def label_rows(
-    run: Run,
+    run: RunContext,
     questions: Sequence[Row],
     rationales: Sequence[Row],
     votes: Sequence[str | None],
@@ -284,7 +284,7 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def over_budget(run: Run, rationales: Iterable[Row]) -> list[Row]:
+def over_budget(run: RunContext, rationales: Iterable[Row]) -> list[Row]:
     """Return the rationales that the student could not generate in time, counted in its own tokens."""
     if run.budget is None:
         return []
@@ -292,7 +292,7 @@ def over_budget(run: Run, rationales: Iterable[Row]) -> list[Row]:
     return [row for row in rationales if not fits(row["text"])]
 
 
-def short_shots(run: Run, config: ModelConfig) -> list[Shot] | None:
+def short_shots(run: RunContext, config: ModelConfig) -> list[Shot] | None:
     """Return the teacher's few-shot examples shortened to the budget; None without one: the task's own.
 
     One that no shortening makes fit is left out.
@@ -318,7 +318,7 @@ def shortened(text: str, fits: Callable[[str], bool]) -> str | None:
 
 
 def resample(
-    run: Run,
+    run: RunContext,
     engine: Engine,
     config: ModelConfig,
     questions: Sequence[Row],
@@ -361,14 +361,14 @@ def resample(
     return found
 
 
-def _fits(run: Run) -> Callable[[str], bool]:
+def _fits(run: RunContext) -> Callable[[str], bool]:
     """Return a test whether the student could generate a text in time, counted in its own tokens."""
     assert run.budget is not None
     count, most = run.engine(run.config.student).count_tokens, run.budget.answer_tokens
     return lambda text: count(f" {text.strip()}") <= most
 
 
-def _short_enough(run: Run, rationales: Sequence[Row]) -> set[str]:
+def _short_enough(run: RunContext, rationales: Sequence[Row]) -> set[str]:
     """Return the questions that have a usable rationale which is short enough."""
     usable = [row for row in rationales if row["usable"]]
     long = {id(row) for row in over_budget(run, usable)}

@@ -35,7 +35,7 @@ from arte_edge.distill.preference.adaptive import (
     interleave_answers,
 )
 from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_PREFILL, Shot, student_messages
-from arte_edge.distill.run_context import Run, f16_student, quantized_student
+from arte_edge.distill.run_context import RunContext, f16_student, quantized_student
 from arte_edge.runtimes.autotune import Candidate, Workload, candidates_here, fastest_engine, may_measure
 from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.loader import is_server, open_local
@@ -98,7 +98,7 @@ def is_adaptive(config: Prefer, n_draft: int, n_item: int) -> bool:
 
 
 def score_drafts(
-    run: Run,
+    run: RunContext,
     engine: Engine,
     shots: Sequence[Shot],
     question: Sequence[str],
@@ -148,7 +148,7 @@ def score_drafts(
 
 
 def right_answer_scores(
-    run: Run, engine: Engine, shots: Sequence[Shot], examples: Sequence[Example]
+    run: RunContext, engine: Engine, shots: Sequence[Shot], examples: Sequence[Example]
 ) -> Floats:
     """Return the full grid of probabilities of the right answer ``[n_draft, n_item]``, for any kind of score.
 
@@ -171,7 +171,7 @@ def _means(values: Floats, adaptive: bool) -> Floats:
 
 
 def _measure(
-    run: Run,
+    run: RunContext,
     engine: Engine,
     shots: Sequence[Shot],
     examples: Sequence[Example],
@@ -324,7 +324,7 @@ def length_effect(score: Floats, tokens: Floats) -> Floats:
     return np.asarray(length * float((length * (score - score.mean())).sum()) / variation)
 
 
-def scoring_engine(run: Run, n_score: int) -> Engine:
+def scoring_engine(run: RunContext, n_score: int) -> Engine:
     """Return the open engine for `n_score` scores (one draft, one question each): the fastest that runs here.
 
     Scores rank drafts, and there are thousands of them, so they are computed where that is fastest, in

@@ -16,7 +16,7 @@ from arte_edge.distill.config import RunConfig
 from arte_edge.distill.generation.questions import parse_questions
 from arte_edge.distill.preference.dpo_pairs import draw_question_pairs, draw_rationale_pairs, length_report
 from arte_edge.distill.prompts import question_messages, question_prefill, rationale_messages, teacher_shots
-from arte_edge.distill.run_context import Row, Run, Summary
+from arte_edge.distill.run_context import Row, RunContext, Summary
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.common import DpoSettings, Lora
 from arte_edge.distill.train.dpo import train_dpo
@@ -44,7 +44,7 @@ def check_teacher(config: RunConfig) -> None:
         )
 
 
-def align(run: Run) -> tuple[Summary, Adapter]:
+def align(run: RunContext) -> tuple[Summary, Adapter]:
     """Write pairs.jsonl and the adapter; return the summary and the adapter as the teacher's engine loads it.
 
     Raises:
@@ -101,7 +101,7 @@ def align(run: Run) -> tuple[Summary, Adapter]:
     return stage.summary, (_adapter_path(run, run.folder / "align"), stage.summary["adapter_sha256"])
 
 
-def _pairs(run: Run) -> tuple[list[Row], int]:
+def _pairs(run: RunContext) -> tuple[list[Row], int]:
     """Return DPO pairs with their rendered prompts, and how many were dropped as ties."""
     config, elicit, seed = run.config.align, run.config.elicit, run.config.seed
     questions = run.read("prefer", "questions.jsonl")
@@ -135,11 +135,11 @@ def _pairs(run: Run) -> tuple[list[Row], int]:
     return mixed, question_ties + rationale_ties
 
 
-def _rendered(run: Run, engine: Engine, messages: list[Message], prefill: str = "") -> str:
+def _rendered(run: RunContext, engine: Engine, messages: list[Message], prefill: str = "") -> str:
     return run.render(engine, messages, prefill, run.config.teacher)
 
 
-def _settings(run: Run) -> DpoSettings:
+def _settings(run: RunContext) -> DpoSettings:
     config = run.config.align
     both = config.sft_weight > 0
     return DpoSettings(
@@ -156,7 +156,7 @@ def _settings(run: Run) -> DpoSettings:
     )
 
 
-def _probe(run: Run, adapter_dir: Path) -> ProbeResult:
+def _probe(run: RunContext, adapter_dir: Path) -> ProbeResult:
     """Check for model collapse: the teacher with the adapter so far generates a few held-out drafts."""
     config, elicit = run.config.align, run.config.elicit
     shown = min(elicit.shown, len(run.task.seed))
@@ -179,7 +179,7 @@ def _probe(run: Run, adapter_dir: Path) -> ProbeResult:
     return ProbeResult(len(valid) / len(drafts), sum(tokens) / len(tokens))
 
 
-def _open_with(run: Run, adapter_dir: Path, gguf: Path) -> Engine:
+def _open_with(run: RunContext, adapter_dir: Path, gguf: Path) -> Engine:
     model = run.local(run.config.teacher)
     return open_local(
         model,
@@ -191,7 +191,7 @@ def _open_with(run: Run, adapter_dir: Path, gguf: Path) -> Engine:
     )
 
 
-def _on_llamacpp(run: Run) -> bool:
+def _on_llamacpp(run: RunContext) -> bool:
     return run.local(run.config.teacher).gguf is not None and run.config.teacher.engine != "transformers"
 
 
@@ -203,11 +203,11 @@ def _converted(base: Path | None, adapter_dir: Path, out: Path) -> Adapter:
     return out, sha256_file(out)
 
 
-def _adapter_path(run: Run, folder: Path) -> Path:
+def _adapter_path(run: RunContext, folder: Path) -> Path:
     return folder / "adapter.gguf" if _on_llamacpp(run) else folder / "adapter"
 
 
-def _converted_adapter(run: Run, folder: Path) -> Adapter:
+def _converted_adapter(run: RunContext, folder: Path) -> Adapter:
     """Return the adapter in the form that the teacher's engine loads, with its sha256."""
     path = folder / "adapter"
     if _on_llamacpp(run):

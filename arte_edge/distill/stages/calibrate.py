@@ -17,13 +17,13 @@ from arte_edge.distill.config import ModelConfig
 from arte_edge.distill.evaluation import constrained_answers
 from arte_edge.distill.irt import fit_2pl, top_k
 from arte_edge.distill.prompts import Shot, answer_shots
-from arte_edge.distill.run_context import Run, Summary
+from arte_edge.distill.run_context import RunContext, Summary
 from arte_edge.runtimes.loader import is_server
 
 __all__ = ["calibrate"]
 
 
-def calibrate(run: Run) -> Summary:
+def calibrate(run: RunContext) -> Summary:
     """Write matrix.jsonl (one row per respondent) and preference_set.jsonl (one row per question)."""
     config = run.config.calibrate
     items = run.task.validation[: config.items]
@@ -73,14 +73,14 @@ def calibrate(run: Run) -> Summary:
     return stage.summary
 
 
-def _respondents(run: Run) -> list[ModelConfig]:
+def _respondents(run: RunContext) -> list[ModelConfig]:
     extra = [ModelConfig(model=name) for name in run.config.calibrate.models]
     # A server may not return log-probabilities; the students and extra models do the ranking then.
     teachers = [] if is_server(run.config.teacher.model) and run.task.answer.closed else [run.config.teacher]
     return [*teachers, run.config.student, *extra]
 
 
-def _shots(run: Run, n: int) -> list[Shot]:
+def _shots(run: RunContext, n: int) -> list[Shot]:
     """Return `n` seeds sampled for this number of shots, so that respondents differ in more than length."""
     seeds = list(run.task.seed)
     random.Random(f"{run.config.seed}/calibrate/{n}").shuffle(seeds)

@@ -15,7 +15,7 @@ from arte_edge.distill.evaluation import (
     random_baseline,
     teacher_answers,
 )
-from arte_edge.distill.run_context import Run, Summary
+from arte_edge.distill.run_context import RunContext, Summary
 from arte_edge.errors import InputError, StoppedEarly
 from arte_edge.stats import mcnemar, wilson
 
@@ -24,7 +24,7 @@ __all__ = ["check"]
 _FEWEST = 20  # below this an interval is wider than any difference worth knowing
 
 
-def check(run: Run, *, force: bool) -> Summary:
+def check(run: RunContext, *, force: bool) -> Summary:
     """Compare teacher and student on validation examples.
 
     Raises:
@@ -73,7 +73,7 @@ def check(run: Run, *, force: bool) -> Summary:
     return stage.summary
 
 
-def _inputs(run: Run) -> dict[str, Any]:
+def _inputs(run: RunContext) -> dict[str, Any]:
     return {
         "check": run.config.check.model_dump(mode="json"),
         "grammar": run.config.elicit.grammar,

@@ -9,13 +9,13 @@ from arte_edge.distill.generation.rationales import (
     label_rows,
     reject_repeated,
 )
-from arte_edge.distill.run_context import Run, Summary
+from arte_edge.distill.run_context import RunContext, Summary
 from arte_edge.errors import StoppedEarly
 
 __all__ = ["elicit"]
 
 
-def elicit(run: Run) -> Summary:
+def elicit(run: RunContext) -> Summary:
     """Write questions.jsonl, rejected.jsonl and rationales.jsonl.
 
     Raises:

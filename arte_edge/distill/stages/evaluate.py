@@ -22,7 +22,7 @@ from arte_edge.distill.evaluation import (
     teacher_answers,
 )
 from arte_edge.distill.prompts import teacher_shots
-from arte_edge.distill.run_context import Row, Run, Summary
+from arte_edge.distill.run_context import Row, RunContext, Summary
 from arte_edge.models.resolve import LocalModel
 from arte_edge.notebook import ResultTable
 from arte_edge.stats import format_share, mcnemar, wilson
@@ -35,7 +35,7 @@ _BASE, _TUNED = "base student", "tuned student"
 _Results = dict[tuple[str, str], Predictions]  # by model and prompting
 
 
-def evaluate(run: Run, tuned: LocalModel) -> Summary:
+def evaluate(run: RunContext, tuned: LocalModel) -> Summary:
     """Write answers.jsonl; the summary holds a row for each model and prompting, and the paired tests."""
     config, student = run.config.evaluate, run.config.student
     inputs = {
@@ -82,7 +82,7 @@ def _answer_rows(examples: tuple[Example, ...], results: _Results) -> list[Row]:
     ]
 
 
-def _summary(run: Run, examples: tuple[Example, ...], results: _Results) -> Summary:
+def _summary(run: RunContext, examples: tuple[Example, ...], results: _Results) -> Summary:
     config, n = run.config.evaluate, len(examples)
     first = f"{config.shots[0]}-shot"
     share = format_share(

@@ -30,7 +30,7 @@ from arte_edge.distill.preference.scoring import (
     scoring_engine,
 )
 from arte_edge.distill.prompts import Shot
-from arte_edge.distill.run_context import Row, Run, Summary
+from arte_edge.distill.run_context import Row, RunContext, Summary
 from arte_edge.runtimes.completion import Engine
 from arte_edge.stats import pearson
 from arte_edge.tasks.task import Example
@@ -42,7 +42,7 @@ _COMPARED_DRAFTS = (
 )
 
 
-def prefer(run: Run) -> Summary:
+def prefer(run: RunContext) -> Summary:
     """Write scores.jsonl (one row per rationale) and questions.jsonl (one row per question)."""
     config, closed = run.config.prefer, run.task.answer.closed
     drafts = [row for row in run.read("elicit", "rationales.jsonl") if row["usable"]]
@@ -88,7 +88,7 @@ def prefer(run: Run) -> Summary:
     return stage.summary
 
 
-def _inputs(run: Run, adaptive: bool) -> dict[str, Any]:
+def _inputs(run: RunContext, adaptive: bool) -> dict[str, Any]:
     config = run.config.prefer
     # A key without effect must not be an input: older runs were made without it.
     unused = {"race"}
@@ -104,7 +104,7 @@ def _inputs(run: Run, adaptive: bool) -> dict[str, Any]:
     }
 
 
-def _row(run: Run, draft: Row, score: Score, plain: float, by_length: float, tokens: float) -> Row:
+def _row(run: RunContext, draft: Row, score: Score, plain: float, by_length: float, tokens: float) -> Row:
     """Return a row of scores.jsonl: `plain` ranks drafts before `by_length` is taken out."""
     final, budget = float(plain - by_length), {}
     if run.budget is not None:
@@ -178,7 +178,7 @@ def _adaptive_summary(scored: Scored, error: float) -> Summary:
 
 
 def _quantization_summary(
-    run: Run, engine: Engine, shots: Sequence[Shot], groups: Sequence[str], examples: Sequence[Example]
+    run: RunContext, engine: Engine, shots: Sequence[Shot], groups: Sequence[str], examples: Sequence[Example]
 ) -> Summary:
     """Compare how a sample of drafts ranks with the quantized file and with the 16-bit student."""
     if not run.config.prefer.student_file:

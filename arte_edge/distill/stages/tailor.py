@@ -27,7 +27,7 @@ from arte_edge.distill.generation.rationales import (
     short_shots,
 )
 from arte_edge.distill.preference.adaptive import interleave_answers
-from arte_edge.distill.run_context import Row, Run, Summary
+from arte_edge.distill.run_context import Row, RunContext, Summary
 from arte_edge.errors import StoppedEarly
 from arte_edge.runtimes.completion import Engine
 
@@ -38,7 +38,7 @@ _MAX_ROUNDS = 6
 _OVERSAMPLE = 1.6
 
 
-def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summary:
+def tailor(run: RunContext, engine: Callable[[], Engine], adapter_sha256: str) -> Summary:
     """Write train.jsonl: rows of input, label, rationale. `engine` opens the aligned teacher.
 
     Raises:
@@ -53,7 +53,7 @@ def tailor(run: Run, engine: Callable[[], Engine], adapter_sha256: str) -> Summa
     return stage.summary
 
 
-def _inputs(run: Run, adapter_sha256: str) -> dict[str, Any]:
+def _inputs(run: RunContext, adapter_sha256: str) -> dict[str, Any]:
     unused = set() if run.task.answer.closed else {"even_labels"}
     return {
         "tailor": run.config.tailor.model_dump(mode="json", exclude=unused),
@@ -66,7 +66,7 @@ def _inputs(run: Run, adapter_sha256: str) -> dict[str, Any]:
     }
 
 
-def _generate_examples(run: Run, engine: Engine) -> tuple[list[Row], list[Row], Summary]:
+def _generate_examples(run: RunContext, engine: Engine) -> tuple[list[Row], list[Row], Summary]:
     """Return the training examples, the rejected drafts and the summary.
 
     Labelling drops some questions, so more are generated until enough are left.
@@ -109,7 +109,7 @@ def _generate_examples(run: Run, engine: Engine) -> tuple[list[Row], list[Row], 
     return rows, drafts.rejected, summary
 
 
-def _generate(run: Run, engine: Engine, n: int) -> tuple[Drafts, list[Row], Row]:
+def _generate(run: RunContext, engine: Engine, n: int) -> tuple[Drafts, list[Row], Row]:
     """Generate `n` questions with rationales; return them, and what labelling changed."""
     config, teacher = run.config.tailor, run.config.teacher
     # Other samples of seeds than in elicit.
@@ -125,7 +125,7 @@ def _generate(run: Run, engine: Engine, n: int) -> tuple[Drafts, list[Row], Row]
     return drafts, every, labels | {"parroted": reject_repeated(every)}
 
 
-def _usable(run: Run, rationales: Sequence[Row]) -> tuple[dict[str, Row], int]:
+def _usable(run: RunContext, rationales: Sequence[Row]) -> tuple[dict[str, Row], int]:
     """Return the first usable rationale of each question, and how many questions have only too long ones."""
     usable = [row for row in rationales if row["usable"]]
     long = {id(row) for row in over_budget(run, usable)}

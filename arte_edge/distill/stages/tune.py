@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from arte_edge.distill.prompts import STEP_BY_STEP, student_messages
-from arte_edge.distill.run_context import Row, Run, Summary, tuned_student
+from arte_edge.distill.run_context import Row, RunContext, Summary, tuned_student
 from arte_edge.distill.train.common import Lora, SftSettings
 from arte_edge.distill.train.sft import train_sft
 from arte_edge.models.resolve import LocalModel
@@ -13,7 +13,7 @@ from arte_edge.models.resolve import LocalModel
 __all__ = ["tune"]
 
 
-def tune(run: Run) -> tuple[Summary, LocalModel]:
+def tune(run: RunContext) -> tuple[Summary, LocalModel]:
     """Train the student; return the summary and the tuned student as a model on disk.
 
     Writes ``tune/student`` (a 16-bit checkpoint) and, for a student that came as GGUF, ``tune/student-F16.gguf``.
@@ -48,7 +48,7 @@ def tune(run: Run) -> tuple[Summary, LocalModel]:
     return stage.summary, tuned_student(base, run.folder / "tune" / "student", gguf)
 
 
-def _training_rows(run: Run) -> list[Row]:
+def _training_rows(run: RunContext) -> list[Row]:
     """Render each training example as the student is prompted: zero-shot, with the prefill of its answer."""
     student = run.config.student
     engine = run.engine(student)
@@ -61,7 +61,7 @@ def _training_rows(run: Run) -> list[Row]:
     ]
 
 
-def _settings(run: Run) -> SftSettings:
+def _settings(run: RunContext) -> SftSettings:
     config = run.config.tune
     lora = Lora(rank=config.lora_rank, alpha=2.0 * config.lora_rank) if config.method == "lora" else None
     return SftSettings(

@@ -22,7 +22,7 @@ from arte_edge.distill.generation.rationales import (
     shortened,
 )
 from arte_edge.distill.latency import Budget, Rates
-from arte_edge.distill.run_context import Run
+from arte_edge.distill.run_context import RunContext
 from arte_edge.distill.stages.tailor import tailor
 from arte_edge.errors import StoppedEarly
 from arte_edge.runtimes.completion import Completion, Request, Sampling
@@ -203,14 +203,14 @@ class Rambling:
         return Completion(LONG + said.text, said.finish, 9, 30)
 
 
-def start(house: Any, writer: Rambling, budget: int | None = 8, **tables: Any) -> Run:
+def start(house: Any, writer: Rambling, budget: int | None = 8, **tables: Any) -> RunContext:
     house.teacher = writer
-    run: Run = house.run(tailor={"questions": 8}, **tables)
+    run: RunContext = house.run(tailor={"questions": 8}, **tables)
     run.budget = None if budget is None else Budget(budget, 10, RATES)
     return run
 
 
-def write(run: Run, teacher: Rambling) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def write(run: RunContext, teacher: Rambling) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     summary = tailor(run, lambda: teacher, "")
     rows = run.read("tailor", "train.jsonl")
     run.close()
