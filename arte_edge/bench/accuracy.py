@@ -22,7 +22,7 @@ from arte_edge.tasks.task import Example, Task
 from arte_edge.threads import thread_count
 from arte_edge.verify.accuracy import ANSWER_TOKENS, answer_examples
 
-__all__ = ["example_key", "measure_quality", "measure_request"]
+__all__ = ["example_key", "measure_request"]
 
 _ANSWER_CHARS = 200  # of an answer in a row
 _WARMUP_TOKENS = 2

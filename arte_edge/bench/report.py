@@ -21,23 +21,13 @@ from arte_edge.console import err
 from arte_edge.errors import InputError, nearest
 from arte_edge.results.rows import QualityRow, Row, SpeedRow, append_rows
 
-__all__ = ["FORMATS", "Output", "Table", "as_csv", "as_html", "as_json", "quality_line", "summary"]
+__all__ = ["Output", "as_html"]
 
 FORMATS = ("csv", "json", "jsonl", "md")
 
 _WIDTH = 80
-_COLUMNS = (
-    ("test", 10, "<"),
-    ("thr", 3, ">"),
-    ("t/s", 14, ">"),
-    ("TTFT ms", 7, ">"),
-    ("ITL p50", 7, ">"),
-    ("p95", 5, ">"),
-    ("MiB", 5, ">"),
-    ("°C", 4, ">"),
-)
-_WIDTHS = [width for _, width, _ in _COLUMNS]
-_SIDES = "".join(side for _, _, side in _COLUMNS)
+_TITLES = ("test", "thr", "t/s", "TTFT ms", "ITL p50", "p95", "MiB", "°C")
+_WIDTHS, _SIDES = (10, 3, 14, 7, 7, 5, 5, 4), "<>>>>>>>"
 _MIB = 1 << 20
 _STATUS = {"out-of-memory": "out of memory", "refused": "rejected"}  # others are shown as they are
 
@@ -55,8 +45,7 @@ class Table:
         model = (row.model_filename, row.sha256, row.runtime if row.ok else "")
         if self._model is None or model[:2] != self._model[:2]:
             lines += self.end()
-            titles = [name for name, _, _ in _COLUMNS]
-            lines += [*_heading(row), "", _row(titles, _WIDTHS, _SIDES), _rule(_WIDTHS, _SIDES)]
+            lines += [*_heading(row), "", _row(_TITLES, _WIDTHS, _SIDES), _rule(_WIDTHS, _SIDES)]
         self._model = model
         lines.append(_row(_cells(row), _WIDTHS, _SIDES))
         self._notes += _notes(row)

@@ -35,7 +35,7 @@ from arte_edge.errors import ArteError, InputError
 from arte_edge.results.rows import DeviceFacts, QualityRow, Row, SpeedRow
 from arte_edge.runtimes.loader import choose_runtime
 
-__all__ = ["BenchOutcome", "bench", "main", "run_bench", "run_case", "run_quality", "run_request"]
+__all__ = ["BenchOutcome", "bench", "run_case"]
 
 _SIXTEEN_BITS = ("F16", "BF16", "F32", "fp32", "fp16")
 

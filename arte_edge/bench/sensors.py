@@ -34,7 +34,6 @@ __all__ = [
     "UNDER_VOLTAGE",
     "EnergyMeter",
     "Sensors",
-    "find_probe",
 ]
 
 _ROOT = Path("/")

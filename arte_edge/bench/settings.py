@@ -39,7 +39,6 @@ __all__ = [
     "find_targets",
     "load_suite",
     "make_settings",
-    "parse_counts",
 ]
 
 Runtime = Literal[
@@ -51,17 +50,11 @@ _MOST_TOKENS = 1_000_000
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
 
 
-class BenchSettings(BaseModel):
-    """How to measure. Every list multiplies the tests."""
+class _Protocol(BaseModel):
+    """How each test is measured."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n_prompt: tuple[int, ...] = Field(default=(512,), description="prompt tokens; 0: no prefill test")
-    n_gen: tuple[int, ...] = Field(default=(128,), description="generated tokens; 0: no decode test")
-    n_depth: tuple[int, ...] = Field(
-        default=(0,), description="tokens already in the KV cache (context depth)"
-    )
-    threads: tuple[int, ...] = Field(default=(0,), description="0: one per fast physical core")
     repetitions: int = Field(default=5, ge=1, le=10_000)
     warmup: bool = Field(default=True, description="repeat until the rate is steady before measuring")
     warmup_s: float = Field(default=20.0, gt=0, description="longest warm-up")
@@ -69,12 +62,23 @@ class BenchSettings(BaseModel):
     sustained_s: float = Field(default=0.0, ge=0, description="keep decoding for this long")
     timeout_s: float = Field(default=1800.0, gt=0, description="timeout per test, on top of `sustained_s`")
     power_watts: float | None = Field(default=None, gt=0, description="steady reading of an external meter")
+    runtime: Runtime = "auto"
+    roofline: bool = Field(default=True, description="also predict the decode rate from memory bandwidth")
+
+
+class BenchSettings(_Protocol):
+    """How to measure. Every list multiplies the tests."""
+
+    n_prompt: tuple[int, ...] = Field(default=(512,), description="prompt tokens; 0: no prefill test")
+    n_gen: tuple[int, ...] = Field(default=(128,), description="generated tokens; 0: no decode test")
+    n_depth: tuple[int, ...] = Field(
+        default=(0,), description="tokens already in the KV cache (context depth)"
+    )
+    threads: tuple[int, ...] = Field(default=(0,), description="0: one per fast physical core")
     type_k: tuple[CacheType, ...] = Field(default=("f16",), description="KV-cache type for keys (GGUF only)")
     type_v: tuple[CacheType, ...] = Field(
         default=("f16",), description="KV-cache type for values (GGUF only)"
     )
-    runtime: Runtime = "auto"
-    roofline: bool = Field(default=True, description="also predict the decode rate from memory bandwidth")
 
     @field_validator("n_prompt", "n_gen", "n_depth", mode="before")
     @classmethod
@@ -139,27 +143,16 @@ class Request(BaseModel):
     speed: bool = True
 
 
-class Case(BaseModel):
+class Case(_Protocol):
     """One test of one model, complete, as the child process gets it. Either `n_prompt` or `n_gen` is 0."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     path: Path
-    runtime: str
     n_prompt: int
     n_gen: int
     n_depth: int
     threads: int
     type_k: str
     type_v: str
-    repetitions: int
-    warmup: bool
-    warmup_s: float
-    delay_s: float
-    sustained_s: float
-    power_watts: float | None
-    timeout_s: float
-    roofline: bool = False
 
     @property
     def test(self) -> str:
@@ -174,8 +167,7 @@ class Case(BaseModel):
 
 def cases(path: Path, settings: BenchSettings, device: DeviceFacts) -> Iterator[Case]:
     """Yield the cases of one model, in the order of llama-bench: threads, depth, then prefill and decode."""
-    lists = {"n_prompt", "n_gen", "n_depth", "threads", "type_k", "type_v", "sustained_s"}
-    common = settings.model_dump(exclude=lists)
+    common = settings.model_dump(include=set(_Protocol.model_fields) - {"sustained_s"})
     tests = [(n, 0) for n in settings.n_prompt if n] + [(0, n) for n in settings.n_gen if n]
     for type_k, type_v, threads, n_depth, (n_prompt, n_gen) in product(
         settings.type_k, settings.type_v, settings.threads, settings.n_depth, tests

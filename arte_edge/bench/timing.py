@@ -11,45 +11,30 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.bench.sensors import FREQUENCY_CAPPED, SOFT_LIMIT, STICKY_SHIFT, THROTTLED, UNDER_VOLTAGE
+from arte_edge.bench.sensors import (
+    FREQUENCY_CAPPED,
+    SOFT_LIMIT,
+    STICKY_SHIFT,
+    THROTTLED,
+    UNDER_VOLTAGE,
+    EnergyMeter,
+)
 from arte_edge.bench.settings import Case
 from arte_edge.results.rows import Reading
 from arte_edge.runtimes.protocol import Decoder
 
-__all__ = [
-    "Meter",
-    "Pace",
-    "Timed",
-    "Trend",
-    "draw_tokens",
-    "judge",
-    "measure",
-    "metrics",
-    "min_samples",
-    "pace",
-    "percentile",
-    "spread",
-    "trend",
-]
+__all__ = ["judge", "measure", "metrics"]
 
 _STEADY = 0.05  # coefficient of variation of the last three repetitions
 _MAX_WARM_UPS = 10
 _WARM_UP_TOKENS = 16  # generated in one warm-up
 _SEED = 42
 OnProgress = Callable[[str, int, int], None]
-
-
-class Meter(Protocol):
-    """Energy between two moments; `arte_edge.bench.sensors.EnergyMeter`."""
-
-    def start(self) -> None: ...
-
-    def stop(self) -> tuple[float | None, str]: ...
 
 
 @dataclass
@@ -80,7 +65,7 @@ def draw_tokens(n: int, n_vocab: int, bos: int | None) -> list[int]:
 
 
 def measure(
-    model: Decoder, case: Case, meter: Meter | None = None, on_progress: OnProgress | None = None
+    model: Decoder, case: Case, meter: EnergyMeter | None = None, on_progress: OnProgress | None = None
 ) -> Timed:
     """Time the repetitions of `case` on an open model.
 

@@ -16,18 +16,7 @@ from arte_edge import memory
 from arte_edge.results.rows import DeviceFacts
 from arte_edge.threads import available_cores
 
-__all__ = [
-    "CPU_FEATURES",
-    "Cpu",
-    "board",
-    "detect",
-    "fingerprint",
-    "machine_arch",
-    "parse_cpuinfo",
-    "parse_sysctl",
-    "read_cpu",
-    "usable_cores",
-]
+__all__ = ["board", "detect"]
 
 _ROOT = Path("/")
 # The features by which llama.cpp and onnxruntime choose kernels, as Linux spells them. The list is fixed,

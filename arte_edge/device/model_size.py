@@ -17,7 +17,7 @@ from typing import Any, Literal
 from arte_edge.errors import InputError
 from arte_edge.protobuf import fields, varint
 
-__all__ = ["ModelFormat", "ModelSize", "OnnxSizes", "model_format", "read_onnx_sizes"]
+__all__ = ["ModelSize", "model_format"]
 
 ModelFormat = Literal["gguf", "onnx-genai", "onnx", "safetensors"]
 

@@ -17,8 +17,6 @@ from arte_edge.errors import InputError, nearest
 from arte_edge.results.rows import DeviceFacts
 
 __all__ = [
-    "Fact",
-    "Match",
     "Profile",
     "Remote",
     "Runtimes",

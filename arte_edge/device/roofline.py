@@ -112,10 +112,6 @@ class Expected:
     overhead_s: float
     is_upper_bound: bool = False  # only memory reads count; a compute-bound kernel is slower
 
-    @property
-    def token_s(self) -> float:
-        return self.weights_s + self.kv_s + self.overhead_s
-
 
 def expected(size: ModelSize, basis: Profile | float, context_tokens: int = 0) -> Expected | None:
     """Return the predicted decode rate of a model, None if the device's bandwidth is unknown.

@@ -23,18 +23,7 @@ from typing import IO, Any, TypeVar
 from arte_edge.device.profiles import check_host
 from arte_edge.errors import ArteError
 
-__all__ = [
-    "WAITS_S",
-    "Channel",
-    "ConnectionLost",
-    "JobFailed",
-    "ReconnectPolicy",
-    "RemoteError",
-    "RemoteJob",
-    "Ssh",
-    "connection_error",
-    "put_text",
-]
+__all__ = ["ConnectionLost", "JobFailed", "ReconnectPolicy", "RemoteJob", "Ssh", "put_text"]
 
 _NOISE = re.compile(r"^\s*$|^@+$|^(mux_client|Shared connection to|Connection to .* closed\.|Warning: )")
 # "write error: No space left on device", "Disk quota exceeded", a limit on the size of a file

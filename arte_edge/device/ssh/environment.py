@@ -41,24 +41,7 @@ from arte_edge.device.ssh.workdir import (
 from arte_edge.errors import ArteError, InputError
 from arte_edge.store import content_key
 
-__all__ = [
-    "Finding",
-    "Marker",
-    "Plan",
-    "Platform",
-    "Report",
-    "Site",
-    "check",
-    "env_bytes_missing",
-    "fetch_wheels",
-    "install",
-    "install_commands",
-    "is_offline",
-    "own_wheel",
-    "plan",
-    "read_marker",
-    "send_wheel",
-]
+__all__ = ["Site", "check", "env_bytes_missing", "install", "own_wheel", "plan", "read_marker", "send_wheel"]
 
 # Machines for which every runtime publishes wheels, as `uname -m` prints them.
 _MACHINES = ("aarch64", "arm64", "x86_64", "amd64")

@@ -62,7 +62,6 @@ esac
 echo "work=$w"
 echo "system=$(uname -s)"
 echo "machine=$(uname -m)"
-echo "boot=$(cat /proc/sys/kernel/random/boot_id 2>/dev/null)"
 echo "libc=$(getconf GNU_LIBC_VERSION 2>/dev/null)"
 echo "darwin_memory=$(sysctl -n hw.memsize 2>/dev/null)"
 for tool in cc gcc clang c++ g++ clang++; do
@@ -98,7 +97,6 @@ class Probe:
     work: str  # absolute path of the work folder, which may not exist yet
     system: str
     machine: str
-    boot_id: str
     glibc_minor: int
     pythons: tuple[Python, ...]  # in the order of preference, up to the first that is new enough
     can_compile: bool
@@ -129,7 +127,6 @@ def parse(text: str) -> Probe:
         work=one.get("work", ""),
         system=one.get("system", ""),
         machine=one.get("machine", ""),
-        boot_id=one.get("boot", ""),
         glibc_minor=int(libc.group(1)) if libc else 0,
         pythons=tuple(python for i, python in enumerate(found) if python not in found[:i]),
         can_compile=all(tools & set(names) for names in _BUILD_TOOLS),

@@ -42,7 +42,7 @@ from arte_edge.device.ssh.workdir import Probe, Python, parse, probe
 from arte_edge.errors import ArteError, InputError
 
 PYTHON = Python("/usr/bin/python3", (3, 11, 2), False, 64)
-SYSTEM = {"work": "/home/pi/.cache/arte-edge-device", "system": "Linux", "machine": "aarch64", "boot_id": "b"}
+SYSTEM = {"work": "/home/pi/.cache/arte-edge-device", "system": "Linux", "machine": "aarch64"}
 BYTES = {"memory_bytes": 8 << 30, "available_bytes": 7 << 30, "free_bytes": 20_000_000_000}
 PI = Probe(**SYSTEM, **BYTES, glibc_minor=36, pythons=(PYTHON,), can_compile=True)
 BARE = dataclasses.replace(PI, can_compile=False)
