@@ -43,7 +43,7 @@ def smollm2() -> LocalModel:
 
 
 @pytest.fixture(scope="session")
-def small_run(smollm2: LocalModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_run(smollm2: LocalModel, tmp_path_factory: Folders) -> Path:
     """The folder of a finished run of SmolLM2 with itself; takes minutes, so several tests share it."""
     from small_run import finish
 
@@ -54,7 +54,7 @@ def small_run(smollm2: LocalModel, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def bench_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bench_gguf(tmp_path_factory: Folders) -> Path:
     """A tiny GGUF file, small enough to measure in no time."""
     pytest.importorskip("gguf")
     from tiny import write_gguf

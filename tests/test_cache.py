@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from arte_edge.cache import megabytes
 
 

@@ -34,7 +34,7 @@ LIMITS = {
     "lines of a file": 600,
     "modules, without __init__": 198,  # aim: 190
     "lines of the package": 40_800,  # aim: 36,000
-    "lines of the tests": 24_000,  # aim: 21,000
+    "lines of the tests": 24_100,  # aim: 21,000
     "modules under 80 lines with one importer": 12,  # aim: 15
     "import cycles at the top of modules": 0,
     "import cycles, with imports inside functions": 1,  # aim: 0

@@ -1,7 +1,5 @@
 """Words of a private dialect that the field would have to translate are in no text that a user reads."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import tracing
-from tiny import Patch
+from tiny import Capture, Patch
 
 from arte_edge.bench import remote
 from arte_edge.cli.main import main
@@ -32,9 +31,7 @@ os._exit(code)
 """
 
 
-def test_the_null_model_on_a_device(
-    device: Any, tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_null_model_on_a_device(device: Any, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     root, out, tracer = Path(tracing.__file__).parent, tmp_path / "found.jsonl", tmp_path / "tracer.py"
     tracer.write_text(TRACER.format(path=[str(root), str(root.parent)], out=str(out)))
     monkeypatch.setattr(
