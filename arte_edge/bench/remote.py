@@ -158,7 +158,7 @@ def _measure(
         except (ValueError, TypeError, ValidationError):
             say(f"not a result: {line[:200]}")
             return
-        test = row.test if isinstance(row, SpeedRow) else (row.task, row.split)
+        test = (row.test, row.type_k, row.type_v) if isinstance(row, SpeedRow) else (row.task, row.split)
         rows[content_key(test, row.model_filename, row.sha256, row.n_threads)] = row
         if on_row:
             on_row(row)

@@ -183,6 +183,12 @@ def open_source(
     folder = Path(ref).expanduser()
     if not folder.exists() and re.fullmatch(r"[\w.-]+", ref) and (Path("runs") / ref / "run.toml").is_file():
         folder = Path("runs") / ref
+    if (
+        folder.parts[:1] == ("runs",) and not folder.exists()
+    ):  # it would be a repository of the Hub's user "runs"
+        raise InputError(
+            f"{ref}: no such run", "List the folders below runs/, or run `arte-edge distill` first."
+        )
     if (folder / "run.toml").is_file():
         if base:
             raise InputError("--base is for adapters", f"{ref} is a run, and its student is merged.")

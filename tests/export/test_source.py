@@ -132,6 +132,14 @@ def test_a_run_is_found_by_its_name(tiny_run: Path, tmp_path: Path, monkeypatch:
     assert open_source("mine").lineage.source == "run"
 
 
+def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="runs/nowhere: no such run"):
+        open_source("runs/nowhere")
+
+
 def test_a_run_without_a_tuned_student_says_how_to_resume(run: Path) -> None:
     (run / "tune" / "manifest.json").unlink()
     with pytest.raises(InputError, match="no tuned student") as error:

@@ -229,3 +229,16 @@ def test_the_real_verb_measures_in_its_own_environment(device: Any, profile: Pro
     installed = {path.name.partition("-")[0] for path in env.glob("lib/python3*/site-packages/*.dist-info")}
     assert {"xllamacpp", "arte_edge", "numpy"} <= installed
     assert installed.isdisjoint({"torch", "transformers", "scipy", "llama_cpp_python"})
+
+
+def test_a_sweep_over_cache_types_keeps_every_row() -> None:
+    class Job:
+        def run(self, take: Any, log: Any) -> None:
+            for kind in ("f16", "q8_0", "q8_0"):  # the last again, as after a reconnect
+                take(SPEED.model_copy(update={"type_k": kind}).model_dump_json())
+
+        def remove(self) -> None:
+            pass
+
+    rows = remote_module._measure(Job(), print, None, {"X"})  # type: ignore[arg-type]
+    assert [row.type_k for row in rows if hasattr(row, "type_k")] == ["f16", "q8_0"]
