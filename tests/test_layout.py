@@ -32,13 +32,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # At most so many, counted by the tests below. Lower a number when the code allows it; never raise one.
 LIMITS = {
     "lines of a file": 600,
-    "modules, without __init__": 198,  # aim: 190
-    "lines of the package": 40_800,  # aim: 36,000
-    "lines of the tests": 24_100,  # aim: 21,000
-    "modules under 80 lines with one importer": 12,  # aim: 15
+    "modules, without __init__": 190,
+    "lines of the package": 37_800,  # aim: 36,000
+    "lines of the tests": 24_000,  # aim: 21,000
+    "modules under 80 lines with one importer": 12,
     "import cycles at the top of modules": 0,
-    "import cycles, with imports inside functions": 1,  # aim: 0
-    "imports of a package further up": 0,  # aim: 0
+    "import cycles, with imports inside functions": 0,
+    "imports of a package further up": 0,
 }
 SHORT_LINES = 80
 
@@ -46,10 +46,10 @@ SHORT_LINES = 80
 ORDER = re.findall(
     r"\w+",
     """
-    errors catalog extras private_names threads protobuf pii_scan memory console notebook
-    progress stats cache store checkpoint
+    errors catalog extras private_apis threads protobuf pii_scan memory console notebook
+    stats cache store checkpoint
     results gguf device onnx models runtimes tasks
-    distill cluster verify export bench publish api environment cli __main__
+    distill verify export bench publish api environment cli __main__
     """,
 )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.cache import atomic_file
-from arte_edge.private_names import missing
+from arte_edge.private_apis import missing
 
 __all__ = ["expand_target", "reshape_target", "simplify"]
 

@@ -1,7 +1,5 @@
 """A task made in code and engines that follow a script, so that stages run without any model."""
 
-from __future__ import annotations
-
 import random
 import re
 import string
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tiny import Patch
 
 from arte_edge.console import Reporter
 from arte_edge.distill.config import RunConfig
@@ -145,7 +144,7 @@ class House:
 
 
 @pytest.fixture
-def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+def house(tmp_path: Path, monkeypatch: Patch) -> House:
     """A house whose engines open in place of real ones."""
     folder = tmp_path / "run"
     house = House(folder)

@@ -1,7 +1,5 @@
 """Groups of calls: their fixed make-up, and what a kill between and inside them leaves."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """From TOML and ``--set`` to a run, with errors that name the key."""
 
-from __future__ import annotations
-
 import tomllib
 from pathlib import Path
 from typing import Any

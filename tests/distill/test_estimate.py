@@ -1,14 +1,13 @@
 """The estimate of a run: counts follow the settings, tokens a short probe, cost the prices."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Capture, Make, Patch
 
 from arte_edge.cli.main import main
 from arte_edge.console import Reporter
@@ -30,7 +29,6 @@ from arte_edge.runtimes.completion import Completion, Request, Sampling
 from arte_edge.runtimes.openai.client import Prices
 from arte_edge.tasks.loaders import load_task
 
-Capture = pytest.CaptureFixture[str]
 DRAFT = "Dim the lamp by the {0} sofa</input><target>light_on</target></Question_4>"
 SIZES = Sizes(
     n_validation=100,
@@ -163,7 +161,7 @@ class WordEngine:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch, make_gguf: Callable[..., Path]) -> WordEngine:
+def engine(monkeypatch: Patch, make_gguf: Make) -> WordEngine:
     words = WordEngine()
     gguf = make_gguf(rows=1024)
     monkeypatch.setattr(RunContext, "engine", lambda run, config: words)
@@ -187,7 +185,7 @@ def test_the_probe_finds_the_lengths(engine: WordEngine, tmp_path: Path) -> None
 
 
 def test_a_plan_leaves_nothing_behind(
-    engine: WordEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    engine: WordEngine, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -246,7 +244,7 @@ def test_prices_are_two_amounts_of_dollars() -> None:
 
 
 def test_a_model_that_answers_nothing_is_an_error(
-    engine: WordEngine, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    engine: WordEngine, monkeypatch: Patch, capsys: Capture
 ) -> None:
     def fail(requests: Sequence[Any], sampling: Sampling) -> list[Completion]:
         return [Completion("", "error", error="too long") for _ in requests]

@@ -1,7 +1,5 @@
 """The fit finds the parameters that made the data, and survives the matrices that real runs give."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np
@@ -10,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
+from tiny import Patch
 
 from arte_edge.distill import irt
 from arte_edge.distill.irt import ItemParameters, fit_2pl, probability, top_k
@@ -75,7 +74,7 @@ def test_estimates_are_the_maximum_of_the_posterior_they_claim() -> None:
         assert log_posterior(responses, fit.discrimination * factor, fit.difficulty + shift) < top
 
 
-def test_a_finer_grid_of_abilities_gives_the_same_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finer_grid_of_abilities_gives_the_same_estimates(monkeypatch: Patch) -> None:
     responses = simulate(20, 100, 0)[3]
     coarse = fit_2pl(responses)
     monkeypatch.setattr(irt, "ABILITY_NODES", np.linspace(-5, 5, 161))

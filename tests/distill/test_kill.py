@@ -1,7 +1,5 @@
 """A real run, killed ten times with SIGKILL: no call is made twice, and its data is that of a run left alone."""
 
-from __future__ import annotations
-
 import json
 import random
 import subprocess

@@ -1,7 +1,5 @@
 """The device's time becomes tokens of an answer; without a device nothing of a run changes."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import Patch
 
 from arte_edge.distill.config import Deploy
 from arte_edge.distill.latency import (
@@ -49,7 +48,7 @@ DEVICE = {"deploy": {"device": "raspberry-pi-5", "max_answer_seconds": 2.0}}
 
 def settle(run: RunContext, rates: Rates = RATES, *, update: bool = False) -> Budget:
     """Decide the budget of a run whose device has these rates."""
-    with pytest.MonkeyPatch.context() as patch:
+    with Patch.context() as patch:
         patch.setattr("arte_edge.distill.latency.device_rates", lambda deploy, student: rates)
         return run_budget(run, update=update)
 
@@ -171,7 +170,7 @@ def test_a_draft_that_is_too_long_pays_and_is_what_the_teacher_unlearns(house: A
     run.close()
 
 
-def test_a_student_that_writes_is_cut_off_at_the_budget(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_student_that_writes_is_cut_off_at_the_budget(house: Any, monkeypatch: Patch) -> None:
     run = start(house, prefer={"score": "accuracy"}, **DEVICE)
     run.budget = Budget(11, 10, RATES)
     seen: list[int] = []
@@ -209,7 +208,7 @@ def test_what_the_device_has_no_time_for_trains_nobody(house: Any) -> None:
 
 
 def test_a_student_file_is_made_once_and_kept(
-    tmp_path: Path, model_cache: Path, make_gguf: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model_cache: Path, make_gguf: Any, monkeypatch: Patch
 ) -> None:
     made: list[str] = []
 

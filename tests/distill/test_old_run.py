@@ -3,8 +3,6 @@
 ``data/run-0.1`` was written by version 0.1 with the scripted engines of ``conftest.py``.
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,11 +1,10 @@
 """From the command to one preference score: at most 15 files, and the ones that docs/architecture.md names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Patch
 from tracing import documented, files_run
 
 from arte_edge.cli.main import main
@@ -19,7 +18,7 @@ class Scored(Exception):
     """The scores are there; the rest of the run is not needed."""
 
 
-def test_one_preference_score(house: Any, bench_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_preference_score(house: Any, bench_gguf: Path, monkeypatch: Patch) -> None:
     from arte_edge.distill.stages import prefer
 
     engines = {house.teacher.name: house.teacher, house.student.name: LlamaCppEngine(bench_gguf, sha256="x")}

@@ -1,7 +1,5 @@
 """What teacher and student are asked: the shots, the tags, and the erased technique."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,11 +1,10 @@
 """A run folder belongs to one run: another one is refused by name, unless it is an update."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from tiny import Patch
 
 import arte_edge.distill.run_context as run_module
 from arte_edge.console import Reporter
@@ -51,7 +50,7 @@ def test_an_update_goes_on_and_is_the_run_from_then_on(house: Any) -> None:
 
 @pytest.mark.parametrize("first", ["teacher", "student"])
 def test_a_model_that_teaches_itself_is_decoded_as_each_whoever_comes_first(
-    smollm2: LocalModel, house: Any, monkeypatch: pytest.MonkeyPatch, first: str
+    smollm2: LocalModel, house: Any, monkeypatch: Patch, first: str
 ) -> None:
     monkeypatch.setattr(run_module, "open_local", lambda model, **_: model.quantization)
     config = house.config(teacher={"model": smollm2.name}, student={"model": smollm2.name})

@@ -1,14 +1,12 @@
 """A tiny student in every form an export starts from: a checkpoint, a run, a LoRA adapter."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import TASK
+from tiny import TASK, Folders
 
 from arte_edge.distill.config import RunConfig, dump_toml
 from arte_edge.distill.prompts import STEP_BY_STEP, student_messages, tagged
@@ -45,13 +43,13 @@ def write_run(folder: Path, student: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_run(tiny_student: Path, tmp_path_factory: Folders) -> Path:
     """A finished run folder whose tuned student is `tiny_student`."""
     return write_run(tmp_path_factory.mktemp("runs") / "tiny", tiny_student)
 
 
 @pytest.fixture(scope="session")
-def tiny_adapter(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_adapter(tiny_student: Path, tmp_path_factory: Folders) -> Path:
     """A LoRA adapter of `tiny_student` with random matrices, of the size of a short training."""
     peft: Any = pytest.importorskip("peft")
     import torch

@@ -4,8 +4,6 @@ Actions: ``$v := …``, ``$v = …``, ``range .Messages``, ``if``, ``else if``, 
 ``.Field``, ``$v`` and string literals. ``{{-`` trims the blanks before it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

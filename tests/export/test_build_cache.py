@@ -1,24 +1,20 @@
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import Make, Patch
 
 from arte_edge.errors import InputError
 from arte_edge.export.build import BuildCache, BuiltFile
 
-Build = Callable[..., BuiltFile]
-
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BuildCache:
+def cache(tmp_path: Path, monkeypatch: Patch) -> BuildCache:
     monkeypatch.setenv("ARTE_EDGE_HOME", str(tmp_path / "home"))
     return BuildCache(tmp_path / "out")
 
 
 @pytest.fixture
-def build(cache: BuildCache, make_gguf: Callable[..., Path]) -> Build:
+def build(cache: BuildCache, make_gguf: Make) -> Make:
     """Find the file of a step in `cache`, or build it."""
     n_built = 0
 
@@ -35,7 +31,7 @@ def build(cache: BuildCache, make_gguf: Callable[..., Path]) -> Build:
     return build
 
 
-def test_a_step_is_built_once(cache: BuildCache, build: Build) -> None:
+def test_a_step_is_built_once(cache: BuildCache, build: Make) -> None:
     for cached in (False, True):
         with cache:
             file = build()
@@ -43,7 +39,7 @@ def test_a_step_is_built_once(cache: BuildCache, build: Build) -> None:
 
 
 @pytest.mark.parametrize("change", ["inputs", "damaged", "removed", "record"])
-def test_a_step_is_built_again_after_any_change(cache: BuildCache, build: Build, change: str) -> None:
+def test_a_step_is_built_again_after_any_change(cache: BuildCache, build: Make, change: str) -> None:
     with cache:
         path = build().path
         if change == "damaged":
@@ -57,7 +53,7 @@ def test_a_step_is_built_again_after_any_change(cache: BuildCache, build: Build,
         assert not build(2 if change == "inputs" else 1).cached
 
 
-def test_a_file_is_found_under_each_of_its_names(cache: BuildCache, build: Build) -> None:
+def test_a_file_is_found_under_each_of_its_names(cache: BuildCache, build: Make) -> None:
     with cache:
         _, accepted, rejected = cache.places("a.gguf")
         file = build()
@@ -78,7 +74,7 @@ def test_a_folder_replaces_an_older_one(cache: BuildCache) -> None:
         assert (cache.out / "m" / "model.onnx").read_text() == "new"
 
 
-def test_an_interrupted_build_leaves_no_record(cache: BuildCache, build: Build) -> None:
+def test_an_interrupted_build_leaves_no_record(cache: BuildCache, build: Make) -> None:
     with cache:
         target = cache.pending("a.gguf")
         with pytest.raises(KeyboardInterrupt), cache.building(target):
@@ -99,7 +95,7 @@ def test_two_exports_into_one_folder_exclude_each_other(cache: BuildCache) -> No
         pass
 
 
-def test_only_records_remain_at_the_end(cache: BuildCache, build: Build) -> None:
+def test_only_records_remain_at_the_end(cache: BuildCache, build: Make) -> None:
     with cache:
         build()
         cache.base("b.gguf").touch()

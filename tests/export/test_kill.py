@@ -1,7 +1,5 @@
 """A real export, killed with SIGKILL at ten random moments: no incomplete file has a final name, and it resumes."""
 
-from __future__ import annotations
-
 import os
 import random
 import subprocess
@@ -10,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import Patch
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
@@ -51,7 +50,7 @@ def visible(out: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_an_export_killed_ten_times_shows_only_whole_files_and_ends_with_the_same_bytes(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setenv("ARTE_EDGE_HOME", str(tmp_path / "home"))
     began = time.monotonic()

@@ -1,9 +1,8 @@
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
 import pytest
+from tiny import Patch
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.export.lora_merge import merge, read_adapter
@@ -39,7 +38,7 @@ def test_an_adapter_of_another_model_is_rejected_and_nothing_remains(
 
 
 def test_a_merge_without_the_adapter_is_caught(
-    tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_adapter: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     def forget(base: Path, adapter: Path, out: Path, dtype: str = "auto") -> Path:
         return Path(shutil.copytree(base, out))

@@ -1,11 +1,10 @@
 """From the command to the written GGUF: at most 20 files, and the ones that docs/architecture.md names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Patch
 from tracing import documented, files_run
 
 from arte_edge.cli.main import main
@@ -17,7 +16,7 @@ class Written(Exception):
     """The file is written; its verification is a path of its own."""
 
 
-def test_a_quantized_gguf(tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantized_gguf(tiny_student: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     from arte_edge.export import pipeline
 
     def stop(*_: Any) -> None:

@@ -3,8 +3,6 @@
 Mostly with full-width types: llama.cpp's quantizer runs in its own process, which takes a second.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny import Patch
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
@@ -67,7 +66,7 @@ class Closed:
 
 
 @pytest.fixture
-def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gate:
+def gate(tmp_path: Path, monkeypatch: Patch) -> Gate:
     gate = Gate()
     monkeypatch.setenv("ARTE_EDGE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("arte_edge.verify.gate.verify_file", gate.verify_file)
@@ -92,7 +91,7 @@ def visible(out: Path) -> dict[str, bytes]:
 
 
 def test_many_formats_in_one_call_share_one_conversion(
-    source: Source, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Source, gate: Gate, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     from arte_edge.gguf import convert as module
 
@@ -116,7 +115,7 @@ def test_many_formats_in_one_call_share_one_conversion(
 
 
 def test_a_gguf_header_is_parsed_once_a_file(
-    source: Source, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Source, gate: Gate, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     parsed: list[str] = []
     parse = reader._parsed
@@ -271,7 +270,7 @@ def test_the_tokenizer_beside_the_files_is_the_base_s(source: Source, gate: Gate
 
 
 def test_a_disk_that_is_too_small_is_reported_first(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Source, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr("arte_edge.export.build.shutil.disk_usage", lambda path: SimpleNamespace(free=9))
     with pytest.raises(ArteError, match="are needed"):
@@ -284,7 +283,7 @@ def test_no_format_is_an_error(source: Source, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+def interrupted(monkeypatch: Patch) -> Iterator[Callable[[int], None]]:
     """Cut the process at the n-th rename: every file's and every record's last step."""
     real = Path.replace
     left = 0

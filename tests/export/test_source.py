@@ -1,13 +1,11 @@
 """Sources of an export: their checkpoint, lineage, texts, and the metadata that the lineage becomes."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import Make, Patch
 
 from arte_edge.distill.prompts import STEP_BY_STEP
 from arte_edge.errors import InputError
@@ -39,9 +37,7 @@ def test_a_public_name_has_no_folder_and_no_address(ref: str, name: str) -> None
     assert public_name(ref) == name
 
 
-def test_a_folder_that_looks_like_a_hub_id_loses_its_parent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_looks_like_a_hub_id_loses_its_parent(tmp_path: Path, monkeypatch: Patch) -> None:
     (tmp_path / "private" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert public_name("private/model") == "model"
@@ -82,7 +78,7 @@ def test_what_is_not_known_is_not_written() -> None:
     assert all(field.value != b"" for field in keys.values())
 
 
-def test_a_path_in_the_metadata_is_found(make_gguf: Callable[..., Path]) -> None:
+def test_a_path_in_the_metadata_is_found(make_gguf: Make) -> None:
     path = make_gguf(quantize__imatrix__file="/home/me/imatrix.gguf", general__name="clean")
     assert private_fields(path, ["/home/me/"]) == ["quantize.imatrix.file"]
     assert private_fields(path, ["/home/you/"]) == []
@@ -115,7 +111,7 @@ def test_a_run_s_student_is_prompted_as_in_training(tiny_run: Path) -> None:
     assert load_task("home_intents").description.strip() in prompting.system
 
 
-def test_no_text_of_the_test_split_is_read(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_text_of_the_test_split_is_read(tiny_run: Path, monkeypatch: Patch) -> None:
     def fail(self: object) -> None:
         raise AssertionError("the test split was opened")
 
@@ -126,15 +122,13 @@ def test_no_text_of_the_test_split_is_read(tiny_run: Path, monkeypatch: pytest.M
     assert not [text for text in source.training if any(f"Question: {v}\n" in text for v in validation)]
 
 
-def test_a_run_is_found_by_its_name(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_found_by_its_name(tiny_run: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     shutil.copytree(tiny_run, tmp_path / "runs" / "mine")
     monkeypatch.chdir(tmp_path)
     assert open_source("mine").lineage.source == "run"
 
 
-def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="runs/nowhere: no such run"):
         open_source("runs/nowhere")

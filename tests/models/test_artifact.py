@@ -1,10 +1,8 @@
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import Make, Patch
 
 from arte_edge.errors import InputError
 from arte_edge.gguf.reader import QUANT_TYPES
@@ -74,11 +72,11 @@ def test_no_two_formats_share_a_file() -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("ARTE_EDGE_HOME", str(tmp_path / "home"))
 
 
-def test_the_tensor_sum_of_a_gguf_is_over_its_tensors_in_order(make_gguf: Callable[..., Path]) -> None:
+def test_the_tensor_sum_of_a_gguf_is_over_its_tensors_in_order(make_gguf: Make) -> None:
     gguf = pytest.importorskip("gguf")
     path = make_gguf()
     digest = hashlib.sha256()
@@ -90,7 +88,7 @@ def test_the_tensor_sum_of_a_gguf_is_over_its_tensors_in_order(make_gguf: Callab
     assert found.size_bytes == path.stat().st_size > found.tensor_bytes > 0
 
 
-def test_rewriting_the_metadata_leaves_the_tensor_sum(make_gguf: Callable[..., Path]) -> None:
+def test_rewriting_the_metadata_leaves_the_tensor_sum(make_gguf: Make) -> None:
     one, two = (
         checksums_of(make_gguf("a.gguf")),
         checksums_of(make_gguf("b.gguf", general__name="another name")),
@@ -98,7 +96,7 @@ def test_rewriting_the_metadata_leaves_the_tensor_sum(make_gguf: Callable[..., P
     assert one.tensor_sha256 == two.tensor_sha256 and one.sha256 != two.sha256
 
 
-def test_one_changed_weight_changes_both(make_gguf: Callable[..., Path]) -> None:
+def test_one_changed_weight_changes_both(make_gguf: Make) -> None:
     path = make_gguf()
     before = checksums_of(path)
     data = bytearray(path.read_bytes())
@@ -108,7 +106,7 @@ def test_one_changed_weight_changes_both(make_gguf: Callable[..., Path]) -> None
     assert after.tensor_sha256 != before.tensor_sha256 and after.sha256 != before.sha256
 
 
-def test_a_gguf_that_is_cut_short_is_rejected(make_gguf: Callable[..., Path]) -> None:
+def test_a_gguf_that_is_cut_short_is_rejected(make_gguf: Make) -> None:
     path = make_gguf()
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(InputError):

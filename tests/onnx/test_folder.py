@@ -1,7 +1,5 @@
 """ONNX folders are written atomically and without paths of this machine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Exports of onnxruntime-genai's builder: complete, valid, without paths of this machine, equal to the checkpoint."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tiny import Folders
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.models import LocalModel
@@ -31,7 +30,7 @@ PRECISIONS = ("fp32", "int8", "int4")
 
 
 @pytest.fixture(scope="session")
-def genai(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def genai(tiny_student: Path, tmp_path_factory: Folders) -> Callable[[str], Path]:
     """Build the tiny student in a precision; the same call gives the same folder."""
     made: dict[str, Path] = {}
 

@@ -1,7 +1,5 @@
 """The portable layout: found or named environment, the words of transformers 4, and the student in it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import Folders, Patch
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.onnx import optimum_exporter
@@ -30,7 +29,7 @@ ROPE_THETA = 50_000.0  # not transformers' default, which a lost key would give
 @pytest.fixture(scope="session")
 def optimum() -> Path:
     """The Python of an environment with optimum: `make test` makes .venv-optimum in the checkout."""
-    patch = pytest.MonkeyPatch()
+    patch = Patch()
     patch.chdir(ROOT)
     try:
         python = find_python()
@@ -42,7 +41,7 @@ def optimum() -> Path:
 
 
 @pytest.fixture(scope="session")
-def student(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def student(tiny_student: Path, tmp_path_factory: Folders) -> Path:
     folder = shutil.copytree(tiny_student, tmp_path_factory.mktemp("optimum") / "student")
     config = json.loads((folder / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = ROPE_THETA
@@ -51,7 +50,7 @@ def student(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
-def exported(student: Path, optimum: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def exported(student: Path, optimum: Path, tmp_path_factory: Folders) -> Callable[[str], Path]:
     """Export `student` as "fp32" or for an instruction set; the same call gives the same folder."""
     made: dict[str, Path] = {}
 
@@ -60,7 +59,7 @@ def exported(student: Path, optimum: Path, tmp_path_factory: pytest.TempPathFact
             settings = {"precision": "fp32"} if kind == "fp32" else {"precision": "int8", "arch": kind}
             out = tmp_path_factory.mktemp("exported") / kind
             fp32 = make("fp32") if kind in ("avx2", "avx512") else None
-            patch = pytest.MonkeyPatch()
+            patch = Patch()
             patch.setenv("ARTE_EDGE_OPTIMUM_PYTHON", str(optimum))
             made[kind] = build(student, out, OptimumSettings.model_validate(settings), fp32=fp32)
             patch.undo()
@@ -133,7 +132,7 @@ def test_a_changed_folder_is_detected(exported: Callable[[str], Path], student: 
 
 
 def test_a_missing_environment_is_reported_with_the_command_that_creates_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: Patch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ARTE_EDGE_OPTIMUM_PYTHON", raising=False)
@@ -147,9 +146,7 @@ def test_a_missing_environment_is_reported_with_the_command_that_creates_it(
 @pytest.mark.parametrize(
     ("python", "problem"), [("no-such-python", "cannot be run"), (sys.executable, "optimum-onnx")]
 )
-def test_a_named_python_without_optimum_is_rejected(
-    monkeypatch: pytest.MonkeyPatch, python: str, problem: str
-) -> None:
+def test_a_named_python_without_optimum_is_rejected(monkeypatch: Patch, python: str, problem: str) -> None:
     monkeypatch.setenv("ARTE_EDGE_OPTIMUM_PYTHON", python)
     with pytest.raises(InputError, match=problem):
         find_python()

@@ -1,7 +1,5 @@
 """Removing shape arithmetic from a graph: the rules, and a small graph that computes the same without it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

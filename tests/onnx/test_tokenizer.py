@@ -1,7 +1,5 @@
 """Stop tokens and token ids, read from a checkpoint's files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Task folders made in code, valid until a test breaks them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Extracting answers from the output of models, and comparing them."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

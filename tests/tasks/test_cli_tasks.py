@@ -1,7 +1,5 @@
 """``arte-edge tasks`` as a person and a script use it."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable
@@ -10,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tiny import Capture, Patch
 
 from arte_edge import catalog
 from arte_edge.cli.main import main
@@ -18,7 +17,6 @@ from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Example
 
 Write = Callable[[Path, list[dict[str, Any]]], Path]
-Capture = pytest.CaptureFixture[str]
 ROWS = [{"q": f"Is {n} [even]?", "a": "no" if n % 2 else "yes"} for n in range(80)]
 
 
@@ -119,7 +117,7 @@ def test_new_splits_a_dataset(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_a_teacher_replaces_the_techniques_of_an_existing_task(
-    parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    parity: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     opened: list[str] = []
     closed: list[bool] = []

@@ -1,7 +1,5 @@
 """Reading task folders: valid ones load, problems are reported with file and line."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A task made from a labelled table: answer kind, split, dropped rows."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

@@ -1,7 +1,5 @@
 """References to tasks: labelled files, datasets, BIG-Bench Hard, shipped tasks."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -10,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Patch
 
 from arte_edge import catalog
 from arte_edge.errors import ArteError, InputError
@@ -89,9 +88,7 @@ def test_a_saved_dataset_is_read_with_the_names_of_its_class_labels(tmp_path: Pa
 
 
 @needs_datasets
-def test_a_folder_of_data_files_is_a_dataset(
-    tmp_path: Path, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_data_files_is_a_dataset(tmp_path: Path, write_jsonl: Write, monkeypatch: Patch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -107,7 +104,7 @@ def test_a_missing_dataset_is_an_input_error(tmp_path: Path) -> None:
         hub_records(str(tmp_path / "none"))
 
 
-def test_without_the_datasets_library_the_hint_is_a_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_datasets_library_the_hint_is_a_pip_command(monkeypatch: Patch) -> None:
     def nothing(_name: str) -> None:
         return None
 
@@ -220,9 +217,7 @@ def test_an_unknown_name_offers_the_nearest() -> None:
     assert caught.value.hint == "Did you mean 'home_intents'?"
 
 
-def test_a_folder_is_named_by_its_path_or_its_task_file(
-    parity: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_is_named_by_its_path_or_its_task_file(parity: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(parity.parent)
     identities = {load_task(ref).sha256 for ref in (str(parity), "./parity", "parity", "parity/task.toml")}
     assert len(identities) == 1

@@ -1,7 +1,5 @@
 """Normal forms of text and numbers."""
 
-from __future__ import annotations
-
 from decimal import Decimal
 
 import pytest

@@ -1,7 +1,5 @@
 """Task folders written: skeletons, shipped data, proposed techniques."""
 
-from __future__ import annotations
-
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tiny import Capture
 
 from arte_edge import catalog
 from arte_edge.errors import ArteError, InputError
@@ -101,7 +100,7 @@ def test_closed_answers_are_balanced_in_every_split(name: str) -> None:
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_an_unknown_name_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_name_is_rejected(capsys: Capture) -> None:
     assert main(["nothing"]) == 2
     assert "known: boolean_expressions" in capsys.readouterr().out
 

@@ -1,7 +1,5 @@
 """Identity, options and test split of a task."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path

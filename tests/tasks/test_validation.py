@@ -1,7 +1,5 @@
 """Problems and warnings of a task."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A tiny model with a real tokenizer, as checkpoint and as a good F16 GGUF, and functions that damage the GGUF."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import tiny as tiny_models
 from numpy.typing import NDArray
-from tiny import TEMPLATE
+from tiny import TEMPLATE, Folders, Make
 
 from arte_edge.gguf.reader import Field, read_model_header
 from arte_edge.gguf.writer import Tensor, write_gguf
@@ -104,7 +102,7 @@ def to_gguf(checkpoint: Path, out: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+def tiny(tmp_path_factory: Folders) -> Tiny:
     folder = tmp_path_factory.mktemp("verify")
     checkpoint = write_checkpoint(folder / "student")
     return Tiny(checkpoint, to_gguf(checkpoint, folder / "student-F16.gguf"))
@@ -119,7 +117,7 @@ def reference(tiny: Tiny) -> Iterator[Runtime]:
 
 
 @pytest.fixture
-def with_fields(tiny: Tiny, tmp_path: Path) -> Callable[..., Path]:
+def with_fields(tiny: Tiny, tmp_path: Path) -> Make:
     """Copy the good GGUF with other metadata: ``with_fields({"tokenizer.ggml.eos_token_id": 1})``."""
 
     def write(values: Mapping[str, Any], source: Path | None = None) -> Path:

@@ -1,15 +1,13 @@
 """A deliberately broken export of each kind is caught by the check that names it, and a good one is not."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tiny import Make
 
 from arte_edge.gguf.reader import read_model_header
 from arte_edge.runtimes.protocol import Runtime
@@ -18,8 +16,6 @@ from arte_edge.verify.prompts import built_in_prompts
 from arte_edge.verify.thresholds import thresholds_for
 
 from .conftest import HEADS, Tiny, to_gguf, with_tensor
-
-WithFields = Callable[..., Path]
 
 
 def gate(reference: Runtime, artifact: Path) -> Verdict:
@@ -48,43 +44,41 @@ def test_the_reference_is_itself(reference: Runtime, tiny: Tiny) -> None:
     assert verdict.fidelity is not None and verdict.fidelity.kl_max == 0.0
 
 
-def test_a_wrong_chat_template_is_caught(reference: Runtime, with_fields: WithFields) -> None:
+def test_a_wrong_chat_template_is_caught(reference: Runtime, with_fields: Make) -> None:
     other = b"{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     verdict = gate(reference, with_fields({"tokenizer.chat_template": other}))
     assert failed(verdict) == {"template", "template ids"}
     assert "<|im_start|>" in note(verdict, "template")
 
 
-def test_a_template_without_its_bos_is_caught_as_text_only(
-    reference: Runtime, with_fields: WithFields
-) -> None:
+def test_a_template_without_its_bos_is_caught_as_text_only(reference: Runtime, with_fields: Make) -> None:
     # The runtime puts the begin token in front anyway, so the ids are the same.
     source = (reference.chat_template or "").replace("{{ bos_token }}", "")
     verdict = gate(reference, with_fields({"tokenizer.chat_template": source.encode()}))
     assert failed(verdict) == {"template"}
 
 
-def test_a_missing_chat_template_is_caught(reference: Runtime, with_fields: WithFields) -> None:
+def test_a_missing_chat_template_is_caught(reference: Runtime, with_fields: Make) -> None:
     verdict = gate(reference, with_fields({"tokenizer.chat_template": None}))
     assert failed(verdict) == {"template"}
     assert "artifact has no chat template" in note(verdict, "template")
 
 
 @pytest.mark.parametrize("token", [0, 1, 3, 40], ids=["bos", "turn-start", "text-end", "a-letter"])
-def test_a_swapped_eos_is_caught(reference: Runtime, with_fields: WithFields, token: int) -> None:
+def test_a_swapped_eos_is_caught(reference: Runtime, with_fields: Make, token: int) -> None:
     # llama.cpp knows <|im_end|> by name and still stops there: what the file declares must count.
     verdict = gate(reference, with_fields({"tokenizer.ggml.eos_token_id": token}))
     assert "stop tokens" in failed(verdict)
     assert reference.token_text(token) in note(verdict, "stop tokens")
 
 
-def test_a_missing_bos_is_caught(reference: Runtime, with_fields: WithFields) -> None:
+def test_a_missing_bos_is_caught(reference: Runtime, with_fields: Make) -> None:
     verdict = gate(reference, with_fields({"tokenizer.ggml.add_bos_token": False}))
     assert failed(verdict) == {"tokens", "vocabulary"}
     assert "lacks the begin token '<|begin|>'" in note(verdict, "tokens")
 
 
-def test_a_special_token_that_became_text_is_caught(reference: Runtime, with_fields: WithFields) -> None:
+def test_a_special_token_that_became_text_is_caught(reference: Runtime, with_fields: Make) -> None:
     types = list(read_model_header(with_fields({})).fields["tokenizer.ggml.token_type"].value)
     types[1] = 1  # <|im_start|> as NORMAL; llama.cpp corrects the names of end tokens itself
     verdict = gate(reference, with_fields({"tokenizer.ggml.token_type": types}))
@@ -93,7 +87,7 @@ def test_a_special_token_that_became_text_is_caught(reference: Runtime, with_fie
 
 
 @pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 1.0])
-def test_one_changed_merge_is_caught(reference: Runtime, with_fields: WithFields, where: float) -> None:
+def test_one_changed_merge_is_caught(reference: Runtime, with_fields: Make, where: float) -> None:
     merges = list(read_model_header(with_fields({})).fields["tokenizer.ggml.merges"].value)
     at = round(where * (len(merges) - 1))
     left, _, right = merges[at].partition(b" ")
@@ -103,7 +97,7 @@ def test_one_changed_merge_is_caught(reference: Runtime, with_fields: WithFields
     assert "merge" in note(verdict, "vocabulary")
 
 
-def test_another_pre_tokenizer_is_caught(reference: Runtime, with_fields: WithFields) -> None:
+def test_another_pre_tokenizer_is_caught(reference: Runtime, with_fields: Make) -> None:
     verdict = gate(reference, with_fields({"tokenizer.ggml.pre": b"llama-bpe"}))
     assert "tokens" in failed(verdict)
 

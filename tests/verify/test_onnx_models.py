@@ -1,13 +1,12 @@
 """ONNX folders in the gate: a good one passes, and each way of breaking one is caught."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Folders
 
 from arte_edge.runtimes.genai import GenaiRuntime
 from arte_edge.runtimes.loader import open_model
@@ -24,7 +23,7 @@ pytest.importorskip("onnx")
 
 
 @pytest.fixture(scope="session")
-def good(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def good(tiny: Tiny, tmp_path_factory: Folders) -> Path:
     """The tiny student as onnxruntime-genai's builder writes it, in 32 bits."""
     from arte_edge.onnx.genai_builder import GenaiSettings, build
 

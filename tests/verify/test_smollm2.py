@@ -1,7 +1,5 @@
 """The gate on a real model: good files pass, and faults that need a real model are found."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tiny import Folders
 
 from arte_edge.models import LocalModel
 from arte_edge.runtimes.loader import open_model
@@ -30,7 +29,7 @@ def checkpoint(smollm2: LocalModel) -> Path:
 
 
 @pytest.fixture(scope="module")
-def f16(smollm2: LocalModel, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def f16(smollm2: LocalModel, checkpoint: Path, tmp_path_factory: Folders) -> Path:
     from arte_edge.gguf.from_base import checkpoint_to_gguf
 
     assert smollm2.gguf is not None

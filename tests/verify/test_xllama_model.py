@@ -1,7 +1,5 @@
 """A GGUF opens and answers through xllamacpp where neither llama-cpp-python nor torch is installed."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -20,7 +20,7 @@ from __future__ import annotations
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from arte_edge.private_names import missing
+from arte_edge.private_apis import missing
 
 if TYPE_CHECKING:
     import torch

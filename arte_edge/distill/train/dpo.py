@@ -31,7 +31,7 @@ from arte_edge.distill.train.common import (
 )
 from arte_edge.distill.train.completion_head import score_completions_only
 from arte_edge.errors import ArteError, InputError
-from arte_edge.private_names import missing
+from arte_edge.private_apis import missing
 from arte_edge.store import content_key, write_jsonl
 
 __all__ = ["DpoResult", "encode_pairs", "train_dpo"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from arte_edge.private_names import missing
+from arte_edge.private_apis import missing
 
 __all__ = ["pack", "supported"]
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.private_names import missing
+from arte_edge.private_apis import missing
 from arte_edge.runtimes.prefix_tree import Group, SharedPrefix, n_cached
 
 if TYPE_CHECKING:

@@ -1,7 +1,5 @@
 """Draft questions: what is read out of a teacher's answer, and what is refused and why."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny import Patch
 
 from arte_edge.distill.generation.questions import (
     Drafts,
@@ -201,9 +200,7 @@ class TestDrafting:
         ):
             drafted(house, 7, max_prompts=5)
 
-    def test_a_server_that_fails_every_call_is_an_engine_error(
-        self, house: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_server_that_fails_every_call_is_an_engine_error(self, house: Any, monkeypatch: Patch) -> None:
         from arte_edge.runtimes.completion import Completion
 
         def fails(requests: Sequence[Any], sampling: Any) -> list[Completion]:

@@ -1,7 +1,5 @@
 """Labels of a teacher that contradicts itself, repeated rationales, and the grammar of a rationale."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A race spends calls where the order is open, ends at its budget, and finds the ends of the full grid."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

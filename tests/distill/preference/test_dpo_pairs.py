@@ -1,7 +1,5 @@
 """Preference pairs: top against bottom, best against worst, ties dropped and counted."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,11 +1,10 @@
 """Which preferences a quantized student keeps: made-up scores with known changes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
 import pytest
+from tiny import Patch
 
 from arte_edge.distill.preference.quantization_shift import compare, sample_drafts
 from arte_edge.distill.stages.calibrate import calibrate
@@ -63,7 +62,7 @@ def test_a_sample_takes_whole_questions_from_all_over() -> None:
 
 
 def test_a_run_that_scores_with_a_quantized_file_says_what_that_changes(
-    house: Any, monkeypatch: pytest.MonkeyPatch
+    house: Any, monkeypatch: Patch
 ) -> None:
     """The deployed student knows other numbers than the one with 16 bits, so their scores differ."""
     tables = {"calibrate": {"k": 12, "items": 20}, "elicit": {"questions": 8}}

@@ -1,7 +1,5 @@
 """Preference scores without the induced answer bias and without length, and the engine that computes them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
+from tiny import Patch
 
 from arte_edge.distill.preference import scoring
 from arte_edge.distill.preference.scoring import (
@@ -191,7 +190,7 @@ def test_a_run_may_order_them_by_the_whole_score(house: Any) -> None:
 
 
 @pytest.fixture
-def measured(house: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+def measured(house: Any, monkeypatch: Patch, tmp_path: Path) -> dict[str, Any]:
     """What was asked for, and the way that is said to be the fastest."""
     monkeypatch.setenv("ARTE_EDGE_PROBE", "1")
     seen: dict[str, Any] = {"way": Candidate("transformers", "bfloat16"), "asked": [], "opened": []}
@@ -216,7 +215,7 @@ def measured(house: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dic
 
 
 def test_where_nothing_may_be_measured_it_is_the_students_own(
-    house: Any, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    house: Any, measured: dict[str, Any], monkeypatch: Patch
 ) -> None:
     monkeypatch.setenv("ARTE_EDGE_PROBE", "0")
     run = house.run()

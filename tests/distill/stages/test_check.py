@@ -1,13 +1,12 @@
 """The check before anything is spent, and what a run refuses before it calls a model."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Capture, Patch
 
 from arte_edge.cli.main import main
 from arte_edge.distill.evaluation import random_baseline
@@ -39,7 +38,7 @@ def test_a_validation_set_of_3_rows_is_refused(house: Any) -> None:
     assert house.calls == 0
 
 
-def test_a_teacher_near_chance_stops_with_its_figures(house: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_teacher_near_chance_stops_with_its_figures(house: Any, capsys: Capture) -> None:
     house.teacher.knows = lambda n: n % 8 < 4
     assert distill(house) == 4
     said = " ".join(capsys.readouterr().err.split())
@@ -75,9 +74,7 @@ def test_chance_is_the_most_frequent_answer_or_a_guess_among_the_options(house: 
     assert random_baseline(run, rows) == 0.75
 
 
-def test_a_teacher_on_a_server_is_not_asked_to_align(
-    house: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_teacher_on_a_server_is_not_asked_to_align(house: Any, capsys: Capture, monkeypatch: Patch) -> None:
     def nothing(*_: object, **__: object) -> None:
         raise AssertionError("a model was opened")
 
@@ -91,7 +88,7 @@ def test_a_teacher_on_a_server_is_not_asked_to_align(
 
 @pytest.mark.parametrize("template", ["{{ messages[0].nope.nope }}", "{% for %}", "{{ 1 // 0 }}"])
 def test_a_template_that_does_not_render_is_an_input_error(
-    house: Any, template: str, capsys: pytest.CaptureFixture[str]
+    house: Any, template: str, capsys: Capture
 ) -> None:
     house.teacher.chat_template = template
     assert distill(house) == 2
@@ -100,7 +97,7 @@ def test_a_template_that_does_not_render_is_an_input_error(
 
 
 def test_a_teacher_that_never_writes_a_valid_draft_stops_after_its_budget(
-    house: Any, capsys: pytest.CaptureFixture[str]
+    house: Any, capsys: Capture
 ) -> None:
     house.teacher.drafts = lambda i: "x</input><target>seven</target></Question_4>" if i % 2 else "No."
     assert distill(house, "--set", "elicit.questions=8", "--set", "elicit.max_prompts=6") == 4

@@ -1,7 +1,5 @@
 """Drafting with a scripted teacher: what is kept, and that what is kept is not asked again."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The prefer stage with adaptive scoring: fewer calls, the ends of the full grid, off: as before."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import defaultdict

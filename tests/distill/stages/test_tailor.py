@@ -1,7 +1,5 @@
 """What the student is trained on: of more examples than wanted, those that spread the labels."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -1,13 +1,12 @@
 """A tiny random Llama with a real byte-level tokenizer, with and without a begin token of its own."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
+from tiny import Folders, Make
 
 TEXT = "Is true and false true? no yes maybe the answer is not 0123456789 <ans> </ans> . \n"
 
@@ -26,7 +25,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def tiny_checkpoint(tmp_path_factory: Folders) -> Make:
     """Make the checkpoint folder of a random two-layer model; the same call gives the same folder."""
     made: dict[tuple[bool, str], Path] = {}
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import socket
 from collections import Counter
 from pathlib import Path
@@ -8,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import Capture, Patch
 
 from arte_edge.distill.train.common import (
     Encoder,
@@ -25,8 +24,8 @@ def test_a_training_speaks_to_nobody_and_prints_nothing(
     tiny_checkpoint: Any,
     sft_rows: Any,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    monkeypatch: Patch,
+    capfd: Capture,
 ) -> None:
     from huggingface_hub import constants
     from huggingface_hub.utils import _telemetry
@@ -60,7 +59,7 @@ def test_an_unreadable_checkpoint_is_an_input_error(tmp_path: Path) -> None:
         load(tmp_path, frozen=False)
 
 
-def test_missing_libraries_are_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libraries_are_named_with_the_command(monkeypatch: Patch) -> None:
     monkeypatch.setattr("arte_edge.extras.find_spec", lambda module: None if module == "trl" else object())
     with pytest.raises(ArteError, match="trl") as caught, quiet_training():
         pass

@@ -1,9 +1,8 @@
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Patch
 
 from arte_edge.distill.train.completion_head import attends_fully, score_completions_only
 
@@ -113,9 +112,7 @@ def test_a_prompt_computed_once_gives_the_same_numbers_and_gradients(arch: str, 
         torch.testing.assert_close(my_grads[name], grad, rtol=1e-3, atol=1e-4)
 
 
-def test_fewer_tokens_are_computed_where_attention_is_full(
-    tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fewer_tokens_are_computed_where_attention_is_full(tiny_checkpoint: Any, monkeypatch: Patch) -> None:
     from transformers.models.llama.modeling_llama import LlamaModel
 
     seen: list[int] = []

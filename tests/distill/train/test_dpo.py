@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -7,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Folders
 
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.common import CollapseLimits, DpoSettings, Encoder, Lora, SftSettings
@@ -175,7 +174,7 @@ def test_a_pair_that_is_too_long_is_dropped_and_counted(tiny_checkpoint: Any, tm
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def whole(tiny_checkpoint: Any, tmp_path_factory: Folders) -> Any:
     """An alignment that nobody disturbed."""
     return train_dpo(tiny_checkpoint(), PAIRS, tmp_path_factory.mktemp("dpo") / "out", FAST, probe=healthy)
 

@@ -1,10 +1,9 @@
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Folders
 
 from arte_edge.distill.train.common import load
 from arte_edge.distill.train.lora_merge import check_merge, merge_adapter, sixteen_bits, write_checkpoint
@@ -14,7 +13,7 @@ PROMPTS = ["<|user|>Is true and false true?\n", "the answer is not maybe", "no "
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter(tiny_checkpoint: Any, tmp_path_factory: Folders) -> Path:
     """A LoRA with random matrices, of the size of a short training."""
     import torch
     from peft import LoraConfig, get_peft_model

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -7,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Folders
 
 from arte_edge.distill.train.common import Encoder, Lora, SftSettings
 from arte_edge.distill.train.sft import encode_sft, train_sft
@@ -23,7 +22,7 @@ def weights(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def tuned(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tuned(tiny_checkpoint: Any, tmp_path_factory: Folders) -> Any:
     """Train once with all weights and once with LoRA."""
     rows = [
         {"prompt": f"<|user|>Is {i} true?" + " and" * (i % 5) + "\n", "completion": f"<ans>{i % 2}</ans>"}

@@ -1,7 +1,5 @@
 """Boolean expressions are Python's, so Python judges the targets."""
 
-from __future__ import annotations
-
 import ast
 
 from arte_edge.tasks.generators.boolean_expressions import generate

@@ -1,7 +1,5 @@
 """Dates: the right option is right, there is one of it, and it cannot be told by looks."""
 
-from __future__ import annotations
-
 import re
 from datetime import date, datetime, timedelta
 

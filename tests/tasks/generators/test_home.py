@@ -1,7 +1,5 @@
 """Home commands: natural in length, new phrasings in the test split, slots that were said."""
 
-from __future__ import annotations
-
 import re
 
 from arte_edge.tasks.generators.home import _phrases, generate_calls, generate_intents

@@ -1,7 +1,5 @@
 """Counting: the numbers in the list add up to the target."""
 
-from __future__ import annotations
-
 import re
 
 from arte_edge.tasks.generators.object_counting import _KINDS, generate

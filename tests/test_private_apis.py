@@ -13,12 +13,12 @@ import pytest
 from packaging.requirements import Requirement
 from tiny import Patch
 
-from arte_edge import private_names
+from arte_edge import private_apis
 from arte_edge.distill.train import dpo
 from arte_edge.distill.train.completion_head import attends_fully, score_completions_only
 from arte_edge.errors import ArteError
 from arte_edge.onnx.simplify import simplify
-from arte_edge.private_names import PRIVATE_NAMES, PrivateName, missing, problem
+from arte_edge.private_apis import PRIVATE_NAMES, PrivateName, missing, problem
 from arte_edge.runtimes.transformers import onednn_prepack, packed_kv_cache
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +34,7 @@ def test_the_installed_versions_have_every_listed_name(row: PrivateName) -> None
     pytest.importorskip(row.module.partition(".")[0])
     assert not problem(row), (
         f"{problem(row)}. {row.used_in} uses it; without it: {row.without}. "
-        f"Adapt that module and the list in {private_names.__name__}, then raise the bound in pyproject.toml."
+        f"Adapt that module and the list in {private_apis.__name__}, then raise the bound in pyproject.toml."
     )
 
 
@@ -48,7 +48,7 @@ def test_every_row_names_a_module_that_uses_it_and_asks_first() -> None:
 @pytest.fixture
 def names_gone(monkeypatch: Patch) -> Iterator[None]:
     """No listed name is where it was, as after an update."""
-    monkeypatch.setattr(private_names, "problem", lambda row: f"{row.module} has no {row.name} any more")
+    monkeypatch.setattr(private_apis, "problem", lambda row: f"{row.module} has no {row.name} any more")
     missing.cache_clear()
     yield
     missing.cache_clear()
@@ -129,7 +129,7 @@ def test_no_private_name_of_another_package_is_used_without_being_listed() -> No
     unlisted = []
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        if module != private_names.__name__:
+        if module != private_apis.__name__:
             unlisted += [
                 (module, name)
                 for name in sorted(private_attributes(path) - ours)
