@@ -34,7 +34,7 @@ __all__ = [
     "constrained_answers",
     "generated_answers",
     "generated_answers_each",
-    "random_baseline",
+    "majority_baseline",
     "teacher_answers",
 ]
 
@@ -122,7 +122,7 @@ def constrained_answers(
     return _judge(run, examples, [canonical(text, answer) for text in texts])
 
 
-def random_baseline(run: RunContext, examples: Sequence[Example]) -> float:
+def majority_baseline(run: RunContext, examples: Sequence[Example]) -> float:
     """Return the accuracy of always giving the most frequent answer, or of guessing among the options."""
     top = Counter(example.target for example in examples).most_common(1)[0][1] / len(examples)
     if not run.task.answer.closed:

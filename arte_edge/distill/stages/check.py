@@ -12,7 +12,7 @@ from typing import Any
 from arte_edge.distill.evaluation import (
     constrained_answers,
     generated_answers,
-    random_baseline,
+    majority_baseline,
     teacher_answers,
 )
 from arte_edge.distill.run_context import RunContext, Summary
@@ -59,7 +59,7 @@ def check(run: RunContext, *, force: bool) -> Summary:
                     "teacher": _accuracy(int(teacher.right.sum()), n),
                     "student": _accuracy(int(as_is.right.sum()), n),
                     "student_forced": _accuracy(int(constrained.right.sum()), n),
-                    "chance": random_baseline(run, examples),
+                    "chance": majority_baseline(run, examples),
                     "p_value": mcnemar(teacher.right, constrained.right).p_value,
                 }
             )
@@ -95,7 +95,7 @@ def _problem(summary: Summary) -> str | None:
     if teacher["low"] <= summary["chance"]:
         return (
             f"the teacher is near chance: {teacher['accuracy']:.0%} right (95 % interval "
-            f"{teacher['low']:.0%} to {teacher['high']:.0%}, n = {n}); the random baseline is {summary['chance']:.0%}"
+            f"{teacher['low']:.0%} to {teacher['high']:.0%}, n = {n}); the majority baseline is {summary['chance']:.0%}"
         )
     # The question has a direction, is the teacher better, so half of the two-sided p answers it.
     one_sided = summary["p_value"] / 2
@@ -110,6 +110,6 @@ def _problem(summary: Summary) -> str | None:
 def _describe(summary: Summary) -> str:
     return (
         f"teacher {summary['teacher']['accuracy']:.0%} right, student {summary['student']['accuracy']:.0%} "
-        f"({summary['student_forced']['accuracy']:.0%} constrained), random baseline {summary['chance']:.0%}, "
+        f"({summary['student_forced']['accuracy']:.0%} constrained), majority baseline {summary['chance']:.0%}, "
         f"n = {summary['n']}"
     )

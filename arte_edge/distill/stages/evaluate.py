@@ -18,7 +18,7 @@ from arte_edge.distill.evaluation import (
     Predictions,
     constrained_answers,
     generated_answers,
-    random_baseline,
+    majority_baseline,
     teacher_answers,
 )
 from arte_edge.distill.prompts import teacher_shots
@@ -96,7 +96,7 @@ def _summary(run: RunContext, examples: tuple[Example, ...], results: _Results) 
             if who == _BASE
         },
         "format_share": None if share is None else round(share, 4),
-        "chance": round(random_baseline(run, examples), 4),
+        "chance": round(majority_baseline(run, examples), 4),
         "partial": bool(config.limit) and config.limit < len(run.task.test_keys()),
         **run.budget_inputs(),
     }
@@ -159,7 +159,7 @@ def summary_lines(evaluation: Summary) -> list[str]:
     """Return the text below the table: n, the paired tests, and the share of the gain that is format."""
     n = evaluation["rows"][0]["n"]
     part = ", a part of the test split: not a result" if evaluation["partial"] else ""
-    lines = [f"n = {n} test examples{part}; the random baseline is {evaluation['chance']:.1%}."]
+    lines = [f"n = {n} test examples{part}; the majority baseline is {evaluation['chance']:.1%}."]
     for setting, test in evaluation["paired"].items():
         lines.append(
             f"{_prompting(setting)}: {test['difference']:+.1%} "

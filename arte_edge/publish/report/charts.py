@@ -178,7 +178,7 @@ def accuracy_chart(rows: Rows, chance: float | None) -> Chart | None:
         desc="; ".join(f"{r['label']} {r['accuracy']:.1%} ({r['low']:.1%} to {r['high']:.1%})" for r in rows),
     )
     if chance is not None:
-        plot.rule(100 * chance, "random baseline")
+        plot.rule(100 * chance, "majority baseline")
     for i, row in enumerate(rows):
         series = int(row["series"])
         plot.whisker((100 * row["low"], 100 * row["high"]), (i, i), series)

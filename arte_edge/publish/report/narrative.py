@@ -19,7 +19,7 @@ _STAGES: dict[str, tuple[str, str, dict[str, str]]] = {
     "check": (
         "Does the teacher know what the student does not?",
         "On {n} validation examples the teacher scored {teacher[accuracy]:.0%}, the student {student[accuracy]:.0%}, "
-        "and {student_forced[accuracy]:.0%} with constrained answers; the random baseline is {chance:.0%}.",
+        "and {student_forced[accuracy]:.0%} with constrained answers; the majority baseline is {chance:.0%}.",
         {},
     ),
     "elicit": (
@@ -62,7 +62,7 @@ _STAGES: dict[str, tuple[str, str, dict[str, str]]] = {
     ),
     "evaluate": (
         "Before and after, on the untouched test split.",
-        "{rows[0][n]} examples in {n_settings} settings; the random baseline is {chance:.0%}.",
+        "{rows[0][n]} examples in {n_settings} settings; the majority baseline is {chance:.0%}.",
         {},
     ),
 }

@@ -9,7 +9,7 @@ import pytest
 from tiny import Capture, Patch
 
 from arte_edge.cli.main import main
-from arte_edge.distill.evaluation import random_baseline
+from arte_edge.distill.evaluation import majority_baseline
 from arte_edge.distill.stages.check import check
 from arte_edge.errors import InputError, StoppedEarly
 from arte_edge.tasks.task import Answer, Example
@@ -43,7 +43,7 @@ def test_a_teacher_near_chance_stops_with_its_figures(house: Any, capsys: Captur
     assert distill(house) == 4
     said = " ".join(capsys.readouterr().err.split())
     assert "the teacher is near chance: 50% right" in said
-    assert "n = 40" in said and "random baseline is 50%" in said
+    assert "n = 40" in said and "majority baseline is 50%" in said
     assert "--force" in said
 
 
@@ -67,11 +67,11 @@ def test_force_continues_and_pays_for_nothing_twice(house: Any) -> None:
 def test_chance_is_the_most_frequent_answer_or_a_guess_among_the_options(house: Any) -> None:
     run = house.run()
     rows = (Example("a", "odd"), Example("b", "odd"), Example("c", "odd"), Example("d", "even"))
-    assert random_baseline(run, rows) == 0.75
+    assert majority_baseline(run, rows) == 0.75
     run.task = replace(run.task, answer=Answer(kind="choice", choices=("odd", "even", "neither", "both")))
-    assert random_baseline(run, tuple(Example(str(i), f"{i}") for i in range(8))) == 0.25
+    assert majority_baseline(run, tuple(Example(str(i), f"{i}") for i in range(8))) == 0.25
     run.task = replace(run.task, answer=Answer(kind="text"))
-    assert random_baseline(run, rows) == 0.75
+    assert majority_baseline(run, rows) == 0.75
 
 
 def test_a_teacher_on_a_server_is_not_asked_to_align(house: Any, capsys: Capture, monkeypatch: Patch) -> None:

@@ -159,7 +159,7 @@ def test_a_histogram_counts_every_value() -> None:
 
 def test_intervals_and_chance_are_drawn() -> None:
     row = {"label": "tuned", "accuracy": 0.31, "low": 0.23, "high": 0.41, "n": 100, "series": 4}
-    assert {"tuned", "random baseline", "accuracy, %"} <= set(texts(drawn(accuracy_chart([row], 0.16)).svg))
+    assert {"tuned", "majority baseline", "accuracy, %"} <= set(texts(drawn(accuracy_chart([row], 0.16)).svg))
 
 
 def test_the_front_marks_what_is_predicted() -> None:
