@@ -88,8 +88,8 @@ def execute(folder: Path, run: str = RUN) -> Any:
     from nbclient import NotebookClient
 
     page = notebook()
-    for cell in page.cells:
-        cell["source"] = cell["source"].replace(f'ae.distill("{RUN}")', f"ae.distill({run!r})")
+    for cell in page.cells if run != RUN else []:  # `force`: a small run's teacher may not be better
+        cell["source"] = cell["source"].replace(f'ae.distill("{RUN}")', f"ae.distill({run!r}, force=True)")
     NotebookClient(
         page, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     ).execute()

@@ -91,7 +91,10 @@ def write_base(path: Path, checkpoint: Path) -> Path:
     writer.add_chat_template(TEMPLATE)
     with safe_open(checkpoint / "model.safetensors", framework="pt") as tensors:
         shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    tiny_models.write_base(writer, "llama", shapes, LAYERS)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
+    for name, shape in shapes.items():
+        writer.add_tensor(table.get_name(name, (".weight", ".bias")), np.zeros(shape, dtype=np.float32))
+    tiny_models.finish(writer)
     return path
 
 
