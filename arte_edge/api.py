@@ -360,10 +360,7 @@ def _model_path(ref: str, reporter: Reporter | None) -> Path:
     from arte_edge.models.resolve import resolve
 
     with downloading(ref, reporter) as progress:
-        model = resolve(ref, progress=progress)
-    found = model.gguf or model.folder
-    assert found is not None  # a LocalModel has one of the two
-    return found
+        return resolve(ref, progress=progress).path
 
 
 @contextmanager

@@ -77,10 +77,7 @@ def fetch_model(ref: str) -> Path:
     """Return the file of a registry name or Hub id, downloaded if it is not cached."""
     from arte_edge.models import resolve
 
-    model = resolve(ref)
-    found = model.gguf or model.folder
-    assert found is not None  # a LocalModel has one of the two
-    return found
+    return resolve(ref).path
 
 
 def bench(

@@ -140,7 +140,4 @@ def _fetch(ref: str) -> Path:
     from arte_edge.models import resolve
 
     with model_progress(ref) as progress:
-        model = resolve(ref, progress=progress)
-    found = model.gguf or model.folder
-    assert found is not None  # a LocalModel has one of the two
-    return found
+        return resolve(ref, progress=progress).path

@@ -42,6 +42,11 @@ class LocalModel:
         if (self.gguf is None) == (self.folder is None):
             raise ValueError("a model is either a GGUF file or a checkpoint folder")
 
+    @property
+    def path(self) -> Path:
+        """The GGUF file, or the checkpoint folder."""
+        return self.gguf or cast(Path, self.folder)
+
     def checkpoint(self, progress: Progress | None = None) -> Path:
         """Return a safetensors folder with these weights; a GGUF is converted once and cached.
 
