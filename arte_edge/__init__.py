@@ -42,8 +42,16 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-# onnxruntime sends usage data unless this is set before it is imported, here and in child processes.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# These libraries report home unless told not to before they are imported, here and in child processes
+# (docs/privacy.md). A value that the user has set is kept; an empty one is none: onnxruntime takes it for consent.
+for _name, _value in (
+    ("ORT_DISABLE_TELEMETRY", "1"),
+    ("HF_HUB_DISABLE_TELEMETRY", "1"),
+    ("HF_UPDATE_DOWNLOAD_COUNTS", "0"),
+    ("DO_NOT_TRACK", "1"),
+):
+    if not os.environ.get(_name, "").strip():
+        os.environ[_name] = _value
 
 # These verbs are the names of packages too, and importing a package binds its name here.
 _PACKAGES = ("bench", "distill", "export", "verify")

@@ -42,6 +42,18 @@ def test_no_module_loads_an_optional_part_when_imported() -> None:
     assert loaded_by(everything).isdisjoint(OPTIONAL)
 
 
+@pytest.mark.parametrize(("given", "kept"), [(None, "1"), (" ", "1"), ("0", "0")])
+def test_libraries_are_told_to_report_nothing_unless_the_user_says_otherwise(
+    given: str | None, kept: str
+) -> None:
+    names = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
+    environment = {key: value for key, value in os.environ.items() if key not in names}
+    environment |= {} if given is None else dict.fromkeys(names, given)
+    code = f"import os, arte_edge; print(*(os.environ[name] for name in {names}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
+    assert done.stdout.split() == [kept.encode()] * 3
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="wait4 is POSIX")
 @pytest.mark.parametrize("words", ["--help", "bench --help", "models --help", "tasks --help"])
 def test_help_answers_within_half_a_second(words: str) -> None:

@@ -246,6 +246,24 @@ def test_a_failed_build_is_explained_and_leaves_nothing(tiny_student: Path, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
+def test_export_verify_and_bench_leave_nothing_in_a_users_folders(tiny_student: Path, tmp_path: Path) -> None:
+    # Unasked not to, onnxruntime and onnxruntime-genai store a device id and events to send there, except in CI.
+    home, out = tmp_path / "home", tmp_path / "out"
+    home.mkdir()
+    ours = {key: os.environ[key] for key in ("PATH", "PYTHONPATH", "OMP_NUM_THREADS") if key in os.environ}
+    environment = ours | {"HOME": str(home), "TMPDIR": str(home), "ARTE_EDGE_HOME": str(tmp_path / "cache")}
+    model = out / f"{tiny_student.name}-onnx-fp32"
+    for words in (
+        ["export", tiny_student, "--onnx", "fp32", "-o", out],
+        ["verify", tiny_student, model],
+        ["bench", model, *"-p 8 -n 2 -r 1".split()],
+    ):
+        command = [sys.executable, "-m", "arte_edge", *map(str, words)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert [path for path in home.rglob("*") if path.is_file()] == []
+
+
 BUILD = """
 import sys; from pathlib import Path
 from arte_edge.onnx.genai_builder import GenaiSettings, build
