@@ -13,10 +13,12 @@ prints both; a traceback appears only with ``--debug``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 
-__all__ = ["ArteError", "EngineError", "GateError", "InputError", "StoppedEarly", "nearest"]
+__all__ = ["ArteError", "EngineError", "GateError", "InputError", "StoppedEarly", "nearest", "reading"]
 
 
 class ArteError(Exception):
@@ -53,6 +55,20 @@ class StoppedEarly(ArteError):
 
 class EngineError(ArteError):
     """A runtime or a server failed in a way that retrying did not fix."""
+
+
+@contextmanager
+def reading(path: Path, hint: str = "") -> Iterator[None]:
+    """Name `path` where its content is not what the code inside expects: a missing key, a value of another type.
+
+    Raises:
+        InputError: in place of the Python error that the content caused.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise InputError(f"{path}: damaged, or of another kind than its name says: {what}", hint) from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

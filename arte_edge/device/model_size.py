@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from arte_edge.errors import InputError
+from arte_edge.errors import InputError, reading
 from arte_edge.protobuf import fields, varint
 
 __all__ = ["ModelSize", "model_format"]
@@ -146,7 +146,9 @@ class ModelSize:
             "onnx": _of_onnx,
             "safetensors": _of_safetensors,
         }
-        return readers[model_format(path)](path)
+        read = readers[model_format(path)]
+        with reading(path, "Is it a language model? Then fetch or export it again."):
+            return read(path)
 
     def kv_bytes(self, tokens: int) -> int:
         """Return the bytes of the keys and values of `tokens` tokens.
@@ -213,7 +215,7 @@ def _of_gguf(path: Path) -> ModelSize:
 def _json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(document, dict):
         raise InputError(f"{path}: not a JSON object")
@@ -223,24 +225,22 @@ def _json(path: Path) -> dict[str, Any]:
 def _attention(config: dict[str, Any], source: Path) -> dict[str, int]:
     """Return the sizes in a ``config.json`` of transformers, or in the text part of a multimodal one."""
     config = config.get("text_config") or config
-    try:
+    with reading(source, "Is it a language model's?"):
         n_layer, n_embd = int(config["num_hidden_layers"]), int(config["hidden_size"])
         n_head = int(config["num_attention_heads"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{source}: {error} is missing or not a number", "Is it a language model's?"
-        ) from error
-    n_kv_head = int(config.get("num_key_value_heads") or n_head)
-    head_dim = int(config.get("head_dim") or config.get("head_size") or n_embd // n_head)
+        n_kv_head = int(config.get("num_key_value_heads") or n_head)
+        head_dim = int(config.get("head_dim") or config.get("head_size") or n_embd // n_head)
+        n_ff, n_vocab = int(config.get("intermediate_size") or 0), int(config.get("vocab_size") or 0)
+        n_ctx_train = int(config.get("max_position_embeddings") or 0)
     return {
         "n_layer": n_layer,
         "n_embd": n_embd,
-        "n_ff": int(config.get("intermediate_size") or 0),
+        "n_ff": n_ff,
         "n_kv_head": n_kv_head,
         "head_dim": head_dim,
         "kv_values": n_layer * n_kv_head * head_dim * 2,
-        "n_vocab": int(config.get("vocab_size") or 0),
-        "n_ctx_train": int(config.get("max_position_embeddings") or 0),
+        "n_vocab": n_vocab,
+        "n_ctx_train": n_ctx_train,
     }
 
 
@@ -252,7 +252,7 @@ def _of_safetensors(folder: Path) -> ModelSize:
     tensors = {name: info for file in files for name, info in _tensors(file).items()}
     has_head = "lm_head.weight" in tensors and not config.get("tie_word_embeddings", False)
     for name, info in tensors.items():
-        start, end = info["data_offsets"]
+        start, end = map(int, info["data_offsets"])
         weight_bytes += end - start
         n_params += (end - start) // _WIDE.get(info["dtype"], 1)
         if name.endswith("embed_tokens.weight") and has_head:

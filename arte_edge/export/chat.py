@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arte_edge.errors import InputError
+from arte_edge.errors import InputError, reading
 from arte_edge.runtimes.prompt_render import Message, render
 
 __all__ = ["Chat", "read_chat"]
@@ -49,6 +49,11 @@ def read_chat(checkpoint: Path) -> Chat:
     Raises:
         InputError: one of its tokenizer files is not JSON.
     """
+    with reading(checkpoint / "tokenizer_config.json", "Save the tokenizer again, or download it again."):
+        return _chat(checkpoint)
+
+
+def _chat(checkpoint: Path) -> Chat:
     config = _json(checkpoint / "tokenizer_config.json")
     special = _json(checkpoint / "special_tokens_map.json") | config
     tokens = {name: text for name in ("bos_token", "eos_token") if (text := _text(special.get(name)))}
@@ -103,6 +108,6 @@ def _json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON", "Download the checkpoint again.") from error
     return value if isinstance(value, dict) else {}

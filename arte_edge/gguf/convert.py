@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from arte_edge.cache import atomic_file
 from arte_edge.checkpoint import Weight, read_config, read_weights
-from arte_edge.errors import ArteError, InputError
+from arte_edge.errors import ArteError, InputError, reading
 from arte_edge.extras import need
 from arte_edge.gguf.names import (
     BLOCK,
@@ -108,15 +108,16 @@ def convert(
     """
     need("gguf", "Writing GGUF")
     _check_dtype(dtype)
-    source = _open_checkpoint(checkpoint)
-    files = read_tokenizer(checkpoint, source.config)
-    tensors = _rope_tensors(source) + _tensors(source, dtype)
-    fields = {
-        **_general_metadata(source, tensors, dtype),
-        **_hyper_parameters(source),
-        **vocabulary(files, source.family, source.n_vocab),
-        **extra_fields,
-    }
+    with reading(checkpoint / "config.json", "Give a whole checkpoint."):
+        source = _open_checkpoint(checkpoint)
+        files = read_tokenizer(checkpoint, source.config)
+        tensors = _rope_tensors(source) + _tensors(source, dtype)
+        fields = {
+            **_general_metadata(source, tensors, dtype),
+            **_hyper_parameters(source),
+            **vocabulary(files, source.family, source.n_vocab),
+            **extra_fields,
+        }
     strips = any(token.strips_right and token.special for token in files.added.values())
     is_phi3 = strips and set(fields["tokenizer.ggml.tokens"].value) >= _PHI3_TOKENS
     fields["general.name"] = Field(STRING, name_for_llama_cpp(fields["general.name"].value, is_phi3))

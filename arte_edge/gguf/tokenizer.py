@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge import protobuf
-from arte_edge.errors import InputError
+from arte_edge.errors import InputError, reading
 from arte_edge.gguf.names import OTHER_CONVERTER, Family
 from arte_edge.gguf.reader import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT8, UINT32, Field
 
@@ -65,6 +65,11 @@ def vocabulary(files: TokenizerFiles, family: Family, n_vocab: int) -> dict[str,
     Raises:
         InputError: a kind of tokenizer that llama.cpp does not have, or more tokens than rows.
     """
+    with reading(files.path, _SAVE_AGAIN):
+        return _vocabulary(files, family, n_vocab)
+
+
+def _vocabulary(files: TokenizerFiles, family: Family, n_vocab: int) -> dict[str, Field]:
     model = files.tokenizer.get("model") or {}
     kind = model.get("type")
     byte_level = kind == "BPE" and not model.get("byte_fallback")
@@ -274,15 +279,14 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerFiles:
     model = path if path.is_file() else None
     if not tokenizer and model is None:
         raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model", _SAVE_AGAIN)
-    try:
+    with reading(folder / "tokenizer.json", _SAVE_AGAIN):
         added = _added(folder, tokenizer, settings)
         special = _special(tokenizer, settings, config, added)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder}: its tokenizer files are damaged ({error!r})", _SAVE_AGAIN) from error
+        templates = _templates(folder, settings)
     for token in special.values():
         if token in added and not added[token].special:
             added[token] = AddedToken(added[token].text, True, added[token].strips_right)
-    return TokenizerFiles(folder, tokenizer, settings, model, added, special, _templates(folder, settings))
+    return TokenizerFiles(folder, tokenizer, settings, model, added, special, templates)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -292,7 +296,7 @@ def _json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not an object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable JSON ({error})", _SAVE_AGAIN) from error
     return content
 

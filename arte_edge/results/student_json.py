@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from arte_edge.cache import write_atomic
-from arte_edge.errors import InputError
+from arte_edge.errors import InputError, reading
 from arte_edge.results.accuracy import SCHEMA_VERSION, PairedAccuracy, Record
 
 __all__ = [
@@ -294,19 +294,20 @@ def read_student(folder: Path) -> StudentFile | None:
     Raises:
         InputError: it is damaged, or of an unknown schema version.
     """
-    path = folder / FILE_NAME
+    path, again = folder / FILE_NAME, "Remove it and export again."
     try:
-        document = json.loads(path.read_bytes())
+        with reading(path, again):
+            document = json.loads(path.read_bytes())
+            document = document if isinstance(document, dict) else {}
+            for artifact in document.get("artifacts", ()) if document.get("schema_version") == 1 else ():
+                if isinstance(fidelity := artifact.get("fidelity"), dict) and "figures" in fidelity:
+                    fidelity["metrics"] = fidelity.pop("figures")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON", "Remove it and export again.") from error
-    document = document if isinstance(document, dict) else {}
-    for artifact in document.get("artifacts", ()) if document.get("schema_version") == 1 else ():
-        if isinstance(fidelity := artifact.get("fidelity"), dict) and "figures" in fidelity:
-            fidelity["metrics"] = fidelity.pop("figures")
+    except OSError as error:
+        raise InputError(f"{path}: not readable: {error.strerror}", again) from error
     outdated = "Export with the arte-edge that wrote it, or choose another -o."
-    return StudentFile.parse(document, str(path), outdated=outdated, hint="Remove it and export again.")
+    return StudentFile.parse(document, str(path), outdated=outdated, hint=again)
 
 
 def carry_results(folder: Path, new: StudentFile) -> StudentFile:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import tomllib
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from arte_edge.errors import InputError
 from arte_edge.results.locate import find_export, find_run, read_bench
@@ -35,6 +38,97 @@ _ROWS = {
 
 STAGES = tuple(_ROWS)
 JsonRow = dict[str, Any]
+
+
+_AGAIN = "Remove it and run `arte-edge distill` again: finished calls are kept."
+
+
+# What the page needs of a row; more keys may be there.
+class _Shape(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Draft(_Shape):
+    question: str
+    technique: int
+    text: str
+    score: FiniteFloat
+
+
+class _Question(_Shape):
+    id: str
+    input: str
+    score: FiniteFloat
+
+
+class _Example(_Shape):
+    input: str
+    rationale: str
+    label: str
+
+
+class _Accuracy(_Shape):
+    model: str
+    setting: str
+    n: int
+    accuracy: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+
+
+class _Test(_Shape):
+    gained: int
+    lost: int
+    difference: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+    p_value: FiniteFloat
+
+
+class _Rates(_Shape):
+    decode_tokens_per_s: FiniteFloat
+    evidence: str
+    source: str
+
+
+class _Budget(_Shape):
+    answer_tokens: int
+    prompt_tokens: int
+    rates: _Rates
+
+
+class _Device(_Shape):
+    device: str
+    file: str
+    max_answer_seconds: FiniteFloat
+
+
+class _Deploy(_Shape):
+    budget: _Budget
+    deploy: _Device
+
+
+class _Evaluation(_Shape):
+    rows: list[_Accuracy]
+    paired: dict[str, _Test]
+    chance: FiniteFloat | None = None
+    format_share: FiniteFloat | None = None
+
+
+class _Logged(_Shape):
+    loss: float | None = None
+    margin: float | None = Field(None, alias="rewards/margins")
+
+
+_SHAPES: dict[str, type[_Shape]] = {
+    "prefer/scores.jsonl": _Draft,
+    "prefer/questions.jsonl": _Question,
+    "align/adapter/log.jsonl": _Logged,
+    "tailor/train.jsonl": _Example,
+    "tune/student/log.jsonl": _Logged,
+    "evaluate/manifest.json": _Evaluation,
+    "deploy.json": _Deploy,
+}
 
 
 @dataclass
@@ -87,7 +181,9 @@ def read_run(ref: str) -> RunData:
         _read_stage(run, folder / stage)
     if (folder / "events.jsonl").is_file():
         _read_events(run, folder / "events.jsonl")
-    run.deploy = _json(folder / "deploy.json")
+    if (deploy := _json(folder / "deploy.json")) is not None:
+        _check(folder / "deploy.json", [deploy])
+        run.deploy = deploy
     _read_export(run, folder)
     return run
 
@@ -99,10 +195,27 @@ def _read_stage(run: RunData, folder: Path) -> None:
         if not skipped:
             run.missing.append(f"{folder.name}: this stage has not finished")
         return
-    run.summaries[folder.name] = manifest.get("summary", {})
+    summary = manifest.get("summary")
+    _check(folder / "manifest.json", [summary])
+    run.summaries[folder.name] = summary if isinstance(summary, dict) else {}
     for file in _ROWS[folder.name]:
         if (folder / file).is_file():
-            run.rows[f"{folder.name}/{file}"] = read_jsonl(folder / file)
+            rows = run.rows[f"{folder.name}/{file}"] = read_jsonl(folder / file)
+            _check(folder / file, rows)
+
+
+def _check(path: Path, rows: Sequence[Any]) -> None:
+    """Raise InputError with the file, line and key of a value that the page could not show."""
+    shape = next((shape for file, shape in _SHAPES.items() if path.as_posix().endswith(f"/{file}")), None)
+    if shape is None:
+        return
+    for number, row in enumerate(rows, 1):
+        try:
+            shape.model_validate(row)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise InputError(f"{path}:{number}: {key}: {first['msg']}", _AGAIN) from error
 
 
 def _read_export(run: RunData, folder: Path) -> None:
@@ -128,10 +241,8 @@ def _json(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise InputError(
-            f"{path}: not readable as JSON", "Re-run `arte-edge distill` to create it again."
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON", _AGAIN) from error
     return found if isinstance(found, dict) else None
 
 
@@ -141,16 +252,22 @@ def _read_events(run: RunData, path: Path) -> None:
     for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
             event = json.loads(line)
-        except ValueError:  # cut off when the process was killed; nothing depends on it
+        except (ValueError, RecursionError):  # cut off when the process was killed; nothing depends on it
             continue
         kind = event.get("event") if isinstance(event, dict) else None
         if kind == "stage":
             name = str(event.get("name", ""))
             stage = name if event.get("state") == "begin" else ""
-            cost[name].seconds += float(event.get("seconds") or 0.0)
+            cost[name].seconds += _number(event, "seconds")
         elif kind == "calls" and stage:
-            cost[stage].calls += int(event.get("n") or 0) - int(event.get("kept") or 0)
-            cost[stage].tokens += int(event.get("tokens") or 0)
+            cost[stage].calls += int(_number(event, "n") - _number(event, "kept"))
+            cost[stage].tokens += int(_number(event, "tokens"))
         elif kind == "warning" and (text := str(event.get("text", ""))) not in run.warnings:
             run.warnings.append(text)
     run.cost = {name: cost[name] for name in STAGES if name in cost}
+
+
+def _number(event: dict[str, Any], key: str) -> float:
+    """Return a number of an event, 0 for what is none."""
+    value = event.get(key)
+    return value if isinstance(value, int | float) and abs(value) < 1e15 else 0.0
