@@ -256,7 +256,7 @@ def test_export_verify_and_bench_leave_nothing_in_a_users_folders(tiny_student: 
     for words in (
         ["export", tiny_student, "--onnx", "fp32", "-o", out],
         ["verify", tiny_student, model],
-        ["bench", model, *"-p 8 -n 2 -r 1".split()],
+        ["bench", model, *["-p", "8", "-n", "2", "-r", "1"]],
     ):
         command = [sys.executable, "-m", "arte_edge", *map(str, words)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
