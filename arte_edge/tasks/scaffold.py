@@ -1,7 +1,4 @@
-"""Write task folders: a skeleton with explaining comments, a labelled table, the data of the shipped tasks.
-
-``python -m arte_edge.tasks.scaffold [NAME ...]`` writes the data of the shipped tasks; a test compares the
-files in the repository with its output byte by byte.
+"""Write task folders: a skeleton with explaining comments, or a labelled table.
 
 `propose_techniques`: in the ARTE paper technique prompts are written by hand for each task. A teacher with the
 description and a few seeds writes usable ones if its answer is prefilled and unusable ones are regenerated.
@@ -10,31 +7,26 @@ description and a few seeds writes usable ones if its answer is prefilled and un
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 
 import tomlkit
 from tomlkit.items import Array
 
-from arte_edge import catalog
 from arte_edge.errors import ArteError, InputError
 from arte_edge.runtimes.completion import Engine, Request, Sampling
 from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.folder import write_rows
-from arte_edge.tasks.generators import boolean_expressions, date_understanding, home, object_counting
 from arte_edge.tasks.normalize import fold_label
 from arte_edge.tasks.task import SPLITS, Answer, Example, Task
 
 __all__ = [
-    "GENERATORS",
     "N_TECHNIQUES",
     "check_empty",
     "parse_techniques",
     "propose_techniques",
     "set_techniques",
-    "write_data",
     "write_skeleton",
     "write_task",
 ]
@@ -132,33 +124,6 @@ def _array(texts: Sequence[str]) -> Array:
     return array.multiline(bool(texts))
 
 
-GENERATORS: dict[str, Callable[[], dict[str, list[Example]]]] = {
-    "boolean_expressions": boolean_expressions.generate,
-    "date_understanding": date_understanding.generate,
-    "home_commands": home.generate_calls,
-    "home_intents": home.generate_intents,
-    "object_counting": object_counting.generate,
-}
-
-
-def write_data(name: str, folder: Path) -> None:
-    """Write the three splits of the shipped task `name` into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in GENERATORS[name]().items():
-        write_rows(folder / f"{split}.jsonl", rows)
-
-
-def main(names: list[str]) -> int:
-    """Write the data of the tasks `names`, default all shipped ones."""
-    if unknown := set(names) - set(GENERATORS):
-        print(f"no generator for {', '.join(sorted(unknown))}; known: {', '.join(GENERATORS)}")
-        return 2
-    for name in names or GENERATORS:
-        write_data(name, catalog.root("tasks") / name)
-        print(name)
-    return 0
-
-
 N_TECHNIQUES = 4
 _MAX_CALLS = 8
 _N_SEEDS = 3
@@ -254,7 +219,3 @@ def _usable(proposed: Sequence[str], earlier: Sequence[str], shown: Sequence[str
 def _similar(one: str, other: str) -> bool:
     a, b = (fold_label(text.removesuffix(_BRIEF)) for text in (one, other))
     return SequenceMatcher(None, a, b, autojunk=False).ratio() > _MAX_SIMILARITY
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

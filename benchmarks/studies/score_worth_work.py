@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from arte_edge.distill.run_context import RunContext, open_folder
 from arte_edge.distill.stages.calibrate import calibrate
 from arte_edge.distill.stages.elicit import elicit
 from arte_edge.store import read_jsonl
-from arte_edge.tasks.generators import boolean_expressions, date_understanding, home
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Example
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shipped_tasks import boolean_expressions, date_understanding, home
 
 TEACHER, STUDENT = "qwen2.5-coder-0.5b-instruct", "smollm2-135m-instruct"
 OUTCOME = 400  # fresh questions

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from shipped_tasks.__main__ import GENERATORS, main, write_data
 from tiny import Capture
 
 from arte_edge import catalog
@@ -17,12 +18,9 @@ from arte_edge.tasks.folder import load_folder, read_folder
 from arte_edge.tasks.from_table import Record, task_from_table
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.scaffold import (
-    GENERATORS,
-    main,
     parse_techniques,
     propose_techniques,
     set_techniques,
-    write_data,
     write_skeleton,
     write_task,
 )

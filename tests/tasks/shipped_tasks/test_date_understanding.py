@@ -3,7 +3,7 @@
 import re
 from datetime import date, datetime, timedelta
 
-from arte_edge.tasks.generators.date_understanding import generate
+from shipped_tasks.date_understanding import generate
 
 ROWS = [row for rows in generate().values() for row in rows]
 DAYS = {"today": 0, "tomorrow": 1, "yesterday": -1, "one week ago": -7, "10 days ago": -10}

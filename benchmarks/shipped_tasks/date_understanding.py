@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import date, timedelta
 
-from arte_edge.tasks.generators.draw import Draw, fill
 from arte_edge.tasks.task import Example
+from shipped_tasks.draw import Draw, fill
 
 __all__ = ["SEED", "generate"]
 

@@ -2,7 +2,7 @@
 
 import ast
 
-from arte_edge.tasks.generators.boolean_expressions import generate
+from shipped_tasks.boolean_expressions import generate
 
 
 def value(node: ast.expr) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from arte_edge.tasks.generators.draw import Draw, fill
 from arte_edge.tasks.normalize import WORDS
 from arte_edge.tasks.task import Example
+from shipped_tasks.draw import Draw, fill
 
 __all__ = ["SEED", "generate"]
 

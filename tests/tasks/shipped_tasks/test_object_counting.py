@@ -2,7 +2,8 @@
 
 import re
 
-from arte_edge.tasks.generators.object_counting import _KINDS, generate
+from shipped_tasks.object_counting import _KINDS, generate
+
 from arte_edge.tasks.normalize import WORDS
 
 

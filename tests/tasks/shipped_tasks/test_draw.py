@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shipped_tasks.draw import SIZES, Draw, fill, quotas
 from tiny import Patch
 
-from arte_edge.tasks.generators.draw import SIZES, Draw, fill, quotas
 from arte_edge.tasks.task import Example
 
 
@@ -41,6 +41,6 @@ def test_filling_gives_full_splits_without_a_repeated_stem() -> None:
 
 
 def test_a_generator_that_is_too_narrow_says_so(monkeypatch: Patch) -> None:
-    monkeypatch.setattr("arte_edge.tasks.generators.draw._MAX_TRIES", 50)
+    monkeypatch.setattr("shipped_tasks.draw._MAX_TRIES", 50)
     with pytest.raises(RuntimeError, match="the generator is too narrow"):
         fill(lambda label: ("same", Example("same", label)), ("a", "b"), Draw(0))

@@ -2,7 +2,8 @@
 
 import re
 
-from arte_edge.tasks.generators.home import _phrases, generate_calls, generate_intents
+from shipped_tasks.home import _phrases, generate_calls, generate_intents
+
 from arte_edge.tasks.loaders import load_task
 
 ROOMS = {"kitchen", "bedroom", "living_room", "bathroom", "office", "hallway"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arte_edge.tasks.generators.draw import Draw, fill
 from arte_edge.tasks.task import BOOLEANS, Example
+from shipped_tasks.draw import Draw, fill
 
 __all__ = ["SEED", "generate"]
 

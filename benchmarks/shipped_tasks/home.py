@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from arte_edge.tasks.generators.draw import SIZES, Draw, quotas
 from arte_edge.tasks.task import SPLITS, Example
+from shipped_tasks.draw import SIZES, Draw, quotas
 
 __all__ = ["CALL_SEED", "INTENT_SEED", "generate_calls", "generate_intents"]
 
