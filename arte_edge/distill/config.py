@@ -37,6 +37,7 @@ __all__ = [
     "dump_toml",
     "load_toml",
     "parse_set",
+    "problems",
     "problems_of",
 ]
 
@@ -297,8 +298,8 @@ def build(source: str, *layers: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tables)
     except ValidationError as error:
-        problems, hints = zip(*_problems(error), strict=True)
-        raise InputError(f"{source}: " + "; ".join(problems), " ".join(filter(None, hints))) from error
+        messages, hints = zip(*problems(error, RunConfig), strict=True)
+        raise InputError(f"{source}: " + "; ".join(messages), " ".join(filter(None, hints))) from error
 
 
 def problems_of(tables: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -306,16 +307,17 @@ def problems_of(tables: Mapping[str, Any]) -> list[tuple[str, str]]:
     try:
         RunConfig.model_validate(tables)
     except ValidationError as error:
-        return _problems(error)
+        return problems(error, RunConfig)
     return []
 
 
-def _problems(error: ValidationError) -> list[tuple[str, str]]:
+def problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
+    """Return what is wrong with the keys of a `model` as (message, hint) pairs."""
     found = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            hint = nearest(str(item["loc"][-1]), _keys_at(item["loc"][:-1]))
+            hint = nearest(str(item["loc"][-1]), _keys_at(item["loc"][:-1], model))
             found.append((f"unknown key '{key}'", hint))
         else:
             message = item["msg"].removeprefix("Value error, ")
@@ -323,11 +325,11 @@ def _problems(error: ValidationError) -> list[tuple[str, str]]:
     return found
 
 
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = RunConfig
+def _keys_at(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
     for part in location:
-        annotation = model.model_fields[str(part)].annotation
-        options = [annotation, *get_args(annotation)]
+        if (field := model.model_fields.get(str(part))) is None:
+            continue  # a key of a table, such as a format's name
+        options = [field.annotation, *get_args(field.annotation)]
         model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
     return list(model.model_fields)
 

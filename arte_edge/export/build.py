@@ -355,11 +355,7 @@ class Builder:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the file `source`: a hard link where the file system has them, else a copy.
-
-    Raises:
-        ArteError: the disk is full.
-    """
+    """Make `target` the file `source`: a hard link where the file system has them, else a copy."""
     try:
         os.link(source, target)
     except OSError:

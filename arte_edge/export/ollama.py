@@ -200,11 +200,7 @@ def _escaped(text: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Return a parameter's value in quotes; Ollama unquotes it as Go does.
-
-    Raises:
-        InputError: a control character other than newline and tab; our own stops have none.
-    """
+    """Return a parameter's value in quotes; Ollama unquotes it as Go does."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
     if not escaped.isprintable():
         raise InputError(f"Modelfile: the stop text {text!r} cannot be written", "Change the task's stops.")

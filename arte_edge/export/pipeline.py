@@ -143,11 +143,7 @@ def _merge(job: _Export) -> Source:
 
 
 def _describe(source: Source) -> Student:
-    """Return what identifies the 16-bit student.
-
-    Raises:
-        InputError: its checkpoint cannot be read.
-    """
+    """Return what identifies the 16-bit student."""
     return Student(
         name=source.name,
         sha256=sha256_checkpoint(source.checkpoint),
@@ -161,9 +157,6 @@ def _earlier_artifacts(out: Path, student: Student, force: bool) -> tuple[Artifa
     """Return the artifacts of earlier exports of this student whose files still exist in `out`.
 
     With `force` another student's files are removed.
-
-    Raises:
-        InputError: `out` holds another student's files and `force` is not given.
     """
     try:
         earlier = read_student(out)
@@ -281,11 +274,7 @@ class _Reference:
 def _verdict(
     job: _Export, student: Student, format: Format, file: BuiltFile, reference: _Reference, progress: Progress
 ) -> tuple[dict[str, Any], bool]:
-    """Return the verdict on one file as `Verdict.as_dict` gives it, and whether it was cached.
-
-    Raises:
-        ArteError: a runtime is missing or failed, so nothing is known about the file.
-    """
+    """Return the verdict on one file as `Verdict.as_dict` gives it, and whether it was cached."""
     source, settings, limits = job.source, job.recipe.verify, job.recipe.verify.limits(format)
     task = source.task if settings.examples else None
     inputs = [

@@ -9,12 +9,13 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from arte_edge import catalog
-from arte_edge.errors import InputError, nearest
+from arte_edge.distill.config import problems
+from arte_edge.errors import InputError
 from arte_edge.models.artifact import Arch, Format, format_of, gguf_format, onnx_format, unique
 from arte_edge.verify.thresholds import TYPES, Thresholds, thresholds_for
 
@@ -163,28 +164,8 @@ def build(source: str, tables: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(tables)
     except ValidationError as error:
-        found = [_problem(item["type"], item["loc"], item["msg"]) for item in error.errors()]
-        messages, hints = zip(*found, strict=True)
+        messages, hints = zip(*problems(error, Recipe), strict=True)
         raise InputError(f"{source}: " + "; ".join(messages), " ".join(filter(None, hints))) from error
-
-
-def _problem(kind: str, location: tuple[int | str, ...], message: str) -> tuple[str, str]:
-    """Return a message on one key, and a hint."""
-    key = ".".join(str(part) for part in location)
-    if kind == "extra_forbidden":
-        return f"unknown key '{key}'", nearest(str(location[-1]), _keys_at(location[:-1]))
-    return f"{key}: {message.removeprefix('Value error, ')}", ""
-
-
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = Recipe
-    for part in location:
-        field = model.model_fields.get(str(part))
-        if field is None:
-            continue  # a format's name in a table of thresholds
-        options = [field.annotation, *get_args(field.annotation)]
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)
 
 
 def _checked(parse: Callable[[str], Format], name: str) -> Format:

@@ -8,9 +8,7 @@ needs torch, transformers and what its requirements file lists.
 
 config.json has been written in several ways: rotary settings flat, nested or by kind of layer, a head's width given or
 implied, defaults left out. Here they become one flat table whose keys the family files name, and settings that
-llama.cpp computes differently from transformers are rejected. Rotary scaling in llama.cpp: ``linear`` and ``yarn`` are
-a few keys; Llama 3's is a tensor of divisors, one for each pair of a head's dimensions; Phi's ``longrope`` is two such
-tensors, for short and long contexts, and a factor.
+llama.cpp computes differently from transformers are rejected (rotary scaling: `rope`).
 
 ``general.*`` describes the file to people and to hubs, from the checkpoint's own card and settings. Names of folders
 are left out, though llama.cpp's converter uses them: a path of the user's machine must not be in a published file. The
@@ -30,13 +28,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from arte_edge.cache import atomic_file
 from arte_edge.checkpoint import Weight, read_config, read_weights
 from arte_edge.errors import ArteError, InputError, reading
 from arte_edge.extras import need
+from arte_edge.gguf import rope
 from arte_edge.gguf.names import (
     BLOCK,
     OTHER_CONVERTER,
@@ -60,7 +56,7 @@ from arte_edge.gguf.reader import (
 from arte_edge.gguf.tokenizer import read_tokenizer, vocabulary
 from arte_edge.gguf.writer import Tensor, write_gguf
 
-__all__ = ["SCRIPT", "convert", "convert_with_llama_cpp"]
+__all__ = ["SCRIPT", "convert", "convert_with_llama_cpp", "open_checkpoint"]
 
 SCRIPT = "convert_hf_to_gguf.py"
 _SHOWN_LINES = 3
@@ -77,12 +73,6 @@ _SAMPLING = {
     "top_p": "sampling_top_p",
     "min_p": "sampling_min_p",
     "temperature": "sampling_temp",
-}
-_YARN = {  # config key -> GGUF key below rope.scaling.
-    "extrapolation_factor": "yarn_ext_factor",
-    "attention_factor": "yarn_attn_factor",
-    "beta_fast": "yarn_beta_fast",
-    "beta_slow": "yarn_beta_slow",
 }
 
 
@@ -109,9 +99,9 @@ def convert(
     need("gguf", "Writing GGUF")
     _check_dtype(dtype)
     with reading(checkpoint / "config.json", "Give a whole checkpoint."):
-        source = _open_checkpoint(checkpoint)
+        source = open_checkpoint(checkpoint)
         files = read_tokenizer(checkpoint, source.config)
-        tensors = _rope_tensors(source) + _tensors(source, dtype)
+        tensors = source.tensors(dtype)
         fields = {
             **_general_metadata(source, tensors, dtype),
             **_hyper_parameters(source),
@@ -124,22 +114,7 @@ def convert(
     return write_gguf(out, source.family.arch, fields, tensors)
 
 
-def _tensors(source: _Checkpoint, dtype: str) -> list[Tensor]:
-    """Return the tensors of the weights, block by block."""
-    layout = source.layout
-    named: dict[str, Weight] = {}
-    for name, weight in source.weights.items():
-        if name.endswith(_NOT_WEIGHTS):
-            continue
-        if (target := layout.gguf_name(name)) is None:
-            what = f"{weight.path}: {name} has no place in a {source.family.title} GGUF"
-            raise InputError(what, OTHER_CONVERTER)
-        named[target] = weight
-    _check_whole(source, named)
-    return [weight_tensor(layout, name, named[name], dtype) for name in sorted(named, key=tensor_position)]
-
-
-def _check_whole(source: _Checkpoint, named: dict[str, Weight]) -> None:
+def _check_whole(source: Checkpoint, named: dict[str, Weight]) -> None:
     """Raise for a tensor that is missing or does not fit the settings: a runtime would not name it."""
     layers: dict[int, dict[str, tuple[int, ...]]] = {}
     for name, weight in named.items():
@@ -174,7 +149,7 @@ def _check_dtype(dtype: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Checkpoint:
+class Checkpoint:
     """A checkpoint whose family and settings are known. `config` has `rope`, the rotary scaling, beside the rest."""
 
     folder: Path
@@ -193,14 +168,27 @@ class _Checkpoint:
         """Rows of the embedding: how many tokens the GGUF must list."""
         return self.weights[_EMBEDDING].shape[0]
 
+    def tensors(self, dtype: str) -> list[Tensor]:
+        """Return the tensors of the rotary scaling and of the weights, block by block.
 
-def _open_checkpoint(folder: Path) -> _Checkpoint:
-    """Read and check config.json and the tables of the weights in `folder`.
+        Raises:
+            InputError: a tensor is unknown, missing, or does not fit the settings.
+        """
+        layout, named = self.layout, dict[str, Weight]()
+        for name, weight in self.weights.items():
+            if name.endswith(_NOT_WEIGHTS):
+                continue
+            if (target := layout.gguf_name(name)) is None:
+                what = f"{weight.path}: {name} has no place in a {self.family.title} GGUF"
+                raise InputError(what, OTHER_CONVERTER)
+            named[target] = weight
+        _check_whole(self, named)
+        found = [weight_tensor(layout, name, weight, dtype) for name, weight in named.items()]
+        return sorted([*rope.tensors(self.config), *found], key=lambda tensor: tensor_position(tensor.name))
 
-    Raises:
-        InputError: not a checkpoint, a family we do not know, a setting that llama.cpp does not
-            have for this family, quantized weights, or tensors that do not fit the settings.
-    """
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read and check config.json and the tables of the weights in `folder`."""
     raw = read_config(folder)
     where = str(folder / "config.json")
     try:
@@ -213,24 +201,13 @@ def _open_checkpoint(folder: Path) -> _Checkpoint:
     config = _flat(raw, family, where)
     _check_settings(config, family, where)
     weights = _without_tied_output(folder, config, read_weights(folder))
-    return _Checkpoint(folder, family, config, weights)
+    return Checkpoint(folder, family, config, weights)
 
 
 def _flat(raw: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
     """Return the settings under the names that family files use."""
     config = family.defaults | {key: value for key, value in raw.items() if value is not None}
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    local = rope.get("sliding_attention") or {}
-    rope = dict(rope.get("full_attention") or rope)
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    if rope["rope_type"] == "su":  # what longrope was called first
-        rope["rope_type"] = "longrope"
-    config["rope"] = rope
-    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
-        if key in rope:
-            config[key] = rope[key]
-    if theta := local.get("rope_theta") or raw.get("rope_local_base_freq"):
-        config["rope_theta_local"] = theta
+    config |= rope.settings(config, where)
     try:
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
         config["hidden_per_head"] = config["hidden_size"] // config["num_attention_heads"]
@@ -265,6 +242,7 @@ def _check_settings(config: dict[str, Any], family: Family, where: str) -> None:
             raise rejected(key, config[key], f"{pattern.value!r} at every {pattern.every}th layer")
     if config["rope"]["rope_type"] not in family.rope_types:
         raise rejected("rope_type", config["rope"]["rope_type"], " or ".join(family.rope_types))
+    rope.check(config, where)
 
 
 def _without_tied_output(
@@ -288,12 +266,8 @@ def _without_tied_output(
     return weights
 
 
-def _hyper_parameters(checkpoint: _Checkpoint) -> dict[str, Field]:
-    """Return ``<arch>.*``, everything llama.cpp needs to build the graph.
-
-    Raises:
-        InputError: config.json lacks a key, or it holds no number.
-    """
+def _hyper_parameters(checkpoint: Checkpoint) -> dict[str, Field]:
+    """Return ``<arch>.*``, everything llama.cpp needs to build the graph."""
     family, where = checkpoint.family, checkpoint.folder / "config.json"
     fields: dict[str, Field] = {}
     for key, name in (*family.uint32.items(), *family.float32.items()):
@@ -304,95 +278,11 @@ def _hyper_parameters(checkpoint: _Checkpoint) -> dict[str, Field]:
             raise InputError(f"{where}: {name} is {value!r}, not a number", "Give a whole checkpoint.")
         whole = key in family.uint32
         fields[f"{family.arch}.{key}"] = Field(UINT32, int(value)) if whole else Field(FLOAT32, float(value))
-    if family.rope_keys:
-        scaling = _scaling_keys(checkpoint.config, str(where))
-        fields |= {f"{family.arch}.rope.scaling.{key}": field for key, field in scaling.items()}
-    elif checkpoint.config["rope"]["rope_type"] == "longrope":
-        factor = _longrope_factor(checkpoint.config)
-        fields[f"{family.arch}.rope.scaling.attn_factor"] = Field(FLOAT32, factor)
-    return fields
+    return fields | rope.fields(checkpoint.config, family.arch)
 
 
-def _scaling_keys(config: dict[str, Any], where: str) -> dict[str, Field]:
-    rope = config["rope"]
-    if rope["rope_type"] not in ("linear", "yarn"):
-        return {}
-    try:
-        fields = {
-            "type": Field(STRING, rope["rope_type"].encode()),
-            "factor": Field(FLOAT32, float(rope["factor"])),
-        }
-        if rope["rope_type"] == "yarn":
-            length = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-            fields["original_context_length"] = Field(UINT32, int(length))
-            given = {key: rope[name] for name, key in _YARN.items() if rope.get(name) is not None}
-            fields |= {key: Field(FLOAT32, float(value)) for key, value in given.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: rotary scaling lacks {error}", "Give a whole checkpoint.") from error
-    return fields
-
-
-def _rope_tensors(checkpoint: _Checkpoint) -> list[Tensor]:
-    """Return the tensors that a rotary scaling has in GGUF: none, Llama 3's factors or Phi's two sets.
-
-    Raises:
-        InputError: they are missing in config.json, or not one for each pair of dimensions.
-    """
-    kind = checkpoint.config["rope"]["rope_type"]
-    if kind == "llama3":
-        return [_tensor("rope_freqs.weight", _llama3_factors(checkpoint.config))]
-    if kind != "longrope":
-        return []
-    found = []
-    for name in ("long", "short"):
-        factors = np.array(checkpoint.config["rope"].get(f"{name}_factor") or [], dtype=np.float32)
-        expected = checkpoint.config["rotary_dim"]
-        if len(factors) * 2 != expected:
-            counts = f"{name}_factor has {len(factors)} numbers, not {expected // 2}"
-            raise InputError(f"{checkpoint.folder / 'config.json'}: {counts}", "Give a whole checkpoint.")
-        found.append(_tensor(f"rope_factors_{name}.weight", factors))
-    return found
-
-
-def _tensor(name: str, values: NDArray[np.float32]) -> Tensor:
-    return Tensor(name, values.shape, "F32", lambda: values)
-
-
-def _llama3_factors(config: dict[str, Any]) -> NDArray[np.float32]:
-    """Return the divisor of each rotary frequency, ``[head_dim / 2]``.
-
-    `factor` for long waves, 1 for short ones, and a smooth transition between (Llama 3.1's own code,
-    `apply_scaling`). Every step is rounded to float32, as torch did where the model was made.
-    """
-    rope, dim = config["rope"], config.get("head_dim") or config["hidden_per_head"]
-    one, factor = np.float32(1.0), np.float32(rope.get("factor", 8.0))
-    low, high = np.float32(rope.get("low_freq_factor", 1.0)), np.float32(rope.get("high_freq_factor", 4.0))
-    length = np.float32(rope.get("original_max_position_embeddings", 8192))
-    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    waves = np.float32(2 * math.pi) / (one / np.power(np.float32(config["rope_theta"]), exponents))
-    smooth = (length / waves - low) / (high - low)
-    with np.errstate(divide="ignore"):
-        between = one / ((one - smooth) / factor + smooth)
-    factors = np.where(waves < length / high, one, np.where(waves > length / low, factor, between))
-    return factors.astype(np.float32)
-
-
-def _longrope_factor(config: dict[str, Any]) -> float:
-    """Return the attention scale of longrope (LongRoPE, arXiv 2402.13753, as transformers has it)."""
-    if (given := config["rope"].get("attention_factor")) is not None:
-        return float(given)
-    scale = config["max_position_embeddings"] / config["original_max_position_embeddings"]
-    if scale <= 1.0:
-        return 1.0
-    return math.sqrt(1 + math.log(scale) / math.log(config["original_max_position_embeddings"]))
-
-
-def _general_metadata(checkpoint: _Checkpoint, tensors: Sequence[Tensor], dtype: str) -> dict[str, Field]:
-    """Return ``general.*`` for a file with these tensors.
-
-    Raises:
-        InputError: the front matter of the model card is not YAML.
-    """
+def _general_metadata(checkpoint: Checkpoint, tensors: Sequence[Tensor], dtype: str) -> dict[str, Field]:
+    """Return ``general.*`` for a file with these tensors."""
     import gguf
 
     n_parameter = sum(math.prod(tensor.shape) for tensor in tensors)

@@ -2,6 +2,7 @@
 
 Fine-tuning changes weights and nothing else: tokenizer, chat template and hyper-parameters are the base's. Copying them
 from the base file keeps the student's prompts byte for byte those the base was measured with, and needs no converter.
+The rotary scaling alone is the checkpoint's, since training computed with that.
 
 llama.cpp applies an adapter to the running base model, so an aligned teacher needs no copy of its weights: the file
 that generated the first data generates the tailored data, with a few megabytes beside it. The adapter is then applied
@@ -13,24 +14,16 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.checkpoint import Weight, read_weights
 from arte_edge.errors import InputError
-from arte_edge.gguf.names import (
-    Layout,
-    checkpoint_family,
-    is_phi3_name,
-    layout_of,
-    name_for_llama_cpp,
-    tensor_position,
-    weight_tensor,
-)
+from arte_edge.gguf import rope
+from arte_edge.gguf.convert import open_checkpoint
+from arte_edge.gguf.names import Layout, is_phi3_name, layout_of, name_for_llama_cpp
 from arte_edge.gguf.reader import FLOAT32, QUANT_TYPES, STRING, UINT32, Field, GgufHeader, read_model_header
 from arte_edge.gguf.writer import Tensor, rewrite, write_gguf
 
@@ -63,20 +56,21 @@ def checkpoint_to_gguf(
             (another architecture, other tensors, other shapes).
         ArteError: the disk is full, or a weight does not fit `dtype`.
     """
-    base = read_model_header(base_gguf)
-    layout = layout_of(base)
-    if (arch := checkpoint_family(checkpoint)) != layout.arch:
-        raise InputError(f"{checkpoint}: is {arch}, but {base_gguf} is {layout.arch}", _SAME_BASE)
-    sources = read_weights(checkpoint)
-    names = _checked_names(base, layout, sources)
-    tensors = [_tensor(base, layout, name, sources[source], dtype) for source, name in names.items()]
-    for name in base.tensors:  # rotary factors, which only the base holds
-        if name.startswith("rope_"):
-            tensors.append(Tensor(name, base.tensors[name].shape, "F32", partial(base.floats, name)))
-    tensors.sort(key=lambda tensor: tensor_position(tensor.name))
-    fields = {key: field for key, field in base.fields.items() if not key.startswith(_STALE)}
+    base, source = read_model_header(base_gguf), open_checkpoint(checkpoint)
+    arch = base.architecture
+    if source.family.arch != arch:
+        raise InputError(f"{checkpoint}: is {source.family.arch}, but {base_gguf} is {arch}", _SAME_BASE)
+    tensors = source.tensors(dtype)
+    before, after = base.shapes, {tensor.name: tensor.shape for tensor in tensors}
+    for name in sorted(before.keys() | after.keys()):
+        # Some files hold a tied output matrix twice; the rotary factors are the checkpoint's.
+        if before.get(name) != after.get(name) and not name.startswith(("rope_", "output.weight")):
+            one, two = (list(shapes.get(name, ())) or "missing" for shapes in (after, before))
+            raise InputError(f"{name} is {one} in {checkpoint}, {two} in {base_gguf}", _SAME_BASE)
+    stale = (*_STALE, *(f"{arch}.rope.scaling.{key}" for key in ("type", "factor", "attn_factor")))
+    fields = {key: field for key, field in base.fields.items() if not key.startswith(stale)}
     fields["general.file_type"] = Field(UINT32, QUANT_TYPES[dtype].number)
-    return write_gguf(out, layout.arch, fields, tensors)
+    return write_gguf(out, arch, fields | rope.fields(source.config, arch), tensors)
 
 
 def with_metadata(student: Path, fields: Mapping[str, Field], out: Path) -> Path:
@@ -87,28 +81,6 @@ def with_metadata(student: Path, fields: Mapping[str, Field], out: Path) -> Path
         fields = {**fields, "general.name": Field(STRING, renamed)}
     rewrite(student, fields, _PUBLICATION, out=out)
     return out
-
-
-def _checked_names(base: GgufHeader, layout: Layout, sources: dict[str, Weight]) -> dict[str, str]:
-    """Return checkpoint name -> GGUF name, or raise for tensors that do not match the base.
-
-    `output.weight` may come or go: some files hold a tied output matrix twice.
-    """
-    names = {source: name for source in sources if (name := layout.gguf_name(source)) is not None}
-    unknown = [source for source in sources if source not in names]
-    missing = {name for name in base.tensors if not name.startswith("rope_")} ^ set(names.values())
-    if unknown or missing - {"output.weight"}:
-        odd = (unknown + sorted(missing - {"output.weight"}))[0]
-        raise InputError(f"'{odd}' is not both in the checkpoint and in {base.path}", _SAME_BASE)
-    return names
-
-
-def _tensor(base: GgufHeader, layout: Layout, name: str, weight: Weight, dtype: str) -> Tensor:
-    expected = base.tensors[name if name in base.tensors else "token_embd.weight"].shape
-    if weight.shape != expected:
-        shapes = f"{list(weight.shape)}, in {base.path} {list(expected)}"
-        raise InputError(f"{weight.path}: {weight.name} is {shapes}", _SAME_BASE)
-    return weight_tensor(layout, name, weight, dtype)
 
 
 def adapter_to_gguf(adapter_dir: Path, base_gguf: Path, out: Path) -> Path:

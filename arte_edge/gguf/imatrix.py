@@ -2,8 +2,7 @@
 
 Quantization rounds a weight with an error; the effect of the error grows with the square of the input that it is
 multiplied with. The mean square of every input column, over the prompts that the student was tailored to, shows the
-quantizer where to be exact. Prompts are run through the checkpoint one by one in 32 bits; the sums are saved regularly,
-so a killed collection resumes and ends with the same file.
+quantizer where to be exact. Prompts are run through the checkpoint one by one in 32 bits.
 
 A converter may permute, fuse or offset a weight's *rows*; the columns stay, and the columns are what the inputs
 multiply. So the sums need no conversion, and a test verifies that for every family. Only matrices inside the blocks
@@ -17,9 +16,6 @@ common/imatrix-loader.cpp).
 
 from __future__ import annotations
 
-import io
-import time
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.cache import Progress, sha256_checkpoint, write_atomic
+from arte_edge.cache import Progress, sha256_checkpoint
 from arte_edge.checkpoint import read_config
 from arte_edge.errors import ArteError, InputError
 from arte_edge.extras import need
@@ -50,7 +46,6 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 _KEY = "arte_edge.imatrix.key"
 _VERSION = 1  # raised when the same prompts would give other sums
 _WINDOW_TOKENS = 2048  # a longer prompt is run in pieces: activations of one piece are in memory
-_SAVE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -93,8 +88,7 @@ def collect(
 ) -> Path:
     """Write the importance matrix of the model in the folder `checkpoint` over `prompts` to `out`; return `out`.
 
-    A finished `out` of the same checkpoint and prompts is reused; the state of a killed collection
-    beside it (``.NAME.state``) is resumed.
+    A finished `out` of the same checkpoint and prompts is reused.
 
     Args:
         prompts: rendered texts, special tokens included, as the model will get them. Never the test split.
@@ -114,38 +108,28 @@ def collect(
     key = content_key("imatrix", _VERSION, sha256_checkpoint(checkpoint), dataset, list(prompts))
     if _is_finished(out, key):
         return out
-    state = out.with_name(f".{out.name}.state")
-    sums, n_prompt, n_token = _loaded(state, key)
-    if n_prompt < len(prompts):
-        import torch
+    import torch
 
-        model, tokenizer = _load(checkpoint)
-        names, saved = linear_names(model, checkpoint), time.monotonic()
-        with torch.inference_mode(), _watched(model, names, sums):
-            for number, prompt in enumerate(prompts[n_prompt:], n_prompt + 1):
-                ids = _token_ids(tokenizer, prompt)
-                for start in range(0, len(ids), _WINDOW_TOKENS):
-                    # The output matrix is left out, and its logits would be the largest array in memory.
-                    model.base_model(torch.tensor([ids[start : start + _WINDOW_TOKENS]]), use_cache=False)
-                n_token += len(ids)
-                if progress:
-                    progress("importance matrix", number, len(prompts))
-                if time.monotonic() - saved >= _SAVE_EVERY_S:
-                    _save(state, key, sums, number, n_token)
-                    saved = time.monotonic()
+    model, tokenizer = _load(checkpoint)
+    sums: Sums = {}
+    n_token = 0
+    with torch.inference_mode(), _watched(model, linear_names(model, checkpoint), sums):
+        for number, prompt in enumerate(prompts, 1):
+            ids = _token_ids(tokenizer, prompt)
+            for start in range(0, len(ids), _WINDOW_TOKENS):
+                # The output matrix is left out, and its logits would be the largest array in memory.
+                model.base_model(torch.tensor([ids[start : start + _WINDOW_TOKENS]]), use_cache=False)
+            n_token += len(ids)
+            if progress:
+                progress("importance matrix", number, len(prompts))
     counts = {name: np.array([n_token], dtype=np.float32) for name in sums}
     rows = {name: values.astype(np.float32)[None, :] for name, values in sums.items()}
     write_imatrix(Imatrix(rows, counts, (dataset,), max(n_token // CHUNK_TOKENS, 1), key), out)
-    state.unlink(missing_ok=True)
     return out
 
 
 def _load(checkpoint: Path) -> tuple[Any, Any]:
-    """Return the model in 32 bits and its tokenizer.
-
-    Raises:
-        InputError: transformers cannot load the folder without running its code.
-    """
+    """Return the model in 32 bits and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -179,25 +163,6 @@ def _is_finished(out: Path, key: str) -> bool:
         return False
 
 
-def _save(state: Path, key: str, sums: Sums, n_prompt: int, n_token: int) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, __key__=np.array(key), __done__=np.array([n_prompt, n_token]), **sums)  # type: ignore[arg-type]
-    write_atomic(state, buffer.getvalue())
-
-
-def _loaded(state: Path, key: str) -> tuple[Sums, int, int]:
-    """Return sums, prompts and tokens of an unfinished collection; empty if there is none to resume."""
-    try:
-        with np.load(state, allow_pickle=False) as arrays:
-            if str(arrays["__key__"]) != key:
-                return {}, 0, 0
-            n_prompt, n_token = map(int, arrays["__done__"])
-            sums = {name: arrays[name] for name in arrays.files if not name.startswith("__")}
-            return sums, n_prompt, n_token
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return {}, 0, 0
-
-
 def linear_names(model: torch.nn.Module, checkpoint: Path) -> dict[str, str]:
     """Return module name -> GGUF tensor name of every linear layer inside a block.
 
@@ -207,7 +172,8 @@ def linear_names(model: torch.nn.Module, checkpoint: Path) -> dict[str, str]:
     """
     import torch
 
-    layout = _layout(checkpoint)
+    n_layer = int(read_config(checkpoint).get("num_hidden_layers") or 0)
+    layout = Layout(checkpoint_family(checkpoint), n_layer, 0, 0)  # head counts have no effect on columns
     names: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or not name.endswith(".weight"):
@@ -225,20 +191,6 @@ def linear_names(model: torch.nn.Module, checkpoint: Path) -> dict[str, str]:
 
 
 _OTHERS = "Make the importance matrix with llama.cpp's own llama-imatrix from the F16 file."
-
-
-def _layout(checkpoint: Path) -> Layout:
-    """Return the names of the checkpoint's family; head counts have no effect on columns."""
-    config = read_config(checkpoint)
-    try:
-        arch = checkpoint_family(checkpoint)
-        return Layout(arch, int(config["num_hidden_layers"]), 0, 0)
-    except InputError as error:
-        raise InputError(error.message, f"{error.hint} {_OTHERS}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{checkpoint / 'config.json'}: num_hidden_layers is missing", "Give a whole checkpoint."
-        ) from error
 
 
 @contextmanager

@@ -83,7 +83,6 @@ class Family(_Frozen):
     interleave_heads: bool = False
     norm_offset: float = 0.0
     rope_types: tuple[str, ...] = ("default",)
-    rope_keys: bool = True  # whether scaling goes to rope.scaling.* (else to tensors alone)
     pre_tokenizers: dict[str, str] = {}  # our name of a splitting rule -> the family's own name for it
     add_space_prefix: bool | None = None
     uint32: dict[str, str]

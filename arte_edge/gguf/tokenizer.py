@@ -367,11 +367,7 @@ class _Pieces:
 
 
 def _read_model(path: Path) -> _Pieces:
-    """Return the vocabulary in a tokenizer.model.
-
-    Raises:
-        InputError: it cannot be read, is damaged, or splits by words or characters.
-    """
+    """Return the vocabulary in a tokenizer.model."""
     pieces = _Pieces([], [], [])
     kind_of_model = _UNIGRAM
     try:
@@ -410,9 +406,6 @@ def _scored(path: Path, tokenizer: dict[str, Any], added: Collection[int]) -> _P
     A unigram model has scores. In a BPE model a piece's score is minus the rank of the first merge that makes it;
     single characters come after all of them, as in SentencePiece. `added` tokens are matched before merging, so
     they have no rank.
-
-    Raises:
-        InputError: the vocabulary has gaps or is empty.
     """
     model = tokenizer["model"]
     if model["type"] == "Unigram":

@@ -13,6 +13,8 @@ from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.convert import convert
 from arte_edge.gguf.reader import Field, read_model_header
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
 
 def test_shards_give_the_same_file(make_checkpoint: Make, tmp_path: Path) -> None:
     one, many = make_checkpoint("llama"), make_checkpoint("llama", shard="60KB")
@@ -57,7 +59,15 @@ def test_an_unknown_family_names_the_known_ones(make_checkpoint: Make, tmp_path:
     ("family", "config", "said"),
     [
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ("llama", {"rope_parameters": {"rope_type": "su"}}, "rope_type is 'longrope'"),
+        ("qwen2", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type is 'llama3'"),
+        ("qwen2", {"rope_parameters": {"type": "mrope", "mrope_section": [2, 3, 3]}}, "rope_type is 'mrope'"),
+        ("llama", {"rope_parameters": YARN | {"truncate": False}}, "truncate"),
+        ("llama", {"rope_parameters": YARN | {"beta_fast": 16}}, "beta_fast"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "factor"),
+        ("llama", {"rope_parameters": YARN | {"rope_type": "llama3"}}, "low_freq_factor"),
+        ("llama", {"rope_parameters": ["yarn"]}, "rotary scaling"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
         ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1]}, "no_rope_layers"),
         ("gemma3", {"query_pre_attn_scalar": 77}, "query_pre_attn_scalar"),

@@ -16,6 +16,7 @@ PLAIN = {"rope_theta": 10_000.0}
 SHORT = PLAIN | {"original_max_position_embeddings": 32}
 LLAMA3_ROPE = SHORT | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = SHORT | {"rope_type": "yarn", "factor": 4.0}
+LINEAR = PLAIN | {"rope_type": "linear", "factor": 4.0}
 FACTORS = {f"{name}_factor": [1.0 + x * i for i in range(8)] for name, x in (("short", 0.1), ("long", 0.7))}
 LONG_ROPE = PLAIN | FACTORS | {"rope_type": "longrope"}
 IDS = [1, *(7 * i % 250 + 20 for i in range(39))]  # more than the sliding window of the tiny Gemma
@@ -24,13 +25,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"rope_parameters": LLAMA3_ROPE}),
-    ("llama", {"rope_parameters": PLAIN | {"rope_type": "linear", "factor": 4.0}}),
+    ("llama", {"rope_parameters": LINEAR}),
+    ("llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.3}}),
     ("llama", {"tie_word_embeddings": True, "head_dim": 32}),
     ("qwen2", {}),
     ("qwen2", {"tie_word_embeddings": True}),
     ("qwen2", {"rope_parameters": YARN}),
+    ("qwen2", {"rope_parameters": YARN | {"attention_factor": 0.7}}),
     ("qwen3", {}),
     ("gemma3", {}),
+    ("gemma3", {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN}}),
     ("smollm3", {}),
     ("smollm3", {"rope_parameters": YARN}),
     ("phi3", {}),
@@ -58,12 +62,20 @@ def test_every_family_has_a_case() -> None:
     assert {family for family, _ in CASES} == set(families())
 
 
-@pytest.mark.parametrize("family", sorted(families()))
-def test_a_base_patched_and_a_conversion_are_equal(
-    family: str, make_checkpoint: Make, tmp_path: Path
+@pytest.mark.parametrize(
+    ("family", "before", "after"),
+    [
+        *((family, {}, {}) for family in sorted(families())),
+        ("llama", {"rope_parameters": LINEAR}, {"rope_parameters": LLAMA3_ROPE}),
+        ("llama", {"rope_parameters": LLAMA3_ROPE}, {"rope_parameters": YARN | {"attention_factor": 1.0}}),
+    ],
+    ids=lambda part: str(part)[:40],
+)
+def test_a_base_patched_and_a_conversion_are_equal_with_the_rotary_scaling_of_the_checkpoint(
+    family: str, before: dict[str, Any], after: dict[str, Any], make_checkpoint: Make, tmp_path: Path
 ) -> None:
-    base = convert(make_checkpoint(family), tmp_path / "base.gguf")
-    trained = make_checkpoint(family, seed=8)
+    base = convert(make_checkpoint(family, **before), tmp_path / "base.gguf")
+    trained = make_checkpoint(family, seed=8, **after)
     patched = checkpoint_to_gguf(trained, base, tmp_path / "patched.gguf")
     converted = convert(trained, tmp_path / "converted.gguf")
     one, two = read_model_header(patched), read_model_header(converted)

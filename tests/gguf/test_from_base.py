@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Folders, Make, Patch, edited, edited_json, relative_error
+from tiny import Folders, Make, Patch, edited, relative_error
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.from_base import adapter_to_gguf, checkpoint_to_gguf
@@ -34,17 +34,6 @@ def test_an_output_matrix_of_its_own_is_written(tiny_model: Any, llama_logits: A
     assert relative_error(llama_logits(out, IDS), tied.hf_logits(IDS)) < 1e-5
 
 
-def test_shards_give_the_same_file_from_a_base(
-    tiny_model: Any, make_checkpoint: Make, tmp_path: Path
-) -> None:
-    model = tiny_model("llama")
-    shards = make_checkpoint("llama", num_hidden_layers=2, tie_word_embeddings=True, shard="40KB")
-    assert (shards / "model.safetensors.index.json").is_file()
-    one = checkpoint_to_gguf(model.checkpoint, model.base_gguf, tmp_path / "one.gguf")
-    many = checkpoint_to_gguf(shards, model.base_gguf, tmp_path / "many.gguf")
-    assert one.read_bytes() == many.read_bytes()
-
-
 def test_metadata_is_the_bases_but_for_what_is_no_longer_true(tiny_model: Any, tmp_path: Path) -> None:
     model = tiny_model("llama")
     out = checkpoint_to_gguf(model.checkpoint, model.base_gguf, tmp_path / "student.gguf")
@@ -68,19 +57,6 @@ def test_a_full_disk_leaves_nothing(tiny_model: Any, tmp_path: Path, monkeypatch
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_weight_that_does_not_fit_is_rejected_by_name(tiny_model: Any, tmp_path: Path) -> None:
-    model = tiny_model("llama")
-
-    def spoil(tensors: dict[str, Any]) -> None:
-        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
-
-    big = edited(model.checkpoint, tmp_path / "big", spoil)
-    with pytest.raises(ArteError, match=r"blk\.1\.ffn_up\.weight"):
-        checkpoint_to_gguf(big, model.base_gguf, tmp_path / "student.gguf")
-    assert not (tmp_path / "student.gguf").exists()
-    assert checkpoint_to_gguf(big, model.base_gguf, tmp_path / "student.gguf", "BF16").is_file()
-
-
 def test_a_checkpoint_of_another_base_is_rejected(tiny_model: Any, tmp_path: Path) -> None:
     model = tiny_model("llama")
     out = tmp_path / "student.gguf"
@@ -90,31 +66,11 @@ def test_a_checkpoint_of_another_base_is_rejected(tiny_model: Any, tmp_path: Pat
     def narrow(tensors: dict[str, Any]) -> None:
         tensors["model.norm.weight"] = tensors["model.norm.weight"][:32].clone()
 
-    with pytest.raises(InputError, match=r"model\.norm\.weight is \[32\]"):
+    with pytest.raises(InputError, match=r"output_norm\.weight is \[32\]"):
         checkpoint_to_gguf(edited(model.checkpoint, tmp_path / "a", narrow), model.base_gguf, out)
     missing = edited(model.checkpoint, tmp_path / "b", lambda t: t.pop("model.norm.weight"))
     with pytest.raises(InputError, match=r"output_norm\.weight"):
         checkpoint_to_gguf(missing, model.base_gguf, out)
-
-
-def test_an_unknown_family_is_rejected_with_the_supported_ones(tiny_model: Any, tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    other = edited_json(model.checkpoint, tmp_path / "other", model_type="mamba")
-    with pytest.raises(InputError, match="mamba") as caught:
-        checkpoint_to_gguf(other, model.base_gguf, tmp_path / "student.gguf")
-    assert all(arch in caught.value.hint for arch in ("llama", "qwen2", "gemma3"))
-
-
-@pytest.mark.parametrize("damage", ["no folder", "no weights", "bad config"])
-def test_a_broken_checkpoint_is_an_input_error(damage: str, tiny_model: Any, tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    broken = tmp_path / "broken"
-    if damage != "no folder":
-        shutil.copytree(model.checkpoint, broken)
-        name = "model.safetensors" if damage == "no weights" else "config.json"
-        (broken / name).write_text("{")
-    with pytest.raises(InputError, match="broken"):
-        checkpoint_to_gguf(broken, model.base_gguf, tmp_path / "student.gguf")
 
 
 @pytest.fixture(scope="module")

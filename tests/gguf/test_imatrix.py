@@ -1,4 +1,4 @@
-"""Importance matrices: right sums under the right names, resumed after a kill; files as llama.cpp reads them."""
+"""Importance matrices: right sums under the right names; files as llama.cpp reads them."""
 
 import functools
 import json
@@ -95,30 +95,6 @@ def test_every_matrix_has_its_sums(arch: str, checkpoint: Make, tmp_path: Path, 
         np.testing.assert_allclose(found.sums[name][0], seen[mark], rtol=1e-5)
 
 
-@pytest.mark.parametrize("killed_after", [1, 3])
-def test_a_killed_collection_resumes(
-    killed_after: int, checkpoint: Make, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    whole = collect(checkpoint("llama"), PROMPTS, tmp_path / "whole" / "m.gguf")
-    out, calls = tmp_path / "killed" / "m.gguf", []
-    out.parent.mkdir()
-    monkeypatch.setattr(room, "_SAVE_EVERY_S", 0.0)
-
-    def progress(what: str, done: int, total: int) -> None:
-        calls.append(done)
-        if done == killed_after + 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        collect(checkpoint("llama"), PROMPTS, out, progress=progress)
-    assert not out.exists()
-    calls.clear()
-    collect(checkpoint("llama"), PROMPTS, out, progress=lambda what, done, total: calls.append(done))
-    assert calls == list(range(killed_after + 1, len(PROMPTS) + 1))
-    assert out.read_bytes() == whole.read_bytes()
-    assert [path.name for path in out.parent.iterdir()] == ["m.gguf"]
-
-
 def test_other_prompts_or_models_make_it_again(checkpoint: Make, tmp_path: Path, monkeypatch: Patch) -> None:
     out = collect(checkpoint("llama"), PROMPTS, tmp_path / "m.gguf")
     first = out.read_bytes()
@@ -130,12 +106,6 @@ def test_other_prompts_or_models_make_it_again(checkpoint: Make, tmp_path: Path,
     collect(checkpoint("llama"), PROMPTS[:2], out)
     collect(checkpoint("qwen2"), PROMPTS, out)
     assert loads == [checkpoint("llama"), checkpoint("qwen2")]
-
-
-def test_a_damaged_state_is_started_over(checkpoint: Make, tmp_path: Path) -> None:
-    whole = collect(checkpoint("llama"), PROMPTS, tmp_path / "whole.gguf")
-    (tmp_path / ".m.gguf.state").write_bytes(b"PK\x03\x04 torn")
-    assert collect(checkpoint("llama"), PROMPTS, tmp_path / "m.gguf").read_bytes() == whole.read_bytes()
 
 
 def test_a_long_prompt_is_run_in_pieces(checkpoint: Make, tmp_path: Path, monkeypatch: Patch) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import Make, Patch
 
 from arte_edge.errors import ArteError, InputError
-from arte_edge.gguf.reader import ARRAY, BOOL, FLOAT32, STRING, UINT32, UINT64, Field
+from arte_edge.gguf.reader import ARRAY, BOOL, FLOAT32, STRING, UINT32, UINT64, Field, read_header
 from arte_edge.gguf.writer import rewrite
 from arte_edge.models.artifact import checksums_of
 
@@ -116,6 +116,7 @@ def test_any_metadata_survives_as_ggmls_own_reader_sees_it(
         )
 
     assert values(path) == before | {key: text(field.value) for key, field in fields.items()}
+    assert read_header(path).metadata == values(path)
     assert tensors(path) == weights
     assert all(t.data_offset % (alignment or 32) == 0 for t in gguf.GGUFReader(path).tensors)
     data = path.read_bytes()
