@@ -132,7 +132,7 @@ class CallLog:
         group: list[Row] = []
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
             row = parse_line(line) if line.endswith(b"\n") else None
-            if row is None or "key" not in row or "left" not in row:
+            if row is None or not isinstance(row.get("key"), str) or not isinstance(row.get("left"), int):
                 if line.endswith(b"\n"):
                     raise ArteError(
                         f"{self.path}:{number}: this line is damaged",
@@ -164,9 +164,11 @@ class Stage:
         """Return the manifest if the stage is done with the same inputs and its files are unchanged."""
         try:
             manifest = json.loads(self._manifest_path.read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
         if not isinstance(manifest, dict) or manifest.get("inputs") != self.inputs:
+            return None
+        if not all(isinstance(manifest.get(key), dict) for key in ("files", "summary")):
             return None
         same = all(file_sha256(self.folder / name) == sha for name, sha in manifest["files"].items())
         return manifest if same else None

@@ -53,8 +53,21 @@ def _head(presets: dict[str, Any]) -> list[str]:
 def _row(path: tuple[str, ...], model: BaseModel, presets: dict[str, Any]) -> str:
     default, field = getattr(model, path[-1]), type(model).model_fields[path[-1]]
     sets = (_cell(_set_by(tables, path)) for tables in presets.values())
-    cells = [f"`{'.'.join(path)}`", _cell(default), *sets, field.description or ""]
+    about = f"{field.description or ''}{_limits(field.metadata)}"
+    cells = [f"`{'.'.join(path)}`", _cell(default), *sets, about]
     return f"| {' | '.join(cells)} |"
+
+
+def _limits(metadata: list[Any]) -> str:
+    """Return the limits of a count that a reader would not guess: a minimum above 1, and a maximum."""
+    limits = {
+        name: getattr(one, name, None) for one in metadata for name in ("ge", "le") if hasattr(one, name)
+    }
+    counts = {name: value for name, value in limits.items() if isinstance(value, int) and value > 1}
+    parts = [
+        f"{word} {counts[name]}" for name, word in (("ge", "at least"), ("le", "at most")) if name in counts
+    ]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _cell(value: Any) -> str:

@@ -21,7 +21,9 @@ from arte_edge.errors import EngineError
 from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
 from arte_edge.store import CallLog, content_key
 
-__all__ = ["Calls", "Prompts"]
+__all__ = ["GROUP", "Calls", "Prompts"]
+
+GROUP = 32  # calls that are sent and stored together
 
 # Prompts and the choices of each ``[n_prompt][n_choice]``; their shared prefix is computed once.
 Prompts = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -30,7 +32,7 @@ Prompts = tuple[Sequence[str], Sequence[Sequence[str]]]
 class Calls:
     """The calls of one run. `made` counts engine calls of this process, `cached` those found in the store."""
 
-    def __init__(self, log: CallLog, reporter: Reporter, group: int = 32, together: int = 160) -> None:
+    def __init__(self, log: CallLog, reporter: Reporter, group: int = GROUP, together: int = 160) -> None:
         self._log, self._reporter = log, reporter
         self.group, self.together = group, together
         self._failed: dict[str, Completion] = {}

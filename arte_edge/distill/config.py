@@ -10,9 +10,9 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from arte_edge.errors import InputError, nearest
 
@@ -45,8 +45,20 @@ Data = Literal["arte", "original-teacher", "question-only", "rationale-only", "r
 LabelPolicy = Literal["teacher", "vote", "drop-disagreement"]
 
 
+def _distinct(shots: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(shots)) < len(shots):
+        raise ValueError("a number of shots is listed twice")
+    return shots
+
+
+_Name = Annotated[str, Field(min_length=1)]
+_ShotCounts = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_distinct)
+]
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _key(default: Any, description: str = "", **limits: Any) -> Any:
@@ -57,14 +69,14 @@ def _key(default: Any, description: str = "", **limits: Any) -> Any:
 class TaskConfig(_Section):
     """Where the task comes from."""
 
-    ref: str = _key("home_intents", "name of a shipped task, a task folder, or hub:org/name")
+    ref: _Name = _key("home_intents", "name of a shipped task, a task folder, or hub:org/name")
     bbh: str | None = _key(None, "folder in BIG-Bench Hard's layout that contains `ref`")
 
 
 class ModelConfig(_Section):
     """A model and how to run it."""
 
-    model: str = _key(..., "registry name, path, Hub id, or openai:MODEL@URL")
+    model: _Name = _key(..., "registry name, path, Hub id, or openai:MODEL@URL")
     engine: Literal["auto", "llamacpp", "transformers"] = _key(
         "auto", "auto: llamacpp for GGUF files, otherwise transformers"
     )
@@ -117,8 +129,8 @@ class Calibrate(_Section):
 
     k: int = _key(40, "size of the preference set (paper: 40)", ge=2)
     items: int = _key(100, "validation questions in the response matrix", ge=10)
-    shots: tuple[int, ...] = _key((0, 1, 2, 3), "numbers of few-shot examples for each model (paper: 0 to 3)")
-    models: tuple[str, ...] = _key((), "respondents besides teacher and student")
+    shots: _ShotCounts = _key((0, 1, 2, 3), "numbers of few-shot examples for each model (paper: 0 to 3)")
+    models: tuple[_Name, ...] = _key((), "respondents besides teacher and student")
 
 
 class Prefer(_Section):
@@ -151,11 +163,11 @@ class Align(_Section):
     min_gap: float = _key(0.02, "minimum score difference; a smaller one is a tie and is dropped", ge=0.0)
     learning_rate: float = _key(5e-6, "paper: 1e-7, all weights", gt=0.0)
     batch_size: int = _key(4, "pairs per optimizer step (paper: 16)", ge=1)
-    epochs: float = _key(1.0, gt=0.0)
+    epochs: float = _key(1.0, gt=0.0, le=1000.0)
     beta: float = _key(0.1, "strength of the KL penalty of DPO", gt=0.0)
     sft_weight: float = _key(1.0, "weight of the SFT loss on chosen completions; 0: DPO only", ge=0.0)
     lora_rank: int = _key(8, ge=1)
-    lora_targets: tuple[str, ...] = _key((), "layers to adapt, such as q_proj; empty: every linear layer")
+    lora_targets: tuple[_Name, ...] = _key((), "layers to adapt, such as q_proj; empty: every linear layer")
     shots: int = _key(0, "few-shot examples in the prompts of rationale pairs", ge=0)
     probe_every: int = _key(4, "optimizer steps between checks for model collapse", ge=1)
     probe_prompts: int = _key(4, "held-out prompts per check", ge=1)
@@ -176,7 +188,7 @@ class Tune(_Section):
 
     method: Literal["full", "lora"] = "full"
     learning_rate: float = _key(2e-5, "paper: 2e-5", gt=0.0)
-    epochs: float = _key(2.0, "paper: 1", gt=0.0)
+    epochs: float = _key(2.0, "paper: 1", gt=0.0, le=1000.0)
     batch_size: int = _key(4, ge=1)
     lora_rank: int = _key(16, ge=1)
 
@@ -185,7 +197,7 @@ class Evaluate(_Section):
     """Last, once: evaluation on the held-out test split."""
 
     limit: int = _key(0, "test examples; 0: all", ge=0)
-    shots: tuple[int, ...] = _key((0, 3), "numbers of few-shot examples with which the student is tested")
+    shots: _ShotCounts = _key((0, 3), "numbers of few-shot examples with which the student is tested")
     answer_tokens: int = _key(96, "maximum tokens of an answer", ge=4)
     teacher: bool = _key(True, "evaluate the teacher as well")
 
@@ -194,7 +206,7 @@ class Deploy(_Section):
     """The target device and its latency limit for an answer: see docs/runs.md."""
 
     device: str = _key("", "device profile, or a fingerprint in `rates`; empty: no latency limit")
-    file: str = _key("Q4_K_M", "quantization type, or name, of the file that runs on the device")
+    file: _Name = _key("Q4_K_M", "quantization type, or name, of the file that runs on the device")
     max_answer_seconds: float = _key(
         3.0, "latency limit from the prompt to the last token of the answer", gt=0.0
     )
@@ -206,7 +218,7 @@ class RunConfig(_Section):
     """A whole run, as in ``run.toml``."""
 
     name: str = _key("", "folder under runs/; empty: task and student")
-    seed: int = _key(0, ge=0)
+    seed: int = _key(0, ge=0, lt=2**31)
     data: Data = _key("arte", "training data of the student; all but arte are ablations")
     task: TaskConfig = TaskConfig()
     teacher: TeacherConfig = TeacherConfig(model="qwen2.5-coder-0.5b-instruct")

@@ -1,21 +1,22 @@
 """``arte-edge distill --dry-run``: calls, tokens and cost of every stage, before they are spent.
 
 Teacher and student answer a few real prompts of each kind, which gives the length of what they
-generate; the lengths of all prompts come from the models' own tokenizers. The rest is arithmetic.
-Counts follow the stages' own rules; where a stage decides as it goes (drafts rejected, labels dropped,
-ties), the estimate assumes that nothing is dropped. The run folder is neither read nor written.
+generate; the lengths of all prompts come from the models' own tokenizers. The rest is arithmetic with the
+stages' own rules. Where a stage decides as it goes, the estimate assumes that no draft is dropped and that
+adaptive scoring measures all that it may. The run folder is neither read nor written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from arte_edge.console import Reporter, emit_json, err, out
+from arte_edge.console import Reporter, emit_json, out
+from arte_edge.distill.cached_calls import GROUP
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.generation.questions import (
     NearDuplicates,
@@ -23,7 +24,10 @@ from arte_edge.distill.generation.questions import (
     parse_questions,
     question_prompts,
 )
-from arte_edge.distill.generation.rationales import rationale_prompt, rationale_sampling
+from arte_edge.distill.generation.rationales import rationale_prompt, rationale_sampling, votes_directly
+from arte_edge.distill.preference.adaptive import AdaptivePlan
+from arte_edge.distill.preference.quantization_shift import sample_drafts
+from arte_edge.distill.preference.scoring import is_adaptive
 from arte_edge.distill.prompts import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
@@ -36,18 +40,24 @@ from arte_edge.distill.prompts import (
     student_messages,
 )
 from arte_edge.distill.run_context import RunContext
+from arte_edge.distill.stages.align import dpo_settings
+from arte_edge.distill.stages.calibrate import respondents
+from arte_edge.distill.stages.prefer import COMPARED_DRAFTS
+from arte_edge.distill.stages.tailor import first_questions
+from arte_edge.distill.train.common import examples_seen
+from arte_edge.distill.validate_config import refuse_run
 from arte_edge.errors import EngineError, InputError
 from arte_edge.extras import need
 from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
+from arte_edge.runtimes.loader import is_server
 from arte_edge.runtimes.openai.client import Prices
 from arte_edge.tasks.answers import canonical
 from arte_edge.tasks.loaders import load_task
-from arte_edge.tasks.task import Example
+from arte_edge.tasks.task import Example, Task
 
 __all__ = [
     "Call",
     "Lengths",
-    "Sizes",
     "StageEstimate",
     "Work",
     "dry_run",
@@ -60,7 +70,6 @@ __all__ = [
 Who = Literal["teacher", "student"]
 What = Literal["question", "rationale", "vote", "generated", "constrained"]
 
-_FIRST_ROUND = 4  # prompts for questions that are sent at least
 _PROBE_CALLS = 2  # real calls of each kind
 _PROBE_PROMPTS = 8  # prompts of each kind whose length is counted
 _FEWEST_DRAFTS = 0.1  # assumed lower bound of valid drafts per prompt: a run gives up before
@@ -82,17 +91,6 @@ class Lengths:
 
     prompt: float
     completion: float = 0.0
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the counts depend on besides the settings."""
-
-    n_validation: int
-    n_test: int
-    n_techniques: int
-    closed: bool  # answers come from a closed set
-    server: bool  # the teacher is behind a server
 
 
 @dataclass(frozen=True)
@@ -123,29 +121,26 @@ def dry_run(config: RunConfig, *, prices: Prices | None = None, as_json: bool = 
         EngineError: a model does not answer.
     """
     need("train", "a dry run")
-    from arte_edge.distill.stages.align import check_teacher
-
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
+    refuse_run(config, task)
+    if prices and not is_server(config.teacher.model):
+        raise InputError(f"--prices: {config.teacher.model} runs locally and costs nothing")
     with TemporaryDirectory(prefix="arte-edge-") as folder:
-        run = RunContext(config, task, Path(folder), Reporter(quiet=True))
+        run = RunContext(config, task, Path(folder), Reporter(quiet=as_json))
         try:
-            check_teacher(config)
-            if prices and not run.teacher_is_server:
-                raise InputError(f"--prices: {config.teacher.model} runs locally and costs nothing")
-            if not as_json:
-                err.print("Probing teacher and student with a few prompts …")
-            sizes = _sizes(run)
-            lengths, drafts_per_prompt = probe(run, {work.call for work in stage_work(config, sizes, 1.0)})
+            run.reporter.say("Probing teacher and student with a few prompts …")
+            calls = {work.call for work in stage_work(config, task, 1.0)}
+            lengths, drafts_per_prompt = probe(run, calls)
         finally:
             run.close()
-    priced = prices is not None
-    rows = _rows(estimate(config, sizes, lengths, drafts_per_prompt, prices), priced=priced)
-    notes = _notes(config, sizes, drafts_per_prompt, prices)
+    lines = estimate(config, task, lengths, drafts_per_prompt, prices)
+    rows = _rows(lines, priced=prices is not None)
+    notes = _notes(config, drafts_per_prompt, prices)
     if as_json:
         stages = {"stages": rows[:-1], "total": rows[-1]}
         emit_json({"event": "plan", **stages, "drafts_per_prompt": drafts_per_prompt, "notes": notes})
         return
-    _print_table(rows, priced=priced)
+    _print_table(rows, priced=prices is not None)
     for note in notes:
         out.print(note, markup=False, soft_wrap=True)
 
@@ -167,46 +162,51 @@ def parse_prices(text: str) -> Prices:
 
 def estimate(
     config: RunConfig,
-    sizes: Sizes,
+    task: Task,
     lengths: Mapping[Call, Lengths],
     drafts_per_prompt: float,
     prices: Prices | None = None,
 ) -> list[StageEstimate]:
     """Return a line for each stage of the run, in order; without alignment four stages are left out."""
     lines = {"tune": StageEstimate("tune")}
-    for work in stage_work(config, sizes, drafts_per_prompt):
+    for work in stage_work(config, task, drafts_per_prompt):
         line = lines.setdefault(work.stage, StageEstimate(work.stage))
         prompt = work.n * lengths[work.call].prompt
         completion = work.n * lengths[work.call].completion
         line.calls += work.n
         line.prompt_tokens += prompt
         line.completion_tokens += completion
-        if prices and sizes.server and work.call.who == "teacher":
+        if prices and work.call.who == "teacher" and is_server(config.teacher.model):
             line.cost_usd += prices.cost_usd(round(prompt), round(completion))
     return [lines[stage] for stage in _ORDER if stage in lines]
 
 
-def stage_work(config: RunConfig, sizes: Sizes, drafts_per_prompt: float) -> Iterator[Work]:
+def stage_work(config: RunConfig, task: Task, drafts_per_prompt: float) -> Iterator[Work]:
     """Yield the calls of each stage."""
-    n_check = min(config.check.examples, sizes.n_validation)
+    n_check = min(config.check.examples, len(task.validation))
     yield Work("check", Call("teacher", "rationale"), n_check)
     yield Work("check", Call("student", "generated"), n_check)
     yield Work("check", Call("student", "constrained"), n_check)
     if config.aligned:
-        questions = config.elicit.questions
-        yield from _drafts("elicit", config, sizes, questions, sizes.n_techniques, drafts_per_prompt)
-        yield from _calibrate(config, sizes)
-        k = min(config.calibrate.k, config.calibrate.items, sizes.n_validation)
-        what: What = "generated" if config.prefer.score == "accuracy" else "constrained"
-        yield Work("prefer", Call("student", what, 1), questions * sizes.n_techniques * k)
-        pairs = config.n_question_pairs + min(config.n_rationale_pairs, questions)
-        steps = ceil(pairs / config.align.batch_size * config.align.epochs)
-        checks = 1 + ceil(
-            steps / config.align.probe_every
-        )  # before the first step, regularly, after the last
-        yield Work("align", Call("teacher", "question"), checks * config.align.probe_prompts)
-    yield from _drafts("tailor", config, sizes, config.tailor.questions, 1, drafts_per_prompt)
-    n_test = min(config.evaluate.limit or sizes.n_test, sizes.n_test)
+        n_question, elicit = config.elicit.questions, config.elicit
+        plan = QuestionPlan.of(elicit, n_question, elicit.temperature, elicit.max_prompts, config.seed)
+        yield from _drafts("elicit", config, task, plan, len(task.techniques), drafts_per_prompt)
+        yield from _calibrate(config, task, n_check)
+        yield from _prefer(config, task)
+        n_pair = config.n_question_pairs + min(config.n_rationale_pairs, n_question)
+        settings = dpo_settings(config)
+        per_step = settings.batch_size * settings.accumulate
+        n_step = ceil(examples_seen(n_pair, settings.epochs) / per_step)
+        # Checks before the first step, regularly, and after the last.
+        n_look = 1 + ceil(n_step / settings.probe_every)
+        yield Work("align", Call("teacher", "question"), n_look * config.align.probe_prompts)
+    tailor = config.tailor
+    plan = QuestionPlan.of(
+        config.elicit, first_questions(tailor), tailor.temperature, tailor.max_prompts, config.seed
+    )
+    yield from _drafts("tailor", config, task, plan, 1, drafts_per_prompt)
+    n_test = len(task.test_keys())
+    n_test = min(config.evaluate.limit or n_test, n_test)
     for shots in config.evaluate.shots:
         yield Work("evaluate", Call("student", "generated", shots), 2 * n_test)  # base and tuned
     yield Work("evaluate", Call("student", "constrained"), 2 * n_test)
@@ -215,23 +215,43 @@ def stage_work(config: RunConfig, sizes: Sizes, drafts_per_prompt: float) -> Ite
 
 
 def _drafts(
-    stage: str, config: RunConfig, sizes: Sizes, questions: int, rationales: int, drafts_per_prompt: float
+    stage: str, config: RunConfig, task: Task, plan: QuestionPlan, n_technique: int, drafts_per_prompt: float
 ) -> Iterator[Work]:
-    prompts = max(_FIRST_ROUND, ceil(questions / drafts_per_prompt))
-    yield Work(stage, Call("teacher", "question"), prompts)
-    yield Work(stage, Call("teacher", "rationale"), questions * rationales)
-    if sizes.closed and config.elicit.opinion_shots and not sizes.server:
-        yield Work(stage, Call("teacher", "vote", config.elicit.opinion_shots), questions)
+    sent = valid = 0
+    while valid < plan.needed and (n := plan.next_prompts(valid, sent, GROUP)) > 0:
+        sent += n
+        valid = min(int(sent * drafts_per_prompt), plan.needed)
+    yield Work(stage, Call("teacher", "question"), sent)
+    yield Work(stage, Call("teacher", "rationale"), plan.needed * n_technique)
+    if votes_directly(config, task.answer):
+        yield Work(stage, Call("teacher", "vote", config.elicit.opinion_shots), plan.needed)
 
 
-def _calibrate(config: RunConfig, sizes: Sizes) -> Iterator[Work]:
-    items = min(config.calibrate.items, sizes.n_validation)
-    # Further models are not opened for an estimate; they count like the teacher.
-    respondents: list[Who] = ["student", "teacher"]
-    respondents += ["teacher"] * len(config.calibrate.models)
-    for who in respondents:
+def _calibrate(config: RunConfig, task: Task, n_check: int) -> Iterator[Work]:
+    n_item = min(config.calibrate.items, len(task.validation))
+    for model in respondents(config, closed=task.answer.closed):
+        # Further models are not opened for an estimate; they count like the teacher.
+        who: Who = "student" if model is config.student else "teacher"
         for shots in config.calibrate.shots:
-            yield Work("calibrate", Call(who, "constrained", shots), items)
+            known = 0
+            if (
+                who == "student" and not shots
+            ):  # asked in the check already; closed answers in one call for all
+                known = min(n_check, n_item) if not task.answer.closed or n_check == n_item else 0
+            yield Work("calibrate", Call(who, "constrained", shots), n_item - known)
+
+
+def _prefer(config: RunConfig, task: Task) -> Iterator[Work]:
+    k = min(config.calibrate.k, config.calibrate.items, len(task.validation))
+    question = [q for q in range(config.elicit.questions) for _ in task.techniques]
+    adaptive = is_adaptive(config.prefer, len(question), k)
+    plan = AdaptivePlan(tuple(question), k, config.prefer.race_share, config.prefer.race_error)
+    what: What = "generated" if config.prefer.score == "accuracy" else "constrained"
+    yield Work("prefer", Call("student", what, 1), plan.most if adaptive else len(question) * k)
+    if config.prefer.student_file:  # a sample with 16 bits, and with the file what the scores do not hold yet
+        known = not adaptive and what == "constrained"
+        n_sample = len(sample_drafts(question, COMPARED_DRAFTS)) * k
+        yield Work("prefer", Call("student", "constrained", 1), n_sample * (1 if known else 2))
 
 
 def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], float]:
@@ -253,15 +273,21 @@ def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], 
         Call("student", "generated"): Sampling(max_tokens=evaluate.answer_tokens, stop=ANSWER_STOPS),
     }
     engines: dict[Who, Engine] = {"teacher": teacher, "student": student}
-    answers = {call: _answers(run, engines[call.who], call, how) for call, how in sampling.items()}
+    answers = {}
+    with run.reporter.bar("probe, answers", len(sampling) * _PROBE_CALLS) as step:
+        for call, how in sampling.items():
+            answers[call] = _answers(run, engines[call.who], call, how)
+            step(_PROBE_CALLS, sum(answer.completion_tokens for answer in answers[call]))
     generated = {
         (call.who, call.what): sum(answer.completion_tokens for answer in done) / len(done)
         for call, done in answers.items()
     }
-    lengths = {}
-    for call in calls:
-        found = _lengths(run, engines[call.who], call)
-        lengths[call] = replace(found, completion=generated.get((call.who, call.what), found.completion))
+    lengths, calls = {}, list(calls)
+    with run.reporter.bar("probe, lengths", len(calls)) as step:
+        for call in calls:
+            found = _lengths(run, engines[call.who], call)
+            lengths[call] = replace(found, completion=generated.get((call.who, call.what), found.completion))
+            step(1)
     return lengths, _drafts_per_prompt(run, answers[Call("teacher", "question")])
 
 
@@ -324,24 +350,14 @@ def _drafts_per_prompt(run: RunContext, answers: Sequence[Completion]) -> float:
     return max(n_valid / len(answers), _FEWEST_DRAFTS)
 
 
-def _sizes(run: RunContext) -> Sizes:
-    return Sizes(
-        n_validation=len(run.task.validation),
-        n_test=len(run.task.test_keys()),
-        n_techniques=len(run.task.techniques),
-        closed=run.task.answer.closed,
-        server=run.teacher_is_server,
-    )
-
-
-def _notes(config: RunConfig, sizes: Sizes, drafts_per_prompt: float, prices: Prices | None) -> list[str]:
+def _notes(config: RunConfig, drafts_per_prompt: float, prices: Prices | None) -> list[str]:
     notes = [
         f"Measured: {drafts_per_prompt:.1f} valid questions per prompt. Rejected or relabelled drafts add calls; "
-        "adaptive scoring (prefer.race) and cached calls save some."
+        "prefer.race may stop earlier."
     ]
     if config.calibrate.models and config.aligned:
         notes.append("The further models of calibrate count like the teacher.")
-    if sizes.server and prices is None:
+    if is_server(config.teacher.model) and prices is None:
         notes.append("Cost: add --prices PROMPT,COMPLETION, dollars per million tokens.")
     return notes
 
@@ -365,7 +381,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]], *, priced: bool) -> None:
 
 def _rows(lines: Sequence[StageEstimate], *, priced: bool) -> list[dict[str, Any]]:
     """Return the lines as rows, the last one their total; without prices the cost is None."""
-    keys = ("calls", "prompt_tokens", "completion_tokens", "cost_usd")
+    keys = [field.name for field in fields(StageEstimate)[1:]]
     total = StageEstimate("total", **{key: sum(getattr(line, key) for line in lines) for key in keys})
     return [
         {

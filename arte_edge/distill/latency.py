@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import TypeAdapter
+
 from arte_edge.cache import write_atomic
 from arte_edge.console import Reporter
 from arte_edge.distill.config import Deploy
@@ -227,9 +229,8 @@ def _stored(path: Path, config: Deploy) -> Budget | None:
         document = json.loads(path.read_bytes())
         if document["deploy"] != _settings(config):
             return None
-        budget = document["budget"]
-        return Budget(budget["answer_tokens"], budget["prompt_tokens"], Rates(**budget["rates"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return TypeAdapter(Budget).validate_python(document["budget"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # pydantic's error is a ValueError
         return None
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from arte_edge.console import Reporter
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.run_context import RunContext, Summary, open_folder, quantized_student
+from arte_edge.distill.validate_config import fewer_shown, refuse_models, refuse_run
 from arte_edge.extras import need
 from arte_edge.runtimes.completion import Engine
 from arte_edge.tasks.loaders import load_task
@@ -40,7 +41,7 @@ def run_pipeline(
         StoppedEarly: a check or a budget ended the run; the same command resumes it.
     """
     need("train", "distilling")
-    from arte_edge.distill.stages.align import align, check_teacher
+    from arte_edge.distill.stages.align import align
     from arte_edge.distill.stages.calibrate import calibrate
     from arte_edge.distill.stages.check import check
     from arte_edge.distill.stages.elicit import elicit
@@ -49,8 +50,8 @@ def run_pipeline(
     from arte_edge.distill.stages.tailor import tailor
     from arte_edge.distill.stages.tune import tune
 
-    check_teacher(config)
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
+    refuse_run(config, task)
     open_folder(config, folder, task, update=update)
     run = RunContext(config, task, folder, reporter)
     try:
@@ -73,8 +74,17 @@ def run_pipeline(
 
 
 def _prepare(run: RunContext, *, update: bool) -> None:
-    """Decide the latency budget and make the file that scores: errors there come before any expensive step."""
-    deploy, student = run.config.deploy, run.config.student
+    """Convert the models, decide the latency budget, make the file that scores: errors there come before any call."""
+    config = run.config
+    deploy, student = config.deploy, config.student
+    for sentence in fewer_shown(config, run.task):
+        run.reporter.warn(sentence)
+    if not (run.folder / "check" / "manifest.json").is_file():
+        teacher = None if run.teacher_is_server else run.local(config.teacher)
+        refuse_models(config, teacher, run.local(student))
+        run.checkpoint(student)
+        if config.aligned:
+            run.checkpoint(config.teacher)
     if deploy.device:
         run.budget = run_budget(run, update=update)
         rates = run.budget.rates

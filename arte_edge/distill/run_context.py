@@ -15,12 +15,12 @@ decodes fastest when many sequences share a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arte_edge.cache import cache_subdir, sha256_file, write_atomic
-from arte_edge.console import Reporter
+from arte_edge.cache import Progress, cache_subdir, sha256_file, write_atomic
+from arte_edge.console import Reporter, model_progress
 from arte_edge.distill.cached_calls import Calls
 from arte_edge.distill.config import ModelConfig, RunConfig, build, differences, dump_toml, load_toml
 from arte_edge.errors import InputError
@@ -67,6 +67,10 @@ class OpenStage(Stage):
         self._manifest = super().finish(summary)
         return self._manifest
 
+    def forget(self) -> None:
+        """Let the stage run again."""
+        self._manifest = None
+
     @property
     def summary(self) -> Summary:
         assert self._manifest is not None, "the stage has not finished"
@@ -104,6 +108,9 @@ class RunContext:
         stages. `describe` turns the summary into the line that is printed at the end.
         """
         stage = OpenStage(self.folder / name, {"stage": name, "seed": self.config.seed, **inputs})
+        if not stage.todo and not _describes(describe, stage.summary):
+            self.reporter.warn(f"{stage.folder / 'manifest.json'} is damaged: the stage is made again")
+            stage.forget()
         seconds = None
         if stage.todo:
             with self.reporter.stage(name) as clock:
@@ -151,8 +158,17 @@ class RunContext:
     def local(self, config: ModelConfig) -> LocalModel:
         """Return the model on disk, downloading it first if it is not cached."""
         if config.model not in self._models:
-            self._models[config.model] = resolve(config.model)
+            with self._steps(config.model) as progress:
+                self._models[config.model] = resolve(config.model, progress=progress)
         return self._models[config.model]
+
+    def checkpoint(self, config: ModelConfig) -> Path:
+        """Return the model's checkpoint folder; a GGUF is converted first, once."""
+        with self._steps(config.model) as progress:
+            return self.local(config).checkpoint(progress)
+
+    def _steps(self, model: str) -> AbstractContextManager[Progress | None]:
+        return nullcontext() if self.reporter.quiet else model_progress(model)
 
     def identity(self, config: ModelConfig) -> list[Any]:
         """Return what decides the texts of a configured model: an input of stages."""
@@ -185,6 +201,14 @@ class RunContext:
         self.close_engines()
         self._log.close()
         self._lock.release()
+
+
+def _describes(describe: Callable[[Summary], str], summary: Summary) -> bool:
+    """Return whether a stored summary has what the stage's line, and with it the run, reads of it."""
+    try:
+        return bool(describe(summary))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return False
 
 
 def f16_student(model: LocalModel) -> LocalModel:

@@ -1,23 +1,31 @@
-"""Validate a run file before any model is downloaded: `arte-edge check`. All problems are reported at once."""
+"""What makes a run impossible, found before any model is downloaded or called; all problems are reported at once.
+
+`arte-edge check` calls `find_problems`. A run itself calls `refuse_run` and, once its models are on this
+machine, `refuse_models`: a family or a layer that cannot be converted would otherwise fail hours later.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from arte_edge.checkpoint import read_weights
 from arte_edge.distill.config import RunConfig, problems_of
-from arte_edge.errors import ArteError
+from arte_edge.errors import ArteError, InputError
+from arte_edge.gguf.names import checkpoint_family, family_of_arch, layout_of
 from arte_edge.gguf.reader import read_model_header
 from arte_edge.models import registry
-from arte_edge.models.resolve import resolve
+from arte_edge.models.resolve import LocalModel, resolve
 from arte_edge.runtimes.loader import is_server
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
 
-__all__ = ["find_problems"]
+__all__ = ["fewer_shown", "find_problems", "refuse_models", "refuse_run"]
 
 Problem = tuple[str, str]
+
+_FEWEST = 20  # validation examples; below this an interval is wider than any difference worth knowing
 
 
 def find_problems(tables: Mapping[str, Any]) -> list[Problem]:
@@ -29,8 +37,50 @@ def find_problems(tables: Mapping[str, Any]) -> list[Problem]:
         *problems_of(tables),
         *_task_problems(tables),
         *(problem for key, ref in _models(tables) for problem in _model_problems(key, ref)),
-        *_alignment_problems(tables),
+        *_server_problems(tables),
     ]
+
+
+def refuse_run(config: RunConfig, task: Task) -> None:
+    """Raise if `config` cannot run on `task`.
+
+    Raises:
+        InputError: names every key or split.
+    """
+    _refuse([*_size_problems(config.check.examples, task), *_server_problems(config.model_dump())])
+
+
+def refuse_models(config: RunConfig, teacher: LocalModel | None, student: LocalModel) -> None:
+    """Raise if a model cannot be trained or converted as the run will need it. A teacher on a server is None.
+
+    Raises:
+        InputError: names the family or the layers, and what is possible instead.
+    """
+    problems = [*_student_problems(config, student)]
+    if teacher is not None and config.aligned:
+        problems += _teacher_problems(config, teacher)
+    _refuse(problems)
+
+
+def fewer_shown(config: RunConfig, task: Task) -> Iterator[str]:
+    """Yield a sentence for every key that asks for more examples than `task` has: as many as there are are shown."""
+    n_seed = len(task.seed)
+    n_shot = len({*(seed.input for seed in task.seed), *(worked.input for worked in task.worked)})
+    for key, wanted, there in (
+        ("elicit.shown", config.elicit.shown, n_seed),
+        ("teacher.shots", config.teacher.shots, n_shot),
+        ("calibrate.shots", max(config.calibrate.shots), n_seed),
+        ("evaluate.shots", max(config.evaluate.shots), n_shot),
+        ("align.shots", config.align.shots, n_shot),
+    ):
+        if wanted > there:
+            yield f"{key} = {wanted}, but the task has {there} examples to show: {there} are shown"
+
+
+def _refuse(problems: Iterable[Problem]) -> None:
+    if found := list(problems):
+        messages, hints = zip(*found, strict=True)
+        raise InputError("; ".join(messages), " ".join(dict.fromkeys(filter(None, hints))))
 
 
 def _value(tables: Mapping[str, Any], section: str, key: str) -> Any:
@@ -43,23 +93,27 @@ def _value(tables: Mapping[str, Any], section: str, key: str) -> Any:
 
 def _task_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
     ref, bbh = _value(tables, "task", "ref"), _value(tables, "task", "bbh")
-    if not isinstance(ref, str) or not isinstance(bbh, str | None):
-        return  # the wrong type is reported already
+    if not ref or not isinstance(ref, str) or not isinstance(bbh, str | None):
+        return  # reported already
     try:
         task = load_task(ref, bbh=Path(bbh) if bbh else None)
     except ArteError as error:
         yield f"task.ref: {error.message}", error.hint
         return
-    yield from _size_problems(tables, task)
+    examples = _value(tables, "check", "examples")
+    yield from _size_problems(examples if isinstance(examples, int) else 0, task)
 
 
-def _size_problems(tables: Mapping[str, Any], task: Task) -> Iterator[Problem]:
-    shown = _value(tables, "elicit", "shown")
-    if isinstance(shown, int) and shown > len(task.seed):
-        yield (
-            f"elicit.shown: {shown} seeds per prompt, but the task '{task.name}' has {len(task.seed)}",
-            "Lower elicit.shown, or add seeds.",
-        )
+def _size_problems(n_check: int, task: Task) -> Iterator[Problem]:
+    needed = {"seed": 1, "validation": min(_FEWEST, n_check), "test": 1}
+    there = {"seed": len(task.seed), "validation": len(task.validation), "test": len(task.test_keys())}
+    for split, n in there.items():
+        if n < needed[split]:
+            yield (
+                f"Task '{task.name}': {n} {split} examples are too few; at least {needed[split]} are needed",
+                f"Label more examples in {split}.jsonl"
+                + ("; 100 are good." if split == "validation" else "."),
+            )
 
 
 def _models(tables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -74,7 +128,7 @@ def _models(tables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _model_problems(key: str, ref: Any) -> Iterator[Problem]:
-    if not isinstance(ref, str):
+    if not ref or not isinstance(ref, str):
         return
     try:
         _look_up(ref)
@@ -97,15 +151,61 @@ def _look_up(ref: str) -> None:
         registry.entry(ref)
 
 
-def _alignment_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
+def _server_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
     teacher, student = _value(tables, "teacher", "model"), _value(tables, "student", "model")
     if isinstance(teacher, str) and is_server(teacher) and tables.get("data") != "original-teacher":
         yield (
             f"teacher.model: {teacher} is a server, and alignment needs the teacher's weights",
-            'Set data = "original-teacher", or use a local teacher.',
+            'Set data = "original-teacher" (generate the data without alignment), or use a local teacher.',
         )
     if isinstance(student, str) and is_server(student):
         yield (
             f"student.model: {student} is a server, but the student is trained locally",
             "Use a local model.",
+        )
+
+
+def _student_problems(config: RunConfig, student: LocalModel) -> Iterator[Problem]:
+    """Yield what prevents the student's files: of a GGUF its F16 file, of a device's the file it needs."""
+    try:
+        if student.gguf is not None:
+            family_of_arch(read_model_header(student.gguf).architecture, student.name)
+        elif config.deploy.device and not config.deploy.file[:1].islower():
+            checkpoint_family(student.path)
+    except InputError as error:
+        files = "the tuned student" if student.gguf else f"deploy.file = '{config.deploy.file}'"
+        instead = (
+            "Give the original checkpoint, a folder or its Hub id."
+            if student.gguf
+            else "Or take an ONNX file."
+        )
+        yield f"student.model: {error.message}: {files} cannot be written as GGUF", f"{error.hint} {instead}"
+
+
+def _teacher_problems(config: RunConfig, teacher: LocalModel) -> Iterator[Problem]:
+    """Yield what prevents the adapter of an aligned teacher in the form that its engine loads."""
+    targets = config.align.lora_targets
+    if teacher.gguf is None or config.teacher.engine == "transformers":
+        weights = read_weights(teacher.path).items() if teacher.folder and targets else ()
+        there = [f".{name.removesuffix('.weight')}" for name, weight in weights if len(weight.shape) == 2]
+        unknown = [t for t in targets if there and not any(name.endswith(f".{t}") for name in there)]
+    else:
+        header = read_model_header(teacher.gguf)
+        try:
+            layout = layout_of(header)
+        except InputError as error:
+            yield (
+                f"teacher.model: {error.message}: its adapter cannot be written for llama.cpp",
+                f"{error.hint} Or set data = 'original-teacher', or give the original checkpoint.",
+            )
+            return
+        places = ("model.layers.0.self_attn.", "model.layers.0.mlp.", "")
+        named = {t: {layout.gguf_name(f"{place}{t}.weight") for place in places} for t in targets}
+        tensors = {name for name, tensor in header.tensors.items() if len(tensor.shape) == 2}
+        tensors -= {"token_embd.weight"}
+        unknown = [t for t, names in named.items() if not names & tensors]
+    if unknown:
+        yield (
+            f"align.lora_targets: {teacher.name} has no linear layer '{unknown[0]}' that an adapter can change",
+            "Name linear layers, such as q_proj, or leave it empty for every one.",
         )

@@ -21,6 +21,7 @@ from arte_edge.errors import ArteError
 from arte_edge.memory import available_bytes
 from arte_edge.runtimes.completion import Engine, Request, Sampling
 from arte_edge.runtimes.transformers import onednn_prepack
+from arte_edge.runtimes.transformers.placement import Floats, fast_floats, pick_device
 
 __all__ = [
     "Candidate",
@@ -33,11 +34,13 @@ __all__ = [
     "sample_seconds",
 ]
 
-Dtype = Literal["float32", "bfloat16"]
 Workload = Literal["write", "choose"]  # texts, or log-probabilities of given answers
 
-_DTYPES: tuple[Dtype, ...] = ("bfloat16", "float32")
-_SIZE = {"bfloat16": 1, "float32": 2}  # size of the weights, relative to the checkpoint's
+_SIZE: dict[Floats, int] = {
+    "bfloat16": 1,
+    "float16": 1,
+    "float32": 2,
+}  # size of the weights, relative to the checkpoint's
 _ROOM = 2.0  # times the weights: both the file's and the packed ones are in memory for a while
 _WORTH = 0.8  # another candidate must take less than this share of the default's time
 _ROUNDS = 2
@@ -67,35 +70,37 @@ class Candidate:
     """An engine that can score here. `dtype` is empty for the engine's default."""
 
     kind: Literal["llamacpp", "transformers"]
-    dtype: Dtype | Literal[""] = ""
+    dtype: Floats | Literal[""] = ""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.dtype}".strip()
 
 
-def candidates_here(weights_bytes: int, *, has_file: bool) -> list[Candidate]:
+def candidates_here(weights_bytes: int, *, has_file: bool, checkpoint: Path | None = None) -> list[Candidate]:
     """Return the engines that can run a student on this machine; the first is the default.
 
-    Left out are bfloat16 where the processor has no instructions for it, what does not fit into memory, and
+    Left out are 16-bit floats that the processor has no instructions for, what does not fit into memory, and
     dtypes other than ``ARTE_EDGE_DTYPE``.
 
     Args:
         weights_bytes: of the checkpoint, with 16 bits a weight.
         has_file: there is a GGUF file of the student too.
+        checkpoint: the student's.
     """
-    import torch
-
-    gpu = torch.cuda.is_available()
+    device = pick_device()
+    gpu = device.type != "cpu"
     default = Candidate("llamacpp") if has_file else Candidate("transformers")
-    bfloat16 = gpu or onednn_prepack.supported()
-    # Without a GGUF file the default is float32 on a CPU, bfloat16 on a GPU, or the chosen dtype.
+    fast: Floats = fast_floats(device, checkpoint)
+    able: list[Floats] = ["bfloat16"] if not gpu and onednn_prepack.supported() else []
+    able += [fast, "float32"] if gpu and fast != "float32" else ["float32"]
+    # Without a GGUF file the default is that of `pick_dtype`.
     chosen = os.environ.get("ARTE_EDGE_DTYPE", "auto")
-    known = {chosen} if chosen != "auto" else {"bfloat16" if gpu else "float32"}
-    others = [dtype for dtype in _DTYPES if chosen in ("auto", dtype) and (has_file or dtype not in known)]
+    known = chosen if chosen != "auto" else fast
     return [default] + [
         Candidate("transformers", dtype)
-        for dtype in others
-        if (bfloat16 or dtype != "bfloat16")
+        for dtype in able
+        if chosen in ("auto", dtype)
+        and (has_file or dtype != known)
         and (gpu or _ROOM * _SIZE[dtype] * weights_bytes < available_bytes())
     ]
 

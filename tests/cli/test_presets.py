@@ -107,7 +107,7 @@ def test_check_lists_all_problems_at_once(tmp_path: Path, capsys: Capture) -> No
         ('[teacher]\nmodel = "openai:m@http://127.0.0.1:1/v1"', "alignment needs the teacher's weights"),
         ('[student]\nmodel = "openai:m@http://127.0.0.1:1/v1"', "the student is trained locally"),
         ('data = "original-teacher"\n[teacher]\nmodel = "openai:m"', "names no server"),
-        ("[elicit]\nshown = 41", "41 seeds per prompt"),
+        ("[evaluate]\nshots = []", "evaluate.shots: "),
         ('[calibrate]\nmodels = ["smollm"]', "calibrate.models: No model is named 'smollm'"),
         ("[teacher]\nshots = 2", "teacher.model: Field required"),
         ("task = 3", "task: Input should be"),

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny import Patch
+from tiny import Patch, make_gguf
 
+from arte_edge.cli.main import main
 from arte_edge.console import Reporter
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.run_context import RunContext
@@ -142,6 +143,13 @@ class House:
     def calls(self) -> int:
         return self.teacher.calls + self.student.calls
 
+    def distill(self, *flags: str) -> int:
+        """Run the command; return its exit code."""
+        names = ["--task", "parity", "--teacher", TEACHER, "--student", STUDENT]
+        return main(
+            ["distill", *names, "--runs", str(self.folder.parent), "--name", self.folder.name, *flags]
+        )
+
 
 @pytest.fixture
 def house(tmp_path: Path, monkeypatch: Patch) -> House:
@@ -149,13 +157,21 @@ def house(tmp_path: Path, monkeypatch: Patch) -> House:
     folder = tmp_path / "run"
     house = House(folder)
 
-    def find(ref: str) -> LocalModel:
-        return LocalModel(ref, f"sha256 of {ref}", tmp_path / f"{ref}.gguf", None, "F16")
+    def find(ref: str, **_: Any) -> LocalModel:
+        sizes = {"llama__block_count": 1, "llama__attention__head_count": 1}
+        return LocalModel(ref, f"sha256 of {ref}", make_gguf(tmp_path / f"{ref}.gguf", **sizes), None, "F16")
 
     def open_scripted(model: LocalModel, **_: Any) -> ScriptedEngine:
         return {TEACHER: house.teacher, STUDENT: house.student}[model.name]
 
     monkeypatch.setattr("arte_edge.distill.run_context.resolve", find)
     monkeypatch.setattr("arte_edge.distill.run_context.open_local", open_scripted)
-    monkeypatch.setattr("arte_edge.distill.pipeline.load_task", lambda ref, **_: house.task)
+    unpack = LocalModel.checkpoint
+
+    def checkpoint(model: LocalModel, progress: Any = None) -> Path:
+        return tmp_path if model.name in (TEACHER, STUDENT) else unpack(model, progress)
+
+    monkeypatch.setattr(LocalModel, "checkpoint", checkpoint)
+    for module in ("pipeline", "estimate"):
+        monkeypatch.setattr(f"arte_edge.distill.{module}.load_task", lambda ref, **_: house.task)
     return house

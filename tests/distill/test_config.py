@@ -36,6 +36,27 @@ def test_every_problem_is_named_at_once() -> None:
     assert "questions" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("tables", "key"),
+    [
+        ({"evaluate": {"shots": []}}, "evaluate.shots"),
+        ({"calibrate": {"shots": []}}, "calibrate.shots"),
+        ({"calibrate": {"shots": [1, 1]}}, "calibrate.shots: a number of shots is listed twice"),
+        ({"evaluate": {"shots": [-1]}}, "evaluate.shots.0"),
+        ({"align": {"learning_rate": float("inf")}}, "align.learning_rate"),
+        ({"tune": {"epochs": 1e9}}, "tune.epochs"),
+        ({"deploy": {"max_answer_seconds": float("nan")}}, "deploy.max_answer_seconds"),
+        ({"seed": 2**31}, "seed"),
+        ({"student": {"model": ""}}, "student.model"),
+        ({"calibrate": {"models": [""]}}, "calibrate.models.0"),
+    ],
+)
+def test_what_would_end_a_run_half_way_is_refused_at_the_start(tables: dict[str, Any], key: str) -> None:
+    with pytest.raises(InputError) as caught:
+        build("run.toml", tables)
+    assert caught.value.message.startswith(f"run.toml: {key}")
+
+
 def test_an_alignment_without_pairs_is_refused() -> None:
     no_pairs = {"align": {"question_pairs": 0, "rationale_pairs": 0}}
     with pytest.raises(InputError, match='data = "arte" needs question_pairs or rationale_pairs'):
@@ -95,7 +116,7 @@ def test_differences_are_dotted_keys() -> None:
 @settings(deadline=None, max_examples=50)
 @given(
     name=st.text(max_size=15),
-    shots=st.lists(st.integers(0, 40), max_size=3),
+    shots=st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True),
     rate=st.floats(1e-12, 10),
     bbh=st.none() | st.text(max_size=10),
 )

@@ -54,7 +54,7 @@ def test_a_model_that_teaches_itself_is_decoded_as_each_whoever_comes_first(
 ) -> None:
     monkeypatch.setattr(run_module, "open_local", lambda model, **_: model.quantization)
     config = house.config(teacher={"model": smollm2.name}, student={"model": smollm2.name})
-    monkeypatch.setattr(run_module, "resolve", lambda ref: smollm2)
+    monkeypatch.setattr(run_module, "resolve", lambda ref, **_: smollm2)
     run = RunContext(config, house.task, house.folder, Reporter(quiet=True))
     order = [config.teacher, config.student] if first == "teacher" else [config.student, config.teacher]
     opened = {type(model).__name__: run.engine(model) for model in order}

@@ -79,6 +79,13 @@ class QuestionPlan:
         """Prompts after which drafting gives up."""
         return self.max_prompts or 10 * -(-self.needed // self.asked)
 
+    def next_prompts(self, n_valid: int, n_sent: int, group: int) -> int:
+        """Return how many prompts follow the first `n_sent`, which gave `n_valid` drafts; 0: the budget is spent."""
+        rate = max(n_valid / (n_sent * self.asked), 0.1) if n_sent else 0.5
+        wanted = math.ceil((self.needed - n_valid) / (self.asked * rate))
+        # One full batch at most: a second one with few prompts would take as long as a full one.
+        return min(max(4, wanted), group, self.budget - n_sent)
+
 
 @dataclass
 class Drafts:
@@ -181,12 +188,7 @@ def draft_questions(
         temperature=plan.temperature, top_p=plan.top_p, max_tokens=plan.tokens, seed=plan.seed
     )
     while len(drafts.valid) < plan.needed:
-        missing = plan.needed - len(drafts.valid)
-        rate = max(len(drafts.valid) / (drafts.prompts * plan.asked), 0.1) if drafts.prompts else 0.5
-        # One full batch at most: a second one with few prompts would take as long as a full one.
-        n = min(
-            max(4, math.ceil(missing / (plan.asked * rate))), run.calls.group, plan.budget - drafts.prompts
-        )
+        n = plan.next_prompts(len(drafts.valid), drafts.prompts, run.calls.group)
         if n <= 0 or empty_rounds >= _EMPTY_ROUNDS:
             raise StoppedEarly(
                 f"{what}: only {len(drafts.valid)} of {plan.needed} valid questions after {drafts.prompts} "

@@ -30,7 +30,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from arte_edge.distill.config import LabelPolicy, ModelConfig
+from arte_edge.distill.config import LabelPolicy, ModelConfig, RunConfig
 from arte_edge.distill.prompts import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
@@ -43,6 +43,7 @@ from arte_edge.distill.prompts import (
 )
 from arte_edge.distill.run_context import Row, RunContext
 from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
+from arte_edge.runtimes.loader import is_server
 from arte_edge.tasks.answers import comparable, extract
 from arte_edge.tasks.task import BOOLEANS, Answer, content_key
 
@@ -61,6 +62,7 @@ __all__ = [
     "resample",
     "short_shots",
     "shortened",
+    "votes_directly",
 ]
 
 _VOTE_GROUP = 16
@@ -122,6 +124,11 @@ def rationale_sampling(run: RunContext, engine: Engine, tokens: int) -> Sampling
     return Sampling(max_tokens=tokens, stop=ANSWER_STOPS, grammar=grammar)
 
 
+def votes_directly(config: RunConfig, answer: Answer) -> bool:
+    """Return whether the teacher gives a direct answer to each question; a server may return no log-probabilities."""
+    return answer.closed and config.elicit.opinion_shots > 0 and not is_server(config.teacher.model)
+
+
 def direct_votes(
     run: RunContext, engine: Engine, config: ModelConfig, questions: Sequence[Row], what: str
 ) -> list[str | None]:
@@ -129,11 +136,10 @@ def direct_votes(
 
     With many examples and no reasoning a small teacher is often more accurate than with reasoning.
     """
-    answer, n_shots = run.task.answer, run.config.elicit.opinion_shots
-    options = [answer.options(row["input"]) for row in questions]
-    if not (answer.closed and n_shots and questions) or run.teacher_is_server:
+    options = [run.task.answer.options(row["input"]) for row in questions]
+    if not questions or not votes_directly(run.config, run.task.answer):
         return [None] * len(questions)
-    shots = answer_shots(run.task.seed, n_shots)
+    shots = answer_shots(run.task.seed, run.config.elicit.opinion_shots)
     prompts = [
         run.render(engine, direct_messages(run.task, row["input"], shots), ANSWER_OPEN, config)
         for row in questions

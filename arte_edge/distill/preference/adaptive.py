@@ -85,9 +85,15 @@ class AdaptivePlan:
 
     @property
     def budget(self) -> int:
-        """Maximum number of cells to measure."""
+        """Number of cells after which no further round is measured."""
         d = len(self.question)
         return max(int(self.share * d * self.n_item), d * self.first)
+
+    @property
+    def most(self) -> int:
+        """Maximum number of cells that are measured: the first round is never cut short."""
+        d = len(self.question)
+        return max(self.budget, d * self.first + len(self.pilots) * (self.n_item - self.first))
 
     def next_round(self, values: Floats) -> list[Cells]:
         """Return the next round for the grid ``[d, k]`` measured so far (NaN: not yet); empty at the end."""

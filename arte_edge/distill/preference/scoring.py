@@ -344,8 +344,9 @@ def scoring_engine(run: RunContext, n_score: int) -> Engine:
         which = f16_student(model) if candidate.kind == "llamacpp" else model
         return open_local(which, kind=candidate.kind, parallel=config.parallel, dtype=candidate.dtype)
 
-    weights_bytes = sum(file.stat().st_size for file in model.checkpoint().glob("*.safetensors"))
-    candidates = candidates_here(weights_bytes, has_file=model.gguf is not None)
+    checkpoint = model.checkpoint()
+    weights_bytes = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    candidates = candidates_here(weights_bytes, has_file=model.gguf is not None, checkpoint=checkpoint)
     work: Workload = "write" if prefer.score == "accuracy" else "choose"
     fastest = fastest_engine(
         candidates, opening, work, [model.sha256, config.parallel, *map(_version, _RUNTIMES)]

@@ -7,6 +7,7 @@ so that the aligned teacher decodes as fast as the original one.
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -20,28 +21,15 @@ from arte_edge.distill.run_context import Row, RunContext, Summary
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.common import DpoSettings, Lora
 from arte_edge.distill.train.dpo import train_dpo
-from arte_edge.errors import InputError, StoppedEarly
+from arte_edge.errors import StoppedEarly
 from arte_edge.runtimes.completion import Engine, Request, Sampling
-from arte_edge.runtimes.loader import is_server, open_local
+from arte_edge.runtimes.loader import open_local
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.tasks.answers import canonical
 
-__all__ = ["align", "check_teacher"]
+__all__ = ["align", "dpo_settings"]
 
 Adapter = tuple[Path, str]
-
-
-def check_teacher(config: RunConfig) -> None:
-    """Raise if the run would align a teacher whose weights are on a server.
-
-    Raises:
-        InputError: with what can be done instead.
-    """
-    if config.aligned and is_server(config.teacher.model):
-        raise InputError(
-            f"teacher.model: {config.teacher.model} is a server, and alignment needs the teacher's weights",
-            'Set data = "original-teacher" (generate the data without alignment), or use a local teacher.',
-        )
 
 
 def align(run: RunContext) -> tuple[Summary, Adapter]:
@@ -69,12 +57,13 @@ def align(run: RunContext) -> tuple[Summary, Adapter]:
                 )
             stage.write("pairs.jsonl", pairs)
             run.close_engines()  # the trainer needs the memory that engines hold
-            with run.reporter.percent("DPO") as progress:
+            base = run.checkpoint(run.config.teacher)
+            with run.reporter.percent("DPO, with checks") as progress:
                 result = train_dpo(
-                    run.local(run.config.teacher).checkpoint(),
+                    base,
                     [{key: pair[key] for key in ("prompt", "chosen", "rejected")} for pair in pairs],
                     stage.folder / "adapter",
-                    _settings(run),
+                    dpo_settings(run.config),
                     probe=lambda adapter_dir: _probe(run, adapter_dir),
                     progress=progress,
                 )
@@ -98,7 +87,9 @@ def align(run: RunContext) -> tuple[Summary, Adapter]:
                     "adapter_sha256": adapter[1],
                 }
             )
-    return stage.summary, (_adapter_path(run, run.folder / "align"), stage.summary["adapter_sha256"])
+    path = _adapter_path(run, stage.folder)
+    weights = path if path.suffix else path / "adapter_model.safetensors"
+    return stage.summary, (path, stage.files[weights.relative_to(stage.folder).as_posix()])
 
 
 def _pairs(run: RunContext) -> tuple[list[Row], int]:
@@ -139,8 +130,9 @@ def _rendered(run: RunContext, engine: Engine, messages: list[Message], prefill:
     return run.render(engine, messages, prefill, run.config.teacher)
 
 
-def _settings(run: RunContext) -> DpoSettings:
-    config = run.config.align
+def dpo_settings(run: RunConfig) -> DpoSettings:
+    """Return the settings of the training."""
+    config = run.align
     both = config.sft_weight > 0
     return DpoSettings(
         learning_rate=config.learning_rate,
@@ -152,7 +144,7 @@ def _settings(run: RunContext) -> DpoSettings:
         loss_weights=(1.0, config.sft_weight) if both else (),
         lora=Lora(rank=config.lora_rank, alpha=2.0 * config.lora_rank, targets=config.lora_targets),
         probe_every=config.probe_every,
-        seed=run.config.seed,
+        seed=run.seed,
     )
 
 
@@ -164,7 +156,7 @@ def _probe(run: RunContext, adapter_dir: Path) -> ProbeResult:
     try:
         requests = []
         for i in range(config.probe_prompts):
-            seeds = random.Random(f"{run.config.seed}/probe/{i}").sample(list(run.task.seed), elicit.shown)
+            seeds = random.Random(f"{run.config.seed}/probe/{i}").sample(list(run.task.seed), shown)
             messages = question_messages(run.task, seeds, elicit.asked)
             requests.append(Request(_rendered(run, engine, messages, question_prefill(shown)), i))
         sampling = Sampling(
@@ -221,8 +213,14 @@ def _last(history: Any, key: str) -> float | None:
 
 
 def _describe(summary: Summary) -> str:
-    margin = "" if summary["margin"] is None else f", reward margin {summary['margin']:+.3f}"
+    margin = summary["margin"]
+    # DPO's model of preference (Bradley-Terry): P(chosen over rejected) is the logistic function of the margin.
+    learned = (
+        ""
+        if margin is None
+        else f", prefers the chosen text with {0.5 + 0.5 * math.tanh(margin / 2):.1%} (untrained: 50 %)"
+    )
     return (
         f"{summary['pairs']} pairs ({summary['question_pairs']} of questions, {summary['ties_dropped']} ties dropped), "
-        f"{summary['steps']} steps{margin}"
+        f"{summary['steps']} steps{learned}"
     )

@@ -13,21 +13,21 @@ import random
 
 import numpy as np
 
-from arte_edge.distill.config import ModelConfig
+from arte_edge.distill.config import ModelConfig, RunConfig
 from arte_edge.distill.evaluation import constrained_answers
 from arte_edge.distill.irt import fit_2pl, top_k
 from arte_edge.distill.prompts import Shot, answer_shots
 from arte_edge.distill.run_context import RunContext, Summary
 from arte_edge.runtimes.loader import is_server
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "respondents"]
 
 
 def calibrate(run: RunContext) -> Summary:
     """Write matrix.jsonl (one row per respondent) and preference_set.jsonl (one row per question)."""
     config = run.config.calibrate
     items = run.task.validation[: config.items]
-    models = _respondents(run)
+    models = respondents(run.config, closed=run.task.answer.closed)
     inputs = {
         "calibrate": config.model_dump(mode="json"),
         "models": [run.identity(model) for model in models],
@@ -41,7 +41,9 @@ def calibrate(run: RunContext) -> Summary:
                 for n_shot in config.shots:
                     shots, what = _shots(run, n_shot), f"{model.model} {n_shot}-shot"
                     right = constrained_answers(run, engine, model, items, shots, what).right
-                    rows.append({"model": model.model, "shots": n_shot, "right": right.astype(int).tolist()})
+                    rows.append(
+                        {"model": model.model, "shots": len(shots), "right": right.astype(int).tolist()}
+                    )
                     matrix.append(right)
             params = fit_2pl(np.array(matrix, dtype=float))
             groups = [item.target for item in items] if run.task.answer.closed else None
@@ -73,11 +75,12 @@ def calibrate(run: RunContext) -> Summary:
     return stage.summary
 
 
-def _respondents(run: RunContext) -> list[ModelConfig]:
-    extra = [ModelConfig(model=name) for name in run.config.calibrate.models]
+def respondents(config: RunConfig, *, closed: bool) -> list[ModelConfig]:
+    """Return the models that answer the validation questions."""
+    extra = [ModelConfig(model=name) for name in config.calibrate.models]
     # A server may not return log-probabilities; the students and extra models do the ranking then.
-    teachers = [] if is_server(run.config.teacher.model) and run.task.answer.closed else [run.config.teacher]
-    return [*teachers, run.config.student, *extra]
+    teachers = [] if is_server(config.teacher.model) and closed else [config.teacher]
+    return [*teachers, config.student, *extra]
 
 
 def _shots(run: RunContext, n: int) -> list[Shot]:
@@ -88,8 +91,8 @@ def _shots(run: RunContext, n: int) -> list[Shot]:
 
 
 def _describe(summary: Summary) -> str:
+    ratio = summary["discrimination_chosen"] / summary["discrimination_all"]
     return (
-        f"{summary['k']} of {summary['items']} questions by discrimination "
-        f"({summary['discrimination_chosen']:.2f} against {summary['discrimination_all']:.2f} on average), "
-        f"from {summary['respondents']} respondents"
+        f"{summary['k']} of {summary['items']} questions, which discriminate {ratio:.2f} times as sharply as all do on "
+        f"average (1.00: no better than a random choice), from {summary['respondents']} respondents"
     )

@@ -56,16 +56,18 @@ def evaluate(run: RunContext, tuned: LocalModel) -> Summary:
             results: _Results = {}
             for n_shot in config.shots:
                 shots = teacher_shots(run.task, n_shot)
+                setting = f"{len(shots)}-shot"  # a small task has fewer than asked for
                 for who, engine in engines.items():
-                    results[who, f"{n_shot}-shot"] = generated_answers(
-                        run, engine, student, examples, shots, tokens, f"{who} {n_shot}-shot"
+                    results[who, setting] = generated_answers(
+                        run, engine, student, examples, shots, tokens, f"{who} {setting}"
                     )
             for who, engine in engines.items():
                 results[who, CONSTRAINED] = constrained_answers(
                     run, engine, student, examples, (), f"{who}, constrained"
                 )
             if config.teacher:
-                results["teacher", f"{run.config.teacher.shots}-shot"] = teacher_answers(run, examples)
+                n_shot = len(teacher_shots(run.task, run.config.teacher.shots))
+                results["teacher", f"{n_shot}-shot"] = teacher_answers(run, examples)
             stage.write("answers.jsonl", _answer_rows(examples, results))
             stage.finish(_summary(run, examples, results))
     return stage.summary
@@ -84,7 +86,7 @@ def _answer_rows(examples: tuple[Example, ...], results: _Results) -> list[Row]:
 
 def _summary(run: RunContext, examples: tuple[Example, ...], results: _Results) -> Summary:
     config, n = run.config.evaluate, len(examples)
-    first = f"{config.shots[0]}-shot"
+    first = next(iter(results))[1]
     share = format_share(
         results[_BASE, first].accuracy, results[_BASE, CONSTRAINED].accuracy, results[_TUNED, first].accuracy
     )
@@ -131,6 +133,7 @@ def _paired(base: Predictions, tuned: Predictions) -> dict[str, Any]:
 def _describe(summary: Summary) -> str:
     by = {(row["model"], row["setting"]): row["accuracy"] for row in summary["rows"]}
     first = summary["rows"][0]["setting"]
+    summary_table(summary), summary_lines(summary)  # a damaged summary shows here, not after the run
     return (
         f"{summary['rows'][0]['n']} test examples, {first}: {by[_BASE, first]:.0%} before, "
         f"{by[_TUNED, first]:.0%} after"

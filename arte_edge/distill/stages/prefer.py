@@ -35,11 +35,10 @@ from arte_edge.runtimes.completion import Engine
 from arte_edge.stats import pearson
 from arte_edge.tasks.task import Example
 
-__all__ = ["prefer"]
+__all__ = ["COMPARED_DRAFTS", "prefer"]
 
-_COMPARED_DRAFTS = (
-    24  # scored by the quantized file and by the 16-bit one, to measure what quantization changes
-)
+# Scored by the quantized file and by the 16-bit one, to measure what quantization changes.
+COMPARED_DRAFTS = 24
 
 
 def prefer(run: RunContext) -> Summary:
@@ -185,7 +184,7 @@ def _quantization_summary(
         return {}
     from arte_edge.distill.preference.quantization_shift import compare, sample_drafts
 
-    chosen = sample_drafts(groups, _COMPARED_DRAFTS)
+    chosen = sample_drafts(groups, COMPARED_DRAFTS)
     if not chosen:
         return {}
     some = [shots[draft] for draft in chosen]
@@ -201,10 +200,9 @@ def _correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float | No
 
 def _describe(summary: Summary) -> str:
     parts = [
-        f"{summary['drafts']} drafts × {summary['k']} questions, score {summary['mean']:.3f} ± {summary['sd']:.3f}"
+        f"{summary['drafts']} drafts × {summary['k']} questions, score {summary['mean']:.3f}, "
+        f"standard deviation between drafts {summary['sd']:.3f}"
     ]
-    if (against := summary["measured_against_bias"]) is not None:
-        parts.append(f"r with the induced answer bias {against:+.2f}")
     # A stage that an earlier version finished does not name the engine.
     if floats := summary.get("engine", "").partition("transformers ")[2]:
         parts.append(f"in {floats}")
@@ -213,8 +211,8 @@ def _describe(summary: Summary) -> str:
     if race := summary.get("race"):
         share = race["measured"] / race["of"]
         parts.append(
-            f"adaptive: {race['measured']} of {race['of']} scores measured ({share:.0%}), {race['open']} ranks "
-            f"undecided at {race['error']:.0%} risk"
+            f"adaptive: {race['measured']} of {race['of']} scores measured ({share:.0%}), ranks of {race['open']} "
+            f"drafts still undecided (risk above {race['error']:.0%})"
         )
     if deployed := summary.get("deployed"):
         parts.append(

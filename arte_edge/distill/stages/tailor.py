@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from arte_edge.distill.config import Tailor
 from arte_edge.distill.generation.questions import Drafts, QuestionPlan, draft_questions
 from arte_edge.distill.generation.rationales import (
     direct_votes,
@@ -31,7 +32,7 @@ from arte_edge.distill.run_context import Row, RunContext, Summary
 from arte_edge.errors import StoppedEarly
 from arte_edge.runtimes.completion import Engine
 
-__all__ = ["tailor"]
+__all__ = ["first_questions", "tailor"]
 
 _MAX_ROUNDS = 6
 # A weak teacher contradicts itself on a third of its questions; one large batch is faster than two small ones.
@@ -51,6 +52,11 @@ def tailor(run: RunContext, engine: Callable[[], Engine], adapter_sha256: str) -
             stage.write("rejected.jsonl", rejected)
             stage.finish(summary)
     return stage.summary
+
+
+def first_questions(config: Tailor) -> int:
+    """Return how many questions are drafted first: labelling drops some, unless the target is the label."""
+    return config.questions if config.label == "teacher" else math.ceil(config.questions * _OVERSAMPLE)
 
 
 def _inputs(run: RunContext, adapter_sha256: str) -> dict[str, Any]:
@@ -73,7 +79,7 @@ def _generate_examples(run: RunContext, engine: Engine) -> tuple[list[Row], list
     """
     config = run.config.tailor
     needed, rows, n_resampled = config.questions, [], 0
-    n_question = needed if config.label == "teacher" else math.ceil(needed * _OVERSAMPLE)
+    n_question = first_questions(config)
     for _ in range(_MAX_ROUNDS):
         drafts, rationales, labels = _generate(run, engine, n_question)
         usable, n_long = _usable(run, rationales)

@@ -30,10 +30,9 @@ def tune(run: RunContext) -> tuple[Summary, LocalModel]:
             rows = _training_rows(run)
             stage.write("rows.jsonl", rows)
             run.close_engines()
+            checkpoint, out = run.checkpoint(run.config.student), stage.folder / "student"
             with run.reporter.percent("SFT") as progress:
-                result = train_sft(
-                    base.checkpoint(), rows, stage.folder / "student", _settings(run), progress=progress
-                )
+                result = train_sft(checkpoint, rows, out, _settings(run), progress=progress)
             losses = [row["loss"] for row in result.history if "loss" in row]
             stage.finish(
                 {

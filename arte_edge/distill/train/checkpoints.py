@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from arte_edge.cache import rename_into_place, write_atomic
 from arte_edge.errors import InputError
@@ -24,6 +25,7 @@ from arte_edge.store import content_key
 __all__ = ["Workspace", "checkpoint_key", "finished"]
 
 _MARK = "complete"
+Result = TypeVar("Result")
 
 
 def checkpoint_key(checkpoint: Path) -> str:
@@ -58,7 +60,7 @@ class Workspace:
         self.out, self._request = out, request
         self.folder = out.with_name(f".{out.name}.work")
         mark = self.folder / "request"
-        known = mark.read_text(encoding="utf-8") if mark.is_file() else ""
+        known = mark.read_text(encoding="utf-8", errors="replace") if mark.is_file() else ""
         if known != request or not resume:
             shutil.rmtree(self.folder, ignore_errors=True)
             write_atomic(mark, request.encode())
@@ -90,18 +92,21 @@ class Workspace:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def finished(out: Path, request: str, resume: bool) -> dict[str, Any] | None:
-    """Return the report of a result of the same training that already exists.
+def finished(
+    out: Path, request: str, resume: bool, read: Callable[[Path, dict[str, Any]], Result]
+) -> Result | None:
+    """Return the result of the same training that already exists; `read` makes it of its folder and report.
 
     Raises:
-        InputError: `out` was not written by a training.
+        InputError: `out` was not written by a training, or its report is damaged.
     """
     if not out.exists():
         return None
     try:
-        report: dict[str, Any] = json.loads((out / "training.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        report = dict(json.loads((out / "training.json").read_text(encoding="utf-8")))
+        return read(out, report) if resume and report.pop("request", None) == request else None
+    except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{out}: exists and is not the result of a training", "Choose another folder."
+            f"{out}: exists and is not the result of a training, or its training.json is damaged",
+            "Choose another folder, or remove this one.",
         ) from error
-    return report if resume and report.pop("request", None) == request else None

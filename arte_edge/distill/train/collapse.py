@@ -93,7 +93,8 @@ class CollapseMonitor:
     def __init__(self, workspace: Workspace, settings: DpoSettings, probe: Probe | None) -> None:
         self._folder, self._settings, self._probe = workspace.folder, settings, probe
         self._file = self._folder / "probes.jsonl"
-        self.checks: list[dict[str, Any]] = read_jsonl(self._file) if self._file.is_file() else []
+        rows = read_jsonl(self._file) if self._file.is_file() else []
+        self.checks: list[dict[str, Any]] = [row for row in rows if {"step", "reason"} <= row.keys()]
 
     @property
     def reason(self) -> str:

@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from arte_edge.distill.train.checkpoints import Workspace
 from arte_edge.errors import InputError
 from arte_edge.extras import need
+from arte_edge.runtimes.transformers.placement import empty_cache, pick_device, training_floats
 from arte_edge.runtimes.transformers.tokenizer import Text
 
 if TYPE_CHECKING:
@@ -48,12 +49,12 @@ __all__ = [
     "SftSettings",
     "arguments",
     "check_rows",
+    "examples_seen",
     "free_memory",
     "history_of",
     "keep_going",
     "load",
     "lora_config",
-    "on_cuda",
     "quiet_training",
     "training_order",
 ]
@@ -141,20 +142,11 @@ def free_memory() -> None:
     A trainer and its callbacks reference each other, so the garbage collector has to run; and glibc
     keeps freed memory until malloc_trim.
     """
-    import torch
-
     gc.collect()
-    if on_cuda():
-        torch.cuda.empty_cache()
+    empty_cache(pick_device())
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # musl has no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def on_cuda() -> bool:
-    import torch
-
-    return bool(torch.cuda.is_available())
 
 
 @contextmanager
@@ -189,7 +181,7 @@ def load(checkpoint: Path, *, frozen: bool) -> tuple[Any, Any]:
     """Return the model and the tokenizer of a checkpoint folder.
 
     The weights are float32, so that small updates are not rounded away; a base that
-    stays `frozen` under LoRA is bfloat16 on a GPU, where that halves the memory.
+    stays `frozen` under LoRA has 16 bits on a CUDA GPU, where that halves the memory.
 
     Raises:
         InputError: no such checkpoint, or transformers cannot read it.
@@ -197,7 +189,7 @@ def load(checkpoint: Path, *, frozen: bool) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dtype = torch.bfloat16 if frozen and on_cuda() else torch.float32
+    dtype = getattr(torch, training_floats(checkpoint)) if frozen else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
@@ -222,10 +214,10 @@ def lora_config(lora: Lora) -> Any:
 
 
 def arguments(
-    workspace: Workspace, settings: SftSettings | DpoSettings, n_example: int, schedule: str
+    checkpoint: Path, workspace: Workspace, settings: SftSettings | DpoSettings, n_example: int, schedule: str
 ) -> dict[str, Any]:
     """Return the arguments of TRL's configurations, for `n_example` examples in their final order."""
-    cuda = on_cuda()
+    device, floats = pick_device(), training_floats(checkpoint)
     n_step = math.ceil(n_example / (settings.batch_size * settings.accumulate))
     return {
         "output_dir": str(workspace.checkpoints),
@@ -239,9 +231,10 @@ def arguments(
         "warmup_steps": int(settings.warmup * n_step),
         "max_length": None,  # too long examples were dropped and counted, not truncated
         "seed": settings.seed,
-        "bf16": cuda,
-        "use_cpu": not cuda,
-        "dataloader_pin_memory": cuda,
+        "bf16": floats == "bfloat16",
+        "fp16": floats == "float16",
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda",
         "gradient_checkpointing": False,  # costs a forward pass; the models are small
         "logging_steps": 1,
         "save_strategy": "no",  # `keep_going` saves checkpoints by the clock
@@ -326,13 +319,18 @@ def check_rows(rows: Sequence[Mapping[str, str]], keys: Sequence[str], what: str
             )
 
 
+def examples_seen(n_example: int, epochs: float) -> int:
+    """Return how many examples all epochs see together."""
+    return max(1, round(n_example * epochs))
+
+
 def training_order(lengths: Sequence[int], batch_size: int, epochs: float, seed: int) -> list[int]:
-    """Return positions in `lengths` in the order of training, ``round(len(lengths) * epochs)`` of them.
+    """Return positions in `lengths` in the order of training, `examples_seen` of them.
 
     `lengths` are in tokens. An example is seen at most once more often than another.
     """
     rng = random.Random(seed)
-    n = max(1, round(len(lengths) * epochs))
+    n = examples_seen(len(lengths), epochs)
     order: list[int] = []
     while len(order) < n:
         epoch = list(range(len(lengths)))

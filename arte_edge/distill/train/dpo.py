@@ -79,8 +79,8 @@ def train_dpo(
     settings = settings or DpoSettings()
     check_rows(pairs, ("prompt", "chosen", "rejected"), "preference pair")
     request = content_key("dpo", checkpoint_key(checkpoint), [dict(p) for p in pairs], settings.model_dump())
-    if report := finished(out, request, resume):
-        return _result(out, report)
+    if done := finished(out, request, resume, _result):
+        return done
     began = time.monotonic()
     workspace = Workspace(out, request, resume)
     monitor = CollapseMonitor(workspace, settings, probe)
@@ -156,7 +156,7 @@ def _trainer(
             beta=settings.beta,
             loss_type=list(settings.losses),
             loss_weights=list(settings.loss_weights) or None,
-            **arguments(workspace, settings, len(order), "cosine"),
+            **arguments(checkpoint, workspace, settings, len(order), "cosine"),
         ),
         train_dataset=Dataset.from_list([encoded[i] for i in order]),
         processing_class=tokenizer,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from arte_edge.distill.train.common import Encoder, load
 from arte_edge.errors import ArteError
+from arte_edge.runtimes.transformers.placement import overflows_float16
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +49,7 @@ def sixteen_bits(base: Path, dtype: str) -> str:
     """Return `dtype`, or for "auto" the one for the model in the folder `base`."""
     if dtype != "auto":
         return dtype
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    return "bfloat16" if str(config.get("model_type", "")).startswith("gemma") else "float16"
+    return "bfloat16" if overflows_float16(base) else "float16"
 
 
 def write_checkpoint(model: Any, base: Path, out: Path, dtype: str = "auto") -> Path:

@@ -75,8 +75,8 @@ def train_sft(
     settings = settings or SftSettings()
     check_rows(rows, ("prompt", "completion"), "training example")
     request = content_key("sft", checkpoint_key(checkpoint), [dict(r) for r in rows], settings.model_dump())
-    if report := finished(out, request, resume):
-        return _result(out, report)
+    if done := finished(out, request, resume, _result):
+        return done
     began = time.monotonic()
     workspace = Workspace(out, request, resume)
     with quiet_training():
@@ -136,7 +136,7 @@ def _trainer(
     )
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(packing=False, **arguments(workspace, settings, len(order), "linear")),
+        args=SFTConfig(packing=False, **arguments(checkpoint, workspace, settings, len(order), "linear")),
         train_dataset=Dataset.from_list([encoded[i] for i in order]),
         processing_class=tokenizer,
         peft_config=lora_config(settings.lora) if settings.lora else None,

@@ -30,8 +30,8 @@ _STAGES: dict[str, tuple[str, str, dict[str, str]]] = {
     ),
     "calibrate": (
         "Item response theory selects the validation questions that best discriminate between students.",
-        "{k} of {items} questions, from {respondents} respondents: discrimination {discrimination_chosen:.2f} "
-        "against {discrimination_all:.2f} on average.",
+        "{k} of {items} questions, from {respondents} respondents: mean discrimination {discrimination_chosen:.2f}, "
+        "of all questions {discrimination_all:.2f} (equal: no better than a random choice).",
         {},
     ),
     "prefer": (
@@ -39,14 +39,15 @@ _STAGES: dict[str, tuple[str, str, dict[str, str]]] = {
         "{drafts} candidates scored on {k} questions: {mean:.3f} ± {sd:.3f}.",
         {
             "measured_against_bias": "The raw score correlates with the answer bias that a candidate induces with "
-            "r = {measured_against_bias:+.2f}, the corrected score with {score_against_bias:+.2f}.",
+            "r = {measured_against_bias:+.2f}, the corrected score, which ranks, with {score_against_bias:+.2f} "
+            "(0: the bias has no part in it).",
             "over_budget": "{over_budget} candidates exceed the latency budget.",
         },
     ),
     "align": (
         "DPO aligns the teacher with the student's preferences.",
         "{pairs} pairs ({question_pairs} of questions, {ties_dropped} ties dropped), {steps} steps; reward margin "
-        "{margin:+.3f}. Chosen texts are longer in {lengths[chosen_longer]:.0%} of pairs.",
+        "{margin:+.3f} (0: nothing learned). Chosen texts are longer in {lengths[chosen_longer]:.0%} of pairs.",
         {"stopped": "Stopped: {stopped}."},
     ),
     "tailor": (

@@ -20,7 +20,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ from arte_edge.runtimes.sampling import draw
 from arte_edge.runtimes.transformers.onednn_prepack import pack
 from arte_edge.runtimes.transformers.packed_generate import generate_packed
 from arte_edge.runtimes.transformers.packed_kv_cache import MOST_ROWS, run_trees, supports_packing
+from arte_edge.runtimes.transformers.placement import Floats, empty_cache, fast_floats, pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -74,17 +75,18 @@ def adapter_sha256(folder: Path) -> str:
     return hashlib.sha256(f"{sha256_file(weights)}\n{canonical}".encode()).hexdigest()
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device, checkpoint: Path | None = None) -> torch.dtype:
     """Return the dtype for `name` on `device`; for auto ``ARTE_EDGE_DTYPE`` decides, then the device."""
     import torch
 
     if name == "auto":
         name = os.environ.get("ARTE_EDGE_DTYPE", "auto")
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    kinds["auto"] = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in kinds:
-        raise InputError(f"dtype {name}: unknown", f"One of {', '.join(kinds)}.")
-    return kinds[name]
+    if name == "auto":
+        name = fast_floats(device, checkpoint)
+    if name not in get_args(Floats):
+        raise InputError(f"dtype {name}: unknown", f"One of auto, {', '.join(get_args(Floats))}.")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def room_tokens(config: Any, device: torch.device) -> int:
@@ -283,7 +285,7 @@ class TransformersEngine:
         dtype: str = "auto",
         batch_tokens: int = 0,
     ) -> None:
-        """Load the checkpoint as `dtype`: float32, bfloat16, or auto: ``ARTE_EDGE_DTYPE``, bfloat16 on CUDA, float32.
+        """Load the checkpoint on `device` as `dtype`; auto: see `pick_device` and `pick_dtype`.
 
         `batch_tokens` bounds rows times length in one batch,
         prompts and answers together; 0: what the device has room for.
@@ -298,10 +300,8 @@ class TransformersEngine:
 
         from arte_edge.runtimes.transformers.tokenizer import Text
 
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(device)
-        kind = pick_dtype(dtype, self._device)
+        self._device = pick_device(device)
+        kind = pick_dtype(dtype, self._device, folder)
         self.model, tokenizer = load(folder, adapter, kind)
         self.model.to(self._device).eval()
         if self._device.type == "cpu":
@@ -337,12 +337,9 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Free the model's memory; the engine cannot be used afterwards."""
-        import torch
-
         vars(self).pop("model", None)
         vars(self).pop("forward", None)
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(self._device)
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `Engine.complete`. A prompt too long for the model is a completion with finish "error".

@@ -2,23 +2,15 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import Capture, Patch
 
-from arte_edge.cli.main import main
 from arte_edge.distill.evaluation import majority_baseline
 from arte_edge.distill.stages.check import check
-from arte_edge.errors import InputError, StoppedEarly
+from arte_edge.errors import StoppedEarly
 from arte_edge.tasks.task import Answer, Example
-
-
-def distill(house: Any, *flags: str) -> int:
-    names = ["--task", "parity", "--teacher", house.teacher.name, "--student", house.student.name]
-    where = ["--runs", str(house.folder.parent), "--name", house.folder.name]
-    return main(["distill", *names, *where, *flags])
 
 
 def test_a_good_teacher_of_a_guessing_student_passes(house: Any) -> None:
@@ -30,17 +22,9 @@ def test_a_good_teacher_of_a_guessing_student_passes(house: Any) -> None:
     assert summary["p_value"] < 0.001
 
 
-def test_a_validation_set_of_3_rows_is_refused(house: Any) -> None:
-    house.task = replace(house.task, validation=house.task.validation[:3])
-    with pytest.raises(InputError, match="3 validation examples are too few") as caught:
-        check(house.run(), force=True)
-    assert "validation.jsonl" in caught.value.hint
-    assert house.calls == 0
-
-
 def test_a_teacher_near_chance_stops_with_its_figures(house: Any, capsys: Capture) -> None:
     house.teacher.knows = lambda n: n % 8 < 4
-    assert distill(house) == 4
+    assert house.distill() == 4
     said = " ".join(capsys.readouterr().err.split())
     assert "the teacher is near chance: 50% right" in said
     assert "n = 40" in said and "majority baseline is 50%" in said
@@ -80,7 +64,7 @@ def test_a_teacher_on_a_server_is_not_asked_to_align(house: Any, capsys: Capture
 
     for name in ("resolve", "open_local", "open_engine"):
         monkeypatch.setattr(f"arte_edge.distill.run_context.{name}", nothing)
-    assert distill(house, "--teacher", "openai:big@http://127.0.0.1:9/v1") == 2
+    assert house.distill("--teacher", "openai:big@http://127.0.0.1:9/v1") == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "teacher.model: openai:big@http://127.0.0.1:9/v1 is a server" in said
     assert 'data = "original-teacher"' in said
@@ -91,7 +75,7 @@ def test_a_template_that_does_not_render_is_an_input_error(
     house: Any, template: str, capsys: Capture
 ) -> None:
     house.teacher.chat_template = template
-    assert distill(house) == 2
+    assert house.distill() == 2
     assert "chat template does not render" in " ".join(capsys.readouterr().err.split())
     assert house.calls == 0
 
@@ -100,7 +84,7 @@ def test_a_teacher_that_never_writes_a_valid_draft_stops_after_its_budget(
     house: Any, capsys: Capture
 ) -> None:
     house.teacher.drafts = lambda i: "x</input><target>seven</target></Question_4>" if i % 2 else "No."
-    assert distill(house, "--set", "elicit.questions=8", "--set", "elicit.max_prompts=6") == 4
+    assert house.distill("--set", "elicit.questions=8", "--set", "elicit.max_prompts=6") == 4
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(r"only 0 of 8 valid questions after 6 prompts", said)
     assert "3 × cut off" in said and "3 × target is no answer of this task" in said
@@ -109,13 +93,13 @@ def test_a_teacher_that_never_writes_a_valid_draft_stops_after_its_budget(
 
 def test_round_after_round_without_a_valid_draft_stops_before_the_budget(house: Any) -> None:
     house.teacher.drafts = lambda i: "No."
-    assert distill(house, "--set", "elicit.questions=200") == 4  # whose budget is 400 prompts
+    assert house.distill("--set", "elicit.questions=200") == 4  # whose budget is 400 prompts
     assert house.teacher.calls < 200
 
 
-def test_the_same_command_pays_for_nothing_twice(house: Any, tmp_path: Path) -> None:
+def test_the_same_command_pays_for_nothing_twice(house: Any) -> None:
     house.teacher.drafts = lambda i: "No."
-    assert distill(house) == 4
+    assert house.distill() == 4
     spent = house.calls
-    assert distill(house) == 4
+    assert house.distill() == 4
     assert house.calls == spent

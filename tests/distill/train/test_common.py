@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import Capture, Patch
 
+from arte_edge.distill.train import common
+from arte_edge.distill.train.checkpoints import Workspace
 from arte_edge.distill.train.common import (
     Encoder,
     SftSettings,
@@ -51,6 +54,27 @@ def test_progress_bars_are_afterwards_as_they_were() -> None:
         with quiet_training():
             assert not logging.is_progress_bar_enabled()
         assert logging.is_progress_bar_enabled() is was
+
+
+@pytest.mark.parametrize(
+    ("device", "floats", "flags"),
+    [
+        ("cuda", "float16", {"fp16", "dataloader_pin_memory"}),
+        ("cuda", "bfloat16", {"bf16", "dataloader_pin_memory"}),
+        ("mps", "float32", set()),
+        ("cpu", "float32", {"use_cpu"}),
+    ],
+)
+def test_a_training_uses_what_the_device_has(
+    device: str, floats: str, flags: set[str], tiny_checkpoint: Any, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(common, "pick_device", lambda: torch.device(device))
+    monkeypatch.setattr(common, "training_floats", lambda checkpoint: floats)
+    work = Workspace(tmp_path / "out", "", resume=True)
+    found = common.arguments(tiny_checkpoint(), work, SftSettings(), 8, "linear")
+    assert {key for key in ("bf16", "fp16", "use_cpu", "dataloader_pin_memory") if found[key]} == flags
+    dtypes = [load(tiny_checkpoint(), frozen=frozen)[0].dtype for frozen in (True, False)]
+    assert dtypes == [getattr(torch, floats), torch.float32]  # trained weights are never rounded
 
 
 def test_an_unreadable_checkpoint_is_an_input_error(tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""Where a checkpoint runs, and in which floats: a CUDA GPU, an Apple GPU (MPS) or the CPU.
+
+bfloat16 where the GPU multiplies it: from Ampere on, and on ROCm. Older GPUs only emulate it, slowly, so they get
+float16, as Apple's do; Gemma's activations overflow float16, so there it stays in float32. float64 is used on no
+device: MPS has none.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from arte_edge.checkpoint import read_config
+from arte_edge.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Floats", "empty_cache", "fast_floats", "overflows_float16", "pick_device", "training_floats"]
+
+Floats = Literal["bfloat16", "float16", "float32"]
+_DEVICES = ("auto", "cuda", "mps", "cpu")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device of this name; for auto ``ARTE_EDGE_DEVICE`` decides, then what there is.
+
+    Raises:
+        InputError: no such device.
+    """
+    import torch
+
+    name = os.environ.get("ARTE_EDGE_DEVICE", "auto") if name == "auto" else name
+    if name.partition(":")[0] not in _DEVICES:
+        raise InputError(f"ARTE_EDGE_DEVICE={name}: unknown", f"One of {', '.join(_DEVICES)}.")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, found in there.items() if found)
+    elif not there[name.partition(":")[0]]:
+        raise InputError(f"ARTE_EDGE_DEVICE={name}: torch finds no such device here", "Leave it unset.")
+    return torch.device(name)
+
+
+def fast_floats(device: torch.device, checkpoint: Path | None = None) -> Floats:
+    """Return the floats for inference on `device` with a model of the family of `checkpoint`."""
+    import torch
+
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    if device.type == "cpu" or (checkpoint and overflows_float16(checkpoint)):
+        return "float32"
+    return "float16"
+
+
+def training_floats(checkpoint: Path) -> Floats:
+    """Return the floats for the forward pass of a training; the weights that are trained are float32.
+
+    On MPS all is float32: mixed precision needs a CUDA GPU.
+    """
+    device = pick_device()
+    return fast_floats(device, checkpoint) if device.type == "cuda" else "float32"
+
+
+def overflows_float16(checkpoint: Path) -> bool:
+    """Return whether the activations of a checkpoint's family exceed float16's 65,504."""
+    return str(read_config(checkpoint).get("model_type", "")).startswith("gemma")
+
+
+def empty_cache(device: torch.device) -> None:
+    """Return freed memory of a GPU to the system."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

@@ -1,0 +1,88 @@
+"""What cannot run is refused before the first call: a split too small, a family or a layer that cannot be converted."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import Capture, Make, write_safetensors
+
+from arte_edge.distill.stages.calibrate import calibrate
+from arte_edge.distill.stages.check import check
+from arte_edge.distill.stages.elicit import elicit
+from arte_edge.distill.stages.evaluate import evaluate
+from arte_edge.distill.validate_config import fewer_shown, refuse_models
+from arte_edge.errors import InputError
+from arte_edge.models.resolve import LocalModel
+
+SIZES = {"llama__block_count": 1, "llama__attention__head_count": 1}
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(("split", "n"), [("validation", 3), ("validation", 0), ("seed", 0), ("test", 0)])
+def test_a_split_that_is_too_small_is_refused(
+    house: Any, split: str, n: int, dry: list[str], capsys: Capture
+) -> None:
+    change = {"test_inputs": frozenset()} if split == "test" else {split: getattr(house.task, split)[:n]}
+    house.task = replace(house.task, **change)
+    assert house.distill(*dry) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{n} {split} examples are too few" in said and f"{split}.jsonl" in said
+    assert house.calls == 0
+
+
+def test_a_task_with_one_seed_runs_with_what_there_is_and_results_say_so(house: Any) -> None:
+    house.task = replace(house.task, seed=house.task.seed[:1])
+    run = house.run()
+    run.engine_with = lambda *_, **__: house.student
+    check(run, force=True)
+    elicit(run)
+    calibrate(run)
+    tuned = LocalModel("tuned", "sha256 of tuned", Path("t.gguf"), None, "F16")
+    rows = evaluate(run, tuned)["rows"]
+    assert [row["setting"] for row in rows] == ["0-shot"] * 2 + ["1-shot"] * 2 + ["constrained"] * 2 + [
+        "1-shot"
+    ]
+    assert max(row["shots"] for row in run.read("calibrate", "matrix.jsonl")) == 1
+    run.close()
+    told = [sentence.split(" = ")[0] for sentence in fewer_shown(run.config, house.task)]
+    assert told == ["elicit.shown", "teacher.shots", "calibrate.shots", "evaluate.shots"]
+    assert not list(fewer_shown(house.config(), replace(house.task, seed=house.task.validation)))
+
+
+def model(path: Path) -> LocalModel:
+    gguf, folder = (path, None) if path.is_file() else (None, path)
+    return LocalModel("m", "0" * 64, gguf, folder, "F16")
+
+
+def test_a_family_that_cannot_be_converted_is_refused_where_the_run_needs_it(
+    house: Any, make_gguf: Make, tmp_path: Path
+) -> None:
+    known, other = model(make_gguf("k.gguf", **SIZES)), model(make_gguf("o.gguf", arch="mamba"))
+    with pytest.raises(InputError, match=r"student\.model: .*'mamba'.*cannot be written as GGUF") as caught:
+        refuse_models(house.config(), known, other)
+    assert "original checkpoint" in caught.value.hint and "llama" in caught.value.hint
+    with pytest.raises(InputError, match=r"teacher\.model: .*'mamba'.*adapter"):
+        refuse_models(house.config(), other, known)
+    refuse_models(house.config(data="original-teacher"), other, known)
+    refuse_models(house.config(), None, known)
+    refuse_models(house.config(teacher={"model": "m", "engine": "transformers"}), other, known)
+    checkpoint = model(write_safetensors(tmp_path / "c", {"a": ("F16", [2, 2])}, model_type="mamba"))
+    refuse_models(house.config(), known, checkpoint)
+    device = {"device": "raspberry-pi-5", "file": "Q4_K_M"}
+    with pytest.raises(InputError, match=r"'mamba'.*Q4_K_M"):
+        refuse_models(house.config(deploy=device), known, checkpoint)
+    refuse_models(house.config(deploy=device | {"file": "int4"}), known, checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["gguf", "checkpoint"])
+def test_layers_that_no_adapter_can_change_are_refused(
+    house: Any, kind: str, make_gguf: Make, tmp_path: Path
+) -> None:
+    names = {"model.layers.0.self_attn.q_proj.weight": ("F16", [4, 4]), "model.norm.weight": ("F16", [4])}
+    file, folder = make_gguf("k.gguf", **SIZES), write_safetensors(tmp_path / "c", names, model_type="llama")
+    teacher, student = model(file if kind == "gguf" else folder), model(file)
+    refuse_models(house.config(align={"lora_targets": ["q_proj"]}), teacher, student)
+    for wrong in ("q_prj", "norm", "proj"):
+        with pytest.raises(InputError, match=rf"align\.lora_targets: .*'{wrong}'"):
+            refuse_models(house.config(align={"lora_targets": ["q_proj", wrong]}), teacher, student)
