@@ -16,7 +16,11 @@ from tiny import Patch, make_gguf
 from arte_edge.cli.main import main
 from arte_edge.console import Reporter
 from arte_edge.distill.config import RunConfig
+from arte_edge.distill.latency import Budget
 from arte_edge.distill.run_context import RunContext
+from arte_edge.distill.stages.calibrate import calibrate
+from arte_edge.distill.stages.elicit import elicit
+from arte_edge.distill.stages.prefer import prefer
 from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.tasks.task import Answer, Example, Task, rows_sha256
@@ -139,6 +143,9 @@ class House:
             self.config(**tables), self.task, self.folder, Reporter(self.folder / "events.jsonl", quiet=True)
         )
 
+    scoring_from: int = 0  # calls made before the last stage prefer
+    run_open: Any = None  # the run of the fixture `scored`
+
     @property
     def calls(self) -> int:
         return self.teacher.calls + self.student.calls
@@ -175,3 +182,20 @@ def house(tmp_path: Path, monkeypatch: Patch) -> House:
     for module in ("pipeline", "estimate"):
         monkeypatch.setattr(f"arte_edge.distill.{module}.load_task", lambda ref, **_: house.task)
     return house
+
+
+@pytest.fixture
+def scored(house: House) -> Callable[..., tuple[RunContext, dict[str, Any], list[dict[str, Any]]]]:
+    """Run elicit, calibrate and prefer with these settings; return run, summary and score rows of prefer."""
+
+    def score(budget: Budget | None = None, **tables: Any) -> Any:
+        run = house.run_open = house.run(**tables)
+        run.budget = budget
+        elicit(run)
+        calibrate(run)
+        house.scoring_from = house.calls
+        summary = prefer(run)
+        run.close()
+        return run, summary, run.read("prefer", "scores.jsonl")
+
+    return score

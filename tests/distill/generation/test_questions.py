@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import Patch
 
 from arte_edge.distill.generation.questions import (
     Drafts,
@@ -16,7 +15,8 @@ from arte_edge.distill.generation.questions import (
     draft_questions,
     parse_questions,
 )
-from arte_edge.errors import EngineError, StoppedEarly
+from arte_edge.errors import EngineError
+from arte_edge.runtimes.completion import Completion
 from arte_edge.tasks.task import Example
 
 
@@ -124,14 +124,10 @@ class TestNearDuplicates:
         assert found == (rouge_l(known, text) >= threshold)
 
 
-def plan(wanted: int, max_prompts: int = 0) -> QuestionPlan:
-    return QuestionPlan(wanted, 3, 5, 1.0, 1.0, 200, 0.7, max_prompts, 0)
-
-
-def drafted(house: Any, wanted: int, max_prompts: int = 0) -> Drafts:
+def drafted(house: Any, wanted: int) -> Drafts:
     run = house.run()
-    teacher = run.config.teacher
-    return draft_questions(run, run.engine(teacher), teacher, plan(wanted, max_prompts), "drafts")
+    teacher, plan = run.config.teacher, QuestionPlan(wanted, 3, 5, 1.0, 1.0, 200, 0.7, 0, 0)
+    return draft_questions(run, run.engine(teacher), teacher, plan, "drafts")
 
 
 VARIED = (
@@ -141,45 +137,45 @@ VARIED = (
 )
 
 
-class TestDrafting:
-    def refused(self, house: Any, text: str, target: str) -> dict[str, int]:
-        """Return the reasons against one draft that stands among good ones."""
-        good = house.teacher.drafts
-        bad = f"\n{block(9, text, target)}"
-        house.teacher.drafts = lambda i: good(i) + (bad if i == 0 else "")
-        drafts = drafted(house, 10)
-        assert text.strip() not in {row["input"] for row in drafts.valid}
-        return drafts.reasons()
+def refused(house: Any, text: str, target: str) -> dict[str, int]:
+    """Return the reasons against one draft that stands among good ones."""
+    good = house.teacher.drafts
+    bad = f"\n{block(9, text, target)}"
+    house.teacher.drafts = lambda i: good(i) + (bad if i == 0 else "")
+    drafts = drafted(house, 10)
+    assert text.strip() not in {row["input"] for row in drafts.valid}
+    return drafts.reasons()
 
+
+class TestDrafting:
     def test_enough_valid_ones_and_no_more(self, house: Any) -> None:
         drafts = drafted(house, 7)
-        assert len(drafts.valid) == 7
-        assert len({row["id"] for row in drafts.valid}) == 7
+        assert len({row["id"] for row in drafts.valid}) == len(drafts.valid) == 7
         assert all(row["target"] == "even" for row in drafts.valid)
 
-    def test_a_question_of_the_test_split_is_refused_by_its_hash(self, house: Any) -> None:
-        # All but its words are another text: the test split itself is never read.
-        assert self.refused(house, "  is 503 EVEN\n or odd? ", "odd") == {"overlaps test": 1}
-
-    def test_a_question_of_the_validation_split_is_refused(self, house: Any) -> None:
+    @pytest.mark.parametrize(
+        ("text", "target", "reason"),
+        [
+            # All but its words are another text: of the test split only hashes are known.
+            ("  is 503 EVEN\n or odd? ", "odd", "overlaps test"),
+            ("What becomes of seven halves once doubled?", "odd", "overlaps validation"),
+            ("Do nine ducks walk through the park in two rows?", "odd", "repeats a seed"),
+            ("some question", "seven", "target is no answer of this task"),
+        ],
+    )
+    def test_a_draft_is_refused_with_the_reason(
+        self, house: Any, text: str, target: str, reason: str
+    ) -> None:
         mine = Example("what becomes of seven halves when doubled", "odd")
         house.task = replace(house.task, seed=VARIED, validation=(*house.task.validation, mine))
-        assert self.refused(house, "What becomes of seven halves once doubled?", "odd") == {
-            "overlaps validation": 1
-        }
-
-    def test_a_repeated_seed_is_refused(self, house: Any) -> None:
-        house.task = replace(house.task, seed=VARIED)
-        assert self.refused(house, "Do nine ducks walk through the park in two rows?", "odd") == {
-            "repeats a seed": 1
-        }
+        assert refused(house, text, target) == {reason: 1}
 
     def test_where_seeds_repeat_each_other_only_an_exact_repeat_is_refused(self, house: Any) -> None:
-        assert self.refused(house, "is 3  even or ODD?", "odd") == {"repeats a seed": 1}
+        good = house.teacher.drafts
+        assert refused(house, "is 3  even or ODD?", "odd") == {"repeats a seed": 1}
         events = (house.folder / "events.jsonl").read_text(encoding="utf-8")
         assert "88% of this task's own seeds" in events
         house.folder = house.folder.with_name("another run")
-        good = house.teacher.drafts
         house.teacher.drafts = lambda i: f"Is 77 even or odd?</input><target>odd</target>\n{good(i)}"
         assert "Is 77 even or odd?" in {row["input"] for row in drafted(house, 5).valid}
 
@@ -187,25 +183,10 @@ class TestDrafting:
         once = house.teacher.drafts(0)
         house.teacher.drafts = lambda i: once
         drafts = drafted(house, 5)  # four prompts of five questions
-        assert len(drafts.valid) == 5
-        assert drafts.reasons() == {"repeats a draft": 15}
+        assert (len(drafts.valid), drafts.reasons()) == (5, {"repeats a draft": 15})
 
-    def test_a_target_that_is_no_answer_is_refused(self, house: Any) -> None:
-        assert self.refused(house, "some question", "seven") == {"target is no answer of this task": 1}
-
-    def test_the_budget_ends_it_with_the_reasons(self, house: Any) -> None:
-        house.teacher.drafts = lambda i: "No."
-        with pytest.raises(
-            StoppedEarly, match=r"only 0 of 7 valid questions after 5 prompts \(5 × cut off\)"
-        ):
-            drafted(house, 7, max_prompts=5)
-
-    def test_a_server_that_fails_every_call_is_an_engine_error(self, house: Any, monkeypatch: Patch) -> None:
-        from arte_edge.runtimes.completion import Completion
-
-        def fails(requests: Sequence[Any], sampling: Any) -> list[Completion]:
-            return [Completion("", "error", error="HTTP 500") for _ in requests]
-
-        monkeypatch.setattr(house.teacher, "complete", fails)
+    def test_a_server_that_fails_every_call_is_an_engine_error(self, house: Any) -> None:
+        failed = Completion("", "error", error="HTTP 500")
+        house.teacher.complete = lambda requests, sampling: [failed for _ in requests]
         with pytest.raises(EngineError, match="every call failed: HTTP 500"):
             drafted(house, 7)

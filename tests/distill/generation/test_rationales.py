@@ -1,6 +1,5 @@
 """Labels of a teacher that contradicts itself, repeated rationales, and the grammar of a rationale."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,6 @@ from arte_edge.distill.run_context import RunContext
 from arte_edge.distill.stages.tailor import tailor
 from arte_edge.errors import StoppedEarly
 from arte_edge.runtimes.completion import Completion, Request, Sampling
-from arte_edge.store import content_key
 from arte_edge.tasks.answers import canonical
 from arte_edge.tasks.task import Answer, FewShotExample
 
@@ -52,12 +50,7 @@ from arte_edge.tasks.task import Answer, FewShotExample
 def test_the_policy_decides_the_label(
     policy: LabelPolicy, answers: list[str | None], label: str | None
 ) -> None:
-    assert decide_label(policy, "yes", answers) == label
-
-
-def test_the_order_of_the_votes_does_not_matter() -> None:
-    answers = ["no", "yes", "no", "maybe"]
-    assert {decide_label("vote", "maybe", answers), decide_label("vote", "maybe", answers[::-1])} == {"maybe"}
+    assert decide_label(policy, "yes", answers) == decide_label(policy, "yes", answers[::-1]) == label
 
 
 @pytest.mark.parametrize(
@@ -82,34 +75,34 @@ def row(question: str, text: str, usable: bool = True) -> dict[str, Any]:
     return {"question": question, "text": text, "usable": usable}
 
 
-def test_a_text_under_three_of_a_few_questions_is_refused_everywhere() -> None:
-    rows = [row(f"q{i}", "Make it warmer. <ans>warmer</ans>") for i in range(3)]
-    rows.append(row("q0", "It is cold there. <ans>warmer</ans>"))
-    assert reject_repeated(rows) == 3
-    assert [r["usable"] for r in rows] == [False, False, False, True]
-
-
-def test_case_and_spaces_do_not_hide_a_parrot() -> None:
-    rows = [row("a", "Make it  warmer."), row("b", "make it warmer."), row("c", " Make it warmer. ")]
-    assert reject_repeated(rows) == 3
-
-
-def test_one_question_may_be_answered_alike_under_every_technique() -> None:
-    rows = [row("a", "It is dark.") for _ in range(4)] + [row("b", "It is dark.")]
-    assert reject_repeated(rows) == 0
-
-
-def test_among_many_questions_a_twentieth_may_share_a_text() -> None:
-    def rows(alike: int) -> list[dict[str, Any]]:
-        return [row(f"q{i}", "Same." if i < alike else f"Own {i}.") for i in range(100)]
-
-    assert reject_repeated(rows(5)) == 0
-    assert reject_repeated(rows(6)) == 6
-
-
-def test_what_was_refused_before_is_not_counted_again_but_still_tells() -> None:
-    rows = [row("a", "Same.", usable=False), row("b", "Same."), row("c", "Same.")]
-    assert reject_repeated(rows) == 2
+@pytest.mark.parametrize(
+    ("rows", "rejected"),
+    [
+        # Under three of a few questions it is refused everywhere, another text is not.
+        (
+            [*(row(f"q{i}", "Make it warm. <ans>w</ans>") for i in range(3)), row("q0", "It is cold.")],
+            [0, 1, 2],
+        ),
+        # Case and spaces hide nothing.
+        (
+            [row("a", "Make it  warmer."), row("b", "make it warmer."), row("c", " Make it warmer. ")],
+            [0, 1, 2],
+        ),
+        # One question may be answered alike under every technique.
+        ([*(row("a", "It is dark.") for _ in range(4)), row("b", "It is dark.")], []),
+        # Among many questions a twentieth may share a text.
+        ([row(f"q{i}", "Same." if i < 5 else f"Own {i}.") for i in range(100)], []),
+        ([row(f"q{i}", "Same." if i < 6 else f"Own {i}.") for i in range(100)], list(range(6))),
+        # What was refused before is not counted again, but still tells.
+        ([row("a", "Same.", usable=False), row("b", "Same."), row("c", "Same.")], [1, 2]),
+    ],
+)
+def test_a_text_that_answers_too_many_questions_is_rejected(
+    rows: list[dict[str, Any]], rejected: list[int]
+) -> None:
+    before = [i for i, r in enumerate(rows) if r["usable"]]
+    assert reject_repeated(rows) == len(rejected)
+    assert [i for i in before if not rows[i]["usable"]] == rejected
 
 
 @given(st.lists(st.tuples(st.integers(0, 8), st.sampled_from("abcd"), st.booleans()), max_size=40))
@@ -130,28 +123,23 @@ def rule(answer: Answer) -> str:
     return rule.removeprefix("answer ::= ")
 
 
-def test_a_closed_set_allows_its_answers_as_they_are_written() -> None:
-    assert rule(Answer(kind="choice", choices=("light_on", "off"))) == '"light_on" | "off"'
-    assert rule(Answer(kind="boolean")) == '"True" | "False"'
-
-
-def test_quotes_and_backslashes_in_a_label_are_escaped() -> None:
-    assert rule(Answer(kind="choice", choices=('say "hi"', "a\\b"))) == r'"say \"hi\"" | "a\\b"'
-
-
-def test_letters_are_held_to_their_brackets() -> None:
-    assert rule(Answer(kind="choice")) == '"(" [A-Z] ")"'
-
-
-@pytest.mark.parametrize("number", ["7", "-3", "12.5"])
-def test_what_the_number_rule_allows_is_a_number(number: str) -> None:
-    assert rule(Answer(kind="number")) == '"-"? [0-9]+ ("." [0-9]+)?'
-    assert re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", number)
-    assert canonical(number, Answer(kind="number")) == number
-
-
-def test_free_text_stays_on_one_line_and_out_of_tags() -> None:
-    assert rule(Answer(kind="text")) == "[^<\\n]+"
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (Answer(kind="choice", choices=("light_on", "off")), '"light_on" | "off"'),
+        (Answer(kind="choice", choices=('say "hi"', "a\\b")), r'"say \"hi\"" | "a\\b"'),
+        (Answer(kind="choice"), '"(" [A-Z] ")"'),  # letters are held to their brackets
+        (Answer(kind="boolean"), '"True" | "False"'),
+        (Answer(kind="number"), '"-"? [0-9]+ ("." [0-9]+)?'),
+        (Answer(kind="text"), "[^<\\n]+"),  # on one line and out of tags
+    ],
+)
+def test_the_end_of_a_rationale_is_an_answer_of_the_task(answer: Answer, expected: str) -> None:
+    assert rule(answer) == expected
+    if answer.kind == "number":
+        for number in ("7", "-3", "12.5"):
+            assert re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", number)
+            assert canonical(number, answer) == number
 
 
 @pytest.mark.parametrize("tokens", [8, 60, 512, 100_000])
@@ -299,43 +287,9 @@ def test_without_draws_or_with_too_long_ones_the_stage_says_so(house: Any) -> No
     assert silent.drawn == []
 
 
-def test_without_a_budget_nothing_is_drawn_and_no_input_is_new(house: Any) -> None:
+def test_without_a_budget_nothing_is_drawn(house: Any) -> None:
     teacher = Rambling(house.teacher, brief=frozenset({0}))
     run = start(house, teacher, budget=None)
     summary, rows = write(run, teacher)
     assert teacher.drawn == [] and not {"over_budget", "drawn_again"} & set(summary)
     assert all(row["rationale"].startswith(LONG[:20]) for row in rows)
-    manifest = json.loads((house.folder / "tailor" / "manifest.json").read_text())
-    # The inputs of a run from before there was a [deploy]: what was paid for is kept.
-    config = run.config
-    elicit = {
-        "questions": 8,
-        "shown": 3,
-        "one_draw": False,
-        "asked": 5,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "question_tokens": 300,
-        "rationale_tokens": 120,
-        "rouge": 0.7,
-        "label": "teacher",
-        "grammar": True,
-        "opinion_shots": 24,
-        "max_prompts": 0,
-    }
-    older = {
-        "stage": "tailor",
-        "seed": 0,
-        "tailor": {
-            "questions": 8,
-            "temperature": 1.0,
-            "label": "vote",
-            "even_labels": True,
-            "max_prompts": 0,
-        },
-        "elicit": elicit,
-        "teacher": run.identity(config.teacher),
-        "adapter": "",
-        "task": run.task.sha256,
-    }
-    assert manifest["inputs"] == content_key(older)

@@ -7,9 +7,6 @@ import pytest
 from tiny import Patch
 
 from arte_edge.distill.preference.quantization_shift import compare, sample_drafts
-from arte_edge.distill.stages.calibrate import calibrate
-from arte_edge.distill.stages.elicit import elicit
-from arte_edge.distill.stages.prefer import prefer
 
 
 def rows(*means: float, n: int = 40) -> np.ndarray:
@@ -62,28 +59,15 @@ def test_a_sample_takes_whole_questions_from_all_over() -> None:
 
 
 def test_a_run_that_scores_with_a_quantized_file_says_what_that_changes(
-    house: Any, monkeypatch: Patch
+    house: Any, scored: Any, monkeypatch: Patch
 ) -> None:
     """The deployed student knows other numbers than the one with 16 bits, so their scores differ."""
-    tables = {"calibrate": {"k": 12, "items": 20}, "elicit": {"questions": 8}}
-    run = house.run(prefer={"student_file": "Q4_K_M", "race": "off"}, **tables)
     deployed = type(house.student)("deployed", knows=lambda n: n % 4 > 0)
     monkeypatch.setattr("arte_edge.distill.stages.prefer.scoring_engine", lambda run, n_score: deployed)
-    elicit(run)
-    calibrate(run)
-    asked = house.student.calls
-    summary = prefer(run)
-    shift = summary["deployed"]
+    size = {"calibrate": {"k": 12, "items": 20}}
+    shift = scored(prefer={"student_file": "Q4_K_M", "race": "off"}, **size)[1]["deployed"]
     assert 4 <= shift["drafts"] <= 24 and shift["items"] == 12 and shift["moved"] != 0
     # The scripted rationales of a question are all alike, and equal calls are made once.
-    assert house.student.calls - asked == shift["questions"] * 12
+    assert house.calls - house.scoring_from == shift["questions"] * 12
     assert deployed.calls == 8 * 12  # the sample's scores are not asked for twice
-    run.close()
-
-
-def test_a_run_with_16_bits_compares_nothing(house: Any) -> None:
-    run = house.run(prefer={"race": "off"}, calibrate={"k": 12, "items": 20}, elicit={"questions": 8})
-    elicit(run)
-    calibrate(run)
-    assert "deployed" not in prefer(run)
-    run.close()
+    assert "deployed" not in scored(prefer={"race": "off"}, **size)[1]

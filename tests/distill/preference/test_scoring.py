@@ -20,9 +20,6 @@ from arte_edge.distill.preference.scoring import (
     length_effect,
     scoring_engine,
 )
-from arte_edge.distill.stages.calibrate import calibrate
-from arte_edge.distill.stages.elicit import elicit
-from arte_edge.distill.stages.prefer import prefer
 from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.autotune import Candidate
 
@@ -153,13 +150,13 @@ def test_a_few_drafts_and_drafts_of_one_length_are_left_alone() -> None:
     assert length_effect(score, np.arange(1.0, 31.0)).any()
 
 
-def scored(house: Any, **settings: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Score drafts whose lengths differ and whose scores follow their length alone, by all that the rows say."""
+@pytest.fixture
+def by_length(house: Any) -> Any:
+    """A house whose drafts differ in length, and whose scores follow their length alone, by all that the rows say."""
     words = house.teacher.word
     house.teacher.word = lambda prompt: f"{words(prompt)} {'so ' * (sum(map(ord, prompt)) % 9)}"
 
     def choose_each(prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[Floats]:
-        house.student.calls += len(prompts)
         rows = []
         for prompt, own in zip(prompts, choices, strict=True):
             right = "odd" if int(prompt.rpartition("Is ")[2].split()[0]) % 2 else "even"
@@ -168,25 +165,23 @@ def scored(house: Any, **settings: Any) -> tuple[dict[str, Any], list[dict[str, 
         return rows
 
     house.student.choose_each = choose_each
-    run = house.run(prefer={"race": "off", **settings}, calibrate={"k": 12, "items": 20})
-    elicit(run)
-    calibrate(run)
-    summary, rows = prefer(run), run.read("prefer", "scores.jsonl")
-    run.close()
-    return summary, rows
+    return house
 
 
-def test_drafts_are_ordered_by_what_their_length_does_not_explain(house: Any) -> None:
-    summary, rows = scored(house)
+@pytest.mark.parametrize("length_free", [True, False])
+def test_drafts_are_ordered_by_what_their_length_does_not_explain_unless_told_otherwise(
+    by_length: Any, scored: Any, length_free: bool
+) -> None:
+    _, summary, rows = scored(
+        prefer={"race": "off", "length_free": length_free}, calibrate={"k": 12, "items": 20}
+    )
     assert summary["drafts"] >= 12
+    if not length_free:
+        assert all(row["score"] == row["bias_free"] and row["length"] == 0 for row in rows)
+        return
     assert np.std([row["bias_free"] for row in rows]) > 0.005
     assert np.std([row["score"] for row in rows]) < 0.1 * np.std([row["bias_free"] for row in rows])
     assert all(row["score"] == pytest.approx(row["bias_free"] - row["length"], abs=2e-6) for row in rows)
-
-
-def test_a_run_may_order_them_by_the_whole_score(house: Any) -> None:
-    _, rows = scored(house, length_free=False)
-    assert all(row["score"] == row["bias_free"] and row["length"] == 0 for row in rows)
 
 
 @pytest.fixture
@@ -214,16 +209,6 @@ def measured(house: Any, monkeypatch: Patch, tmp_path: Path) -> dict[str, Any]:
     return seen
 
 
-def test_where_nothing_may_be_measured_it_is_the_students_own(
-    house: Any, measured: dict[str, Any], monkeypatch: Patch
-) -> None:
-    monkeypatch.setenv("ARTE_EDGE_PROBE", "0")
-    run = house.run()
-    assert scoring_engine(run, MUCH) is run.engine(run.config.student)
-    assert not measured["asked"]
-    run.close()
-
-
 def test_much_is_scored_by_the_fastest_engine_in_its_floats(house: Any, measured: dict[str, Any]) -> None:
     run = house.run()
     assert scoring_engine(run, MUCH) is house.student
@@ -232,34 +217,34 @@ def test_much_is_scored_by_the_fastest_engine_in_its_floats(house: Any, measured
     assert ways[0] == Candidate("llamacpp") and Candidate("transformers", "float32") in ways
     assert work == "choose" and f"sha256 of {run.config.student.model}" in facts
     run.close()
-
-
-def test_where_llama_cpp_is_the_fastest_it_is_the_students_own(house: Any, measured: dict[str, Any]) -> None:
-    measured["way"] = Candidate("llamacpp")
-    run = house.run()
-    assert scoring_engine(run, MUCH) is run.engine(run.config.student)
-    run.close()
-
-
-def test_written_answers_are_measured_by_writing(house: Any, measured: dict[str, Any]) -> None:
     run = house.run(prefer={"score": "accuracy"})
     scoring_engine(run, MUCH)
-    assert measured["asked"][0][1] == "write"
+    assert measured["asked"][1][1] == "write"
     run.close()
 
 
 @pytest.mark.parametrize(
-    ("tables", "n"),
+    ("tables", "n", "probe", "way"),
     [
-        ({}, MUCH - 1),
-        ({"prefer": {"engine": "student"}}, MUCH),
-        ({"student": {"model": "scripted-student", "engine": "llamacpp"}}, MUCH),
+        ({}, MUCH, "1", Candidate("llamacpp")),
+        ({}, MUCH, "0", None),
+        ({}, MUCH - 1, "1", None),
+        ({"prefer": {"engine": "student"}}, MUCH, "1", None),
+        ({"student": {"model": "scripted-student", "engine": "llamacpp"}}, MUCH, "1", None),
     ],
 )
-def test_little_to_score_or_a_run_that_says_so_keeps_the_students_own_engine(
-    house: Any, measured: dict[str, Any], tables: dict[str, Any], n: int
+def test_the_students_own_engine_scores_where_it_is_fastest_or_nothing_is_measured(
+    house: Any,
+    measured: dict[str, Any],
+    tables: dict[str, Any],
+    n: int,
+    probe: str,
+    way: Candidate | None,
+    monkeypatch: Patch,
 ) -> None:
+    monkeypatch.setenv("ARTE_EDGE_PROBE", probe)
+    measured["way"] = way
     run = house.run(**tables)
     assert scoring_engine(run, n) is run.engine(run.config.student)
-    assert not measured["asked"]
+    assert bool(measured["asked"]) == (way is not None)
     run.close()

@@ -80,26 +80,17 @@ def test_a_template_that_does_not_render_is_an_input_error(
     assert house.calls == 0
 
 
-def test_a_teacher_that_never_writes_a_valid_draft_stops_after_its_budget(
+def test_a_teacher_without_a_valid_draft_stops_at_its_budget_or_before_and_is_paid_once(
     house: Any, capsys: Capture
 ) -> None:
     house.teacher.drafts = lambda i: "x</input><target>seven</target></Question_4>" if i % 2 else "No."
-    assert house.distill("--set", "elicit.questions=8", "--set", "elicit.max_prompts=6") == 4
+    few = ("--set", "elicit.questions=8", "--set", "elicit.max_prompts=6")
+    assert house.distill(*few) == 4
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(r"only 0 of 8 valid questions after 6 prompts", said)
     assert "3 × cut off" in said and "3 × target is no answer of this task" in said
     assert (house.folder / "check" / "manifest.json").is_file()
-
-
-def test_round_after_round_without_a_valid_draft_stops_before_the_budget(house: Any) -> None:
-    house.teacher.drafts = lambda i: "No."
-    assert house.distill("--set", "elicit.questions=200") == 4  # whose budget is 400 prompts
-    assert house.teacher.calls < 200
-
-
-def test_the_same_command_pays_for_nothing_twice(house: Any) -> None:
-    house.teacher.drafts = lambda i: "No."
-    assert house.distill() == 4
     spent = house.calls
-    assert house.distill() == 4
-    assert house.calls == spent
+    assert house.distill(*few) == 4 and house.calls == spent
+    assert house.distill("--update", "--set", "elicit.questions=200") == 4  # whose budget is 400 prompts
+    assert house.teacher.calls < 200
