@@ -37,10 +37,11 @@ from arte_edge.cache import (
     sha256_file,
     write_atomic,
 )
+from arte_edge.checkpoint import read_config
 from arte_edge.errors import ArteError, InputError
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source
-from arte_edge.gguf.reader import FULL_WIDTH, Field
+from arte_edge.gguf.reader import FULL_WIDTH, UINT32, Field
 from arte_edge.models.artifact import Checksums, Format, checksums_of
 from arte_edge.results.student_json import Student
 from arte_edge.store import content_key
@@ -291,29 +292,41 @@ class Builder:
         imatrix = self.imatrix if needs_imatrix(format) else None
         overrides = self.recipe.gguf.overrides_of(format.type)
         report = quantize(base.path, target, format.type, imatrix=imatrix, overrides=overrides)
-        return asdict(report) | {"imatrix_used": imatrix is not None}
+        warnings = [*base.summary.get("warnings", ()), *report.warnings]
+        ends = {"unwritten_ends": base.summary.get("unwritten_ends", 0)}
+        return asdict(report) | ends | {"warnings": warnings, "imatrix_used": imatrix is not None}
 
     def _convert(self, type: _FullWidth, target: Path) -> dict[str, Any]:
         from arte_edge.gguf.reader import read_header
+        from arte_edge.gguf.tokenizer import end_tokens, read_tokenizer
 
+        checkpoint = self.source.checkpoint
+        ends, unwritten = end_tokens(read_tokenizer(checkpoint, read_config(checkpoint)))
+        fields = {f"tokenizer.ggml.{role}_token_id": Field(UINT32, token) for role, token in ends.items()}
+        fields |= self.gguf_fields
         if self.llama_cpp is not None:
             from arte_edge.gguf.convert import convert_with_llama_cpp
             from arte_edge.gguf.writer import rewrite
 
-            convert_with_llama_cpp(self.llama_cpp, self.source.checkpoint, target, type)
-            rewrite(target, self.gguf_fields)
+            convert_with_llama_cpp(self.llama_cpp, checkpoint, target, type)
+            rewrite(target, fields)
         elif self.source.evaluated is not None and type == "F16":
             from arte_edge.gguf.from_base import with_metadata
 
-            with_metadata(self.source.evaluated, self.gguf_fields, target)
+            with_metadata(self.source.evaluated, fields, target)
         else:
             from arte_edge.gguf.convert import convert
 
-            convert(self.source.checkpoint, target, type, extra_fields=self.gguf_fields)
+            convert(checkpoint, target, type, extra_fields=self.gguf_fields)
         tensors = read_header(target).tensors.values()
         bits = 8 * sum(t.size_bytes for t in tensors) / sum(t.n_value for t in tensors)
         types = Counter(tensor.type for tensor in tensors)
-        return {"bits_per_weight": bits, "tensor_types": dict(types.most_common())}
+        stops = ", ".join(map(repr, unwritten))
+        warnings = (
+            [f"llama.cpp has no place for more end tokens: give {stops} as stop texts"] if stops else []
+        )
+        counts = {"bits_per_weight": bits, "tensor_types": dict(types.most_common())}
+        return counts | {"warnings": warnings, "unwritten_ends": len(unwritten)}
 
     def _build_genai(self, format: Format, target: Path) -> dict[str, Any]:
         from arte_edge.onnx.genai_builder import GenaiSettings, build

@@ -70,7 +70,8 @@ def _chat(checkpoint: Path) -> Chat:
 def _stops(checkpoint: Path, inner: dict[str, Any], tokens: dict[str, str]) -> tuple[str, ...]:
     """Return the texts of the EOS token, of those in generation_config.json, and of known end-of-turn tokens."""
     added = {row.get("id"): row.get("content", "") for row in inner.get("added_tokens") or ()}
-    named = _json(checkpoint / "generation_config.json").get("eos_token_id")
+    generation = _json(checkpoint / "generation_config.json") or _json(checkpoint / "config.json")
+    named = generation.get("eos_token_id")
     ids = named if isinstance(named, list) else [named]
     texts = [tokens.get("eos_token", ""), *(added.get(number, "") for number in ids)]
     texts += [text for text in _END_TOKENS if text in added.values()]

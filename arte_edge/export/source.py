@@ -86,7 +86,7 @@ def gguf_fields(student: Student, lineage: Lineage, template_sha256: str) -> dic
     if lineage.teacher:
         texts["arte_edge.teacher.name"] = lineage.teacher.name
         texts["arte_edge.teacher.sha256"] = lineage.teacher.sha256
-    if lineage.method == "arte":
+    if lineage.is_arte:
         texts["arte_edge.paper"] = PAPER
     if lineage.seed is not None:
         numbers["arte_edge.seed"] = lineage.seed
@@ -337,7 +337,7 @@ def _lineage(folder: Path, config: RunConfig, task: Task) -> Lineage:
         teacher=parent_of(config.teacher.model),
         task=task.name,
         task_sha256=task.sha256,
-        method="arte",
+        method=config.data,
         seed=config.seed,
         tuning=Tuning(
             method=config.tune.method,

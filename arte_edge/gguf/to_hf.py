@@ -167,6 +167,9 @@ def _unpack(header: GgufHeader, out: Path, report: Callable[[str], None]) -> dic
         ) from error
     _clear_quantization_marks(model)
     _set_scaling(model.config, scaling)
+    ends = [header.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+    if len(known := [end for end in dict.fromkeys(ends) if isinstance(end, int)]) > 1:
+        model.generation_config.eos_token_id = known
     report("writing the checkpoint")
     try:
         model.save_pretrained(out)

@@ -28,7 +28,7 @@ from arte_edge.errors import InputError, reading
 from arte_edge.gguf.names import OTHER_CONVERTER, Family
 from arte_edge.gguf.reader import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT8, UINT32, Field
 
-__all__ = ["TokenizerFiles", "read_tokenizer", "vocabulary"]
+__all__ = ["TokenizerFiles", "end_tokens", "read_tokenizer", "vocabulary"]
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # Added tokens that are control tokens although some checkpoints do not mark them as special.
@@ -37,6 +37,21 @@ _SAVE_AGAIN = "Save the tokenizer beside the model: AutoTokenizer.from_pretraine
 _ADDED_SCORE, _PAD_SCORE = -1000.0, -10000.0
 # What GGUF calls the roles; the misspelling is the format's
 _GGUF_ROLES = {"unk": "unknown", "sep": "seperator", "pad": "padding"}
+# Tokens at which llama.cpp stops by their text (llama-vocab.cpp, "special_eog_ids").
+_ENDS_BY_NAME = (
+    *(
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|flush|>",
+        "<|calls|>",
+        "<end_of_turn>",
+    ),
+    *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<eos>"),
+    *("<end_of_utterance>", "<turn|>", "<｜end▁of▁sentence｜>"),
+)
 # Kinds of token, the same numbers in SentencePiece and in tokenizer.ggml.token_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _UNIGRAM = 1  # TrainerSpec.model_type; 2 is BPE
@@ -76,12 +91,23 @@ def _vocabulary(files: TokenizerFiles, family: Family, n_vocab: int) -> dict[str
     if files.tokenizer and not byte_level and kind not in ("BPE", "Unigram"):
         raise InputError(f"{files.path}: a {kind} tokenizer is not supported in GGUF", OTHER_CONVERTER)
     fields = _byte_level(files, family, n_vocab) if byte_level else _pieces(files, family, n_vocab)
-    for role, token in files.special.items():
+    for role, token in (*files.special.items(), *end_tokens(files)[0].items()):
         if token < n_vocab:
             fields[f"tokenizer.ggml.{_GGUF_ROLES.get(role, role)}_token_id"] = Field(UINT32, token)
     for role in ("bos", "eos"):
         fields[f"tokenizer.ggml.add_{role}_token"] = Field(BOOL, _is_added(files, role))
     return fields | _template_fields(files.templates)
+
+
+def end_tokens(files: TokenizerFiles) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the end tokens that a file must name beside ``eos``, as role -> id, and the texts that find no place.
+
+    llama.cpp stops at ``eos``, ``eot`` and ``eom``, and at tokens that it knows by their text.
+    """
+    texts = {token: text for text, token in files.ids.items()}
+    own = [token for token in files.ends if token != files.special.get("eos")]
+    own = [token for token in dict.fromkeys(own) if texts.get(token, "") not in _ENDS_BY_NAME]
+    return dict(zip(("eot", "eom"), own, strict=False)), tuple(texts.get(token, "") for token in own[2:])
 
 
 def _byte_level(files: TokenizerFiles, family: Family, n_vocab: int) -> dict[str, Field]:
@@ -261,6 +287,12 @@ class TokenizerFiles:
     added: dict[int, AddedToken]
     special: dict[str, int]
     templates: dict[str, str] = field(default_factory=dict)  # by name; the standard one is "default"
+    ends: tuple[int, ...] = ()  # the end tokens that generation_config.json names, else config.json
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """The ids of the tokens by their texts; a unigram vocabulary, which is a list, is left out."""
+        return _ids(self.tokenizer, self.added)
 
     @property
     def path(self) -> Path:
@@ -286,7 +318,12 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerFiles:
     for token in special.values():
         if token in added and not added[token].special:
             added[token] = AddedToken(added[token].text, True, added[token].strips_right)
-    return TokenizerFiles(folder, tokenizer, settings, model, added, special, templates)
+    generation = _json(folder / "generation_config.json")
+    ends = generation.get("eos_token_id", config.get("eos_token_id"))
+    ends = tuple(
+        end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int) and end >= 0
+    )
+    return TokenizerFiles(folder, tokenizer, settings, model, added, special, templates, ends)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -320,14 +357,12 @@ def _special(
     tokenizer: dict[str, Any], settings: dict[str, Any], config: dict[str, Any], added: dict[int, AddedToken]
 ) -> dict[str, int]:
     """Return role -> id: the token that tokenizer_config.json names, else the id in config.json."""
-    ids = {token.text: number for number, token in sorted(added.items(), reverse=True)}
-    vocabulary = (tokenizer.get("model") or {}).get("vocab")
-    vocabulary = vocabulary if isinstance(vocabulary, dict) else {}
+    ids = _ids(tokenizer, added)
     found: dict[str, int] = {}
     for role in _ROLES:
         named = settings.get(f"{role}_token")
         text = named.get("content") if isinstance(named, dict) else named
-        number = ids.get(text, vocabulary.get(text)) if isinstance(text, str) else None
+        number = ids.get(text) if isinstance(text, str) else None
         if number is None:
             number = config.get(f"{role}_token_id")
         if isinstance(number, list):  # several end tokens: the first is the usual one
@@ -335,6 +370,12 @@ def _special(
         if isinstance(number, int) and not isinstance(number, bool) and number >= 0:
             found[role] = number
     return found
+
+
+def _ids(tokenizer: dict[str, Any], added: dict[int, AddedToken]) -> dict[str, int]:
+    vocabulary = (tokenizer.get("model") or {}).get("vocab")
+    known = vocabulary if isinstance(vocabulary, dict) else {}
+    return {**known, **{token.text: number for number, token in sorted(added.items(), reverse=True)}}
 
 
 def _templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:

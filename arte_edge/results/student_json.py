@@ -95,11 +95,18 @@ class Lineage(Record):
     teacher: Parent | None = None
     task: str = Field(default="", description="what it was tuned for")
     task_sha256: str = ""
-    method: str = Field(default="", description="arte: the method of arXiv:2406.19227")
+    method: str = Field(
+        default="", description="arte: the method of arXiv:2406.19227; else the origin of a run's data"
+    )
     seed: int | None = None
     tuning: Tuning | None = None
     data: Data | None = None
     merge: Merge | None = None
+
+    @property
+    def is_arte(self) -> bool:
+        """Whether the whole method made it. Older documents call every run arte, whatever data it was tuned on."""
+        return self.method == "arte" and (self.tuning is None or self.tuning.data in ("", "arte"))
 
 
 class Student(Record):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import Patch
+from tiny import Patch, edited_json
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
@@ -47,8 +47,10 @@ class Gate:
 
     rejects: set[str] = field(default_factory=set)
     verified: list[str] = field(default_factory=list)
+    allowed: list[int] = field(default_factory=list)  # stop tokens that may be missing
 
-    def verify_file(self, reference: Any, artifact: Path, *_: Any, **__: Any) -> Verdict:
+    def verify_file(self, reference: Any, artifact: Path, _: Any, limits: Any, **__: Any) -> Verdict:
+        self.allowed.append(limits.stop_differences)
         type = read_model_header(artifact).quantization  # the file is complete when it is verified
         self.verified.append(type)
         passed = type not in self.rejects
@@ -261,6 +263,16 @@ def test_measurements_survive_another_export(source: Source, gate: Gate, tmp_pat
     write_student(out, first.model_copy(update={"artifacts": (artifact,)}))
     (out / "tiny-F16.gguf").unlink()
     assert run(source, out, "F16").student.artifacts[0].speeds == (speed,)
+
+
+def test_an_end_token_that_finds_no_place_in_a_gguf_is_a_note(
+    source: Source, gate: Gate, tmp_path: Path
+) -> None:
+    ends = edited_json(
+        source.checkpoint, tmp_path / "ends", "generation_config.json", eos_token_id=[2, 0, 1, 9]
+    )
+    (artifact,) = run(open_source(str(ends)), tmp_path / "out", "Q8_0").artifacts
+    assert gate.allowed[-1] == 1 and len(artifact.notes) == 1 and "stop text" in artifact.notes[0]
 
 
 def test_the_tokenizer_beside_the_files_is_the_base_s(source: Source, gate: Gate, tmp_path: Path) -> None:

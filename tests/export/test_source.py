@@ -9,7 +9,7 @@ from tiny import Make, Patch
 
 from arte_edge.distill.prompts import STEP_BY_STEP
 from arte_edge.errors import InputError
-from arte_edge.export.source import gguf_fields, open_source, parent_of, private_fields, public_name
+from arte_edge.export.source import PAPER, gguf_fields, open_source, parent_of, private_fields, public_name
 from arte_edge.results.student_json import Data, Lineage, Parent, Student
 from arte_edge.tasks.loaders import load_task
 
@@ -67,6 +67,7 @@ def test_the_keys_of_a_run_s_student() -> None:
     assert keys["general.license"] == b"MIT" and keys["general.name"] == b"tiny"
     assert keys["arte_edge.seed"] == 7 and keys["arte_edge.teacher.name"] == b"teach"
     assert keys["arte_edge.student.sha256"] == SUM.encode()
+    assert (keys["arte_edge.method"], keys["arte_edge.paper"]) == (b"arte", PAPER.encode())
 
 
 def test_what_is_not_known_is_not_written() -> None:
@@ -102,6 +103,14 @@ def test_a_run_has_its_task_texts_and_lineage(tiny_run: Path) -> None:
     assert lineage.teacher is not None and "/" in lineage.teacher.name
     assert lineage.data is not None and lineage.data.rows == 12
     assert lineage.tuning is not None and lineage.tuning.method == "lora"
+
+
+def test_a_run_of_the_original_teacher_is_not_labelled_arte(run: Path) -> None:
+    text = (run / "run.toml").read_text("utf-8")
+    (run / "run.toml").write_text(text.replace('data = "arte"', 'data = "original-teacher"'), "utf-8")
+    lineage = open_source(str(run)).lineage
+    assert lineage.method == "original-teacher" and not lineage.is_arte
+    assert "arte_edge.paper" not in gguf_fields(STUDENT, lineage, SUM)
 
 
 def test_a_run_s_student_is_prompted_as_in_training(tiny_run: Path) -> None:

@@ -32,7 +32,7 @@ def write_speaking(path: Path, arch: str = "llama", **scaling: Any) -> Path:
     heads = {"feed_forward_length": 64, "head_count": 2, "head_count_kv": 1, "rope_dimension_count": 16}
     words = {"token_list": tokens, "token_types": [3] * 3 + [1] * 258, "token_merges": ["1 2", "Ġ T"]}
     kind = {"tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "file_type": 1, "rope_freq_base": 10_000.0}
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "add_bos_token": False}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "eot_token_id": 0, "add_bos_token": False}
     divisors = scaling.pop("divisors", ())
     writer = tiny.gguf_writer(path, arch, **sizes, **heads, **words, **kind, **ids, **scaling)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
@@ -120,6 +120,7 @@ def test_the_checkpoint_has_the_tokens_logits_and_template_of_its_gguf(
     assert steps[-1] == "checking the checkpoint"
     origin = json.loads((folder / "origin.json").read_text())
     assert origin["sha256"] == model.sha256 and origin["held"]["kl_mean"] < 1e-3
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     check_tokenizer(tokenizer, read_model_header(speaking_gguf))
     ids = tokenizer("is 12")["input_ids"]

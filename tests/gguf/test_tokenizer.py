@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 from tiny import Make, edited_json
 
+from arte_edge.checkpoint import read_config
 from arte_edge.errors import InputError
 from arte_edge.gguf.convert import convert
 from arte_edge.gguf.reader import read_model_header
+from arte_edge.gguf.tokenizer import end_tokens, read_tokenizer
+from arte_edge.runtimes.llamacpp.runtime import LlamaCppRuntime
 
 # What tokenizers stumble over. No text begins or ends in a way that only a chat template would make.
 TEXTS = [
@@ -131,6 +134,21 @@ def test_special_and_added_tokens_have_their_roles_and_kinds(make_checkpoint: Ma
     assert tokens[-1].startswith(b"[PAD") and kinds[-1] == 5
     roles = {"bos": 1, "eos": 2, "unknown": 0, "padding": 5}
     assert {role: fields[f"tokenizer.ggml.{role}_token_id"].value for role in roles} == roles
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_llama_cpp_stops_at_every_end_token_that_finds_a_place(
+    name: str, make_checkpoint: Make, tmp_path: Path
+) -> None:
+    # 2 is the tokenizer's own, llama.cpp knows 4 by its text, 3 and 0 get a key, and 5 finds no place.
+    folder = edited_json(make_checkpoint("llama"), tmp_path / "ends", name, eos_token_id=[2, 3, 4, 0, 5])
+    if name == "config.json":
+        (folder / "generation_config.json").unlink()
+    runtime = LlamaCppRuntime(convert(folder, tmp_path / "student.gguf"))
+    assert runtime.stop_tokens == {0, 2, 3, 4}
+    runtime.close()
+    files = read_tokenizer(folder, read_config(folder))
+    assert end_tokens(files) == ({"eot": 3, "eom": 0}, ("<pad>",))
 
 
 def test_the_chat_template_of_a_file_comes_first_byte_for_byte(make_checkpoint: Make, tmp_path: Path) -> None:

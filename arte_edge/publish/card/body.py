@@ -71,7 +71,7 @@ def lineage_section(student: StudentFile, options: CardOptions) -> str:
         "base": base,
         "teacher": teacher,
         "task": lineage.task,
-        "method": arte if lineage.method == "arte" else "",
+        "method": arte if lineage.is_arte else (tuning.data if tuning else lineage.method),
         "tuning": ", ".join(filter(None, tuned)),
         "data": f"{lineage.data.rows} rows, sha256 {lineage.data.sha256[:16]}…" if lineage.data else "",
         "seed": "" if lineage.seed is None else str(lineage.seed),

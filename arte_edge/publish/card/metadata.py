@@ -65,8 +65,8 @@ def head_keys(student: StudentFile, options: CardOptions) -> dict[str, Any]:
     quantized = not options.checkpoint and bool(options.base_model or not tuned)
     formats: set[str] = {artifact.format for artifact in publishable.files(student)}
     tags = ["arte-edge", "text-generation"]
-    if lineage.method == "arte":
-        tags += ["distillation", PAPER.replace("arXiv", "arxiv")]
+    tags += ["distillation"] if lineage.method else []
+    tags += [PAPER.replace("arXiv", "arxiv")] if lineage.is_arte else []
     if not options.checkpoint:
         tags += [tag for tag in ("gguf", "onnx") if any(name.startswith(tag) for name in formats)]
     if student.tokenizer.chat_template_sha256:

@@ -8,7 +8,7 @@ from tiny import facts, quality_row, speed_row
 from arte_edge.errors import InputError
 from arte_edge.publish.card.card import CARD, CardOptions, render_card, write_card
 from arte_edge.results.merge import merge_rows
-from arte_edge.results.student_json import StudentFile, read_student
+from arte_edge.results.student_json import StudentFile, Tuning, read_student
 
 
 def read(folder: Path) -> StudentFile:
@@ -60,6 +60,17 @@ def test_the_body_tells_files_accuracies_and_speeds(measured: StudentFile) -> No
     assert "raspberry-pi-5" in part(text, "bench") and "| 150.0 | 20.5 | 900 ms |" in part(text, "bench")
     assert "arXiv:2406.19227" in part(text, "lineage")
     assert "rejected" not in text and "Q4_K_M" not in text
+
+
+@pytest.mark.parametrize("method", ["original-teacher", "arte"])  # the second: as older versions wrote it
+def test_a_student_of_the_original_teacher_is_not_labelled_arte(measured: StudentFile, method: str) -> None:
+    tuning = Tuning(method="full", data="original-teacher")
+    lineage = measured.lineage.model_copy(update={"method": method, "tuning": tuning})
+    student = measured.model_copy(update={"lineage": lineage})
+    tags = head(student).tags
+    assert "distillation" in tags and not [tag for tag in tags if "arxiv" in tag]
+    lines = part(render_card(student, CardOptions()), "lineage")
+    assert "| method | original-teacher |" in lines and "arXiv" not in lines
 
 
 def test_the_16_bit_score_is_never_a_files(export_folder: Path) -> None:
