@@ -150,20 +150,36 @@ class CallLog:
 
 
 class Stage:
-    """One stage's folder: its data files, and a manifest once it is done."""
+    """One stage's folder: its data files, and a manifest once it is done.
+
+    `todo` is False if it is done from the same inputs and its files are unchanged.
+    """
 
     def __init__(self, folder: Path, inputs: Any) -> None:
         self.folder = folder
         self.inputs = content_key(inputs)
+        self._manifest = self._read_manifest()
 
     @property
-    def _manifest_path(self) -> Path:
-        return self.folder / "manifest.json"
+    def todo(self) -> bool:
+        return self._manifest is None
 
-    def manifest(self) -> Row | None:
-        """Return the manifest if the stage is done with the same inputs and its files are unchanged."""
+    @property
+    def summary(self) -> Row:
+        return dict(self._done()["summary"])
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The sha256 of each file of the finished stage."""
+        return dict(self._done()["files"])
+
+    def _done(self) -> Row:
+        assert self._manifest is not None, "the stage has not finished"
+        return self._manifest
+
+    def _read_manifest(self) -> Row | None:
         try:
-            manifest = json.loads(self._manifest_path.read_bytes())
+            manifest = json.loads((self.folder / "manifest.json").read_bytes())
         except (FileNotFoundError, ValueError, RecursionError):
             return None
         if not isinstance(manifest, dict) or manifest.get("inputs") != self.inputs:
@@ -173,7 +189,11 @@ class Stage:
         same = all(file_sha256(self.folder / name) == sha for name, sha in manifest["files"].items())
         return manifest if same else None
 
-    def finish(self, summary: Row) -> Row:
+    def forget(self) -> None:
+        """Let the stage run again."""
+        self._manifest = None
+
+    def finish(self, summary: Row) -> None:
         """Record the stage's files (by sha256) and `summary`: the stage is done."""
         files = {
             str(path.relative_to(self.folder)): file_sha256(path)
@@ -182,8 +202,9 @@ class Stage:
             and not any(part.startswith(".") for part in path.relative_to(self.folder).parts)
         }
         manifest = {"inputs": self.inputs, "files": files, "summary": summary}
-        write_atomic(self._manifest_path, json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
-        return manifest
+        data = json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n"
+        write_atomic(self.folder / "manifest.json", data)
+        self._manifest = manifest
 
     def write(self, name: str, rows: Iterable[Row]) -> None:
         write_jsonl(self.folder / name, rows)

@@ -198,31 +198,31 @@ class TestStage:
         return stage
 
     def test_a_stage_is_done_once_finished_and_says_what_it_found(self, tmp_path: Path) -> None:
-        assert Stage(tmp_path / "elicit", ("a", 1)).manifest() is None
-        self.finished(tmp_path / "elicit")
-        manifest = Stage(tmp_path / "elicit", ("a", 1)).manifest()
-        assert manifest is not None and manifest["summary"] == {"rows": 2}
-        assert sorted(manifest["files"]) == ["rejected.jsonl", "rows.jsonl"]
+        assert Stage(tmp_path / "elicit", ("a", 1)).todo
+        for stage in (self.finished(tmp_path / "elicit"), Stage(tmp_path / "elicit", ("a", 1))):
+            assert not stage.todo and stage.summary == {"rows": 2}
+            assert sorted(stage.files) == ["rejected.jsonl", "rows.jsonl"]
 
     def test_other_inputs_make_it_again(self, tmp_path: Path) -> None:
         self.finished(tmp_path)
-        assert Stage(tmp_path, ("a", 2)).manifest() is None
-        assert Stage(tmp_path, ("a", 1)).manifest() is not None
+        assert Stage(tmp_path, ("a", 2)).todo and not Stage(tmp_path, ("a", 1)).todo
 
     def test_a_changed_or_missing_file_makes_it_again(self, tmp_path: Path) -> None:
-        stage = self.finished(tmp_path)
-        (tmp_path / "rows.jsonl").write_text('{"n": 3}\n')
-        assert stage.manifest() is None
         self.finished(tmp_path)
-        assert stage.manifest() is not None
+        (tmp_path / "rows.jsonl").write_text('{"n": 3}\n')
+        assert Stage(tmp_path, ("a", 1)).todo
+        self.finished(tmp_path)
+        assert not Stage(tmp_path, ("a", 1)).todo
         (tmp_path / "rejected.jsonl").unlink()
-        assert stage.manifest() is None
+        assert Stage(tmp_path, ("a", 1)).todo
 
-    @pytest.mark.parametrize("manifest", ["", "{", "[]", '{"inputs": "other"}'])
+    @pytest.mark.parametrize(
+        "manifest", ["", "{", "[]", '{"inputs": "other"}', '{"inputs": "I"}', "[" * 9000]
+    )
     def test_a_manifest_that_is_none_makes_it_again(self, tmp_path: Path, manifest: str) -> None:
         stage = self.finished(tmp_path)
-        (tmp_path / "manifest.json").write_text(manifest)
-        assert stage.manifest() is None
+        (tmp_path / "manifest.json").write_text(manifest.replace("I", stage.inputs))
+        assert Stage(tmp_path, ("a", 1)).todo
 
 
 def test_a_content_key_depends_on_content_alone() -> None:

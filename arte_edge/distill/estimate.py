@@ -26,7 +26,6 @@ from arte_edge.distill.generation.questions import (
 )
 from arte_edge.distill.generation.rationales import rationale_prompt, rationale_sampling, votes_directly
 from arte_edge.distill.preference.adaptive import AdaptivePlan
-from arte_edge.distill.preference.quantization_shift import sample_drafts
 from arte_edge.distill.preference.scoring import is_adaptive
 from arte_edge.distill.prompts import (
     ANSWER_CLOSE,
@@ -42,7 +41,6 @@ from arte_edge.distill.prompts import (
 from arte_edge.distill.run_context import RunContext
 from arte_edge.distill.stages.align import dpo_settings
 from arte_edge.distill.stages.calibrate import respondents
-from arte_edge.distill.stages.prefer import COMPARED_DRAFTS
 from arte_edge.distill.stages.tailor import first_questions
 from arte_edge.distill.train.common import examples_seen
 from arte_edge.distill.validate_config import refuse_run
@@ -248,10 +246,6 @@ def _prefer(config: RunConfig, task: Task) -> Iterator[Work]:
     plan = AdaptivePlan(tuple(question), k, config.prefer.race_share, config.prefer.race_error)
     what: What = "generated" if config.prefer.score == "accuracy" else "constrained"
     yield Work("prefer", Call("student", what, 1), plan.most if adaptive else len(question) * k)
-    if config.prefer.student_file:  # a sample with 16 bits, and with the file what the scores do not hold yet
-        known = not adaptive and what == "constrained"
-        n_sample = len(sample_drafts(question, COMPARED_DRAFTS)) * k
-        yield Work("prefer", Call("student", "constrained", 1), n_sample * (1 if known else 2))
 
 
 def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], float]:

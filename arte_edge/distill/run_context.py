@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from arte_edge.distill.latency import Budget
 
 __all__ = [
-    "OpenStage",
     "Row",
     "RunContext",
     "Summary",
@@ -49,40 +48,6 @@ __all__ = [
 
 Row = dict[str, Any]
 Summary = dict[str, Any]
-
-
-class OpenStage(Stage):
-    """A stage's folder while the stage runs. `todo` is False if it is finished from the same inputs."""
-
-    def __init__(self, folder: Path, inputs: Any) -> None:
-        super().__init__(folder, inputs)
-        self._manifest = self.manifest()
-
-    @property
-    def todo(self) -> bool:
-        return self._manifest is None
-
-    def finish(self, summary: Summary) -> Summary:
-        """Record the stage's files and `summary`; the stage counts as done from here on."""
-        self._manifest = super().finish(summary)
-        return self._manifest
-
-    def forget(self) -> None:
-        """Let the stage run again."""
-        self._manifest = None
-
-    @property
-    def summary(self) -> Summary:
-        assert self._manifest is not None, "the stage has not finished"
-        summary: Summary = self._manifest["summary"]
-        return summary
-
-    @property
-    def files(self) -> dict[str, str]:
-        """The sha256 of each file of the finished stage."""
-        assert self._manifest is not None, "the stage has not finished"
-        files: dict[str, str] = self._manifest["files"]
-        return files
 
 
 class RunContext:
@@ -99,15 +64,13 @@ class RunContext:
         self.budget: Budget | None = None  # of an answer on the device; the pipeline sets it
 
     @contextmanager
-    def stage(
-        self, name: str, inputs: dict[str, Any], describe: Callable[[Summary], str]
-    ) -> Iterator[OpenStage]:
+    def stage(self, name: str, inputs: dict[str, Any], describe: Callable[[Summary], str]) -> Iterator[Stage]:
         """Open a stage; its body runs `finish`, unless the stage is done from the same inputs already.
 
         `inputs` are what decides the stage's data: settings, model identities, `outputs` of earlier
         stages. `describe` turns the summary into the line that is printed at the end.
         """
-        stage = OpenStage(self.folder / name, {"stage": name, "seed": self.config.seed, **inputs})
+        stage = Stage(self.folder / name, {"stage": name, "seed": self.config.seed, **inputs})
         if not stage.todo and not _describes(describe, stage.summary):
             self.reporter.warn(f"{stage.folder / 'manifest.json'} is damaged: the stage is made again")
             stage.forget()

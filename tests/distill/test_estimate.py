@@ -66,19 +66,12 @@ def made(house: Any, **tables: Any) -> Counter[str]:
         {"tailor": {"questions": 16, "label": "teacher"}, "evaluate": {"teacher": False, "shots": [0, 3]}},
         {"data": "original-teacher", "check": {"examples": 10}, "evaluate": {"limit": 5}},
         {"data": "random", "calibrate": {"items": 15, "shots": [1]}},
-        {"prefer": {"student_file": "Q4_K_M", "race": "off"}, "calibrate": K},
-        {"prefer": {"student_file": "Q4_K_M", "race": "on"}, "calibrate": K},
     ],
 )
 @pytest.mark.parametrize("kind", ["choice", "text"])
-def test_counts_are_the_calls_that_the_stages_make(
-    house: Any, kind: str, tables: dict[str, Any], monkeypatch: Patch
-) -> None:
+def test_counts_are_the_calls_that_the_stages_make(house: Any, kind: str, tables: dict[str, Any]) -> None:
     if kind == "text":
         house.task = replace(house.task, answer=Answer(kind="text"))
-    if "student_file" in tables.get("prefer", {}):
-        quantized = type(house.student)("quantized")
-        monkeypatch.setattr("arte_edge.distill.stages.prefer.scoring_engine", lambda run, n_score: quantized)
     calls = made(house, **tables)
     told = {stage: line.calls for stage, line in estimated(house, **tables).items()}
     raced = tables.get("prefer", {}).get("race") == "on"

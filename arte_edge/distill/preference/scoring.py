@@ -50,7 +50,6 @@ __all__ = [
     "is_adaptive",
     "length_effect",
     "probabilities",
-    "right_answer_scores",
     "score_drafts",
     "scoring_engine",
 ]
@@ -145,19 +144,6 @@ def score_drafts(
         int((plan.risk(model) > plan.error).sum()) if plan and model else 0,
         rounds,
     )
-
-
-def right_answer_scores(
-    run: RunContext, engine: Engine, shots: Sequence[Shot], examples: Sequence[Example]
-) -> Floats:
-    """Return the full grid of probabilities of the right answer ``[n_draft, n_item]``, for any kind of score.
-
-    Without the induced answer bias if the run scores so; for an open answer set log-probabilities (nats).
-    """
-    grid = ChoiceScores.empty(len(shots), examples, run.task.answer, soft=True)
-    cells = _all_cells(np.full((len(shots), len(examples)), np.nan))
-    _measure(run, engine, shots, examples, grid, cells)
-    return grid.values(free=run.config.prefer.bias_free)
 
 
 def _all_cells(values: Floats) -> list[Cells]:

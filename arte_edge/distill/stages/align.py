@@ -89,7 +89,8 @@ def align(run: RunContext) -> tuple[Summary, Adapter]:
             )
     path = _adapter_path(run, stage.folder)
     weights = path if path.suffix else path / "adapter_model.safetensors"
-    return stage.summary, (path, stage.files[weights.relative_to(stage.folder).as_posix()])
+    recorded = stage.files.get(weights.relative_to(stage.folder).as_posix())
+    return stage.summary, (path, recorded or sha256_file(weights))
 
 
 def _pairs(run: RunContext) -> tuple[list[Row], int]:

@@ -22,23 +22,17 @@ import numpy as np
 
 from arte_edge.distill.preference.scoring import (
     Score,
-    Scored,
     is_adaptive,
     length_effect,
-    right_answer_scores,
     score_drafts,
     scoring_engine,
 )
 from arte_edge.distill.prompts import Shot
 from arte_edge.distill.run_context import Row, RunContext, Summary
-from arte_edge.runtimes.completion import Engine
 from arte_edge.stats import pearson
 from arte_edge.tasks.task import Example
 
-__all__ = ["COMPARED_DRAFTS", "prefer"]
-
-# Scored by the quantized file and by the 16-bit one, to measure what quantization changes.
-COMPARED_DRAFTS = 24
+__all__ = ["prefer"]
 
 
 def prefer(run: RunContext) -> Summary:
@@ -78,12 +72,12 @@ def prefer(run: RunContext) -> Summary:
                     row |= {"items": items, "standard_error": round(error, 6)}
             stage.write("scores.jsonl", rows)
             stage.write("questions.jsonl", _question_means(rows, questions))
-            stage.finish(
-                _summary(rows, plain, len(examples))
-                | {"engine": f"{engine.identity.kind} {engine.identity.quantization}".strip()}
-                | (_adaptive_summary(scored, config.race_error) if adaptive else {})
-                | _quantization_summary(run, engine, shots, groups, examples)
-            )
+            summary = _summary(rows, plain, len(examples))
+            summary["engine"] = f"{engine.identity.kind} {engine.identity.quantization}".strip()
+            if adaptive:
+                race = {"measured": scored.cells, "of": scored.of_cells, "rounds": scored.rounds}
+                summary["race"] = race | {"open": scored.open, "error": config.race_error}
+            stage.finish(summary)
     return stage.summary
 
 
@@ -164,35 +158,6 @@ def _summary(rows: Sequence[Row], plain: np.ndarray[Any, Any], k: int) -> Summar
     }
 
 
-def _adaptive_summary(scored: Scored, error: float) -> Summary:
-    return {
-        "race": {
-            "measured": scored.cells,
-            "of": scored.of_cells,
-            "rounds": scored.rounds,
-            "open": scored.open,
-            "error": error,
-        }
-    }
-
-
-def _quantization_summary(
-    run: RunContext, engine: Engine, shots: Sequence[Shot], groups: Sequence[str], examples: Sequence[Example]
-) -> Summary:
-    """Compare how a sample of drafts ranks with the quantized file and with the 16-bit student."""
-    if not run.config.prefer.student_file:
-        return {}
-    from arte_edge.distill.preference.quantization_shift import compare, sample_drafts
-
-    chosen = sample_drafts(groups, COMPARED_DRAFTS)
-    if not chosen:
-        return {}
-    some = [shots[draft] for draft in chosen]
-    full = right_answer_scores(run, run.engine(run.config.student), some, examples)
-    quantized = right_answer_scores(run, engine, some, examples)
-    return {"deployed": compare(full, quantized, [groups[draft] for draft in chosen]).as_dict()}
-
-
 def _correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float | None:
     found = pearson(a, b)
     return None if found is None else round(found, 4)
@@ -213,10 +178,5 @@ def _describe(summary: Summary) -> str:
         parts.append(
             f"adaptive: {race['measured']} of {race['of']} scores measured ({share:.0%}), ranks of {race['open']} "
             f"drafts still undecided (risk above {race['error']:.0%})"
-        )
-    if deployed := summary.get("deployed"):
-        parts.append(
-            f"against 16 bits: best unchanged in {deployed['best_kept']:.0%}, worst unchanged in "
-            f"{deployed['worst_kept']:.0%} of {deployed['questions']} questions"
         )
     return "; ".join(parts)
