@@ -14,6 +14,7 @@ import numpy as np
 
 from arte_edge.bench.settings import Split, describe
 from arte_edge.bench.timing import OnProgress
+from arte_edge.device.contention import CpuMeter, contention
 from arte_edge.errors import InputError
 from arte_edge.results.accuracy import PairedAccuracy, paired_on_common
 from arte_edge.results.rows import DeviceFacts, QualityRow
@@ -79,10 +80,13 @@ def measure_quality(
     model = open_model(path, threads)
     try:
         begin = datetime.now(UTC)
+        cpu = CpuMeter(thread_count(threads))
         model.generate(["Question:"], _WARMUP_TOKENS)  # so that the first answer does not include warming up
+        cpu.start()
         found = answer_examples(
             model, task, examples, False, max_tokens=answer_tokens, timed=True, progress=progress
         )
+        contended, _ = contention([cpu.stop()], thread_count(threads))
         tokens = [  # generated; a stop token does not count
             max(0, len(model.tokenize(one.prompt + one.text)) - len(model.tokenize(one.prompt)))
             for one in found
@@ -111,6 +115,7 @@ def measure_quality(
         answer_tokens_mean=float(np.mean(tokens)),
         answer_seconds_p50=p50,
         answer_seconds_p95=p95,
+        contended=contended,
         device=device,
     )
     if reference is None:

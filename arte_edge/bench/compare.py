@@ -12,7 +12,15 @@ from typing import Any, TypeVar
 
 from arte_edge.errors import InputError
 from arte_edge.results.accuracy import PairedAccuracy, paired_on_common
-from arte_edge.results.rows import BENCH_NAME, QualityRow, Row, SpeedRow, parse_row, read_rows
+from arte_edge.results.rows import (
+    BENCH_NAME,
+    QualityRow,
+    Row,
+    SpeedRow,
+    disturbance,
+    parse_row,
+    read_rows,
+)
 from arte_edge.stats import Ratio, ratio
 
 __all__ = ["Comparison", "QualityPair", "SpeedPair", "compare", "rows_of"]
@@ -66,7 +74,7 @@ _MODEL_KEYS = ("model_filename", "tensor_sha256", "runtime", "test_time")
 _SPEED_KEYS = (
     *_MODEL_KEYS,
     *("status", "reason", "median_ts", "ttft_ms", "itl_p50_ms", "itl_p95_ms", "load_ms"),
-    *("peak_rss_bytes", "energy_j", "energy_source", "throttled"),
+    *("peak_rss_bytes", "energy_j", "energy_source", "throttled", "contended"),
 )
 _QUALITY_KEYS = (
     *_MODEL_KEYS,
@@ -90,14 +98,14 @@ class SpeedPair:
     @property
     def verdict(self) -> str:
         """``faster``, ``slower``, ``same`` (no significant difference), or ``?`` (unknown)."""
-        if self.rate is None or self.rate.beyond_chance is None or self.throttled:
+        if self.rate is None or self.rate.beyond_chance is None or self.disturbed:
             return "?"
         return "same" if not self.rate.beyond_chance else "faster" if self.rate.value > 1 else "slower"
 
     @property
-    def throttled(self) -> bool:
-        """A throttled side makes the ratio one of the cooling, not of the files."""
-        return bool(self.a.throttled or self.b.throttled)
+    def disturbed(self) -> str:
+        """What disturbed a side, so that the ratio is one of the cooling or of other work; empty: nothing."""
+        return disturbance(self.a) or disturbance(self.b)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -160,7 +168,7 @@ class Comparison:
 def compare(a: Sequence[Row], b: Sequence[Row], *, force: bool = False) -> Comparison:
     """Pair the rows of `a` and `b`.
 
-    Of several results of one test, a valid one is preferred to a throttled one and that to a failure, a whole
+    Of several results of one test, a valid one is preferred to a disturbed one and that to a failure, a whole
     split to a part of it, and then the newest. Speeds are paired by test, depth, threads, cache types and device;
     answers by task and split, on any device. Rows of the same tensors are paired first, then those of the same
     file name, of the same type, and the rest if each side has one model; the same runtime before another one.
@@ -217,10 +225,10 @@ def _best(rows: Iterable[R]) -> list[R]:
 
 
 def _validity(row: Row) -> int:
-    """Return the rank of a row: valid, throttled, failed; a whole split, a part of it."""
+    """Return the rank of a row: valid, disturbed, failed; a whole split, a part of it."""
     if isinstance(row, QualityRow):
         return 0 if row.partial else 1
-    return 0 if not row.ok else 1 if row.throttled else 2
+    return 0 if not row.ok else 1 if disturbance(row) else 2
 
 
 def _speed_protocol(row: SpeedRow) -> Hashable:
@@ -293,9 +301,9 @@ def _notes(speeds: Sequence[SpeedPair], answers: Sequence[QualityPair]) -> list[
             first, second = getattr(one.a.device, key), getattr(one.b.device, key)
             if first != second and first and second:
                 found[f"{key} {first} against {second}"] = None
-        if one.throttled:
-            sides = [name for name, row in (("A", one.a), ("B", one.b)) if row.throttled]
-            found[f"{one.a.test}: {' and '.join(sides)} throttled"] = None
+        for name, row in (("A", one.a), ("B", one.b)):
+            if why := disturbance(row):
+                found[f"{one.a.test}: {name} {why}"] = None
     for answered in answers:
         if answered.paired.n < max(answered.a.n, answered.b.n):
             found[f"{answered.a.task}: compared on the {answered.paired.n} examples that both answered"] = (

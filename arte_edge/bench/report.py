@@ -29,6 +29,7 @@ _WIDTH = 80
 _TITLES = ("test", "thr", "t/s", "TTFT ms", "ITL p50", "p95", "MiB", "°C")
 _WIDTHS, _SIDES = (10, 3, 14, 7, 7, 5, 5, 4), "<>>>>>>>"
 _MIB = 1 << 20
+_CONTENDED = "contended, so cards and recommendations leave it out"
 _STATUS = {"out-of-memory": "out of memory", "refused": "rejected"}  # others are shown as they are
 
 
@@ -111,7 +112,8 @@ def quality_line(row: QualityRow) -> str:
         if row.difference_low is not None and row.difference_high is not None:
             text += f" ({row.difference_low:+.1%} to {row.difference_high:+.1%})"
     if row.answer_seconds_p50 is not None:
-        text += f", an answer in {row.answer_seconds_p50:.2f} s"
+        text += f", an answer in {row.answer_seconds_p50:.2f} s on {row.n_threads} threads"
+        text += f" ({_CONTENDED}: other work held the cores)" if row.contended else ""
     if row.partial:
         text += "; partial: not all of the split"
     return textwrap.fill(text, _WIDTH, subsequent_indent="  ")
@@ -160,6 +162,7 @@ def _cells(row: SpeedRow) -> list[str]:
         rate = f"{_number(row.median_ts)} ± {_number(row.stddev_ts)}"
     else:
         rate = _number(row.median_ts)
+    rate += "?" if row.contended else ""
     heat = "" if row.temperature_c_max is None else f"{row.temperature_c_max:.0f}"
     memory = "" if row.peak_rss_bytes is None else f"{row.peak_rss_bytes / _MIB:.0f}"
     return [
@@ -181,6 +184,10 @@ def _notes(row: SpeedRow) -> list[str]:
         notes.append(row.reason)
     if row.throttled:
         notes.append(f"throttled: {row.throttle_reason}")
+    if row.contended:
+        notes.append(f"{_CONTENDED}: {row.contended_reason}")
+    elif row.n_repeated:
+        notes.append(f"other work held the cores at times: {row.n_repeated} repetitions were done again")
     if row.slowed and row.sustained_ts is not None and row.burst_ts is not None:
         rates = f"{_number(row.burst_ts)} t/s at the start, {_number(row.sustained_ts)} at the end"
         notes.append(f"slowed down: {rates}")

@@ -27,6 +27,7 @@ from arte_edge.bench.settings import (
     find_targets,
     load_suite,
     make_settings,
+    threads_note,
 )
 from arte_edge.bench.timing import OnProgress
 from arte_edge.bench.worker import run_child
@@ -218,6 +219,8 @@ def run_bench(
     for target in targets:
         choose_runtime(target.path, settings.runtime)
     todo = [(target, case) for target in targets for case in cases(target.path, settings, device)]
+    if 0 in settings.threads:
+        reporter.note(threads_note(device))
     rows: list[SpeedRow] = []
     for number, (target, case) in enumerate(todo, 1):
         label = f"{number}/{len(todo)} {target.model_filename} {case.test}, {case.threads} threads"

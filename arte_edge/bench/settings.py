@@ -8,6 +8,7 @@ with one table ``[bench]`` whose keys are those of `BenchSettings`; the command 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ __all__ = [
     "find_targets",
     "load_suite",
     "make_settings",
+    "threads_note",
 ]
 
 Runtime = Literal[
@@ -202,6 +204,15 @@ def decode_threads(device: DeviceFacts) -> int:
         with contextlib.suppress(InputError):  # a user's profile that was removed
             threads = min(threads, find_device(device.profile).cores)
     return max(1, threads)
+
+
+def threads_note(device: DeviceFacts) -> str:
+    """Return how many threads ``auto`` is, and what sets it."""
+    count = decode_threads(device)
+    source = "one per fast core; -t or ARTE_EDGE_THREADS sets another number"
+    source = "ARTE_EDGE_THREADS" if threads_from_environment() else source
+    ignored = "; OMP_NUM_THREADS has no effect" if os.environ.get("OMP_NUM_THREADS") else ""
+    return f"{count} thread{'s' * (count != 1)} ({source}{ignored})"
 
 
 def parse_counts(text: str, *, threads: bool = False) -> tuple[int, ...]:

@@ -244,6 +244,7 @@ def main() -> None:
 def measure_case(case: Case, report: OnProgress) -> dict[str, Any]:
     """Open the model, measure, and return the fields of a `SpeedRow` that only this process knows."""
     from arte_edge.bench.sensors import EnergyMeter, Sensors
+    from arte_edge.device.contention import CpuMeter
     from arte_edge.runtimes.loader import open_decoder, warm_import
 
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -263,7 +264,7 @@ def measure_case(case: Case, report: OnProgress) -> dict[str, Any]:
     test_time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     with Sensors(power_watts=case.power_watts) as sensors:
         meter = EnergyMeter(power_watts=case.power_watts)
-        timed = measure(model, case, meter if meter.source else None, report)
+        timed = measure(model, case, meter if meter.source else None, report, CpuMeter(case.threads))
     readings = sensors.readings()
     throttled, reason = judge(sensors.bits_before, readings, sensors.bits_after, sensors.limit_c)
     heats = [reading.temperature_c for reading in readings if reading.temperature_c is not None]

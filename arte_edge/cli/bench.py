@@ -32,7 +32,10 @@ def bench(
     threads: Annotated[
         str | None,
         typer.Option(
-            "-t", "--threads", metavar="N,..", help="As in 1,2,4 or 1-4+1. [auto: one per fast core]"
+            "-t",
+            "--threads",
+            metavar="N,..",
+            help="As in 1,2,4 or 1-4+1. [auto: ARTE_EDGE_THREADS, else one per fast core]",
         ),
     ] = None,
     repetitions: Annotated[
@@ -104,7 +107,7 @@ def bench(
     """Measure speed, memory, heat and energy of a model.
 
     Needs no configuration. Flags, defaults and JSON fields are llama-bench's where they mean the same; lists
-    multiply.
+    multiply. Rates that other work disturbed are marked "?" and kept out of cards and recommendations.
     """
     if not source:
         raise InputError("Missing argument MODEL.", f"{_MODEL} For example: arte-edge bench model.gguf")

@@ -80,8 +80,7 @@ def _speed_line(one: SpeedPair) -> str:
         shown = f"{one.rate.value:.3f}"
         if one.rate.low is not None and one.rate.high is not None:
             interval = f"[{one.rate.low:.3f}, {one.rate.high:.3f}]"
-    if one.throttled:
-        verdict = "throttled"
+    verdict = one.disturbed or verdict
     return (
         f"{one.a.test:<12} {one.a.n_threads:>3} {_rate(one.a):>9} {_rate(one.b):>9}  "
         f"{shown:>5} {interval:<15}  {verdict}"

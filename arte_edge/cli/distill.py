@@ -56,7 +56,8 @@ def distill(
     """Distil a student for a task, from a run file or flags.
 
     Stages: check, elicit, calibrate, prefer, align, tailor, tune, evaluate. The run can be stopped at any
-    moment: re-run the same command to resume.
+    moment: re-run the same command to resume. llama.cpp uses ARTE_EDGE_THREADS threads (OMP_NUM_THREADS has no
+    effect on it), else every core.
     """
     from arte_edge import api
 

@@ -140,15 +140,18 @@ def device_rates(config: Deploy, student: LocalModel) -> Rates:
     from arte_edge.device.roofline import PREFILL_FACTOR, predict
 
     profile, names = _device(config)
-    artifact, best, folder = _measured_file(config, names) if config.rates else (None, None, None)
+    artifact, best, left_out, folder = (
+        _measured_file(config, names) if config.rates else (None, None, (), None)
+    )
+    aside = "".join(f"; {note}" for note in left_out).removesuffix(".")
     if best is not None and best.decode:
         if best.prefill:
             return Rates(best.decode, best.prefill, "measured", best.source)
-        source = f"{best.source}; prefill assumed to be {PREFILL_FACTOR} times as fast"
+        source = f"{best.source}; prefill assumed to be {PREFILL_FACTOR} times as fast{aside}"
         return Rates(best.decode, best.decode * PREFILL_FACTOR, "predicted", source)
     if profile is None:
         raise InputError(
-            f"deploy.device = '{config.device}': no such profile, and not measured for {config.file}",
+            f"deploy.device = '{config.device}': no such profile, and not measured for {config.file}{aside}",
             "See `arte-edge devices ls`, or measure it: arte-edge bench FILE, and set deploy.rates.",
         )
     path = folder / artifact.file if folder and artifact else None
@@ -159,7 +162,7 @@ def device_rates(config: Deploy, student: LocalModel) -> Rates:
             f"deploy.device = '{config.device}': its memory bandwidth is unknown, so nothing can be predicted",
             "Measure it: arte-edge bench FILE on the device, and set deploy.rates.",
         )
-    source = f"{predicted.source}; prefill assumed to be {PREFILL_FACTOR} times as fast"
+    source = f"{predicted.source}; prefill assumed to be {PREFILL_FACTOR} times as fast{aside}"
     return Rates(rate, rate * PREFILL_FACTOR, "predicted", source)
 
 
@@ -178,8 +181,8 @@ def _device(config: Deploy) -> tuple[Profile | None, frozenset[str]]:
 
 def _measured_file(
     config: Deploy, names: frozenset[str]
-) -> tuple[Artifact | None, Measured | None, Path | None]:
-    """Return the exported file that ``deploy.file`` names, its measurement, and their folder.
+) -> tuple[Artifact | None, Measured | None, tuple[str, ...], Path | None]:
+    """Return the exported file that ``deploy.file`` names, its measurement, what was left out, and their folder.
 
     Raises:
         InputError: ``deploy.rates`` is no folder or file with results.
@@ -194,8 +197,8 @@ def _measured_file(
     rows, student, file = read_bench(folder), read_student(folder), config.file
     for artifact in student.artifacts if student else ():
         if file in (artifact.quantization, artifact.file, artifact.file.rstrip("/")):
-            return artifact, measured(artifact, names, rows)[0], folder
-    return None, best_of_rows(rows, file, names), folder
+            return artifact, *measured(artifact, names, rows), folder
+    return None, *best_of_rows(rows, file, names), folder
 
 
 def _predicted_shape(kind: str, student: LocalModel) -> ModelSize:

@@ -91,7 +91,8 @@ def _prepare(run: RunContext, *, update: bool) -> None:
         run.reporter.say(
             f"{deploy.device}, {deploy.file}: {deploy.max_answer_seconds:g} s minus prefill of "
             f"{run.budget.prompt_tokens} prompt tokens at {rates.prefill_tokens_per_s:.0f}/s leaves "
-            f"{run.budget.answer_tokens} tokens to answer at {rates.decode_tokens_per_s:.1f}/s ({rates.evidence})"
+            f"{run.budget.answer_tokens} tokens to answer at {rates.decode_tokens_per_s:.1f}/s "
+            f"({rates.evidence}: {rates.source})"
         )
     if kind := run.config.prefer.student_file:
         quantized_student(run.local(student), kind)

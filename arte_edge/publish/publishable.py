@@ -1,8 +1,8 @@
 """Which measurements are published: one rule for the card, its front matter, GGUF keys and the Hub.
 
 A speed measured while the device was throttled reflects its cooling, not its speed; it is published
-only on request. An accuracy on part of a split is for trying out and is never published. A file that
-the gate rejected is not published at all.
+only on request. One measured while other work held the cores is never published, nor is an accuracy on
+part of a split, which is for trying out, nor a file that the gate rejected.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from arte_edge import catalog
 from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.rows import disturbance, left_out_notes
 from arte_edge.results.student_json import Artifact, Evaluation, Speed, StudentFile
 
 __all__ = [
@@ -33,15 +34,15 @@ def files(student: StudentFile) -> list[Artifact]:
 
 def speeds(artifact: Artifact, allow_throttled: bool = False) -> list[Speed]:
     """Return the publishable speeds of a file, in a fixed order."""
-    found = [
-        speed for speed in artifact.speeds if speed.measured and (allow_throttled or not speed.throttled)
-    ]
+    allowed = ("", "throttled") if allow_throttled else ("",)
+    found = [speed for speed in artifact.speeds if speed.measured and disturbance(speed) in allowed]
     return sorted(found, key=lambda s: (s.device, s.fingerprint, s.runtime, s.threads, s.n_depth))
 
 
-def left_out(artifact: Artifact) -> int:
-    """Return how many speeds of a file are known only from a throttled device."""
-    return sum(speed.measured and bool(speed.throttled) for speed in artifact.speeds)
+def left_out(student: StudentFile, allow_throttled: bool = False) -> tuple[str, ...]:
+    """Return a sentence for each reason why speeds are not published."""
+    kinds = [kind for artifact in files(student) for speed in artifact.speeds for kind in speed.disturbances]
+    return left_out_notes(kind for kind in kinds if not (allow_throttled and kind == "throttled"))
 
 
 def evaluations(found: Sequence[Evaluation]) -> list[Evaluation]:

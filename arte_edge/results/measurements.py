@@ -1,7 +1,7 @@
 """The measured speed of one file on one device, from ``student.json`` and the raw rows of ``bench.jsonl``.
 
-Rows are matched by the hash of the tensor data. Measurements of a throttled device or under an emulator
-are ignored. Of several measurements of a file (threads, runtimes) the one with the highest decode rate
+Rows are matched by the hash of the tensor data. Measurements of a throttled device, beside other work, or under an
+emulator are left out. Of several measurements of a file (threads, runtimes) the one with the highest decode rate
 counts, with its own prefill rate and memory.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from arte_edge.results.merge import belongs_to
-from arte_edge.results.rows import Row, SpeedRow
+from arte_edge.results.rows import Row, SpeedRow, disturbance, left_out_notes
 from arte_edge.results.student_json import Artifact
 
 __all__ = ["Measured", "best_of_rows", "measured"]
@@ -31,31 +31,43 @@ class Measured:
 
 def measured(
     artifact: Artifact, names: frozenset[str], rows: Sequence[Row] = ()
-) -> tuple[Measured | None, int]:
-    """Return the measurement that counts, None if there is none; and how many throttled ones were left out."""
+) -> tuple[Measured | None, tuple[str, ...]]:
+    """Return the measurement that counts, None if there is none; and a sentence for those that were left out."""
     speeds = [speed for speed in artifact.speeds if names & speed.names]
     found = [
         Measured(
             s.decode_tokens_per_s, s.prefill_tokens_per_s, s.peak_rss_bytes, _source(s.runtime, s.threads)
         )
         for s in speeds
-        if not s.throttled
+        if not disturbance(s)
     ]
     mine = [row for row in _speed_rows(rows, names) if belongs_to(row, artifact)]
-    found += _from_rows([row for row in mine if not row.throttled])
+    best, left_out = _best(mine, found)
     # A row of bench.jsonl is merged into student.json too: it must not count twice.
-    throttled = sum(bool(one.throttled) for one in (mine or speeds))
-    return max(found, key=lambda one: one.decode or 0.0, default=None), throttled
+    kinds = left_out if mine else [kind for speed in speeds for kind in speed.disturbances]
+    return best, left_out_notes(kinds)
 
 
-def best_of_rows(rows: Sequence[Row], file: str, names: frozenset[str]) -> Measured | None:
-    """Return the fastest measurement of a file by its name or quantization type, where its hash is unknown."""
-    mine = [
-        row
-        for row in _speed_rows(rows, names)
-        if file in (row.quantization, row.model_filename) and not row.throttled
-    ]
-    return max(_from_rows(mine), key=lambda one: one.decode or 0.0, default=None)
+def best_of_rows(
+    rows: Sequence[Row], file: str, names: frozenset[str]
+) -> tuple[Measured | None, tuple[str, ...]]:
+    """Return the same of a file by its name or quantization type, where its hash is unknown."""
+    mine = [row for row in _speed_rows(rows, names) if file in (row.quantization, row.model_filename)]
+    best, left_out = _best(mine, [])
+    return best, left_out_notes(left_out)
+
+
+def _best(rows: Sequence[SpeedRow], found: Sequence[Measured]) -> tuple[Measured | None, list[str]]:
+    """Return the fastest of `found` and the valid rows; and what disturbed others, but for a rate measured again."""
+
+    def test(row: SpeedRow) -> tuple[str | int, ...]:
+        return row.model_filename, row.runtime, row.n_threads, row.n_prompt, row.n_gen, row.n_depth
+
+    valid = [row for row in rows if not disturbance(row)]
+    again = set(map(test, valid))
+    kinds = [disturbance(row) for row in rows if not (row.contended and test(row) in again)]
+    best = max([*found, *_from_rows(valid)], key=lambda one: one.decode or 0.0, default=None)
+    return best, [kind for kind in kinds if kind]
 
 
 def _from_rows(rows: Sequence[SpeedRow]) -> list[Measured]:

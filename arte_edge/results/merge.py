@@ -2,7 +2,7 @@
 
 A row belongs to the file with its tensor hash, even after the file's metadata was rewritten.
 One test of one file is identified by device, runtime, threads and shape. Of two results for the same
-test a valid one wins over one from a throttled device, that over a failure, and among equals the
+test a valid one wins over a throttled or contended one, that over a failure, and among equals the
 newer: a rerun replaces its own entry and no other, and merging is idempotent and independent of the
 order of the rows. The rows themselves stay in ``bench.jsonl``.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from arte_edge.cache import locked
 from arte_edge.errors import InputError
 from arte_edge.results.accuracy import Record
-from arte_edge.results.rows import QualityRow, Row, SpeedRow
+from arte_edge.results.rows import QualityRow, Row, SpeedRow, disturbance
 from arte_edge.results.student_json import (
     FILE_NAME,
     Artifact,
@@ -167,14 +167,14 @@ def _rank(test: SpeedTest) -> tuple[int, str, str]:
 
 
 def _validity(test: SpeedTest) -> int:
-    return 0 if test.status != "ok" else 1 if test.throttled else 2
+    return 0 if test.status != "ok" else 1 if disturbance(test) else 2
 
 
 def _speed(key: _Key, facts: tuple[str, str], tests: tuple[SpeedTest, ...]) -> Speed:
     """Return the entry whose summary metrics are taken from `tests`.
 
     They come from the tests nearest to llama-bench's defaults (prefill of 512 tokens, generation of
-    128) among the valid ones, or among those of the throttled device if there is no other. A pg test,
+    128) among the valid ones, or among the throttled and contended if there is no other. A pg test,
     which does both, gives neither rate.
     """
     fingerprint, runtime, threads, n_depth = key
@@ -186,7 +186,10 @@ def _speed(key: _Key, facts: tuple[str, str], tests: tuple[SpeedTest, ...]) -> S
     prefill = min(reads, key=lambda test: (abs(test.n_prompt - 512), test.n_prompt), default=None)
     decode = min(writes, key=lambda test: (abs(test.n_gen - 128), test.n_gen), default=None)
     taken = [test for test in (prefill, decode) if test is not None]
-    reported = [test.throttled for test in taken if test.throttled is not None]
+    throttled, contended = (
+        [flag for test in taken if (flag := getattr(test, name)) is not None]
+        for name in ("throttled", "contended")
+    )
     memory = [test.peak_rss_bytes for test in taken if test.peak_rss_bytes is not None]
     warmth = [test.temperature_c_max for test in taken if test.temperature_c_max is not None]
     return Speed(
@@ -204,7 +207,8 @@ def _speed(key: _Key, facts: tuple[str, str], tests: tuple[SpeedTest, ...]) -> S
         itl_p95_ms=decode.itl_p95_ms if decode else None,
         peak_rss_bytes=max(memory, default=None),
         temperature_c_max=max(warmth, default=None),
-        throttled=any(reported) if reported else None,
+        throttled=any(throttled) if throttled else None,
+        contended=any(contended) if contended else None,
         energy_j=decode.energy_j if decode else None,
         tests=tests,
     )
@@ -234,10 +238,10 @@ def _evaluations(there: Sequence[Evaluation], rows: Sequence[QualityRow]) -> tup
     return tuple(best[key] for key in sorted(best))
 
 
-def _priority(found: Evaluation) -> tuple[bool, int, str, str]:
-    """A whole split wins over a part of it, a larger part over a smaller one, then the newer."""
+def _priority(found: Evaluation) -> tuple[bool, int, bool, str, str]:
+    """A whole split wins over a part, a larger part over a smaller one, valid times over contended, then the newer."""
     size = found.n if found.partial else 0
-    return not found.partial, size, found.test_time, found.model_dump_json()
+    return not found.partial, size, not found.contended, found.test_time, found.model_dump_json()
 
 
 def evaluation_of(row: QualityRow) -> Evaluation:

@@ -12,9 +12,10 @@ crash cut off is dropped; it is always the last one.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -24,6 +25,7 @@ from arte_edge.store import parse_line
 
 __all__ = [
     "BENCH_NAME",
+    "CpuUse",
     "DeviceFacts",
     "QualityRow",
     "Reading",
@@ -31,6 +33,8 @@ __all__ = [
     "SpeedRow",
     "Status",
     "append_rows",
+    "disturbance",
+    "left_out_notes",
     "parse_row",
     "read_rows",
 ]
@@ -70,6 +74,22 @@ class Reading(Record):
     clock_mhz: float | None = None
     throttle_bits: int | None = Field(default=None, description="of `vcgencmd get_throttled`, Raspberry Pi")
     power_w: float | None = None
+
+
+class CpuUse(Record):
+    """How the cores were used during one repetition. None: the system does not report it."""
+
+    wall_s: float = Field(ge=0)
+    run_share: float = Field(description="CPU time of the benchmark over wall time and threads, spinning too")
+    wait_share: float | None = Field(
+        default=None, description="largest share of the wall time that one thread was ready but had no core"
+    )
+    others_cores: float | None = Field(default=None, description="cores that other processes used")
+    steal_share: float | None = Field(
+        default=None, description="time taken by a hypervisor over wall time and threads"
+    )
+    quota_share: float | None = Field(default=None, description="likewise, stopped by a container's limit")
+    switches: int | None = Field(default=None, description="involuntary context switches")
 
 
 class SpeedRow(Record):
@@ -146,6 +166,12 @@ class SpeedRow(Record):
     energy_source: str = Field(default="", description="rapl, pmic, ina219, meter; empty: not measured")
     readings: tuple[Reading, ...] = Field(default=(), description="the sensors, about once a second")
     load_average: float | None = Field(default=None, description="of the last minute, before the test")
+    cpu: tuple[CpuUse, ...] = Field(default=(), description="how the cores were used, of each sample")
+    contended: bool | None = Field(
+        default=None, description="other work held the cores; None: the system does not report it"
+    )
+    contended_reason: str = ""
+    n_repeated: int = Field(default=0, ge=0, description="contended samples that were discarded and repeated")
 
     # predicted by arte_edge.device.roofline
     expected_ts: float | None = None
@@ -183,10 +209,37 @@ class QualityRow(PairedAccuracy):
     answer_tokens_mean: float | None = Field(default=None, description="tokens generated per answer")
     answer_seconds_p50: float | None = Field(default=None, description="from the prompt to the last token")
     answer_seconds_p95: float | None = None
+    contended: bool | None = Field(default=None, description="other work held the cores: true of the times")
     device: DeviceFacts
 
 
 Row = SpeedRow | QualityRow
+
+
+class _Rate(Protocol):
+    @property
+    def throttled(self) -> bool | None: ...
+    @property
+    def contended(self) -> bool | None: ...
+
+
+def disturbance(rate: _Rate) -> str:
+    """Return why a rate is not the device's: ``contended`` or ``throttled``; empty if it is."""
+    return "contended" if rate.contended else "throttled" if rate.throttled else ""
+
+
+_LEFT_OUT = {
+    "contended": "other work held the cores: close it and run the same `arte-edge bench` again",
+    "throttled": "the device was throttled: cool it and run the same `arte-edge bench` again",
+}
+
+
+def left_out_notes(disturbances: Iterable[str]) -> tuple[str, ...]:
+    """Return a sentence for each kind of disturbance: how many measurements it spoiled, and what to do."""
+    counts = Counter(disturbances)
+    return tuple(
+        f"{counts[kind]} measurement(s) left out, {why}." for kind, why in _LEFT_OUT.items() if counts[kind]
+    )
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -7,7 +7,7 @@ them. It holds no path, and no time except that of a measurement: the same expor
 
 A speed entry is one file on one device with one runtime and number of threads. It holds every test
 that was run there, and a summary of them, taken from valid tests where there are any, else from tests
-on a throttled device, and marked so.
+on a throttled device or beside other work, and marked so.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pydantic import Field
 from arte_edge.cache import write_atomic
 from arte_edge.errors import InputError, reading
 from arte_edge.results.accuracy import SCHEMA_VERSION, PairedAccuracy, Record
+from arte_edge.results.rows import disturbance
 
 __all__ = [
     "FILE_NAME",
@@ -181,6 +182,7 @@ class Evaluation(PairedAccuracy):
     task_sha256: str = ""
     answer_seconds_p50: float | None = Field(default=None, description="from the prompt to the last token")
     answer_seconds_p95: float | None = None
+    contended: bool | None = Field(default=None, description="other work held the cores: true of the times")
     test_time: str = Field(default="", description="when it was measured, ISO 8601, UTC")
 
 
@@ -204,6 +206,7 @@ class SpeedTest(Record):
     peak_rss_bytes: int | None = None
     temperature_c_max: float | None = None
     throttled: bool | None = Field(default=None, description="null: the device does not report it")
+    contended: bool | None = Field(default=None, description="other work held the cores; null: not reported")
     energy_j: float | None = Field(default=None, description="of the repetitions that count, as measured")
     energy_source: str = ""
 
@@ -222,6 +225,7 @@ class Speed(Record):
     peak_rss_bytes: int | None = None
     temperature_c_max: float | None = None
     throttled: bool | None = None
+    contended: bool | None = None
     energy_j: float | None = None
     fingerprint: str = Field(default="", description="of the device, over what does not change between runs")
     profile: str = Field(default="", description="name of the device's profile; empty: none fits")
@@ -233,6 +237,11 @@ class Speed(Record):
     def names(self) -> set[str]:
         """The names of the device: its profile and its fingerprint."""
         return {self.device, self.fingerprint, self.profile} - {""}
+
+    @property
+    def disturbances(self) -> list[str]:
+        """What disturbed its tests, each kind once: contended, throttled."""
+        return sorted({kind for one in self.tests or (self,) if (kind := disturbance(one))})
 
     @property
     def measured(self) -> bool:

@@ -78,7 +78,8 @@ def test_many_files_are_paired_by_their_tensors_and_the_newest_counts() -> None:
 
 
 def test_a_sound_result_is_not_hidden_by_a_later_one_that_is_not() -> None:
-    a = [speed(), speed(rates=(9.0, 9.1), throttled=True), speed(rates=(), status="crashed")]
+    bad = [speed(rates=(9.0, 9.1), **{kind: True}) for kind in ("throttled", "contended")]
+    a = [speed(), *bad, speed(rates=(), status="crashed")]
     assert only(compare(a, [speed()])).a is a[0]
     answered = [quality("1" * 40), quality("0" * 5, partial=True)]
     assert compare(answered, [quality("1" * 40)]).qualities[0].paired.n == 40
@@ -118,9 +119,10 @@ def test_a_sweep_is_compared_where_the_two_meet_and_the_rest_is_listed() -> None
     assert found.only_a == ("student-Q8_0.gguf tg128, 1 threads", "student-Q8_0.gguf tg128, 2 threads")
 
 
-def test_a_throttled_or_failed_side_gives_no_verdict() -> None:
-    found = compare([speed()], [speed(rates=(10.0, 10.1), throttled=True)])
-    assert only(found).verdict == "?" and "tg128: B throttled" in found.differs
+@pytest.mark.parametrize("kind", ["throttled", "contended"])
+def test_a_disturbed_or_failed_side_gives_no_verdict(kind: str) -> None:
+    found = compare([speed()], [speed(rates=(10.0, 10.1), **{kind: True})])
+    assert only(found).verdict == "?" and f"tg128: B {kind}" in found.differs
     failed = speed(rates=(), status="out-of-memory", reason="killed")
     assert only(compare([speed()], [failed])).rate is None
 

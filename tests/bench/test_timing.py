@@ -15,7 +15,8 @@ import pytest
 from tiny import facts
 
 from arte_edge.bench.settings import BenchSettings, Case, cases
-from arte_edge.bench.timing import draw_tokens, measure, min_samples, pace, percentile, spread, trend
+from arte_edge.bench.timing import draw_tokens, measure, metrics, min_samples, pace, percentile, spread, trend
+from arte_edge.results.rows import CpuUse
 from arte_edge.runtimes.null import NullDecoder
 from arte_edge.runtimes.protocol import RuntimeFacts
 
@@ -112,6 +113,45 @@ def test_energy_is_the_sum_of_the_repetitions_or_unknown() -> None:
     assert (timed.energy_j, timed.energy_source) == (6.5, "rapl")
     timed = measure(Recorder(), case(n_gen=2), Meter([1.0, None, 3.5]))
     assert (timed.energy_j, timed.energy_source) == (None, ""), "a part of it must not pass for all of it"
+
+
+class Cpu:
+    """A meter that says of each repetition whether a thread waited for its core."""
+
+    def __init__(self, *waited: bool) -> None:
+        self.waited = list(waited)
+
+    def start(self) -> None: ...
+
+    def stop(self) -> CpuUse:
+        return CpuUse(wall_s=1.0, run_share=1.0, wait_share=0.5 * self.waited.pop(0))
+
+
+@pytest.mark.parametrize(
+    ("waited", "n_repeated", "contended"),
+    [
+        ([False] * 3, 0, False),
+        ([False, True, True, False, False], 2, False),
+        ([True] * 6, 3, True),
+        ([*[True] * 3, False, False, True], 3, True),
+    ],
+)
+def test_a_repetition_beside_other_work_is_done_again_and_what_stays_is_marked(
+    monkeypatch: pytest.MonkeyPatch, waited: list[bool], n_repeated: int, contended: bool
+) -> None:
+    monkeypatch.setattr("arte_edge.bench.timing._PAUSE_S", 0.0)
+    joules = [9.0 if bad else 1.0 for bad in waited]
+    timed = measure(Recorder(), case(n_gen=2), Meter(joules), cpu=Cpu(*waited))
+    found = metrics(case(n_gen=2), timed)
+    assert (found["n_repeated"], found["contended"]) == (n_repeated, contended)
+    assert len(timed.samples_ns) == len(timed.token_ns) == len(found["cpu"]) == 3
+    assert contended or found["energy_j"] == 3.0, "discarded repetitions do not count"
+
+
+def test_repeating_ends_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arte_edge.bench.timing._REPEATING_S", 0.02)
+    monkeypatch.setattr("arte_edge.bench.timing._PAUSE_S", 0.0)
+    assert measure(Recorder(step_s=0.02), case(n_gen=2), cpu=Cpu(*[True] * 6)).n_repeated == 1
 
 
 def test_the_harness_takes_less_than_two_percent_of_a_millisecond_token() -> None:

@@ -193,7 +193,8 @@ def bench(folder: Path, *rows: SpeedRow) -> str:
 
 def test_measured_rows_of_the_file_on_the_device_count(tmp_path: Path, student: LocalModel) -> None:
     others = [row(90, "tg128", quantization="Q8_0"), row(95, "tg128", "orange-pi-5")]
-    rows = [row(200, "pp512"), row(40, "tg128"), *others, row(99, "tg128", throttled=True)]
+    rows = [row(200, "pp512"), row(40, "tg128"), *others]
+    rows += [row(99, "tg128", throttled=True), row(99, "tg128", contended=True)]
     folder = bench(tmp_path / "b", *rows)
     for rates in (folder, f"{folder}/bench.jsonl"):
         found = device_rates(Deploy(device=PI, rates=rates), student)
@@ -215,6 +216,16 @@ def test_writing_without_reading_is_no_measurement_of_an_answer(tmp_path: Path, 
     found = device_rates(Deploy(device=PI, rates=bench(tmp_path / "b", row(40, "tg128"))), student)
     assert found.evidence == "predicted" and found.prefill_tokens_per_s == pytest.approx(76)
     assert "assumed" in found.source
+
+
+def test_a_rate_beside_other_work_is_not_taken_and_it_is_said(tmp_path: Path, student: LocalModel) -> None:
+    half = bench(tmp_path / "a", row(200, "pp512", contended=True), row(40, "tg128"))
+    found = device_rates(Deploy(device=PI, rates=half), student)
+    assert found.evidence == "predicted" and found.prefill_tokens_per_s == pytest.approx(76)
+    assert "1 measurement(s) left out" in found.source
+    busy = bench(tmp_path / "b", row(200, "pp512", contended=True), row(40, "tg128", contended=True))
+    with pytest.raises(InputError, match=r"left out.* run the same `arte-edge bench` again"):
+        device_rates(Deploy(device="0" * 16, rates=busy), student)
 
 
 def test_a_device_that_nobody_knows_and_nobody_measured_is_refused(

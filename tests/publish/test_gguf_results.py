@@ -57,6 +57,9 @@ def test_throttled_rates_and_partial_accuracies_stay_out_of_the_file(export_fold
     assert "arte_edge.bench.0.accuracy" not in found
     write_keys(export_folder)  # and they go again
     assert "arte_edge.bench.count" not in values(export_folder / NAME)
+    merge_rows(export_folder, [speed_row(contended=True, test_time="2027")])
+    write_keys(export_folder, allow_throttled=True)
+    assert "arte_edge.bench.count" not in values(export_folder / NAME)
 
 
 def test_another_files_results_are_not_written_into_it(export_folder: Path, make_gguf: Make) -> None:

@@ -44,14 +44,26 @@ def test_threads_runtimes_and_depths_have_their_own_entries(export_folder: Path)
     assert {(s.n_depth, s.decode_tokens_per_s) for s in found} == {(0, 20.0), (512, 15.0)}
 
 
-def test_a_throttled_rate_is_kept_and_marked_and_never_displaces_a_sound_one(export_folder: Path) -> None:
-    hot = speed_row("tg128", 9.0, throttled=True, test_time="2026-11-26T10:00:00Z")
-    (speed,) = speeds(merge_rows(export_folder, [hot]))
-    assert (speed.throttled, speed.decode_tokens_per_s) == (True, 9.0)
-    (speed,) = speeds(merge_rows(export_folder, [speed_row("tg128", 20.0)]))
-    assert (speed.throttled, speed.decode_tokens_per_s) == (False, 20.0)
-    (speed,) = speeds(merge_rows(export_folder, [hot]))
-    assert (speed.throttled, speed.decode_tokens_per_s) == (False, 20.0)
+@pytest.mark.parametrize("kind", ["throttled", "contended"])
+def test_a_disturbed_rate_is_kept_and_marked_and_never_displaces_a_valid_one(
+    export_folder: Path, kind: str
+) -> None:
+    bad = speed_row("tg128", 9.0, **{kind: True}, test_time="2026-11-26T10:00:00Z")
+    good = speed_row("tg128", 20.0, contended=False)
+    for rows, is_bad, rate in (([bad], True, 9.0), ([good], False, 20.0), ([bad], False, 20.0)):
+        (speed,) = speeds(merge_rows(export_folder, rows))
+        assert (getattr(speed, kind), speed.decode_tokens_per_s) == (is_bad, rate)
+    (speed,) = speeds(merge_rows(export_folder, [speed_row("pp512", 90.0, contended=True)]))
+    assert (speed.prefill_tokens_per_s, speed.decode_tokens_per_s) == (None, 20.0)
+    assert speed.disturbances == ["contended"], "a test beside a valid one is not forgotten"
+
+
+def test_of_equal_evaluations_the_one_with_valid_times_counts(export_folder: Path) -> None:
+    late = quality_row(80, contended=True, answer_seconds_p95=9.0, test_time="2026-11-26T10:00:00Z")
+    (found,) = (
+        merge_rows(export_folder, [late, quality_row(80, answer_seconds_p95=2.0)]).artifacts[0].evaluations
+    )
+    assert found.answer_seconds_p95 == 2.0 and not found.contended
 
 
 def test_a_failed_test_is_kept_with_its_reason_and_gives_no_figure(export_folder: Path) -> None:

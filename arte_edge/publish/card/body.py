@@ -138,11 +138,9 @@ def bench_section(student: StudentFile, options: CardOptions) -> str:
         title = f"**{_cell(device)}**" + (f" ({_cell(cpu)})" if cpu else "")
         rows = (_speed_row(file, speed, options.allow_throttled) for file, speed in found)
         parts.append(f"{title}\n\n{_table(_SPEED_HEAD, rows)}")
-    left_out = sum(publishable.left_out(artifact) for artifact in publishable.files(student))
     if not parts:
         parts.append("Not measured on a device yet: `arte-edge bench`.")
-    if left_out and not options.allow_throttled:
-        parts.append(f"{left_out} measurement(s) omitted: the device was throttled.")
+    parts += publishable.left_out(student, options.allow_throttled)
     if devices:
         parts.append("Medians of repeated runs; every sample is in `bench.jsonl` beside the files.")
     return "\n\n".join(part.rstrip() for part in parts)

@@ -50,7 +50,7 @@ def candidates(
     rates = _accuracies(student, rows)
     found = []
     for artifact in student.artifacts:
-        best, throttled = measured(artifact, names, rows)
+        best, notes = measured(artifact, names, rows)
         decode = ram = prefill = None
         if best is not None:
             decode, ram, prefill = (
@@ -61,7 +61,6 @@ def candidates(
             decode = decode or _metric(guess.decode_tokens_per_s, "predicted", guess.source)
             ram = ram or _metric(guess.ram_bytes, "predicted", guess.source)
             prefill = prefill or _metric(guess.prefill_tokens_per_s, "predicted", guess.prefill_source)
-        notes = (f"{throttled} throttled measurement(s) left out",) if throttled else ()
         answer_s = _answer_s(artifact, names, rows) or _computed_answer_s(decode, prefill, constraints)
         accuracy = rates.get(artifact.file)
         found.append(Candidate(artifact, accuracy, decode, prefill, ram, answer_s, notes))
@@ -104,7 +103,7 @@ def _answer_s(artifact: Artifact, names: frozenset[str], rows: Sequence[Row]) ->
     found = [
         (e.n, e.answer_seconds_p95)
         for e in _evaluations(artifact, rows)
-        if e.answer_seconds_p95 is not None and names & ({e.device, e.fingerprint} - {""})
+        if e.answer_seconds_p95 is not None and not e.contended and names & {e.device, e.fingerprint} - {""}
     ]
     if not found:
         return None

@@ -216,8 +216,11 @@ def pareto_chart(device: str, points: Rows, front: Sequence[str], accuracy: bool
 
 
 def traced(rows: Sequence[SpeedRow]) -> list[SpeedRow]:
-    """Return the tests to draw: of each file on each device the fastest that wrote tokens, and throttled ones."""
-    writing = [row for row in rows if row.ok and row.n_gen and any(row.itl_samples_ms)]
+    """Return the tests to draw: of each file on each device the fastest that wrote tokens, and throttled ones.
+
+    None that other work disturbed.
+    """
+    writing = [row for row in rows if row.ok and row.n_gen and any(row.itl_samples_ms) and not row.contended]
     best: dict[tuple[str, str, bool], SpeedRow] = {}
     for row in writing:
         key = (row.model_filename, row.device.fingerprint, bool(row.throttled))

@@ -176,6 +176,7 @@ def _device(run: RunData, name: str, ids: frozenset[str]) -> dict[str, Any]:
         "about": ", ".join(part for part in about if part),
         "virtual": facts.virtual if facts else "",
         "candidates": known,
+        "notes": [f"{c.file}: {note}" for c in found for note in c.notes],
         "front": front.files,
         "chart": pareto_chart(name, points, front.files, accuracy),
     }

@@ -90,6 +90,10 @@ def test_throttled_rates_and_partial_accuracies_are_omitted(export_folder: Path)
     assert "9.2" not in text and "75.0%" not in text and "1 measurement(s)" in part(text, "bench")
     allowed = render_card(student, CardOptions(allow_throttled=True))
     assert "(throttled)" in part(allowed, "bench") and "throttled: true" in allowed
+    student = merge_rows(export_folder, [speed_row("tg128", 9.25, contended=True, test_time="2027")])
+    for options in (CardOptions(), CardOptions(allow_throttled=True)):
+        text = render_card(student, options)
+        assert "9.2" not in text and "run the same `arte-edge bench` again" in part(text, "bench")
 
 
 def test_a_second_run_changes_nothing(export_folder: Path, measured: StudentFile) -> None:

@@ -148,6 +148,11 @@ def test_raw_rows_count_but_not_throttled_failed_emulated_or_foreign_ones() -> N
     assert c.decode is not None and (c.decode.value, c.decode.source) == (21, ", 4 threads")
     assert c.ram is not None and c.ram.value == 200_000_000
     assert any("throttled" in note for note in found.notes)
+    busy = row(bare, 50, contended=True)
+    (c,) = choose(student_file(bare), PI, Constraints(), rows=[busy]).candidates
+    assert c.decode is None and "run the same `arte-edge bench` again" in c.notes[0]
+    (c,) = choose(student_file(bare), PI, Constraints(), rows=[busy, row(bare, 21)]).candidates
+    assert c.decode is not None and c.decode.value == 21 and c.notes == (), "it was measured again"
     by_print = choose(
         student_file(bare), PI, Constraints(), rows=rows[:1], names=frozenset({facts().fingerprint})
     )
@@ -165,6 +170,9 @@ def test_answers_on_the_device_stand_before_the_gates_but_never_beside_other_exa
     assert [c.accuracy.n for c in found.candidates if c.accuracy] == [200, 200]
     assert [one.file for one in found.violations] == ["m-Q4_K_M.gguf"]
     assert found.candidates[0].answer_s == Metric(2.5, "measured", "95 % of 200 answers")
+    busy = [quality(Q8, contended=True), quality(Q4)]
+    times = [c.answer_s for c in choose(student_file(Q8, Q4), PI, Constraints(), rows=busy).candidates]
+    assert [time and time.evidence for time in times] == ["predicted", "measured"]
     for rows in (both[:1], [both[0], quality(Q4, partial=True)], [both[0], quality(Q4, n=150)]):
         found = choose(student_file(Q8, Q4), PI, Constraints(), rows=rows)
         assert [c.accuracy.n for c in found.candidates if c.accuracy] == [100, 100]

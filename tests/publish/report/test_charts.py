@@ -199,4 +199,5 @@ def test_a_trace_shows_every_token_and_the_temperature_if_there_is_one() -> None
 
 def test_of_each_file_on_a_device_the_fastest_is_traced_and_failures_are_not() -> None:
     rows = [speed(), speed(median_ts=50.0, n_threads=2), speed(status="crashed"), speed(itl_samples_ms=())]
+    rows.append(speed(median_ts=99.0, contended=True))
     assert traced([r for r in rows if r.n_threads]) == [rows[1]]
