@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from arte_edge.bench.settings import Split, describe
+from arte_edge.bench.settings import Request, Split, describe
 from arte_edge.bench.timing import OnProgress
 from arte_edge.device.contention import CpuMeter, contention
 from arte_edge.errors import InputError
@@ -34,12 +34,12 @@ def measure_request(request: dict[str, Any], report: OnProgress) -> dict[str, An
     from arte_edge.tasks.loaders import load_task
 
     report("loading", 0, 0)
-    reference = request["reference"]
+    reference, asked = request["reference"], Request.model_validate(request["request"])
     row = measure_quality(
-        Path(request["path"]),
-        load_task(request["task"], bbh=Path(request["bbh"]) if request["bbh"] else None),
-        split=request["split"],
-        limit=request["limit"],
+        Path(asked.source),
+        load_task(str(asked.task), bbh=asked.bbh),
+        split=asked.split,
+        limit=asked.limit,
         reference=None if reference is None else QualityRow.model_validate_json(json.dumps(reference)),
         threads=request["threads"],
         device=DeviceFacts.model_validate_json(json.dumps(request["device"])),

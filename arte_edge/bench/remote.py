@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 from pydantic import ValidationError
 
-from arte_edge.bench.settings import BenchSettings, Reporter, Request, Split
+from arte_edge.bench.settings import Reporter, Request
 from arte_edge.cache import megabytes
 from arte_edge.device.memory_estimate import does_not_fit, fit
 from arte_edge.device.model_size import ModelSize
@@ -69,13 +69,9 @@ def check_memory(found: Probe, models: Sequence[Path], tokens: int, host: str) -
 def bench_remote(
     profile: Profile,
     models: Sequence[Path],
-    settings: BenchSettings,
+    request: Request,
     *,
     reporter: Reporter,
-    task: Path | None = None,
-    split: Split = "test",
-    limit: int = 0,
-    speed: bool = True,
     compile_there: bool = False,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
@@ -85,7 +81,7 @@ def bench_remote(
     benchmark is joined, and finished models are not measured again.
 
     Args:
-        task: a task's folder, which is copied there.
+        request: its task is a folder, which is copied there.
         compile_there: compile llama-cpp-python on the device instead of installing a prebuilt runtime.
         on_row: called with each row as it arrives; a row of an interrupted run may arrive again.
 
@@ -112,9 +108,9 @@ def bench_remote(
         chosen = plan(*needs, compile_there=compile_there)
         marker = read_marker(ssh, f"{found.work}/{chosen.env_name}")
         chosen = plan(*needs, compile_there=compile_there, installed=marker.extras)
-        check_memory(found, files, settings.context_tokens, remote.host)
+        check_memory(found, files, request.settings.context_tokens, remote.host)
         blobs = [blob for model in files for blob in blobs_of(model)]
-        inputs = blobs_of(task) if task else []
+        inputs = blobs_of(Path(request.task)) if request.task else []
         missing = missing_bytes(ssh, found.work, [*blobs, *inputs])
         check_disk(found, missing + env_bytes_missing(marker, chosen, ENV_BYTES), remote.host)
         if chosen.why:
@@ -125,16 +121,10 @@ def bench_remote(
         wheel_there = send_wheel(site, wheel)
         python = install(site, chosen, wheel, wheel_there)
         site.send([*blobs, *inputs])
-        common = Request(
-            settings=settings,
-            task=f"./task/{inputs[0].name.partition('/')[0]}" if inputs else None,
-            split=split,
-            limit=limit,
-            speed=speed,
-        )
+        task = f"./task/{inputs[0].name.partition('/')[0]}" if inputs else None
         sources = [f"./models/{m.resolve().name}" if m in files else str(m) for m in models]
-        requests = [common.model_copy(update={"source": source}) for source in sources]
-        commands = [[python, *BENCH, request.model_dump_json()] for request in requests]
+        requests = [request.model_copy(update={"source": source, "task": task}) for source in sources]
+        commands = [[python, *BENCH, one.model_dump_json()] for one in requests]
         key = content_key(commands, [(blob.name, blob.sha256) for blob in [*blobs, *inputs]])
         job = site.job(f"bench-{key[:12]}", chosen.python, wheel_there)
         if not job.is_prepared():

@@ -38,6 +38,7 @@ from arte_edge.runtimes.loader import choose_runtime
 
 __all__ = ["BenchOutcome", "bench", "run_case"]
 
+_QUALITY_TIMEOUT_S = 7200.0  # of one model
 _SIXTEEN_BITS = ("F16", "BF16", "F32", "fp32", "fp16")
 
 OnRow = Callable[[Row], None]
@@ -129,11 +130,9 @@ def bench(
     chosen = make_settings("bench", load_suite(suite or "default"), settings)
     refs = [source] if isinstance(source, str | Path) else list(source)
     paths = find_targets([str(ref) for ref in refs], fetch)
-    rows: list[Row] = []
+    ref = str(task) if task else None
+    request = Request(settings=chosen, task=ref, split=split, limit=limit, bbh=bbh, speed=speed)
     if device is None:
-        request = Request(
-            settings=chosen, task=str(task) if task else None, split=split, limit=limit, bbh=bbh, speed=speed
-        )
         rows = _measure(paths, request, reporter, on_row)
     else:
         from arte_edge import catalog
@@ -145,12 +144,8 @@ def bench(
         rows = bench_remote(
             find_device(device),
             paths,
-            chosen,
+            request.model_copy(update={"task": str(catalog.find("tasks", ref)) if ref else None}),
             reporter=reporter,
-            task=catalog.find("tasks", str(task)) if task else None,
-            split=split,
-            limit=limit,
-            speed=speed,
             compile_there=compile_there,
             on_row=on_row,
         )
@@ -172,17 +167,7 @@ def _measure(paths: Sequence[Path], request: Request, reporter: Reporter, on_row
     if request.speed:
         rows += run_bench(paths, request.settings, device=facts, reporter=reporter, on_row=on_row)
     if request.task is not None:
-        rows += run_quality(
-            paths,
-            request.task,
-            split=request.split,
-            limit=request.limit,
-            bbh=request.bbh,
-            threads=request.settings.threads[0],
-            device=facts,
-            reporter=reporter,
-            on_row=on_row,
-        )
+        rows += run_quality(paths, request, device=facts, reporter=reporter, on_row=on_row)
     return rows
 
 
@@ -306,52 +291,33 @@ def _predicted(target: Target, case: Case) -> dict[str, Any]:
 
 
 def run_quality(
-    models: Sequence[Path],
-    task: str,
-    *,
-    split: Split = "test",
-    limit: int = 0,
-    bbh: Path | None = None,
-    threads: int = 0,
-    timeout_s: float = 7200.0,
-    device: DeviceFacts,
-    reporter: Reporter,
-    on_row: Callable[[QualityRow], None],
+    models: Sequence[Path], request: Request, *, device: DeviceFacts, reporter: Reporter, on_row: OnRow
 ) -> list[QualityRow]:
-    """Let every model answer the task's examples and return the rows, failures included.
+    """Let every model answer the examples of the request's task and return the rows, failures included.
 
     The 16-bit file of an export comes first, and the others are paired with its answers.
-
-    Args:
-        task: a shipped name or a folder.
-        limit: largest number of examples; 0: all.
-        threads: 0: one per fast core.
-        timeout_s: per model.
 
     Raises:
         InputError: there is no such task, or a path is not a model.
     """
     from arte_edge.tasks.loaders import load_task
 
-    loaded = load_task(task, bbh=bbh)  # rejected here, not once per model
+    assert request.task is not None
+    loaded = load_task(request.task, bbh=request.bbh)  # rejected here, not once per model
     targets = sorted((describe(path) for path in models), key=lambda t: t.quantization not in _SIXTEEN_BITS)
-    threads = threads or decode_threads(device)
+    threads = request.settings.threads[0] or decode_threads(device)
     reference: QualityRow | None = None
     rows: list[QualityRow] = []
     for number, target in enumerate(targets, 1):
-        request = {
+        asked = {
             "kind": "quality",
-            "path": str(target.path),
-            "task": task,
-            "bbh": str(bbh) if bbh else None,
-            "split": split,
-            "limit": limit,
+            "request": request.model_copy(update={"source": str(target.path)}).model_dump(mode="json"),
             "threads": threads,
             "device": device.model_dump(mode="json"),
             "reference": None if reference is None else reference.model_dump(mode="json"),
         }
         label = f"{number}/{len(targets)} {target.model_filename} {loaded.name}"
-        answer = run_child(request, timeout_s, _progress(reporter, label))
+        answer = run_child(asked, _QUALITY_TIMEOUT_S, _progress(reporter, label))
         if "row" in answer:
             row = QualityRow.model_validate_json(json.dumps(answer["row"]))
         else:
@@ -362,7 +328,7 @@ def run_quality(
                 runtime=choose_runtime(target.path),
                 n_threads=threads,
                 task=loaded.name,
-                split=split,
+                split=request.split,
                 n=0,
                 right=0,
                 accuracy=0.0,

@@ -306,27 +306,20 @@ def peak_rss_bytes(proc: Path = _PROC) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def mapped_bytes(paths: Sequence[Path], proc: Path = _PROC) -> int | None:
+def mapped_bytes(paths: Sequence[Path]) -> int | None:
     """Return how many bytes of `paths` (files, or folders of files) are mapped by this process and resident.
 
-    The ``Rss`` of their mappings in ``/proc/self/smaps``: 0 means that the runtime copied the weights instead
-    of mapping them. None where there is no such file.
+    0 means that the runtime copied the weights instead of mapping them; None: the system does not tell.
     """
+    import psutil
+
     try:
-        smaps = (proc / "smaps").read_bytes()
-    except OSError:
+        parts = psutil.Process().memory_maps()
+    except (AttributeError, OSError, psutil.Error):  # macOS; no /proc
         return None
     real = [path.resolve() for path in paths]
-    files = {os.fsencode(file.resolve()) for path in real for file in (path, *path.rglob("*"))}
-    total, inside = 0, False
-    for line in smaps.splitlines():
-        head, _, rest = line.partition(b" ")
-        if not head.endswith(b":"):  # "7f00-7f10 r--p 00000000 08:01 1234  /path of/the file"
-            parts = rest.split(None, 4)
-            inside = len(parts) == 5 and parts[4].removesuffix(b" (deleted)") in files
-        elif inside and head == b"Rss:":
-            total += int(rest.split()[0]) * 1024
-    return total
+    files = {str(file.resolve()) for path in real for file in (path, *path.rglob("*"))}
+    return sum(part.rss for part in parts if part.path in files)
 
 
 def _send(out: IO[bytes], message: dict[str, Any]) -> None:

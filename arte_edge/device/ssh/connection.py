@@ -282,31 +282,16 @@ class ReconnectPolicy:
 
     def retry(self, step: Callable[[], T]) -> T:
         """Return ``step()``, called again after each `ConnectionLost`; the last of them is raised."""
-        from tenacity import RetryCallState, Retrying, retry_if_exception_type
-
-        def count(state: RetryCallState) -> None:  # tenacity calls `after` first, then `wait`, then `stop`
-            self._failures += 1
-
-        def is_over(state: RetryCallState) -> bool:
-            return self._failures > len(WAITS_S)
-
-        def wait_s(state: RetryCallState) -> float:
-            return WAITS_S[min(self._failures, len(WAITS_S)) - 1]
-
-        def report(state: RetryCallState) -> None:
-            error = state.outcome.exception() if state.outcome else None
-            if isinstance(error, ConnectionLost):
-                self._say(f"{error.message}; trying again in {wait_s(state):g} s")
-
-        retrying = Retrying(
-            retry=retry_if_exception_type(ConnectionLost),
-            after=count,
-            wait=wait_s,
-            stop=is_over,
-            before_sleep=report,
-            reraise=True,
-        )
-        return retrying(step)
+        while True:
+            try:
+                return step()
+            except ConnectionLost as error:
+                self._failures += 1
+                if self._failures > len(WAITS_S):
+                    raise
+                wait_s = WAITS_S[self._failures - 1]
+                self._say(f"{error.message}; trying again in {wait_s:g} s")
+            time.sleep(wait_s)
 
 
 def put_text(ssh: Ssh, path: str, text: str) -> None:
