@@ -47,6 +47,7 @@ __all__ = [
     "gguf_writer",
     "hf_logits",
     "llama_shapes",
+    "machine",
     "make_gguf",
     "metrics",
     "model_shape",
@@ -349,6 +350,15 @@ def facts(**more: Any) -> DeviceFacts:
     """Return what is known of a Raspberry Pi 5."""
     known = {"profile": "raspberry-pi-5", "fingerprint": "0123456789abcdef", "cpu": "Cortex-A76"}
     return DeviceFacts(**known | {"arch": "aarch64", "cores": 4, "memory_bytes": 8 << 30} | more)
+
+
+def machine(root: Path, files: Mapping[str, str]) -> Path:
+    """Write files of a made-up machine below `root`: ``{"proc/meminfo": "MemTotal: …"}``."""
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    return root
 
 
 def speed_row(test: str = "tg128", rate: float = 20.0, **more: Any) -> SpeedRow:

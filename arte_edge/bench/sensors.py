@@ -114,10 +114,6 @@ def find_vcgencmd(executable: str | None, root: Path = Path("/")) -> Vcgencmd | 
 
 # Linux: drivers/hwmon/ina2xx.c; power1_input is in microwatts.
 _INA2XX = ("ina219", "ina220", "ina226", "ina230", "ina231")
-_NO_RAPL = (
-    "RAPL exists but only root may read it, so energy was not measured; "
-    "for this boot: sudo chmod -R a+r /sys/class/powercap/intel-rapl:*"
-)
 
 
 @dataclass(frozen=True)
@@ -160,8 +156,8 @@ class _Rapl:
 
 def find_probe(
     *, root: Path = _ROOT, vcgencmd: str | None = None, power_watts: float | None = None
-) -> tuple[PowerProbe | None, str]:
-    """Return the power probe of this machine, and a note if one exists but cannot be read.
+) -> PowerProbe | None:
+    """Return the power probe of this machine, None if there is none that it may read.
 
     Args:
         root: where ``sys`` is; another folder in tests.
@@ -169,26 +165,19 @@ def find_probe(
         power_watts: a steady reading of an external meter.
     """
     if power_watts is not None:
-        return PowerProbe("meter", lambda: power_watts), ""
+        return PowerProbe("meter", lambda: power_watts)
     for name in sorted(root.glob("sys/class/hwmon/hwmon*/name")):
         if (ina := _ina(name.parent, read_text(name))) is not None and ina.watts() is not None:
-            return ina, ""
-    packages = [
-        path
-        for path in sorted(root.glob("sys/class/powercap/intel-rapl:*"))
-        if read_text(path / "name").startswith(
-            "package"
-        )  # not its parts core, uncore, dram; nor psys around it
-    ]
-    if packages:
-        rapl = _Rapl(packages)
-        if rapl.joules() is None:
-            return None, _NO_RAPL
-        return PowerProbe("rapl", rapl.watts, rapl.joules), ""
+            return ina
+    domains = sorted(root.glob("sys/class/powercap/intel-rapl:*"))
+    # not a package's parts (core, uncore, dram), nor psys around it
+    if packages := [path for path in domains if read_text(path / "name").startswith("package")]:
+        rapl = _Rapl(packages)  # which mostly only root may read
+        return None if rapl.joules() is None else PowerProbe("rapl", rapl.watts, rapl.joules)
     firmware = find_vcgencmd(vcgencmd, root)
     if firmware is not None and firmware.pmic_w() is not None:
-        return PowerProbe("pmic", firmware.pmic_w), ""
-    return None, ""
+        return PowerProbe("pmic", firmware.pmic_w)
+    return None
 
 
 def _ina(folder: Path, name: str) -> PowerProbe | None:
@@ -249,7 +238,7 @@ class EnergyMeter:
         vcgencmd: str | None = None,
         power_watts: float | None = None,
     ) -> None:
-        self._probe, self.note = find_probe(root=root, vcgencmd=vcgencmd, power_watts=power_watts)
+        self._probe = find_probe(root=root, vcgencmd=vcgencmd, power_watts=power_watts)
         self._thread = _Periodic(self._sample, period_s)
         self._start_j: float | None = None
         self._joules: float | None = None
@@ -341,7 +330,7 @@ class Sensors:
         self._firmware = find_vcgencmd(vcgencmd, root)
         self._temperatures, self.limit_c = _temperature_files(root)
         self._clocks = sorted(root.glob("sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq"))
-        self._power: PowerProbe | None = find_probe(root=root, vcgencmd=vcgencmd, power_watts=power_watts)[0]
+        self._power = find_probe(root=root, vcgencmd=vcgencmd, power_watts=power_watts)
         self._bits = _throttle_source(self._firmware, root)
         self._readings: deque[Reading] = deque(maxlen=_MAX_READINGS)
         self._thread = _Periodic(self._read, period_s)

@@ -38,11 +38,6 @@ def test_it_returns_rows_and_prints_nothing(capsys: Capture) -> None:
     ("wrong", "named"),
     [
         ({"n_promt": 4}, "n_prompt"),
-        ({"repetitions": 0}, "repetitions"),
-        ({"split": "train"}, "train"),
-        ({"speed": False}, "task"),
-        ({"suite": "quik"}, "quick"),
-        ({"device": "no-such-board"}, "no-such-board"),
         ({"n_gen": 2.5}, "n_gen"),
     ],
     ids=str,

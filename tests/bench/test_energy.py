@@ -2,6 +2,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import machine
 
 from arte_edge.bench.sensors import EnergyMeter, find_probe
 
@@ -17,13 +18,6 @@ case "$1" in
     echo "      EXT5V_V volt(24)=5.10000000V" ;;
 esac
 """
-
-
-def put(root: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
 
 
 def program(tmp_path: Path, text: str) -> str:
@@ -43,15 +37,17 @@ def measure(meter: EnergyMeter, seconds: float = 0.3) -> tuple[float | None, str
 
 def rapl(root: Path, domain: str, name: str, energy_uj: int, range_uj: int = 262_143_328_850) -> Path:
     folder = f"sys/class/powercap/{domain}"
-    put(root, {f"{folder}/name": name, f"{folder}/max_energy_range_uj": str(range_uj)})
-    put(root, {f"{folder}/energy_uj": str(energy_uj)})
+    machine(root, {f"{folder}/name": name, f"{folder}/max_energy_range_uj": str(range_uj)})
+    machine(root, {f"{folder}/energy_uj": str(energy_uj)})
     return root / folder / "energy_uj"
 
 
 def test_a_machine_that_measures_nothing_gives_no_energy(tmp_path: Path) -> None:
     meter = EnergyMeter(root=tmp_path)
     assert measure(meter, 0)[:2] == (None, "")
-    assert (meter.source, meter.note) == ("", "")
+    assert meter.source == ""
+    script = program(tmp_path, '#!/bin/sh\n[ "$1" = get_throttled ] && echo throttled=0x0 || echo error=1\n')
+    assert find_probe(root=tmp_path, vcgencmd=script) is None  # a firmware without the rails
     assert EnergyMeter(root=tmp_path).stop() == (None, "")  # never started
 
 
@@ -74,17 +70,6 @@ def test_rapl_counts_the_packages_and_nothing_twice(tmp_path: Path) -> None:
     assert meter.stop() == (3.5, "rapl")
 
 
-def test_a_counter_that_began_again_lost_nothing(tmp_path: Path) -> None:
-    counter = rapl(tmp_path, "intel-rapl:0", "package-0", 9_000_000, range_uj=10_000_000)
-    meter = EnergyMeter(root=tmp_path, period_s=60)
-    meter.start()
-    counter.write_text("500000\n")
-    assert meter.stop() == (1.5, "rapl")
-    meter.start()  # and again, from zero
-    counter.write_text("700000\n")
-    assert meter.stop() == (pytest.approx(0.2), "rapl")
-
-
 def test_a_counter_that_begins_again_twice_is_followed_by_the_samples(tmp_path: Path) -> None:
     counter = rapl(tmp_path, "intel-rapl:0", "package-0", 0, range_uj=10_000_000)
     meter = EnergyMeter(root=tmp_path, period_s=0.01)
@@ -96,21 +81,22 @@ def test_a_counter_that_begins_again_twice_is_followed_by_the_samples(tmp_path: 
         fresh.replace(counter)
         time.sleep(0.2)
     assert meter.stop() == (24.0, "rapl")
+    meter.start()  # and again, from zero
+    counter.write_text("4200000\n")
+    assert meter.stop() == (pytest.approx(0.2), "rapl")
 
 
-def test_a_counter_for_root_alone_is_said_and_not_replaced_by_a_guess(tmp_path: Path) -> None:
+def test_a_counter_for_root_alone_is_not_replaced_by_a_guess(tmp_path: Path) -> None:
     counter = rapl(tmp_path, "intel-rapl:0", "package-0", 1)
     counter.unlink()
     counter.mkdir()  # unreadable for root as well, who runs tests in containers
-    meter = EnergyMeter(root=tmp_path)
-    assert measure(meter, 0)[:2] == (None, "")
-    assert "only root may read it" in meter.note
+    assert measure(EnergyMeter(root=tmp_path), 0)[:2] == (None, "")
 
 
 def test_an_ina219_is_integrated_over_time(tmp_path: Path) -> None:
     chip = "sys/class/hwmon/hwmon2"
-    put(tmp_path, {"sys/class/hwmon/hwmon1/name": "rpi_volt"})
-    put(tmp_path, {f"{chip}/name": "ina219", f"{chip}/power1_input": "5200000"})
+    machine(tmp_path, {"sys/class/hwmon/hwmon1/name": "rpi_volt"})
+    machine(tmp_path, {f"{chip}/name": "ina219", f"{chip}/power1_input": "5200000"})
     joules, source, seconds = measure(EnergyMeter(root=tmp_path, period_s=0.05))
     assert source == "ina219"
     assert joules == pytest.approx(5.2 * seconds, rel=0.2)
@@ -118,30 +104,25 @@ def test_an_ina219_is_integrated_over_time(tmp_path: Path) -> None:
 
 def test_a_jetson_is_read_at_its_input(tmp_path: Path) -> None:
     chip = "sys/class/hwmon/hwmon1"
-    put(tmp_path, {f"{chip}/name": "ina3221", f"{chip}/in1_label": "VDD_IN", f"{chip}/in1_input": "5000"})
-    put(tmp_path, {f"{chip}/curr1_input": "1500", f"{chip}/in2_label": "VDD_CPU_GPU_CV"})
-    put(tmp_path, {f"{chip}/in2_input": "5000", f"{chip}/curr2_input": "900"})
-    probe, _ = find_probe(root=tmp_path)
+    machine(tmp_path, {f"{chip}/name": "ina3221", f"{chip}/in1_label": "VDD_IN", f"{chip}/in1_input": "5000"})
+    machine(tmp_path, {f"{chip}/curr1_input": "1500", f"{chip}/in2_label": "VDD_CPU_GPU_CV"})
+    machine(tmp_path, {f"{chip}/in2_input": "5000", f"{chip}/curr2_input": "900"})
+    probe = find_probe(root=tmp_path)
     assert probe is not None and (probe.source, probe.watts()) == ("ina3221", 7.5)
 
 
 def test_a_pi_5_adds_up_the_rails_that_it_measures_whole(tmp_path: Path) -> None:
     script = program(tmp_path, PMIC)
-    probe, _ = find_probe(root=tmp_path, vcgencmd=script)
+    probe = find_probe(root=tmp_path, vcgencmd=script)
     assert probe is not None and probe.source == "pmic"
     assert probe.watts() == pytest.approx(2.5 * 0.8 + 0.1 * 3.3)
     joules, source, seconds = measure(EnergyMeter(root=tmp_path, vcgencmd=script, period_s=0.1))
     assert source == "pmic" and joules == pytest.approx(2.33 * seconds, rel=0.3)
 
 
-def test_a_firmware_without_the_rails_measures_nothing(tmp_path: Path) -> None:
-    script = program(tmp_path, '#!/bin/sh\n[ "$1" = get_throttled ] && echo throttled=0x0 || echo error=1\n')
-    assert find_probe(root=tmp_path, vcgencmd=script) == (None, "")
-
-
 def test_a_reading_that_fails_makes_the_sum_unknown_not_small(tmp_path: Path) -> None:
     chip = "sys/class/hwmon/hwmon2"
-    put(tmp_path, {f"{chip}/name": "ina219", f"{chip}/power1_input": "5200000"})
+    machine(tmp_path, {f"{chip}/name": "ina219", f"{chip}/power1_input": "5200000"})
     meter = EnergyMeter(root=tmp_path, period_s=0.02)
     meter.start()
     (tmp_path / chip / "power1_input").replace(tmp_path / "gone")
@@ -153,6 +134,6 @@ def test_a_reading_that_fails_makes_the_sum_unknown_not_small(tmp_path: Path) ->
 def test_the_users_meter_comes_first_then_the_board_then_the_package(tmp_path: Path) -> None:
     rapl(tmp_path, "intel-rapl:0", "package-0", 1)
     assert EnergyMeter(root=tmp_path).source == "rapl"
-    put(tmp_path, {"sys/class/hwmon/hwmon2/name": "ina219", "sys/class/hwmon/hwmon2/power1_input": "1"})
+    machine(tmp_path, {"sys/class/hwmon/hwmon2/name": "ina219", "sys/class/hwmon/hwmon2/power1_input": "1"})
     assert EnergyMeter(root=tmp_path).source == "ina219"
     assert EnergyMeter(root=tmp_path, power_watts=3).source == "meter"

@@ -54,6 +54,7 @@ def test_a_gguf_is_measured_with_everything_a_row_promises(bench_gguf: Path) -> 
         assert row.load_ms and row.peak_rss_bytes and row.peak_rss_bytes > row.model_size
         assert row.mapped_bytes is None or row.mapped_bytes > 0
         assert row.readings and row.test_time.endswith("Z")
+        assert len(row.cpu) == 3 and row.contended in (True, False) and row.cpu[0].run_share > 0
     text = writes.model_dump_json()
     assert str(bench_gguf.parent) not in text, "nothing of this machine's folders is in a row"
 

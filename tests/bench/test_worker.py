@@ -1,6 +1,5 @@
 """However a child ends, the answer says how, and the next case runs."""
 
-import json
 import os
 import signal
 import subprocess
@@ -132,37 +131,13 @@ def test_running_into_a_limit_of_memory_is_out_of_memory() -> None:
     assert "smaller type or context" in answer["reason"]
 
 
-def test_the_child_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
-    parent = f"""
-import sys, threading, time
-from pathlib import Path
-from arte_edge.bench.settings import BenchSettings, cases
-from arte_edge.results.rows import DeviceFacts
-from arte_edge.bench import worker
-facts = DeviceFacts(fingerprint="0", cpu="", arch="", cores=1, memory_bytes=1)
-case = next(cases(Path("null:50"), BenchSettings(n_prompt=(1000,), warmup=False), facts))
-import json
-def told(what, done, total):
-    Path({str(tmp_path / "pid")!r}).touch()
-request = {{"kind": "speed", "case": json.loads(case.model_dump_json())}}
-real = worker.subprocess.Popen
-def popen(*a, **k):
-    child = real(*a, **k); print(json.dumps(child.pid), flush=True); return child
-worker.subprocess.Popen = popen
-worker.run_child(request, 60, told)
-"""
-    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    pid = int(json.loads(process.stdout.readline()))
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+def test_the_child_ends_when_its_parent_is_gone() -> None:
+    command = [sys.executable, "-m", "arte_edge", "bench", "null:50", "-p", "1000", "-n", "0", "--no-warmup"]
+    parent = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ends = time.monotonic() + 30
+    while not (children := parent.children()) and time.monotonic() < ends:
         time.sleep(0.05)
-    process.kill()
-    process.wait()
-    while time.monotonic() < deadline and _is_running(pid):
-        time.sleep(0.05)
-    assert not _is_running(pid)
-
-
-def _is_running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    time.sleep(0.5)
+    parent.kill()
+    parent.wait()
+    assert psutil.wait_procs(children, timeout=20)[1] == [] != children

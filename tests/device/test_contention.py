@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from tiny import Patch
+from tiny import Patch, machine
 
 from arte_edge.device.contention import CpuMeter, contention
 from arte_edge.results.rows import CpuUse
@@ -67,10 +67,7 @@ def test_the_kernels_counters_become_shares(tmp_path: Path, monkeypatch: Patch) 
     def write(waits_ms: dict[int, int], stopped_ms: int) -> None:
         files = {f"{task}/{thread}/schedstat": f"5 {ms}000000 3" for thread, ms in waits_ms.items()}
         files |= {"proc/self/cgroup": "0::/box", cpu: f"nr_throttled 1\nthrottled_usec {stopped_ms}000"}
-        for name, text in files.items():
-            path = tmp_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text + "\n")
+        machine(tmp_path, files)
 
     clock = iter((10.0, 11.0))
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import machine
 
 from arte_edge import memory
 from arte_edge.device.detect import detect, parse_cpuinfo, parse_sysctl, usable_cores
@@ -15,6 +16,7 @@ from arte_edge.results.rows import DeviceFacts
 A76_FEATURES = (
     "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
 )
+VENDOR = "sys/class/dmi/id/sys_vendor"
 A55_FEATURES = "fp asimd fphp asimdhp asimddp"
 
 
@@ -29,26 +31,13 @@ def x86_core(number: int, flags: str, name: str = "Intel(R) Core(TM) i3-1315U CP
     return f"processor\t: {number}\nvendor_id\t: GenuineIntel\nmodel name\t: {name}\nflags\t\t: {flags}\n\n"
 
 
-def machine(root: Path, **files: str) -> Path:
-    """Write a folder that looks like a machine; ``proc__meminfo="…"`` is ``proc/meminfo``."""
-    for name, text in files.items():
-        path = root / name.replace("__", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return root
-
-
 @pytest.fixture
 def pi5(tmp_path: Path) -> Path:
     cores = "".join(arm_core(i, "0xd0b") for i in range(4)) + "Revision\t: d04171\nSerial\t: 10000000\n"
     meminfo = "MemTotal:        8245696 kB\nMemAvailable:    7000000 kB\n"
-    root = machine(tmp_path, proc__cpuinfo=cores, proc__meminfo=meminfo)
-    (root / "proc/device-tree").mkdir()
-    (root / "proc/device-tree/model").write_bytes(b"Raspberry Pi 5 Model B Rev 1.0\0")
-    policy = root / "sys/devices/system/cpu/cpufreq/policy0"
-    policy.mkdir(parents=True)
-    (policy / "scaling_governor").write_text("ondemand\n")
-    return root
+    files = {"proc/cpuinfo": cores, "proc/meminfo": meminfo}
+    files |= {"proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0"}
+    return machine(tmp_path, files | {"sys/devices/system/cpu/cpufreq/policy0/scaling_governor": "ondemand"})
 
 
 def test_a_raspberry_pi_5_is_recognised_with_all_its_facts(pi5: Path) -> None:
@@ -107,7 +96,7 @@ def test_x86_names_lose_their_trade_marks_and_flags_their_noise() -> None:
 
 
 def test_user_mode_emulation_is_told_and_matches_no_device(tmp_path: Path) -> None:
-    root = machine(tmp_path, proc__cpuinfo=x86_core(0, "avx2 fma"), proc__meminfo="MemTotal: 8000000 kB\n")
+    root = machine(tmp_path, {"proc/cpuinfo": x86_core(0, "avx2"), "proc/meminfo": "MemTotal: 8000000 kB"})
     facts = detect(root=root, arch="aarch64", system="Linux")
     assert facts.virtual == "qemu-user" and facts.features == () and facts.profile == ""
     assert facts.cpu == "emulated aarch64 on Intel Core i3-1315U"
@@ -126,15 +115,15 @@ def test_apple_silicon_speaks_through_sysctl() -> None:
 @pytest.mark.parametrize(
     ("files", "virtual"),
     [
-        ({"sys__class__dmi__id__sys_vendor": "QEMU"}, "kvm"),
-        ({"sys__class__dmi__id__sys_vendor": "VMware, Inc.", ".dockerenv": ""}, "vmware+container"),
-        ({"proc__1__cgroup": "0::/kubepods/pod1\n"}, "container"),
-        ({"proc__sys__kernel__osrelease": "5.15.90.1-microsoft-standard-WSL2"}, "wsl"),
-        ({"sys__class__dmi__id__sys_vendor": "Dell Inc."}, ""),
+        ({VENDOR: "QEMU"}, "kvm"),
+        ({VENDOR: "VMware, Inc.", ".dockerenv": ""}, "vmware+container"),
+        ({"proc/1/cgroup": "0::/kubepods/pod1"}, "container"),
+        ({"proc/sys/kernel/osrelease": "5.15.90.1-microsoft-standard-WSL2"}, "wsl"),
+        ({VENDOR: "Dell Inc."}, ""),
     ],
 )
 def test_virtual_machines_are_found(tmp_path: Path, files: dict[str, str], virtual: str) -> None:
-    root = machine(tmp_path, proc__cpuinfo=x86_core(0, "avx2"), **files)
+    root = machine(tmp_path, {"proc/cpuinfo": x86_core(0, "avx2")} | files)
     assert detect(root=root, arch="x86_64", system="Linux").virtual == virtual
 
 
@@ -142,30 +131,28 @@ def test_virtual_machines_are_found(tmp_path: Path, files: dict[str, str], virtu
     ("online", "status", "power"), [("1", "Full", "mains"), ("0", "Discharging", "battery")]
 )
 def test_a_laptop_says_if_it_is_plugged_in(tmp_path: Path, online: str, status: str, power: str) -> None:
-    files = {"AC__type": "Mains\n", "AC__online": online, "BAT0__type": "Battery\n", "BAT0__status": status}
-    files = {f"sys__class__power_supply__{name}": text for name, text in files.items()}
-    root = machine(tmp_path, proc__cpuinfo="", **files)
+    files = {"AC/type": "Mains", "AC/online": online, "BAT0/type": "Battery", "BAT0/status": status}
+    root = machine(tmp_path, {f"sys/class/power_supply/{name}": text for name, text in files.items()})
     assert detect(root=root, arch="x86_64", system="Linux").power == power
 
 
 def test_a_containers_limit_counts_in_both_versions_of_control_groups(tmp_path: Path) -> None:
-    meminfo = "MemTotal: 8000000 kB\nMemAvailable: 6000000 kB\n"
-    two = machine(tmp_path / "v2", proc__meminfo=meminfo, proc__self__cgroup="0::/a/b\n")
-    limits = {"memory.max": "1000000000\n", "memory.current": "1000"}
-    limits |= {"b__memory.max": "max\n", "b__cpu.max": "100000 100000"}
-    machine(two, **{f"sys__fs__cgroup__a__{name}": text for name, text in limits.items()})
+    meminfo = {"proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable: 6000000 kB"}
+    two = machine(tmp_path / "v2", meminfo | {"proc/self/cgroup": "0::/a/b"})
+    limits = {"memory.max": "1000000000", "memory.current": "1000"}
+    limits |= {"b/memory.max": "max", "b/cpu.max": "100000 100000"}
+    machine(two, {f"sys/fs/cgroup/a/{name}": text for name, text in limits.items()})
     assert memory.total_bytes(two) == 1_000_000_000
     assert memory.available_bytes(two) == 1_000_000_000 - 1000
     stat = two / "sys/fs/cgroup/a/memory.stat"
     stat.write_text("anon 500\ninactive_file 300\nactive_file 100\n")
     assert memory.available_bytes(two) == 1_000_000_000 - 600, "cached files are given up on demand"
     assert usable_cores(two) == 1
-    groups = "4:memory:/docker/abc\n2:cpu,cpuacct:/\n"
-    one = machine(tmp_path / "v1", proc__meminfo=meminfo, proc__self__cgroup=groups)
-    limit = "sys__fs__cgroup__memory__memory.limit_in_bytes"  # the host's path is not mounted in here
-    machine(one, **{limit: "500000000"})
+    one = machine(tmp_path / "v1", meminfo | {"proc/self/cgroup": "4:memory:/docker/abc\n2:cpu,cpuacct:/"})
+    limit = "sys/fs/cgroup/memory/memory.limit_in_bytes"  # the host's path is not mounted in here
+    machine(one, {limit: "500000000"})
     assert memory.total_bytes(one) == 500_000_000
-    machine(one, **{limit: "9223372036854771712"})
+    machine(one, {limit: "9223372036854771712"})
     assert memory.total_bytes(one) == 8_000_000 * 1024
 
 

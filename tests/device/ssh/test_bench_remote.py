@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tiny import Make, Patch, quality_row, speed_row
 
 from arte_edge.bench import remote as remote_module
 from arte_edge.bench.remote import bench_remote
-from arte_edge.bench.settings import BenchSettings, Reporter
+from arte_edge.bench.settings import BenchSettings, Reporter, Request
 from arte_edge.device.profiles import Profile, Remote
 from arte_edge.device.ssh.agent import state
 from arte_edge.device.ssh.connection import ConnectionLost, RemoteError
@@ -19,7 +20,13 @@ from arte_edge.device.ssh.environment import check
 from arte_edge.device.ssh.workdir import clean
 from arte_edge.errors import ArteError, InputError
 
-SPEED = speed_row("tg8", model_filename="X", model_size=1)
+BUSY = {
+    "contended": True,
+    "contended_reason": "other work",
+    "n_repeated": 3,
+    "cpu": ({"wall_s": 1, "run_share": 0.5},),
+}
+SPEED = speed_row("tg8", model_filename="X", model_size=1, **BUSY)
 QUALITY = quality_row(3, model_filename="X", task="parity", n=4)
 # Replaces the benchmark where a test is about the connection: prints a row per repetition.
 STUB = """
@@ -58,12 +65,13 @@ def profile(device: Any) -> Profile:
 
 
 @pytest.fixture
-def stub(device: Any, monkeypatch: Patch, tmp_path: Path) -> None:
+def stub(device: Any, monkeypatch: Patch, tmp_path: Path) -> Path:
     """The environment there is this one, and the verb prints rows without measuring."""
     script = tmp_path / "verb.py"
     script.write_text(STUB.format(speed=SPEED.model_dump_json(), quality=QUALITY.model_dump_json()))
     monkeypatch.setattr(remote_module, "install", lambda *args: sys.executable)
     monkeypatch.setattr(remote_module, "BENCH", (str(script),))
+    return script
 
 
 @pytest.fixture
@@ -72,12 +80,14 @@ def model(make_gguf: Make) -> Path:
 
 
 @pytest.fixture
-def bench(profile: Profile, stub: None, model: Path) -> Make:
+def bench(profile: Profile, stub: Path, model: Path) -> Make:
     """Run the stub with `model` on the device: ``bench(repetitions=2, on_row=…)``."""
 
-    def run(profile: Profile = profile, repetitions: int = 1, **options: Any) -> list[Any]:
-        settings = BenchSettings(repetitions=repetitions)
-        return bench_remote(profile, [model], settings, **{"reporter": Said()} | options)
+    def run(
+        profile: Profile = profile, repetitions: int = 1, task: str | None = None, **options: Any
+    ) -> list[Any]:
+        request = Request(settings=BenchSettings(repetitions=repetitions), task=task)
+        return bench_remote(profile, [model], request, **{"reporter": Said()} | options)
 
     return run
 
@@ -89,7 +99,7 @@ def test_rows_come_back_verbatim_and_the_job_is_removed(
     task.mkdir()
     (task / "task.toml").write_text("name = 'parity'")
     said, seen = Said(), []
-    rows = bench(repetitions=2, reporter=said, task=task, on_row=seen.append)
+    rows = bench(repetitions=2, reporter=said, task=str(task), on_row=seen.append)
     own = {"model_filename": model.name, "model_size": 7}
     expected = [SPEED.model_copy(update=own | {"test": test}) for test in ("tg0", "tg1")]
     assert rows == [*expected, QUALITY.model_copy(update={"model_filename": model.name})] == seen
@@ -123,7 +133,7 @@ def test_a_cut_in_mid_benchmark_and_a_caller_that_left_lose_no_row(device: Any, 
     assert len(bench(repetitions=8)) == 8
 
 
-def test_ctrl_c_stops_the_benchmark_there(device: Any, bench: Make) -> None:
+def test_ctrl_c_stops_the_benchmark_there(device: Any, bench: Make, stub: Path) -> None:
     def interrupt(row: Any) -> None:
         raise KeyboardInterrupt
 
@@ -131,6 +141,8 @@ def test_ctrl_c_stops_the_benchmark_there(device: Any, bench: Make) -> None:
         bench(repetitions=500, on_row=interrupt)
     (job,) = (device.work / "jobs").iterdir()
     assert state(job)["state"] == "idle"
+    running = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not any(str(stub) in words for words in running), "its children end too"
 
 
 @pytest.mark.parametrize(
@@ -171,9 +183,8 @@ def test_a_device_without_python_or_with_an_old_one_is_an_error(
 def test_a_checkpoint_is_rejected_since_torch_never_goes_there(profile: Profile, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="never installed on a device"):
-        bench_remote(profile, [tmp_path], BenchSettings(), reporter=Said())
+        bench_remote(profile, [tmp_path], Request(), reporter=Said())
 
 
 def test_a_kind_of_device_is_not_a_device(profile: Profile, bench: Make) -> None:
@@ -221,7 +232,7 @@ def test_the_real_verb_measures_in_its_own_environment(device: Any, profile: Pro
     plain = Remote(host="kitchen", ssh_config=device.config, python=sys._base_executable)
     mine = profile.model_copy(update={"remote": plain})
     settings = BenchSettings(n_prompt=(8,), n_gen=(8,), repetitions=1, threads=(1,), warmup=False)
-    rows = bench_remote(mine, [smollm2.gguf], settings, reporter=said)
+    rows = bench_remote(mine, [smollm2.gguf], Request(settings=settings), reporter=said)
     assert [(row.test, row.status) for row in rows] == [("pp8", "ok"), ("tg8", "ok")]
     assert all(row.runtime.startswith("xllamacpp") and row.sha256 for row in rows)
     assert "xllamacpp, prebuilt" in said.text
