@@ -319,7 +319,7 @@ def mapped_bytes(paths: Sequence[Path]) -> int | None:
         return None
     real = [path.resolve() for path in paths]
     files = {str(file.resolve()) for path in real for file in (path, *path.rglob("*"))}
-    return sum(part.rss for part in parts if part.path in files)
+    return sum(int(part.rss) for part in parts if part.path in files)
 
 
 def _send(out: IO[bytes], message: dict[str, Any]) -> None:
