@@ -60,13 +60,9 @@ def measure_quality(
     answer_tokens: int = ANSWER_TOKENS,
     progress: OnProgress | None = None,
 ) -> QualityRow:
-    """Let the model at `path` answer the task's examples and return the row.
+    """Let the model at `path` answer the task's examples and return the row; partial with a `limit`.
 
-    Args:
-        limit: largest number of examples; the row is then marked partial. 0: all.
-        reference: the 16-bit student's row on the same task and split, on any machine.
-        threads: None: the runtime's default.
-        answer_tokens: largest length of an answer.
+    `reference` is the 16-bit student's row on the same task and split, on any machine.
 
     Raises:
         InputError: the split is empty, or the model cannot be opened.
@@ -121,15 +117,7 @@ def measure_quality(
     if reference is None:
         return row
     paired = paired_on_common(reference.model_filename, reference.answers, row.model_filename, row.answers)
-    own = {
-        "task",
-        "split",
-        "n",
-        "right",
-        "accuracy",
-        "low",
-        "high",
-    }  # on all examples, not only the common ones
+    own = set(PairedAccuracy.of("", "", 0, 0).model_fields_set)  # on all examples, not only the common ones
     return row.model_copy(update=paired.model_dump(exclude=own))
 
 

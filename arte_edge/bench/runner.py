@@ -33,6 +33,7 @@ from arte_edge.bench.timing import OnProgress
 from arte_edge.bench.worker import run_child
 from arte_edge.device.model_size import ModelSize
 from arte_edge.errors import ArteError, InputError
+from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.rows import DeviceFacts, QualityRow, Row, SpeedRow
 from arte_edge.runtimes.loader import choose_runtime
 
@@ -46,15 +47,10 @@ OnRow = Callable[[Row], None]
 
 @dataclass(frozen=True)
 class BenchOutcome:
-    """The result of a benchmark, failures included.
+    """The result of a benchmark, failures included."""
 
-    Attributes:
-        paths: the measured files and folders.
-        rows: one per test, in the order of measurement.
-    """
-
-    paths: tuple[Path, ...]
-    rows: tuple[Row, ...]
+    paths: tuple[Path, ...]  # the measured files and folders
+    rows: tuple[Row, ...]  # one per test, in the order of measurement
 
     @property
     def speed(self) -> tuple[SpeedRow, ...]:
@@ -195,11 +191,7 @@ def _save(paths: Sequence[Path], rows: Sequence[Row], reporter: Reporter) -> Non
 def run_bench(
     models: Sequence[Path], settings: BenchSettings, *, device: DeviceFacts, reporter: Reporter, on_row: OnRow
 ) -> list[SpeedRow]:
-    """Measure every test of every model and return the rows, failures included.
-
-    Raises:
-        InputError: a path is not a model, or damaged; nothing was measured.
-    """
+    """Return a row for every test of every model, failures included; InputError before the first: no model."""
     targets = [describe(path) for path in models]
     for target in targets:
         choose_runtime(target.path, settings.runtime)
@@ -296,9 +288,6 @@ def run_quality(
     """Let every model answer the examples of the request's task and return the rows, failures included.
 
     The 16-bit file of an export comes first, and the others are paired with its answers.
-
-    Raises:
-        InputError: there is no such task, or a path is not a model.
     """
     from arte_edge.tasks.loaders import load_task
 
@@ -322,18 +311,11 @@ def run_quality(
             row = QualityRow.model_validate_json(json.dumps(answer["row"]))
         else:
             row = QualityRow(
+                **_model_fields(target) | PairedAccuracy.of(loaded.name, request.split, 0, 0).model_dump(),
                 status=answer["status"],
                 reason=answer["reason"],
-                **_model_fields(target),
                 runtime=choose_runtime(target.path),
                 n_threads=threads,
-                task=loaded.name,
-                split=request.split,
-                n=0,
-                right=0,
-                accuracy=0.0,
-                low=0.0,
-                high=1.0,
                 device=device,
             )
         if reference is None and row.status == "ok" and target.quantization in _SIXTEEN_BITS:

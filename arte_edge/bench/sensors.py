@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from arte_edge.device.detect import read_text
 from arte_edge.results.rows import Reading
 
 __all__ = [
@@ -99,12 +100,7 @@ class Vcgencmd:
 
 
 def find_vcgencmd(executable: str | None, root: Path = Path("/")) -> Vcgencmd | None:
-    """Return vcgencmd if it exists and the firmware answers (this needs the group ``video``).
-
-    Args:
-        executable: a path; None looks in PATH, except for a fake `root`.
-        root: where ``sys`` is; another folder in tests.
-    """
+    """Return vcgencmd if it exists (None: in PATH) and the firmware answers; this needs the group ``video``."""
     found = executable or (shutil.which("vcgencmd") if root == Path("/") else None)
     if found is None:
         return None
@@ -291,14 +287,6 @@ def read_integer(path: Path) -> int | None:
         return None
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a file of /sys, empty if it cannot be read."""
-    try:
-        return path.read_text("utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
 _MAX_READINGS = 7200  # two hours
 # Thermal zones of the processor, the most specific first; others are batteries, wireless, the board (acpitz).
 _ZONES = (
@@ -312,12 +300,7 @@ _X86_LIMIT_C = 95.0  # AMD's data sheets, Zen 2 to 4; Intel's chips report their
 
 
 class Sensors:
-    """Reads the sensors while the ``with`` block runs; see `readings`, `bits_before`, `bits_after`, `limit_c`.
-
-    Args:
-        period_s: between two readings.
-        root, vcgencmd, power_watts: as for `find_probe`.
-    """
+    """Reads the sensors while the ``with`` block runs; see `readings`, `bits_before`, `bits_after`, `limit_c`."""
 
     def __init__(
         self,

@@ -263,11 +263,7 @@ def load_suite(ref: str) -> dict[str, Any]:
 
 
 def make_settings(source: str, *layers: Mapping[str, Any]) -> BenchSettings:
-    """Return the settings of `layers`, the last one first in priority.
-
-    Raises:
-        InputError: lists every problem, with the nearest name of an unknown key; starts with `source`.
-    """
+    """Return the settings of `layers`, the last one first in priority; InputError lists every problem."""
     values = {key: value for layer in layers for key, value in layer.items()}
     try:
         return BenchSettings.model_validate(values)

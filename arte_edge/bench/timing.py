@@ -45,23 +45,14 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass
 class Timed:
-    """All measured times.
-
-    Attributes:
-        samples_ns: one per counted repetition.
-        token_ns: of decoding, the start and the time of each token: ``[repetition][n + 1]``.
-        cpu: how the cores were used, of each counted repetition.
-        n_warmup: repetitions before the first that counts.
-        n_repeated: repetitions that other work disturbed, which do not count.
-        energy_j: of the counted repetitions; None where nothing measures it.
-    """
+    """All measured times, of the repetitions that count."""
 
     samples_ns: list[int] = field(default_factory=list)
-    token_ns: list[list[int]] = field(default_factory=list)
+    token_ns: list[list[int]] = field(default_factory=list)  # start and each token: [repetition][n + 1]
     cpu: list[CpuUse] = field(default_factory=list)
-    n_warmup: int = 0
-    n_repeated: int = 0
-    energy_j: float | None = None
+    n_warmup: int = 0  # repetitions before the first that counts
+    n_repeated: int = 0  # that other work disturbed
+    energy_j: float | None = None  # None where nothing measures it
     energy_source: str = ""
 
 
@@ -245,11 +236,7 @@ def pace(token_ns: Sequence[Sequence[int]]) -> Pace | None:
 
 
 def trend(token_ns: Sequence[Sequence[int]]) -> Trend | None:
-    """Return how the rate changed, None if the test is too short.
-
-    Args:
-        token_ns: as `Timed.token_ns`, ``[repetition][n + 1]``.
-    """
+    """Return how the rate changed (`token_ns`: ``[repetition][n + 1]``), None if the test is too short."""
     rows = _seconds(token_ns)
     n_all = sum(map(len, rows))
     if len(rows) < 3 or n_all < _FEWEST_TOKENS:

@@ -52,8 +52,6 @@ def run_child(
     Args:
         timeout_s: after this time the child is killed.
         on_progress: called with (activity, done, total).
-        command: the child's command line.
-        root: where ``proc`` and ``sys`` are; another folder in tests.
     """
     kills = _oom_kills(root)
     with tempfile.TemporaryFile() as errors:

@@ -1,15 +1,10 @@
 """Whether other work held the cores while something was timed.
 
-llama.cpp's threads spin at a barrier until the last of them arrives. Where another process holds one core, the rate
-falls to a fraction while the benchmark's own CPU time still looks busy. So four things are read before and after
-each timed repetition, and the differences are shares of its time:
-
-* the time that a thread was ready to run but had no core (run-queue wait, ``/proc/self/task/*/schedstat``, Linux);
-* the cores that other processes used beyond those that the benchmark leaves free (every system, through psutil);
-* the time that a hypervisor took from the machine (steal);
-* the time that a container's CPU limit stopped the threads (``cpu.stat`` of the control groups).
-
-What a system does not report is None. The kernel counts the last three in ticks, mostly of 10 ms.
+llama.cpp's threads spin at a barrier until the last of them arrives: where another process holds one core, the rate
+falls to a fraction while the benchmark's own CPU time still looks busy. So four things are read around each timed
+repetition, as shares of its time: run-queue wait (a thread is ready but has no core: ``schedstat``, Linux), the cores
+that other processes used beyond the free ones (psutil), the time that a hypervisor took (steal), and the time that a
+container's limit stopped the threads (``cpu.stat``). What a system does not report is None.
 """
 
 from __future__ import annotations
@@ -17,9 +12,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from arte_edge.memory import cgroup_files
@@ -32,97 +26,64 @@ __all__ = ["CpuMeter", "contention"]
 # (benchmarks/contention.py); the rate falls by at least the share.
 _MOST_SHARE = 0.05
 _MOST_OTHERS = 0.25  # cores beyond the free ones; two threads of one core share its arithmetic units
-_LEAST_S = 0.05  # five ticks
-
-
-@dataclass(frozen=True)
-class _Counters:
-    """Running totals in seconds; `waits` by thread."""
-
-    clock: float
-    own: float
-    switches: int | None
-    waits: dict[str, float]
-    busy: float
-    steal: float | None
-    stopped: float | None
+_LEAST_S = 0.05  # five ticks, in which the kernel counts all but run-queue wait
 
 
 class CpuMeter:
-    """Measures how the cores were used between `start` and `stop`. Reusable.
-
-    Args:
-        threads: that the timed work uses.
-        root: where ``proc`` and ``sys`` are; another folder in tests.
-    """
+    """Measures how the cores were used between `start` and `stop` by work of so many threads. Reusable."""
 
     def __init__(self, threads: int, root: Path = Path("/")) -> None:
         self._threads, self._tasks = threads, root / "proc/self/task"
-        # More threads than cores wait for each other.
-        self._waits_tell = threads <= available_cores() or root != Path("/")
         self._groups = cgroup_files(root, "cpu", "cpu.stat", "cpu.stat")
-        self._before: _Counters | None = None
+        self._before: dict[str, float] = {}
 
     def start(self) -> None:
         self._before = self._read()
 
     def stop(self) -> CpuUse:
         """Return the use since `start`."""
-        a, b = self._before, self._read()
-        assert a is not None
-        wall_s = max(b.clock - a.clock, 1e-9)
-        waits = [value - a.waits.get(thread, 0.0) for thread, value in b.waits.items()]
-        others_s = b.busy - a.busy - (b.own - a.own)
-        counts = b.busy > a.busy or b.own - a.own < _LEAST_S  # gVisor has a /proc/stat of zeros
+        passed = {key: value - self._before.get(key, 0.0) for key, value in self._read().items()}
+        wall_s = max(passed["clock"], 1e-9)
 
-        def share(value: Callable[[_Counters], float | None]) -> float | None:
-            first, last = value(a), value(b)
-            return (
-                None if first is None or last is None else _rounded((last - first) / wall_s / self._threads)
-            )
+        def share(key: str) -> float | None:
+            return round(passed[key] / wall_s / self._threads, 5) if key in passed else None
 
+        waits = [value for key, value in passed.items() if key.startswith("thread ")]
+        if self._threads > available_cores():  # they wait for each other
+            waits = []
+        others_s = max(passed["busy"] - passed["own"], 0.0)
+        counts = passed["busy"] > 0 or passed["own"] < _LEAST_S  # gVisor has a /proc/stat of zeros
         return CpuUse(
             wall_s=round(wall_s, 6),
-            run_share=_rounded((b.own - a.own) / wall_s / self._threads),
-            wait_share=_rounded(max(waits) / wall_s) if waits and self._waits_tell else None,
-            others_cores=_rounded(max(others_s, 0.0) / wall_s) if counts else None,
-            steal_share=share(lambda now: now.steal),
-            quota_share=share(lambda now: now.stopped),
-            switches=None if a.switches is None or b.switches is None else b.switches - a.switches,
+            run_share=share("own") or 0.0,
+            wait_share=round(max(waits) / wall_s, 5) if waits else None,
+            others_cores=round(others_s / wall_s, 5) if counts else None,
+            steal_share=share("steal"),
+            quota_share=share("stopped"),
+            switches=int(passed["switches"]) if "switches" in passed else None,
         )
 
-    def _read(self) -> _Counters:
+    def _read(self) -> dict[str, float]:
+        """Return running totals in seconds; the run-queue wait of each thread, but for those that end in between."""
         import psutil
 
-        switches = None
+        cpu = psutil.cpu_times()
+        found = {"clock": time.perf_counter(), "own": time.process_time()}
+        found["busy"] = sum(getattr(cpu, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq"))
+        if hasattr(cpu, "steal"):
+            found["steal"] = cpu.steal
+        if self._groups:
+            found["stopped"] = max(map(_stopped_s, self._groups))
         with suppress(ImportError):  # Windows
             import resource
 
-            switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-        now = psutil.cpu_times()
-        kinds = ("user", "nice", "system", "irq", "softirq")
-        return _Counters(
-            clock=time.perf_counter(),
-            own=time.process_time(),
-            switches=switches,
-            waits=self._read_waits(),
-            busy=sum(getattr(now, kind, 0.0) for kind in kinds),
-            steal=getattr(now, "steal", None),
-            stopped=max(map(_stopped_s, self._groups), default=None),
-        )
-
-    def _read_waits(self) -> dict[str, float]:
-        """Return the run-queue wait of every thread; of one that ended in between nothing is known."""
-        found = {}
+            found["switches"] = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
         with suppress(OSError):
             for task in os.scandir(self._tasks):
                 with suppress(OSError, IndexError, ValueError):
-                    found[task.name] = int(Path(task.path, "schedstat").read_bytes().split()[1]) / 1e9
+                    wait_ns = int(Path(task.path, "schedstat").read_bytes().split()[1])
+                    found[f"thread {task.name}"] = wait_ns / 1e9
         return found
-
-
-def _rounded(share: float) -> float:
-    return round(share, 5)
 
 
 def _stopped_s(stat: Path) -> float:

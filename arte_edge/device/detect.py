@@ -16,7 +16,7 @@ from arte_edge import memory
 from arte_edge.results.rows import DeviceFacts
 from arte_edge.threads import available_cores
 
-__all__ = ["board", "detect"]
+__all__ = ["board", "detect", "read_text"]
 
 _ROOT = Path("/")
 # The features by which llama.cpp and onnxruntime choose kernels, as Linux spells them. The list is fixed,
@@ -46,12 +46,7 @@ class Cpu:
 
 
 def read_cpu(root: Path, arch: str, system: str) -> Cpu:
-    """Return the processor of the system below `root`; unknown facts are empty.
-
-    Args:
-        arch: as of `machine_arch`.
-        system: Linux, Darwin, Windows.
-    """
+    """Return the processor of the system (Linux, Darwin, Windows) below `root`; unknown facts are empty."""
     if system == "Darwin":
         return _from_sysctl(arch)
     try:
@@ -178,12 +173,7 @@ _CONTAINER_MARKS = ("docker", "containerd", "kubepods", "libpod", "lxc")
 
 
 def detect(*, root: Path = _ROOT, arch: str = "", system: str = "") -> DeviceFacts:
-    """Return the facts of this machine, with the shipped profile that matches it best.
-
-    Args:
-        root: where ``proc`` and ``sys`` are; another folder in tests.
-        arch, system: of another machine in tests.
-    """
+    """Return the facts of this machine (in tests: of another), with the shipped profile that matches it best."""
     from arte_edge.device.profiles import match_device
 
     arch, system = arch or machine_arch(), system or platform.system()
@@ -215,7 +205,7 @@ def board(root: Path = _ROOT, system: str = "") -> str:
     if (system or platform.system()) == "Darwin":
         return ""
     for name in ("proc/device-tree/model", "sys/firmware/devicetree/base/model"):
-        if text := _read(root / name):
+        if text := read_text(root / name):
             return text
     return _firmware(root)
 
@@ -233,7 +223,7 @@ def usable_cores(root: Path = _ROOT) -> int:
     """Return the cores that this process may use: its affinity, or a container's CPU quota if that is less."""
     cores = available_cores()
     for file in memory.cgroup_files(root, "cpu", "cpu.max", "cpu.cfs_quota_us"):
-        values = [*_read(file).split(), _read(file.with_name("cpu.cfs_period_us"))]
+        values = [*read_text(file).split(), read_text(file.with_name("cpu.cfs_period_us"))]
         if len(values) > 1 and values[0].isdigit() and values[1].isdigit() and int(values[1]) > 0:
             cores = min(cores, max(1, -(-int(values[0]) // int(values[1]))))
     return cores
@@ -248,7 +238,7 @@ def _os_name(system: str) -> str:
 def _governor(root: Path) -> str:
     """Return the CPU frequency governor; if clusters differ, all of them."""
     files = sorted(root.glob("sys/devices/system/cpu/cpufreq/policy*/scaling_governor"))
-    return "+".join(dict.fromkeys(filter(None, map(_read, files))))
+    return "+".join(dict.fromkeys(filter(None, map(read_text, files))))
 
 
 def _virtual(root: Path, cpu: Cpu) -> str:
@@ -258,11 +248,11 @@ def _virtual(root: Path, cpu: Cpu) -> str:
     known = [name for start, name in _HYPERVISORS.items() if firmware.startswith(start)]
     if known and "metal" not in firmware:
         layers.append(known[0])
-    elif "microsoft" in _read(root / "proc/sys/kernel/osrelease").lower():
+    elif "microsoft" in read_text(root / "proc/sys/kernel/osrelease").lower():
         layers.append("wsl")
     elif cpu.hypervisor:
         layers.append("vm")
-    groups = _read(root / "proc/self/cgroup") + _read(root / "proc/1/cgroup")
+    groups = read_text(root / "proc/self/cgroup") + read_text(root / "proc/1/cgroup")
     marked = any((root / name).exists() for name in (".dockerenv", "run/.containerenv"))
     if marked or any(mark in groups for mark in _CONTAINER_MARKS):
         layers.append("container")
@@ -274,13 +264,13 @@ def _virtual(root: Path, cpu: Cpu) -> str:
 def _firmware(root: Path) -> str:
     """Return vendor and product name."""
     folder = root / "sys/class/dmi/id"
-    return f"{_read(folder / 'sys_vendor')} {_read(folder / 'product_name')}".strip()
+    return f"{read_text(folder / 'sys_vendor')} {read_text(folder / 'product_name')}".strip()
 
 
 def _power(root: Path) -> str:
     """Return ``mains`` or ``battery``, empty without such a sensor."""
     supplies = [
-        (_read(kind), _read(kind.with_name("online")), _read(kind.with_name("status")))
+        (read_text(kind), read_text(kind.with_name("online")), read_text(kind.with_name("status")))
         for kind in sorted(root.glob("sys/class/power_supply/*/type"))
     ]
     if any(kind in ("Mains", "USB") and online == "1" for kind, online, _ in supplies):
@@ -290,7 +280,7 @@ def _power(root: Path) -> str:
     return ""
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Return a small file's text, empty if it cannot be read; the device tree ends its strings with a zero byte."""
     try:
         return path.read_bytes().decode(errors="replace").strip("\0 \n")

@@ -90,11 +90,7 @@ def fit(
     *,
     repacked: Collection[str] = ("Q4_0", "Q4_K", "IQ4_NL"),
 ) -> Fit:
-    """Return the memory that a model needs for `context_tokens` tokens, against `memory_bytes` available.
-
-    Args:
-        repacked: GGUF types that the runtime copies into another layout, see `repacked_types`.
-    """
+    """Return the memory that a model needs, against `memory_bytes` available; `repacked`: see `repacked_types`."""
     is_gguf = size.format == "gguf"
     copies = sum(size.token_bytes_by_type.get(kind, 0) for kind in repacked) if is_gguf else 0
     values = _batch_values(size)

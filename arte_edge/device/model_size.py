@@ -135,11 +135,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, path: Path) -> ModelSize:
-        """Return the sizes of a GGUF file, or of a folder with ONNX or safetensors weights.
-
-        Raises:
-            InputError: not a model, or its header or config is incomplete.
-        """
+        """Return the sizes of a GGUF file, or a folder with ONNX or safetensors weights; InputError: it is neither."""
         readers = {
             "gguf": _of_gguf,
             "onnx-genai": _of_genai,

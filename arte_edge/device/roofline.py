@@ -25,15 +25,11 @@ from arte_edge.results.student_json import Artifact
 
 __all__ = [
     "PREFILL_FACTOR",
-    "Expected",
-    "Prediction",
     "Predictor",
-    "Source",
     "bandwidth",
     "expected",
     "expected_here",
     "is_busy",
-    "measure_bandwidth",
     "predict",
     "predictor",
 ]

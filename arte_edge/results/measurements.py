@@ -29,9 +29,10 @@ class Measured:
     source: str
 
 
-def measured(
-    artifact: Artifact, names: frozenset[str], rows: Sequence[Row] = ()
-) -> tuple[Measured | None, tuple[str, ...]]:
+Found = tuple[Measured | None, tuple[str, ...]]
+
+
+def measured(artifact: Artifact, names: frozenset[str], rows: Sequence[Row] = ()) -> Found:
     """Return the measurement that counts, None if there is none; and a sentence for those that were left out."""
     speeds = [speed for speed in artifact.speeds if names & speed.names]
     found = [
@@ -48,9 +49,7 @@ def measured(
     return best, left_out_notes(kinds)
 
 
-def best_of_rows(
-    rows: Sequence[Row], file: str, names: frozenset[str]
-) -> tuple[Measured | None, tuple[str, ...]]:
+def best_of_rows(rows: Sequence[Row], file: str, names: frozenset[str]) -> Found:
     """Return the same of a file by its name or quantization type, where its hash is unknown."""
     mine = [row for row in _speed_rows(rows, names) if file in (row.quantization, row.model_filename)]
     best, left_out = _best(mine, [])

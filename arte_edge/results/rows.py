@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -216,15 +216,8 @@ class QualityRow(PairedAccuracy):
 Row = SpeedRow | QualityRow
 
 
-class _Rate(Protocol):
-    @property
-    def throttled(self) -> bool | None: ...
-    @property
-    def contended(self) -> bool | None: ...
-
-
-def disturbance(rate: _Rate) -> str:
-    """Return why a rate is not the device's: ``contended`` or ``throttled``; empty if it is."""
+def disturbance(rate: Any) -> str:
+    """Return why a row's or a speed's rate is not the device's: ``contended`` or ``throttled``; empty if it is."""
     return "contended" if rate.contended else "throttled" if rate.throttled else ""
 
 

@@ -133,11 +133,7 @@ def start(folder: Path) -> dict[str, Any]:
 
 
 def work(folder: Path, ready: TextIO) -> None:
-    """Run the job's commands one after the other.
-
-    Args:
-        ready: gets ``running`` once the lock is acquired, else ``busy``.
-    """
+    """Run the job's commands one after the other; `ready` gets ``running`` once it has the lock, else ``busy``."""
     lock = _lock(folder)
     for _ in range(10):  # `state` holds it for a moment
         if lock is not None:

@@ -177,10 +177,7 @@ class Ssh:
     def run(self, script: str, *args: str, timeout_s: float = 120) -> str:
         """Run `script` on the device with ``$1``, ``$2``… = `args` and return its output.
 
-        Raises:
-            ConnectionLost: the connection broke, or there was no answer within `timeout_s`; retrying may help.
-            RemoteError: the script failed.
-            ArteError: the connection failed for a reason that retrying does not fix.
+        Raises `ConnectionLost` (retrying may help), `RemoteError` (the script failed) or `ArteError`.
         """
         try:
             done = subprocess.run(

@@ -200,20 +200,10 @@ _OLDEST_GLIBC_MINOR = 17  # manylinux2014; no runtime has wheels for an older on
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date that a zip can hold
 
 
-@dataclass(frozen=True)
-class Platform:
-    """The interpreter that wheels are for."""
-
-    machine: str  # as `uname -m` prints it
-    python: tuple[int, int]
-    glibc_minor: int  # of glibc 2.x; 0: another C library, or macOS
-
-    @property
-    def platforms(self) -> list[str]:
-        """Return the platform tags that pip would accept there, the newest first (PEP 600)."""
-        newest = self.glibc_minor or _OLDEST_GLIBC_MINOR
-        tags = [f"manylinux_2_{minor}_{self.machine}" for minor in range(newest, _OLDEST_GLIBC_MINOR - 1, -1)]
-        return [*tags, f"manylinux2014_{self.machine}"]
+def platform_tags(machine: str, glibc_minor: int) -> list[str]:
+    """Return the platform tags that pip would accept there, the newest first (PEP 600); glibc 2.0: unknown."""
+    minors = range(glibc_minor or _OLDEST_GLIBC_MINOR, _OLDEST_GLIBC_MINOR - 1, -1)
+    return [*(f"manylinux_2_{minor}_{machine}" for minor in minors), f"manylinux2014_{machine}"]
 
 
 def own_wheel(folder: Path) -> Path:
@@ -286,20 +276,22 @@ def _with_marker(need: str, extra: str) -> str:
     return f"{requirement.strip()} ; " + (f"({marker.strip()}) and {condition}" if marker else condition)
 
 
-def fetch_wheels(requirements: Sequence[str], target: Platform, folder: Path) -> list[Path]:
-    """Download wheels for `target` with this machine's pip, dependencies included, into `folder`.
+def fetch_wheels(
+    requirements: Sequence[str], machine: str, glibc_minor: int, python: tuple[int, ...], folder: Path
+) -> list[Path]:
+    """Download wheels for a machine with this one's pip, dependencies included, into `folder`.
 
-    Args:
-        requirements: as for pip; the path of a wheel may have extras: ``x.whl[onnx]``.
-
-    Raises:
-        ArteError: no pip, no network, or a package has no wheel for `target`.
+    Raises ArteError: no pip, no network, or a package has no such wheel.
     """
+    version = ".".join(map(str, python[:2]))
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--only-binary=:all:", "--dest", str(folder), "--implementation", "cp"]
-    command += ["--python-version", ".".join(map(str, target.python))]
-    command += [f"--platform={tag}" for tag in target.platforms]
+    command += [
+        "--python-version",
+        version,
+        *(f"--platform={t}" for t in platform_tags(machine, glibc_minor)),
+    ]
     done = subprocess.run(
         [*command, *requirements], capture_output=True, text=True, errors="replace", check=False
     )
@@ -313,7 +305,7 @@ def fetch_wheels(requirements: Sequence[str], target: Platform, folder: Path) ->
         reason = re.sub(r"^ERROR: ", "", lines[-1]) if lines else "pip download failed"
         raise ArteError(
             f"The device reaches no package index, and its packages could not be downloaded here: {reason}",
-            f"Python {'.'.join(map(str, target.python))} on {target.machine} needs a wheel of each of them.",
+            f"Python {version} on {machine} needs a wheel of each of them.",
         )
     return sorted(folder.glob("*.whl"))
 
@@ -439,9 +431,9 @@ def _fetch(site: Site, requirements: list[str], plan: Plan) -> list[str]:
         )
     machine = site.found.machine.lower()
     machine = {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
-    target = Platform(machine, plan.python.version[:2], site.found.glibc_minor)
     with TemporaryDirectory(prefix="arte-edge-") as scratch:
-        wheels = fetch_wheels(requirements, target, Path(scratch))
+        there = machine, site.found.glibc_minor, plan.python.version
+        wheels = fetch_wheels(requirements, *there, Path(scratch))
         blobs = [blob for wheel in wheels for blob in blobs_of(wheel)]
         site.send(blobs)
     folder = f"{site.work}/wheelhouse-{content_key(requirements)[:12]}"
@@ -470,17 +462,9 @@ class Report:
     host: str
     findings: tuple[Finding, ...]
 
-    @property
-    def ok(self) -> bool:
-        return all(finding.state != "failed" for finding in self.findings)
-
 
 def check(profile: Profile) -> Report:
-    """Check a device without changing anything on it; problems are findings, not exceptions.
-
-    Raises:
-        InputError: `profile` has no address.
-    """
+    """Check a device without changing anything on it; problems are findings, not exceptions."""
     remote = reach(profile)
     with Ssh(remote.host, config=remote.ssh_config) as ssh:
         try:

@@ -184,21 +184,12 @@ def reach(profile: Profile) -> Remote:
 
 
 def prepare(ssh: Ssh, work: str) -> None:
-    """Make the work folder, private to its owner.
-
-    Raises:
-        RemoteError: it is a link or a folder with other files in it, or cannot be made.
-    """
+    """Make the work folder, private to its owner; RemoteError: it is a link, or holds other files."""
     ssh.run(_PREPARE, work, _OURS)
 
 
 def clean(profile: Profile) -> str:
-    """Remove the work folder with its environments and models; return its path.
-
-    Raises:
-        RemoteError: the folder was not made by arte-edge.
-        ArteError: the device cannot be reached.
-    """
+    """Remove the work folder with its environments and models; return its path. RemoteError: it is not ours."""
     remote = reach(profile)
     with Ssh(remote.host, config=remote.ssh_config) as ssh:
         work = probe(ssh, remote).work
@@ -318,8 +309,7 @@ def _send_one(
 ) -> bool:
     """Upload the rest of one file; False if its checksum was wrong, and the device has deleted it.
 
-    Args:
-        there: bytes on the device, by checksum; at least 1 after an attempt that may have left some.
+    `there`: bytes on the device, by checksum; at least 1 after an attempt that may have left some.
     """
     whole = f"{work}/blobs/{blob.sha256}"
     part = f"{whole}.part"

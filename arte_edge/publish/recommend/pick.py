@@ -252,11 +252,7 @@ def _notes(good: Sequence[Candidate], front: ParetoFront) -> tuple[str, ...]:
 
 
 def parse_size(text: str, what: str) -> int:
-    """Return bytes: ``1GB`` and ``1G`` are decimal, ``1GiB`` is binary, a bare number is bytes.
-
-    Raises:
-        InputError: not a size above zero; names `what`.
-    """
+    """Return bytes (``1GB`` and ``1G`` are decimal, ``1GiB`` is binary); InputError names `what`."""
     found = _SIZE.fullmatch(text)
     power = " KMGT".index((found[2] or " ").upper()) if found else 0
     size_bytes = round(float(found[1]) * (1024 if found[3] else 1000) ** power) if found else 0

@@ -25,7 +25,6 @@ from arte_edge.device.ssh.connection import ReconnectPolicy
 from arte_edge.device.ssh.environment import (
     Marker,
     Plan,
-    Platform,
     Site,
     env_bytes_missing,
     fetch_wheels,
@@ -34,6 +33,7 @@ from arte_edge.device.ssh.environment import (
     is_offline,
     own_wheel,
     plan,
+    platform_tags,
     read_marker,
     send_wheel,
 )
@@ -142,9 +142,9 @@ def test_an_environment_is_made_once_from_copied_wheels_when_no_index_is_reached
     monkeypatch.setattr(environment.Plan, "requirements", lambda self, wheel: [wheel, "tomlkit"])
     real_fetch = environment.fetch_wheels
 
-    def fetch(requirements: Any, target: Any, folder: Path) -> list[Path]:
+    def fetch(requirements: Any, *there: Any) -> list[Path]:
         fetched.append(list(requirements))
-        return real_fetch([*requirements, "--no-deps"], target, folder)
+        return real_fetch([*requirements, "--no-deps"], *there)
 
     def commands(*args: Any, **words: Any) -> list[list[str]]:
         made = install_commands(*args, **words)[:-1]  # the last asks the command, which misses its needs here
@@ -213,7 +213,7 @@ def test_its_metadata_name_the_extras_and_no_torch_outside_of_them(wheel: Path) 
 
 
 def test_platform_tags_are_those_that_the_device_would_accept() -> None:
-    tags = Platform("aarch64", (3, 11), 19).platforms
+    tags = platform_tags("aarch64", 19)
     assert tags == [f"manylinux{version}_aarch64" for version in ("_2_19", "_2_18", "_2_17", "2014")]
 
 
@@ -222,7 +222,7 @@ def test_a_package_without_such_a_wheel_is_an_error_that_names_it(tmp_path: Path
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     with pytest.raises(ArteError, match="xllamacpp") as error:
-        fetch_wheels(["xllamacpp"], Platform("aarch64", (3, 11), 36), tmp_path / "house")
+        fetch_wheels(["xllamacpp"], "aarch64", 36, (3, 11), tmp_path / "house")
     assert "aarch64" in error.value.hint
 
 
