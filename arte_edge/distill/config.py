@@ -18,20 +18,17 @@ from arte_edge.errors import InputError, nearest
 
 __all__ = [
     "Align",
-    "Calibrate",
     "Check",
     "Data",
     "Deploy",
     "Elicit",
-    "Evaluate",
     "LabelPolicy",
     "ModelConfig",
     "Prefer",
+    "Problem",
     "RunConfig",
     "Tailor",
-    "TaskConfig",
     "TeacherConfig",
-    "Tune",
     "build",
     "differences",
     "dump_toml",
@@ -39,10 +36,12 @@ __all__ = [
     "parse_set",
     "problems",
     "problems_of",
+    "reject",
 ]
 
 Data = Literal["arte", "original-teacher", "question-only", "rationale-only", "random"]
 LabelPolicy = Literal["teacher", "vote", "drop-disagreement"]
+Problem = tuple[str, str]  # what is wrong, what to do about it
 
 
 def _distinct(shots: tuple[int, ...]) -> tuple[int, ...]:
@@ -307,15 +306,19 @@ def build(source: str, *layers: Mapping[str, Any]) -> RunConfig:
     tables: dict[str, Any] = {}
     for layer in layers:
         tables = merge(tables, layer)
-    try:
-        return RunConfig.model_validate(tables)
-    except ValidationError as error:
-        messages, hints = zip(*problems(error, RunConfig), strict=True)
-        raise InputError(f"{source}: " + "; ".join(messages), " ".join(filter(None, hints))) from error
+    reject(problems_of(tables), f"{source}: ")
+    return RunConfig.model_validate(tables)
 
 
-def problems_of(tables: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what is wrong with nested tables as (message, hint) pairs; empty if they are a run."""
+def reject(found: Sequence[Problem], where: str = "") -> None:
+    """Raise an InputError that names every problem, if there are any."""
+    if found:
+        messages, hints = zip(*found, strict=True)
+        raise InputError(where + "; ".join(messages), " ".join(dict.fromkeys(filter(None, hints))))
+
+
+def problems_of(tables: Mapping[str, Any]) -> list[Problem]:
+    """Return what is wrong with nested tables; nothing if they are a run."""
     try:
         RunConfig.model_validate(tables)
     except ValidationError as error:
@@ -323,8 +326,8 @@ def problems_of(tables: Mapping[str, Any]) -> list[tuple[str, str]]:
     return []
 
 
-def problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
-    """Return what is wrong with the keys of a `model` as (message, hint) pairs."""
+def problems(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
+    """Return what is wrong with the keys of a `model`."""
     found = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])

@@ -18,12 +18,7 @@ from typing import Any, Literal
 from arte_edge.console import Reporter, emit_json, out
 from arte_edge.distill.cached_calls import GROUP
 from arte_edge.distill.config import RunConfig
-from arte_edge.distill.generation.questions import (
-    NearDuplicates,
-    QuestionPlan,
-    parse_questions,
-    question_prompts,
-)
+from arte_edge.distill.generation.questions import QuestionPlan, count_valid, question_prompts
 from arte_edge.distill.generation.rationales import rationale_prompt, rationale_sampling, votes_directly
 from arte_edge.distill.preference.adaptive import AdaptivePlan
 from arte_edge.distill.preference.scoring import is_adaptive
@@ -35,13 +30,13 @@ from arte_edge.distill.prompts import (
     STEP_BY_STEP,
     answer_shots,
     direct_messages,
-    question_prefill,
     student_messages,
 )
 from arte_edge.distill.run_context import RunContext
 from arte_edge.distill.stages.align import dpo_settings
 from arte_edge.distill.stages.calibrate import respondents
-from arte_edge.distill.stages.tailor import first_questions
+from arte_edge.distill.stages.elicit import draft_plan
+from arte_edge.distill.stages.tailor import tailor_plan
 from arte_edge.distill.train.common import examples_seen
 from arte_edge.distill.validate_config import refuse_run
 from arte_edge.errors import EngineError, InputError
@@ -49,9 +44,8 @@ from arte_edge.extras import need
 from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
 from arte_edge.runtimes.loader import is_server
 from arte_edge.runtimes.openai.client import Prices
-from arte_edge.tasks.answers import canonical
 from arte_edge.tasks.loaders import load_task
-from arte_edge.tasks.task import Example, Task
+from arte_edge.tasks.task import Task
 
 __all__ = [
     "Call",
@@ -186,23 +180,19 @@ def stage_work(config: RunConfig, task: Task, drafts_per_prompt: float) -> Itera
     yield Work("check", Call("student", "generated"), n_check)
     yield Work("check", Call("student", "constrained"), n_check)
     if config.aligned:
-        n_question, elicit = config.elicit.questions, config.elicit
-        plan = QuestionPlan.of(elicit, n_question, elicit.temperature, elicit.max_prompts, config.seed)
-        yield from _drafts("elicit", config, task, plan, len(task.techniques), drafts_per_prompt)
+        yield from _drafts(
+            "elicit", config, task, draft_plan(config), len(task.techniques), drafts_per_prompt
+        )
         yield from _calibrate(config, task, n_check)
         yield from _prefer(config, task)
-        n_pair = config.n_question_pairs + min(config.n_rationale_pairs, n_question)
+        n_pair = config.n_question_pairs + min(config.n_rationale_pairs, config.elicit.questions)
         settings = dpo_settings(config)
         per_step = settings.batch_size * settings.accumulate
         n_step = ceil(examples_seen(n_pair, settings.epochs) / per_step)
         # Checks before the first step, regularly, and after the last.
         n_look = 1 + ceil(n_step / settings.probe_every)
         yield Work("align", Call("teacher", "question"), n_look * config.align.probe_prompts)
-    tailor = config.tailor
-    plan = QuestionPlan.of(
-        config.elicit, first_questions(tailor), tailor.temperature, tailor.max_prompts, config.seed
-    )
-    yield from _drafts("tailor", config, task, plan, 1, drafts_per_prompt)
+    yield from _drafts("tailor", config, task, tailor_plan(config), 1, drafts_per_prompt)
     n_test = len(task.test_keys())
     n_test = min(config.evaluate.limit or n_test, n_test)
     for shots in config.evaluate.shots:
@@ -231,11 +221,9 @@ def _calibrate(config: RunConfig, task: Task, n_check: int) -> Iterator[Work]:
         # Further models are not opened for an estimate; they count like the teacher.
         who: Who = "student" if model is config.student else "teacher"
         for shots in config.calibrate.shots:
-            known = 0
-            if (
-                who == "student" and not shots
-            ):  # asked in the check already; closed answers in one call for all
-                known = min(n_check, n_item) if not task.answer.closed or n_check == n_item else 0
+            # Those of the check are known already; closed answers are compared in one call for all.
+            same = who == "student" and not shots and (not task.answer.closed or n_check == n_item)
+            known = min(n_check, n_item) if same else 0
             yield Work("calibrate", Call(who, "constrained", shots), n_item - known)
 
 
@@ -282,7 +270,8 @@ def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], 
             found = _lengths(run, engines[call.who], call)
             lengths[call] = replace(found, completion=generated.get((call.who, call.what), found.completion))
             step(1)
-    return lengths, _drafts_per_prompt(run, answers[Call("teacher", "question")])
+    drafted = answers[Call("teacher", "question")]
+    return lengths, max(count_valid(run.task, elicit.rouge, drafted) / len(drafted), _FEWEST_DRAFTS)
 
 
 def _answers(run: RunContext, engine: Engine, call: Call, sampling: Sampling) -> list[Completion]:
@@ -311,12 +300,10 @@ def _lengths(run: RunContext, engine: Engine, call: Call) -> Lengths:
 def _prompts(run: RunContext, call: Call) -> list[str]:
     """Return a few real prompts of a kind; the questions in them are validation examples."""
     config = run.config.teacher if call.who == "teacher" else run.config.student
-    engine, task, elicit = run.engine(config), run.task, run.config.elicit
+    engine, task = run.engine(config), run.task
     examples = task.validation[:_PROBE_PROMPTS]
     if call.what == "question":
-        plan = QuestionPlan.of(
-            elicit, elicit.questions, elicit.temperature, elicit.max_prompts, run.config.seed
-        )
+        plan = draft_plan(run.config)
         return [r.prompt for r in question_prompts(run, engine, config, plan, 0, _PROBE_PROMPTS)]
     if call.what == "rationale":
         return [rationale_prompt(run, engine, config, example.input, None) for example in examples]
@@ -327,21 +314,6 @@ def _prompts(run: RunContext, call: Call) -> list[str]:
         ]
     prefill = STEP_BY_STEP if call.what == "generated" else ANSWER_PREFILL
     return [run.render(engine, student_messages(task, e.input, shots), prefill, config) for e in examples]
-
-
-def _drafts_per_prompt(run: RunContext, answers: Sequence[Completion]) -> float:
-    elicit, task = run.config.elicit, run.task
-    known: tuple[Example, ...] = (*task.seed, *task.validation)
-    near = NearDuplicates(elicit.rouge, (example.input for example in known))
-    prefill = question_prefill(min(elicit.shown, len(task.seed)))
-    n_valid = 0
-    for answer in answers:
-        for draft in parse_questions(prefill + answer.text):
-            if isinstance(draft, str) or canonical(draft[1], task.answer) is None or near.find(draft[0]):
-                continue
-            near.add(draft[0])
-            n_valid += 1
-    return max(n_valid / len(answers), _FEWEST_DRAFTS)
 
 
 def _notes(config: RunConfig, drafts_per_prompt: float, prices: Prices | None) -> list[str]:

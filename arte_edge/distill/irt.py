@@ -15,12 +15,9 @@ prior is not a refinement: without it there is no estimate. As α has a log-norm
 prior it is never negative: an item that the weak get right and the strong get wrong,
 often a wrong label, ends near zero and at the bottom of the order.
 
-Why not the girth library (0.8): from 200 respondents it recovers α equally well (the
-two agree to r = 0.99), but it has no prior on β, so from 8 to 20 its difficulties are
-far behind (r 0.47 to 0.77 with the truth against 0.74 to 0.87), its maximum-likelihood
-α is at its bounds for up to half of the items, its own small-sample variant needs
-numpy's float128, absent on Windows and Apple silicon, and it takes seconds for the same
-matrix. Measurements: docs/preference-scores.md.
+Why not the girth library (0.8): from 200 respondents it recovers α equally well, but it has no prior on β, so
+from 8 to 20 its difficulties are far behind (r 0.47 to 0.77 with the truth against 0.74 to 0.87), and its α is at its
+bounds for up to half of the items. Measurements: docs/preference-scores.md.
 """
 
 from __future__ import annotations

@@ -3,21 +3,9 @@
     budget = (max_answer_seconds - prompt_tokens / prefill rate) · decode rate
 
 `prompt_tokens` is the 95th percentile over the validation examples, rendered as for the student, in the
-student's own tokens. With a budget, a run changes in three places:
-
-* prefer: ``accuracy`` truncates the student at the budget, so that an answer which does not come in
-  time is wrong. The other scores generate nothing; there a draft is penalized for its own length: a
-  probability is multiplied by the share of the draft that the device can generate in time,
-  ``min(1, budget / tokens)``, and a log-probability gets the logarithm of that share added. So a draft
-  that is a little too long is a little worse, and the ranking of two long drafts is kept.
-* tailor: the teacher's few-shot examples are shortened to fit, too long rationales are not trained on,
-  and the questions that this leaves without one are sampled again
-  (`arte_edge.distill.generation.rationales`).
-* evaluate: base and tuned student stop at the budget.
-
-Drafts are elicited without a budget: preferences need short and long ones to choose from.
-
-The budget is stored in ``deploy.json``: a later benchmark does not change a run that has begun.
+student's own tokens. docs/runs.md says what each stage does with the budget. Drafts are elicited without one:
+preferences need short and long ones to choose from. The budget is stored in ``deploy.json``: a later benchmark
+does not change a run that has begun.
 """
 
 from __future__ import annotations
@@ -98,7 +86,11 @@ def budget_tokens(max_answer_seconds: float, prompt_tokens: int, rates: Rates) -
 
 
 def penalize_length(score: float, tokens: int, most_tokens: int, *, log: bool) -> float:
-    """Return a draft's `score` less the penalty for its length; `log`: it is a log-probability in nats."""
+    """Return a draft's `score` times the share of the draft that the device can generate in time.
+
+    `log`: it is a log-probability in nats, to which the logarithm of that share is added. So a draft that is a
+    little too long is a little worse, and the ranking of two long drafts is kept.
+    """
     share = min(1.0, most_tokens / max(tokens, 1))
     return score + math.log(share) if log else score * share
 

@@ -14,6 +14,7 @@ decodes fastest when many sequences share a batch.
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -251,8 +252,6 @@ def open_folder(config: RunConfig, folder: Path, task: Task, *, update: bool) ->
     Raises:
         InputError: it holds another run; names the keys that differ.
     """
-    import tomllib
-
     resolved = dump_toml(config)
     path = folder / "run.toml"
     header = f'# The run as resolved. task_sha256 = "{task.sha256}"\n'
@@ -272,8 +271,6 @@ def open_folder(config: RunConfig, folder: Path, task: Task, *, update: bool) ->
 
 def _with_defaults(path: Path) -> dict[str, Any]:
     """Return the run in a folder, with the defaults of keys that were added after it was written."""
-    import tomllib
-
     stored = load_toml(path)
     try:
         return tomllib.loads(dump_toml(build(str(path), stored)))

@@ -6,12 +6,12 @@ machine, `refuse_models`: a family or a layer that cannot be converted would oth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from arte_edge.checkpoint import read_weights
-from arte_edge.distill.config import RunConfig, problems_of
+from arte_edge.distill.config import Problem, RunConfig, problems_of, reject
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.names import checkpoint_family, family_of_arch, layout_of
 from arte_edge.gguf.reader import read_model_header
@@ -22,8 +22,6 @@ from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
 
 __all__ = ["fewer_shown", "find_problems", "refuse_models", "refuse_run"]
-
-Problem = tuple[str, str]
 
 _FEWEST = 20  # validation examples; below this an interval is wider than any difference worth knowing
 
@@ -36,7 +34,7 @@ def find_problems(tables: Mapping[str, Any]) -> list[Problem]:
     return [
         *problems_of(tables),
         *_task_problems(tables),
-        *(problem for key, ref in _models(tables) for problem in _model_problems(key, ref)),
+        *_model_problems(tables),
         *_server_problems(tables),
     ]
 
@@ -47,7 +45,7 @@ def refuse_run(config: RunConfig, task: Task) -> None:
     Raises:
         InputError: names every key or split.
     """
-    _refuse([*_size_problems(config.check.examples, task), *_server_problems(config.model_dump())])
+    reject([*_size_problems(config.check.examples, task), *_server_problems(config.model_dump())])
 
 
 def refuse_models(config: RunConfig, teacher: LocalModel | None, student: LocalModel) -> None:
@@ -59,7 +57,7 @@ def refuse_models(config: RunConfig, teacher: LocalModel | None, student: LocalM
     problems = [*_student_problems(config, student)]
     if teacher is not None and config.aligned:
         problems += _teacher_problems(config, teacher)
-    _refuse(problems)
+    reject(problems)
 
 
 def fewer_shown(config: RunConfig, task: Task) -> Iterator[str]:
@@ -75,12 +73,6 @@ def fewer_shown(config: RunConfig, task: Task) -> Iterator[str]:
     ):
         if wanted > there:
             yield f"{key} = {wanted}, but the task has {there} examples to show: {there} are shown"
-
-
-def _refuse(problems: Iterable[Problem]) -> None:
-    if found := list(problems):
-        messages, hints = zip(*found, strict=True)
-        raise InputError("; ".join(messages), " ".join(dict.fromkeys(filter(None, hints))))
 
 
 def _value(tables: Mapping[str, Any], section: str, key: str) -> Any:
@@ -116,24 +108,21 @@ def _size_problems(n_check: int, task: Task) -> Iterator[Problem]:
             )
 
 
-def _models(tables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for section in ("teacher", "student"):
-        table = tables.get(section)
-        if isinstance(table, Mapping) and "model" not in table:
-            continue  # reported as a missing key
-        yield f"{section}.model", _value(tables, section, "model")
+def _model_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield a problem for each reference that names no model; a table without one is reported already."""
+    refs = [
+        (f"{section}.model", _value(tables, section, "model"))
+        for section in ("teacher", "student")
+        if not isinstance(table := tables.get(section), Mapping) or "model" in table
+    ]
     extra = _value(tables, "calibrate", "models")
-    for ref in extra if isinstance(extra, list | tuple) else ():
-        yield "calibrate.models", ref
-
-
-def _model_problems(key: str, ref: Any) -> Iterator[Problem]:
-    if not ref or not isinstance(ref, str):
-        return
-    try:
-        _look_up(ref)
-    except ArteError as error:
-        yield f"{key}: {error.message}", error.hint
+    refs += [("calibrate.models", ref) for ref in (extra if isinstance(extra, list | tuple) else ())]
+    for key, ref in refs:
+        try:
+            if ref and isinstance(ref, str):
+                _look_up(ref)
+        except ArteError as error:
+            yield f"{key}: {error.message}", error.hint
 
 
 def _look_up(ref: str) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "Drafts",
     "NearDuplicates",
     "QuestionPlan",
+    "count_valid",
     "draft_questions",
     "parse_questions",
     "question_prompts",
@@ -259,6 +260,13 @@ class _Filter:
             return self._labels.get(known, "repeats a draft"), target
         self._near.add(question)
         return "", answer
+
+
+def count_valid(task: Task, rouge: float, answers: Sequence[Completion]) -> int:
+    """Return how many valid drafts are in a teacher's `answers`."""
+    drafts = Drafts()
+    _collect(drafts, answers, 0, _LONGEST * len(answers), _Filter(task, rouge))
+    return len(drafts.valid)
 
 
 def _share_alike(texts: Sequence[str], rouge: float) -> float:

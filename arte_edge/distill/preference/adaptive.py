@@ -1,21 +1,14 @@
 """Adaptive scoring: measure only the scores that the ranking of the best and the worst needs.
 
-Alignment needs each question's best and worst rationale, and the top and bottom quarter of the
-questions; not every score to the last digit. So the preference set is measured in rounds: every
-draft on its first questions (a few drafts on all of them, to learn which questions correlate), then
-more questions only for drafts whose rank is still open, each time the most informative ones.
-
-The rank of a draft is *open* while the probability that the full grid would rank another draft ahead
-by more than a tie exceeds `error`: elimination as in best-arm identification (Audibert, Bubeck and
-Munos 2010), at both ends of every question at once, on the paired differences of a Gaussian model of
-the grid. The state is the matrix of measured cells, and the same matrix gives the same next round, so a
+docs/preference-scores.md describes the procedure. The rank of a draft is *open* while the probability that the full
+grid would rank another draft ahead by more than a tie exceeds `error`: elimination as in best-arm identification
+(Audibert, Bubeck and Munos 2010), at both ends of every question at once, on the paired differences of a Gaussian
+model of the grid. The state is the matrix of measured cells, and the same matrix gives the same next round, so a
 killed run resumes to the same result.
 
-The model: a row of the grid is one draft, a column one question of the preference set. Rows are draws
-of one normal distribution over the columns: questions that correlate need not all be measured. Mean
-and covariance are estimated from whatever cells are there by EM (Dempster, Laird and Rubin 1977,
-section 4.1.3), the covariance shrunk towards one variance and one correlation (Ledoit and Wolf 2004,
-"Honey, I shrunk the sample covariance matrix"), since drafts are few.
+The model: a row of the grid is one draft, a column one question of the preference set. Rows are draws of one normal
+distribution over the columns, estimated from whatever cells are there by EM (Dempster, Laird and Rubin 1977, section
+4.1.3), the covariance shrunk towards one variance and one correlation (Ledoit and Wolf 2004), since drafts are few.
 
 Notation: d drafts, k questions; NaN marks a cell that was not measured.
 """

@@ -229,22 +229,19 @@ class ChoiceScores:
         out[seen] = share[np.arange(len(truth)), truth] if self.soft else likeliest
         return out
 
-    def _picked(self, draft: int, truth: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    def _picked(self, draft: int) -> list[tuple[int, int]]:
         """Return the likeliest choice and the right one of each measured question."""
         seen = np.isfinite(self.logp[draft]).any(axis=1)
-        return np.nanargmax(probabilities(self.logp[draft][seen], free=False), axis=1), truth[seen]
+        likeliest = np.nanargmax(self.logp[draft][seen], axis=1)
+        return [] if self.truth is None else list(zip(likeliest, self.truth[seen], strict=True))
 
     def bias(self, draft: int) -> float:
-        if self.truth is None:
-            return 0.0
-        picked, truth = self._picked(draft, self.truth)
-        return answer_bias(picked.tolist(), truth.tolist())
+        pairs = self._picked(draft)
+        return answer_bias([p for p, _ in pairs], [t for _, t in pairs]) if pairs else 0.0
 
     def accuracy(self, draft: int) -> float:
-        if self.truth is None:
-            return math.nan
-        picked, truth = self._picked(draft, self.truth)
-        return float((picked == truth).mean())
+        pairs = self._picked(draft)
+        return sum(p == t for p, t in pairs) / len(pairs) if pairs else math.nan
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from arte_edge.distill.config import RunConfig
 from arte_edge.distill.generation.questions import QuestionPlan, draft_questions
 from arte_edge.distill.generation.rationales import (
     direct_votes,
@@ -12,7 +13,13 @@ from arte_edge.distill.generation.rationales import (
 from arte_edge.distill.run_context import RunContext, Summary
 from arte_edge.errors import StoppedEarly
 
-__all__ = ["elicit"]
+__all__ = ["draft_plan", "elicit"]
+
+
+def draft_plan(config: RunConfig) -> QuestionPlan:
+    """Return how many questions are drafted, and how."""
+    elicit = config.elicit
+    return QuestionPlan.of(elicit, elicit.questions, elicit.temperature, elicit.max_prompts, config.seed)
 
 
 def elicit(run: RunContext) -> Summary:
@@ -30,10 +37,7 @@ def elicit(run: RunContext) -> Summary:
     with run.stage("elicit", inputs, _describe) as stage:
         if stage.todo:
             engine = run.engine(teacher)
-            plan = QuestionPlan.of(
-                config, config.questions, config.temperature, config.max_prompts, run.config.seed
-            )
-            drafts = draft_questions(run, engine, teacher, plan, "draft questions")
+            drafts = draft_questions(run, engine, teacher, draft_plan(run.config), "draft questions")
             rationales = generate_rationales(
                 run, engine, teacher, drafts.valid, run.task.techniques, "draft rationales"
             )

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from arte_edge.distill.config import Tailor
+from arte_edge.distill.config import RunConfig
 from arte_edge.distill.generation.questions import Drafts, QuestionPlan, draft_questions
 from arte_edge.distill.generation.rationales import (
     direct_votes,
@@ -32,7 +32,7 @@ from arte_edge.distill.run_context import Row, RunContext, Summary
 from arte_edge.errors import StoppedEarly
 from arte_edge.runtimes.completion import Engine
 
-__all__ = ["first_questions", "tailor"]
+__all__ = ["tailor", "tailor_plan"]
 
 _MAX_ROUNDS = 6
 # A weak teacher contradicts itself on a third of its questions; one large batch is faster than two small ones.
@@ -54,9 +54,12 @@ def tailor(run: RunContext, engine: Callable[[], Engine], adapter_sha256: str) -
     return stage.summary
 
 
-def first_questions(config: Tailor) -> int:
-    """Return how many questions are drafted first: labelling drops some, unless the target is the label."""
-    return config.questions if config.label == "teacher" else math.ceil(config.questions * _OVERSAMPLE)
+def tailor_plan(config: RunConfig, n: int = 0) -> QuestionPlan:
+    """Return how `n` questions are drafted; 0: as many as at first, for labelling drops some."""
+    tailor = config.tailor
+    n = n or (tailor.questions if tailor.label == "teacher" else math.ceil(tailor.questions * _OVERSAMPLE))
+    # Other samples of seeds than in elicit.
+    return QuestionPlan.of(config.elicit, n, tailor.temperature, tailor.max_prompts, config.seed + 1)
 
 
 def _inputs(run: RunContext, adapter_sha256: str) -> dict[str, Any]:
@@ -79,7 +82,7 @@ def _generate_examples(run: RunContext, engine: Engine) -> tuple[list[Row], list
     """
     config = run.config.tailor
     needed, rows, n_resampled = config.questions, [], 0
-    n_question = first_questions(config)
+    n_question = tailor_plan(run.config).needed
     for _ in range(_MAX_ROUNDS):
         drafts, rationales, labels = _generate(run, engine, n_question)
         usable, n_long = _usable(run, rationales)
@@ -118,9 +121,7 @@ def _generate_examples(run: RunContext, engine: Engine) -> tuple[list[Row], list
 def _generate(run: RunContext, engine: Engine, n: int) -> tuple[Drafts, list[Row], Row]:
     """Generate `n` questions with rationales; return them, and what labelling changed."""
     config, teacher = run.config.tailor, run.config.teacher
-    # Other samples of seeds than in elicit.
-    plan = QuestionPlan.of(run.config.elicit, n, config.temperature, config.max_prompts, run.config.seed + 1)
-    drafts = draft_questions(run, engine, teacher, plan, "tailored questions")
+    drafts = draft_questions(run, engine, teacher, tailor_plan(run.config, n), "tailored questions")
     # Not truncated at a latency budget: a truncated rationale teaches the student to stop early.
     rationales = generate_rationales(
         run, engine, teacher, drafts.valid, [None], "tailored rationales", short_shots(run, teacher)

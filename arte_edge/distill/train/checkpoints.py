@@ -56,12 +56,12 @@ def _sample(file: Path, size_bytes: int = 1 << 20) -> str:
 class Workspace:
     """The work folder of one training, and the place of its result."""
 
-    def __init__(self, out: Path, request: str, resume: bool) -> None:
+    def __init__(self, out: Path, request: str) -> None:
         self.out, self._request = out, request
         self.folder = out.with_name(f".{out.name}.work")
         mark = self.folder / "request"
         known = mark.read_text(encoding="utf-8", errors="replace") if mark.is_file() else ""
-        if known != request or not resume:
+        if known != request:
             shutil.rmtree(self.folder, ignore_errors=True)
             write_atomic(mark, request.encode())
 
@@ -92,9 +92,7 @@ class Workspace:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def finished(
-    out: Path, request: str, resume: bool, read: Callable[[Path, dict[str, Any]], Result]
-) -> Result | None:
+def finished(out: Path, request: str, read: Callable[[Path, dict[str, Any]], Result]) -> Result | None:
     """Return the result of the same training that already exists; `read` makes it of its folder and report.
 
     Raises:
@@ -104,7 +102,7 @@ def finished(
         return None
     try:
         report = dict(json.loads((out / "training.json").read_text(encoding="utf-8")))
-        return read(out, report) if resume and report.pop("request", None) == request else None
+        return read(out, report) if report.pop("request", None) == request else None
     except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"{out}: exists and is not the result of a training, or its training.json is damaged",

@@ -1,9 +1,5 @@
 """What both trainers share: settings, the model and its tokenizer, token ids, the order of examples, TRL.
 
-TRL reports every trainer it makes to the Hub. Nothing leaves the machine here unless a flag says so,
-so that is switched off in the library itself: its environment variable is only read when the Hub's
-client is first imported.
-
 Training sees the very token ids that an engine decodes. A prompt is tokenized alone, as an engine does
 it, with exactly one begin token where the model needs one (a rendered chat template may contain it
 already). The completion's ids follow it. Tokenizing both as one text could merge a token across the
@@ -161,6 +157,7 @@ def quiet_training() -> Iterator[None]:
     from huggingface_hub import constants
     from transformers.utils import logging
 
+    # TRL reports every trainer it makes to the Hub; its environment variable is only read at the first import.
     constants.HF_HUB_DISABLE_TELEMETRY = True
     shown = logging.is_progress_bar_enabled(), is_progress_bar_enabled()
     logging.disable_progress_bar()

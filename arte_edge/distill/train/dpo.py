@@ -61,15 +61,13 @@ def train_dpo(
     settings: DpoSettings | None = None,
     *,
     probe: Probe | None = None,
-    resume: bool = True,
     progress: Progress | None = None,
 ) -> DpoResult:
     """Align `checkpoint` on `pairs` (rendered ``prompt``, ``chosen``, ``rejected``) into the folder `out`.
 
     `probe` runs before the first step, every ``settings.probe_every`` steps and after the last
     one; on a collapse training stops and the last good adapter is used. Killed at any moment, the
-    same call resumes from its last checkpoint to the same adapter; a finished one returns at
-    once. `resume` False starts over.
+    same call resumes from its last checkpoint to the same adapter; a finished one returns at once.
 
     Raises:
         InputError: no pairs, a pair without its texts, no pair that fits, an unreadable checkpoint,
@@ -79,10 +77,10 @@ def train_dpo(
     settings = settings or DpoSettings()
     check_rows(pairs, ("prompt", "chosen", "rejected"), "preference pair")
     request = content_key("dpo", checkpoint_key(checkpoint), [dict(p) for p in pairs], settings.model_dump())
-    if done := finished(out, request, resume, _result):
+    if done := finished(out, request, _result):
         return done
     began = time.monotonic()
-    workspace = Workspace(out, request, resume)
+    workspace = Workspace(out, request)
     monitor = CollapseMonitor(workspace, settings, probe)
     with quiet_training():
         trainer, counts = _trainer(checkpoint, pairs, settings, workspace, monitor, progress)

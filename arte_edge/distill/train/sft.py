@@ -59,13 +59,12 @@ def train_sft(
     out: Path,
     settings: SftSettings | None = None,
     *,
-    resume: bool = True,
     progress: Progress | None = None,
 ) -> SftResult:
     """Fine-tune `checkpoint` on `rows` (``prompt`` and ``completion``, rendered text) into the folder `out`.
 
     Killed at any moment, the same call resumes from its last checkpoint to the same
-    weights; a finished one returns at once. `resume` False starts over.
+    weights; a finished one returns at once.
 
     Raises:
         InputError: no rows, a row without its texts, no row that fits, an unreadable checkpoint,
@@ -75,10 +74,10 @@ def train_sft(
     settings = settings or SftSettings()
     check_rows(rows, ("prompt", "completion"), "training example")
     request = content_key("sft", checkpoint_key(checkpoint), [dict(r) for r in rows], settings.model_dump())
-    if done := finished(out, request, resume, _result):
+    if done := finished(out, request, _result):
         return done
     began = time.monotonic()
-    workspace = Workspace(out, request, resume)
+    workspace = Workspace(out, request)
     with quiet_training():
         trainer, counts = _trainer(checkpoint, rows, settings, workspace, progress)
         last = workspace.last_checkpoint()
@@ -88,14 +87,8 @@ def train_sft(
         del trainer
         free_memory()
     write_jsonl(staged / "log.jsonl", history)
-    seconds = round(time.monotonic() - began, 3)
-    report = {
-        "steps": steps,
-        **counts,
-        "seconds": seconds,
-        "history": history,
-        "merge": merge,
-    }
+    report = {"steps": steps, **counts, "seconds": round(time.monotonic() - began, 3)}
+    report |= {"history": history, "merge": merge}
     workspace.finish(staged, report)
     return _result(out, report)
 

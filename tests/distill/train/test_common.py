@@ -70,7 +70,7 @@ def test_a_training_uses_what_the_device_has(
 ) -> None:
     monkeypatch.setattr(common, "pick_device", lambda: torch.device(device))
     monkeypatch.setattr(common, "training_floats", lambda checkpoint: floats)
-    work = Workspace(tmp_path / "out", "", resume=True)
+    work = Workspace(tmp_path / "out", "")
     found = common.arguments(tiny_checkpoint(), work, SftSettings(), 8, "linear")
     assert {key for key in ("bf16", "fp16", "use_cpu", "dataloader_pin_memory") if found[key]} == flags
     dtypes = [load(tiny_checkpoint(), frozen=frozen)[0].dtype for frozen in (True, False)]
