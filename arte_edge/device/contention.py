@@ -27,6 +27,7 @@ __all__ = ["CpuMeter", "contention"]
 _MOST_SHARE = 0.05
 _MOST_OTHERS = 0.25  # cores beyond the free ones; two threads of one core share its arithmetic units
 _LEAST_S = 0.05  # five ticks, in which the kernel counts all but run-queue wait
+_LEAST_WAIT_S = 0.002  # waking up alone takes some 50 µs
 
 
 class CpuMeter:
@@ -106,8 +107,8 @@ def contention(uses: Sequence[CpuUse], threads: int) -> tuple[bool | None, str]:
     def seconds(name: str) -> float:
         return sum((getattr(use, name) or 0.0) * use.wall_s for use in uses)
 
-    def least_s(share: float) -> float:
-        return max(share * wall_s, _LEAST_S)
+    def least_s(share: float, least: float = _LEAST_S) -> float:
+        return max(share * wall_s, least)
 
     free = max(0, (psutil.cpu_count(logical=False) or os.cpu_count() or 1) - threads)
     waited_s, others_s = seconds("wait_share"), seconds("others_cores")
@@ -122,7 +123,7 @@ def contention(uses: Sequence[CpuUse], threads: int) -> tuple[bool | None, str]:
             "run the same command again when the host is less busy"
         )
     told = []
-    if waited_s > _MOST_SHARE * wall_s:
+    if waited_s > least_s(_MOST_SHARE, _LEAST_WAIT_S):
         told.append(f"a thread waited {waited_s / wall_s:.0%} of the time for a core")
     if others_s - free * wall_s > least_s(_MOST_OTHERS):
         told.append(f"other processes used {others_s / wall_s:.1f} cores")

@@ -44,6 +44,7 @@ def use(wall_s: float = 0.5, **more: Any) -> CpuUse:
         ([use(others_cores=1.0)], 1, ""),  # one core was free
         ([use(others_cores=1.9)], 1, "used 1.9 cores"),
         ([use(others_cores=0.9, wall_s=0.04)], 2, ""),  # a tick or two
+        ([use(wait_share=0.5, wall_s=0.003)], 1, ""),  # a thread that woke up late
         ([use(steal_share=0.3)], 2, "hypervisor took the cores for 30% of the time"),
         ([use(quota_share=0.5, wait_share=0.5)], 2, "CPU limit stopped the threads for 50%"),
         ([*[use()] * 99, use(wait_share=0.9)], 2, ""),  # the median of a hundred does not move

@@ -127,10 +127,10 @@ def test_a_cut_in_mid_benchmark_and_a_caller_that_left_lose_no_row(device: Any, 
         device.proxy.cut()
 
     with pytest.raises(ConnectionLost, match="kitchen") as error:
-        bench(repetitions=8, on_row=leave)
+        bench(repetitions=40, on_row=leave)
     assert "same command" in error.value.hint
     device.proxy.refuse = False
-    assert len(bench(repetitions=8)) == 8
+    assert len(bench(repetitions=40)) == 40
 
 
 def test_ctrl_c_stops_the_benchmark_there(device: Any, bench: Make, stub: Path) -> None:
