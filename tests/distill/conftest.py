@@ -68,13 +68,14 @@ class ScriptedEngine:
     """An `Engine` that knows the parity of the numbers for which `knows` says so, and counts its calls.
 
     `drafts` answers the prompts that ask for questions, from the request's sample number; `word` is what
-    differs between its rationales.
+    differs between its rationales, and `say` may change all that it says there.
     """
 
     name: str
     knows: Callable[[int], bool] = lambda n: True
     drafts: Callable[[int], str] = draft
     word: Callable[[str], str] = _second
+    say: Callable[[Request, str, Sampling], str] = lambda request, text, sampling: text
     chat_template: str | None = None
     special_tokens: dict[str, str] = field(default_factory=dict)
     supports_grammar: bool = False
@@ -94,16 +95,15 @@ class ScriptedEngine:
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self.calls += len(requests)
         return [
-            Completion(
-                self.drafts(request.sample)
-                if request.prompt.endswith("<input>")
-                else f"It is {self.word(request.prompt)} at once. <ans>{self.answer(request.prompt)}</ans>",
-                "stop",
-                prompt_tokens=9,
-                completion_tokens=7,
-            )
-            for request in requests
+            Completion(self._text(r, sampling), "stop", prompt_tokens=9, completion_tokens=7)
+            for r in requests
         ]
+
+    def _text(self, request: Request, sampling: Sampling) -> str:
+        if request.prompt.endswith("<input>"):
+            return self.drafts(request.sample)
+        answer = f"<ans>{self.answer(request.prompt)}</ans>"
+        return self.say(request, f"It is {self.word(request.prompt)} at once. {answer}", sampling)
 
     def choose_each(
         self, prompts: Sequence[str], choices: Sequence[Sequence[str]]

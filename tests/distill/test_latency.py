@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,27 +92,9 @@ def test_without_a_device_there_is_no_budget_and_no_trace_of_one(house: Any, sco
     # That its inputs are those of a run from before there was a [deploy]: test_old_run.py.
 
 
-@dataclass
-class Wordy:
-    """The scripted teacher of `conftest`, whose first technique takes 60 words and the others 6."""
-
-    inner: Any
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def complete(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
-        done = self.inner.complete(requests, sampling)
-        return [
-            Completion("so it goes on " * 15 + c.text, c.finish, 9, 67)
-            if "Look at the last digit" in r.prompt
-            else c
-            for r, c in zip(requests, done, strict=True)
-        ]
-
-
 def test_a_draft_that_is_too_long_pays_and_is_what_the_teacher_unlearns(house: Any, scored: Any) -> None:
-    house.teacher = Wordy(house.teacher)
+    first = "Look at the last digit"  # the technique that takes 60 words where the others take 6
+    house.teacher.say = lambda r, text, _: "so it goes on " * 15 + text if first in r.prompt else text
     _, summary, rows = scored(Budget(20, 10, RATES), **SMALL, **DEVICE)
     long = [row for row in rows if row["over_budget"]]
     short = [row for row in rows if not row["over_budget"]]

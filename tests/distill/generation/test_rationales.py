@@ -22,7 +22,7 @@ from arte_edge.distill.latency import Budget, Rates
 from arte_edge.distill.run_context import RunContext
 from arte_edge.distill.stages.tailor import tailor
 from arte_edge.errors import StoppedEarly
-from arte_edge.runtimes.completion import Completion, Request, Sampling
+from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.tasks.answers import canonical
 from arte_edge.tasks.task import Answer, FewShotExample
 
@@ -105,22 +105,17 @@ def test_a_text_that_answers_too_many_questions_is_rejected(
     assert [i for i in before if not rows[i]["usable"]] == rejected
 
 
-@given(st.lists(st.tuples(st.integers(0, 8), st.sampled_from("abcd"), st.booleans()), max_size=40))
-def test_never_makes_a_row_usable_and_counts_what_it_changed(drawn: list[tuple[int, str, bool]]) -> None:
-    rows = [row(str(question), text, usable) for question, text, usable in drawn]
+@given(
+    st.lists(
+        st.builds(row, st.sampled_from("012345678"), st.sampled_from("abcd"), st.booleans()), max_size=40
+    )
+)
+def test_never_makes_a_row_usable_and_counts_what_it_changed(rows: list[dict[str, Any]]) -> None:
     before = [r["usable"] for r in rows]
     refused = reject_repeated(rows)
-    after = [r["usable"] for r in rows]
-    assert all(was or not now for was, now in zip(before, after, strict=True))
-    assert sum(before) - sum(after) == refused
+    assert all(was or not now for was, now in zip(before, [r["usable"] for r in rows], strict=True))
+    assert sum(before) - sum(r["usable"] for r in rows) == refused
     assert reject_repeated(rows) == 0
-
-
-def rule(answer: Answer) -> str:
-    root, rule, last = rationale_grammar(answer, 60).split("\n")
-    assert root == 'root ::= [^<]{1,144} "<ans>" answer "</ans>"'
-    assert last == ""
-    return rule.removeprefix("answer ::= ")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +130,8 @@ def rule(answer: Answer) -> str:
     ],
 )
 def test_the_end_of_a_rationale_is_an_answer_of_the_task(answer: Answer, expected: str) -> None:
-    assert rule(answer) == expected
+    root = 'root ::= [^<]{1,144} "<ans>" answer "</ans>"'
+    assert rationale_grammar(answer, 60) == f"{root}\nanswer ::= {expected}\n"
     if answer.kind == "number":
         for number in ("7", "-3", "12.5"):
             assert re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", number)
@@ -156,140 +152,110 @@ LONG = "well let us see now and once more. " * 3
 
 @dataclass
 class Rambling:
-    """The scripted teacher, which rambles when it is greedy; of its draws only some are brief and right."""
+    """What the scripted teacher says: too much when it is greedy; of its draws some are brief, some wrong."""
 
-    inner: Any
-    brief: frozenset[int] = frozenset()
-    wrong: frozenset[int] = frozenset()
-    drawn: list[tuple[str, int]] = field(default_factory=list)
+    brief: Sequence[int] = ()
+    wrong: Sequence[int] = ()
+    uneven: bool = False  # half of the questions get their brief draw in the second wave
+    drawn: list[int] = field(default_factory=list)
     cut: set[int] = field(default_factory=set)
-    asked: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        done = self.inner.complete(requests, sampling)
-        return [
-            c if r.prompt.endswith("<input>") else self._say(r, c, sampling)
-            for r, c in zip(requests, done, strict=True)
-        ]
-
-    def _say(self, request: Request, said: Completion, sampling: Sampling) -> Completion:
-        self.asked.append(request.prompt)
-        if not sampling.temperature:
-            return Completion(LONG + said.text, said.finish, 9, 30)
-        self.drawn.append((request.prompt, request.sample))
-        self.cut.add(sampling.max_tokens)
-        if request.sample in self.wrong:
-            return Completion("Odd it is. <ans>odd</ans>", "stop", 9, 5)
-        if request.sample in self.brief:
-            word = self.inner.word(request.prompt)  # no text may stand under every question
-            return Completion(f"Draw {request.sample} says {word}. <ans>even</ans>", "stop", 9, 6)
-        return Completion(LONG + said.text, said.finish, 9, 30)
+    def __call__(self, request: Request, text: str, sampling: Sampling) -> str:
+        self.prompts.append(request.prompt)
+        question = request.prompt.rpartition("Question: ")[2]
+        brief = (0 if ord(question[0]) % 2 else 6,) if self.uneven else self.brief
+        if sampling.temperature:
+            self.drawn.append(request.sample)
+            self.cut.add(sampling.max_tokens)
+            if request.sample in self.wrong:
+                return "Odd it is. <ans>odd</ans>"
+            if request.sample in brief:  # no text may stand under every question
+                return f"Draw {request.sample} says {question.split()[1]}. <ans>even</ans>"
+        return LONG + text
 
 
-def start(house: Any, writer: Rambling, budget: int | None = 8, **tables: Any) -> RunContext:
-    house.teacher = writer
-    run: RunContext = house.run(tailor={"questions": 8}, **tables)
-    run.budget = None if budget is None else Budget(budget, 10, RATES)
-    return run
-
-
-def write(run: RunContext, teacher: Rambling) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    summary = tailor(run, lambda: teacher, "")
-    rows = run.read("tailor", "train.jsonl")
-    run.close()
-    return summary, rows
-
-
-def most(words: int) -> Any:
-    return lambda text: len(text.split()) <= words
+def written(
+    house: Any, says: Rambling, budget: int | None = 8, **tables: Any
+) -> tuple[RunContext, dict[str, Any], list[dict[str, Any]]]:
+    """Tailor on a device with this budget; return the run, the summary and the training data."""
+    house.teacher.say = says
+    run: RunContext = house.run(tailor={"questions": 8}, **(DEVICE if budget else {}) | tables)
+    run.budget = budget and Budget(budget, 10, RATES)
+    try:
+        return run, tailor(run, lambda: house.teacher, ""), run.read("tailor", "train.jsonl")
+    finally:
+        run.close()
 
 
 def test_a_rationale_is_shortened_to_its_last_clauses_and_keeps_its_answer_whole() -> None:
+    def within(words: int) -> str | None:
+        return shortened(text, lambda t: len(t.split()) <= words)
+
     text = "It ends in 1. One is odd, so 3.1 of it, and the whole, is odd. <ans>odd</ans>"
-    assert shortened(text, most(99)) == text
-    assert shortened(text, most(13)) == "One is odd, so 3.1 of it, and the whole, is odd. <ans>odd</ans>"
-    assert shortened(text, most(7)) == "And the whole, is odd. <ans>odd</ans>"
-    assert shortened(text, most(3)) == "Is odd. <ans>odd</ans>"
-    assert shortened(text, most(2)) is None  # not the bare answer: it would teach not to reason
-    assert (
-        shortened("看着是一，所以是奇数。 <ans>odd</ans>", lambda t: len(t) <= 22)
-        == "所以是奇数。 <ans>odd</ans>"
-    )
+    assert within(99) == text
+    assert within(13) == "One is odd, so 3.1 of it, and the whole, is odd. <ans>odd</ans>"
+    assert within(7) == "And the whole, is odd. <ans>odd</ans>"
+    assert within(3) == "Is odd. <ans>odd</ans>"
+    assert within(2) is None  # not the bare answer: it would teach not to reason
+    chinese = "看着是一，所以是奇数。 <ans>odd</ans>"
+    assert shortened(chinese, lambda t: len(t) <= 22) == "所以是奇数。 <ans>odd</ans>"
 
 
 def test_the_teacher_is_shown_what_fits_and_only_under_a_budget(house: Any) -> None:
-    worked = (
-        FewShotExample(input="Is 1 even or odd?", reasoning="One is alone, so it is odd.", target="odd"),
-        FewShotExample(
-            input="Is 2 even or odd?", reasoning="Two make a pair and no one is left", target="even"
+    reasons = {
+        1: "One is alone, so it is odd.",
+        2: "Two make a pair and no one is left",
+        3: "It ends in 3.",
+    }
+    house.task = replace(
+        house.task,
+        worked=tuple(
+            FewShotExample(input=f"Is {n} even or odd?", reasoning=why, target="odd" if n % 2 else "even")
+            for n, why in reasons.items()
         ),
-        FewShotExample(input="Is 3 even or odd?", reasoning="It ends in 3.", target="odd"),
     )
-    house.task = replace(house.task, worked=worked)
     shown: dict[str, Any] = {"teacher": {"model": "scripted-teacher", "shots": 3}}
-    teacher = Rambling(house.teacher, brief=frozenset({0}))
-    run = start(house, teacher, 5, **DEVICE, **shown)
+    says = Rambling(brief=[0])
+    run, _, _ = written(house, says, 5, **shown)
     assert short_shots(run, run.config.teacher) == [
         ("Is 1 even or odd?", "So it is odd. <ans>odd</ans>"),
         ("Is 3 even or odd?", "It ends in 3. <ans>odd</ans>"),
     ]
-    write(run, teacher)
-    assert teacher.drawn and teacher.asked
-    assert all("So it is odd." in prompt and "alone" not in prompt for prompt in teacher.asked)
-
-    house.folder = house.folder.parent / "other"
-    free = Rambling(house.teacher.inner)
-    run = start(house, free, None, **shown)
+    assert says.drawn and says.prompts
+    assert all("So it is odd." in prompt and "alone" not in prompt for prompt in says.prompts)
+    house.folder, free = house.folder.parent / "other", Rambling()
+    run, _, _ = written(house, free, None, **shown)
     assert short_shots(run, run.config.teacher) is None
-    write(run, free)
-    assert free.asked and all("One is alone, so it is odd." in prompt for prompt in free.asked)
+    assert free.prompts and all("One is alone, so it is odd." in prompt for prompt in free.prompts)
 
 
 def test_a_question_keeps_the_first_draw_that_fits_and_agrees(house: Any) -> None:
-    teacher = Rambling(house.teacher, brief=frozenset({2, 3}), wrong=frozenset({1}))
-    summary, rows = write(start(house, teacher, **DEVICE), teacher)
+    says = Rambling(brief=[2, 3], wrong=[1])
+    _, summary, rows = written(house, says)
     assert [row["rationale"][:12] for row in rows] == ["Draw 2 says "] * 8
     assert summary["drawn_again"] >= 8 and summary["over_budget"] == 0
-    # Two waves are allowed, and one was enough.
-    assert {sample for _, sample in teacher.drawn} == {0, 1, 2, 3}
-    assert teacher.cut == {12}  # what is longer than the budget would not be taken
+    assert set(says.drawn) == {0, 1, 2, 3}  # two waves are allowed, and one was enough
+    assert says.cut == {12}  # what is longer than the budget would not be taken
 
 
 def test_draws_go_on_for_those_alone_that_lack_one(house: Any) -> None:
-    class Uneven(Rambling):
-        def _say(self, request: Request, said: Completion, sampling: Sampling) -> Completion:
-            early = ord(request.prompt.rpartition("Question: ")[2][0]) % 2
-            self.brief = frozenset({0 if early else 6})
-            return super()._say(request, said, sampling)
-
-    teacher = Uneven(house.teacher)
-    _, rows = write(start(house, teacher, **DEVICE), teacher)
-    by_sample = [sum(sample == s for _, sample in teacher.drawn) for s in range(8)]
+    says = Rambling(uneven=True)
+    rows = written(house, says)[2]
+    by_sample = [says.drawn.count(s) for s in range(8)]
     assert by_sample[0] == by_sample[3] > by_sample[4] == by_sample[7] > 0
     assert {row["rationale"][:6] for row in rows} == {"Draw 0", "Draw 6"}
 
 
 def test_draws_do_not_vote(house: Any) -> None:
-    teacher = Rambling(house.teacher, brief=frozenset({7}), wrong=frozenset(range(7)))
-    _, rows = write(start(house, teacher, **DEVICE), teacher)
-    assert {row["label"] for row in rows} == {"even"}
-    assert {row["rationale"][:12] for row in rows} == {"Draw 7 says "}
+    rows = written(house, Rambling(brief=[7], wrong=range(7)))[2]
+    assert {(row["label"], row["rationale"][:12]) for row in rows} == {("even", "Draw 7 says ")}
 
 
-def test_without_draws_or_with_too_long_ones_the_stage_says_so(house: Any) -> None:
-    silent = Rambling(house.teacher, brief=frozenset({0}))
-    deploy: dict[str, Any] = {"deploy": {**DEVICE["deploy"], "draws": 0}}
+def test_without_draws_or_a_budget_nothing_is_drawn_and_what_is_too_long_is_counted(house: Any) -> None:
+    says = Rambling(brief=[0])
     with pytest.raises(StoppedEarly, match="over the latency budget"):
-        write(start(house, silent, **deploy), silent)
-    assert silent.drawn == []
-
-
-def test_without_a_budget_nothing_is_drawn(house: Any) -> None:
-    teacher = Rambling(house.teacher, brief=frozenset({0}))
-    run = start(house, teacher, budget=None)
-    summary, rows = write(run, teacher)
-    assert teacher.drawn == [] and not {"over_budget", "drawn_again"} & set(summary)
+        written(house, says, deploy={**DEVICE["deploy"], "draws": 0})
+    _, summary, rows = written(house, says, budget=None)
+    assert not says.drawn and not {"over_budget", "drawn_again"} & set(summary)
     assert all(row["rationale"].startswith(LONG[:20]) for row in rows)

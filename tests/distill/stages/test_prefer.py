@@ -3,7 +3,6 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from arte_edge.distill.config import Prefer
 from arte_edge.distill.preference.scoring import is_adaptive
-from arte_edge.runtimes.completion import Completion, Request, Sampling
+from arte_edge.runtimes.completion import Request, Sampling
 
 K = 24
 
@@ -26,13 +25,8 @@ def number(text: str) -> float:
 def uneven(house: Any) -> Any:
     """A house whose rationales differ, and whose student learns more from some than from others."""
 
-    def complete(requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        done = type(house.teacher).complete(house.teacher, requests, sampling)
-        said = [
-            f"Reason {number(r.prompt):.6f}. <ans>{house.teacher.answer(r.prompt)}</ans>" for r in requests
-        ]
-        drafts = [request.prompt.endswith("<input>") for request in requests]
-        return [c if d else replace(c, text=s) for c, d, s in zip(done, drafts, said, strict=True)]
+    def say(request: Request, text: str, sampling: Sampling) -> str:
+        return f"Reason {number(request.prompt):.6f}. {text[text.index('<ans>') :]}"
 
     def choose_each(prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
         house.student.calls += len(prompts)
@@ -44,7 +38,7 @@ def uneven(house: Any) -> Any:
             rows.append(np.array([quality if choice.startswith(right) else -quality for choice in own]))
         return rows
 
-    house.teacher.complete, house.student.choose_each = complete, choose_each
+    house.teacher.say, house.student.choose_each = say, choose_each
     return house
 
 

@@ -1,8 +1,12 @@
 """A tiny random Llama with a real byte-level tokenizer, with and without a begin token of its own."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -60,7 +64,7 @@ def tiny_checkpoint(tmp_path_factory: Folders) -> Make:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sft_rows() -> list[dict[str, str]]:
     """Prompt and completion pairs of different lengths."""
     return [
@@ -70,3 +74,40 @@ def sft_rows() -> list[dict[str, str]]:
         }
         for i in range(12)
     ]
+
+
+_KILLED = """
+import importlib, json, os, signal, sys
+from pathlib import Path
+from typing import Any
+from arte_edge.distill.train import common
+from arte_edge.distill.train.collapse import ProbeResult
+kind, checkpoint, rows, out, settings, step, look = json.loads(sys.argv[1])
+looks = []
+def probe(folder):
+    looks.append(folder.name)
+    if len(looks) == look:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ProbeResult(0.75, 40.0)
+def progress(done, total):
+    if done == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+train = getattr(importlib.import_module(f"arte_edge.distill.train.{kind.lower()}"), f"train_{kind.lower()}")
+more = {"probe": probe} if kind == "Dpo" else {}
+settings = getattr(common, f"{kind}Settings")(**settings)
+train(Path(checkpoint), rows, Path(out), settings, progress=progress, **more)
+"""
+
+
+@pytest.fixture(scope="session")
+def kill(tiny_checkpoint: Make) -> Make:
+    """Start a training that is killed after an optimizer step or during a look of the probe."""
+
+    def killed(kind: str, rows: Any, out: Path, settings: Any, *, step: int = 0, look: int = 0) -> None:
+        call = json.dumps(
+            [kind, str(tiny_checkpoint()), rows, str(out), settings.model_dump(mode="json"), step, look]
+        )
+        child = subprocess.run([sys.executable, "-c", _KILLED, call], capture_output=True, text=True)
+        assert child.returncode == -9, child.stderr
+
+    return killed

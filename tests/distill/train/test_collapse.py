@@ -30,14 +30,18 @@ def test_within_the_limits_nothing_is_said(valid: float, tokens: float, drop_nat
     assert collapse_reason(LIMITS, START, ProbeResult(valid, tokens), drop_nats) == ""
 
 
-def test_the_first_look_and_a_training_without_probe_have_nothing_to_compare() -> None:
-    assert collapse_reason(LIMITS, None, ProbeResult(0.0, 0.0), 0.0) == ""
-    assert collapse_reason(LIMITS, START, None, 0.0) == ""
-
-
-def test_a_teacher_that_wrote_nothing_valid_at_the_start_cannot_fall_further() -> None:
-    nothing = ProbeResult(0.0, 0.0)
-    assert collapse_reason(LIMITS, nothing, ProbeResult(0.0, 300.0), 0.0) == ""
+@pytest.mark.parametrize(
+    ("start", "now"),
+    [
+        (None, ProbeResult(0.0, 0.0)),  # the first look
+        (START, None),  # a training without a probe
+        (ProbeResult(0.0, 0.0), ProbeResult(0.0, 300.0)),  # nothing valid at the start cannot fall further
+    ],
+)
+def test_without_anything_to_compare_nothing_is_said(
+    start: ProbeResult | None, now: ProbeResult | None
+) -> None:
+    assert collapse_reason(LIMITS, start, now, 0.0) == ""
 
 
 def test_the_drop_is_the_mean_of_recent_steps_in_nats() -> None:

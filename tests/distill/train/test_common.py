@@ -127,29 +127,23 @@ def encoder(checkpoint: Any) -> Encoder:
     return Encoder(AutoTokenizer.from_pretrained(checkpoint))
 
 
-@pytest.mark.parametrize("text", ["<bos><|user|>Is true?", "<|user|>Is true?"])
-def test_a_model_that_wants_a_begin_token_gets_exactly_one(text: str, tiny_checkpoint: Any) -> None:
-    ids = encoder(tiny_checkpoint(adds_bos=True)).prompt(text)
-    assert ids[0] == BOS and ids.count(BOS) == 1
-
-
-def test_a_model_without_one_gets_what_the_template_wrote(tiny_checkpoint: Any) -> None:
-    plain = encoder(tiny_checkpoint())
-    assert plain.prompt("<|user|>Is true?")[0] != BOS
-    assert plain.prompt("<bos>Is true?").count(BOS) == 1
-
-
-def test_special_tokens_in_a_rendered_prompt_are_parsed(tiny_checkpoint: Any) -> None:
-    plain = encoder(tiny_checkpoint())
+def test_a_prompt_has_the_begin_token_that_the_model_needs_once(tiny_checkpoint: Any) -> None:
+    plain, wants = encoder(tiny_checkpoint()), encoder(tiny_checkpoint(adds_bos=True))
+    for text in ("<bos><|user|>Is true?", "<|user|>Is true?"):
+        ids = wants.prompt(text)
+        assert ids[0] == BOS and ids.count(BOS) == 1
+        assert plain.prompt(text).count(BOS) == text.count("<bos>")  # what the template wrote
     assert plain.tokenizer.convert_tokens_to_ids("<|user|>") in plain.prompt("<|user|>no")
 
 
-@pytest.mark.parametrize("adds_bos", [True, False])
-def test_a_completion_is_closed_by_one_end_token(adds_bos: bool, tiny_checkpoint: Any) -> None:
-    coder = encoder(tiny_checkpoint(adds_bos=adds_bos))
-    for text in ("<ans>no</ans>", "<ans>no</ans><eos>"):
-        ids = coder.completion("Is true?\n", text)
-        assert ids[-1] == EOS and ids.count(EOS) == 1 and BOS not in ids
+def test_a_completion_is_closed_by_one_end_token(tiny_checkpoint: Any) -> None:
+    for coder in (encoder(tiny_checkpoint()), encoder(tiny_checkpoint(adds_bos=True))):
+        for text in ("<ans>no</ans>", "<ans>no</ans><eos>"):
+            ids = coder.completion("Is true?\n", text)
+            assert ids[-1] == EOS and ids.count(EOS) == 1 and BOS not in ids
+    coder.tokenizer.eos_token = None
+    with pytest.raises(InputError, match="end token"):
+        coder.completion("a", "b")
 
 
 @settings(max_examples=80, deadline=None)
@@ -168,13 +162,6 @@ def test_a_word_cut_by_the_seam_leaves_the_prompt_as_the_engine_sees_it(tiny_che
     assert whole[: len(coder.prompt("the ans"))] != coder.prompt("the ans")  # the seam would merge
     ids = coder.completion("the ans", "wer")
     assert coder.tokenizer.decode(ids[:-1]) == "wer"
-
-
-def test_a_tokenizer_without_an_end_token_is_refused(tiny_checkpoint: Any) -> None:
-    coder = encoder(tiny_checkpoint())
-    coder.tokenizer.eos_token = None
-    with pytest.raises(InputError, match="end token"):
-        coder.completion("a", "b")
 
 
 @pytest.mark.parametrize(

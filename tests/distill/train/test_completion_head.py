@@ -6,20 +6,11 @@ from tiny import Patch
 
 from arte_edge.distill.train.completion_head import attends_fully, score_completions_only
 
-
-def model_with_trls_head(checkpoint: Path) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-    from trl.trainer.utils import add_fused_lm_head
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-    return model
+OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
-@pytest.fixture
-def batch() -> dict[str, Any]:
-    """Three rows of different lengths, padded; each row's first tokens are its prompt."""
+def single_rows() -> dict[str, Any]:
+    """Return three rows of different lengths, padded; each row's first tokens are its prompt."""
     import torch
 
     torch.manual_seed(0)
@@ -31,43 +22,7 @@ def batch() -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
-def test_numbers_and_gradients_are_those_of_trls_own_head(
-    arch: str, tiny_checkpoint: Any, batch: dict[str, Any]
-) -> None:
-    import torch
-
-    results = []
-    for ours in (False, True):
-        model = model_with_trls_head(tiny_checkpoint(arch=arch))
-        assert not ours or score_completions_only(model)
-        out = model(**batch, fused_lm_head=True)
-        (out.log_probs.sum() / 7).backward()
-        results.append((out, {name: p.grad for name, p in model.named_parameters()}))
-    (theirs, their_grads), (mine, my_grads) = results
-    for field in ("loss", "log_probs", "entropy", "mean_logits"):
-        torch.testing.assert_close(getattr(mine, field), getattr(theirs, field), rtol=1e-4, atol=1e-5)
-    for field in ("is_top1", "label_mask"):
-        assert torch.equal(getattr(mine, field), getattr(theirs, field))
-    for name, grad in their_grads.items():
-        torch.testing.assert_close(my_grads[name], grad, rtol=1e-3, atol=1e-5)
-
-
-def test_without_trls_flag_the_model_gives_its_logits(tiny_checkpoint: Any, batch: dict[str, Any]) -> None:
-    model = model_with_trls_head(tiny_checkpoint())
-    score_completions_only(model)
-    assert model(input_ids=batch["input_ids"]).logits.shape == (3, 14, model.config.vocab_size)
-
-
-def test_a_family_whose_logits_are_scaled_is_left_alone(tiny_checkpoint: Any) -> None:
-    model = model_with_trls_head(tiny_checkpoint())
-    model.config.model_type = "granite"
-    before = model.forward
-    assert not score_completions_only(model)
-    assert model.forward == before
-
-
-def trls_batch() -> dict[str, Any]:
+def pair_rows() -> dict[str, Any]:
     """Return three pairs as TRL's own collator lays them out: lengths differ in every part."""
     import torch
     from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -83,33 +38,61 @@ def trls_batch() -> dict[str, Any]:
     ]
     batch = DataCollatorForPreference(pad_token_id=0)(pairs)
     labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
-    return {**batch, "labels": labels}
+    return {**batch, "labels": labels, "use_cache": False}
 
 
-def log_probs_and_gradients(checkpoint: Path, pairs: bool | None) -> tuple[Any, dict[str, Any]]:
+def with_trls_head(checkpoint: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    add_fused_lm_head(model)
-    if pairs is not None:
-        assert score_completions_only(model, pairs=pairs)
-    out = model(**trls_batch(), fused_lm_head=True, use_cache=False)
-    sign = torch.tensor([1.0, 1, 1, -1, -1, -1]).unsqueeze(1)  # chosen up, rejected down
-    (out.log_probs * sign).sum().backward()
-    return out.log_probs, {name: p.grad for name, p in model.named_parameters()}
+    add_fused_lm_head(model, outputs=OUTPUTS)
+    return model
 
 
+def outputs_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    out = model(**batch, fused_lm_head=True)
+    n = len(out.log_probs)
+    # Chosen up, rejected down.
+    signs = out.log_probs.new_tensor([[1.0] if i < (n + 1) // 2 else [-1.0] for i in range(n)])
+    (out.log_probs * signs).sum().backward()
+    return out, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
-def test_a_prompt_computed_once_gives_the_same_numbers_and_gradients(arch: str, tiny_checkpoint: Any) -> None:
+def test_numbers_and_gradients_are_those_of_trls_own_head(
+    arch: str, pairs: bool, tiny_checkpoint: Any
+) -> None:
     import torch
 
-    theirs, their_grads = log_probs_and_gradients(tiny_checkpoint(arch=arch), None)
-    mine, my_grads = log_probs_and_gradients(tiny_checkpoint(arch=arch), True)
-    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    batch, model = (pair_rows() if pairs else single_rows()), with_trls_head(tiny_checkpoint(arch=arch))
+    theirs, their_grads = outputs_and_gradients(model, batch)
+    model = with_trls_head(tiny_checkpoint(arch=arch))
+    assert score_completions_only(model, pairs=pairs)
+    mine, my_grads = outputs_and_gradients(model, batch)
+    for field in ("loss", *OUTPUTS[:3]):
+        torch.testing.assert_close(getattr(mine, field), getattr(theirs, field), rtol=1e-4, atol=1e-5)
+    for field in ("is_top1", "label_mask"):
+        assert torch.equal(getattr(mine, field), getattr(theirs, field))
     for name, grad in their_grads.items():
         torch.testing.assert_close(my_grads[name], grad, rtol=1e-3, atol=1e-4)
+
+
+def test_without_trls_flag_the_model_gives_its_logits(tiny_checkpoint: Any) -> None:
+    model = with_trls_head(tiny_checkpoint())
+    score_completions_only(model)
+    logits = model(input_ids=single_rows()["input_ids"]).logits
+    assert logits.shape == (3, 14, model.config.vocab_size)
+
+
+def test_a_family_whose_logits_are_scaled_is_left_alone(tiny_checkpoint: Any) -> None:
+    model = with_trls_head(tiny_checkpoint())
+    model.config.model_type = "granite"
+    before = model.forward
+    assert not score_completions_only(model)
+    assert model.forward == before
 
 
 def test_fewer_tokens_are_computed_where_attention_is_full(tiny_checkpoint: Any, monkeypatch: Patch) -> None:
@@ -123,16 +106,10 @@ def test_fewer_tokens_are_computed_where_attention_is_full(tiny_checkpoint: Any,
         return forward(self, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", counting)
-    log_probs_and_gradients(tiny_checkpoint(), False)
-    log_probs_and_gradients(tiny_checkpoint(), True)
-    apart, shared = seen
-    assert apart == 6 * 16 and shared == 3 * 20
-
-
-def test_a_sliding_window_is_not_one_mask(tiny_checkpoint: Any) -> None:
-    from transformers import AutoModelForCausalLM
-
-    full, sliding = (
-        AutoModelForCausalLM.from_pretrained(tiny_checkpoint(arch=a)) for a in ("qwen2", "gemma3")
-    )
-    assert attends_fully(full.config) and not attends_fully(sliding.config)
+    for pairs in (False, True):
+        model = with_trls_head(tiny_checkpoint())
+        score_completions_only(model, pairs=pairs)
+        outputs_and_gradients(model, pair_rows())
+    assert seen == [6 * 16, 3 * 20]
+    kinds = [with_trls_head(tiny_checkpoint(arch=arch)).config for arch in ("qwen2", "gemma3")]
+    assert [attends_fully(config) for config in kinds] == [True, False]  # a sliding window is not one mask

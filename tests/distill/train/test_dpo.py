@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +44,19 @@ def healthy(folder: Path) -> ProbeResult:
     return ProbeResult(valid_rate=0.75, mean_tokens=40.0)
 
 
-def test_the_chosen_texts_win_and_the_adapter_is_a_peft_folder(tiny_checkpoint: Any, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def longer(tiny_checkpoint: Any, tmp_path_factory: Folders) -> Any:
+    settings = FAST.model_copy(update={"epochs": 4.0, "probe_every": 8})
+    out = tmp_path_factory.mktemp("longer") / "out"
+    return train_dpo(tiny_checkpoint(), PAIRS, out, settings, probe=healthy)
+
+
+def test_the_chosen_texts_win_and_the_adapter_is_a_peft_folder(longer: Any, tiny_checkpoint: Any) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    settings = FAST.model_copy(update={"epochs": 4.0, "probe_every": 8})
-    result = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "out", settings, probe=healthy)
+    result = longer
     assert (result.steps, result.kept_step, result.collapse, result.dropped) == (24, 24, "", 0)
     assert len(result.history) == 24
     assert result.history[-1]["rewards/margins"] > 1.0 > abs(result.history[0]["rewards/margins"])
@@ -66,8 +70,8 @@ def test_the_chosen_texts_win_and_the_adapter_is_a_peft_folder(tiny_checkpoint: 
     assert not torch.allclose(PeftModel.from_pretrained(base, result.adapter)(ids).logits, before, atol=0.1)
     for file in result.adapter.iterdir():
         content = file.read_bytes()
-        assert str(tmp_path).encode() not in content and str(tiny_checkpoint()).encode() not in content
-    assert not list(tmp_path.glob(".*"))
+        assert not any(str(path).encode() in content for path in (result.adapter.parent, tiny_checkpoint()))
+    assert not list(result.adapter.parent.glob(".*"))
 
 
 def test_an_ended_training_holds_no_model_in_memory(tiny_checkpoint: Any, tmp_path: Path) -> None:
@@ -96,11 +100,8 @@ def test_sigmoid_alone_is_the_papers_loss(tiny_checkpoint: Any, tmp_path: Path) 
     assert second["loss"] > first["loss"] + 0.5
 
 
-def test_the_rate_warms_up_and_falls_as_a_cosine(tiny_checkpoint: Any, tmp_path: Path) -> None:
-    settings = FAST.model_copy(update={"epochs": 4.0, "probe_every": 100})
-    rates = [
-        row["learning_rate"] for row in train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "a", settings).history
-    ]
+def test_the_rate_warms_up_and_falls_as_a_cosine(longer: Any) -> None:
+    rates = [row["learning_rate"] for row in longer.history]
     peak = rates.index(max(rates))
     assert peak == 2 and rates[peak] == pytest.approx(2e-2)  # 10 % of 24 steps, rounded down
     assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
@@ -133,17 +134,10 @@ def test_a_broken_teacher_stops_the_training_and_the_last_good_adapter_is_kept(
 def test_falling_log_probability_of_chosen_stops_between_looks_and_without_a_probe(
     tiny_checkpoint: Any, tmp_path: Path
 ) -> None:
-    limits = CollapseLimits(max_chosen_drop_nats=1e-3)
     swapped = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in PAIRS]
-    settings = FAST.model_copy(
-        update={
-            "limits": limits,
-            "probe_every": 100,
-            "losses": ("sigmoid",),
-            "learning_rate": 0.3,
-            "warmup": 0.2,
-        }
-    )
+    harsh = {"probe_every": 100, "losses": ("sigmoid",), "learning_rate": 0.3, "warmup": 0.2}
+    limits = CollapseLimits(max_chosen_drop_nats=1e-3)
+    settings = FAST.model_copy(update={"limits": limits, **harsh})
     result = train_dpo(tiny_checkpoint(), swapped, tmp_path / "out", settings)
     assert "nats" in result.collapse
     assert result.kept_step == 0 and 0 < result.steps < 6
@@ -186,26 +180,6 @@ def test_a_finished_alignment_returns_at_once(whole: Any, tiny_checkpoint: Any) 
     assert train_dpo(tiny_checkpoint(), PAIRS, whole.adapter, FAST, probe=unwanted) == whole
 
 
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-from arte_edge.distill.train.collapse import ProbeResult
-from arte_edge.distill.train.dpo import train_dpo
-from arte_edge.distill.train.common import DpoSettings
-checkpoint, pairs, out, settings, step, look = json.loads(sys.argv[1])
-looks = []
-def probe(folder):
-    looks.append(folder.name)
-    if len(looks) == look:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return ProbeResult(0.75, 40.0)
-def progress(done, total):
-    if done == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-train_dpo(Path(checkpoint), pairs, Path(out), DpoSettings(**settings), probe=probe, progress=progress)
-"""
-
-
 @pytest.mark.parametrize(
     ("killed", "steps", "looks"),
     [
@@ -221,16 +195,14 @@ def test_a_killed_alignment_goes_on_to_the_same_adapter(
     steps: list[int],
     looks: list[str],
     whole: Any,
+    kill: Any,
     tiny_checkpoint: Any,
     tmp_path: Path,
 ) -> None:
     import torch
 
     out = tmp_path / "killed"
-    settings = FAST.model_dump(mode="json")
-    call = [str(tiny_checkpoint()), PAIRS, str(out), settings, killed.get("step", 0), killed.get("look", 0)]
-    child = subprocess.run([sys.executable, "-c", KILLED, json.dumps(call)], capture_output=True, text=True)
-    assert child.returncode == -9, child.stderr
+    kill("Dpo", PAIRS, out, FAST, **killed)
     taken: list[int] = []
     asked: list[str] = []
 

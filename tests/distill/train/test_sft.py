@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,11 @@ def weights(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def tuned(tiny_checkpoint: Any, tmp_path_factory: Folders) -> Any:
+def tuned(tiny_checkpoint: Any, sft_rows: Any, tmp_path_factory: Folders) -> Any:
     """Train once with all weights and once with LoRA."""
-    rows = [
-        {"prompt": f"<|user|>Is {i} true?" + " and" * (i % 5) + "\n", "completion": f"<ans>{i % 2}</ans>"}
-        for i in range(12)
-    ]
     folder = tmp_path_factory.mktemp("sft")
     return {
-        name: train_sft(tiny_checkpoint(), rows, folder / name, settings)
+        name: train_sft(tiny_checkpoint(), sft_rows, folder / name, settings)
         for name, settings in (("full", FULL), ("lora", LORA))
     }
 
@@ -51,26 +45,14 @@ def test_prompt_tokens_carry_no_loss_and_the_end_token_does(tiny_checkpoint: Any
         assert ids.count(coder.tokenizer.bos_token_id) == int(adds_bos)
 
 
-def test_a_row_that_is_too_long_is_dropped_not_cut(tiny_checkpoint: Any) -> None:
-    from transformers import AutoTokenizer
-
-    coder = Encoder(AutoTokenizer.from_pretrained(tiny_checkpoint()))
-    rows = [{"prompt": "no " * n, "completion": "yes"} for n in (1, 200)]
-    assert len(encode_sft(coder, rows, 32)) == 1
-
-
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_the_student_learns(kind: str, tuned: Any) -> None:
-    history = tuned[kind].history
-    assert len(history) == tuned[kind].steps == 18
-    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
-
-
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_loaded_student_writes_what_it_learned(kind: str, tuned: Any) -> None:
+def test_the_student_learns_and_writes_what_it_learned_once_loaded(kind: str, tuned: Any) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    history = tuned[kind].history
+    assert len(history) == tuned[kind].steps == 18
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     model = AutoModelForCausalLM.from_pretrained(tuned[kind].checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(tuned[kind].checkpoint)
     ids = Encoder(tokenizer).prompt("<|user|>Is 3 true? and and and\n")
@@ -123,37 +105,27 @@ def test_a_folder_of_somebody_elses_is_not_replaced(
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_rows_that_all_are_too_long_are_an_input_error(tiny_checkpoint: Any, tmp_path: Path) -> None:
-    rows = [{"prompt": "no " * 200, "completion": "yes"}]
+def test_rows_that_are_too_long_are_dropped_not_cut_and_some_must_be_left(
+    tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "no " * n, "completion": "yes"} for n in (1, 200)]
+    short = FULL.model_copy(update={"max_length": 32, "epochs": 1.0})
+    result = train_sft(tiny_checkpoint(), rows, tmp_path / "some", short)
+    assert (result.examples, result.dropped) == (1, 1)
     with pytest.raises(InputError, match="fits into 32 tokens"):
-        train_sft(tiny_checkpoint(), rows, tmp_path / "out", FULL.model_copy(update={"max_length": 32}))
-
-
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-from arte_edge.distill.train.common import SftSettings
-from arte_edge.distill.train.sft import train_sft
-checkpoint, rows, out, settings, last = json.loads(sys.argv[1])
-def progress(done, total):
-    if done == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-train_sft(Path(checkpoint), rows, Path(out), SftSettings(**settings), progress=progress)
-"""
+        train_sft(tiny_checkpoint(), rows[1:], tmp_path / "none", short)
 
 
 @pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_killed_training_goes_on_to_the_same_weights(
-    kind: str, tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path
+    kind: str, tiny_checkpoint: Any, sft_rows: Any, kill: Any, tmp_path: Path
 ) -> None:
     import torch
 
     settings = (FULL if kind == "full" else LORA).model_copy(update={"epochs": 2.0, "save_every_s": 0.0})
     whole = train_sft(tiny_checkpoint(), sft_rows, tmp_path / "whole", settings)
     out = tmp_path / "killed"
-    call = json.dumps([str(tiny_checkpoint()), sft_rows, str(out), settings.model_dump(), 4])
-    child = subprocess.run([sys.executable, "-c", KILLED, call], capture_output=True, text=True)
-    assert child.returncode == -9, child.stderr
+    kill("Sft", sft_rows, out, settings, step=4)
     assert not out.exists()
     (tmp_path / ".killed.work" / "checkpoints" / "checkpoint-4").mkdir(exist_ok=True)  # cut while written
     steps: list[int] = []
