@@ -14,38 +14,32 @@ from arte_edge.errors import InputError
 from arte_edge.models.resolve import LocalModel
 
 
+def opened(house: Any, update: bool = False, **tables: Any) -> bytes:
+    open_folder(house.config(**tables), house.folder, house.task, update=update)
+    return (house.folder / "run.toml").read_bytes()
+
+
 def test_the_resolved_run_is_written_once_and_opens_again(house: Any) -> None:
-    config = house.config()
-    open_folder(config, house.folder, house.task, update=False)
-    written = (house.folder / "run.toml").read_bytes()
-    open_folder(config, house.folder, house.task, update=False)
-    assert (house.folder / "run.toml").read_bytes() == written
-    assert build("run.toml", load_toml(house.folder / "run.toml")) == config
+    assert opened(house) == opened(house)
+    assert build("run.toml", load_toml(house.folder / "run.toml")) == house.config()
 
 
 def test_the_folder_of_another_run_is_refused_naming_the_keys(house: Any) -> None:
-    open_folder(house.config(), house.folder, house.task, update=False)
-    other = house.config(seed=7, align={"learning_rate": 1e-3})
+    opened(house)
     with pytest.raises(InputError, match=r"holds another run: align\.learning_rate, seed differ") as caught:
-        open_folder(other, house.folder, house.task, update=False)
+        opened(house, seed=7, align={"learning_rate": 1e-3})
     assert "--name" in caught.value.hint and "--update" in caught.value.hint
     assert caught.value.exit_code == 2
-
-
-def test_the_folder_of_a_task_with_other_examples_is_refused(house: Any) -> None:
-    open_folder(house.config(), house.folder, house.task, update=False)
-    other = replace(house.task, validation=house.task.validation[1:])
+    house.task = replace(house.task, validation=house.task.validation[1:])
     with pytest.raises(InputError, match=r"the task's examples differ\n"):
-        open_folder(house.config(), house.folder, other, update=False)
+        opened(house)
 
 
 def test_an_update_goes_on_and_is_the_run_from_then_on(house: Any) -> None:
-    open_folder(house.config(), house.folder, house.task, update=False)
-    other = house.config(seed=7)
-    open_folder(other, house.folder, house.task, update=True)
-    open_folder(other, house.folder, house.task, update=False)
+    opened(house)
+    assert opened(house, update=True, seed=7) == opened(house, seed=7)
     with pytest.raises(InputError, match="seed differs"):
-        open_folder(house.config(), house.folder, house.task, update=False)
+        opened(house)
 
 
 @pytest.mark.parametrize("first", ["teacher", "student"])
@@ -62,19 +56,14 @@ def test_a_model_that_teaches_itself_is_decoded_as_each_whoever_comes_first(
 
 
 def test_a_folder_from_before_a_key_existed_goes_on(house: Any) -> None:
-    open_folder(house.config(), house.folder, house.task, update=False)
-    file = house.folder / "run.toml"
-    younger = "timeout_s = 120.0\n"
-    assert younger in file.read_text()
-    file.write_text(file.read_text().replace(younger, ""))
-    open_folder(house.config(), house.folder, house.task, update=False)
-    file.write_text(file.read_text() + "\n[gone]\nkey = 1\n")
+    file, younger = house.folder / "run.toml", b"timeout_s = 120.0\n"
+    written = opened(house)
+    assert younger in written
+    file.write_bytes(written.replace(younger, b""))
+    opened(house)
+    file.write_bytes(written + b"\n[gone]\nkey = 1\n")
     with pytest.raises(InputError, match="another run: gone"):
-        open_folder(house.config(), house.folder, house.task, update=False)
-
-
-def test_a_run_file_that_is_no_toml_is_refused_with_its_line(house: Any) -> None:
-    house.folder.mkdir()
-    (house.folder / "run.toml").write_text("seed = = 1\n")
-    with pytest.raises(InputError, match=r"run\.toml: not TOML: .*line 1"):
-        open_folder(house.config(), house.folder, house.task, update=False)
+        opened(house)
+    file.write_text("seed = = 1\n")
+    with pytest.raises(InputError, match=r"run\.toml: .*TOML: .*line 1"):
+        opened(house)
