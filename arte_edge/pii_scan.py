@@ -29,7 +29,8 @@ _COMMON = re.compile(
 )
 _SECRET = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}|"
-    r"\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bxox[abpr]-[\w-]{10,}"
+    r"\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bxox[abpr]-[\w-]{10,}|"
+    r"\b[a-z]+://[^\s/:@]*:[^\s/@]+@"
 )
 # Folders of people's files and of a system's temporary ones; a path of a URL has a letter before its slash.
 _PATH = re.compile(

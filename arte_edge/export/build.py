@@ -1,7 +1,7 @@
 """Build the file of each format from the student's checkpoint, and cache finished steps so that a rerun resumes.
 
-All quantized GGUFs are made from one 16-bit GGUF and one importance matrix, all int8 models of optimum
-from one fp32 export. Files get their names in DIR by a rename, after verification:
+All quantized GGUFs are made from one 16-bit GGUF, which is held to the student first, and one importance
+matrix, all int8 models of optimum from one fp32 export. Files get their names in DIR by a rename, after verification:
 
     DIR/.export/
         lock            one process at a time
@@ -40,9 +40,10 @@ from arte_edge.cache import (
 from arte_edge.checkpoint import read_config
 from arte_edge.errors import ArteError, InputError
 from arte_edge.export.recipe import Recipe
-from arte_edge.export.source import Source
+from arte_edge.export.source import Source, private_fields
 from arte_edge.gguf.reader import FULL_WIDTH, UINT32, Field
 from arte_edge.models.artifact import Checksums, Format, checksums_of
+from arte_edge.pii_scan import this_machine
 from arte_edge.results.student_json import Student
 from arte_edge.store import content_key
 
@@ -215,14 +216,20 @@ class Builder:
     imatrix: Path | None = None
     imatrix_cached: bool = False  # collected by an earlier process, from the same texts
 
+    @property
+    def uses_imatrix(self) -> bool:
+        """True if a format uses an importance matrix and there are training texts for one."""
+        return bool(self.recipe.gguf.imatrix and self.source.training) and any(
+            map(needs_imatrix, self.formats)
+        )
+
     def collect_imatrix(self, progress: Progress) -> None:
-        """Collect the importance matrix beside the files, if a format uses one and there are training texts.
+        """Collect the importance matrix beside the files, if one is used.
 
         Raises:
             ArteError: packages are missing, or the disk is full.
         """
-        used = self.recipe.gguf.imatrix and any(map(needs_imatrix, self.formats))
-        if not used or not self.source.training:
+        if not self.uses_imatrix:
             return
         from arte_edge.gguf.imatrix import collect
 
@@ -241,10 +248,10 @@ class Builder:
             ArteError: a package is missing, the disk is full, or a builder failed.
         """
         name = format.file_name(self.student.name)
-        step, inputs, target = f"make-{format.label}", self._inputs(format), self.cache.pending(name)
+        step, inputs, target = f"make-{format.label}", self.inputs(format), self.cache.pending(name)
         if cached := self.cache.find(step, inputs, *self.cache.places(name)):
             return cached
-        base = self._gguf_base() if uses_base(format, self.recipe.gguf.base) else None
+        base = self.base() if uses_base(format, self.recipe.gguf.base) else None
         with self.cache.building(target):
             if base is not None:
                 summary = self._from_base(format, base, target)
@@ -256,7 +263,7 @@ class Builder:
                 summary = self._build_optimum(format, target)
         return self.cache.record(step, inputs, target, summary)
 
-    def _inputs(self, format: Format) -> list[Any]:
+    def inputs(self, format: Format) -> list[Any]:
         """Return everything that determines the bytes of a format's file."""
         inputs: list[Any] = [__version__, self.student.sha256, format.label]
         if format.family == "gguf":
@@ -272,12 +279,17 @@ class Builder:
             inputs += [onnx.block_size, onnx.accuracy_level, onnx.algorithm, onnx.mixed]
         return inputs
 
-    def _gguf_base(self) -> BuiltFile:
-        """Return the 16-bit GGUF that the other files are made from."""
-        type = self.recipe.gguf.base
-        target = self.cache.base(f"{self.student.name}-{type}.gguf")
-        inputs = self._inputs(Format("gguf", type))
-        if cached := self.cache.find("base", inputs, target):
+    def base(self) -> BuiltFile:
+        """Return the full-width GGUF that the other files are made from, built now or by an earlier process.
+
+        Raises:
+            InputError: a checkpoint that cannot be converted.
+            ArteError: a package is missing, the disk is full, or the converter failed.
+        """
+        format = Format("gguf", self.recipe.gguf.base)
+        type, name, inputs = self.recipe.gguf.base, format.file_name(self.student.name), self.inputs(format)
+        target = self.cache.base(name)
+        if cached := self.cache.find("base", inputs, target, *self.cache.places(name)):
             return cached
         with self.cache.building(target):
             summary = self._convert(type, target)
@@ -318,6 +330,7 @@ class Builder:
             from arte_edge.gguf.convert import convert
 
             convert(checkpoint, target, type, extra_fields=self.gguf_fields)
+        left_out = self._drop_private(target)
         tensors = read_header(target).tensors.values()
         bits = 8 * sum(t.size_bytes for t in tensors) / sum(t.n_value for t in tensors)
         types = Counter(tensor.type for tensor in tensors)
@@ -325,8 +338,26 @@ class Builder:
         warnings = (
             [f"llama.cpp has no place for more end tokens: give {stops} as stop texts"] if stops else []
         )
+        if left_out:
+            warnings.append(
+                f"left out of the metadata, since it names no public place: {', '.join(left_out)}"
+            )
         counts = {"bits_per_weight": bits, "tensor_types": dict(types.most_common())}
         return counts | {"warnings": warnings, "unwritten_ends": len(unwritten)}
+
+    def _drop_private(self, gguf: Path) -> list[str]:
+        """Remove descriptions that hold a path or a secret; return their keys, and those of the model card left out."""
+        from arte_edge.gguf.convert import public_card
+        from arte_edge.gguf.writer import rewrite
+
+        own = this_machine().private_paths(self.source.checkpoint.absolute(), self.cache.out.absolute())
+        keys = private_fields(gguf, own)
+        if needed := [key for key in keys if not key.startswith(("general.", "quantize."))]:
+            hint = "Change it in the files of the tokenizer."
+            raise ArteError(f"{gguf.name}: {needed[0]} contains a path of this machine", hint)
+        if keys:
+            rewrite(gguf, {}, keys)
+        return [*(f"{key} of the model card" for key in public_card(self.source.checkpoint)[1]), *keys]
 
     def _build_genai(self, format: Format, target: Path) -> dict[str, Any]:
         from arte_edge.onnx.genai_builder import GenaiSettings, build
@@ -359,7 +390,7 @@ class Builder:
         fp32 = Format("onnx-optimum", "fp32")
         if fp32 in self.formats:
             return self.build(fp32).path
-        target, inputs = self.cache.base(fp32.file_name(self.student.name)), self._inputs(fp32)
+        target, inputs = self.cache.base(fp32.file_name(self.student.name)), self.inputs(fp32)
         if cached := self.cache.find("optimum-base", inputs, target):
             return cached.path
         with self.cache.building(target):

@@ -146,7 +146,7 @@ def _memory(
     verify = 4 * n_parameter + max(predicted_bytes(format, shapes) for format in formats) + _GIGABYTE
     steps = {"verifying": verify}
     if any(format.family == "gguf" for format in formats):
-        steps["quantizing"] = 6 * largest + 700_000_000
+        steps["quantizing"] = 4 * n_parameter + 6 * largest + 700_000_000
     if imatrix:
         steps["importance matrix"] = 4 * n_parameter + _GIGABYTE
     if any(format.family == "onnx-genai" for format in formats):

@@ -1,6 +1,10 @@
 """One export, from the source to ``student.json``.
 
-    source ─► (merge LoRA) ─► F16 GGUF ─► importance matrix ─► build ─► verify ─► rename, student.json
+    source ─► (merge LoRA) ─► F16 GGUF, held ─► importance matrix ─► build ─► verify ─► rename, student.json
+
+The limits of a quantized type leave room for its rounding, in which a missing or swapped tensor of a lightly tuned
+model would hide. So the F16 file that others are quantized from is made first, whether it was asked for or not, and
+has to be the student by its own limits.
 
 Every step is cached under the hash of its inputs: running the same command again resumes, and an export
 of other formats builds only those. A file that fails verification is named ``*.rejected``, a format that
@@ -12,7 +16,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +27,16 @@ from arte_edge import __version__
 from arte_edge.cache import Progress, sha256_checkpoint, sha256_file, write_atomic
 from arte_edge.checkpoint import parameter_count, read_config, shapes_of, weights_dtype
 from arte_edge.console import Reporter
-from arte_edge.errors import ArteError, InputError
+from arte_edge.errors import ArteError, GateError, InputError
 from arte_edge.export.build import REJECTED, BuildCache, Builder, BuiltFile, remove, uses_base
 from arte_edge.export.lora_merge import merge
 from arte_edge.export.ollama import modelfile
 from arte_edge.export.outcome import Failure, Outcome
 from arte_edge.export.recipe import Recipe
-from arte_edge.export.source import Source, gguf_fields, private_fields
-from arte_edge.gguf.reader import FULL_WIDTH
+from arte_edge.export.source import Source, gguf_fields
+from arte_edge.gguf.reader import FULL_WIDTH, read_model_header
 from arte_edge.models.artifact import Format, predicted_bytes
 from arte_edge.onnx.folder import TOKENIZER_FILES
-from arte_edge.pii_scan import this_machine
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import (
     SCHEMA_VERSION,
@@ -51,15 +54,18 @@ from arte_edge.results.student_json import (
     write_student,
 )
 from arte_edge.runtimes.loader import open_model
+from arte_edge.verify.thresholds import Thresholds
 
 if TYPE_CHECKING:
     from arte_edge.runtimes.protocol import Runtime
+    from arte_edge.verify.gate import Verdict
 
 __all__ = ["Failure", "Outcome", "export"]
 
 MERGED = "merged"
 MODELFILE = "Modelfile"
 _MERGE_PROMPTS = 8  # enough tokens to notice an adapter that was lost
+_HELD_PROMPTS = 8  # enough for a tensor that is missing or swapped: that shows at most tokens
 
 
 @dataclass
@@ -111,11 +117,17 @@ def export(
         student = _describe(job.source)
         earlier = _earlier_artifacts(out, student, force)
         _require_space(job, student)
-        built, imatrix_sha256 = _build(job, student, llama_cpp)
-        artifacts, accuracy = _verify(job, student, built, imatrix_sha256)
-        document = _write_documents(job, student, tuple(artifacts.values()), accuracy, earlier)
+        with _Reference(job.source.checkpoint) as reference:
+            builder = _builder(job, student, llama_cpp)
+            artifacts = _hold(job, student, builder, reference)
+            built, imatrix_sha256 = _build(job, builder, reference)
+            artifacts |= _verify(job, student, built, imatrix_sha256, reference)
+        shown = tuple(
+            artifacts[format] for format in dict.fromkeys((*formats, *artifacts)) if format in artifacts
+        )
+        document = _write_documents(job, student, shown, earlier)
         cache.close(keep_base=bool(job.failures))
-    return Outcome(document, tuple(artifacts.values()), tuple(job.failures), out)
+    return Outcome(document, shown, tuple(job.failures), out)
 
 
 def _merge(job: _Export) -> Source:
@@ -192,27 +204,88 @@ def _require_space(job: _Export, student: Student) -> None:
     cache.require_space(sum(predicted_bytes(format, shapes) for format in missing))
 
 
-def _build(job: _Export, student: Student, llama_cpp: Path | None) -> tuple[dict[Format, BuiltFile], str]:
+def _builder(job: _Export, student: Student, llama_cpp: Path | None) -> Builder:
+    source = job.source
+    fields = gguf_fields(student, source.lineage, source.chat.template_sha256)
+    return Builder(job.cache, source, student, job.recipe, fields, job.formats, llama_cpp)
+
+
+def _hold(job: _Export, student: Student, builder: Builder, reference: _Reference) -> dict[Format, Artifact]:
+    """Make the full-width GGUF that other files are made from and hold it to the student.
+
+    If it is rejected, what would be made from it fails. Returns its artifact if it was asked for or is rejected.
+    """
+    base = Format("gguf", job.recipe.gguf.base)
+    users = [format for format in job.formats if uses_base(format, base.type)]
+    if not users:
+        return {}
+    asked, began = base in users, time.monotonic()
+    task, limits = job.source.task, job.recipe.verify.limits(base)
+    inputs = [builder.inputs(base), task.sha256 if task else "", job.source.n_prompt, limits.model_dump()]
+    if not asked and (job.cache.find_result("hold", inputs) or {}).get("passed"):
+        return {}
+    try:
+        with job.reporter.stage(f"make {base.label}"):
+            file = builder.build(base) if asked else builder.base()
+        with _progress(job.reporter, f"verifying {base.label}") as progress:
+            verdict, cached = _verdict(job, student, base, file, reference, progress, asked)
+        seconds = None if cached else time.monotonic() - began
+    except ArteError as error:
+        _drop(job, builder, users, error)
+        return {}
+    if not asked and verdict["passed"]:
+        job.cache.record_result("hold", inputs, {"passed": True})
+        job.reporter.done("hold", f"{file.path.name}, from which the others are made: ok", seconds)
+        return {}
+    job.formats = builder.formats = tuple(format for format in job.formats if format != base)
+    if not verdict["passed"]:
+        what = f"{base.file_name(student.name)}, from which it would be made, is rejected"
+        _drop(job, builder, [f for f in users if f != base], GateError(what, "See the reasons above."))
+    return {base: _placed(job, student, base, file, verdict, "", seconds)}
+
+
+def _drop(job: _Export, builder: Builder, formats: Sequence[Format], error: ArteError) -> None:
+    for format in formats:
+        job.fail(format, "built", error)
+    job.formats = builder.formats = tuple(format for format in job.formats if format not in formats)
+
+
+def _beside_origin(job: _Export, format: Format, file: BuiltFile, found: Verdict) -> dict[str, Any]:
+    """Return a verdict for JSON; that on the full-width file of a GGUF has a comparison with the GGUF itself.
+
+    Its checkpoint was made from that by the libraries that the file is made with, so an error there shows here only.
+    """
+    gguf, checks = job.source.gguf, list(found.checks)
+    if gguf is not None and format == Format("gguf", job.recipe.gguf.base) and found.fidelity is not None:
+        from arte_edge.gguf.to_hf import unpacked_limits
+        from arte_edge.verify.logits import fidelity_checks, measure_fidelity
+
+        kl_mean, top1 = unpacked_limits(read_model_header(gguf))
+        with closing(open_model(gguf)) as origin, closing(open_model(file.path)) as opened:
+            distance = measure_fidelity(origin, opened, job.source.prompts[:_HELD_PROMPTS])
+        compared = fidelity_checks(distance, Thresholds(kl_mean=kl_mean, top1=top1))
+        checks += [replace(check, name=f"{check.name} to the source file") for check in compared]
+    found = replace(found, checks=tuple(checks), passed=all(check.passed for check in checks))
+    return found.as_dict() | {"reason": found.reason}
+
+
+def _build(job: _Export, builder: Builder, reference: _Reference) -> tuple[dict[Format, BuiltFile], str]:
     """Build every format; return those that succeeded, and the sha256 of the importance matrix."""
     source, reporter = job.source, job.reporter
-    fields = gguf_fields(student, source.lineage, source.chat.template_sha256)
-    builder = Builder(job.cache, source, student, job.recipe, fields, job.formats, llama_cpp)
     if any(format.family == "gguf" for format in job.formats):
         began = time.monotonic()
+        if builder.uses_imatrix:
+            reference.release()  # collecting loads the student too
         with _progress(reporter, "importance matrix") as progress:
             builder.collect_imatrix(progress)
         if builder.imatrix:
             seconds = None if builder.imatrix_cached else time.monotonic() - began
             reporter.done("imatrix", f"{len(source.training)} {source.training_from}", seconds)
-    private = this_machine().private_paths(source.checkpoint.absolute(), job.cache.out.absolute())
     built: dict[Format, BuiltFile] = {}
     for format in job.formats:
         try:
             with reporter.stage(f"make {format.label}") as clock:
                 file = builder.build(format)
-            if format.family == "gguf" and (keys := private_fields(file.path, private)):
-                message = f"{format.label}: {keys[0]} contains a path of this machine"
-                raise ArteError(message, "Please report this.")
         except ArteError as error:
             job.fail(format, "built", error)
             continue
@@ -222,32 +295,41 @@ def _build(job: _Export, student: Student, llama_cpp: Path | None) -> tuple[dict
 
 
 def _verify(
-    job: _Export, student: Student, built: dict[Format, BuiltFile], imatrix_sha256: str
-) -> tuple[dict[Format, Artifact], PairedAccuracy | None]:
-    """Verify each file and rename it; return the artifacts, and the accuracy of the 16-bit student.
+    job: _Export, student: Student, built: dict[Format, BuiltFile], imatrix_sha256: str, reference: _Reference
+) -> dict[Format, Artifact]:
+    """Verify each file and rename it; return the artifacts.
 
-    The student is opened when the first file needs it and stays open: its answers and logits serve all.
+    The student is opened when the first file needs it and stays open: its answers serve all.
     """
     artifacts: dict[Format, Artifact] = {}
-    accuracy: PairedAccuracy | None = None
-    with _Reference(job.source.checkpoint) as reference:
-        for format, file in built.items():
-            began = time.monotonic()
-            try:
-                with _progress(job.reporter, f"verifying {format.label}") as progress:
-                    verdict, cached = _verdict(job, student, format, file, reference, progress)
-            except ArteError as error:
-                job.fail(format, "verified", error)
-                continue
-            artifact = _artifact(job.source, student, format, file, verdict, imatrix_sha256)
-            if accuracy is None and artifact.accuracy:
-                accuracy = artifact.accuracy.reference_alone
-            job.cache.place(file.path, format.file_name(student.name), accepted=artifact.status == "ok")
-            artifacts[format] = artifact
-            job.reporter.event("artifact", file=artifact.file, status=artifact.status, reason=artifact.reason)
-            seconds = None if cached else time.monotonic() - began
-            job.reporter.done("verify", f"{artifact.file}: {artifact.status}", seconds)
-    return artifacts, accuracy
+    for format, file in built.items():
+        began = time.monotonic()
+        try:
+            with _progress(job.reporter, f"verifying {format.label}") as progress:
+                verdict, cached = _verdict(job, student, format, file, reference, progress)
+        except ArteError as error:
+            job.fail(format, "verified", error)
+            continue
+        seconds = None if cached else time.monotonic() - began
+        artifacts[format] = _placed(job, student, format, file, verdict, imatrix_sha256, seconds)
+    return artifacts
+
+
+def _placed(
+    job: _Export,
+    student: Student,
+    format: Format,
+    file: BuiltFile,
+    verdict: Mapping[str, Any],
+    imatrix_sha256: str,
+    seconds: float | None,
+) -> Artifact:
+    """Rename a verified file by its verdict, report it and return its artifact."""
+    artifact = _artifact(job.source, student, format, file, verdict, imatrix_sha256)
+    job.cache.place(file.path, format.file_name(student.name), accepted=artifact.status == "ok")
+    job.reporter.event("artifact", file=artifact.file, status=artifact.status, reason=artifact.reason)
+    job.reporter.done("verify", f"{artifact.file}: {artifact.status}", seconds)
+    return artifact
 
 
 @dataclass
@@ -263,34 +345,46 @@ class _Reference:
             self.model = open_model(self.checkpoint)
         return self.model
 
+    def release(self) -> None:
+        """Close it until it is needed again."""
+        if self.model is not None:
+            self.model.close()
+            self.model = None
+
     def __enter__(self) -> _Reference:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.model is not None:
-            self.model.close()
+        self.release()
 
 
 def _verdict(
-    job: _Export, student: Student, format: Format, file: BuiltFile, reference: _Reference, progress: Progress
+    job: _Export,
+    student: Student,
+    format: Format,
+    file: BuiltFile,
+    reference: _Reference,
+    progress: Progress,
+    whole: bool = True,
 ) -> tuple[dict[str, Any], bool]:
-    """Return the verdict on one file as `Verdict.as_dict` gives it, and whether it was cached."""
+    """Return the verdict on one file for JSON, and whether it was cached; if not `whole`, on a few prompts alone."""
     source, settings, limits = job.source, job.recipe.verify, job.recipe.verify.limits(format)
     if limits.stop_differences is not None:  # end tokens that the format has no place for; a note names them
         allowed = limits.stop_differences + file.summary.get("unwritten_ends", 0)
         limits = limits.model_copy(update={"stop_differences": allowed})
-    task = source.task if settings.examples else None
+    task = source.task if settings.examples and whole else None
+    prompts = source.prompts if whole else source.prompts[:_HELD_PROMPTS]
     inputs = [
         __version__,
         SCHEMA_VERSION,  # of the verdict, which is stored as JSON
         file.checksums.sha256,
         student.sha256,
-        list(source.prompts),
+        list(prompts),
         limits.model_dump(mode="json"),
         [task.sha256, settings.examples] if task else None,
         source.plain,
     ]
-    step = f"verify-{format.label}"
+    step = f"{'verify' if whole else 'hold'}-{format.label}"
     if cached := job.cache.find_result(step, inputs):
         return cached, True
     from arte_edge.verify.gate import verify_file
@@ -298,14 +392,14 @@ def _verdict(
     found = verify_file(
         reference.open(progress),
         file.path,
-        source.prompts,
+        prompts,
         limits,
         task=task,
         limit=settings.examples,
         plain=source.plain,
         progress=progress,
     )
-    verdict = found.as_dict() | {"reason": found.reason}
+    verdict = _beside_origin(job, format, file, found)
     job.cache.record_result(step, inputs, verdict)
     return verdict, False
 
@@ -367,7 +461,6 @@ def _write_documents(
     job: _Export,
     student: Student,
     new: tuple[Artifact, ...],
-    accuracy: PairedAccuracy | None,
     earlier: tuple[Artifact, ...],
 ) -> StudentFile:
     """Write the Modelfile and the tokenizer, and ``student.json`` last."""
@@ -380,7 +473,7 @@ def _write_documents(
         student=student,
         lineage=source.lineage,
         tokenizer=_write_tokenizer(out, source.checkpoint, source.chat.template_sha256),
-        student_accuracy=accuracy,
+        student_accuracy=next((a.accuracy.reference_alone for a in new if a.accuracy), None),
         artifacts=artifacts,
     )
     document = carry_results(out, document)

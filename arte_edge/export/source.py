@@ -31,6 +31,7 @@ from arte_edge.export.lora_merge import Adapter, read_adapter
 from arte_edge.export.ollama import Prompting
 from arte_edge.gguf.reader import STRING, UINT32, Field, read_model_header
 from arte_edge.models.resolve import from_folder, resolve
+from arte_edge.pii_scan import Machine
 from arte_edge.results.student_json import SCHEMA_VERSION, Data, Lineage, Parent, Student, Tuning
 from arte_edge.store import file_sha256, read_jsonl
 from arte_edge.tasks.loaders import load_task
@@ -112,17 +113,24 @@ def _parent_fields(prefix: str, parent: Parent) -> dict[str, str]:
 
 
 def private_fields(gguf: Path, private: Iterable[str]) -> list[str]:
-    """Return the metadata keys of a GGUF file whose text contains one of the `private` texts.
+    """Return the metadata keys of a GGUF file whose texts hold one of the `private` ones, a path or a secret.
 
     Raises:
         InputError: not a GGUF.
     """
-    texts = [text for text in private if text]
-    return [
-        key
-        for key, value in read_model_header(gguf).metadata.items()
-        if isinstance(value, str) and any(text in value for text in texts)
-    ]
+    texts, machine = [text for text in private if text], Machine(frozenset(), ())
+
+    def is_private(key: str, value: object) -> bool:
+        if isinstance(value, list):
+            return any(is_private(key, item) for item in value)
+        if not isinstance(value, str) or any(text in value for text in texts):
+            return isinstance(value, str)
+        about = key.startswith(("general.", "quantize.", "arte_edge."))
+        return about and any(
+            f.kind in ("a path", "a secret") for f in machine.findings(value, gguf.name, key)
+        )
+
+    return [key for key, value in read_model_header(gguf).metadata.items() if is_private(key, value)]
 
 
 _NOT_QUANTIZED = ("F16", "BF16", "F32", "")
@@ -144,6 +152,7 @@ class Source:
     prompting: Prompting | None = None  # of a run's student
     plain: bool = False  # prompted without its chat template
     evaluated: Path | None = None  # the F16 GGUF that the run evaluated, if it is still there
+    gguf: Path | None = None  # the file that `checkpoint` was unpacked from
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -233,6 +242,7 @@ def _model(ref: str, offline: bool, progress: Progress | None) -> Source:
         checkpoint=checkpoint,
         chat=read_chat(checkpoint),
         lineage=Lineage(source="gguf" if model.gguf else "checkpoint", base=parent),
+        gguf=model.gguf,
         notes=notes,
     )
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -56,10 +57,23 @@ from arte_edge.gguf.reader import (
 from arte_edge.gguf.tokenizer import read_tokenizer, vocabulary
 from arte_edge.gguf.writer import Tensor, write_gguf
 
-__all__ = ["SCRIPT", "convert", "convert_with_llama_cpp", "open_checkpoint"]
+__all__ = ["SCRIPT", "convert", "convert_with_llama_cpp", "open_checkpoint", "public_card"]
 
 SCRIPT = "convert_hf_to_gguf.py"
 _SHOWN_LINES = 3
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Keys of a model card from which gguf makes metadata, and whose values may be a path.
+_CARD_KEYS = {
+    "base_model",
+    "base_models",
+    "datasets",
+    "dataset",
+    "tags",
+    "license_link",
+    "name",
+    "model_name",
+    "url",
+}
 _NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 # The tensors that llama.cpp cannot do without, whatever the family
 _NEEDED = ("token_embd.weight", "output_norm.weight")
@@ -286,11 +300,7 @@ def _general_metadata(checkpoint: Checkpoint, tensors: Sequence[Tensor], dtype: 
     import gguf
 
     n_parameter = sum(math.prod(tensor.shape) for tensor in tensors)
-    try:
-        card = gguf.Metadata.load_model_card(checkpoint.folder)
-    except Exception as error:  # yaml's errors, of a dependency of gguf
-        readme = checkpoint.folder / "README.md"
-        raise InputError(f"{readme}: its front matter is not valid YAML", "Fix or remove it.") from error
+    card, _ = public_card(checkpoint.folder)
     logging.getLogger("metadata").setLevel(logging.ERROR)
     about = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, {}, None, n_parameter)
     sampling = gguf.Metadata.load_generation_config(checkpoint.folder)
@@ -308,6 +318,54 @@ def _general_metadata(checkpoint: Checkpoint, tensors: Sequence[Tensor], dtype: 
         "general.file_type": Field(UINT32, QUANT_TYPES[dtype].number),
         "general.quantization_version": Field(UINT32, _QUANTIZATION_VERSION),
     }
+
+
+def public_card(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the front matter of a checkpoint's model card without what names no public place, and the keys of that.
+
+    PEFT and TRL write the path of a local base model or data set where the Hub has an id.
+
+    Raises:
+        InputError: the front matter is not YAML.
+    """
+    import gguf
+
+    try:
+        card = gguf.Metadata.load_model_card(folder)
+    except Exception as error:  # yaml's errors, of a dependency of gguf
+        raise InputError(
+            f"{folder / 'README.md'}: its front matter is not valid YAML", "Fix or remove it."
+        ) from error
+    kept: dict[str, Any] = {}
+    dropped = []
+    for key, value in card.items():
+        values = value if isinstance(value, list) else [value]
+        public = [
+            one if isinstance(one, dict) else str(one) for one in values if _is_public(str(key), one, folder)
+        ]
+        if len(public) < len(values) and value is not None:
+            dropped.append(str(key))
+        if public:
+            kept[str(key)] = public if isinstance(value, list) else public[0]
+    return kept, tuple(sorted({*dropped} & _CARD_KEYS))
+
+
+def _is_public(key: str, value: Any, folder: Path) -> bool:
+    if isinstance(value, dict):
+        return key.endswith("_sources")
+    if not isinstance(value, str | int | float):
+        return False
+    text = str(value)
+    if text.startswith("https://"):
+        return "@" not in text
+    if key == "tags":  # such as base_model:adapter:ORG/NAME
+        text = text.rpartition(":")[2]
+    elif not key.startswith(("base_model", "dataset")):
+        plain = key.endswith(("name", "link", "url", "finetune", "basename"))
+        return not (plain and ("/" in text or "\\" in text))
+    if "/" not in text and "\\" not in text:
+        return not (folder / text).exists() or key == "tags"
+    return _HUB_ID.fullmatch(text) is not None and not Path(text).exists() and not (folder / text).exists()
 
 
 def _field(value: Any) -> Field:

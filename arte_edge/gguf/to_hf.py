@@ -43,7 +43,15 @@ from arte_edge.gguf import rope
 from arte_edge.gguf.reader import FULL_WIDTH, GgufHeader, read_model_header
 from arte_edge.threads import thread_count
 
-__all__ = ["PROBES", "VERSION", "check_tokenizer", "checkpoint_folder", "main", "to_checkpoint"]
+__all__ = [
+    "PROBES",
+    "VERSION",
+    "check_tokenizer",
+    "checkpoint_folder",
+    "main",
+    "to_checkpoint",
+    "unpacked_limits",
+]
 
 # Part of the folder's name: raised when the conversion changes, so that old results are not reused.
 VERSION = 2
@@ -58,8 +66,8 @@ PROBES = (
 )
 _HELD_TOKENS = 384
 # Limits of mean KL divergence (nats) and of the share of equal most likely tokens, by the width of the weights.
-# llama.cpp rounds activations to 8 bits before a product with quantized weights, transformers does not, and the
-# checkpoint's bfloat16 is coarser than F16: random models lose 1e-5 nats to the second and 1e-3 to 4e-3 to the first.
+# llama.cpp rounds activations to 8 bits before a product with quantized weights, transformers does not, and
+# bfloat16 is coarser than F32: random models lose 1e-3 to 4e-3 nats to the first and 1e-5 to the second.
 _WIDE_LIMITS, _QUANTIZED_LIMITS = (0.003, 0.95), (0.02, 0.85)
 
 
@@ -69,7 +77,7 @@ def checkpoint_folder(name: str, sha256: str) -> Path:
 
 
 def to_checkpoint(name: str, gguf: Path, sha256: str, progress: Progress | None = None) -> Path:
-    """Return the bfloat16 safetensors checkpoint of `gguf`, converting it if that was never done.
+    """Return the safetensors checkpoint of `gguf`, bfloat16 or from F16 float16, converting it if that was never done.
 
     Raises:
         InputError: an architecture that transformers cannot read from GGUF.
@@ -144,12 +152,13 @@ def _run_child(gguf: Path, out: Path, what: str, progress: Progress | None) -> d
 
 
 def _unpack(header: GgufHeader, out: Path, report: Callable[[str], None]) -> dict[str, float]:
-    """Write the tokenizer and the bfloat16 weights of a GGUF to `out`, load both again and compare with llama.cpp."""
+    """Write the tokenizer and the 16-bit weights of a GGUF to `out`, load both again and compare with llama.cpp."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, file = header.path.parent, header.path.name
     scaling = rope.restored(header)
+    dtype = torch.float16 if {t.type for t in header.tensors.values()} <= {"F16", "F32"} else torch.bfloat16
     report("reading the tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
@@ -157,9 +166,7 @@ def _unpack(header: GgufHeader, out: Path, report: Callable[[str], None]) -> dic
         tokenizer.chat_template = tokenizer.chat_template or header.chat_template
         tokenizer.save_pretrained(out)
         report("reading the weights")
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=file, dtype=torch.bfloat16, **_dense_weights()
-        )
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=dtype, **_dense_weights())
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"{header.path}: transformers cannot read a '{header.architecture}' GGUF ({error})",
@@ -217,8 +224,7 @@ def _hold(header: GgufHeader, checkpoint: Path, ids: list[int]) -> dict[str, flo
     log_p, log_q = (logits[:, :width].double().log_softmax(-1) for logits in (theirs, ours))
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     top1 = float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean())
-    quantized = any(tensor.type not in FULL_WIDTH for tensor in header.tensors.values())
-    most, least = _QUANTIZED_LIMITS if quantized else _WIDE_LIMITS
+    most, least = unpacked_limits(header)
     if not (kl <= most and top1 >= least):
         raise ArteError(
             f"{header.path}: what transformers reads is another model: on {len(ids)} tokens it differs from "
@@ -227,6 +233,12 @@ def _hold(header: GgufHeader, checkpoint: Path, ids: list[int]) -> dict[str, flo
             "Give the original checkpoint (a folder or its Hub id) instead.",
         )
     return {"tokens": len(ids), "kl_mean": kl, "top1": top1}
+
+
+def unpacked_limits(header: GgufHeader) -> tuple[float, float]:
+    """Return how far what is made of a GGUF may be from llama.cpp on it: mean KL (nats), share of equal top tokens."""
+    quantized = any(tensor.type not in FULL_WIDTH for tensor in header.tensors.values())
+    return _QUANTIZED_LIMITS if quantized else _WIDE_LIMITS
 
 
 def _llama_cpp_logits(header: GgufHeader, ids: list[int]) -> Any:

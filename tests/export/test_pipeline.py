@@ -3,6 +3,7 @@
 Mostly with full-width types: llama.cpp's quantizer runs in its own process, which takes a second.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import Patch, edited_json
+from tiny import Patch, edited, edited_json
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
@@ -27,14 +28,18 @@ from arte_edge.export.source import Source, open_source
 from arte_edge.gguf import reader
 from arte_edge.gguf.convert import convert
 from arte_edge.gguf.from_base import checkpoint_to_gguf
+from arte_edge.gguf.quantize import quantize
 from arte_edge.gguf.reader import STRING, Field, read_model_header
 from arte_edge.gguf.writer import rewrite
 from arte_edge.models.artifact import checksums_of, parse_list
 from arte_edge.results.student_json import Speed, read_student, write_student
+from arte_edge.runtimes.loader import open_model
 from arte_edge.verify.check import Check
 from arte_edge.verify.gate import Verdict
 
 RECIPE = build("test", {"gguf": {"imatrix": False}, "verify": {"examples": 0}})
+_LOOSE = {"examples": 0, "thresholds": {"F16": {"kl_mean": 9.0}, "F32": {"kl_mean": 9.0}}}
+LOOSE = build("loose", {"gguf": {"imatrix": False}, "verify": _LOOSE})
 
 
 class Interrupt(BaseException):
@@ -190,12 +195,64 @@ def test_a_file_that_fails_is_renamed_and_the_others_are_built(
     assert b"F32" not in files["Modelfile"] and b"FROM ./tiny-BF16.gguf" in files["Modelfile"]
 
 
+def test_nothing_is_made_from_a_full_width_file_that_is_not_the_student(
+    source: Source, gate: Gate, tmp_path: Path
+) -> None:
+    gate.rejects = {"F16"}
+    outcome = run(source, tmp_path / "out", "Q8_0,BF16")
+    assert gate.verified == ["F16", "BF16"]
+    assert [(a.quantization, a.status) for a in outcome.artifacts] == [("BF16", "ok"), ("F16", "rejected")]
+    assert [f.format.type for f in outcome.failures] == ["Q8_0"] and "F16" in outcome.failures[
+        0
+    ].error.message
+    assert (
+        "tiny-F16.gguf.rejected" in visible(tmp_path / "out")
+        and not (tmp_path / "out/tiny-Q8_0.gguf").exists()
+    )
+    gate.rejects = set()
+    gate.verified.clear()
+    assert [a.status for a in run(source, tmp_path / "out", "Q8_0", LOOSE).artifacts] == ["ok"]
+    run(source, tmp_path / "out", "Q8_0,Q4_0", LOOSE)
+    assert gate.verified == ["F16", "Q8_0", "Q4_0"]  # once it has passed, never again
+
+
+def test_a_tuning_that_was_lost_shows_in_the_file_that_the_quantized_ones_are_made_from(
+    tiny_student: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    import torch
+
+    from arte_edge.gguf import convert as module
+    from arte_edge.verify.gate import verify_file
+    from arte_edge.verify.thresholds import thresholds_for
+
+    def tune(tensors: dict[str, Any]) -> None:
+        torch.manual_seed(1)
+        for name, tensor in tensors.items():
+            if "mlp.up_proj" in name:
+                tensor += 0.02 * torch.randn_like(tensor)
+
+    monkeypatch.setenv("ARTE_EDGE_HOME", str(tmp_path / "home"))
+    tuned, real = edited(tiny_student, tmp_path / "tuned", tune), module.convert
+    lost = real(tiny_student, tmp_path / "lost.gguf")
+    quantize(lost, tmp_path / "q4.gguf", "Q4_K_M")
+    source = open_source(str(tuned))
+    limits = thresholds_for("Q4_K_M").model_copy(update={"top1": None})  # a random model's likeliest are ties
+    with contextlib.closing(open_model(tuned)) as reference:
+        hidden = verify_file(reference, tmp_path / "q4.gguf", source.prompts[:8], limits)
+    assert hidden.passed, hidden.reason
+    monkeypatch.setattr(
+        module, "convert", lambda checkpoint, *rest, **more: real(tiny_student, *rest, **more)
+    )
+    outcome = run(source, tmp_path / "out", "Q4_K_M")
+    assert [(a.quantization, a.status) for a in outcome.artifacts] == [("F16", "rejected")]
+    assert "kl mean" in outcome.rejected[0].reason and [f.format.type for f in outcome.failures] == ["Q4_K_M"]
+
+
 def test_looser_thresholds_bring_a_rejected_file_back(source: Source, gate: Gate, tmp_path: Path) -> None:
     gate.rejects = {"F32"}
     run(source, tmp_path / "out", "F32")
     gate.rejects = set()
-    loose = {"gguf": {"imatrix": False}, "verify": {"examples": 0, "thresholds": {"F32": {"kl_mean": 9.0}}}}
-    outcome = run(source, tmp_path / "out", "F32", build("loose", loose))
+    outcome = run(source, tmp_path / "out", "F32", LOOSE)
     assert outcome.artifacts[0].status == "ok" and gate.verified == ["F32", "F32"]
     assert "tiny-F32.gguf" in (files := visible(tmp_path / "out")) and "tiny-F32.gguf.rejected" not in files
 
@@ -233,6 +290,27 @@ def test_every_gguf_holds_its_lineage_and_no_path(source: Source, gate: Gate, tm
     private = [str(tmp_path), str(Path.home())]
     for name, data in visible(tmp_path / "out").items():
         assert not [text for text in private if text.encode() in data], name
+
+
+def test_what_names_no_public_place_is_left_out_of_the_metadata_and_said(
+    source: Source, gate: Gate, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(source.checkpoint, tmp_path / "student"))
+    (folder / "README.md").write_text(
+        "---\nbase_model: /gpfs/jane/base\nmodel_name: /gpfs/jane/out\nlicense_link: ../jane/LICENSE\n"
+        "datasets: [/gpfs/jane/rows, org/rows]\nurl: https://jane:hush@example.org/x\n"
+        "description: trained in /home/jane/lab\n"
+        "tags: ['base_model:adapter:/gpfs/jane/base', 'base_model:adapter:org/base', lora, ~/jane/notes]\n---\n"
+    )
+    (artifact,) = run(open_source(str(folder)), tmp_path / "out", "F16").artifacts
+    content = (tmp_path / "out" / artifact.file).read_bytes()
+    assert b"jane" not in content and b"hush" not in content
+    fields = read_model_header(tmp_path / "out" / artifact.file).fields
+    assert fields["general.tags"].value == [b"base_model:adapter:org/base", b"lora"]
+    assert fields["general.dataset.0.repo_url"].value == b"https://huggingface.co/org/rows"
+    assert fields["general.dataset.count"].value == 1
+    for key in ("base_model", "datasets", "tags", "license_link", "model_name", "url", "general.description"):
+        assert key in artifact.notes[0] and "jane" not in artifact.notes[0]
 
 
 def test_a_file_of_the_user_s_own_converter_holds_its_lineage_too(

@@ -10,6 +10,8 @@ from tiny import Make, Patch
 from arte_edge.distill.prompts import STEP_BY_STEP
 from arte_edge.errors import InputError
 from arte_edge.export.source import PAPER, gguf_fields, open_source, parent_of, private_fields, public_name
+from arte_edge.gguf.reader import ARRAY, STRING, Field
+from arte_edge.gguf.writer import rewrite
 from arte_edge.results.student_json import Data, Lineage, Parent, Student
 from arte_edge.tasks.loaders import load_task
 
@@ -82,7 +84,12 @@ def test_what_is_not_known_is_not_written() -> None:
 def test_a_path_in_the_metadata_is_found(make_gguf: Make) -> None:
     path = make_gguf(quantize__imatrix__file="/home/me/imatrix.gguf", general__name="clean")
     assert private_fields(path, ["/home/me/"]) == ["quantize.imatrix.file"]
-    assert private_fields(path, ["/home/you/"]) == []
+    rewrite(path, {"general.tags": Field(ARRAY, [b"lora", b"base:/gpfs/you/x"], STRING)})
+    assert private_fields(path, ["/gpfs/you/"]) == ["quantize.imatrix.file", "general.tags"]
+    rewrite(
+        path, {"general.url": Field(STRING, b"https://me:hush@example.org")}, ["general.tags", "quantize."]
+    )
+    assert private_fields(path, []) == ["general.url"]
 
 
 @pytest.fixture
