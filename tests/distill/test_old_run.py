@@ -3,6 +3,7 @@
 ``data/run-0.1`` was written by version 0.1 with the scripted engines of ``conftest.py``.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,24 @@ def test_a_stage_that_was_cut_off_is_made_from_the_calls_of_the_store(house: Any
     resume(house)
     assert house.calls == 0
     assert contents(house.folder) == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda row: row.pop("logp", None) or row.pop("text", None),
+        lambda row: row.update({"text": 3} if "text" in row else {"logp": [["x"]]}),
+        lambda row: row.update({"completion_tokens": None} if "text" in row else {"logp": [None]}),
+    ],
+)
+def test_a_damaged_call_is_made_again(house: Any, damage: Any) -> None:
+    shutil.copytree(OLD, house.folder)
+    for stage in ("elicit", "prefer"):
+        (house.folder / stage / "manifest.json").unlink()
+    log = house.folder / "calls.jsonl"
+    rows = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    for row in rows:
+        damage(row)
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    resume(house)
+    assert house.calls > 0
