@@ -12,7 +12,6 @@ from arte_edge.distill.config import RunConfig
 from arte_edge.distill.run_context import RunContext, Summary, open_folder, quantized_student
 from arte_edge.distill.validate_config import fewer_shown, refuse_models, refuse_run
 from arte_edge.extras import need
-from arte_edge.runtimes.completion import Engine
 from arte_edge.tasks.loaders import load_task
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def run_pipeline(
             calibrate(run)
             prefer(run)
             _, adapter = align(run)
-        tailor(run, lambda: _data_teacher(run, adapter), adapter[1] if adapter else "")
+        tailor(run, adapter)
         _, tuned = tune(run)
         return Outcome(folder, evaluate(run, tuned), run.calls.made, run.calls.cached)
     finally:
@@ -124,10 +123,3 @@ def _prompt_tokens(run: RunContext) -> int:
         for example in run.task.validation
     ]
     return math.ceil(float(np.percentile(counts, PROMPT_PERCENTILE)))
-
-
-def _data_teacher(run: RunContext, adapter: tuple[Path, str] | None) -> Engine:
-    """Return the teacher that generates the training data: aligned, or as it is."""
-    if adapter is None:
-        return run.engine(run.config.teacher)
-    return run.engine_with(run.local(run.config.teacher), adapter, run.config.teacher)

@@ -44,7 +44,7 @@ def made(house: Any, **tables: Any) -> Counter[str]:
         elicit(run)
         calibrate(run)
         prefer(run)
-    tailor(run, lambda: house.teacher, "")
+    tailor(run, None)
     evaluate(run, LocalModel("tuned", "sha256 of tuned", Path("t.gguf"), None, "F16"))
     run.close()
     found, stage = Counter[str](), ""

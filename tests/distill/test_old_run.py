@@ -40,12 +40,12 @@ def resume(house: Any) -> dict[str, Any]:
     tuned = LocalModel("scripted-student tuned", "sha256 of tuned", Path("t.gguf"), None, "F16")
     open_folder(house.config(**TABLES), house.folder, house.task, update=False)
     run = house.run(**TABLES)
-    run.engine_with = lambda *_, **__: house.student
+    run.engine_with = lambda model, *_: house.teacher if model.name == house.teacher.name else house.student
     check(run, force=True)
     elicit(run)
     calibrate(run)
     prefer(run)
-    tailor(run, lambda: house.teacher, "adapter sha256")
+    tailor(run, (Path("adapter"), "adapter sha256"))
     summary: dict[str, Any] = evaluate(run, tuned)
     run.close()
     return summary

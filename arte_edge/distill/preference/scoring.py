@@ -294,10 +294,8 @@ def answer_bias(given: Sequence[object], targets: Sequence[object]) -> float:
 def length_effect(score: Floats, tokens: Floats) -> Floats:
     """Return the part ``[d]`` of `score` that a linear fit in log(length) explains; its mean is 0.
 
-    Longer examples score a little higher whatever they contain, and a teacher aligned to such scores
-    gets ever longer (for DPO in general: Park et al. 2024, arXiv 2403.19159). A score without that part
-    ranks drafts about as well by the training result as the plain one, and better within a question
-    (benchmarks/studies). Zero for few drafts, or drafts of one length.
+    Longer examples score a little higher whatever they contain, and a teacher aligned to such scores gets ever longer
+    (Park et al. 2024, arXiv 2403.19159). Zero for few drafts, or drafts of one length.
     """
     length = np.log(np.maximum(tokens, 1.0))
     length = length - length.mean()
@@ -310,10 +308,8 @@ def length_effect(score: Floats, tokens: Floats) -> Floats:
 def scoring_engine(run: RunContext, n_score: int) -> Engine:
     """Return the open engine for `n_score` scores (one draft, one question each): the fastest that runs here.
 
-    Scores rank drafts, and there are thousands of them, so they are computed where that is fastest, in
-    bfloat16 if the hardware multiplies it: rounding moves single answers, but hardly the ranking
-    (docs/runtimes.md has both measured). What is reported of a student always comes from its own engine.
-    With `prefer.student_file` the quantized file itself scores.
+    Rounding to 16 bits moves single answers, but hardly the ranking (docs/runtimes.md). What is reported of a student
+    always comes from its own engine. With `prefer.student_file` the quantized file itself scores.
     """
     config, prefer = run.config.student, run.config.prefer
     if prefer.student_file:

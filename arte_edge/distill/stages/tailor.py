@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from arte_edge.distill.config import RunConfig
@@ -39,15 +40,19 @@ _MAX_ROUNDS = 6
 _OVERSAMPLE = 1.6
 
 
-def tailor(run: RunContext, engine: Callable[[], Engine], adapter_sha256: str) -> Summary:
-    """Write train.jsonl: rows of input, label, rationale. `engine` opens the aligned teacher.
+def tailor(run: RunContext, adapter: tuple[Path, str] | None) -> Summary:
+    """Write train.jsonl: rows of input, label, rationale. `adapter` (path, sha256) aligns the teacher.
 
     Raises:
         StoppedEarly: the teacher's budget of prompts is spent before enough examples were usable.
     """
-    with run.stage("tailor", _inputs(run, adapter_sha256), _describe) as stage:
+    teacher = run.config.teacher
+    with run.stage("tailor", _inputs(run, adapter[1] if adapter else ""), _describe) as stage:
         if stage.todo:
-            rows, rejected, summary = _generate_examples(run, engine())
+            aligned = (
+                run.engine_with(run.local(teacher), adapter, teacher) if adapter else run.engine(teacher)
+            )
+            rows, rejected, summary = _generate_examples(run, aligned)
             stage.write("train.jsonl", rows)
             stage.write("rejected.jsonl", rejected)
             stage.finish(summary)

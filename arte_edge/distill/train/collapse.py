@@ -1,12 +1,9 @@
 """Detect model collapse during alignment, and stop before the teacher is broken.
 
-DPO on few pairs can lower the probability of the chosen text itself, and a teacher then forgets the
-format that it must generate or never stops. Rewards look fine meanwhile: the margin grows while both
-log-probabilities fall. So at regular steps the adapter is saved as a PEFT folder of its own, the teacher
-generates a few drafts with it (the probe), and the last adapter that passed is used.
-
-The result of a check is written down at once, so a killed and resumed run repeats no check and knows
-how the teacher performed at the start.
+DPO on few pairs can lower the probability of the chosen text itself, and a teacher then forgets the format that it
+must generate or never stops, while rewards look fine. So at regular steps the adapter is saved as a PEFT folder, the
+teacher generates a few drafts with it (the probe), and the last adapter that passed is used. The result of a check is
+written down at once: a resumed run repeats none, and knows how the teacher performed at the start.
 """
 
 from __future__ import annotations

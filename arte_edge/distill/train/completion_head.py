@@ -1,18 +1,9 @@
 """On a CPU, compute the completion tokens only, with the ordinary output layer, and each pair's prompt once.
 
-TRL computes log-probabilities in tiles that suit a GPU's memory. Without a GPU it scores every prompt
-token as well, whose result is discarded, and computes each tile twice. With a vocabulary of 49,000 to
-262,000 tokens that is a quarter to a half of the whole training time. This gives TRL the same numbers
-directly.
-
-The two completions of a preference pair share their prompt:
-
-    row of TRL's batch     prompt chosen   |   prompt rejected
-    what is computed       prompt chosen rejected
-
-The rejected completion's positions continue from the prompt, and it does not attend to the chosen one,
-so every number is the same. Where a prompt is longer than an answer, as in question generation, that
-saves up to half of the work.
+TRL computes log-probabilities in tiles that suit a GPU's memory. Without a GPU it scores every prompt token as well,
+whose result is discarded, and computes each tile twice: a quarter to a half of the whole training time. This gives
+TRL the same numbers directly. The two completions of a preference pair share their prompt and are computed in one row,
+``prompt chosen rejected``: the rejected one's positions continue from the prompt, and it does not attend to the chosen.
 """
 
 from __future__ import annotations

@@ -1,13 +1,9 @@
 """Write a trained model as a 16-bit checkpoint, merge a LoRA adapter into its base, check the merge.
 
-A written checkpoint is the base's folder with other weights: the tokenizer's files
-and the configuration are the base's own, so that prompts are tokenized
-alike before and after training.
-
-Which 16 bits matters. Fine-tuning moves a weight by little, and bfloat16 has eight
-bits for it: after four LoRA steps on SmolLM2-135M, rounding to bfloat16 moved the
-logits by half as much as the training had, rounding to float16 by a twentieth. Only
-Gemma's activations overflow float16, so its checkpoints are bfloat16.
+A written checkpoint is the base's folder with other weights: tokenizer and configuration are the base's own, so that
+prompts are tokenized alike before and after training. Fine-tuning moves a weight by little, and bfloat16 has eight bits
+for it: after four LoRA steps on SmolLM2-135M, rounding to bfloat16 moved the logits by half as much as the training
+had, rounding to float16 by a twentieth. Only Gemma's activations overflow float16, so its checkpoints are bfloat16.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def written(
     run: RunContext = house.run(tailor={"questions": 8}, **(DEVICE if budget else {}) | tables)
     run.budget = budget and Budget(budget, 10, RATES)
     try:
-        return run, tailor(run, lambda: house.teacher, ""), run.read("tailor", "train.jsonl")
+        return run, tailor(run, None), run.read("tailor", "train.jsonl")
     finally:
         run.close()
 

@@ -28,7 +28,7 @@ def written(house: Any, **settings: Any) -> list[dict[str, Any]]:
     house.teacher.drafts = drafts
     house.teacher.answer = lambda prompt: asked_for(prompt.rpartition("Question:")[2])
     run = house.run(tailor={"questions": WANTED} | settings)
-    tailor(run, lambda: house.teacher, "")
+    tailor(run, None)
     rows: list[dict[str, Any]] = run.read("tailor", "train.jsonl")
     run.close()
     return rows
