@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from arte_edge.stats import Interval, format_share, mcnemar, pearson, wilson
+from arte_edge.stats import Interval, format_share, mcnemar, pearson, ratio, t_quantile, wilson
 
 outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
@@ -117,3 +117,30 @@ def test_pearson_is_none_where_nothing_varies_or_too_little_is_there() -> None:
     assert pearson([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
     assert pearson([1, 1, 1], [1, 2, 3]) is None
     assert pearson([1, 2], [1, 2]) is None
+
+
+def test_the_interval_is_that_of_welchs_test() -> None:
+    # R: t.test(log(c(30, 31, 33)), log(c(20, 20.5, 22, 21))) -> 95 % interval of the difference
+    scipy_stats = pytest.importorskip("scipy.stats")
+    x, y = np.log([20, 20.5, 22, 21]), np.log([30, 31, 33])
+    interval = scipy_stats.ttest_ind(y, x, equal_var=False).confidence_interval()
+    found = ratio([20, 20.5, 22, 21], [30, 31, 33])
+    assert (np.log(found.low), np.log(found.high)) == pytest.approx((interval.low, interval.high), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.7062), (2, 4.30265), (4, 2.77645), (30, 2.04227), (1000, 1.96234)]
+)
+def test_the_quantile_is_that_of_the_tables(freedom: float, t: float) -> None:
+    assert t_quantile(0.975, freedom) == pytest.approx(t, rel=1e-3)
+
+
+RATES = st.lists(st.floats(0.01, 1e5), min_size=2, max_size=8)
+
+
+@given(RATES, RATES)
+def test_the_other_way_round_is_the_reciprocal(a: list[float], b: list[float]) -> None:
+    there, back = ratio(a, b), ratio(b, a)
+    assert there.low <= there.value * (1 + 1e-9) and there.value <= there.high * (1 + 1e-9)
+    assert there.value * back.value == pytest.approx(1)
+    assert there.beyond_chance == back.beyond_chance or min(abs(there.low - 1), abs(there.high - 1)) < 1e-6

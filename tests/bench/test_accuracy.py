@@ -152,6 +152,14 @@ def test_a_question_that_was_asked_before_has_no_time(monkeypatch: Patch, shelf:
     assert (row.answer_seconds_p50, row.answer_seconds_p95) == (4.0, pytest.approx(6.7))  # of 1 and 7 s
 
 
+def run(path: Path, task: str = "home_intents", **options: Any) -> QualityRow:
+    seen: list[QualityRow] = []
+    request = Request(settings=BenchSettings(threads=(1,)), task=task, **options)
+    (row,) = run_quality([path], request, device=DEVICE, reporter=Reporter(), on_row=seen.append)
+    assert seen == [row]
+    return row
+
+
 @pytest.mark.model
 def test_a_real_file_answers_and_equals_itself(smollm2: LocalModel) -> None:
     pytest.importorskip("llama_cpp")
@@ -163,14 +171,8 @@ def test_a_real_file_answers_and_equals_itself(smollm2: LocalModel) -> None:
     assert (first.format, first.quantization, first.partial) == ("gguf", "Q4_1", True)
     assert len(first.tensor_sha256) == 64
     assert 1 < first.answer_tokens_mean <= 16 and first.answer_seconds_p50 > 0.01
-
-
-def run(path: Path, task: str = "home_intents", **options: Any) -> QualityRow:
-    seen: list[QualityRow] = []
-    request = Request(settings=BenchSettings(threads=(1,)), task=task, **options)
-    (row,) = run_quality([path], request, device=DEVICE, reporter=Reporter(), on_row=seen.append)
-    assert seen == [row]
-    return row
+    row = run(smollm2.gguf, split="validation", limit=2)  # in a child
+    assert (row.status, row.partial, row.n_threads, len(row.answers)) == ("ok", True, 1, 2), row.reason
 
 
 def test_a_model_that_cannot_answer_is_a_row_with_a_reason() -> None:
@@ -179,12 +181,3 @@ def test_a_model_that_cannot_answer_is_a_row_with_a_reason() -> None:
     assert (row.n, row.right, row.task) == (0, 0, "home_intents")
     with pytest.raises(InputError, match="home_intens"):
         run(Path("null"), "home_intens")
-
-
-@pytest.mark.model
-def test_smollm2_answers_in_a_child_and_the_row_says_that_it_is_partial(smollm2: LocalModel) -> None:
-    row = run(smollm2.gguf, split="validation", limit=2)
-    assert row.status == "ok", row.reason
-    assert (row.n, row.partial, row.split, len(row.answers)) == (2, True, "validation", 2)
-    assert row.sha256 and row.tensor_sha256 and row.n_threads == 1
-    assert row.answer_seconds_p50 > 0

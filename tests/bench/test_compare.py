@@ -4,15 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny import facts, quality_row, speed_row
 
 from arte_edge.bench.compare import Comparison, compare, rows_of
 from arte_edge.bench.report import as_json
 from arte_edge.errors import InputError
 from arte_edge.results.rows import QualityRow, SpeedRow, append_rows
-from arte_edge.stats import ratio, t_quantile
 
 PI = facts(profile="", fingerprint="a" * 16)
 LAPTOP = facts(profile="", fingerprint="b" * 16, cpu="Laptop", arch="x86_64")
@@ -156,33 +153,6 @@ def test_other_questions_are_refused_even_by_force(change: dict[str, Any], said:
 def test_an_empty_side_is_refused() -> None:
     with pytest.raises(InputError, match="no result"):
         compare([], [speed()])
-
-
-def test_the_interval_is_that_of_welchs_test() -> None:
-    # R: t.test(log(c(30, 31, 33)), log(c(20, 20.5, 22, 21))) -> 95 % interval of the difference
-    scipy_stats = pytest.importorskip("scipy.stats")
-    x, y = np.log([20, 20.5, 22, 21]), np.log([30, 31, 33])
-    interval = scipy_stats.ttest_ind(y, x, equal_var=False).confidence_interval()
-    found = ratio([20, 20.5, 22, 21], [30, 31, 33])
-    assert (np.log(found.low), np.log(found.high)) == pytest.approx((interval.low, interval.high), abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("freedom", "t"), [(1, 12.7062), (2, 4.30265), (4, 2.77645), (30, 2.04227), (1000, 1.96234)]
-)
-def test_the_quantile_is_that_of_the_tables(freedom: float, t: float) -> None:
-    assert t_quantile(0.975, freedom) == pytest.approx(t, rel=1e-3)
-
-
-RATES = st.lists(st.floats(0.01, 1e5), min_size=2, max_size=8)
-
-
-@given(RATES, RATES)
-def test_the_other_way_round_is_the_reciprocal(a: list[float], b: list[float]) -> None:
-    there, back = ratio(a, b), ratio(b, a)
-    assert there.low <= there.value * (1 + 1e-9) and there.value <= there.high * (1 + 1e-9)
-    assert there.value * back.value == pytest.approx(1)
-    assert there.beyond_chance == back.beyond_chance or min(abs(there.low - 1), abs(there.high - 1)) < 1e-6
 
 
 def test_results_are_found_wherever_they_are_kept(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """A benchmark on a device over real ssh: refused before it copies, cut in the middle, continued, cleaned away."""
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -162,29 +161,6 @@ def test_what_cannot_run_is_rejected_before_anything_is_copied(
         bench()
     assert message in error.value.message and hint in error.value.hint
     assert not device.work.exists() and device.proxy.sent_bytes < 60_000
-
-
-def test_a_device_without_python_or_with_an_old_one_is_an_error(
-    profile: Profile, bench: Make, program: Make
-) -> None:
-    old = {"version": [3, 9, 2], "path": "/usr/bin/python3", "llama_cpp": False, "bits": "64bit"}
-    no_path = profile.model_copy(update={"remote": profile.remote.model_copy(update={"python": "python3"})})
-    for answer, message in (
-        (f"echo '{json.dumps(old)}'", r"Python 3\.9\.2.* 3\.11"),
-        ("exit 1", "no Python"),
-    ):
-        for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
-            program(name, answer)
-        with pytest.raises(ArteError, match=f"kitchen has {message}") as error:
-            bench(no_path)
-    assert "python" in error.value.hint
-
-
-def test_a_checkpoint_is_rejected_since_torch_never_goes_there(profile: Profile, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="never installed on a device"):
-        bench_remote(profile, [tmp_path], Request(), reporter=Said())
 
 
 def test_a_kind_of_device_is_not_a_device(profile: Profile, bench: Make) -> None:

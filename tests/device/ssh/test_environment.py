@@ -74,13 +74,28 @@ def test_a_device_gets_the_runtime_that_suits_it_and_hears_why(
     assert (found.compiles, found.sees_system) == ("compile_there" in more, extras == ["onnx"])
 
 
-def test_what_cannot_be_installed_is_refused() -> None:
-    with pytest.raises(InputError, match="no C and C\\+\\+ compiler") as error:
-        chosen(BARE, compile_there=True)
-    assert "--compile" in error.value.hint
-    odd = dataclasses.replace(PI, pythons=(dataclasses.replace(PYTHON, bits=32),))
-    with pytest.raises(ArteError, match="32-bit Python"):
-        chosen(odd)
+@pytest.mark.parametrize(
+    ("facts", "python", "more", "message", "hint"),
+    [
+        ({"can_compile": False}, {}, {"compile_there": True}, "no C and C\\+\\+ compiler", "--compile"),
+        ({}, {"bits": 32}, {}, "32-bit Python", "python"),
+        ({}, {"version": (3, 9, 2)}, {}, r"has Python 3\.9\.2; .* 3\.11", "python"),
+        ({"pythons": ()}, {}, {}, "has no Python", "python"),
+        ({"machine": "armv7l"}, {}, {}, "armv7l", "64-bit"),
+    ],
+)
+def test_what_cannot_be_installed_is_refused(
+    facts: dict[str, Any], python: dict[str, Any], more: dict[str, Any], message: str, hint: str
+) -> None:
+    pythons = (dataclasses.replace(PYTHON, **python),)
+    with pytest.raises(ArteError, match=f"kitchen.* {message}|{message}") as error:
+        chosen(dataclasses.replace(PI, **{"pythons": pythons} | facts), **more)
+    assert hint in error.value.hint
+
+
+def test_a_checkpoint_is_rejected_since_torch_never_goes_there() -> None:
+    with pytest.raises(InputError, match="never installed on a device"):
+        chosen(PI, "gguf", "safetensors")
 
 
 @pytest.mark.parametrize("extras", [("xllamacpp",), ("onnx",), ("onnx", "xllamacpp")])
