@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from arte_edge.bench.runner import BenchOutcome, bench
 from arte_edge.distill.ask import Reply, ask_student
 from arte_edge.errors import InputError
+from arte_edge.files import json_loads, user_path
 from arte_edge.publish.recommend.pick import recommend
 from arte_edge.publish.recommend.recommendation import Recommendation
 from arte_edge.publish.report.page import ReportPage, report
@@ -67,14 +68,13 @@ class Run:
     def evaluation(self) -> dict[str, Any]:
         """The summary of the evaluation: `rows` of accuracies with intervals, `paired` tests.
 
-        Raises:
-            InputError: the run is not finished.
+        Raises InputError: the run is not finished.
         """
         if not self.finished:
             raise InputError(
                 f"{self.folder}: this run is not finished", "Run the same command again to resume."
             )
-        manifest = json.loads((self.folder / "evaluate" / "manifest.json").read_bytes())
+        manifest = json_loads((self.folder / "evaluate" / "manifest.json").read_bytes())
         summary: dict[str, Any] = manifest["summary"]
         return summary
 
@@ -127,8 +127,7 @@ class Run:
 def load_run(run: PathLike, *, runs: PathLike = "runs") -> Run:
     """Return the run in a folder, or the one of that name below `runs`; finished or not.
 
-    Raises:
-        InputError: there is none.
+    Raises InputError: there is none.
     """
     return Run(find_run(run, runs))
 
@@ -136,8 +135,7 @@ def load_run(run: PathLike, *, runs: PathLike = "runs") -> Run:
 def ask(run: PathLike, text: str, *, max_tokens: int = 96) -> Reply:
     """Return the answer of a run's tuned student to `text`, prompted as in its training.
 
-    Raises:
-        InputError: no such run, or its student is not tuned yet.
+    Raises InputError: no such run, or its student is not tuned yet.
     """
     return ask_student(load_run(run).folder, text, max_tokens=max_tokens)
 
@@ -161,7 +159,7 @@ def distill(
     Interrupted at any moment, the same call resumes.
 
     Args:
-        run: a run.toml, or a shipped preset's name.
+        run: a run.toml, a shipped preset's name, or a run's folder to resume it.
         task: a shipped name, a task folder, a labelled file, hub:org/name.
         teacher: a registry name, path, Hub id, or openai:MODEL@URL.
         student: a registry name, path or Hub id.
@@ -206,7 +204,7 @@ def plan_run(
     path = None if run is None else catalog.find("presets", str(run))
     task_keys = {
         "ref": None if task is None else str(task),
-        "bbh": None if bbh is None else str(Path(bbh).resolve()),
+        "bbh": None if bbh is None else str(user_path(bbh).resolve()),
     }
     given: dict[str, Any] = {
         "name": name,
@@ -219,9 +217,13 @@ def plan_run(
         [f"{key}={_toml(value)}" for key, value in set.items()] if isinstance(set, Mapping) else list(set)
     )
     config = build(str(run or "--set"), *([load_toml(path)] if path else []), flags, parse_set(overrides))
+    if path and path != user_path(str(run)) and path.name == "run.toml":  # a folder was given
+        if name or str(runs) != "runs":
+            raise InputError(f"{run}: this run is resumed where it is", "Leave out --name and --runs.")
+        return config, path.parent
     short = Path(config.student.model.split("@")[0].split(":")[-1]).name.lower().removesuffix(".gguf")
     folder = config.name or (path.stem if path else f"{Path(config.task.ref).stem}-{short}")
-    return config, Path(runs) / folder
+    return config, user_path(runs) / folder
 
 
 def _toml(value: Any) -> str:
@@ -316,9 +318,7 @@ def verify(
         threads: of the artifact's runtime.
         progress: called with (step, done, total).
 
-    Raises:
-        InputError: no such model or task.
-        ArteError: a runtime is missing or failed.
+    Raises InputError: no such model or task; ArteError: a runtime is missing or failed.
     """
     from arte_edge.runtimes.loader import open_model
     from arte_edge.tasks.loaders import load_task
@@ -327,7 +327,7 @@ def verify(
     from arte_edge.verify.thresholds import thresholds_for
 
     limits = None if type is None else thresholds_for(type)
-    loaded = None if task is None else load_task(str(task), bbh=None if bbh is None else Path(bbh))
+    loaded = None if task is None else load_task(str(task), bbh=None if bbh is None else user_path(bbh))
     paths = [_model_path(str(ref), reporter) for ref in (artifact, reference)]
     if progress is not None:
         progress("opening the reference", 0, 1)
@@ -336,7 +336,7 @@ def verify(
         verdict = verify_file(
             model,
             paths[0],
-            prompts_for(model, loaded, None if prompts is None else Path(prompts)),
+            prompts_for(model, loaded, None if prompts is None else user_path(prompts)),
             limits,
             task=loaded,
             limit=limit,
@@ -354,7 +354,7 @@ def verify(
 
 def _model_path(ref: str, reporter: Reporter | None) -> Path:
     """Return the file or folder that `ref` names, fetched from the registry or the Hub if it is not here."""
-    path = Path(ref).expanduser()
+    path = user_path(ref)
     if path.exists():
         return path
     from arte_edge.models.resolve import resolve
@@ -407,7 +407,7 @@ def plan_export(
             offline=offline,
             progress=progress,
         )
-    return opened, formats, plan, Path(out) if out else _export_folder(ref, opened)
+    return opened, formats, plan, _export_folder(ref, opened) if out is None else user_path(out)
 
 
 def _comma_separated(names: str | Sequence[str] | None) -> str | None:
@@ -418,5 +418,5 @@ def _export_folder(ref: str, source: Source) -> Path:
     """Return the default folder: inside the run, else in the working directory."""
     if source.lineage.source != "run":
         return Path(f"{source.name}-export")
-    given = Path(ref).expanduser()
+    given = user_path(ref)
     return (given if given.is_dir() else Path("runs") / ref) / "export"

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from arte_edge.errors import ArteError, InputError
+from arte_edge.files import json_loads, user_path
 
 __all__ = [
     "DISK_FULL_MESSAGES",
@@ -42,6 +43,7 @@ __all__ = [
     "check_free_space",
     "cleanup_on_full_disk",
     "disk_errors",
+    "is_disk_full",
     "is_offline",
     "locked",
     "megabytes",
@@ -64,7 +66,7 @@ def cache_dir() -> Path:
     import platformdirs
 
     if chosen := os.environ.get("ARTE_EDGE_HOME"):
-        return Path(chosen).expanduser().absolute()
+        return user_path(chosen).absolute()
     return platformdirs.user_cache_path("arte-edge", appauthor=False)
 
 
@@ -84,11 +86,7 @@ def is_offline(requested: bool = False) -> bool:
 
 
 def cache_subdir(*parts: str) -> Path:
-    """Return a folder below `cache_dir`, created if it is missing.
-
-    Raises:
-        ArteError: it cannot be created.
-    """
+    """Return a folder below `cache_dir`, created if it is missing. Raises ArteError: it cannot be created."""
     folder = cache_dir().joinpath(*parts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,6 +125,11 @@ def locked(name: str, progress: Progress | None = None) -> Iterator[None]:
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # The texts of these errors in the output of a child process.
 DISK_FULL_MESSAGES = tuple(os.strerror(number) for number in sorted(_FULL))
+
+
+def is_disk_full(error: OSError) -> bool:
+    """True if there is no room left, for this user or on this disk."""
+    return error.errno in _FULL
 
 
 class DiskFull(ArteError):
@@ -172,7 +175,7 @@ def cleanup_on_full_disk(staging: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if not is_disk_full(error):
             raise access_error(error, staging) from error
         shutil.rmtree(staging, ignore_errors=True)
         raise DiskFull(staging.parent, what) from error
@@ -206,14 +209,12 @@ def _flush(path: Path) -> None:
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn "no space" and "read-only" into errors with a hint; other errors of the system pass.
 
-    Raises:
-        DiskFull: there is no space left.
-        InputError: `path` may not be written.
+    Raises DiskFull: there is no space left; InputError: `path` may not be written.
     """
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if is_disk_full(error):
             raise DiskFull(path, "this file") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise InputError(f"{path}: cannot be written ({error.strerror})") from error
@@ -226,8 +227,7 @@ def atomic_file(out: Path, partial: Path | None = None) -> Iterator[Path]:
 
     When it fails, the temporary file is removed; one that a killed process left is overwritten.
 
-    Raises:
-        ArteError: the disk is full or not writable.
+    Raises ArteError: the disk is full or not writable.
     """
     partial = partial or out.with_name(f".{out.name}.partial")
     try:
@@ -247,8 +247,7 @@ def atomic_file(out: Path, partial: Path | None = None) -> Iterator[Path]:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader sees the old file or the whole new one, also after a power cut.
 
-    Raises:
-        ArteError: the disk is full or not writable; no half file stays.
+    Raises ArteError: the disk is full or not writable; no half file stays.
     """
     own = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
     with atomic_file(path, own) as partial, partial.open("wb") as file:
@@ -300,7 +299,7 @@ def cached_measurement(
 
 def _stored(path: Path, read: Callable[[Row], T | None]) -> T | None:
     try:
-        return read(json.loads(path.read_text("utf-8")))
+        return read(json_loads(path.read_text("utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -317,18 +316,21 @@ _CACHED_FROM_BYTES = 4_000_000
 _IDENTITY = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer.model")
 
 
-def sha256_file(path: Path, *, fresh: bool = False) -> str:
-    """Return the sha256 of `path` in hexadecimal, from ``hashes.json`` if size and mtime are unchanged.
+def sha256_file(path: Path, *, fresh: bool = False, since_boot: bool = False) -> str:
+    """Return the sha256 of `path` in hexadecimal, from ``hashes.json`` if the file is the same as when it was read.
+
+    The same is: size, both times and inode. Whoever writes to a file can set its mtime back, but not its ctime.
 
     Args:
-        fresh: read the file in any case; a failing disk corrupts data without changing the mtime.
+        fresh: read the file in any case; a failing disk corrupts data without changing any time.
+        since_boot: read it if this machine has not done so since it was started.
     """
     path = path.resolve()
     state = path.stat()
-    known = _load()
-    mark = [state.st_size, state.st_mtime_ns]
-    if not fresh and (row := known.get(str(path))) and row[:2] == mark:
-        return str(row[2])
+    mark: list[int | str] = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, _boot_id()]
+    row = None if fresh else _load().get(str(path))
+    if row and row[:4] == mark[:4] and (row[4] == mark[4] or not since_boot):
+        return str(row[5])
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if state.st_size >= _CACHED_FROM_BYTES:
@@ -343,14 +345,21 @@ def sha256_checkpoint(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def _boot_id() -> str:
+    """Return an id that changes when the machine is started, empty where the system has none."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    return ""
+
+
 def _load() -> dict[str, list[int | str]]:
     try:
-        rows = json.loads((cache_dir() / "hashes.json").read_text("utf-8"))
+        rows = json_loads((cache_dir() / "hashes.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     if not isinstance(rows, dict):
         return {}
-    return {path: row for path, row in rows.items() if isinstance(row, list) and len(row) == 3}
+    return {path: row for path, row in rows.items() if isinstance(row, list) and len(row) == 6}
 
 
 def _remember(path: str, row: list[int | str]) -> None:

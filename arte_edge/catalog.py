@@ -1,7 +1,8 @@
 """Find shipped files: tasks, presets, models, recipes, profiles.
 
 In an installed wheel they are in ``arte_edge/_data/<kind>``, in a checkout in sibling folders of the package. A
-reference with a ``/`` or that ends in ``.toml`` is a path; anything else is a shipped name.
+reference with a ``/`` or that ends in ``.toml`` is a path; anything else is a shipped name. Where a preset is
+expected, a run's folder stands for its ``run.toml``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from arte_edge.errors import InputError, nearest
+from arte_edge.files import run_file, user_path
 
 __all__ = ["KINDS", "describe", "find", "names", "root"]
 
@@ -42,11 +44,17 @@ def names(kind: str) -> list[str]:
 def find(kind: str, ref: str) -> Path:
     """Return the path of `ref`, a shipped name or a path.
 
-    Raises:
-        InputError: no such file or name; the hint gives the nearest shipped name.
+    Raises InputError: no such file or name; the hint gives the nearest shipped name.
     """
-    if "/" in ref or ref.endswith(".toml") or ref in (".", ".."):
-        path = Path(ref).expanduser()
+    runs = kind == "presets" and ref not in names(kind) and user_path(ref).is_dir()
+    if runs or "/" in ref or ref.endswith(".toml") or ref in (".", ".."):
+        path = user_path(ref)
+        if kind == "presets" and path.is_dir():
+            return run_file(path)
+        if path.is_dir() and kind != "tasks":
+            raise InputError(
+                f"{ref}: a folder, not a file", f"Name the .toml file, or one of: {', '.join(names(kind))}."
+            )
         if path.exists():
             return path
         raise InputError(f"{ref}: no such file or folder", f"Shipped {kind}: {', '.join(names(kind))}.")

@@ -7,7 +7,6 @@ reads them in blocks of rows, bfloat16 as `uint16`.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections import Counter
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.errors import InputError
+from arte_edge.files import json_loads, read_json
 
 __all__ = [
     "Values",
@@ -83,7 +83,7 @@ def read_weights(checkpoint: Path) -> dict[str, Weight]:
     if not index.is_file():
         return _read_file(checkpoint / "model.safetensors")
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+        weight_map: dict[str, str] = json_loads(index.read_text("utf-8"))["weight_map"]
         files = sorted({Path(file).name for file in weight_map.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: not a weights index", "Download the checkpoint again.") from error
@@ -105,7 +105,7 @@ def _read_file(path: Path) -> dict[str, Weight]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(_HEADER_LIMIT_BYTES, size_bytes - 8):
                 raise ValueError("cut short")
-            header = json.loads(file.read(length))
+            header = json_loads(file.read(length))
         rows = {name: row for name, row in header.items() if name != "__metadata__"}
         return {name: _weight(path, name, row, 8 + length, size_bytes) for name, row in rows.items()}
     except OSError as error:
@@ -138,8 +138,7 @@ def _weight(path: Path, name: str, row: dict[str, Any], data_offset: int, size_b
 def shapes_of(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a checkpoint, ``[n_out, n_in]`` for matrices, by name.
 
-    Raises:
-        InputError: the weights are damaged, missing, or not floats of 16 or 32 bits.
+    Raises InputError: the weights are damaged, missing, or not floats of 16 or 32 bits.
     """
     return {name: weight.shape for name, weight in _weights(checkpoint).items()}
 
@@ -165,19 +164,8 @@ def _weights(checkpoint: Path) -> dict[str, Weight]:
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
-    """Return the config.json of a checkpoint.
-
-    Raises:
-        InputError: missing, or not a JSON object.
-    """
-    path = checkpoint / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON", "Give a transformers checkpoint.") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not a JSON object", "Give a transformers checkpoint.")
-    return config
+    """Return the config.json of a checkpoint. Raises InputError: missing, or not a JSON object."""
+    return read_json(checkpoint / "config.json", "Give a transformers checkpoint.", required=True)
 
 
 def reject_quantized(checkpoint: Path, what: str) -> None:

@@ -1,40 +1,129 @@
 """Output: data on stdout, everything else on stderr, JSON on request, progress of long work.
 
-A terminal gets progress bars, a pipe or log gets lines. `Reporter` also records events in ``events.jsonl``.
+A terminal shows the current step all the time, a pipe or log gets a line after `SILENCE_S` without one. `Reporter`
+also records events in ``events.jsonl``. Text is printed as it is: brackets in a path are no markup.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.markup import escape
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from rich.progress import Progress as Bars
-
-__all__ = ["ByteProgress", "Reporter", "emit_json", "err", "model_progress", "out", "transfer_bar"]
-
-# Tables wrap in a pipe as in an 80-column terminal.
-out = Console(highlight=False, soft_wrap=False)
-err = Console(stderr=True, highlight=False)
+__all__ = ["ByteProgress", "Reporter", "Step", "doing", "emit_json", "err", "heartbeat"]
+__all__ += ["model_progress", "out", "step_progress", "tolerate_any_encoding"]
 
 # (step, bytes done, total bytes; 0: unknown)
 ByteProgress = Callable[[str, int, int], None]
 
-_WORTH_A_LINE_BYTES = 1_000_000
+SILENCE_S = 25.0  # at most 30 s are promised
+
+
+class _Stderr(Console):
+    """The console of progress; `printed_s` is when it last printed, on the monotonic clock."""
+
+    printed_s = 0.0
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        self.printed_s = time.monotonic()
+        super().print(*objects, **options)
+
+
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+# Tables wrap in a pipe as in an 80-column terminal.
+out = Console(**_PLAIN, soft_wrap=False)
+err = _Stderr(**_PLAIN, stderr=True)
+
+
+def tolerate_any_encoding() -> None:
+    """Replace what stdout and stderr cannot encode: an ASCII locale must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def emit_json(value: Any) -> None:
-    """Write one JSON document on one line of stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    """Write one JSON document on one line of stdout, in ASCII where stdout cannot encode the text."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, default=str)
+    sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+@dataclass
+class Step:
+    """Something that is being done. `total` is 0 if it is not known; both counts are in `unit`."""
+
+    what: str
+    total: int = 0
+    unit: str = ""
+    done: int = 0
+    note: str = ""
+    began_s: float = field(default_factory=time.monotonic)
+
+    def __str__(self) -> str:
+        seconds = time.monotonic() - self.began_s
+        text = f"{self.what}: "
+        if self.total:
+            text += f"{self.done} of {self.total}{self.unit}{self.note}, "
+            if 0 < self.done < self.total:
+                text += f"about {_clock(seconds / self.done * (self.total - self.done))} left, "
+        return f"{text}{_clock(seconds)} so far"
+
+    def __rich__(self) -> Text:
+        return Text(str(self))
+
+
+_steps: list[Step] = []  # from the outermost in
+
+
+@contextmanager
+def doing(what: str, total: int = 0, unit: str = "", *, shown: bool = False) -> Iterator[Step]:
+    """Name a step for `heartbeat` while the block runs; `shown`: on a terminal it is seen all the time."""
+    step = Step(what, total, unit)
+    _steps.append(step)
+    try:
+        with err.status(step) if shown and err.is_terminal else nullcontext():
+            yield step
+    finally:
+        _steps.remove(step)
+
+
+@contextmanager
+def heartbeat(verb: str) -> Iterator[None]:
+    """Print the current step on stderr whenever it was silent for `SILENCE_S`; not on a terminal."""
+    over, err.printed_s = threading.Event(), time.monotonic()
+
+    def beat() -> None:
+        while not over.wait(max(err.printed_s + SILENCE_S - time.monotonic(), 0.05)):
+            if time.monotonic() - err.printed_s >= SILENCE_S and (steps := list(_steps)):
+                err.print(": ".join([*(step.what for step in steps[:-1]), str(steps[-1])]), soft_wrap=True)
+
+    with doing(verb):
+        if not err.is_terminal:
+            threading.Thread(target=beat, daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Reporter:
@@ -44,7 +133,6 @@ class Reporter:
         self._events = events
         self._as_json = as_json
         self._quiet = quiet or as_json
-        self._bar: Bars | None = None
         self._began = time.monotonic()
 
     @property
@@ -56,19 +144,19 @@ class Reporter:
         """Record one event; `t_s` is seconds since the run began."""
         row = {"event": kind, "t_s": round(time.monotonic() - self._began, 2), **fields}
         if self._events is not None:
-            with self._events.open("a", encoding="utf-8") as file:
+            with self._events.open("a", encoding="utf-8", errors="surrogatepass") as file:
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         if self._as_json:
             emit_json(row)
 
-    def say(self, text: RenderableType) -> None:
-        """Print something for people."""
+    def say(self, text: RenderableType, head: str = "", style: str = "bold") -> None:
+        """Print something for people; `head` stands before it in `style`."""
         if not self._quiet:
-            (self._bar.console if self._bar else err).print(text)
+            err.print(Text.assemble((head, style), str(text)) if head else text)
 
     def warn(self, text: str) -> None:
         self.event("warning", text=text)
-        self.say(f"[bold yellow]warning:[/] {text}")
+        self.say(f" {text}", "warning:", "bold yellow")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[], float]]:
@@ -77,7 +165,8 @@ class Reporter:
         began = time.monotonic()
         state = "failed"
         try:
-            yield lambda: time.monotonic() - began
+            with doing(name):
+                yield lambda: time.monotonic() - began
             state = "done"
         finally:
             self.event("stage", name=name, state=state, seconds=round(time.monotonic() - began, 2))
@@ -91,49 +180,29 @@ class Reporter:
         line.add_column()
         line.add_column(min_width=9)
         line.add_column()
-        line.add_row("[green]✓[/]", f"[bold]{name}[/]", f"{escape(text)} [dim]({clock})[/]")
+        line.add_row(Text("✓", "green"), Text(name, "bold"), Text.assemble(text, (f" ({clock})", "dim")))
         self.say(line)
 
     @contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Any]:
-        """Show a progress bar for `total` calls; yields ``step(n, tokens, cached)``."""
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
+    def bar(self, what: str, total: int, unit: str = "") -> Iterator[Any]:
+        """Show the progress of `total` calls; yields ``step(n, tokens, cached)``."""
         tokens, cached = 0, 0
-        began = time.monotonic()
-        bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=18),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[note]}"),
-            console=err,
-            transient=True,
-            disable=self._quiet or not err.is_terminal,
-        )
-        with bar:
-            self._bar = bar
-            task = bar.add_task(what, total=total, note="")
+        with doing(what, total, unit, shown=not self._quiet) as current:
 
             def step(n: int, new_tokens: int = 0, new_cached: int = 0) -> None:
                 nonlocal tokens, cached
-                tokens += new_tokens
-                cached += new_cached
-                rate = tokens / max(time.monotonic() - began, 1e-6)
-                note = f"{rate:.0f} tokens/s" + (f", {cached} cached" if cached else "")
-                bar.update(task, advance=n, note=note)
+                tokens, cached = tokens + new_tokens, cached + new_cached
+                rate = tokens / max(time.monotonic() - current.began_s, 1e-6)
+                current.done += n
+                current.note = f", {rate:.0f} tokens/s" * bool(tokens) + f", {cached} cached" * bool(cached)
 
-            try:
-                yield step
-            finally:
-                self._bar = None
+            yield step
         self.event("calls", what=what, n=total, tokens=tokens, kept=cached)
 
     @contextmanager
     def percent(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """Show a training's progress; yields ``progress(done, total)`` in steps."""
-        with self.bar(what, 100) as step:
+        with self.bar(what, 100, " %") as step:
             shown = 0
 
             def progress(done: int, total: int) -> None:
@@ -146,67 +215,21 @@ class Reporter:
 
 
 @contextmanager
-def model_progress(name: str) -> Iterator[ByteProgress]:
-    """Yield the progress callback of `models.resolve`: a bar on a terminal, one line a step elsewhere."""
-    if not err.is_terminal:
-        last = ""
+def step_progress(name: str = "", unit: str = "", per_unit: int = 1) -> Iterator[ByteProgress]:
+    """Yield a callback (step, done, total): in place on a terminal, one line a step elsewhere."""
+    with doing(name, unit=unit, shown=True) as current:
 
-        def line(step: str, done_bytes: int, total_bytes: int) -> None:
-            nonlocal last
-            if step != last:
-                last = step
-                err.print(f"{name}: {step}", markup=False)
+        def progress(step: str, done: int, total: int) -> None:
+            what = f"{name}: {step}" if name else step
+            if what != current.what:
+                current.what, current.began_s = what, time.monotonic()
+                if not err.is_terminal:
+                    err.print(what, soft_wrap=True)
+            current.done, current.total = done // per_unit, total // per_unit if total > 1 else 0
 
-        yield line
-        return
-    with _byte_bar() as bars:
-        task = bars.add_task("", total=None)
-
-        def report(step: str, done_bytes: int, total_bytes: int) -> None:
-            bars.update(task, description=step, completed=done_bytes, total=total_bytes or None)
-
-        yield report
+        yield progress
 
 
-@contextmanager
-def transfer_bar(say: Callable[[str], None]) -> Iterator[ByteProgress]:
-    """Yield the progress callback of an upload: a bar on a terminal, one line a large file elsewhere."""
-    if not err.is_terminal:
-        named: set[str] = set()
-
-        def line(name: str, done_bytes: int, total_bytes: int) -> None:
-            if name not in named and total_bytes >= _WORTH_A_LINE_BYTES:
-                named.add(name)
-                say(f"copying {name}, {total_bytes / 1e6:.0f} MB")
-
-        yield line
-        return
-    with _byte_bar() as bars:
-        task = bars.add_task("", total=None, visible=False)
-
-        def move(name: str, done_bytes: int, total_bytes: int) -> None:
-            shown = escape(name if len(name) <= 28 else f"…{name[-27:]}")
-            visible = done_bytes < total_bytes
-            bars.update(task, description=shown, completed=done_bytes, total=total_bytes, visible=visible)
-
-        yield move
-
-
-def _byte_bar() -> Bars:
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=err, transient=True)
+def model_progress(name: str) -> AbstractContextManager[ByteProgress]:
+    """Return the progress callback of `models.resolve` as a context manager."""
+    return step_progress(name, " MB", 1_000_000)

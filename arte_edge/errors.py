@@ -61,8 +61,7 @@ class EngineError(ArteError):
 def reading(path: Path, hint: str = "") -> Iterator[None]:
     """Name `path` where its content is not what the code inside expects: a missing key, a value of another type.
 
-    Raises:
-        InputError: in place of the Python error that the content caused.
+    Raises InputError: in place of the Python error that the content caused.
     """
     try:
         yield

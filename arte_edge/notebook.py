@@ -61,8 +61,8 @@ def table_html(table: Table) -> str:
 
 
 def _text(cell: object) -> str:
-    """Return the escaped text of a cell without its markup."""
-    return escape(cell.plain if isinstance(cell, Text) else Text.from_markup(str(cell)).plain)
+    """Return the escaped text of a cell."""
+    return escape(cell.plain if isinstance(cell, Text) else str(cell))
 
 
 def _style(column: Column) -> str:

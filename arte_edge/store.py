@@ -23,6 +23,7 @@ from typing import Any
 
 from arte_edge.cache import disk_errors, write_atomic
 from arte_edge.errors import ArteError
+from arte_edge.files import json_loads
 
 __all__ = ["CallLog", "Stage", "content_key", "parse_line", "read_jsonl", "write_jsonl"]
 
@@ -59,11 +60,7 @@ def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """Read a file that `write_jsonl` wrote.
-
-    Raises:
-        ArteError: a line is not a JSON object.
-    """
+    """Read a file that `write_jsonl` wrote. Raises ArteError: a line is not a JSON object."""
     rows: list[Row] = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         row = parse_line(line)
@@ -78,10 +75,25 @@ def read_jsonl(path: Path) -> list[Row]:
 def parse_line(line: bytes) -> Row | None:
     """Return the JSON object in a line, None if it holds none."""
     try:
-        value = json.loads(line)
+        value = json_loads(line)
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
     return value if isinstance(value, dict) else None
+
+
+# What a row may hold, and of which type; the rest belongs to whoever wrote it.
+_TYPES = {"key": str, "left": int, "text": str, "finish": str, "logp": list}
+_TYPES |= dict.fromkeys(("prompt_tokens", "completion_tokens", "cached_tokens"), int)
+
+
+def _is_call(row: Row) -> bool:
+    """Return whether a row has the form of a call, so that a damaged line is found when the file is opened."""
+    if not all(isinstance(row[name], kind) for name, kind in _TYPES.items() if name in row):
+        return False
+    numbers = (
+        value for values in row.get("logp", ()) for value in (values if isinstance(values, list) else [""])
+    )
+    return {"key", "left"} <= row.keys() and all(isinstance(value, int | float) for value in numbers)
 
 
 class CallLog:
@@ -101,15 +113,15 @@ class CallLog:
     def __len__(self) -> int:
         return len(self._done)
 
-    def get(self, key: str) -> Row | None:
-        """Return the finished row of `key`, if there is one."""
-        return self._done.get(key)
+    def get(self, key: str, *names: str) -> Row | None:
+        """Return the finished row of `key`, if there is one that has all of `names`."""
+        row = self._done.get(key)
+        return row if row is not None and all(name in row for name in names) else None
 
     def append(self, rows: Sequence[Row]) -> None:
         """Append `rows` as one group and fsync: all or none.
 
-        Raises:
-            ArteError: the disk is full; the file is unchanged.
+        Raises ArteError: the disk is full; the file is unchanged.
         """
         if not rows:
             return
@@ -142,7 +154,7 @@ class CallLog:
         group: list[Row] = []
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
             row = parse_line(line) if line.endswith(b"\n") else None
-            if row is None or not isinstance(row.get("key"), str) or not isinstance(row.get("left"), int):
+            if row is None or not _is_call(row):
                 if line.endswith(b"\n"):
                     raise ArteError(
                         f"{self.path}:{number}: this line is damaged",
@@ -202,8 +214,8 @@ class Stage:
 
     def _read_manifest(self) -> Row | None:
         try:
-            manifest = json.loads((self.folder / "manifest.json").read_bytes())
-        except (FileNotFoundError, ValueError, RecursionError):
+            manifest = json_loads((self.folder / "manifest.json").read_bytes())
+        except (OSError, ValueError):
             return None
         if not isinstance(manifest, dict) or manifest.get("inputs") != self.inputs:
             return None

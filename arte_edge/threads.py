@@ -12,18 +12,13 @@ __all__ = ["available_cores", "thread_count", "threads_from_environment"]
 def thread_count(threads: int | None = None) -> int:
     """Return `threads` if given, else ``ARTE_EDGE_THREADS``, else the cores this process may use.
 
-    Raises:
-        InputError: ``ARTE_EDGE_THREADS`` is not a positive number.
+    Raises InputError: ``ARTE_EDGE_THREADS`` is not a positive number.
     """
     return threads or threads_from_environment() or available_cores()
 
 
 def threads_from_environment() -> int | None:
-    """Return ``ARTE_EDGE_THREADS``, None if it is not set.
-
-    Raises:
-        InputError: it is not a positive number.
-    """
+    """Return ``ARTE_EDGE_THREADS``, None if it is not set. Raises InputError: it is not a positive number."""
     text = os.environ.get("ARTE_EDGE_THREADS", "").strip()
     if not text:
         return None

@@ -49,10 +49,3 @@ def test_help_and_version_go_to_stdout(capsys: Capture) -> None:
     assert "Usage: arte-edge" in printed.out and printed.err == ""
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"arte-edge {__version__}\n"
-
-
-@pytest.mark.parametrize("words", ["distil", "tasks lss", "tasks ls --jsn", "--debg"])
-def test_a_mistyped_command_is_exit_2_without_a_traceback(words: str, capsys: Capture) -> None:
-    assert main(words.split()) == 2
-    printed = capsys.readouterr()
-    assert words.split()[-1] in printed.err and "Traceback" not in printed.err and printed.out == ""

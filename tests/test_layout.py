@@ -46,7 +46,7 @@ SHORT_LINES = 80
 ORDER = re.findall(
     r"\w+",
     """
-    errors catalog extras private_apis threads protobuf pii_scan memory console notebook
+    errors files catalog extras private_apis threads protobuf pii_scan memory console notebook
     stats cache store checkpoint
     results gguf device onnx models runtimes tasks
     distill verify export bench publish api environment cli __main__

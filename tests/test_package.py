@@ -140,7 +140,7 @@ def test_the_wheel_carries_licence_typing_marker_and_command(wheel: Path) -> Non
     (licence,) = [name for name in files if name.endswith(".dist-info/licenses/LICENSE")]
     assert b"Apache License" in files[licence]
     (entry,) = [name for name in files if name.endswith(".dist-info/entry_points.txt")]
-    assert b"arte-edge = arte_edge.cli.main:main" in files[entry]
+    assert b"arte-edge = arte_edge.__main__:run" in files[entry]
 
 
 def test_the_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:

@@ -64,22 +64,6 @@ def test_a_file_cut_at_any_byte_reads_back_as_its_whole_groups(drawn: list[list[
         last.close()
 
 
-def test_every_cut_inside_one_group_drops_that_group_and_no_other(tmp_path: Path) -> None:
-    path = tmp_path / "calls.jsonl"
-    first, second = groups_of([["é one", "two"], ["three", "vier €", ""]])
-    log = CallLog(path)
-    log.append(first)
-    start = path.stat().st_size
-    log.append(second)
-    log.close()
-    data = path.read_bytes()
-    for cut in range(start, len(data)):
-        path.write_bytes(data[:cut])
-        log = CallLog(path)
-        assert held(log, [first, second]) == [["é one", "two"], [None, None, None]], cut
-        log.close()
-
-
 def test_an_error_row_is_kept_but_is_not_done(tmp_path: Path) -> None:
     log = CallLog(tmp_path / "calls.jsonl")
     log.append([{"key": "a", "status": "error", "text": ""}, {"key": "b", "status": "ok", "text": "fine"}])
@@ -93,7 +77,14 @@ def test_an_error_row_is_kept_but_is_not_done(tmp_path: Path) -> None:
     assert [(row["key"], row["status"]) for row in rows] == [("a", "error"), ("b", "ok"), ("a", "ok")]
 
 
-@pytest.mark.parametrize("damage", [b"{not json", b'["a list"]', b'{"no": "key"}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "damage",
+    [b"{not json", b'["a list"]', b'{"no": "key"}', b"\xff\xfe", b"[" * 5000, b'{"key":[],"left":0}']
+    + [
+        b'{"key":"b","left":0,%s}' % more
+        for more in (b'"text":1', b'"finish":null', b'"logp":[["a"]]', b'"logp":1')
+    ],
+)
 def test_a_damaged_middle_line_is_refused_with_its_number(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "calls.jsonl"
     log = CallLog(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from arte_edge.errors import InputError
+from arte_edge.files import json_loads
 from arte_edge.results.accuracy import PairedAccuracy, paired_on_common
 from arte_edge.results.rows import (
     BENCH_NAME,
@@ -35,8 +35,7 @@ def rows_of(path: Path) -> list[Row]:
         path: a .jsonl file of rows, a .json list of them, a folder with bench.jsonl in it or in
             its export folder, or one measured model beside its bench.jsonl.
 
-    Raises:
-        InputError: no such file, no results, or a damaged file.
+    Raises InputError: no such file, no results, or a damaged file.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
@@ -58,7 +57,7 @@ def rows_of(path: Path) -> list[Row]:
 
 def _json_rows(path: Path) -> list[Row]:
     try:
-        document = json.loads(path.read_bytes())
+        document = json_loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON", "Give what `bench -o json` printed.") from error
     if not isinstance(document, list) or not all(isinstance(row, dict) for row in document):
@@ -176,8 +175,7 @@ def compare(a: Sequence[Row], b: Sequence[Row], *, force: bool = False) -> Compa
     Args:
         force: pair by the kind of test alone where nothing else is equal, and list the differences.
 
-    Raises:
-        InputError: nothing is comparable; lists the differences.
+    Raises InputError: nothing is comparable; lists the differences.
     """
     speeds = [_best(row for row in side if isinstance(row, SpeedRow)) for side in (a, b)]
     answers = [

@@ -7,7 +7,6 @@ the connection, and writes its rows as JSON lines. Nothing needs root, and every
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +31,7 @@ from arte_edge.device.ssh.environment import (
 )
 from arte_edge.device.ssh.workdir import Probe, blobs_of, missing_bytes, place, prepare, probe, reach
 from arte_edge.errors import ArteError
+from arte_edge.files import json_loads
 from arte_edge.results.rows import QualityRow, Row, SpeedRow
 from arte_edge.runtimes.loader import decoder_format
 from arte_edge.store import content_key
@@ -143,7 +143,7 @@ def _measure(
 
     def take(line: str) -> None:
         try:
-            value = json.loads(line)
+            value = json_loads(line)
             row = (QualityRow if "task" in value else SpeedRow).model_validate(value)
         except (ValueError, TypeError, ValidationError):
             say(f"not a result: {line[:200]}")
@@ -164,7 +164,6 @@ def _measure(
         if not models <= {row.model_filename for row in rows.values()}:
             raise
     except KeyboardInterrupt:
-        say("stopping the job there")
         with suppress(ArteError):
             job.stop()
         raise

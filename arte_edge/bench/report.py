@@ -17,8 +17,9 @@ from pathlib import Path
 
 from arte_edge.bench.settings import Reporter
 from arte_edge.cache import megabytes, write_atomic
-from arte_edge.console import err
+from arte_edge.console import Step, doing, err
 from arte_edge.errors import InputError, nearest
+from arte_edge.files import user_path
 from arte_edge.results.rows import QualityRow, Row, SpeedRow, append_rows
 
 __all__ = ["Output", "as_html"]
@@ -230,11 +231,11 @@ def _cut(text: str) -> str:
 class Output(Reporter):
     """Prints rows on stdout and progress on stderr; finished rows are kept if the benchmark is stopped early.
 
-    Raises:
-        InputError: an unknown format, or a file without a known suffix.
+    Raises InputError: an unknown format, or a file without a known suffix.
     """
 
     def __init__(self, form: str, file: Path | None = None) -> None:
+        file = None if file is None else user_path(file)
         if form not in FORMATS:
             raise InputError(f"-o {form}: no such format", nearest(form, FORMATS))
         self._file_form = "" if file is None else file.suffix.removeprefix(".")
@@ -246,17 +247,16 @@ class Output(Reporter):
         self._rows: list[Row] = []
         self._table = Table()
         self._file_lines: list[str] = []
-        self._status = err.status("") if err.is_terminal else None
+        self._doing = doing("starting", shown=True)
+        self._step = Step("")
         self._last = ""
 
     def __enter__(self) -> Output:
-        if self._status is not None:
-            self._status.start()
+        self._step = self._doing.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if self._status is not None:
-            self._status.stop()
+        self._doing.__exit__(None, None, None)
         if not self._rows and kind is not None:
             return
         speeds = [row for row in self._rows if isinstance(row, SpeedRow)]
@@ -285,27 +285,20 @@ class Output(Reporter):
 
     def progress(self, text: str) -> None:
         """Show the activity: in place on a terminal, one line per test elsewhere."""
-        if self._status is not None:
-            from rich.markup import escape
-
-            self._status.update(escape(text))
-            return
-        label = text.rpartition(": ")[0]
-        if label != self._last:
+        label, self._step.what = text.rpartition(": ")[0], text
+        if label != self._last and not err.is_terminal:
             self._last = label
-            err.print(label, markup=False, soft_wrap=True)
+            err.print(label, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Print a line."""
-        err.print(text, markup=False, soft_wrap=True)
+        err.print(text, soft_wrap=True)
 
     def transfer(self, name: str, done_bytes: int, total_bytes: int) -> None:
         """Show an upload: its share on a terminal, one line per large file elsewhere."""
-        if self._status is not None:
-            self.progress(
-                f"copying {name}, {done_bytes / max(1, total_bytes):.0%} of {megabytes(total_bytes)}"
-            )
-        elif total_bytes >= 1_000_000 and name != self._last:
+        share = done_bytes / max(1, total_bytes)
+        self._step.what = f"copying {name}, {share:.0%} of {megabytes(total_bytes)}"
+        if total_bytes >= 1_000_000 and name != self._last and not err.is_terminal:
             self._last = name
             self.note(f"copying {name}, {megabytes(total_bytes)}")
 

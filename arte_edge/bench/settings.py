@@ -10,18 +10,18 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from arte_edge import catalog
 from arte_edge.device.model_size import ModelSize
-from arte_edge.errors import InputError, nearest
+from arte_edge.errors import InputError
+from arte_edge.files import read_toml, user_path, validated
 from arte_edge.results.rows import DeviceFacts
 from arte_edge.runtimes.loader import decoder_format
 from arte_edge.runtimes.null import null_ms
@@ -250,10 +250,7 @@ _TABLE = "bench"
 def load_suite(ref: str) -> dict[str, Any]:
     """Return the settings of the suite `ref`, a shipped name or a ``.toml``; raise InputError if it is invalid."""
     path = catalog.find("suites", ref)
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: not TOML: {error}") from error
+    document = read_toml(path)
     table = document.pop(_TABLE, {})
     if document or not isinstance(table, dict):
         problem = f"unknown table '{next(iter(document))}'" if document else f"{_TABLE} is not a table"
@@ -265,18 +262,7 @@ def load_suite(ref: str) -> dict[str, Any]:
 def make_settings(source: str, *layers: Mapping[str, Any]) -> BenchSettings:
     """Return the settings of `layers`, the last one first in priority; InputError lists every problem."""
     values = {key: value for layer in layers for key, value in layer.items()}
-    try:
-        return BenchSettings.model_validate(values)
-    except ValidationError as error:
-        problems, hints = [], []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"])
-            if item["type"] == "extra_forbidden":
-                problems.append(f"unknown key '{key}'")
-                hints.append(nearest(key, BenchSettings.model_fields))
-            else:
-                problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}")
-        raise InputError(f"{source}: {'; '.join(problems)}", " ".join(hints)) from error
+    return validated(BenchSettings, values, source)
 
 
 @dataclass(frozen=True)
@@ -302,12 +288,11 @@ def find_targets(refs: Sequence[str], fetch: Callable[[str], Path]) -> list[Path
     Args:
         fetch: returns the file of a registry name or Hub id.
 
-    Raises:
-        InputError: there is no such model, or no file of an export passed.
+    Raises InputError: there is no such model, or no file of an export passed.
     """
     found: dict[Path, None] = {}
     for ref in refs:
-        path = Path(ref).expanduser()
+        path = user_path(ref)
         if null_ms(Path(ref)) is not None and not path.exists():
             found[Path(ref)] = None
         elif path.is_dir():

@@ -28,6 +28,6 @@ def ask(
     if as_json:
         emit_json(asdict(reply))
         return
-    err.print(reply.text.strip(), style="dim", markup=False, soft_wrap=True)
+    err.print(reply.text.strip(), style="dim", soft_wrap=True)
     err.print(f"{reply.completion_tokens} tokens in {reply.seconds:.1f} s", style="dim")
-    out.print("(no answer in the task's form)" if reply.answer is None else reply.answer, markup=False)
+    out.print("(no answer in the task's form)" if reply.answer is None else reply.answer)

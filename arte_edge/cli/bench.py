@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from arte_edge.cli import interrupt
 from arte_edge.errors import ArteError, InputError
 
 __all__ = ["bench"]
@@ -115,6 +116,8 @@ def bench(
     from arte_edge.bench.runner import bench as run_bench
     from arte_edge.bench.settings import BenchSettings
 
+    if device:  # the job there is joined, files that were copied are kept
+        interrupt.resumes()
     given = {key: ctx.params[key] for key in BenchSettings.model_fields if ctx.params[key] is not None}
     with Output("json" if as_json else output, output_file) as out:
         outcome = run_bench(

@@ -78,15 +78,15 @@ def card(
     )
     if dry_run:
         emit_json({"card": done.text, "notes": done.notes}) if as_json else out.print(
-            done.text, markup=False, soft_wrap=True, end=""
+            done.text, soft_wrap=True, end=""
         )
         return
     for text in done.notes:
-        err.print(text, markup=False, soft_wrap=True)
+        err.print(text, soft_wrap=True)
     if as_json:
         emit_json({"folder": str(done.folder), "changed": list(done.changed), "notes": list(done.notes)})
     elif done.changed:
         for name in done.changed:
-            out.print(f"wrote {name}", markup=False, soft_wrap=True)
+            out.print(f"wrote {name}", soft_wrap=True)
     else:
-        out.print("Nothing to change: card and files are up to date.", markup=False)
+        out.print("Nothing to change: card and files are up to date.")

@@ -53,7 +53,7 @@ def ls(as_json: Json = False) -> None:
             f"{device.title}, {device.remote.host}" if device.remote else device.title,
         )
     out.print(table)
-    err.print(f"Your own are in {own_folder()}", markup=False, soft_wrap=True)
+    err.print(f"Your own are in {own_folder()}", soft_wrap=True)
 
 
 @app.command("show")
@@ -100,7 +100,7 @@ def detect(
     found: dict[str, Any] = facts.model_dump(mode="json") | {"board": board()}
     found |= {"available_bytes": memory.available_bytes(), "sensors": _sensors()}
     if (probe or model) and is_busy():
-        err.print("This machine is busy: the bandwidth is measured too low and not cached.", markup=False)
+        err.print("This machine is busy: the bandwidth is measured too low and not cached.")
     found["read_bytes_per_s"] = bandwidth(facts.cores, fresh=True) if probe else None
     size = ModelSize.of(model) if model else None
     repacked = repacked_types(facts.arch, facts.features)
@@ -138,7 +138,7 @@ def add(
     if as_json:
         emit_json({"name": name, "file": str(path)})
         return
-    out.print(f"Wrote {path}. Next: `arte-edge devices check {name}`.", markup=False, soft_wrap=True)
+    out.print(f"Wrote {path}. Next: `arte-edge devices check {name}`.", soft_wrap=True)
 
 
 @app.command("check")
@@ -190,7 +190,7 @@ def rm(name: Annotated[str, typer.Argument(help="A device of your own.")], as_js
     if as_json:
         emit_json({"name": name, "file": str(path)})
     else:
-        out.print(f"Removed {path}", markup=False, soft_wrap=True)
+        out.print(f"Removed {path}", soft_wrap=True)
 
 
 def _sensors() -> list[str]:
@@ -270,4 +270,4 @@ def _line(key: str, text: str) -> None:
     from textwrap import wrap
 
     for number, part in enumerate(wrap(text, 58, break_long_words=False, break_on_hyphens=False) or ["-"]):
-        out.print(f"{'' if number else key:<21}{part}", markup=False, soft_wrap=True)
+        out.print(f"{'' if number else key:<21}{part}", soft_wrap=True)

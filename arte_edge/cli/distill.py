@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from arte_edge.cli import interrupt
 from arte_edge.errors import InputError
 
 __all__ = ["distill"]
@@ -14,7 +15,8 @@ __all__ = ["distill"]
 
 def distill(
     run: Annotated[
-        str | None, typer.Argument(help="A run.toml, or a shipped preset's name (see `arte-edge ls`).")
+        str | None,
+        typer.Argument(help="A run.toml, a shipped preset's name (see `arte-edge ls`), or a run's folder."),
     ] = None,
     task: Annotated[str | None, typer.Option(help="Task: a shipped name, a folder, or hub:org/name.")] = None,
     teacher: Annotated[
@@ -75,6 +77,7 @@ def distill(
     from arte_edge.distill.pipeline import run_pipeline
     from arte_edge.distill.stages.evaluate import show_summary
 
+    interrupt.resumes()
     reporter = Reporter(folder / "events.jsonl", as_json=as_json)
     done = run_pipeline(config, folder, reporter, force=force or anyway, update=update)
     calls = (done.calls_made, done.calls_cached)

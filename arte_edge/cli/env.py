@@ -22,4 +22,4 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     if as_json:
         emit_json(found.as_dict())
     else:
-        out.print("\n".join(found.lines()), markup=False, soft_wrap=True)
+        out.print("\n".join(found.lines()), soft_wrap=True)

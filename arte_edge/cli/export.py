@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from arte_edge.cli import interrupt
 from arte_edge.console import Reporter, emit_json, out
 from arte_edge.errors import GateError, InputError
 
@@ -100,7 +101,8 @@ def export(
         return
     from arte_edge.export.pipeline import export as run
 
-    reporter.say(f"[bold]{opened.name}[/] → {folder}: {', '.join(f.label for f in formats)}")
+    interrupt.resumes()
+    reporter.say(f" → {folder}: {', '.join(f.label for f in formats)}", opened.name)
     outcome = run(opened, formats, settings, folder, reporter, llama_cpp=llama_cpp, force=force)
     _show_outcome(outcome, as_json)
 
@@ -117,15 +119,13 @@ def _show_estimate(
         return
     out.print(found.table(source.name))
     for note in found.notes(source, folder):
-        out.print(note, markup=False, soft_wrap=True)
+        out.print(note, soft_wrap=True)
 
 
 def _show_outcome(outcome: Outcome, as_json: bool) -> None:
     """Print the outcome; raise for the exit code.
 
-    Raises:
-        GateError: a file was rejected.
-        ArteError: no file was, but a format could not be built.
+    Raises GateError: a file was rejected; ArteError: no file was, but a format could not be built.
     """
     if as_json:
         failures = [
@@ -168,7 +168,7 @@ def _show_list(as_json: bool) -> None:
         emit_json({"recipes": recipes, "gguf": list(QUANT_TYPES), "onnx": onnx})
         return
     for name, about, formats in rows:
-        out.print(f"{name:<16}{about}", markup=False, soft_wrap=True)
-        out.print(f"{'':<16}{', '.join(formats)}", markup=False, soft_wrap=True)
-    out.print(f"\n--gguf  {', '.join(QUANT_TYPES)}", markup=False)
-    out.print(f"--onnx  {', '.join(onnx)}", markup=False)
+        out.print(f"{name:<16}{about}", soft_wrap=True)
+        out.print(f"{'':<16}{', '.join(formats)}", soft_wrap=True)
+    out.print(f"\n--gguf  {', '.join(QUANT_TYPES)}")
+    out.print(f"--onnx  {', '.join(onnx)}")

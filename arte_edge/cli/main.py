@@ -6,12 +6,14 @@ Verbs import heavy modules only when they run, so that ``--help`` is fast on a R
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from arte_edge import __version__
+from arte_edge.cache import DiskFull, is_disk_full
 from arte_edge.cli import (
     ask,
     bench,
@@ -21,6 +23,7 @@ from arte_edge.cli import (
     distill,
     env,
     export,
+    interrupt,
     models,
     presets,
     push,
@@ -29,8 +32,8 @@ from arte_edge.cli import (
     tasks,
     verify,
 )
-from arte_edge.console import err
-from arte_edge.errors import ArteError
+from arte_edge.console import err, heartbeat, tolerate_any_encoding
+from arte_edge.errors import ArteError, InputError
 
 __all__ = ["app", "main"]
 
@@ -79,19 +82,38 @@ def _root(
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code (see `arte_edge.errors`)."""
     args = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        interrupt.install()
+    tolerate_any_encoding()
     try:
-        # Standalone mode: Typer prints its own usage errors, whose classes differ between its releases.
-        app(args=args, prog_name="arte-edge")
-    except ArteError as error:
+        if any("\0" in word for word in args):
+            raise InputError("An argument holds a null byte", "Give it without.")
+        with heartbeat(next((word for word in args if not word.startswith("-")), "arte-edge")):
+            # Standalone mode: Typer prints its own usage errors, whose classes differ between its releases.
+            app(args=args, prog_name="arte-edge")
+    except SystemExit as done:
+        if done.code == 130:  # Typer's code for a KeyboardInterrupt
+            sys.stdout.flush()
+            interrupt.end()
+        return done.code if isinstance(done.code, int) else 0
+    except Exception as error:
         if "--debug" in args:
             raise
-        err.print(f"[bold red]error:[/] {escape(error.message)}", markup=True, soft_wrap=True)
-        if error.hint:
-            err.print(error.hint, markup=False, soft_wrap=True)
-        return error.exit_code
-    except SystemExit as done:
-        if done.code == 130:  # Typer's code for Ctrl-C
-            err.print("Interrupted. Run the same command again to resume.", markup=False)
-            return 4
-        return done.code if isinstance(done.code, int) else 0
+        shown = _explained(error)
+        err.print(Text.assemble(("error:", "bold red"), f" {shown.message}"), soft_wrap=True)
+        if shown.hint:
+            err.print(shown.hint, soft_wrap=True)
+        return shown.exit_code
     return 0
+
+
+def _explained(error: Exception) -> ArteError:
+    """Return what the user is told about an error; only ``--debug`` shows a traceback."""
+    if isinstance(error, ArteError):
+        return error
+    if isinstance(error, OSError) and is_disk_full(error):  # a failed write does not name its file
+        return DiskFull(Path(str(error.filename or Path.cwd())), "what this command writes")
+    if isinstance(error, OSError) and error.filename is not None:
+        return InputError(f"{error.filename}: {error.strerror}")
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+    return ArteError(text, "A fault of arte-edge: please report it with what `arte-edge --debug …` prints.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from arte_edge.cli import interrupt
 from arte_edge.console import emit_json, err, out
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def ls(as_json: Json = False) -> None:
         row = (model["name"], model["role"], megabytes(model["size_bytes"]), model["license"])
         table.add_row(*row, " + ".join(cached) or "-")
     out.print(table)
-    err.print(f"Add your own in {user_registry()}", markup=False, soft_wrap=True)
+    err.print(f"Add your own in {user_registry()}", soft_wrap=True)
 
 
 @app.command("pull")
@@ -65,6 +66,7 @@ def pull(
     from arte_edge.console import model_progress
     from arte_edge.models import resolve
 
+    interrupt.resumes()
     pulled = []
     for ref in refs:
         with model_progress(ref) as progress:
@@ -73,10 +75,10 @@ def pull(
         pulled.append(asdict(model) | {"checkpoint": folder})
         if as_json:
             continue
-        out.print(f"{model.name}  {model.quantization}  sha256 {model.sha256[:16]}…", markup=False)
+        out.print(f"{model.name}  {model.quantization}  sha256 {model.sha256[:16]}…")
         for path in (model.gguf or model.folder, folder):
             if path:
-                out.print(f"  {path}", markup=False, soft_wrap=True)
+                out.print(f"  {path}", soft_wrap=True)
     if as_json:
         emit_json(pulled)
 
@@ -96,7 +98,7 @@ def path(ref: Ref, checkpoint: Checkpoint = False, as_json: Json = False) -> Non
     if as_json:
         emit_json({"name": model.name, "path": found})
     else:
-        out.print(str(found), markup=False, soft_wrap=True)
+        out.print(str(found), soft_wrap=True)
 
 
 @app.command("check")
@@ -116,8 +118,8 @@ def check(
         emit_json([asdict(finding) for finding in findings])
     else:
         for finding in findings:
-            out.print(f"{finding.state:8}{finding.name}", markup=False)
-            out.print(f"        {finding.detail}", markup=False, soft_wrap=True)
+            out.print(f"{finding.state:8}{finding.name}")
+            out.print(f"        {finding.detail}", soft_wrap=True)
     bad = {"damaged", "missing"} if refs else {"damaged"}
     if any(finding.state in bad for finding in findings):
         raise typer.Exit(1)

@@ -12,13 +12,15 @@ from typing import Annotated, Any
 import typer
 
 from arte_edge import catalog
+from arte_edge.cache import write_atomic
 from arte_edge.console import emit_json, out
 from arte_edge.errors import InputError
+from arte_edge.files import user_path
 
 __all__ = ["check", "copy", "ls", "show"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Name = Annotated[str, typer.Argument(help="Name of a shipped preset, or path of a run file.")]
+Name = Annotated[str, typer.Argument(help="Name of a shipped preset, path of a run file, or a run's folder.")]
 
 
 def ls(as_json: Json = False) -> None:
@@ -28,9 +30,9 @@ def ls(as_json: Json = False) -> None:
         emit_json(presets)
         return
     for preset in presets:
-        out.print(f"{preset['name']:<12}{preset['description']}", markup=False, soft_wrap=True)
+        out.print(f"{preset['name']:<12}{preset['description']}", soft_wrap=True)
         models = f"{preset['student']} learns {preset['task']} from {preset['teacher']}"
-        out.print(f"{'':<12}{shorten(models, 200, placeholder='…')}", markup=False, soft_wrap=True)
+        out.print(f"{'':<12}{shorten(models, 200, placeholder='…')}", soft_wrap=True)
 
 
 def show(name: Name, as_json: Json = False) -> None:
@@ -44,7 +46,7 @@ def show(name: Name, as_json: Json = False) -> None:
     if as_json:
         emit_json(build(name, load_toml(path)).model_dump(mode="json"))
     else:
-        out.print(_read(path).rstrip(), markup=False, soft_wrap=True)
+        out.print(_read(path).rstrip(), soft_wrap=True)
 
 
 def copy(
@@ -56,16 +58,14 @@ def copy(
 
     An existing file is not overwritten.
     """
-    text = _read(catalog.find("presets", name))
+    text, dest = _read(catalog.find("presets", name)), user_path(dest)
     if dest.suffix != ".toml":
         raise InputError(f"{dest}: a run file ends in .toml", f"For example {dest}.toml.")
-    try:
-        with dest.open("x", encoding="utf-8") as file:  # "x": two copies at once cannot both win
-            file.write(text)
-    except FileExistsError as error:
-        raise InputError(f"{dest}: exists already", "Choose another name, or remove it first.") from error
-    except OSError as error:
-        raise InputError(f"{dest}: cannot be written ({error.strerror})") from error
+    if dest.exists():
+        raise InputError(f"{dest}: exists already", "Choose another name, or remove it first.")
+    if not dest.absolute().parent.is_dir():
+        raise InputError(f"{dest}: there is no such folder")
+    write_atomic(dest, text.encode())
     if as_json:
         emit_json({"preset": name, "file": str(dest)})
         return
@@ -74,7 +74,10 @@ def copy(
 
 def check(
     ref: Annotated[
-        str, typer.Argument(metavar="FILE|NAME", help="A run file, or the name of a shipped preset.")
+        str,
+        typer.Argument(
+            metavar="FILE|NAME", help="A run file, the name of a shipped preset, or a run's folder."
+        ),
     ],
     as_json: Json = False,
 ) -> None:
@@ -91,13 +94,13 @@ def check(
         emit_json({"run": ref, "problems": [{"what": what, "hint": hint} for what, hint in problems]})
     else:
         for what, hint in problems:
-            out.print(f"{ref}: {what}", markup=False, soft_wrap=True)
+            out.print(f"{ref}: {what}", soft_wrap=True)
             if hint:
-                out.print(f"    {hint}", markup=False, soft_wrap=True)
+                out.print(f"    {hint}", soft_wrap=True)
     if problems:
         raise InputError(f"{ref}: {len(problems)} problem{'s' * (len(problems) > 1)}", "See the list above.")
     if not as_json:
-        out.print(f"{ref}: ok", markup=False)
+        out.print(f"{ref}: ok")
 
 
 def _summary(name: str) -> dict[str, Any]:

@@ -40,22 +40,20 @@ def push(
     """
     from arte_edge.publish.hub import preview_push, reject_findings, send
 
-    found = preview_push(folder.expanduser(), to, allow=tuple(allow or ()))
+    found = preview_push(folder, to, allow=tuple(allow or ()))
     if not as_json:
         _print(found, to, private)
     elif found.findings or not yes:
         emit_json(found.as_dict(to, private))
     reject_findings(found)
     if not yes:
-        err.print(
-            "Nothing was sent. To send it, repeat the command with --yes.", markup=False, soft_wrap=True
-        )
+        err.print("Nothing was sent. To send it, repeat the command with --yes.", soft_wrap=True)
         return
     sent = send(found, to, private=private, message=message or "")
     if as_json:
         emit_json(found.as_dict(to, private, sent))
     else:
-        out.print(f"\nSent: {sent.url}", markup=False, soft_wrap=True)
+        out.print(f"\nSent: {sent.url}", soft_wrap=True)
 
 
 def _print(found: Preview, repo: str, private: bool) -> None:
@@ -64,18 +62,18 @@ def _print(found: Preview, repo: str, private: bool) -> None:
     from arte_edge.cache import megabytes
 
     kind = "private if it is new" if private else "public if it is new"
-    out.print(f"To {repo} ({kind}):\n", markup=False, soft_wrap=True)
+    out.print(f"To {repo} ({kind}):\n", soft_wrap=True)
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(overflow="fold")
     table.add_column(justify="right", no_wrap=True)
     for name, size_bytes in found.files.items():
         table.add_row(name, megabytes(size_bytes))
     table.add_row(f"{len(found.files)} files", megabytes(found.size_bytes), style="bold")
-    out.print(table, markup=False)
+    out.print(table)
     if found.excluded:
-        out.print("\nNot sent:", markup=False)
+        out.print("\nNot sent:")
         for name, reason in found.excluded:
-            out.print(f"  {name}: {reason}", markup=False, soft_wrap=True)
-    out.print("\nFront matter of the card:", markup=False)
+            out.print(f"  {name}: {reason}", soft_wrap=True)
+    out.print("\nFront matter of the card:")
     for line in found.head.splitlines():
-        out.print(f"  {line}", markup=False, soft_wrap=True)
+        out.print(f"  {line}", soft_wrap=True)

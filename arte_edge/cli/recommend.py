@@ -68,12 +68,12 @@ def recommend(
 
 
 def _show(found: Recommendation) -> None:
-    out.print(f"Files for {found.device}", style="bold", markup=False)
+    out.print(f"Files for {found.device}", style="bold")
     out.print(found.table)
     for line in found.lines:
-        out.print(line, markup=False)
+        out.print(line)
     if found.pick is not None:
         first, *more = found.choice
-        out.print(f"\n{first}", style="bold", markup=False)
+        out.print(f"\n{first}", style="bold")
         for line in more:
-            out.print(line, markup=False)
+            out.print(line)

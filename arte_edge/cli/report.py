@@ -35,5 +35,5 @@ def report(
         emit_json({"report": str(page.path), "missing": list(page.missing)})
         return
     for line in page.missing:
-        stdout.print(f"not included: {line}", markup=False, soft_wrap=True)
-    stdout.print(f"wrote {page.path}", markup=False, soft_wrap=True)
+        stdout.print(f"not included: {line}", soft_wrap=True)
+    stdout.print(f"wrote {page.path}", soft_wrap=True)

@@ -15,6 +15,7 @@ import typer
 from arte_edge import catalog
 from arte_edge.console import emit_json, err, out
 from arte_edge.errors import InputError
+from arte_edge.files import user_path
 
 if TYPE_CHECKING:
     from arte_edge.tasks.task import Task
@@ -48,8 +49,8 @@ def ls(bbh: Bbh = None, as_json: Json = False) -> None:
     left = max(out.width - sum(widths) - 2 * len(widths), 1)  # two blanks between columns
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        out.print("  ".join([*cells, shorten(row[3], left, placeholder="…")]), markup=False, no_wrap=True)
-    err.print("rows: seed / validation / test", markup=False)
+        out.print("  ".join([*cells, shorten(row[3], left, placeholder="…")]), no_wrap=True)
+    err.print("rows: seed / validation / test")
 
 
 @app.command("show")
@@ -87,7 +88,7 @@ def show(
         lines += ["", f"technique {number}: {technique}"]
     for example in task.seed[:n_examples]:
         lines += ["", f"input    {example.input}", f"target   {example.target}"]
-    out.print("\n".join(lines), markup=False)
+    out.print("\n".join(lines))
 
 
 @app.command("check")
@@ -142,6 +143,7 @@ def new(
 
     if jsonl and hub:
         raise InputError("--jsonl and --hub exclude each other")
+    folder = user_path(folder)
     filled_in = (folder / "task.toml").is_file()
     if teacher and not (jsonl or hub or filled_in):
         hint = "Add --jsonl FILE, or create the folder without --teacher, fill it in and run this again."
@@ -157,7 +159,7 @@ def new(
         task = task_from_table(name, records, split_seed=split_seed, description=description)
         write_task(folder, task)
         for note in task.notes:
-            err.print(note, markup=False)
+            err.print(note)
     elif not teacher:
         write_skeleton(folder, name, description)
     techniques = _propose(folder, teacher) if teacher else ()
@@ -165,10 +167,8 @@ def new(
         emit_json({"folder": str(folder), "name": name, "techniques": list(techniques)})
         return
     for technique in techniques:
-        out.print(f"- {technique}", markup=False)
-    out.print(
-        f"Wrote {folder}. Next: fill in task.toml, then `arte-edge tasks check {folder}`.", markup=False
-    )
+        out.print(f"- {technique}")
+    out.print(f"Wrote {folder}. Next: fill in task.toml, then `arte-edge tasks check {folder}`.")
 
 
 def _propose(folder: Path, teacher: str) -> tuple[str, ...]:
@@ -235,11 +235,11 @@ def _report(ref: str, bbh: Path | None) -> dict[str, Any]:
 def _print_report(report: dict[str, Any]) -> None:
     if not report["problems"]:
         sizes = "/".join(str(n) for n in report["n_rows"].values())
-        out.print(f"{report['task']}: ok, {sizes} rows", markup=False)
+        out.print(f"{report['task']}: ok, {sizes} rows")
     for problem in report["problems"]:
         where = f"{problem['where']}: " if problem["where"] else ""
-        out.print(f"{report['task']}: {where}{problem['what']}", markup=False, soft_wrap=True)
+        out.print(f"{report['task']}: {where}{problem['what']}", soft_wrap=True)
         if problem["hint"]:
-            out.print(f"    {problem['hint']}", markup=False, soft_wrap=True)
+            out.print(f"    {problem['hint']}", soft_wrap=True)
     for remark in report.get("remarks", ()):
-        out.print(f"    {remark}", markup=False, soft_wrap=True)
+        out.print(f"    {remark}", soft_wrap=True)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from arte_edge.console import Reporter, emit_json, err, out
+from arte_edge.console import Reporter, emit_json, err, out, step_progress
 from arte_edge.errors import GateError
 
 if TYPE_CHECKING:
     from arte_edge.verify.gate import Verdict
-    from arte_edge.verify.logits import Progress
 
 __all__ = ["verify"]
 
@@ -52,7 +49,7 @@ def verify(
     """
     from arte_edge import api
 
-    with _progress() as progress:
+    with step_progress() as progress:
         verdict = api.verify(
             reference,
             artifact,
@@ -67,7 +64,7 @@ def verify(
             reporter=Reporter(),
         )
     for note in verdict.notes:
-        err.print(note, markup=False, soft_wrap=True)
+        err.print(note, soft_wrap=True)
     if as_json:
         emit_json(verdict.as_dict() | {"reason": verdict.reason})
     else:
@@ -77,33 +74,15 @@ def verify(
         raise GateError(f"{verdict.artifact} does not match {verdict.reference}: {names}")
 
 
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Yield a progress callback for stderr: in place on a terminal, one line a step elsewhere."""
-    if err.is_terminal:
-        with err.status("") as status:
-            yield lambda step, done, total: status.update(f"{step} {done}/{total}" if total > 1 else step)
-        return
-    last = ""
-
-    def line(step: str, done: int, total: int) -> None:
-        nonlocal last
-        if step != last:
-            last = step
-            err.print(step, markup=False, soft_wrap=True)
-
-    yield line
-
-
 def _print(verdict: Verdict, type: str) -> None:
     from arte_edge.verify.check import long_notes
 
     reference_runtime, artifact_runtime = (f" ({runtime})" if runtime else "" for runtime in verdict.runtimes)
-    out.print(f"A  {verdict.reference}{reference_runtime}", markup=False, soft_wrap=True)
-    out.print(f"B  {verdict.artifact}{artifact_runtime}", markup=False, soft_wrap=True)
+    out.print(f"A  {verdict.reference}{reference_runtime}", soft_wrap=True)
+    out.print(f"B  {verdict.artifact}{artifact_runtime}", soft_wrap=True)
     if type:
-        out.print(f"   thresholds of {type}", markup=False)
+        out.print(f"   thresholds of {type}")
     out.print(verdict.table)
     for note in long_notes(verdict.checks):
-        out.print(f"\n{note}", markup=False)
-    out.print("\nPassed: B matches A." if verdict.passed else "\nFailed: B does not match A.", markup=False)
+        out.print(f"\n{note}")
+    out.print("\nPassed: B matches A." if verdict.passed else "\nFailed: B does not match A.")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from arte_edge.errors import InputError, reading
+from arte_edge.files import read_json
 from arte_edge.protobuf import fields, varint
 
 __all__ = ["ModelSize", "model_format"]
@@ -208,16 +209,6 @@ def _of_gguf(path: Path) -> ModelSize:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return document
-
-
 def _attention(config: dict[str, Any], source: Path) -> dict[str, int]:
     """Return the sizes in a ``config.json`` of transformers, or in the text part of a multimodal one."""
     config = config.get("text_config") or config
@@ -241,7 +232,7 @@ def _attention(config: dict[str, Any], source: Path) -> dict[str, int]:
 
 
 def _of_safetensors(folder: Path) -> ModelSize:
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json", required=True)
     by_type: dict[str, int] = {}
     weight_bytes = n_params = lookup_bytes = 0
     files = sorted(folder.glob("*.safetensors"))
@@ -283,18 +274,18 @@ def _tensors(file: Path) -> dict[str, Any]:
 
 def _of_genai(folder: Path) -> ModelSize:
     source = folder / "genai_config.json"
-    model = _json(source).get("model", {})
+    model = read_json(source, required=True).get("model", {})
     decoder = model.get("decoder", {})
     sizes = read_onnx_sizes(folder / decoder.get("filename", "model.onnx"))
     config = {**decoder, "vocab_size": model.get("vocab_size"), "head_dim": decoder.get("head_size")}
     config["max_position_embeddings"] = model.get("context_length")
-    parent = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    parent = read_json(folder / "config.json")
     architecture = str(model.get("type") or parent.get("model_type", ""))
     return _onnx_size(folder, "onnx-genai", architecture, sizes, _attention(config, source))
 
 
 def _of_onnx(folder: Path) -> ModelSize:
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json", required=True)
     sizes = max(map(read_onnx_sizes, folder.rglob("*.onnx")), key=lambda sizes: sizes.weight_bytes)
     shared = _attention(config, folder / "config.json")
     return _onnx_size(folder, "onnx", str(config.get("model_type", "")), sizes, shared)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from arte_edge import catalog
 from arte_edge.cache import write_atomic
 from arte_edge.errors import InputError, nearest
+from arte_edge.files import read_toml, validated
 from arte_edge.results.rows import DeviceFacts
 
 __all__ = [
@@ -143,41 +143,22 @@ def check_host(host: str) -> str:
 def load_profile(ref: str) -> Profile:
     """Return the shipped profile `ref`, or the one in a TOML file.
 
-    Raises:
-        InputError: no such profile, not TOML, an unknown key or a bad value; names the file and the key.
+    Raises InputError: no such profile, not TOML, an unknown key or a bad value; names the file and the key.
     """
     return read_profile(catalog.find("devices", ref))
 
 
 def read_profile(path: Path) -> Profile:
     """Return the profile in a TOML file; missing facts are those of its base. Raises as `load_profile` does."""
-    tables = _tables(path)
+    tables = read_toml(path)
     inherited: dict[str, Any] = {}
     if base := tables.get("base", ""):
         names = catalog.names("devices")
         if base not in names:
             raise InputError(f"{path}: base: no shipped device is named '{base}'", nearest(str(base), names))
-        inherited = _tables(catalog.find("devices", base))
+        inherited = read_toml(catalog.find("devices", base))
         inherited.pop("match", None)  # a user's own device is never detected as a device type
-    try:
-        return Profile.model_validate({"name": path.stem, **inherited, **tables})
-    except ValidationError as error:
-        unknown = [found for found in error.errors() if found["type"] == "extra_forbidden"]
-        first = (unknown or error.errors())[0]  # first: a misspelled key also appears as a missing one
-        key = ".".join(str(part) for part in first["loc"])
-        if unknown:
-            parts: dict[str, type[BaseModel]] = {"match": Match, "runtimes": Runtimes, "remote": Remote}
-            table = parts.get(str(first["loc"][0]), Fact) if len(first["loc"]) > 1 else Profile
-            hint = nearest(str(first["loc"][-1]), table.model_fields)
-            raise InputError(f"{path}: unknown key '{key}'", hint) from error
-        raise InputError(f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
-
-
-def _tables(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path}: not readable as TOML: {error}") from error
+    return validated(Profile, {"name": path.stem, **inherited, **tables}, str(path))
 
 
 _GENERIC = "generic-arm64"
@@ -191,8 +172,7 @@ def find_device(ref: str) -> Profile:
         ref: a shipped name, a name of the user's own devices, a .toml file, or ``user@host``, which gets the
             facts of a generic board.
 
-    Raises:
-        InputError: no such device (the hint has the nearest name), or its file is invalid.
+    Raises InputError: no such device (the hint has the nearest name), or its file is invalid.
     """
     if ref.endswith(".toml") or "/" in ref:
         return read_profile(catalog.find("devices", ref))
@@ -231,8 +211,7 @@ def add_device(name: str, host: str, *, base: str = "", **facts: str) -> Path:
         base: shipped profile with the other facts; empty: a generic board.
         facts: ``workdir``, ``python``, ``notes`` of `Remote`, ``title`` of `Profile`; empty ones are omitted.
 
-    Raises:
-        InputError: the name exists or is invalid, the host is invalid, or the base is unknown.
+    Raises InputError: the name exists or is invalid, the host is invalid, or the base is unknown.
     """
     import tomlkit
 
@@ -255,11 +234,7 @@ def add_device(name: str, host: str, *, base: str = "", **facts: str) -> Path:
     document["base"] = base
     remote = {"host": check_host(host)} | {key: value for key, value in facts.items() if value}
     document["remote"] = remote
-    try:
-        Remote.model_validate(remote)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}") from error
+    validated(Remote, remote, "devices add")
     write_atomic(path, tomlkit.dumps(document).encode())
     return path
 

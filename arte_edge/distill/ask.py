@@ -43,9 +43,7 @@ class Reply:
 def ask_student(folder: Path, text: str, *, max_tokens: int = 96) -> Reply:
     """Return the answer of the tuned student of the run in `folder`, generated greedily.
 
-    Raises:
-        InputError: the student is not tuned yet, or the run's task is missing.
-        ArteError: the runtime failed.
+    Raises InputError: the student is not tuned yet, or the run's task is missing; ArteError: the runtime failed.
     """
     config = build(str(folder / "run.toml"), load_toml(folder / "run.toml"))
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)

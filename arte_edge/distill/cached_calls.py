@@ -10,7 +10,7 @@ in groups with the questions of several drafts (`together`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,9 @@ GROUP = 32  # calls that are sent and stored together
 
 # Prompts and the choices of each ``[n_prompt][n_choice]``; their shared prefix is computed once.
 Prompts = tuple[Sequence[str], Sequence[Sequence[str]]]
+
+
+_COMPLETION = ("text", "finish", "prompt_tokens", "completion_tokens", "cached_tokens")
 
 
 class Calls:
@@ -64,7 +67,7 @@ class Calls:
         with self._reporter.bar(what, len(requests)) as step:
             for start in range(0, len(requests), size):
                 group = range(start, min(start + size, len(requests)))
-                todo = self._missing(keys, group)
+                todo = self._missing(keys, group, lambda i: self._log.get(keys[i], *_COMPLETION) is not None)
                 fresh = engine.complete([requests[i] for i in todo], sampling) if todo else []
                 self._log.append(
                     [_completion_row(keys[i], what, c) for i, c in zip(todo, fresh, strict=True)]
@@ -84,11 +87,10 @@ class Calls:
         return done
 
     def _completion(self, key: str) -> Completion:
-        row = self._log.get(key)
+        row = self._log.get(key, *_COMPLETION)
         if row is None:
             return self._failed[key]
-        names = ("text", "finish", "prompt_tokens", "completion_tokens", "cached_tokens")
-        return Completion(**{name: row[name] for name in names})
+        return Completion(**{name: row[name] for name in _COMPLETION})
 
     def choose(
         self,
@@ -117,7 +119,7 @@ class Calls:
         keys = [content_key("choose", identity, list(p), [list(c) for c in own]) for p, own in prompts_each]
         with self._reporter.bar(what, sum(len(prompts) for prompts, _ in prompts_each)) as step:
             for pack in self._packs(prompts_each, 1 if engine.identity.kind == "openai" else self.together):
-                todo = self._missing(keys, pack)
+                todo = self._missing(keys, pack, lambda i: self._is_scored(keys[i], prompts_each[i][1]))
                 fresh = _choose([prompts_each[i] for i in todo], engine) if todo else []
                 self._log.append(
                     [
@@ -141,10 +143,13 @@ class Calls:
         if pack:
             yield pack
 
-    def _missing(self, keys: Sequence[str], group: Iterable[int]) -> list[int]:
+    def _is_scored(self, key: str, choices: Sequence[Sequence[str]]) -> bool:
+        row = self._log.get(key, "logp")
+        return row is not None and list(map(len, row["logp"])) == list(map(len, choices))
+
+    def _missing(self, keys: Sequence[str], group: Iterable[int], known: Callable[[int], bool]) -> list[int]:
         """Return the members of a group that are not in the store, only the first of equal calls."""
-        first = {keys[i]: i for i in reversed(list(group)) if self._log.get(keys[i]) is None}
-        return sorted(first.values())
+        return sorted({keys[i]: i for i in reversed(list(group)) if not known(i)}.values())
 
     def _cached(self, key: str) -> dict[str, Any]:
         row = self._log.get(key)

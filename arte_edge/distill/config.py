@@ -7,14 +7,14 @@ models read TOML files and ``--set``, and name the file and the key in their err
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from arte_edge.errors import InputError, nearest
+from arte_edge.errors import InputError
+from arte_edge.files import problems, read_toml, toml_loads
 
 __all__ = [
     "Align",
@@ -253,17 +253,8 @@ class RunConfig(_Section):
 
 
 def load_toml(path: Path) -> dict[str, Any]:
-    """Read one TOML file.
-
-    Raises:
-        InputError: missing, or not TOML; says the line.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file", "See `arte-edge ls` for the shipped presets.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not TOML: {error}") from error
+    """Read one TOML file. Raises InputError: missing, or not TOML; says the line."""
+    return read_toml(path, "See `arte-edge ls` for the shipped presets.")
 
 
 def parse_set(assignments: Sequence[str]) -> dict[str, Any]:
@@ -275,8 +266,8 @@ def parse_set(assignments: Sequence[str]) -> dict[str, Any]:
         if not found or not all(parts):
             raise InputError(f"--set {assignment}: not of the form key=value", "Example: --set tune.epochs=2")
         try:
-            value = tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
+            value = toml_loads(f"v = {text}")["v"]
+        except (ValueError, KeyError):
             value = text.strip()  # a bare word is a string: quotes do not survive every shell
         table = tables
         for part in parts[:-1]:
@@ -300,8 +291,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def build(source: str, *layers: Mapping[str, Any]) -> RunConfig:
     """Return the validated configuration of `layers`, the last one on top. `source` is named in errors.
 
-    Raises:
-        InputError: every problem at once, each with its key; an unknown key with its nearest neighbour.
+    Raises InputError: every problem at once, each with its key; an unknown key with its nearest neighbour.
     """
     tables: dict[str, Any] = {}
     for layer in layers:
@@ -324,29 +314,6 @@ def problems_of(tables: Mapping[str, Any]) -> list[Problem]:
     except ValidationError as error:
         return problems(error, RunConfig)
     return []
-
-
-def problems(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
-    """Return what is wrong with the keys of a `model`."""
-    found = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            hint = nearest(str(item["loc"][-1]), _keys_at(item["loc"][:-1], model))
-            found.append((f"unknown key '{key}'", hint))
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            found.append((f"{key}: {message}" if key else message, ""))
-    return found
-
-
-def _keys_at(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
-    for part in location:
-        if (field := model.model_fields.get(str(part))) is None:
-            continue  # a key of a table, such as a format's name
-        options = [field.annotation, *get_args(field.annotation)]
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)
 
 
 def dump_toml(config: RunConfig) -> str:

@@ -140,8 +140,7 @@ def dry_run(config: RunConfig, *, prices: Prices | None = None, as_json: bool = 
 def parse_prices(text: str) -> Prices:
     """Read ``0.15,0.60``: dollars per million prompt tokens and per million completion tokens.
 
-    Raises:
-        InputError: not two numbers of 0 or more.
+    Raises InputError: not two numbers of 0 or more.
     """
     try:
         prompt, completion = (float(part) for part in text.split(","))
@@ -239,8 +238,7 @@ def _prefer(config: RunConfig, task: Task) -> Iterator[Work]:
 def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], float]:
     """Return the mean lengths of each kind of call, and the valid drafts per prompt, from a few real calls.
 
-    Raises:
-        EngineError: a model answered none of them.
+    Raises EngineError: a model answered none of them.
     """
     teacher, student = run.engine(run.config.teacher), run.engine(run.config.student)
     elicit, evaluate = run.config.elicit, run.config.evaluate

@@ -71,8 +71,7 @@ def fit_2pl(responses: ArrayLike) -> ItemParameters:
     Args:
         responses: ``[n_respondent, n_item]`` of 1 (right), 0 (wrong) and NaN (not answered).
 
-    Raises:
-        InputError: not a matrix, fewer than two respondents or no item, or another value.
+    Raises InputError: not a matrix, fewer than two respondents or no item, or another value.
     """
     matrix = _checked(responses)
     # Equal columns share one estimate: exact ties, and no dependence on the order of items.
@@ -105,9 +104,7 @@ def top_k(params: ItemParameters, k: int, groups: Sequence[Hashable] | None = No
     discrimination: seats left over by an uneven division, or by a group too small,
     go to the best of the others.
 
-    Raises:
-        InputError: `k` is below 1 or above the number of items.
-        ValueError: `groups` has not one entry an item.
+    Raises InputError: `k` is below 1 or above the number of items; ValueError: `groups` has not one entry an item.
     """
     n_item = params.discrimination.size
     if not 1 <= k <= n_item:

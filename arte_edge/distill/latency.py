@@ -23,6 +23,7 @@ from arte_edge.cache import write_atomic
 from arte_edge.console import Reporter
 from arte_edge.distill.config import Deploy
 from arte_edge.errors import InputError
+from arte_edge.files import json_loads, user_path
 from arte_edge.models.resolve import LocalModel
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ class Budget:
 def budget_tokens(max_answer_seconds: float, prompt_tokens: int, rates: Rates) -> int:
     """Return how many whole tokens of answer fit into the time left after prefill.
 
-    Raises:
-        InputError: fewer than an answer needs; says how many seconds would be enough.
+    Raises InputError: fewer than an answer needs; says how many seconds would be enough.
     """
     prefill_s = prompt_tokens / rates.prefill_tokens_per_s
     tokens = math.floor((max_answer_seconds - prefill_s) * rates.decode_tokens_per_s + 1e-9)
@@ -106,8 +106,7 @@ def decide_budget(
 ) -> Budget:
     """Return the run's budget, decided once and stored in its `folder`.
 
-    Raises:
-        InputError: no rates are known, or the time is too short for an answer.
+    Raises InputError: no rates are known, or the time is too short for an answer.
     """
     path = folder / FILE_NAME
     if (stored := None if update else _stored(path, config)) is not None:
@@ -176,14 +175,13 @@ def _measured_file(
 ) -> tuple[Artifact | None, Measured | None, tuple[str, ...], Path | None]:
     """Return the exported file that ``deploy.file`` names, its measurement, what was left out, and their folder.
 
-    Raises:
-        InputError: ``deploy.rates`` is no folder or file with results.
+    Raises InputError: ``deploy.rates`` is no folder or file with results.
     """
     from arte_edge.results.locate import find_export, read_bench
     from arte_edge.results.measurements import best_of_rows, measured
     from arte_edge.results.student_json import read_student
 
-    given = Path(config.rates).expanduser()
+    given = user_path(config.rates)
     has_rows = given.is_dir() and (given / "bench.jsonl").is_file()
     folder = given.parent if given.is_file() else given if has_rows else find_export(given)
     rows, student, file = read_bench(folder), read_student(folder), config.file
@@ -196,8 +194,7 @@ def _measured_file(
 def _predicted_shape(kind: str, student: LocalModel) -> ModelSize:
     """Return the sizes of the base student as a file of this kind, before it is exported.
 
-    Raises:
-        InputError: not a type that can be exported.
+    Raises InputError: not a type that can be exported.
     """
     from arte_edge.checkpoint import shapes_of
     from arte_edge.device.model_size import ModelSize
@@ -221,7 +218,7 @@ def _predicted_shape(kind: str, student: LocalModel) -> ModelSize:
 def _stored(path: Path, config: Deploy) -> Budget | None:
     """Return the budget decided from the same settings; None if there is no readable one."""
     try:
-        document = json.loads(path.read_bytes())
+        document = json_loads(path.read_bytes())
         if document["deploy"] != _settings(config):
             return None
         return TypeAdapter(Budget).validate_python(document["budget"])

@@ -54,9 +54,8 @@ def run_pipeline(
     open_folder(config, folder, task, update=update)
     run = RunContext(config, task, folder, reporter)
     try:
-        reporter.say(
-            f"[bold]{task.name}[/]: {config.student.model} learns from {config.teacher.model} → {folder}"
-        )
+        models = f": {config.student.model} learns from {config.teacher.model} → {folder}"
+        reporter.say(models, task.name)
         _prepare(run, update=update)
         adapter = None
         check(run, force=force)

@@ -14,7 +14,6 @@ decodes fastest when many sequences share a batch.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -25,6 +24,7 @@ from arte_edge.console import Reporter, model_progress
 from arte_edge.distill.cached_calls import Calls
 from arte_edge.distill.config import ModelConfig, RunConfig, build, differences, dump_toml, load_toml
 from arte_edge.errors import InputError
+from arte_edge.files import toml_loads
 from arte_edge.models.resolve import LocalModel, resolve
 from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.loader import ServerLimits, is_server, open_engine, open_local
@@ -186,8 +186,7 @@ def f16_student(model: LocalModel) -> LocalModel:
 def quantized_student(model: LocalModel, kind: str) -> LocalModel:
     """Return the base student as the device will run it: its F16 file quantized to `kind`, cached.
 
-    Raises:
-        InputError: the student is a checkpoint, which has no GGUF file; or an unknown type.
+    Raises InputError: the student is a checkpoint, which has no GGUF file; or an unknown type.
     """
     base = f16_student(model)
     if base.gguf is None:
@@ -230,8 +229,7 @@ def _limits(model: ModelConfig) -> ServerLimits:
 def _locked(folder: Path) -> FileLock:
     """Keep other processes out of a run folder: two writers would overwrite each other's calls.
 
-    Raises:
-        InputError: another process works in it.
+    Raises InputError: another process works in it.
     """
     from filelock import FileLock, Timeout
 
@@ -249,14 +247,13 @@ def _locked(folder: Path) -> FileLock:
 def open_folder(config: RunConfig, folder: Path, task: Task, *, update: bool) -> None:
     """Make `folder` the folder of this run, or check that it is.
 
-    Raises:
-        InputError: it holds another run; names the keys that differ.
+    Raises InputError: it holds another run; names the keys that differ.
     """
     resolved = dump_toml(config)
     path = folder / "run.toml"
     header = f'# The run as resolved. task_sha256 = "{task.sha256}"\n'
     if path.is_file() and not update:
-        keys = differences(_with_defaults(path), tomllib.loads(resolved))
+        keys = differences(_with_defaults(path), toml_loads(resolved))
         same_task = header in path.read_text(encoding="utf-8")
         if keys or not same_task:
             what = ", ".join(keys[:6]) + (", …" if len(keys) > 6 else "") if keys else "the task's examples"
@@ -273,6 +270,6 @@ def _with_defaults(path: Path) -> dict[str, Any]:
     """Return the run in a folder, with the defaults of keys that were added after it was written."""
     stored = load_toml(path)
     try:
-        return tomllib.loads(dump_toml(build(str(path), stored)))
+        return toml_loads(dump_toml(build(str(path), stored)))
     except InputError:  # a key that no longer exists: compare what is written there
         return stored

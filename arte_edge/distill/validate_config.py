@@ -13,6 +13,7 @@ from typing import Any
 from arte_edge.checkpoint import read_weights
 from arte_edge.distill.config import Problem, RunConfig, problems_of, reject
 from arte_edge.errors import ArteError, InputError
+from arte_edge.files import user_path
 from arte_edge.gguf.names import checkpoint_family, family_of_arch, layout_of
 from arte_edge.gguf.reader import read_model_header
 from arte_edge.models import registry
@@ -40,19 +41,14 @@ def find_problems(tables: Mapping[str, Any]) -> list[Problem]:
 
 
 def refuse_run(config: RunConfig, task: Task) -> None:
-    """Raise if `config` cannot run on `task`.
-
-    Raises:
-        InputError: names every key or split.
-    """
+    """Raise if `config` cannot run on `task`. Raises InputError: names every key or split."""
     reject([*_size_problems(config.check.examples, task), *_server_problems(config.model_dump())])
 
 
 def refuse_models(config: RunConfig, teacher: LocalModel | None, student: LocalModel) -> None:
     """Raise if a model cannot be trained or converted as the run will need it. A teacher on a server is None.
 
-    Raises:
-        InputError: names the family or the layers, and what is possible instead.
+    Raises InputError: names the family or the layers, and what is possible instead.
     """
     problems = [*_student_problems(config, student)]
     if teacher is not None and config.aligned:
@@ -127,7 +123,7 @@ def _model_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _look_up(ref: str) -> None:
     """Raise if `ref` names no model. Downloads nothing and hashes no large file."""
-    path = Path(ref).expanduser()
+    path = user_path(ref)
     if is_server(ref):
         from arte_edge.runtimes.openai.engine import parse_ref
 

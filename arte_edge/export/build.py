@@ -73,8 +73,7 @@ class BuildCache:
     def __enter__(self) -> BuildCache:
         """Create the folder and lock it.
 
-        Raises:
-            InputError: another process exports into it, or it cannot be written.
+        Raises InputError: another process exports into it, or it cannot be written.
         """
         try:
             for name in ("records", "pending", "base"):
@@ -226,8 +225,7 @@ class Builder:
     def collect_imatrix(self, progress: Progress) -> None:
         """Collect the importance matrix beside the files, if one is used.
 
-        Raises:
-            ArteError: packages are missing, or the disk is full.
+        Raises ArteError: packages are missing, or the disk is full.
         """
         if not self.uses_imatrix:
             return

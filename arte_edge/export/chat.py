@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arte_edge.errors import InputError, reading
+from arte_edge.errors import reading
+from arte_edge.files import read_json
 from arte_edge.runtimes.prompt_render import Message, render
 
 __all__ = ["Chat", "read_chat"]
@@ -30,8 +30,7 @@ class Chat:
     def render(self, messages: Sequence[Message], prefill: str = "", *, plain: bool = False) -> str:
         """Return the prompt text for `messages`; with `plain` without the template.
 
-        Raises:
-            InputError: the template does not render.
+        Raises InputError: the template does not render.
         """
         return render(self, messages, prefill, plain=plain)
 
@@ -44,20 +43,16 @@ class Chat:
 
 
 def read_chat(checkpoint: Path) -> Chat:
-    """Read the tokenizer files in a checkpoint folder.
-
-    Raises:
-        InputError: one of its tokenizer files is not JSON.
-    """
+    """Read the tokenizer files in a checkpoint folder. Raises InputError: one of its tokenizer files is not JSON."""
     with reading(checkpoint / "tokenizer_config.json", "Save the tokenizer again, or download it again."):
         return _chat(checkpoint)
 
 
 def _chat(checkpoint: Path) -> Chat:
-    config = _json(checkpoint / "tokenizer_config.json")
-    special = _json(checkpoint / "special_tokens_map.json") | config
+    config = read_json(checkpoint / "tokenizer_config.json")
+    special = read_json(checkpoint / "special_tokens_map.json") | config
     tokens = {name: text for name in ("bos_token", "eos_token") if (text := _text(special.get(name)))}
-    inner = _json(checkpoint / "tokenizer.json")
+    inner = read_json(checkpoint / "tokenizer.json")
     bos = tokens.get("bos_token", "")
     adds_bos = bool(bos) and (
         config.get("add_bos_token") is True or _prepends(inner.get("post_processor"), bos)
@@ -70,7 +65,7 @@ def _chat(checkpoint: Path) -> Chat:
 def _stops(checkpoint: Path, inner: dict[str, Any], tokens: dict[str, str]) -> tuple[str, ...]:
     """Return the texts of the EOS token, of those in generation_config.json, and of known end-of-turn tokens."""
     added = {row.get("id"): row.get("content", "") for row in inner.get("added_tokens") or ()}
-    generation = _json(checkpoint / "generation_config.json") or _json(checkpoint / "config.json")
+    generation = read_json(checkpoint / "generation_config.json") or read_json(checkpoint / "config.json")
     named = generation.get("eos_token_id")
     ids = named if isinstance(named, list) else [named]
     texts = [tokens.get("eos_token", ""), *(added.get(number, "") for number in ids)]
@@ -101,14 +96,3 @@ def _prepends(processor: Any, token: str) -> bool:
         return any(_prepends(part, token) for part in processor.get("processors") or ())
     first = (processor.get("single") or [{}])[0]
     return isinstance(first, dict) and (first.get("SpecialToken") or {}).get("id") == token
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Return a JSON object, empty if the file does not exist."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON", "Download the checkpoint again.") from error
-    return value if isinstance(value, dict) else {}

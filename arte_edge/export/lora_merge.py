@@ -7,7 +7,6 @@ those of the merged model before the folder gets its name.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from arte_edge.cache import Progress, cleanup_on_full_disk, rename_into_place, s
 from arte_edge.checkpoint import reject_quantized
 from arte_edge.errors import InputError
 from arte_edge.extras import need
+from arte_edge.files import json_loads
 from arte_edge.models.resolve import LocalModel, resolve
 from arte_edge.results.student_json import Merge
 
@@ -48,12 +48,11 @@ def read_adapter(
     Args:
         base: a model reference, instead of the one in the adapter's config.
 
-    Raises:
-        InputError: not a LoRA adapter in safetensors, or the base does not exist.
+    Raises InputError: not a LoRA adapter in safetensors, or the base does not exist.
     """
     path = folder / "adapter_config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        config: dict[str, Any] = json_loads(path.read_text("utf-8"))
         kind, named = str(config.get("peft_type", "")).upper(), config.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: not readable as JSON", "Save the adapter again.") from error

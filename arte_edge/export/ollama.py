@@ -143,8 +143,7 @@ def modelfile(
         plain: prompt in plain text although the model has a chat template.
         sampling: Ollama's parameters by name, such as temperature.
 
-    Raises:
-        InputError: the template or the system message cannot be quoted.
+    Raises InputError: the template or the system message cannot be quoted.
     """
     prompting = prompting or Prompting()
     segments = None if plain else template_segments(chat)

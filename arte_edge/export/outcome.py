@@ -47,6 +47,7 @@ class Outcome:
         Every file name begins with the model's name, which is left out so that rows fit into 80 columns.
         """
         from rich import box
+        from rich.text import Text
 
         from arte_edge.notebook import ResultTable
 
@@ -67,7 +68,8 @@ class Outcome:
             ]
             if has_accuracy:
                 cells.append(artifact.accuracy.percent if artifact.accuracy else NOT_KNOWN)
-            table.add_row(*cells, "[green]ok[/]" if artifact.status == "ok" else "[bold red]rejected[/]")
+            verdict = Text("ok", "green") if artifact.status == "ok" else Text("rejected", "bold red")
+            table.add_row(*cells, verdict)
         return table
 
     @property
@@ -99,11 +101,11 @@ class Outcome:
         """Print the table and the details."""
         student = self.student.student
         title = f"{student.name}: {student.parameter_count / 1e6:.0f} million parameters, {student.dtype}"
-        console.print(title, markup=False, style="bold", soft_wrap=True)
+        console.print(title, style="bold", soft_wrap=True)
         if self.artifacts:
             console.print(self.table)
         for line in self.details:
-            console.print(line, markup=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
 
     def _repr_html_(self) -> str:
         from arte_edge.notebook import fragment

@@ -21,8 +21,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
 from arte_edge import __version__
 from arte_edge.cache import Progress, sha256_checkpoint, sha256_file, write_atomic
 from arte_edge.checkpoint import parameter_count, read_config, shapes_of, weights_dtype
@@ -81,7 +79,7 @@ class _Export:
 
     def fail(self, format: Format, verb: str, error: ArteError) -> None:
         self.failures.append(Failure(format, error))
-        self.reporter.warn(escape(f"{format.label} could not be {verb}: {error.message}"))
+        self.reporter.warn(f"{format.label} could not be {verb}: {error.message}")
 
 
 def export(
@@ -110,7 +108,7 @@ def export(
         recipe.verify.limits(format)  # fail now if there are no thresholds for a format
     with BuildCache(out) as cache:
         for note in source.notes:
-            reporter.warn(escape(note))
+            reporter.warn(note)
         job = _Export(cache, source, recipe, formats, reporter)
         if source.adapter:
             job.source = _merge(job)
@@ -505,7 +503,7 @@ def _write_modelfile(job: _Export, artifacts: Sequence[Artifact]) -> None:
         write_atomic(path, text.encode())
     except InputError as error:
         path.unlink(missing_ok=True)
-        job.reporter.warn(escape(error.message))
+        job.reporter.warn(error.message)
 
 
 def _write_tokenizer(out: Path, checkpoint: Path, template_sha256: str) -> Tokenizer:

@@ -6,16 +6,14 @@ nearest known one; thresholds that a recipe does not set are those of `arte_edge
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from arte_edge import catalog
-from arte_edge.distill.config import problems
 from arte_edge.errors import InputError
+from arte_edge.files import read_toml, validated
 from arte_edge.models.artifact import Arch, Format, format_of, gguf_format, onnx_format, unique
 from arte_edge.verify.thresholds import TYPES, Thresholds, thresholds_for
 
@@ -139,33 +137,18 @@ class Recipe(_Section):
 def load_recipe(ref: str) -> Recipe:
     """Load a shipped recipe by name, or a recipe file by path.
 
-    Raises:
-        InputError: no such recipe, not TOML, or wrong keys or values; lists all of them.
+    Raises InputError: no such recipe, not TOML, or wrong keys or values; lists all of them.
     """
     path = catalog.find("export", ref)
-    return build(str(path if path.name != f"{ref}.toml" else ref), _tables(path))
-
-
-def _tables(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not TOML: {error}") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return build(str(path if path.name != f"{ref}.toml" else ref), read_toml(path))
 
 
 def build(source: str, tables: Mapping[str, Any]) -> Recipe:
     """Return the recipe in nested tables; `source` names it in errors.
 
-    Raises:
-        InputError: lists all wrong keys and values; for an unknown key the nearest known one.
+    Raises InputError: lists all wrong keys and values; for an unknown key the nearest known one.
     """
-    try:
-        return Recipe.model_validate(tables)
-    except ValidationError as error:
-        messages, hints = zip(*problems(error, Recipe), strict=True)
-        raise InputError(f"{source}: " + "; ".join(messages), " ".join(filter(None, hints))) from error
+    return validated(Recipe, tables, source)
 
 
 def _checked(parse: Callable[[str], Format], name: str) -> Format:

@@ -13,7 +13,6 @@ machine: model paths lose their folders, servers their address, and `private_fie
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -29,6 +28,7 @@ from arte_edge.errors import InputError
 from arte_edge.export.chat import Chat, read_chat
 from arte_edge.export.lora_merge import Adapter, read_adapter
 from arte_edge.export.ollama import Prompting
+from arte_edge.files import json_loads, user_path
 from arte_edge.gguf.reader import STRING, UINT32, Field, read_model_header
 from arte_edge.models.resolve import from_folder, resolve
 from arte_edge.pii_scan import Machine
@@ -115,8 +115,7 @@ def _parent_fields(prefix: str, parent: Parent) -> dict[str, str]:
 def private_fields(gguf: Path, private: Iterable[str]) -> list[str]:
     """Return the metadata keys of a GGUF file whose texts hold one of the `private` ones, a path or a secret.
 
-    Raises:
-        InputError: not a GGUF.
+    Raises InputError: not a GGUF.
     """
     texts, machine = [text for text in private if text], Machine(frozenset(), ())
 
@@ -189,7 +188,7 @@ def open_source(
         InputError: no such thing, an unfinished run, quantized weights, a task that changed.
         ArteError: it cannot be fetched or converted.
     """
-    folder = Path(ref).expanduser()
+    folder = user_path(ref)
     if not folder.exists() and re.fullmatch(r"[\w.-]+", ref) and (Path("runs") / ref / "run.toml").is_file():
         folder = Path("runs") / ref
     if (
@@ -275,8 +274,7 @@ _RESUME = "Run the same `arte-edge distill` command again to resume the run."
 def _open_run(folder: Path, task_ref: str | None, n_training: int, n_prompt: int) -> Source:
     """Return the tuned student of the run in `folder`.
 
-    Raises:
-        InputError: the run is not tuned yet, its files changed since, or its task is missing.
+    Raises InputError: the run is not tuned yet, its files changed since, or its task is missing.
     """
     config = build(str(folder / "run.toml"), load_toml(folder / "run.toml"))
     checkpoint = folder / "tune" / "student"
@@ -305,7 +303,7 @@ def _check_tuned(folder: Path, checkpoint: Path) -> Path | None:
     if not manifest.is_file() or not (checkpoint / "config.json").is_file():
         raise InputError(f"{folder}: this run has no tuned student yet", _RESUME)
     try:
-        files: dict[str, str] = json.loads(manifest.read_text("utf-8"))["files"]
+        files: dict[str, str] = json_loads(manifest.read_text("utf-8"))["files"]
         changed = [name for name, sha in files.items() if file_sha256(manifest.parent / name) != sha]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{manifest}: not a manifest", _RESUME) from error
@@ -372,9 +370,7 @@ def _training_texts(rows: Path, n: int) -> tuple[str, ...]:
     Args:
         rows: ``tune/rows.jsonl`` of the run, rendered as in training.
 
-    Raises:
-        InputError: the file is missing, or not a run's.
-        ArteError: a line of it is damaged.
+    Raises InputError: the file is missing, or not a run's; ArteError: a line of it is damaged.
     """
     if not rows.is_file():
         raise InputError(f"{rows}: no such file", _RESUME)

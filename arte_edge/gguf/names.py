@@ -13,7 +13,6 @@ llama.cpp pairs neighbours, so the rows are interleaved. And Gemma's norms: tran
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from arte_edge.checkpoint import Weight, read_config
 from arte_edge.errors import InputError
+from arte_edge.files import read_toml, validated
 from arte_edge.gguf.reader import GgufHeader
 from arte_edge.gguf.writer import Tensor, widened
 
@@ -102,14 +102,7 @@ def families() -> dict[str, Family]:
     """
     found: dict[str, Family] = {}
     for path in sorted(_FOLDER.glob("*.toml")):
-        try:
-            family = Family.model_validate(tomllib.loads(path.read_text("utf-8")))
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{path}: not valid TOML: {error}", "See docs/new-family.md.") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"{path}: {key}: {first['msg']}", "See docs/new-family.md.") from error
+        family = validated(Family, read_toml(path), str(path), "See docs/new-family.md.")
         found[family.arch] = family
     return found
 

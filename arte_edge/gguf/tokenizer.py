@@ -16,7 +16,6 @@ the missing scores, so scores are made with which llama.cpp merges in the same o
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from typing import Any
 
 from arte_edge import protobuf
 from arte_edge.errors import InputError, reading
+from arte_edge.files import read_json
 from arte_edge.gguf.names import OTHER_CONVERTER, Family
 from arte_edge.gguf.reader import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT8, UINT32, Field
 
@@ -306,7 +306,7 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerFiles:
     Raises:
         InputError: there is none, or a file is damaged.
     """
-    tokenizer, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
+    tokenizer, settings = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
     path = folder / "tokenizer.model"
     model = path if path.is_file() else None
     if not tokenizer and model is None:
@@ -318,7 +318,7 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerFiles:
     for token in special.values():
         if token in added and not added[token].special:
             added[token] = AddedToken(added[token].text, True, added[token].strips_right)
-    generation = _json(folder / "generation_config.json")
+    generation = read_json(folder / "generation_config.json")
     ends = generation.get("eos_token_id", config.get("eos_token_id"))
     ends = tuple(
         end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int) and end >= 0
@@ -326,21 +326,9 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerFiles:
     return TokenizerFiles(folder, tokenizer, settings, model, added, special, templates, ends)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable JSON ({error})", _SAVE_AGAIN) from error
-    return content
-
-
 def _added(folder: Path, tokenizer: dict[str, Any], settings: dict[str, Any]) -> dict[int, AddedToken]:
     added: dict[int, AddedToken] = {}
-    for text, token in _json(folder / "added_tokens.json").items():
+    for text, token in read_json(folder / "added_tokens.json").items():
         added[int(token)] = AddedToken(str(text), False)
     for row in tokenizer.get("added_tokens") or ():
         added[int(row["id"])] = _token(row)
@@ -379,7 +367,7 @@ def _ids(tokenizer: dict[str, Any], added: dict[int, AddedToken]) -> dict[str, i
 
 
 def _templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
-    file, old = folder / "chat_template.jinja", _json(folder / "chat_template.json")
+    file, old = folder / "chat_template.jinja", read_json(folder / "chat_template.json")
     given = old.get("chat_template") or settings.get("chat_template")
     if file.is_file():
         try:

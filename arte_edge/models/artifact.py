@@ -88,8 +88,7 @@ class Format:
 def gguf_format(text: str) -> Format:
     """Return the GGUF format named `text`, in any case.
 
-    Raises:
-        InputError: llama.cpp has no such type, or removed it.
+    Raises InputError: llama.cpp has no such type, or removed it.
     """
     if text.strip().upper() in _REMOVED:
         raise InputError(
@@ -101,8 +100,7 @@ def gguf_format(text: str) -> Format:
 def onnx_format(text: str, arch: Arch = "avx2") -> Format:
     """Return the ONNX format named `text`; `arch` is for an optimum int8 that names no processor.
 
-    Raises:
-        InputError: no such format.
+    Raises InputError: no such format.
     """
     name = text.strip().lower()
     if name in _GENAI:
@@ -119,11 +117,7 @@ def onnx_format(text: str, arch: Arch = "avx2") -> Format:
 
 
 def format_of(label: str) -> Format:
-    """Return the format with the label `label`, GGUF or ONNX.
-
-    Raises:
-        InputError: no such format.
-    """
+    """Return the format with the label `label`, GGUF or ONNX. Raises InputError: no such format."""
     name = label.strip().lower()
     return onnx_format(name) if name in _GENAI or name.startswith("optimum") else gguf_format(label)
 
@@ -131,8 +125,7 @@ def format_of(label: str) -> Format:
 def parse_list(gguf: str | None, onnx: str | None, arch: str = "avx2") -> tuple[Format, ...]:
     """Return the formats in two comma-separated lists, in order, without repetitions.
 
-    Raises:
-        InputError: a name is unknown, or a list is empty.
+    Raises InputError: a name is unknown, or a list is empty.
     """
     formats: list[Format] = []
     for flag, text in (("--gguf", gguf), ("--onnx", onnx)):
@@ -232,8 +225,7 @@ class Checksums:
 def checksums_of(path: Path) -> Checksums:
     """Return the checksums of a GGUF file or an ONNX folder.
 
-    Raises:
-        InputError: a GGUF that is cut short, or a folder without an ONNX model.
+    Raises InputError: a GGUF that is cut short, or a folder without an ONNX model.
     """
     return _folder_checksums(path) if path.is_dir() else _gguf_checksums(path)
 

@@ -11,7 +11,6 @@ later without network. Two processes that need the same model wait for one downl
 
 from __future__ import annotations
 
-import errno
 import fnmatch
 import os
 import re
@@ -29,6 +28,7 @@ from arte_edge.cache import (
     cache_subdir,
     check_free_space,
     cleanup_on_full_disk,
+    is_disk_full,
     is_offline,
     locked,
     rename_into_place,
@@ -93,8 +93,7 @@ def probe() -> None:
 def describe(hub_id: str, revision: str) -> Repository:
     """Return the commit that `revision` names and the files it holds.
 
-    Raises:
-        HubError: unreachable, unknown, private or gated repository, or unknown revision.
+    Raises HubError: unreachable, unknown, private or gated repository, or unknown revision.
     """
     from huggingface_hub import HfApi
 
@@ -110,9 +109,7 @@ def fetch(
 ) -> None:
     """Download `files` into `staging`; partial files of an earlier attempt are resumed.
 
-    Raises:
-        HubError: as `describe`, or no such file.
-        OSError: the disk is full.
+    Raises HubError: as `describe`, or no such file; OSError: the disk is full.
     """
     from huggingface_hub import hf_hub_download
 
@@ -159,7 +156,7 @@ def _call(hub_id: str, revision: str, call: Callable[[], _T]) -> _T:
             raise HubError(f"the connection to the Hub broke while reading {where}", resume) from error
         raise HubError(f"{where} does not hold the requested file") from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if is_disk_full(error):
             raise
         raise HubError(f"the Hub failed on {where}: {_first_line(error)}", resume) from error
     except Exception as error:

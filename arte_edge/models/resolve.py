@@ -6,7 +6,6 @@ A reference is, in this order: a path (exists, ends in ``.gguf``, or begins with
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from arte_edge.cache import Progress, sha256_checkpoint, sha256_file
 from arte_edge.checkpoint import read_config
 from arte_edge.errors import InputError
+from arte_edge.files import json_loads, user_path
 from arte_edge.gguf.reader import read_model_header
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def resolve(ref: str, *, offline: bool = False, progress: Progress | None = None
         InputError: unknown reference, unreadable or damaged model, or not here while offline.
         ArteError: it cannot be fetched, or the disk is full.
     """
-    path = Path(ref).expanduser()
+    path = user_path(ref)
     if path.is_dir():
         return from_folder(path)
     if path.is_file():
@@ -98,11 +98,7 @@ def resolve(ref: str, *, offline: bool = False, progress: Progress | None = None
 
 
 def from_gguf(path: Path, name: str = "") -> LocalModel:
-    """Return the model in the GGUF file `path`.
-
-    Raises:
-        InputError: not a GGUF, damaged, or no text model.
-    """
+    """Return the model in the GGUF file `path`. Raises InputError: not a GGUF, damaged, or no text model."""
     header = read_model_header(path)
     return LocalModel(name or path.stem, sha256_file(path), path.absolute(), None, header.quantization)
 
@@ -110,8 +106,7 @@ def from_gguf(path: Path, name: str = "") -> LocalModel:
 def from_folder(folder: Path, name: str = "") -> LocalModel:
     """Return the checkpoint in `folder`, or its only GGUF.
 
-    Raises:
-        InputError: neither, or something else: an adapter, pickled weights, several GGUFs.
+    Raises InputError: neither, or something else: an adapter, pickled weights, several GGUFs.
     """
     name = name or folder.resolve().name
     if any(folder.glob("*.safetensors")) and (folder / "config.json").is_file():
@@ -142,7 +137,7 @@ def _check_shards(folder: Path) -> None:
     if not index.is_file():
         return
     try:
-        files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        files = set(json_loads(index.read_text("utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{index}: not a weights index", "Download the checkpoint again.") from error
     if missing := sorted(name for name in files if not (folder / name).is_file()):
@@ -163,8 +158,7 @@ class Finding:
 def check(ref: str) -> Finding:
     """Verify the model that `ref` names, reading all of it; nothing is fetched or removed.
 
-    Raises:
-        InputError: no such model.
+    Raises InputError: no such model.
     """
     from arte_edge.models import registry
 

@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from arte_edge.errors import ArteError, InputError
-from arte_edge.onnx.tokenizer import end_tokens, read_json
+from arte_edge.files import read_json
+from arte_edge.onnx.tokenizer import end_tokens
 
 __all__ = [
     "ExternalTensor",
@@ -57,8 +58,7 @@ class Graph:
 def read_graph(path: Path) -> Graph:
     """Read the model in `path` without its weights.
 
-    Raises:
-        InputError: the file cannot be parsed.
+    Raises InputError: the file cannot be parsed.
     """
     import onnx
 
@@ -141,8 +141,7 @@ _PLAIN_INPUTS = {"input_ids", "attention_mask", "position_ids"}
 def model_file(folder: Path) -> Path:
     """Return the ONNX file of an exported folder: named in genai_config.json, or the only one in ``onnx/``.
 
-    Raises:
-        InputError: there is none, or more than one.
+    Raises InputError: there is none, or more than one.
     """
     if (folder / _GENAI).is_file():
         decoder = _decoder(read_json(folder / _GENAI))

@@ -46,8 +46,7 @@ def run_worker(job: Mapping[str, Any], folder: Path, *, python: str = sys.execut
         folder: working folder of the child, also for its temporary files.
         what: subject of the error message, as in "The ONNX model builder".
 
-    Raises:
-        ArteError: it failed; with the last lines of its log.
+    Raises ArteError: it failed; with the last lines of its log.
     """
     log_path = folder / "log.txt"
     temporary = folder / "tmp"

@@ -65,8 +65,7 @@ def staged(out: Path) -> Iterator[Path]:
 def checkpoint_files(checkpoint: Path) -> list[Path]:
     """Return the weight files of a checkpoint folder.
 
-    Raises:
-        InputError: the config, safetensors weights or tokenizer.json are missing.
+    Raises InputError: the config, safetensors weights or tokenizer.json are missing.
     """
     weights = sorted(checkpoint.glob("*.safetensors"))
     missing = [name for name in ("config.json", "tokenizer.json") if not (checkpoint / name).is_file()]

@@ -22,10 +22,10 @@ from pydantic import BaseModel, ConfigDict
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.extras import need
+from arte_edge.files import read_json
 from arte_edge.onnx.check import model_file, require_valid
 from arte_edge.onnx.child_process import child_environment, run_worker
 from arte_edge.onnx.folder import checkpoint_files, copy_tokenizer, reject_private_text, staged
-from arte_edge.onnx.tokenizer import read_json
 
 __all__ = ["INSTALL", "OptimumSettings", "build", "find_python", "for_transformers_4"]
 
@@ -37,8 +37,7 @@ _FULL, _LOCAL = "full_attention", "sliding_attention"
 def for_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return `config` in the format of transformers 4; one in that format is returned unchanged.
 
-    Raises:
-        InputError: version 4 does not support the rotary embedding.
+    Raises InputError: version 4 does not support the rotary embedding.
     """
     out = {key: value for key, value in config.items() if key not in ("rope_parameters", "_name_or_path")}
     if "dtype" in out:

@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from arte_edge.errors import InputError
+from arte_edge.files import read_json
 
-__all__ = ["FileTokenizer", "end_tokens", "read_json"]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, empty if the file does not exist.
-
-    Raises:
-        InputError: it cannot be read, or is not an object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} is not readable JSON: {error}", "Export or copy the folder again."
-        ) from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} is not a JSON object", "Export or copy the folder again.")
-    return data
+__all__ = ["FileTokenizer", "end_tokens"]
 
 
 def end_tokens(checkpoint: Path) -> frozenset[int]:
@@ -66,8 +46,7 @@ class FileTokenizer:
     def __init__(self, folder: Path) -> None:
         """Read the tokenizer.
 
-        Raises:
-            InputError: tokenizer.json is missing or damaged.
+        Raises InputError: tokenizer.json is missing or damaged.
         """
         from tokenizers import Tokenizer
 

@@ -42,8 +42,7 @@ class Benchmark:
 def parse_benchmark(text: str) -> Benchmark:
     """Return the benchmark that ``DATASET:TASK_ID[=TASK]`` names, as in ``openai/gsm8k:gsm8k=gsm8k``.
 
-    Raises:
-        InputError: it is not of that form.
+    Raises InputError: it is not of that form.
     """
     if not (found := _SPEC.fullmatch(text.strip())):
         raise InputError(
@@ -55,8 +54,7 @@ def parse_benchmark(text: str) -> Benchmark:
 def check_registered(benchmark: Benchmark) -> str:
     """Check on the Hub that `benchmark` is registered; return a note if the Hub is not available, else "".
 
-    Raises:
-        InputError: the Hub does not list the dataset as a benchmark.
+    Raises InputError: the Hub does not list the dataset as a benchmark.
     """
     unchecked = f"{benchmark.dataset}: not checked on the Hub that it is a registered benchmark"
     if is_offline():
@@ -90,8 +88,7 @@ def write_eval_results(
 ) -> list[Path]:
     """Write one file for each benchmark and measured file; return those that changed.
 
-    Raises:
-        InputError: nothing was measured on a whole test split, or several tasks were and none is named.
+    Raises InputError: nothing was measured on a whole test split, or several tasks were and none is named.
     """
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 

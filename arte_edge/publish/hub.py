@@ -10,7 +10,6 @@ a message.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 from arte_edge.cache import is_offline, sha256_file
 from arte_edge.errors import ArteError, InputError
+from arte_edge.files import json_loads
 from arte_edge.gguf.reader import read_header
 from arte_edge.models.artifact import checksums_of
 from arte_edge.onnx.folder import TOKENIZER_FILES
@@ -85,8 +85,7 @@ def preview(folder: Path, machine: Machine, *, allow: Collection[str] = ()) -> P
     Args:
         allow: texts that may be published although the privacy scan flags them.
 
-    Raises:
-        InputError: no student, no card, a broken card, or a file that is not the one described.
+    Raises InputError: no student, no card, a broken card, or a file that is not the one described.
     """
     student = read_student(folder)
     if student is None and not (folder / "config.json").is_file():
@@ -121,11 +120,7 @@ def _export(folder: Path, student: StudentFile) -> tuple[set[str], list[tuple[st
 
 
 def _artifact(folder: Path, artifact: Artifact) -> set[str]:
-    """Return the files of one artifact.
-
-    Raises:
-        InputError: it is missing, or differs from ``student.json``.
-    """
+    """Return the files of one artifact. Raises InputError: it is missing, or differs from ``student.json``."""
     path = folder / artifact.file.rstrip("/")
     if not path.exists():
         raise InputError(f"{artifact.file}: listed in {FILE_NAME}, but missing here", "Export it again.")
@@ -182,7 +177,7 @@ def _safetensors_metadata(path: Path) -> Any:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            return json.loads(file.read(length)).get("__metadata__") if length <= _TEXT_BYTES else None
+            return json_loads(file.read(length)).get("__metadata__") if length <= _TEXT_BYTES else None
         except ValueError:
             return None
 
@@ -195,13 +190,13 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
         return
     if path.suffix == ".json":
         try:
-            yield from _walk(json.loads(text), "")
+            yield from _walk(json_loads(text), "")
             return
         except ValueError:
             pass
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            document = json.loads(line) if path.suffix == ".jsonl" else None
+            document = json_loads(line) if path.suffix == ".jsonl" else None
         except ValueError:
             document = None
         yield from _walk(document if isinstance(document, dict) else line, str(number))
@@ -243,8 +238,7 @@ def _token() -> str | None:
 def preview_push(folder: Path, repo: str, *, allow: Collection[str] = ()) -> Preview:
     """Return what a push of `folder` to `repo` would send; nothing is sent.
 
-    Raises:
-        InputError: a bad name of a repository, or as `preview`.
+    Raises InputError: a bad name of a repository, or as `preview`.
     """
     if hub_id(repo) != repo or ".." in repo or "--" in repo:
         raise InputError(f"--to {repo}: not USER/REPO", "For example --to ada/home-intents-GGUF")
@@ -252,11 +246,7 @@ def preview_push(folder: Path, repo: str, *, allow: Collection[str] = ()) -> Pre
 
 
 def reject_findings(found: Preview) -> None:
-    """Raise if personal data would be sent.
-
-    Raises:
-        InputError: with file and key of each finding.
-    """
+    """Raise if personal data would be sent. Raises InputError: with file and key of each finding."""
     if not found.findings:
         return
     listed = list(map(str, found.findings[:_SHOWN]))

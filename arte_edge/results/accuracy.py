@@ -44,8 +44,7 @@ class Record(BaseModel):
     def parse(cls, document: dict[str, Any], where: str, *, outdated: str, hint: str) -> Self:
         """Return the record in a document of a readable schema version.
 
-        Raises:
-            InputError: another version, with the hint `outdated`; or a bad key, with `hint`.
+        Raises InputError: another version, with the hint `outdated`; or a bad key, with `hint`.
         """
         if (version := document.get("schema_version")) not in _READABLE:
             readable = " and ".join(map(str, _READABLE))
@@ -149,8 +148,7 @@ def paired_on_common(
     Examples are matched by the hash of their input, so the two may have been measured on different
     machines at different times.
 
-    Raises:
-        InputError: they have no example in common.
+    Raises InputError: they have no example in common.
     """
     first = {key: right for key, _, right in a}
     common = [(first[key], right) for key, _, right in b if key in first]

@@ -238,9 +238,7 @@ def left_out_notes(disturbances: Iterable[str]) -> tuple[str, ...]:
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
     """Append `rows` to `path`, which need not exist. They are on the disk when this returns.
 
-    Raises:
-        InputError: the file cannot be written.
-        ArteError: the disk is full; the file is as it was before.
+    Raises InputError: the file cannot be written; ArteError: the disk is full; the file is as it was before.
     """
     if not rows:
         return
@@ -271,8 +269,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
 def read_rows(path: Path) -> list[Row]:
     """Return the rows of `path` in their order; empty if there is no such file.
 
-    Raises:
-        InputError: a line other than the last is damaged, or a row has a version we do not know.
+    Raises InputError: a line other than the last is damaged, or a row has a version we do not know.
     """
     try:
         data = path.read_bytes()
@@ -297,8 +294,7 @@ def read_rows(path: Path) -> list[Row]:
 def parse_row(document: dict[str, Any], where: str, hint: str = "Delete the line; it is one result.") -> Row:
     """Return the row that `document` holds; rows of an older schema version are upgraded.
 
-    Raises:
-        InputError: an unknown version or a bad key; the message starts with `where`.
+    Raises InputError: an unknown version or a bad key; the message starts with `where`.
     """
     kind: type[Row] = SpeedRow if "test" in document else QualityRow
     outdated = "Read it with the arte-edge that wrote it, or a newer one."

@@ -293,11 +293,7 @@ class StudentFile(Record):
 
 
 def write_student(folder: Path, student: StudentFile) -> Path:
-    """Write ``student.json`` into `folder`, all of it or nothing.
-
-    Raises:
-        ArteError: the disk is full.
-    """
+    """Write ``student.json`` into `folder`, all of it or nothing. Raises ArteError: the disk is full."""
     path = folder / FILE_NAME
     document: dict[str, Any] = student.model_dump(mode="json", exclude_none=False)
     write_atomic(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
@@ -307,8 +303,7 @@ def write_student(folder: Path, student: StudentFile) -> Path:
 def read_student(folder: Path) -> StudentFile | None:
     """Return the ``student.json`` of `folder`, None if there is none.
 
-    Raises:
-        InputError: it is damaged, or of an unknown schema version.
+    Raises InputError: it is damaged, or of an unknown schema version.
     """
     path, again = folder / FILE_NAME, "Remove it and export again."
     try:

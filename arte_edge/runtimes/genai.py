@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.errors import EngineError, InputError
-from arte_edge.onnx.tokenizer import read_json
+from arte_edge.files import read_json
 from arte_edge.runtimes.onnxruntime import FolderRuntime, check_files
 from arte_edge.runtimes.protocol import RuntimeFacts, check_context
 

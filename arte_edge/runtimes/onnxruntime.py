@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from arte_edge.errors import EngineError, InputError
 from arte_edge.extras import need
+from arte_edge.files import read_json
 from arte_edge.onnx.check import external_problems, model_file, read_graph
-from arte_edge.onnx.tokenizer import FileTokenizer, end_tokens, read_json
+from arte_edge.onnx.tokenizer import FileTokenizer, end_tokens
 from arte_edge.runtimes.protocol import (
     BaseRuntime,
     RuntimeFacts,

@@ -6,14 +6,14 @@ All checks are part of loading, because a task that overlaps with its own test s
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from arte_edge.errors import nearest
+from arte_edge.errors import InputError, nearest
+from arte_edge.files import json_loads, read_toml
 from arte_edge.tasks.answers import canonical
 from arte_edge.tasks.task import SPLITS, Answer, Example, FewShotExample, Task, rows_sha256
 from arte_edge.tasks.validation import Problem, explain_validation, raise_first
@@ -80,7 +80,7 @@ def parse_jsonl(path: Path) -> tuple[list[tuple[str, dict[str, object]]], list[P
             continue
         where = f"{path.name}:{number}"
         try:
-            value = json.loads(line)
+            value = json_loads(line)
         except (ValueError, RecursionError) as error:
             problems.append(
                 Problem(where, f"not JSON ({error})", "Write one object a line, in double quotes.")
@@ -227,10 +227,9 @@ def _read_task_file(path: Path) -> tuple[TaskFile | None, list[Problem]]:
         hint = "A task folder contains task.toml and three splits; `arte-edge tasks new DIR` creates one."
         return None, [Problem(path.name, f"this file is missing in {path.parent}", hint)]
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-        file = TaskFile.model_validate(values)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        return None, [Problem(path.name, f"not TOML ({error})")]
+        file = TaskFile.model_validate(read_toml(path))
+    except InputError as error:
+        return None, [Problem(path.name, error.message.removeprefix(f"{path}: "))]
     except ValidationError as error:
         return None, list(explain_validation(error, TaskFile, path.name))
     problems = []

@@ -22,7 +22,6 @@ knowledge.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
@@ -33,6 +32,7 @@ from urllib.parse import parse_qsl
 from arte_edge import catalog
 from arte_edge.errors import ArteError, InputError, nearest
 from arte_edge.extras import need
+from arte_edge.files import json_loads, user_path
 from arte_edge.tasks.folder import load_folder, parse_jsonl
 from arte_edge.tasks.from_table import Record, prose, task_from_table
 from arte_edge.tasks.task import FewShotExample, Task
@@ -172,7 +172,7 @@ def load_bbh(folder: Path, name: str, *, split_seed: int = 0, max_rows: int | No
 def _read(path: Path) -> list[Record]:
     hint = 'The layout is {"examples": [{"input": "...", "target": "..."}, ...]}.'
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["examples"]
+        rows = json_loads(path.read_text(encoding="utf-8"))["examples"]
         return [
             Record(f"{path.name}:examples[{index}]", str(row["input"]), str(row["target"]))
             for index, row in enumerate(rows)
@@ -206,10 +206,10 @@ def load_task(ref: str, *, bbh: Path | None = None) -> Task:
         return _load_hub(ref, name.removeprefix("hub:"), options)
     if name.endswith(".jsonl"):
         split = _split(ref, options, _COLUMNS)
-        records = jsonl_records(Path(name).expanduser(), **_columns(options))
+        records = jsonl_records(user_path(name), **_columns(options))
         return task_from_table(task_name(name), records, **split)
     if name.endswith(".json"):
-        path = Path(name).expanduser()
+        path = user_path(name)
         return load_bbh(path.parent, path.stem, **_split(ref, options, _SPLIT_OPTIONS))
     _split(ref, options, ())
     return load_folder(_folder(name))

@@ -53,8 +53,7 @@ def measure_accuracy(
 
     With `plain` they are prompted without chat template, as in a run with ``template = "none"``.
 
-    Raises:
-        InputError: the split is empty.
+    Raises InputError: the split is empty.
     """
     split = "test" if final else "validation"
     examples = task.load_test() if final else task.validation

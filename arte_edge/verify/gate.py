@@ -168,9 +168,7 @@ def verify_file(
 
     Without `thresholds`, those of the quantization type in the file's metadata are used, the strictest without one.
 
-    Raises:
-        FileNotFoundError: no such file or folder.
-        ArteError: as `verify`, or its runtime is not installed.
+    Raises FileNotFoundError: no such file or folder; ArteError: as `verify`, or its runtime is not installed.
     """
     if not artifact.exists():
         raise FileNotFoundError(artifact)

@@ -79,8 +79,7 @@ def compare_logits(
 ) -> Compared:
     """Compare logits ``[n, v]`` after each of n `ids`, on the tokens that both vocabularies have.
 
-    Raises:
-        ValueError: the two do not have n rows each.
+    Raises ValueError: the two do not have n rows each.
     """
     n = len(ids)
     if reference.shape[0] != n or artifact.shape[0] != n:
@@ -116,8 +115,7 @@ def measure_fidelity(
 
     Positions of a prefix that several prompts share count once.
 
-    Raises:
-        InputError: no prompt has two tokens, or the artifact lacks one of the tokens.
+    Raises InputError: no prompt has two tokens, or the artifact lacks one of the tokens.
     """
     limit = min(MAX_PROMPT_TOKENS, reference.context_tokens, artifact.context_tokens)
     texts = [ids[:limit] for ids in map(reference.tokenize, prompts) if len(ids) > 1]
@@ -148,8 +146,7 @@ def _shared_prefix(ids: Sequence[int], earlier: Sequence[Sequence[int]]) -> int:
 def summarize(compared: Sequence[Compared]) -> Fidelity:
     """Compute the metrics over all prompts.
 
-    Raises:
-        ArteError: the reference's own logits are not finite.
+    Raises ArteError: the reference's own logits are not finite.
     """
     kl = np.concatenate([c.kl for c in compared])
     nll_p = np.concatenate([c.nll_reference for c in compared])

@@ -6,13 +6,13 @@ written for this file, so they are in no training set.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_PREFILL, student_messages
 from arte_edge.errors import InputError
+from arte_edge.files import json_loads
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.tasks.task import Task
 
@@ -118,8 +118,7 @@ def built_in_prompts(reference: Renders) -> list[str]:
 def task_prompts(reference: Renders, task: Task, limit: int = _TASK_PROMPTS) -> list[str]:
     """Return the prompts of up to `limit` validation examples, each with its correct answer.
 
-    Raises:
-        InputError: the task has no validation examples.
+    Raises InputError: the task has no validation examples.
     """
     if not task.validation:
         raise InputError(f"Task '{task.name}' has no validation examples", "Label some in validation.jsonl.")
@@ -145,8 +144,7 @@ def plain_text(messages: Sequence[Message]) -> str:
 def prompts_from_file(path: Path) -> list[str]:
     """Return the rendered prompts in a file: ``prompt``, ``text`` or ``input`` of ``.jsonl`` rows, else lines.
 
-    Raises:
-        InputError: the file cannot be read, or is empty.
+    Raises InputError: the file cannot be read, or is empty.
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -160,7 +158,7 @@ def prompts_from_file(path: Path) -> list[str]:
 
 def _row(path: Path, number: int, line: str) -> str:
     try:
-        row = json.loads(line)
+        row = json_loads(line)
     except ValueError as error:
         raise InputError(f"{path}:{number}: not JSON: {error}", "Write one JSON object a line.") from error
     texts = (

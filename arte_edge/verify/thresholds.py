@@ -95,8 +95,7 @@ STRICTEST = "F16"
 def thresholds_for(type: str) -> Thresholds:
     """Return the default thresholds of a quantization type: a GGUF file type, ``fp32``, ``int8``, ``int4``.
 
-    Raises:
-        InputError: an unknown type.
+    Raises InputError: an unknown type.
     """
     by_fold = {name.casefold(): name for name in TYPES}
     found = by_fold.get(type.casefold())

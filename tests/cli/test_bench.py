@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from tiny import Capture
 
 from arte_edge.cli.main import main
@@ -51,30 +50,6 @@ def test_lists_sweep(capsys: Capture) -> None:
     rows = [json.loads(line) for line in out.splitlines()]
     found = [(row["n_threads"], row["test"]) for row in rows]
     assert found == [(1, "pp2"), (1, "pp4"), (2, "pp2"), (2, "pp4")]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ([], "MODEL"),
-        (["nothing.gguf"], "no such file"),
-        (["null", "-o", "xml"], "no such format"),
-        (["null", "-p", "x"], "n_prompt"),
-        (["null", "-r", "0"], "repetitions"),
-        (["null", "--runtime", "vllm"], "runtime"),
-        (["null", "--suite", "quik"], "quik"),
-        (["null", "--output-file", "a.xlsx"], "a.xlsx"),
-        (["null", "--split", "train"], "train"),
-        (["null", "--no-speed"], "nothing to measure"),
-        (["null", "--device", "no-such-board"], "no-such-board"),
-        (["null", "--task", "no_such_task", "--no-speed"], "no_such_task"),
-    ],
-    ids=str,
-)
-def test_a_wrong_word_is_exit_2(capsys: Capture, words: list[str], said: str) -> None:
-    code, out, err = run(capsys, *words)
-    assert code == 2
-    assert said in err and out == ""
 
 
 def test_if_all_tests_fail_the_exit_code_is_1_and_rows_are_printed(capsys: Capture) -> None:

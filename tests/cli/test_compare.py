@@ -60,8 +60,3 @@ def test_another_protocol_ends_with_2_and_force_shows_it(tmp_path: Path, capsys:
     assert main(["compare", *files, "--force"]) == 0
     out = capsys.readouterr().out
     assert "1.5" in out and "n_gen 128 against 64" in out
-
-
-def test_nothing_measured_ends_with_2_and_says_how_to_measure(tmp_path: Path, capsys: Capture) -> None:
-    assert main(["compare", str(tmp_path), str(tmp_path)]) == 2
-    assert "arte-edge bench" in capsys.readouterr().err

@@ -86,24 +86,6 @@ def test_add_show_rm_is_a_round_trip(capsys: Capture, model_cache: Path) -> None
     assert main(["devices", "show", "kitchen"]) == 2
 
 
-@pytest.mark.parametrize(
-    ("argv", "says"),
-    [
-        (["show", "raspberry-pi-6"], "Did you mean 'raspberry-pi-"),
-        (["rm", "raspberry-pi-5"], "Shipped profiles"),
-        (["add", "kitchen", "--", "-oProxyCommand=x"], "not user@host"),
-        (["add", "raspberry-pi-5", "pi@x"], "shipped profile"),
-        (["check", "raspberry-pi-5"], "devices add"),
-        (["show", "raspberry-pi-5", "--model", "/nowhere.gguf"], "no such file"),
-    ],
-)
-def test_bad_input_ends_with_2_and_says_what_to_do(
-    capsys: Capture, model_cache: Path, argv: list[str], says: str
-) -> None:
-    assert main(["devices", *argv]) == 2
-    assert says in " ".join(capsys.readouterr().err.split())
-
-
 def test_check_prints_findings_and_fails(capsys: Capture, model_cache: Path, monkeypatch: Patch) -> None:
     full = Finding("disk", "warning", "1 MB free", "A lot is needed.")
     found = (Finding("ssh", "ok", "Linux aarch64"), full)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from arte_edge import catalog
+from arte_edge import api, catalog
 from arte_edge.catalog import describe
 from arte_edge.cli.main import main
 
@@ -53,11 +53,6 @@ def test_show_keeps_the_comments_and_json_resolves_every_key(capsys: Capture) ->
     config = run_json(capsys, "show", "quickstart")
     assert f"questions = {config['tailor']['questions']}\n" in text
     assert config["tailor"]["label"] == "vote"  # a default that the file does not set
-
-
-def test_an_unknown_preset_is_exit_2_and_names_the_nearest(capsys: Capture) -> None:
-    assert main(["show", "quickstrat"]) == 2
-    assert "Did you mean 'quickstart'?" in capsys.readouterr().err
 
 
 def test_copy_writes_the_same_text_and_never_overwrites(tmp_path: Path, capsys: Capture) -> None:
@@ -128,7 +123,16 @@ def test_check_takes_a_hub_id_and_an_existing_gguf(tmp_path: Path, capsys: Captu
     assert "damaged.gguf" in found[0]
 
 
-def test_check_of_a_file_that_is_no_toml_says_the_line(tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "run.toml").write_text("[task\n", encoding="utf-8")
-    assert main(["check", str(tmp_path / "run.toml")]) == 2
-    assert "line 1" in capsys.readouterr().err
+def test_a_run_s_folder_resumes_that_run(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "run.toml").write_text("seed = 3\n")
+    for ref in (str(folder), f"{folder}/"):
+        config, found = api.plan_run(ref, set=["tune.epochs=2"])
+        assert (config.seed, config.tune.epochs, found) == (3, 2, folder)
+    monkeypatch.chdir(tmp_path / "runs")
+    assert api.plan_run("mine")[1] == Path("mine")
+    assert run_json(capsys, "show", str(folder))["seed"] == 3
+    assert main(["distill", str(folder), "--name", "other"]) == 2

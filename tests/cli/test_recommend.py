@@ -67,23 +67,6 @@ def test_no_file_is_exit_code_1_with_what_to_relax(export: Path, capsys: Capture
     assert "No file satisfies" in done.err and "Relax --min-decode 43.9." in done.err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--device", "raspberry-pi-55"], "raspberry-pi-5"),
-        ([*PI, "--max-ram", "lots"], "--max-ram lots: not a size"),
-    ],
-)
-def test_a_wrong_value_is_exit_code_2(export: Path, capsys: Capture, arguments: list[str], said: str) -> None:
-    assert main(["recommend", str(export), *arguments]) == 2
-    assert said in capsys.readouterr().err
-
-
-def test_a_folder_without_files_is_refused(tmp_path: Path, capsys: Capture) -> None:
-    assert main(["recommend", str(tmp_path), *PI]) == 2
-    assert "arte-edge export RUN" in capsys.readouterr().err
-
-
 def test_a_corrupt_student_json_is_refused(export: Path, capsys: Capture) -> None:
     (export / "export" / "student.json").write_text('{"schema_version": 1,')
     assert main(["recommend", str(export), *PI]) == 2

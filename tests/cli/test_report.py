@@ -18,8 +18,3 @@ def test_the_page_is_written_beside_the_run_and_missing_parts_named(tmp_path: Pa
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "x" / "y.html"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert Path(document["report"]).is_file() and len(document["missing"]) == 9
-
-
-def test_what_is_no_run_is_exit_code_2(tmp_path: Path, capsys: Capture) -> None:
-    assert main(["report", str(tmp_path)]) == 2
-    assert "no run.toml" in capsys.readouterr().err

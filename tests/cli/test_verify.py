@@ -15,23 +15,13 @@ pytest.importorskip("transformers")
 from arte_edge.cli.main import main
 
 Capture = pytest.CaptureFixture[str]
-WORDS = "the cat sat on a mat and then it was asked what two three ? !".split()  # noqa: SIM905
 
 
-def write_checkpoint(folder: Path, seed: int = 0, template: str = "{{ messages[-1].content }} ?") -> Path:
-    inner = tiny.word_tokenizer(["<unk>", "<s>", "</s>", *WORDS], unk="<unk>")
-    roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return tiny.save_checkpoint(
-        folder,
-        tiny.chat_tokenizer(inner, template, **roles),
-        seed=seed,
-        num_key_value_heads=1,
-        initializer_range=0.4,
-        bos_token_id=1,
-        eos_token_id=2,
-        **sizes,
-    )
+def write_checkpoint(folder: Path, seed: int = 0, template: str = "") -> Path:
+    tiny.write_student(folder, seed)
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
 
 
 def run(capsys: Capture, *argv: str) -> tuple[int, str, str]:
@@ -111,15 +101,3 @@ def test_a_file_that_no_runtime_opens_is_a_failed_check(
     code, out, _ = run(capsys, str(student), str(broken))
     assert code == 3
     assert "opens" in out and "broken.gguf" in out
-
-
-def test_wrong_input_ends_with_2(capsys: Capture, student: Path, tmp_path: Path) -> None:
-    for argv in (
-        ["no-such-model-name", str(student)],
-        [str(student), str(tmp_path / "none.gguf")],
-        [str(student), str(student), "--type", "Q9"],
-        [str(student), str(student), "--task", "no_such_task"],
-        [str(tmp_path), str(student)],
-    ):
-        code, out, err = run(capsys, *argv)
-        assert (code, out) == (2, ""), (argv, err)

@@ -61,7 +61,7 @@ def test_the_recipe_of_a_profile_exists(name: str) -> None:
         (GOOD + PEAK + "evidence = 'published'\n", "peak_bandwidth.source", ""),
         (GOOD.replace("cores = 4", "cores = 0"), "cores", ""),
         (GOOD + "base = 'raspberry-pi-55'\n", "base", "raspberry-pi-5"),
-        ("title = ", "not readable as TOML", ""),
+        ("title = ", "not TOML", ""),
     ],
 )
 def test_a_wrong_file_is_named_with_its_key(tmp_path: Path, text: str, says: str, hint: str) -> None:

@@ -189,7 +189,7 @@ def test_other_tokenizers_are_rejected(
 def test_a_missing_or_broken_tokenizer_is_rejected(make_checkpoint: Make, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(make_checkpoint("llama"), tmp_path / "copy"))
     (folder / "tokenizer.json").write_text("{", "utf-8")
-    with pytest.raises(InputError, match="not readable JSON"):
+    with pytest.raises(InputError, match="not readable as JSON"):
         convert(folder, tmp_path / "student.gguf")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"no tokenizer\.json and no tokenizer\.model"):

@@ -233,16 +233,11 @@ def test_offline_without_a_copy_names_the_command(hub: TinyHub) -> None:
         ("me/nothing", "", "no public repository me/nothing"),
         ("me/it@v9", "", "no revision 'v9'"),
         ("me/it", "GatedRepo", "is gated"),
+        ("me/data", "", "no safetensors checkpoint and no GGUF"),
     ],
 )
 def test_errors_of_the_hub_have_plain_messages(hub: TinyHub, ref: str, code: str, message: str) -> None:
-    hub.repositories["me/it"] = dict(_CHECKPOINT)
+    hub.repositories |= {"me/it": dict(_CHECKPOINT), "me/data": {"README.md": b"hello"}}
     hub.error_code = code
     with pytest.raises(ArteError, match=message):
         resolve(ref)
-
-
-def test_a_repository_without_a_model_is_named(hub: TinyHub) -> None:
-    hub.repositories["me/data"] = {"README.md": b"hello"}
-    with pytest.raises(InputError, match="no safetensors checkpoint and no GGUF"):
-        resolve("me/data")

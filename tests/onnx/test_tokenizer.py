@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from arte_edge.errors import InputError
-from arte_edge.onnx.tokenizer import FileTokenizer, end_tokens, read_json
+from arte_edge.files import read_json
+from arte_edge.onnx.tokenizer import FileTokenizer, end_tokens
 
 
 def write(folder: Path, **files: dict[str, Any]) -> Path:

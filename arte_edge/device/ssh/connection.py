@@ -22,6 +22,7 @@ from typing import IO, Any, TypeVar
 
 from arte_edge.device.profiles import check_host
 from arte_edge.errors import ArteError
+from arte_edge.files import json_loads
 
 __all__ = ["ConnectionLost", "JobFailed", "ReconnectPolicy", "RemoteJob", "Ssh", "put_text"]
 
@@ -136,9 +137,7 @@ class Ssh:
         host: ``user@host``, or an alias of the ssh configuration.
         config: another file than ``~/.ssh/config``.
 
-    Raises:
-        InputError: `host` is not a valid host.
-        ArteError: there is no ssh on this machine.
+    Raises InputError: `host` is not a valid host; ArteError: there is no ssh on this machine.
     """
 
     def __init__(self, host: str, *, config: str = "") -> None:
@@ -413,7 +412,7 @@ class RemoteJob:
 
 def _event(line: bytes) -> dict[str, Any] | None:
     try:
-        value = json.loads(line)
+        value = json_loads(line)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None

@@ -39,6 +39,7 @@ from arte_edge.device.ssh.workdir import (
     send,
 )
 from arte_edge.errors import ArteError, InputError
+from arte_edge.files import json_loads
 from arte_edge.store import content_key
 
 __all__ = ["Site", "check", "env_bytes_missing", "install", "own_wheel", "plan", "read_marker", "send_wheel"]
@@ -357,7 +358,7 @@ def read_marker(ssh: Ssh, env: str) -> Marker:
     """Return the contents of the environment `env`, nothing if it does not exist or is incomplete."""
     text = ssh.run('cat "$1" 2>/dev/null; exit 0', f"{env}/{_MARKER}")
     try:
-        value = json.loads(text)
+        value = json_loads(text)
         return Marker(str(value["wheel"]), tuple(str(extra) for extra in value["extras"]))
     except (ValueError, KeyError, TypeError):
         return Marker()

@@ -7,7 +7,6 @@ Names are links made for one job (`place`), so two runs with the same weights un
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from arte_edge.cache import sha256_file
 from arte_edge.device.profiles import Profile, Remote
 from arte_edge.device.ssh.connection import ConnectionLost, ReconnectPolicy, Ssh
 from arte_edge.errors import ArteError, InputError
+from arte_edge.files import json_loads
 
 __all__ = [
     "OLDEST_PYTHON",
@@ -144,7 +144,7 @@ def _free(line: str) -> int:
 
 def _python(text: str) -> Python | None:
     try:
-        facts = json.loads(text)
+        facts = json_loads(text)
         major, minor, micro = map(int, facts["version"])
         return Python(
             path=str(facts["path"]),

@@ -35,8 +35,7 @@ Adapter = tuple[Path, str]
 def align(run: RunContext) -> tuple[Summary, Adapter]:
     """Write pairs.jsonl and the adapter; return the summary and the adapter as the teacher's engine loads it.
 
-    Raises:
-        StoppedEarly: no pair is left once ties are dropped.
+    Raises StoppedEarly: no pair is left once ties are dropped.
     """
     config = run.config.align
     inputs = {

@@ -25,8 +25,7 @@ __all__ = ["check"]
 def check(run: RunContext, *, force: bool) -> Summary:
     """Compare teacher and student on validation examples.
 
-    Raises:
-        StoppedEarly: the teacher does not outperform the student, or is near chance, and not `force`.
+    Raises StoppedEarly: the teacher does not outperform the student, or is near chance, and not `force`.
     """
     examples = run.task.validation[: run.config.check.examples]
     with run.stage("check", _inputs(run), _describe) as stage:

@@ -23,11 +23,7 @@ def draft_plan(config: RunConfig) -> QuestionPlan:
 
 
 def elicit(run: RunContext) -> Summary:
-    """Write questions.jsonl, rejected.jsonl and rationales.jsonl.
-
-    Raises:
-        StoppedEarly: no rationale is usable.
-    """
+    """Write questions.jsonl, rejected.jsonl and rationales.jsonl. Raises StoppedEarly: no rationale is usable."""
     config, teacher = run.config.elicit, run.config.teacher
     inputs = {
         "elicit": config.model_dump(mode="json"),

@@ -43,8 +43,7 @@ _OVERSAMPLE = 1.6
 def tailor(run: RunContext, adapter: tuple[Path, str] | None) -> Summary:
     """Write train.jsonl: rows of input, label, rationale. `adapter` (path, sha256) aligns the teacher.
 
-    Raises:
-        StoppedEarly: the teacher's budget of prompts is spent before enough examples were usable.
+    Raises StoppedEarly: the teacher's budget of prompts is spent before enough examples were usable.
     """
     teacher = run.config.teacher
     with run.stage("tailor", _inputs(run, adapter[1] if adapter else ""), _describe) as stage:

@@ -31,8 +31,7 @@ Result = TypeVar("Result")
 def checkpoint_key(checkpoint: Path) -> str:
     """Return a key of a checkpoint folder: its configuration, its file sizes and a sample of the tensors.
 
-    Raises:
-        InputError: no such checkpoint.
+    Raises InputError: no such checkpoint.
     """
     try:
         config = (checkpoint / "config.json").read_text(encoding="utf-8")
@@ -95,8 +94,7 @@ class Workspace:
 def finished(out: Path, request: str, read: Callable[[Path, dict[str, Any]], Result]) -> Result | None:
     """Return the result of the same training that already exists; `read` makes it of its folder and report.
 
-    Raises:
-        InputError: `out` was not written by a training, or its report is damaged.
+    Raises InputError: `out` was not written by a training, or its report is damaged.
     """
     if not out.exists():
         return None

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from arte_edge.cache import rename_into_place, write_atomic
 from arte_edge.distill.train.checkpoints import Workspace
 from arte_edge.distill.train.common import CollapseLimits, DpoSettings
+from arte_edge.files import json_loads
 from arte_edge.store import read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def copy_adapter(source: Path, target: Path) -> Path:
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     shutil.copyfile(source / "adapter_model.safetensors", staged / "adapter_model.safetensors")
-    config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json_loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = None  # PEFT writes where the base lay on this machine
     text = json.dumps(config, indent=2, sort_keys=True)
     write_atomic(staged / "adapter_config.json", text.encode())

@@ -149,8 +149,7 @@ def free_memory() -> None:
 def quiet_training() -> Iterator[None]:
     """Switch telemetry off, and the progress bars of the libraries for as long as a training runs.
 
-    Raises:
-        ArteError: the training libraries are not installed.
+    Raises ArteError: the training libraries are not installed.
     """
     need("train", "Training")
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
@@ -180,8 +179,7 @@ def load(checkpoint: Path, *, frozen: bool) -> tuple[Any, Any]:
     The weights are float32, so that small updates are not rounded away; a base that
     stays `frozen` under LoRA has 16 bits on a CUDA GPU, where that halves the memory.
 
-    Raises:
-        InputError: no such checkpoint, or transformers cannot read it.
+    Raises InputError: no such checkpoint, or transformers cannot read it.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -281,8 +279,7 @@ class Encoder:
     def completion(self, prompt: str, text: str) -> list[int]:
         """Return the ids that write `text` after `prompt`, closed by the end token.
 
-        Raises:
-            InputError: the tokenizer has no end token.
+        Raises InputError: the tokenizer has no end token.
         """
         eos = self.tokenizer.eos_token_id
         if eos is None:
@@ -302,8 +299,7 @@ class Encoder:
 def check_rows(rows: Sequence[Mapping[str, str]], keys: Sequence[str], what: str) -> None:
     """Raise unless every row has exactly the texts `keys`, none of them empty.
 
-    Raises:
-        InputError: names the first row that is wrong, counted from 1.
+    Raises InputError: names the first row that is wrong, counted from 1.
     """
     if not rows:
         raise InputError(f"There is no {what} to train on", "The stage before this one produced no rows.")

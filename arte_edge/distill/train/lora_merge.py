@@ -51,8 +51,7 @@ def sixteen_bits(base: Path, dtype: str) -> str:
 def write_checkpoint(model: Any, base: Path, out: Path, dtype: str = "auto") -> Path:
     """Write `model` in 16 bits, with the tokenizer and configuration of `base`, to the folder `out`.
 
-    Raises:
-        ArteError: a weight does not fit into 16 bits, or training made it infinite.
+    Raises ArteError: a weight does not fit into 16 bits, or training made it infinite.
     """
     import torch
 
@@ -80,8 +79,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: str = "auto") -> 
 
     The sum is made in float32 on the CPU and rounded once.
 
-    Raises:
-        ArteError: as `write_checkpoint`.
+    Raises ArteError: as `write_checkpoint`.
     """
     from peft import PeftModel
 
@@ -93,8 +91,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: str = "auto") -> 
 def check_merge(base: Path, adapter: Path, merged: Path, prompts: Sequence[str]) -> MergeCheck:
     """Compare the logits of base plus adapter with those of `merged`, at every token of `prompts`.
 
-    Raises:
-        ArteError: most of the adapter's effect is lost, or the most likely token differs too often.
+    Raises ArteError: most of the adapter's effect is lost, or the most likely token differs too often.
     """
     import torch
     from peft import PeftModel

@@ -35,8 +35,7 @@ def wrapped(name: str, text: str) -> str:
 def put_section(body: str, name: str, text: str, newline: str, file: str = "README.md") -> str | None:
     """Return `body` with the text between the markers of `name` replaced; None without markers.
 
-    Raises:
-        InputError: one of the two is missing, or a marker occurs twice.
+    Raises InputError: one of the two is missing, or a marker occurs twice.
     """
     start, end = (re.compile(rf"<!--\s*arte-edge:{name}:{which}\s*-->") for which in ("start", "end"))
     starts, ends = list(start.finditer(body)), list(end.finditer(body))

@@ -50,8 +50,7 @@ def split_card(text: str) -> FrontMatter:
 def read_head(card: FrontMatter, name: str = "README.md") -> dict[str, Any]:
     """Return the keys of a card's front matter.
 
-    Raises:
-        InputError: it is not a YAML mapping; the message names the line.
+    Raises InputError: it is not a YAML mapping; the message names the line.
     """
     import yaml
 
@@ -80,8 +79,7 @@ def merge_head(
 
     A key of `replace` whose value is None is removed.
 
-    Raises:
-        InputError: the front matter is not a YAML mapping in block style.
+    Raises InputError: the front matter is not a YAML mapping in block style.
     """
     there = read_head(card, name)
     spans = _spans(card.block, name) if there else {}

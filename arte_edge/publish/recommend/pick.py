@@ -58,8 +58,7 @@ def recommend(
         prompt_tokens: length of a prompt, where answers were not timed on the device.
         answer_tokens: length of an answer, likewise.
 
-    Raises:
-        InputError: no export there, an unknown device, or not a size.
+    Raises InputError: no export there, an unknown device, or not a size.
     """
     from arte_edge.device.roofline import predictor
 

@@ -6,8 +6,6 @@ an error.
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from arte_edge.errors import InputError
+from arte_edge.files import json_loads, read_json, read_toml
 from arte_edge.results.locate import find_export, find_run, read_bench
 from arte_edge.results.rows import Row
 from arte_edge.results.student_json import StudentFile, read_student
@@ -167,21 +166,16 @@ class RunData:
 def read_run(ref: str) -> RunData:
     """Read the run that `ref` names: a folder, or a name under ``runs/``.
 
-    Raises:
-        InputError: no run, or one of its files is damaged; the message names it.
+    Raises InputError: no run, or one of its files is damaged; the message names it.
     """
     folder = find_run(ref)
-    path = folder / "run.toml"
-    try:
-        config = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not TOML: {error}") from error
+    config = read_toml(folder / "run.toml")
     run = RunData(str(config.get("name") or folder.resolve().name), config)
     for stage in STAGES:
         _read_stage(run, folder / stage)
     if (folder / "events.jsonl").is_file():
         _read_events(run, folder / "events.jsonl")
-    if (deploy := _json(folder / "deploy.json")) is not None:
+    if deploy := read_json(folder / "deploy.json", _AGAIN):
         _check(folder / "deploy.json", [deploy])
         run.deploy = deploy
     _read_export(run, folder)
@@ -189,9 +183,9 @@ def read_run(ref: str) -> RunData:
 
 
 def _read_stage(run: RunData, folder: Path) -> None:
-    manifest = _json(folder / "manifest.json")
+    manifest = read_json(folder / "manifest.json", _AGAIN)
     skipped = run.config.get("data") == "original-teacher" and folder.name in STAGES[1:5]
-    if manifest is None:
+    if not manifest:
         if not skipped:
             run.missing.append(f"{folder.name}: this stage has not finished")
         return
@@ -236,23 +230,13 @@ def _read_export(run: RunData, folder: Path) -> None:
         )
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON", _AGAIN) from error
-    return found if isinstance(found, dict) else None
-
-
 def _read_events(run: RunData, path: Path) -> None:
     cost: dict[str, StageCost] = defaultdict(StageCost)
     stage = ""
     for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):  # cut off when the process was killed; nothing depends on it
+            event = json_loads(line)
+        except ValueError:  # cut off when the process was killed; nothing depends on it
             continue
         kind = event.get("event") if isinstance(event, dict) else None
         if kind == "stage":

@@ -13,6 +13,7 @@ from typing import Any
 
 from arte_edge import __version__
 from arte_edge.cache import megabytes, write_atomic
+from arte_edge.files import user_path
 from arte_edge.publish.recommend.candidates import Constraints, candidates
 from arte_edge.publish.recommend.pareto import Candidate, pareto_front
 from arte_edge.publish.report.charts import (
@@ -70,7 +71,7 @@ def report(run: str | Path, *, out: str | Path | None = None) -> ReportPage:
         ArteError: the disk is full.
     """
     found = read_run(str(run))
-    path = Path(out) if out else find_run(run) / "report.html"
+    path = user_path(out) if out is not None else find_run(run) / "report.html"
     page = ReportPage(path, render(found), tuple(found.missing))
     write_atomic(page.path, page.html.encode("utf-8", errors="replace"))
     return page

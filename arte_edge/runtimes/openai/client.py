@@ -16,7 +16,6 @@ the server may still bill it. Prices are the user's: they change too often to be
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
 import random
 import threading
@@ -32,6 +31,7 @@ import tenacity
 
 from arte_edge import __version__
 from arte_edge.errors import EngineError, InputError
+from arte_edge.files import json_loads
 
 __all__ = [
     "KEY_VARIABLES",
@@ -424,7 +424,7 @@ class Server:
         if answer.status_code != 200:
             raise self._failure(url, answer.status_code, answer.text, retry_after_s(answer.headers))
         try:
-            document = json.loads(answer.content)
+            document = json_loads(answer.content)
             failure = document.get("error") if isinstance(document, dict) else None
             if isinstance(failure, dict):
                 # Gateways in front of several providers report failures like this.
@@ -475,7 +475,7 @@ def _token_counts(document: Any) -> tuple[int, int]:
 def _error_text(text: str) -> str:
     """Return the message in an error body, whichever of the usual shapes it has."""
     try:
-        document = json.loads(text)
+        document = json_loads(text)
     except ValueError:
         return " ".join(text.split())[:_SHOWN] or "(no text)"
     inner = document.get("error", document) if isinstance(document, dict) else document

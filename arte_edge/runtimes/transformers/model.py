@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from arte_edge.cache import sha256_file
 from arte_edge.errors import InputError
 from arte_edge.extras import need
+from arte_edge.files import json_loads
 from arte_edge.runtimes.choice_scoring import ChoiceScorer, spans
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.runtimes.prefix_tree import plan_groups
@@ -61,15 +62,14 @@ _CACHE_SHARE = 0.3  # of a GPU's free memory for keys and values, which need twi
 def adapter_sha256(folder: Path) -> str:
     """Return one sha256 of a LoRA adapter: its weights and its configuration without the path of the base.
 
-    Raises:
-        InputError: not an adapter folder with safetensors.
+    Raises InputError: not an adapter folder with safetensors.
     """
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     if not weights.is_file() or not config.is_file():
         raise InputError(
             f"{folder}: no adapter here", f"An adapter folder holds {weights.name} and {config.name}."
         )
-    settings = json.loads(config.read_text("utf-8"))
+    settings = json_loads(config.read_text("utf-8"))
     settings.pop("base_model_name_or_path", None)
     canonical = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(f"{sha256_file(weights)}\n{canonical}".encode()).hexdigest()
@@ -344,8 +344,7 @@ class TransformersEngine:
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `Engine.complete`. A prompt too long for the model is a completion with finish "error".
 
-        Raises:
-            InputError: a grammar, which this engine does not support.
+        Raises InputError: a grammar, which this engine does not support.
         """
         if sampling.grammar:
             raise InputError(
@@ -383,8 +382,7 @@ class TransformersEngine:
     ) -> list[NDArray[np.float64]]:
         """See `Engine.choose_each`; one batch for all prompts.
 
-        Raises:
-            InputError: no prompt before the choices, or one too long for the model.
+        Raises InputError: no prompt before the choices, or one too long for the model.
         """
         scorers = [ChoiceScorer(self.text.tokens, p, own) for p, own in zip(prompts, choices, strict=True)]
         if not all(scorer.has_prompt for scorer in scorers):

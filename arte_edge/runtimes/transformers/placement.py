@@ -26,8 +26,7 @@ _DEVICES = ("auto", "cuda", "mps", "cpu")
 def pick_device(name: str = "auto") -> torch.device:
     """Return the device of this name; for auto ``ARTE_EDGE_DEVICE`` decides, then what there is.
 
-    Raises:
-        InputError: no such device.
+    Raises InputError: no such device.
     """
     import torch
 
