@@ -396,6 +396,9 @@ def plan_export(
     formats = plan.formats
     if gguf is not None or onnx is not None:
         formats = parse_list(_comma_separated(gguf), _comma_separated(onnx), plan.onnx.arch)
+    if not formats:
+        hint = "Name some in gguf.types or onnx.formats, or give --gguf or --onnx."
+        raise InputError(f"{recipe}: names no format to export to", hint)
     ref = str(source)
     with downloading(Path(ref).name or ref, reporter) as progress:
         opened = open_source(

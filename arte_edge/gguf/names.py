@@ -221,7 +221,11 @@ def layout_of(base: GgufHeader) -> Layout:
     n_head = base.number("attention.head_count")
     shared = base.field(f"{base.architecture}.attention.head_count_kv") is not None
     n_head_kv = base.number("attention.head_count_kv") if shared else n_head
-    return Layout(base.architecture, base.number("block_count"), n_head, n_head_kv)
+    n_layer = base.number("block_count")
+    if min(n_head, n_head_kv) < 1 or not 0 <= n_layer <= len(base.tensors):
+        what = f"{n_layer} layers of {n_head} and {n_head_kv} heads in {len(base.tensors)} tensors"
+        raise InputError(f"{base.path}: {what}", "Fetch or convert the file again.")
+    return Layout(base.architecture, n_layer, n_head, n_head_kv)
 
 
 def checkpoint_family(checkpoint: Path) -> str:

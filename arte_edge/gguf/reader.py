@@ -214,8 +214,9 @@ class GgufHeader:
     @property
     def quantization(self) -> str:
         """The name of the quantization, from ``general.file_type``, else the type of most bytes."""
-        if named := FILE_TYPES.get(self.metadata.get("general.file_type", -1)):
-            return named
+        number = self.metadata.get("general.file_type")
+        if isinstance(number, int) and number in FILE_TYPES:
+            return FILE_TYPES[number]
         size_by_type: Counter[str] = Counter()
         for tensor in self.tensors.values():
             size_by_type[tensor.type] += tensor.size_bytes
@@ -234,7 +235,8 @@ class GgufHeader:
     @property
     def context_tokens(self) -> int:
         """Context length that the model was trained for, 0 if the file does not say."""
-        return int(self.metadata.get(f"{self.architecture}.context_length", 0))
+        found = self.metadata.get(f"{self.architecture}.context_length")
+        return found if isinstance(found, int) else 0
 
     def number(self, key: str) -> int:
         """Return the integer ``<architecture>.<key>``.

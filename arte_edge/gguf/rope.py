@@ -192,8 +192,10 @@ def restored(header: GgufHeader) -> dict[str, Any]:
 
     def number(key: str, default: float) -> float:
         value = header.metadata.get(f"{arch}.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{header.path}: {arch}.{key} is {value!r}, not a number", _ORIGINAL)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise InputError(
+                f"{header.path}: {arch}.{key} is {value!r}, not a number that it can be", _ORIGINAL
+            )
         return value
 
     kind = header.metadata.get(f"{arch}.rope.scaling.type", "linear")
@@ -237,7 +239,7 @@ def _llama3_settings(
     that gives a whole context length.
     """
     factor = float(divisors.max())
-    if not np.isfinite(divisors).all() or divisors.min() < 1:
+    if not np.isfinite(divisors).all() or divisors.min() < 1 or theta <= 1:
         raise InputError(f"{header.path}: {FREQS} holds other values than divisors", _ORIGINAL)
     waves = _waves(theta, 2 * len(divisors)).astype(np.float64)
     if np.allclose(divisors, factor, rtol=_SAME_FACTORS):
@@ -256,7 +258,8 @@ def _llama3_settings(
         slope = max((share[i] - share[j]) / (x[i] - x[j]) for i, j in pairs)
         one = inside[0] if len(inside) else known[0]
     offset = share[one] - slope * x[one]
-    for length in (round(-slope / offset), context) if offset else ():
+    sound = math.isfinite(slope) and slope > 0 > offset
+    for length in (round(-slope / offset), context) if sound else ():
         low = float(-offset * length / slope)
         high = float(low + length / slope)
         for digits in (3, 12):

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from arte_edge import catalog
+from arte_edge.api import plan_export
 from arte_edge.errors import InputError
-from arte_edge.export.recipe import Recipe, build, load_recipe
+from arte_edge.export.recipe import build, load_recipe
 from arte_edge.models.artifact import format_of
 from arte_edge.verify.thresholds import thresholds_for
 
@@ -98,5 +99,9 @@ def test_a_file_that_is_not_toml_is_rejected(tmp_path: Path) -> None:
         load_recipe(str(path))
 
 
-def test_an_empty_recipe_has_no_formats() -> None:
-    assert Recipe().formats == ()
+def test_a_recipe_without_formats_is_rejected_before_its_source_is_opened(tmp_path: Path) -> None:
+    path = tmp_path / "empty.toml"
+    path.write_text("[gguf]\ntypes = []\n[onnx]\nformats = []\n")
+    assert load_recipe(str(path)).formats == ()
+    with pytest.raises(InputError, match="no format"):
+        plan_export("no/such-model", recipe=path)

@@ -1,5 +1,7 @@
 """The GGUF reader: agrees with GGML's own package, rejects damaged files, parses each file once."""
 
+import contextlib
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import Make, Patch
 
+from arte_edge.device.model_size import ModelSize
 from arte_edge.errors import InputError
-from arte_edge.gguf import reader
-from arte_edge.gguf.reader import FILE_TYPES, STRING, TENSOR_TYPES, Field, read_header, read_model_header
+from arte_edge.gguf import reader, rope
+from arte_edge.gguf.names import layout_of
+from arte_edge.gguf.reader import (
+    ARRAY,
+    BOOL,
+    FILE_TYPES,
+    FLOAT32,
+    STRING,
+    TENSOR_TYPES,
+    UINT32,
+    UINT64,
+    Field,
+    read_header,
+    read_model_header,
+)
 from arte_edge.gguf.writer import rewrite
 
 # The fixture's path does not change between examples; the files written from it do.
@@ -116,6 +132,43 @@ def test_a_damaged_file_is_never_a_crash(make_gguf: Make, places: Any, share: fl
             assert len(header.fields) == len(header.metadata)
         except InputError as error:
             assert str(path) in error.message
+
+
+WRONG = [
+    Field(STRING, b"\xff\xfe"),
+    Field(FLOAT32, math.nan),
+    Field(FLOAT32, -math.inf),
+    Field(BOOL, True),
+    Field(UINT64, (1 << 64) - 1),
+    Field(UINT32, 0),
+    Field(ARRAY, [1, 2], UINT32),
+    Field(ARRAY, [math.nan], FLOAT32),
+    Field(ARRAY, [], STRING),
+]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=str)
+def test_a_value_of_another_kind_is_no_crash_for_anyone_who_uses_it(
+    value: Field, tiny_model: Any, tmp_path: Path
+) -> None:
+    whole = read_model_header(tiny_model("llama").base_gguf)
+    keys = [key for key in whole.fields if not key.startswith(("general.arch", "general.align"))]
+    for key in (
+        *keys,
+        "llama.rope.scaling.factor",
+        "llama.rope.scaling.type",
+        "llama.rope.scaling.attn_factor",
+    ):
+        out = tmp_path / "wrong.gguf"
+        rewrite(whole.path, {key: value}, out=out)
+        uses = (
+            rope.restored,
+            lambda h: layout_of(h).gguf_name("lm_head.weight"),
+            lambda h: ModelSize.of(h.path),
+        )
+        for use in (*uses, lambda h: (h.quantization, h.context_tokens, h.chat_template, h.parameter_count)):
+            with contextlib.suppress(InputError):
+                use(read_model_header(out))
 
 
 def test_reading_agrees_with_the_library_of_the_format(tiny_model: Any) -> None:

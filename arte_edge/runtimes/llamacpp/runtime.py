@@ -237,7 +237,7 @@ class LlamaCppRuntime(BaseRuntime):
     def _promoted(self) -> frozenset[str]:
         """Tokens that are ordinary in the file and special in the runtime."""
         field = self._header.field("tokenizer.ggml.token_type")
-        kinds = [] if field is None else field.value
+        kinds = field.value if field is not None and isinstance(field.value, list) else []
         return frozenset(
             self.token_text(token)
             for token in self._of_kind(_CONTROL)

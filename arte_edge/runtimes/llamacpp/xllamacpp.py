@@ -149,8 +149,7 @@ class XllamaRuntime(BaseRuntime):
                 f"{path.name}: {context_tokens} tokens of context, and the model was made for {self._server.n_ctx}",
                 "xllamacpp runs no model beyond that: shorten the prompt or the depth.",
             )
-        template = self._server.header.fields.get("tokenizer.chat_template")
-        self.chat_template = None if template is None else template.value.decode(errors="replace")
+        self.chat_template = self._server.header.chat_template
         known = self._server.post("/props")
         self.special_tokens = {name: str(known[name]) for name in ("bos_token", "eos_token")}
         self._tokens: list[int] = []
