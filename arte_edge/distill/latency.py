@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import TypeAdapter
 
 from arte_edge.cache import write_atomic
-from arte_edge.console import Reporter
 from arte_edge.distill.config import Deploy
 from arte_edge.errors import InputError
 from arte_edge.files import json_loads, user_path
@@ -34,17 +32,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FILE_NAME",
-    "PROMPT_PERCENTILE",
     "Budget",
     "Rates",
     "budget_tokens",
-    "decide_budget",
     "device_rates",
+    "new_budget",
     "penalize_length",
+    "stored_budget",
 ]
 
 FILE_NAME = "deploy.json"
-PROMPT_PERCENTILE = 95
 _CONTEXT_TOKENS = 512  # at which a prediction is made
 _LEAST = 8  # tokens: an answer in its tags and a word before it
 
@@ -95,28 +92,16 @@ def penalize_length(score: float, tokens: int, most_tokens: int, *, log: bool) -
     return score + math.log(share) if log else score * share
 
 
-def decide_budget(
-    folder: Path,
-    config: Deploy,
-    student: LocalModel,
-    prompt_tokens: Callable[[], int],
-    reporter: Reporter,
-    *,
-    update: bool,
-) -> Budget:
-    """Return the run's budget, decided once and stored in its `folder`.
+def new_budget(folder: Path, config: Deploy, prompt_tokens: int, rates: Rates) -> Budget:
+    """Return the budget of a run and store it in its `folder`.
 
-    Raises InputError: no rates are known, or the time is too short for an answer.
+    Raises:
+        InputError: the time is too short for an answer.
     """
-    path = folder / FILE_NAME
-    if (stored := None if update else _stored(path, config)) is not None:
-        return stored
-    rates = device_rates(config, student)
-    n_prompt = prompt_tokens()
-    budget = Budget(budget_tokens(config.max_answer_seconds, n_prompt, rates), n_prompt, rates)
+    tokens = budget_tokens(config.max_answer_seconds, prompt_tokens, rates)
+    budget = Budget(tokens, prompt_tokens, rates)
     document = {"deploy": _settings(config), "budget": asdict(budget)}
-    write_atomic(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
-    reporter.event("deploy", **document)
+    write_atomic(folder / FILE_NAME, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
     return budget
 
 
@@ -215,10 +200,10 @@ def _predicted_shape(kind: str, student: LocalModel) -> ModelSize:
     )
 
 
-def _stored(path: Path, config: Deploy) -> Budget | None:
+def stored_budget(folder: Path, config: Deploy) -> Budget | None:
     """Return the budget decided from the same settings; None if there is no readable one."""
     try:
-        document = json_loads(path.read_bytes())
+        document = json_loads((folder / FILE_NAME).read_bytes())
         if document["deploy"] != _settings(config):
             return None
         return TypeAdapter(Budget).validate_python(document["budget"])

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from arte_edge.console import Reporter
 from arte_edge.distill.config import RunConfig
+from arte_edge.distill.latency import Budget, device_rates, new_budget, stored_budget
+from arte_edge.distill.prompts import STEP_BY_STEP, student_messages
 from arte_edge.distill.run_context import RunContext, Summary, open_folder, quantized_student
 from arte_edge.distill.validate_config import fewer_shown, refuse_models, refuse_run
 from arte_edge.extras import need
 from arte_edge.tasks.loaders import load_task
 
-if TYPE_CHECKING:
-    from arte_edge.distill.latency import Budget
+__all__ = ["Outcome", "decide_budget", "run_pipeline"]
 
-__all__ = ["Outcome", "run_budget", "run_pipeline"]
+_PROMPT_PERCENTILE = 95  # of the validation examples, rendered as for the student
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def _prepare(run: RunContext, *, update: bool) -> None:
         if config.aligned:
             run.checkpoint(config.teacher)
     if deploy.device:
-        run.budget = run_budget(run, update=update)
+        run.budget = decide_budget(run, update=update)
         rates = run.budget.rates
         run.reporter.say(
             f"{deploy.device}, {deploy.file}: {deploy.max_answer_seconds:g} s minus prefill of "
@@ -93,32 +95,19 @@ def _prepare(run: RunContext, *, update: bool) -> None:
             f"({rates.evidence}: {rates.source})"
         )
     if kind := run.config.prefer.student_file:
-        quantized_student(run.local(student), kind)
+        with run.reporter.bar(f"student in {kind}", 1):
+            quantized_student(run.local(student), kind)
 
 
-def run_budget(run: RunContext, *, update: bool) -> Budget:
+def decide_budget(run: RunContext, *, update: bool) -> Budget:
     """Return the latency budget of a run with a ``[deploy]`` device, decided once."""
-    from arte_edge.distill.latency import decide_budget
-
-    student = run.local(run.config.student)
-    return decide_budget(
-        run.folder, run.config.deploy, student, lambda: _prompt_tokens(run), run.reporter, update=update
-    )
-
-
-def _prompt_tokens(run: RunContext) -> int:
-    """Return the length of a long prompt of the student, in its tokens: a percentile of the validation examples."""
-    import numpy as np
-
-    from arte_edge.distill.latency import PROMPT_PERCENTILE
-    from arte_edge.distill.prompts import STEP_BY_STEP, student_messages
-
-    student = run.config.student
-    engine = run.engine(student)
-    counts = [
-        engine.count_tokens(
-            run.render(engine, student_messages(run.task, example.input), STEP_BY_STEP, student)
-        )
-        for example in run.task.validation
-    ]
-    return math.ceil(float(np.percentile(counts, PROMPT_PERCENTILE)))
+    config, student = run.config.deploy, run.config.student
+    if not update and (stored := stored_budget(run.folder, config)) is not None:
+        return stored
+    rates, engine = device_rates(config, run.local(student)), run.engine(student)
+    messages = [student_messages(run.task, example.input) for example in run.task.validation]
+    counts = [engine.count_tokens(run.render(engine, m, STEP_BY_STEP, student)) for m in messages]
+    long_prompt = math.ceil(float(np.percentile(counts, _PROMPT_PERCENTILE)))
+    budget = new_budget(run.folder, config, long_prompt, rates)
+    run.reporter.event("deploy", deploy=config.model_dump(mode="json"), budget=asdict(budget))
+    return budget

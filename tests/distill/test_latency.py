@@ -11,8 +11,15 @@ from hypothesis import strategies as st
 from tiny import Patch, artifact, facts, speed_row, student_file
 
 from arte_edge.distill.config import Deploy
-from arte_edge.distill.latency import FILE_NAME, Budget, Rates, budget_tokens, device_rates, penalize_length
-from arte_edge.distill.pipeline import run_budget
+from arte_edge.distill.latency import (
+    FILE_NAME,
+    Budget,
+    Rates,
+    budget_tokens,
+    device_rates,
+    penalize_length,
+)
+from arte_edge.distill.pipeline import decide_budget
 from arte_edge.distill.run_context import RunContext, quantized_student
 from arte_edge.distill.stages.tailor import tailor
 from arte_edge.errors import InputError, StoppedEarly
@@ -30,8 +37,8 @@ PI = "raspberry-pi-5"
 def settle(run: RunContext, rates: Rates = RATES, *, update: bool = False) -> Budget:
     """Decide the budget of a run whose device has these rates."""
     with Patch.context() as patch:
-        patch.setattr("arte_edge.distill.latency.device_rates", lambda deploy, student: rates)
-        return run_budget(run, update=update)
+        patch.setattr("arte_edge.distill.pipeline.device_rates", lambda deploy, student: rates)
+        return decide_budget(run, update=update)
 
 
 def test_a_time_that_leaves_no_answer_is_refused_and_says_what_would_do() -> None:

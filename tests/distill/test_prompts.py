@@ -63,9 +63,6 @@ def test_a_students_shot_is_a_turn_that_ends_in_a_readable_answer(house: Any) ->
     assert answered["content"].startswith(STEP_BY_STEP)
     assert extract(answered["content"], house.task.answer) == house.task.seed[0].target
     assert ask["content"] == "Question: Q?"
-
-
-def test_the_direct_question_asks_for_no_reasoning(house: Any) -> None:
-    messages = direct_messages(house.task, "Q?", answer_shots(house.task.seed, 2))
+    messages = direct_messages(house.task, "Q?", answer_shots(house.task.seed, 2))  # asks for no reasoning
     assert STEP_BY_STEP not in "".join(message["content"] for message in messages)
     assert messages[2]["content"] == "<ans>even</ans>"

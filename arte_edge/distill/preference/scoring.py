@@ -130,7 +130,8 @@ def score_drafts(
             values -= length_effect(fit_score_model(values).mean, tokens)[:, None]
         rounds += 1
     model = fit_score_model(values) if plan else None
-    value, without_bias = (_means(grid.values(free=use), adaptive) for use in (False, True))
+    grids = (grid.values(free=False), grid.values(free=True))
+    value, without_bias = (fit_score_model(g).mean if adaptive else g.mean(axis=1) for g in grids)
     measured = np.isfinite(values)
     return Scored(
         [
@@ -150,10 +151,6 @@ def _all_cells(values: Floats) -> list[Cells]:
     """Return every cell of the grid as one round; nothing once it is measured."""
     every = tuple(range(values.shape[1]))
     return [] if np.isfinite(values).any() else [Cells(draft, every) for draft in range(len(values))]
-
-
-def _means(values: Floats, adaptive: bool) -> Floats:
-    return fit_score_model(values).mean if adaptive else np.asarray(values.mean(axis=1))
 
 
 def _measure(
@@ -320,6 +317,7 @@ def scoring_engine(run: RunContext, n_score: int) -> Engine:
     model = run.local(config)
 
     def opening(candidate: Candidate) -> Engine:
+        step(1)
         which = f16_student(model) if candidate.kind == "llamacpp" else model
         return open_local(which, kind=candidate.kind, parallel=config.parallel, dtype=candidate.dtype)
 
@@ -327,9 +325,9 @@ def scoring_engine(run: RunContext, n_score: int) -> Engine:
     weights_bytes = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     candidates = candidates_here(weights_bytes, has_file=model.gguf is not None, checkpoint=checkpoint)
     work: Workload = "write" if prefer.score == "accuracy" else "choose"
-    fastest = fastest_engine(
-        candidates, opening, work, [model.sha256, config.parallel, *map(_version, _RUNTIMES)]
-    )
+    facts = [model.sha256, config.parallel, *map(_version, _RUNTIMES)]
+    with run.reporter.bar("comparing engines", len(candidates)) as step:
+        fastest = fastest_engine(candidates, opening, work, facts)
     if fastest.kind == "llamacpp":
         return run.engine(config)
     return run.engine_with(

@@ -58,38 +58,29 @@ def test_a_draft_that_only_shifts_the_answer_bias_moves_the_measured_score_alone
     assert fair.value - leaning.value > 0.05
     assert leaning.free == pytest.approx(fair.free, abs=1e-9)
     assert leaning.bias > fair.bias + 0.3
-
-
-@pytest.mark.parametrize("soft", [True, False])
-def test_the_bias_free_score_still_tells_a_good_draft_from_a_bad_one(soft: bool) -> None:
+    # A good draft is still told from a bad one.
     good = score_log_probabilities(knowledge(2.0) + np.array([3.0, 0.0]), TRUTH, soft=soft)
-    bad = score_log_probabilities(knowledge(0.0), TRUTH, soft=soft)
-    assert good.free > bad.free + 0.2
+    assert good.free > score_log_probabilities(knowledge(0.0), TRUTH, soft=soft).free + 0.2
 
 
-def test_forced_counts_right_answers_and_likelihood_their_probability() -> None:
-    logp = np.log([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.8, 0.2]])
-    truth = np.array([0, 1, 1, 0])
-    forced = score_log_probabilities(logp, truth, soft=False)
-    assert forced.value == forced.accuracy == 0.75
-    likelihood = score_log_probabilities(logp, truth, soft=True)
-    assert likelihood.value == pytest.approx((0.9 + 0.4 + 0.7 + 0.8) / 4)
-    assert likelihood.accuracy == 0.75
-
-
-def test_an_item_with_fewer_choices_has_nan_and_counts_among_its_own() -> None:
-    logp = np.array([[0.0, 0.0, np.nan], [0.0, 0.0, 0.0]])
-    score = score_log_probabilities(logp, np.array([0, 0]), soft=True)
-    assert score.value == pytest.approx((1 / 2 + 1 / 3) / 2)
-    assert score.free == pytest.approx((1 / 2 + 1 / 3) / 2)
-    assert np.isfinite([score.value, score.free, score.bias]).all()
-
-
-def test_always_the_same_answer_has_the_bias_of_the_rest() -> None:
-    logp = np.tile([0.0, -5.0], (N, 1))
-    assert score_log_probabilities(logp, TRUTH, soft=True).bias == pytest.approx(0.5)
-    perfect = np.where(np.eye(2)[TRUTH] == 1, 0.0, -5.0)
-    assert score_log_probabilities(perfect, TRUTH, soft=True).bias == 0.0
+@pytest.mark.parametrize(
+    ("logp", "truth", "soft", "value", "accuracy", "bias"),
+    [
+        (np.log([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.8, 0.2]]), [0, 1, 1, 0], False, 0.75, 0.75, 0.25),
+        (np.log([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.8, 0.2]]), [0, 1, 1, 0], True, 0.7, 0.75, 0.25),
+        # An item with fewer choices has NaN and counts among its own.
+        ([[0.0, 0.0, np.nan], [0.0, 0.0, 0.0]], [0, 0], True, (1 / 2 + 1 / 3) / 2, 1.0, 0.0),
+        # Always the same answer has the bias of the rest.
+        (np.tile([0.0, -50.0], (N, 1)), TRUTH, True, 0.5, 0.5, 0.5),
+        (np.where(np.eye(2)[TRUTH] == 1, 0.0, -50.0), TRUTH, True, 1.0, 1.0, 0.0),
+    ],
+)
+def test_the_parts_of_a_score(
+    logp: Any, truth: Any, soft: bool, value: float, accuracy: float, bias: float
+) -> None:
+    score = score_log_probabilities(logp, np.array(truth), soft=soft)
+    assert (score.value, score.accuracy, score.bias) == pytest.approx((value, accuracy, bias))
+    assert np.isfinite(score.free)
 
 
 @settings(deadline=None, max_examples=60)
@@ -110,14 +101,9 @@ def test_written_answers_free_of_bias_are_the_mean_recall() -> None:
     # Three quarters of the set are "yes": always saying "yes" is worth nothing.
     targets = ["yes"] * 6 + ["no"] * 2
     score = score_answers(["yes"] * 8, targets, [target == "yes" for target in targets])
-    assert score.value == score.accuracy == 0.75
-    assert score.free == 0.5
-    assert score.bias == pytest.approx(0.25)
-
-
-def test_answers_that_cannot_be_read_count_as_wrong_and_have_no_bias() -> None:
-    score = score_answers([None, None], ["yes", "no"], [False, False])
-    assert (score.value, score.free, score.bias) == (0.0, 0.0, 0.0)
+    assert (score.value, score.accuracy, score.free, score.bias) == (0.75, 0.75, 0.5, pytest.approx(0.25))
+    unreadable = score_answers([None, None], ["yes", "no"], [False, False])
+    assert (unreadable.value, unreadable.free, unreadable.bias) == (0.0, 0.0, 0.0)
 
 
 def test_open_answers_score_by_their_mean_log_probability() -> None:
