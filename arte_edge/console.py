@@ -202,14 +202,10 @@ class Reporter:
     @contextmanager
     def percent(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """Show a training's progress; yields ``progress(done, total)`` in steps."""
-        with self.bar(what, 100, " %") as step:
-            shown = 0
+        with doing(what, 100, " %", shown=not self._quiet) as current:
 
             def progress(done: int, total: int) -> None:
-                nonlocal shown
-                now = 100 * done // max(total, 1)
-                step(now - shown)
-                shown = now
+                current.done = 100 * done // max(total, 1)
 
             yield progress
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arte_edge.console import Reporter
+from arte_edge.console import Reporter, doing
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.latency import Budget, device_rates, new_budget, stored_budget
 from arte_edge.distill.prompts import STEP_BY_STEP, student_messages
@@ -95,7 +95,7 @@ def _prepare(run: RunContext, *, update: bool) -> None:
             f"({rates.evidence}: {rates.source})"
         )
     if kind := run.config.prefer.student_file:
-        with run.reporter.bar(f"student in {kind}", 1):
+        with doing(f"quantizing {student.model} to {kind}"):
             quantized_student(run.local(student), kind)
 
 

@@ -26,6 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.console import doing
 from arte_edge.distill.config import Prefer
 from arte_edge.distill.preference.adaptive import (
     AdaptivePlan,
@@ -317,7 +318,7 @@ def scoring_engine(run: RunContext, n_score: int) -> Engine:
     model = run.local(config)
 
     def opening(candidate: Candidate) -> Engine:
-        step(1)
+        current.done += 1
         which = f16_student(model) if candidate.kind == "llamacpp" else model
         return open_local(which, kind=candidate.kind, parallel=config.parallel, dtype=candidate.dtype)
 
@@ -326,7 +327,7 @@ def scoring_engine(run: RunContext, n_score: int) -> Engine:
     candidates = candidates_here(weights_bytes, has_file=model.gguf is not None, checkpoint=checkpoint)
     work: Workload = "write" if prefer.score == "accuracy" else "choose"
     facts = [model.sha256, config.parallel, *map(_version, _RUNTIMES)]
-    with run.reporter.bar("comparing engines", len(candidates)) as step:
+    with doing("comparing engines", len(candidates)) as current:
         fastest = fastest_engine(candidates, opening, work, facts)
     if fastest.kind == "llamacpp":
         return run.engine(config)

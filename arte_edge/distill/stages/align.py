@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.cache import sha256_file
+from arte_edge.console import doing
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.generation.questions import parse_questions
 from arte_edge.distill.preference.dpo_pairs import draw_question_pairs, draw_rationale_pairs, length_report
@@ -162,7 +163,8 @@ def _probe(run: RunContext, adapter_dir: Path) -> ProbeResult:
         sampling = Sampling(
             temperature=elicit.temperature, top_p=elicit.top_p, max_tokens=elicit.question_tokens, seed=-1
         )
-        answers = engine.complete(requests, sampling)
+        with doing("check for collapse"):
+            answers = engine.complete(requests, sampling)
     finally:
         engine.close()
     drafts = [draft for answer in answers for draft in parse_questions(question_prefill(shown) + answer.text)]
