@@ -27,91 +27,14 @@ class Renders(Protocol):
     def render(self, messages: Sequence[Message]) -> str | None: ...
 
 
-_DIALOGUES = (
-    (
-        "How do I get a coffee stain out of a cotton shirt?",
-        "Rinse the stain from the back with cold water first, so that it is pushed out and not further in. "
-        "Then rub in a little dish soap, leave it for ten minutes and wash the shirt as usual. If a brown edge "
-        "stays, a spoonful of white vinegar in half a glass of water usually takes it away.",
-    ),
-    (
-        "Anna has 14 marbles. She gives 5 to Ben and finds 3 more. How many does she have now?",
-        "Anna starts with 14 marbles. After she gives 5 away she has 14 - 5 = 9. She finds 3 more, so she has "
-        "9 + 3 = 12 marbles.",
-    ),
-    (
-        "Write a Python function that counts the vowels in a string.",
-        '```python\ndef count_vowels(text: str) -> int:\n    return sum(letter in "aeiou" for letter in '
-        "text.lower())\n```\n\nThe function lowers the text first, so capital letters are counted as well.",
-    ),
-    (
-        "Which category fits best: billing, delivery or returns? 'My parcel was left in the rain.'",
-        "The customer is unhappy with how the parcel was handed over, so the category is delivery.",
-    ),
-    (
-        "Explain to a child why the moon changes its shape.",
-        "The moon does not really change. The sun lights one half of it, and as the moon walks around the earth "
-        "we see more or less of the bright half. When we look at the dark half it seems to be gone, and when we "
-        "look at the bright half it is a full circle.",
-    ),
-    (
-        "Turn this into JSON: Maria Keller, 34 years old, lives in Basel and has two cats.",
-        '{"name": "Maria Keller", "age": 34, "city": "Basel", "pets": [{"kind": "cat", "count": 2}]}',
-    ),
-    (
-        "Summarise: The library will close at four on Friday because the heating is being repaired. "
-        "Books can still be returned through the box at the side door.",
-        "The library closes at four on Friday for heating repairs; the return box stays open.",
-    ),
-    (
-        "Übersetze ins Englische: Der Zug nach Bern fährt heute von Gleis sieben.",
-        "The train to Bern leaves from platform seven today.",
-    ),
-    (
-        "Is the following true or false? not ( True and False ) or False",
-        "First, True and False is False. Then not False is True. True or False is True. So the answer is True.",
-    ),
-    (
-        "What should I check before a long bicycle tour?",
-        "Check the brakes and the tyres first: the pads should be thicker than a coin and the tyres hard to press "
-        "with a thumb. Oil the chain, tighten the bolts of the saddle and the handlebar, and pack a spare tube, "
-        "a pump and a small set of keys. A short ride around the block shows whether anything rattles.",
-    ),
-    (
-        "Give me the third and the fifth item of this list: pear, nail, cloud, river, lamp, stone.",
-        "The third item is cloud and the fifth item is lamp.",
-    ),
-    (
-        "日本で一番高い山は何ですか。",
-        "日本で一番高い山は富士山です。高さは3776メートルあります。",
-    ),
-    (
-        "How many days are there from 3 March to 10 April?",
-        "March has 31 days, so from 3 March to 31 March there are 28 days. Then there are 10 more days to 10 "
-        "April. Together that is 28 + 10 = 38 days.",
-    ),
-    (
-        "Continue the story: The lighthouse keeper had not seen a ship for nine days.",
-        "On the tenth morning a small boat with a torn sail came out of the fog. There was nobody at the rudder, "
-        "only a grey dog that looked up at the lamp as if it had been told to find it. The keeper put down his "
-        "cup, took the long rope from its nail and went down the stairs as fast as his knees would let him.",
-    ),
-    (
-        "Fix the grammar: She don't has no time for to reading them books.",
-        "She doesn't have any time to read those books.",
-    ),
-    (
-        "Sort these numbers from small to large: 42, 7, 19, 3.5, 120, -4.",
-        "From small to large: -4, 3.5, 7, 19, 42, 120.",
-    ),
-)
+_DIALOGUES: list[dict[str, str]] = json.loads(Path(__file__).with_name("dialogues.json").read_text("utf-8"))
 
 
 def built_in_prompts(reference: Renders) -> list[str]:
     """Return sixteen short dialogues with answers in the reference's own format: about 1,500 tokens."""
     return [
-        _rendered(reference, [{"role": "user", "content": question}]) + answer
-        for question, answer in _DIALOGUES
+        _rendered(reference, [{"role": "user", "content": dialogue["question"]}]) + dialogue["answer"]
+        for dialogue in _DIALOGUES
     ]
 
 
