@@ -10,7 +10,17 @@ __all__ = ["EXTRAS", "missing_modules", "need"]
 
 # extra -> the modules it must provide; the keys are the extras of pyproject.toml
 EXTRAS = {
-    "train": ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "scipy", "rouge_score"),
+    "train": (
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "datasets",
+        "pyarrow",
+        "accelerate",
+        "scipy",
+        "rouge_score",
+    ),
     "gguf": ("llama_cpp", "gguf"),
     "onnx": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir", "tokenizers"),
     "optimum": ("optimum",),

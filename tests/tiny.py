@@ -26,44 +26,12 @@ from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow
 from arte_edge.results.student_json import Artifact, Fidelity, FidelityMetrics, Lineage, Student, StudentFile
 from arte_edge.tasks.loaders import load_task
 
-__all__ = [
-    "SPECIAL",
-    "TASK",
-    "TEMPLATE",
-    "Capture",
-    "Folders",
-    "Make",
-    "Patch",
-    "accuracy",
-    "add_tensors",
-    "artifact",
-    "bpe",
-    "chat_tokenizer",
-    "choose",
-    "edited",
-    "edited_json",
-    "facts",
-    "finish",
-    "gguf_writer",
-    "hf_logits",
-    "llama_shapes",
-    "machine",
-    "make_gguf",
-    "metrics",
-    "model_shape",
-    "opened",
-    "quality_row",
-    "relative_error",
-    "save_checkpoint",
-    "speed_row",
-    "student_file",
-    "tensor_sha256",
-    "word_tokenizer",
-    "write_gguf",
-    "write_safetensors",
-    "write_student",
-    "write_tokenizer",
-]
+__all__ = ["SPECIAL", "TASK", "TEMPLATE", "Capture", "Folders", "Make", "Patch", "accuracy", "add_tensors"]
+__all__ += ["artifact", "bpe", "chat_tokenizer", "choose", "edited", "edited_json", "facts", "finish"]
+__all__ += ["gguf_writer", "hf_logits", "llama_shapes", "machine", "make_gguf", "metrics", "model_shape"]
+__all__ += ["opened", "quality_row", "relative_error", "save_checkpoint", "speed_row", "student_file"]
+__all__ += ["tensor_sha256", "word_tokenizer", "write_gguf", "write_safetensors", "write_student"]
+__all__ += ["write_tokenizer"]
 
 # What most signatures of tests name.
 Make = Callable[..., Any]

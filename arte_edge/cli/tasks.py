@@ -5,9 +5,9 @@ Examples come from the seed split; the test split is counted, never shown.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,16 +18,18 @@ from arte_edge.errors import InputError
 from arte_edge.files import user_path
 
 if TYPE_CHECKING:
+    from arte_edge.tasks.scaffold import NewTask
     from arte_edge.tasks.task import Task
     from arte_edge.tasks.validation import Problem
 
 __all__ = ["app"]
 
+_LABELS_SHOWN = 20
+
 app = typer.Typer(help="List, show, check and create tasks.", no_args_is_help=True)
 
 Bbh = Annotated[
-    Path | None,
-    typer.Option("--bbh", metavar="DIR", help="Use tasks from a folder of BIG-Bench Hard files."),
+    Path | None, typer.Option("--bbh", metavar="DIR", help="Use tasks from a folder of BIG-Bench Hard files.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -45,17 +47,27 @@ def ls(bbh: Bbh = None, as_json: Json = False) -> None:
     for task in tasks:
         sizes = "/".join(str(n) for n in task["n_rows"].values())
         rows.append((task["name"], task["answer"]["kind"], sizes, task["description"]))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    left = max(out.width - sum(widths) - 2 * len(widths), 1)  # two blanks between columns
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        out.print("  ".join([*cells, shorten(row[3], left, placeholder="…")]), no_wrap=True)
+    _print_columns(rows, wide=3)
     err.print("rows: seed / validation / test")
+
+
+def _print_columns(rows: Sequence[Sequence[object]], wide: int) -> None:
+    """Print `rows` in columns, numbers to the right; column `wide` is cut to the width of the terminal."""
+    from rich.cells import cell_len, set_cell_size
+
+    texts = [[" ".join(str(cell).split()) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*texts, strict=True)]
+    widths[wide] -= max(0, sum(widths) + 2 * len(widths) - 2 - out.width)
+    numbers = [isinstance(cell, int) for cell in rows[-1]]
+    for row in texts:
+        cells = zip(row, widths, numbers, strict=True)
+        line = "  ".join(text.rjust(n) if right else set_cell_size(text, n) for text, n, right in cells)
+        out.print(line.rstrip(), soft_wrap=True)
 
 
 @app.command("show")
 def show(
-    ref: Annotated[str, typer.Argument(help="A shipped name, a task folder, data.jsonl or hub:org/name.")],
+    ref: Annotated[str, typer.Argument(help="A shipped name, a task folder, data.csv or hub:org/name.")],
     n_examples: Annotated[int, typer.Option("--examples", "-n", min=0, help="Number of seed examples.")] = 3,
     bbh: Bbh = None,
     as_json: Json = False,
@@ -66,7 +78,7 @@ def show(
     task = load_task(ref, bbh=bbh)
     summary = _summary(task) | {
         "techniques": list(task.techniques),
-        "examples": [asdict(example) for example in task.seed[:n_examples]],
+        "examples": [{"input": one.input, "target": one.target} for one in task.seed[:n_examples]],
         "notes": list(task.notes),
     }
     if as_json:
@@ -75,14 +87,8 @@ def show(
     choices = f" ({', '.join(task.answer.choices)})" if task.answer.choices else ""
     sizes = ", ".join(f"{n} {split}" for split, n in summary["n_rows"].items())
     seed = "" if task.split_seed is None else f" (split by seed {task.split_seed})"
-    lines = [
-        task.name,
-        task.description,
-        "",
-        f"answer   {task.answer.kind}{choices}",
-        f"rows     {sizes}{seed}",
-    ]
-    lines.append(f"sha256   {task.sha256[:16]}…")
+    lines = [task.name, task.description, "", f"answer   {task.answer.kind}{choices}"]
+    lines += [f"rows     {sizes}{seed}", f"sha256   {task.sha256[:16]}…"]
     lines += [f"note     {note}" for note in task.notes]
     for number, technique in enumerate(task.techniques, start=1):
         lines += ["", f"technique {number}: {technique}"]
@@ -117,14 +123,25 @@ def check(
 @app.command("new")
 def new(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The task folder to write.")],
-    jsonl: Annotated[
-        Path | None, typer.Option("--jsonl", metavar="FILE", help="Split this labelled file into the task.")
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            "--table",
+            "--jsonl",
+            metavar="FILE",
+            help="Split this labelled table into the task: .csv, .tsv, .jsonl, .json or .parquet.",
+        ),
     ] = None,
     hub: Annotated[
         str | None, typer.Option("--hub", metavar="ORG/NAME", help="Split this Hub dataset into the task.")
     ] = None,
-    input_column: Annotated[str, typer.Option("--input", help="Column of the input.")] = "input",
-    target_column: Annotated[str, typer.Option("--target", help="Column of the correct answer.")] = "target",
+    input_column: Annotated[
+        str | None, typer.Option("--input", help="Column of the input. Default: guessed by its name.")
+    ] = None,
+    target_column: Annotated[
+        str | None, typer.Option("--target", help="Column of the answer. Default: guessed by its name.")
+    ] = None,
+    max_rows: Annotated[int | None, typer.Option("--rows", min=1, help="Use at most so many rows.")] = None,
     split_seed: Annotated[int, typer.Option("--seed", help="Seed of the split.")] = 0,
     description: Annotated[str, typer.Option("--description", help="Description of the task.")] = "",
     teacher: Annotated[
@@ -133,42 +150,59 @@ def new(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Create a task folder, empty or from a labelled file.
+    """Create a task folder, empty or from a labelled table.
 
     With --teacher, a model proposes the four technique prompts, for a new or an existing task.
     """
-    from arte_edge.tasks.from_table import task_from_table
-    from arte_edge.tasks.loaders import hub_records, jsonl_records, task_name
-    from arte_edge.tasks.scaffold import check_empty, write_skeleton, write_task
+    from arte_edge.tasks.from_table import Split
+    from arte_edge.tasks.loaders import task_name
+    from arte_edge.tasks.scaffold import new_task, write_skeleton
 
-    if jsonl and hub:
-        raise InputError("--jsonl and --hub exclude each other")
+    if table and hub:
+        raise InputError("--table and --hub exclude each other")
     folder = user_path(folder)
-    filled_in = (folder / "task.toml").is_file()
-    if teacher and not (jsonl or hub or filled_in):
-        hint = "Add --jsonl FILE, or create the folder without --teacher, fill it in and run this again."
+    if teacher and not (table or hub or (folder / "task.toml").is_file()):
+        hint = "Add --table FILE, or create the folder without --teacher, fill it in and run this again."
         raise InputError("A teacher needs a description and seed examples to propose techniques", hint)
-    name = task_name(folder.resolve().name)
-    if jsonl or hub:
-        check_empty(folder)
-        records = (
-            jsonl_records(jsonl, input_column, target_column)
-            if jsonl
-            else hub_records(hub or "", input_column, target_column)
-        )
-        task = task_from_table(name, records, split_seed=split_seed, description=description)
-        write_task(folder, task)
-        for note in task.notes:
-            err.print(note)
+    written: dict[str, Any] = {"folder": str(folder), "name": task_name(folder.resolve().name)}
+    todo = "fill in task.toml"
+    if table or hub:
+        ref, columns = str(table or f"hub:{hub}"), (input_column, target_column)
+        made = new_task(folder, ref, columns, Split(split_seed, max_rows), description)
+        todo = "read task.toml, whose prompts are general ones" if not description else "read task.toml"
+        written |= _summary(made.task) | {"notes": list(made.task.notes), "labels": made.spread}
+        if not as_json:
+            _print_new(made)
     elif not teacher:
-        write_skeleton(folder, name, description)
+        write_skeleton(folder, written["name"], description)
     techniques = _propose(folder, teacher) if teacher else ()
     if as_json:
-        emit_json({"folder": str(folder), "name": name, "techniques": list(techniques)})
+        emit_json(written | {"techniques": list(techniques)})
         return
     for technique in techniques:
         out.print(f"- {technique}")
-    out.print(f"Wrote {folder}. Next: fill in task.toml, then `arte-edge tasks check {folder}`.")
+    out.print(f"Wrote {folder}. Next: {todo}, then", f"`arte-edge tasks check {folder}`.")
+
+
+def _print_new(made: NewTask) -> None:
+    """Print what was read, dropped and guessed, and how the answers are spread over the splits."""
+    task, table = made.task, made.table
+    columns = f"input '{table.columns[0]}', answer '{table.columns[1]}'"
+    form = f" {table.form}" if table.form else ""
+    out.print(f"Read {table.name}: {table.n_rows:,} rows{form}; {columns}.")
+    for note in task.notes:
+        out.print(f"- {note}")
+    kind = f"one of {len(task.answer.choices)} labels" if task.answer.choices else task.answer.kind
+    how = ", compared as written" if task.answer.exact else ""
+    out.print(f"Answers: {kind}{how}; none merged.")
+    rows: list[tuple[object, ...]] = [("answer", "seed", "validation", "test")]
+    rows += [(label, *n.values()) for label, n in list(made.spread.items())[:_LABELS_SHOWN]]
+    if (more := len(made.spread) - _LABELS_SHOWN) > 0:
+        rows.append((f"… and {more} more", "", "", ""))
+    _print_columns([*rows, ("(all)", *_summary(task)["n_rows"].values())], wide=0)
+    if unseen := [label for label, n in made.spread.items() if not n["validation"]]:
+        names = ", ".join(unseen[:5]) + (", …" if len(unseen) > 5 else "")
+        out.print(f"No validation row for {len(unseen)} of the answers: {names}")
 
 
 def _propose(folder: Path, teacher: str) -> tuple[str, ...]:
@@ -197,11 +231,7 @@ def _summary(task: Task) -> dict[str, Any]:
         "name": task.name,
         "description": task.description,
         "answer": task.answer.model_dump(mode="json"),
-        "n_rows": {
-            "seed": len(task.seed),
-            "validation": len(task.validation),
-            "test": len(task.test_keys()),
-        },
+        "n_rows": {"seed": len(task.seed), "validation": len(task.validation), "test": len(task.test_keys())},
         "split_seed": task.split_seed,
         "sha256": task.sha256,
     }

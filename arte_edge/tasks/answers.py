@@ -1,20 +1,8 @@
 """Extract an answer from a model's output, and decide whether it is correct.
 
-The answer is the content of the **last complete** ``<ans>…</ans>``; one that the end of the text truncates
-does not count. By kind:
-
-=========  ==========================================  =====================================
-kind       canonical form                              accepted variants
-=========  ==========================================  =====================================
-choice     the letter of an option, ``(A)``            ``a``, ``A.``, ``a)``, ``(A) circle``
-choice     one of the task's fixed labels, as written  case, blanks, ``_``, ``-``, edge dots
-boolean    ``True`` or ``False``                       case, edge punctuation, yes / no
-number     plain decimal, ``-1234.5``                  commas, units, ``4.``, words to twenty
-text       the text, tidied, case kept                 case, Unicode forms, blanks, edge
-                                                       quotes and punctuation
-=========  ==========================================  =====================================
-
-Nothing else is accepted: "the answer is True" inside the tags is not an answer.
+The answer is the content of the **last complete** ``<ans>…</ans>``; one that the end of the text truncates does not
+count. docs/tasks.md lists what is accepted of each kind. Nothing else is: "the answer is True" inside the tags is
+not an answer. No two labels of a task, and no two answers compared as written (`Answer.exact`), become the same.
 """
 
 from __future__ import annotations
@@ -49,20 +37,28 @@ def canonical(text: str, answer: Answer) -> str | None:
     if answer.kind == "number":
         return canonical_number(text)
     if answer.kind == "text":
-        return tidy_text(text) or None
+        return (text.strip() if answer.exact else tidy_text(text)) or None
     if answer.kind == "boolean":
         return _BOOLEANS.get(fold_label(text))
     if answer.choices:
-        folded = fold_label(text)
-        return next((choice for choice in answer.choices if fold_label(choice) == folded), None)
+        return _choice(text, answer.choices)
     match = _LETTER.fullmatch(tidy_text(text))
     return f"({(match[1] or match[2]).upper()})" if match else None
+
+
+def _choice(text: str, choices: tuple[str, ...]) -> str | None:
+    """Return the label that `text` is in the strictest form in which it is any, None if it could be several."""
+    for form in (str.strip, tidy_text, fold_text, fold_label):
+        given = form(text)
+        if found := [choice for choice in choices if given and form(choice) == given]:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def comparable(text: str, answer: Answer) -> str | None:
     """Return the form in which answers are compared; answers with equal forms are equal."""
     form = canonical(text, answer)
-    if form is None or answer.kind != "text":
+    if form is None or answer.kind != "text" or answer.exact:
         return form
     return fold_text(form) or None
 

@@ -5,95 +5,48 @@ All checks are part of loading, because a task that overlaps with its own test s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from json.encoder import encode_basestring as _quoted
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arte_edge.errors import InputError, nearest
-from arte_edge.files import json_loads, read_toml
+from arte_edge.files import problems as key_problems
+from arte_edge.files import read_toml
 from arte_edge.tasks.answers import canonical
-from arte_edge.tasks.task import SPLITS, Answer, Example, FewShotExample, Task, rows_sha256
-from arte_edge.tasks.validation import Problem, explain_validation, raise_first
+from arte_edge.tasks.tables import json_rows, text_problem
+from arte_edge.tasks.task import ANSWER_TAG, SPLITS, Answer, Example, FewShotExample, Task, rows_sha256
+from arte_edge.tasks.validation import Problem, raise_first
 
-__all__ = [
-    "MIN_ROWS",
-    "Row",
-    "TaskFile",
-    "check_sizes",
-    "check_target",
-    "load_folder",
-    "parse_jsonl",
-    "read_folder",
-    "read_rows",
-    "write_rows",
-]
+__all__ = ["MIN_ROWS", "TaskFile", "check_target", "load_folder", "read_folder", "write_rows"]
 
 _COLUMNS = ("input", "target")
 
 
-@dataclass(frozen=True)
-class Row:
-    """An example and the place it was read from, ``file:line``."""
-
-    where: str
+class _Row(NamedTuple):
+    where: str  # ``file:line``
     example: Example
 
 
-def read_rows(path: Path, answer: Answer) -> tuple[list[Row], list[Problem]]:
+def _read_rows(path: Path, answer: Answer) -> tuple[list[_Row], list[Problem]]:
     """Read a split: its valid rows with canonical targets, and the problems of the others."""
-    rows: list[Row] = []
-    values, problems = parse_jsonl(path)
-    seen: dict[str, str] = {}
-    for where, value in values:
-        if bad := _check_columns(where, value):
-            problems.append(bad)
-            continue
-        text, target = str(value["input"]), str(value["target"])
-        checked = check_target(where, text, target, answer)
-        if isinstance(checked, Problem):
-            problems.append(checked)
-            continue
-        row = Row(where, Example(text, checked))
-        if first := seen.get(row.example.key):
-            problems.append(Problem(where, f"the same input as {first}", "Keep one of the two rows."))
-            continue
-        seen[row.example.key] = where
-        rows.append(row)
+    rows: list[_Row] = []
+    if problem := text_problem(path):
+        return [], [problem]
+    problems: list[Problem] = []
+    for number, value in json_rows(path):
+        where = f"{path.name}:{number}"
+        example = value if isinstance(value, Problem) else _check_row(where, value, answer)
+        if isinstance(example, Problem):
+            problems.append(example)
+        else:
+            rows.append(_Row(where, example))
     return rows, problems
 
 
-def parse_jsonl(path: Path) -> tuple[list[tuple[str, dict[str, object]]], list[Problem]]:
-    """Read the JSON objects of `path` with their ``file:line``; blank lines are skipped."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return [], [Problem(path.name, "this file is missing", f"It belongs in {path.parent}.")]
-    except (OSError, UnicodeDecodeError) as error:
-        return [], [Problem(path.name, f"cannot be read as UTF-8 text ({error})")]
-    values: list[tuple[str, dict[str, object]]] = []
-    problems: list[Problem] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path.name}:{number}"
-        try:
-            value = json_loads(line)
-        except (ValueError, RecursionError) as error:
-            problems.append(
-                Problem(where, f"not JSON ({error})", "Write one object a line, in double quotes.")
-            )
-            continue
-        if isinstance(value, dict):
-            values.append((where, value))
-        else:
-            problems.append(Problem(where, 'not an object like {"input": "...", "target": "..."}'))
-    return values, problems
-
-
-def _check_columns(where: str, value: dict[str, object]) -> Problem | None:
+def _check_row(where: str, value: dict[str, object], answer: Answer) -> Example | Problem:
     for key in _COLUMNS:
         if key not in value:
             return Problem(where, f"no '{key}'", f"It has: {', '.join(value) or 'nothing'}.")
@@ -102,21 +55,26 @@ def _check_columns(where: str, value: dict[str, object]) -> Problem | None:
     for key in value:
         if key not in _COLUMNS:
             return Problem(where, f"unknown key '{key}'", nearest(key, _COLUMNS))
-    return None
+    text, target = str(value["input"]), str(value["target"])
+    checked = check_target(where, text, target, answer)
+    return checked if isinstance(checked, Problem) else Example(text, checked)
 
 
 def check_target(where: str, text: str, target: str, answer: Answer) -> str | Problem:
-    """Return the canonical form of `target`, or the reason why it cannot be the answer to the input `text`."""
+    """Return `target` as written, of closed kinds as an option, or why it is not an answer to the input `text`."""
+    if ANSWER_TAG.search(target):
+        return Problem(where, f"target {target!r} holds <ans> or </ans>, the marks around an answer")
     form = canonical(target, answer)
     if form is None:
-        return Problem(where, f"target {target!r} is not {_expected(answer)}", _target_hint(target, answer))
+        hint = nearest(target, answer.choices) or "Correct the target, or the answer kind in task.toml."
+        return Problem(where, f"target {target!r} is not {_expected(answer)}", hint)
     if answer.letters:
         options = answer.options(text)
         if not options:
             return Problem(where, "the input lists no options", 'List them in lines like "(A) circle".')
         if form not in options:
             return Problem(where, f"target {form} is not among the options {options[0]} to {options[-1]}")
-    return form
+    return form if answer.closed else target.strip()
 
 
 def _expected(answer: Answer) -> str:
@@ -126,16 +84,10 @@ def _expected(answer: Answer) -> str:
     return names.get(answer.kind, "a text with a letter or digit")
 
 
-def _target_hint(target: str, answer: Answer) -> str:
-    if answer.choices:
-        return nearest(target, answer.choices)
-    return "Correct the target, or the answer kind in task.toml."
-
-
 def write_rows(path: Path, rows: Iterable[Example]) -> None:
     """Write a split; the bytes are the same on every system."""
-    lines = [json.dumps({"input": r.input, "target": r.target}, ensure_ascii=False) + "\n" for r in rows]
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f'{{"input": {_quoted(r.input)}, "target": {_quoted(r.target)}}}\n' for r in rows)
 
 
 # Three seeds fill one question prompt; IRT and preference scores mean nothing below 20 questions.
@@ -180,12 +132,12 @@ def read_folder(folder: Path, *, techniques_required: bool = True) -> tuple[Task
         return None, problems
     if techniques_required:
         problems += _check_techniques(file.techniques)
-    splits: dict[str, list[Row]] = {}
+    splits: dict[str, list[_Row]] = {}
     for split in SPLITS:
-        splits[split], bad = read_rows(folder / f"{split}.jsonl", file.answer)
+        splits[split], bad = _read_rows(folder / f"{split}.jsonl", file.answer)
         problems += bad
         if not bad:
-            problems += check_sizes(split, len(splits[split]), f"{split}.jsonl")
+            problems += _check_sizes(split, len(splits[split]), f"{split}.jsonl")
     problems += _overlaps(splits)
     problems += _check_few_shot(file, splits)
     if problems:
@@ -193,7 +145,7 @@ def read_folder(folder: Path, *, techniques_required: bool = True) -> tuple[Task
     examples = {split: tuple(row.example for row in rows) for split, rows in splits.items()}
 
     def read_test() -> tuple[Example, ...]:
-        rows, bad = read_rows(folder / "test.jsonl", file.answer)
+        rows, bad = _read_rows(folder / "test.jsonl", file.answer)
         raise_first(bad, str(folder))
         return tuple(row.example for row in rows)
 
@@ -213,7 +165,7 @@ def read_folder(folder: Path, *, techniques_required: bool = True) -> tuple[Task
     return task, []
 
 
-def check_sizes(split: str, n_rows: int, where: str) -> list[Problem]:
+def _check_sizes(split: str, n_rows: int, where: str) -> list[Problem]:
     """Return a problem if a split is too small."""
     needed = MIN_ROWS[split]
     if n_rows >= needed:
@@ -226,12 +178,14 @@ def _read_task_file(path: Path) -> tuple[TaskFile | None, list[Problem]]:
     if not path.is_file():
         hint = "A task folder contains task.toml and three splits; `arte-edge tasks new DIR` creates one."
         return None, [Problem(path.name, f"this file is missing in {path.parent}", hint)]
+    if problem := text_problem(path):
+        return None, [problem]
     try:
         file = TaskFile.model_validate(read_toml(path))
     except InputError as error:
         return None, [Problem(path.name, error.message.removeprefix(f"{path}: "))]
     except ValidationError as error:
-        return None, list(explain_validation(error, TaskFile, path.name))
+        return None, [Problem(path.name, *found) for found in key_problems(error, TaskFile)]
     problems = []
     if not file.description.strip():
         hint = "Two or three sentences: what goes in, what comes out, the rules."
@@ -247,7 +201,7 @@ def _check_techniques(techniques: tuple[str, ...]) -> list[Problem]:
     return [Problem("task.toml: techniques", "at least two prompts are needed, none of them empty", hint)]
 
 
-def _check_few_shot(file: TaskFile, splits: dict[str, list[Row]]) -> list[Problem]:
+def _check_few_shot(file: TaskFile, splits: dict[str, list[_Row]]) -> list[Problem]:
     """Return the problems of few-shot examples: not an answer of the task, or in a split that must stay unseen."""
     problems: list[Problem] = []
     hidden = {row.example.key: row.where for split in SPLITS[1:] for row in splits[split]}
@@ -265,13 +219,13 @@ def _check_few_shot(file: TaskFile, splits: dict[str, list[Row]]) -> list[Proble
     return problems
 
 
-def _overlaps(splits: dict[str, list[Row]]) -> list[Problem]:
-    """Return the rows whose input is in an earlier split too, compared by `content_key`."""
+def _overlaps(splits: dict[str, list[_Row]]) -> list[Problem]:
+    """Return the rows whose input was there before, in the same split or another, compared by `content_key`."""
     problems: list[Problem] = []
-    seen: dict[str, Row] = {}
+    seen: dict[str, _Row] = {}
     for rows in splits.values():
         for row in rows:
             if (first := seen.setdefault(row.example.key, row)) is not row:
-                hint = "Splits must not overlap, or the results are wrong: keep it in one of them."
+                hint = "Keep it once: splits that overlap give wrong results."
                 problems.append(Problem(row.where, f"the same input as {first.where}", hint))
     return problems

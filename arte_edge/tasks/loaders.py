@@ -1,140 +1,122 @@
-"""Load a task from any kind of reference.
+"""Load a task from any kind of reference: a name, a folder, a table, a dataset (docs/tasks.md lists them).
 
-=========================  ==================================================
-reference                  meaning
-=========================  ==================================================
-``home_intents``           a shipped task
-``./my_task``              a task folder
-``data.jsonl?input=q``     a labelled file, split here
-``hub:org/name?split=…``   a dataset of the Hub, or ``hub:./folder``
-``bbh/navigate.json``      a task in the layout of BIG-Bench Hard
-``navigate``, with `bbh`   the same, from the folder `bbh`
-=========================  ==================================================
-
-Options follow a question mark, as in a URL. Tables without splits have ``seed`` (of the split, 0) and ``rows``
-(maximum); labelled files and Hub datasets ``input`` and ``target`` (column names); Hub datasets ``config``,
-``split`` and ``revision``.
-
-BIG-Bench Hard's files have no splits and no description: the split is seeded, and description and technique
-prompts come from ``prose/bbh.toml``, in the four groups of the ARTE paper: logic, commonsense, mathematics,
-knowledge.
+Options follow a question mark, as in a URL. Tables without splits are split by a seed. BIG-Bench Hard's files have
+no description either: it and the technique prompts come from ``prose/bbh.toml``, in the four groups of the ARTE
+paper: logic, commonsense, mathematics, knowledge.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 from urllib.parse import parse_qsl
 
 from arte_edge import catalog
 from arte_edge.errors import ArteError, InputError, nearest
 from arte_edge.extras import need
-from arte_edge.files import json_loads, user_path
-from arte_edge.tasks.folder import load_folder, parse_jsonl
-from arte_edge.tasks.from_table import Record, prose, task_from_table
+from arte_edge.files import user_path
+from arte_edge.tasks.folder import load_folder
+from arte_edge.tasks.from_table import SPLIT, Split, prose, task_from_table
+from arte_edge.tasks.tables import (
+    GUESSED,
+    SUFFIXES,
+    Columns,
+    Source,
+    Table,
+    arrow_source,
+    open_table,
+    read_table,
+)
 from arte_edge.tasks.task import FewShotExample, Task
-from arte_edge.tasks.validation import raise_first
 
-__all__ = ["bbh_names", "find_folder", "hub_records", "jsonl_records", "load_bbh", "load_task", "task_name"]
+__all__ = ["bbh_names", "find_folder", "hub_table", "load_bbh", "load_table", "load_task", "task_name"]
 
+_TEXT = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
 # Written by `Dataset.save_to_disk`; not in a folder of data files.
 _SAVED_DATASET = ("dataset_dict.json", "state.json")
 
 
 def task_name(ref: str) -> str:
     """Return a task name from the last part of `ref`: ``data/My Set.jsonl`` gives ``my_set``."""
-    last = ref.rstrip("/").rsplit("/", 1)[-1].removesuffix(".jsonl")
+    last = ref.rstrip("/").rsplit("/", 1)[-1]
+    last = re.sub(r"\.\w{3,7}$", "", last) if last.lower().endswith(SUFFIXES) else last
     return re.sub(r"[^a-z0-9]+", "_", last.lower()).strip("_") or "task"
 
 
-def jsonl_records(path: Path, input_column: str = "input", target_column: str = "target") -> list[Record]:
-    """Read `path`, one JSON object a line.
-
-    Raises:
-        InputError: no such file, a line that is not JSON, or a missing column.
-    """
-    if not path.is_file():
-        raise InputError(
-            f"{path}: no such file", "One JSON object a line, with an input and a target column."
-        )
-    values, problems = parse_jsonl(path)
-    raise_first(problems, str(path))
-    return list(_records(values, input_column, target_column))
-
-
-def hub_records(
+def hub_table(
     name: str,
-    input_column: str = "input",
-    target_column: str = "target",
+    columns: Columns = GUESSED,
     *,
     split: str = "train",
     config: str | None = None,
     revision: str | None = None,
-) -> list[Record]:
+) -> Table:
     """Read a split of the Hub dataset `name`, or of a dataset in a local folder.
+
+    CSV and JSON files are read by `arte_edge.tasks.tables`, because the `datasets` library types their cells.
 
     Raises:
         InputError: no such dataset, configuration, split or column.
-        ArteError: the `datasets` library is missing, or the Hub cannot be reached.
+        ArteError: the `datasets` library is missing, or the dataset cannot be loaded.
     """
     if find_spec("datasets") is None:
         need("train", "Loading a Hub dataset")
     import datasets
 
+    data: Any = None
     try:
         if any((Path(name) / marker).is_file() for marker in _SAVED_DATASET):
-            data: Any = datasets.load_from_disk(name)
+            data = datasets.load_from_disk(name)
             data = data[split] if isinstance(data, dict) else data
         else:
-            data = datasets.load_dataset(name, config, split=split, revision=revision)
+            builder = datasets.load_dataset_builder(name, config, revision=revision)
+            features, files = builder.info.features, builder.config.data_files or {}
+            if files and all(_plain(file).endswith(_TEXT) for part in files.values() for file in part):
+                paths = datasets.DownloadManager().download_and_extract(list(files[split]))
+                opened = zip(paths, files[split], strict=True)
+                source = _joined([open_table(Path(path), _plain(file)) for path, file in opened])
+            else:
+                data = datasets.load_dataset(name, config, split=split, revision=revision)
+    except ArteError:
+        raise
     except (FileNotFoundError, ValueError, KeyError) as error:
-        known = f"hub:{name}: the dataset, its configuration or its split '{split}' does not exist"
-        raise InputError(
-            f"{known} ({_first_line(error)})", "Options: hub:org/name?config=…&split=…."
-        ) from error
+        what = f"hub:{name}: the dataset, its configuration or its split '{split}' does not exist"
+        hint = "Options: hub:org/name?config=…&split=…."
+        raise InputError(f"{what} ({_first_line(error)})", hint) from error
     except OSError as error:
-        raise ArteError(
-            f"hub:{name} cannot be reached ({_first_line(error)})", "Try again with network access."
-        ) from error
-    names = {key: f.int2str for key, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
-    values = ((f"hub:{name}[{split}]:{index}", row) for index, row in enumerate(data))
-    return list(_records(values, input_column, target_column, names))
+        what = f"hub:{name} cannot be reached ({_first_line(error)})"
+        raise ArteError(what, "Try again with network access.") from error
+    except Exception as error:  # what the library raises depends on the files
+        hint = "Save a column of inputs and one of answers as CSV, JSONL or Parquet, and pass that file."
+        what = f"hub:{name} cannot be loaded ({_first_line(error.__cause__ or error)})"
+        raise InputError(what, hint) from error
+    if data is not None:
+        features = data.features
+        source = arrow_source(f"hub:{name}", lambda: data.with_format("arrow").iter(10_000))
+    names = {key: f.names for key, f in (features or {}).items() if isinstance(f, datasets.ClassLabel)}
+    return read_table(source, columns, name=f"hub:{name}[{split}]", label_names=names)
 
 
-def _first_line(error: Exception) -> str:
+def _joined(sources: Sequence[Source]) -> Source:
+    """Return the rows of several files of one split, numbered through."""
+    rows = enumerate(row for source in sources for _, row in source.rows)
+    return Source(sources[0].columns, rows, form=sources[0].form)
+
+
+def _plain(file: str) -> str:
+    """Return a file's name in lower case without the ending of its compression."""
+    return re.sub(r"\.(gz|bz2|xz|zst|lz4)$", "", file.lower().partition("?")[0])
+
+
+def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0][:200]
 
 
-def _records(
-    values: Iterable[tuple[str, Mapping[str, Any]]],
-    input_column: str,
-    target_column: str,
-    label_names: Mapping[str, Any] | None = None,
-) -> Iterable[Record]:
-    """Yield the two columns of each row as text, class labels by name."""
-    names = label_names or {}
-    for where, row in values:
-        cells = []
-        for column in (input_column, target_column):
-            if column not in row:
-                hint = f"{nearest(column, row)} Name the columns: --input and --target, or ?input=…&target=…."
-                raise InputError(f"{where}: no column '{column}'", hint)
-            cell = names[column](row[column]) if column in names else row[column]
-            if not isinstance(cell, str | int | float) or not str(cell).strip():
-                raise InputError(f"{where}: column '{column}' is {cell!r}, not a text or a number")
-            cells.append(str(cell))
-        yield Record(where, cells[0], cells[1])
-
-
 def bbh_names(folder: Path) -> list[str]:
-    """Return the names of the tasks in `folder`, sorted.
-
-    Raises:
-        InputError: no such folder, or no JSON file in it.
-    """
+    """Return the names of the tasks in `folder`, sorted; raise `InputError` if it has no JSON files."""
     names = sorted(path.stem for path in folder.glob("*.json"))
     if not names:
         what = "has no JSON files" if folder.is_dir() else "is not a folder"
@@ -142,99 +124,63 @@ def bbh_names(folder: Path) -> list[str]:
     return names
 
 
-def load_bbh(folder: Path, name: str, *, split_seed: int = 0, max_rows: int | None = None) -> Task:
-    """Load the task `name` from `folder`, split by `split_seed`.
-
-    Raises:
-        InputError: no such folder or task, or a file in another layout.
-    """
+def load_bbh(folder: Path, name: str, split: Split = SPLIT, columns: Columns = GUESSED) -> Task:
+    """Load the task `name` from `folder`; raise `InputError` without it, or if its file is no table."""
     path = folder / f"{name}.json"
     if not path.is_file():
         raise InputError(f"No task '{name}' in {folder}", nearest(name, bbh_names(folder)))
     about = prose("bbh")
-    ours = about["tasks"].get(name)
-    extra: dict[str, object] = ours if isinstance(ours, dict) else {}
-    worked = extra.get("worked")
-    group = about["techniques"].get(str(extra.get("group")), [])
+    ours = about["tasks"].get(name, {})
     return task_from_table(
         name,
-        _read(path),
-        split_seed=split_seed,
-        max_rows=max_rows,
-        description=str(extra.get("description", "")),
-        techniques=tuple(str(item) for item in group) if isinstance(group, list) else (),
-        worked=tuple(FewShotExample.model_validate(item) for item in worked)
-        if isinstance(worked, list)
-        else (),
+        read_table(path, columns),
+        split,
+        description=ours.get("description", ""),
+        techniques=tuple(about["techniques"].get(ours.get("group"), ())),
+        worked=tuple(map(FewShotExample.model_validate, ours.get("worked", ()))),
     )
 
 
-def _read(path: Path) -> list[Record]:
-    hint = 'The layout is {"examples": [{"input": "...", "target": "..."}, ...]}.'
-    try:
-        rows = json_loads(path.read_text(encoding="utf-8"))["examples"]
-        return [
-            Record(f"{path.name}:examples[{index}]", str(row["input"]), str(row["target"]))
-            for index, row in enumerate(rows)
-        ]
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        raise InputError(f"{path}: not in the layout of BIG-Bench Hard ({error!r})", hint) from error
-
-
-_SPLIT_OPTIONS = ("seed", "rows")
-_COLUMNS = (*_SPLIT_OPTIONS, "input", "target")
-_HUB = (*_COLUMNS, "config", "split", "revision")
-
-
-class _Split(TypedDict, total=False):
-    """How to split a table."""
-
-    split_seed: int
-    max_rows: int
+_OPTIONS = ("seed", "rows", "input", "target")
+_HUB = (*_OPTIONS, "config", "split", "revision")
 
 
 def load_task(ref: str, *, bbh: Path | None = None) -> Task:
-    """Load the task `ref`; with `bbh`, from that folder of BIG-Bench Hard files.
-
-    Raises:
-        InputError: no such task, or a problem in it; the message says where.
-    """
+    """Load the task `ref`; with `bbh`, from that folder of BIG-Bench Hard files; an `InputError` says what is wrong."""
     name, options = _parse(ref)
-    if bbh is not None:
-        return load_bbh(bbh, name, **_split(ref, options, _SPLIT_OPTIONS))
-    if name.startswith("hub:"):
-        return _load_hub(ref, name.removeprefix("hub:"), options)
-    if name.endswith(".jsonl"):
-        split = _split(ref, options, _COLUMNS)
-        records = jsonl_records(user_path(name), **_columns(options))
-        return task_from_table(task_name(name), records, **split)
-    if name.endswith(".json"):
-        path = user_path(name)
-        return load_bbh(path.parent, path.stem, **_split(ref, options, _SPLIT_OPTIONS))
+    path = user_path(name)
+    if bbh is not None or name.endswith(".json"):
+        split = _split(ref, options, _OPTIONS)
+        folder, name = (bbh, name) if bbh else (path.parent, path.stem)
+        return load_bbh(folder, name, split, (options.get("input"), options.get("target")))
+    if _is_table(name):
+        return task_from_table(task_name(name), *load_table(ref))
     _split(ref, options, ())
     return load_folder(_folder(name))
 
 
+def load_table(ref: str, columns: Columns = GUESSED) -> tuple[Table, Split]:
+    """Read the labelled file or Hub dataset `ref`, whose options go before `columns`; also how to split it."""
+    name, options = _parse(ref)
+    split = _split(ref, options, _HUB if name.startswith("hub:") else _OPTIONS)
+    columns = (options.get("input", columns[0]), options.get("target", columns[1]))
+    if not name.startswith("hub:"):
+        return read_table(user_path(name), columns), split
+    config, revision = options.get("config"), options.get("revision")
+    name, part = name.removeprefix("hub:"), options.get("split", "train")
+    return hub_table(name, columns, split=part, config=config, revision=revision), split
+
+
 def find_folder(ref: str) -> Path | None:
-    """Return the task folder `ref`, or None if it is a table without splits.
-
-    Raises:
-        InputError: no shipped task has this name, or there is no such folder.
-    """
+    """Return the task folder `ref`, None if it is a table; raise `InputError` if there is no such name or folder."""
     name, _ = _parse(ref)
-    return None if name.startswith("hub:") or name.endswith((".jsonl", ".json")) else _folder(name)
+    return None if _is_table(name) else _folder(name)
 
 
-def _load_hub(ref: str, name: str, options: dict[str, str]) -> Task:
-    split = _split(ref, options, _HUB)
-    records = hub_records(
-        name,
-        **_columns(options),
-        split=options.get("split", "train"),
-        config=options.get("config"),
-        revision=options.get("revision"),
-    )
-    return task_from_table(task_name(name), records, **split)
+def _is_table(name: str) -> bool:
+    path = user_path(name)
+    other = path.is_file() and path.suffix != ".toml"  # to be told which kinds there are
+    return name.startswith("hub:") or name.lower().endswith(SUFFIXES) or other
 
 
 def _folder(name: str) -> Path:
@@ -251,25 +197,12 @@ def _parse(ref: str) -> tuple[str, dict[str, str]]:
     return name, dict(parse_qsl(query, keep_blank_values=True))
 
 
-def _columns(options: dict[str, str]) -> dict[str, str]:
-    return {f"{key}_column": options[key] for key in ("input", "target") if key in options}
-
-
-def _split(ref: str, options: dict[str, str], known: tuple[str, ...]) -> _Split:
+def _split(ref: str, options: dict[str, str], known: tuple[str, ...]) -> Split:
     """Check that `options` are `known`; return those about splitting."""
-    for key in options:
+    for key, value in options.items():
         if key not in known:
             hint = nearest(key, known) or "A task folder has its own splits and no options."
             raise InputError(f"{ref}: unknown option '{key}'", hint)
-    found: _Split = {}
-    if "seed" in options:
-        found["split_seed"] = _integer(ref, "seed", options["seed"])
-    if "rows" in options:
-        found["max_rows"] = _integer(ref, "rows", options["rows"])
-    return found
-
-
-def _integer(ref: str, key: str, value: str) -> int:
-    if not (value.isascii() and value.isdecimal()):
-        raise InputError(f"{ref}: {key} must be a whole number, not '{value}'", f"For example {key}=1.")
-    return int(value)
+        if key in Split._fields and not (value.isascii() and value.isdecimal()):
+            raise InputError(f"{ref}: {key} must be a whole number, not '{value}'", f"For example {key}=1.")
+    return Split(**{key: int(options[key]) for key in Split._fields if key in options})

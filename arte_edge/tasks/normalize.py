@@ -17,7 +17,7 @@ __all__ = ["WORDS", "canonical_number", "fold_label", "fold_text", "tidy_text"]
 _EDGE = string.whitespace + ".,;:!?\"'`*“”‘’„‚«»‹›…。，；：！？"
 _SPACE = re.compile(r"\s+")
 _SPACE_AT_BRACKET = re.compile(r"\s*([()\[\]{}<>,])\s*")
-_NOT_WORD = re.compile(r"[\W_]+")
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W_])[\s_-]+(?=[^\W_])")
 
 
 def tidy_text(text: str) -> str:
@@ -31,17 +31,18 @@ def fold_text(text: str) -> str:
 
     ``set_heat( Bedroom,21 )`` and ``set_heat(bedroom, 21)`` are equal.
     """
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    folded = text.casefold()
+    if not text.isascii():
+        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return _SPACE_AT_BRACKET.sub(r"\1", tidy_text(folded))
 
 
 def fold_label(text: str) -> str:
-    """Return the form in which fixed labels are compared: words of letters and digits, case folded.
+    """Return the most tolerant form of a label: `fold_text` without brackets around it, ``_`` and ``-`` as blanks.
 
-    ``Light on``, ``light_on`` and ``"light-on".`` are equal.
+    ``Light on``, ``light_on`` and ``"light-on".`` are equal; ``C`` and ``C++``, ``<50`` and ``>50`` are not.
     """
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return _NOT_WORD.sub(" ", folded).strip()
+    return _BETWEEN_WORDS.sub(" ", fold_text(text)).strip(_EDGE + "()[]{}_")
 
 
 WORDS = (

@@ -7,9 +7,11 @@ description and a few seeds writes usable ones if its answer is prefilled and un
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
+from typing import NamedTuple
 
 import tomlkit
 from tomlkit.items import Array
@@ -18,32 +20,14 @@ from arte_edge.errors import ArteError, InputError
 from arte_edge.runtimes.completion import Engine, Request, Sampling
 from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.folder import write_rows
+from arte_edge.tasks.from_table import SPLIT, Split, prose, recur, task_from_table
+from arte_edge.tasks.loaders import load_table, task_name
 from arte_edge.tasks.normalize import fold_label
+from arte_edge.tasks.tables import GUESSED, Columns, Table
 from arte_edge.tasks.task import SPLITS, Answer, Example, Task
 
-__all__ = [
-    "N_TECHNIQUES",
-    "check_empty",
-    "parse_techniques",
-    "propose_techniques",
-    "set_techniques",
-    "write_skeleton",
-    "write_task",
-]
-
-_ABOUT_DESCRIPTION = """\
-Two or three sentences for the teacher and the student: what goes in, what comes out, the rules."""
-_ABOUT_TECHNIQUES = """\
-Four ways of thinking about an input, as instructions; ask for one to three short sentences.
-A teacher can propose them: arte-edge tasks new DIR --teacher MODEL"""
-_ABOUT_ANSWER = """\
-kind: choice, boolean, number or text. A choice has fixed labels (choices = ["yes", "no"]),
-or none if every input lists its options in lines like "(A) circle"."""
-_ABOUT_SPLITS = """\
-Beside this file: seed.jsonl (shown to the teacher; 40 is good), validation.jsonl (chooses questions and
-rationales; at least 20, better 100) and test.jsonl (read by the final evaluation alone), one row a line:
-{"input": "...", "target": "..."}
-Then: arte-edge tasks check DIR"""
+__all__ = ["N_TECHNIQUES", "NewTask", "new_task", "parse_techniques", "propose_techniques"]
+__all__ += ["set_techniques", "write_skeleton", "write_task"]
 
 
 def write_skeleton(folder: Path, name: str, description: str = "") -> None:
@@ -55,14 +39,46 @@ def write_skeleton(folder: Path, name: str, description: str = "") -> None:
     _write(folder, name, description, Answer(kind="text"), (), dict.fromkeys(SPLITS, ()))
 
 
-def write_task(folder: Path, task: Task) -> None:
+def write_task(folder: Path, task: Task) -> dict[str, dict[str, int]]:
     """Write `task`, made from a labelled table, as a task folder with fixed splits.
+
+    Returns:
+        How many rows of each split have each answer, the most frequent first; empty unless answers recur.
 
     Raises:
         InputError: `folder` exists and is not empty.
     """
-    splits = {"seed": task.seed, "validation": task.validation, "test": task.load_test()}
+    splits = {"seed": task.seed, "validation": task.validation, "test": task.test_loader()}
     _write(folder, task.name, task.description, task.answer, task.techniques, splits)
+    counts = {split: Counter(row.target for row in rows) for split, rows in splits.items()}
+    everywhere = sum(counts.values(), Counter[str]())
+    if not recur(everywhere):
+        return {}
+    order = sorted(everywhere, key=lambda label: (-everywhere[label], label))
+    return {label: {split: counts[split][label] for split in SPLITS} for label in order}
+
+
+class NewTask(NamedTuple):
+    """A task folder that was written, what it was read from, and the spread of its answers (`write_task`)."""
+
+    task: Task
+    table: Table
+    spread: dict[str, dict[str, int]]
+
+
+def new_task(
+    folder: Path, ref: str, columns: Columns = GUESSED, split: Split = SPLIT, description: str = ""
+) -> NewTask:
+    """Write a task folder from the table `ref`: a labelled file, or ``hub:org/name``, with options as in `load_task`.
+
+    Raises:
+        InputError: `folder` is not empty, or the table cannot be used.
+    """
+    check_empty(folder)
+    table, told = load_table(ref, columns)
+    split = Split(told.seed or split.seed, told.rows or split.rows)
+    task = task_from_table(task_name(folder.resolve().name), table, split, description=description)
+    return NewTask(task, table, write_task(folder, task))
 
 
 def check_empty(folder: Path) -> None:
@@ -80,24 +96,13 @@ def _write(
     splits: dict[str, tuple[Example, ...]],
 ) -> None:
     check_empty(folder)
-    document = tomlkit.document()
-    _comment(document, _ABOUT_SPLITS)
-    document.add(tomlkit.nl())
+    document = tomlkit.parse((Path(__file__).parent / "prose" / "skeleton.toml").read_text(encoding="utf-8"))
     document["name"] = name
-    document.add(tomlkit.nl())
-    _comment(document, _ABOUT_DESCRIPTION)
-    document["description"] = tomlkit.string(
-        f"{description}\n" if description else "", multiline=bool(description)
-    )
-    document.add(tomlkit.nl())
-    _comment(document, _ABOUT_TECHNIQUES)
+    if description:
+        document["description"] = tomlkit.string(f"{description}\n", multiline=True)
     document["techniques"] = _array(techniques)
-    document.add(tomlkit.nl())
-    _comment(document, _ABOUT_ANSWER)
     table = tomlkit.table()
-    table["kind"] = answer.kind
-    if answer.choices:
-        table["choices"] = list(answer.choices)
+    table.update(answer.model_dump(exclude_defaults=True))
     document["answer"] = table
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "task.toml").write_text(tomlkit.dumps(document), encoding="utf-8", newline="\n")
@@ -108,14 +113,9 @@ def _write(
 def set_techniques(folder: Path, techniques: Sequence[str]) -> None:
     """Replace the technique prompts of the task in `folder`; comments and other keys are unchanged."""
     path = folder / "task.toml"
-    document = tomlkit.parse(path.read_text(encoding="utf-8"))
+    document = tomlkit.parse(path.read_text(encoding="utf-8-sig"))
     document["techniques"] = _array(techniques)
     path.write_text(tomlkit.dumps(document), encoding="utf-8", newline="\n")
-
-
-def _comment(document: tomlkit.TOMLDocument, text: str) -> None:
-    for line in text.split("\n"):
-        document.add(tomlkit.comment(line))
 
 
 def _array(texts: Sequence[str]) -> Array:
@@ -132,28 +132,6 @@ _MAX_SIMILARITY = 0.8
 _START = "<Technique_1>"
 _TAGGED = re.compile(r"<Technique_(\d+)>(.*?)</Technique_\1>", re.DOTALL)
 _BRIEF = "Use one to three short sentences."
-_PROMPT = """\
-Here is a task and some of its examples.
-
-Task: {description}
-
-{examples}
-
-Write four different instructions for a person who has to solve this task, one for each way of thinking: \
-going step by step, recalling the rule, eliminating wrong answers, restating the input. \
-Each is one or two sentences, fits this task and holds for every input. \
-Do not solve or mention an example."""
-# Without a one-shot example, a small model solves the examples instead of writing instructions.
-_EXAMPLE_PROMPT = _PROMPT.format(
-    description="Sort a list of words in alphabetical order. The answer is the sorted words.",
-    examples="Input: plum, apple, pear\nAnswer: apple, pear, plum",
-)
-_EXAMPLE_TECHNIQUES = (
-    "Go through the alphabet from the first letter on and write down each word when its letter comes.",
-    "Recall that words with the same first letter are ordered by the next one, then compare word by word.",
-    "Cross out every word that cannot come next because another one comes before it, and repeat.",
-    "Rewrite the list with the first two letters of each word in capitals, then order those letters.",
-)
 
 
 def propose_techniques(engine: Engine, task_description: str, seeds: Sequence[Example]) -> tuple[str, ...]:
@@ -164,23 +142,28 @@ def propose_techniques(engine: Engine, task_description: str, seeds: Sequence[Ex
     Raises:
         ArteError: the calls failed, or gave fewer than four usable prompts.
     """
+    text = prose("propose")
     usable: list[str] = []
     failure = ""
     for call in range(_MAX_CALLS):
         shown = [seeds[(call * _N_SEEDS + i) % len(seeds)] for i in range(min(_N_SEEDS, len(seeds)))]
         examples = "\n\n".join(f"Input: {seed.input}\nAnswer: {seed.target}" for seed in shown)
-        question = _PROMPT.format(description=task_description, examples=examples)
+        # Without a one-shot example, a small model solves the examples instead of writing instructions.
         messages = [
-            {"role": "user", "content": _EXAMPLE_PROMPT},
-            {"role": "assistant", "content": _tagged(_EXAMPLE_TECHNIQUES)},
-            {"role": "user", "content": question},
+            {"role": "user", "content": text["prompt"].format(**text["example"])},
+            {"role": "assistant", "content": _tagged(text["example"]["techniques"])},
+            {
+                "role": "user",
+                "content": text["prompt"].format(description=task_description, examples=examples),
+            },
         ]
         prompt = render(engine, messages, _START)
         # The first answer is greedy; the others must differ from it.
         sampling = Sampling(temperature=0.8 if call else 0.0, max_tokens=500, stop=("</Technique_4>",))
         completion = engine.complete([Request(prompt, sample=call)], sampling)[0]
         failure = completion.error or failure
-        usable += _usable(parse_techniques(completion.text), usable, [seed.input for seed in shown])
+        known = [*text["example"]["techniques"], *usable]
+        usable += _usable(parse_techniques(completion.text), known, [seed.input for seed in shown])
         if len(usable) >= N_TECHNIQUES:
             return tuple(usable[:N_TECHNIQUES])
     reason = f" (last error: {failure})" if failure else ""
@@ -207,11 +190,7 @@ def _usable(proposed: Sequence[str], earlier: Sequence[str], shown: Sequence[str
     for text in proposed:
         fits = _CHARACTERS[0] <= len(text) <= _CHARACTERS[1] and "<" not in text and "..." not in text
         quotes = any(fold_label(example) in fold_label(text) for example in shown)
-        if (
-            fits
-            and not quotes
-            and not any(_similar(text, other) for other in [*_EXAMPLE_TECHNIQUES, *earlier, *new])
-        ):
+        if fits and not quotes and not any(_similar(text, other) for other in [*earlier, *new]):
             new.append(text)
     return [text if "sentence" in text.lower() else f"{text} {_BRIEF}" for text in new]
 

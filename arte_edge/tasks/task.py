@@ -12,30 +12,21 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from arte_edge.errors import InputError
-from arte_edge.tasks.normalize import fold_label
 
-__all__ = [
-    "BOOLEANS",
-    "SPLITS",
-    "Answer",
-    "Example",
-    "FewShotExample",
-    "Kind",
-    "Task",
-    "content_key",
-    "listed_letters",
-    "rows_sha256",
-]
+__all__ = ["ANSWER_TAG", "BOOLEANS", "SPLITS", "Answer", "Example", "FewShotExample", "Kind", "Task"]
+__all__ += ["content_key", "listed_letters", "rows_sha256"]
 
 Kind = Literal["choice", "boolean", "number", "text"]
 SPLITS = ("seed", "validation", "test")
 BOOLEANS = ("True", "False")
+ANSWER_TAG = re.compile("</?ans>", re.IGNORECASE)  # the marks around an answer
 
 # "(A) circle" at the start of a line, as in BIG-Bench Hard
 _LINE_OPTION = re.compile(r"^[ \t]*\(([A-Z])\)", re.MULTILINE)
@@ -47,13 +38,11 @@ def content_key(text: str) -> str:
     return hashlib.sha256(" ".join(text.split()).casefold().encode()).hexdigest()
 
 
-def _sha256_json(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()
-
-
 def rows_sha256(rows: Iterable[Example]) -> str:
     """Return the sha256 of a split: every input and target, in order."""
-    return _sha256_json([[row.input, row.target] for row in rows])
+    # The JSON of [[input, target], ...], without holding a million lists at once.
+    text = ", ".join(f"[{encode_basestring(row.input)}, {encode_basestring(row.target)}]" for row in rows)
+    return hashlib.sha256(f"[{text}]".encode()).hexdigest()
 
 
 def listed_letters(text: str) -> tuple[str, ...]:
@@ -69,17 +58,16 @@ def listed_letters(text: str) -> tuple[str, ...]:
     return tuple(f"({letter})" for letter in letters) if len(letters) > 1 else ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
-    """One labelled input of a task; `target` is the correct answer in canonical form."""
+    """One labelled input of a task; examples with equal keys are the same question."""
 
     input: str
-    target: str
+    target: str  # the correct answer as written; of closed kinds one of the options
+    key: str = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def key(self) -> str:
-        """The identity of the input: examples with equal keys are the same question."""
-        return content_key(self.input)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", content_key(self.input))
 
 
 class Answer(BaseModel):
@@ -92,15 +80,16 @@ class Answer(BaseModel):
         default=(),
         description="fixed labels of a closed set; a choice without labels: letters of options in the input",
     )
+    exact: bool = Field(default=False, description="text: compare as written, except blanks at the ends")
 
     @field_validator("choices")
     @classmethod
     def _distinct(cls, choices: tuple[str, ...]) -> tuple[str, ...]:
-        folded = [fold_label(choice) for choice in choices]
-        if "" in folded:
-            raise ValueError("a choice needs at least one letter or digit")
-        if len(set(folded)) < len(folded):
-            raise ValueError("two choices differ only in case, spaces or punctuation")
+        labels = {choice.strip() for choice in choices}
+        if "" in labels or any(ANSWER_TAG.search(label) for label in labels):
+            raise ValueError("a choice is not empty and holds no <ans> or </ans>")
+        if len(labels) < len(choices):
+            raise ValueError("two choices are the same")
         if len(choices) == 1:
             raise ValueError("a closed set needs at least two choices")
         return choices
@@ -109,6 +98,8 @@ class Answer(BaseModel):
     def _choices_fit_kind(self) -> Answer:
         if self.choices and self.kind != "choice":
             raise ValueError(f'choices go with kind = "choice", not with "{self.kind}"')
+        if self.exact and self.kind != "text":
+            raise ValueError(f'exact goes with kind = "text", not with "{self.kind}"')
         return self
 
     @property
@@ -175,10 +166,8 @@ class Task:
         """
         test = self.test_loader()
         if rows_sha256(test) != self.test_sha256:
-            raise InputError(
-                f"The test split of task '{self.name}' changed after the task was loaded",
-                "Load the task again, or start a new run: results before and after are not comparable.",
-            )
+            what = f"The test split of task '{self.name}' changed after the task was loaded"
+            raise InputError(what, "Load it again, or start a new run: results before are not comparable.")
         return test
 
     @cached_property
@@ -186,5 +175,6 @@ class Task:
         """The identity of the task: its texts (description to few-shot examples) and the three splits."""
         splits = [rows_sha256(self.seed), rows_sha256(self.validation), self.test_sha256]
         few_shot = [example.model_dump() for example in self.worked]
-        texts = [self.description, self.answer.model_dump(mode="json"), list(self.techniques), few_shot]
-        return _sha256_json([texts, splits])
+        answer = self.answer.model_dump(mode="json", exclude=None if self.answer.exact else {"exact"})
+        texts = [self.description, answer, list(self.techniques), few_shot]
+        return hashlib.sha256(json.dumps([texts, splits], ensure_ascii=False).encode()).hexdigest()

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
-
-from arte_edge.errors import InputError, nearest
+from arte_edge.errors import InputError
 from arte_edge.tasks.task import Answer, Example, Task
 
-__all__ = ["Problem", "explain_validation", "quality_warnings", "raise_first"]
+__all__ = ["Problem", "quality_warnings", "raise_first"]
 
 
 @dataclass(frozen=True)
@@ -34,28 +31,6 @@ def raise_first(problems: Sequence[Problem], ref: str) -> None:
     first, others = problems[0], len(problems) - 1
     more = f"{others} more: `arte-edge tasks check {ref}` lists them all." if others else ""
     raise InputError(str(first), " ".join(part for part in (first.hint, more) if part))
-
-
-def explain_validation(error: ValidationError, model: type[BaseModel], file: str) -> Iterator[Problem]:
-    """Turn each error of pydantic about `file` into a problem; for an unknown key with the nearest known one."""
-    for item in error.errors():
-        path = [str(part) for part in item["loc"]]
-        key = ".".join(path) or "(the whole file)"
-        if item["type"] == "extra_forbidden":
-            known = _fields_at(model, path[:-1])
-            yield Problem(f"{file}: {key}", "unknown key", nearest(path[-1], known))
-        elif item["type"] == "missing":
-            yield Problem(f"{file}: {key}", "this key is missing")
-        else:
-            yield Problem(f"{file}: {key}", item["msg"].removeprefix("Value error, "))
-
-
-def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """Return the keys of `model` in the table at `path`; a number in `path` is an index."""
-    at: Any = model
-    for part in path:
-        at = get_args(at)[0] if part.isdecimal() else at.model_fields[part].annotation
-    return list(at.model_fields)
 
 
 _GOOD_VALIDATION = 60

@@ -27,7 +27,7 @@ class Renders(Protocol):
     def render(self, messages: Sequence[Message]) -> str | None: ...
 
 
-_DIALOGUES: list[dict[str, str]] = json.loads(Path(__file__).with_name("dialogues.json").read_text("utf-8"))
+_DIALOGUES: list[dict[str, str]] = json_loads(Path(__file__).with_name("dialogues.json").read_text("utf-8"))
 
 
 def built_in_prompts(reference: Renders) -> list[str]:

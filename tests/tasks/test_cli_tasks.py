@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,7 +68,8 @@ def test_an_unknown_task_is_the_users_error_and_names_the_nearest(verb: str, cap
 
 def test_the_shipped_tasks_pass_the_check(capsys: Capture) -> None:
     assert main(["tasks", "check"]) == 0
-    assert capsys.readouterr().out.count(": ok, 40/100/200 rows") == len(catalog.names("tasks"))
+    lines = capsys.readouterr().out.splitlines()  # no warnings between them
+    assert lines == [f"{name}: ok, 40/100/200 rows" for name in catalog.names("tasks")]
 
 
 def test_check_lists_every_problem_of_every_task(parity: Path, capsys: Capture) -> None:
@@ -90,30 +91,68 @@ def test_new_writes_a_skeleton_once(tmp_path: Path, capsys: Capture) -> None:
     text = (tmp_path / "My task" / "task.toml").read_text(encoding="utf-8")
     assert 'name = "my_task"' in text
     assert "Say it." in text
-    assert main(["tasks", "new", str(tmp_path / "My task")]) == 2
+    for taken in (tmp_path / "My task", tmp_path / "My task" / "task.toml"):
+        assert main(["tasks", "new", str(taken)]) == 2
+    assert "Say it." in (tmp_path / "My task" / "task.toml").read_text(encoding="utf-8")
     assert "exists already" in capsys.readouterr().err
 
 
-def test_new_splits_a_labelled_file(tmp_path: Path, write_jsonl: Write, capsys: Capture) -> None:
-    path = write_jsonl(tmp_path / "rows.jsonl", [*ROWS, ROWS[0]])
-    argv = ["tasks", "new", str(tmp_path / "even"), "--jsonl", str(path)]
-    assert main(argv) == 2
-    assert not (tmp_path / "even").exists()
+def test_new_splits_a_table_and_says_what_it_did(tmp_path: Path, capsys: Capture) -> None:
+    path, folder = tmp_path / "even.csv", str(tmp_path / "even")
+    lines = [f"{row['q']};{row['a']}" for row in [*ROWS, ROWS[0]]]
+    path.write_text("\n".join(["q;a", *lines, "x;", "y;rare"]), encoding="utf-8-sig")
+    argv = ["tasks", "new", folder, "--table", str(path)]
+    assert main(argv) == 2  # no usual column names
+    assert "Its columns: q, a" in capsys.readouterr().err
+    assert not Path(folder).exists()
     assert main([*argv, "--input", "q", "--target", "a", "--seed", "3"]) == 0
-    assert "dropped 1 repeated rows" in capsys.readouterr().err
-    assert main(["tasks", "check", str(tmp_path / "even")]) == 0
-    assert len(load_folder(tmp_path / "even").validation) == 33
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    words = " ".join(printed.split())
+    for part in (
+        "even.csv: 83 rows separated by semicolons (guessed); input 'q', answer 'a'",
+        "dropped 1 row without an answer (line 83)",
+        "dropped 1 row already seen (line 82)",
+        "rare 0 1 0",
+        "(all) 22 34 25",
+        "read task.toml",
+    ):
+        assert part in words
+    assert "fill in" not in words
+    assert main(["tasks", "check", folder]) == 0
+    task = load_folder(Path(folder))
+    assert (task.answer.choices, len(task.validation)) == (("no", "rare", "yes"), 34)
+    capsys.readouterr()
+    written = run_json(capsys, "tasks", "new", folder + "2", "--jsonl", f"{path}?input=q&target=a")
+    assert written["labels"]["rare"] == {"seed": 0, "validation": 1, "test": 0}
+
+
+def test_new_says_which_labels_have_no_validation_row(tmp_path: Path, capsys: Capture) -> None:
+    rows = [f"text {n},label {n % 120}" for n in range(720)]  # for 100 rows in validation
+    (tmp_path / "t.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    assert main(["tasks", "new", str(tmp_path / "t"), "--table", str(tmp_path / "t.csv")]) == 0
+    printed = capsys.readouterr().out
+    assert "No validation row for" in printed and "and 100 more" in printed
+    argv = ["tasks", "new", str(tmp_path / "u"), "--table", str(tmp_path / "t.csv"), "--rows", "600"]
+    written = run_json(capsys, *argv)
+    assert sum(written["n_rows"].values()) == 600
+    assert sum(not n["validation"] for n in written["labels"].values()) >= 20
 
 
 def test_new_splits_a_dataset(tmp_path: Path, capsys: Capture) -> None:
     datasets = pytest.importorskip("datasets", reason="the datasets library is not installed")
-    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
-    argv = ["tasks", "new", str(tmp_path / "even"), "--hub", str(tmp_path / "saved")]
-    argv += ["--input", "q", "--target", "a"]
+    datasets.DatasetDict({"all": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "saved"))
+    argv = [
+        "tasks",
+        "new",
+        str(tmp_path / "even"),
+        "--hub",
+        f"{tmp_path / 'saved'}?split=all&input=q&target=a",
+    ]
     written = run_json(capsys, *argv)
-    assert written == {"folder": str(tmp_path / "even"), "name": "even", "techniques": []}
+    assert (written["folder"], written["name"], written["techniques"]) == (str(tmp_path / "even"), "even", [])
     assert load_folder(tmp_path / "even").answer.choices == ("no", "yes")
-    assert main([*argv, "--jsonl", "x.jsonl"]) == 2
+    assert main([*argv, "--table", "x.jsonl"]) == 2
 
 
 def test_a_teacher_replaces_the_techniques_of_an_existing_task(
@@ -121,20 +160,12 @@ def test_a_teacher_replaces_the_techniques_of_an_existing_task(
 ) -> None:
     opened: list[str] = []
     closed: list[bool] = []
+    teacher = SimpleNamespace(close=lambda: closed.append(True))
 
-    class Teacher:
-        def close(self) -> None:
-            closed.append(True)
-
-    def open_engine(ref: str) -> Teacher:
-        opened.append(ref)
-        return Teacher()
-
-    def propose(_engine: Teacher, description: str, seeds: tuple[Example, ...]) -> tuple[str, ...]:
+    def propose(_engine: object, description: str, seeds: tuple[Example, ...]) -> tuple[str, ...]:
         return (description, *(seed.input for seed in seeds[:3]))
 
-    module = ModuleType("arte_edge.runtimes.loader")
-    module.open_engine = open_engine  # type: ignore[attr-defined]
+    module = SimpleNamespace(open_engine=lambda ref: opened.append(ref) or teacher)
     monkeypatch.setitem(sys.modules, "arte_edge.runtimes.loader", module)
     monkeypatch.setattr("arte_edge.tasks.scaffold.propose_techniques", propose)
     before = load_folder(parity)

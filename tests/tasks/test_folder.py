@@ -48,15 +48,20 @@ def test_targets_become_canonical(parity: Path) -> None:
         ('{"input": "x", "target": "evn"}', "seed.jsonl:5: target 'evn' is not one of even, odd", "'even'"),
         ('{"input": "x", "target": "even"', "seed.jsonl:5: not JSON", "one object a line"),
         ("[1, 2]", "seed.jsonl:5: not an object", ""),
+        ("[" * 99999, "seed.jsonl:5: not JSON", ""),
+        ('{"input": "x \\ud83d", "target": "even"}', "seed.jsonl:5: holds half of a character", ""),
+        (
+            '{"input": "x", "target": "<ans>even</ans>"}',
+            "seed.jsonl:5: target '<ans>even</ans>' holds <ans>",
+            "",
+        ),
+        ('{"input": "x", "target": NaN}', "seed.jsonl:5: 'target' must be a string", ""),
+        ('{"input": "x", "target": ' + "9" * 5000 + "}", "seed.jsonl:5: not JSON", ""),
         ('{"input": "x", "targt": "even"}', "seed.jsonl:5: no 'target'", "It has: input, targt."),
         ('{"input": "x", "target": 4}', "seed.jsonl:5: 'target' must be a string", ""),
         ('{"input": " ", "target": "even"}', "seed.jsonl:5: 'input' must be a string", ""),
         ('{"input": "x", "target": "even", "inputs": "y"}', "seed.jsonl:5: unknown key 'inputs'", "'input'"),
-        (
-            '{"input": "is 1 EVEN  or odd?", "target": "odd"}',
-            "seed.jsonl:5: the same input as seed.jsonl:2",
-            "",
-        ),
+        ('{"input": "is 1 EVEN  or odd?", "target": "odd"}', "seed.jsonl:5: the same input as seed.js", ""),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(parity: Path, line: str, where: str, hint: str) -> None:
@@ -97,11 +102,14 @@ def test_letters_must_be_among_the_options(parity: Path, write_jsonl: Write) -> 
 @pytest.mark.parametrize(
     ("old", "new", "where", "hint"),
     [
-        ("description =", "descripton =", "task.toml: description: this key is missing", ""),
-        ("[answer]", "[answer]\nchoises = []", "task.toml: answer.choises: unknown key", "'choices'"),
-        ("name =", "nane = 1\nname =", "task.toml: nane: unknown key", "'name'"),
+        ("description =", "descripton =", "task.toml: description: Field required", ""),
+        ("[answer]", "[answer]\nchoises = []", "task.toml: unknown key 'answer.choises'", "'choices'"),
+        ("name =", "nane = 1\nname =", "task.toml: unknown key 'nane'", "'name'"),
         ('"choice"', '"choise"', "task.toml: answer.kind: Input should be", ""),
-        ('["even", "odd"]', '["even", "Even"]', "task.toml: answer.choices: two choices differ only", ""),
+        ('["even", "odd"]', '["even", "even "]', "task.toml: answer.choices: two choices are the same", ""),
+        ("[answer]", "[answer]\nexact = true", "task.toml: answer: exact goes with kind", ""),
+        ("name =", "x = " + "[" * 9000 + "]" * 9000 + "\nname =", "task.toml: not TOML", ""),
+        ("name =", "x = " + "9" * 9000 + "\nname =", "task.toml: not TOML", ""),
         ('"parity"', '"Parity!"', "task.toml: name: String should match", ""),
         ("name =", "name", "task.toml: not TOML", ""),
         ("Say whether a number is even or odd.", " ", "task.toml: description: is empty", "Two or three"),
@@ -124,10 +132,15 @@ def test_a_missing_file_is_named(parity: Path, file: str) -> None:
         load_folder(parity)
 
 
-def test_bytes_that_are_not_utf8_are_an_input_error(parity: Path) -> None:
-    (parity / "seed.jsonl").write_bytes(b'{"input": "\xff"}')
-    with pytest.raises(InputError, match=r"seed.jsonl: cannot be read as UTF-8"):
-        load_folder(parity)
+@pytest.mark.parametrize("file", ["task.toml", "seed.jsonl"])
+def test_a_byte_order_mark_is_fine_and_another_encoding_is_named(parity: Path, file: str) -> None:
+    before, text = load_folder(parity).sha256, (parity / file).read_text(encoding="utf-8")
+    (parity / file).write_text(text, encoding="utf-8-sig")
+    assert load_folder(parity).sha256 == before
+    for data in (text.encode("utf-16"), b"a\n\xff\n"):
+        (parity / file).write_bytes(data)
+        with pytest.raises(InputError, match=rf"{file}.*not UTF-8"):
+            load_folder(parity)
 
 
 def test_every_problem_is_listed_and_the_error_counts_them(parity: Path) -> None:
@@ -175,13 +188,9 @@ def test_few_shot_examples_load_and_are_part_of_the_identity(parity: Path) -> No
     [
         ("Is 1 even", "Is 7 even", "task.toml: worked 1: the same input as validation.jsonl:4"),
         ("Is 1 even", "Is 25 even", "task.toml: worked 1: the same input as test.jsonl:2"),
-        (
-            'target = "odd"',
-            'target = "uneven"',
-            "task.toml: worked 1: target 'uneven' is not one of even, odd",
-        ),
+        ('target = "odd"', 'target = "no"', "task.toml: worked 1: target 'no' is not one of even, odd"),
         ('"Its last digit is odd."', '" "', "task.toml: worked 1: reasoning is empty"),
-        ("reasoning =", "resoning =", "task.toml: worked.0.reasoning: this key is missing"),
+        ("reasoning =", "resoning =", "task.toml: worked.0.reasoning: Field required"),
     ],
 )
 def test_a_few_shot_example_of_another_split_or_with_an_error_is_rejected(

@@ -4,33 +4,25 @@ import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 from shipped_tasks.__main__ import GENERATORS, main, write_data
 from tiny import Capture
 
 from arte_edge import catalog
-from arte_edge.errors import ArteError, InputError
-from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
+from arte_edge.errors import ArteError
+from arte_edge.runtimes.completion import Completion, Request, Sampling
+from arte_edge.tasks import scaffold
 from arte_edge.tasks.folder import load_folder, read_folder
-from arte_edge.tasks.from_table import Record, task_from_table
+from arte_edge.tasks.from_table import task_from_table
 from arte_edge.tasks.loaders import load_task
-from arte_edge.tasks.scaffold import (
-    parse_techniques,
-    propose_techniques,
-    set_techniques,
-    write_skeleton,
-    write_task,
-)
+from arte_edge.tasks.tables import Table
 from arte_edge.tasks.task import SPLITS, Example
-
-RECORDS = [Record(f"t:{n}", f"Is {n} “even”?\n", "no" if n % 2 else "yes") for n in range(80)]
 
 
 def test_the_check_of_a_skeleton_lists_what_to_fill_in(tmp_path: Path) -> None:
-    write_skeleton(tmp_path / "mine", "mine")
+    scaffold.write_skeleton(tmp_path / "mine", "mine")
     task, problems = read_folder(tmp_path / "mine")
     assert task is None
     assert [problem.where for problem in problems] == [
@@ -40,37 +32,26 @@ def test_the_check_of_a_skeleton_lists_what_to_fill_in(tmp_path: Path) -> None:
 
 
 def test_a_table_written_as_a_folder_is_the_same_task(tmp_path: Path) -> None:
-    table = task_from_table("even", RECORDS, description='Is it "even"? Say \\ yes or no.')
-    write_task(tmp_path / "even", table)
+    odd = ("C", "C++", "a\n\nb", "3,5", '"""', "\\", "é\x7f", "{0}")
+    records = [(n, f"“{n}”?\n\u2028", odd[n % 8]) for n in range(80)]
+    table = task_from_table("even", Table("t", records), description='Is it "even"? Say \\ yes or no.')
+    scaffold.write_task(tmp_path / "even", table)
     folder = load_folder(tmp_path / "even")
     assert folder.sha256 == table.sha256
-    assert (folder.answer, folder.techniques) == (table.answer, table.techniques)
-
-
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    for target in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(InputError, match="exists already"):
-            write_skeleton(target, "x")
-    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
+    assert (set(folder.answer.choices), folder.techniques) == (set(odd), table.techniques)
 
 
 def test_new_techniques_leave_the_rest_of_the_file_alone(parity: Path) -> None:
     path = parity / "task.toml"
     path.write_text("# mine\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
     before = tomllib.loads(path.read_text(encoding="utf-8"))
-    set_techniques(parity, ['Say "why".', "Halve it."])
+    scaffold.set_techniques(parity, ['Say "why".', "Halve it."])
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# mine\n")
     assert tomllib.loads(text) == before | {"techniques": ['Say "why".', "Halve it."]}
 
 
 NAMES = catalog.names("tasks")
-
-
-def test_every_shipped_task_has_a_generator() -> None:
-    assert sorted(GENERATORS) == NAMES
-    assert len(NAMES) >= 5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,23 +63,19 @@ def test_the_committed_data_is_what_the_generator_writes(name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shipped_task_has_40_100_and_200_rows_and_four_techniques(name: str) -> None:
+def test_a_shipped_task_has_balanced_splits_and_four_techniques(name: str) -> None:
     task = load_task(name)
     assert (len(task.seed), len(task.validation), len(task.load_test())) == (40, 100, 200)
     assert len(set(task.techniques)) == 4
     assert all("one to three short sentences" in technique for technique in task.techniques)
     assert not any("<ans>" in technique for technique in task.techniques)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_closed_answers_are_balanced_in_every_split(name: str) -> None:
-    task = load_task(name)
     for rows in (task.seed, task.validation, task.load_test()):
         counts = Counter(row.target.split("(")[0] or row.target for row in rows)
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_an_unknown_name_is_rejected(capsys: Capture) -> None:
+def test_every_shipped_task_has_a_generator(capsys: Capture) -> None:
+    assert sorted(GENERATORS) == NAMES and len(NAMES) >= 5
     assert main(["nothing"]) == 2
     assert "known: boolean_expressions" in capsys.readouterr().out
 
@@ -113,7 +90,6 @@ PAIRS = "Imagine as many socks as the number says, pair them up, look for a sing
 class Teacher:
     """An engine that answers from a list and records its requests."""
 
-    identity = EngineIdentity("fake", "teacher")
     chat_template = None
     special_tokens: dict[str, str] = {}  # noqa: RUF012
     supports_grammar = False
@@ -127,17 +103,6 @@ class Teacher:
         answer = self.answers[(len(self.requests) - 1) % len(self.answers)]
         return [answer if isinstance(answer, Completion) else Completion(answer, "stop")]
 
-    def choose_each(
-        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
-    ) -> list[NDArray[np.float64]]:
-        return [np.zeros(len(own)) for own in choices]
-
-    def count_tokens(self, text: str) -> int:
-        return len(text.split())
-
-    def close(self) -> None:
-        self.answers.clear()
-
 
 def tagged(*techniques: str) -> str:
     """What a model writes after the tag that was started for it."""
@@ -146,14 +111,10 @@ def tagged(*techniques: str) -> str:
 
 
 def test_four_good_techniques_take_one_greedy_call() -> None:
-    teacher = Teacher(tagged(STEPS, HALVE, RULE, PAIRS))
-    techniques = propose_techniques(teacher, "Even or odd?", SEEDS)
-    assert techniques == (
-        STEPS + " Use one to three short sentences.",
-        HALVE + " Use one to three short sentences.",
-        RULE,
-        PAIRS + " Use one to three short sentences.",
-    )
+    teacher: Any = Teacher(tagged(STEPS, HALVE, RULE, PAIRS))
+    techniques = scaffold.propose_techniques(teacher, "Even or odd?", SEEDS)
+    brief = " Use one to three short sentences."
+    assert techniques == (STEPS + brief, HALVE + brief, RULE, PAIRS + brief)
     [(request, sampling)] = teacher.requests
     assert sampling.temperature == 0
     assert request.prompt.endswith("<Technique_1>")
@@ -163,31 +124,29 @@ def test_four_good_techniques_take_one_greedy_call() -> None:
 
 def test_unusable_techniques_are_regenerated_with_other_seeds() -> None:
     quoting = f"Since {SEEDS[0].input} is about zero, think of it as an even number."
-    teacher = Teacher(
+    teacher: Any = Teacher(
         tagged(STEPS, "...", "Think.", quoting),
         tagged(STEPS + "!", HALVE.upper(), "<b>Write the number down in bold letters.</b>"),
         tagged(RULE, PAIRS, "Ask a friend who is good at numbers what they think."),
     )
-    techniques = propose_techniques(teacher, "Even or odd?", SEEDS)
-    assert [text.split(".")[0] + "." for text in techniques] == [
-        STEPS,
-        HALVE.upper(),
-        "Recall which digits are even, then compare the ending.",
-        PAIRS,
-    ]
+    techniques = scaffold.propose_techniques(teacher, "Even or odd?", SEEDS)
+    kept = (STEPS, HALVE.upper(), RULE, PAIRS)
+    assert all(text.startswith(start) for text, start in zip(techniques, kept, strict=True))
     prompts = {request.prompt for request, _ in teacher.requests}
     assert len(prompts) == 3
     assert [sampling.temperature > 0 for _, sampling in teacher.requests] == [False, True, True]
 
 
 def test_a_teacher_that_never_writes_four_ends_in_an_error_that_counts() -> None:
-    teacher = Teacher(tagged(STEPS, HALVE), Completion("", "error", error="HTTP 500"))
+    teacher: Any = Teacher(tagged(STEPS, HALVE), Completion("", "error", error="HTTP 500"))
     with pytest.raises(ArteError, match=r"2 usable technique prompts, 4 are needed \(last error: HTTP 500\)"):
-        propose_techniques(teacher, "Even or odd?", SEEDS)
+        scaffold.propose_techniques(teacher, "Even or odd?", SEEDS)
     assert len(teacher.requests) == 8
 
 
 def test_the_started_tag_may_or_may_not_be_repeated_and_a_cut_one_is_dropped() -> None:
     text = f"{STEPS}</Technique_1>\n<Technique_2>{HALVE}\n</Technique_2>\n<Technique_3>Recall"
-    assert parse_techniques(text) == parse_techniques("<Technique_1>" + text) == [STEPS, HALVE]
-    assert parse_techniques("I cannot do that.") == []
+    assert (
+        scaffold.parse_techniques(text) == scaffold.parse_techniques("<Technique_1>" + text) == [STEPS, HALVE]
+    )
+    assert scaffold.parse_techniques("I cannot do that.") == []

@@ -29,18 +29,15 @@ def test_options_of_the_other_kinds_do_not_depend_on_the_input() -> None:
     assert Answer(kind="boolean").options("") == ("True", "False")
     assert Answer(kind="choice", choices=("yes", "no")).options("(A) x (B) y") == ("yes", "no")
     assert Answer(kind="number").options("1") == Answer(kind="text").options("1") == ()
-    assert [Answer(kind=kind).closed for kind in ("choice", "boolean", "number", "text")] == [
-        *(True, True, False, False)
-    ]
+    closed = [kind for kind in ("choice", "boolean", "number", "text") if Answer(kind=kind).closed]
+    assert closed == ["choice", "boolean"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "choices"),
-    [("choice", ("on", "On.")), ("choice", ("only",)), ("choice", ("a", "!")), ("number", ("1", "2"))],
-)
-def test_indistinct_choices_are_rejected(kind: str, choices: tuple[str, ...]) -> None:
-    with pytest.raises(ValidationError):
-        Answer.model_validate({"kind": kind, "choices": choices})
+@pytest.mark.parametrize("choices", [("on", "on "), ("only",), ("a", " "), ("a", "<ans>")])
+def test_indistinct_choices_are_rejected(choices: tuple[str, ...]) -> None:
+    for kind in ("choice", "number"):
+        with pytest.raises(ValidationError):
+            Answer.model_validate({"kind": kind, "choices": choices})
 
 
 def test_only_load_test_gives_the_test_split(parity: Path) -> None:

@@ -39,6 +39,7 @@ _QUESTION = re.compile(
     re.DOTALL,
 )
 _BLOCK = re.compile(r"<Question_\d+>(.*?)(?=<Question_\d+>|\Z)", re.DOTALL)
+_TAG = re.compile(r"</?(input|target|ans|Question_\d+)>")  # "<=50K" is an answer
 _LONGEST = 1500  # characters of one question; longer ones are rambling
 _ALIKE = 0.25  # share of near-duplicates among the seeds from which they are typical of the task
 _EMPTY_ROUNDS = 3  # rounds without a valid draft before giving up
@@ -148,7 +149,7 @@ def parse_questions(text: str) -> list[tuple[str, str] | str]:
         question, target = match["input"].strip(), match["target"].strip()
         if not question or not target:
             found.append("empty input or target")
-        elif len(question) > _LONGEST or "<" in target or "<input>" in question:
+        elif len(question) > _LONGEST or _TAG.search(target) or "<input>" in question:
             found.append("tags do not close")
         else:
             found.append((question, target))

@@ -24,11 +24,7 @@ from arte_edge.errors import ArteError, InputError
 
 
 def test_a_training_speaks_to_nobody_and_prints_nothing(
-    tiny_checkpoint: Any,
-    sft_rows: Any,
-    tmp_path: Path,
-    monkeypatch: Patch,
-    capfd: Capture,
+    tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path, monkeypatch: Patch, capfd: Capture
 ) -> None:
     from huggingface_hub import constants
     from huggingface_hub.utils import _telemetry
