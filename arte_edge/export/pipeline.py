@@ -72,9 +72,11 @@ class _Export:
 
     cache: BuildCache
     source: Source
+    student: Student
     recipe: Recipe
     formats: tuple[Format, ...]
     reporter: Reporter
+    reference: _Reference
     failures: list[Failure] = field(default_factory=list)
 
     def fail(self, format: Format, verb: str, error: ArteError) -> None:
@@ -109,28 +111,28 @@ def export(
     with BuildCache(out) as cache:
         for note in source.notes:
             reporter.warn(note)
-        job = _Export(cache, source, recipe, formats, reporter)
         if source.adapter:
-            job.source = _merge(job)
-        student = _describe(job.source)
+            source = _merge(source, cache, reporter)
+        student = _describe(source)
         earlier = _earlier_artifacts(out, student, force)
-        _require_space(job, student)
-        with _Reference(job.source.checkpoint) as reference:
-            builder = _builder(job, student, llama_cpp)
-            artifacts = _hold(job, student, builder, reference)
-            built, imatrix_sha256 = _build(job, builder, reference)
-            artifacts |= _verify(job, student, built, imatrix_sha256, reference)
+        with _Reference(source.checkpoint) as reference:
+            job = _Export(cache, source, student, recipe, formats, reporter, reference)
+            _require_space(job)
+            fields = gguf_fields(student, source.lineage, source.chat.template_sha256)
+            builder = Builder(cache, source, student, recipe, fields, formats, llama_cpp)
+            artifacts = _hold(job, builder)
+            built, imatrix_sha256 = _build(job, builder)
+            artifacts |= _verify(job, built, imatrix_sha256)
         shown = tuple(
             artifacts[format] for format in dict.fromkeys((*formats, *artifacts)) if format in artifacts
         )
-        document = _write_documents(job, student, shown, earlier)
+        document = _write_documents(job, shown, earlier)
         cache.close(keep_base=bool(job.failures))
     return Outcome(document, shown, tuple(job.failures), out)
 
 
-def _merge(job: _Export) -> Source:
+def _merge(source: Source, cache: BuildCache, reporter: Reporter) -> Source:
     """Merge the adapter, unless an earlier process did; return the merged source."""
-    source, cache = job.source, job.cache
     adapter, target = source.adapter, cache.out / MERGED
     assert adapter is not None
     inputs = [__version__, adapter.sha256, sha256_checkpoint(source.checkpoint)]
@@ -138,7 +140,7 @@ def _merge(job: _Export) -> Source:
     if cached and target.is_dir() and sha256_checkpoint(target) == cached["checkpoint"]:
         result, seconds = Merge.model_validate(cached["merge"]), None
     else:
-        with job.reporter.stage("merge") as clock:
+        with reporter.stage("merge") as clock:
             result = merge(adapter, source.checkpoint, target, source.prompts[:_MERGE_PROMPTS])
         seconds = clock()
         summary = {"checkpoint": sha256_checkpoint(target), "merge": result.model_dump(mode="json")}
@@ -147,7 +149,7 @@ def _merge(job: _Export) -> Source:
         f"adapter merged in 16 bits; mean difference of logits {result.mean_abs_diff:.2g}, mean change by the "
         f"adapter {result.update_mean_abs:.2g}; same most likely token at {result.top1_agreement:.1%}"
     )
-    job.reporter.done("merge", text, seconds)
+    reporter.done("merge", text, seconds)
     lineage = source.lineage.model_copy(update={"merge": result})
     return replace(source, checkpoint=target, lineage=lineage)
 
@@ -188,13 +190,13 @@ def _earlier_artifacts(out: Path, student: Student, force: bool) -> tuple[Artifa
     return ()
 
 
-def _require_space(job: _Export, student: Student) -> None:
+def _require_space(job: _Export) -> None:
     """Raise `ArteError` if the files that have to be built do not fit on the disk."""
     cache, shapes = job.cache, shapes_of(job.source.checkpoint)
     missing = {
         format
         for format in job.formats
-        if not any(place.exists() for place in cache.places(format.file_name(student.name)))
+        if not any(place.exists() for place in cache.places(format.file_name(job.student.name)))
     }
     base = Format("gguf", job.recipe.gguf.base)
     if any(uses_base(format, base.type) for format in missing):
@@ -202,13 +204,7 @@ def _require_space(job: _Export, student: Student) -> None:
     cache.require_space(sum(predicted_bytes(format, shapes) for format in missing))
 
 
-def _builder(job: _Export, student: Student, llama_cpp: Path | None) -> Builder:
-    source = job.source
-    fields = gguf_fields(student, source.lineage, source.chat.template_sha256)
-    return Builder(job.cache, source, student, job.recipe, fields, job.formats, llama_cpp)
-
-
-def _hold(job: _Export, student: Student, builder: Builder, reference: _Reference) -> dict[Format, Artifact]:
+def _hold(job: _Export, builder: Builder) -> dict[Format, Artifact]:
     """Make the full-width GGUF that other files are made from and hold it to the student.
 
     If it is rejected, what would be made from it fails. Returns its artifact if it was asked for or is rejected.
@@ -226,7 +222,7 @@ def _hold(job: _Export, student: Student, builder: Builder, reference: _Referenc
         with job.reporter.stage(f"make {base.label}"):
             file = builder.build(base) if asked else builder.base()
         with _progress(job.reporter, f"verifying {base.label}") as progress:
-            verdict, cached = _verdict(job, student, base, file, reference, progress, asked)
+            verdict, cached = _verdict(job, base, file, progress, asked)
         seconds = None if cached else time.monotonic() - began
     except ArteError as error:
         _drop(job, builder, users, error)
@@ -237,9 +233,9 @@ def _hold(job: _Export, student: Student, builder: Builder, reference: _Referenc
         return {}
     job.formats = builder.formats = tuple(format for format in job.formats if format != base)
     if not verdict["passed"]:
-        what = f"{base.file_name(student.name)}, from which it would be made, is rejected"
+        what = f"{base.file_name(job.student.name)}, from which it would be made, is rejected"
         _drop(job, builder, [f for f in users if f != base], GateError(what, "See the reasons above."))
-    return {base: _placed(job, student, base, file, verdict, "", seconds)}
+    return {base: _placed(job, base, file, verdict, "", seconds)}
 
 
 def _drop(job: _Export, builder: Builder, formats: Sequence[Format], error: ArteError) -> None:
@@ -267,13 +263,13 @@ def _beside_origin(job: _Export, format: Format, file: BuiltFile, found: Verdict
     return found.as_dict() | {"reason": found.reason}
 
 
-def _build(job: _Export, builder: Builder, reference: _Reference) -> tuple[dict[Format, BuiltFile], str]:
+def _build(job: _Export, builder: Builder) -> tuple[dict[Format, BuiltFile], str]:
     """Build every format; return those that succeeded, and the sha256 of the importance matrix."""
     source, reporter = job.source, job.reporter
     if any(format.family == "gguf" for format in job.formats):
         began = time.monotonic()
         if builder.uses_imatrix:
-            reference.release()  # collecting loads the student too
+            job.reference.release()  # collecting loads the student too
         with _progress(reporter, "importance matrix") as progress:
             builder.collect_imatrix(progress)
         if builder.imatrix:
@@ -292,9 +288,7 @@ def _build(job: _Export, builder: Builder, reference: _Reference) -> tuple[dict[
     return built, sha256_file(builder.imatrix) if builder.imatrix else ""
 
 
-def _verify(
-    job: _Export, student: Student, built: dict[Format, BuiltFile], imatrix_sha256: str, reference: _Reference
-) -> dict[Format, Artifact]:
+def _verify(job: _Export, built: dict[Format, BuiltFile], imatrix_sha256: str) -> dict[Format, Artifact]:
     """Verify each file and rename it; return the artifacts.
 
     The student is opened when the first file needs it and stays open: its answers serve all.
@@ -304,18 +298,17 @@ def _verify(
         began = time.monotonic()
         try:
             with _progress(job.reporter, f"verifying {format.label}") as progress:
-                verdict, cached = _verdict(job, student, format, file, reference, progress)
+                verdict, cached = _verdict(job, format, file, progress)
         except ArteError as error:
             job.fail(format, "verified", error)
             continue
         seconds = None if cached else time.monotonic() - began
-        artifacts[format] = _placed(job, student, format, file, verdict, imatrix_sha256, seconds)
+        artifacts[format] = _placed(job, format, file, verdict, imatrix_sha256, seconds)
     return artifacts
 
 
 def _placed(
     job: _Export,
-    student: Student,
     format: Format,
     file: BuiltFile,
     verdict: Mapping[str, Any],
@@ -323,8 +316,8 @@ def _placed(
     seconds: float | None,
 ) -> Artifact:
     """Rename a verified file by its verdict, report it and return its artifact."""
-    artifact = _artifact(job.source, student, format, file, verdict, imatrix_sha256)
-    job.cache.place(file.path, format.file_name(student.name), accepted=artifact.status == "ok")
+    artifact = _artifact(job, format, file, verdict, imatrix_sha256)
+    job.cache.place(file.path, format.file_name(job.student.name), accepted=artifact.status == "ok")
     job.reporter.event("artifact", file=artifact.file, status=artifact.status, reason=artifact.reason)
     job.reporter.done("verify", f"{artifact.file}: {artifact.status}", seconds)
     return artifact
@@ -357,13 +350,7 @@ class _Reference:
 
 
 def _verdict(
-    job: _Export,
-    student: Student,
-    format: Format,
-    file: BuiltFile,
-    reference: _Reference,
-    progress: Progress,
-    whole: bool = True,
+    job: _Export, format: Format, file: BuiltFile, progress: Progress, whole: bool = True
 ) -> tuple[dict[str, Any], bool]:
     """Return the verdict on one file for JSON, and whether it was cached; if not `whole`, on a few prompts alone."""
     source, settings, limits = job.source, job.recipe.verify, job.recipe.verify.limits(format)
@@ -376,7 +363,7 @@ def _verdict(
         __version__,
         SCHEMA_VERSION,  # of the verdict, which is stored as JSON
         file.checksums.sha256,
-        student.sha256,
+        job.student.sha256,
         list(prompts),
         limits.model_dump(mode="json"),
         [task.sha256, settings.examples] if task else None,
@@ -388,7 +375,7 @@ def _verdict(
     from arte_edge.verify.gate import verify_file
 
     found = verify_file(
-        reference.open(progress),
+        job.reference.open(progress),
         file.path,
         prompts,
         limits,
@@ -403,14 +390,10 @@ def _verdict(
 
 
 def _artifact(
-    source: Source,
-    student: Student,
-    format: Format,
-    file: BuiltFile,
-    verdict: Mapping[str, Any],
-    imatrix_sha256: str,
+    job: _Export, format: Format, file: BuiltFile, verdict: Mapping[str, Any], imatrix_sha256: str
 ) -> Artifact:
     """Return the entry of ``student.json`` for a verified file."""
+    source, student = job.source, job.student
     name = format.file_name(student.name) + ("" if verdict["passed"] else REJECTED)
     summary, sums, metrics = file.summary, file.checksums, verdict["fidelity"]
     reference_runtime, runtime = verdict.get("runtimes") or ("", "")
@@ -455,12 +438,7 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
     return [*notes, *summary.get("warnings", ())]
 
 
-def _write_documents(
-    job: _Export,
-    student: Student,
-    new: tuple[Artifact, ...],
-    earlier: tuple[Artifact, ...],
-) -> StudentFile:
+def _write_documents(job: _Export, new: tuple[Artifact, ...], earlier: tuple[Artifact, ...]) -> StudentFile:
     """Write the Modelfile and the tokenizer, and ``student.json`` last."""
     out, source = job.cache.out, job.source
     names = {_accepted_name(artifact) for artifact in new}
@@ -468,7 +446,7 @@ def _write_documents(
     _write_modelfile(job, artifacts)
     document = StudentFile(
         arte_edge_version=__version__,
-        student=student,
+        student=job.student,
         lineage=source.lineage,
         tokenizer=_write_tokenizer(out, source.checkpoint, source.chat.template_sha256),
         student_accuracy=next((a.accuracy.reference_alone for a in new if a.accuracy), None),

@@ -12,7 +12,7 @@ from arte_edge.cli.main import main
 LIMIT = 20
 
 
-class Written(Exception):
+class Written(BaseException):
     """The file is written; its verification is a path of its own."""
 
 
