@@ -14,7 +14,7 @@ from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
 LIMIT = 15
 
 
-class Scored(Exception):
+class Scored(BaseException):
     """The scores are there; the rest of the run is not needed."""
 
 
