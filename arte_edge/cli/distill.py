@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -71,6 +72,7 @@ def distill(
     if dry_run:
         from arte_edge.distill import estimate
 
+        os.environ.setdefault("ARTE_EDGE_PROBE", "0")  # an estimate measures no batch sizes
         estimate.dry_run(config, prices=estimate.parse_prices(prices) if prices else None, as_json=as_json)
         return
     from arte_edge.console import Reporter, emit_json, out

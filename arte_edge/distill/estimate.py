@@ -1,9 +1,9 @@
 """``arte-edge distill --dry-run``: calls, tokens and cost of every stage, before they are spent.
 
-Teacher and student answer a few real prompts of each kind, which gives the length of what they
-generate; the lengths of all prompts come from the models' own tokenizers. The rest is arithmetic with the
-stages' own rules. Where a stage decides as it goes, the estimate assumes that no draft is dropped and that
-adaptive scoring measures all that it may. The run folder is neither read nor written.
+A teacher behind a server answers a few real prompts of each kind, which gives the length of what it generates; a
+model on this machine would take minutes for that, so its answers count with their limits. The lengths of all prompts
+come from the models' own tokenizers, the rest from the stages' own rules. Where a stage decides as it goes, no draft is
+dropped and adaptive scoring measures all that it may. The run folder is neither read nor written.
 """
 
 from __future__ import annotations
@@ -119,8 +119,9 @@ def dry_run(config: RunConfig, *, prices: Prices | None = None, as_json: bool = 
         raise InputError(f"--prices: {config.teacher.model} runs locally and costs nothing")
     with TemporaryDirectory(prefix="arte-edge-") as folder:
         run = RunContext(config, task, Path(folder), Reporter(quiet=as_json))
+        run.as_given = True
         try:
-            run.reporter.say("Probing teacher and student with a few prompts …")
+            run.reporter.say("Counting the tokens of a few prompts of each kind …")
             calls = {work.call for work in stage_work(config, task, 1.0)}
             lengths, drafts_per_prompt = probe(run, calls)
         finally:
@@ -253,22 +254,24 @@ def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], 
         Call("student", "generated"): Sampling(max_tokens=evaluate.answer_tokens, stop=ANSWER_STOPS),
     }
     engines: dict[Who, Engine] = {"teacher": teacher, "student": student}
-    answers = {}
-    with run.reporter.bar("probe, answers", len(sampling) * _PROBE_CALLS) as step:
-        for call, how in sampling.items():
-            answers[call] = _answers(run, engines[call.who], call, how)
-            step(_PROBE_CALLS, sum(answer.completion_tokens for answer in answers[call]))
-    generated = {
-        (call.who, call.what): sum(answer.completion_tokens for answer in done) / len(done)
-        for call, done in answers.items()
-    }
+    generated = {(call.who, call.what): float(how.max_tokens) for call, how in sampling.items()}
+    answers: dict[Call, list[Completion]] = {}
+    if run.teacher_is_server:  # a model on this machine would take minutes for them
+        todo = [call for call in sampling if call.who == "teacher"]
+        with run.reporter.bar("probe, answers", len(todo) * _PROBE_CALLS) as step:
+            for call in todo:
+                done = answers[call] = _answers(run, teacher, call, sampling[call])
+                tokens = sum(answer.completion_tokens for answer in done)
+                generated[call.who, call.what] = tokens / len(done)
+                step(_PROBE_CALLS, tokens)
     lengths, calls = {}, list(calls)
     with run.reporter.bar("probe, lengths", len(calls)) as step:
         for call in calls:
             found = _lengths(run, engines[call.who], call)
             lengths[call] = replace(found, completion=generated.get((call.who, call.what), found.completion))
             step(1)
-    drafted = answers[Call("teacher", "question")]
+    if not (drafted := answers.get(Call("teacher", "question"))):
+        return lengths, float(elicit.asked)
     return lengths, max(count_valid(run.task, elicit.rouge, drafted) / len(drafted), _FEWEST_DRAFTS)
 
 
@@ -315,8 +318,11 @@ def _prompts(run: RunContext, call: Call) -> list[str]:
 
 
 def _notes(config: RunConfig, drafts_per_prompt: float, prices: Prices | None) -> list[str]:
+    how = (
+        "Measured" if is_server(config.teacher.model) else "Nothing was generated: answers as long as allowed"
+    )
     notes = [
-        f"Measured: {drafts_per_prompt:.1f} valid questions per prompt. Rejected or relabelled drafts add calls; "
+        f"{how}, {drafts_per_prompt:.1f} valid questions per prompt. Rejected or relabelled drafts add calls; "
         "prefer.race may stop earlier."
     ]
     if config.calibrate.models and config.aligned:

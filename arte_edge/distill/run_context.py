@@ -63,6 +63,9 @@ class RunContext:
         self._models: dict[str, LocalModel] = {}
         self._files: dict[str, dict[str, str]] = {}
         self.budget: Budget | None = None  # of an answer on the device; the pipeline sets it
+        self.as_given = (
+            False  # True: the student runs from the file that was given, without making its F16 file
+        )
 
     @contextmanager
     def stage(self, name: str, inputs: dict[str, Any], describe: Callable[[Summary], str]) -> Iterator[Stage]:
@@ -103,7 +106,7 @@ class RunContext:
             if is_server(model.model):
                 opened = open_engine(model.model, parallel=model.parallel, limits=_limits(model))
             else:
-                local = f16_student(self.local(model)) if student else self.local(model)
+                local = f16_student(self.local(model)) if student and not self.as_given else self.local(model)
                 opened = open_local(local, kind=model.engine, parallel=model.parallel)
             self._engines[key] = opened
         return self._engines[key]

@@ -108,9 +108,11 @@ def test_a_server_has_no_votes_by_probability_and_its_calls_cost(house: Any) -> 
     assert estimated(house, Prices(1.0, 1.0))["check"].cost_usd == 0
 
 
-def test_the_probe_finds_the_lengths(house: Any) -> None:
+@pytest.mark.parametrize("server", [True, False])
+def test_the_probe_finds_the_lengths(house: Any, server: bool, monkeypatch: Patch) -> None:
     house.teacher.drafts = lambda sample: house.student.drafts(0)  # the second answer repeats the first
     run = house.run()
+    monkeypatch.setattr(type(run), "teacher_is_server", server)
     calls = [
         Call("teacher", "rationale"),
         Call("student", "generated"),
@@ -119,16 +121,19 @@ def test_the_probe_finds_the_lengths(house: Any) -> None:
     ]
     lengths, drafts_per_prompt = probe(run, calls)
     run.close()
-    assert lengths[calls[0]].completion == 7
+    limits = run.config.elicit.rationale_tokens, run.config.evaluate.answer_tokens
+    assert lengths[calls[0]].completion == (7 if server else limits[0])
+    assert lengths[calls[1]].completion == limits[1]
     # The teacher has eight shots, the student none, three and one.
     assert lengths[calls[0]].prompt > lengths[calls[2]].prompt > lengths[calls[1]].prompt
     assert lengths[calls[2]].prompt > lengths[calls[3]].prompt
     assert lengths[calls[3]].completion == 0  # closed answers are compared, not generated
-    assert drafts_per_prompt == 2.5
-    assert house.calls == 6
+    assert drafts_per_prompt == (2.5 if server else run.config.elicit.asked)
+    assert house.calls == (4 if server else 0)  # a model on this machine generates nothing
 
 
-def test_a_model_that_answers_nothing_is_an_error(house: Any, capsys: Capture) -> None:
+def test_a_server_that_answers_nothing_is_an_error(house: Any, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr("arte_edge.distill.run_context.RunContext.teacher_is_server", True)
     house.teacher.complete = lambda requests, _: [Completion("", "error", error="too long") for _ in requests]
     assert house.distill("--dry-run") == 1
     assert "The probe failed: too long" in " ".join(capsys.readouterr().err.split())

@@ -43,26 +43,18 @@ def test_an_unknown_onnx_format_is_rejected(text: str) -> None:
         onnx_format(text)
 
 
-def test_lists_are_in_order_without_repetitions() -> None:
+def test_lists_are_in_order_without_repetitions_and_never_empty() -> None:
     labels = [format.label for format in parse_list("Q8_0,q4_k_m,Q4_K", "int4")]
     assert labels == ["Q8_0", "Q4_K_M", "int4"]
-
-
-def test_an_empty_list_is_an_error() -> None:
     with pytest.raises(InputError, match="--gguf"):
         parse_list(" , ", None)
 
 
-def test_every_label_leads_back_to_its_format() -> None:
-    formats = [Format("gguf", name) for name in QUANT_TYPES]
-    formats += [onnx_format(name) for name in ("int4", "int8", "fp32", "optimum-fp32", "optimum-int8-arm64")]
-    assert [format_of(format.label) for format in formats] == formats
-
-
-def test_no_two_formats_share_a_file() -> None:
+def test_every_label_leads_back_to_its_format_and_no_two_share_a_file() -> None:
     formats = [Format("gguf", name) for name in QUANT_TYPES]
     formats += [onnx_format(name) for name in ("int4", "int8", "fp32", "optimum-fp32")]
     formats += [onnx_format(f"optimum-int8-{arch}") for arch in ("arm64", "avx2", "avx512")]
+    assert [format_of(format.label) for format in formats] == formats
     assert len({format.file_name("m") for format in formats}) == len(formats)
 
 
@@ -123,8 +115,5 @@ def test_the_tensor_sum_of_a_folder_is_over_its_external_data(tmp_path: Path) ->
 def test_a_model_without_external_data_is_its_own(tmp_path: Path) -> None:
     found = checksums_of(onnx_folder(tmp_path / "a", data=None))
     assert found.tensor_sha256 == hashlib.sha256(b"graph").hexdigest()
-
-
-def test_a_folder_without_a_model_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no \.onnx"):
         checksums_of(tmp_path)

@@ -108,10 +108,13 @@ def test_a_large_file_is_summed_once_until_it_changes(
     assert sha256_file(path) == first and path not in reads
     state = path.stat()
     path.write_bytes(b"b" * 5_000_000)
-    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))  # as if it had not been written to
     assert sha256_file(path) == hashlib.sha256(b"b" * 5_000_000).hexdigest() != first
-    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert sha256_file(path, fresh=True) == sha256_file(path)
+    reads.clear()
+    assert sha256_file(path) == sha256_file(path, since_boot=True) and path not in reads
+    monkeypatch.setattr("arte_edge.cache._boot_id", lambda: "another start of the machine")
+    assert sha256_file(path) and path not in reads
+    assert sha256_file(path, since_boot=True) and path in reads
 
 
 def test_a_broken_memory_of_sums_is_no_error(model_cache: Path, tmp_path: Path) -> None:
