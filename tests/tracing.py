@@ -29,6 +29,8 @@ GROUND_FLOOR = set(
         "stats",
         "pii_scan",
         "tasks/task",
+        "files",
+        "cli/interrupt",
         "__init__",
     ]
 )
@@ -40,8 +42,12 @@ def files_run(found: set[str]) -> Iterator[None]:
 
     def note(frame: FrameType) -> None:
         code = frame.f_code
-        # Only functions: the bodies of modules and classes run when they are imported.
-        if code.co_flags & CO_OPTIMIZED and code.co_filename.startswith(f"{PACKAGE}/"):
+        # Only functions: the bodies of modules and classes run when they are imported, and tables made there.
+        if (
+            code.co_flags & CO_OPTIMIZED
+            and not code.co_name.endswith("comp>")
+            and code.co_filename.startswith(f"{PACKAGE}/")
+        ):
             found.add(Path(code.co_filename).relative_to(PACKAGE).with_suffix("").as_posix())
 
     frame: FrameType | None = sys._getframe()
