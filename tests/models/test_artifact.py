@@ -115,5 +115,6 @@ def test_the_tensor_sum_of_a_folder_is_over_its_external_data(tmp_path: Path) ->
 def test_a_model_without_external_data_is_its_own(tmp_path: Path) -> None:
     found = checksums_of(onnx_folder(tmp_path / "a", data=None))
     assert found.tensor_sha256 == hashlib.sha256(b"graph").hexdigest()
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no \.onnx"):
-        checksums_of(tmp_path)
+        checksums_of(tmp_path / "empty")
