@@ -30,30 +30,12 @@ from typing import Any, TypeVar
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.files import json_loads, user_path
+from arte_edge.model_folder import TOKENIZER_FILES
 
-__all__ = [
-    "DISK_FULL_MESSAGES",
-    "DiskFull",
-    "Progress",
-    "access_error",
-    "atomic_file",
-    "cache_dir",
-    "cache_subdir",
-    "cached_measurement",
-    "check_free_space",
-    "cleanup_on_full_disk",
-    "disk_errors",
-    "is_disk_full",
-    "is_offline",
-    "locked",
-    "megabytes",
-    "rename_into_place",
-    "sha256_checkpoint",
-    "sha256_file",
-    "slug",
-    "user_registry",
-    "write_atomic",
-]
+__all__ = ["DISK_FULL_MESSAGES", "DiskFull", "Progress", "access_error", "atomic_file", "cache_dir"]
+__all__ += ["cache_subdir", "cached_measurement", "check_free_space", "cleanup_on_full_disk", "disk_errors"]
+__all__ += ["is_disk_full", "is_offline", "locked", "megabytes", "rename_into_place", "sha256_checkpoint"]
+__all__ += ["sha256_file", "slug", "user_registry", "write_atomic"]
 
 # (step, bytes done, total bytes); a total of 0 means unknown
 Progress = Callable[[str, int, int], None]
@@ -312,8 +294,8 @@ def _is_writable(folder: Path) -> bool:
 
 
 _CACHED_FROM_BYTES = 4_000_000
-# The files that determine a checkpoint's output: weights, shape and tokenizer.
-_IDENTITY = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer.model")
+# The files that determine a checkpoint's output: weights, shape, tokenizer and where an answer ends.
+_IDENTITY = ("*.safetensors", "config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 def sha256_file(path: Path, *, fresh: bool = False, since_boot: bool = False) -> str:

@@ -18,19 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.errors import InputError
+from arte_edge.errors import InputError, reading
 from arte_edge.files import json_loads, read_json
+from arte_edge.model_folder import look
 
-__all__ = [
-    "Values",
-    "Weight",
-    "parameter_count",
-    "read_config",
-    "read_weights",
-    "reject_quantized",
-    "shapes_of",
-    "weights_dtype",
-]
+__all__ = ["EMBEDDING", "OUTPUT", "Values", "Weight", "check_tied", "parameter_count", "read_config"]
+__all__ += ["read_tensors", "read_weights", "reject_quantized", "shapes_of", "weights_dtype"]
 
 # float32, float16, or uint16 with the bits of bfloat16
 Values = NDArray[Any]
@@ -38,6 +31,8 @@ Values = NDArray[Any]
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 _HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors package
 _BLOCK_BYTES = 16_000_000
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_AGAIN = "Download or save the checkpoint again."
 
 
 @dataclass(frozen=True)
@@ -68,54 +63,44 @@ class Weight:
             self.path, dtype, count, offset=self.offset_bytes + start * dtype.itemsize
         )
         if len(values) != count:
-            raise InputError(f"{self.path}: truncated in {self.name}", "Download the checkpoint again.")
+            raise InputError(f"{self.path}: truncated in {self.name}", _AGAIN)
         return values
 
 
 def read_weights(checkpoint: Path) -> dict[str, Weight]:
     """Return the tensors of a checkpoint (one file or shards) by name, without their values.
 
-    Raises:
-        InputError: no safetensors, a shard is missing or truncated, a file is damaged, or has 8-bit floats or
-            integers.
+    Raises InputError: `look` finds no checkpoint, a file is damaged, or has 8-bit floats or integers.
     """
-    index = checkpoint / "model.safetensors.index.json"
-    if not index.is_file():
-        return _read_file(checkpoint / "model.safetensors")
-    try:
-        weight_map: dict[str, str] = json_loads(index.read_text("utf-8"))["weight_map"]
-        files = sorted({Path(file).name for file in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: not a weights index", "Download the checkpoint again.") from error
     found: dict[str, Weight] = {}
-    for file in files:
-        found |= _read_file(checkpoint / file)
-    if missing := sorted(set(weight_map) - set(found)):
-        raise InputError(
-            f"{checkpoint}: {missing[0]} is in the index but not in a file", "Download the checkpoint again."
-        )
+    holds = look(checkpoint)
+    if holds.kind != "checkpoint":
+        raise InputError(f"{checkpoint}: holds no checkpoint", "It has config.json and model.safetensors.")
+    for path in holds.weights:
+        for name, weight in read_tensors(path).items():
+            if name in found:
+                raise InputError(f"{path}: {name} is in {found[name].path.name} too", _AGAIN)
+            found[name] = weight
+    if missing := sorted(holds.tensors - found.keys()):
+        raise InputError(f"{checkpoint}: {missing[0]} is in the index but not in a file", _AGAIN)
+    if not found:
+        raise InputError(f"{checkpoint}: contains no tensors", _AGAIN)
     return found
 
 
-def _read_file(path: Path) -> dict[str, Weight]:
-    """Return the tensors of one file; check that they are inside it."""
+def read_tensors(path: Path) -> dict[str, Weight]:
+    """Return the tensors of one safetensors file; an `InputError` if one is not inside it."""
     try:
-        size_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+        with reading(path, _AGAIN), path.open("rb") as file:
+            size_bytes = path.stat().st_size
+            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
             if length > min(_HEADER_LIMIT_BYTES, size_bytes - 8):
                 raise ValueError("cut short")
-            header = json_loads(file.read(length))
-        rows = {name: row for name, row in header.items() if name != "__metadata__"}
-        return {name: _weight(path, name, row, 8 + length, size_bytes) for name, row in rows.items()}
+            rows = json_loads(file.read(length)).items()
+            found = {name: row for name, row in rows if name != "__metadata__"}
+            return {name: _weight(path, name, row, 8 + length, size_bytes) for name, row in found.items()}
     except OSError as error:
-        raise InputError(
-            f"{path}: no readable weights ({error.strerror})", "Give a complete checkpoint: *.safetensors."
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise InputError(
-            f"{path}: not a readable safetensors file ({error})", "Download the checkpoint again."
-        ) from error
+        raise InputError(f"{path}: no readable weights ({error.strerror})", _AGAIN) from error
 
 
 def _weight(path: Path, name: str, row: dict[str, Any], data_offset: int, size_bytes: int) -> Weight:
@@ -126,11 +111,8 @@ def _weight(path: Path, name: str, row: dict[str, Any], data_offset: int, size_b
             f"{path}: {name} is {kind}, not a 16- or 32-bit float",
             "Give the checkpoint before quantization.",
         )
-    if (
-        end - start != math.prod(shape) * _DTYPES[kind].itemsize
-        or start < 0
-        or data_offset + end > size_bytes
-    ):
+    size_fits = end - start == math.prod(shape) * _DTYPES[kind].itemsize and min(shape, default=0) >= 0
+    if not size_fits or start < 0 or data_offset + end > size_bytes:
         raise ValueError(f"{name} is outside the file: cut short?")
     return Weight(name, path, kind, shape, data_offset + start)
 
@@ -140,7 +122,7 @@ def shapes_of(checkpoint: Path) -> dict[str, tuple[int, ...]]:
 
     Raises InputError: the weights are damaged, missing, or not floats of 16 or 32 bits.
     """
-    return {name: weight.shape for name, weight in _weights(checkpoint).items()}
+    return {name: weight.shape for name, weight in read_weights(checkpoint).items()}
 
 
 def parameter_count(checkpoint: Path) -> int:
@@ -151,16 +133,29 @@ def parameter_count(checkpoint: Path) -> int:
 def weights_dtype(checkpoint: Path) -> str:
     """Return the type of most parameters of a checkpoint: F16, BF16 or F32."""
     totals: Counter[str] = Counter()
-    for weight in _weights(checkpoint).values():
+    for weight in read_weights(checkpoint).values():
         totals[weight.dtype] += math.prod(weight.shape)
     return totals.most_common(1)[0][0]
 
 
-def _weights(checkpoint: Path) -> dict[str, Weight]:
+def check_tied(checkpoint: Path, default: bool = False) -> None:
+    """Raise if config.json (by `default`) ties the output matrix to the embedding and the weights hold another one.
+
+    transformers 5 then reads both, transformers 4 and most runtimes the embedding alone.
+    """
+    config = read_config(checkpoint)
+    if not config.get("tie_word_embeddings", default) or config.get("quantization_config"):
+        return
     weights = read_weights(checkpoint)
-    if not weights:
-        raise InputError(f"{checkpoint}: contains no tensors", "Download the checkpoint again.")
-    return weights
+    embedding, output = weights.get(EMBEDDING), weights.get(OUTPUT)
+    if embedding is None or output is None:
+        return
+    same = (embedding.shape, embedding.dtype) == (output.shape, output.dtype)
+    if not same or not all(map(np.array_equal, embedding.blocks(), output.blocks())):
+        raise InputError(
+            f"{checkpoint / 'config.json'}: tie_word_embeddings is true, but {OUTPUT} differs from the embedding",
+            "If the output matrix was trained, set tie_word_embeddings to false; else remove the tensor.",
+        )
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:

@@ -47,7 +47,7 @@ ORDER = re.findall(
     r"\w+",
     """
     errors files catalog extras private_apis threads protobuf pii_scan memory console notebook
-    stats cache store checkpoint
+    stats model_folder cache store checkpoint transformers_load
     results gguf device onnx models runtimes tasks
     distill verify export bench publish api environment cli __main__
     """,

@@ -29,9 +29,9 @@ from arte_edge.tasks.loaders import load_task
 __all__ = ["SPECIAL", "TASK", "TEMPLATE", "Capture", "Folders", "Make", "Patch", "accuracy", "add_tensors"]
 __all__ += ["artifact", "bpe", "chat_tokenizer", "choose", "edited", "edited_json", "facts", "finish"]
 __all__ += ["gguf_writer", "hf_logits", "llama_shapes", "machine", "make_gguf", "metrics", "model_shape"]
-__all__ += ["opened", "quality_row", "relative_error", "save_checkpoint", "speed_row", "student_file"]
-__all__ += ["tensor_sha256", "word_tokenizer", "write_gguf", "write_safetensors", "write_student"]
-__all__ += ["write_tokenizer"]
+__all__ += ["opened", "quality_row", "relative_error", "save_adapter", "save_checkpoint", "speed_row"]
+__all__ += ["student_file", "tensor_sha256", "word_tokenizer", "write_gguf", "write_safetensors"]
+__all__ += ["write_student", "write_tokenizer"]
 
 # What most signatures of tests name.
 Make = Callable[..., Any]
@@ -220,6 +220,34 @@ def hf_logits(checkpoint: Path, ids: Sequence[int], adapter: Path | None = None)
         model = PeftModel.from_pretrained(model, adapter)
     with torch.no_grad():
         return np.asarray(model.eval()(torch.tensor([list(ids)])).logits[0])
+
+
+def save_adapter(
+    base: Path, folder: Path, ids: Sequence[int], *, more_tokens: int = 0, **lora: Any
+) -> np.ndarray:
+    """Write a LoRA adapter with random values to `folder`; return the logits of the model that "was trained".
+
+    `more_tokens` are added to tokenizer and embedding first, and the tokenizer is saved too.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if more_tokens:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_tokens([f"<new {i}>" for i in range(more_tokens)], special_tokens=True)
+        model.resize_token_embeddings(len(tokenizer))
+        tokenizer.save_pretrained(folder)
+    torch.manual_seed(2)
+    known = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    live = get_peft_model(model, LoraConfig(**known | lora)).eval()
+    with torch.no_grad():
+        for tensor in live.parameters():
+            if tensor.requires_grad:
+                tensor.add_(0.08 * torch.randn_like(tensor))
+        live.save_pretrained(folder)
+        return np.asarray(live(torch.tensor([list(ids)])).logits[0])
 
 
 def relative_error(got: Any, expected: Any) -> float:

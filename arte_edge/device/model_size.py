@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from arte_edge.errors import InputError, reading
 from arte_edge.files import read_json
+from arte_edge.model_folder import look
 from arte_edge.protobuf import fields, varint
 
 __all__ = ["ModelSize", "model_format"]
@@ -38,12 +39,12 @@ def model_format(path: Path) -> ModelFormat:
         return "onnx-genai"
     if any(path.glob("*.onnx")) or any(path.glob("onnx/*.onnx")):
         return "onnx"
-    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+    hint = "Give a .gguf file, a folder with an ONNX model, or a checkpoint folder."
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder", hint)
+    if (found := look(path)).kind == "checkpoint":
         return "safetensors"
-    raise InputError(
-        f"{path}: {'no model here' if path.exists() else 'no such file or folder'}",
-        "Give a .gguf file, a folder with an ONNX model, or a checkpoint folder (config.json, *.safetensors).",
-    )
+    raise InputError(f"{path}: holds an {found.kind}, {found.weights[0].name}, not a model folder", hint)
 
 
 @dataclass(frozen=True)
@@ -235,8 +236,7 @@ def _of_safetensors(folder: Path) -> ModelSize:
     config = read_json(folder / "config.json", required=True)
     by_type: dict[str, int] = {}
     weight_bytes = n_params = lookup_bytes = 0
-    files = sorted(folder.glob("*.safetensors"))
-    tensors = {name: info for file in files for name, info in _tensors(file).items()}
+    tensors = {name: info for file in look(folder).weights for name, info in _tensors(file).items()}
     has_head = "lm_head.weight" in tensors and not config.get("tie_word_embeddings", False)
     for name, info in tensors.items():
         start, end = map(int, info["data_offsets"])

@@ -10,10 +10,12 @@ from typing import Any
 
 from arte_edge.errors import reading
 from arte_edge.files import read_json
+from arte_edge.model_folder import chat_templates, token_text, tokenizer_files
 from arte_edge.runtimes.prompt_render import Message, render
 
 __all__ = ["Chat", "read_chat"]
 
+_AGAIN = "Download or save the checkpoint again."
 # End-of-turn tokens of known families. llama.cpp stops at these without being told, older Ollama does not.
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 
@@ -42,50 +44,36 @@ class Chat:
         )
 
 
-def read_chat(checkpoint: Path) -> Chat:
-    """Read the tokenizer files in a checkpoint folder. Raises InputError: one of its tokenizer files is not JSON."""
-    with reading(checkpoint / "tokenizer_config.json", "Save the tokenizer again, or download it again."):
-        return _chat(checkpoint)
+def read_chat(checkpoint: Path, adapter: Path | None = None) -> Chat:
+    """Read the tokenizer files of a checkpoint, or of an adapter on it. Raises InputError: one of them is damaged."""
+    files = tokenizer_files(checkpoint, adapter)
 
+    def content(name: str) -> dict[str, Any]:
+        return read_json(files[name]) if name in files else {}
 
-def _chat(checkpoint: Path) -> Chat:
-    config = read_json(checkpoint / "tokenizer_config.json")
-    special = read_json(checkpoint / "special_tokens_map.json") | config
-    tokens = {name: text for name in ("bos_token", "eos_token") if (text := _text(special.get(name)))}
-    inner = read_json(checkpoint / "tokenizer.json")
-    bos = tokens.get("bos_token", "")
-    adds_bos = bool(bos) and (
-        config.get("add_bos_token") is True or _prepends(inner.get("post_processor"), bos)
-    )
-    template = checkpoint / "chat_template.jinja"
-    own = template.read_text("utf-8") if template.is_file() else _template(config.get("chat_template"))
-    return Chat(own, tokens, adds_bos, _stops(checkpoint, inner, tokens))
+    with reading(adapter or checkpoint, _AGAIN):
+        config, inner = content("tokenizer_config.json"), content("tokenizer.json")
+        special = content("special_tokens_map.json") | config
+        tokens = {
+            name: text for name in ("bos_token", "eos_token") if (text := token_text(special.get(name)))
+        }
+        bos = tokens.get("bos_token", "")
+        adds_bos = bool(bos) and (
+            config.get("add_bos_token") is True or _prepends(inner.get("post_processor"), bos)
+        )
+        template = chat_templates(files).get("default")
+        return Chat(template, tokens, adds_bos, _stops(checkpoint, inner, tokens))
 
 
 def _stops(checkpoint: Path, inner: dict[str, Any], tokens: dict[str, str]) -> tuple[str, ...]:
     """Return the texts of the EOS token, of those in generation_config.json, and of known end-of-turn tokens."""
-    added = {row.get("id"): row.get("content", "") for row in inner.get("added_tokens") or ()}
+    added = {row.get("id"): token_text(row) for row in inner.get("added_tokens") or ()}
     generation = read_json(checkpoint / "generation_config.json") or read_json(checkpoint / "config.json")
     named = generation.get("eos_token_id")
     ids = named if isinstance(named, list) else [named]
     texts = [tokens.get("eos_token", ""), *(added.get(number, "") for number in ids)]
     texts += [text for text in _END_TOKENS if text in added.values()]
     return tuple(dict.fromkeys(text for text in texts if text))
-
-
-def _template(value: Any) -> str | None:
-    """Return the default template of a tokenizer_config.json: one text, or one of several by name."""
-    if isinstance(value, list):
-        by_name = {row.get("name"): row.get("template") for row in value if isinstance(row, dict)}
-        value = by_name.get("default")
-    return value if isinstance(value, str) and value else None
-
-
-def _text(token: Any) -> str:
-    """Return a special token's text, stored as a string or as an object with `content`."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else ""
 
 
 def _prepends(processor: Any, token: str) -> bool:

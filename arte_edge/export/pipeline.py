@@ -33,8 +33,8 @@ from arte_edge.export.outcome import Failure, Outcome
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source, gguf_fields
 from arte_edge.gguf.reader import FULL_WIDTH, read_model_header
+from arte_edge.model_folder import TOKENIZER_FILES
 from arte_edge.models.artifact import Format, predicted_bytes
-from arte_edge.onnx.folder import TOKENIZER_FILES
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import (
     SCHEMA_VERSION,
@@ -135,7 +135,7 @@ def _merge(source: Source, cache: BuildCache, reporter: Reporter) -> Source:
     """Merge the adapter, unless an earlier process did; return the merged source."""
     adapter, target = source.adapter, cache.out / MERGED
     assert adapter is not None
-    inputs = [__version__, adapter.sha256, sha256_checkpoint(source.checkpoint)]
+    inputs = [__version__, *adapter.files_sha256, sha256_checkpoint(source.checkpoint)]
     cached = cache.find_result("merge", inputs)
     if cached and target.is_dir() and sha256_checkpoint(target) == cached["checkpoint"]:
         result, seconds = Merge.model_validate(cached["merge"]), None

@@ -1,10 +1,9 @@
 """The source of an export: a run, a checkpoint folder, a LoRA adapter, a Hub id or a GGUF, as one `Source`.
 
-A source has a 16-bit checkpoint, its lineage, and two sets of texts that must not be mixed: *training texts*
-for the importance matrix (what the student was tuned on), and *held-out prompts* for verification (the
-task's validation examples). The test split is in neither. A run records its task and data, and its files
-are checked against their checksums; for other sources ``--task`` names a task. Without a task, verification
-uses built-in dialogues and there is no importance matrix.
+A source has a 16-bit checkpoint, its lineage, and two sets of texts that must not be mixed: *training texts* for the
+importance matrix, and *held-out prompts* for verification (the task's validation examples). The test split is in
+neither. A run records its task; for other sources ``--task`` names one. Without a task, verification uses built-in
+dialogues and there is no importance matrix.
 
 The lineage becomes GGUF metadata: standard keys are those of ggml/docs/gguf.md (``general.base_model.*``,
 ``general.dataset.*``, ``general.license``); others begin with ``arte_edge.``. Files hold nothing about the
@@ -30,7 +29,8 @@ from arte_edge.export.lora_merge import Adapter, read_adapter
 from arte_edge.export.ollama import Prompting
 from arte_edge.files import json_loads, user_path
 from arte_edge.gguf.reader import STRING, UINT32, Field, read_model_header
-from arte_edge.models.resolve import from_folder, resolve
+from arte_edge.model_folder import chat_templates, look, tokenizer_files
+from arte_edge.models.resolve import resolve
 from arte_edge.pii_scan import Machine
 from arte_edge.results.student_json import SCHEMA_VERSION, Data, Lineage, Parent, Student, Tuning
 from arte_edge.store import file_sha256, read_jsonl
@@ -191,17 +191,14 @@ def open_source(
     folder = user_path(ref)
     if not folder.exists() and re.fullmatch(r"[\w.-]+", ref) and (Path("runs") / ref / "run.toml").is_file():
         folder = Path("runs") / ref
-    if (
-        folder.parts[:1] == ("runs",) and not folder.exists()
-    ):  # it would be a repository of the Hub's user "runs"
-        raise InputError(
-            f"{ref}: no such run", "List the folders below runs/, or run `arte-edge distill` first."
-        )
+    if folder.parts[:1] == ("runs",) and not folder.exists():  # no repository of the Hub's user "runs"
+        hint = "List the folders below runs/, or run `arte-edge distill` first."
+        raise InputError(f"{ref}: no such run", hint)
     if (folder / "run.toml").is_file():
         if base:
             raise InputError("--base is for adapters", f"{ref} is a run, and its student is merged.")
         return _open_run(folder, task, n_training, n_prompt)
-    if _is_adapter(folder):
+    if folder.is_dir() and look(folder).kind == "adapter":
         source = _adapter(read_adapter(folder, base, offline=offline, progress=progress), progress)
     elif base:
         raise InputError("--base is for adapters", f"{ref} is not one.")
@@ -219,18 +216,13 @@ def open_source(
     )
 
 
-def _is_adapter(folder: Path) -> bool:
-    """True if a folder holds a PEFT adapter and no full model."""
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-
-
 def _model(ref: str, offline: bool, progress: Progress | None) -> Source:
     model = resolve(ref, offline=offline, progress=progress)
     checkpoint = model.checkpoint(progress)
     reject_quantized(checkpoint, "the checkpoint")
-    notes: tuple[str, ...] = ()
+    notes = _not_read(checkpoint)
     if model.quantization not in _NOT_QUANTIZED:
-        notes = (
+        notes += (
             f"{public_name(ref)} is itself quantized ({model.quantization}). Files are compared with its "
             "dequantized weights; its own loss is not in the metrics.",
         )
@@ -246,21 +238,33 @@ def _model(ref: str, offline: bool, progress: Progress | None) -> Source:
     )
 
 
+def _not_read(folder: Path) -> tuple[str, ...]:
+    """Return a note about other weights in a model's folder."""
+    found = look(folder)
+    names, used = ", ".join(found.others), found.weights[0].name
+    return (f"{names} in {public_name(str(folder))} is not read; the weights are {used}.",) if names else ()
+
+
 def _adapter(adapter: Adapter, progress: Progress | None) -> Source:
     checkpoint = adapter.base.checkpoint(progress)
     reject_quantized(checkpoint, "the adapter's base")
-    from_folder(checkpoint)  # complete, and no pickles
-    notes: tuple[str, ...] = ()
+    notes = _not_read(checkpoint) + _not_read(adapter.folder)
     if adapter.base.quantization not in _NOT_QUANTIZED:
-        notes = (
+        notes += (
             f"The adapter's base is a {adapter.base.quantization} GGUF: it is dequantized to 16 bits and merged "
             "there. If the adapter was trained on the original, name that with --base.",
+        )
+    own = read_chat(checkpoint, adapter.folder)
+    if own.chat_template is None and chat_templates(tokenizer_files(checkpoint)):
+        notes += (
+            "The tokenizer in the adapter's folder has no chat template, so its base's is not used. If it was trained "
+            f"with that, copy it to {adapter.folder}.",
         )
     parent = parent_of(adapter.base_ref, adapter.base.sha256, adapter.base.quantization)
     return Source(
         name=slug(adapter.folder.resolve().name),
         checkpoint=checkpoint,
-        chat=read_chat(checkpoint),
+        chat=own,
         lineage=Lineage(source="adapter", base=parent),
         adapter=adapter,
         notes=notes,

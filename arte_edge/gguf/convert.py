@@ -2,9 +2,7 @@
 
 The family's TOML maps its settings and rows, GGML's `gguf` has the tensors' names, and the weights stream from file to
 file a few megabytes at a time, so memory does not grow with the model. The numbers are bit for bit those of llama.cpp's
-own converter; see benchmarks/gguf_conversion.py and the tests. For models without a family file,
-`convert_with_llama_cpp` runs ``convert_hf_to_gguf.py`` of the user's own checkout of llama.cpp with this Python; it
-needs torch, transformers and what its requirements file lists.
+own converter. For models without a family file, `convert_with_llama_cpp` runs the user's own checkout of llama.cpp.
 
 config.json has been written in several ways: rotary settings flat, nested or by kind of layer, a head's width given or
 implied, defaults left out. Here they become one flat table whose keys the family files name, and settings that
@@ -30,7 +28,15 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from arte_edge.cache import atomic_file
-from arte_edge.checkpoint import Weight, read_config, read_weights
+from arte_edge.checkpoint import (
+    EMBEDDING,
+    OUTPUT,
+    Weight,
+    check_tied,
+    read_config,
+    read_weights,
+    reject_quantized,
+)
 from arte_edge.errors import ArteError, InputError, reading
 from arte_edge.extras import need
 from arte_edge.gguf import rope
@@ -78,8 +84,6 @@ _NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bi
 # The tensors that llama.cpp cannot do without, whatever the family
 _NEEDED = ("token_embd.weight", "output_norm.weight")
 _PHI3_TOKENS = {b"</s>", b"<unk>", b"<s>", b"<|endoftext|>"}
-_EMBEDDING = "model.embed_tokens.weight"
-_OUTPUT = "lm_head.weight"
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # generation_config.json -> gguf.Metadata
 _SAMPLING = {
@@ -180,7 +184,7 @@ class Checkpoint:
     @property
     def n_vocab(self) -> int:
         """Rows of the embedding: how many tokens the GGUF must list."""
-        return self.weights[_EMBEDDING].shape[0]
+        return self.weights[EMBEDDING].shape[0]
 
     def tensors(self, dtype: str) -> list[Tensor]:
         """Return the tensors of the rotary scaling and of the weights, block by block.
@@ -209,9 +213,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         family = family_of_model_type(raw.get("model_type"), where)
     except InputError as error:
         raise InputError(error.message, f"{error.hint} {OTHER_CONVERTER}") from None
-    if raw.get("quantization_config"):
-        hint = "Give the 16-bit checkpoint that it was made from."
-        raise InputError(f"{folder}: its weights are quantized already", hint)
+    reject_quantized(folder, "the checkpoint")
     config = _flat(raw, family, where)
     _check_settings(config, family, where)
     weights = _without_tied_output(folder, config, read_weights(folder))
@@ -263,20 +265,23 @@ def _without_tied_output(
     folder: Path, config: dict[str, Any], weights: dict[str, Weight]
 ) -> dict[str, Weight]:
     """Return the weights without an output matrix that is tied to the embedding and so never read."""
-    if _EMBEDDING not in weights:
-        raise InputError(f"{folder}: {_EMBEDDING} is missing", "Give a whole checkpoint of a language model.")
-    rows = weights[_EMBEDDING].shape[0]
+    if EMBEDDING not in weights:
+        raise InputError(f"{folder}: {EMBEDDING} is missing", "Give a whole checkpoint of a language model.")
+    rows = weights[EMBEDDING].shape[0]
     if config.get("vocab_size", rows) != rows:
         raise InputError(
             f"{folder}: vocab_size is {config['vocab_size']}, but the embedding has {rows} rows",
             "Save model and config together: model.save_pretrained(…).",
         )
     config["vocab_size"] = rows
-    if config.get("tie_word_embeddings", _OUTPUT not in weights):
-        return {name: weight for name, weight in weights.items() if name != _OUTPUT}
-    if _OUTPUT not in weights:
-        what = f"{folder}: {_OUTPUT} is missing and tie_word_embeddings is false"
-        raise InputError(what, "Give a whole checkpoint.")
+    if config.get("tie_word_embeddings", False):
+        check_tied(folder, True)
+        return {name: weight for name, weight in weights.items() if name != OUTPUT}
+    if OUTPUT not in weights:
+        what = f"{folder}: {OUTPUT} is missing and tie_word_embeddings is not true"
+        raise InputError(
+            what, "Set the key in config.json if the model is tied; else give a whole checkpoint."
+        )
     return weights
 
 

@@ -11,24 +11,22 @@ to quantized weights, not to the 16-bit ones it was trained with; a run measures
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.checkpoint import Weight, read_tensors
 from arte_edge.errors import InputError
 from arte_edge.gguf import rope
 from arte_edge.gguf.convert import open_checkpoint
 from arte_edge.gguf.names import Layout, is_phi3_name, layout_of, name_for_llama_cpp
 from arte_edge.gguf.reader import FLOAT32, QUANT_TYPES, STRING, UINT32, Field, GgufHeader, read_model_header
-from arte_edge.gguf.writer import Tensor, rewrite, write_gguf
-
-if TYPE_CHECKING:
-    from torch import Tensor as TorchTensor
+from arte_edge.gguf.writer import Tensor, rewrite, widened, write_gguf
+from arte_edge.model_folder import ADAPTER_WEIGHTS, read_adapter_config
 
 __all__ = ["adapter_to_gguf", "checkpoint_to_gguf", "with_metadata"]
 
@@ -95,12 +93,12 @@ def adapter_to_gguf(adapter_dir: Path, base_gguf: Path, out: Path) -> Path:
     """
     base = read_model_header(base_gguf)
     layout = layout_of(base)
-    config, matrices = _read_adapter(adapter_dir)
+    config, matrices = read_adapter_config(adapter_dir), read_tensors(adapter_dir / ADAPTER_WEIGHTS)
     _check_plain(adapter_dir, config)
     tensors: list[Tensor] = []
     for name in sorted(matrices):
         target, part = _target(adapter_dir, layout, name)
-        _check_shape(adapter_dir, base, target, part, tuple(matrices[name].shape))
+        _check_shape(adapter_dir, base, target, part, matrices[name].shape)
         tensors.append(_lora_tensor(layout, target, part, matrices[name]))
     # llama.cpp scales by alpha / rank, the rank being that of each pair of matrices, as PEFT does
     (alpha,) = struct.unpack("<f", struct.pack("<f", float(config["lora_alpha"])))
@@ -112,23 +110,8 @@ def adapter_to_gguf(adapter_dir: Path, base_gguf: Path, out: Path) -> Path:
     return write_gguf(out, layout.arch, fields, tensors)
 
 
-def _read_adapter(adapter_dir: Path) -> tuple[dict[str, Any], dict[str, TorchTensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        config: dict[str, Any] = json.loads((adapter_dir / "adapter_config.json").read_text("utf-8"))
-        matrices: dict[str, TorchTensor] = load_file(adapter_dir / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        what = f"{adapter_dir}: no readable adapter_config.json and adapter_model.safetensors"
-        raise InputError(what, "Give the folder of a LoRA adapter as PEFT saves it.") from error
-    return config, matrices
-
-
 def _check_plain(adapter_dir: Path, config: dict[str, Any]) -> None:
     odd = [key for key in _PLAIN if config.get(key)]
-    if config.get("peft_type") != "LORA":
-        odd.insert(0, "peft_type")
     if odd:
         raise InputError(
             f"{adapter_dir / 'adapter_config.json'}: {odd[0]} = {config.get(odd[0])!r} cannot be expressed in GGUF",
@@ -157,9 +140,9 @@ def _check_shape(adapter_dir: Path, base: GgufHeader, target: str, part: str, sh
         )
 
 
-def _lora_tensor(layout: Layout, target: str, part: str, matrix: TorchTensor) -> Tensor:
+def _lora_tensor(layout: Layout, target: str, part: str, matrix: Weight) -> Tensor:
     def load() -> NDArray[np.float32]:
-        values: NDArray[np.float32] = matrix.float().numpy()
+        values: NDArray[np.float32] = widened(matrix.load())
         return layout.to_gguf(target, values) if part == "b" else values  # the layout changes rows only
 
-    return Tensor(f"{target}.lora_{part}", tuple(matrix.shape), "F32", load)
+    return Tensor(f"{target}.lora_{part}", matrix.shape, "F32", load)

@@ -34,6 +34,7 @@ from arte_edge.gguf.names import Layout, checkpoint_family
 from arte_edge.gguf.reader import ARRAY, STRING, UINT32, Field, read_header
 from arte_edge.gguf.writer import Tensor, write_gguf
 from arte_edge.store import content_key
+from arte_edge.transformers_load import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +111,7 @@ def collect(
         return out
     import torch
 
-    model, tokenizer = _load(checkpoint)
+    model, tokenizer = load_model(checkpoint, torch.float32).eval(), load_tokenizer(checkpoint)
     sums: Sums = {}
     n_token = 0
     with torch.inference_mode(), _watched(model, linear_names(model, checkpoint), sums):
@@ -126,25 +127,6 @@ def collect(
     rows = {name: values.astype(np.float32)[None, :] for name, values in sums.items()}
     write_imatrix(Imatrix(rows, counts, (dataset,), max(n_token // CHUNK_TOKENS, 1), key), out)
     return out
-
-
-def _load(checkpoint: Path) -> tuple[Any, Any]:
-    """Return the model in 32 bits and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-
-    logging.disable_progress_bar()  # the command shows its own progress
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(
-            f"{checkpoint}: cannot be loaded: {str(error).strip().splitlines()[0][:200]}",
-            "Give a whole transformers checkpoint with its tokenizer.",
-        ) from error
-    return model.eval(), tokenizer
 
 
 def _token_ids(tokenizer: Any, prompt: str) -> list[int]:

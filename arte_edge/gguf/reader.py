@@ -32,28 +32,9 @@ from numpy.typing import NDArray
 
 from arte_edge.errors import InputError, nearest
 
-__all__ = [
-    "ARRAY",
-    "BOOL",
-    "FILE_TYPES",
-    "FLOAT32",
-    "FULL_WIDTH",
-    "INT32",
-    "QUANT_TYPES",
-    "SCALARS",
-    "STRING",
-    "TENSOR_TYPES",
-    "UINT8",
-    "UINT32",
-    "UINT64",
-    "Field",
-    "GgufHeader",
-    "QuantType",
-    "TensorInfo",
-    "find_type",
-    "read_header",
-    "read_model_header",
-]
+__all__ = ["ARRAY", "BOOL", "FILE_TYPES", "FLOAT32", "FULL_WIDTH", "INT32", "QUANT_TYPES", "SCALARS"]
+__all__ += ["STRING", "TENSOR_TYPES", "UINT8", "UINT32", "UINT64", "Field", "GgufHeader", "QuantType"]
+__all__ += ["TensorInfo", "find_type", "read_header", "read_model_header"]
 
 # Types of metadata values
 UINT8, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 0, 4, 5, 6, 7, 8, 9, 10
@@ -239,11 +220,7 @@ class GgufHeader:
         return found if isinstance(found, int) else 0
 
     def number(self, key: str) -> int:
-        """Return the integer ``<architecture>.<key>``.
-
-        Raises:
-            InputError: it is missing, or differs from layer to layer.
-        """
+        """Return the integer ``<architecture>.<key>``. (InputError: it is missing, or differs from layer to layer.)"""
         full = f"{self.architecture}.{key}"
         found = self.field(full)
         if found is None or not isinstance(found.value, int):

@@ -2,8 +2,8 @@
 
 llama.cpp has three tokenizers of use here: ``gpt2`` (byte-level BPE with a named pre-tokenizer), ``llama``
 (SentencePiece BPE) and ``t5`` (SentencePiece unigram). tokenizer.json decides which one a checkpoint needs, not the
-family: a Phi-3 has the second, a Phi-4-mini the first. Where two files define the same thing, transformers' precedence
-holds: tokenizer_config.json over tokenizer.json, chat_template.jinja over both.
+family: a Phi-3 has the second, a Phi-4-mini the first. Where two files define the same thing, tokenizer_config.json
+wins, as in transformers.
 
 llama.cpp's converter recognizes a pre-tokenizer by a hash over the token ids of one long string, which fails for every
 new vocabulary. Here the splitting rule itself is compared, so any vocabulary with a known rule is converted, and an
@@ -27,6 +27,7 @@ from arte_edge.errors import InputError, reading
 from arte_edge.files import read_json
 from arte_edge.gguf.names import OTHER_CONVERTER, Family
 from arte_edge.gguf.reader import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT8, UINT32, Field
+from arte_edge.model_folder import chat_templates, tokenizer_files
 
 __all__ = ["TokenizerFiles", "end_tokens", "read_tokenizer", "vocabulary"]
 
@@ -314,7 +315,7 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerFiles:
     with reading(folder / "tokenizer.json", _SAVE_AGAIN):
         added = _added(folder, tokenizer, settings)
         special = _special(tokenizer, settings, config, added)
-        templates = _templates(folder, settings)
+        templates = chat_templates(tokenizer_files(folder))
     for token in special.values():
         if token in added and not added[token].special:
             added[token] = AddedToken(added[token].text, True, added[token].strips_right)
@@ -364,22 +365,6 @@ def _ids(tokenizer: dict[str, Any], added: dict[int, AddedToken]) -> dict[str, i
     vocabulary = (tokenizer.get("model") or {}).get("vocab")
     known = vocabulary if isinstance(vocabulary, dict) else {}
     return {**known, **{token.text: number for number, token in sorted(added.items(), reverse=True)}}
-
-
-def _templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
-    file, old = folder / "chat_template.jinja", read_json(folder / "chat_template.json")
-    given = old.get("chat_template") or settings.get("chat_template")
-    if file.is_file():
-        try:
-            given = file.read_text("utf-8")
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: not readable text ({error})", _SAVE_AGAIN) from error
-    templates = {"default": given} if isinstance(given, str) and given else {}
-    if isinstance(given, list):
-        templates = {str(row["name"]): str(row["template"]) for row in given if isinstance(row, dict)}
-    for extra in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates.setdefault(extra.stem, extra.read_text("utf-8"))
-    return templates
 
 
 @dataclass

@@ -4,11 +4,9 @@ GGUF types have llama.cpp's names in any case (``q4_k_m``; ``q4_k`` is ``Q4_K_M`
 ``fp32`` for onnxruntime-genai, or has the prefix ``optimum-`` for the portable layout, whose int8 may name a
 processor: ``optimum-int8-arm64``.
 
-Two checksums identify an artifact: one of its bytes, one of its tensor data alone. Rewriting a file's metadata (the
-text of a model card, a measured speed) changes the first and keeps the second, which results are keyed on. For GGUF
-the second is the sha256 over the data of all tensors in file order, without padding: what ``gguf-hash --sha256`` of
-llama.cpp prints for the whole model. For ONNX it is the sha256 over the external data files in name order, or over the
-model itself where it has none.
+Two checksums identify an artifact: one of its bytes, one of its tensor data alone, which results are keyed on: new
+metadata (a model card, a measured speed) keeps it. For GGUF it is the sha256 over the data of all tensors in file
+order (``gguf-hash --sha256`` of llama.cpp), for ONNX over the external data files in name order, else over the model.
 """
 
 from __future__ import annotations
@@ -25,21 +23,8 @@ from arte_edge.errors import InputError, nearest
 from arte_edge.gguf.reader import TENSOR_TYPES, find_type, read_header
 from arte_edge.results.student_json import FileSum
 
-__all__ = [
-    "ARCHS",
-    "Arch",
-    "Checksums",
-    "Family",
-    "Format",
-    "checksums_of",
-    "format_of",
-    "gguf_format",
-    "onnx_format",
-    "overhead_bytes",
-    "parse_list",
-    "predicted_bytes",
-    "unique",
-]
+__all__ = ["ARCHS", "Arch", "Checksums", "Family", "Format", "checksums_of", "format_of", "gguf_format"]
+__all__ += ["onnx_format", "overhead_bytes", "parse_list", "predicted_bytes", "unique"]
 
 Family = Literal["gguf", "onnx-genai", "onnx-optimum"]
 Arch = Literal["arm64", "avx2", "avx512"]
@@ -86,21 +71,17 @@ class Format:
 
 
 def gguf_format(text: str) -> Format:
-    """Return the GGUF format named `text`, in any case.
-
-    Raises InputError: llama.cpp has no such type, or removed it.
-    """
+    """Return the GGUF format named `text`, in any case; an `InputError` if llama.cpp has no such type."""
     if text.strip().upper() in _REMOVED:
-        raise InputError(
-            f"GGUF type {text}: llama.cpp removed it", "Use Q4_0, which is repacked when it is loaded."
-        )
+        hint = "Use Q4_0, which is repacked when it is loaded."
+        raise InputError(f"GGUF type {text}: llama.cpp removed it", hint)
     return Format("gguf", find_type(text).name)
 
 
 def onnx_format(text: str, arch: Arch = "avx2") -> Format:
-    """Return the ONNX format named `text`; `arch` is for an optimum int8 that names no processor.
+    """Return the ONNX format named `text`, or raise an `InputError`.
 
-    Raises InputError: no such format.
+    `arch` is for an optimum int8 that names no processor.
     """
     name = text.strip().lower()
     if name in _GENAI:

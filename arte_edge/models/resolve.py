@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from arte_edge.cache import Progress, sha256_checkpoint, sha256_file
-from arte_edge.checkpoint import read_config
+from arte_edge.checkpoint import check_tied, read_config
 from arte_edge.errors import InputError
-from arte_edge.files import json_loads, user_path
+from arte_edge.files import user_path
 from arte_edge.gguf.reader import read_model_header
+from arte_edge.model_folder import look
 
 if TYPE_CHECKING:
     from arte_edge.models.registry import Entry
@@ -37,10 +38,6 @@ class LocalModel:
     gguf: Path | None
     folder: Path | None
     quantization: str
-
-    def __post_init__(self) -> None:
-        if (self.gguf is None) == (self.folder is None):
-            raise ValueError("a model is either a GGUF file or a checkpoint folder")
 
     @property
     def path(self) -> Path:
@@ -106,42 +103,18 @@ def from_gguf(path: Path, name: str = "") -> LocalModel:
 def from_folder(folder: Path, name: str = "") -> LocalModel:
     """Return the checkpoint in `folder`, or its only GGUF.
 
-    Raises InputError: neither, or something else: an adapter, pickled weights, several GGUFs.
+    Raises InputError: an adapter, or what `look` raises: two sets of weights, pickles, several GGUFs.
     """
     name = name or folder.resolve().name
-    if any(folder.glob("*.safetensors")) and (folder / "config.json").is_file():
-        _check_shards(folder)
-        config = read_config(folder)
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "")
-        sha256 = sha256_checkpoint(folder)
-        return LocalModel(name, sha256, None, folder.absolute(), _DTYPES.get(dtype, dtype))
-    ggufs = sorted(folder.glob("*.gguf"))
-    if len(ggufs) == 1:
-        return from_gguf(ggufs[0], name)
-    if ggufs:
-        hint = f"Name one of them, for example {ggufs[0]}."
-        raise InputError(f"{folder}: holds {len(ggufs)} GGUF files", hint)
-    if (folder / "adapter_config.json").is_file():
+    found = look(folder)
+    if found.kind == "gguf":
+        return from_gguf(found.weights[0], name)
+    if found.kind == "adapter":
         raise InputError(f"{folder}: holds an adapter, not a model", "Merge it into its base model first.")
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise InputError(
-            f"{folder}: its weights are pickles, which can run code when opened",
-            "Save the model as safetensors (save_pretrained does by default) and give that folder.",
-        )
-    raise InputError(f"{folder}: no model here", "A checkpoint has config.json and *.safetensors.")
-
-
-def _check_shards(folder: Path) -> None:
-    """Raise unless every file that a sharded checkpoint's index names is there."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    try:
-        files = set(json_loads(index.read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{index}: not a weights index", "Download the checkpoint again.") from error
-    if missing := sorted(name for name in files if not (folder / name).is_file()):
-        raise InputError(f"{folder}: {missing[0]} is missing", "Download the checkpoint again.")
+    check_tied(folder)
+    config = read_config(folder)
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "")
+    return LocalModel(name, sha256_checkpoint(folder), None, folder.absolute(), _DTYPES.get(dtype, dtype))
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,8 @@ from arte_edge.errors import ArteError, InputError
 from arte_edge.files import read_json
 from arte_edge.onnx.tokenizer import end_tokens
 
-__all__ = [
-    "ExternalTensor",
-    "Graph",
-    "external_problems",
-    "folder_problems",
-    "genai_problems",
-    "model_file",
-    "optimum_problems",
-    "read_graph",
-    "require_valid",
-]
+__all__ = ["ExternalTensor", "Graph", "external_problems", "folder_problems", "genai_problems", "model_file"]
+__all__ += ["optimum_problems", "read_graph", "require_valid"]
 
 Shape = tuple[int | str, ...]
 # Writers may pad the file after the last tensor to a page.

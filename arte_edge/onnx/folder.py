@@ -15,23 +15,10 @@ from pathlib import Path
 
 from arte_edge.cache import cleanup_on_full_disk, locked, rename_into_place
 from arte_edge.errors import ArteError, InputError
+from arte_edge.model_folder import TOKENIZER_FILES, look
 from arte_edge.pii_scan import first_held, this_machine
 
-__all__ = [
-    "TOKENIZER_FILES",
-    "checkpoint_files",
-    "copy_tokenizer",
-    "find_private_text",
-    "reject_private_text",
-    "staged",
-]
-
-# All files that a tokenizer may consist of; copied byte for byte if the checkpoint has them.
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
-    *("chat_template.json",),
-)
+__all__ = ["checkpoint_files", "copy_tokenizer", "find_private_text", "reject_private_text", "staged"]
 
 
 @contextmanager
@@ -63,20 +50,15 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def checkpoint_files(checkpoint: Path) -> list[Path]:
-    """Return the weight files of a checkpoint folder.
+    """Return the weight files of a checkpoint folder, with their index.
 
-    Raises InputError: the config, safetensors weights or tokenizer.json are missing.
+    Raises InputError: what `look` raises, or tokenizer.json is missing.
     """
-    weights = sorted(checkpoint.glob("*.safetensors"))
-    missing = [name for name in ("config.json", "tokenizer.json") if not (checkpoint / name).is_file()]
-    if not weights:
-        missing.append("*.safetensors")
-    if missing:
-        raise InputError(
-            f"{checkpoint}: not a complete checkpoint: missing {', '.join(missing)}",
-            "Give a folder written by transformers.",
-        )
-    return weights
+    found = look(checkpoint)
+    if found.kind != "checkpoint" or not (checkpoint / "tokenizer.json").is_file():
+        raise InputError(f"{checkpoint}: no checkpoint with a tokenizer.json", "Save both with transformers.")
+    index = checkpoint / "model.safetensors.index.json"
+    return [*found.weights, *([index] if found.tensors else [])]
 
 
 def copy_tokenizer(checkpoint: Path, folder: Path) -> list[str]:

@@ -186,7 +186,7 @@ def build(checkpoint: Path, out: Path, settings: OptimumSettings, *, fp32: Path 
 def _link_checkpoint(checkpoint: Path, weights: list[Path], folder: Path) -> None:
     """Create `folder` with links to the weights and a config for transformers 4."""
     folder.mkdir()
-    for path in [*weights, *checkpoint.glob("*.safetensors.index.json")]:
+    for path in weights:
         try:
             (folder / path.name).symlink_to(path)
         except OSError:  # Windows without permission to create links

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from arte_edge.errors import InputError
+from arte_edge.errors import InputError, reading
 from arte_edge.files import read_json
+from arte_edge.model_folder import token_text
 
 __all__ = ["FileTokenizer", "end_tokens"]
 
@@ -16,24 +17,17 @@ def end_tokens(checkpoint: Path) -> frozenset[int]:
 
     A chat model ends each turn with the tokenizer's ``eos_token``, which configs often do not list.
     """
-    config = read_json(checkpoint / "config.json")
-    ids = read_json(checkpoint / "generation_config.json").get("eos_token_id")
-    if ids is None:
-        ids = config.get("eos_token_id")
-    if ids is None:
-        ids = (config.get("text_config") or {}).get("eos_token_id")
-    listed = [ids] if isinstance(ids, int) else list(ids or ())
-    own = _token_text(read_json(checkpoint / "tokenizer_config.json").get("eos_token"))
-    added = {
-        row["content"]: row["id"]
-        for row in read_json(checkpoint / "tokenizer.json").get("added_tokens") or ()
-    }
-    return frozenset(listed) | (frozenset([added[own]]) if own in added else frozenset())
-
-
-def _token_text(token: object) -> str:
-    """Return a special token's text, stored as a string or as an object with `content`."""
-    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
+    with reading(checkpoint):
+        config = read_json(checkpoint / "config.json")
+        ids = read_json(checkpoint / "generation_config.json").get("eos_token_id")
+        if ids is None:
+            ids = config.get("eos_token_id")
+        if ids is None:
+            ids = (config.get("text_config") or {}).get("eos_token_id")
+        listed = [ids] if isinstance(ids, int) else list(ids or ())
+        own = token_text(read_json(checkpoint / "tokenizer_config.json").get("eos_token"))
+        rows = read_json(checkpoint / "tokenizer.json").get("added_tokens") or ()
+        return frozenset(listed) | {row["id"] for row in rows if own and row["content"] == own}
 
 
 class FileTokenizer:
@@ -44,21 +38,21 @@ class FileTokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read the tokenizer.
-
-        Raises InputError: tokenizer.json is missing or damaged.
-        """
+        """Read the tokenizer. Raises InputError: tokenizer.json is missing or damaged."""
         from tokenizers import Tokenizer
 
         path = folder / "tokenizer.json"
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
+            # Settings of a call before it was saved, which tokenizer.json keeps
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
         except Exception as error:  # the library raises bare Exceptions
             raise InputError(
                 f"{path} cannot be read as a tokenizer: {error}", "Copy the folder again."
             ) from error
         config = read_json(folder / "tokenizer_config.json")
-        bos = _token_text(config.get("bos_token"))
+        bos = token_text(config.get("bos_token"))
         bos_id = self._tokenizer.token_to_id(bos) if bos else None
         adds_bos = bos_id is not None and self._tokenizer.encode("a").ids[:1] == [bos_id]
         self.bos = bos if adds_bos else ""

@@ -20,8 +20,8 @@ from arte_edge.cache import is_offline, sha256_file
 from arte_edge.errors import ArteError, InputError
 from arte_edge.files import json_loads
 from arte_edge.gguf.reader import read_header
+from arte_edge.model_folder import TOKENIZER_FILES, look
 from arte_edge.models.artifact import checksums_of
-from arte_edge.onnx.folder import TOKENIZER_FILES
 from arte_edge.pii_scan import Finding, Machine, first_held, this_machine
 from arte_edge.publish.card.card import CARD
 from arte_edge.publish.card.front_matter import read_head, split_card
@@ -136,9 +136,7 @@ def _artifact(folder: Path, artifact: Artifact) -> set[str]:
 
 def _checkpoint(folder: Path) -> tuple[set[str], list[tuple[str, str]]]:
     names = {name for name in (*_CHECKPOINT, *_BESIDE) if (folder / name).is_file()}
-    names |= {path.name for path in folder.glob("*.safetensors")}
-    if not any(name.endswith(".safetensors") for name in names):
-        raise InputError(f"{folder}: no safetensors weights", "Give a checkpoint or an export.")
+    names |= {path.name for path in look(folder).weights}
     return names, [(name, _NO_PART) for name in _all(folder) if name not in names]
 
 

@@ -17,22 +17,14 @@ from arte_edge.cache import Progress
 from arte_edge.device.model_size import model_format
 from arte_edge.errors import InputError
 from arte_edge.extras import need
+from arte_edge.model_folder import look
 from arte_edge.models.resolve import LocalModel, resolve
 from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.null import NullDecoder, null_ms
 from arte_edge.runtimes.protocol import Decoder, Runtime
 
-__all__ = [
-    "ServerLimits",
-    "choose_runtime",
-    "decoder_format",
-    "is_server",
-    "open_decoder",
-    "open_engine",
-    "open_local",
-    "open_model",
-    "warm_import",
-]
+__all__ = ["ServerLimits", "choose_runtime", "decoder_format", "is_server", "open_decoder", "open_engine"]
+__all__ += ["open_local", "open_model", "warm_import"]
 
 # format -> runtimes that open it, best first
 _RUNTIMES = {
@@ -150,13 +142,10 @@ def open_model(path: Path, threads: int | None = None) -> Runtime:
         InputError: nothing there, damaged, or no model that can be opened.
         ArteError: the runtime for it is not installed.
     """
-    try:
-        kind = model_format(path)
-    except InputError:
-        ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) != 1:
-            raise
-        kind, path = "gguf", ggufs[0]
+    ggufs = sorted(path.glob("*.gguf"))
+    if ggufs and not any(path.rglob("*.onnx")) and look(path).kind == "gguf":
+        path = ggufs[0]
+    kind = model_format(path)
     if kind == "gguf" and choose_runtime(path) == "xllamacpp":
         from arte_edge.runtimes.llamacpp.xllamacpp import XllamaRuntime
 

@@ -19,9 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.errors import EngineError, InputError
+from arte_edge.errors import EngineError, InputError, reading
 from arte_edge.extras import need
 from arte_edge.files import read_json
+from arte_edge.model_folder import chat_templates, token_text, tokenizer_files
 from arte_edge.onnx.check import external_problems, model_file, read_graph
 from arte_edge.onnx.tokenizer import FileTokenizer, end_tokens
 from arte_edge.runtimes.protocol import (
@@ -33,19 +34,8 @@ from arte_edge.runtimes.protocol import (
 )
 from arte_edge.threads import thread_count
 
-__all__ = [
-    "Cache",
-    "CacheTensor",
-    "FolderRuntime",
-    "Layout",
-    "OnnxRuntime",
-    "OnnxSession",
-    "PairedCache",
-    "SharedCache",
-    "check_files",
-    "onnx_precision",
-    "read_layout",
-]
+__all__ = ["Cache", "CacheTensor", "FolderRuntime", "Layout", "OnnxRuntime", "OnnxSession", "PairedCache"]
+__all__ += ["SharedCache", "check_files", "onnx_precision", "read_layout"]
 
 
 @dataclass(frozen=True)
@@ -256,20 +246,10 @@ class FolderRuntime(BaseRuntime):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.name = folder.resolve().name
-        self._config = read_json(folder / "tokenizer_config.json")
-        self.special_tokens = {key: _text(self._config.get(key)) for key in ("bos_token", "eos_token")}
-        self.chat_template = self._template()
-
-    def _template(self) -> str | None:
-        """Return a template file of its own before the configuration's, the one named default before others."""
-        path = self._folder / "chat_template.jinja"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-        found = read_json(self._folder / "chat_template.json").get("chat_template")
-        found = found or self._config.get("chat_template")
-        if isinstance(found, list):
-            found = {row.get("name"): row.get("template") for row in found}.get("default")
-        return found if isinstance(found, str) else None
+        with reading(folder):
+            config = read_json(folder / "tokenizer_config.json")
+            self.special_tokens = {key: token_text(config.get(key)) for key in ("bos_token", "eos_token")}
+            self.chat_template = chat_templates(tokenizer_files(folder)).get("default")
 
     @cached_property
     def quantization(self) -> str:
@@ -309,10 +289,6 @@ class FolderRuntime(BaseRuntime):
             if stop and (cut := until_stop(self.tokenizer.text(ids), stop)) is not None:
                 return cut
         return self.tokenizer.text(ids)
-
-
-def _text(token: object) -> str:
-    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
 
 
 def check_files(folder: Path) -> None:

@@ -22,15 +22,7 @@ from numpy.typing import NDArray
 from arte_edge.errors import InputError
 from arte_edge.runtimes.prompt_render import Message, render
 
-__all__ = [
-    "BaseRuntime",
-    "Decoder",
-    "Runtime",
-    "RuntimeFacts",
-    "check_context",
-    "readable",
-    "until_stop",
-]
+__all__ = ["BaseRuntime", "Decoder", "Runtime", "RuntimeFacts", "check_context", "readable", "until_stop"]
 
 
 @dataclass(frozen=True)

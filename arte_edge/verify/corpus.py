@@ -17,7 +17,8 @@ __all__ = ["HARD_STRINGS", "hard_strings"]
 
 _MAX_ADDED = 48  # added tokens to test; some models have thousands of reserved ones
 _GROUPS: dict[str, list[str]] = json.loads(Path(__file__).with_name("hard_strings.json").read_text("utf-8"))
-HARD_STRINGS: tuple[str, ...] = tuple(dict.fromkeys(chain(*_GROUPS.values())))
+_LONG = "lorem ipsum dolor sit amet " * 1000  # longer than a limit that a tokenizer may have been saved with
+HARD_STRINGS: tuple[str, ...] = tuple(dict.fromkeys(chain(*_GROUPS.values(), [_LONG])))
 
 
 def hard_strings(added: Sequence[str] = ()) -> tuple[str, ...]:

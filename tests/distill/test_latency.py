@@ -11,14 +11,7 @@ from hypothesis import strategies as st
 from tiny import Patch, artifact, facts, speed_row, student_file
 
 from arte_edge.distill.config import Deploy
-from arte_edge.distill.latency import (
-    FILE_NAME,
-    Budget,
-    Rates,
-    budget_tokens,
-    device_rates,
-    penalize_length,
-)
+from arte_edge.distill.latency import FILE_NAME, Budget, Rates, budget_tokens, device_rates, penalize_length
 from arte_edge.distill.pipeline import decide_budget
 from arte_edge.distill.run_context import RunContext, quantized_student
 from arte_edge.distill.stages.tailor import tailor

@@ -3,9 +3,9 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+import tiny
 from tiny import TASK, Folders
 
 from arte_edge.distill.config import RunConfig, dump_toml
@@ -51,17 +51,12 @@ def tiny_run(tiny_student: Path, tmp_path_factory: Folders) -> Path:
 @pytest.fixture(scope="session")
 def tiny_adapter(tiny_student: Path, tmp_path_factory: Folders) -> Path:
     """A LoRA adapter of `tiny_student` with random matrices, of the size of a short training."""
-    peft: Any = pytest.importorskip("peft")
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(tiny_student, dtype=torch.float32)
-    model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if "lora_" in name:
-                tensor.copy_(0.08 * torch.randn_like(tensor))
     folder = tmp_path_factory.mktemp("adapters") / "tiny-adapter"
-    model.save_pretrained(folder)
+    tiny.save_adapter(tiny_student, folder, [5, 6], target_modules="all-linear")
     return folder
+
+
+def visible(out: Path) -> dict[str, bytes]:
+    """Return every file that a user sees."""
+    named = {path.relative_to(out): path for path in out.rglob("*") if path.is_file()}
+    return {str(n): p.read_bytes() for n, p in named.items() if not any(x.startswith(".") for x in n.parts)}

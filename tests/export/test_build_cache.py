@@ -31,13 +31,6 @@ def build(cache: BuildCache, make_gguf: Make) -> Make:
     return build
 
 
-def test_a_step_is_built_once(cache: BuildCache, build: Make) -> None:
-    for cached in (False, True):
-        with cache:
-            file = build()
-            assert file.cached is cached and file.summary == {"bits_per_weight": 8.5}
-
-
 @pytest.mark.parametrize("change", ["inputs", "damaged", "removed", "record"])
 def test_a_step_is_built_again_after_any_change(cache: BuildCache, build: Make, change: str) -> None:
     with cache:
@@ -93,11 +86,3 @@ def test_a_result_is_found_until_its_inputs_change(cache: BuildCache) -> None:
 def test_two_exports_into_one_folder_exclude_each_other(cache: BuildCache) -> None:
     with cache, pytest.raises(InputError, match="another process"), BuildCache(cache.out):
         pass
-
-
-def test_only_records_remain_at_the_end(cache: BuildCache, build: Make) -> None:
-    with cache:
-        build()
-        cache.base("b.gguf").touch()
-        cache.close(keep_base=False)
-        assert {path.name for path in cache.folder.iterdir()} == {"lock", "records"}

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from arte_edge.errors import InputError
 from arte_edge.export.chat import read_chat
 
 
@@ -20,14 +19,8 @@ BEGINS = {
 }
 
 
-def test_the_template_file_goes_before_the_configuration(tmp_path: Path) -> None:
-    write(tmp_path, tokenizer_config={"chat_template": "old", "eos_token": "</s>"})
-    assert read_chat(tmp_path).chat_template == "old"
-    (tmp_path / "chat_template.jinja").write_text("new")
-    assert read_chat(tmp_path).chat_template == "new"
-
-
 def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
+    assert read_chat(tmp_path).chat_template is None
     templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     assert read_chat(write(tmp_path, tokenizer_config={"chat_template": templates})).chat_template == "d"
 
@@ -70,14 +63,3 @@ def test_stops_are_the_end_tokens_of_all_three_sources(tmp_path: Path) -> None:
         generation_config={"eos_token_id": [7]},
     )
     assert read_chat(tmp_path).stops == ("</s>", "<|stop|>", "<|eot_id|>")
-
-
-def test_a_folder_without_tokenizer_files_has_no_template(tmp_path: Path) -> None:
-    chat = read_chat(tmp_path)
-    assert chat.chat_template is None and chat.template_sha256 == "" and chat.stops == ()
-
-
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match=r"tokenizer\.json"):
-        read_chat(tmp_path)

@@ -59,16 +59,6 @@ TALK: list[Message] = [
 ]
 
 
-@pytest.mark.parametrize("name", CHATS)
-@pytest.mark.parametrize("messages", [TALK[:1], TALK[:3], TALK, [SYSTEM, *TALK[:1]], [SYSTEM, *TALK]])
-def test_the_segments_render_as_the_template_does(name: str, messages: list[Message]) -> None:
-    chat = CHATS[name]
-    segments = template_segments(chat)
-    assert segments is not None
-    begin = "<bos>" if chat.adds_bos else ""  # the tokenizer writes it
-    assert begin + segments.text(messages) == chat.render(messages)
-
-
 def test_a_model_without_a_template_has_no_segments() -> None:
     assert template_segments(Chat(None)) is None
 

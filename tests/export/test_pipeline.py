@@ -37,6 +37,8 @@ from arte_edge.runtimes.loader import open_model
 from arte_edge.verify.check import Check
 from arte_edge.verify.gate import Verdict
 
+from .conftest import visible
+
 RECIPE = build("test", {"gguf": {"imatrix": False}, "verify": {"examples": 0}})
 _LOOSE = {"examples": 0, "thresholds": {"F16": {"kl_mean": 9.0}, "F32": {"kl_mean": 9.0}}}
 LOOSE = build("loose", {"gguf": {"imatrix": False}, "verify": _LOOSE})
@@ -90,19 +92,15 @@ def run(source: Source, out: Path, ggufs: str, recipe: Recipe = RECIPE, **more: 
     return export(source, parse_list(ggufs, None), recipe, out, Reporter(quiet=True), **more)
 
 
-def visible(out: Path) -> dict[str, bytes]:
-    """Return every file that a user sees."""
-    files = (path for path in out.rglob("*") if path.is_file())
-    named = {path.relative_to(out): path for path in files}
-    return {str(n): p.read_bytes() for n, p in named.items() if not any(x.startswith(".") for x in n.parts)}
-
-
 def test_many_formats_in_one_call_share_one_conversion(
     source: Source, gate: Gate, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     from arte_edge.gguf import convert as module
 
     conversions: list[Path] = []
+    parsed: list[str] = []  # header of the F16 file, and of each quantized one
+    parse = reader._parsed
+    monkeypatch.setattr(reader, "_parsed", lambda path: parsed.append(path.name) or parse(path))
     real = module.convert
 
     def counted(checkpoint: Path, out: Path, *rest: Any, **more: Any) -> Path:
@@ -111,7 +109,7 @@ def test_many_formats_in_one_call_share_one_conversion(
 
     monkeypatch.setattr(module, "convert", counted)
     outcome = run(source, tmp_path / "out", "F16,Q8_0,Q4_0")
-    assert len(conversions) == 1
+    assert len(conversions) == 1 and len(parsed) == 3, parsed
     assert [a.quantization for a in outcome.artifacts] == ["F16", "Q8_0", "Q4_0"] == gate.verified
     names = {f"tiny-{type}.gguf" for type in gate.verified}
     beside = {"Modelfile", "student.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}
@@ -119,17 +117,6 @@ def test_many_formats_in_one_call_share_one_conversion(
     assert {path.name for path in (tmp_path / "out" / ".export").iterdir()} == {"lock", "records"}
     # Ollama gets the first quantized file, wherever F16 stood.
     assert "FROM ./tiny-Q8_0.gguf" in (tmp_path / "out" / "Modelfile").read_text()
-
-
-def test_a_gguf_header_is_parsed_once_a_file(
-    source: Source, gate: Gate, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    parsed: list[str] = []
-    parse = reader._parsed
-    monkeypatch.setattr(reader, "_parsed", lambda path: parsed.append(path.name) or parse(path))
-    run(source, tmp_path / "out", "F16,Q8_0,Q4_0")
-    assert len(parsed) == 3, parsed  # the F16 file, and each quantized one
-    assert gate.verified == ["F16", "Q8_0", "Q4_0"]
 
 
 def test_the_file_that_the_run_evaluated_is_the_one_that_is_exported(
@@ -149,13 +136,8 @@ def test_the_file_that_the_run_evaluated_is_the_one_that_is_exported(
     assert artifact.tensor_sha256 == before.tensor_sha256
     assert checksums_of(evaluated) == before
     exported, measured = (read_model_header(p).fields for p in (tmp_path / "out" / artifact.file, evaluated))
-    for key in (
-        "tokenizer.ggml.tokens",
-        "tokenizer.chat_template",
-        "tokenizer.ggml.pre",
-        "llama.block_count",
-    ):
-        assert exported[key] == measured[key]
+    for key in ("ggml.tokens", "chat_template", "ggml.pre"):
+        assert exported[f"tokenizer.{key}"] == measured[f"tokenizer.{key}"]
     assert exported["general.name"].value == b"tiny" and "general.url" not in exported
 
     evaluated.unlink()  # the converter then writes the same tensors
@@ -269,9 +251,7 @@ def test_a_format_that_cannot_be_built_does_not_stop_the_others(
 def test_a_folder_with_another_student_is_rejected(
     source: Source, gate: Gate, tiny_student: Path, tmp_path: Path
 ) -> None:
-    other = Path(shutil.copytree(tiny_student, tmp_path / "other"))
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    other = edited_json(tiny_student, tmp_path / "other", rms_norm_eps=1e-4)
     run(source, tmp_path / "out", "BF16")
     with pytest.raises(InputError, match="another student"):
         run(open_source(str(other)), tmp_path / "out", "F16")
@@ -365,9 +345,6 @@ def test_a_disk_that_is_too_small_is_reported_first(
     monkeypatch.setattr("arte_edge.export.build.shutil.disk_usage", lambda path: SimpleNamespace(free=9))
     with pytest.raises(ArteError, match="are needed"):
         run(source, tmp_path / "out", "F16")
-
-
-def test_no_format_is_an_error(source: Source, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No format"):
         export(source, (), RECIPE, tmp_path / "out", Reporter(quiet=True))
 

@@ -1,16 +1,20 @@
 """Sources of an export: their checkpoint, lineage, texts, and the metadata that the lineage becomes."""
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tiny import Make, Patch
+from tiny import Make, Patch, edited_json
+from transformers import AutoTokenizer
 
 from arte_edge.distill.prompts import STEP_BY_STEP
 from arte_edge.errors import InputError
+from arte_edge.export.chat import read_chat
+from arte_edge.export.lora_merge import merge
 from arte_edge.export.source import PAPER, gguf_fields, open_source, parent_of, private_fields, public_name
-from arte_edge.gguf.reader import ARRAY, STRING, Field
+from arte_edge.gguf.convert import convert
+from arte_edge.gguf.reader import ARRAY, STRING, Field, read_model_header
 from arte_edge.gguf.writer import rewrite
 from arte_edge.results.student_json import Data, Lineage, Parent, Student
 from arte_edge.tasks.loaders import load_task
@@ -142,11 +146,7 @@ def test_a_run_is_found_by_its_name(tiny_run: Path, tmp_path: Path, monkeypatch:
     shutil.copytree(tiny_run, tmp_path / "runs" / "mine")
     monkeypatch.chdir(tmp_path)
     assert open_source("mine").lineage.source == "run"
-
-
-def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="runs/nowhere: no such run"):
+    with pytest.raises(InputError, match="runs/nowhere: no such run"):  # nor looked for on the Hub
         open_source("runs/nowhere")
 
 
@@ -177,6 +177,7 @@ def test_a_task_that_changed_since_the_run_is_noticed(run: Path) -> None:
 def test_a_checkpoint_without_a_task_is_compared_on_the_built_in_texts(tiny_student: Path) -> None:
     source = open_source(str(tiny_student))
     assert source.name == "tiny-student" and source.lineage.source == "checkpoint"
+    assert source.lineage.base is not None and source.lineage.base.name == "tiny-student"
     assert source.task is None and source.training == () and source.prompting is None
     assert len(source.prompts) >= 8 and "built-in" in source.prompts_from
 
@@ -190,38 +191,66 @@ def test_a_task_brings_training_texts_and_held_out_prompts(tiny_student: Path) -
     assert all(any(seed.input in text for seed in task.seed) for text in source.training)
 
 
-def test_the_base_s_name_is_not_a_path(tiny_student: Path) -> None:
-    base = open_source(str(tiny_student)).lineage.base
-    assert base is not None and base.name == "tiny-student"
-
-
-def test_an_adapter_knows_its_base(tiny_adapter: Path, tiny_student: Path) -> None:
-    source = open_source(str(tiny_adapter))
-    assert source.adapter is not None and source.checkpoint == tiny_student.absolute()
-    assert source.lineage.source == "adapter"
-    assert source.lineage.base is not None and source.lineage.base.name == "tiny-student"
-
-
 def test_an_adapter_of_a_four_bit_base_is_rejected(
     tiny_adapter: Path, tiny_student: Path, tmp_path: Path
 ) -> None:
-    four = Path(shutil.copytree(tiny_student, tmp_path / "four-bit"))
-    config = json.loads((four / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes"}
-    (four / "config.json").write_text(json.dumps(config))
+    four = edited_json(tiny_student, tmp_path / "four", quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(InputError, match="quantized"):
         open_source(str(tiny_adapter), base=str(four))
 
 
-@pytest.mark.parametrize("change", [{"peft_type": "IA3"}, {"base_model_name_or_path": None}])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "adapter_config.json: peft_type is 'IA3'"),
+        ({"peft_type": ["LORA"]}, "peft_type is"),
+        ({"base_model_name_or_path": None}, "adapter_config.json: names no base"),
+        ({"base_model_name_or_path": {"x": 1}}, "names no base"),
+        (
+            {"base_model_name_or_path": "/data/elsewhere/SmolLM2"},
+            "/data/elsewhere/SmolLM2: no such.*\n.*--base",
+        ),
+        ({"base_model_name_or_path": "models/mine"}, "base_model_name_or_path.*\n.*--base"),
+        ({"base_model_name_or_path": "C:\\models\\mine"}, "base_model_name_or_path.*\n.*--base"),
+        ({"base_model_name_or_path": "x" * 5000}, "base_model_name_or_path.*\n.*--base"),
+    ],
+)
 def test_an_adapter_that_cannot_be_merged_says_why(
-    tiny_adapter: Path, tmp_path: Path, change: dict[str, object]
+    tiny_adapter: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    folder = Path(shutil.copytree(tiny_adapter, tmp_path / "odd"))
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | change))
-    with pytest.raises(InputError, match=r"adapter_config\.json"):
-        open_source(str(folder))
+    folder = edited_json(tiny_adapter, tmp_path / "odd", "adapter_config.json", **change)
+    with pytest.raises(InputError, match=message):
+        open_source(str(folder), offline=True)
+
+
+def test_an_adapters_folder_is_told_by_its_weights_and_brings_its_tokenizer(
+    tiny_adapter: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_adapter, tmp_path / "adapter"))
+    shutil.copy(tiny_student / "config.json", folder)  # as some trainers leave it
+    before = open_source(str(folder))
+    assert before.adapter is not None and before.checkpoint == tiny_student.absolute()
+    assert before.lineage.source == "adapter" and before.chat == open_source(str(tiny_student)).chat
+    assert before.lineage.base is not None and before.lineage.base.name == "tiny-student"
+    sums = before.adapter.files_sha256
+    tokenizer = AutoTokenizer.from_pretrained(tiny_student)
+    tokenizer.chat_template, tokenizer.eos_token = "{{ messages[-1].content }}§", "<|im_start|>"
+    tokenizer.save_pretrained(folder)
+    source = open_source(str(folder))
+    assert source.adapter is not None and source.chat.chat_template == "{{ messages[-1].content }}§"
+    assert "§" in source.prompts[0] and source.chat.stops[0] == "<|im_start|>"
+    assert source.adapter.files_sha256 != sums
+    merge(source.adapter, source.checkpoint, tmp_path / "merged", ["light"])
+    assert read_chat(tmp_path / "merged") == source.chat
+    fields = read_model_header(convert(tmp_path / "merged", tmp_path / "x.gguf")).metadata
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+    assert fields["tokenizer.chat_template"] == tokenizer.chat_template
+    tokenizer.chat_template = None
+    (folder / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(folder)
+    (folder / "adapter_model.bin").touch()
+    unread, no_template = open_source(str(folder)).notes
+    assert "adapter_model.bin" in unread and "no chat template" in no_template
 
 
 def test_base_is_for_adapters_only(tiny_student: Path, tiny_run: Path) -> None:

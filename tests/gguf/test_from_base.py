@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from tiny import Folders, Make, Patch, edited, relative_error
 
 from arte_edge.errors import ArteError, InputError
@@ -78,20 +79,9 @@ def save_adapter(tiny_model: Any, tmp_path_factory: Folders) -> Make:
     """Save a LoRA with random matrices, both A and B, for a tiny model."""
 
     def save(arch: str, **settings: Any) -> Path:
-        import torch
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(tiny_model(arch).checkpoint, dtype=torch.float32)
-        wanted = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear"} | settings
-        tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **wanted))
-        torch.manual_seed(3)
-        with torch.no_grad():
-            for name, tensor in tuned.named_parameters():
-                if "lora_" in name:
-                    tensor.copy_(0.15 * torch.randn_like(tensor))
         folder = tmp_path_factory.mktemp("adapter")
-        tuned.save_pretrained(folder)
+        wanted = {"lora_alpha": 12, "target_modules": "all-linear"} | settings
+        tiny.save_adapter(tiny_model(arch).checkpoint, folder, IDS, **wanted)
         return folder
 
     return save

@@ -152,20 +152,11 @@ def test_llama_cpp_stops_at_every_end_token_that_finds_a_place(
 
 
 def test_the_chat_template_of_a_file_comes_first_byte_for_byte(make_checkpoint: Make, tmp_path: Path) -> None:
-    old = "{{ 'the older one' }}"
-    copy = tmp_path / "copy"
-    folder = edited_json(make_checkpoint("llama"), copy, "tokenizer_config.json", chat_template=old)
-
-    def carried() -> str:
-        fields = read_model_header(convert(folder, tmp_path / "a.gguf")).fields
-        return fields["tokenizer.chat_template"].value.decode()
-
-    assert carried() == "{{ messages[0]['content'] }}"
+    folder = Path(shutil.copytree(make_checkpoint("llama"), tmp_path / "copy"))
     template = "{% for m in messages %}\n{{ m.content }} é🙂\n{% endfor %}"
     (folder / "chat_template.jinja").write_bytes(template.encode())
-    assert carried() == template
-    (folder / "chat_template.jinja").unlink()
-    assert carried() == old
+    fields = read_model_header(convert(folder, tmp_path / "a.gguf")).fields
+    assert fields["tokenizer.chat_template"].value.decode() == template
 
 
 def wordpiece(content: dict[str, Any]) -> None:

@@ -46,10 +46,7 @@ def test_pull_then_ls_path_and_check_agree(model_cache: Path, small: str, capsys
 
 
 def test_check_finds_damage_that_changes_neither_size_nor_time(
-    make_gguf: Make,
-    make_wheel: Callable[[str, bytes], Path],
-    register: Make,
-    capsys: Capture,
+    make_gguf: Make, make_wheel: Callable[[str, bytes], Path], register: Make, capsys: Capture
 ) -> None:
     content = make_gguf("large.gguf", rows=130_000).read_bytes()  # large enough for its sum to be remembered
     make_wheel("large", content)

@@ -60,11 +60,7 @@ def test_a_user_adds_a_model_and_replaces_a_shipped_one(model_cache: Path) -> No
             "unknown key 'hub.revison'",
             "revision",
         ),
-        (
-            _GOOD + 'mirror = { version = "1", parts = [{ package = "p", membr = "x" }] }',
-            "membr",
-            "member",
-        ),
+        (_GOOD + 'mirror = { version = "1", parts = [{ package = "p", membr = "x" }] }', "membr", "member"),
         (_GOOD.replace("0" * 64, "abc"), "mine: sha256", ""),
         (_GOOD.replace('hub = { id = "me/mine" }', ""), r"\[hub\], \[mirror\]", ""),
         (_GOOD.replace("mine.gguf", "../mine.gguf"), "mine: file", ""),

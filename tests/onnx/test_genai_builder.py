@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from tiny import Folders
 
 from arte_edge.errors import ArteError, InputError
+from arte_edge.model_folder import TOKENIZER_FILES
 from arte_edge.models import LocalModel
 from arte_edge.onnx.check import folder_problems, model_file, read_graph
-from arte_edge.onnx.folder import TOKENIZER_FILES, find_private_text
+from arte_edge.onnx.folder import find_private_text
 from arte_edge.onnx.genai_builder import GenaiSettings, build
 from arte_edge.onnx.tokenizer import FileTokenizer
 from arte_edge.pii_scan import this_machine

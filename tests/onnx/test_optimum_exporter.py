@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from tiny import Folders, Patch
 
 from arte_edge.errors import ArteError, InputError
+from arte_edge.model_folder import TOKENIZER_FILES
 from arte_edge.onnx import optimum_exporter
 from arte_edge.onnx.check import folder_problems, model_file, read_graph
-from arte_edge.onnx.folder import TOKENIZER_FILES, find_private_text
+from arte_edge.onnx.folder import find_private_text
 from arte_edge.onnx.optimum_exporter import OptimumSettings, build, find_python, for_transformers_4
 from arte_edge.pii_scan import this_machine
 from arte_edge.runtimes.onnxruntime import OnnxSession

@@ -9,6 +9,8 @@ import pytest
 from arte_edge.errors import InputError
 from arte_edge.files import read_json
 from arte_edge.onnx.tokenizer import FileTokenizer, end_tokens
+from arte_edge.transformers_load import load_tokenizer
+from arte_edge.verify.corpus import hard_strings
 
 
 def write(folder: Path, **files: dict[str, Any]) -> Path:
@@ -68,3 +70,16 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         FileTokenizer(tmp_path)
+
+
+def test_a_tokenizer_saved_with_a_limit_reads_whole_prompts(tiny_student: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_student)
+    long = "turn on the light " * 400
+    expected = tokenizer(long)["input_ids"]
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(long, truncation=True, max_length=16, padding="max_length")
+    tokenizer.save_pretrained(tmp_path)
+    assert '"max_length"' in (tmp_path / "tokenizer.json").read_text("utf-8")
+    assert FileTokenizer(tmp_path).tokens(long) == expected
+    assert load_tokenizer(tmp_path).backend_tokenizer.encode(long).ids == expected
+    assert len(max(hard_strings(()), key=len).split()) > 4096  # the gate would see a runtime that cuts

@@ -20,36 +20,11 @@ from typing import Any, TypeVar
 
 from arte_edge.cache import rename_into_place, write_atomic
 from arte_edge.errors import InputError
-from arte_edge.store import content_key
 
-__all__ = ["Workspace", "checkpoint_key", "finished"]
+__all__ = ["Workspace", "finished"]
 
 _MARK = "complete"
 Result = TypeVar("Result")
-
-
-def checkpoint_key(checkpoint: Path) -> str:
-    """Return a key of a checkpoint folder: its configuration, its file sizes and a sample of the tensors.
-
-    Raises InputError: no such checkpoint.
-    """
-    try:
-        config = (checkpoint / "config.json").read_text(encoding="utf-8")
-        files = sorted(checkpoint.glob("model*.safetensors"))
-        if not files:
-            raise FileNotFoundError(checkpoint / "model.safetensors")
-        return content_key(config, [[file.name, file.stat().st_size] for file in files], _sample(files[0]))
-    except OSError as error:
-        raise InputError(
-            f"{checkpoint}: not a checkpoint ({error})", "Give a transformers checkpoint."
-        ) from error
-
-
-def _sample(file: Path, size_bytes: int = 1 << 20) -> str:
-    """Return bytes from the middle of `file` as hexadecimal text: enough to distinguish trained weights."""
-    with file.open("rb") as data:
-        data.seek(max(0, file.stat().st_size // 2))
-        return data.read(size_bytes).hex()
 
 
 class Workspace:

@@ -32,28 +32,14 @@ from arte_edge.errors import InputError
 from arte_edge.extras import need
 from arte_edge.runtimes.transformers.placement import empty_cache, pick_device, training_floats
 from arte_edge.runtimes.transformers.tokenizer import Text
+from arte_edge.transformers_load import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
-__all__ = [
-    "CollapseLimits",
-    "DpoSettings",
-    "Encoder",
-    "Lora",
-    "Progress",
-    "SftSettings",
-    "arguments",
-    "check_rows",
-    "examples_seen",
-    "free_memory",
-    "history_of",
-    "keep_going",
-    "load",
-    "lora_config",
-    "quiet_training",
-    "training_order",
-]
+__all__ = ["CollapseLimits", "DpoSettings", "Encoder", "Lora", "Progress", "SftSettings", "arguments"]
+__all__ += ["check_rows", "examples_seen", "free_memory", "history_of", "keep_going", "load", "lora_config"]
+__all__ += ["quiet_training", "training_order"]
 
 Progress = Callable[[int, int], None]  # optimizer steps done, of how many
 
@@ -182,17 +168,9 @@ def load(checkpoint: Path, *, frozen: bool) -> tuple[Any, Any]:
     Raises InputError: no such checkpoint, or transformers cannot read it.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = getattr(torch, training_floats(checkpoint)) if frozen else torch.float32
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=dtype, attn_implementation="sdpa", local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"{checkpoint}: transformers cannot read this checkpoint: {error}") from error
-    return model, tokenizer
+    return load_model(checkpoint, dtype, attn_implementation="sdpa"), load_tokenizer(checkpoint)
 
 
 def lora_config(lora: Lora) -> Any:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arte_edge.distill.train.checkpoints import Workspace, checkpoint_key, finished
+from arte_edge.cache import sha256_checkpoint
+from arte_edge.distill.train.checkpoints import Workspace, finished
 from arte_edge.distill.train.collapse import CollapseMonitor, Probe, copy_adapter
 from arte_edge.distill.train.common import (
     DpoSettings,
@@ -76,7 +77,8 @@ def train_dpo(
     """
     settings = settings or DpoSettings()
     check_rows(pairs, ("prompt", "chosen", "rejected"), "preference pair")
-    request = content_key("dpo", checkpoint_key(checkpoint), [dict(p) for p in pairs], settings.model_dump())
+    sha256 = sha256_checkpoint(checkpoint)
+    request = content_key("dpo", sha256, [dict(row) for row in pairs], settings.model_dump())
     if done := finished(out, request, _result):
         return done
     began = time.monotonic()

@@ -1,9 +1,10 @@
 """Write a trained model as a 16-bit checkpoint, merge a LoRA adapter into its base, check the merge.
 
 A written checkpoint is the base's folder with other weights: tokenizer and configuration are the base's own, so that
-prompts are tokenized alike before and after training. Fine-tuning moves a weight by little, and bfloat16 has eight bits
-for it: after four LoRA steps on SmolLM2-135M, rounding to bfloat16 moved the logits by half as much as the training
-had, rounding to float16 by a twentieth. Only Gemma's activations overflow float16, so its checkpoints are bfloat16.
+prompts are tokenized alike before and after training; those of an adapter that was trained with others replace them.
+Fine-tuning moves a weight by little, and bfloat16 has eight bits for it: after four LoRA steps on SmolLM2-135M,
+rounding to bfloat16 moved the logits by half as much as the training had, rounding to float16 by a twentieth. Only
+Gemma's activations overflow float16, so its checkpoints are bfloat16.
 """
 
 from __future__ import annotations
@@ -11,34 +12,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from arte_edge import transformers_load as hf
+from arte_edge.checkpoint import read_config
 from arte_edge.distill.train.common import Encoder, load
-from arte_edge.errors import ArteError
+from arte_edge.errors import ArteError, InputError
+from arte_edge.files import read_json
+from arte_edge.model_folder import TOKENIZER_FILES, look, tokenizer_files
 from arte_edge.runtimes.transformers.placement import overflows_float16
-
-if TYPE_CHECKING:
-    import torch
+from arte_edge.transformers_load import MergeCheck
 
 __all__ = ["MergeCheck", "check_merge", "merge_adapter", "sixteen_bits", "write_checkpoint"]
 
-_OWN = ("config.json", "README.md", "model*.safetensors", "model.safetensors.index.json")
-_MIN_TOP1 = 0.95  # rounding can flip a tie between two tokens, rarely more
-_MAX_LOST = 0.75  # of the update; a merge without the adapter loses 1.0
-_NO_UPDATE = 0.05  # mean move of a logit below which there is nothing to lose
-
-
-@dataclass(frozen=True)
-class MergeCheck:
-    """How far the merged checkpoint is from base plus adapter, in logits."""
-
-    max_abs_diff: float
-    mean_abs_diff: float
-    update_mean_abs: float  # mean change of the base's logits by the adapter
-    top1_agreement: float  # share of positions with the same most likely token
-    tokens: int
+_OWN = ("config.json", "README.md", "*.safetensors", "model.safetensors.index.json")
 
 
 def sixteen_bits(base: Path, dtype: str) -> str:
@@ -48,8 +36,13 @@ def sixteen_bits(base: Path, dtype: str) -> str:
     return "bfloat16" if overflows_float16(base) else "float16"
 
 
-def write_checkpoint(model: Any, base: Path, out: Path, dtype: str = "auto") -> Path:
-    """Write `model` in 16 bits, with the tokenizer and configuration of `base`, to the folder `out`.
+def write_checkpoint(
+    model: Any, base: Path, out: Path, dtype: str = "auto", adapter: Path | None = None
+) -> Path:
+    """Write `model` in 16 bits, with the configuration and tokenizer of `base`, to the folder `out`.
+
+    Args:
+        adapter: the folder of the adapter that was merged: its tokenizer files come first.
 
     Raises ArteError: a weight does not fit into 16 bits, or training made it infinite.
     """
@@ -64,14 +57,41 @@ def write_checkpoint(model: Any, base: Path, out: Path, dtype: str = "auto") -> 
                 "If the loss is finite, set dtype to bfloat16; else training diverged: lower the learning rate.",
             )
     model.save_pretrained(out)
+    skipped = {*TOKENIZER_FILES, *look(base).others}
     for file in sorted(base.iterdir()):
-        if file.is_file() and not any(file.match(pattern) for pattern in _OWN):
+        if file.is_file() and file.name not in skipped and not any(map(file.match, _OWN)):
             shutil.copyfile(file, out / file.name)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    for name, file in tokenizer_files(base, adapter).items():
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, out / name)
+    config = read_config(base)
     config.pop("torch_dtype", None)  # the key's name before transformers 5
-    text = json.dumps(config | {"dtype": dtype}, indent=2, ensure_ascii=False, sort_keys=True)
-    (out / "config.json").write_text(text + "\n", encoding="utf-8")
+    # An adapter may bring tokens and an output matrix of its own.
+    trained = {key: getattr(model.config, key) for key in ("tie_word_embeddings", "vocab_size")}
+    _write_json(out / "config.json", config | {"dtype": dtype} | (trained if adapter else {}))
+    if adapter and tokenizer_files(adapter):
+        _end_as_trained(base, adapter, out)
     return out
+
+
+def _end_as_trained(base: Path, adapter: Path, out: Path) -> None:
+    """Make the end token of the adapter's tokenizer the merged model's, unless it already is one of several."""
+    tokenizer, n_row = hf.load_tokenizer(out), read_config(out)["vocab_size"]
+    if len(tokenizer) > max(n_row, len(hf.load_tokenizer(base))):
+        raise InputError(
+            f"{adapter}: its tokenizer has {len(tokenizer)} tokens, and the model has embeddings for {n_row}",
+            'Train with modules_to_save = ["embed_tokens", "lm_head"], or save with save_embedding_layers=True.',
+        )
+    eos = tokenizer.eos_token_id
+    for name in ("config.json", "generation_config.json"):
+        settings = read_json(out / name)
+        ends = settings.get("eos_token_id")
+        if settings and eos is not None and eos not in (ends if isinstance(ends, list) else [ends]):
+            _write_json(out / name, settings | {"eos_token_id": eos})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", "utf-8")
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path, dtype: str = "auto") -> Path:
@@ -79,13 +99,12 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: str = "auto") -> 
 
     The sum is made in float32 on the CPU and rounded once.
 
-    Raises ArteError: as `write_checkpoint`.
+    Raises InputError: the adapter does not fit; ArteError: as `write_checkpoint`.
     """
-    from peft import PeftModel
+    import torch
 
-    model, _ = load(base, frozen=False)
-    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-    return write_checkpoint(merged, base, out, dtype)
+    merged = hf.merge_attached(hf.attach_adapter(hf.load_model(base, torch.float32), adapter))
+    return write_checkpoint(merged, base, out, dtype, adapter)
 
 
 def check_merge(base: Path, adapter: Path, merged: Path, prompts: Sequence[str]) -> MergeCheck:
@@ -93,38 +112,12 @@ def check_merge(base: Path, adapter: Path, merged: Path, prompts: Sequence[str])
 
     Raises ArteError: most of the adapter's effect is lost, or the most likely token differs too often.
     """
-    import torch
-    from peft import PeftModel
-
-    model, tokenizer = load(base, frozen=False)
-    texts = [Encoder(tokenizer).prompt(prompt) for prompt in prompts]
-    before = _logits(model, texts)
-    wanted = _logits(PeftModel.from_pretrained(model, str(adapter)), texts)
-    del model  # one model in memory at a time
-    got = _logits(load(merged, frozen=False)[0], texts)
-    diff = (got - wanted).abs()
-    check = MergeCheck(
-        max_abs_diff=float(diff.max()),
-        mean_abs_diff=float(diff.mean()),
-        update_mean_abs=float((before - wanted).abs().mean()),
-        top1_agreement=float((got.argmax(-1) == wanted.argmax(-1)).float().mean()),
-        tokens=len(got),
-    )
-    lost = check.update_mean_abs > _NO_UPDATE and check.mean_abs_diff > _MAX_LOST * check.update_mean_abs
-    if lost or not torch.isfinite(diff).all() or check.top1_agreement < _MIN_TOP1:
-        raise ArteError(
-            f"{merged}: not the same model as its base with the adapter. Its logits are off by "
-            f"{check.mean_abs_diff:.3g} in the mean, the adapter's whole effect is {check.update_mean_abs:.3g}; "
-            f"the first choice agrees at {check.top1_agreement:.1%} of tokens",
-            "Set dtype to float16, train for longer, or train all weights.",
-        )
-    return check
-
-
-def _logits(model: Any, texts: Sequence[list[int]]) -> torch.Tensor:
-    """Return the logits ``[n_token, n_vocab]`` of all texts, one after another."""
-    import torch
-
-    model.eval()
-    with torch.no_grad():
-        return torch.cat([model(torch.tensor([ids])).logits[0].float() for ids in texts])
+    result, tokenizer = load(merged, frozen=False)
+    texts = [Encoder(tokenizer).prompt(prompt) for prompt in prompts] + [hf.probe_ids(result)]
+    got = hf.logits_of(result, texts)
+    del result  # one model in memory at a time
+    model, _ = load(base, frozen=False)
+    n_row = model.get_input_embeddings().weight.shape[0]
+    before = hf.logits_of(model, [[min(token, n_row - 1) for token in ids] for ids in texts])
+    wanted = hf.logits_of(hf.attach_adapter(model, adapter), texts)
+    return hf.compare_merge(str(merged), before, wanted, got, str(read_config(merged).get("dtype")))

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from arte_edge.distill.train.checkpoints import Workspace, checkpoint_key, finished
+from arte_edge.cache import sha256_checkpoint
+from arte_edge.distill.train.checkpoints import Workspace, finished
 from arte_edge.distill.train.common import (
     Encoder,
     Progress,
@@ -73,7 +74,8 @@ def train_sft(
     """
     settings = settings or SftSettings()
     check_rows(rows, ("prompt", "completion"), "training example")
-    request = content_key("sft", checkpoint_key(checkpoint), [dict(r) for r in rows], settings.model_dump())
+    sha256 = sha256_checkpoint(checkpoint)
+    request = content_key("sft", sha256, [dict(row) for row in rows], settings.model_dump())
     if done := finished(out, request, _result):
         return done
     began = time.monotonic()

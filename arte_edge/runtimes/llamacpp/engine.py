@@ -125,11 +125,7 @@ class LlamaCppEngine:
         return [scorer.log_probabilities() for scorer in scorers]
 
     def _score(self, trees: list[Tree]) -> None:
-        """Decode `trees` in a unified context that is as large as they need.
-
-        Raises:
-            EngineError: no memory for the context.
-        """
+        """Decode `trees` in a unified context that is as large as they need."""
         if not trees:
             return
         groups = plan_groups(trees, TREE_LAYOUT.ubatch, MOST_LEAVES)
@@ -153,11 +149,7 @@ class LlamaCppEngine:
         run_trees(made, groups)
 
     def _run(self, jobs: list[Job], max_new: int) -> None:
-        """Decode `jobs` in a context that depends on them alone, so that results do not depend on earlier calls.
-
-        Raises:
-            EngineError: no memory for the context.
-        """
+        """Decode `jobs` in a context that depends on them alone, so that results do not depend on earlier calls."""
         if not jobs:
             return
         longest = max(len(job.tokens) for job in jobs) + max_new

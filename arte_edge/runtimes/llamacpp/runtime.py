@@ -151,11 +151,7 @@ class LlamaCppRuntime(BaseRuntime):
         self._used = 0
 
     def prefill(self, tokens: Sequence[int]) -> int:
-        """See `Decoder.prefill`.
-
-        Raises:
-            InputError: nothing to read, or more than the cache has room for.
-        """
+        """See `Decoder.prefill`. (InputError: nothing to read, or more than the cache has room for.)"""
         if self._cache is None:
             self._open_cache()
         n, room = len(tokens), self.context_tokens - self._used

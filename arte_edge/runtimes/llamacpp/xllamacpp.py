@@ -176,11 +176,7 @@ class XllamaRuntime(BaseRuntime):
         self._tokens = []
 
     def prefill(self, tokens: Sequence[int]) -> int:
-        """See `Decoder.prefill`.
-
-        Raises:
-            InputError: nothing to read, or more than the cache has room for.
-        """
+        """See `Decoder.prefill`. (InputError: nothing to read, or more than the cache has room for.)"""
         room = self.context_tokens - len(self._tokens)
         if not 0 < len(tokens) <= room:
             raise InputError(f"{len(tokens)} tokens to read, and the context has room for {room}")

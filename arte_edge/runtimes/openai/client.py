@@ -33,23 +33,9 @@ from arte_edge import __version__
 from arte_edge.errors import EngineError, InputError
 from arte_edge.files import json_loads
 
-__all__ = [
-    "KEY_VARIABLES",
-    "CallFailed",
-    "CircuitBreaker",
-    "Prices",
-    "RateLimiter",
-    "RetryPolicy",
-    "Server",
-    "Ticket",
-    "Transient",
-    "Usage",
-    "UsageMeter",
-    "check_base_url",
-    "is_transient",
-    "retry_after_s",
-    "run_with_retries",
-]
+__all__ = ["KEY_VARIABLES", "CallFailed", "CircuitBreaker", "Prices", "RateLimiter", "RetryPolicy", "Server"]
+__all__ += ["Ticket", "Transient", "Usage", "UsageMeter", "check_base_url", "is_transient", "retry_after_s"]
+__all__ += ["run_with_retries"]
 
 T = TypeVar("T")
 

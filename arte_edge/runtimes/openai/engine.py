@@ -47,11 +47,7 @@ _BYTES_PER_TOKEN = 4.0  # of English text, until the server's own counts are kno
 
 
 def parse_ref(ref: str) -> tuple[str, str]:
-    """Return model and base address of ``openai:model@https://host/v1``.
-
-    Raises:
-        InputError: not of that form.
-    """
+    """Return model and base address of ``openai:model@https://host/v1``. (InputError: not of that form.)"""
     kind, _, rest = ref.partition(":")
     model, _, url = rest.rpartition("@")  # a model's own name may hold an @
     if kind != "openai" or not model or "://" not in url:

@@ -22,17 +22,8 @@ from arte_edge.errors import InputError
 from arte_edge.runtimes.completion import Completion, Request, Sampling
 from arte_edge.runtimes.sampling import request_rng
 
-__all__ = [
-    "Answer",
-    "Choice",
-    "Mode",
-    "ServerQuirks",
-    "body",
-    "completion",
-    "messages_of",
-    "quirks_of",
-    "with_stop",
-]
+__all__ = ["Answer", "Choice", "Mode", "ServerQuirks", "body", "completion", "messages_of", "quirks_of"]
+__all__ += ["with_stop"]
 
 
 @dataclass(frozen=True)

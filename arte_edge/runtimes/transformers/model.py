@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge import transformers_load as hf
 from arte_edge.cache import sha256_file
 from arte_edge.errors import InputError
 from arte_edge.extras import need
-from arte_edge.files import json_loads
+from arte_edge.model_folder import ADAPTER_WEIGHTS, read_adapter_config
 from arte_edge.runtimes.choice_scoring import ChoiceScorer, spans
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.runtimes.prefix_tree import plan_groups
@@ -43,17 +44,8 @@ if TYPE_CHECKING:
 
     from arte_edge.runtimes.transformers.tokenizer import Writer
 
-__all__ = [
-    "Forward",
-    "State",
-    "TransformersEngine",
-    "adapter_sha256",
-    "load",
-    "pick_dtype",
-    "plan",
-    "room_tokens",
-    "shared_prefix",
-]
+__all__ = ["Forward", "State", "TransformersEngine", "adapter_sha256", "load", "pick_dtype", "plan"]
+__all__ += ["room_tokens", "shared_prefix"]
 
 _BATCH_TOKENS = (16_384, 262_144)  # rows times length of a batch: on a CPU and the minimum, the maximum
 _CACHE_SHARE = 0.3  # of a GPU's free memory for keys and values, which need twice that while they grow
@@ -64,15 +56,10 @@ def adapter_sha256(folder: Path) -> str:
 
     Raises InputError: not an adapter folder with safetensors.
     """
-    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    if not weights.is_file() or not config.is_file():
-        raise InputError(
-            f"{folder}: no adapter here", f"An adapter folder holds {weights.name} and {config.name}."
-        )
-    settings = json_loads(config.read_text("utf-8"))
+    settings = read_adapter_config(folder)
     settings.pop("base_model_name_or_path", None)
     canonical = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(f"{sha256_file(weights)}\n{canonical}".encode()).hexdigest()
+    return hashlib.sha256(f"{sha256_file(folder / ADAPTER_WEIGHTS)}\n{canonical}".encode()).hexdigest()
 
 
 def pick_dtype(name: str, device: torch.device, checkpoint: Path | None = None) -> torch.dtype:
@@ -103,28 +90,20 @@ def room_tokens(config: Any, device: torch.device) -> int:
 
 
 def load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return model and tokenizer, the adapter merged in."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    """Return model and tokenizer, the adapter merged in.
 
-    logging.disable_progress_bar()  # the command shows progress of its own
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no checkpoint here (config.json is missing)")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{folder}: transformers cannot load this checkpoint: {first_line}",
-            "It needs safetensors weights, a tokenizer, and a family that transformers itself knows.",
-        ) from error
+    Raises:
+        InputError: not a checkpoint that transformers loads, or an adapter that does not fit it.
+        ArteError: the merged model is another one than base plus adapter.
+    """
+    model, tokenizer = hf.load_model(folder, dtype), hf.load_tokenizer(folder)
     if adapter is not None:
-        from peft import PeftModel
-
-        adapter_sha256(adapter)  # rejects a folder with pickled weights before peft would read them
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=False).merge_and_unload()
+        before = hf.logits_of(model, [hf.probe_ids(model)])
+        live = hf.attach_adapter(model, adapter)
+        wanted = hf.logits_of(live, [hf.probe_ids(live)])
+        model = hf.merge_attached(live)
+        got = hf.logits_of(model, [hf.probe_ids(model)])
+        hf.compare_merge(f"{folder} with {adapter}", before, wanted, got, str(dtype).removeprefix("torch."))
     return model, tokenizer
 
 

@@ -203,11 +203,7 @@ def test_a_rationale_is_shortened_to_its_last_clauses_and_keeps_its_answer_whole
 
 
 def test_the_teacher_is_shown_what_fits_and_only_under_a_budget(house: Any) -> None:
-    reasons = {
-        1: "One is alone, so it is odd.",
-        2: "Two make a pair and no one is left",
-        3: "It ends in 3.",
-    }
+    reasons = {1: "One is alone, so it is odd.", 2: "Two make a pair and no one is left", 3: "It ends in 3."}
     house.task = replace(
         house.task,
         worked=tuple(

@@ -1,34 +1,88 @@
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-from tiny import Folders
+from tiny import Folders, hf_logits, relative_error, save_adapter
 
+from arte_edge.checkpoint import read_config, shapes_of
 from arte_edge.distill.train.common import load
 from arte_edge.distill.train.lora_merge import check_merge, merge_adapter, sixteen_bits, write_checkpoint
-from arte_edge.errors import ArteError
+from arte_edge.errors import ArteError, InputError
+from arte_edge.gguf.convert import convert
+from arte_edge.gguf.reader import read_model_header
 
+IDS = list(range(20, 60))
 PROMPTS = ["<|user|>Is true and false true?\n", "the answer is not maybe", "no " * 20]
 
 
 @pytest.fixture(scope="module")
 def adapter(tiny_checkpoint: Any, tmp_path_factory: Folders) -> Path:
     """A LoRA with random matrices, of the size of a short training."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(
-        load(tiny_checkpoint(), frozen=False)[0], LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    )
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if "lora_" in name:
-                tensor.copy_(0.08 * torch.randn_like(tensor))
     folder = tmp_path_factory.mktemp("adapter")
-    model.save_pretrained(folder)
+    save_adapter(tiny_checkpoint(), folder, IDS, target_modules="all-linear")
     return folder
+
+
+BOTH = ["embed_tokens", "lm_head"]
+MERGED = {  # settings of the adapter, and whether output and embedding are one matrix after it
+    "trained matrices": ({"modules_to_save": BOTH}, False),
+    "trained head": ({"modules_to_save": ["lm_head"]}, False),
+    "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+    "head": ({"target_modules": ["q_proj", "lm_head"]}, False),
+    "tied": ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, True),
+    "tokens": ({"trainable_token_indices": {"embed_tokens": [5, 6, 7]}}, True),
+    "norms": ({"modules_to_save": ["norm"]}, True),
+    "dora": ({"use_dora": True}, True),
+    "rslora": ({"use_rslora": True, "r": 16}, True),
+    "patterns": ({"rank_pattern": {"layers.1.self_attn.q_proj": 8}}, True),
+    "more tokens": ({"modules_to_save": BOTH, "more_tokens": 3}, False),
+    "more tokens, targets": ({"target_modules": ["q_proj", *BOTH], "more_tokens": 3}, False),
+}
+
+
+@pytest.mark.parametrize("kind", MERGED)
+def test_a_merged_checkpoint_is_the_model_that_was_trained(
+    tiny_checkpoint: Any, tmp_path: Path, kind: str
+) -> None:
+    lora, tied = MERGED[kind]
+    base, adapter, ids = tiny_checkpoint(), tmp_path / "adapter", [*IDS, 5, 6, 7]
+    wanted = save_adapter(base, adapter, ids, **lora)
+    merged = merge_adapter(base, adapter, tmp_path / "merged")
+    assert relative_error(hf_logits(merged, ids), wanted) < 5e-3
+    check_merge(base, adapter, merged, PROMPTS)
+    assert read_config(merged)["tie_word_embeddings"] is tied
+    assert ("lm_head.weight" in shapes_of(merged)) is not tied
+    assert shapes_of(merged)["model.embed_tokens.weight"][0] == wanted.shape[1]
+    gguf = convert(merged, tmp_path / "x.gguf", "F32")
+    assert ("output.weight" in read_model_header(gguf).tensors) is not tied
+
+
+@pytest.mark.parametrize(
+    ("lora", "old", "new", "message"),
+    [
+        ({}, "layers.1.", "layers.7.", r"no place for .*layers\.7"),
+        ({}, "self_attn", "attention", "no place for"),
+        ({}, "layers.0.self_attn.q_proj.lora_A", "", "is missing"),
+        ({}, "model.layers.0.self_attn.q_proj.lora_A", "score", "score"),
+        ({"lora_bias": True}, "nothing", "", "lora_bias"),
+        ({"modules_to_save": BOTH, "more_tokens": 3}, "base_model", "", "does not fit"),
+        ({"more_tokens": 3}, "embed_tokens|lm_head", "", r"has \d+ tokens, .* embeddings for \d+"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_in_every_tensor_is_rejected(
+    tiny_checkpoint: Any, tmp_path: Path, lora: dict[str, Any], old: str, new: str, message: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    adapter = tmp_path / "adapter"
+    save_adapter(tiny_checkpoint(), adapter, IDS, **lora)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    kept = {re.sub(old, new, name): t for name, t in tensors.items() if new or not re.search(old, name)}
+    save_file(kept, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=message):
+        merge_adapter(tiny_checkpoint(), adapter, tmp_path / "merged")
 
 
 def test_a_merged_checkpoint_is_base_plus_adapter_and_closer_in_float16_than_in_bfloat16(
