@@ -257,13 +257,14 @@ def clean(table: Table, answer: Answer) -> tuple[list[Example], list[str]]:
     conflicting: set[str] = set()
     repeated: list[int] = []
     bad = list(table.bad)
-    known: dict[str, str] = {}  # targets that were checked; for letters that depends on the input
+    fixed = not answer.letters  # whether a letter is an option depends on the input
+    known: dict[str, str] = {}  # targets that were checked
     for line, text, target in table.records:
         form = known.get(target) or check_target(table.where(line), text, target, answer)
         if isinstance(form, Problem):
             bad.append(form)
             continue
-        if not answer.letters:
+        if fixed:
             known[target] = form
         example = Example(text, form)
         first = good.setdefault(example.key, example)
@@ -287,6 +288,10 @@ def clean(table: Table, answer: Answer) -> tuple[list[Example], list[str]]:
         alike[fold_label(label)].append(label)
     groups = [", ".join(map(repr, group)) for group in alike.values() if group[1:]]
     notes += [f"kept apart, though nearly the same: {group}" for group in groups]
+    if answer.exact:
+        notes.append(
+            "answers are compared as written, because some differ only in case, blanks or punctuation"
+        )
     none = [f"{label!r} ({labels[label]:,} rows)" for label in labels if label.casefold() in _LOOKS_MISSING]
     notes += [f"an answer like any other: {one}; empty its cells if it means none" for one in none]
     return examples, notes

@@ -6,6 +6,7 @@ description and a few seeds writes usable ones if its answer is prefilled and un
 
 from __future__ import annotations
 
+import gc
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -75,10 +76,16 @@ def new_task(
         InputError: `folder` is not empty, or the table cannot be used.
     """
     check_empty(folder)
-    table, told = load_table(ref, columns)
-    split = Split(told.seed or split.seed, told.rows or split.rows)
-    task = task_from_table(task_name(folder.resolve().name), table, split, description=description)
-    return NewTask(task, table, write_task(folder, task))
+    collecting = gc.isenabled()
+    gc.disable()  # it finds nothing in a million rows, and takes a fifth of the time
+    try:
+        table, told = load_table(ref, columns)
+        split = Split(told.seed or split.seed, told.rows or split.rows)
+        task = task_from_table(task_name(folder.resolve().name), table, split, description=description)
+        return NewTask(task, table, write_task(folder, task))
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def check_empty(folder: Path) -> None:

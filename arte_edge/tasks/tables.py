@@ -189,14 +189,14 @@ def _open_csv(path: Path, usual: str) -> Source:
     columns = [name.strip() for name in next(csv.reader(sample, delimiter=delimiter))]
 
     def rows() -> Iterator[tuple[int, Mapping[str, object] | Problem]]:
-        line = 0
+        line, n = 0, len(columns)
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             try:
                 for cells in reader:
                     begin, line = line + 1, reader.line_num
-                    if any(map(str.strip, cells[len(columns) :])):
-                        what = f"{len(cells)} cells, where the first line has {len(columns)}"
+                    if len(cells) > n and any(map(str.strip, cells[n:])):
+                        what = f"{len(cells)} cells, where the first line has {n}"
                         yield begin, Problem(f"{path.name}:{begin}", what)
                     elif begin > 1:
                         yield begin, dict(zip(columns, cells, strict=False))
@@ -277,7 +277,7 @@ def read_table(
         if isinstance(row, Problem):
             table.bad.append(row)
             continue
-        first, second = map(row.get, picked)
+        first, second = row.get(picked[0]), row.get(picked[1])
         text = first if type(first) is str else _as_text(first, names[0])
         target = second if type(second) is str and not names[1] else _as_text(second, names[1])
         if text is None or target is None:
