@@ -33,16 +33,6 @@ Row = dict[str, Any]
 _HASHED = {".jsonl", ".gguf", ".safetensors"}
 
 
-# What the row of a call has if it gave a text; the other kind has ``logp``, a list of numbers for each prompt.
-_TEXT_FIELDS = {
-    "text": str,
-    "finish": str,
-    "prompt_tokens": int,
-    "completion_tokens": int,
-    "cached_tokens": int,
-}
-
-
 def content_key(*parts: Any) -> str:
     """Return the sha256 of `parts` as canonical JSON."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
@@ -145,7 +135,7 @@ class CallLog:
             self._fd = -1
 
     def _remember(self, row: Row) -> None:
-        if row.get("status") != "error" and _is_whole(row):
+        if row.get("status") != "error":
             self._done[row["key"]] = row
 
     def _recover(self) -> int:
@@ -169,19 +159,6 @@ class CallLog:
                 group, size = [], offset
         os.ftruncate(self._fd, size)
         return size
-
-
-def _is_whole(row: Row) -> bool:
-    """Return whether a row has what its call gave: a damaged one does not count as done, and the call is repeated."""
-    if "what" not in row:
-        return True
-    if "logp" not in row:
-        return all(isinstance(row.get(name), kind) for name, kind in _TEXT_FIELDS.items())
-    logp = row["logp"]
-    return isinstance(logp, list) and all(
-        isinstance(values, list) and all(isinstance(value, int | float) for value in values)
-        for values in logp
-    )
 
 
 class Stage:

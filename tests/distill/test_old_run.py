@@ -17,6 +17,7 @@ from arte_edge.distill.stages.elicit import elicit
 from arte_edge.distill.stages.evaluate import evaluate, summary_table
 from arte_edge.distill.stages.prefer import prefer
 from arte_edge.distill.stages.tailor import tailor
+from arte_edge.errors import ArteError
 from arte_edge.models.resolve import LocalModel
 
 OLD = Path(__file__).parent / "data" / "run-0.1"
@@ -71,22 +72,22 @@ def test_a_stage_that_was_cut_off_is_made_from_the_calls_of_the_store(house: Any
     assert contents(house.folder) == before
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda row: row.pop("logp", None) or row.pop("text", None),
-        lambda row: row.update({"text": 3} if "text" in row else {"logp": [["x"]]}),
-        lambda row: row.update({"completion_tokens": None} if "text" in row else {"logp": [None]}),
-    ],
-)
-def test_a_damaged_call_is_made_again(house: Any, damage: Any) -> None:
+@pytest.mark.parametrize("damage", ["a field is missing", "another type"])
+def test_a_damaged_call_is_made_again_or_named_with_its_line(house: Any, damage: str) -> None:
     shutil.copytree(OLD, house.folder)
     for stage in ("elicit", "prefer"):
         (house.folder / stage / "manifest.json").unlink()
     log = house.folder / "calls.jsonl"
     rows = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     for row in rows:
-        damage(row)
+        key = "text" if "text" in row else "logp"
+        row |= {key: [["x"]]} if damage == "another type" else {}
+        if damage == "a field is missing":
+            del row[key]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    resume(house)
-    assert house.calls > 0
+    if damage == "another type":
+        with pytest.raises(ArteError, match=r"calls\.jsonl:1: this line is damaged"):
+            resume(house)
+    else:
+        resume(house)
+        assert house.calls > 0
