@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +164,12 @@ class CallLog:
 class Stage:
     """One stage's folder: its data files, and a manifest once it is done.
 
-    `todo` is False if it is done from the same inputs and its files are unchanged.
+    `todo` is False if it is done from the same inputs and its files are unchanged. What `counts` gives when the
+    stage finishes becomes ``calls`` of its summary, if it is anything.
     """
 
-    def __init__(self, folder: Path, inputs: Any) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, inputs: Any, counts: Callable[[], Row] = dict) -> None:
+        self.folder, self._counts = folder, counts
         self.inputs = content_key(inputs)
         self._manifest = self._read_manifest()
 
@@ -213,6 +214,8 @@ class Stage:
             if path.suffix in _HASHED
             and not any(part.startswith(".") for part in path.relative_to(self.folder).parts)
         }
+        calls = self._counts()
+        summary = summary | ({"calls": calls} if calls else {})
         manifest = {"inputs": self.inputs, "files": files, "summary": summary}
         data = json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n"
         write_atomic(self.folder / "manifest.json", data)

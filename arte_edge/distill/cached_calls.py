@@ -10,7 +10,9 @@ in groups with the questions of several drafts (`together`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -18,12 +20,16 @@ from numpy.typing import NDArray
 
 from arte_edge.console import Reporter
 from arte_edge.errors import EngineError
-from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
+from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling, without_reasoning
+from arte_edge.runtimes.reasoning import OUT_OF_BUDGET
 from arte_edge.store import CallLog, content_key
 
-__all__ = ["GROUP", "Calls", "Prompts"]
+__all__ = ["GROUP", "MOST_FAILED", "Calls", "Prompts", "advice"]
 
 GROUP = 32  # calls that are sent and stored together
+MOST_FAILED = 0.2  # share of a stage's calls to a server that may fail, and always one; more stop the run
+
+_OLDER = content_key("server of calls without an address")
 
 # Prompts and the choices of each ``[n_prompt][n_choice]``; their shared prefix is computed once.
 Prompts = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -39,6 +45,7 @@ class Calls:
         self._log, self._reporter = log, reporter
         self.group, self.together = group, together
         self._failed: dict[str, Completion] = {}
+        self._odd: dict[str, Completion] = {}  # failed, or with reasoning, since `take_counts`
         self.made = 0
         self.cached = 0
 
@@ -49,48 +56,103 @@ class Calls:
         sampling: Sampling,
         what: str,
         *,
+        budget: str = "",
         spare: bool = False,
         together: bool = False,
     ) -> list[Completion]:
         """Complete every request, in order; `what` labels the progress bar.
 
-        With `together` a local model gets them in groups of `Calls.together` instead of
-        `Calls.group`; a server, whose calls may cost money, never does.
+        With `budget`, the key of the token limit, a teacher writes: its reasoning is left out. With `together` a
+        local model gets them in groups of `Calls.together` instead of `Calls.group`; a server, whose calls may
+        cost money, never does.
 
         Raises:
-            EngineError: calls to a server failed, and they are not `spare`. A stage made of failed calls
-                would look finished, and a dead server like a bad model.
+            EngineError: more calls to a server failed than `MOST_FAILED` allows, and they are not `spare`. A
+                stage made of failed calls would look finished, and a dead server like a bad model.
         """
-        identity, how = engine.identity.key(), sampling.as_dict()
-        size = self.together if together and engine.identity.kind != "openai" else self.group
-        keys = [content_key("complete", identity, r.prompt, how, r.sample) for r in requests]
+        local = engine.identity.kind != "openai"
+        how = sampling.as_dict()
+        size = self.together if together and local else self.group
+        keys = [self._key(engine, "complete", r.prompt, how, r.sample) for r in requests]
+        done: list[Completion] = []
         with self._reporter.bar(what, len(requests)) as step:
             for start in range(0, len(requests), size):
                 group = range(start, min(start + size, len(requests)))
-                todo = self._missing(keys, group, lambda i: self._log.get(keys[i], *_COMPLETION) is not None)
+                todo = self._missing(keys, group, lambda i: self._has(keys[i]))
                 fresh = engine.complete([requests[i] for i in todo], sampling) if todo else []
                 self._log.append(
                     [_completion_row(keys[i], what, c) for i, c in zip(todo, fresh, strict=True)]
                 )
-                self._count(len(todo), len(group) - len(todo))
+                notes: list[str] = getattr(engine, "notes", [])  # of a server's engine: each is said once
+                while notes:
+                    self._reporter.warn(notes.pop(0))
+                self.made, self.cached = self.made + len(todo), self.cached + len(group) - len(todo)
                 step(len(group), sum(c.completion_tokens for c in fresh), len(group) - len(todo))
                 # A failed call is no finished row of the store; this process still needs its reason.
-                self._failed |= {keys[i]: c for i, c in zip(todo, fresh, strict=True) if c.finish == "error"}
-        done = [self._completion(key) for key in keys]
-        lost = [c for c in done if c.finish == "error"]
-        # A local engine fails only on a prompt that it cannot process, and always will: that counts as wrong.
-        if lost and not spare and engine.identity.kind == "openai":
-            raise EngineError(
-                f"{what}: {len(lost)} of {len(done)} calls failed: {lost[0].error}",
-                "The other answers are cached. Run the same command again when the server responds.",
-            )
+                self._failed |= {keys[i]: c for i, c in zip(todo, fresh, strict=True) if c.error}
+                done += [self._completion(keys[i], thinks=bool(budget)) for i in group]
+                self._check_lost(
+                    engine, done, len(keys), what, advice(done, budget, sampling.max_tokens), spare=spare
+                )
+        self._odd |= {k: c for k, c in zip(keys, done, strict=True) if c.error or c.reasoning_tokens}
         return done
 
-    def _completion(self, key: str) -> Completion:
+    def _check_lost(
+        self, engine: Engine, done: Sequence[Completion], n: int, what: str, hint: str, *, spare: bool
+    ) -> None:
+        """Raise if too many of the `done` of `n` calls to a server failed, or if the server is gone."""
+        lost = [c for c in done if c.error]
+        # A local engine fails only on a prompt that it cannot process, and always will: that counts as wrong.
+        if spare or not lost or engine.identity.kind != "openai":
+            return
+        gone = [c for c in lost if c.fault == "server"]
+        all_of_many = len(lost) == len(done) >= min(self.group, n)
+        if gone or all_of_many or len(lost) > max(1, MOST_FAILED * n):
+            limit = "" if gone else f" (up to {MOST_FAILED:.0%} may)"
+            raise EngineError(
+                f"{what}: {len(lost)} of {n} calls failed{limit}: {_reasons(gone or lost)}", hint
+            )
+
+    def _key(self, engine: Engine, kind: str, *parts: Any) -> str:
+        """Return the key of a call: the one under which it is stored, if it is."""
+        identity = engine.identity
+        key, owner = content_key(kind, identity.key(), *parts), self._log.get(_OLDER, "address")
+        if identity.address and (owner is None or owner["address"] == identity.address):
+            older = content_key(kind, identity.older_key(), *parts)
+            return key if self._log.get(key) or not self._log.get(older) else older
+        return key
+
+    def claim_older(self, engine: Engine, *, warn: bool = False) -> None:
+        """Note that calls from before keys held an address are this server's, the first that the run meets since."""
+        if self._log.get(_OLDER) is None:
+            address = engine.identity.address
+            if warn and len(self._log):
+                self._reporter.warn(
+                    f"the calls stored so far do not say which server answered: they count as {address}'s; prompts "
+                    "that begin an answer are sent again where a server does not continue it"
+                )
+            self._log.append([{"key": _OLDER, "address": address}])
+
+    def take_counts(self) -> dict[str, Any]:
+        """Return what became of the calls since the last time, nothing if all is well, and count anew."""
+        odd, self._odd = list(self._odd.values()), {}
+        lost, thought = [c for c in odd if c.error], [c for c in odd if c.reasoning_tokens]
+        counts: dict[str, Any] = {}
+        if lost:
+            counts |= {"failed": len(lost), "reasons": _reasons(lost)}
+        if thought:
+            tokens = sum(c.reasoning_tokens for c in thought)
+            counts |= {"with_reasoning": len(thought), "reasoning_tokens": tokens}
+        return counts
+
+    def _has(self, key: str) -> bool:
+        return key in self._failed or self._log.get(key, *_COMPLETION) is not None
+
+    def _completion(self, key: str, *, thinks: bool) -> Completion:
         row = self._log.get(key, *_COMPLETION)
-        if row is None:
-            return self._failed[key]
-        return Completion(**{name: row[name] for name in _COMPLETION})
+        names = (f.name for f in fields(Completion))
+        done = self._failed[key] if row is None else Completion(**{n: row[n] for n in names if n in row})
+        return without_reasoning(done) if thinks else done
 
     def choose(
         self,
@@ -115,10 +177,9 @@ class Calls:
         self, engine: Engine, prompts_each: Sequence[Prompts], what: str
     ) -> list[list[list[float]]]:
         """Return log-probabilities ``[n_ask][n_prompt][n_choice]`` of prompts with their own choices."""
-        identity = engine.identity.key()
-        keys = [content_key("choose", identity, list(p), [list(c) for c in own]) for p, own in prompts_each]
+        keys = [self._key(engine, "choose", list(p), [list(c) for c in own]) for p, own in prompts_each]
         with self._reporter.bar(what, sum(len(prompts) for prompts, _ in prompts_each)) as step:
-            for pack in self._packs(prompts_each, 1 if engine.identity.kind == "openai" else self.together):
+            for pack in self._packs(prompts_each, self.together):
                 todo = self._missing(keys, pack, lambda i: self._is_scored(keys[i], prompts_each[i][1]))
                 fresh = _choose([prompts_each[i] for i in todo], engine) if todo else []
                 self._log.append(
@@ -128,7 +189,7 @@ class Calls:
                     ]
                 )
                 made, every = (sum(len(prompts_each[i][0]) for i in some) for some in (todo, pack))
-                self._count(made, every - made)
+                self.made, self.cached = self.made + made, self.cached + every - made
                 step(every, 0, every - made)
         return [self._cached(key)["logp"] for key in keys]
 
@@ -156,10 +217,6 @@ class Calls:
         assert row is not None  # cached before or appended just now
         return row
 
-    def _count(self, made: int, cached: int) -> None:
-        self.made += made
-        self.cached += cached
-
 
 def _choose(prompts_each: Sequence[Prompts], engine: Engine) -> list[list[list[float]]]:
     """Score several requests in one engine call."""
@@ -173,15 +230,31 @@ def _rounded(values: NDArray[np.float64]) -> list[float]:
     return [round(float(value), 6) for value in values]
 
 
+def _reasons(lost: Sequence[Completion]) -> str:
+    """Return the reasons of failed calls, the most frequent first."""
+    found = Counter(" ".join(c.error.split())[:200] for c in lost).most_common(3)
+    return found[0][0] if len(found) == 1 else "; ".join(f"{n} × {reason}" for reason, n in found)
+
+
+def advice(done: Sequence[Completion], budget: str, max_tokens: int) -> str:
+    """Return what helps against the failed of some calls; `budget` is the key of their limit of `max_tokens`."""
+    lost = [c for c in done if c.error]
+    if lost and Counter(c.error for c in lost).most_common(1)[0][0] == OUT_OF_BUDGET:
+        key = f"Raise {budget} (now {max_tokens})" if budget else f"{max_tokens} tokens are too few"
+        return f"{key}: a reasoning model thinks first. Or switch its reasoning off on the server."
+    if all(c.fault in ("answer", "row") for c in lost):
+        return "The server would answer the same again: give another teacher.model, or lift what the reason names."
+    return (
+        "The other answers are stored: run the same command again when the server responds. If it is overloaded, "
+        "lower teacher.parallel or set teacher.requests_per_minute; if it is slow, raise teacher.timeout_s."
+    )
+
+
+_RARE = ("error", "reasoning_tokens", "fault")  # in a row of the store only if they are anything
+
+
 def _completion_row(key: str, what: str, completion: Completion) -> dict[str, Any]:
-    return {
-        "key": key,
-        "what": what,
-        "status": "error" if completion.finish == "error" else "ok",
-        "text": completion.text,
-        "finish": completion.finish,
-        "prompt_tokens": completion.prompt_tokens,
-        "completion_tokens": completion.completion_tokens,
-        "cached_tokens": completion.cached_tokens,
-        **({"error": completion.error} if completion.error else {}),
-    }
+    # An error that the server answered with, and was paid for, is a finished call: it is not asked again.
+    status = "error" if completion.error and completion.fault != "answer" else "ok"
+    values = {name: value for name, value in asdict(completion).items() if value or name not in _RARE}
+    return {"key": key, "what": what, "status": status, **values}

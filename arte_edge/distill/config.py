@@ -65,6 +65,21 @@ def _key(default: Any, description: str = "", **limits: Any) -> Any:
     return Field(default, description=description or None, **limits)
 
 
+def _server_or_local(ref: str) -> str:
+    """Check the address of a server here: whatever comes later may print or store it, a password included."""
+    if ref.startswith("openai:"):
+        from arte_edge.runtimes.openai.engine import parse_ref
+
+        try:
+            parse_ref(ref)
+        except InputError as error:
+            raise ValueError(f"{error.message}. {error.hint}") from None
+    return ref
+
+
+ModelRef = Annotated[_Name, AfterValidator(_server_or_local)]
+
+
 class TaskConfig(_Section):
     """Where the task comes from."""
 
@@ -75,7 +90,7 @@ class TaskConfig(_Section):
 class ModelConfig(_Section):
     """A model and how to run it."""
 
-    model: _Name = _key(..., "registry name, path, Hub id, or openai:MODEL@URL")
+    model: ModelRef = _key(..., "registry name, path, Hub id, or openai:MODEL@URL")
     engine: Literal["auto", "llamacpp", "transformers"] = _key(
         "auto", "auto: llamacpp for GGUF files, otherwise transformers"
     )
@@ -129,7 +144,7 @@ class Calibrate(_Section):
     k: int = _key(40, "size of the preference set (paper: 40)", ge=2)
     items: int = _key(100, "validation questions in the response matrix", ge=10)
     shots: _ShotCounts = _key((0, 1, 2, 3), "numbers of few-shot examples for each model (paper: 0 to 3)")
-    models: tuple[_Name, ...] = _key((), "respondents besides teacher and student")
+    models: tuple[ModelRef, ...] = _key((), "respondents besides teacher and student")
 
 
 class Prefer(_Section):

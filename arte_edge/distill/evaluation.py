@@ -18,6 +18,7 @@ from arte_edge.distill.config import ModelConfig
 from arte_edge.distill.generation.rationales import rationale_prompt, rationale_sampling
 from arte_edge.distill.prompts import (
     ANSWER_CLOSE,
+    ANSWER_OPEN,
     ANSWER_PREFILL,
     ANSWER_STOPS,
     STEP_BY_STEP,
@@ -92,7 +93,7 @@ def teacher_answers(run: RunContext, examples: Sequence[Example]) -> Predictions
     engine = run.engine(teacher)
     requests = [Request(rationale_prompt(run, engine, teacher, e.input, None)) for e in examples]
     sampling = rationale_sampling(run, engine, run.config.elicit.rationale_tokens)
-    completions = run.calls.complete(engine, requests, sampling, "teacher")
+    completions = run.calls.complete(engine, requests, sampling, "teacher", budget="elicit.rationale_tokens")
     return _judge_texts(run, examples, [completion.text for completion in completions])
 
 
@@ -104,13 +105,13 @@ def constrained_answers(
     shots: Sequence[Shot],
     what: str,
 ) -> Predictions:
-    """Open the answer tag for the model and take its likeliest answer."""
+    """Open the answer tag for the model and take its likeliest answer; a server writes it."""
     prompts = [
         run.render(engine, student_messages(run.task, example.input, shots), ANSWER_PREFILL, config)
         for example in examples
     ]
     answer = run.task.answer
-    if answer.closed:
+    if answer.closed and engine.identity.kind != "openai":
         options = [answer.options(example.input) for example in examples]
         choices = [[option + ANSWER_CLOSE for option in row] for row in options]
         scores = run.calls.choose(engine, [prompts], choices, what)[0]
@@ -118,7 +119,8 @@ def constrained_answers(
         return _judge(run, examples, [row[i] for row, i in zip(options, best, strict=True)])
     sampling = Sampling(max_tokens=_OPEN_ANSWER_TOKENS, stop=(ANSWER_CLOSE, "\n"))
     completions = run.calls.complete(engine, [Request(prompt) for prompt in prompts], sampling, what)
-    texts = [completion.text.removesuffix(ANSWER_CLOSE) for completion in completions]
+    # A server that does not go on after the opened tag opens its own.
+    texts = [c.text.removesuffix(ANSWER_CLOSE).rpartition(ANSWER_OPEN)[2] for c in completions]
     return _judge(run, examples, [canonical(text, answer) for text in texts])
 
 

@@ -16,20 +16,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arte_edge.cache import Progress, cache_subdir, sha256_file, write_atomic
 from arte_edge.console import Reporter, model_progress
 from arte_edge.distill.cached_calls import Calls
-from arte_edge.distill.config import ModelConfig, RunConfig, build, differences, dump_toml, load_toml
+from arte_edge.distill.config import (
+    ModelConfig,
+    RunConfig,
+    TeacherConfig,
+    build,
+    differences,
+    dump_toml,
+    load_toml,
+)
 from arte_edge.errors import InputError
 from arte_edge.files import toml_loads
 from arte_edge.models.resolve import LocalModel, resolve
 from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.loader import ServerLimits, is_server, open_engine, open_local
-from arte_edge.runtimes.prompt_render import Message, render
-from arte_edge.store import CallLog, Stage
+from arte_edge.runtimes.prompt_render import CHAT_JSON_NEW_TURN, Message, render
+from arte_edge.store import CallLog, Stage, content_key
 from arte_edge.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -74,7 +83,9 @@ class RunContext:
         `inputs` are what decides the stage's data: settings, model identities, `outputs` of earlier
         stages. `describe` turns the summary into the line that is printed at the end.
         """
-        stage = Stage(self.folder / name, {"stage": name, "seed": self.config.seed, **inputs})
+        self.calls.take_counts()
+        inputs = {"stage": name, "seed": self.config.seed, **inputs}
+        stage = Stage(self.folder / name, inputs, self.calls.take_counts)
         if not stage.todo and not _describes(describe, stage.summary):
             self.reporter.warn(f"{stage.folder / 'manifest.json'} is damaged: the stage is made again")
             stage.forget()
@@ -86,7 +97,8 @@ class RunContext:
         else:
             yield stage
         self._files[name] = stage.files
-        self.reporter.done(name, describe(stage.summary), seconds)
+        line = describe(stage.summary) + _also(stage.summary)
+        self.reporter.done(name, line, seconds)
 
     def outputs(self, *names: str) -> dict[str, Any]:
         """Return the file hashes of finished stages, the inputs of a later one."""
@@ -104,12 +116,24 @@ class RunContext:
         key = f"{model.model}|{model.engine}|{model.parallel}|{student}"
         if key not in self._engines:
             if is_server(model.model):
-                opened = open_engine(model.model, parallel=model.parallel, limits=_limits(model))
+                opened = self._open_server(model)
             else:
                 local = f16_student(self.local(model)) if student and not self.as_given else self.local(model)
                 opened = open_local(local, kind=model.engine, parallel=model.parallel)
             self._engines[key] = opened
         return self._engines[key]
+
+    def _open_server(self, model: ModelConfig) -> Engine:
+        """Open a server; how it takes prompts was found out when the run first met it, and stays, as prompts must."""
+        key = content_key("server", model.model)
+        known = self._log.get(key, "continues")
+        limits = replace(_limits(model), continues=None if known is None else known["continues"])
+        engine = open_engine(model.model, parallel=model.parallel, limits=limits)
+        if known is None:
+            continues = engine.chat_template != CHAT_JSON_NEW_TURN
+            self.calls.claim_older(engine, warn=model == self.config.teacher)
+            self._log.append([{"key": key, "continues": continues}])
+        return engine
 
     def engine_with(
         self, model: LocalModel, adapter: tuple[Path, str] | None, config: ModelConfig, dtype: str = ""
@@ -144,7 +168,9 @@ class RunContext:
 
     def render(self, engine: Engine, messages: list[Message], prefill: str, config: ModelConfig) -> str:
         """Render `messages` for `engine`, as plain text where the configuration says so."""
-        return render(engine, messages, prefill, plain=config.template == "none")
+        # A teacher that reasons spends its tokens on what no row may hold.
+        thinking = not isinstance(config, TeacherConfig)
+        return render(engine, messages, prefill, plain=config.template == "none", thinking=thinking)
 
     @property
     def teacher_is_server(self) -> bool:
@@ -176,6 +202,17 @@ def _describes(describe: Callable[[Summary], str], summary: Summary) -> bool:
         return bool(describe(summary))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return False
+
+
+def _also(summary: Summary) -> str:
+    """Return what any stage's line says of answers and calls that were left out, nothing if none were."""
+    calls, outside = summary.get("calls", {}), summary.get("labels", {}).get("outside_options", 0)
+    said = [f"{outside} answers outside their question's options have no vote"] if outside else []
+    if n := calls.get("with_reasoning"):
+        said += [f"{n} answers held reasoning ({calls['reasoning_tokens']:,} tokens paid and left out)"]
+    if n := calls.get("failed"):
+        said += [f"{n} calls failed: {calls['reasons']}"]
+    return "".join(f"; {part}" for part in said)
 
 
 def f16_student(model: LocalModel) -> LocalModel:

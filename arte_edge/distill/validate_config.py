@@ -125,10 +125,8 @@ def _look_up(ref: str) -> None:
     """Raise if `ref` names no model. Downloads nothing and hashes no large file."""
     path = user_path(ref)
     if is_server(ref):
-        from arte_edge.runtimes.openai.engine import parse_ref
-
-        parse_ref(ref)
-    elif path.is_file():
+        return  # its address is checked with the configuration
+    if path.is_file():
         read_model_header(path)
     elif path.is_dir() or ref.endswith(".gguf") or ref.startswith((".", "/", "~")):
         resolve(ref, offline=True)
@@ -140,12 +138,12 @@ def _server_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
     teacher, student = _value(tables, "teacher", "model"), _value(tables, "student", "model")
     if isinstance(teacher, str) and is_server(teacher) and tables.get("data") != "original-teacher":
         yield (
-            f"teacher.model: {teacher} is a server, and alignment needs the teacher's weights",
+            f"teacher.model: {teacher.partition('@')[0]} is a server, and alignment needs the teacher's weights",
             'Set data = "original-teacher" (generate the data without alignment), or use a local teacher.',
         )
     if isinstance(student, str) and is_server(student):
         yield (
-            f"student.model: {student} is a server, but the student is trained locally",
+            f"student.model: {student.partition('@')[0]} is a server, but the student is trained locally",
             "Use a local model.",
         )
 

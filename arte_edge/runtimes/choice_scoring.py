@@ -9,7 +9,6 @@ against "B"). The probabilities of a closed set therefore never add up to more t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +18,8 @@ from arte_edge.runtimes.prefix_tree import Context, Tree, longest_paths
 
 __all__ = ["ChoiceScorer", "log_softmax_at", "spans"]
 
-Token = TypeVar("Token", int, str)
 
-
-def spans(lists: Sequence[Sequence[Token]], prompt: Sequence[Token]) -> list[tuple[int, int]]:
+def spans(lists: Sequence[Sequence[int]], prompt: Sequence[int]) -> list[tuple[int, int]]:
     """Return for each token list (prompt and choice) the range ``start, end`` that counts.
 
     With one choice there is nothing to compare with: all tokens after `prompt` count.
@@ -31,12 +28,12 @@ def spans(lists: Sequence[Sequence[Token]], prompt: Sequence[Token]) -> list[tup
     return [(start, _unique_end(tokens, lists, start)) for tokens in lists]
 
 
-def _divergence(lists: Sequence[Sequence[Token]]) -> int:
+def _divergence(lists: Sequence[Sequence[int]]) -> int:
     shortest = min(len(tokens) for tokens in lists)
     return next((i for i in range(shortest) if len({tokens[i] for tokens in lists}) > 1), shortest)
 
 
-def _unique_end(tokens: Sequence[Token], lists: Sequence[Sequence[Token]], start: int) -> int:
+def _unique_end(tokens: Sequence[int], lists: Sequence[Sequence[int]], start: int) -> int:
     if len(lists) > 1:
         for end in range(start + 1, len(tokens)):
             if sum(list(other[:end]) == list(tokens[:end]) for other in lists) == 1:

@@ -7,15 +7,16 @@ is the text that is decoded. A failed call is a completion too, with `error` set
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.runtimes.prompt_render import Templated
+from arte_edge.runtimes.reasoning import OUT_OF_BUDGET, STOPPED_INSIDE, split_reasoning
 
-__all__ = ["Completion", "Engine", "EngineIdentity", "Request", "Sampling"]
+__all__ = ["Completion", "Engine", "EngineIdentity", "Request", "Sampling", "without_reasoning"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,13 @@ class EngineIdentity:
     quantization: str = ""
     adapter: str = ""  # sha256 of a LoRA adapter, empty if none
     runtime: str = ""  # for example llama_cpp 0.3.36; recorded, not part of the key
+    address: str = ""  # of a server, normalized: two servers may give one name to two models
 
     def key(self) -> str:
+        return f"{self.older_key()}/{self.address}" if self.address else self.older_key()
+
+    def older_key(self) -> str:
+        """Return the key of calls that were stored before it held the address."""
         return "/".join((self.kind, self.model, self.quantization, self.adapter))
 
 
@@ -60,6 +66,8 @@ class Completion:
     """The answer to one request.
 
     `finish`: "stop" (a stop string, which `text` ends with), "eos", "length", "loop" or "error".
+    `fault` says more of a server's error: "answer" (it answered, perhaps for money, and would answer the same again),
+    "row" (this call failed) or "server" (so would every other).
     """
 
     text: str
@@ -68,6 +76,24 @@ class Completion:
     completion_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens that came from a shared prefix
     error: str = ""
+    reasoning_tokens: int = 0  # of completion_tokens; that text is left out
+    fault: Literal["", "answer", "row", "server"] = ""
+
+
+def without_reasoning(done: Completion) -> Completion:
+    """Return a completion whose text is the answer alone; one that never came to an answer has an error instead.
+
+    The tokens of the reasoning are the server's count, else its share of the characters.
+    """
+    found = split_reasoning(done.text)
+    if done.error or not found.reasoning_chars:
+        return done
+    share = found.reasoning_chars / len(done.text)
+    tokens = done.reasoning_tokens or max(1, round(done.completion_tokens * share))
+    if found.closed:
+        return replace(done, text=found.text, reasoning_tokens=tokens)
+    reason = OUT_OF_BUDGET if done.finish in ("length", "loop") else STOPPED_INSIDE
+    return replace(done, text="", finish="error", error=reason, reasoning_tokens=tokens, fault="answer")
 
 
 class Engine(Templated, Protocol):

@@ -49,11 +49,12 @@ Kind = Literal["auto", "llamacpp", "transformers"]
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """Limits of a server. None: no limit."""
+    """Limits of a server, None: no limit; and whether it `continues` a begun answer, None: to be found out."""
 
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     timeout_s: float = 120.0
+    continues: bool | None = None
 
 
 _NO_LIMITS = ServerLimits()

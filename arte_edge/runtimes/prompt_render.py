@@ -15,12 +15,15 @@ from functools import lru_cache
 from typing import Any, NoReturn, Protocol
 
 from arte_edge.errors import InputError
+from arte_edge.runtimes.reasoning import close_thought
 
-__all__ = ["CHAT_JSON", "Message", "Templated", "render"]
+__all__ = ["CHAT_JSON", "CHAT_JSON_NEW_TURN", "Message", "Templated", "render"]
 
 Message = Mapping[str, str]
 
-CHAT_JSON = "openai-chat"  # `Engine.chat_template` of a server that renders messages itself
+# `Engine.chat_template` of a server that renders messages itself: one that continues an answer that was begun for the
+# model, and one that closes it and opens another.
+CHAT_JSON, CHAT_JSON_NEW_TURN = "openai-chat", "openai-chat, new turn"
 
 
 class Templated(Protocol):
@@ -35,37 +38,49 @@ class Templated(Protocol):
         """``bos_token`` and ``eos_token`` as text, for the template."""
 
 
-def render(model: Templated, messages: Sequence[Message], prefill: str = "", *, plain: bool = False) -> str:
+def render(
+    model: Templated,
+    messages: Sequence[Message],
+    prefill: str = "",
+    *,
+    plain: bool = False,
+    thinking: bool = True,
+) -> str:
     """Return the prompt text for `messages` (``role`` and ``content`` each), ending where the model continues.
 
-    With `plain` the model's own template is not used.
+    With `plain` the model's own template is not used. Without `thinking` a template that knows how to keep the model
+    from reasoning does so.
 
     Raises:
         InputError: the model's chat template does not render.
     """
     template = None if plain else model.chat_template
-    if template == CHAT_JSON:
-        tail = [{"role": "assistant", "content": prefill}] if prefill else []
-        document = {"messages": [*map(dict, messages), *tail]}
-        return json.dumps(document, ensure_ascii=False, sort_keys=True)
+    if template in (CHAT_JSON, CHAT_JSON_NEW_TURN):
+        return _chat_document(messages, prefill, continues=template == CHAT_JSON)
     if template is None:
         return "\n\n".join(message["content"] for message in messages) + "\n" + prefill
-    return _rendered(template, messages, model.special_tokens) + prefill
+    switches = {} if thinking else {"enable_thinking": False, "thinking": False}
+    text = _rendered(template, messages, {**model.special_tokens, **switches})
+    return (text if thinking else close_thought(text)) + prefill
 
 
-def _rendered(template: str, messages: Sequence[Message], special: Mapping[str, str]) -> str:
-    from jinja2 import TemplateError
+def _chat_document(messages: Sequence[Message], prefill: str, *, continues: bool) -> str:
+    """Return the document that a chat endpoint gets; a server that `continues` no answer is asked to begin with it."""
+    sent, document = [*map(dict, messages)], {}
+    if prefill and continues:
+        sent.append({"role": "assistant", "content": prefill})
+    elif prefill:
+        sent[-1]["content"] += f"\n\nBegin your answer with: {prefill}"
+        document["prefill"] = prefill  # not sent: where the answer is cut if it does begin so
+    return json.dumps({"messages": sent, **document}, ensure_ascii=False, sort_keys=True)
 
+
+def _rendered(template: str, messages: Sequence[Message], values: Mapping[str, Any]) -> str:
     try:
-        compiled = _compiled(template)
-        try:
-            return _call(compiled, messages, special)
-        except TemplateError:
-            # Some templates (Gemma's) reject a system role: its text then starts the first user turn.
-            if not messages or messages[0]["role"] != "system":
-                raise
-            first = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
-            return _call(compiled, [first, *messages[2:]], special)
+        roles = tuple(message["role"] for message in messages)
+        if roles[:1] == ("system",) and not _shows_system(template, roles, tuple(values.items())):
+            messages = _merged(messages)
+        return _call(template, messages, values)
     except Exception as error:  # a template is a downloaded program: it may raise anything
         raise InputError(
             f"The model's chat template does not render: {error}",
@@ -73,8 +88,30 @@ def _rendered(template: str, messages: Sequence[Message], special: Mapping[str, 
         ) from error
 
 
-def _call(compiled: Any, messages: Sequence[Message], special: Mapping[str, str]) -> str:
-    return str(compiled.render(messages=list(messages), add_generation_prompt=True, tools=None, **special))
+@lru_cache(maxsize=256)
+def _shows_system(template: str, roles: tuple[str, ...], values: tuple[tuple[str, Any], ...]) -> bool:
+    """Return whether a template neither rejects the system role (Gemma 2) nor leaves its text out without a word."""
+    from jinja2 import TemplateError
+
+    messages = [{"role": role, "content": f"text {i}."} for i, role in enumerate(roles)]
+    try:
+        return "text 0." in _call(template, messages, dict(values))
+    except TemplateError:
+        return False
+
+
+def _merged(messages: Sequence[Message]) -> list[Message]:
+    """Return messages whose system text starts the first user turn, for templates that reject or skip that role."""
+    system, rest = messages[0]["content"], list(messages[1:])
+    if not rest or rest[0]["role"] != "user":
+        return [{"role": "user", "content": system}, *rest]
+    return [{"role": "user", "content": f"{system}\n\n{rest[0]['content']}"}, *rest[1:]]
+
+
+def _call(template: str, messages: Sequence[Message], values: Mapping[str, Any]) -> str:
+    return str(
+        _compiled(template).render(messages=list(messages), add_generation_prompt=True, tools=None, **values)
+    )
 
 
 @lru_cache(maxsize=16)

@@ -20,6 +20,7 @@ _TAG = re.compile(r"<ans>((?:(?!</?ans>).)*)</ans>", re.DOTALL | re.IGNORECASE)
 _LETTER = re.compile(
     r"\s*(?:\(\s*([a-z])\s*\)(?:[\s.:,].*)?|([a-z])\s*(?:[).:].*)?)\s*", re.DOTALL | re.IGNORECASE
 )
+_SEVERAL = re.compile(r"\W*[A-Z]\W*(?:(?:\band\b|\bor\b|[,/&+])\W*[A-Z]\W*)+", re.IGNORECASE)  # "(A) or (B)"
 _BOOLEANS = {"true": "True", "yes": "True", "false": "False", "no": "False"}
 
 
@@ -42,7 +43,7 @@ def canonical(text: str, answer: Answer) -> str | None:
         return _BOOLEANS.get(fold_label(text))
     if answer.choices:
         return _choice(text, answer.choices)
-    match = _LETTER.fullmatch(tidy_text(text))
+    match = None if _SEVERAL.fullmatch(text) else _LETTER.fullmatch(tidy_text(text))
     return f"({(match[1] or match[2]).upper()})" if match else None
 
 

@@ -1,6 +1,6 @@
 """Groups of calls: their fixed make-up, and what a kill between and inside them leaves."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from arte_edge.console import Reporter
 from arte_edge.distill.cached_calls import Calls
+from arte_edge.errors import EngineError
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.store import CallLog
 
@@ -105,3 +106,90 @@ def test_equal_calls_of_a_group_are_made_once(tmp_path: Path) -> None:
     assert engine.sizes == [2] and done[0] == done[2]
     rows = choose(tmp_path, engine, [*asks(1, 4), *asks(1, 4)])
     assert engine.sizes == [2, 4] and rows[0] == rows[1]
+
+
+class Server:
+    """A server whose answers are what `says` makes of a prompt: a text, or a completion; counts its calls."""
+
+    def __init__(self, says: Callable[[str], Any], address: str = "http://one/v1") -> None:
+        self.identity = EngineIdentity("openai", "teacher", address=address)
+        self.notes = ["one thing"]
+        self.says, self.calls = says, 0
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        self.calls += len(requests)
+        said = [self.says(r.prompt) for r in requests]
+        return [Completion(one, "stop", 2, 8) if isinstance(one, str) else one for one in said]
+
+
+def ask(folder: Path, engine: Any, n: int = 100, **options: Any) -> tuple[list[Completion], Calls]:
+    calls = open_calls(folder)
+    return calls.complete(engine, [Request(f"q{i}") for i in range(n)], Sampling(), "rows", **options), calls
+
+
+@pytest.mark.parametrize(("fault", "asked_again"), [("answer", 0), ("row", 1), ("", 1)])
+def test_a_row_that_is_always_refused_ends_no_start(tmp_path: Path, fault: Any, asked_again: int) -> None:
+    engine = Server(
+        lambda prompt: Completion("", "error", error="filtered", fault=fault) if prompt == "q7" else "fine"
+    )
+    for n_call in (100, asked_again, asked_again):
+        engine.calls = 0
+        done, calls = ask(tmp_path, engine)
+        assert engine.notes == [], "taken and said once"
+        assert [(i, c.error) for i, c in enumerate(done) if c.error] == [(7, "filtered")]
+        assert engine.calls == n_call
+        assert calls.take_counts() == {"failed": 1, "reasons": "filtered"}
+        assert calls.take_counts() == {}
+
+
+TWICE, LATER = "another teacher.model", "when the server responds"
+
+
+@pytest.mark.parametrize(
+    ("lost", "fault", "hint", "most_calls"),
+    [
+        (21, "answer", TWICE, 100),
+        (100, "answer", TWICE, 32),
+        (100, "row", TWICE, 32),
+        (1, "server", LATER, 32),
+    ],
+)
+def test_too_many_failures_and_a_dead_server_stop_the_run(
+    tmp_path: Path, lost: int, fault: Any, hint: str, most_calls: int
+) -> None:
+    engine = Server(
+        lambda prompt: (
+            Completion("", "error", error="no", fault=fault) if int(prompt[1:]) % 100 < lost else "fine"
+        )
+    )
+    with pytest.raises(EngineError, match=r"rows: \d+ of 100 calls failed.*: no") as caught:
+        ask(tmp_path, engine)
+    assert hint in caught.value.hint and engine.calls <= most_calls
+    kept = len(CallLog(tmp_path / "calls.jsonl"))
+    assert kept == engine.calls - (0 if fault == "answer" else min(lost, engine.calls))
+    assert ask(tmp_path, engine, spare=True)[0][99].text == ("" if lost == 100 else "fine")
+
+
+def test_reasoning_is_left_out_of_what_is_stored_and_counted(tmp_path: Path) -> None:
+    texts = {"q0": "<think>abc</think>a", "q1": "b"}
+    engine = Server(lambda prompt: texts.get(prompt) or Completion("<think>a", "length", 2, 8))
+    with pytest.raises(EngineError, match="budget ran out") as caught:
+        ask(tmp_path, engine, 8, budget="elicit.rationale_tokens")
+    assert "Raise elicit.rationale_tokens (now 256)" in caught.value.hint
+    done, calls = ask(tmp_path, engine, 3, budget="elicit.rationale_tokens")
+    assert [c.text for c in done] == ["a", "b", ""] and engine.calls == 8, "what was paid for is stored"
+    counts = {"failed": 1, "reasons": done[2].error, "with_reasoning": 2, "reasoning_tokens": 16}
+    assert calls.take_counts() == counts
+    # A student's own text is judged as its device would write it.
+    assert ask(tmp_path, engine, 1)[0][0].text == "<think>abc</think>a"
+
+
+def test_servers_of_one_model_name_share_no_answers_and_older_calls_are_found(tmp_path: Path) -> None:
+    one, other = Server(lambda _: "one"), Server(lambda _: "other", "http://other/v1")
+    assert [ask(tmp_path, engine, 2)[0][0].text for engine in (one, other, one)] == ["one", "other", "one"]
+    assert (one.calls, other.calls) == (2, 2)
+    folder = tmp_path / "older"
+    ask(folder, Server(lambda _: "older", ""), 2)
+    assert ask(folder, one, 2)[0][0].text == "older" and one.calls == 2
+    open_calls(folder).claim_older(one)  # type: ignore[arg-type]
+    assert ask(folder, other, 2)[0][0].text == "other", "those of another server answer for nobody else"

@@ -1,5 +1,7 @@
 """From TOML and ``--set`` to a run, with errors that name the key."""
 
+import ast
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import arte_edge
 from arte_edge import catalog
 from arte_edge.distill.config import RunConfig, build, differences, dump_toml, load_toml, parse_set
+from arte_edge.distill.validate_config import find_problems
 from arte_edge.errors import InputError
 
 
@@ -52,6 +56,35 @@ def test_an_alignment_without_pairs_is_refused() -> None:
     with pytest.raises(InputError, match="needs question_pairs"):
         build("run.toml", {"data": "question-only", "align": {"question_pairs": 0}})
     assert not build("run.toml", no_pairs, {"data": "original-teacher"}).aligned
+
+
+@pytest.mark.parametrize("ref", ["openai:m@https://me:s3cret@host/v1", "openai:m@https://host/v1?k=s3cret"])
+def test_a_secret_in_a_servers_address_is_refused_before_anything_stores_or_shows_it(ref: str) -> None:
+    for tables in ({"teacher": {"model": ref}}, {"calibrate": {"models": [ref]}}):
+        with pytest.raises(InputError, match="ARTE_EDGE_API_KEY") as caught:
+            build("run.toml", tables)
+        assert "s3cret" not in f"{caught.value} {find_problems(tables)}"
+
+
+PACKAGE = Path(arte_edge.__file__).parent
+_KEY = re.compile(rf"(?<![\w./{{])({'|'.join(RunConfig.model_fields)})\.([a-z_]+)(?!\w|\.[a-z]|\()")
+_FILES = {"csv", "toml", "json", "jsonl", "py", "md"}
+
+
+def test_every_key_that_a_message_names_exists() -> None:
+    named: dict[tuple[str, ...], str] = {}
+    for path in PACKAGE.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        texts = (
+            node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in docstrings
+        )
+        for text in filter(lambda text: isinstance(text, str), texts):
+            named |= {found.groups(): path.name for found in _KEY.finditer(text)}
+    fields = RunConfig.model_fields
+    tables = {name: getattr(fields[name].annotation, "model_fields", {}) for name in fields}
+    wrong = {key: where for key, where in named.items() if key[1] not in {*_FILES, *tables[key[0]]}}
+    assert wrong == {} and len(named) > 20
 
 
 @pytest.mark.parametrize(

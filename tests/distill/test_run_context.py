@@ -1,10 +1,12 @@
 """A run folder belongs to one run: another one is refused by name, unless it is an update."""
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import Patch
+from tiny import Capture, Patch
 
 import arte_edge.distill.run_context as run_module
 from arte_edge.console import Reporter
@@ -12,6 +14,8 @@ from arte_edge.distill.config import build, load_toml
 from arte_edge.distill.run_context import RunContext, open_folder
 from arte_edge.errors import InputError
 from arte_edge.models.resolve import LocalModel
+from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
+from arte_edge.runtimes.prompt_render import CHAT_JSON_NEW_TURN
 
 
 def opened(house: Any, update: bool = False, **tables: Any) -> bytes:
@@ -67,3 +71,49 @@ def test_a_folder_from_before_a_key_existed_goes_on(house: Any) -> None:
     file.write_text("seed = = 1\n")
     with pytest.raises(InputError, match=r"run\.toml: .*TOML: .*line 1"):
         opened(house)
+
+
+REF = "openai:m@http://one:8000/v1"
+
+
+def test_how_a_server_takes_prompts_is_found_out_once_in_a_run(house: Any, monkeypatch: Patch) -> None:
+    asked = []
+    identity = EngineIdentity("openai", "m", address="http://one:8000/v1")
+    remote = SimpleNamespace(chat_template=CHAT_JSON_NEW_TURN, identity=identity, close=lambda: None)
+
+    def open_remote(ref: str, *, limits: Any, **_: Any) -> Any:
+        asked.append(limits.continues)
+        return remote
+
+    monkeypatch.setattr(run_module, "open_engine", open_remote)
+    for _ in range(2):
+        run = house.run(teacher={"model": REF}, data="original-teacher")
+        teacher = run.config.teacher
+        turn: list[Any] = [{"role": "user", "content": "Q"}]
+        prompt = run.render(run.engine(teacher), turn, "<q>", teacher)
+        run.close()
+    assert asked == [None, False] and json.loads(prompt)["prefill"] == "<q>"
+    assert not (house.folder / "events.jsonl").exists(), "no call came before, so there is no warning"
+    # Only a teacher is kept from reasoning.
+    remote.chat_template, remote.special_tokens = "{% if enable_thinking is false %}off{% endif %}", {}
+    models = (teacher, run.config.student)
+    assert [run.render(remote, turn, "", model) for model in models] == ["off", ""]
+
+
+def test_a_stages_line_says_which_calls_failed_and_what_reasoning_cost(house: Any, capsys: Capture) -> None:
+    done = [Completion("<think>x</think>a", "stop", 1, 50), Completion("", "error", error="too long")]
+    house.teacher.complete = lambda requests, _: done
+    run = house.run()
+    run.reporter = Reporter()
+    for _ in range(2):  # the second time from the manifest
+        with run.stage("check", {}, lambda _: "done") as stage:
+            if stage.todo:
+                asked = [Request("0"), Request("1")]
+                run.calls.complete(house.teacher, asked, Sampling(), "x", budget="a key")
+                stage.finish({"labels": {"outside_options": 3}})
+        line = " ".join(capsys.readouterr().err.split())
+        assert (
+            "1 answers held reasoning" in line
+            and "1 calls failed: too long" in line
+            and "3 answers out" in line
+        )

@@ -1,8 +1,6 @@
 """A tiny server with faults in front of it, and tiny checkpoints."""
 
 import json
-import math
-import re
 import string
 import threading
 import time
@@ -27,7 +25,7 @@ class Seen:
     at_s: float
 
 
-Answer = Callable[[Seen], tuple[int, Any]]
+Answer = Callable[[Seen], tuple[int, Any]]  # status, and a document or the bytes to send
 
 
 @dataclass
@@ -91,20 +89,20 @@ class Front:
                 seen = Seen(self.path, json.loads(raw or b"{}"), headers, time.monotonic())
                 front.seen.append(seen)
                 fault = front._fault(raw.decode()) if self.path.endswith("/completions") else ""
-                if fault == "429":
-                    self._send(429, b'{"error": {"message": "busy"}}', {"Retry-After": front.retry_after})
-                elif fault == "500":
-                    self._send(500, b"Internal Server Error")
+                fixed = {"429": (429, b'{"error": {"message": "busy"}}', {"Retry-After": front.retry_after})}
+                fixed |= {
+                    "500": (500, b"Internal Server Error"),
+                    "garbage": (200, b"<html>\xff no json </html>"),
+                }
+                fixed |= {"no-completion": (200, b'{"object": "list", "choices": []}')}
+                if fault in fixed:
+                    self._send(*fixed[fault])
                 elif fault in ("cut", "hang"):
                     time.sleep(front.hang_s if fault == "hang" else 0)
                     self.close_connection = True
-                elif fault == "garbage":
-                    self._send(200, b"<html>\xff not json </html>")
-                elif fault == "no-completion":
-                    self._send(200, b'{"object": "list", "choices": []}')
                 else:
                     status, document = front.answer(seen)
-                    data = json.dumps(document).encode()
+                    data = document if isinstance(document, bytes) else json.dumps(document).encode()
                     if fault == "truncated":
                         self._send(200, data[: len(data) // 2])
                     elif fault == "cut-body":
@@ -125,19 +123,12 @@ class Front:
 
 @dataclass
 class TinyModel:
-    """Answers like an OpenAI-compatible server over a vocabulary of words, with log-probabilities.
-
-    `owned_by` decides which server it passes for. `echo`: "right", "shifted" (each value
-    belongs to the next token) or "off" (no values for the prompt).
-    """
+    """Answers like an OpenAI-compatible server; `owned_by` decides which one it passes for."""
 
     models: tuple[str, ...] = ("tiny",)
     owned_by: str = "someone"
-    echo: str = "right"
-    logprobs: bool = True
-    ends_at_once: bool = False  # greedily, and then lists no candidates
+    continues: bool = False  # an answer that was begun for it
     routes: tuple[str, ...] = ("completions", "chat/completions")
-    vocabulary = ("yes", "no", " True", " False", "(", ")", "A", "B", "C", " one", " two", ".", " 8")
 
     def __call__(self, seen: Seen) -> tuple[int, Any]:
         if seen.path == "/v1/models":
@@ -145,53 +136,16 @@ class TinyModel:
         if seen.path.removeprefix("/v1/") not in self.routes:
             return 404, {"error": {"message": f"no route {seen.path}"}}
         if seen.path.endswith("/chat/completions"):
-            text = f"reply to {seen.body['messages'][-1]['content']}"
+            last = seen.body["messages"][-1]
+            goes_on = self.continues and last["role"] == "assistant"
+            text = "flies on" if goes_on else f"reply to {last['content']}"
             choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
             n_prompt = 3
         else:
-            prompt = seen.body["prompt"]
-            text = f" after {prompt[-12:]}"
-            n_prompt = len(self.tokens(prompt))
-            choice = {"text": text}
-            if self.logprobs and "logprobs" in seen.body:
-                choice["logprobs"] = self._logprobs(prompt, bool(seen.body.get("echo")))
-        n_written = 1 if seen.body.get("logprobs") else 4
-        finish = "length"
-        if self.ends_at_once and "logprobs" in choice and seen.body["temperature"] == 0:
-            if not seen.body.get("echo"):
-                choice["logprobs"] = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
-            finish = "stop"
-        usage = {"prompt_tokens": n_prompt, "completion_tokens": n_written}
-        return 200, {"choices": [choice | {"finish_reason": finish}], "usage": usage}
-
-    def tokens(self, text: str) -> list[str]:
-        words = sorted(self.vocabulary, key=len, reverse=True)
-        return re.findall("|".join(map(re.escape, words)) + "|.", text)
-
-    def log_probability(self, before: Sequence[str], token: str) -> float:
-        """Depend on the last two tokens; those outside the vocabulary get a constant."""
-        key = "".join(before[-2:])
-
-        def score(word: str) -> float:
-            return sum((i + 1) * ord(c) for i, c in enumerate(key + word)) % 17 / 3
-
-        total = math.log(sum(math.exp(score(word)) for word in self.vocabulary))
-        return score(token) - total if token in self.vocabulary else -9.0
-
-    def _logprobs(self, prompt: str, echo: bool) -> dict[str, Any]:
-        prompt_tokens = self.tokens(prompt)
-        top = {word: self.log_probability(prompt_tokens, word) for word in self.vocabulary}
-        best = max(top, key=lambda word: top[word])
-        tokens = [*prompt_tokens, best] if echo and self.echo != "off" else [best]
-        values: list[float | None] = [
-            self.log_probability((*prompt_tokens, best)[:i], (*prompt_tokens, best)[i])
-            for i in range(len(prompt_tokens) + 1 - len(tokens), len(prompt_tokens) + 1)
-        ]
-        if len(tokens) > 1:
-            values[0] = None
-            if self.echo == "shifted":
-                values = [None, *values[2:], -1.0]
-        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": [top]}
+            choice = {"text": f" after {seen.body['prompt'][-12:]}"}
+            n_prompt = len(seen.body["prompt"]) // 3
+        usage = {"prompt_tokens": n_prompt, "completion_tokens": 4}
+        return 200, {"choices": [choice | {"finish_reason": "length"}], "usage": usage}
 
 
 @pytest.fixture

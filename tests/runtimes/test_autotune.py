@@ -103,7 +103,7 @@ def test_a_real_engine_does_the_sample(llama: Any, work: Any) -> None:
     assert 0 < sample_seconds(llama, work) < 60
 
 
-def test_what_memory_cannot_hold_is_not_tried(monkeypatch: Patch) -> None:
+def test_what_is_tried_fits_the_memory_the_model_and_what_somebody_asks_for(monkeypatch: Patch) -> None:
     from arte_edge.runtimes import autotune as room_of
 
     torch = pytest.importorskip("torch")
@@ -113,26 +113,11 @@ def test_what_memory_cannot_hold_is_not_tried(monkeypatch: Patch) -> None:
     assert candidates_here(1_000, has_file=True) == WAYS
     assert candidates_here(3_000, has_file=True) == [LLAMA, HALF]
     assert candidates_here(6_000, has_file=True) == [LLAMA]
-    monkeypatch.setattr(room_of.onednn_prepack, "supported", lambda: False)
-    assert candidates_here(1_000, has_file=True) == [LLAMA, FULL]
-
-
-def test_a_checkpoint_without_a_file_is_asked_in_the_other_floats_alone(monkeypatch: Patch) -> None:
-    torch = pytest.importorskip("torch")
-    from arte_edge.runtimes import autotune as room_of
-
-    monkeypatch.setattr(room_of.onednn_prepack, "supported", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert candidates_here(1_000, has_file=False) == [Candidate("transformers"), HALF]
-
-
-def test_floats_that_somebody_asks_for_are_not_overruled(monkeypatch: Patch) -> None:
-    torch = pytest.importorskip("torch")
-    from arte_edge.runtimes import autotune as room_of
-
-    monkeypatch.setattr(room_of.onednn_prepack, "supported", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for asked, way in (("float32", FULL), ("bfloat16", HALF)):
         monkeypatch.setenv("ARTE_EDGE_DTYPE", asked)
         assert candidates_here(1_000, has_file=True) == [LLAMA, way]
         assert candidates_here(1_000, has_file=False) == [Candidate("transformers")]
+    monkeypatch.delenv("ARTE_EDGE_DTYPE")
+    monkeypatch.setattr(room_of.onednn_prepack, "supported", lambda: False)
+    assert candidates_here(1_000, has_file=True) == [LLAMA, FULL]

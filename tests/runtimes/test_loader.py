@@ -58,17 +58,12 @@ def test_gguf(bench_gguf: Path, runtime: str, module: str) -> None:
         assert bos == 94
 
 
-def test_the_cache_types_of_llama_bench_are_taken(bench_gguf: Path) -> None:
+def test_the_cache_types_of_llama_bench_are_taken_and_more_than_the_context_is_refused(
+    bench_gguf: Path,
+) -> None:
     pytest.importorskip("llama_cpp")
-    model = open_decoder(bench_gguf, threads=1, context_tokens=64, type_k="f32", type_v="bf16")
+    model = open_decoder(bench_gguf, threads=1, context_tokens=256, type_k="f32", type_v="bf16")
     assert (model.facts.type_k, model.facts.type_v) == ("f32", "bf16")
-    model.prefill(PROMPT)
-    model.close()
-
-
-def test_more_than_the_context_is_refused_and_not_a_crash(bench_gguf: Path) -> None:
-    pytest.importorskip("llama_cpp")
-    model = open_decoder(bench_gguf, threads=1, context_tokens=256)
     model.prefill([1] * 256)
     with pytest.raises(InputError, match="room for 0"):
         model.prefill([1])

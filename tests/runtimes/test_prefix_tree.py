@@ -63,11 +63,3 @@ def test_every_list_is_planned_once_behind_its_prefix(lists: list[list[int]], da
         for level, part in enumerate(chain(prefix)):
             assert part.level == level and part.start < part.end <= most[i]
             assert list(part.tokens) == lists[i][: part.end]
-
-
-@given(LISTS)
-def test_lists_of_one_stem_are_neighbours(lists: list[list[int]]) -> None:
-    seen = [id(prefix) for _, prefix in grown(lists * 3) if prefix]
-    starts = [at for at in range(len(seen)) if at == 0 or seen[at] != seen[at - 1]]
-    # A prefix may be left for a deeper one and come back, but is decoded again only if its level was taken.
-    assert len(starts) <= 2 * len(set(seen)) + 1

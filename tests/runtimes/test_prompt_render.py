@@ -8,10 +8,12 @@ import pytest
 
 from arte_edge.errors import InputError
 from arte_edge.runtimes.completion import Engine
-from arte_edge.runtimes.prompt_render import CHAT_JSON, render
+from arte_edge.runtimes.prompt_render import CHAT_JSON, CHAT_JSON_NEW_TURN, render
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hello <b> é"}
+ANSWER = {"role": "assistant", "content": "So"}
+SYSTEM_ROLE = {"role": "system"}
 CHATML = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -40,13 +42,40 @@ def test_a_server_that_renders_itself_gets_a_canonical_document() -> None:
     assert json.loads(text) == {"messages": [SYSTEM, USER, {"role": "assistant", "content": "So"}]}
     assert text == rendered(CHAT_JSON, dict(reversed(SYSTEM.items())), USER, prefill="So")
     assert json.loads(rendered(CHAT_JSON, USER)) == {"messages": [USER]}
-
-
-def test_a_template_that_refuses_a_system_role_has_its_text_in_the_first_turn() -> None:
-    template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    asked = json.loads(rendered(CHAT_JSON_NEW_TURN, SYSTEM, USER, prefill="So"))
+    assert asked["prefill"] == "So" and [m["role"] for m in asked["messages"]] == ["system", "user"]
+    assert (
+        asked["messages"][1]["content"].startswith(USER["content"])
+        and "So" in asked["messages"][1]["content"]
     )
-    assert rendered(template, SYSTEM, USER) == "<|user|>Be brief.\n\nHello <b> é</s><|assistant|>"
+
+
+SKIPS = "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content | trim }}{% endfor %}"
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + SKIPS
+ESCAPES_IT = "{% for m in messages %}{{ m.content | e }}{% endfor %}"
+
+
+def test_a_system_text_reaches_a_model_whose_template_refuses_or_skips_that_role() -> None:
+    for template in (SKIPS, REFUSES):
+        assert rendered(template, SYSTEM, USER) == "<|user|>Be brief.\n\nHello <b> é"
+        turns = "<|user|>Be brief.<|assistant|>So<|user|>Hello <b> é"
+        assert rendered(template, SYSTEM, ANSWER, USER) == turns
+        assert rendered(template, SYSTEM) == "<|user|>Be brief."
+        # The words of the system text in another turn do not stand for it.
+        assert rendered(template, USER | SYSTEM_ROLE, USER) == "<|user|>Hello <b> é\n\nHello <b> é"
+    assert rendered(ESCAPES_IT, {"role": "system", "content": "<a>"}, USER).startswith("&lt;a&gt;Hello")
+
+
+THINKS = "{{ messages[0].content }}{% if enable_thinking is false %}<think>\n\n</think>{% endif %}"
+
+
+def test_reasoning_is_kept_from_a_teacher_whose_template_can_or_opens_it() -> None:
+    model = cast(Engine, Templated(THINKS))
+    assert render(model, [USER], "So") == "Hello <b> éSo"
+    assert render(model, [USER], "So", thinking=False) == "Hello <b> é<think>\n\n</think>So"
+    always = cast(Engine, Templated("{{ messages[0].content }}<think>\n"))
+    assert render(always, [USER], "So", thinking=False) == "Hello <b> é<think>\n\n</think>\n\nSo"
+    assert rendered(CHATML, USER) == render(cast(Engine, Templated(CHATML)), [USER], thinking=False)
 
 
 BROKEN = (

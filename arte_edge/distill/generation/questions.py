@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from arte_edge.distill.cached_calls import advice
 from arte_edge.distill.config import Elicit, ModelConfig
 from arte_edge.distill.prompts import question_messages, question_prefill
 from arte_edge.distill.run_context import RunContext
@@ -42,49 +43,29 @@ _BLOCK = re.compile(r"<Question_\d+>(.*?)(?=<Question_\d+>|\Z)", re.DOTALL)
 _TAG = re.compile(r"</?(input|target|ans|Question_\d+)>")  # "<=50K" is an answer
 _LONGEST = 1500  # characters of one question; longer ones are rambling
 _ALIKE = 0.25  # share of near-duplicates among the seeds from which they are typical of the task
+_BUDGET = "elicit.question_tokens"
 _EMPTY_ROUNDS = 3  # rounds without a valid draft before giving up
 
 
 @dataclass(frozen=True)
 class QuestionPlan:
-    """How many drafts are needed, and how they are sampled."""
+    """How many drafts are needed, and how they are sampled; the prompts are those of `elicit`."""
 
+    elicit: Elicit
     needed: int
-    shown: int
-    asked: int
     temperature: float
-    top_p: float
-    tokens: int
-    rouge: float
     max_prompts: int
     seed: int
-    one_draw: bool = False
-
-    @classmethod
-    def of(cls, elicit: Elicit, needed: int, temperature: float, max_prompts: int, seed: int) -> QuestionPlan:
-        """Return the plan for `needed` drafts with the prompts of `elicit`."""
-        return cls(
-            needed=needed,
-            shown=elicit.shown,
-            asked=elicit.asked,
-            temperature=temperature,
-            top_p=elicit.top_p,
-            tokens=elicit.question_tokens,
-            rouge=elicit.rouge,
-            max_prompts=max_prompts,
-            seed=seed,
-            one_draw=elicit.one_draw,
-        )
 
     @property
     def budget(self) -> int:
         """Prompts after which drafting gives up."""
-        return self.max_prompts or 10 * -(-self.needed // self.asked)
+        return self.max_prompts or 10 * -(-self.needed // self.elicit.asked)
 
     def next_prompts(self, n_valid: int, n_sent: int, group: int) -> int:
         """Return how many prompts follow the first `n_sent`, which gave `n_valid` drafts; 0: the budget is spent."""
-        rate = max(n_valid / (n_sent * self.asked), 0.1) if n_sent else 0.5
-        wanted = math.ceil((self.needed - n_valid) / (self.asked * rate))
+        rate = max(n_valid / (n_sent * self.elicit.asked), 0.1) if n_sent else 0.5
+        wanted = math.ceil((self.needed - n_valid) / (self.elicit.asked * rate))
         # One full batch at most: a second one with few prompts would take as long as a full one.
         return min(max(4, wanted), group, self.budget - n_sent)
 
@@ -162,9 +143,9 @@ def question_prompts(
     """Return prompts number `first` to ``first + n - 1``, each with its own sample of seeds or all with one."""
     requests = []
     for i in range(first, first + n):
-        rng = random.Random(f"{plan.seed}/{first if plan.one_draw else i}")
-        seeds = rng.sample(list(run.task.seed), min(plan.shown, len(run.task.seed)))
-        messages = question_messages(run.task, seeds, plan.asked)
+        rng = random.Random(f"{plan.seed}/{first if plan.elicit.one_draw else i}")
+        seeds = rng.sample(list(run.task.seed), min(plan.elicit.shown, len(run.task.seed)))
+        messages = question_messages(run.task, seeds, plan.elicit.asked)
         requests.append(Request(run.render(engine, messages, question_prefill(len(seeds)), config), i))
     return requests
 
@@ -179,15 +160,18 @@ def draft_questions(
         EngineError: every call of a round failed.
     """
     drafts = Drafts()
-    filters = _Filter(run.task, plan.rouge)
+    filters = _Filter(run.task, plan.elicit.rouge)
     if filters.alike > _ALIKE:
         run.reporter.warn(
             f"{what}: {filters.alike:.0%} of this task's own seeds are near-duplicates of another "
-            f"(ROUGE-L {plan.rouge:g}), so only exact repeats are rejected"
+            f"(ROUGE-L {plan.elicit.rouge:g}), so only exact repeats are rejected"
         )
     empty_rounds = 0
     sampling = Sampling(
-        temperature=plan.temperature, top_p=plan.top_p, max_tokens=plan.tokens, seed=plan.seed
+        temperature=plan.temperature,
+        top_p=plan.elicit.top_p,
+        max_tokens=plan.elicit.question_tokens,
+        seed=plan.seed,
     )
     while len(drafts.valid) < plan.needed:
         n = plan.next_prompts(len(drafts.valid), drafts.prompts, run.calls.group)
@@ -195,16 +179,17 @@ def draft_questions(
             raise StoppedEarly(
                 f"{what}: only {len(drafts.valid)} of {plan.needed} valid questions after {drafts.prompts} "
                 f"prompts ({_list(drafts.reasons())})",
-                "Use a stronger teacher, or raise max_prompts. Finished calls are cached: re-run the same command "
-                "to resume.",
+                "Use a stronger teacher, or raise elicit.max_prompts or tailor.max_prompts. Finished calls are cached: "
+                "re-run the same command to resume.",
             )
         requests = question_prompts(run, engine, config, plan, drafts.prompts, n)
-        answers = run.calls.complete(engine, requests, sampling, what, spare=True)
+        answers = run.calls.complete(engine, requests, sampling, what, budget=_BUDGET, spare=True)
         before = len(drafts.valid)
         _collect(drafts, answers, drafts.prompts, plan.needed, filters)
-        if all(answer.finish == "error" for answer in answers):
+        if all(answer.error for answer in answers):
             raise EngineError(
-                f"{what}: every call failed: {answers[0].error}", "Re-run the same command to resume."
+                f"{what}: every call failed: {answers[0].error}",
+                advice(answers, _BUDGET, plan.elicit.question_tokens),
             )
         drafts.prompts += n
         empty_rounds = empty_rounds + 1 if len(drafts.valid) == before else 0
@@ -215,10 +200,13 @@ def _collect(
     drafts: Drafts, answers: Sequence[Completion], first: int, needed: int, filters: _Filter
 ) -> None:
     for i, answer in enumerate(answers, first):
-        if answer.finish == "error":
-            drafts.rejected.append({"reason": "call failed", "text": answer.error, "prompt": i})
+        if answer.error:
+            reason = f"call failed: {answer.error.splitlines()[0][:80]}"
+            drafts.rejected.append({"reason": reason, "text": answer.error, "prompt": i})
             continue
-        for draft in parse_questions(question_prefill(0) + answer.text):
+        # A server that does not go on after the prefill may begin with a tag of its own.
+        begun = answer.text.lstrip().startswith("<Question_")
+        for draft in parse_questions(answer.text if begun else question_prefill(0) + answer.text):
             if isinstance(draft, str):
                 drafts.rejected.append({"reason": draft, "text": answer.text[:400], "prompt": i})
                 continue

@@ -9,13 +9,11 @@ rationale. Small teachers often disagree with themselves; the label policy decid
 what it changed.
 
 A student generates answers as long as those that it was trained on, so under a latency budget
-(`arte_edge.distill.latency`) its training data must fit. Truncating a rationale breaks the format, and
-dropping what is too long loses most of the questions once the budget binds. So the teacher is brought to
-write briefly by itself, in two ways:
+(`arte_edge.distill.latency`) its training data must fit. Truncating breaks the format, and dropping loses most
+of the questions, so the teacher is brought to write briefly:
 
-* `short_shots`: a teacher generates as much as its few-shot examples. Those that are too long start at a
-  later clause: "It is cold, so more heating is wanted. <ans>warmer</ans>" becomes "So more heating is
-  wanted. <ans>warmer</ans>". The end stays because the answer follows from it.
+* `short_shots`: its few-shot examples start at a later clause where they are too long: "It is cold, so more heating is
+  wanted. <ans>warmer</ans>" becomes "So more heating is wanted. <ans>warmer</ans>".
 * `resample`: a question without a rationale that agrees with its label and is short enough gets more
   samples; the first that fits is taken. So the data is the teacher's own, conditional on fitting.
 """
@@ -66,6 +64,7 @@ __all__ = [
 ]
 
 _VOTE_GROUP = 16
+_BUDGET = "elicit.rationale_tokens"
 # A token of English text is about four characters; three leave room for the tags and a longer answer.
 _CHARS_PER_TOKEN = 3
 _MAX_CHARS = 1500  # llama.cpp rejects grammars with more than 2000 repetitions
@@ -110,7 +109,7 @@ def generate_rationales(
         for _, technique, row in work
     ]
     sampling = rationale_sampling(run, engine, run.config.elicit.rationale_tokens)
-    answers = run.calls.complete(engine, requests, sampling, what)
+    answers = run.calls.complete(engine, requests, sampling, what, budget=_BUDGET)
     return [
         rationale_row(run, row, t if technique is not None else -1, answer)
         for (t, technique, row), answer in zip(work, answers, strict=True)
@@ -164,7 +163,15 @@ def rationale_row(run: RunContext, question: Row, technique: int, completion: Co
         "answer": extract(completion.text, run.task.answer),
         "finish": completion.finish,
         "tokens": completion.completion_tokens,
+        **({"error": completion.error} if completion.error else {}),
     }
+
+
+def _drop_outside(kind: Answer, question: Row, rationale: Row) -> None:
+    """Take back, in place, an answer that the question does not offer: (F) where there are A to D. It has no vote."""
+    answer = rationale["answer"]
+    if kind.closed and answer is not None and answer not in kind.options(question["input"]):
+        rationale |= {"answer": None, "outside": answer}
 
 
 def label_rows(
@@ -179,7 +186,8 @@ def label_rows(
     `votes` are the teacher's direct answers (`direct_votes`); each counts like a rationale's answer.
 
     The counts are rates in [0, 1]: readable rationales, rationales that agree with the drafted
-    target, questions whose label differs from it, questions dropped.
+    target, questions whose label differs from it, questions dropped; and, as a number, the answers outside a
+    question's options.
     """
     kind = run.task.answer
     by_question: dict[str, list[Row]] = defaultdict(list)
@@ -188,6 +196,8 @@ def label_rows(
     changed = dropped = agreeing = readable = 0
     for question, vote in zip(questions, votes, strict=True):
         mine = by_question[question["id"]]
+        for rationale in mine:
+            _drop_outside(kind, question, rationale)
         target = comparable(question["target"], kind) or ""
         answers = [comparable(r["answer"], kind) if r["answer"] is not None else None for r in mine]
         label = decide_label(policy, target, [*answers, vote])
@@ -204,12 +214,14 @@ def label_rows(
             readable += answer is not None
             agreeing += answer == target
     n, m = max(len(questions), 1), max(len(rationales), 1)
+    outside = sum("outside" in row for row in rationales)
     return {
         "policy": policy,
         "readable": round(readable / m, 4),
         "agree_with_target": round(agreeing / m, 4),
         "label_changed": round(changed / n, 4),
         "questions_dropped": round(dropped / n, 4),
+        **({"outside_options": outside} if outside else {}),
     }
 
 
@@ -357,9 +369,10 @@ def resample(
             Request(rationale_prompt(run, engine, config, row["input"], None, shots), sample)
             for row, sample in work
         ]
-        answers = run.calls.complete(engine, requests, sampling, "shorter rationales")
+        answers = run.calls.complete(engine, requests, sampling, "shorter rationales", budget=_BUDGET)
         for (question, _), completion in zip(work, answers, strict=True):
             row = rationale_row(run, question, -1, completion)
+            _drop_outside(kind, question, row)
             answer = None if row["answer"] is None else comparable(row["answer"], kind)
             row["usable"] = agrees(policy, comparable(question["label"], kind), answer)
             if row["usable"]:

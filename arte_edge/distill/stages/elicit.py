@@ -19,7 +19,7 @@ __all__ = ["draft_plan", "elicit"]
 def draft_plan(config: RunConfig) -> QuestionPlan:
     """Return how many questions are drafted, and how."""
     elicit = config.elicit
-    return QuestionPlan.of(elicit, elicit.questions, elicit.temperature, elicit.max_prompts, config.seed)
+    return QuestionPlan(elicit, elicit.questions, elicit.temperature, elicit.max_prompts, config.seed)
 
 
 def elicit(run: RunContext) -> Summary:

@@ -63,7 +63,7 @@ def tailor_plan(config: RunConfig, n: int = 0) -> QuestionPlan:
     tailor = config.tailor
     n = n or (tailor.questions if tailor.label == "teacher" else math.ceil(tailor.questions * _OVERSAMPLE))
     # Other samples of seeds than in elicit.
-    return QuestionPlan.of(config.elicit, n, tailor.temperature, tailor.max_prompts, config.seed + 1)
+    return QuestionPlan(config.elicit, n, tailor.temperature, tailor.max_prompts, config.seed + 1)
 
 
 def _inputs(run: RunContext, adapter_sha256: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One OpenAI-compatible server: address, key, and calls with retries, rate limits and usage counts.
+"""One OpenAI-compatible server: address, key, and calls with retries and rate limits.
 
 *Key*: it comes from the environment and goes into one header. It is in no message, log or repr; should a server's
 error text repeat it, it is cut out.
@@ -6,58 +6,67 @@ error text repeat it, it is cut out.
 *Retries*: waits are drawn with full jitter (uniform between zero and an exponentially growing bound), so that clients
 that failed together do not come back together. A ``Retry-After`` of the server is a minimum of the wait.
 
-*Limits*: a sliding window and not a token bucket, since a bucket that starts full lets twice the limit through in its
-first minute, and servers count exactly that minute.
-
-*Usage*: tokens are the server's own counts; an attempt that broke off before they arrived is not included, although
-the server may still bill it. Prices are the user's: they change too often to be shipped.
+*Limits*: a sliding window of 60 seconds, as servers count; a token bucket that starts full lets twice as much through.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import os
 import random
+import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import httpx
-import tenacity
 
 from arte_edge import __version__
 from arte_edge.errors import EngineError, InputError
 from arte_edge.files import json_loads
+from arte_edge.runtimes.openai.schema import token_counts
 
 __all__ = ["KEY_VARIABLES", "CallFailed", "CircuitBreaker", "Prices", "RateLimiter", "RetryPolicy", "Server"]
-__all__ += ["Ticket", "Transient", "Usage", "UsageMeter", "check_base_url", "is_transient", "retry_after_s"]
-__all__ += ["run_with_retries"]
+__all__ += ["Ticket", "Transient", "check_base_url", "is_transient", "retry_after_s"]
 
 T = TypeVar("T")
 
+_OVERLOADED = (
+    "Look at the server's log. If it is overloaded, lower teacher.parallel or set teacher.requests_per_minute; "
+    "if it is slow, raise teacher.timeout_s."
+)
+_ADDRESS = "Check the address (it usually ends in /v1), the model's name and the mode."
+
 
 class Transient(Exception):
-    """An attempt failed, and the next one may succeed. `wait_s` is the server's Retry-After."""
+    """An attempt failed, and the next one may succeed: at most so many `attempts`, 0 for the policy's.
 
-    def __init__(self, reason: str, wait_s: float | None = None) -> None:
+    `wait_s` is the server's Retry-After.
+    """
+
+    def __init__(
+        self, reason: str, wait_s: float | None = None, *, hint: str = _OVERLOADED, attempts: int = 0
+    ) -> None:
         super().__init__(reason)
-        self.wait_s = wait_s
+        self.wait_s, self.hint, self.attempts = wait_s, hint, attempts
 
 
 class CallFailed(EngineError):
     """A call failed for good. `fatal`: every other call to this server would fail the same way.
 
-    `status` is the HTTP status that ended it, 0 when retries ran out or no answer came.
+    `status` is the HTTP status that ended it, 0 when retries ran out or no answer came; `text` the server's own.
     """
 
-    def __init__(self, message: str, hint: str = "", *, status: int = 0, fatal: bool = False) -> None:
+    def __init__(
+        self, message: str, hint: str = "", *, status: int = 0, fatal: bool = False, text: str = ""
+    ) -> None:
         super().__init__(message, hint)
-        self.status = status
-        self.fatal = fatal
+        self.status, self.fatal, self.text = status, fatal, text
 
 
 @dataclass(frozen=True)
@@ -91,54 +100,8 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
         pass
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
-
-
-def run_with_retries(
-    policy: RetryPolicy,
-    attempt: Callable[[], T],
-    *,
-    where: str,
-    stop: threading.Event,
-    on_retry: Callable[[Transient], None],
-) -> T:
-    """Call `attempt` until it does not raise `Transient`.
-
-    `on_retry` hears of every failure that is followed by another attempt. Setting
-    `stop` ends all waits and attempts at once.
-
-    Raises:
-        CallFailed: attempts, or the patience for the server's Retry-After, ran out.
-    """
-
-    def wait(state: tenacity.RetryCallState) -> float:
-        return policy.wait_s(state.attempt_number, failure(state).wait_s)
-
-    def impatient(state: tenacity.RetryCallState) -> bool:
-        return (failure(state).wait_s or 0.0) > policy.patience_s
-
-    def failure(state: tenacity.RetryCallState) -> Transient:
-        error = state.outcome.exception() if state.outcome else None
-        return error if isinstance(error, Transient) else Transient("")
-
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(Transient),
-        wait=wait,
-        stop=lambda state: state.attempt_number >= policy.attempts or stop.is_set() or impatient(state),
-        sleep=tenacity.sleep_using_event(stop),
-        before_sleep=lambda state: on_retry(failure(state)),
-        reraise=True,
-    )
-    try:
-        return retrying(attempt)
-    except Transient as error:
-        tries = retrying.statistics.get("attempt_number", 1)
-        asked = f"; it asks to wait {error.wait_s:.0f} s" if error.wait_s else ""
-        raise CallFailed(
-            f"{where} failed {tries} time{'s' if tries > 1 else ''}, the last time with: {error}{asked}",
-            "Look at the server's log; lower max_concurrency or set requests_per_minute if it is overloaded.",
-        ) from error
 
 
 class CircuitBreaker:
@@ -224,12 +187,9 @@ class RateLimiter:
         while self._window and now - self._window[0].at_s >= _WINDOW_S:
             self._window.popleft()
         wait_s = self._held_until_s - now
-        count, charged = len(self._window), sum(ticket.tokens for ticket in self._window)
-        for ticket in self._window:  # oldest first: wait until enough of them have left
-            if count < self._requests and charged + tokens <= self._tokens:
-                break
-            wait_s = max(wait_s, ticket.at_s + _WINDOW_S - now)
-            count, charged = count - 1, charged - ticket.tokens
+        charged = tokens + sum(ticket.tokens for ticket in self._window)
+        if self._window and (len(self._window) >= self._requests or charged > self._tokens):
+            wait_s = max(wait_s, self._window[0].at_s + _WINDOW_S - now)  # the oldest leaves; then look again
         return wait_s
 
 
@@ -237,60 +197,23 @@ class RateLimiter:
 class Prices:
     """US dollars for a million tokens."""
 
-    prompt_usd_per_million: float = 0.0
-    completion_usd_per_million: float = 0.0
+    prompt_usd_per_million: float
+    completion_usd_per_million: float
 
     def cost_usd(self, prompt_tokens: int, completion_tokens: int) -> float:
-        return (
-            prompt_tokens * self.prompt_usd_per_million + completion_tokens * self.completion_usd_per_million
-        ) / 1e6
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Totals since the engine was opened. HTTP attempts in all: ``requests + retries``."""
-
-    requests: int = 0
-    retries: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost_usd: float = 0.0
-
-
-class UsageMeter:
-    """Adds up a `Usage` from many threads."""
-
-    def __init__(self, prices: Prices | None = None) -> None:
-        self._prices = prices or Prices()
-        self._usage = Usage()
-        self._lock = threading.Lock()
-
-    @property
-    def usage(self) -> Usage:
-        return self._usage
-
-    def request(self) -> None:
-        with self._lock:
-            self._usage = replace(self._usage, requests=self._usage.requests + 1)
-
-    def retry(self) -> None:
-        with self._lock:
-            self._usage = replace(self._usage, retries=self._usage.retries + 1)
-
-    def tokens(self, prompt_tokens: int, completion_tokens: int) -> None:
-        with self._lock:
-            self._usage = replace(
-                self._usage,
-                prompt_tokens=self._usage.prompt_tokens + prompt_tokens,
-                completion_tokens=self._usage.completion_tokens + completion_tokens,
-                cost_usd=self._usage.cost_usd + self._prices.cost_usd(prompt_tokens, completion_tokens),
-            )
+        prompt, completion = self.prompt_usd_per_million, self.completion_usd_per_million
+        return (prompt_tokens * prompt + completion_tokens * completion) / 1e6
 
 
 KEY_VARIABLES = ("ARTE_EDGE_API_KEY", "OPENAI_API_KEY")
 
 # These end a whole batch: every other row would fail as well.
 _FATAL = frozenset({401, 402, 403, 404, 405, 410})
+# Some refuse a prompt that their filter flags as they refuse a wrong key.
+_FLAGGED = re.compile(r"moderation|flagged|content.?(filter|policy)|guardrail", re.IGNORECASE)
+# What answers are that are no JSON, by how they begin, and how often they are asked for (0: as the policy says)
+_NO_JSON = {"<": ("a page instead of an answer", 0), "data:": ("a stream of events instead of an answer", 1)}
+_HALF = ("an answer that is no whole JSON document", 3)
 _SHOWN = 300  # characters of a server's error text in a message
 
 
@@ -317,14 +240,12 @@ def check_base_url(url: str) -> httpx.URL:
 
 
 class Server:
-    """Sends JSON to one server, with retries, limits and counts. Safe to use from many threads."""
+    """Sends JSON to one server, with retries and limits. Safe to use from many threads."""
 
-    def __init__(
-        self, base_url: str, *, timeout_s: float, retry: RetryPolicy, limiter: RateLimiter, meter: UsageMeter
-    ) -> None:
+    def __init__(self, base_url: str, *, timeout_s: float, retry: RetryPolicy, limiter: RateLimiter) -> None:
         self.url = check_base_url(base_url)
         self.stop = threading.Event()
-        self._retry, self._limiter, self._meter, self._timeout_s = retry, limiter, meter, timeout_s
+        self._retry, self._limiter, self._timeout_s = retry, limiter, timeout_s
         self._loopback = _is_loopback(self.url.host)
         self._variable, key = self._find_key()
         self._redact: Callable[[str], str] = lambda text: text.replace(key, "***") if key else text
@@ -338,92 +259,91 @@ class Server:
             trust_env=not self._loopback,  # a proxy cannot reach this machine's loopback
         )
 
-    def __repr__(self) -> str:
-        return f"Server({str(self.url)!r})"
-
     def close(self) -> None:
         self.stop.set()
         self._client.close()
 
-    def get(self, path: str) -> Any:
-        """Return the JSON behind `path` (below the base address). Raises `CallFailed`."""
-        return self._call("GET", f"{self.url}{path}", None, lambda document: document)
-
-    def post(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T], *, tokens: int) -> T:
-        """Send `body` and return what `read` makes of the JSON answer; a ValueError of `read` is retried.
-
-        `tokens` is the expected size of prompt and answer, for the rate limit. Raises `CallFailed`.
-        """
-        self._meter.request()
-        ticket = Ticket(0.0, 0)
-
-        def before() -> None:
-            nonlocal ticket
-            ticket = self._limiter.acquire(tokens)
-
-        def counted(document: Any) -> T:
-            # Before `read`, which may reject it: it is billed all the same.
-            prompt_tokens, completion_tokens = _token_counts(document)
-            self._meter.tokens(prompt_tokens, completion_tokens)
-            if prompt_tokens:
-                self._limiter.settle(ticket, prompt_tokens + completion_tokens)
-            return read(document)
-
-        return self._call("POST", f"{self.url}{path}", body, counted, before, self._meter.retry)
-
-    def post_beside(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Send `body` beside the API (``/tokenize`` and the like); not counted. Raises `CallFailed`."""
-        root = str(self.url).removesuffix("/v1")
-        return self._call("POST", root + path, body, lambda document: document)
-
-    def _call(
-        self,
-        method: str,
-        url: str,
-        body: Mapping[str, Any] | None,
-        read: Callable[[Any], T],
-        before: Callable[[], None] = lambda: None,
-        retried: Callable[[], None] = lambda: None,
-    ) -> T:
-        def attempt() -> T:
-            before()
-            if self.stop.is_set():
-                raise CallFailed(f"{url}: not sent, the engine is stopping", fatal=True)
-            return self._attempt(method, url, body, read)
-
-        def on_retry(failure: Transient) -> None:
-            retried()
-            if failure.wait_s:
-                self._limiter.hold(failure.wait_s)
-
-        return run_with_retries(self._retry, attempt, where=url, stop=self.stop, on_retry=on_retry)
-
-    def _attempt(self, method: str, url: str, body: Mapping[str, Any] | None, read: Callable[[Any], T]) -> T:
+    def responds(self) -> bool:
+        """Return whether the server answers at all, asked once."""
         try:
-            answer = self._client.request(method, url, json=body)
+            return self._client.get(f"{self.url}/models").status_code < 500
+        except httpx.HTTPError:
+            return False
+
+    def call(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        read: Callable[[Any], T] = lambda document: document,
+        tokens: int = 0,
+    ) -> T:
+        """Send `body`, or get what is at `path`, and return what `read` makes of the JSON answer.
+
+        `tokens` is the expected size of prompt and answer, for the rate limits. `stop` ends all waits and attempts.
+
+        Raises:
+            CallFailed: for good, or as often as the policy says; a ValueError of `read` is tried once more.
+        """
+        url = f"{self.url}{path}"
+        for tries in itertools.count(1):
+            ticket = self._limiter.acquire(tokens) if tokens else Ticket(0.0, 0)
+            if self.stop.is_set():
+                break
+            try:
+                document: Any = self._attempt(url, body)
+                prompt_tokens, written, *_ = token_counts(document)
+                if prompt_tokens:
+                    self._limiter.settle(ticket, prompt_tokens + written)
+                try:
+                    return read(document)
+                except ValueError as error:
+                    shown = self._redact(str(document))[:80]
+                    raise Transient(
+                        f"an answer that is no completion, {error}: {shown}", attempts=2
+                    ) from error
+            except Transient as error:
+                asked_s, most = error.wait_s or 0.0, error.attempts or self._retry.attempts
+                if tries >= min(most, self._retry.attempts) or asked_s > self._retry.patience_s:
+                    asked = f"; it asks to wait {asked_s:.0f} s" if asked_s else ""
+                    often = f"{tries} time{'s' if tries > 1 else ''}"
+                    raise CallFailed(
+                        f"{url} failed {often}, the last time with: {error}{asked}", error.hint
+                    ) from error
+                self._limiter.hold(asked_s)
+                self.stop.wait(self._retry.wait_s(tries, error.wait_s))
+        raise CallFailed(f"{url}: not sent, the engine is stopping", fatal=True)
+
+    def _attempt(self, url: str, body: Mapping[str, Any] | None) -> Any:
+        try:
+            answer = self._client.request("GET" if body is None else "POST", url, json=body)
         except httpx.TimeoutException as error:
             raise Transient(f"no answer within {self._timeout_s:g} s ({type(error).__name__})") from error
         except httpx.RequestError as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise CallFailed(f"{url}: {error}", "Check the server's certificate.", fatal=True) from error
             raise Transient(self._redact(f"{type(error).__name__}: {error}")) from error
+        text = self._redact(answer.text)
         if answer.status_code != 200:
-            raise self._failure(url, answer.status_code, answer.text, retry_after_s(answer.headers))
+            raise self._failure(url, answer.status_code, text, retry_after_s(answer.headers))
+        shown = " ".join(text.split())[:80]
         try:
             document = json_loads(answer.content)
-            failure = document.get("error") if isinstance(document, dict) else None
-            if isinstance(failure, dict):
-                # Gateways in front of several providers report failures like this.
-                code = failure.get("code")
-                raise self._failure(url, code if isinstance(code, int) else 500, answer.text, None)
-            return read(document)
         except ValueError as error:
-            what = self._redact(answer.text[:80])
-            raise Transient(f"an answer that is no completion ({type(error).__name__}): {what!r}") from error
+            # A page is what a gateway shows while the server starts; half an answer may have been billed.
+            what, attempts = next(
+                (found for start, found in _NO_JSON.items() if text.lstrip().startswith(start)), _HALF
+            )
+            raise Transient(f"{what}: {shown!r}", hint=_ADDRESS, attempts=attempts) from error
+        failure = document.get("error") if isinstance(document, dict) else None
+        if failure or (isinstance(document, dict) and document.get("object") == "error"):
+            # Gateways in front of several providers report failures like this.
+            code = (failure if isinstance(failure, dict) else document).get("code")
+            raise self._failure(url, code if isinstance(code, int) and 400 <= code < 600 else 500, text, None)
+        return document
 
     def _failure(self, url: str, status: int, text: str, wait_s: float | None) -> Transient | CallFailed:
         """Return the error to raise for an HTTP status other than 200."""
-        shown = self._redact(_error_text(text))
+        shown = self._redact(_error_text(text))  # again: it may have been escaped in the JSON
         if is_transient(status) and "insufficient_quota" not in text:
             return Transient(f"{status}: {shown}", wait_s)
         hint = ""
@@ -433,11 +353,11 @@ class Server:
             if not self._loopback and self.url.scheme == "http":
                 hint += f" {KEY_VARIABLES[1]} is never sent over plain http to another machine."
         elif status in (404, 405):
-            hint = "Check the address (it usually ends in /v1), the model's name and the mode."
+            hint = _ADDRESS
         elif 300 <= status < 400:
             hint = "The address redirects; give the address that it leads to."
-        fatal = status in _FATAL or status < 400 or is_transient(status)
-        return CallFailed(f"{url} answered {status}: {shown}", hint, status=status, fatal=fatal)
+        fatal = (status in _FATAL or status < 400 or is_transient(status)) and not _FLAGGED.search(text)
+        return CallFailed(f"{url} answered {status}: {shown}", hint, status=status, fatal=fatal, text=text)
 
     def _find_key(self) -> tuple[str, str]:
         """Return the variable that holds the key, and the key; both empty if there is none."""
@@ -446,16 +366,12 @@ class Server:
             # The OpenAI key of a shell profile is not meant for whatever plain-http host is named here.
             plain = variable == "OPENAI_API_KEY" and self.url.scheme == "http" and not self._loopback
             if key and not plain:
+                if not (key.isascii() and key.isprintable()):
+                    raise InputError(
+                        f"{variable}: the key holds characters that no header may", "Copy it again."
+                    )
                 return variable, key
         return "", ""
-
-
-def _token_counts(document: Any) -> tuple[int, int]:
-    """Return prompt and completion tokens of an answer, zeros if it gives none."""
-    usage = document.get("usage") if isinstance(document, dict) else None
-    counts = usage if isinstance(usage, dict) else {}
-    prompt, written = counts.get("prompt_tokens"), counts.get("completion_tokens")
-    return (prompt if isinstance(prompt, int) else 0, written if isinstance(written, int) else 0)
 
 
 def _error_text(text: str) -> str:

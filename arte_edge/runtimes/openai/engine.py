@@ -4,17 +4,20 @@ Two modes. `completions` sends the rendered prompt as it is; `chat` sends messag
 server (a prompt is then the JSON document that `arte_edge.runtimes.prompt_render` makes). Rows are sent sorted by
 prompt, so that those that share a prefix arrive together and hit the server's prefix cache.
 
-A row whose call fails is a completion with finish "error". An error that affects every row (a wrong key, an unknown
-model) is raised, unless something was answered before it.
+A row whose call fails is a completion with finish "error"; what fails for every row is raised, unless something was
+answered before it. A parameter that the server refuses is left out from then on; `OpenAIEngine.notes` says so.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -26,33 +29,44 @@ from arte_edge.runtimes.openai import schema
 from arte_edge.runtimes.openai.client import (
     CallFailed,
     CircuitBreaker,
-    Prices,
     RateLimiter,
     RetryPolicy,
     Server,
-    Usage,
-    UsageMeter,
+    check_base_url,
 )
-from arte_edge.runtimes.openai.logprobs import LogprobScorer
 from arte_edge.runtimes.openai.schema import ServerQuirks, quirks_of
-from arte_edge.runtimes.prompt_render import CHAT_JSON
+from arte_edge.runtimes.prompt_render import CHAT_JSON, CHAT_JSON_NEW_TURN
+from arte_edge.runtimes.reasoning import STOPPED_INSIDE
 
 __all__ = ["OpenAIEngine", "parse_ref"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+# Only a server that continues the begun answer goes on in the middle of a word, also with a small model.
+_SENTENCE, _BEGUN, _NEXT = "My grandmother likes butterflies.", "My grandmother likes butter", "flies"
+_TURN = {"role": "user", "content": f"Repeat this sentence and say nothing else: {_SENTENCE}"}
+_PREFILLED = json.dumps({"messages": [_TURN, {"role": "assistant", "content": _BEGUN}]})
+_PROBES: tuple[tuple[schema.Mode, str], ...] = (
+    *(("chat", _PREFILLED), ("chat", json.dumps({"messages": [_TURN]}))),
+    ("completions", _BEGUN),
+)
+
 _PATHS: dict[schema.Mode, str] = {"completions": "/completions", "chat": "/chat/completions"}
 _BYTES_PER_TOKEN = 4.0  # of English text, until the server's own counts are known
 
 
 def parse_ref(ref: str) -> tuple[str, str]:
-    """Return model and base address of ``openai:model@https://host/v1``. (InputError: not of that form.)"""
-    kind, _, rest = ref.partition(":")
-    model, _, url = rest.rpartition("@")  # a model's own name may hold an @
-    if kind != "openai" or not model or "://" not in url:
-        raise InputError(f"'{ref}' names no server", "Write it like openai:my-model@http://127.0.0.1:8000/v1")
-    return model, url
+    """Return model and base address of ``openai:model@https://host/v1``.
+
+    Raises:
+        InputError: not of that form, or not an address that `check_base_url` takes; shows no part that may be secret.
+    """
+    found = re.fullmatch(r"openai:(.+?)@(\w+://.*)", ref)  # a model's own name may hold an @
+    if found is None:
+        example = "Write it like openai:my-model@http://127.0.0.1:8000/v1"
+        raise InputError(f"'{ref.partition('@')[0]}' names no server", example)
+    return found[1], str(check_base_url(found[2]))
 
 
 class OpenAIEngine:
@@ -64,66 +78,50 @@ class OpenAIEngine:
         base_url: str,
         *,
         mode: Literal["auto", "completions", "chat"] = "auto",
-        chat_template: str | None = None,
-        special_tokens: Mapping[str, str] | None = None,
+        continues: bool | None = None,
         max_concurrency: int = 8,
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
         timeout_s: float = 120.0,
         retry: RetryPolicy | None = None,
-        prices: Prices | None = None,
-        extra: Mapping[str, Any] | None = None,
     ) -> None:
         """Connect, check that the server has the model, and find out the mode.
 
-        `chat_template` and `special_tokens` are for instruct models in completions mode,
-        where the template is rendered on this side. `extra` is added to every request.
+        In chat mode, whether the server `continues` an answer that was begun for the model; None: find out.
 
         Raises:
             InputError: an address that is none, or a model that the server does not list.
             CallFailed: the server does not answer or refuses the key.
         """
-        self._model, self._concurrency = model, max_concurrency
-        self._meter = UsageMeter(prices)
-        self._template, self._special = chat_template, dict(special_tokens or {})
+        self.model, self._concurrency = model, max_concurrency
+        self.notes: list[str] = []  # what a user should know of how this server is asked
+        self._without: frozenset[str] = frozenset()
+        self._lock = threading.Lock()
         self._seen_bytes, self._seen_tokens = _BYTES_PER_TOKEN, 1.0  # of prompts, to learn their ratio
         limiter = RateLimiter(requests_per_minute, tokens_per_minute)
-        self._server = Server(
-            base_url, timeout_s=timeout_s, retry=retry or RetryPolicy(), limiter=limiter, meter=self._meter
-        )
+        self._server = Server(base_url, timeout_s=timeout_s, retry=retry or RetryPolicy(), limiter=limiter)
         try:
             self._quirks = self._look_up_model()
-            if extra:
-                self._quirks = replace(self._quirks, extra={**self._quirks.extra, **extra})
-            self._mode: schema.Mode = self._find_mode() if mode == "auto" else mode
+            self.mode, self.continues = self._find_mode(mode, continues)
         except BaseException:
             self._server.close()
             raise
-        self._scorer = LogprobScorer(self._score_call, self._many, self._quirks.candidates)
-
-    def __repr__(self) -> str:
-        return f"OpenAIEngine({self._model!r}, {str(self._server.url)!r}, mode={self._mode!r})"
 
     @property
     def identity(self) -> EngineIdentity:
-        return EngineIdentity(kind="openai", model=self._model, runtime=self._quirks.name)
-
-    @property
-    def mode(self) -> schema.Mode:
-        return self._mode
-
-    @property
-    def usage(self) -> Usage:
-        """Requests, tokens and cost since the engine was opened."""
-        return self._meter.usage
+        return EngineIdentity(
+            kind="openai", model=self.model, runtime=self._quirks.name, address=str(self._server.url)
+        )
 
     @property
     def chat_template(self) -> str | None:
-        return CHAT_JSON if self._mode == "chat" else self._template
+        if self.mode == "completions":
+            return None
+        return CHAT_JSON if self.continues else CHAT_JSON_NEW_TURN
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        return dict(self._special)
+        return {}
 
     @property
     def supports_grammar(self) -> bool:
@@ -141,27 +139,18 @@ class OpenAIEngine:
                 f"The server at {self._server.url} does not support grammars",
                 "Use a local GGUF model or llama-server, or leave the grammar out.",
             )
-        bodies = [
-            schema.body(
-                self._model,
-                self._mode,
-                self._quirks,
-                request,
-                sampling,
-                self._special.get("bos_token", ""),
-            )
-            for request in requests
-        ]
         breaker = CircuitBreaker(limit=max(8, 2 * self._concurrency))
 
         def one(index: int) -> Completion:
-            if breaker.tripped is not None:
-                return Completion("", "error", error=f"not sent, because before it {breaker.tripped.message}")
+            if (before := breaker.tripped) is not None:
+                reason = f"not sent, because before it {before.message}"
+                return Completion("", "error", error=reason, fault="server")
             try:
-                completion = self._call(requests[index], bodies[index], sampling)
+                completion = self._call(requests[index], sampling)
             except CallFailed as error:
                 breaker.failed(error)
-                return Completion("", "error", error=str(error))
+                own = error.status and not error.fatal
+                return Completion("", "error", error=str(error), fault="row" if own else "server")
             breaker.succeeded()
             return completion
 
@@ -169,6 +158,10 @@ class OpenAIEngine:
         done = dict(zip(order, self._many(one, order), strict=True))
         rows = [done[i] for i in range(len(requests))]
         self._learn_token_size(requests, rows)
+        silent = any(row.fault == "server" for row in rows)
+        if silent and breaker.tripped is None and self._server.responds():
+            # Without an answer to this prompt, but there: a prompt that is too slow, or that breaks the server.
+            rows = [replace(row, fault="row") if row.fault == "server" else row for row in rows]
         if breaker.tripped is not None and breaker.tripped.fatal and all(row.error for row in rows):
             raise breaker.tripped
         return rows
@@ -176,43 +169,15 @@ class OpenAIEngine:
     def choose_each(
         self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
     ) -> list[NDArray[np.float64]]:
-        """See `Engine.choose_each`; how a server is made to score: `arte_edge.runtimes.openai.logprobs`.
-
-        Raises:
-            EngineError: chat mode, a server that gives no log-probabilities, or a call that failed.
-        """
-        if self._mode == "chat":
-            raise EngineError(
-                f"{self._server.url} was opened in chat mode, which cannot score a given answer",
-                "Open it with mode completions (vLLM, llama-server), or score by generating.",
-            )
-        same: dict[tuple[str, ...], list[int]] = {}  # prompts with the same choices share calls
-        for i, own in enumerate(choices):
-            same.setdefault(tuple(own), []).append(i)
-        found: dict[int, NDArray[np.float64]] = {}
-        for options, members in same.items():
-            scores = self._scorer.choose([prompts[i] for i in members], options)
-            found |= zip(members, scores, strict=True)
-        return [found[i] for i in range(len(prompts))]
+        """Raise: few servers score a given answer, none that renders messages itself. Let it generate instead."""
+        raise EngineError(f"{self._server.url} is a server, which does not score given answers")
 
     def count_tokens(self, text: str) -> int:
-        """Return the server's count where it has a call for that, else an estimate from the text's bytes."""
-        if self._mode == "chat" and text.startswith("{"):
-            text = "\n".join(message["content"] for message in schema.messages_of(text))
-        if self._quirks.tokenize is not None:
-            path, text_key, count_key = self._quirks.tokenize
-            try:
-                found = self._server.post_beside(path, {"model": self._model, text_key: text})[count_key]
-                return found if isinstance(found, int) else len(found)
-            except (CallFailed, KeyError, TypeError):
-                self._quirks = replace(self._quirks, tokenize=None)
-        return self._estimate(text)
+        """Return an estimate, from the bytes that a token of earlier prompts had."""
+        return math.ceil(len(text.encode()) * self._seen_tokens / self._seen_bytes)
 
     def close(self) -> None:
         self._server.close()
-
-    def _estimate(self, text: str) -> int:
-        return math.ceil(len(text.encode()) * self._seen_tokens / self._seen_bytes)
 
     def _learn_token_size(self, requests: Sequence[Request], rows: Sequence[Completion]) -> None:
         for request, row in zip(requests, rows, strict=True):
@@ -220,21 +185,45 @@ class OpenAIEngine:
                 self._seen_bytes += len(request.prompt.encode())
                 self._seen_tokens += row.prompt_tokens
 
-    def _call(self, request: Request, body: Mapping[str, Any], sampling: Sampling) -> Completion:
+    def _call(self, request: Request, sampling: Sampling) -> Completion:
         def read(answer: Any) -> Completion:
-            return schema.completion(answer, self._mode, self._quirks, request, sampling)
+            return schema.completion(answer, self.mode, self._quirks, request, sampling)
 
-        expected = self._estimate(request.prompt) + sampling.max_tokens
-        return self._server.post(_PATHS[self._mode], body, read, tokens=expected)
+        body = partial(schema.body, self.model, self.mode, self._quirks, request, sampling)
+        expected = self.count_tokens(request.prompt) + sampling.max_tokens
+        sent = self._without
+        row = self._post(self.mode, body, read, expected)
+        if row.error == STOPPED_INSIDE and sampling.stop and "stop" not in sent:
+            # Reasoning repeats the format that it was asked for, and with it the stop string.
+            self._leave_out("stop", "it ends the model's reasoning; answers are cut here")
+            row = self._post(self.mode, body, read, expected)
+        return row
 
-    def _score_call(self, body: Mapping[str, Any]) -> schema.Answer:
-        document = {"model": self._model, "temperature": 0.0, "max_tokens": 1, **self._quirks.extra, **body}
-        return self._server.post(
-            _PATHS["completions"],
-            document,
-            schema.Answer.model_validate,
-            tokens=self._estimate(str(body["prompt"])) + 1,
-        )
+    def _post(
+        self,
+        mode: schema.Mode,
+        body: Callable[[frozenset[str]], dict[str, Any]],
+        read: Callable[[Any], T],
+        tokens: int,
+    ) -> T:
+        """Send what `body` makes without the parameters that were refused, until no other is."""
+        while True:
+            document = body(self._without)
+            try:
+                return self._server.call(_PATHS[mode], document, read, tokens)
+            except CallFailed as error:
+                refused = schema.refused_parameter(error.text, document) if error.status in (400, 422) else ""
+                if not refused or body(self._without | {refused}) == document:
+                    raise
+                self._leave_out(refused, error.message)
+
+    def _leave_out(self, parameter: str, reason: str) -> None:
+        with self._lock:
+            if parameter not in self._without:
+                self._without |= {parameter}
+                self.notes.append(
+                    f"{self.model}: the parameter {parameter} is left out from now on: {reason}"
+                )
 
     def _many(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """Return ``[function(item)]`` from `max_concurrency` threads, started in the order of `items`."""
@@ -249,12 +238,11 @@ class OpenAIEngine:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _look_up_model(self) -> ServerQuirks:
-        host = self._server.url.host
         try:
-            document = self._server.get("/models")
+            document: Any = self._server.call("/models")
         except CallFailed as error:
             if error.status in (400, 404, 405):
-                return quirks_of(host, "")  # some servers keep no list
+                return quirks_of("")  # some servers keep no list
             raise
         entries = document.get("data") if isinstance(document, dict) else document
         listed = {
@@ -262,31 +250,36 @@ class OpenAIEngine:
             for entry in (entries if isinstance(entries, list) else [])
             if isinstance(entry, dict) and "id" in entry
         }
-        if listed and self._model not in listed:
+        if listed and self.model not in listed:
             raise InputError(
-                f"{self._server.url} serves no model named '{self._model}'", nearest(self._model, listed)
+                f"{self._server.url} serves no model named '{self.model}'", nearest(self.model, listed)
             )
-        return quirks_of(host, listed.get(self._model, ""))
+        return quirks_of(listed.get(self.model, ""))
 
-    def _find_mode(self) -> schema.Mode:
-        """Ask for one token: chat if the server can, since it knows the template, else completions."""
-        if self._template is not None:
-            return "completions"
-        probes: dict[schema.Mode, str] = {
-            "chat": json.dumps({"messages": [{"content": "Hi", "role": "user"}]}),
-            "completions": "Hi",
-        }
+    def _find_mode(
+        self, mode: Literal["auto", "completions", "chat"], continues: bool | None
+    ) -> tuple[schema.Mode, bool]:
+        """Return the mode, chat if the server can, since it knows the template, and whether it continues an answer."""
+        if mode == "completions" or (mode == "chat" and continues is not None):
+            return mode, bool(continues)
         failures = []
-        for mode, prompt in probes.items():
-            request, sampling = Request(prompt), Sampling(max_tokens=1)
-            body = schema.body(self._model, mode, self._quirks, request, sampling)
+        for kind, prompt in _PROBES:
+            if mode not in ("auto", kind):
+                continue
+            request, sampling = Request(prompt), Sampling(max_tokens=16)
+            body = partial(schema.body, self.model, kind, self._quirks, request, sampling)
             try:
-                self._server.post(_PATHS[mode], body, schema.Answer.model_validate, tokens=2)
-                return mode
+                choice = self._post(kind, body, schema.first_choice, 40)
             except CallFailed as error:
                 if error.status in (401, 402, 403):
                     raise
-                failures.append(f"{mode}: {error.message}")
+                failures.append(f"{kind}: {error.message}")
+                continue
+            message = choice.get("message")
+            said = message.get("content") if prompt == _PREFILLED and isinstance(message, dict) else None
+            told = bool(self._quirks.prefill) and prompt == _PREFILLED
+            goes_on = told or (isinstance(said, str) and said.lower().startswith(_NEXT))
+            return kind, goes_on if continues is None else continues
         raise CallFailed(
-            f"{self._server.url} offers neither chat nor completions for '{self._model}'", "\n".join(failures)
+            f"{self._server.url} offers neither chat nor completions for '{self.model}'", "\n".join(failures)
         )

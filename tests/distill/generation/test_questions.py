@@ -127,7 +127,7 @@ class TestNearDuplicates:
 
 def drafted(house: Any, wanted: int) -> Drafts:
     run = house.run()
-    teacher, plan = run.config.teacher, QuestionPlan(wanted, 3, 5, 1.0, 1.0, 200, 0.7, 0, 0)
+    teacher, plan = run.config.teacher, QuestionPlan(run.config.elicit, wanted, 1.0, 0, 0)
     return draft_questions(run, run.engine(teacher), teacher, plan, "drafts")
 
 

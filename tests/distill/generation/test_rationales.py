@@ -13,7 +13,9 @@ from arte_edge.distill.config import LabelPolicy
 from arte_edge.distill.generation.rationales import (
     agrees,
     decide_label,
+    label_rows,
     rationale_grammar,
+    rationale_row,
     reject_repeated,
     short_shots,
     shortened,
@@ -22,7 +24,7 @@ from arte_edge.distill.latency import Budget, Rates
 from arte_edge.distill.run_context import RunContext
 from arte_edge.distill.stages.tailor import tailor
 from arte_edge.errors import StoppedEarly
-from arte_edge.runtimes.completion import Request, Sampling
+from arte_edge.runtimes.completion import Completion, Request, Sampling
 from arte_edge.tasks.answers import canonical
 from arte_edge.tasks.task import Answer, FewShotExample
 
@@ -73,6 +75,19 @@ def test_a_rationale_is_usable_if_it_ends_at_the_label(
 
 def row(question: str, text: str, usable: bool = True) -> dict[str, Any]:
     return {"question": question, "text": text, "usable": usable}
+
+
+@pytest.mark.parametrize("policy", ["teacher", "vote", "drop-disagreement"])
+def test_a_letter_that_the_question_does_not_offer_has_no_vote(house: Any, policy: LabelPolicy) -> None:
+    house.task = replace(house.task, answer=Answer(kind="choice"))
+    texts = [f"<ans>{answer}</ans>" for answer in ("(F)", "(F)", "(A)", "", "(A) or (B)")]
+    question = {"id": "q", "input": "Which? (A) one (B) two", "target": "(A)"}
+    run = house.run()
+    rows = [rationale_row(run, question, 0, Completion(text, "stop")) for text in texts]
+    labels = label_rows(run, [question], rows, [None], policy)
+    assert question["label"] == "(A)"
+    assert [row["usable"] for row in rows] == [False, False, True, False, False]
+    assert labels["outside_options"] == 2
 
 
 @pytest.mark.parametrize(

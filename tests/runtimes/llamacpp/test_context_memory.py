@@ -89,18 +89,15 @@ class TestProbe:
         monkeypatch.setattr(llama_probe, "probe", measured)
         return asked
 
-    def test_the_first_answer_stays(self, model: Any, monkeypatch: Patch) -> None:
+    def test_the_first_answer_stays_for_a_model_and_a_number_of_threads(
+        self, model: Any, monkeypatch: Patch
+    ) -> None:
         asked = self.times(monkeypatch, 2.0, 1.0, 3.0)
-        assert layout_for(model, "abc", 2) == CANDIDATES[1]
+        for sha256, threads in (("abc", 2), ("abd", 2), ("abc", 1), ("abc", 2)):
+            assert layout_for(model, sha256, threads) == CANDIDATES[1]
+        assert len(asked) == 3
         self.times(monkeypatch, 1.0, 2.0, 3.0)
         assert layout_for(model, "abc", 2) == CANDIDATES[1]
-        assert len(asked) == 1
-
-    def test_it_belongs_to_a_model_and_a_number_of_threads(self, model: Any, monkeypatch: Patch) -> None:
-        asked = self.times(monkeypatch, 2.0, 1.0, 3.0)
-        for sha256, threads in (("abc", 2), ("abd", 2), ("abc", 1)):
-            layout_for(model, sha256, threads)
-        assert len(asked) == 3
 
     def test_a_hair_is_not_worth_leaving_the_default(self, model: Any, monkeypatch: Patch) -> None:
         self.times(monkeypatch, 1.0, 0.97, 1.2)

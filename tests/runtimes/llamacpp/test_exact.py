@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny import Patch, choose
+from tiny import Patch
 
 from arte_edge.distill.prompts import ANSWER_PREFILL, ANSWER_STOPS, STEP_BY_STEP, Shot, student_messages
 from arte_edge.distill.run_context import f16_student
@@ -117,14 +117,6 @@ def test_scores_without_writing_are_those_of_the_slow_way(engine: LlamaCppEngine
             logits = plain(engine, tokens[: end - 1], start - 1)
             slow = sum(float(log_softmax_at(logits[i], [tokens[start + i]])[0]) for i in range(end - start))
             assert score == pytest.approx(slow, abs=3e-2)
-
-
-def test_choices_of_their_own_are_scored_as_in_separate_calls(engine: LlamaCppEngine) -> None:
-    texts = prompts(engine, ANSWER_PREFILL)[:3]
-    own = [["warmer</ans>", "cooler</ans>"], ["music</ans>", "timer</ans>", "lock</ans>"], ["timer</ans>"]]
-    together = engine.choose_each(texts, own)
-    for text, choices, row in zip(texts, own, together, strict=True):
-        assert row == pytest.approx(choose(engine, "", [text], choices)[0], abs=3e-2)
 
 
 def _ends(lists: list[list[int]]) -> list[int]:

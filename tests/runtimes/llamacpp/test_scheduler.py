@@ -1,5 +1,6 @@
 """The scheduler against a context that only keeps books: which token of which sequence it holds where."""
 
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -32,20 +33,13 @@ class Books:
         self, tokens: NDArray[Any], positions: NDArray[Any], sequences: NDArray[Any], wanted: NDArray[Any]
     ) -> NDArray[np.float32]:
         assert 0 < len(tokens) <= self.n_batch
-        runs: list[tuple[int, int]] = []
         out = []
         for token, position, sequence, want in zip(tokens, positions, sequences, wanted, strict=True):
             assert len(self.cached[sequence]) == position, "a token that does not follow"
             self.cached[sequence].append(int(token))
-            if runs and runs[-1][0] == sequence:
-                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-            else:
-                runs.append((int(sequence), 1))
             if want:
-                row = np.zeros(N_VOCAB, dtype=np.float32)
-                row[sum(self.cached[sequence]) % N_VOCAB] = 1
-                out.append(row)
-        self.batches.append(runs)
+                out.append(np.eye(N_VOCAB, dtype=np.float32)[sum(self.cached[sequence]) % N_VOCAB])
+        self.batches.append([(key, len(list(rows))) for key, rows in groupby(sequences.tolist())])
         return np.array(out)
 
 
@@ -70,6 +64,12 @@ class Writer:
         return out
 
 
+def scheduled(writers: list[Writer], slots: int, **sizes: int) -> Books:
+    books = Books(slots, **sizes)
+    run(books, [writer.job for writer in writers])  # type: ignore[arg-type]
+    return books
+
+
 PROMPT = st.lists(st.integers(1, 15), min_size=1, max_size=30)
 
 
@@ -78,15 +78,13 @@ def test_sequences_do_not_disturb_each_other(
     cases: list[tuple[list[int], int]], slots: int, common: list[int]
 ) -> None:
     writers = [Writer(common * 2 + tokens, most) for tokens, most in cases]
-    books = Books(slots)
-    run(books, [writer.job for writer in writers])  # type: ignore[arg-type]
+    scheduled(writers, slots)
     assert [writer.written for writer in writers] == [writer.alone() for writer in writers]
 
 
 @given(st.lists(PROMPT, min_size=1, max_size=12), st.integers(1, 5))
 def test_the_running_sequences_have_no_gaps_and_come_in_order(prompts: list[list[int]], slots: int) -> None:
-    books = Books(slots)
-    run(books, [Writer([3] * 20 + tokens, 9).job for tokens in prompts])  # type: ignore[arg-type]
+    books = scheduled([Writer([3] * 20 + tokens, 9) for tokens in prompts], slots)
     for batch in books.batches:
         sequences = [sequence for sequence, _ in batch]
         alone = len(sequences) == 1 and sequences[0] >= slots  # a prefix
@@ -95,8 +93,7 @@ def test_the_running_sequences_have_no_gaps_and_come_in_order(prompts: list[list
 
 def test_a_shared_prefix_is_decoded_once() -> None:
     writers = [Writer([5] * 40 + [7] * 10 + [d] * 20 + [q], 2) for d in (1, 2) for q in range(1, 7)]
-    books = Books(4)
-    run(books, [writer.job for writer in writers])  # type: ignore[arg-type]
+    books = scheduled(writers, 4)
     prefixes = [batch[0][1] for batch in books.batches if batch[0][0] >= 4]
     assert prefixes == [50, 20, 20]
     assert {writer.job.shared for writer in writers} == {70}
@@ -104,8 +101,7 @@ def test_a_shared_prefix_is_decoded_once() -> None:
 
 def test_a_finished_sequence_makes_room_at_once() -> None:
     writers = [Writer([9, 4, i], 3 if i % 2 else 12) for i in range(1, 15)]
-    books = Books(4)
-    run(books, [writer.job for writer in writers])  # type: ignore[arg-type]
+    books = scheduled(writers, 4)
     sizes = [len(batch) for batch in books.batches]
     assert sizes.index(min(sizes)) >= len(sizes) - 12  # only the tail runs with free slots
     assert min(sizes[: len(sizes) - 12]) >= 3
@@ -113,6 +109,5 @@ def test_a_finished_sequence_makes_room_at_once() -> None:
 
 def test_long_prompts_are_fed_in_pieces_that_fit_beside_the_running_ones() -> None:
     writers = [Writer([i] * 100, 5) for i in range(1, 6)]
-    books = Books(3, n_batch=32)
-    run(books, [writer.job for writer in writers])  # type: ignore[arg-type]
+    scheduled(writers, 3, n_batch=32)
     assert [writer.written for writer in writers] == [writer.alone() for writer in writers]

@@ -8,10 +8,9 @@ import time
 
 import httpx
 import pytest
-from tiny import choose, opened
+from tiny import opened
 
 from arte_edge.runtimes.completion import Request, Sampling
-from arte_edge.runtimes.openai.client import Prices
 from arte_edge.runtimes.openai.engine import OpenAIEngine
 from arte_edge.runtimes.prompt_render import render
 
@@ -66,51 +65,18 @@ def test_a_real_server_behind_faults_gives_what_it_gives_without_them(llama_serv
     calm = opened(serve(forward_to(llama_server)), max_concurrency=1, timeout_s=300.0)
     right = calm.complete(asked, sampling)
     assert [row.error for row in right] == [""] * len(asked)
-    assert "Paris" in right[0].text and calm.usage.retries == 0
+    assert "Paris" in right[0].text
 
     front = serve(forward_to(llama_server), faults=[[fault] for fault in FAULTS])
-    stormy = opened(front, max_concurrency=3, timeout_s=300.0, prices=Prices(1.0, 1.0))
+    stormy = opened(front, max_concurrency=3, timeout_s=300.0)
     rows = stormy.complete(asked, sampling)
     assert [row.text for row in rows] == [row.text for row in right]
-    assert stormy.usage.retries == len(FAULTS)
-    assert stormy.usage.requests == len(asked)
-    # Broken-off answers were written, and so are paid for, but the server's counts never arrived.
-    assert stormy.usage.completion_tokens >= sum(row.completion_tokens for row in rows)
-    assert stormy.usage.cost_usd > 0
+    assert len(front.posts) == len(asked) + len(FAULTS)
 
 
-def test_a_real_server_that_hangs_is_asked_again(llama_server, serve):
-    real, answers = forward_to(llama_server), {}
-
-    def remembered(seen):
-        # The first time it may take its time, so that the short timeout below meets the hang alone.
-        key = (seen.path, str(seen.body))
-        answers[key] = answers.get(key) or real(seen)
-        return answers[key]
-
-    asked, sampling = [Request("The capital of France is")], Sampling(max_tokens=2)
-    right = opened(serve(remembered), timeout_s=300.0).complete(asked, sampling)
-    engine = opened(serve(remembered, faults=[["hang"]]), timeout_s=1.5)
-    assert engine.complete(asked, sampling) == right
-    assert "Paris" in right[0].text and engine.usage.retries == 1
-
-
-def test_a_real_server_scores_choices_like_the_model_itself(llama_server, smollm2):
-    from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
-
-    prefix, choices = "True or false?", [" True", " False"]
-    suffixes = [" 2 + 2 = 4. Answer:", " London is in Spain. Answer:", " 5 is less than 3. Answer:"]
-    remote = OpenAIEngine("tiny", f"{llama_server}/v1", mode="completions", timeout_s=300.0)
-    local = LlamaCppEngine(smollm2.gguf, sha256=smollm2.sha256)
-    served, own = choose(remote, prefix, suffixes, choices), choose(local, prefix, suffixes, choices)
-    local.close()
-    assert served == pytest.approx(own, abs=0.3)  # other batch shapes, a 4-bit model
-
-
-def test_a_real_chat_endpoint_answers_and_counts_tokens(llama_server):
+def test_a_real_chat_endpoint_answers(llama_server):
     engine = OpenAIEngine("tiny", f"{llama_server}/v1", timeout_s=300.0)
-    assert engine.mode == "chat"
+    assert (engine.mode, engine.continues) == ("chat", False), "it closes a turn that was begun for the model"
     prompt = render(engine, [{"role": "user", "content": "Say hello."}])
     (row,) = engine.complete([Request(prompt)], Sampling(max_tokens=8))
     assert row.text and not row.error and row.prompt_tokens > 5
-    assert engine.count_tokens("Hello world") == 2

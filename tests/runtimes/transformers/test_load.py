@@ -84,7 +84,9 @@ def test_an_adapter_changes_the_text_as_peft_itself_does(llama_folder, adapter, 
     assert scores != pytest.approx(choose(llama, PREFIX, ["one", "two"], [" True", " False"]), abs=1e-3)
 
 
-def test_an_adapters_identity_is_its_weights_and_scale(llama_folder, adapter, tmp_path):
+def test_an_adapters_identity_is_its_weights_and_scale_and_a_pickle_is_refused(
+    llama_folder, adapter, tmp_path
+):
     moved = shutil.copytree(adapter, tmp_path / "moved")
     config = json.loads((moved / "adapter_config.json").read_text())
     (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/elsewhere"}))
@@ -94,6 +96,9 @@ def test_an_adapters_identity_is_its_weights_and_scale(llama_folder, adapter, tm
     engine = TransformersEngine(llama_folder, sha256="b" * 64, adapter=adapter, device="cpu")
     assert engine.identity.adapter == adapter_sha256(adapter)
     assert engine.identity.key() == f"transformers/{'b' * 64}/float32/{adapter_sha256(adapter)}"
+    (moved / "adapter_model.safetensors").rename(moved / "adapter_model.bin")
+    with pytest.raises(InputError, match="no adapter here"):  # a pickle
+        TransformersEngine(llama_folder, sha256="0", adapter=moved, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -121,26 +126,6 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(llama_folder, tmp_path):
         InputError, match=name.replace(".", r"\.")
     ):  # transformers fills it with random numbers
         TransformersEngine(part, sha256="0", device="cpu")
-
-
-@pytest.mark.model
-@pytest.mark.slow
-def test_a_checkpoint_agrees_with_the_gguf_that_it_was_made_from(smollm2):
-    from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
-
-    here = TransformersEngine(smollm2.checkpoint(), sha256=smollm2.sha256, device="cpu")
-    there = LlamaCppEngine(smollm2.gguf, sha256=smollm2.sha256)
-    prompt = "<|im_start|>user\nName the capital of France.<|im_end|>\n<|im_start|>assistant\nThe capital of"
-    assert here.count_tokens(prompt) == there.count_tokens(prompt)
-    sampling = Sampling(max_tokens=6)
-    ours, theirs = (engine.complete([Request(prompt)], sampling)[0] for engine in (here, there))
-    assert ours.text == theirs.text and "Paris" in ours.text
-    suffixes = [" 2 + 2 = 4. Answer:", " London is in Spain. Answer:", " 5 is less than 3. Answer:"]
-    choices = [" True", " False"]
-    ours, theirs = (choose(engine, "True or false?", suffixes, choices) for engine in (here, there))
-    # llama.cpp rounds activations to 8 bits on their way into 4-bit weights.
-    assert ours == pytest.approx(theirs, abs=0.3)
-    there.close()
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,15 @@ def alone(engine, prompts, sampling):
     return [engine.complete([Request(prompt)], sampling)[0] for prompt in prompts]
 
 
+def plain(folder):
+    return (
+        auto.from_pretrained(folder)
+        for auto in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM)
+    )
+
+
 def by_generate(llama_folder, prompt, max_new_tokens):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
+    tokenizer, model = plain(llama_folder)
     ids = tokenizer(prompt, return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
     return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -53,13 +59,6 @@ def test_a_batch_with_a_shared_prefix_writes_what_each_prompt_writes_alone(llama
     assert [row.text for row in shared] == [row.text for row in plain]
     assert [row.prompt_tokens for row in shared] == [row.prompt_tokens for row in plain]
     assert min(row.cached_tokens for row in shared) > 8 and plain[0].cached_tokens == 0
-
-
-def test_a_batch_without_a_common_prefix_writes_what_each_prompt_writes_alone(llama):
-    prompts = ["one two three", "the cat sat on the mat. is it True or False?", "(A)", "two"]
-    sampling = Sampling(max_tokens=24)
-    rows = llama.complete([Request(prompt) for prompt in prompts], sampling)
-    assert [row.text for row in rows] == [row.text for row in alone(llama, prompts, sampling)]
 
 
 def test_the_prefix_is_computed_once_for_all_batches(llama_folder, monkeypatch):
@@ -87,11 +86,17 @@ def test_a_sliding_window_shorter_than_the_prompt_changes_no_text(tiny_checkpoin
     assert [r.text for r in rows] == [r.text for r in alone(engine, [PREFIX + s for s in SUFFIXES], sampling)]
 
 
-def test_rows_keep_their_order_whatever_their_lengths(llama):
-    prompts = [PREFIX * (1 + i % 3) + str(i) for i in range(9)]
-    rows = llama.complete([Request(prompt) for prompt in prompts], Sampling(max_tokens=4))
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        ["one two three", "the cat sat on the mat. is it True or False?", "(A)", "two"],  # nothing in common
+        [PREFIX * (1 + i % 3) + str(i) for i in range(9)],
+    ],
+)
+def test_rows_keep_their_order_and_texts_whatever_their_lengths(llama, prompts):
+    rows = llama.complete([Request(prompt) for prompt in prompts], Sampling(max_tokens=16))
     assert [row.prompt_tokens for row in rows] == [llama.count_tokens(prompt) for prompt in prompts]
-    assert [row.text for row in rows] == [row.text for row in alone(llama, prompts, Sampling(max_tokens=4))]
+    assert [row.text for row in rows] == [row.text for row in alone(llama, prompts, Sampling(max_tokens=16))]
 
 
 def test_a_text_ends_with_the_stop_string_that_ended_it(llama):
@@ -170,29 +175,11 @@ def test_sampled_draws_repeat_and_differ_between_samples(llama):
     assert [row.text for row in other_seed] != [row.text for row in once]
 
 
-def test_draws_follow_the_models_distribution(llama_folder, llama):
-    asked = [Request(PREFIX, sample) for sample in range(600)]
-    rows = llama.complete(asked, Sampling(temperature=1.0, max_tokens=1))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
-    with torch.no_grad():
-        logits = model(**tokenizer(PREFIX, return_tensors="pt")).logits[0, -1]
-    best = int(logits.argmax())
-    expected = float(torch.softmax(logits.float(), -1)[best])
-    seen = np.mean([row.text == tokenizer.decode([best]) for row in rows])
-    assert abs(seen - expected) < 4 * np.sqrt(expected * (1 - expected) / len(rows)) + 0.01
-
-
-def test_no_suffixes_no_rows(llama):
-    assert choose(llama, PREFIX, [], ["a", "b"]).shape == (0, 2)
-    assert llama.complete([], Sampling()) == []
-    assert complete_after(llama, PREFIX, [], Sampling()) == []
-
-
 def test_a_prompt_too_long_is_an_error_row_between_whole_ones(llama):
     rows = llama.complete([Request("one"), Request("cat " * 300), Request("two")], Sampling(max_tokens=3))
     assert [row.finish for row in rows] == ["length", "error", "length"]
     assert "context of 256 tokens" in rows[1].error
+    assert llama.complete([], Sampling()) == [] and choose(llama, PREFIX, [], ["a", "b"]).shape == (0, 2)
     with pytest.raises(InputError, match="context of 256"):
         choose(llama, "cat " * 300, [""], ["a", "b"])
 
@@ -308,8 +295,7 @@ def test_proposals_change_no_text_and_right_ones_save_steps(llama, monkeypatch, 
 
 def by_full_forward(llama_folder, context, choice):
     """Log-probabilities of the choice's tokens, from one plain forward."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
+    tokenizer, model = plain(llama_folder)
     start = len(tokenizer(context, add_special_tokens=False)["input_ids"])
     ids = tokenizer(context + choice, add_special_tokens=False, return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -317,29 +303,22 @@ def by_full_forward(llama_folder, context, choice):
     return [float(log_probabilities[i - 1, ids[0, i]]) for i in range(start, ids.shape[1])]
 
 
-def test_a_choice_is_scored_as_one_plain_forward_scores_it(llama, llama_folder):
-    choices = [" True", " False", " xyzzy"]  # of one and of several tokens
+FIRST, LATE = slice(0, 1), slice(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("choices", "counted"),
+    [
+        ([" True", " False", " xyzzy"], [FIRST] * 3),  # of one and of several tokens
+        ([" xyzzy three"], [slice(None)]),  # nothing to compare with: all of it
+        (["xyza", "xyzb", "xywc"], [LATE, LATE, slice(2, 3)]),
+    ],
+)
+def test_choices_are_scored_by_the_tokens_in_which_they_part(llama, llama_folder, choices, counted):
     scores = choose(llama, PREFIX, SUFFIXES, choices)
-    assert scores.shape == (len(SUFFIXES), len(choices))
-    for i, suffix in enumerate(SUFFIXES):
-        for j, choice in enumerate(choices):
-            terms = by_full_forward(llama_folder, PREFIX + suffix, choice)
-            assert scores[i, j] == pytest.approx(terms[0], abs=1e-4)  # their first tokens tell them apart
-
-
-def test_a_single_choice_counts_all_its_tokens(llama, llama_folder):
-    scores = choose(llama, PREFIX, SUFFIXES, [" xyzzy three"])
-    expected = [sum(by_full_forward(llama_folder, PREFIX + suffix, " xyzzy three")) for suffix in SUFFIXES]
-    assert scores[:, 0] == pytest.approx(expected, abs=1e-4)
-
-
-def test_choices_that_part_late_are_told_apart_where_they_part(llama, llama_folder):
-    choices = ["xyza", "xyzb", "xywc"]
-    scores = choose(llama, PREFIX, SUFFIXES, choices)
-    for i, suffix in enumerate(SUFFIXES):
-        a, b, c = (by_full_forward(llama_folder, PREFIX + suffix, choice) for choice in choices)
-        expected = [sum(a[2:4]), sum(b[2:4]), c[2]]
-        assert scores[i] == pytest.approx(expected, abs=1e-4)
+    for suffix, row in zip(SUFFIXES, scores, strict=True):
+        terms = [by_full_forward(llama_folder, PREFIX + suffix, choice) for choice in choices]
+        assert row == pytest.approx([sum(t[own]) for t, own in zip(terms, counted, strict=True)], abs=1e-4)
 
 
 def test_a_tree_gives_what_a_row_for_each_choice_gives(llama, monkeypatch):
