@@ -73,8 +73,7 @@ def wilson(right: int, n: int, level: float = 0.95) -> Interval:
     ``p ± z·s`` it keeps its coverage for few questions and for shares near 0 or 1.
     Without any answer (``n = 0``) every share is possible: 0 to 1.
 
-    Raises:
-        ValueError: `right` is not between 0 and `n`.
+    Raises ValueError: `right` is not between 0 and `n`.
     """
     if not 0 <= right <= n:
         raise ValueError(f"{right} right answers out of {n}")
@@ -105,8 +104,7 @@ def mcnemar(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> PairedTest:
         b: ``[n]`` the same of the second (the tuned student).
         level: of the interval.
 
-    Raises:
-        ValueError: the two differ in length, or are empty.
+    Raises ValueError: the two differ in length, or are empty.
     """
     first, second = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
     if first.ndim != 1 or first.shape != second.shape or not first.size:

@@ -4,7 +4,7 @@
 
 The source of each part is beside its constant. The weights of a GGUF are mapped from the file; types that
 llama.cpp repacks for the processor are copied as well. The system can drop the mapped originals, which are not
-read again, so they count in the peak but not in the need.
+read again, so they count in the peak but not in the need. A weight that onnxruntime holds twice counts twice.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def fit(
     else:  # the whole prompt at once, with logits for every token
         buffers = context_tokens * (values + size.n_vocab) * _F32_BYTES
     parts = {
-        "weight_bytes": size.weight_bytes,
+        "weight_bytes": size.weight_bytes + size.folded_bytes,
         "copy_bytes": copies,
         "buffer_bytes": buffers,
         "vocab_bytes": size.n_vocab * _VOCAB_BYTES,

@@ -49,10 +49,15 @@ def model_format(path: Path) -> ModelFormat:
 
 @dataclass(frozen=True)
 class OnnxSizes:
-    """Bytes of the initializers, and of those that are read one row at a time (an embedding)."""
+    """Bytes of the initializers; of those read one row at a time (an embedding); of those that are held twice.
+
+    onnxruntime computes the transpose of a weight when it loads the graph, and keeps the weight too if another
+    node reads it: an fp32 embedding that is the output head as well.
+    """
 
     weight_bytes: int
     lookup_bytes: int
+    folded_bytes: int
 
 
 def read_onnx_sizes(path: Path) -> OnnxSizes:
@@ -68,6 +73,7 @@ def _graph_sizes(data: mmap.mmap) -> OnnxSizes:
     counts: dict[str, int] = {}  # name -> bytes
     looked_up: set[str] = set()
     multiplied: set[str] = set()
+    transposed: set[str] = set()
     graphs = [(start, end) for number, start, end in fields(data, 0, len(data)) if number == _GRAPH]
     for kind, at, stop in (part for start, end in graphs for part in fields(data, start, end)):
         if kind == _INITIALIZER:
@@ -75,11 +81,14 @@ def _graph_sizes(data: mmap.mmap) -> OnnxSizes:
             counts[name] = size_bytes
         elif kind == _NODE:
             inputs, op = _node(data, at, stop)
-            (looked_up if op.startswith("Gather") else multiplied).update(inputs)
+            reads = looked_up if op.startswith("Gather") else transposed if op == "Transpose" else multiplied
+            reads.update(inputs)
     if not counts:
         raise ValueError("it contains no weights")
-    lookup = sum(counts[name] for name in looked_up - multiplied if name in counts)
-    return OnnxSizes(sum(counts.values()), lookup)
+    lookup = looked_up - multiplied - transposed
+    folded = transposed & (looked_up | multiplied)
+    lookup_bytes, folded_bytes = (sum(counts.get(name, 0) for name in names) for names in (lookup, folded))
+    return OnnxSizes(sum(counts.values()), lookup_bytes, folded_bytes)
 
 
 def _tensor(data: mmap.mmap, at: int, end: int) -> tuple[str, int]:
@@ -134,6 +143,7 @@ class ModelSize:
     kv_values: int  # keys and values of one token in the cache, summed over all layers
     token_bytes_by_type: dict[str, int] = field(default_factory=dict)  # sums to `token_bytes`
     kv_value_bytes: int = _KV_VALUE_BYTES
+    folded_bytes: int = 0  # of ONNX weights that onnxruntime holds a second time, see `OnnxSizes`
 
     @classmethod
     def of(cls, path: Path) -> ModelSize:
@@ -274,9 +284,11 @@ def _tensors(file: Path) -> dict[str, Any]:
 
 def _of_genai(folder: Path) -> ModelSize:
     source = folder / "genai_config.json"
-    model = read_json(source, required=True).get("model", {})
-    decoder = model.get("decoder", {})
-    sizes = read_onnx_sizes(folder / decoder.get("filename", "model.onnx"))
+    with reading(source, "Export it again."):
+        model = dict(read_json(source, required=True)["model"])
+        decoder = dict(model["decoder"])
+        path = folder / decoder.get("filename", "model.onnx")
+    sizes = read_onnx_sizes(path)
     config = {**decoder, "vocab_size": model.get("vocab_size"), "head_dim": decoder.get("head_size")}
     config["max_position_embeddings"] = model.get("context_length")
     parent = read_json(folder / "config.json")
@@ -304,6 +316,7 @@ def _onnx_size(
         token_bytes=token_bytes,
         n_params=0,  # unknown for packed 4-bit weights
         token_bytes_by_type={"onnx": token_bytes},
+        folded_bytes=sizes.folded_bytes,
         kv_value_bytes=4,  # the shipped recipes keep the cache in fp32, in which ONNX computes on a CPU
         **shared,
     )

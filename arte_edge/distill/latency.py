@@ -95,8 +95,7 @@ def penalize_length(score: float, tokens: int, most_tokens: int, *, log: bool) -
 def new_budget(folder: Path, config: Deploy, prompt_tokens: int, rates: Rates) -> Budget:
     """Return the budget of a run and store it in its `folder`.
 
-    Raises:
-        InputError: the time is too short for an answer.
+    Raises InputError: the time is too short for an answer.
     """
     tokens = budget_tokens(config.max_answer_seconds, prompt_tokens, rates)
     budget = Budget(tokens, prompt_tokens, rates)

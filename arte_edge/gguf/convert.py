@@ -189,8 +189,7 @@ class Checkpoint:
     def tensors(self, dtype: str) -> list[Tensor]:
         """Return the tensors of the rotary scaling and of the weights, block by block.
 
-        Raises:
-            InputError: a tensor is unknown, missing, or does not fit the settings.
+        Raises InputError: a tensor is unknown, missing, or does not fit the settings.
         """
         layout, named = self.layout, dict[str, Weight]()
         for name, weight in self.weights.items():
@@ -330,8 +329,7 @@ def public_card(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 
     PEFT and TRL write the path of a local base model or data set where the Hub has an id.
 
-    Raises:
-        InputError: the front matter is not YAML.
+    Raises InputError: the front matter is not YAML.
     """
     import gguf
 

@@ -208,8 +208,7 @@ def base_name(name: str) -> str:
 def read_imatrix(path: Path) -> Imatrix:
     """Read an importance matrix in GGUF form, ours or llama.cpp's.
 
-    Raises:
-        InputError: not one, damaged, or with values that are not finite.
+    Raises InputError: not one, damaged, or with values that are not finite.
     """
     header = read_header(path)
     names = [name.removesuffix(_SUMS) for name in header.tensors if name.endswith(_SUMS)]
@@ -241,8 +240,7 @@ def read_imatrix(path: Path) -> Imatrix:
 def write_imatrix(imatrix: Imatrix, out: Path) -> Path:
     """Write `imatrix` to `out`, whole or not at all; the same matrix gives the same bytes. Return `out`.
 
-    Raises:
-        ArteError: the disk is full or not writable.
+    Raises ArteError: the disk is full or not writable.
     """
     datasets = [base_name(name) for name in imatrix.datasets or ("prompts",)]
     fields = {

@@ -84,8 +84,7 @@ class Family(_Frozen):
 def families() -> dict[str, Family]:
     """Return the families by GGUF architecture, sorted.
 
-    Raises:
-        InputError: a file is not valid TOML or breaks the schema; says which file and key.
+    Raises InputError: a file is not valid TOML or breaks the schema; says which file and key.
     """
     found: dict[str, Family] = {}
     for path in sorted(_FOLDER.glob("*.toml")):

@@ -231,8 +231,7 @@ def resolve_overrides(overrides: Mapping[str, str], tensors: Sequence[TensorInfo
 
     Only matrices can be given a type; llama.cpp keeps norms and biases as they are.
 
-    Raises:
-        InputError: an unknown type, a broken expression, or a pattern that matches no matrix.
+    Raises InputError: an unknown type, a broken expression, or a pattern that matches no matrix.
     """
     matrices = [tensor.name for tensor in tensors if len(tensor.shape) > 1]
     names = [name for name in matrices if name.endswith(".weight") and "_norm." not in name]

@@ -102,8 +102,7 @@ _MTIME_STEP_S = 0.01  # the coarsest clock tick of a Linux file system
 def find_type(name: str) -> QuantType:
     """Return the quantization called `name`, in any case.
 
-    Raises:
-        InputError: llama.cpp offers none of that name; names the nearest.
+    Raises InputError: llama.cpp offers none of that name; names the nearest.
     """
     upper = name.strip().upper()
     found = QUANT_TYPES.get(_ALIASES.get(upper, upper))
@@ -231,8 +230,7 @@ class GgufHeader:
     def floats(self, name: str) -> NDArray[np.float32]:
         """Return the values of an F32 tensor, in its shape.
 
-        Raises:
-            InputError: there is no such tensor, or it is of another type.
+        Raises InputError: there is no such tensor, or it is of another type.
         """
         found = self.tensors.get(name)
         if found is None or found.type != "F32":
@@ -248,8 +246,7 @@ def read_header(path: Path, *, any_tensor_type: bool = False) -> GgufHeader:
     Args:
         any_tensor_type: accept tensor types that a newer GGML added; their size is then 0.
 
-    Raises:
-        InputError: not a GGUF, a version or tensor type we do not know, or cut short.
+    Raises InputError: not a GGUF, a version or tensor type we do not know, or cut short.
     """
     try:
         header = _cached(path)

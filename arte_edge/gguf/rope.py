@@ -45,8 +45,7 @@ def settings(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     Args:
         raw: config.json, with the family's defaults.
 
-    Raises:
-        InputError: the scaling is not a table.
+    Raises InputError: the scaling is not a table.
     """
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     try:
@@ -73,8 +72,7 @@ def settings(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 def check(config: Mapping[str, Any], where: str) -> None:
     """Raise unless llama.cpp computes the scaling of these settings as transformers does.
 
-    Raises:
-        InputError: a number is missing, or a setting that llama.cpp does not read; names it.
+    Raises InputError: a number is missing, or a setting that llama.cpp does not read; names it.
     """
     rope = config["rope"]
     kind = rope["rope_type"]
@@ -185,8 +183,7 @@ def restored(header: GgufHeader) -> dict[str, Any]:
 
     transformers reads it for one architecture only, and gives the others none.
 
-    Raises:
-        InputError: a scaling that transformers has no settings for.
+    Raises InputError: a scaling that transformers has no settings for.
     """
     arch = header.architecture
 

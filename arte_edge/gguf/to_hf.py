@@ -280,8 +280,7 @@ def _restore_pre_tokenizer(tokenizer: Any, header: GgufHeader) -> None:
 def check_tokenizer(tokenizer: Any, header: GgufHeader) -> None:
     """Raise unless `tokenizer` and llama.cpp tokenize every probe in the same way.
 
-    Raises:
-        ArteError: they differ; shows the text.
+    Raises ArteError: they differ; shows the text.
     """
     from llama_cpp import Llama
 

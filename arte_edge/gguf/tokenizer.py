@@ -78,8 +78,7 @@ _NAMES |= {"llama3": "llama-bpe", "llama3-merging": "smaug-bpe"}
 def vocabulary(files: TokenizerFiles, family: Family, n_vocab: int) -> dict[str, Field]:
     """Return ``tokenizer.*`` for a model with `n_vocab` rows in its embedding.
 
-    Raises:
-        InputError: a kind of tokenizer that llama.cpp does not have, or more tokens than rows.
+    Raises InputError: a kind of tokenizer that llama.cpp does not have, or more tokens than rows.
     """
     with reading(files.path, _SAVE_AGAIN):
         return _vocabulary(files, family, n_vocab)
@@ -304,8 +303,7 @@ class TokenizerFiles:
 def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerFiles:
     """Read the tokenizer of the checkpoint in `folder`, whose config.json is `config`.
 
-    Raises:
-        InputError: there is none, or a file is damaged.
+    Raises InputError: there is none, or a file is damaged.
     """
     tokenizer, settings = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
     path = folder / "tokenizer.model"

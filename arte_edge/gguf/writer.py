@@ -108,8 +108,7 @@ def widened(values: Values) -> NDArray[np.float32]:
 def encode(values: Values, dtype: str, name: str) -> NDArray[Any]:
     """Return a block as the numbers of type `dtype` (bfloat16 as uint16), rounded to nearest, ties to even.
 
-    Raises:
-        ArteError: a value is not finite, before or after rounding; says in which tensor.
+    Raises ArteError: a value is not finite, before or after rounding; says in which tensor.
     """
     from_bfloat16 = values.dtype == np.uint16
     with np.errstate(over="ignore", invalid="ignore"):

@@ -7,14 +7,15 @@ seconds. What the model computes is checked by `arte_edge.verify`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.files import read_json
-from arte_edge.onnx.tokenizer import end_tokens
+from arte_edge.onnx.genai_config import GENAI, read_genai_config
+from arte_edge.onnx.tokenizer import end_tokens, read_number
 
 __all__ = ["ExternalTensor", "Graph", "external_problems", "folder_problems", "genai_problems", "model_file"]
 __all__ += ["optimum_problems", "read_graph", "require_valid"]
@@ -124,7 +125,6 @@ def external_problems(path: Path, graph: Graph) -> list[str]:
     return problems
 
 
-_GENAI = "genai_config.json"
 # Inputs that a decoder of either layout may have besides its cache.
 _PLAIN_INPUTS = {"input_ids", "attention_mask", "position_ids"}
 
@@ -134,9 +134,8 @@ def model_file(folder: Path) -> Path:
 
     Raises InputError: there is none, or more than one.
     """
-    if (folder / _GENAI).is_file():
-        decoder = _decoder(read_json(folder / _GENAI))
-        return folder / str(decoder.get("filename", "model.onnx"))
+    if (folder / GENAI).is_file():
+        return folder / read_genai_config(folder)[0].decoder.filename
     below = folder / "onnx" if (folder / "onnx").is_dir() else folder
     found = sorted(below.glob("*.onnx"))
     if len(found) != 1:
@@ -162,7 +161,7 @@ def folder_problems(folder: Path, checkpoint: Path | None = None) -> list[str]:
     Args:
         checkpoint: its source; without it stop tokens are not compared.
     """
-    is_genai = (folder / _GENAI).is_file()
+    is_genai = (folder / GENAI).is_file()
     try:
         path = model_file(folder)
         if not path.is_file():
@@ -199,29 +198,22 @@ def _unused_files(path: Path, graph: Graph) -> list[str]:
 
 def genai_problems(folder: Path, graph: Graph, checkpoint: Path | None) -> list[str]:
     """Return contradictions between genai_config.json, the graph and the checkpoint."""
-    config = read_json(folder / _GENAI)
-    model, decoder = config.get("model", {}), _decoder(config)
-    layers = int(decoder.get("num_hidden_layers", 0))
-    inputs = list(_expand(decoder.get("inputs", {}), layers))
-    outputs = list(_expand(decoder.get("outputs", {}), layers))
-    problems = _names("inputs", inputs, graph.inputs) + _names("outputs", outputs, graph.outputs)
-    kv = (0, decoder.get("num_key_value_heads"), 0, decoder.get("head_size"))
-    problems += _cache_problems(graph, layers, kv)
-    problems += _logits_problems(graph, str(decoder.get("outputs", {}).get("logits", "logits")), model)
-    if not layers:
-        problems.append(f"{_GENAI} names no layers")
-    if checkpoint is not None:
-        ids = model.get("eos_token_id")
-        ends = frozenset([ids] if isinstance(ids, int) else ids or ())
-        if ends != (expected := end_tokens(checkpoint)):
-            problems.append(f"{_GENAI} has stop tokens {sorted(ends)}, the checkpoint {sorted(expected)}")
+    model, _ = read_genai_config(folder)
+    decoder, layers = model.decoder, model.decoder.num_hidden_layers
+    problems = _names("inputs", list(decoder.inputs.expanded(layers)), graph.inputs)
+    problems += _names("outputs", list(decoder.outputs.expanded(layers)), graph.outputs)
+    problems += _cache_problems(graph, layers, (0, decoder.num_key_value_heads, 0, decoder.head_size or None))
+    problems += _logits_problems(graph, decoder.outputs.logits, model.vocab_size)
+    ends = model.stop_tokens
+    if checkpoint is not None and ends != (expected := end_tokens(checkpoint)):
+        problems.append(f"{GENAI} has stop tokens {sorted(ends)}, the checkpoint {sorted(expected)}")
     return problems
 
 
 def optimum_problems(folder: Path, graph: Graph, checkpoint: Path | None) -> list[str]:
     """Return contradictions between config.json, generation_config.json, the graph and the checkpoint."""
     config = read_json(folder / "config.json")
-    layers = int(config.get("num_hidden_layers", 0))
+    layers = read_number(folder / "config.json", config, "num_hidden_layers")
     heads = config.get("num_key_value_heads", config.get("num_attention_heads"))
     cached = [f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")]
     plain = sorted(_PLAIN_INPUTS & set(graph.inputs) | {"input_ids", "attention_mask"})
@@ -229,22 +221,12 @@ def optimum_problems(folder: Path, graph: Graph, checkpoint: Path | None) -> lis
     presents = [name.replace("past_key_values", "present") for name in cached]
     problems += _names("outputs", ["logits", *presents], graph.outputs)
     problems += _cache_problems(graph, layers, (0, heads, 0, config.get("head_dim")))
-    problems += _logits_problems(graph, "logits", config)
+    problems += _logits_problems(graph, "logits", config.get("vocab_size"))
     if not layers:
         problems.append("config.json names no layers")
     if checkpoint is not None and (ends := end_tokens(folder)) != (expected := end_tokens(checkpoint)):
         problems.append(f"the folder has stop tokens {sorted(ends)}, the checkpoint {sorted(expected)}")
     return problems
-
-
-def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(config.get("model", {}).get("decoder", {}))
-
-
-def _expand(names: Mapping[str, str], layers: int) -> Iterator[str]:
-    """Yield the graph's names for those in genai_config.json, where %d is the number of a layer."""
-    for name in names.values():
-        yield from (name.replace("%d", str(i)) for i in range(layers)) if "%d" in name else (name,)
 
 
 def _names(what: str, expected: Sequence[str], actual: Mapping[str, Shape]) -> list[str]:
@@ -267,8 +249,8 @@ def _cache_problems(graph: Graph, layers: int, expected: tuple[int, object, int,
     return []
 
 
-def _logits_problems(graph: Graph, name: str, config: Mapping[str, Any]) -> list[str]:
+def _logits_problems(graph: Graph, name: str, n_vocab: object) -> list[str]:
     shape = graph.outputs.get(name, ())
-    if shape and isinstance(shape[-1], int) and shape[-1] != config.get("vocab_size"):
-        return [f"{name} has {shape[-1]} entries, the config says {config.get('vocab_size')}"]
+    if shape and isinstance(shape[-1], int) and shape[-1] != n_vocab:
+        return [f"{name} has {shape[-1]} entries, the config says {n_vocab}"]
     return []

@@ -41,10 +41,7 @@ def child_environment() -> dict[str, str]:
 def run_worker(job: Mapping[str, Any], folder: Path, *, python: str = sys.executable, what: str) -> None:
     """Run one job of `worker.py` in `python`, with its log in ``folder/log.txt``.
 
-    Args:
-        job: see `worker.py`.
-        folder: working folder of the child, also for its temporary files.
-        what: subject of the error message, as in "The ONNX model builder".
+    `folder` is where the child works and puts its temporary files, `what` the subject of the error message.
 
     Raises ArteError: it failed; with the last lines of its log.
     """

@@ -25,9 +25,8 @@ __all__ = ["checkpoint_files", "copy_tokenizer", "find_private_text", "reject_pr
 def staged(out: Path) -> Iterator[Path]:
     """Yield an empty folder that replaces `out` when the block succeeds. One process at a time builds `out`.
 
-    Raises:
-        InputError: `out` is a file, or a folder that is not an export.
-        ArteError: the disk is full or not writable.
+    Raises InputError: `out` is a file, or a folder that is not an export;
+    ArteError: the disk is full or not writable.
     """
     out = out.absolute()
     is_export = (out / "genai_config.json").is_file() or (out / "onnx").is_dir()

@@ -10,6 +10,8 @@ which `onnx.checker` and all tools except onnxruntime reject. `standardize` rena
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from arte_edge.checkpoint import shapes_of
 from arte_edge.errors import ArteError, InputError
 from arte_edge.extras import need
+from arte_edge.files import read_json
 from arte_edge.onnx.check import require_valid
 from arte_edge.onnx.child_process import run_worker
 from arte_edge.onnx.folder import checkpoint_files, copy_tokenizer, reject_private_text, staged
@@ -78,9 +81,8 @@ def build(checkpoint: Path, out: Path, settings: GenaiSettings) -> Path:
     It contains ``model.onnx``, ``model.onnx.data``, ``genai_config.json`` and the checkpoint's tokenizer files.
     An earlier export is replaced. Nothing is downloaded.
 
-    Raises:
-        InputError: not a checkpoint, k-quant is impossible for it, or `out` is something else.
-        ArteError: a package is missing, the builder failed, or its output is invalid.
+    Raises InputError: not a checkpoint, k-quant is impossible for it, or `out` is something else;
+    ArteError: a package is missing, the builder failed, or its output is invalid.
     """
     need("onnx", "Exporting to ONNX")
     need("train", "Exporting to ONNX")
@@ -96,17 +98,32 @@ def build(checkpoint: Path, out: Path, settings: GenaiSettings) -> Path:
         try:
             run_worker(job, folder.parent, what="onnxruntime-genai's model builder")
         except ArteError as error:
-            if "is not currently supported" in error.message:
-                raise InputError(
-                    f"{checkpoint}: onnxruntime-genai's builder does not support this model family",
-                    "Export it to GGUF, or to the portable ONNX layout if optimum supports it.",
-                ) from error
-            raise
+            if not (
+                found := re.search(r"NotImplementedError: The (.+) (model|RoPE style) is not", error.message)
+            ):
+                raise
+            config = read_json(checkpoint / "config.json")
+            rope = f"rope type '{found[1]}' in " if found[2] != "model" else ""
+            raise InputError(
+                f"{checkpoint}: onnxruntime-genai's builder does not support {rope}the family "
+                f"{', '.join(map(str, config.get('architectures') or ()))}",
+                "Export it to GGUF, or to the portable ONNX layout if optimum supports it.",
+            ) from error
+        _carry_penalty(checkpoint, folder)
         standardize(folder / "model.onnx")
         tokenizer = copy_tokenizer(checkpoint, folder)
         require_valid(folder, checkpoint)
         reject_private_text(folder, checkpoint, skip=tokenizer)
     return out
+
+
+def _carry_penalty(checkpoint: Path, folder: Path) -> None:
+    """Write the checkpoint's repetition penalty to genai_config.json; the builder carries the other settings only."""
+    penalty = read_json(checkpoint / "generation_config.json").get("repetition_penalty")
+    if isinstance(penalty, int | float):
+        config = read_json(folder / "genai_config.json")
+        config.setdefault("search", {})["repetition_penalty"] = penalty
+        (folder / "genai_config.json").write_text(json.dumps(config, indent=4), encoding="utf-8")
 
 
 def _even_blocks(checkpoint: Path, block_size: int) -> bool:

@@ -97,9 +97,8 @@ class OptimumSettings(BaseModel):
 def find_python() -> Path:
     """Return a Python with optimum: ``ARTE_EDGE_OPTIMUM_PYTHON``, ./.venv-optimum, or this one.
 
-    Raises:
-        InputError: the variable's Python has no optimum.
-        ArteError: there is none; the hint is the command that creates an environment.
+    Raises InputError: the variable's Python has no optimum;
+    ArteError: there is none; the hint is the command that creates an environment.
     """
     if chosen := os.environ.get(_VARIABLE):
         if problem := _lacks_optimum(Path(chosen)):
@@ -143,9 +142,8 @@ def build(checkpoint: Path, out: Path, settings: OptimumSettings, *, fp32: Path 
     Args:
         fp32: an existing fp32 export of the checkpoint, to quantize; unused with precision "fp32".
 
-    Raises:
-        InputError: not a checkpoint, or `out` is something else.
-        ArteError: no environment has optimum, optimum failed, or its output is invalid.
+    Raises InputError: not a checkpoint, or `out` is something else;
+    ArteError: no environment has optimum, optimum failed, or its output is invalid.
     """
     need("onnx", "Exporting to ONNX")
     checkpoint = checkpoint.absolute()

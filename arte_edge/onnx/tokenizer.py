@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from arte_edge.errors import InputError, reading
 from arte_edge.files import read_json
 from arte_edge.model_folder import token_text
 
-__all__ = ["FileTokenizer", "end_tokens"]
+__all__ = ["FileTokenizer", "added_tokens", "end_tokens", "read_number"]
+
+_LIMIT = 2**31  # of sizes and ids
+
+
+def read_number(path: Path, config: Mapping[str, Any], key: str) -> int:
+    """Return a size in a JSON file, 0 if it has none. Raises InputError for what no size can be."""
+    value = config.get(key) or 0
+    if not isinstance(value, int) or not 0 <= value < _LIMIT:
+        raise InputError(
+            f"{path}: {key} is {str(value)[:40]!r}, not a size", "Export or copy the folder again."
+        )
+    return value
+
+
+def added_tokens(folder: Path) -> dict[int, str]:
+    """Return the added tokens of tokenizer.json by id, in the order of their ids. Raises InputError if damaged."""
+    path = folder / "tokenizer.json"
+    with reading(path, "Copy the folder again."):
+        rows = read_json(path).get("added_tokens") or ()
+        return dict(sorted((int(row["id"]), str(row["content"])) for row in rows))
 
 
 def end_tokens(checkpoint: Path) -> frozenset[int]:
@@ -17,17 +38,20 @@ def end_tokens(checkpoint: Path) -> frozenset[int]:
 
     A chat model ends each turn with the tokenizer's ``eos_token``, which configs often do not list.
     """
-    with reading(checkpoint):
-        config = read_json(checkpoint / "config.json")
-        ids = read_json(checkpoint / "generation_config.json").get("eos_token_id")
-        if ids is None:
-            ids = config.get("eos_token_id")
-        if ids is None:
-            ids = (config.get("text_config") or {}).get("eos_token_id")
-        listed = [ids] if isinstance(ids, int) else list(ids or ())
-        own = token_text(read_json(checkpoint / "tokenizer_config.json").get("eos_token"))
-        rows = read_json(checkpoint / "tokenizer.json").get("added_tokens") or ()
-        return frozenset(listed) | {row["id"] for row in rows if own and row["content"] == own}
+    config = read_json(checkpoint / "config.json")
+    text_config = config.get("text_config")
+    places = (read_json(checkpoint / "generation_config.json"), config, text_config)
+    named = [place["eos_token_id"] for place in places if isinstance(place, dict) and "eos_token_id" in place]
+    ids: Any = next((value for value in named if value is not None), [])
+    listed = ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(token, int) and 0 <= token < _LIMIT for token in listed):
+        raise InputError(
+            f"{checkpoint}: eos_token_id is {str(ids)[:40]}, neither a token's id nor a list of them",
+            "Correct it in generation_config.json or config.json.",
+        )
+    own = token_text(read_json(checkpoint / "tokenizer_config.json").get("eos_token"))
+    added = {text: token for token, text in added_tokens(checkpoint).items()}
+    return frozenset(listed) | (frozenset([added[own]]) if own in added else frozenset())
 
 
 class FileTokenizer:

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.errors import EngineError, InputError
-from arte_edge.files import read_json
+from arte_edge.onnx.genai_config import read_genai_config
 from arte_edge.runtimes.onnxruntime import FolderRuntime, check_files
-from arte_edge.runtimes.protocol import RuntimeFacts, check_context
+from arte_edge.runtimes.protocol import RuntimeFacts, check_context, first_line
 
 __all__ = ["GenaiRuntime"]
 
@@ -33,9 +33,8 @@ class GenaiRuntime(FolderRuntime):
         Args:
             context_tokens: room in the cache, for a benchmark, which needs no tokenizer; 0: the model's own.
 
-        Raises:
-            InputError: a file is missing, cut short, or the runtime does not load it.
-            EngineError: onnxruntime-genai is not installed.
+        Raises InputError: a file is missing, cut short, or the runtime does not load it;
+        EngineError: onnxruntime-genai is not installed.
         """
         try:
             import onnxruntime_genai as runtime
@@ -45,13 +44,11 @@ class GenaiRuntime(FolderRuntime):
             ) from error
         check_files(folder)
         super().__init__(folder)
-        model = read_json(folder / "genai_config.json").get("model", {})
-        limit = int(model.get("context_length", 0))
-        check_context(folder.name, limit, context_tokens)
-        ends = model.get("eos_token_id")
-        self.eos_tokens = self.stop_tokens = frozenset([ends] if isinstance(ends, int) else ends or ())
-        self.n_vocab = int(model.get("vocab_size", 0))
-        self.context_tokens = context_tokens or limit or 2**31
+        model, _ = read_genai_config(folder)
+        check_context(folder.name, model.context_length, context_tokens)
+        self.eos_tokens = self.stop_tokens = model.stop_tokens
+        self.n_vocab = model.vocab_size
+        self.context_tokens = context_tokens or model.context_length or 2**31
         self._runtime: Any = runtime
         try:
             config = runtime.Config(str(folder))
@@ -65,10 +62,10 @@ class GenaiRuntime(FolderRuntime):
                 self._tokenizer: Any = runtime.Tokenizer(self._model)
                 # Without it the runtime leaves the begin token to the template, and raw text would lack it.
                 self._tokenizer.update_options(add_special_tokens="true")
+                self.stop_tokens = frozenset(map(int, self._tokenizer.eos_token_ids))
         except Exception as error:  # the runtime's exceptions share no public base class
-            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(
-                f"{folder}: onnxruntime-genai {runtime.__version__} cannot load this folder: {first}",
+                f"{folder}: onnxruntime-genai {runtime.__version__} cannot load this folder: {first_line(error)}",
                 "It may be cut short or made for a newer runtime: export or copy it again.",
             ) from error
         if not context_tokens:
@@ -135,10 +132,19 @@ class GenaiRuntime(FolderRuntime):
     def _after(self, ids: Sequence[int], n_more: int) -> Any:
         """Return a generator that has read `ids` and has room for `n_more` tokens."""
         generator = self._generator(min(len(ids) + n_more, self.context_tokens))
-        generator.append_tokens(np.array(ids, dtype=np.int32))
+        try:
+            generator.append_tokens(np.array(ids, dtype=np.int32))
+        except Exception as error:
+            raise EngineError(
+                f"onnxruntime-genai failed: {first_line(error)}", "The model may be broken."
+            ) from error
         return generator
 
     def _generator(self, max_length: int) -> Any:
         params = self._runtime.GeneratorParams(self._model)
-        params.set_search_options(max_length=max_length, do_sample=False)
-        return self._runtime.Generator(self._model, params)
+        try:
+            params.set_search_options(max_length=max_length, do_sample=False, repetition_penalty=1.0)
+            return self._runtime.Generator(self._model, params)
+        except Exception as error:
+            problem = f"onnxruntime-genai cannot use this folder: {first_line(error)}"
+            raise EngineError(problem, "Its genai_config.json or its graph may be broken.") from error

@@ -79,8 +79,7 @@ def open_engine(
     `parallel` is how many sequences decode together, or how many requests a server gets at once;
     `limits` are for servers alone.
 
-    Raises:
-        InputError: an unknown model, or one that this kind of engine cannot run.
+    Raises InputError: an unknown model, or one that this kind of engine cannot run.
     """
     if is_server(ref):
         from arte_edge.runtimes.openai.engine import OpenAIEngine, parse_ref
@@ -127,8 +126,7 @@ def open_local(
 def decoder_format(path: Path) -> str:
     """Return `model_format` of `path`, or null for the name of a null model.
 
-    Raises:
-        InputError: nothing there, or no model.
+    Raises InputError: nothing there, or no model.
     """
     return "null" if null_ms(path) is not None and not path.exists() else model_format(path)
 
@@ -139,9 +137,8 @@ def open_model(path: Path, threads: int | None = None) -> Runtime:
     Args:
         threads: of the runtime; None: ``ARTE_EDGE_THREADS``, or every core this process may use.
 
-    Raises:
-        InputError: nothing there, damaged, or no model that can be opened.
-        ArteError: the runtime for it is not installed.
+    Raises InputError: nothing there, damaged, or no model that can be opened;
+    ArteError: the runtime for it is not installed.
     """
     ggufs = sorted(path.glob("*.gguf"))
     if ggufs and not any(path.rglob("*.onnx")) and look(path).kind == "gguf":
@@ -175,8 +172,7 @@ def choose_runtime(path: Path, runtime: str = "auto") -> str:
 
     ``ARTE_EDGE_GGUF_RUNTIME`` chooses for GGUF files where `runtime` does not.
 
-    Raises:
-        InputError: this runtime does not open this kind of model.
+    Raises InputError: this runtime does not open this kind of model.
     """
     kind = decoder_format(path)
     able = _RUNTIMES[kind]
@@ -215,9 +211,8 @@ def open_decoder(
         type_k: type of the cached keys; only llama-cpp-python takes another than f16.
         type_v: of the cached values.
 
-    Raises:
-        InputError: nothing there, damaged, or not for this runtime.
-        ArteError: the runtime is not installed, or failed.
+    Raises InputError: nothing there, damaged, or not for this runtime;
+    ArteError: the runtime is not installed, or failed.
     """
     chosen = choose_runtime(path, runtime)
     if (type_k, type_v) != _DEFAULT_TYPES and chosen not in ("llama-cpp-python", "null"):

@@ -24,11 +24,13 @@ from arte_edge.extras import need
 from arte_edge.files import read_json
 from arte_edge.model_folder import chat_templates, token_text, tokenizer_files
 from arte_edge.onnx.check import external_problems, model_file, read_graph
-from arte_edge.onnx.tokenizer import FileTokenizer, end_tokens
+from arte_edge.onnx.genai_config import GENAI, read_genai_config
+from arte_edge.onnx.tokenizer import FileTokenizer, added_tokens, end_tokens, read_number
 from arte_edge.runtimes.protocol import (
     BaseRuntime,
     RuntimeFacts,
     check_context,
+    first_line,
     readable,
     until_stop,
 )
@@ -78,7 +80,6 @@ class SharedCache:
         self._is_bound = False
 
     def reserve(self, n_past: int, n_total: int) -> None:
-        """Grow the buffers if they cannot hold `n_total` tokens."""
         if n_total <= self._capacity:
             return
         self._capacity = _room(n_total, self._limit)
@@ -91,7 +92,6 @@ class SharedCache:
         self._is_bound = False
 
     def bind(self, binding: Any, n_past: int, n_total: int) -> None:
-        """Bind each buffer on both sides, once as long as it does not grow."""
         if self._is_bound:
             return
         for tensor, buffer in zip(self._tensors, self._buffers, strict=True):
@@ -114,7 +114,6 @@ class PairedCache:
         self._capacity = 0
 
     def reserve(self, n_past: int, n_total: int) -> None:
-        """Grow the buffers if they cannot hold `n_total` tokens."""
         if n_total <= self._capacity:
             return
         self._capacity = _room(n_total, self._limit)
@@ -132,7 +131,6 @@ class PairedCache:
                 new[: size * n_past] = kept[: size * n_past]
 
     def bind(self, binding: Any, n_past: int, n_total: int) -> None:
-        """Bind the filled front of one buffer as past, and of the other as present."""
         for tensor, past, present in zip(self._tensors, self._past, self._present, strict=True):
             before, after = ((1, tensor.n_kv, n, tensor.head_size) for n in (n_past, n_total))
             kind = tensor.dtype.type
@@ -140,7 +138,6 @@ class PairedCache:
             binding.bind_output(tensor.present, "cpu", 0, kind, after, present.ctypes.data)
 
     def stepped(self) -> None:
-        """Swap the buffers."""
         self._past, self._present = self._present, self._past
 
 
@@ -152,34 +149,23 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How to run one exported folder.
+    """How to run one exported folder. In the names of the cache %d stands for the layer."""
 
-    Attributes:
-        path: the ONNX file.
-        past_key, past_value, present_key, present_value: cache names, %d stands for the layer.
-        head_size: size of an attention head, 0 if the graph says it itself.
-        is_shared: past and present may be one buffer.
-        context_length: tokens the model was made for, 0 if not known.
-        n_vocab: rows of the embedding, for a graph that does not say it.
-        stop_tokens: ids that end a text.
-    """
-
-    path: Path
+    path: Path  # of the ONNX file
     past_key: str
     past_value: str
     present_key: str
     present_value: str
-    head_size: int
-    is_shared: bool
-    context_length: int
-    n_vocab: int
+    head_size: int  # 0 if the graph says it itself
+    is_shared: bool  # past and present may be one buffer
+    context_length: int  # that the model was made for, 0 if not known
+    n_vocab: int  # for a graph that does not say it
     stop_tokens: frozenset[int]
 
     def cache_tensors(self, inputs: Sequence[Any]) -> list[CacheTensor]:
         """Return the cached tensors of a session's `inputs` (name, shape, type), layer by layer.
 
-        Raises:
-            InputError: the graph has no cache, or one of a kind that cannot be bound.
+        Raises InputError: the graph has no cache, or one of a kind that cannot be bound.
         """
         by_name = {value.name: value for value in inputs}
         tensors: list[CacheTensor] = []
@@ -204,37 +190,30 @@ class Layout:
 def read_layout(folder: Path) -> Layout:
     """Return how to run the exported `folder`, from its config files.
 
-    Raises:
-        InputError: it holds no ONNX model, or its config cannot be read.
+    Raises InputError: it holds no ONNX model, or its config cannot be read.
     """
     path = model_file(folder)
     if not path.is_file():
         raise InputError(f"{path} does not exist", "Name a folder that `arte-edge export` wrote.")
-    config = read_json(folder / "genai_config.json")
-    if not config:
-        plain = read_json(folder / "config.json")
+    if not (folder / GENAI).is_file():
+        source = folder / "config.json"
+        plain = read_json(source)
         names = ("past_key_values.%d.key", "past_key_values.%d.value", "present.%d.key", "present.%d.value")
-        limit = int(plain.get("max_position_embeddings", 0))
-        return Layout(path, *names, 0, False, limit, int(plain.get("vocab_size", 0)), end_tokens(folder))
-    model = config.get("model", {})
-    decoder = model.get("decoder", {})
-    inputs, outputs = decoder.get("inputs", {}), decoder.get("outputs", {})
-    ids = model.get("eos_token_id")
-    try:
-        names = (
-            *(inputs["past_key_names"], inputs["past_value_names"]),
-            *(outputs["present_key_names"], outputs["present_value_names"]),
+        limit, n_vocab = (
+            read_number(source, plain, key) for key in ("max_position_embeddings", "vocab_size")
         )
-    except KeyError as error:
-        raise InputError(f"{folder}/genai_config.json has no {error}", "Export the model again.") from error
+        return Layout(path, *names, 0, False, limit, n_vocab, end_tokens(folder))
+    model, is_shared = read_genai_config(folder)
+    inputs, outputs = model.decoder.inputs, model.decoder.outputs
     return Layout(
         path,
-        *names,
-        head_size=int(decoder.get("head_size", 0)),
-        is_shared=bool(config.get("search", {}).get("past_present_share_buffer", False)),
-        context_length=int(model.get("context_length", 0)),
-        n_vocab=int(model.get("vocab_size", 0)),
-        stop_tokens=frozenset([ids] if isinstance(ids, int) else ids or ()),
+        *(inputs.past_key_names, inputs.past_value_names),
+        *(outputs.present_key_names, outputs.present_value_names),
+        head_size=model.decoder.head_size,
+        is_shared=is_shared,
+        context_length=model.context_length,
+        n_vocab=model.vocab_size,
+        stop_tokens=model.stop_tokens,
     )
 
 
@@ -261,9 +240,7 @@ class FolderRuntime(BaseRuntime):
 
     @cached_property
     def _added(self) -> dict[int, str]:
-        """Added tokens by id, in the order of their ids."""
-        rows: list[dict[str, Any]] = read_json(self._folder / "tokenizer.json").get("added_tokens") or []
-        return {row["id"]: row["content"] for row in sorted(rows, key=lambda row: int(row["id"]))}
+        return added_tokens(self._folder)
 
     @property
     def added_tokens(self) -> tuple[str, ...]:
@@ -294,8 +271,7 @@ class FolderRuntime(BaseRuntime):
 def check_files(folder: Path) -> None:
     """Raise if a file that the folder's ONNX model needs is missing or cut short.
 
-    Raises:
-        InputError: with the first problem.
+    Raises InputError: with the first problem.
     """
     path = model_file(folder)
     if not path.is_file():
@@ -350,9 +326,8 @@ class OnnxSession:
         Args:
             threads: default ``ARTE_EDGE_THREADS``, else the cores this process may use.
 
-        Raises:
-            InputError: the folder holds no model that can be run, or a file of it is broken.
-            ArteError: onnxruntime is not installed.
+        Raises InputError: the folder holds no model that can be run, or a file of it is broken;
+        ArteError: onnxruntime is not installed.
         """
         need("onnx", "Running ONNX models")
         import onnxruntime
@@ -368,7 +343,7 @@ class OnnxSession:
             )
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise InputError(
-                f"{layout.path}: onnxruntime {onnxruntime.__version__} cannot load this model: {_first(error)}",
+                f"{layout.path}: onnxruntime {onnxruntime.__version__} cannot load this model: {first_line(error)}",
                 "It may be truncated, or made for a newer onnxruntime: export or copy it again.",
             ) from error
         self.stop_tokens, self.context_length = layout.stop_tokens, layout.context_length
@@ -400,9 +375,7 @@ class OnnxSession:
 
         The row of a single token is overwritten by the next call.
 
-        Raises:
-            InputError: `ids` is empty or holds an id outside the vocabulary.
-            EngineError: onnxruntime failed.
+        Raises InputError: `ids` is empty or holds an id outside the vocabulary; EngineError: onnxruntime failed.
         """
         tokens = np.asarray(ids, np.int64)
         if not tokens.size or tokens.min() < 0 or tokens.max() >= self.n_vocab:
@@ -460,13 +433,15 @@ class OnnxSession:
         if "position_ids" in self._names:
             positions = self._range[self.n_past :]
             binding.bind_input("position_ids", "cpu", 0, np.int64, (1, n), positions.ctypes.data)
-        self._cache.bind(binding, self.n_past, total)
         out = self._row if n == 1 else np.empty((1, n, self.n_vocab), self._logits_type)
         binding.bind_output("logits", "cpu", 0, self._logits_type, out.shape, out.ctypes.data)
         try:
+            self._cache.bind(binding, self.n_past, total)
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise EngineError(f"onnxruntime failed: {_first(error)}", "The model may be broken.") from error
+            raise EngineError(
+                f"onnxruntime failed: {first_line(error)}", "The model may be broken."
+            ) from error
         self._cache.stepped()
         self.n_past = total
         rows: NDArray[np.float32] = out[0].astype(np.float32, copy=False)
@@ -482,9 +457,8 @@ class OnnxRuntime(FolderRuntime):
     def __init__(self, folder: Path, threads: int | None = None, context_tokens: int = 0) -> None:
         """Load the folder; `context_tokens`: see `GenaiRuntime`.
 
-        Raises:
-            InputError: no model that can be run, or it was made for fewer tokens.
-            ArteError: onnxruntime is not installed.
+        Raises InputError: no model that can be run, or it was made for fewer tokens;
+        ArteError: onnxruntime is not installed.
         """
         super().__init__(folder)
         self._session = session = OnnxSession(folder, threads)
@@ -522,7 +496,3 @@ class OnnxRuntime(FolderRuntime):
 
     def close(self) -> None:
         self._session.close()
-
-
-def _first(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

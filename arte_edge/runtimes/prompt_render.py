@@ -51,8 +51,7 @@ def render(
     With `plain` the model's own template is not used. Without `thinking` a template that knows how to keep the model
     from reasoning does so.
 
-    Raises:
-        InputError: the model's chat template does not render.
+    Raises InputError: the model's chat template does not render.
     """
     template = None if plain else model.chat_template
     if template in (CHAT_JSON, CHAT_JSON_NEW_TURN):

@@ -22,7 +22,16 @@ from numpy.typing import NDArray
 from arte_edge.errors import InputError
 from arte_edge.runtimes.prompt_render import Message, render
 
-__all__ = ["BaseRuntime", "Decoder", "Runtime", "RuntimeFacts", "check_context", "readable", "until_stop"]
+__all__ = [
+    "BaseRuntime",
+    "Decoder",
+    "Runtime",
+    "RuntimeFacts",
+    "check_context",
+    "first_line",
+    "readable",
+    "until_stop",
+]
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,10 @@ class Runtime(Decoder, Protocol):
         """``bos_token`` and ``eos_token`` as text, for the template."""
 
     @property
+    def tokenizer_class(self) -> str:
+        """What reads the tokenizer file where `file_tokens` is a second reading of it, for messages."""
+
+    @property
     def added_tokens(self) -> tuple[str, ...]:
         """Tokens beside the learned vocabulary, in the order of their ids."""
 
@@ -128,8 +141,7 @@ class Runtime(Decoder, Protocol):
     def render(self, messages: Sequence[Message]) -> str | None:
         """Return the prompt that the model's own chat template makes, None without a template.
 
-        Raises:
-            InputError: the template does not render these messages.
+        Raises InputError: the template does not render these messages.
         """
 
 
@@ -138,6 +150,7 @@ class BaseRuntime(ABC):
 
     chat_template: str | None
     special_tokens: dict[str, str]
+    tokenizer_class = "tokenizer"
 
     def file_tokens(self, text: str) -> list[int] | None:
         return None
@@ -164,13 +177,17 @@ class BaseRuntime(ABC):
 def check_context(name: str, limit: int, context_tokens: int) -> None:
     """Raise if a cache of `context_tokens` is larger than the model's own `limit`; 0: not known, or not asked for.
 
-    Raises:
-        InputError: it is.
+    Raises InputError: it is.
     """
     if 0 < limit < context_tokens:
         raise InputError(
             f"{name} was made for {limit} tokens, the test needs {context_tokens}", "Lower -p, -n or -d."
         )
+
+
+def first_line(error: object) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def readable(texts: Iterable[str]) -> list[str]:

@@ -116,8 +116,7 @@ class TaskFile(BaseModel):
 def load_folder(folder: Path, *, techniques_required: bool = True) -> Task:
     """Load the task in `folder`; it may lack techniques if a teacher is going to propose them.
 
-    Raises:
-        InputError: its first problem, with file and line.
+    Raises InputError: its first problem, with file and line.
     """
     task, problems = read_folder(folder, techniques_required=techniques_required)
     raise_first(problems, str(folder))

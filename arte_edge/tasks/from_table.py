@@ -207,8 +207,7 @@ def task_from_table(
 
     Few-shot examples that are in the validation or test split are left out, with a note.
 
-    Raises:
-        InputError: too few rows, or more than one in twenty is unusable.
+    Raises InputError: too few rows, or more than one in twenty is unusable.
     """
     answer = answer or infer_answer(table.records)
     examples, notes = clean(table, answer)
@@ -250,8 +249,7 @@ def clean(table: Table, answer: Answer) -> tuple[list[Example], list[str]]:
 
     An input with two different targets is dropped.
 
-    Raises:
-        InputError: more than one row in twenty does not fit `answer`.
+    Raises InputError: more than one row in twenty does not fit `answer`.
     """
     good: dict[str, Example] = {}
     conflicting: set[str] = set()

@@ -34,8 +34,7 @@ __all__ += ["set_techniques", "write_skeleton", "write_task"]
 def write_skeleton(folder: Path, name: str, description: str = "") -> None:
     """Write a task folder to fill in; `arte-edge tasks check` lists what is missing.
 
-    Raises:
-        InputError: `folder` exists and is not empty.
+    Raises InputError: `folder` exists and is not empty.
     """
     _write(folder, name, description, Answer(kind="text"), (), dict.fromkeys(SPLITS, ()))
 
@@ -46,8 +45,7 @@ def write_task(folder: Path, task: Task) -> dict[str, dict[str, int]]:
     Returns:
         How many rows of each split have each answer, the most frequent first; empty unless answers recur.
 
-    Raises:
-        InputError: `folder` exists and is not empty.
+    Raises InputError: `folder` exists and is not empty.
     """
     splits = {"seed": task.seed, "validation": task.validation, "test": task.test_loader()}
     _write(folder, task.name, task.description, task.answer, task.techniques, splits)
@@ -72,8 +70,7 @@ def new_task(
 ) -> NewTask:
     """Write a task folder from the table `ref`: a labelled file, or ``hub:org/name``, with options as in `load_task`.
 
-    Raises:
-        InputError: `folder` is not empty, or the table cannot be used.
+    Raises InputError: `folder` is not empty, or the table cannot be used.
     """
     check_empty(folder)
     collecting = gc.isenabled()
@@ -146,8 +143,7 @@ def propose_techniques(engine: Engine, task_description: str, seeds: Sequence[Ex
 
     Up to eight calls, each with the next three seeds.
 
-    Raises:
-        ArteError: the calls failed, or gave fewer than four usable prompts.
+    Raises ArteError: the calls failed, or gave fewer than four usable prompts.
     """
     text = prose("propose")
     usable: list[str] = []

@@ -161,8 +161,7 @@ class Task:
     def load_test(self) -> tuple[Example, ...]:
         """Read the test split. Only the final evaluation calls this.
 
-        Raises:
-            InputError: the test file changed since the task was loaded.
+        Raises InputError: the test file changed since the task was loaded.
         """
         test = self.test_loader()
         if rows_sha256(test) != self.test_sha256:

@@ -1,9 +1,5 @@
 """The fidelity gate: all checks that an exported file must pass.
 
-    verdict = verify(open_model(checkpoint), open_model(gguf), prompts, thresholds_for("Q4_K_M"))
-    if not verdict.passed:
-        print(verdict.reason)
-
 The checks, in this order: ``opens`` (listed only if it fails); ``tokens``, ``vocabulary``, ``template``,
 ``template ids`` and ``stop tokens`` on the text side; ``kl mean``, ``kl p99``, ``top-1 agreement`` and
 ``perplexity ratio`` on the weights; ``accuracy drop`` on a task. All are run even if one fails.
@@ -115,9 +111,8 @@ def verify(
         plain: prompt without the chat template, for a student tuned on plain text.
         progress: called with (step, done, total).
 
-    Raises:
-        InputError: no usable prompts, or an empty split.
-        ArteError: a runtime failed, or the reference itself is damaged.
+    Raises InputError: no usable prompts, or an empty split;
+    ArteError: a runtime failed, or the reference itself is damaged.
     """
     if progress is not None:
         progress("comparing tokens", 0, 1)

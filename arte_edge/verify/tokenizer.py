@@ -106,15 +106,25 @@ def _cause(reference: Runtime, artifact: Runtime, differences: list[_Difference]
         return f"the artifact puts a token {artifact.token_text(differences[0].artifact[0])!r} in front"
     if all(d.reference == d.artifact[:-1] for d in differences):
         return "the artifact puts an end token after every prompt"
-    if any(token in d.text for d in differences for token in reference.added_tokens) and all(
-        any(token in d.text for token in reference.added_tokens) for d in differences
-    ):
+    if reader := _class_that_departs(reference, [(d.text, d.artifact) for d in differences]):
+        return f"{reader}, which the artifact follows: write that class's pre-tokenizer into tokenizer.json"
+    if all(any(token in d.text for token in reference.added_tokens) for d in differences):
         return "an added or special token is missing, or is no longer one token"
     if all(any(c.isnumeric() for c in d.text) for d in differences):
-        return "numbers are split differently: most likely the wrong pre-tokenizer (tokenizer.ggml.pre)"
+        return (
+            "numbers are split differently: most likely the wrong pre-tokenizer (tokenizer.ggml.pre of a GGUF, "
+            "pre_tokenizer of a tokenizer.json)"
+        )
     if 2 * len(differences) > int(out_of.split()[0]):
         return "most likely another model's tokenizer, or the wrong kind of tokenizer"
     return "most likely a merge, a vocabulary entry or the pre-tokenizer differs"
+
+
+def _class_that_departs(model: Runtime, texts: Sequence[tuple[str, list[int]]]) -> str:
+    """Return a sentence if the tokenizer file of `model` gives these ids, and the class that reads it others."""
+    if all(model.file_tokens(text) == ids for text, ids in texts):
+        return f"the reference's {model.tokenizer_class} does not do what its tokenizer.json says"
+    return ""
 
 
 def check_stops(reference: Runtime, artifact: Runtime, allowed: int | None) -> Check:

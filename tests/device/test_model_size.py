@@ -10,6 +10,7 @@ import pytest
 import tiny
 from tiny import Make, write_safetensors
 
+from arte_edge.device.memory_estimate import fit
 from arte_edge.device.model_size import ModelSize, read_onnx_sizes
 from arte_edge.errors import InputError
 from arte_edge.gguf.reader import read_model_header
@@ -89,6 +90,7 @@ def test_an_onnx_graph_is_measured_without_the_onnx_package(tmp_path: Path) -> N
     sizes = read_onnx_sizes(path)
     assert sizes.weight_bytes == 64 * (100 * 4 + 30 * 2 + 20)
     assert sizes.lookup_bytes == 64 * 100 * 4  # what is looked up and multiplied is read whole
+    assert sizes.folded_bytes == 0
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     shape = ModelSize.of(tmp_path)
     assert (shape.format, shape.token_bytes) == ("onnx", sizes.weight_bytes - sizes.lookup_bytes)
@@ -97,6 +99,13 @@ def test_an_onnx_graph_is_measured_without_the_onnx_package(tmp_path: Path) -> N
     model = {"type": "llama", "vocab_size": 100, "context_length": 512, "decoder": decoder}
     (tmp_path / "genai_config.json").write_text(json.dumps({"model": model}))
     assert ModelSize.of(tmp_path).format == "onnx-genai"
+    # A head whose transpose is the embedding, as in a tied fp32 graph: onnxruntime computes and keeps the transpose.
+    graph.node.extend([onnx.helper.make_node("Transpose", [name], [name + "_t"]) for name in ("up", "alone")])
+    graph.initializer.append(weights("alone", 10, np.float32))
+    onnx.save(onnx.helper.make_model(graph), str(path))
+    tied = ModelSize.of(tmp_path)
+    assert (tied.weight_bytes, tied.folded_bytes) == (sizes.weight_bytes + 64 * 10 * 4, 64 * 30 * 2)
+    assert fit(tied, 1 << 40, 8).weight_bytes == tied.weight_bytes + tied.folded_bytes
     assert ModelSize.of(tmp_path).kv_values == 2 * 2 * 16 * 2
 
 

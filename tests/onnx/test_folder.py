@@ -5,41 +5,8 @@ from pathlib import Path
 import pytest
 
 from arte_edge.errors import ArteError
-from arte_edge.onnx.folder import find_private_text, reject_private_text, staged
+from arte_edge.onnx.folder import find_private_text, reject_private_text
 from arte_edge.pii_scan import this_machine
-
-
-def fill(folder: Path, text: str = "new") -> None:
-    (folder / "genai_config.json").write_text(text)
-
-
-def test_a_folder_appears_complete(tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "out"
-    with staged(out) as folder:
-        fill(folder)
-        (folder.parent / "log.txt").write_text("not part of it")
-        assert not out.exists()
-    assert [path.name for path in out.iterdir()] == ["genai_config.json"]
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
-
-
-def test_after_an_error_the_earlier_export_is_unchanged(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with staged(out) as folder:
-        fill(folder, "old")
-    with pytest.raises(RuntimeError), staged(out) as folder:
-        fill(folder)
-        raise RuntimeError
-    assert (out / "genai_config.json").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_leftovers_of_a_killed_export_are_removed(tmp_path: Path) -> None:
-    for name in (".out.abc.partial", ".other.abc.partial"):
-        (tmp_path / name / "whole").mkdir(parents=True)
-    with staged(tmp_path / "out") as folder:
-        fill(folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.abc.partial", "out"]
 
 
 def test_paths_of_this_machine_are_found_in_any_file(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny import Folders
+from tiny import Folders, edited_json, hf_logits, relative_error
 
 from arte_edge.errors import ArteError, InputError
+from arte_edge.export.lora_merge import merge, read_adapter
 from arte_edge.model_folder import TOKENIZER_FILES
 from arte_edge.models import LocalModel
 from arte_edge.onnx.check import folder_problems, model_file, read_graph
@@ -25,7 +26,11 @@ from arte_edge.onnx.folder import find_private_text
 from arte_edge.onnx.genai_builder import GenaiSettings, build
 from arte_edge.onnx.tokenizer import FileTokenizer
 from arte_edge.pii_scan import this_machine
-from arte_edge.runtimes.onnxruntime import OnnxSession
+from arte_edge.runtimes.genai import GenaiRuntime
+from arte_edge.runtimes.loader import open_model
+from arte_edge.runtimes.onnxruntime import OnnxRuntime, OnnxSession
+from arte_edge.verify.gate import verify_file
+from arte_edge.verify.prompts import built_in_prompts
 
 IDS = [0, *np.random.default_rng(0).integers(3, 400, 60).tolist()]
 PRECISIONS = ("fp32", "int8", "int4")
@@ -45,16 +50,6 @@ def genai(tiny_student: Path, tmp_path_factory: Folders) -> Callable[[str], Path
     return make
 
 
-def transformers_logits(checkpoint: Path, ids: list[int]) -> NDArray[np.float32]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    with torch.no_grad():
-        logits: NDArray[np.float32] = model(torch.tensor([ids])).logits[0].numpy()
-    return logits
-
-
 def cached(session: OnnxSession, ids: list[int], n_prompt: int) -> NDArray[np.float32]:
     """Read the prompt at once and the rest token by token."""
     session.reset()
@@ -63,7 +58,7 @@ def cached(session: OnnxSession, ids: list[int], n_prompt: int) -> NDArray[np.fl
 
 
 def test_fp32_is_the_student(genai: Callable[[str], Path], tiny_student: Path) -> None:
-    session, expected = OnnxSession(genai("fp32"), threads=1), transformers_logits(tiny_student, IDS)
+    session, expected = OnnxSession(genai("fp32"), threads=1), hf_logits(tiny_student, IDS)
     scale = float(np.abs(expected).max())
     assert np.abs(session.logits(IDS) - expected).max() < 1e-4 * scale
     assert np.abs(cached(session, IDS, 20) - expected).max() < 1e-4 * scale
@@ -88,24 +83,6 @@ def test_the_cache_grows_and_is_cleared(genai: Callable[[str], Path]) -> None:
     parts = np.concatenate([session.step(part).copy() for part in (long[:200], long[200:203], long[203:])])
     np.testing.assert_allclose(parts, whole, atol=1e-3 * float(np.abs(whole).max()))
     np.testing.assert_allclose(session.logits(IDS), whole[: len(IDS)], atol=1e-3)
-
-
-def test_greedy_text_equals_that_of_onnxruntime_genai(genai: Callable[[str], Path]) -> None:
-    import onnxruntime_genai as og
-
-    folder = genai("int4")
-    params = og.GeneratorParams(model := og.Model(str(folder)))
-    params.set_search_options(max_length=len(IDS) + 24, do_sample=False)
-    generator = og.Generator(model, params)
-    generator.append_tokens(np.array(IDS, np.int32))
-    theirs: list[int] = []
-    while not generator.is_done() and len(theirs) < 24:
-        generator.generate_next_token()
-        theirs.append(int(generator.get_next_tokens()[0]))
-    session = OnnxSession(folder, threads=1)
-    ours = session.generate(IDS, 24)
-    assert ours == [token for token in theirs if token not in session.stop_tokens]
-    assert session.generate(IDS, 24, stop={ours[3]}) == ours[:3]
 
 
 def test_an_impossible_k_quant_is_rejected(tiny_student: Path, tmp_path: Path) -> None:
@@ -143,23 +120,15 @@ def test_the_folder_is_valid_and_passes_onnx_checker(
     assert folder_problems(genai(precision), tiny_student) == []
     onnx.checker.check_model(str(genai(precision) / "model.onnx"))
     assert read_graph(genai(precision) / "model.onnx").externals
-
-
-def test_tokenizer_files_are_the_students_own(genai: Callable[[str], Path], tiny_student: Path) -> None:
-    def files(folder: Path) -> dict[str, bytes]:
-        return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
-
-    assert files(tiny_student)
-    assert files(genai("int4")) == files(tiny_student)
-
-
-def test_no_file_names_this_machine_or_its_repository(
-    genai: Callable[[str], Path], tiny_student: Path
-) -> None:
-    folder = genai("int4")
-    assert find_private_text(folder, this_machine().private_paths(tiny_student, folder)) == {}
+    for name in TOKENIZER_FILES:
+        if (tiny_student / name).exists():
+            assert (genai(precision) / name).read_bytes() == (tiny_student / name).read_bytes()
+    assert (
+        find_private_text(genai(precision), this_machine().private_paths(tiny_student, genai(precision)))
+        == {}
+    )
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
-    assert not commit or commit[:7].encode() not in (folder / "model.onnx").read_bytes()
+    assert not commit or commit[:7].encode() not in (genai(precision) / "model.onnx").read_bytes()
 
 
 Damage = Callable[[Path], object]
@@ -202,6 +171,15 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
         "past.0.key",
     ),
     "another vocabulary": (config(lambda model: model.update(vocab_size=7)), "the config says 7"),
+    "no model": (lambda folder: (folder / "genai_config.json").write_text('{"model": null}'), "model: "),
+    "deeply nested": (
+        lambda folder: (folder / "genai_config.json").write_text("[" * 100_000),
+        "nested too deeply",
+    ),
+    "a size beyond reason": (config(lambda model: model["decoder"].update(head_size=10**30)), "head_size: "),
+    "no id": (config(lambda model: model.update(eos_token_id=["x"])), "model.eos_token_id"),
+    "no names": (config(lambda model: model["decoder"].update(inputs=True)), "decoder.inputs: "),
+    "a file elsewhere": (config(lambda model: model["decoder"].update(filename="../m.onnx")), "filename: "),
     "more heads": (config(lambda model: model["decoder"].update(num_key_value_heads=3)), "says 3"),
 }
 
@@ -214,6 +192,10 @@ def test_a_damaged_folder_is_detected(
     folder = shutil.copytree(genai("int4"), tmp_path / "copy")
     damage(folder)
     assert problem in "\n".join(folder_problems(folder, tiny_student))
+    if ": " in problem:
+        for runtime in (GenaiRuntime, OnnxRuntime):
+            with pytest.raises(InputError, match=problem):
+                runtime(folder)
 
 
 def test_an_earlier_export_is_replaced_and_other_folders_are_not(
@@ -257,7 +239,7 @@ def test_export_verify_and_bench_leave_nothing_in_a_users_folders(tiny_student: 
     for words in (
         ["export", tiny_student, "--onnx", "fp32", "-o", out],
         ["verify", tiny_student, model],
-        ["bench", model, *["-p", "8", "-n", "2", "-r", "1"]],
+        ["bench", model, "-p", "8", "-n", "2", "-r", "1"],
     ):
         command = [sys.executable, "-m", "arte_edge", *map(str, words)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -312,8 +294,70 @@ def test_smollm2_in_four_bits_predicts_as_in_sixteen(smollm2: LocalModel, tmp_pa
     # A model this small loses much with four bits: the right word must be near the top, not first.
     first = [tokenizer.text([int(token)]) for token in whole[-1].argsort()[::-1][:5]]
     assert " Berlin" in first
-    expected = transformers_logits(checkpoint, ids)
+    expected = hf_logits(checkpoint, ids)
     assert (whole.argmax(-1) == expected.argmax(-1)).mean() > 0.6
     text = [*ids, *session.generate(ids, 32, stop=())]
     steps = cached(session, text, len(ids))
     assert (steps.argmax(-1) == session.logits(text).argmax(-1)).all()
+
+
+ROPE = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_scaled_rotary_angles_that_the_builder_gets_wrong_for_llama_are_caught(
+    tiny_student: Path, tmp_path: Path, kind: str
+) -> None:
+    checkpoint = edited_json(tiny_student, tmp_path / "student", rope_parameters={"rope_type": kind, **ROPE})
+    reference = open_model(checkpoint)
+    out = build(checkpoint, tmp_path / "out", GenaiSettings(precision="fp32"))
+    verdict = verify_file(reference, out, built_in_prompts(reference)[:3])
+    reference.close()
+    assert {"kl mean", "top-1 agreement"} <= {check.name for check in verdict.failed}
+
+
+def test_a_rope_type_that_the_builder_does_not_know_is_named(tiny_student: Path, tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ROPE}
+    family = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    checkpoint = edited_json(tiny_student, tmp_path / "student", rope_parameters=rope, **family)
+    with pytest.raises(InputError, match="rope type 'llama3' in the family Qwen2ForCausalLM"):
+        build(checkpoint, tmp_path / "out", GenaiSettings(precision="fp32"))
+
+
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_an_adapter_that_the_builder_would_misread_is_merged_before(
+    tmp_path: Path, tiny_student: Path, more: dict[str, bool]
+) -> None:
+    import peft
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(tiny_student, attention_bias=True)
+    base = shutil.copytree(tiny_student, tmp_path / "base")
+    AutoModelForCausalLM.from_config(config).to(torch.float16).save_pretrained(base)
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj"], **more)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora_" in name:
+                tensor.add_(0.08 * torch.randn_like(tensor))
+    model.save_pretrained(tmp_path / "adapter")
+    merge(read_adapter(tmp_path / "adapter", base=str(base)), base, tmp_path / "merged", ["turn it on"])
+    out = build(tmp_path / "merged", tmp_path / "out", GenaiSettings(precision="fp32"))
+    expected, plain = hf_logits(base, IDS, tmp_path / "adapter"), hf_logits(base, IDS)
+    error = relative_error(OnnxSession(out, threads=1).logits(IDS), expected)
+    assert error < 1e-3 < 5e-3 < relative_error(plain, expected)
+
+
+def test_the_repetition_penalty_travels_and_greedy_answers_do_not_use_it(
+    tiny_student: Path, tmp_path: Path
+) -> None:
+    settings = {"name": "generation_config.json", "repetition_penalty": 1.5}
+    out = build(
+        edited_json(tiny_student, tmp_path / "student", **settings), tmp_path / "out", GenaiSettings()
+    )
+    assert json.loads((out / "genai_config.json").read_text())["search"]["repetition_penalty"] == 1.5
+    genai, plain = GenaiRuntime(out), OnnxRuntime(out)
+    prompt = "turn on the light turn on the light turn on"
+    assert genai.generate([prompt], 16) == plain.generate([prompt], 16)

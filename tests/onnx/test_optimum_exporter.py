@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from tiny import Folders, Patch
+from tiny import Folders, Patch, hf_logits
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.model_folder import TOKENIZER_FILES
@@ -70,13 +68,7 @@ def exported(student: Path, optimum: Path, tmp_path_factory: Folders) -> Callabl
 
 
 def test_fp32_is_the_student_with_its_rotary_base(exported: Callable[[str], Path], student: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
-    with torch.no_grad():
-        expected = model(torch.tensor([IDS])).logits[0].numpy()
-    session = OnnxSession(exported("fp32"), threads=1)
+    session, expected = OnnxSession(exported("fp32"), threads=1), hf_logits(student, IDS)
     assert np.abs(session.logits(IDS) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
@@ -176,12 +168,3 @@ def test_the_rotary_embedding_in_the_format_of_transformers_4() -> None:
     gemma["sliding_attention"]["rope_type"] = "linear"
     with pytest.raises(InputError, match="windowed"):
         for_transformers_4({"rope_parameters": gemma})
-
-
-@given(
-    st.dictionaries(
-        st.sampled_from(["rope_theta", "rope_scaling", "hidden_size", "torch_dtype"]), st.integers()
-    )
-)
-def test_a_config_of_transformers_4_is_unchanged(config: dict[str, int]) -> None:
-    assert for_transformers_4(config) == config

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from arte_edge.onnx.simplify import expand_target, reshape_target, simplify
 
@@ -46,20 +44,6 @@ def test_the_constants_of_an_expand(result: list[Any], shape: list[Any], target:
 def np_expand(target: Sequence[int], shape: Sequence[Any]) -> list[Any]:
     shape = [1] * (len(target) - len(shape)) + list(shape)
     return [size if new == 1 else new for new, size in zip(target, shape, strict=True)]
-
-
-@given(st.lists(st.tuples(st.integers(1, 5), st.booleans()), min_size=1, max_size=5), st.randoms())
-def test_a_constant_reshape_gives_the_computed_shape(sizes: list[tuple[int, bool]], rng: Any) -> None:
-    numbers = [size for size, _ in sizes]
-    before = [f"x{size}" if varies else size for size, varies in sizes]
-    order = list(range(len(sizes)))
-    if rng.random() < 0.5:
-        rng.shuffle(order)
-    target = reshape_target([before[i] for i in order], before)
-    if target is not None:
-        data = np.zeros(numbers)
-        shape = [data.shape[i] if size == 0 else size for i, size in enumerate(target)]
-        assert data.reshape(shape).shape == tuple(numbers[i] for i in order)
 
 
 def traced(path: Path) -> Path:

@@ -8,7 +8,7 @@ import pytest
 
 from arte_edge.errors import InputError
 from arte_edge.files import read_json
-from arte_edge.onnx.tokenizer import FileTokenizer, end_tokens
+from arte_edge.onnx.tokenizer import FileTokenizer, added_tokens, end_tokens
 from arte_edge.transformers_load import load_tokenizer
 from arte_edge.verify.corpus import hard_strings
 
@@ -67,6 +67,11 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(InputError, match=r"config\.json"):
             read_json(tmp_path / "config.json")
+    for ends in ("x", -1, ["x"]):
+        with pytest.raises(InputError, match="eos_token_id"):
+            end_tokens(write(tmp_path, config={}, generation_config={"eos_token_id": ends}))
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        added_tokens(write(tmp_path, tokenizer={"added_tokens": [{"id": 1}]}))
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         FileTokenizer(tmp_path)

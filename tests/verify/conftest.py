@@ -17,6 +17,9 @@ from arte_edge.gguf.reader import Field, read_model_header
 from arte_edge.gguf.writer import Tensor, write_gguf
 from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.protocol import Runtime
+from arte_edge.verify.gate import Verdict, verify_file
+from arte_edge.verify.prompts import built_in_prompts
+from arte_edge.verify.thresholds import thresholds_for
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -117,6 +120,27 @@ def reference(tiny: Tiny) -> Iterator[Runtime]:
     model = open_model(tiny.checkpoint)
     yield model
     model.close()
+
+
+@pytest.fixture(scope="session")
+def good(tiny: Tiny, tmp_path_factory: Folders) -> Path:
+    """The tiny student as onnxruntime-genai's builder writes it, in 32 bits."""
+    pytest.importorskip("onnxruntime_genai")
+    from arte_edge.onnx.genai_builder import GenaiSettings, build
+
+    return build(tiny.checkpoint, tmp_path_factory.mktemp("genai") / "fp32", GenaiSettings(precision="fp32"))
+
+
+def gate(reference: Runtime, artifact: Path, type: str = "F16") -> Verdict:
+    return verify_file(reference, artifact, built_in_prompts(reference), thresholds_for(type))
+
+
+def failed(verdict: Verdict) -> set[str]:
+    return {check.name for check in verdict.failed}
+
+
+def note(verdict: Verdict, name: str) -> str:
+    return next(check.note for check in verdict.failed if check.name == name)
 
 
 @pytest.fixture

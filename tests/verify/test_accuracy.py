@@ -88,9 +88,7 @@ def test_a_significant_drop_above_the_threshold_fails() -> None:
 
 
 def test_a_drop_within_chance_passes_and_so_does_any_without_a_threshold() -> None:
-    assert check_accuracy(
-        measure(FakeStudent(), FakeStudent(4)), 0.0
-    ).passed  # 4 of 100 lost, none gained: p = 0.125
+    assert check_accuracy(measure(FakeStudent(), FakeStudent(4)), 0.0).passed  # 4 of 100 lost: p = 0.125
     assert not check_accuracy(measure(FakeStudent(), FakeStudent(6)), 0.0).passed  # p = 0.03
     assert check_accuracy(measure(FakeStudent(), FakeStudent(30)), None).passed
     assert check_accuracy(measure(FakeStudent(30), FakeStudent()), 0.0).passed  # a gain

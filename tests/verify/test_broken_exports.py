@@ -1,33 +1,17 @@
 """A deliberately broken export of each kind is caught by the check that names it, and a good one is not."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny import Make
+from tiny import TEMPLATE, Make, edited
 
 from arte_edge.gguf.reader import read_model_header
 from arte_edge.runtimes.protocol import Runtime
-from arte_edge.verify.gate import Verdict, verify_file
-from arte_edge.verify.prompts import built_in_prompts
-from arte_edge.verify.thresholds import thresholds_for
 
-from .conftest import HEADS, Tiny, to_gguf, with_tensor
-
-
-def gate(reference: Runtime, artifact: Path) -> Verdict:
-    return verify_file(reference, artifact, built_in_prompts(reference), thresholds_for("F16"))
-
-
-def failed(verdict: Verdict) -> set[str]:
-    return {check.name for check in verdict.failed}
-
-
-def note(verdict: Verdict, name: str) -> str:
-    return next(check.note for check in verdict.failed if check.name == name)
+from .conftest import HEADS, Tiny, failed, gate, note, to_gguf, with_tensor
 
 
 def test_a_good_export_passes_every_check(reference: Runtime, tiny: Tiny) -> None:
@@ -44,24 +28,32 @@ def test_the_reference_is_itself(reference: Runtime, tiny: Tiny) -> None:
     assert verdict.fidelity is not None and verdict.fidelity.kl_max == 0.0
 
 
-def test_a_wrong_chat_template_is_caught(reference: Runtime, with_fields: Make) -> None:
-    other = b"{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-    verdict = gate(reference, with_fields({"tokenizer.chat_template": other}))
-    assert failed(verdict) == {"template", "template ids"}
-    assert "<|im_start|>" in note(verdict, "template")
-
-
-def test_a_template_without_its_bos_is_caught_as_text_only(reference: Runtime, with_fields: Make) -> None:
-    # The runtime puts the begin token in front anyway, so the ids are the same.
-    source = (reference.chat_template or "").replace("{{ bos_token }}", "")
-    verdict = gate(reference, with_fields({"tokenizer.chat_template": source.encode()}))
-    assert failed(verdict) == {"template"}
-
-
-def test_a_missing_chat_template_is_caught(reference: Runtime, with_fields: Make) -> None:
-    verdict = gate(reference, with_fields({"tokenizer.chat_template": None}))
-    assert failed(verdict) == {"template"}
-    assert "artifact has no chat template" in note(verdict, "template")
+@pytest.mark.parametrize(
+    ("fields", "checks", "shown"),
+    [
+        (
+            {
+                "tokenizer.chat_template": b"{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+            },
+            {"template", "template ids"},
+            "<|im_start|>",
+        ),
+        # The runtime puts the begin token in front anyway, so the ids are the same.
+        ({"tokenizer.chat_template": TEMPLATE.replace("{{ bos_token }}", "").encode()}, {"template"}, "BOS"),
+        ({"tokenizer.chat_template": None}, {"template"}, "artifact has no chat template"),
+        (
+            {"tokenizer.ggml.add_bos_token": False},
+            {"tokens", "vocabulary"},
+            "lacks the begin token '<|begin|>'",
+        ),
+    ],
+)
+def test_a_changed_field_fails_the_checks_that_it_concerns(
+    reference: Runtime, with_fields: Make, fields: dict[str, Any], checks: set[str], shown: str
+) -> None:
+    verdict = gate(reference, with_fields(fields))
+    assert failed(verdict) == checks
+    assert shown in verdict.reason
 
 
 @pytest.mark.parametrize("token", [0, 1, 3, 40], ids=["bos", "turn-start", "text-end", "a-letter"])
@@ -70,12 +62,6 @@ def test_a_swapped_eos_is_caught(reference: Runtime, with_fields: Make, token: i
     verdict = gate(reference, with_fields({"tokenizer.ggml.eos_token_id": token}))
     assert "stop tokens" in failed(verdict)
     assert reference.token_text(token) in note(verdict, "stop tokens")
-
-
-def test_a_missing_bos_is_caught(reference: Runtime, with_fields: Make) -> None:
-    verdict = gate(reference, with_fields({"tokenizer.ggml.add_bos_token": False}))
-    assert failed(verdict) == {"tokens", "vocabulary"}
-    assert "lacks the begin token '<|begin|>'" in note(verdict, "tokens")
 
 
 def test_a_special_token_that_became_text_is_caught(reference: Runtime, with_fields: Make) -> None:
@@ -98,13 +84,12 @@ def test_one_changed_merge_is_caught(reference: Runtime, with_fields: Make, wher
 
 
 def test_another_pre_tokenizer_is_caught(reference: Runtime, with_fields: Make) -> None:
-    verdict = gate(reference, with_fields({"tokenizer.ggml.pre": b"llama-bpe"}))
-    assert "tokens" in failed(verdict)
+    assert "tokens" in failed(gate(reference, with_fields({"tokenizer.ggml.pre": b"llama-bpe"})))
 
 
-def unpermuted(rows: NDArray[Any]) -> NDArray[Any]:
+def unpermuted(rows: NDArray[Any], heads: int = HEADS) -> NDArray[Any]:
     """Undo the interleaving that llama.cpp needs in a head's rows, as a converter that misses it does."""
-    halves = rows.reshape(HEADS, rows.shape[0] // HEADS // 2, 2, *rows.shape[1:])
+    halves = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -148,36 +133,22 @@ def test_a_truncated_file_is_caught(reference: Runtime, tiny: Tiny, tmp_path: Pa
     assert str(tmp_path) not in str(verdict.as_dict())  # no path of this machine in student.json
 
 
-def test_an_adapter_merged_into_a_4_bit_base_is_caught(
+def test_weights_that_were_rounded_to_4_bits_before_are_caught(
     reference: Runtime, tiny: Tiny, tmp_path: Path
 ) -> None:
     # The classic mistake: the base is loaded in 4 bits for training, and the adapter is merged into that.
     from gguf import GGMLQuantizationType as Type
     from gguf.quants import dequantize, quantize
-    from safetensors.torch import load_file, save_file
 
-    merged: dict[str, dict[str, Any]] = {"right": {}, "wrong": {}}
-    import torch
+    def rounded(tensors: dict[str, Any]) -> None:
+        for name, weight in tensors.items():
+            if weight.ndim == 2:
+                values = dequantize(quantize(weight.float().numpy(), Type.Q4_0), Type.Q4_0)
+                tensors[name] = weight.new_tensor(values)
 
-    torch.manual_seed(5)
-    for name, weight in load_file(tiny.checkpoint / "model.safetensors").items():
-        values = weight.float().numpy()
-        rounded = dequantize(quantize(values, Type.Q4_0), Type.Q4_0) if values.ndim == 2 else values
-        is_adapted = name.endswith(("q_proj.weight", "v_proj.weight"))
-        low_rank = torch.randn(weight.shape[0], 4) @ torch.randn(4, weight.shape[-1]) * 0.01
-        change = low_rank if is_adapted else torch.zeros_like(weight, dtype=torch.float32)
-        merged["right"][name] = (weight.float() + change).to(torch.bfloat16)
-        merged["wrong"][name] = (torch.from_numpy(rounded.copy()) + change).to(torch.bfloat16)
-    for kind, weights in merged.items():
-        shutil.copytree(tiny.checkpoint, tmp_path / kind)
-        save_file(weights, tmp_path / kind / "model.safetensors", metadata={"format": "pt"})
-    from arte_edge.runtimes.loader import open_model
-
-    student = open_model(tmp_path / "right")
-    good = gate(student, to_gguf(tmp_path / "right", tmp_path / "right.gguf"))
-    bad = gate(student, to_gguf(tmp_path / "wrong", tmp_path / "wrong.gguf"))
-    student.close()
-    assert good.passed, good.reason
+    bad = gate(
+        reference, to_gguf(edited(tiny.checkpoint, tmp_path / "wrong", rounded), tmp_path / "wrong.gguf")
+    )
     assert {"kl mean", "kl p99"} <= failed(bad)
     assert "4-bit base" in note(bad, "kl mean")
 

@@ -79,11 +79,6 @@ def test_fewer_bits_never_have_a_stricter_threshold(name: str) -> None:
     assert [TYPES[type].top1 for type in order] == sorted((TYPES[t].top1 for t in order), reverse=True)  # type: ignore[type-var]
 
 
-def test_perplexity_thresholds_are_the_published_ones() -> None:
-    ratios = {type: TYPES[type].perplexity_ratio for type in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "int4")}
-    assert ratios == {"Q8_0": 1.005, "Q6_K": 1.007, "Q5_K_M": 1.02, "Q4_K_M": 1.04, "int4": 1.10}
-
-
 def test_thresholds_of_a_recipe_are_checked() -> None:
     assert Thresholds(kl_mean=None).token_differences == 0
     for wrong in ({"kl_meen": 1.0}, {"top1": 1.5}, {"kl_mean": -1}):

@@ -1,6 +1,7 @@
 """The gate on a real model: good files pass, and faults that need a real model are found."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,9 @@ from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.protocol import Runtime
 from arte_edge.verify.gate import Verdict, verify_file
 from arte_edge.verify.prompts import built_in_prompts
-from arte_edge.verify.thresholds import Thresholds
-from arte_edge.verify.tokenizer import check_vocabulary
 
 from .conftest import with_tensor
+from .test_broken_exports import unpermuted
 
 pytestmark = pytest.mark.model
 _PROMPTS = slice(0, 16, 3)  # six of the built-in dialogues: enough for a verdict, quick on one core
@@ -67,40 +67,12 @@ def shuffled(rows: NDArray[Any]) -> NDArray[Any]:
     return np.random.default_rng(0).permutation(rows, axis=0)
 
 
-def unpermuted(rows: NDArray[Any]) -> NDArray[Any]:
-    halves = rows.reshape(9, rows.shape[0] // 9 // 2, 2, *rows.shape[1:])  # nine heads
-    return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
 @pytest.mark.parametrize(
-    ("name", "change"), [("blk.15.ffn_down.weight", shuffled), ("blk.3.attn_q.weight", unpermuted)]
+    ("name", "change"),
+    [("blk.15.ffn_down.weight", shuffled), ("blk.3.attn_q.weight", partial(unpermuted, heads=9))],
 )
 def test_one_wrong_tensor_shows_through_the_rounding_of_4_bits(
     student: Runtime, f16: Path, tmp_path: Path, name: str, change: Any
 ) -> None:
     verdict = gate(student, with_tensor(quantized(f16, "Q4_K_M"), tmp_path / "wrong.gguf", name, change))
     assert "kl mean" in {check.name for check in verdict.failed}
-
-
-def test_one_changed_merge_of_fifty_thousand_is_found(student: Runtime, f16: Path, tmp_path: Path) -> None:
-    # In place and of the same length, so that the file stays as it is but for one merge.
-    from arte_edge.gguf.reader import read_model_header
-
-    merges = read_model_header(f16).fields["tokenizer.ggml.merges"].value
-    at = 30_011
-    data = bytearray(f16.read_bytes())
-    old = len(merges[at]).to_bytes(8, "little") + merges[at]
-    left, _, right = merges[at].partition(b" ")
-    new = len(merges[at]).to_bytes(8, "little") + right + b" " + left
-    start = data.find(old, data.find(b"tokenizer.ggml.merges"))
-    data[start : start + len(old)] = new
-    broken = tmp_path / "merge.gguf"
-    broken.write_bytes(data)
-    artifact = open_model(broken)
-    try:
-        check = check_vocabulary(student, artifact, Thresholds())
-    finally:
-        artifact.close()
-    assert not check.passed
-    assert check.measured and check.measured <= 20
-    assert "merge" in check.note

@@ -59,12 +59,9 @@ def test_there_are_at_least_200_hard_strings_of_every_kind() -> None:
     text = "".join(HARD_STRINGS)
     kinds = {unicodedata.category(letter) for letter in text}
     assert {"Cc", "Cf", "Mn", "Nd", "No", "Lo", "Sc", "So", "Zs", "Zl", "Zp", "Co"} <= kinds
-    directions = {unicodedata.bidirectional(letter) for letter in text}
-    assert {"R", "AL", "AN"} <= directions
     assert max(map(len, HARD_STRINGS)) >= 1000 and "" in HARD_STRINGS
     assert any(unicodedata.normalize("NFC", s) != s for s in HARD_STRINGS)
-    for sign in ("🙂", "漢", "<|im_end|>", "    ", "\t", "\r\n", "\x00", "1234567890"):
-        assert sign in text
+    assert all(sign in text for sign in ("🙂", "漢", "<|im_end|>", "    ", "\t", "\r\n", "\x00", "م", "ש"))
 
 
 def test_the_models_own_added_tokens_join_the_hard_strings() -> None:
@@ -72,12 +69,6 @@ def test_the_models_own_added_tokens_join_the_hard_strings() -> None:
     many = [f"<reserved_{i}>" for i in range(5000)]
     assert len(hard_strings(many)) < 500
     assert {many[0], many[-1]} <= set(hard_strings(many))
-
-
-def test_equal_tokenizers_pass() -> None:
-    check = tokens(Fake())
-    assert check.passed and check.measured == 0
-    assert f"{len(HARD_STRINGS)} strings" in check.note
 
 
 @pytest.mark.parametrize(
@@ -104,11 +95,6 @@ def test_the_first_difference_is_shown_with_both_lists_of_ids() -> None:
     assert check.measured == 2
     for part in ("2 of 3", "'a quick one'", "[97, 32, 113, 117, 105, 99…]", "[97, 32, 81, 117, 105, 99…]"):
         assert part in check.note
-
-
-def test_a_lost_begin_token_is_named() -> None:
-    check = tokens(Fake(), Fake(lambda t: [0, *letters(t)]), ("one", "two"))
-    assert "lacks the begin token '<s>'" in check.note
 
 
 def test_text_that_differs_only_in_composition_is_reported_and_passes() -> None:

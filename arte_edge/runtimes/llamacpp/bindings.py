@@ -113,8 +113,7 @@ def flash_attn_in_use() -> bool | None:
 def load_llama_cpp() -> Any:
     """Return llama-cpp-python's llama.cpp, its log read and not printed: it would bury the progress lines.
 
-    Raises:
-        EngineError: it is not installed.
+    Raises EngineError: it is not installed.
     """
     global _log_callback
     try:

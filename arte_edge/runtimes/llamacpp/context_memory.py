@@ -68,8 +68,7 @@ def kv_bytes_per_token(model: Any) -> int:
 def check_cells_fit(model: Any, cells: int, n_seq: int, ubatch: int) -> None:
     """Raise if a unified context of `cells` tokens does not fit into the available memory.
 
-    Raises:
-        EngineError: it does not fit.
+    Raises EngineError: it does not fit.
     """
     room = int(available_bytes() * (1 - _KEPT_FREE))
     need = context_bytes(model, 1, cells, ubatch) + (n_seq - 1) * model.n_vocab * _F32_BYTES
@@ -84,8 +83,7 @@ def check_fits(model: Any, n_seq: int, spare: int, n_ctx_seq: int, ubatch: int) 
     Args:
         n_seq: all sequences, of which `spare` hold prefixes and are needed for any value of `parallel`.
 
-    Raises:
-        EngineError: it does not fit; the hint names the number of sequences that would.
+    Raises EngineError: it does not fit; the hint names the number of sequences that would.
     """
     room = int(available_bytes() * (1 - _KEPT_FREE))
     need = context_bytes(model, n_seq, n_ctx_seq, ubatch)

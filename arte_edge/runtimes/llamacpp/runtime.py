@@ -30,17 +30,7 @@ __all__ = ["LlamaCppRuntime"]
 _N_BATCH, _N_UBATCH = 2048, 512
 _FLASH_AUTO = -1  # llama.h: LLAMA_FLASH_ATTN_TYPE_AUTO
 # ggml.h: enum ggml_type
-_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "q4_0": 2,
-    "q4_1": 3,
-    "q5_0": 6,
-    "q5_1": 7,
-    "q8_0": 8,
-    "iq4_nl": 20,
-    "bf16": 30,
-}
+_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
 _CHUNK = 128  # rows of logits at once: with a vocabulary of 262,144 they are 134 MB
 _CTX_STEP = 256  # tokens; contexts grow in steps, so that few are made
 _PARALLEL = 16
@@ -76,11 +66,7 @@ class LlamaCppRuntime(BaseRuntime):
         )  # a file cut short would end in a crash inside the runtime
         self.name, self.quantization = path.name, header.quantization
         self._engine = LlamaCppEngine(
-            path,
-            sha256="",
-            quantization=header.quantization,
-            parallel=_PARALLEL,
-            threads=threads,
+            path, sha256="", quantization=header.quantization, parallel=_PARALLEL, threads=threads
         )
         self._types = type_k, type_v
         self._flash_attn: bool | None = None

@@ -84,8 +84,7 @@ class XllamaServer:
     def complete(self, prompt: Sequence[int], max_tokens: int, **settings: Any) -> dict[str, Any]:
         """Return the answer to one greedy completion, the ids and the words that ended it included.
 
-        Raises:
-            EngineError: the server reports an error.
+        Raises EngineError: the server reports an error.
         """
         return self._checked(
             self.post("/completion", _greedy(prompt, max_tokens, settings) | {"return_tokens": True})
@@ -135,8 +134,7 @@ class XllamaRuntime(BaseRuntime):
         Args:
             context_tokens: room in the cache; 0: for a prompt and its answer, and more when it is needed.
 
-        Raises:
-            InputError: a longer context than the model was trained for.
+        Raises InputError: a longer context than the model was trained for.
         """
         self._path, self._threads = path, thread_count(threads)
         self._server = XllamaServer(path, self._threads, context_tokens or _TEXT_TOKENS)

@@ -220,8 +220,7 @@ _SHOWN = 300  # characters of a server's error text in a message
 def check_base_url(url: str) -> httpx.URL:
     """Return the address with a path; a bare ``http://host:port`` gets ``/v1``.
 
-    Raises:
-        InputError: not http(s), no host, or a password, query or fragment in it.
+    Raises InputError: not http(s), no host, or a password, query or fragment in it.
     """
     try:
         parsed = httpx.URL(url)
@@ -281,8 +280,7 @@ class Server:
 
         `tokens` is the expected size of prompt and answer, for the rate limits. `stop` ends all waits and attempts.
 
-        Raises:
-            CallFailed: for good, or as often as the policy says; a ValueError of `read` is tried once more.
+        Raises CallFailed: for good, or as often as the policy says; a ValueError of `read` is tried once more.
         """
         url = f"{self.url}{path}"
         for tries in itertools.count(1):

@@ -77,8 +77,7 @@ _TRAILING_TAGS = re.compile(r"(?:<[\w-]+>[^\w<]*)+$")
 def messages_of(prompt: str) -> list[dict[str, str]]:
     """Return the messages of a prompt rendered for a chat endpoint.
 
-    Raises:
-        InputError: not the JSON document that `render` makes for such an engine.
+    Raises InputError: not the JSON document that `render` makes for such an engine.
     """
     try:
         messages = json.loads(prompt)["messages"]
@@ -175,8 +174,7 @@ def token_counts(answer: Any) -> tuple[int, int, int, int]:
 def first_choice(answer: Any) -> dict[str, Any]:
     """Return the first choice of a server's answer.
 
-    Raises:
-        ValueError: the document has none.
+    Raises ValueError: the document has none.
     """
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
@@ -191,8 +189,7 @@ def completion(
 ) -> Completion:
     """Return the completion in a server's answer, its reasoning left out; an answer without a text is an error.
 
-    Raises:
-        ValueError: the document is not a completion.
+    Raises ValueError: the document is not a completion.
     """
     choice = first_choice(answer)
     message = choice.get("message") if mode == "chat" else choice

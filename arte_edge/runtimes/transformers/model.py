@@ -269,9 +269,8 @@ class TransformersEngine:
         `batch_tokens` bounds rows times length in one batch,
         prompts and answers together; 0: what the device has room for.
 
-        Raises:
-            InputError: not a checkpoint that transformers loads without running its code; no such dtype.
-            ArteError: torch or transformers is not installed.
+        Raises InputError: not a checkpoint that transformers loads without running its code; no such dtype;
+        ArteError: torch or transformers is not installed.
         """
         need("train", "Running checkpoint folders")
         import torch

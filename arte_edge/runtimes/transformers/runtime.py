@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.onnx.tokenizer import FileTokenizer
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.protocol import BaseRuntime, RuntimeFacts, check_context, readable
 from arte_edge.runtimes.transformers.model import State, TransformersEngine
@@ -27,9 +28,8 @@ class TransformersRuntime(BaseRuntime):
     def __init__(self, folder: Path, threads: int | None = None, context_tokens: int = 0) -> None:
         """Load the checkpoint; `context_tokens` is the room that a benchmark needs in the cache.
 
-        Raises:
-            InputError: not a checkpoint that transformers loads, or it was made for fewer tokens.
-            ArteError: torch or transformers is not installed.
+        Raises InputError: not a checkpoint that transformers loads, or it was made for fewer tokens;
+        ArteError: torch or transformers is not installed.
         """
         self._engine = engine = TransformersEngine(
             folder, sha256="", device="cpu"
@@ -50,6 +50,7 @@ class TransformersRuntime(BaseRuntime):
             runtime=engine.identity.runtime,
             build=f"{engine.identity.quantization}, {torch.get_num_threads()} threads",
         )
+        self.tokenizer_class = f"tokenizer_class {engine.text.class_name}"
         self.eos_tokens = engine.text.declared_ends
         self.stop_tokens = engine.text.ends
 
@@ -81,6 +82,14 @@ class TransformersRuntime(BaseRuntime):
 
     def tokenize(self, text: str) -> list[int]:
         return self._engine.text.tokens(text)
+
+    @cached_property
+    def _file_tokenizer(self) -> FileTokenizer | None:
+        return FileTokenizer(self._folder) if (self._folder / "tokenizer.json").is_file() else None
+
+    def file_tokens(self, text: str) -> list[int] | None:
+        """See `Runtime.file_tokens`: some classes of transformers replace the pre-tokenizer of the file."""
+        return None if self._file_tokenizer is None else self._file_tokenizer.tokens(text)
 
     def token_text(self, token: int) -> str:
         return self._engine.text.token_text(token) or f"[{token}]"

@@ -36,6 +36,7 @@ class Text:
 
     def __init__(self, tokenizer: Any, generation_ends: int | Sequence[int] | None) -> None:
         self._tokenizer = tokenizer
+        self.class_name = type(tokenizer).__name__
         self.bos: str = tokenizer.bos_token or ""
         self.eos: str = tokenizer.eos_token or ""
         self._adds_bos = bool(self.bos) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
