@@ -187,9 +187,12 @@ class RateLimiter:
         while self._window and now - self._window[0].at_s >= _WINDOW_S:
             self._window.popleft()
         wait_s = self._held_until_s - now
-        charged = tokens + sum(ticket.tokens for ticket in self._window)
-        if self._window and (len(self._window) >= self._requests or charged > self._tokens):
-            wait_s = max(wait_s, self._window[0].at_s + _WINDOW_S - now)  # the oldest leaves; then look again
+        count, charged = len(self._window), sum(ticket.tokens for ticket in self._window)
+        for ticket in self._window:  # oldest first: wait until enough of them have left
+            if count < self._requests and charged + tokens <= self._tokens:
+                break
+            wait_s = max(wait_s, ticket.at_s + _WINDOW_S - now)
+            count, charged = count - 1, charged - ticket.tokens
         return wait_s
 
 
