@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from arte_edge.errors import EngineError, InputError
 from arte_edge.onnx.genai_config import read_genai_config
 from arte_edge.runtimes.onnxruntime import FolderRuntime, check_files
-from arte_edge.runtimes.protocol import RuntimeFacts, check_context, first_line
+from arte_edge.runtimes.prompt_render import Conversation
+from arte_edge.runtimes.protocol import Rendered, RuntimeFacts, check_context, first_line
 
 __all__ = ["GenaiRuntime"]
 
@@ -98,6 +99,13 @@ class GenaiRuntime(FolderRuntime):
 
     def file_tokens(self, text: str) -> list[int]:
         return self.tokenizer.tokens(text)
+
+    def renderings(self, conversations: Sequence[Conversation]) -> list[Rendered]:
+        def render(what: Conversation) -> str:
+            tools = {"tools": json.dumps(list(what.tools))} if what.tools else {}
+            return str(self._tokenizer.apply_chat_template(json.dumps(list(what.messages)), **tools))
+
+        return [Rendered.by(self.facts.runtime, render, conversations)]
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         generator = self._after(ids, 1)

@@ -12,15 +12,25 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import lru_cache
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from arte_edge.errors import InputError
 from arte_edge.runtimes.reasoning import close_thought
 
-__all__ = ["CHAT_JSON", "CHAT_JSON_NEW_TURN", "Message", "Templated", "render"]
+__all__ = ["CHAT_JSON", "CHAT_JSON_NEW_TURN", "FIXED_DAY", "Conversation", "Message", "Templated", "applied"]
+__all__ += ["render", "shows_system"]
 
 Message = Mapping[str, str]
 
+
+class Conversation(NamedTuple):
+    """What a chat template renders."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None = None
+
+
+FIXED_DAY = date(2024, 7, 26)  # in prompts: one that changes at midnight would repeat every call
 # `Engine.chat_template` of a server that renders messages itself: one that continues an answer that was begun for the
 # model, and one that closes it and opens another.
 CHAT_JSON, CHAT_JSON_NEW_TURN = "openai-chat", "openai-chat, new turn"
@@ -76,10 +86,9 @@ def _chat_document(messages: Sequence[Message], prefill: str, *, continues: bool
 
 def _rendered(template: str, messages: Sequence[Message], values: Mapping[str, Any]) -> str:
     try:
-        roles = tuple(message["role"] for message in messages)
-        if roles[:1] == ("system",) and not _shows_system(template, roles, tuple(values.items())):
+        if not shows_system(template, messages, values):
             messages = _merged(messages)
-        return _call(template, messages, values)
+        return applied(template, Conversation(messages), values)
     except Exception as error:  # a template is a downloaded program: it may raise anything
         raise InputError(
             f"The model's chat template does not render: {error}",
@@ -87,14 +96,19 @@ def _rendered(template: str, messages: Sequence[Message], values: Mapping[str, A
         ) from error
 
 
+def shows_system(template: str, messages: Sequence[Message], values: Mapping[str, Any]) -> bool:
+    """Return False if a template rejects a system text in front (Gemma 2) or leaves it out without a word."""
+    roles = tuple(message["role"] for message in messages)
+    return roles[:1] != ("system",) or _shows_system(template, roles, tuple(values.items()))
+
+
 @lru_cache(maxsize=256)
 def _shows_system(template: str, roles: tuple[str, ...], values: tuple[tuple[str, Any], ...]) -> bool:
-    """Return whether a template neither rejects the system role (Gemma 2) nor leaves its text out without a word."""
     from jinja2 import TemplateError
 
     messages = [{"role": role, "content": f"text {i}."} for i, role in enumerate(roles)]
     try:
-        return "text 0." in _call(template, messages, dict(values))
+        return "text 0." in applied(template, Conversation(messages), dict(values))
     except TemplateError:
         return False
 
@@ -107,10 +121,23 @@ def _merged(messages: Sequence[Message]) -> list[Message]:
     return [{"role": "user", "content": f"{system}\n\n{rest[0]['content']}"}, *rest[1:]]
 
 
-def _call(template: str, messages: Sequence[Message], values: Mapping[str, Any]) -> str:
-    return str(
-        _compiled(template).render(messages=list(messages), add_generation_prompt=True, tools=None, **values)
-    )
+def applied(template: str, what: Conversation, values: Mapping[str, Any], day: date = FIXED_DAY) -> str:
+    """Return what the template itself makes of a conversation; it may raise anything.
+
+    A `day` other than the fixed one is also given as llama.cpp gives it, as `date_string`.
+    """
+    known: dict[str, Any] = {"messages": list(what.messages), "tools": what.tools and list(what.tools)}
+    known |= {"strftime_now": day.strftime, **values}
+    if day != FIXED_DAY:
+        known["date_string"] = day.strftime("%d %b %Y")
+    return str(_compiled(template).render(add_generation_prompt=True, **known))
+
+
+def _tojson(
+    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Write JSON as transformers does for templates: jinja2's own filter escapes it for HTML and sorts the keys."""
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @lru_cache(maxsize=16)
@@ -137,6 +164,5 @@ def _compiled(template: str) -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.globals["raise_exception"] = raise_exception
-    # A fixed date: a prompt that changes at midnight would repeat every call.
-    environment.globals["strftime_now"] = lambda form: date(2024, 7, 26).strftime(form)
+    environment.filters["tojson"] = _tojson
     return environment.from_string(template)

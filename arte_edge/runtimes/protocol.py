@@ -11,7 +11,7 @@ A new backend is one file with a `Runtime`, most easily a subclass of `BaseRunti
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -20,18 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.errors import InputError
-from arte_edge.runtimes.prompt_render import Message, render
+from arte_edge.runtimes.prompt_render import Conversation, Message, render
 
-__all__ = [
-    "BaseRuntime",
-    "Decoder",
-    "Runtime",
-    "RuntimeFacts",
-    "check_context",
-    "first_line",
-    "readable",
-    "until_stop",
-]
+__all__ = ["BaseRuntime", "Decoder", "Rendered", "Runtime", "RuntimeFacts", "check_context", "first_line"]
+__all__ += ["readable", "until_stop"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +41,33 @@ class RuntimeFacts:
     use_mmap: bool | None = None
     bos: int | None = None  # the token that the model expects at the start of every text
     notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What a program that runs a model makes of conversations, with the model's template and its own engine."""
+
+    program: str  # name and version
+    texts: tuple[str | None, ...] = ()  # a prompt for each conversation, None where the program refuses it
+    refusal: str = ""  # why, of the first that it refuses; alone: why it does not start with this template
+    begin: str = ""  # text of the token that the program itself puts in front, and so leaves out of prompts
+    unable: str = ""  # why nothing could be learned of the program
+    instead: str = ""  # where it is known to put its own text in place of this right template: what to do
+
+    @classmethod
+    def by(
+        cls, program: str, render: Callable[[Conversation], str], conversations: Sequence[Conversation]
+    ) -> Rendered:
+        """Call `render` for each conversation; whatever it raises is a refusal."""
+        texts: list[str | None] = []
+        refusal = ""
+        for conversation in conversations:
+            try:
+                texts.append(render(conversation))
+            except Exception as error:  # a template is a program, and each engine has its own errors
+                texts.append(None)
+                refusal = refusal or first_line(error)
+        return cls(program, tuple(texts), refusal)
 
 
 class Decoder(Protocol):
@@ -144,6 +163,9 @@ class Runtime(Decoder, Protocol):
         Raises InputError: the template does not render these messages.
         """
 
+    def renderings(self, conversations: Sequence[Conversation]) -> list[Rendered]:
+        """Return what the programs that users run this model with make of its template; one row a program."""
+
 
 class BaseRuntime(ABC):
     """What every `Runtime` does in the same way."""
@@ -157,6 +179,9 @@ class BaseRuntime(ABC):
 
     def render(self, messages: Sequence[Message]) -> str | None:
         return None if self.chat_template is None else render(self, messages)
+
+    def renderings(self, conversations: Sequence[Conversation]) -> list[Rendered]:
+        return []
 
     @cached_property
     def _known(self) -> dict[tuple[str, int, tuple[str, ...]], str]:

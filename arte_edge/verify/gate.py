@@ -1,8 +1,8 @@
 """The fidelity gate: all checks that an exported file must pass.
 
 The checks, in this order: ``opens`` (listed only if it fails); ``tokens``, ``vocabulary``, ``template``,
-``template ids`` and ``stop tokens`` on the text side; ``kl mean``, ``kl p99``, ``top-1 agreement`` and
-``perplexity ratio`` on the weights; ``accuracy drop`` on a task. All are run even if one fails.
+``template ids``, ``template programs`` and ``stop tokens`` on the text side; ``kl mean``, ``kl p99``, ``top-1
+agreement`` and ``perplexity ratio`` on the weights; ``accuracy drop`` on a task. All are run even if one fails.
 """
 
 from __future__ import annotations

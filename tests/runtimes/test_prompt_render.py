@@ -8,7 +8,7 @@ import pytest
 
 from arte_edge.errors import InputError
 from arte_edge.runtimes.completion import Engine
-from arte_edge.runtimes.prompt_render import CHAT_JSON, CHAT_JSON_NEW_TURN, render
+from arte_edge.runtimes.prompt_render import CHAT_JSON, CHAT_JSON_NEW_TURN, Conversation, applied, render
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hello <b> é"}
@@ -106,6 +106,27 @@ def test_blocks_are_trimmed_and_loops_can_break_as_templates_expect() -> None:
         "{% for m in messages %}\n  {% if loop.index > 1 %}{% break %}{% endif %}\n{{ m.role }}{% endfor %}"
     )
     assert rendered(template, USER, USER) == "user"
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "<b> & 'é' \u2028", "a": None}}]
+
+
+@pytest.mark.parametrize(
+    "filtered",
+    [
+        *("tools | tojson", "tools[0] | tojson(indent=4)", "messages | tojson", "(1.5, true) | tojson"),
+        *("tools | tojson(ensure_ascii=true)", "tools | tojson(separators=(',', ':'), sort_keys=true)"),
+        *("tools | tojson(true, 2)", "messages[0].content | tojson", "'%s' | format(tools | tojson) | e"),
+    ],
+)
+def test_json_is_written_as_transformers_writes_it_for_templates(filtered: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model)
+    template = "{{ " + filtered + " }}"
+    theirs = tokenizer.apply_chat_template([USER], tools=TOOLS, chat_template=template, tokenize=False)
+    assert applied(template, Conversation([USER], TOOLS), {}) == theirs
 
 
 def test_what_a_template_marks_as_generated_is_printed() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.llamacpp.bindings import LlamaContext, Row, flash_attn_in_use
 from arte_edge.runtimes.llamacpp.context_memory import ONE_SEQUENCE
 from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
-from arte_edge.runtimes.protocol import BaseRuntime, RuntimeFacts, readable
+from arte_edge.runtimes.llamacpp.xllamacpp import server_rendering
+from arte_edge.runtimes.prompt_render import Conversation
+from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts, first_line, readable
 
 __all__ = ["LlamaCppRuntime"]
 
@@ -37,6 +40,24 @@ _PARALLEL = 16
 _CONTROL, _USER_DEFINED = 1 << 3, 1 << 4  # llama.cpp: LLAMA_TOKEN_ATTR_*
 _ADDED = _CONTROL | _USER_DEFINED
 _NORMAL = 1  # GGUF: tokenizer.ggml.token_type of an ordinary token
+
+
+# Of a file that holds exactly llama-cpp-python's ChatML text, which llama.cpp itself renders as in training.
+_NOT_CHATML = (
+    "llama-cpp-python puts its own ChatML, which opens with an empty system turn, in place of this template: pass "
+    "chat_format='chat_template.default' or a chat_handler to llama_cpp.Llama, or use llama.cpp's server"
+)
+
+
+class _Prompt(Exception):
+    """Carries the prompt that a chat handler would decode."""
+
+
+class _Catcher:
+    """Stands for `llama_cpp.Llama` where a chat handler hands over the prompt that it has made."""
+
+    def tokenize(self, text: bytes, **_: Any) -> None:
+        raise _Prompt(text.decode())
 
 
 class LlamaCppRuntime(BaseRuntime):
@@ -57,14 +78,12 @@ class LlamaCppRuntime(BaseRuntime):
             type_k: type of the cached keys of `prefill` and `step`.
             type_v: of the cached values.
 
-        Raises:
-            InputError: not a GGUF, cut short, or one that llama.cpp does not load.
-            EngineError: llama.cpp is not installed, or makes no such context.
+        Raises InputError: not a GGUF, cut short, or one that llama.cpp does not load;
+        EngineError: llama.cpp is not installed, or makes no such context.
         """
-        self._header = header = read_model_header(
-            path
-        )  # a file cut short would end in a crash inside the runtime
-        self.name, self.quantization = path.name, header.quantization
+        # A file cut short would end in a crash inside the runtime.
+        self._header = header = read_model_header(path)
+        self._path, self.name, self.quantization = path, path.name, header.quantization
         self._engine = LlamaCppEngine(
             path, sha256="", quantization=header.quantization, parallel=_PARALLEL, threads=threads
         )
@@ -189,6 +208,37 @@ class LlamaCppRuntime(BaseRuntime):
 
     def tokenize(self, text: str) -> list[int]:
         return self._model.tokens(text)
+
+    def renderings(self, conversations: Sequence[Conversation]) -> list[Rendered]:
+        """See `Runtime.renderings`: llama-cpp-python's `create_chat_completion`, and llama.cpp's server."""
+        from llama_cpp import llama_chat_format
+
+        template = self.chat_template or ""
+        own = llama_chat_format.guess_chat_format_from_gguf_metadata({"tokenizer.chat_template": template})
+        program = self.facts.runtime.replace("llama_cpp", "llama-cpp-python")
+        program += f" as '{own}'" if own else ""
+        begin, end = self.special_tokens["bos_token"], self.special_tokens["eos_token"]
+
+        def render(what: Conversation) -> str:
+            try:
+                handler(llama=_Catcher(), messages=what.messages, tools=what.tools)
+            except _Prompt as prompt:
+                return str(prompt)
+            raise EngineError("no prompt was made")
+
+        try:
+            if own:
+                handler = llama_chat_format.get_chat_completion_handler(own)
+            else:
+                handler = llama_chat_format.Jinja2ChatFormatter(template, end, begin).to_chat_handler()
+            python = Rendered.by(program, render, conversations)
+        except Exception as error:  # as llama_cpp.Llama raises it when it opens the file
+            python = Rendered(program, refusal=first_line(error))
+        if own and self.facts.bos is not None:
+            python = replace(python, begin=begin)  # its own formatters leave the begin token to the tokenizer
+        if own == "chatml":
+            python = replace(python, instead=_NOT_CHATML)
+        return [python, *server_rendering(self._path, conversations)]
 
     def token_text(self, token: int) -> str:
         if not 0 <= token < self.n_vocab:

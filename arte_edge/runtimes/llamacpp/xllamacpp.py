@@ -12,12 +12,16 @@ row's `build` says which features are in use.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +31,29 @@ from numpy.typing import NDArray
 
 from arte_edge.errors import EngineError, InputError
 from arte_edge.gguf.reader import read_model_header
-from arte_edge.runtimes.protocol import BaseRuntime, RuntimeFacts
+from arte_edge.runtimes.prompt_render import Conversation
+from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts, first_line
 from arte_edge.threads import thread_count
 
-__all__ = ["XllamaRuntime", "XllamaServer"]
+__all__ = ["XllamaRuntime", "XllamaServer", "server_rendering"]
 
 _N_BATCH, _N_UBATCH = 2048, 512  # llama.cpp's defaults
 _TEXT_TOKENS = 2048  # of context for a prompt and its answer; the file is opened again for longer ones
+_RENDER_TOKENS, _RENDER_S = 64, 600  # of context for rendering templates, and how long it may take
+_ERRORS = 1  # verbosity of llama.cpp's log
 _SPARE_TOKENS = 1  # the server wants room for the token that it writes
 
 
 class XllamaServer:
     """llama.cpp's server in this process, one sequence, with a key that only this process knows."""
 
-    def __init__(self, path: Path, threads: int, context_tokens: int) -> None:
-        """Load the file.
+    def __init__(
+        self, path: Path, threads: int, context_tokens: int, *, for_texts: bool = False, template: str = ""
+    ) -> None:
+        """Load the file; `for_texts` only to render chat templates, with a `template` in place of the file's own.
 
-        Raises:
-            InputError: not a GGUF, cut short, or one that llama.cpp does not load.
-            EngineError: xllamacpp is not installed, or does not load.
+        Raises InputError: not a GGUF, cut short, or one that llama.cpp does not load;
+        EngineError: xllamacpp is not installed, or does not load.
         """
         self.header = read_model_header(path)  # a file cut short would end in a crash inside the runtime
         library = _import()
@@ -55,7 +63,9 @@ class XllamaServer:
         params.api_keys = [key]
         params.port = 0  # any free one, of the loopback interface
         params.ui = params.warmup = params.fit_params = False
-        params.verbosity = -1  # llama.cpp's log would bury the progress lines
+        params.verbosity = _ERRORS if for_texts else -1  # llama.cpp's log would bury the progress lines
+        params.no_extra_bufts = for_texts
+        params.chat_template = template
         params.n_parallel = 1
         params.n_ctx = context_tokens + _SPARE_TOKENS
         params.n_batch, params.n_ubatch = _N_BATCH, _N_UBATCH
@@ -244,6 +254,59 @@ class XllamaRuntime(BaseRuntime):
         self._server.close()
 
 
+def server_rendering(path: Path, conversations: Sequence[Conversation]) -> list[Rendered]:
+    """Return what llama.cpp's server makes of conversations, in a child process; nothing without xllamacpp.
+
+    llama.cpp has an engine of its own for templates. A failed assertion in it would end this process.
+    """
+    if find_spec("xllamacpp") is None:
+        return []
+    try:
+        done = _ask_child(path, conversations)
+        if done.returncode < 0 and (other := _ask_child(path, conversations, "chatml")).returncode == 0:
+            refusal = f"it is ended by signal {-done.returncode}, and not with another template"
+            return [Rendered(json.loads(other.stdout)["program"], refusal=refusal)]
+        answer = json.loads(done.stdout)
+    except (ValueError, subprocess.TimeoutExpired) as error:
+        return [Rendered("xllamacpp", unable=f"it ends without an answer ({first_line(error)})")]
+    if answer.pop("starts_without", False):
+        lines = [line for line in done.stderr.splitlines() if "rror:" in line]
+        answer["refusal"] = lines[-1].rpartition("rror:")[2].strip() if lines else "no reason given"
+    return [Rendered(**answer | {"texts": tuple(answer.get("texts", ()))})]
+
+
+def _ask_child(
+    path: Path, conversations: Sequence[Conversation], template: str = ""
+) -> subprocess.CompletedProcess[str]:
+    document = json.dumps([conversation._asdict() for conversation in conversations])
+    command = [sys.executable, "-P", "-m", __name__, str(path), template]
+    return subprocess.run(
+        command, input=document, capture_output=True, encoding="utf-8", errors="replace", timeout=_RENDER_S
+    )
+
+
+def _render_all(path: Path, template: str, conversations: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the fields of a `Rendered`, or that the server starts without the file's own template only."""
+    try:
+        server = XllamaServer(path, 1, _RENDER_TOKENS, for_texts=True, template=template)
+    except InputError as error:
+        program = f"xllamacpp {_import().__version__}"
+        try:
+            XllamaServer(path, 1, _RENDER_TOKENS, for_texts=True, template="chatml").close()
+        except InputError:
+            return {"program": program, "unable": error.message}
+        return {"program": program, "starts_without": True}
+    answers = [server.post("/apply-template", conversation) for conversation in conversations]
+    refusals = [answer["error"]["message"] for answer in answers if "error" in answer]
+    adds = server.post("/tokenize", {"content": "", "add_special": True})["tokens"]
+    return {
+        "program": server.runtime,
+        "texts": [answer.get("prompt") for answer in answers],
+        "refusal": first_line(refusals[0]) if refusals else "",
+        "begin": server.post("/props")["bos_token"] if adds else "",
+    }
+
+
 def _greedy(prompt: Sequence[int], max_tokens: int, settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": list(prompt),
@@ -278,3 +341,7 @@ def _commit(commit: str, version: str) -> str:
         return commit
     found = re.match(r"20\d\d\.\d+\.(\d+)", version)
     return f"b{found[1]}" if found else ""
+
+
+if __name__ == "__main__":
+    print(json.dumps(_render_all(Path(sys.argv[1]), sys.argv[2], json.load(sys.stdin))))

@@ -59,8 +59,7 @@ _BYTES_PER_TOKEN = 4.0  # of English text, until the server's own counts are kno
 def parse_ref(ref: str) -> tuple[str, str]:
     """Return model and base address of ``openai:model@https://host/v1``.
 
-    Raises:
-        InputError: not of that form, or not an address that `check_base_url` takes; shows no part that may be secret.
+    Raises InputError: not of that form, or no address that `check_base_url` takes; shows no part that may be secret.
     """
     found = re.fullmatch(r"openai:(.+?)@(\w+://.*)", ref)  # a model's own name may hold an @
     if found is None:
@@ -89,9 +88,8 @@ class OpenAIEngine:
 
         In chat mode, whether the server `continues` an answer that was begun for the model; None: find out.
 
-        Raises:
-            InputError: an address that is none, or a model that the server does not list.
-            CallFailed: the server does not answer or refuses the key.
+        Raises InputError: an address that is none, or a model that the server does not list;
+        CallFailed: the server does not answer or refuses the key.
         """
         self.model, self._concurrency = model, max_concurrency
         self.notes: list[str] = []  # what a user should know of how this server is asked
@@ -130,9 +128,8 @@ class OpenAIEngine:
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `Engine.complete`. A failed row has finish "error" and the reason.
 
-        Raises:
-            CallFailed: every call would fail the same way (key, model, address) and none was answered.
-            InputError: a grammar for a server that takes none, or a raw prompt for a chat endpoint.
+        Raises CallFailed: every call would fail the same way (key, model, address) and none was answered;
+        InputError: a grammar for a server that takes none, or a raw prompt for a chat endpoint.
         """
         if sampling.grammar and not self.supports_grammar:
             raise InputError(

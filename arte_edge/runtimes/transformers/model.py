@@ -92,9 +92,8 @@ def room_tokens(config: Any, device: torch.device) -> int:
 def load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return model and tokenizer, the adapter merged in.
 
-    Raises:
-        InputError: not a checkpoint that transformers loads, or an adapter that does not fit it.
-        ArteError: the merged model is another one than base plus adapter.
+    Raises InputError: not a checkpoint that transformers loads, or an adapter that does not fit it;
+    ArteError: the merged model is another one than base plus adapter.
     """
     model, tokenizer = hf.load_model(folder, dtype), hf.load_tokenizer(folder)
     if adapter is not None:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from arte_edge.onnx.tokenizer import FileTokenizer
 from arte_edge.runtimes.completion import Request, Sampling
-from arte_edge.runtimes.protocol import BaseRuntime, RuntimeFacts, check_context, readable
+from arte_edge.runtimes.prompt_render import Conversation
+from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts, check_context, readable
 from arte_edge.runtimes.transformers.model import State, TransformersEngine
 
 __all__ = ["TransformersRuntime"]
@@ -96,6 +97,9 @@ class TransformersRuntime(BaseRuntime):
 
     def vocabulary(self) -> list[str]:
         return readable(self._engine.text.vocabulary())
+
+    def renderings(self, conversations: Sequence[Conversation]) -> list[Rendered]:
+        return [Rendered.by(self.facts.runtime, self._engine.text.apply_template, conversations)]
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         forward = self._engine.forward

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from arte_edge.runtimes.completion import Completion, Request, Sampling
+from arte_edge.runtimes.prompt_render import Conversation
 from arte_edge.runtimes.sampling import in_loop, request_rng
 
 __all__ = ["Text", "Writer"]
@@ -75,6 +76,15 @@ class Text:
         if self._adds_bos and not text.startswith(self.bos):
             return [self._tokenizer.bos_token_id, *ids]
         return ids
+
+    def apply_template(self, what: Conversation) -> str:
+        """Return the prompt that transformers makes of a conversation; it may raise anything."""
+        tools = what.tools and list(what.tools)
+        return str(
+            self._tokenizer.apply_chat_template(
+                list(what.messages), tools=tools, tokenize=False, add_generation_prompt=True
+            )
+        )
 
     def decode(self, ids: Sequence[int], before: Sequence[int]) -> str:
         """Return the text that `ids` add to `before`; special tokens are left out."""
