@@ -224,7 +224,7 @@ def test_a_failed_build_is_explained_and_leaves_nothing(tiny_student: Path, tmp_
     with pytest.raises(InputError, match="family"):
         build(broken, tmp_path / "out", GenaiSettings(precision="int8"))
     weights.unlink()
-    with pytest.raises(InputError, match=r"\*\.safetensors"):
+    with pytest.raises(InputError, match="no model here"):
         build(broken, tmp_path / "out", GenaiSettings())
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
