@@ -6,6 +6,7 @@ All checks are part of loading, because a task that overlaps with its own test s
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from json.encoder import encode_basestring as _quoted
 from pathlib import Path
 from typing import NamedTuple
@@ -87,7 +88,9 @@ def _expected(answer: Answer) -> str:
 def write_rows(path: Path, rows: Iterable[Example]) -> None:
     """Write a split; the bytes are the same on every system."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(f'{{"input": {_quoted(r.input)}, "target": {_quoted(r.target)}}}\n' for r in rows)
+        lines = (f'{{"input": {_quoted(r.input)}, "target": {_quoted(r.target)}}}\n' for r in rows)
+        while block := "".join(islice(lines, 10_000)):
+            file.write(block)
 
 
 # Three seeds fill one question prompt; IRT and preference scores mean nothing below 20 questions.

@@ -141,7 +141,8 @@ def split_examples(
 
 def _by_hash(examples: Sequence[Example], salt: str) -> list[Example]:
     """Return `examples` in the order of a hash of `salt` and their inputs."""
-    digests = b"".join(hashlib.sha256(f"{salt}:{example.key}".encode()).digest() for example in examples)
+    sha256 = hashlib.sha256
+    digests = b"".join([sha256(f"{salt}:{example.key}".encode()).digest() for example in examples])
     first_bytes = np.frombuffer(digests, dtype=">u8")[::4]  # 64 bits of each are enough for an order
     return [examples[i] for i in np.argsort(first_bytes, kind="stable").tolist()]
 

@@ -102,8 +102,12 @@ def hub_table(
 
 def _joined(sources: Sequence[Source]) -> Source:
     """Return the rows of several files of one split, numbered through."""
-    rows = enumerate(row for source in sources for _, row in source.rows)
-    return Source(sources[0].columns, rows, form=sources[0].form)
+    by_name = (
+        dict(zip(source.columns, row, strict=False)) if isinstance(row, list) else row
+        for source in sources
+        for _, row in source.rows
+    )
+    return Source(sources[0].columns, enumerate(by_name), form=sources[0].form)
 
 
 def _plain(file: str) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,11 +41,14 @@ Columns = tuple[str | None, str | None]  # of input and answer; None: guessed by
 GUESSED: Columns = (None, None)
 
 
+Row = Mapping[str, object] | list[str]  # by column, or in the order of the columns
+
+
 class Source(NamedTuple):
     """An opened table: the names of its columns, and its rows by column or what is wrong with them."""
 
     columns: Sequence[str]
-    rows: Iterable[tuple[int, Mapping[str, object] | Problem]]
+    rows: Iterable[tuple[int, Row | Problem]]
     by_line: bool = False
     form: str = ""  # what separates the cells of a CSV
 
@@ -188,7 +192,7 @@ def _open_csv(path: Path, usual: str) -> Source:
     delimiter = _delimiter(path.name, sample)
     columns = [name.strip() for name in next(csv.reader(sample, delimiter=delimiter))]
 
-    def rows() -> Iterator[tuple[int, Mapping[str, object] | Problem]]:
+    def rows() -> Iterator[tuple[int, Row | Problem]]:
         line, n = 0, len(columns)
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
@@ -199,7 +203,7 @@ def _open_csv(path: Path, usual: str) -> Source:
                         what = f"{len(cells)} cells, where the first line has {n}"
                         yield begin, Problem(f"{path.name}:{begin}", what)
                     elif begin > 1:
-                        yield begin, dict(zip(columns, cells, strict=False))
+                        yield begin, cells
             except csv.Error as error:
                 hint = 'Is a quote not closed? Inside a quoted cell it is doubled: "she said ""yes""".'
                 raise InputError(f"{path.name}:{line + 1}: not CSV ({error})", hint) from error
@@ -273,11 +277,16 @@ def read_table(
     missing: dict[str, list[int]] = {"an input": [], "an answer": [], "anything": []}
     trimmed: list[int] = []
     spelling: dict[str, str] = {}  # one object for the many copies of a label
+    at = [source.columns.index(column) for column in picked]
+    last, pair = max(at), itemgetter(*at)
     for line, row in source.rows:
-        if isinstance(row, Problem):
+        if isinstance(row, list):
+            first, second = (row[i] if i < len(row) else None for i in at) if len(row) <= last else pair(row)
+        elif isinstance(row, Problem):
             table.bad.append(row)
             continue
-        first, second = row.get(picked[0]), row.get(picked[1])
+        else:
+            first, second = row.get(picked[0]), row.get(picked[1])
         text = first if type(first) is str else _as_text(first, names[0])
         target = second if type(second) is str and not names[1] else _as_text(second, names[1])
         if text is None or target is None:
