@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -45,18 +46,24 @@ def session(leader: int) -> list[str]:
 
 def stopped(command: list[str], wait: bytes, number: signal.Signals, cwd: Path) -> tuple[list[str], float]:
     """Start `command`, send the signal once `wait` was printed; return what it then says, and the seconds."""
+    before = signal.signal(number, signal.SIG_DFL)  # below nohup the child would inherit that it is ignored
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, cwd=cwd
     )
+    signal.signal(number, before)
     assert child.stdout is not None
-    for line in child.stdout:
-        if wait in line:
-            break
-    time.sleep(0.3)
-    os.kill(child.pid, number)
-    began = time.monotonic()
-    rest = child.communicate(timeout=30)[0].decode().splitlines()
-    took = time.monotonic() - began
+    try:
+        for line in child.stdout:
+            if wait in line:
+                break
+        time.sleep(0.3)
+        os.kill(child.pid, number)
+        began = time.monotonic()
+        rest = child.communicate(timeout=30)[0].decode().splitlines()
+        took = time.monotonic() - began
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
     assert child.returncode == 4, rest
     assert session(child.pid) == []
     return rest, took
