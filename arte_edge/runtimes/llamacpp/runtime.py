@@ -42,9 +42,9 @@ _ADDED = _CONTROL | _USER_DEFINED
 _NORMAL = 1  # GGUF: tokenizer.ggml.token_type of an ordinary token
 
 
-# Of a file that holds exactly llama-cpp-python's ChatML text, which llama.cpp itself renders as in training.
-_NOT_CHATML = (
-    "llama-cpp-python puts its own ChatML, which opens with an empty system turn, in place of this template: pass "
+# Of a file with exactly ChatML's, Llama 3's or Mistral's template, which llama.cpp itself renders as in training.
+_OWN_FORMATTER = (
+    "llama-cpp-python puts a formatter of its own, which differs, in place of this well-known template: pass "
     "chat_format='chat_template.default' or a chat_handler to llama_cpp.Llama, or use llama.cpp's server"
 )
 
@@ -236,8 +236,8 @@ class LlamaCppRuntime(BaseRuntime):
             python = Rendered(program, refusal=first_line(error))
         if own and self.facts.bos is not None:
             python = replace(python, begin=begin)  # its own formatters leave the begin token to the tokenizer
-        if own == "chatml":
-            python = replace(python, instead=_NOT_CHATML)
+        if own:
+            python = replace(python, instead=_OWN_FORMATTER)
         return [python, *server_rendering(self._path, conversations)]
 
     def token_text(self, token: int) -> str:
