@@ -26,19 +26,8 @@ if TYPE_CHECKING:
     from arte_edge.api import Reply, Run, ask, bench, distill, export, load_run, recommend, report, verify
     from arte_edge.errors import ArteError
 
-__all__ = [
-    "ArteError",
-    "Reply",
-    "Run",
-    "ask",
-    "bench",
-    "distill",
-    "export",
-    "load_run",
-    "recommend",
-    "report",
-    "verify",
-]
+__all__ = ["ArteError", "Reply", "Run", "ask", "bench"]
+__all__ += ["distill", "export", "load_run", "recommend", "report", "verify"]
 
 __version__ = "0.1.0"
 

@@ -27,15 +27,8 @@ from pathlib import Path
 from arte_edge.device.detect import read_text
 from arte_edge.results.rows import Reading
 
-__all__ = [
-    "FREQUENCY_CAPPED",
-    "SOFT_LIMIT",
-    "STICKY_SHIFT",
-    "THROTTLED",
-    "UNDER_VOLTAGE",
-    "EnergyMeter",
-    "Sensors",
-]
+__all__ = ["FREQUENCY_CAPPED", "SOFT_LIMIT", "STICKY_SHIFT"]
+__all__ += ["THROTTLED", "UNDER_VOLTAGE", "EnergyMeter", "Sensors"]
 
 _ROOT = Path("/")
 

@@ -47,17 +47,8 @@ from arte_edge.runtimes.openai.client import Prices
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
 
-__all__ = [
-    "Call",
-    "Lengths",
-    "StageEstimate",
-    "Work",
-    "dry_run",
-    "estimate",
-    "parse_prices",
-    "probe",
-    "stage_work",
-]
+__all__ = ["Call", "Lengths", "StageEstimate", "Work"]
+__all__ += ["dry_run", "estimate", "parse_prices", "probe", "stage_work"]
 
 Who = Literal["teacher", "student"]
 What = Literal["question", "rationale", "vote", "generated", "constrained"]

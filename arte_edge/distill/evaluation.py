@@ -30,14 +30,8 @@ from arte_edge.runtimes.completion import Engine, Request, Sampling
 from arte_edge.tasks.answers import canonical, extract, matches
 from arte_edge.tasks.task import Example
 
-__all__ = [
-    "Predictions",
-    "constrained_answers",
-    "generated_answers",
-    "generated_answers_each",
-    "majority_baseline",
-    "teacher_answers",
-]
+__all__ = ["Predictions", "constrained_answers", "generated_answers"]
+__all__ += ["generated_answers_each", "majority_baseline", "teacher_answers"]
 
 _OPEN_ANSWER_TOKENS = 32
 
