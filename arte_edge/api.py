@@ -135,8 +135,10 @@ def load_run(run: PathLike, *, runs: PathLike = "runs") -> Run:
 def ask(run: PathLike, text: str, *, max_tokens: int = 96) -> Reply:
     """Return the answer of a run's tuned student to `text`, prompted as in its training.
 
-    Raises InputError: no such run, or its student is not tuned yet.
+    Raises InputError: no such run, its student is not tuned yet, or `text` is no text.
     """
+    if text != text.encode(errors="replace").decode():
+        raise InputError("The text holds bytes that are not UTF-8", "Set the terminal to UTF-8.")
     return ask_student(load_run(run).folder, text, max_tokens=max_tokens)
 
 

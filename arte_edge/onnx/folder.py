@@ -6,6 +6,7 @@ next export to the same place.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ def staged(out: Path) -> Iterator[Path]:
     is_export = (out / "genai_config.json").is_file() or (out / "onnx").is_dir()
     if out.exists() and not (is_export or (out.is_dir() and not any(out.iterdir()))):
         raise InputError(f"{out} exists and is not an ONNX export", "Choose another folder, or remove it.")
-    with locked(f"onnx-{sha256(str(out).encode()).hexdigest()[:24]}"):
+    with locked(f"onnx-{sha256(os.fsencode(out)).hexdigest()[:24]}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         for leftover in out.parent.glob(f".{out.name}.*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)

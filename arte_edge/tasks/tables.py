@@ -98,6 +98,8 @@ def open_table(path: Path, name: str = "") -> Source:
     rows = enumerate(_json_array(path)) if suffix == ".json" else json_rows(path, as_written=True)
     first = list(islice(rows, _SAMPLE_LINES))
     columns = dict.fromkeys(key for _, row in first if isinstance(row, dict) for key in row)
+    if not columns:
+        raise_first([row for _, row in first if isinstance(row, Problem)][:1], str(path))
     return Source(list(columns), chain(first, rows), suffix != ".json")
 
 
@@ -187,6 +189,7 @@ def _json_array(path: Path) -> Iterator[Any]:
 
 
 def _open_csv(path: Path, usual: str) -> Source:
+    csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document; the default is 131,072
     with path.open(encoding="utf-8-sig", newline="") as file:
         sample = list(islice(file, _SAMPLE_LINES))
     delimiter = _delimiter(path.name, sample)

@@ -167,6 +167,7 @@ def test_brackets_and_colons_are_printed_as_they_are(tmp_path: Path, capsys: Cap
     name = "[bold]a:fire:[/x]"
     assert main(["tasks", "new", str(tmp_path / name)]) == 0
     assert name in "".join(capsys.readouterr().out.split("\n"))
+    assert main(["ask", name, os.fsdecode(b"caf\xe9")]) == 2 and "not UTF-8" in capsys.readouterr().err
 
 
 def test_an_ascii_terminal_gets_question_marks_and_json_stays_json(tmp_path: Path) -> None:

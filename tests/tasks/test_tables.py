@@ -13,7 +13,7 @@ from arte_edge.tasks.tables import json_rows, read_table
 from arte_edge.tasks.validation import Problem
 
 LABELS = ("light", "005", "1.50", "true", "NA")
-ROWS = list(zip(("turn on, please", 'say "hi"\nnow', "warmer; quick", "x", "y"), LABELS, strict=True))
+ROWS = list(zip(("turn on, please", 'say "hi"\nnow', "warmer; quick", "x", "y" * 9**6), LABELS, strict=True))
 NAMED = [{"text": text, "label": label} for text, label in ROWS]
 
 
@@ -107,7 +107,7 @@ def test_columns_are_guessed_only_where_one_fits(tmp_path: Path, header: str) ->
         ("t.json", b"{", "t.json: not JSON", ""),
         ("t.json", b"[" * 99999, "t.json: not JSON", ""),
         ("t.json", b'{"a": 1}', "t.json: not an array", "[{"),
-        ("t.json", b'["a"]', "t.json: no column 'q'", ""),
+        ("t.jsonl", b'{"q": "\\udc00"}', "t.jsonl:1: holds half of a character", "Write all"),
         ("t.parquet", b"PAR1 and more", "t.parquet: not a readable Parquet", ""),
         ("t.xlsx", b"PK", "not a known kind of table", "CSV in UTF-8"),
         ("none/t.csv", None, "no such file", ""),

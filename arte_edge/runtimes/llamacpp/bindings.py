@@ -10,6 +10,7 @@ Notation: n_row rows (tokens) in one decode, v vocabulary size.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ class LlamaModel:
         self.lib = load_llama_cpp()
         self.path = path
         _heard.clear()
-        self.handle = self.lib.llama_model_load_from_file(str(path).encode(), model_params(self.lib))
+        self.handle = self.lib.llama_model_load_from_file(os.fsencode(path), model_params(self.lib))
         if not self.handle:
             raise InputError(
                 f"{path}: llama.cpp {self.lib.__version__} cannot load this file",
@@ -250,7 +251,7 @@ class LlamaContext:
         self._batch = RowBatch(lib, N_BATCH)
         self._adapter = None
         if adapter is not None:
-            self._adapter = lib.llama_adapter_lora_init(model.handle, str(adapter).encode())
+            self._adapter = lib.llama_adapter_lora_init(model.handle, os.fsencode(adapter))
             if not self._adapter:
                 raise InputError(f"{adapter}: not a LoRA adapter of {model.path.name}")
             adapters = (lib.llama_adapter_lora_p_ctypes * 1)(self._adapter)

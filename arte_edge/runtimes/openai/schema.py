@@ -238,7 +238,9 @@ def _texts(message: Mapping[str, Any], key: str) -> tuple[str | None, str]:
     text = [part for part in texts if isinstance(part, str)]
     thought = [part.get("thinking") for part in parts if isinstance(part, dict) and part.get("thinking")]
     fields = [message.get(name) for name in ("reasoning_content", "reasoning") if message.get(name)]
-    return "".join(text) if text else None, "".join(map(str, [*thought, *fields[:1]]))
+    # Half of a character, as from an emoji cut at the token limit, can be neither stored as UTF-8 nor tokenized.
+    whole = "".join(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole if text else None, "".join(map(str, [*thought, *fields[:1]]))
 
 
 def _reason(choice: Mapping[str, Any], message: Mapping[str, Any], text: str | None, reasoning: str) -> str:

@@ -81,8 +81,8 @@ def test_an_answer_becomes_a_completion():
     row = answered({"content": "<ans>True"}, usage=usage)
     assert (row.text, row.finish) == ("True</ans>", "stop")
     assert (row.prompt_tokens, row.completion_tokens, row.cached_tokens) == (7, 2, 4)
-    parts = [{"type": "text", "text": "Tr"}, {"thinking": "hm"}, {"type": "text", "text": "ue"}]
-    assert answered({"content": parts}, usage=usage).text == "True</ans>"
+    parts = [{"type": "text", "text": "Tr"}, {"thinking": "hm"}, {"type": "text", "text": "ue\ud83d"}]
+    assert answered({"content": parts}, usage=usage).text == "True\ufffd</ans>"  # half of a character
 
 
 @pytest.mark.parametrize("text", ["Sure:\n<q>what</q>", "<q>what</q> and", "what"])
