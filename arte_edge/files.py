@@ -32,8 +32,8 @@ M = TypeVar("M", bound="BaseModel")
 _AGAIN = "Save or download it again."
 
 
-def user_path(ref: str | Path) -> Path:
-    """Return the path that a user gave, its ``~`` resolved; it need not exist.
+def user_path(ref: str | Path, *, recorded: bool = False) -> Path:
+    """Return the path that a user gave, its ``~`` resolved; it need not exist. With `recorded` it is UTF-8.
 
     Raises InputError: no path, of an unknown user, too long, or in a folder that may not be read.
     """
@@ -52,6 +52,9 @@ def user_path(ref: str | Path) -> Path:
         raise InputError(f"{shown!r}: holds a character that no path can hold") from error
     except OSError as error:
         raise InputError(f"{shown}: {error.strerror}") from error
+    if recorded and any("\udc80" <= character <= "\udcff" for character in text):
+        hint = "Rename it, or run with PYTHONUTF8=1: results hold the name."
+        raise InputError(f"{shown!r}: not a name in UTF-8", hint)
     return path
 
 

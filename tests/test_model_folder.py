@@ -46,7 +46,7 @@ def lay_out(folder: Path, names: list[str]) -> Path:
             *("checkpoint", [ONE]),
             ["consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "x.gguf"],
         ),
-        ([*BOTH, "adapter_model.bin"], "adapter", [ADAPTER], ["adapter_model.bin"]),
+        ([*BOTH, "adapter_model.bin", f"b/{ADAPTER}"], "adapter", [ADAPTER], ["adapter_model.bin", "b/"]),
         (["x.gguf", "training_args.bin"], "gguf", ["x.gguf"], []),
     ],
 )

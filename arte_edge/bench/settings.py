@@ -292,7 +292,7 @@ def find_targets(refs: Sequence[str], fetch: Callable[[str], Path]) -> list[Path
     """
     found: dict[Path, None] = {}
     for ref in refs:
-        path = user_path(ref)
+        path = user_path(ref, recorded=True)
         if null_ms(Path(ref)) is not None and not path.exists():
             found[Path(ref)] = None
         elif path.is_dir():

@@ -188,7 +188,7 @@ def open_source(
         InputError: no such thing, an unfinished run, quantized weights, a task that changed.
         ArteError: it cannot be fetched or converted.
     """
-    folder = user_path(ref)
+    folder = user_path(ref, recorded=True)
     if not folder.exists() and re.fullmatch(r"[\w.-]+", ref) and (Path("runs") / ref / "run.toml").is_file():
         folder = Path("runs") / ref
     if folder.parts[:1] == ("runs",) and not folder.exists():  # no repository of the Hub's user "runs"

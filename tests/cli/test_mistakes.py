@@ -36,7 +36,8 @@ def bad(tmp_path: Path, monkeypatch: Patch) -> dict[str, str]:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "file").write_text("text")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "student.gguf").write_bytes(b"\xff" * 64)
+    for name in ("student.gguf", "\udcff.gguf"):  # the other's name is not UTF-8
+        (tmp_path / name).write_bytes(b"\xff" * 64)
     for name, text in DEEP.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "run").mkdir()
@@ -50,7 +51,7 @@ def bad(tmp_path: Path, monkeypatch: Patch) -> dict[str, str]:
         "below a file": "file/x.toml",
         "a link to itself": "./loop",
     }
-    return paths | {name: f"./{name}" for name in ("file", "folder", "run", "student.gguf", *DEEP)}
+    return paths | {name: f"./{name}" for name in ("file", "folder", "run", "student.gguf", "\udcff.gguf", *DEEP)}
 
 
 @pytest.mark.parametrize("verb", VERBS_OF_PATHS)
