@@ -51,7 +51,9 @@ def bad(tmp_path: Path, monkeypatch: Patch) -> dict[str, str]:
         "below a file": "file/x.toml",
         "a link to itself": "./loop",
     }
-    return paths | {name: f"./{name}" for name in ("file", "folder", "run", "student.gguf", "\udcff.gguf", *DEEP)}
+    return paths | {
+        name: f"./{name}" for name in ("file", "folder", "run", "student.gguf", "\udcff.gguf", *DEEP)
+    }
 
 
 @pytest.mark.parametrize("verb", VERBS_OF_PATHS)
