@@ -66,8 +66,8 @@ def look(folder: Path) -> ModelFolder:
         if ADAPTER_WEIGHTS not in names:
             hint = "Save the adapter as safetensors; pickles are never opened."
             raise InputError(f"{folder}: no {ADAPTER_WEIGHTS}{_instead(others)}", hint)
-        named = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_WEIGHTS}"))
-        return ModelFolder("adapter", (folder / ADAPTER_WEIGHTS,), (*others, *(f"{name}/" for name in named)))
+        below = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_WEIGHTS}"))
+        return ModelFolder("adapter", (folder / ADAPTER_WEIGHTS,), (*others, *(f"{name}/" for name in below)))
     if weights:
         if named := read_json(folder / "config.json").get("transformers_weights"):
             what = f"{folder / 'config.json'}: transformers_weights = {named!r} is read by transformers alone"
