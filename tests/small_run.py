@@ -54,5 +54,8 @@ def start(runs: Path) -> subprocess.Popen[bytes]:
 
 def finish(runs: Path) -> None:
     """Run it to its end."""
-    process = start(runs)
-    assert process.wait(timeout=560) == 0, (runs / "log").read_text(errors="replace")[-3000:]
+    with start(runs) as process:
+        try:
+            assert process.wait(timeout=560) == 0, (runs / "log").read_text(errors="replace")[-3000:]
+        finally:
+            process.kill()

@@ -210,7 +210,7 @@ def threads_note(device: DeviceFacts) -> str:
     """Return how many threads ``auto`` is, and what sets it."""
     count = decode_threads(device)
     source = "one per fast core; -t or ARTE_EDGE_THREADS sets another number"
-    source = "ARTE_EDGE_THREADS" if threads_from_environment() else source
+    source = "set by ARTE_EDGE_THREADS" if threads_from_environment() else source
     ignored = "; OMP_NUM_THREADS has no effect" if os.environ.get("OMP_NUM_THREADS") else ""
     return f"{count} thread{'s' * (count != 1)} ({source}{ignored})"
 

@@ -44,7 +44,8 @@ def model_format(path: Path) -> ModelFormat:
         raise InputError(f"{path}: no such file or folder", hint)
     if (found := look(path)).kind == "checkpoint":
         return "safetensors"
-    raise InputError(f"{path}: holds an {found.kind}, {found.weights[0].name}, not a model folder", hint)
+    what = "a GGUF file" if found.kind == "gguf" else "an adapter"
+    raise InputError(f"{path}: holds {what}, {found.weights[0].name}, not a model folder", hint)
 
 
 @dataclass(frozen=True)

@@ -207,6 +207,6 @@ def _split(ref: str, options: dict[str, str], known: tuple[str, ...]) -> Split:
         if key not in known:
             hint = nearest(key, known) or "A task folder has its own splits and no options."
             raise InputError(f"{ref}: unknown option '{key}'", hint)
-        if key in Split._fields and not (value.isascii() and value.isdecimal()):
+        if key in ("seed", "rows") and not (value.isascii() and value.isdecimal()):
             raise InputError(f"{ref}: {key} must be a whole number, not '{value}'", f"For example {key}=1.")
-    return Split(**{key: int(options[key]) for key in Split._fields if key in options})
+    return Split(**{key: int(options[key]) for key in ("seed", "rows") if key in options})

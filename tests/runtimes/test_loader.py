@@ -110,5 +110,5 @@ def test_a_runtime_is_chosen_by_the_kind_of_model(tmp_path: Path, monkeypatch: P
     assert choose_runtime(tmp_path / "genai") == "onnxruntime"
     assert choose_runtime(tmp_path / "plain") == "onnxruntime"
     assert choose_runtime(Path("null:3")) == "null"
-    with pytest.raises(InputError, match="no model"):
+    with pytest.raises(InputError, match="not a model folder"):
         choose_runtime(tmp_path)
