@@ -231,6 +231,9 @@ def _flat(raw: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
         share = config.get("partial_rotary_factor", 1.0)
         config["rotary_dim"] = int(share * config["hidden_size"]) // config["num_attention_heads"]
         config["num_hidden_layers"] = int(config["num_hidden_layers"])
+        if not 0 < config["num_hidden_layers"] < 10_000:
+            what = f"{where}: num_hidden_layers is {config['num_hidden_layers']}, as in no model"
+            raise InputError(what, "Give a whole checkpoint.")
     except (KeyError, TypeError) as error:
         raise InputError(f"{where}: {error} is missing or no number", "Give a whole checkpoint.") from error
     return config

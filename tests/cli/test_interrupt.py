@@ -65,6 +65,8 @@ def stopped(command: list[str], wait: bytes, number: signal.Signals, cwd: Path) 
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
     assert child.returncode == 4, rest
+    while session(child.pid) and time.monotonic() < began + LIMIT_S:
+        time.sleep(0.05)  # a killed process takes a moment to go
     assert session(child.pid) == []
     return rest, took
 

@@ -70,6 +70,7 @@ def test_an_unknown_family_names_the_known_ones(make_checkpoint: Make, tmp_path:
         ("llama", {"vocab_size": 12}, "vocab_size"),
         ("llama", {"num_attention_heads": None}, "num_attention_heads"),
         ("llama", {"num_hidden_layers": 3}, "missing"),
+        ("llama", {"num_hidden_layers": 1 << 60}, "num_hidden_layers"),
         ("llama", {"num_attention_heads": 8, "head_dim": 16}, "does not fit"),
     ],
 )
