@@ -23,7 +23,7 @@ from arte_edge.files import json_loads, read_json
 from arte_edge.model_folder import look
 
 __all__ = ["EMBEDDING", "OUTPUT", "Values", "Weight", "check_tied", "parameter_count", "read_config"]
-__all__ += ["read_tensors", "read_weights", "reject_quantized", "shapes_of", "weights_dtype"]
+__all__ += ["read_header", "read_tensors", "read_weights", "reject_quantized", "shapes_of", "weights_dtype"]
 
 # float32, float16, or uint16 with the bits of bfloat16
 Values = NDArray[Any]
@@ -90,15 +90,21 @@ def read_weights(checkpoint: Path) -> dict[str, Weight]:
 
 def read_tensors(path: Path) -> dict[str, Weight]:
     """Return the tensors of one safetensors file; an `InputError` if one is not inside it."""
+    rows, data_offset = read_header(path)
+    size_bytes = path.stat().st_size
+    with reading(path, _AGAIN):
+        return {name: _weight(path, name, row, data_offset, size_bytes) for name, row in rows.items()}
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return what a safetensors file says of each tensor, and where its data begins; an `InputError` if damaged."""
     try:
         with reading(path, _AGAIN), path.open("rb") as file:
-            size_bytes = path.stat().st_size
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-            if length > min(_HEADER_LIMIT_BYTES, size_bytes - 8):
+            if length > min(_HEADER_LIMIT_BYTES, path.stat().st_size - 8):
                 raise ValueError("cut short")
             rows = json_loads(file.read(length)).items()
-            found = {name: row for name, row in rows if name != "__metadata__"}
-            return {name: _weight(path, name, row, 8 + length, size_bytes) for name, row in found.items()}
+            return {name: row for name, row in rows if name != "__metadata__"}, 8 + length
     except OSError as error:
         raise InputError(f"{path}: no readable weights ({error.strerror})", _AGAIN) from error
 

@@ -18,7 +18,16 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
-__all__ = ["ArteError", "EngineError", "GateError", "InputError", "StoppedEarly", "nearest", "reading"]
+__all__ = [
+    "ArteError",
+    "EngineError",
+    "GateError",
+    "InputError",
+    "StoppedEarly",
+    "first_line",
+    "nearest",
+    "reading",
+]
 
 
 class ArteError(Exception):
@@ -68,6 +77,11 @@ def reading(path: Path, hint: str = "") -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise InputError(f"{path}: damaged, or of another kind than its name says: {what}", hint) from error
+
+
+def first_line(error: object) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -66,7 +66,7 @@ def parse_line(line: bytes) -> Row | None:
     """Return the JSON object in a line, None if it holds none."""
     try:
         value = json_loads(line)
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+    except ValueError:  # UnicodeDecodeError is one
         return None
     return value if isinstance(value, dict) else None
 

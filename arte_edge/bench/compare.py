@@ -58,7 +58,7 @@ def rows_of(path: Path) -> list[Row]:
 def _json_rows(path: Path) -> list[Row]:
     try:
         document = json_loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON", "Give what `bench -o json` printed.") from error
     if not isinstance(document, list) or not all(isinstance(row, dict) for row in document):
         raise InputError(f"{path}: not a list of results", "Give what `bench -o json` printed.")

@@ -28,7 +28,7 @@ _ending = threading.Lock()
 
 
 def resumes() -> None:
-    """Say in the line that the same command goes on from there; a verb calls it where that is true."""
+    """Say in the line that the same command resumes; a verb calls it where that is true."""
     global _line
     _line = "Interrupted. Run the same command again to resume."
 

@@ -7,9 +7,7 @@ keys and values of all tokens before it.
 
 from __future__ import annotations
 
-import json
 import mmap
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -244,10 +242,12 @@ def _attention(config: dict[str, Any], source: Path) -> dict[str, int]:
 
 
 def _of_safetensors(folder: Path) -> ModelSize:
+    from arte_edge.checkpoint import read_header
+
     config = read_json(folder / "config.json", required=True)
     by_type: dict[str, int] = {}
     weight_bytes = n_params = lookup_bytes = 0
-    tensors = {name: info for file in look(folder).weights for name, info in _tensors(file).items()}
+    tensors = {name: info for file in look(folder).weights for name, info in read_header(file)[0].items()}
     has_head = "lm_head.weight" in tensors and not config.get("tie_word_embeddings", False)
     for name, info in tensors.items():
         start, end = map(int, info["data_offsets"])
@@ -268,19 +268,6 @@ def _of_safetensors(folder: Path) -> ModelSize:
         token_bytes_by_type=by_type,
         **_attention(config, folder / "config.json"),
     )
-
-
-def _tensors(file: Path) -> dict[str, Any]:
-    """Return the header of a safetensors file: its length in 8 bytes, then JSON."""
-    try:
-        with file.open("rb") as stream:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            if size > file.stat().st_size:
-                raise ValueError("truncated")
-            header = json.loads(stream.read(size))
-    except (OSError, ValueError, struct.error) as error:
-        raise InputError(f"{file}: not a safetensors file: {error}", "Fetch it again.") from error
-    return {name: info for name, info in header.items() if name != "__metadata__"}
 
 
 def _of_genai(folder: Path) -> ModelSize:

@@ -206,7 +206,7 @@ def stored_budget(folder: Path, config: Deploy) -> Budget | None:
         if document["deploy"] != _settings(config):
             return None
         return TypeAdapter(Budget).validate_python(document["budget"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # pydantic's error is a ValueError
+    except (OSError, ValueError, KeyError, TypeError):  # pydantic's error is a ValueError
         return None
 
 

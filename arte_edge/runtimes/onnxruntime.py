@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.errors import EngineError, InputError, reading
+from arte_edge.errors import EngineError, InputError, first_line, reading
 from arte_edge.extras import need
 from arte_edge.files import read_json
 from arte_edge.model_folder import chat_templates, token_text, tokenizer_files
@@ -30,7 +30,6 @@ from arte_edge.runtimes.protocol import (
     BaseRuntime,
     RuntimeFacts,
     check_context,
-    first_line,
     readable,
     until_stop,
 )

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.errors import InputError
+from arte_edge.errors import InputError, first_line
 from arte_edge.runtimes.prompt_render import Conversation, Message, render
 
 __all__ = ["BaseRuntime", "Decoder", "Rendered", "Runtime", "RuntimeFacts", "check_context", "first_line"]
@@ -208,11 +208,6 @@ def check_context(name: str, limit: int, context_tokens: int) -> None:
         raise InputError(
             f"{name} was made for {limit} tokens, the test needs {context_tokens}", "Lower -p, -n or -d."
         )
-
-
-def first_line(error: object) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def readable(texts: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from arte_edge import catalog
-from arte_edge.errors import ArteError, InputError, nearest
+from arte_edge.errors import ArteError, InputError, first_line, nearest
 from arte_edge.extras import need
 from arte_edge.files import user_path
 from arte_edge.tasks.folder import load_folder
@@ -85,13 +85,13 @@ def hub_table(
     except (FileNotFoundError, ValueError, KeyError) as error:
         what = f"hub:{name}: the dataset, its configuration or its split '{split}' does not exist"
         hint = "Options: hub:org/name?config=…&split=…."
-        raise InputError(f"{what} ({_first_line(error)})", hint) from error
+        raise InputError(f"{what} ({first_line(error):.200})", hint) from error
     except OSError as error:
-        what = f"hub:{name} cannot be reached ({_first_line(error)})"
+        what = f"hub:{name} cannot be reached ({first_line(error):.200})"
         raise ArteError(what, "Try again with network access.") from error
     except Exception as error:  # what the library raises depends on the files
         hint = "Save a column of inputs and one of answers as CSV, JSONL or Parquet, and pass that file."
-        what = f"hub:{name} cannot be loaded ({_first_line(error.__cause__ or error)})"
+        what = f"hub:{name} cannot be loaded ({first_line(error.__cause__ or error):.200})"
         raise InputError(what, hint) from error
     if data is not None:
         features = data.features
@@ -113,10 +113,6 @@ def _joined(sources: Sequence[Source]) -> Source:
 def _plain(file: str) -> str:
     """Return a file's name in lower case without the ending of its compression."""
     return re.sub(r"\.(gz|bz2|xz|zst|lz4)$", "", file.lower().partition("?")[0])
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0][:200]
 
 
 def bbh_names(folder: Path) -> list[str]:
@@ -145,7 +141,8 @@ def load_bbh(folder: Path, name: str, split: Split = SPLIT, columns: Columns = G
     )
 
 
-_OPTIONS = ("seed", "rows", "input", "target")
+_SPLITTING = ("seed", "rows")  # the options about splitting
+_OPTIONS = (*_SPLITTING, "input", "target")
 _HUB = (*_OPTIONS, "config", "split", "revision")
 
 
@@ -207,6 +204,6 @@ def _split(ref: str, options: dict[str, str], known: tuple[str, ...]) -> Split:
         if key not in known:
             hint = nearest(key, known) or "A task folder has its own splits and no options."
             raise InputError(f"{ref}: unknown option '{key}'", hint)
-        if key in ("seed", "rows") and not (value.isascii() and value.isdecimal()):
+        if key in _SPLITTING and not (value.isascii() and value.isdecimal()):
             raise InputError(f"{ref}: {key} must be a whole number, not '{value}'", f"For example {key}=1.")
-    return Split(**{key: int(options[key]) for key in ("seed", "rows") if key in options})
+    return Split(**{key: int(options[key]) for key in _SPLITTING if key in options})

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from arte_edge.cache import rename_into_place, write_atomic
 from arte_edge.errors import InputError
+from arte_edge.files import json_loads
 
 __all__ = ["Workspace", "finished"]
 
@@ -74,9 +75,9 @@ def finished(out: Path, request: str, read: Callable[[Path, dict[str, Any]], Res
     if not out.exists():
         return None
     try:
-        report = dict(json.loads((out / "training.json").read_text(encoding="utf-8")))
+        report = dict(json_loads((out / "training.json").read_bytes()))
         return read(out, report) if report.pop("request", None) == request else None
-    except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, LookupError, TypeError, ValueError) as error:
         raise InputError(
             f"{out}: exists and is not the result of a training, or its training.json is damaged",
             "Choose another folder, or remove this one.",

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from arte_edge.errors import InputError
-from arte_edge.files import json_loads, read_json, read_toml
+from arte_edge.files import json_loads, read_json, read_toml, validated
 from arte_edge.results.locate import find_export, find_run, read_bench
 from arte_edge.results.rows import Row
 from arte_edge.results.student_json import StudentFile, read_student
@@ -176,7 +176,7 @@ def read_run(ref: str) -> RunData:
     if (folder / "events.jsonl").is_file():
         _read_events(run, folder / "events.jsonl")
     if deploy := read_json(folder / "deploy.json", _AGAIN):
-        _check(folder / "deploy.json", [deploy])
+        _check(folder, "deploy.json", [deploy])
         run.deploy = deploy
     _read_export(run, folder)
     return run
@@ -190,26 +190,18 @@ def _read_stage(run: RunData, folder: Path) -> None:
             run.missing.append(f"{folder.name}: this stage has not finished")
         return
     summary = manifest.get("summary")
-    _check(folder / "manifest.json", [summary])
+    _check(folder.parent, f"{folder.name}/manifest.json", [summary])
     run.summaries[folder.name] = summary if isinstance(summary, dict) else {}
     for file in _ROWS[folder.name]:
         if (folder / file).is_file():
             rows = run.rows[f"{folder.name}/{file}"] = read_jsonl(folder / file)
-            _check(folder / file, rows)
+            _check(folder.parent, f"{folder.name}/{file}", rows)
 
 
-def _check(path: Path, rows: Sequence[Any]) -> None:
-    """Raise InputError with the file, line and key of a value that the page could not show."""
-    shape = next((shape for file, shape in _SHAPES.items() if path.as_posix().endswith(f"/{file}")), None)
-    if shape is None:
-        return
-    for number, row in enumerate(rows, 1):
-        try:
-            shape.model_validate(row)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            raise InputError(f"{path}:{number}: {key}: {first['msg']}", _AGAIN) from error
+def _check(run: Path, file: str, rows: Sequence[Any]) -> None:
+    """Raise InputError with the file, line and keys of values that the page could not show."""
+    for number, row in enumerate(rows if file in _SHAPES else (), 1):
+        validated(_SHAPES[file], row, f"{run / file}:{number}", _AGAIN)
 
 
 def _read_export(run: RunData, folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.errors import EngineError, InputError
+from arte_edge.errors import EngineError, InputError, first_line
 from arte_edge.gguf.reader import read_model_header
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.llamacpp.bindings import LlamaContext, Row, flash_attn_in_use
@@ -26,7 +26,7 @@ from arte_edge.runtimes.llamacpp.context_memory import ONE_SEQUENCE
 from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
 from arte_edge.runtimes.llamacpp.xllamacpp import server_rendering
 from arte_edge.runtimes.prompt_render import Conversation
-from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts, first_line, readable
+from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts, readable
 
 __all__ = ["LlamaCppRuntime"]
 

@@ -29,10 +29,10 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.errors import EngineError, InputError
+from arte_edge.errors import EngineError, InputError, first_line
 from arte_edge.gguf.reader import read_model_header
 from arte_edge.runtimes.prompt_render import Conversation
-from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts, first_line
+from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts
 from arte_edge.threads import thread_count
 
 __all__ = ["XllamaRuntime", "XllamaServer", "server_rendering"]
