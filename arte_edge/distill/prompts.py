@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from arte_edge.asking.form import ANSWER_CLOSE, ANSWER_OPEN, tagged
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.tasks.task import Example, Task
 
@@ -31,7 +32,6 @@ __all__ = [
     "teacher_shots",
 ]
 
-ANSWER_OPEN, ANSWER_CLOSE = "<ans>", "</ans>"
 STEP_BY_STEP = "Let's think step by step."
 # Replaces the student's own reasoning in constrained answers.
 ANSWER_PREFILL = f"{STEP_BY_STEP} The answer is {ANSWER_OPEN}"
@@ -64,11 +64,6 @@ def answer_shots(seeds: Sequence[Example], n: int) -> list[Shot]:
     groups = list(by_target.values())
     turns = sorted((rank, i) for i, group in enumerate(groups) for rank in range(len(group)))
     return [Shot(groups[i][rank].input, tagged(groups[i][rank].target)) for rank, i in turns[: max(n, 0)]]
-
-
-def tagged(answer: str) -> str:
-    """Return an answer in its tags."""
-    return f"{ANSWER_OPEN}{answer}{ANSWER_CLOSE}"
 
 
 def _turns(shots: Sequence[Shot], opening: str = "") -> list[Message]:

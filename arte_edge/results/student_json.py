@@ -27,6 +27,7 @@ __all__ = [
     "FILE_NAME",
     "SCHEMA_VERSION",
     "Artifact",
+    "Asking",
     "Check",
     "Data",
     "Evaluation",
@@ -133,6 +134,22 @@ class Tokenizer(Record):
 
     files: tuple[FileSum, ...] = ()
     chat_template_sha256: str = Field(default="", description="of the template's text; empty: it has none")
+
+
+class Asking(Record):
+    """How the student is asked: a bare user message, through the chat template that every file carries."""
+
+    form: Literal["answer", "answer-first", "reasoning-first"] = Field(
+        description="what it writes, in which order"
+    )
+    instruction: str = Field(description="the default system text of its chat template")
+    stops: tuple[str, ...] = Field(default=(), description="texts that end an answer, beside the end token")
+    answer_tokens: int = Field(ge=1, description="the most tokens of an answer")
+    choices: tuple[str, ...] = Field(
+        default=(), description="of a closed set, every answer; empty: an open one"
+    )
+    grammar: str = Field(default="", description="GBNF file beside this one that permits answers alone")
+    json_schema: str = Field(default="", description="JSON schema beside this one of an answer")
 
 
 class Check(Record):
@@ -287,6 +304,7 @@ class StudentFile(Record):
     student: Student
     lineage: Lineage
     tokenizer: Tokenizer = Tokenizer()
+    asking: Asking | None = Field(default=None, description="null: not tuned for a task by arte-edge")
     student_accuracy: PairedAccuracy | None = Field(default=None, description="the 16-bit student's own")
     student_evaluations: tuple[Evaluation, ...] = Field(default=(), description="its own, on devices")
     artifacts: tuple[Artifact, ...] = ()

@@ -1,0 +1,162 @@
+"""The form of a student's answers, and the instruction that goes with it.
+
+A student is trained, evaluated, verified and used through one prompt: a bare user message, rendered by a chat template
+that holds the instruction as its default system text (`arte_edge.asking.template`). Three forms of an answer:
+
+* ``answer``: the answer alone, such as a label. The fewest tokens on a device.
+* ``answer-first``: the answer in its tags, then the reasons, which need not be decoded (arXiv 2406.14511).
+* ``reasoning-first``: the paper's form, reasoning and then the answer in its tags.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+from arte_edge.errors import InputError
+from arte_edge.runtimes.prompt_render import Message
+from arte_edge.tasks.answers import canonical, extract
+from arte_edge.tasks.task import Answer, Task
+
+__all__ = ["ANSWER_CLOSE", "ANSWER_OPEN", "FORMS", "Asking", "Form", "asking_of", "instruction", "tagged"]
+
+Form = Literal["answer", "answer-first", "reasoning-first"]
+FORMS: tuple[Form, ...] = get_args(Form)
+
+ANSWER_OPEN, ANSWER_CLOSE = "<ans>", "</ans>"
+_RULES: dict[Form, str] = {
+    "answer": "Reply with the answer alone.",
+    "answer-first": f"Give the answer between {ANSWER_OPEN} and {ANSWER_CLOSE}, then the reason for it.",
+    "reasoning-first": f"Think step by step, then give the final answer between {ANSWER_OPEN} and {ANSWER_CLOSE}.",
+}
+_LAST_TAG = re.compile(rf"\s*{ANSWER_OPEN}((?!{ANSWER_OPEN}).)*{ANSWER_CLOSE}\s*$", re.DOTALL | re.IGNORECASE)
+_REASONING_TOKENS = 96  # default limit of an answer with reasoning
+
+
+def tagged(answer: str) -> str:
+    """Return an answer in its tags."""
+    return f"{ANSWER_OPEN}{answer}{ANSWER_CLOSE}"
+
+
+def instruction(task: Task, form: Form) -> str:
+    """Return the system text of a student of `task` that answers in `form`."""
+    return f"{task.description.strip()}\n{_RULES[form]}"
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How one student is asked, and how its answers are read."""
+
+    instruction: str
+    form: Form
+    answer: Answer
+    answer_tokens: int = _REASONING_TOKENS  # the most tokens of an answer
+    stops: tuple[str, ...] = ()  # texts that end an answer; its end token does as well
+
+    @classmethod
+    def of(
+        cls,
+        task: Task,
+        form: Form,
+        count_tokens: Callable[[str], int],
+        reasoning_tokens: int = _REASONING_TOKENS,
+    ) -> Asking:
+        """Return how a student of `task` is asked; `count_tokens` counts in its tokenizer.
+
+        The budget of an answer comes from the longest one among seed and validation examples, twice over,
+        for the test split is not read; with reasoning it is at least `reasoning_tokens`.
+        """
+        targets = {example.target for example in (*task.seed, *task.validation)} | {*task.answer.choices}
+        longest = max((count_tokens(target) for target in targets), default=16)
+        tokens = (longest if task.answer.closed else 2 * longest) + 4
+        if form != "answer":
+            tokens = max(tokens + 8, reasoning_tokens)
+        return cls(instruction(task, form), form, task.answer, tokens, _stops(form, targets))
+
+    def messages(self, text: str, shots: Sequence[tuple[str, str]] = ()) -> list[Message]:
+        """Return the conversation that asks `text`: earlier questions with their answers, and the bare text."""
+        turns = [
+            {"role": role, "content": content}
+            for question, answer in shots
+            for role, content in (("user", question), ("assistant", answer))
+        ]
+        return [*turns, {"role": "user", "content": text}]
+
+    def completion(self, target: str, rationale: str = "") -> str:
+        """Return the answer that a student is trained to give.
+
+        `rationale` is the teacher's, with its answer in tags at the end; without one the answer stands alone.
+        """
+        reasons = _LAST_TAG.sub("", rationale.strip())
+        if self.form == "answer":
+            return target
+        if self.form == "answer-first":
+            return f"{tagged(target)} {reasons}".strip()
+        return f"{reasons} {tagged(target)}".strip()
+
+    def read(self, text: str) -> str | None:
+        """Return the canonical answer in what a student wrote, None if it holds none in the task's form."""
+        if self.form == "reasoning-first":
+            return extract(text, self.answer)
+        head, closed, _ = text.partition(ANSWER_CLOSE)
+        if closed and ANSWER_OPEN in head:
+            return canonical(head.rpartition(ANSWER_OPEN)[2], self.answer)
+        return canonical(_until(text, self.stops), self.answer) if self.form == "answer" else None
+
+    @property
+    def answer_stops(self) -> tuple[str, ...]:
+        """The texts at which an answer is complete although the student might go on: reasons need not be decoded."""
+        return self.stops if self.form == "answer" else (ANSWER_CLOSE, *self.stops)
+
+    @property
+    def opening(self) -> str:
+        """What comes between the prompt and a constrained answer."""
+        return "" if self.form == "answer" else ANSWER_OPEN
+
+    @property
+    def closing(self) -> str:
+        """What follows a constrained answer; of a bare one that is the model's end token."""
+        return "" if self.form == "answer" else ANSWER_CLOSE
+
+
+def _stops(form: Form, targets: Iterable[str]) -> tuple[str, ...]:
+    """Return what ends an answer of a model that does not know when to: a new line, unless answers hold one."""
+    return ("\n",) if form == "answer" and not any("\n" in target for target in targets) else ()
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    text = text.lstrip()
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text
+
+
+class _Asked(Protocol):
+    def tokenize(self, text: str) -> list[int]: ...
+
+    def render(self, messages: Sequence[Message]) -> str | None: ...
+
+
+def asking_of(
+    model: _Asked, task: Task, reasoning_tokens: int = _REASONING_TOKENS
+) -> tuple[Asking, list[Message]]:
+    """Return how `model` is asked about `task`, and the messages to put in front of a question.
+
+    A student of the task holds its instruction in its own template: nothing has to be put in front. Any other
+    model is given the instruction as a system text, and asked for the answer alone.
+    """
+
+    def count(text: str) -> int:
+        return len(model.tokenize(text))
+
+    try:
+        shown = model.render([{"role": "user", "content": "?"}]) or ""
+    except InputError:  # a template that renders no user message: the gate reports it
+        shown = ""
+    for form in FORMS:
+        if instruction(task, form) in shown:
+            return Asking.of(task, form, count, reasoning_tokens), []
+    asking = Asking.of(task, "answer", count, reasoning_tokens)
+    return asking, [{"role": "system", "content": asking.instruction}]
