@@ -1,4 +1,4 @@
-"""Read config.json and weights of a transformers checkpoint without torch.
+"""Read config.json and weights of a transformers checkpoint without torch, and set its chat template.
 
 The `safetensors` package has no bfloat16 for numpy, and importing torch takes longer than converting a small
 model. The format is a JSON header followed by the raw values (https://huggingface.co/docs/safetensors); numpy
@@ -7,7 +7,9 @@ reads them in blocks of rows, bfloat16 as `uint16`.
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -18,12 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.cache import write_atomic
 from arte_edge.errors import InputError, reading
 from arte_edge.files import json_loads, read_json
-from arte_edge.model_folder import look
+from arte_edge.model_folder import MORE_TEMPLATES, look
 
 __all__ = ["EMBEDDING", "OUTPUT", "Values", "Weight", "check_tied", "parameter_count", "read_config"]
 __all__ += ["read_header", "read_tensors", "read_weights", "reject_quantized", "shapes_of", "weights_dtype"]
+__all__ += ["write_chat_template"]
 
 # float32, float16, or uint16 with the bits of bfloat16
 Values = NDArray[Any]
@@ -178,3 +182,24 @@ def reject_quantized(checkpoint: Path, what: str) -> None:
             f"{checkpoint}: {what} is quantized ({method}), and every file would inherit its rounding errors",
             "Give the 16-bit original" + (", with --base for an adapter." if "base" in what else "."),
         )
+
+
+def write_chat_template(folder: Path, template: str) -> None:
+    """Make `template` the only chat template of the checkpoint in `folder`.
+
+    It stays where transformers finds the present one: in tokenizer_config.json, else in chat_template.jinja. Other
+    named templates, such as the one for tools, go: they would ask in another way than the model was tuned on.
+
+    Raises ArteError: tokenizer_config.json is damaged, or the folder cannot be written.
+    """
+    config, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    settings = read_json(config)
+    is_key = bool(settings.pop("chat_template", None))
+    if is_key and not own.exists():
+        settings["chat_template"] = template
+    else:
+        write_atomic(own, template.encode())
+    if is_key:
+        write_atomic(config, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / MORE_TEMPLATES, ignore_errors=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from arte_edge.errors import InputError, reading
 from arte_edge.files import read_json
 
-__all__ = ["ADAPTER_WEIGHTS", "TOKENIZER_FILES", "ModelFolder", "chat_templates", "look"]
+__all__ = ["ADAPTER_WEIGHTS", "MORE_TEMPLATES", "TOKENIZER_FILES", "ModelFolder", "chat_templates", "look"]
 __all__ += ["read_adapter_config", "token_text", "tokenizer_files"]
 
 # All files that a tokenizer may consist of
@@ -35,7 +35,7 @@ _OTHERS = re.compile(
     r"|tf_model\.h5|flax_model\.msgpack|.*\.gguf"
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_MORE_TEMPLATES = "additional_chat_templates"
+MORE_TEMPLATES = "additional_chat_templates"
 _AGAIN = "Download or save the checkpoint again."
 
 
@@ -153,8 +153,8 @@ def tokenizer_files(folder: Path, adapter: Path | None = None) -> dict[str, Path
             with; single files of it, such as a template, replace those of the base.
     """
     found = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
-    more = sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))
-    found |= {f"{_MORE_TEMPLATES}/{path.name}": path for path in more}
+    more = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
+    found |= {f"{MORE_TEMPLATES}/{path.name}": path for path in more}
     if adapter is None:
         return found
     own = tokenizer_files(adapter)

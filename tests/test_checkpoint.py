@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import Folders, Patch, write_safetensors
+from tiny import Folders, Patch, write_safetensors, write_tokenizer
 
-from arte_edge.checkpoint import parameter_count, read_weights, reject_quantized, shapes_of, weights_dtype
+from arte_edge.checkpoint import (
+    parameter_count,
+    read_weights,
+    reject_quantized,
+    shapes_of,
+    weights_dtype,
+    write_chat_template,
+)
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.writer import encode, widened
+from arte_edge.model_folder import chat_templates, tokenizer_files
 
 
 def save(folder: Path, **tensors: Any) -> None:
@@ -110,3 +118,33 @@ def test_a_checkpoint_in_four_bits_is_rejected(tmp_path: Path) -> None:
         reject_quantized(tmp_path, "the adapter's base")
     assert "--base" in error.value.hint
     reject_quantized(write_safetensors(tmp_path, {"a": ("F16", [2, 2])}), "the checkpoint")
+
+
+NAMED = [{"name": "default", "template": "old"}, {"name": "tool_use", "template": "old"}]
+
+
+@pytest.mark.parametrize("key", [None, "old", NAMED])
+@pytest.mark.parametrize("files", [[], ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"]])
+@pytest.mark.parametrize("old_processor", [False, True])
+def test_a_new_template_is_the_only_one_wherever_the_old_ones_were(
+    key: Any, files: list[str], old_processor: bool, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path, template=None)
+    config = tmp_path / "tokenizer_config.json"
+    before = json.loads(config.read_text())
+    config.write_text(json.dumps(before | ({"chat_template": key} if key else {})))
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    if old_processor:
+        (tmp_path / "chat_template.json").write_text('{"chat_template": "old"}')
+    write_chat_template(tmp_path, "{{ 'ä\\n' }}")
+    assert chat_templates(tokenizer_files(tmp_path)) == {"default": "{{ 'ä\\n' }}"}
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == "{{ 'ä\\n' }}"
+    assert "old" not in "".join(path.read_text() for path in tmp_path.rglob("*template*") if path.is_file())
+    after = json.loads(config.read_text())
+    assert ("chat_template" in after) is (key is not None and not files)
+    after.pop("chat_template", None)
+    assert after == before

@@ -1,8 +1,7 @@
 """Write what was trained from a base GGUF as GGUF: a fine-tuned checkpoint, or a LoRA adapter.
 
-Fine-tuning changes weights and nothing else: tokenizer, chat template and hyper-parameters are the base's. Copying them
-from the base file keeps the student's prompts byte for byte those the base was measured with, and needs no converter.
-The rotary scaling alone is the checkpoint's, since training computed with that.
+Fine-tuning changes neither tokenizer nor hyper-parameters: copied from the base file they need no converter. The chat
+template, which holds a student's instruction, and the rotary scaling are the checkpoint's: training used those.
 
 llama.cpp applies an adapter to the running base model, so an aligned teacher needs no copy of its weights: the file
 that generated the first data generates the tailored data, with a few megabytes beside it. The adapter is then applied
@@ -25,8 +24,9 @@ from arte_edge.gguf import rope
 from arte_edge.gguf.convert import open_checkpoint
 from arte_edge.gguf.names import Layout, is_phi3_name, layout_of, name_for_llama_cpp
 from arte_edge.gguf.reader import FLOAT32, QUANT_TYPES, STRING, UINT32, Field, GgufHeader, read_model_header
+from arte_edge.gguf.tokenizer import template_fields
 from arte_edge.gguf.writer import Tensor, rewrite, widened, write_gguf
-from arte_edge.model_folder import ADAPTER_WEIGHTS, read_adapter_config
+from arte_edge.model_folder import ADAPTER_WEIGHTS, chat_templates, read_adapter_config, tokenizer_files
 
 __all__ = ["adapter_to_gguf", "checkpoint_to_gguf", "with_metadata"]
 
@@ -45,9 +45,10 @@ _PLAIN = ("use_dora", "use_rslora", "fan_in_fan_out", "alpha_pattern", "modules_
 def checkpoint_to_gguf(
     checkpoint: Path, base_gguf: Path, out: Path, dtype: Literal["F16", "BF16", "F32"] = "F16"
 ) -> Path:
-    """Write the weights in the folder `checkpoint` to the GGUF file `out`; return `out`.
+    """Write the weights and chat templates in the folder `checkpoint` to the GGUF file `out`; return `out`.
 
-    Norms and biases stay F32, as llama.cpp requires. The file appears whole or not at all.
+    A checkpoint without a template gets those of the base. Norms and biases stay F32, as llama.cpp requires. The file
+    appears whole or not at all.
 
     Raises:
         InputError: a family we do not know, or a checkpoint that is not a fine-tuned `base_gguf`
@@ -65,10 +66,13 @@ def checkpoint_to_gguf(
         if before.get(name) != after.get(name) and not name.startswith(("rope_", "output.weight")):
             one, two = (list(shapes.get(name, ())) or "missing" for shapes in (after, before))
             raise InputError(f"{name} is {one} in {checkpoint}, {two} in {base_gguf}", _SAME_BASE)
+    templates = template_fields(chat_templates(tokenizer_files(checkpoint)))
     stale = (*_STALE, *(f"{arch}.rope.scaling.{key}" for key in ("type", "factor", "attn_factor")))
+    if templates:
+        stale += ("tokenizer.chat_template",)
     fields = {key: field for key, field in base.fields.items() if not key.startswith(stale)}
     fields["general.file_type"] = Field(UINT32, QUANT_TYPES[dtype].number)
-    return write_gguf(out, arch, fields | rope.fields(source.config, arch), tensors)
+    return write_gguf(out, arch, fields | templates | rope.fields(source.config, arch), tensors)
 
 
 def with_metadata(student: Path, fields: Mapping[str, Field], out: Path) -> Path:

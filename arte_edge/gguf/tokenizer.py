@@ -29,7 +29,7 @@ from arte_edge.gguf.names import OTHER_CONVERTER, Family
 from arte_edge.gguf.reader import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT8, UINT32, Field
 from arte_edge.model_folder import chat_templates, tokenizer_files
 
-__all__ = ["TokenizerFiles", "end_tokens", "read_tokenizer", "vocabulary"]
+__all__ = ["TokenizerFiles", "end_tokens", "read_tokenizer", "template_fields", "vocabulary"]
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # Added tokens that are control tokens although some checkpoints do not mark them as special.
@@ -96,7 +96,7 @@ def _vocabulary(files: TokenizerFiles, family: Family, n_vocab: int) -> dict[str
             fields[f"tokenizer.ggml.{_GGUF_ROLES.get(role, role)}_token_id"] = Field(UINT32, token)
     for role in ("bos", "eos"):
         fields[f"tokenizer.ggml.add_{role}_token"] = Field(BOOL, _is_added(files, role))
-    return fields | _template_fields(files.templates)
+    return fields | template_fields(files.templates)
 
 
 def end_tokens(files: TokenizerFiles) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -201,7 +201,8 @@ def _is_added(files: TokenizerFiles, role: str) -> bool:
     return bool(files.config.get(f"add_{role}_token", role == "bos"))
 
 
-def _template_fields(templates: dict[str, str]) -> dict[str, Field]:
+def template_fields(templates: Mapping[str, str]) -> dict[str, Field]:
+    """Return the metadata for chat templates by name; the standard one is "default"."""
     fields: dict[str, Field] = {}
     others = []
     for name, template in templates.items():

@@ -7,9 +7,12 @@ import pytest
 import tiny
 from tiny import Folders, Make, Patch, edited, relative_error
 
+from arte_edge.checkpoint import write_chat_template
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.from_base import adapter_to_gguf, checkpoint_to_gguf
 from arte_edge.gguf.reader import read_model_header
+from arte_edge.gguf.tokenizer import template_fields
+from arte_edge.gguf.writer import rewrite
 
 IDS = [1, 17, 42, 3, 88, 5, 60, 61, 9, 33]
 
@@ -44,6 +47,26 @@ def test_metadata_is_the_bases_but_for_what_is_no_longer_true(tiny_model: Any, t
     assert changed == {"general.file_type", "quantize.imatrix.file"}
     content = out.read_bytes()
     assert str(tmp_path).encode() not in content and b"/home/" not in content
+
+
+def test_the_chat_template_is_the_checkpoints_alone(tiny_model: Any, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    checkpoint = Path(shutil.copytree(model.checkpoint, tmp_path / "student"))
+    base = Path(shutil.copyfile(model.base_gguf, tmp_path / "base.gguf"))
+    rewrite(base, template_fields({"default": "old", "tool_use": "old"}))
+    out = checkpoint_to_gguf(checkpoint, base, tmp_path / "a.gguf")
+    own = {"tokenizer.chat_template": "{{ messages[0]['content'] }}"}
+    assert templates(out) == own
+    write_chat_template(checkpoint, "{{ 'new' }}")
+    assert templates(checkpoint_to_gguf(checkpoint, base, out)) == {"tokenizer.chat_template": "{{ 'new' }}"}
+    (checkpoint / "chat_template.jinja").unlink()
+    assert templates(checkpoint_to_gguf(checkpoint, base, out)) == templates(base)  # it has none of its own
+    assert len(templates(base)) == 3
+
+
+def templates(path: Path) -> dict[str, Any]:
+    metadata = read_model_header(path).metadata
+    return {key: value for key, value in metadata.items() if key.startswith("tokenizer.chat_template")}
 
 
 def test_a_full_disk_leaves_nothing(tiny_model: Any, tmp_path: Path, monkeypatch: Patch) -> None:
