@@ -294,14 +294,14 @@ def add_tensors(
     return Path(writer.path)
 
 
-def write_gguf(path: Path) -> Path:
+def write_gguf(path: Path, characters: Sequence[str] = tuple(map(chr, range(33, 123)))) -> Path:
     """Write a random two-layer Llama in F16 with single characters for tokens: it runs in no time."""
-    n_vocab = 96
-    tokens = [chr(33 + i) if i < 90 else f"<{i}>" for i in range(n_vocab)]
+    n_vocab = len(characters) + 6
+    tokens = [*characters, *(f"<{i}>" for i in range(len(characters), n_vocab))]
     sizes = {"vocab_size": n_vocab, "context_length": 4096, "embedding_length": 64, "block_count": 2}
     heads = {"feed_forward_length": 96, "head_count": 4, "rope_dimension_count": 16, "file_type": 1}
     ids = {"bos_token_id": n_vocab - 2, "eos_token_id": n_vocab - 1, "add_bos_token": True}
-    words = {"token_list": tokens, "token_types": [1] * 90 + [3] * 6, "token_merges": ["! !"]}
+    words = {"token_list": tokens, "token_types": [1] * len(characters) + [3] * 6, "token_merges": ["! !"]}
     kind = {"tokenizer_model": "gpt2", "tokenizer_pre": "gpt-2"}
     writer = gguf_writer(path, **sizes, **heads, **ids, **words, **kind)
     return add_tensors(writer, llama_shapes(n_vocab, 64, 96, tied=False), seed=5)

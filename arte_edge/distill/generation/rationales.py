@@ -28,6 +28,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from arte_edge.asking.grammar import gbnf
 from arte_edge.distill.config import LabelPolicy, ModelConfig, RunConfig
 from arte_edge.distill.prompts import (
     ANSWER_CLOSE,
@@ -43,7 +44,7 @@ from arte_edge.distill.run_context import Row, RunContext
 from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
 from arte_edge.runtimes.loader import is_server
 from arte_edge.tasks.answers import comparable, extract
-from arte_edge.tasks.task import BOOLEANS, Answer, content_key
+from arte_edge.tasks.task import Answer, content_key
 
 __all__ = [
     "agrees",
@@ -280,26 +281,7 @@ def reject_repeated(rationales: Sequence[Row]) -> int:
 def rationale_grammar(answer: Answer, tokens: int) -> str:
     """Return the GBNF grammar of a rationale that gives one answer of the task within about `tokens` tokens."""
     most = max(_CHARS_PER_TOKEN * (tokens - 12), 16)
-    reasoning = f"[^<]{{1,{min(most, _MAX_CHARS)}}}"
-    return (
-        f'root ::= {reasoning} "{ANSWER_OPEN}" answer "{ANSWER_CLOSE}"\nanswer ::= {_answer_rule(answer)}\n'
-    )
-
-
-def _answer_rule(answer: Answer) -> str:
-    if answer.kind == "number":
-        return '"-"? [0-9]+ ("." [0-9]+)?'
-    if answer.kind == "text":
-        return "[^<\\n]+"
-    if answer.letters:
-        return '"(" [A-Z] ")"'
-    options = BOOLEANS if answer.kind == "boolean" else answer.choices
-    return " | ".join(_quoted(option) for option in options)
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    return gbnf(answer, "reasoning-first", min(most, _MAX_CHARS)) or ""
 
 
 def over_budget(run: RunContext, rationales: Iterable[Row]) -> list[Row]:

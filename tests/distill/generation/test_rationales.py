@@ -25,7 +25,6 @@ from arte_edge.distill.run_context import RunContext
 from arte_edge.distill.stages.tailor import tailor
 from arte_edge.errors import StoppedEarly
 from arte_edge.runtimes.completion import Completion, Request, Sampling
-from arte_edge.tasks.answers import canonical
 from arte_edge.tasks.task import Answer, FewShotExample
 
 
@@ -131,26 +130,6 @@ def test_never_makes_a_row_usable_and_counts_what_it_changed(rows: list[dict[str
     assert all(was or not now for was, now in zip(before, [r["usable"] for r in rows], strict=True))
     assert sum(before) - sum(r["usable"] for r in rows) == refused
     assert reject_repeated(rows) == 0
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        (Answer(kind="choice", choices=("light_on", "off")), '"light_on" | "off"'),
-        (Answer(kind="choice", choices=('say "hi"', "a\\b")), r'"say \"hi\"" | "a\\b"'),
-        (Answer(kind="choice"), '"(" [A-Z] ")"'),  # letters are held to their brackets
-        (Answer(kind="boolean"), '"True" | "False"'),
-        (Answer(kind="number"), '"-"? [0-9]+ ("." [0-9]+)?'),
-        (Answer(kind="text"), "[^<\\n]+"),  # on one line and out of tags
-    ],
-)
-def test_the_end_of_a_rationale_is_an_answer_of_the_task(answer: Answer, expected: str) -> None:
-    root = 'root ::= [^<]{1,144} "<ans>" answer "</ans>"'
-    assert rationale_grammar(answer, 60) == f"{root}\nanswer ::= {expected}\n"
-    if answer.kind == "number":
-        for number in ("7", "-3", "12.5"):
-            assert re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", number)
-            assert canonical(number, answer) == number
 
 
 @pytest.mark.parametrize("tokens", [8, 60, 512, 100_000])
