@@ -187,8 +187,9 @@ def reject_quantized(checkpoint: Path, what: str) -> None:
 def write_chat_template(folder: Path, template: str) -> None:
     """Make `template` the only chat template of the checkpoint in `folder`.
 
-    It stays where transformers finds the present one: in tokenizer_config.json, else in chat_template.jinja. Other
-    named templates, such as the one for tools, go: they would ask in another way than the model was tuned on.
+    It stays where transformers finds the present one: in tokenizer_config.json, else in chat_template.jinja; of the two
+    onnxruntime-genai would read the other one. Other named templates, such as the one for tools, go: they would ask in
+    another way than the model was tuned on.
 
     Raises ArteError: tokenizer_config.json is damaged, or the folder cannot be written.
     """

@@ -8,8 +8,8 @@ rendered with marker texts, and the segments between them make the Go template:
     first U opening A next V opening            user, assistant, user
 
 Templates that do more (tools, reasoning removed from old turns) are either right for plain conversations, or
-their segments contradict each other; then the template is left to Ollama, with a comment. For a run's student
-the template also prompts as in training: ``Question:`` before the question, and the start of the answer.
+their segments contradict each other; then the template is left to Ollama, with a comment. A student's instruction is
+the default system text of its template, and SYSTEM too, where it can be seen and edited.
 
 Grammar: https://docs.ollama.com/modelfile. One instruction a line; a value in triple quotes may span lines
 and ends at the next triple quotes.
@@ -20,11 +20,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from arte_edge.asking.form import Asking
 from arte_edge.errors import InputError
 from arte_edge.export.chat import Chat
 from arte_edge.runtimes.prompt_render import Message
 
-__all__ = ["Prompting", "TemplateSegments", "go_template", "modelfile", "template_segments"]
+__all__ = ["TemplateSegments", "go_template", "modelfile", "template_segments"]
 
 _S, _U, _A, _V = "Sysstemm", "Usserr", "Asssistantt", "Userragainn"
 
@@ -98,16 +99,6 @@ _RAW = "{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}\n"
 
 
 @dataclass(frozen=True)
-class Prompting:
-    """The prompt of a run's student: system message, and the text around the question."""
-
-    system: str = ""
-    before: str = ""  # before the question
-    prefill: str = ""  # start of the answer
-    stops: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class _Writer:
     lines: list[str] = field(default_factory=list)
 
@@ -129,58 +120,39 @@ class _Writer:
         self.add(instruction, f"{_QUOTES}{value}{blank}{_QUOTES}")
 
 
-def modelfile(
-    files: list[str],
-    chat: Chat,
-    *,
-    prompting: Prompting | None = None,
-    plain: bool = False,
-    sampling: dict[str, float] | None = None,
-) -> str:
+def modelfile(files: list[str], chat: Chat, asking: Asking | None = None) -> str:
     """Return the text of a Modelfile for the first of `files`, names of GGUFs beside it.
 
-    Args:
-        plain: prompt in plain text although the model has a chat template.
-        sampling: Ollama's parameters by name, such as temperature.
+    A student with an `asking` decodes greedily, as it was evaluated, and no more than its longest answer.
 
-    Raises InputError: the template or the system message cannot be quoted.
+    Raises InputError: the template or the instruction cannot be quoted.
     """
-    prompting = prompting or Prompting()
-    segments = None if plain else template_segments(chat)
+    segments = template_segments(chat)
     out = _Writer()
     out.comment("ollama create NAME -f Modelfile && ollama run NAME")
     if len(files) > 1:
         out.comment(f"Other files of the same student: {', '.join(files[1:])}")
     out.add("FROM", f"./{files[0]}")
-    if prompting.before or prompting.prefill:
-        out.comment(
-            "Send only the question: the template adds the prompt of the training and starts the answer."
-        )
     if segments is not None:
-        out.quote("TEMPLATE", go_template(segments, prompting))
-    elif chat.chat_template is None or plain:
-        raw = _RAW.replace("{{ .Prompt }}", f"{_escaped(prompting.before)}{{{{ .Prompt }}}}")
-        out.quote("TEMPLATE", raw + _escaped(prompting.prefill))
+        out.quote("TEMPLATE", go_template(segments))
+    elif chat.chat_template is None:
+        out.quote("TEMPLATE", _RAW)
     else:
         out.comment(
             "The chat template is more than fixed text around messages: Ollama reads it from the GGUF."
         )
-    if prompting.system:
-        out.quote("SYSTEM", prompting.system)
-    for name, value in (sampling or {}).items():
-        out.add("PARAMETER", f"{name} {value:g}")
-    for stop in dict.fromkeys((*chat.stops, *prompting.stops)):
+    if asking:
+        out.quote("SYSTEM", asking.instruction)
+        out.add("PARAMETER", "temperature 0")
+        out.add("PARAMETER", f"num_predict {asking.answer_tokens}")
+    for stop in dict.fromkeys((*chat.stops, *(asking.stops if asking else ()))):
         out.add("PARAMETER", f"stop {_one_line(stop)}")
     return "\n".join(out.lines) + "\n"
 
 
-def go_template(segments: TemplateSegments, prompting: Prompting | None = None) -> str:
+def go_template(segments: TemplateSegments) -> str:
     """Return Ollama's Go template that renders as `segments` do."""
-    prompting = prompting or Prompting()
     first, system, between = (_escaped(s) for s in (segments.first, segments.system, segments.between))
-    question = (
-        f"{_escaped(prompting.before)}{{{{ .Content }}}}{_escaped(segments.opening + prompting.prefill)}"
-    )
     return (
         '{{- $system := "" }}{{ $asked := false }}{{ range .Messages }}'
         '{{ if eq .Role "system" }}{{ $system = .Content }}'
@@ -188,7 +160,7 @@ def go_template(segments: TemplateSegments, prompting: Prompting | None = None) 
         f"{{{{ if $asked }}}}{_escaped(segments.next)}"
         f"{{{{ else if $system }}}}{system}{{{{ $system }}}}{between}"
         f"{{{{ else }}}}{first}{{{{ end }}}}"
-        f"{{{{ $asked = true }}}}{question}"
+        f"{{{{ $asked = true }}}}{{{{ .Content }}}}{_escaped(segments.opening)}"
         "{{ else }}{{ .Content }}{{ end }}{{ end }}"
     )
 

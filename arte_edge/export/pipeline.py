@@ -13,6 +13,8 @@ cannot be built is reported; neither stops the others.
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arte_edge import __version__
+from arte_edge.asking.grammar import gbnf, json_schema
 from arte_edge.cache import Progress, sha256_checkpoint, sha256_file, write_atomic
 from arte_edge.checkpoint import parameter_count, read_config, shapes_of, weights_dtype
 from arte_edge.console import Reporter
@@ -39,6 +42,7 @@ from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import (
     SCHEMA_VERSION,
     Artifact,
+    Asking,
     Check,
     Fidelity,
     FidelityMetrics,
@@ -61,7 +65,8 @@ if TYPE_CHECKING:
 __all__ = ["Failure", "Outcome", "export"]
 
 MERGED = "merged"
-MODELFILE = "Modelfile"
+MODELFILE, GRAMMAR, JSON_SCHEMA = "Modelfile", "answer.gbnf", "answer.schema.json"
+_AS_EXAMPLE = re.compile(r"[^`<>\x00-\x1f]{1,300}")  # a line that the card can show in a block of code
 _MERGE_PROMPTS = 8  # enough tokens to notice an adapter that was lost
 _HELD_PROMPTS = 8  # enough for a tensor that is missing or swapped: that shows at most tokens
 
@@ -367,7 +372,6 @@ def _verdict(
         list(prompts),
         limits.model_dump(mode="json"),
         [task.sha256, settings.examples] if task else None,
-        source.plain,
     ]
     step = f"{'verify' if whole else 'hold'}-{format.label}"
     if cached := job.cache.find_result(step, inputs):
@@ -381,7 +385,6 @@ def _verdict(
         limits,
         task=task,
         limit=settings.examples,
-        plain=source.plain,
         progress=progress,
     )
     verdict = _beside_origin(job, format, file, found)
@@ -439,7 +442,7 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _write_documents(job: _Export, new: tuple[Artifact, ...], earlier: tuple[Artifact, ...]) -> StudentFile:
-    """Write the Modelfile and the tokenizer, and ``student.json`` last."""
+    """Write the Modelfile, the tokenizer and the grammar of answers, and ``student.json`` last."""
     out, source = job.cache.out, job.source
     names = {_accepted_name(artifact) for artifact in new}
     artifacts = (*new, *(artifact for artifact in earlier if _accepted_name(artifact) not in names))
@@ -449,6 +452,7 @@ def _write_documents(job: _Export, new: tuple[Artifact, ...], earlier: tuple[Art
         student=job.student,
         lineage=source.lineage,
         tokenizer=_write_tokenizer(out, source.checkpoint, source.chat.template_sha256),
+        asking=_write_asking(out, source),
         student_accuracy=next((a.accuracy.reference_alone for a in new if a.accuracy), None),
         artifacts=artifacts,
     )
@@ -464,8 +468,7 @@ def _accepted_name(artifact: Artifact) -> str:
 def _write_modelfile(job: _Export, artifacts: Sequence[Artifact]) -> None:
     """Write Ollama's Modelfile for the accepted GGUF files; it uses the first quantized one.
 
-    A run's student decodes greedily, as it was evaluated. A template that cannot be quoted in a Modelfile is
-    a warning: the files are good without it.
+    A template that cannot be quoted in a Modelfile is a warning: the files are good without it.
     """
     path, source = job.cache.out / MODELFILE, job.source
     ggufs = [a for a in artifacts if a.format == "gguf" and a.status == "ok"]
@@ -473,12 +476,8 @@ def _write_modelfile(job: _Export, artifacts: Sequence[Artifact]) -> None:
     if not names:
         path.unlink(missing_ok=True)
         return
-    sampling = {"temperature": 0.0} if source.prompting else None
     try:
-        text = modelfile(
-            names, source.chat, prompting=source.prompting, plain=source.plain, sampling=sampling
-        )
-        write_atomic(path, text.encode())
+        write_atomic(path, modelfile(names, source.chat, source.asking).encode())
     except InputError as error:
         path.unlink(missing_ok=True)
         job.reporter.warn(error.message)
@@ -497,6 +496,34 @@ def _write_tokenizer(out: Path, checkpoint: Path, template_sha256: str) -> Token
     for name in set(TOKENIZER_FILES) - set(names):
         (folder / name).unlink(missing_ok=True)
     return Tokenizer(files=tuple(sums), chat_template_sha256=template_sha256)
+
+
+def _write_asking(out: Path, source: Source) -> Asking | None:
+    """Write the grammar and the JSON schema of a student's answers where they have one; return how it is asked."""
+    how = source.asking
+    grammar, schema = (gbnf(how.answer, how.form), json_schema(how.answer)) if how else (None, None)
+    texts = {
+        GRAMMAR: grammar,
+        JSON_SCHEMA: json.dumps(schema, ensure_ascii=False, indent=1) if schema else None,
+    }
+    for name, text in texts.items():
+        if text is None:
+            (out / name).unlink(missing_ok=True)
+        else:
+            write_atomic(out / name, f"{text.rstrip()}\n".encode())
+    if how is None or source.task is None:
+        return None
+    fit = (seed.input for seed in source.task.seed if _AS_EXAMPLE.fullmatch(seed.input))
+    return Asking(
+        form=how.form,
+        instruction=how.instruction,
+        stops=how.stops,
+        answer_tokens=how.answer_tokens,
+        choices=how.answer.options(""),
+        example=min(fit, key=len, default=""),
+        grammar=GRAMMAR if grammar else "",
+        json_schema=JSON_SCHEMA if schema else "",
+    )
 
 
 @contextmanager

@@ -18,15 +18,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePath
+from typing import Any
 
+from arte_edge.asking.form import Asking, asking_of
 from arte_edge.cache import Progress, slug
 from arte_edge.checkpoint import reject_quantized
 from arte_edge.distill.config import RunConfig, build, load_toml
-from arte_edge.distill.prompts import STEP_BY_STEP, student_messages, tagged
 from arte_edge.errors import InputError
 from arte_edge.export.chat import Chat, read_chat
 from arte_edge.export.lora_merge import Adapter, read_adapter
-from arte_edge.export.ollama import Prompting
 from arte_edge.files import json_loads, user_path
 from arte_edge.gguf.reader import STRING, UINT32, Field, read_model_header
 from arte_edge.model_folder import chat_templates, look, tokenizer_files
@@ -148,8 +148,7 @@ class Source:
     training: tuple[str, ...] = ()  # rendered texts for the importance matrix; empty: none can be made
     training_from: str = ""
     n_prompt: int = 24  # largest number of held-out prompts
-    prompting: Prompting | None = None  # of a run's student
-    plain: bool = False  # prompted without its chat template
+    asking: Asking | None = None  # of a student whose chat template holds the task's instruction
     evaluated: Path | None = None  # the F16 GGUF that the run evaluated, if it is still there
     gguf: Path | None = None  # the file that `checkpoint` was unpacked from
     notes: tuple[str, ...] = ()
@@ -157,12 +156,28 @@ class Source:
     @cached_property
     def prompts(self) -> tuple[str, ...]:
         """The held-out prompts of verification, rendered when it needs them."""
-        chat = replace(self.chat, chat_template=None) if self.plain else self.chat
-        return tuple(task_prompts(chat, self.task, self.n_prompt) if self.task else built_in_prompts(chat))
+        task = self.task
+        return tuple(task_prompts(self.chat, task, self.n_prompt) if task else built_in_prompts(self.chat))
 
     @property
     def prompts_from(self) -> str:
         return f"validation examples of {self.task.name}" if self.task else "arte-edge's built-in dialogues"
+
+
+class _Asked:
+    """A model's tokenizer and template, without its weights."""
+
+    def __init__(self, checkpoint: Path, chat: Chat) -> None:
+        self._checkpoint, self.render = checkpoint, chat.render
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from arte_edge.transformers_load import load_tokenizer
+
+        return load_tokenizer(self._checkpoint)
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
 
 def open_source(
@@ -207,10 +222,16 @@ def open_source(
     if task is None:
         return source
     loaded = load_task(task)
+    asking, front = asking_of(_Asked(source.checkpoint, source.chat), loaded)
+    texts = [
+        source.chat.render([*front, *asking.messages(seed.input)]) + asking.completion(seed.target)
+        for seed in loaded.seed
+    ]
     return replace(
         source,
         task=loaded,
-        training=_seed_texts(loaded, source.chat, n_training),
+        asking=None if front else asking,
+        training=_sample(texts, n_training),
         training_from=f"{loaded.name} seed examples",
         n_prompt=n_prompt,
     )
@@ -273,6 +294,10 @@ def _adapter(adapter: Adapter, progress: Progress | None) -> Source:
 
 _TASK_SHA256 = re.compile(r'task_sha256 = "([0-9a-f]{64})"')
 _RESUME = "Run the same `arte-edge distill` command again to resume the run."
+_NOT_HELD = (
+    "The chat template of this student does not hold the task's instruction: an older version tuned it, or for another "
+    "task. It has to be given the instruction as system text; run the same `arte-edge distill` command again."
+)
 
 
 def _open_run(folder: Path, task_ref: str | None, n_training: int, n_prompt: int) -> Source:
@@ -285,7 +310,7 @@ def _open_run(folder: Path, task_ref: str | None, n_training: int, n_prompt: int
     evaluated = _check_tuned(folder, checkpoint)
     task = _task(folder, config, task_ref)
     chat = read_chat(checkpoint)
-    plain = config.student.template == "none"
+    asking, front = asking_of(_Asked(checkpoint, chat), task, config.evaluate.answer_tokens)
     return Source(
         name=slug(config.name or folder.resolve().name),
         checkpoint=checkpoint,
@@ -295,9 +320,9 @@ def _open_run(folder: Path, task_ref: str | None, n_training: int, n_prompt: int
         training=_training_texts(folder / "tune" / "rows.jsonl", n_training),
         training_from=f"{task.name} training texts",
         n_prompt=n_prompt,
-        prompting=_prompting(task),
-        plain=plain,
+        asking=None if front else asking,
         evaluated=evaluated,
+        notes=(_NOT_HELD,) if front else (),
     )
 
 
@@ -361,13 +386,6 @@ def _lineage(folder: Path, config: RunConfig, task: Task) -> Lineage:
     )
 
 
-def _prompting(task: Task) -> Prompting:
-    system, question = student_messages(task, "")
-    return Prompting(
-        system=system["content"], before=question["content"], prefill=STEP_BY_STEP, stops=("\nQuestion:",)
-    )
-
-
 def _training_texts(rows: Path, n: int) -> tuple[str, ...]:
     """Return a sample of up to `n` of a run's training texts, prompt and completion.
 
@@ -384,15 +402,6 @@ def _training_texts(rows: Path, n: int) -> tuple[str, ...]:
         if not isinstance(prompt, str) or not isinstance(completion, str):
             raise InputError(f"{rows}: a row has no prompt and completion", _RESUME)
         texts.append(prompt + completion)
-    return _sample(texts, n)
-
-
-def _seed_texts(task: Task, chat: Chat, n: int) -> tuple[str, ...]:
-    """Return a sample of up to `n` seed examples of `task` with their answers."""
-    texts = [
-        f"{chat.render(student_messages(task, seed.input), STEP_BY_STEP)} {tagged(seed.target)}"
-        for seed in task.seed
-    ]
     return _sample(texts, n)
 
 

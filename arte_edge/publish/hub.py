@@ -106,6 +106,8 @@ def preview(folder: Path, machine: Machine, *, allow: Collection[str] = ()) -> P
 def _export(folder: Path, student: StudentFile) -> tuple[set[str], list[tuple[str, str]]]:
     names = {name for name in _BESIDE if (folder / name).is_file()}
     names |= {sum_.file for sum_ in student.tokenizer.files if (folder / sum_.file).is_file()}
+    if how := student.asking:
+        names |= {name for name in (how.grammar, how.json_schema) if name and (folder / name).is_file()}
     names |= {f"{EVAL_RESULTS}/{path.name}" for path in (folder / EVAL_RESULTS).glob("*.yaml")}
     accepted = [artifact for artifact in student.artifacts if artifact.status == "ok"]
     names = names.union(*(_artifact(folder, artifact) for artifact in accepted))

@@ -148,6 +148,7 @@ class Asking(Record):
     choices: tuple[str, ...] = Field(
         default=(), description="of a closed set, every answer; empty: an open one"
     )
+    example: str = Field(default="", description="input of a seed example, which commands on the card ask")
     grammar: str = Field(default="", description="GBNF file beside this one that permits answers alone")
     json_schema: str = Field(default="", description="JSON schema beside this one of an answer")
 

@@ -8,36 +8,38 @@ import pytest
 import tiny
 from tiny import TASK, Folders
 
+from arte_edge.asking.form import instruction
+from arte_edge.asking.template import with_instruction
+from arte_edge.checkpoint import write_chat_template
 from arte_edge.distill.config import RunConfig, dump_toml
-from arte_edge.distill.prompts import STEP_BY_STEP, student_messages, tagged
 from arte_edge.store import write_jsonl
 from arte_edge.tasks.loaders import load_task
 
 
 def write_run(folder: Path, student: Path) -> Path:
-    """Write what `arte-edge distill` leaves of a finished run whose tuned student is `student`."""
+    """Write what `arte-edge distill` leaves of a finished run whose tuned student has the weights of `student`."""
     import shutil
 
     from arte_edge.export.chat import read_chat
 
     task, chat = load_task(TASK), read_chat(student)
+    template = with_instruction(chat.chat_template, instruction(task, "answer"), chat.special_tokens)
     config = RunConfig.model_validate({"name": "tiny", "task": {"ref": TASK}, "tune": {"method": "lora"}})
     folder.mkdir()
     header = f'# The run as resolved. task_sha256 = "{task.sha256}"\n'
     (folder / "run.toml").write_text(header + dump_toml(config), "utf-8")
     shutil.copytree(student, folder / "tune" / "student")
+    write_chat_template(folder / "tune" / "student", template)
+    chat = read_chat(folder / "tune" / "student")
     rows = [
-        {
-            "prompt": chat.render(student_messages(task, seed.input), STEP_BY_STEP),
-            "completion": f" {tagged(seed.target)}",
-        }
+        {"prompt": chat.render([{"role": "user", "content": seed.input}]), "completion": seed.target}
         for seed in task.seed[:12]
     ]
     write_jsonl(folder / "tune" / "rows.jsonl", rows)
     write_jsonl(folder / "tailor" / "train.jsonl", [{"input": s.input} for s in task.seed[:12]])
     names = ["rows.jsonl", "student/model.safetensors"]
     sums = {name: hashlib.sha256((folder / "tune" / name).read_bytes()).hexdigest() for name in names}
-    manifest = {"inputs": "", "files": {**sums, "student-F16.gguf": "0" * 64}, "summary": {}}
+    manifest = {"inputs": "", "files": {**sums, "student-F16.gguf": "0" * 64}, "summary": {"form": "answer"}}
     (folder / "tune" / "manifest.json").write_text(json.dumps(manifest), "utf-8")
     return folder
 

@@ -1,5 +1,6 @@
 import importlib.util
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -8,10 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arte_edge.asking.form import Asking
+from arte_edge.asking.template import with_instruction
 from arte_edge.errors import InputError
 from arte_edge.export.chat import Chat
-from arte_edge.export.ollama import Prompting, TemplateSegments, go_template, modelfile, template_segments
+from arte_edge.export.ollama import TemplateSegments, go_template, modelfile, template_segments
 from arte_edge.runtimes.prompt_render import Message
+from arte_edge.tasks.task import Answer
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -49,6 +53,7 @@ CHATS = {
     "phi 3": Chat(PHI3),
     "a begin token that only the template writes": Chat(LLAMA3, BOS),
 }
+ASKING = Asking('Name the "intent".', "answer", Answer(kind="text"), 7, ("\n",))
 SYSTEM: Message = {"role": "system", "content": "Answer in one word."}
 TALK: list[Message] = [
     {"role": "user", "content": "Is 4 even? {{ braces }}"},
@@ -129,21 +134,22 @@ def test_ollama_s_template_renders_as_the_model_s_own(name: str, with_system: bo
     assert ("<bos>" if chat.adds_bos else "") + written == chat.render(messages)
 
 
-def test_a_run_s_student_is_prompted_as_in_training() -> None:
-    chat = Chat(CHATML, stops=("<|im_end|>",))
-    prompting = Prompting("Name the intent.", "Question: ", "Let's think step by step.", ("\nQuestion:",))
-    instructions = parse_modelfile(
-        modelfile(["a.gguf"], chat, prompting=prompting, sampling={"temperature": 0.0})
-    )
+@pytest.mark.parametrize("name", [*CHATS, "none"])
+def test_a_bare_question_renders_as_the_student_s_template_does(name: str) -> None:
+    base = CHATS.get(name, Chat(None))
+    template = with_instruction(base.chat_template, ASKING.instruction, base.special_tokens)
+    chat = replace(base, chat_template=template, stops=("<|im_end|>",))
+    instructions = parse_modelfile(modelfile(["a.gguf"], chat, ASKING))
     by_name = dict(instructions)
-    sent = [{"role": "system", "content": by_name["SYSTEM"]}, {"role": "user", "content": "lights on"}]
-    trained = [sent[0], {"role": "user", "content": "Question: lights on"}]
-    written = go.execute(by_name["TEMPLATE"], go_data(sent))
-    assert written == chat.render(trained, "Let's think step by step.")
+    assert by_name["SYSTEM"] == ASKING.instruction
+    bos = "<bos>" if chat.adds_bos else ""
+    for system in (by_name["SYSTEM"], None, "My own."):  # Ollama sends SYSTEM unless a caller sends another
+        sent = [*([{"role": "system", "content": system}] if system else []), *TALK[:3]]
+        asked = sent if system == "My own." else TALK[:3]
+        assert bos + go.execute(by_name["TEMPLATE"], go_data(sent)) == chat.render(asked)
     assert [value for name, value in instructions if name == "PARAMETER"] == [
-        "temperature 0",
-        "stop <|im_end|>",
-        "stop \nQuestion:",
+        *("temperature 0", "num_predict 7"),
+        *("stop <|im_end|>", "stop \n"),
     ]
 
 
@@ -167,9 +173,9 @@ def test_a_template_that_cannot_be_translated_is_left_to_ollama() -> None:
     assert "TEMPLATE" not in dict(parse_modelfile(text))
 
 
-def test_three_quotes_in_a_system_message_are_rejected() -> None:
+def test_three_quotes_in_an_instruction_are_rejected() -> None:
     with pytest.raises(InputError, match="three double quotes"):
-        modelfile(["a.gguf"], Chat(None), prompting=Prompting(system='say """'))
+        modelfile(["a.gguf"], Chat(None), replace(ASKING, instruction='say """'))
 
 
 @given(
@@ -179,8 +185,7 @@ def test_three_quotes_in_a_system_message_are_rejected() -> None:
 def test_what_is_written_is_read_back(system: str, stop: str) -> None:
     if '"""' in system:
         return
-    text = modelfile(["a.gguf"], Chat(None), prompting=Prompting(system=system, stops=(stop,)))
+    text = modelfile(["a.gguf"], Chat(None), replace(ASKING, instruction=system, stops=(stop,)))
     found = parse_modelfile(text)
-    if system:
-        assert dict(found)["SYSTEM"] == system + " " * system.endswith('"')
+    assert dict(found)["SYSTEM"] == system + " " * system.endswith('"')
     assert found[-1] == ("PARAMETER", f"stop {stop}")

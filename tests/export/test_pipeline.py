@@ -112,7 +112,8 @@ def test_many_formats_in_one_call_share_one_conversion(
     assert len(conversions) == 1 and len(parsed) == 3, parsed
     assert [a.quantization for a in outcome.artifacts] == ["F16", "Q8_0", "Q4_0"] == gate.verified
     names = {f"tiny-{type}.gguf" for type in gate.verified}
-    beside = {"Modelfile", "student.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}
+    beside = {"Modelfile", "answer.gbnf", "answer.schema.json", "student.json"}
+    beside |= {"tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}
     assert set(visible(tmp_path / "out")) - {"tokenizer/chat_template.jinja"} == names | beside
     assert {path.name for path in (tmp_path / "out" / ".export").iterdir()} == {"lock", "records"}
     # Ollama gets the first quantized file, wherever F16 stood.

@@ -8,7 +8,9 @@ import pytest
 from tiny import Make, Patch, edited_json
 from transformers import AutoTokenizer
 
-from arte_edge.distill.prompts import STEP_BY_STEP
+from arte_edge.asking.form import FORMS, Form, instruction
+from arte_edge.asking.template import with_instruction
+from arte_edge.checkpoint import write_chat_template
 from arte_edge.errors import InputError
 from arte_edge.export.chat import read_chat
 from arte_edge.export.lora_merge import merge
@@ -106,7 +108,8 @@ def test_a_run_has_its_task_texts_and_lineage(tiny_run: Path) -> None:
     source = open_source(str(tiny_run), n_training=8, n_prompt=5)
     assert source.name == "tiny" and source.checkpoint == tiny_run / "tune" / "student"
     assert source.task is not None and source.task.name == "home_intents"
-    assert len(source.training) == 8 and all("<ans>" in text for text in source.training)
+    assert len(source.training) == 8
+    assert all(text.rpartition("assistant\n")[2] in source.task.answer.choices for text in source.training)
     assert len(source.prompts) == 5
     lineage = source.lineage
     assert lineage.source == "run" and lineage.method == "arte" and lineage.seed == 0
@@ -124,11 +127,29 @@ def test_a_run_of_the_original_teacher_is_not_labelled_arte(run: Path) -> None:
     assert "arte_edge.paper" not in gguf_fields(STUDENT, lineage, SUM)
 
 
-def test_a_run_s_student_is_prompted_as_in_training(tiny_run: Path) -> None:
-    prompting = open_source(str(tiny_run)).prompting
-    assert prompting is not None
-    assert prompting.before == "Question: " and prompting.prefill == STEP_BY_STEP
-    assert load_task("home_intents").description.strip() in prompting.system
+@pytest.mark.parametrize("form", FORMS)
+def test_how_a_run_s_student_is_asked_is_in_its_template(run: Path, tiny_student: Path, form: Form) -> None:
+    task, chat = load_task("home_intents"), read_chat(tiny_student)
+    template = with_instruction(chat.chat_template, instruction(task, form), chat.special_tokens)
+    write_chat_template(run / "tune" / "student", template)
+    source = open_source(str(run))
+    assert source.asking is not None and source.notes == ()
+    assert (source.asking.form, source.asking.instruction) == (form, instruction(task, form))
+    longest = max(len(AutoTokenizer.from_pretrained(tiny_student)(x).input_ids) for x in task.answer.choices)
+    assert source.asking.answer_tokens >= (longest if form == "answer" else 96)
+    assert source.asking.answer_tokens < longest + 8 or form != "answer"
+
+
+def test_a_student_that_does_not_hold_its_instruction_is_noted(run: Path, tiny_student: Path) -> None:
+    write_chat_template(run / "tune" / "student", read_chat(tiny_student).chat_template or "")
+    source = open_source(str(run))
+    assert source.asking is None and "does not hold the task's instruction" in source.notes[0]
+
+
+def test_a_tuned_checkpoint_with_its_task_is_asked_as_in_its_run(tiny_run: Path) -> None:
+    source = open_source(str(tiny_run / "tune" / "student"), task="home_intents")
+    assert source.asking == open_source(str(tiny_run)).asking is not None
+    assert source.training[0] == open_source(str(tiny_run)).training[0]
 
 
 def test_no_text_of_the_test_split_is_read(tiny_run: Path, monkeypatch: Patch) -> None:
@@ -139,7 +160,7 @@ def test_no_text_of_the_test_split_is_read(tiny_run: Path, monkeypatch: Patch) -
     source = open_source(str(tiny_run), n_prompt=10_000)
     validation = {example.input for example in load_task("home_intents").validation}
     assert len(source.prompts) == len(validation)
-    assert not [text for text in source.training if any(f"Question: {v}\n" in text for v in validation)]
+    assert not [text for text in source.training if any(f"user\n{v}<" in text for v in validation)]
 
 
 def test_a_run_is_found_by_its_name(tiny_run: Path, tmp_path: Path, monkeypatch: Patch) -> None:
@@ -178,7 +199,7 @@ def test_a_checkpoint_without_a_task_is_compared_on_the_built_in_texts(tiny_stud
     source = open_source(str(tiny_student))
     assert source.name == "tiny-student" and source.lineage.source == "checkpoint"
     assert source.lineage.base is not None and source.lineage.base.name == "tiny-student"
-    assert source.task is None and source.training == () and source.prompting is None
+    assert source.task is None and source.training == () and source.asking is None
     assert len(source.prompts) >= 8 and "built-in" in source.prompts_from
 
 
@@ -189,6 +210,9 @@ def test_a_task_brings_training_texts_and_held_out_prompts(tiny_student: Path) -
     # It is verified on this task; it was not tuned for it.
     assert source.task is not None and source.task.sha256 == task.sha256 and source.lineage.task == ""
     assert all(any(seed.input in text for seed in task.seed) for text in source.training)
+    # Its template does not hold the instruction, so it comes as system text.
+    assert source.asking is None
+    assert all(f"system\n{task.description.strip()}" in text for text in source.training)
 
 
 def test_an_adapter_of_a_four_bit_base_is_rejected(

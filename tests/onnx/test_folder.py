@@ -1,12 +1,28 @@
 """ONNX folders are written atomically and without paths of this machine."""
 
+import json
 from pathlib import Path
 
 import pytest
+import tiny
 
 from arte_edge.errors import ArteError
-from arte_edge.onnx.folder import find_private_text, reject_private_text
+from arte_edge.model_folder import chat_templates, tokenizer_files
+from arte_edge.onnx.folder import copy_tokenizer, find_private_text, reject_private_text
 from arte_edge.pii_scan import this_machine
+
+
+@pytest.mark.parametrize("as_key", [False, True])
+def test_a_folder_of_either_layout_has_the_checkpoint_s_template_alone(as_key: bool, tmp_path: Path) -> None:
+    checkpoint, folder = tmp_path / "student", tmp_path / "onnx"
+    for path, text in ((checkpoint, "new"), (folder, "old")):
+        tiny.write_tokenizer(path, template=text)
+    if as_key:
+        (checkpoint / "chat_template.jinja").unlink()
+        config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+        (checkpoint / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "new"}))
+    copy_tokenizer(checkpoint, folder)
+    assert chat_templates(tokenizer_files(folder)) == {"default": "new"}
 
 
 def test_paths_of_this_machine_are_found_in_any_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from arte_edge.publish.card.card import write_card
 from arte_edge.publish.gguf_results import write_keys
 from arte_edge.publish.hub import preview
 from arte_edge.results.merge import merge_rows
-from arte_edge.results.student_json import read_student
+from arte_edge.results.student_json import Asking, read_student, write_student
 
 FOLDERS = ("/root/secret-project", "/srv1/ada-work", "/root")
 MACHINE = Machine(frozenset({"ada", "tinker-box"}), FOLDERS, frozenset({"s3cr3t-token"}))
@@ -47,6 +47,17 @@ def test_what_is_sent_is_what_belongs_to_the_student_and_nothing_else(ready: Pat
     }
     assert shown.findings == ()
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in shown.head
+
+
+def test_the_grammar_of_the_answers_is_sent(ready: Path) -> None:
+    student = read_student(ready) or pytest.fail("no student.json")
+    files = {"grammar": "answer.gbnf", "json_schema": "answer.schema.json"}
+    asking = Asking(form="answer", instruction="Do.", answer_tokens=4, **files)
+    write_student(ready, student.model_copy(update={"asking": asking}))
+    for name in files.values():
+        (ready / name).write_text("{}")
+    shown = preview(ready, MACHINE)
+    assert set(files.values()) <= set(shown.files) and len(shown.excluded) == 1
 
 
 @pytest.mark.parametrize(

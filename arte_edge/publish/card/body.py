@@ -14,6 +14,7 @@ from arte_edge.cache import megabytes
 from arte_edge.errors import InputError
 from arte_edge.publish import publishable
 from arte_edge.publish.card.metadata import CardOptions
+from arte_edge.publish.card.use import use_section
 from arte_edge.results.accuracy import NOT_KNOWN, PairedAccuracy
 from arte_edge.results.student_json import Evaluation, Speed, StudentFile
 
@@ -146,6 +147,7 @@ def bench_section(student: StudentFile, options: CardOptions) -> str:
 
 
 SECTIONS: dict[str, tuple[str, Callable[[StudentFile, CardOptions], str]]] = {
+    "use": ("How to use", use_section),
     "lineage": ("Lineage", lineage_section),
     "files": ("Files", files_section),
     "accuracy": ("Accuracy", accuracy_section),

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from arte_edge.cache import write_atomic
 from arte_edge.errors import InputError
-from arte_edge.publish import publishable
 from arte_edge.publish.card.body import SECTIONS, put_section, wrapped
 from arte_edge.publish.card.front_matter import merge_head, merge_model_index, read_head, split_card
 from arte_edge.publish.card.metadata import CardOptions, head_keys, hub_id, model_index
@@ -159,7 +158,7 @@ def _updated(body: str, newline: str, student: StudentFile, options: CardOptions
 
 
 def _new_body(student: StudentFile, options: CardOptions) -> str:
-    """Return the whole body: a paragraph on what this is, the commands that run it, and the sections."""
+    """Return the whole body: a paragraph on what this is, and the sections."""
     lineage, name = student.lineage, student.student.name
     is_tuned = lineage.tuning is not None or lineage.source in ("run", "adapter")
     about = "A finetune" if is_tuned else "A small language model"
@@ -171,9 +170,6 @@ def _new_body(student: StudentFile, options: CardOptions) -> str:
         ", as files for llama.cpp or onnxruntime on small devices. Each file was "
         "compared with the 16-bit student before it was released; measurements on devices are below."
     )
-    ggufs = [artifact.file for artifact in publishable.files(student) if artifact.format == "gguf"]
-    if ggufs:  # files are sorted, the smallest last: the one for the smallest device
-        about += f"\n\n```\nollama create {name} -f Modelfile\nllama-cli -m {ggufs[-1]}\n```"
     return f"\n# {name} for the edge\n\n{about}\n\n{_parts(student, options)}"
 
 

@@ -1,3 +1,6 @@
+import ast
+import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ from tiny import facts, quality_row, speed_row
 from arte_edge.errors import InputError
 from arte_edge.publish.card.card import CARD, CardOptions, render_card, write_card
 from arte_edge.results.merge import merge_rows
-from arte_edge.results.student_json import StudentFile, Tuning, read_student
+from arte_edge.results.student_json import Asking, StudentFile, Tuning, read_student
 
 
 def read(folder: Path) -> StudentFile:
@@ -43,6 +46,25 @@ def test_the_hubs_own_reader_accepts_the_head(measured: StudentFile) -> None:
     expected = {"quantization": "Q8_0", "device": "raspberry-pi-5", "threads": 4, "n": 100, "low": 0.72}
     assert expected.items() <= score.metric_args.items()
     assert found["decode_tokens_per_s", None].metric_value == 20.5
+
+
+def test_a_student_of_no_task_is_shown_too_and_no_other_file_is_named(measured: StudentFile) -> None:
+    text = part(render_card(measured, CardOptions(base_model="ada/tiny")), "use")
+    assert "llama-server -m tiny-Q8_0.gguf" in text and 'model="ada/tiny"' in text
+    assert "onnxruntime" not in text and "grammar" not in text and "instruction" not in text
+
+
+def test_a_question_with_quotes_reaches_its_program_as_it_is(measured: StudentFile) -> None:
+    question = 'it\'s "dark" $HOME é'
+    asking = Asking(form="answer", instruction="Do.", answer_tokens=4, stops=("\n",), example=question)
+    text = part(render_card(measured.model_copy(update={"asking": asking}), CardOptions()), "use")
+    (curl,) = [line for line in text.splitlines() if line.startswith("curl")]
+    body = json.loads(shlex.split(curl)[-1])
+    assert (body["messages"][0]["content"], body["stop"], body["max_tokens"]) == (question, ["\n"], 4)
+    (cli,) = [line for line in text.splitlines() if line.startswith("llama-cli")]
+    assert shlex.split(cli)[-1] == question
+    (messages,) = [line for line in text.splitlines() if line.startswith("messages = ")]
+    assert ast.literal_eval(messages.removeprefix("messages = "))[0]["content"] == question
 
 
 def test_options_and_their_absence_show_in_the_head(measured: StudentFile) -> None:
@@ -136,7 +158,7 @@ def test_a_foreign_card_gets_the_parts_at_its_end(export_folder: Path, measured:
     path.write_text("# Mine\n\nAll mine.")
     write_card(export_folder, measured)
     text = path.read_text("utf-8")
-    assert "\n---\n# Mine\n\nAll mine.\n\n## Lineage\n" in text
+    assert "\n---\n# Mine\n\nAll mine.\n\n## How to use\n" in text
     assert "20.5" in part(text, "bench")
 
 
