@@ -7,11 +7,13 @@ written keeps to GBNF's literals, character classes and repetitions.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from arte_edge.asking.form import ANSWER_CLOSE, ANSWER_OPEN, Form
+from arte_edge.tasks.structured import compact, key_order
 from arte_edge.tasks.task import BOOLEANS, Answer
 
 __all__ = ["gbnf", "json_schema"]
@@ -23,6 +25,16 @@ _CHAR = r"""char ::= [^<] | lt
 lt ::= "<" (lt | "/" (lt | tag | [^<aA]) | tag | [^</aA])
 tag ::= [aA] (lt | [nN] (lt | [sS] (lt | [^<>]) | [^<sS]) | [^<nN])
 """
+# Any JSON, without blanks as in the canonical form of an answer.
+_JSON = r"""value ::= object | array | string | number | "true" | "false" | "null"
+object ::= "{" (string ":" value ("," string ":" value)*)? "}"
+array ::= "[" (value ("," value)*)? "]"
+string ::= "\"" ([^"\\\x00-\x1f] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4}))* "\""
+number ::= integer ("." [0-9]+)? ([eE] [-+]? [0-9]+)?
+integer ::= "-"? ("0" | [1-9] [0-9]{0,15})
+boolean ::= "true" | "false"
+null ::= "null"
+"""
 _TEXT = 'char* (char | "<")'  # which may end with what begins like a tag
 
 
@@ -32,19 +44,23 @@ def gbnf(answer: Answer, form: Form, reasoning_chars: int | None = None) -> str 
     With `reasoning_chars` there is reasoning before a tagged answer, of at most so many characters; llama.cpp
     rejects more than 2000.
     """
-    rules = _rules(answer)
+    named = _Named(answer.json_schema)
+    rules = named.rule(json.loads(answer.json_schema)) if answer.kind == "json" else _rules(answer)
+    more = named.text if answer.kind == "json" else ""
     if form == "answer":
-        return f"root ::= {rules}\n" if rules else None
+        return f"root ::= {rules}\n{more}" if rules else None
     in_tags = f'"{ANSWER_OPEN}" answer "{ANSWER_CLOSE}"'
     free = "char*" if reasoning_chars is None else f"char{{1,{reasoning_chars}}}"
     root = f"{in_tags} {free}" if form == "answer-first" else f"{free} {in_tags}"
-    return f"root ::= {root}\nanswer ::= {rules or _TEXT}\n{_CHAR}"
+    return f"root ::= {root}\nanswer ::= {rules or _TEXT}\n{more}{_CHAR}"
 
 
 def json_schema(answer: Answer) -> dict[str, Any] | None:
     """Return the JSON schema of an answer, for servers that constrain to one; None for texts."""
     if answer.kind == "number":
         return {"type": "number"}
+    if answer.kind == "json":
+        return dict(json.loads(answer.json_schema))
     options = _LETTERS if answer.letters else BOOLEANS if answer.kind == "boolean" else answer.choices
     return {"enum": list(options)} if options else None
 
@@ -69,3 +85,74 @@ def _literal(text: str) -> str:
 
 def _escape(char: str) -> str:
     return f"\\{char}" if char in '"\\' else f"\\u{ord(char):04x}"
+
+
+class _Named:
+    """The rules of a JSON schema, given as text: what `compact` writes of the values that fit it.
+
+    Of a keyword that no grammar can hold, such as a pattern, it permits more: the answer is checked when it is read.
+    """
+
+    def __init__(self, schema: str) -> None:
+        self._schema = schema
+        self._names: dict[str, str] = {}  # by what they stand for
+
+    @property
+    def text(self) -> str:
+        return "".join(f"{name} ::= {rule}\n" for rule, name in self._names.items()) + _JSON
+
+    def _named(self, rule: str) -> str:
+        return self._names.setdefault(rule, f"r{len(self._names)}")
+
+    def rule(self, schema: Any) -> str:
+        """Return the name of the rule of `schema`."""
+        if not isinstance(schema, dict):
+            return "value"
+        for key in ("const", "enum"):
+            if key in schema:
+                values = schema[key] if key == "enum" else [schema[key]]
+                return self._named(_one_of(compact(value, self._schema) for value in values))
+        kind = schema.get(
+            "type", "object" if "properties" in schema else "array" if "items" in schema else ""
+        )
+        if "properties" not in schema:
+            for key in ("anyOf", "oneOf"):
+                if key in schema:
+                    return self._named(" | ".join(map(self.rule, schema[key])))
+        if isinstance(kind, list):
+            return self._named(" | ".join(self.rule({**schema, "type": one}) for one in kind))
+        if kind == "object":
+            return self._object(schema)
+        if kind == "array" and isinstance(items := schema.get("items"), dict):
+            one = self.rule(items)
+            some = f'"[" {one} ("," {one})* "]"'
+            return self._named(some if schema.get("minItems") else f'{some} | "[]"')
+        return kind or "value"
+
+    def _object(self, schema: dict[str, Any]) -> str:
+        """Return the rule of an object that has no keys but the listed ones, of which some are optional."""
+        listed = schema.get("properties")
+        if not listed:
+            if schema.get("additionalProperties") is False:
+                return self._named('"{}"')
+            pair = f'string ":" {self.rule(schema.get("additionalProperties"))}'
+            return self._named(f'"{{" ({pair} ("," {pair})*)? "}}"')
+        order = key_order(self._schema)
+        pairs = [
+            (self._named(f"{_literal(compact(key, self._schema) + ':')} {self.rule(listed[key])}"), key)
+            for key in sorted(listed, key=order.__getitem__)
+        ]
+        required = {key for key in schema.get("required", ()) if key in listed}
+        return self._named(f'"{{" {self._members(pairs, required)} "}}"')
+
+    def _members(self, pairs: Sequence[tuple[str, str]], required: set[str]) -> str:
+        """Return the keys of an object in their order, with commas between those that are there."""
+        rest, first = "", []
+        for pair, key in reversed(pairs):
+            later = f" {rest}" if rest else ""
+            first.append(f"{pair}{later}")
+            if key in required:
+                first = [first[-1]]
+            more = f'"," {pair}{later}' if key in required else f'("," {pair})?{later}'
+            rest = self._named(more)
+        return f"({' | '.join(reversed(first))}){'' if required else '?'}"

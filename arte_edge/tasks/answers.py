@@ -7,12 +7,15 @@ not an answer. No two labels of a task, and no two answers compared as written (
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable
 
+from arte_edge.tasks import structured
 from arte_edge.tasks.normalize import canonical_number, fold_label, fold_text, tidy_text
 from arte_edge.tasks.task import Answer
 
-__all__ = ["canonical", "comparable", "extract", "matches"]
+__all__ = ["canonical", "comparable", "extract", "leaf_counts", "leaf_f1", "matches"]
 
 # Innermost tags only: in "<ans> so <ans>4</ans>" the first tag was never closed.
 _TAG = re.compile(r"<ans>((?:(?!</?ans>).)*)</ans>", re.DOTALL | re.IGNORECASE)
@@ -41,6 +44,11 @@ def canonical(text: str, answer: Answer) -> str | None:
         return (text.strip() if answer.exact else tidy_text(text)) or None
     if answer.kind == "boolean":
         return _BOOLEANS.get(fold_label(text))
+    if answer.kind == "json":
+        try:
+            return structured.compact(structured.parse(text, answer.json_schema), answer.json_schema)
+        except ValueError:
+            return None
     if answer.choices:
         return _choice(text, answer.choices)
     match = None if _SEVERAL.fullmatch(text) else _LETTER.fullmatch(tidy_text(text))
@@ -59,8 +67,10 @@ def _choice(text: str, choices: tuple[str, ...]) -> str | None:
 def comparable(text: str, answer: Answer) -> str | None:
     """Return the form in which answers are compared; answers with equal forms are equal."""
     form = canonical(text, answer)
-    if form is None or answer.kind != "text" or answer.exact:
+    if form is None or answer.kind not in ("text", "json") or answer.exact:
         return form
+    if answer.kind == "json":
+        return structured.compact(structured.folded(json.loads(form)), answer.json_schema)
     return fold_text(form) or None
 
 
@@ -70,3 +80,20 @@ def matches(predicted: str | None, target: str, answer: Answer) -> bool:
         return False
     form = comparable(predicted, answer)
     return form is not None and form == comparable(target, answer)
+
+
+def leaf_counts(predicted: str | None, target: str, answer: Answer) -> tuple[int, int, int]:
+    """Return how many values of a JSON answer are right, how many were predicted, and how many there are.
+
+    A value counts with its path; texts are compared as by `matches`. No answer predicts nothing.
+    """
+    forms = [comparable(text, answer) if text is not None else None for text in (predicted, target)]
+    given, gold = (structured.leaves(json.loads(form or "{}")) for form in forms)
+    return (given & gold).total(), given.total(), gold.total()
+
+
+def leaf_f1(pairs: Iterable[tuple[str | None, str]], answer: Answer) -> float:
+    """Return the micro F1 over the values of JSON answers, in [0, 1]: the slot F1 of predictions with their targets."""
+    counts = [leaf_counts(predicted, target, answer) for predicted, target in pairs]
+    right, given, gold = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
+    return 2 * right / (given + gold) if given + gold else 1.0

@@ -5,17 +5,19 @@ All checks are part of loading, because a task that overlaps with its own test s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from itertools import islice
 from json.encoder import encode_basestring as _quoted
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arte_edge.errors import InputError, nearest
 from arte_edge.files import problems as key_problems
 from arte_edge.files import read_toml
+from arte_edge.tasks import structured
 from arte_edge.tasks.answers import canonical
 from arte_edge.tasks.tables import json_rows, text_problem
 from arte_edge.tasks.task import ANSWER_TAG, SPLITS, Answer, Example, FewShotExample, Task, rows_sha256
@@ -51,6 +53,8 @@ def _check_row(where: str, value: dict[str, object], answer: Answer) -> Example 
     for key in _COLUMNS:
         if key not in value:
             return Problem(where, f"no '{key}'", f"It has: {', '.join(value) or 'nothing'}.")
+        if key == "target" and answer.kind == "json" and isinstance(value[key], dict):
+            value = {**value, key: json.dumps(value[key], ensure_ascii=False)}
         if not isinstance(value[key], str) or not str(value[key]).strip():
             return Problem(where, f"'{key}' must be a string that is not empty")
     for key in value:
@@ -62,9 +66,18 @@ def _check_row(where: str, value: dict[str, object], answer: Answer) -> Example 
 
 
 def check_target(where: str, text: str, target: str, answer: Answer) -> str | Problem:
-    """Return `target` as written, of closed kinds as an option, or why it is not an answer to the input `text`."""
+    """Return `target` as written, of closed kinds as an option, of JSON as the student is to write it.
+
+    Or why it is not an answer to the input `text`.
+    """
     if ANSWER_TAG.search(target):
         return Problem(where, f"target {target!r} holds <ans> or </ans>, the marks around an answer")
+    if answer.kind == "json":
+        try:
+            return structured.compact(structured.parse(target, answer.json_schema), answer.json_schema)
+        except ValueError as error:
+            hint = "Correct the target, or the schema beside task.toml."
+            return Problem(where, f"target {target!r:.80} does not fit the schema: {error}", hint)
     form = canonical(target, answer)
     if form is None:
         hint = nearest(target, answer.choices) or "Correct the target, or the answer kind in task.toml."
@@ -85,10 +98,11 @@ def _expected(answer: Answer) -> str:
     return names.get(answer.kind, "a text with a letter or digit")
 
 
-def write_rows(path: Path, rows: Iterable[Example]) -> None:
-    """Write a split; the bytes are the same on every system."""
+def write_rows(path: Path, rows: Iterable[Example], *, as_json: bool = False) -> None:
+    """Write a split, its targets as texts or, if they are JSON, `as_json`; the bytes are the same on every system."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        lines = (f'{{"input": {_quoted(r.input)}, "target": {_quoted(r.target)}}}\n' for r in rows)
+        pairs = ((_quoted(row.input), row.target if as_json else _quoted(row.target)) for row in rows)
+        lines = (f'{{"input": {text}, "target": {target}}}\n' for text, target in pairs)
         while block := "".join(islice(lines, 10_000)):
             file.write(block)
 
@@ -183,7 +197,10 @@ def _read_task_file(path: Path) -> tuple[TaskFile | None, list[Problem]]:
     if problem := text_problem(path):
         return None, [problem]
     try:
-        file = TaskFile.model_validate(read_toml(path))
+        document = read_toml(path)
+        if problem := _read_schema(path.parent, document.get("answer")):
+            return None, [problem]
+        file = TaskFile.model_validate(document)
     except InputError as error:
         return None, [Problem(path.name, error.message.removeprefix(f"{path}: "))]
     except ValidationError as error:
@@ -193,6 +210,29 @@ def _read_task_file(path: Path) -> tuple[TaskFile | None, list[Problem]]:
         hint = "Two or three sentences: what goes in, what comes out, the rules."
         problems.append(Problem(f"{path.name}: description", "is empty", hint))
     return file, problems
+
+
+def _read_schema(folder: Path, answer: Any) -> Problem | None:
+    """Put the schema that `answer` names in its place; return what is wrong with its file."""
+    named = [key for key in ("schema", "tools") if isinstance(answer, dict) and key in answer]
+    if not named:
+        return None
+    name = answer.pop(named[0])
+    where = f"task.toml: answer.{named[0]}"
+    if named[1:]:
+        return Problem(where, "and tools exclude each other")
+    if not isinstance(name, str) or not name or Path(name).name != name:
+        return Problem(where, f"{name!r:.60} is not the name of a JSON file beside task.toml")
+    if problem := text_problem(folder / name):
+        return problem
+    try:
+        schema = json.loads((folder / name).read_text(encoding="utf-8-sig"))
+        answer["json_schema"] = structured.schema_text(
+            structured.tools_schema(schema) if named == ["tools"] else schema
+        )
+    except (ValueError, RecursionError) as error:
+        return Problem(name, str(error), "docs/tasks.md shows one.")
+    return None
 
 
 def _check_techniques(techniques: tuple[str, ...]) -> list[Problem]:

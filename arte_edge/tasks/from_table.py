@@ -15,12 +15,14 @@ import re
 import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from arte_edge.errors import InputError
+from arte_edge.tasks import structured
 from arte_edge.tasks.answers import canonical
 from arte_edge.tasks.folder import check_target
 from arte_edge.tasks.normalize import canonical_number, fold_label, fold_text
@@ -76,7 +78,8 @@ def infer_answer(records: Sequence[Record]) -> Answer:
 
     Letters like ``(A)`` that the inputs list are a choice of letters; True and False a boolean; bare numbers a number,
     unless two are equal (3.1 and 3.10) or one starts with zeros (007); at most 12 labels that occur five times on
-    average a closed set, in alphabetical order; anything else is text, compared as written (`Answer.exact`) if two
+    average a closed set, in alphabetical order; JSON objects are JSON of a schema made from them (`infer_schema`);
+    anything else is text, compared as written (`Answer.exact`) if two
     answers differ only in what the usual comparison ignores, such as case.
     """
     counts = Counter(target for _, _, target in records)
@@ -84,6 +87,9 @@ def infer_answer(records: Sequence[Record]) -> Answer:
         del counts[label]
     if not counts:
         return Answer(kind="text")
+    if objects := _objects(counts):
+        schema = structured.infer_schema([value for value, n in objects for _ in range(n)])
+        return Answer(kind="json", json_schema=json.dumps(schema))
     # "(A)" beside "A" would become the same option.
     letters = Answer(kind="choice")
     if all(canonical(label, letters) in (None, label) for label in counts):
@@ -99,6 +105,17 @@ def infer_answer(records: Sequence[Record]) -> Answer:
         return Answer(kind="choice", choices=tuple(in_order))
     folded = set(map(fold_text, counts))
     return Answer(kind="text", exact=len(folded) < len(counts) or "" in folded)
+
+
+def _objects(counts: Counter[str]) -> list[tuple[dict[str, Any], int]]:
+    """Return the JSON objects among answers and how often each is there, none unless almost all are."""
+    if sum(n for text, n in counts.items() if text[:1] == "{") < _ALMOST_ALL * counts.total():
+        return []
+    found = []
+    for text, n in counts.items():
+        with suppress(ValueError):
+            found.append((structured.parse(text, "{}"), n))
+    return found if sum(n for _, n in found) >= _ALMOST_ALL * counts.total() else []
 
 
 # With fewer rows the validation split has less than the 20 that later stages need.

@@ -7,6 +7,7 @@ description and a few seeds writes usable ones if its answer is prefilled and un
 from __future__ import annotations
 
 import gc
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -106,12 +107,16 @@ def _write(
         document["description"] = tomlkit.string(f"{description}\n", multiline=True)
     document["techniques"] = _array(techniques)
     table = tomlkit.table()
-    table.update(answer.model_dump(exclude_defaults=True))
+    table.update(answer.model_dump(exclude_defaults=True, exclude={"json_schema"}))
     document["answer"] = table
     folder.mkdir(parents=True, exist_ok=True)
+    if answer.json_schema:
+        table["schema"] = "answer.schema.json"
+        schema = json.dumps(json.loads(answer.json_schema), ensure_ascii=False, indent=2)
+        (folder / "answer.schema.json").write_text(f"{schema}\n", encoding="utf-8", newline="\n")
     (folder / "task.toml").write_text(tomlkit.dumps(document), encoding="utf-8", newline="\n")
     for split, rows in splits.items():
-        write_rows(folder / f"{split}.jsonl", rows)
+        write_rows(folder / f"{split}.jsonl", rows, as_json=answer.kind == "json")
 
 
 def set_techniques(folder: Path, techniques: Sequence[str]) -> None:

@@ -169,7 +169,15 @@ def _constant(name: str) -> str | None:
 
 
 _TYPED = json.JSONDecoder()
-_AS_WRITTEN = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_constant)
+
+
+class _Number(str):
+    """A number as it is written, which inside an object is one again."""
+
+    __slots__ = ()
+
+
+_AS_WRITTEN = json.JSONDecoder(parse_int=_Number, parse_float=_Number, parse_constant=_constant)
 
 
 def _object(value: Any, where: str) -> Any:
@@ -315,7 +323,18 @@ def _as_text(cell: object, names: Sequence[str] | None) -> str | None:
         return names[int(cell)] if 0 <= int(cell) < len(names) else ""  # -1: a row without label
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
-    return None if isinstance(cell, list | tuple | dict | bytes) else str(cell)
+    if isinstance(cell, dict):
+        return json.dumps(_present(cell), ensure_ascii=False)
+    return None if isinstance(cell, list | tuple | bytes) else str(cell)
+
+
+def _present(value: object) -> object:
+    """Return an object's parts without those that are missing, its numbers as numbers."""
+    if isinstance(value, dict):
+        return {key: _present(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [_present(part) for part in value]
+    return json.loads(value) if isinstance(value, _Number) else value
 
 
 def _pick(name: str, columns: Sequence[str], given: Columns) -> tuple[str, str]:

@@ -19,11 +19,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from arte_edge.errors import InputError
+from arte_edge.tasks import structured
 
 __all__ = ["ANSWER_TAG", "BOOLEANS", "SPLITS", "Answer", "Example", "FewShotExample", "Kind", "Task"]
 __all__ += ["content_key", "listed_letters", "rows_sha256"]
 
-Kind = Literal["choice", "boolean", "number", "text"]
+Kind = Literal["choice", "boolean", "number", "text", "json"]
 SPLITS = ("seed", "validation", "test")
 BOOLEANS = ("True", "False")
 ANSWER_TAG = re.compile("</?ans>", re.IGNORECASE)  # the marks around an answer
@@ -83,12 +84,16 @@ class Answer(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Kind = Field(description="choice, boolean, number or text")
+    kind: Kind = Field(description="choice, boolean, number, text or json")
     choices: tuple[str, ...] = Field(
         default=(),
         description="fixed labels of a closed set; a choice without labels: letters of options in the input",
     )
-    exact: bool = Field(default=False, description="text: compare as written, except blanks at the ends")
+    exact: bool = Field(
+        default=False, description="text and json: compare texts as written, except blanks at the ends"
+    )
+    # In task.toml the name of a file: schema = "answer.schema.json", or tools = "tools.json".
+    json_schema: str = Field(default="", description="json: the schema of an answer, as text")
 
     @field_validator("choices")
     @classmethod
@@ -102,12 +107,21 @@ class Answer(BaseModel):
             raise ValueError("a closed set needs at least two choices")
         return choices
 
+    @field_validator("json_schema")
+    @classmethod
+    def _is_schema(cls, text: str) -> str:
+        return structured.schema_text(json.loads(text)) if text else ""
+
     @model_validator(mode="after")
-    def _choices_fit_kind(self) -> Answer:
+    def _parts_fit_kind(self) -> Answer:
         if self.choices and self.kind != "choice":
             raise ValueError(f'choices go with kind = "choice", not with "{self.kind}"')
-        if self.exact and self.kind != "text":
-            raise ValueError(f'exact goes with kind = "text", not with "{self.kind}"')
+        if self.exact and self.kind not in ("text", "json"):
+            raise ValueError(f'exact goes with kind = "text" or "json", not with "{self.kind}"')
+        if self.json_schema and self.kind != "json":
+            raise ValueError(f'a schema goes with kind = "json", not with "{self.kind}"')
+        if self.kind == "json" and not self.json_schema:
+            raise ValueError('kind = "json" needs schema = "answer.schema.json", or tools = "tools.json"')
         return self
 
     @property
@@ -182,6 +196,7 @@ class Task:
         """The identity of the task: its texts (description to few-shot examples) and the three splits."""
         splits = [rows_sha256(self.seed), rows_sha256(self.validation), self.test_sha256]
         few_shot = [example.model_dump() for example in self.worked]
-        answer = self.answer.model_dump(mode="json", exclude=None if self.answer.exact else {"exact"})
+        later = {key for key in ("exact", "json_schema") if not getattr(self.answer, key)}
+        answer = self.answer.model_dump(mode="json", exclude=later)
         texts = [self.description, answer, list(self.techniques), few_shot]
         return hashlib.sha256(json.dumps([texts, splits], ensure_ascii=False).encode()).hexdigest()

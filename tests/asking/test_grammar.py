@@ -1,14 +1,19 @@
 """What the grammars permit, asked of llama.cpp itself: every answer of the task, and nothing else."""
 
+import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from arte_edge.asking.form import FORMS, Asking, Form
 from arte_edge.asking.grammar import gbnf, json_schema
 from arte_edge.tasks.answers import canonical
+from arte_edge.tasks.structured import infer_schema, tools_schema
 from arte_edge.tasks.task import Answer, Example, Task
 
 LABELS = (
@@ -128,3 +133,98 @@ def test_a_json_schema_lists_closed_answers() -> None:
     assert letters is not None
     assert letters["enum"][:2] == ["(A)", "(B)"]
     assert all(canonical(option, Answer(kind="choice")) == option for option in letters["enum"])
+
+
+SLOTS = {
+    "type": "object",
+    "properties": {
+        "intent": {"enum": ["PlayMusic", 'say "hi"', "größer"]},
+        "slots": {
+            "type": "object",
+            "properties": {
+                "year": {"type": ["integer", "null"]},
+                "artist": {"type": "string"},
+                "tags": {"type": "array", "items": {"type": "string"}},
+                "loud": {"type": "boolean"},
+            },
+            "additionalProperties": False,
+        },
+        "at": {"type": "object", "properties": {"x": {"type": "number"}, "y": {}}, "required": ["x"]},
+    },
+    "required": ["intent", "slots"],
+}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "set_alarm",
+            "parameters": {
+                "type": "object",
+                "properties": {"time": {"$ref": "#/$defs/time"}, "label": {"type": "string"}},
+                "required": ["time"],
+                "$defs": {"time": {"type": "string", "pattern": "^[0-9]+:[0-9]+$"}},
+            },
+        },
+    },
+    {"name": "stop"},
+]
+OBJECTS: tuple[dict[str, Any], ...] = (
+    {"intent": "PlayMusic", "slots": {}},
+    {"intent": "größer", "slots": {"year": 1999, "loud": True}},
+    {
+        "intent": 'say "hi"',
+        "slots": {"year": None, "artist": 'C:\\ "<é>"\n', "tags": ["a", "b"], "loud": False},
+    },
+    {"intent": "PlayMusic", "slots": {"tags": []}, "at": {"x": -1.5e-7, "y": [{"z": [1, "two", None]}, {}]}},
+)
+CALLS: tuple[dict[str, Any], ...] = (
+    {"name": "set_alarm", "arguments": {"time": "7:30", "label": "up"}},
+    {"name": "set_alarm", "arguments": {"time": "7:30"}},
+    {"name": "stop", "arguments": {}},
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("schema", "objects"), [(SLOTS, OBJECTS), (tools_schema(TOOLS), CALLS)])
+def test_of_json_what_fits_the_schema_is_permitted(
+    permits: Permits, schema: dict[str, Any], objects: tuple[dict[str, Any], ...], form: Form
+) -> None:
+    answer = Answer(kind="json", json_schema=json.dumps(schema))
+    for value in objects:
+        target = canonical(json.dumps(value), answer)
+        assert target is not None
+        assert permits(gbnf(answer, form), in_form(answer, form, target))
+    assert json_schema(answer) == json.loads(answer.json_schema)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"slots":{},"intent":"PlayMusic"}',
+        '{"intent":"StopMusic","slots":{}}',
+        '{"intent":"PlayMusic"}',
+        '{"intent":"PlayMusic","slots":{"year":"1999"}}',
+        '{"intent":"PlayMusic","slots":{"song":"x"}}',
+        '{"intent":"PlayMusic","slots":{,"loud":true}}',
+        '{"intent":"PlayMusic","slots":{"loud":true,"loud":true}}',
+        '{"intent":"PlayMusic","slots":{}} and so on',
+    ],
+)
+def test_of_json_nothing_else_is_permitted(permits: Permits, text: str) -> None:
+    assert not permits(gbnf(Answer(kind="json", json_schema=json.dumps(SLOTS)), "answer"), text)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_every_object_of_an_inferred_schema_is_permitted(permits: Permits, data: st.DataObject) -> None:
+    texts = st.text(st.characters(codec="utf-8"), max_size=5)
+    scalars = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(-1e9, 1e9) | texts
+    values = st.recursive(
+        scalars, lambda some: st.lists(some, max_size=3) | st.dictionaries(texts, some, max_size=3)
+    )
+    objects = data.draw(st.lists(st.dictionaries(texts, values, max_size=4), min_size=1, max_size=4))
+    answer = Answer(kind="json", json_schema=json.dumps(infer_schema(objects)))
+    for value in objects:
+        target = canonical(json.dumps(value), answer)
+        assert target is not None
+        assert permits(gbnf(answer, "answer"), target)

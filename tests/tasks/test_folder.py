@@ -1,14 +1,20 @@
 """Reading task folders: valid ones load, problems are reported with file and line."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 
+from arte_edge.asking.form import FORMS, Asking, instruction
+from arte_edge.asking.template import with_instruction
 from arte_edge.errors import InputError
+from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.folder import load_folder, read_folder
-from arte_edge.tasks.task import Example
+from arte_edge.tasks.task import SPLITS, Example
 
 Write = Callable[[Path, list[dict[str, Any]]], Path]
 
@@ -200,3 +206,115 @@ def test_a_few_shot_example_of_another_split_or_with_an_error_is_rejected(
     with pytest.raises(InputError) as caught:
         load_folder(parity)
     assert caught.value.message == where
+
+
+SLOTS = {
+    "type": "object",
+    "properties": {"a": {"type": "string"}, "n": {"type": "integer"}},
+    "required": ["a"],
+}
+
+
+@pytest.fixture
+def slots(parity: Path, write_jsonl: Write) -> Path:
+    """A valid folder of a JSON task: targets as objects, and as texts."""
+    text = (parity / "task.toml").read_text(encoding="utf-8")
+    head = text.partition("[answer]")[0]
+    (parity / "task.toml").write_text(f'{head}[answer]\nkind = "json"\nschema = "s.json"\n', encoding="utf-8")
+    (parity / "s.json").write_text(json.dumps(SLOTS), encoding="utf-8")
+    for split, start in (("seed", 0), ("validation", 20), ("test", 40)):
+        targets: list[object] = [
+            {"n": n, "a": f"v{n}"} if n % 2 else f'{{"a": "v{n}"}}' for n in range(start, start + 20)
+        ]
+        write_jsonl(
+            parity / f"{split}.jsonl", [{"input": f"i{split}{n}", "target": t} for n, t in enumerate(targets)]
+        )
+    return parity
+
+
+def test_json_targets_are_read_as_objects_or_texts_into_the_form_that_a_student_writes(slots: Path) -> None:
+    task = load_folder(slots)
+    assert [row.target for row in task.seed[:2]] == ['{"a":"v0"}', '{"a":"v1","n":1}']
+    assert task.load_test()[1].target == '{"a":"v41","n":41}'
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ('{"n": 1}', "'a' is a required property"),
+        ('{"a": "x", "n": "y"}', "n: 'y' is not of type 'integer'"),
+        ('{"a": NaN}', "NaN is not a number of JSON"),
+        ('"{"', "does not fit the schema: Expecting"),
+        ("[]", "'target' must be a string"),
+    ],
+)
+def test_a_json_target_that_does_not_fit_is_named_with_its_line(
+    slots: Path, target: str, message: str
+) -> None:
+    append(slots, "seed.jsonl", f'{{"input": "new", "target": {target}}}')
+    _, problems = read_folder(slots)
+    assert [problem.where for problem in problems] == ["seed.jsonl:21"]
+    assert message in problems[0].what
+
+
+@pytest.mark.parametrize(
+    ("line", "where", "message"),
+    [
+        ('schema = "none.json"', "none.json", "missing"),
+        ('schema = "bad.json"', "bad.json", "Expecting"),
+        ('schema = "remote.json"', "remote.json", "nothing is fetched"),
+        ('schema = "../s.json"', "task.toml: answer.schema", "beside task.toml"),
+        ("schema = 3", "task.toml: answer.schema", "beside task.toml"),
+        ('tools = "s.json"', "s.json", "tools are a list"),
+        ('schema = "s.json"\ntools = "s.json"', "task.toml: answer.schema", "exclude each other"),
+        ("", "task.toml", 'needs schema = "answer.schema.json"'),
+    ],
+)
+def test_a_schema_that_cannot_be_used_is_named_with_its_file(
+    slots: Path, line: str, where: str, message: str
+) -> None:
+    (slots / "bad.json").write_text("{", encoding="utf-8")
+    (slots / "remote.json").write_text('{"$ref": "https://example.org/x"}', encoding="utf-8")
+    edit(slots, 'schema = "s.json"', line)
+    _, problems = read_folder(slots)
+    assert [problem.where for problem in problems] == [where]
+    assert message in problems[0].what
+
+
+def test_tools_give_the_schema_of_calls(slots: Path, write_jsonl: Write) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": SLOTS}}]
+    (slots / "tools.json").write_text(json.dumps(tools), encoding="utf-8")
+    edit(slots, 'schema = "s.json"', 'tools = "tools.json"')
+    for split in SPLITS:
+        call = {"arguments": {"a": "x"}, "name": "add"}
+        write_jsonl(slots / f"{split}.jsonl", [{"input": f"i{split}{n}", "target": call} for n in range(20)])
+    assert load_folder(slots).seed[0].target == '{"name":"add","arguments":{"a":"x"}}'
+
+
+@pytest.mark.parametrize(
+    "text", ["Say {{ x }} or {% if y %}.", "{#", "'''\n\\", "long " * 2000], ids=range(4)
+)
+def test_any_description_loads_and_is_the_instruction(parity: Path, text: str) -> None:
+    edit(parity, '"Say whether a number is even or odd."', json.dumps(text))
+    task = load_folder(parity)
+    assert task.description == text.strip()
+    template = with_instruction(tiny.TEMPLATE, instruction(task, "answer"), {})
+    model = SimpleNamespace(chat_template=template, special_tokens={"bos_token": ""})
+    asked = render(model, [{"role": "user", "content": "Is 2 even?"}])
+    assert f"<|im_start|>system\n{text.strip()}\n" in asked
+
+
+@pytest.mark.parametrize("labels", [("C", "C++", "C#"), ("one\nline", "one"), ("a\nb", "a", "a\n b")])
+def test_labels_may_begin_alike_and_hold_line_breaks(
+    parity: Path, labels: tuple[str, ...], write_jsonl: Write
+) -> None:
+    edit(parity, '["even", "odd"]', json.dumps(labels))
+    for split in SPLITS:
+        rows = [{"input": f"{split} {n}", "target": labels[n % len(labels)]} for n in range(21)]
+        write_jsonl(parity / f"{split}.jsonl", rows)
+    task = load_folder(parity)
+    for form in FORMS:
+        how = Asking.of(task, form, len)
+        assert [how.read(how.completion(row.target)) for row in task.seed] == [
+            row.target for row in task.seed
+        ]

@@ -1,8 +1,10 @@
 """A task made from a labelled table: answer kind, split, dropped rows."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,8 +13,10 @@ from hypothesis import strategies as st
 from arte_edge.errors import InputError
 from arte_edge.tasks import from_table
 from arte_edge.tasks.answers import comparable, extract, matches
+from arte_edge.tasks.folder import load_folder
 from arte_edge.tasks.from_table import Split, clean, infer_answer, split_examples, task_from_table
-from arte_edge.tasks.tables import Table
+from arte_edge.tasks.scaffold import write_task
+from arte_edge.tasks.tables import Table, read_table
 from arte_edge.tasks.task import Answer, Example
 
 
@@ -184,3 +188,26 @@ def test_many_unfit_rows_are_an_error_and_odd_answers_are_named() -> None:
     assert "'Yes', 'yes'" in notes[0] and "'N/A' (30 rows)" in notes[1]
     with pytest.raises(InputError, match=r"100 of 100 rows cannot be used; first: t\[0\]"):
         clean(replace(table(PARITY), n_rows=100), NUMBER)
+
+
+def test_a_table_of_objects_becomes_a_json_task_with_a_schema_and_a_folder_that_loads(tmp_path: Path) -> None:
+    objects = [{"slots": {"n": n, "x": None}, "intent": ("on", "off")[n % 2]} for n in range(60)]
+    rows = [{"input": f"i{n}", "target": value} for n, value in enumerate(objects)]
+    path = tmp_path / "calls.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"input": "bad", "target": "{"}\n')
+    task = task_from_table("calls", read_table(path))
+    assert task.answer.kind == "json"
+    assert [note for note in task.notes if "not fit the schema" in note and "calls.jsonl:61" in note]
+    properties = json.loads(task.answer.json_schema)["properties"]
+    assert properties["intent"] == {"enum": ["off", "on"]}
+    assert properties["slots"]["properties"] == {"n": {"type": "integer"}}  # a number; null is missing
+    write_task(tmp_path / "calls", task)
+    assert '"target": {"slots":{"n":' in (tmp_path / "calls" / "seed.jsonl").read_text()
+    loaded = load_folder(tmp_path / "calls")
+    assert (loaded.answer, loaded.seed, loaded.load_test()) == (task.answer, task.seed, task.load_test())
+    assert loaded.sha256 == task.sha256
+
+
+@pytest.mark.parametrize("targets", [['{"a": 1}', "x", "y"] * 20, ["[1]", "[2]"] * 20, ["{a}", "{b}"] * 20])
+def test_other_texts_than_objects_are_no_json_task(targets: list[str]) -> None:
+    assert infer_answer(table(targets).records).kind == "choice"
