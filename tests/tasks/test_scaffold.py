@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shipped_tasks import snips
 from shipped_tasks.__main__ import GENERATORS, main, write_data
 from tiny import Capture
 
@@ -56,10 +57,14 @@ NAMES = catalog.names("tasks")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_committed_data_is_what_the_generator_writes(name: str, tmp_path: Path) -> None:
+    if name == "snips_slots" and not snips.source():
+        pytest.skip("ARTE_EDGE_SNIPS names no checkout of github.com/sonos/nlu-benchmark")
     write_data(name, tmp_path)
-    for split in SPLITS:
-        committed = catalog.find("tasks", name) / f"{split}.jsonl"
-        assert (tmp_path / committed.name).read_bytes() == committed.read_bytes(), committed
+    written = sorted(tmp_path.iterdir())
+    assert len(written) >= len(SPLITS)
+    for file in written:
+        committed = catalog.find("tasks", name) / file.name
+        assert file.read_bytes() == committed.read_bytes(), committed
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,7 +75,8 @@ def test_a_shipped_task_has_balanced_splits_and_four_techniques(name: str) -> No
     assert all("one to three short sentences" in technique for technique in task.techniques)
     assert not any("<ans>" in technique for technique in task.techniques)
     for rows in (task.seed, task.validation, task.load_test()):
-        counts = Counter(row.target.split("(")[0] or row.target for row in rows)
+        intents = [row.target.split(",")[0] if task.answer.kind == "json" else row.target for row in rows]
+        counts = Counter(intent.split("(")[0] or intent for intent in intents)
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
