@@ -29,7 +29,7 @@ from arte_edge.runtimes.loader import open_model
 from arte_edge.stats import mcnemar, wilson
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Example, Task
-from arte_edge.verify.accuracy import answer_examples
+from arte_edge.verify.accuracy import answer_examples, questions_for
 
 _WARMUP_EXAMPLES = 3
 _RESAMPLES = 10_000
@@ -39,13 +39,14 @@ def repetition(files: list[Path], task: Task, examples: tuple[Example, ...]) -> 
     """Return what each file answered to each example, ``[n_example][n_file]``, each with its seconds."""
     models = [open_model(path) for path in files]
     try:
-        for model in models:
-            answer_examples(model, task, task.seed[:_WARMUP_EXAMPLES], timed=True)
+        asked = [questions_for(model, task) for model in models]
+        for model, how in zip(models, asked, strict=True):
+            answer_examples(model, task.seed[:_WARMUP_EXAMPLES], how, timed=True)
         rows = []
         for i, example in enumerate(examples):
             found: list[dict[str, Any]] = [{}, {}]
             for side in (0, 1) if i % 2 == 0 else (1, 0):
-                (one,) = answer_examples(models[side], task, [example], timed=True)
+                (one,) = answer_examples(models[side], [example], asked[side], timed=True)
                 tokens = len(models[side].tokenize(one.prompt + one.text)) - len(
                     models[side].tokenize(one.prompt)
                 )

@@ -20,7 +20,8 @@ from arte_edge.runtimes.prompt_render import Message
 from arte_edge.tasks.answers import canonical, extract
 from arte_edge.tasks.task import Answer, Task
 
-__all__ = ["ANSWER_CLOSE", "ANSWER_OPEN", "FORMS", "Asking", "Form", "asking_of", "instruction", "tagged"]
+__all__ = ["ANSWER_CLOSE", "ANSWER_OPEN", "FORMS", "Asking", "Form", "asking_of"]
+__all__ += ["held_form", "instruction", "tagged"]
 
 Form = Literal["answer", "answer-first", "reasoning-first"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -133,10 +134,21 @@ def _until(text: str, stops: Sequence[str]) -> str:
     return text
 
 
-class _Asked(Protocol):
+class _Renders(Protocol):
+    def render(self, messages: Sequence[Message]) -> str | None: ...
+
+
+class _Asked(_Renders, Protocol):
     def tokenize(self, text: str) -> list[int]: ...
 
-    def render(self, messages: Sequence[Message]) -> str | None: ...
+
+def held_form(model: _Renders, task: Task) -> Form | None:
+    """Return the form whose instruction the model's own template gives for a bare message, None if it gives none."""
+    try:
+        shown = model.render([{"role": "user", "content": "?"}]) or ""
+    except InputError:  # a template that renders no user message: the gate reports it
+        shown = ""
+    return next((form for form in FORMS if instruction(task, form) in shown), None)
 
 
 def asking_of(
@@ -151,12 +163,6 @@ def asking_of(
     def count(text: str) -> int:
         return len(model.tokenize(text))
 
-    try:
-        shown = model.render([{"role": "user", "content": "?"}]) or ""
-    except InputError:  # a template that renders no user message: the gate reports it
-        shown = ""
-    for form in FORMS:
-        if instruction(task, form) in shown:
-            return Asking.of(task, form, count, reasoning_tokens), []
-    asking = Asking.of(task, "answer", count, reasoning_tokens)
-    return asking, [{"role": "system", "content": asking.instruction}]
+    form = held_form(model, task)
+    asking = Asking.of(task, form or "answer", count, reasoning_tokens)
+    return asking, [] if form else [{"role": "system", "content": asking.instruction}]

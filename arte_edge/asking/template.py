@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from arte_edge.runtimes.prompt_render import shows_system
 
-__all__ = ["PLAIN", "with_instruction"]
+__all__ = ["PLAIN", "plain_template", "with_instruction"]
 
 # For models without a template: text that any base model continues.
 PLAIN = (
@@ -27,13 +27,18 @@ _NEEDS_ESCAPE = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"
 _BRACES = re.compile(r"(?<=\{)(?=[{%#])|(?<=[}%#])(?=\})")
 
 
+def plain_template(special_tokens: Mapping[str, str]) -> str:
+    """Return `PLAIN`, with the begin token of a model that has one: programs leave it to a template to write it."""
+    return "{{- bos_token -}}" * bool(special_tokens.get("bos_token")) + PLAIN
+
+
 def with_instruction(template: str | None, text: str, special_tokens: Mapping[str, str]) -> str:
     """Return `template` (`PLAIN` for None) with `text` as the system text of conversations that have none.
 
     In a template that rejects a system text, or leaves it out, the text starts the first user turn, and so does a
     caller's own.
     """
-    base = PLAIN if template is None else template
+    base = plain_template(special_tokens) if template is None else template
     probe = [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}]
     literal = _literal(text)
     if shows_system(base, probe, special_tokens):

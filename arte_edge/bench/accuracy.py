@@ -6,6 +6,7 @@ This is the child's side; `arte_edge.bench.runner.run_quality` starts one child 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,12 @@ import numpy as np
 from arte_edge.bench.settings import Request, Split, describe
 from arte_edge.bench.timing import OnProgress
 from arte_edge.device.contention import CpuMeter, contention
-from arte_edge.errors import InputError
 from arte_edge.results.accuracy import PairedAccuracy, paired_on_common
 from arte_edge.results.rows import DeviceFacts, QualityRow
 from arte_edge.runtimes.loader import open_model
 from arte_edge.tasks.task import Example, Task
 from arte_edge.threads import thread_count
-from arte_edge.verify.accuracy import ANSWER_TOKENS, answer_examples
+from arte_edge.verify.accuracy import Questions, answer_examples, examples_of, noted_tokens, questions_for
 
 __all__ = ["example_key", "measure_request"]
 
@@ -57,31 +57,31 @@ def measure_quality(
     reference: QualityRow | None = None,
     threads: int | None = None,
     device: DeviceFacts,
-    answer_tokens: int = ANSWER_TOKENS,
+    answer_tokens: int = 0,
     progress: OnProgress | None = None,
 ) -> QualityRow:
     """Let the model at `path` answer the task's examples and return the row; partial with a `limit`.
 
-    `reference` is the 16-bit student's row on the same task and split, on any machine.
+    Args:
+        reference: the 16-bit student's row on the same task and split, on any machine.
+        answer_tokens: budget of an answer; 0: what the ``student.json`` beside the file says, else from the task.
 
     Raises:
         InputError: the split is empty, or the model cannot be opened.
         ArteError: the runtime for the file is not installed.
     """
-    everything = task.load_test() if split == "test" else task.validation
+    everything = examples_of(task, final=split == "test")
     examples = everything[:limit] if limit else everything
-    if not examples:
-        raise InputError(f"Task '{task.name}' has no {split} examples", f"Label some in {split}.jsonl.")
     target = describe(path)
     model = open_model(path, threads)
     try:
         begin = datetime.now(UTC)
         cpu = CpuMeter(thread_count(threads))
-        model.generate(["Question:"], _WARMUP_TOKENS)  # so that the first answer does not include warming up
+        questions = questions_for(model, task, answer_tokens or noted_tokens(path))
+        warmup = Questions(replace(questions.asking, answer_tokens=_WARMUP_TOKENS), questions.front)
+        warmup.answers(model, [Example("?", "")])  # so that the first answer does not include warming up
         cpu.start()
-        found = answer_examples(
-            model, task, examples, False, max_tokens=answer_tokens, timed=True, progress=progress
-        )
+        found = answer_examples(model, examples, questions, timed=True, progress=progress)
         contended, _ = contention([cpu.stop()], thread_count(threads))
         tokens = [  # generated; a stop token does not count
             max(0, len(model.tokenize(one.prompt + one.text)) - len(model.tokenize(one.prompt)))

@@ -91,7 +91,7 @@ class VerifySettings(_Section):
 
     prompts: int = Field(default=24, ge=4, description="held-out prompts for comparing logits")
     examples: int = Field(
-        default=40, ge=0, description="held-out task examples that both models answer; 0: none"
+        default=100, ge=0, description="held-out task examples that both models answer; 0: none"
     )
     thresholds: dict[str, Thresholds] = Field(
         default={}, description="by format: [verify.thresholds.Q4_K_M]; unset ones have built-in values"

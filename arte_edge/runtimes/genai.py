@@ -101,11 +101,28 @@ class GenaiRuntime(FolderRuntime):
         return self.tokenizer.tokens(text)
 
     def renderings(self, conversations: Sequence[Conversation]) -> list[Rendered]:
-        def render(what: Conversation) -> str:
-            tools = {"tools": json.dumps(list(what.tools))} if what.tools else {}
-            return str(self._tokenizer.apply_chat_template(json.dumps(list(what.messages)), **tools))
+        return [Rendered.by(self.facts.runtime, self._applied, conversations)]
 
-        return [Rendered.by(self.facts.runtime, render, conversations)]
+    def _applied(self, what: Conversation) -> str:
+        tools = {"tools": json.dumps(list(what.tools))} if what.tools else {}
+        return str(self._tokenizer.apply_chat_template(json.dumps(list(what.messages)), **tools))
+
+    def _chat(
+        self, conversations: list[list[dict[str, str]]], max_tokens: int, stop: tuple[str, ...]
+    ) -> list[str]:
+        """Answer as in the runtime's own examples, whose tokenizer leaves the begin token to the template."""
+        tokenizer = self._runtime.Tokenizer(self._model)
+        try:
+            prompts = [tokenizer.encode(self._applied(Conversation(one))) for one in conversations]
+        except Exception as error:  # of the template
+            raise InputError(
+                f"{self.name}: the chat template does not render: {first_line(error)}"
+            ) from error
+
+        def decode(ids: list[int]) -> str:
+            return "".join(map(tokenizer.create_stream().decode, ids))
+
+        return [self._text(prompt, max_tokens, stop, decode) for prompt in prompts]
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         generator = self._after(ids, 1)
@@ -121,8 +138,8 @@ class GenaiRuntime(FolderRuntime):
             rows.append(np.array(generator.get_output("logits"), dtype=np.float32).reshape(-1))
         return np.stack(rows)
 
-    def written(self, prompt: str, max_tokens: int) -> Iterator[int]:
-        generator = self._after(self.tokenize(prompt), max_tokens)
+    def written(self, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
+        generator = self._after(prompt, max_tokens)
         for _ in range(max_tokens):
             if generator.is_done():
                 return

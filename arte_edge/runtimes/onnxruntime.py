@@ -9,7 +9,7 @@ Notation: n tokens of a call, v vocabulary size.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -252,19 +252,30 @@ class FolderRuntime(BaseRuntime):
         return readable(self.tokenizer.text([token]) for token in range(self.n_vocab))
 
     @abstractmethod
-    def written(self, prompt: str, max_tokens: int) -> Iterator[int]:
+    def tokenize(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def written(self, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
         """Yield up to `max_tokens` tokens that the model writes greedily after `prompt`, without a stop token."""
 
     def _generate(self, prompts: list[str], max_tokens: int, stop: tuple[str, ...]) -> list[str]:
-        return [self._one(prompt, max_tokens, stop) for prompt in prompts]
+        return [
+            self._text(self.tokenize(prompt), max_tokens, stop, self.tokenizer.text) for prompt in prompts
+        ]
 
-    def _one(self, prompt: str, max_tokens: int, stop: tuple[str, ...]) -> str:
+    def _text(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        stop: tuple[str, ...],
+        decode: Callable[[list[int]], str],
+    ) -> str:
         ids: list[int] = []
         for token in self.written(prompt, max_tokens):
             ids.append(token)
-            if stop and (cut := until_stop(self.tokenizer.text(ids), stop)) is not None:
+            if stop and (cut := until_stop(decode(ids), stop)) is not None:
                 return cut
-        return self.tokenizer.text(ids)
+        return decode(ids)
 
 
 def check_files(folder: Path) -> None:
@@ -489,9 +500,9 @@ class OnnxRuntime(FolderRuntime):
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         return self._session.logits(ids)
 
-    def written(self, prompt: str, max_tokens: int) -> Iterator[int]:
+    def written(self, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
         self._session.reset()
-        return self._session.write(self.tokenize(prompt), max_tokens)
+        return self._session.write(prompt, max_tokens)
 
     def close(self) -> None:
         self._session.close()

@@ -11,10 +11,10 @@ A new backend is one file with a `Runtime`, most easily a subclass of `BaseRunti
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from arte_edge.errors import InputError, first_line
 from arte_edge.runtimes.prompt_render import Conversation, Message, render
 
-__all__ = ["BaseRuntime", "Decoder", "Rendered", "Runtime", "RuntimeFacts", "check_context", "first_line"]
-__all__ += ["readable", "until_stop"]
+__all__ = ["BaseRuntime", "Decoder", "Rendered", "Runtime", "RuntimeFacts", "Served", "check_context"]
+__all__ += ["first_line", "readable", "until_stop"]
+
+_Asked = TypeVar("_Asked")  # a prompt, or a conversation
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,17 @@ class Rendered:
                 texts.append(None)
                 refusal = refusal or first_line(error)
         return cls(program, tuple(texts), refusal)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server that users start on a model answers to conversations, without the text that stopped it."""
+
+    program: str
+    texts: tuple[str, ...] = ()
+    unable: str = ""  # why it gave no answers
+    remark: str = ""  # what a client has to know of this server
+    own: bool = False  # it runs the very library of the runtime that it is compared with
 
 
 class Decoder(Protocol):
@@ -157,6 +170,22 @@ class Runtime(Decoder, Protocol):
     def generate(self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:
         """Return what the model writes greedily after each prompt, a stop string included."""
 
+    def chat(
+        self, conversations: Sequence[Sequence[Message]], max_tokens: int, stop: Sequence[str] = ()
+    ) -> list[str]:
+        """Return what the model answers greedily to each conversation, a stop string included.
+
+        It is asked as its users ask it: through the runtime's own chat function, which renders the model's template
+        and tokenizes the prompt by itself.
+
+        Raises InputError: the model has no chat template, or it does not render these messages.
+        """
+
+    def served(
+        self, conversations: Sequence[Sequence[Message]], max_tokens: int, stop: Sequence[str] = ()
+    ) -> list[Served]:
+        """Return what the servers that users start on this model answer, as far as they are installed here."""
+
     def render(self, messages: Sequence[Message]) -> str | None:
         """Return the prompt that the model's own chat template makes, None without a template.
 
@@ -183,20 +212,47 @@ class BaseRuntime(ABC):
     def renderings(self, conversations: Sequence[Conversation]) -> list[Rendered]:
         return []
 
+    def served(
+        self, conversations: Sequence[Sequence[Message]], max_tokens: int, stop: Sequence[str] = ()
+    ) -> list[Served]:
+        return []
+
     @cached_property
-    def _known(self) -> dict[tuple[str, int, tuple[str, ...]], str]:
+    def _known(self) -> dict[Hashable, str]:
         return {}
 
     def generate(self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:
         """See `Runtime.generate`. Texts are cached: one reference is compared with many artifacts."""
         keys = [(prompt, max_tokens, tuple(stop)) for prompt in prompts]
-        if new := [key for key in dict.fromkeys(keys) if key not in self._known]:
-            texts = self._generate([key[0] for key in new], max_tokens, tuple(stop))
-            self._known.update(zip(new, texts, strict=True))
+        return self._remembered(keys, prompts, lambda new: self._generate(new, max_tokens, tuple(stop)))
+
+    def chat(
+        self, conversations: Sequence[Sequence[Message]], max_tokens: int, stop: Sequence[str] = ()
+    ) -> list[str]:
+        """See `Runtime.chat`. Texts are cached, as those of `generate`."""
+        if self.chat_template is None:
+            raise InputError("The model has no chat template", "Give it one, or ask with a rendered prompt.")
+        asked = [[dict(message) for message in messages] for messages in conversations]
+        keys = [(*(tuple(m.items()) for m in messages), max_tokens, tuple(stop)) for messages in asked]
+        return self._remembered(keys, asked, lambda new: self._chat(new, max_tokens, tuple(stop)))
+
+    def _remembered(
+        self, keys: Sequence[Hashable], asked: Sequence[_Asked], answer: Callable[[list[_Asked]], list[str]]
+    ) -> list[str]:
+        """Return the text of each key; `answer` is called with those of `asked` that have no text yet."""
+        new = {key: one for key, one in zip(keys, asked, strict=True) if key not in self._known}
+        if new:
+            self._known.update(zip(new, answer(list(new.values())), strict=True))
         return [self._known[key] for key in keys]
 
     @abstractmethod
     def _generate(self, prompts: list[str], max_tokens: int, stop: tuple[str, ...]) -> list[str]: ...
+
+    def _chat(
+        self, conversations: list[list[dict[str, str]]], max_tokens: int, stop: tuple[str, ...]
+    ) -> list[str]:
+        """Answer through the model's template and the runtime's tokenizer, for runtimes without chat function."""
+        return self._generate([render(self, messages) for messages in conversations], max_tokens, stop)
 
 
 def check_context(name: str, limit: int, context_tokens: int) -> None:

@@ -1,30 +1,74 @@
 """Paired accuracy: reference and artifact answer the same task examples.
 
-Both are prompted as a run's student in use: with their own chat template and a prefilled start of the
-reasoning, decoded greedily, the answer extracted from its tags. Validation examples unless this is the final
-evaluation: verification must not use up the test split.
+Both are asked as their users ask them: a bare user message through the runtime's own chat function, greedily, the
+answer read from the text. What a student answers behind a prompt that its files do not hold is of no use to anybody.
+Validation examples unless this is the final evaluation: verification must not use up the test split.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from arte_edge.distill.prompts import ANSWER_STOPS, STEP_BY_STEP, student_messages
+from arte_edge.asking.form import Asking, asking_of
 from arte_edge.errors import InputError
 from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.student_json import read_student
+from arte_edge.runtimes.prompt_render import Message
 from arte_edge.runtimes.protocol import Runtime
-from arte_edge.tasks.answers import extract, matches
+from arte_edge.tasks.answers import matches
 from arte_edge.tasks.task import Example, Task
 from arte_edge.verify.check import Check
 from arte_edge.verify.logits import Progress
-from arte_edge.verify.prompts import plain_text
+from arte_edge.verify.prompts import rendered
 
-__all__ = ["ANSWER_TOKENS", "ExampleAnswer", "answer_examples", "check_accuracy", "measure_accuracy"]
+__all__ = [
+    "ExampleAnswer",
+    "Questions",
+    "answer_examples",
+    "check_accuracy",
+    "examples_of",
+    "measure_accuracy",
+]
+__all__ += ["noted_tokens", "questions_for"]
 
-ANSWER_TOKENS = 96  # default limit in the evaluation of a run
 _BATCH = 32  # examples per progress report
+
+
+@dataclass(frozen=True)
+class Questions:
+    """How models are asked about a task: the messages in front of a question, and how an answer is read."""
+
+    asking: Asking
+    front: tuple[Message, ...] = ()
+
+    def conversation(self, example: Example) -> list[Message]:
+        return [*self.front, *self.asking.messages(example.input)]
+
+    def answers(self, model: Runtime, examples: Sequence[Example]) -> list[str]:
+        """Return what `model` writes; one without a chat template continues plain text."""
+        asked, how = [self.conversation(example) for example in examples], self.asking
+        if model.chat_template is None:
+            prompts = [rendered(model, messages) for messages in asked]
+            return model.generate(prompts, how.answer_tokens, how.answer_stops)
+        return model.chat(asked, how.answer_tokens, how.answer_stops)
+
+
+def questions_for(model: Runtime, task: Task, answer_tokens: int = 0) -> Questions:
+    """Return how `model` is asked about `task`; `answer_tokens`: the budget of an answer, 0: from its form."""
+    asking, front = asking_of(model, task)
+    return Questions(replace(asking, answer_tokens=answer_tokens or asking.answer_tokens), tuple(front))
+
+
+def noted_tokens(path: Path) -> int:
+    """Return the budget of an answer that the ``student.json`` beside a file names, 0 without one."""
+    try:
+        student = read_student(path.resolve().parent)
+    except InputError:  # damaged: exporting and benchmarks say so where they need it
+        return 0
+    return student.asking.answer_tokens if student is not None and student.asking is not None else 0
 
 
 @dataclass(frozen=True)
@@ -36,7 +80,19 @@ class ExampleAnswer:
     text: str
     answer: str | None  # None: the text has no answer in the task's form
     right: bool
-    seconds: float | None  # from prompt to last token, if timed
+    seconds: float | None  # from message to last token, if timed
+
+
+def examples_of(task: Task, limit: int = 0, *, final: bool = False) -> Sequence[Example]:
+    """Return up to `limit` validation examples, 0: all; of the test split if `final`.
+
+    Raises InputError: the split is empty.
+    """
+    split = "test" if final else "validation"
+    examples = task.load_test() if final else task.validation
+    if not examples:
+        raise InputError(f"Task '{task.name}' has no {split} examples", f"Label some in {split}.jsonl.")
+    return examples[:limit] if limit else examples
 
 
 def measure_accuracy(
@@ -46,66 +102,53 @@ def measure_accuracy(
     limit: int = 0,
     *,
     final: bool = False,
-    plain: bool = False,
+    questions: Questions | None = None,
     progress: Progress | None = None,
 ) -> PairedAccuracy:
     """Let both models answer `limit` examples (0: all) of the validation split, or of the test split if `final`.
 
-    With `plain` they are prompted without chat template, as in a run with ``template = "none"``.
-
-    Raises InputError: the split is empty.
+    Both are asked alike: by default as the reference is asked. Raises InputError: the split is empty.
     """
-    split = "test" if final else "validation"
-    examples = task.load_test() if final else task.validation
-    examples = examples[:limit] if limit else examples
-    if not examples:
-        raise InputError(f"Task '{task.name}' has no {split} examples", f"Label some in {split}.jsonl.")
+    examples = examples_of(task, limit, final=final)
+    asked = questions or questions_for(reference, task)
     before, after = (
-        [answer.right for answer in answer_examples(model, task, examples, plain, progress=progress)]
+        [answer.right for answer in answer_examples(model, examples, asked, progress=progress)]
         for model in (reference, artifact)
     )
-    accuracy = PairedAccuracy.of(task.name, split, sum(after), len(after))
+    accuracy = PairedAccuracy.of(task.name, "test" if final else "validation", sum(after), len(after))
     return accuracy.paired_with(reference.name, before, after)
 
 
 def answer_examples(
     model: Runtime,
-    task: Task,
     examples: Sequence[Example],
-    plain: bool = False,
+    questions: Questions,
     *,
-    max_tokens: int = ANSWER_TOKENS,
     timed: bool = False,
     progress: Progress | None = None,
 ) -> list[ExampleAnswer]:
-    """Let `model` answer `examples` greedily, in order; with `plain` without its chat template.
+    """Let `model` answer `examples` greedily, in order.
 
     With `timed` they are sent one at a time, as by a user, and each is timed.
     """
     found: list[ExampleAnswer] = []
     sent: set[str] = set()
-    size = 1 if timed else _BATCH
+    size, how = 1 if timed else _BATCH, questions.asking
     for start in range(0, len(examples), size):
         if progress is not None:
             progress(f"answers of {model.name}", start, len(examples))
         part = examples[start : start + size]
-        prompts = [_prompt(model, task, example, plain) for example in part]
         begin = time.perf_counter()
-        texts = model.generate(prompts, max_tokens, ANSWER_STOPS)
-        # The answer to a repeated prompt comes from the runtime's cache, so its time means nothing.
-        seconds = time.perf_counter() - begin if timed and prompts[0] not in sent else None
-        sent.update(prompts)
-        for example, prompt, text in zip(part, prompts, texts, strict=True):
-            answer = extract(text, task.answer)
-            right = matches(answer, example.target, task.answer)
+        texts = questions.answers(model, part)
+        # The answer to a repeated question comes from the runtime's cache, so its time means nothing.
+        seconds = time.perf_counter() - begin if timed and part[0].input not in sent else None
+        sent.update(example.input for example in part)
+        for example, text in zip(part, texts, strict=True):
+            answer = how.read(text)
+            prompt = rendered(model, questions.conversation(example))
+            right = matches(answer, example.target, how.answer)
             found.append(ExampleAnswer(example, prompt, text, answer, right, seconds))
     return found
-
-
-def _prompt(model: Runtime, task: Task, example: Example, plain: bool) -> str:
-    messages = student_messages(task, example.input)
-    text = None if plain else model.render(messages)
-    return (plain_text(messages) if text is None else text) + STEP_BY_STEP
 
 
 def check_accuracy(accuracy: PairedAccuracy, allowed: float | None) -> Check:

@@ -2,7 +2,8 @@
 
 The checks, in this order: ``opens`` (listed only if it fails); ``tokens``, ``vocabulary``, ``template``,
 ``template ids``, ``template programs`` and ``stop tokens`` on the text side; ``kl mean``, ``kl p99``, ``top-1
-agreement`` and ``perplexity ratio`` on the weights; ``accuracy drop`` on a task. All are run even if one fails.
+agreement`` and ``perplexity ratio`` on the weights; ``as asked`` and ``accuracy drop`` on a task. All are run even if
+one fails.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.protocol import Runtime
 from arte_edge.tasks.task import Task
-from arte_edge.verify.accuracy import check_accuracy, measure_accuracy
+from arte_edge.verify.accuracy import (
+    check_accuracy,
+    examples_of,
+    measure_accuracy,
+    noted_tokens,
+    questions_for,
+)
+from arte_edge.verify.as_asked import check_as_asked
 from arte_edge.verify.chat_template import check_templates
 from arte_edge.verify.check import Check, checks_table, long_notes
 from arte_edge.verify.corpus import hard_strings
@@ -95,7 +103,7 @@ def verify(
     task: Task | None = None,
     limit: int = 0,
     final: bool = False,
-    plain: bool = False,
+    answer_tokens: int = 0,
     progress: Progress | None = None,
 ) -> Verdict:
     """Compare `artifact` with `reference`, the 16-bit model that it was made from.
@@ -108,7 +116,7 @@ def verify(
         task: both models answer its validation examples.
         limit: number of examples; 0: all.
         final: final evaluation: use the test split.
-        plain: prompt without the chat template, for a student tuned on plain text.
+        answer_tokens: budget of an answer; 0: from the task.
         progress: called with (step, done, total).
 
     Raises InputError: no usable prompts, or an empty split;
@@ -131,9 +139,13 @@ def verify(
         fidelity = measure_fidelity(reference, artifact, prompts, progress)
         checks += fidelity_checks(fidelity, thresholds)
     if task is not None:
+        asked = questions_for(reference, task, answer_tokens)
         accuracy = measure_accuracy(
-            reference, artifact, task, limit, final=final, plain=plain, progress=progress
+            reference, artifact, task, limit, final=final, questions=asked, progress=progress
         )
+        examples = examples_of(task, limit, final=final)
+        allowed = thresholds.template_differences
+        checks.append(check_as_asked(reference, artifact, task, asked, examples, allowed, progress))
         checks.append(check_accuracy(accuracy, thresholds.accuracy_drop))
     return Verdict(
         passed=all(check.passed for check in checks),
@@ -155,13 +167,14 @@ def verify_file(
     task: Task | None = None,
     limit: int = 0,
     final: bool = False,
-    plain: bool = False,
+    answer_tokens: int = 0,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
     """Open the file or folder `artifact` and `verify` it; if it does not open, the check ``opens`` fails.
 
-    Without `thresholds`, those of the quantization type in the file's metadata are used, the strictest without one.
+    Without `thresholds`, those of the quantization type in the file's metadata are used, the strictest without one;
+    without `answer_tokens` the budget in the ``student.json`` beside the file.
 
     Raises FileNotFoundError: no such file or folder; ArteError: as `verify`, or its runtime is not installed.
     """
@@ -187,7 +200,7 @@ def verify_file(
             task=task,
             limit=limit,
             final=final,
-            plain=plain,
+            answer_tokens=answer_tokens or noted_tokens(artifact),
             progress=progress,
         )
         return replace(verdict, thresholds_of=type)

@@ -1,67 +1,75 @@
 """Prompts for comparing logits: a task's held-out examples, a user's file, or built-in dialogues.
 
-A task's prompts are rendered as for the student, followed by the correct answer. The built-in texts were
-written for this file, so they are in no training set.
+A task's prompts are rendered as for the student, followed by the correct answer as the student writes it. The built-in
+texts were written for this file, so they are in no training set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_PREFILL, student_messages
+from arte_edge.asking.form import Asking, held_form
+from arte_edge.asking.template import plain_template
 from arte_edge.errors import InputError
 from arte_edge.files import json_loads
-from arte_edge.runtimes.prompt_render import Message
+from arte_edge.runtimes.prompt_render import Message, Templated, render
 from arte_edge.tasks.task import Task
 
-__all__ = ["Renders", "built_in_prompts", "plain_text", "prompts_for", "prompts_from_file", "task_prompts"]
+__all__ = ["built_in_prompts", "prompts_for", "prompts_from_file", "rendered", "task_prompts"]
 
 _TASK_PROMPTS = 48
-
-
-class Renders(Protocol):
-    """Anything with a chat template; `render` returns None without one."""
-
-    def render(self, messages: Sequence[Message]) -> str | None: ...
 
 
 _DIALOGUES: list[dict[str, str]] = json_loads(Path(__file__).with_name("dialogues.json").read_text("utf-8"))
 
 
-def built_in_prompts(reference: Renders) -> list[str]:
+class Prompted(Templated, Protocol):
+    """A model with its own chat template, or without one; `render` as in `arte_edge.runtimes.protocol.Runtime`."""
+
+    def render(self, messages: Sequence[Message]) -> str | None: ...
+
+
+def built_in_prompts(reference: Templated) -> list[str]:
     """Return sixteen short dialogues with answers in the reference's own format: about 1,500 tokens."""
     return [
-        _rendered(reference, [{"role": "user", "content": dialogue["question"]}]) + dialogue["answer"]
+        rendered(reference, [{"role": "user", "content": dialogue["question"]}]) + dialogue["answer"]
         for dialogue in _DIALOGUES
     ]
 
 
-def task_prompts(reference: Renders, task: Task, limit: int = _TASK_PROMPTS) -> list[str]:
+def task_prompts(reference: Prompted, task: Task, limit: int = _TASK_PROMPTS) -> list[str]:
     """Return the prompts of up to `limit` validation examples, each with its correct answer.
 
     Raises InputError: the task has no validation examples.
     """
     if not task.validation:
         raise InputError(f"Task '{task.name}' has no validation examples", "Label some in validation.jsonl.")
+    form = held_form(reference, task)
+    asking = Asking.of(task, form or "answer", len)  # of its budget nothing is used
+    front = [] if form else [{"role": "system", "content": asking.instruction}]
     return [
-        _rendered(reference, student_messages(task, example.input))
-        + ANSWER_PREFILL
-        + example.target
-        + ANSWER_CLOSE
+        rendered(reference, [*front, *asking.messages(example.input)]) + asking.completion(example.target)
         for example in task.validation[:limit]
     ]
 
 
-def _rendered(model: Renders, messages: Sequence[Message]) -> str:
-    text = model.render(messages)
-    return plain_text(messages) if text is None else text
+def rendered(model: Templated, messages: Sequence[Message]) -> str:
+    """Return the prompt of a conversation; without a chat template a model gets `plain_template`'s.
+
+    Raises InputError: the template does not render.
+    """
+    if model.chat_template is None:
+        model = _Plain(plain_template(model.special_tokens), model.special_tokens)
+    return render(model, messages)
 
 
-def plain_text(messages: Sequence[Message]) -> str:
-    """Return the prompt for a model without a chat template, as `arte_edge.runtimes.prompt_render` renders it."""
-    return "\n\n".join(message["content"] for message in messages) + "\n"
+@dataclass(frozen=True)
+class _Plain:
+    chat_template: str
+    special_tokens: dict[str, str]
 
 
 def prompts_from_file(path: Path) -> list[str]:
@@ -94,7 +102,7 @@ def _row(path: Path, number: int, line: str) -> str:
     return texts[0]
 
 
-def prompts_for(model: Renders, task: Task | None, file: Path | None) -> list[str]:
+def prompts_for(model: Prompted, task: Task | None, file: Path | None) -> list[str]:
     """Return the prompts of a user's file if given, else of the task, else the built-in ones."""
     if file is not None:
         return prompts_from_file(file)

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import Patch, facts
+from tiny import Patch, facts, student_file
 
+from arte_edge.asking.form import instruction
+from arte_edge.asking.template import with_instruction
 from arte_edge.bench import accuracy
 from arte_edge.bench.accuracy import example_key, measure_quality
 from arte_edge.bench.runner import run_quality
@@ -17,6 +19,8 @@ from arte_edge.errors import InputError
 from arte_edge.models import LocalModel
 from arte_edge.results.accuracy import paired_on_common
 from arte_edge.results.rows import QualityRow
+from arte_edge.results.student_json import Asking, write_student
+from arte_edge.runtimes.prompt_render import render
 from arte_edge.runtimes.protocol import RuntimeFacts
 from arte_edge.stats import mcnemar, wilson
 from arte_edge.tasks.loaders import load_task
@@ -48,18 +52,26 @@ class Pupil:
     asked: list[list[str]] = field(default_factory=list)
     open: bool = True
 
+    chat_template = with_instruction(
+        "{% for m in messages %}{{ m.content }}\n{% endfor %}", instruction(TASK, "reasoning-first"), {}
+    )
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    budgets: set[int] = field(default_factory=set)
+
     def render(self, messages: Sequence[Any]) -> str:
-        return messages[-1]["content"] + "\n"
+        return render(self, messages)
 
     def tokenize(self, text: str) -> list[int]:
         return [0] * len(text.split())
 
-    def generate(self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:
-        self.asked.append(list(prompts))
-        return [self._answer(prompt) for prompt in prompts]
+    def chat(self, asked: Sequence[Any], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        self.asked.append([messages[-1]["content"] for messages in asked])
+        self.budgets.add(max_tokens)
+        assert all([message["role"] for message in messages] == ["user"] for messages in asked)
+        return [self._answer(text) for text in self.asked[-1]]
 
-    def _answer(self, prompt: str) -> str:
-        number = prompt.rpartition("Question: ")[2].partition("?")[0]
+    def _answer(self, text: str) -> str:
+        number = text.partition("?")[0]
         if not number.isdigit():
             return " It is <ans>odd</ans>"
         even = (int(number) % 2 == 0) == (int(number) >= self.ignores)
@@ -112,9 +124,17 @@ def test_the_row_says_what_was_answered_with_its_interval_and_its_time(shelf: Sh
 def test_each_example_is_asked_alone_after_a_warm_up(shelf: Shelf) -> None:
     shelf.measure("good", limit=5)
     warmup, *asked = shelf.opened[0].asked
-    assert warmup == ["Question:"]
-    assert [len(prompts) for prompts in asked] == [1] * 5
-    assert all(prompts[0].endswith("Let's think step by step.") for prompts in asked)
+    assert warmup == ["?"]
+    assert asked == [[example.input] for example in TEST[:5]]
+
+
+def test_the_budget_of_an_answer_is_the_one_beside_the_file(shelf: Shelf, tmp_path: Path) -> None:
+    shelf.measure("good", limit=1)
+    asking = Asking(form="reasoning-first", instruction="Say it.", answer_tokens=250)
+    write_student(tmp_path, student_file(asking=asking))
+    shelf.measure("good", limit=1)
+    shelf.measure("good", limit=1, answer_tokens=40)
+    assert [max(pupil.budgets) for pupil in shelf.opened] == [96, 250, 40]
 
 
 def test_the_difference_is_paired_with_a_row_of_any_machine(shelf: Shelf) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,10 @@ class Tiny:
     gguf: Path
 
 
-def write_checkpoint(folder: Path, unreachable: str = "") -> Path:
-    """Write the checkpoint; `unreachable` is a vocabulary entry that no merge makes."""
-    inner = tiny_models.bpe(CORPUS, SPECIAL, 380, begin=BOS, words=[unreachable] if unreachable else ())
+def write_checkpoint(folder: Path, unreachable: str = "", alphabet: Sequence[str] | None = None) -> Path:
+    """Write the checkpoint; `unreachable` is a vocabulary entry that no merge makes, `alphabet` as for `bpe`."""
+    words = [unreachable] if unreachable else ()
+    inner = tiny_models.bpe(CORPUS, SPECIAL, 380, begin=BOS, words=words, alphabet=alphabet)
     return tiny_models.save_checkpoint(
         folder,
         tiny_models.chat_tokenizer(inner, TEMPLATE, bos_token=BOS, eos_token=END),

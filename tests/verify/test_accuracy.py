@@ -1,13 +1,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import student_file
 
-from arte_edge.distill.prompts import STEP_BY_STEP
+from arte_edge.asking.form import asking_of, instruction
+from arte_edge.asking.template import with_instruction
 from arte_edge.errors import InputError
+from arte_edge.results.student_json import FILE_NAME, Asking, write_student
+from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.task import Answer, Example, Task, rows_sha256
-from arte_edge.verify.accuracy import check_accuracy, measure_accuracy
+from arte_edge.verify.accuracy import check_accuracy, measure_accuracy, noted_tokens, questions_for
 
 TEST = tuple(Example(f"test {i}?", "odd") for i in range(12))
 
@@ -26,56 +31,104 @@ def task(n: int = 100) -> Task:
     )
 
 
+CHAT = with_instruction(
+    "{% for m in messages %}[{{ m.content }}]{% endfor %}", instruction(task(), "answer-first"), {}
+)
+
+
 @dataclass
 class FakeStudent:
-    """A runtime that answers parity correctly except for numbers below `ignores`."""
+    """A runtime that answers parity correctly except for numbers below `ignores`; a character is a token."""
 
     ignores: int = 0
     name: str = "student"
-    prompts: list[str] = field(default_factory=list)
+    chat_template: str | None = CHAT
+    asked: list[Any] = field(default_factory=list)
+    budgets: set[int] = field(default_factory=set)
+    special_tokens = {"bos_token": ""}  # noqa: RUF012
 
-    def render(self, messages: Sequence[Any]) -> str:
-        return "<chat>" + messages[-1]["content"] + "</chat>"
+    def render(self, messages: Sequence[Any]) -> str | None:
+        return None if self.chat_template is None else render(self, messages)
+
+    def tokenize(self, text: str) -> list[int]:
+        return [0] * len(text)
+
+    def chat(self, asked: Sequence[Any], max_tokens: int, stop: Sequence[str]) -> list[str]:
+        assert self.chat_template is not None and "</ans>" in stop
+        return self._write([*asked], [messages[-1]["content"] for messages in asked], max_tokens)
 
     def generate(self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str]) -> list[str]:
-        self.prompts += prompts
-        return [self._answer(prompt) for prompt in prompts]
+        assert self.chat_template is None and stop == ("\n",)
+        found = self._write([*prompts], [p.rpartition("Question: ")[2] for p in prompts], max_tokens)
+        return [text.removeprefix("<ans>").removesuffix("</ans>") + "\n" for text in found]
 
-    def _answer(self, prompt: str) -> str:
-        if "test" in prompt:
-            return " It is <ans>odd</ans>"
-        number = int(prompt.rpartition("Question: ")[2].partition("?")[0])
-        even = (number % 2 == 0) == (number >= self.ignores)
-        return f" Look. <ans>{'even' if even else 'odd'}</ans>"
+    def _write(self, asked: list[Any], texts: list[str], max_tokens: int) -> list[str]:
+        self.asked += asked
+        self.budgets.add(max_tokens)
+        return [f"<ans>{self._answer(text)}</ans>" for text in texts]
+
+    def _answer(self, text: str) -> str:
+        if "test" in text:
+            return "odd"
+        number = int(text.partition("?")[0])
+        return "even" if (number % 2 == 0) == (number >= self.ignores) else "odd"
 
 
 def measure(before: FakeStudent, after: FakeStudent, **options: Any) -> Any:
     return measure_accuracy(before, after, task(), **options)  # type: ignore[arg-type]
 
 
-def test_both_models_answer_the_same_validation_examples() -> None:
+def test_both_models_get_the_same_bare_messages_through_their_chat_functions() -> None:
     before, after = FakeStudent(), FakeStudent(30)
     found = measure(before, after)
     assert (found.split, found.n, found.reference_right, found.accuracy) == ("validation", 100, 100, 0.7)
-    assert before.prompts == after.prompts
-    assert all(
-        prompt.startswith("<chat>Question: ") and prompt.endswith(STEP_BY_STEP) for prompt in before.prompts
-    )
+    assert before.asked == after.asked == [[{"role": "user", "content": f"{i}?"}] for i in range(100)]
     assert found.low < 0.7 < found.high
     assert (found.lost, found.gained) == (30, 0) and found.difference == pytest.approx(-0.3)
 
 
-def test_a_student_of_plain_text_is_prompted_in_plain_text() -> None:
-    before = FakeStudent()
-    measure(before, FakeStudent(), plain=True, limit=3)
-    assert len(before.prompts) == 3
-    assert before.prompts[0].startswith("Even or odd.") and "<chat>" not in before.prompts[0]
+def test_a_model_that_holds_no_instruction_gets_it_as_system_text() -> None:
+    def chat(asked: Sequence[Any], max_tokens: int, stop: Sequence[str]) -> list[str]:
+        before.asked += asked
+        return ["odd"] * len(asked)
+
+    before = FakeStudent(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    before.chat = chat  # type: ignore[method-assign]
+    assert measure(before, before, limit=4).accuracy == 0.5
+    assert before.asked[0][0] == {"role": "system", "content": instruction(task(), "answer")}
+
+
+def test_a_model_without_a_template_continues_plain_text() -> None:
+    before, after = FakeStudent(chat_template=None), FakeStudent(1, chat_template=None)
+    assert measure(before, after, limit=3).right == 2
+    text = instruction(task(), "answer")
+    assert before.asked == [f"{text}\n\nQuestion: {i}?\nAnswer:\n" for i in range(3)]
+
+
+def test_the_budget_of_an_answer_is_the_tasks_unless_one_is_given() -> None:
+    student = FakeStudent()
+    measure(student, student)
+    own, _ = asking_of(student, task())
+    assert student.budgets == {own.answer_tokens}
+    asked = questions_for(student, task(), 250)  # type: ignore[arg-type]
+    measure(student, student, questions=asked)
+    assert student.budgets == {own.answer_tokens, 250}
+
+
+def test_the_budget_comes_from_the_student_json_beside_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "student-Q8_0.gguf"
+    assert noted_tokens(path) == 0
+    asking = Asking(form="answer", instruction="Say it.", answer_tokens=250)
+    write_student(tmp_path, student_file(asking=asking))
+    assert noted_tokens(path) == 250
+    (tmp_path / FILE_NAME).write_text("{")
+    assert noted_tokens(path) == 0
 
 
 def test_the_test_split_is_read_in_the_final_evaluation_only() -> None:
     before = FakeStudent()
     measure(before, FakeStudent())
-    assert not any("test" in prompt for prompt in before.prompts)
+    assert not any("test" in messages[-1]["content"] for messages in before.asked)
     final = measure(FakeStudent(), FakeStudent(), final=True)
     assert (final.split, final.n) == ("test", len(TEST))
 

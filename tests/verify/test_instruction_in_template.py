@@ -11,6 +11,8 @@ from arte_edge.asking.template import with_instruction
 from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.prompt_render import Conversation, Message
 
+from .conftest import BOS
+
 pytest.importorskip("xllamacpp")
 NASTY = (
     'It\'s {{ x }} {% if %} {# c #} \\n \\ }} %} #}\r\nline 2\ttab "quotes" 日本 🙂 '
@@ -43,7 +45,7 @@ BASES = {
 def test_every_program_renders_what_jinja2_renders(
     format: str, base: str, text: str, with_fields: Make, good: Path, tmp_path: Path
 ) -> None:
-    template = with_instruction(BASES[base], text, {})
+    template = with_instruction(BASES[base], text, {"bos_token": BOS})
     if format == "gguf":
         path = with_fields({"tokenizer.chat_template": template.encode()})
     else:

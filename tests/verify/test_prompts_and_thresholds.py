@@ -5,46 +5,66 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from arte_edge.asking.form import Form, instruction
+from arte_edge.asking.template import with_instruction
 from arte_edge.errors import InputError
 from arte_edge.gguf.reader import FILE_TYPES
+from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.task import Answer, Example, Task
 from arte_edge.verify.prompts import built_in_prompts, prompts_from_file, task_prompts
 from arte_edge.verify.thresholds import STRICTEST, TYPES, Thresholds, thresholds_for
 
+CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+
 
 class Chat:
-    def render(self, messages: Sequence[Any]) -> str | None:
-        return "".join(f"[{m['role']}]{m['content']}" for m in messages) + "[assistant]"
+    special_tokens = {"bos_token": "<s>"}  # noqa: RUF012
 
+    def __init__(self, chat_template: str | None = CHAT) -> None:
+        self.chat_template = chat_template
 
-class Plain:
     def render(self, messages: Sequence[Any]) -> str | None:
-        return None
+        return None if self.chat_template is None else render(self, messages)
 
 
 def test_built_in_prompts_have_questions_and_answers_in_the_model_s_format() -> None:
-    chat, plain = built_in_prompts(Chat()), built_in_prompts(Plain())
+    chat, plain = built_in_prompts(Chat()), built_in_prompts(Chat(None))
     assert len(chat) == len(plain) >= 12
     assert all("[assistant]" in prompt and not prompt.endswith("[assistant]") for prompt in chat)
-    assert all("[assistant]" not in prompt for prompt in plain)
+    assert all(prompt.startswith("<s>Question: ") and "[assistant]" not in prompt for prompt in plain)
 
 
-def test_task_prompts_are_validation_examples_with_their_answers_and_never_test_ones() -> None:
+def parity(n: int = 9) -> Task:
     def fail() -> tuple[Example, ...]:
         raise AssertionError("the test split was read")
 
-    task = Task(
+    return Task(
         name="t",
         description="Say it.",
         answer=Answer(kind="boolean"),
         techniques=(),
         seed=(),
-        validation=tuple(Example(f"q{i}", "True") for i in range(9)),
+        validation=tuple(Example(f"q{i}", "True") for i in range(n)),
         test_loader=fail,
     )
-    prompts = task_prompts(Chat(), task, 4)
-    assert len(prompts) == 4
-    assert all(prompt.endswith("<ans>True</ans>") for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    ("form", "answer"),
+    [("answer", "True"), ("answer-first", "<ans>True</ans>"), ("reasoning-first", "<ans>True</ans>")],
+)
+def test_task_prompts_are_bare_validation_examples_with_answers_as_the_student_writes_them(
+    form: Form, answer: str
+) -> None:
+    text = instruction(parity(), form)
+    prompts = task_prompts(Chat(with_instruction(CHAT, text, {})), parity(), 4)
+    assert prompts == [f"[system]{text}[user]q{i}[assistant]{answer}" for i in range(4)]
+
+
+def test_other_models_are_shown_the_instruction() -> None:
+    text = instruction(parity(), "answer")
+    assert task_prompts(Chat(), parity(), 1) == [f"[system]{text}[user]q0[assistant]True"]
+    assert task_prompts(Chat(None), parity(), 1) == [f"<s>{text}\n\nQuestion: q0\nAnswer:\nTrue"]
 
 
 def test_prompts_come_from_lines_or_rows(tmp_path: Path) -> None:

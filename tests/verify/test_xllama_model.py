@@ -36,6 +36,8 @@ long = model.generate(["Is this number even or odd? " * 60], 4)
 known = dict(
     name=model.name, runtime=model.facts.runtime, quantization=model.quantization, ids=ids, texts=texts,
     stopped=stopped, rendered=model.render(messages), long=long,
+    chat=[model.chat([messages], 24)[0], *model.generate([model.render(messages)], 24)],
+    chat_stopped=model.chat([messages], 24, stop=("text",)),
 )
 try: model.logits(ids)
 except Exception as error: known["missing"] = [type(error).__name__, error.message, error.hint]
@@ -66,6 +68,8 @@ def test_llama_cpp_python_says_and_writes_the_same(answer: dict[str, Any], tiny:
         texts = model.generate([TEXT, "Question: 42"], 24)
         assert answer["texts"] == texts
         assert answer["stopped"] == model.generate([TEXT], 24, stop=(texts[0][3:6],))
+        chat, written = answer["chat"]
+        assert chat == written and answer["chat_stopped"][0] == chat.partition("text")[0] + "text"
         assert answer["rendered"] == model.render([{"role": "user", "content": "even or odd?"}])
         assert answer["long"] == model.generate(["Is this number even or odd? " * 60], 4)
         assert answer["ids"] == model.tokenize(TEXT)

@@ -24,9 +24,10 @@ from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.llamacpp.bindings import LlamaContext, Row, flash_attn_in_use
 from arte_edge.runtimes.llamacpp.context_memory import ONE_SEQUENCE
 from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
+from arte_edge.runtimes.llamacpp.servers import served
 from arte_edge.runtimes.llamacpp.xllamacpp import server_rendering
-from arte_edge.runtimes.prompt_render import Conversation
-from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts, readable
+from arte_edge.runtimes.prompt_render import Conversation, Message
+from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts, Served, readable, until_stop
 
 __all__ = ["LlamaCppRuntime"]
 
@@ -37,6 +38,7 @@ _TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0"
 _CHUNK = 128  # rows of logits at once: with a vocabulary of 262,144 they are 134 MB
 _CTX_STEP = 256  # tokens; contexts grow in steps, so that few are made
 _PARALLEL = 16
+_CHAT_TOKENS = 2048  # of context for a conversation; the file is opened again for longer ones
 _CONTROL, _USER_DEFINED = 1 << 3, 1 << 4  # llama.cpp: LLAMA_TOKEN_ATTR_*
 _ADDED = _CONTROL | _USER_DEFINED
 _NORMAL = 1  # GGUF: tokenizer.ggml.token_type of an ordinary token
@@ -91,6 +93,7 @@ class LlamaCppRuntime(BaseRuntime):
         self._flash_attn: bool | None = None
         self._model = self._engine.model
         self._reading: LlamaContext | None = None
+        self._llama: Any = None  # llama_cpp.Llama, for `chat`
         self.chat_template = self._engine.chat_template
         self.special_tokens = self._engine.special_tokens
         self.n_vocab = self._model.n_vocab
@@ -317,7 +320,52 @@ class LlamaCppRuntime(BaseRuntime):
         sampling = Sampling(max_tokens=max_tokens, stop=stop)
         return [done.text for done in self._engine.complete([Request(p) for p in prompts], sampling)]
 
+    def _chat(
+        self, conversations: list[list[dict[str, str]]], max_tokens: int, stop: tuple[str, ...]
+    ) -> list[str]:
+        return [self._answer(messages, max_tokens, stop) for messages in conversations]
+
+    def _answer(self, messages: list[dict[str, str]], max_tokens: int, stop: tuple[str, ...]) -> str:
+        """Return what `create_chat_completion` writes, ended at a stop string, which that itself would leave out."""
+        llama, text = self._opened(self._room([messages], max_tokens)), ""
+        try:
+            answer = llama.create_chat_completion(
+                messages, max_tokens=max_tokens, temperature=0.0, stream=True
+            )
+            for part in answer:
+                text += part["choices"][0]["delta"].get("content") or ""
+                if (whole := until_stop(text, stop)) is not None:
+                    return whole
+        except ValueError:  # as for its users: more tokens than the model was made for
+            return ""
+        return text
+
+    def _room(self, conversations: Sequence[Sequence[Message]], max_tokens: int) -> int:
+        """Return the tokens of context that the longest conversation and its answer need."""
+        longest = max(len(self.tokenize(self.render(messages) or "")) for messages in conversations)
+        return min(max(longest + max_tokens + 1, _CHAT_TOKENS), self._model.n_ctx_train)
+
+    def _opened(self, n_ctx: int) -> Any:
+        """Return the file as a user of llama-cpp-python opens it."""
+        from llama_cpp import Llama
+
+        if self._llama is None or self._llama.n_ctx() < n_ctx:
+            if self._llama is not None:
+                self._llama.close()
+            threads = {"n_threads": self._engine.threads, "n_threads_batch": self._engine.threads}
+            self._llama = Llama(str(self._path), n_ctx=n_ctx, verbose=False, **threads)
+        return self._llama
+
+    def served(
+        self, conversations: Sequence[Sequence[Message]], max_tokens: int, stop: Sequence[str] = ()
+    ) -> list[Served]:
+        room = self._room(conversations, max_tokens)
+        return served(self._path, conversations, max_tokens, stop, room, self._engine.threads)
+
     def close(self) -> None:
+        if self._llama is not None:
+            self._llama.close()
+            self._llama = None
         if self._cache:
             self._lib.llama_batch_free(self._batch)
             self._lib.llama_free(self._cache)

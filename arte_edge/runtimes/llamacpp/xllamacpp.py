@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from arte_edge.errors import EngineError, InputError, first_line
 from arte_edge.gguf.reader import read_model_header
 from arte_edge.runtimes.prompt_render import Conversation
-from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts
+from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts, until_stop
 from arte_edge.threads import thread_count
 
 __all__ = ["XllamaRuntime", "XllamaServer", "server_rendering"]
@@ -119,6 +119,15 @@ class XllamaServer:
         if document is None:
             return self._http.get(route).json()
         return self._http.post(route, json=document).json()
+
+    def streamed(self, document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the parts of an answer of the chat endpoint. Raises EngineError: the server reports an error."""
+        with self._http.stream("POST", "/v1/chat/completions", json=document | {"stream": True}) as answer:
+            if answer.status_code != httpx.codes.OK:
+                self._checked(json.loads(answer.read()))
+            for line in answer.iter_lines():
+                if (data := line.removeprefix("data: ")) != line and data != "[DONE]":
+                    yield self._checked(json.loads(data))
 
     @cached_property
     def n_vocab(self) -> int:
@@ -243,12 +252,32 @@ class XllamaRuntime(BaseRuntime):
         texts = []
         for prompt in prompts:
             ids = self.tokenize(prompt)
-            if (needed := len(ids) + max_tokens) > self._server.n_ctx:
-                self._server.close()
-                self._server = XllamaServer(self._path, self._threads, 2 * needed)
+            self._make_room(len(ids) + max_tokens)
             answer = self._server.complete(ids, max_tokens, stop=list(stop))
             texts.append(answer["content"] + answer["stopping_word"])
         return texts
+
+    def _make_room(self, needed: int) -> None:
+        if needed > self._server.n_ctx:
+            self._server.close()
+            self._server = XllamaServer(self._path, self._threads, 2 * needed)
+
+    def _chat(
+        self, conversations: list[list[dict[str, str]]], max_tokens: int, stop: tuple[str, ...]
+    ) -> list[str]:
+        return [self._answer(messages, max_tokens, stop) for messages in conversations]
+
+    def _answer(self, messages: list[dict[str, str]], max_tokens: int, stop: tuple[str, ...]) -> str:
+        """Return what the server's chat endpoint writes, ended at a stop string, which that itself would leave out."""
+        self._make_room(len(self.tokenize(self.render(messages) or "")) + max_tokens)
+        text = ""
+        for part in self._server.streamed(
+            {"messages": messages, "max_tokens": max_tokens, "temperature": 0.0}
+        ):
+            text += part["choices"][0]["delta"].get("content") or "" if part["choices"] else ""
+            if (whole := until_stop(text, stop)) is not None:
+                return whole
+        return text
 
     def close(self) -> None:
         self._server.close()

@@ -7,9 +7,11 @@ weights can be the reference. In a benchmark it shows how much faster the export
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +19,19 @@ from numpy.typing import NDArray
 from arte_edge.onnx.tokenizer import FileTokenizer
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.prompt_render import Conversation
-from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts, check_context, readable
+from arte_edge.runtimes.protocol import (
+    BaseRuntime,
+    Rendered,
+    RuntimeFacts,
+    check_context,
+    readable,
+    until_stop,
+)
 from arte_edge.runtimes.transformers.model import State, TransformersEngine
 
 __all__ = ["TransformersRuntime"]
+
+_BATCH = 16  # conversations that the pipeline answers together
 
 
 class TransformersRuntime(BaseRuntime):
@@ -110,5 +121,40 @@ class TransformersRuntime(BaseRuntime):
         sampling = Sampling(max_tokens=max_tokens, stop=stop)
         return [done.text for done in self._engine.complete([Request(p) for p in prompts], sampling)]
 
+    def _chat(
+        self, conversations: list[list[dict[str, str]]], max_tokens: int, stop: tuple[str, ...]
+    ) -> list[str]:
+        stops = {"stop_sequence": list(stop)} if stop else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # of settings of sampling in the checkpoint, which greedy text does not use
+            answers = self._pipeline(
+                conversations,
+                batch_size=_BATCH,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                repetition_penalty=1.0,
+                return_full_text=False,
+                **stops,
+            )
+        texts = [str(answer[0]["generated_text"]) for answer in answers]
+        return [until_stop(text, stop) or text for text in texts]
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        """The pipeline that transformers' users give messages to; shorter prompts are padded in front."""
+        from transformers import pipeline
+
+        from arte_edge.transformers_load import load_tokenizer
+
+        tokenizer = load_tokenizer(self._folder)
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model = self._engine.model
+        return pipeline("text-generation", model=model, tokenizer=tokenizer, device=model.device)
+
     def close(self) -> None:
+        vars(self).pop("_pipeline", None)
         self._engine.close()
