@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from arte_edge.runtimes.prompt_render import shows_system
+from arte_edge.runtimes.prompt_render import Templated, shows_system
 
-__all__ = ["PLAIN", "plain_template", "with_instruction"]
+__all__ = ["PLAIN", "Asked", "asked", "plain_template", "with_instruction"]
 
 # For models without a template: text that any base model continues.
 PLAIN = (
@@ -60,3 +61,17 @@ def _literal(text: str) -> str:
         "'" + "".join(_NEEDS_ESCAPE.get(char, char) for char in part) + "'" for part in _BRACES.split(text)
     ]
     return parts[0] if len(parts) == 1 else f"({' + '.join(parts)})"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model as its tuned student will be asked: its chat template with the instruction in it."""
+
+    chat_template: str
+    special_tokens: dict[str, str]
+
+
+def asked(model: Templated, text: str, *, plain: bool = False) -> Asked:
+    """Return `model` with `text` as its instruction; with `plain` without its own template."""
+    special = model.special_tokens
+    return Asked(with_instruction(None if plain else model.chat_template, text, special), special)

@@ -108,12 +108,16 @@ class TeacherConfig(ModelConfig):
     """The teacher: like any model, but few-shot by default."""
 
     shots: int = _key(8, "few-shot examples before each question", ge=0, le=40)
+    role: Literal["auto", "labels", "inputs"] = _key(
+        "auto", "labels: it answers; inputs: it is told an answer and writes inputs; auto: the check decides"
+    )
 
 
 class Check(_Section):
     """Before the first step: does the teacher outperform the student?"""
 
-    examples: int = _key(40, "validation examples that teacher and student answer", ge=10)
+    examples: int = _key(100, "validation examples that teacher and student answer", ge=10)
+    own_labels: bool = _key(True, "train the student on the task's own labels alone, as a control")
 
 
 class Elicit(_Section):
@@ -128,6 +132,9 @@ class Elicit(_Section):
     question_tokens: int = _key(300, "maximum tokens of a completion with questions", ge=16)
     rationale_tokens: int = _key(120, "maximum tokens of a rationale", ge=8)
     rouge: float = _key(0.7, "ROUGE-L F1 from which a question counts as a duplicate", gt=0.0, le=1.0)
+    by_label: bool = _key(
+        True, "closed-answer tasks: the teacher is told an answer and writes inputs, as many for each"
+    )
     label: LabelPolicy = _key(
         "teacher", "label of a draft: the teacher's target, a majority vote, or dropped"
     )
@@ -205,14 +212,18 @@ class Tune(_Section):
     epochs: float = _key(2.0, "paper: 1", gt=0.0, le=1000.0)
     batch_size: int = _key(4, ge=1)
     lora_rank: int = _key(16, ge=1)
+    target: Literal["auto", "answer", "answer-first", "reasoning-first"] = _key(
+        "auto", "what the student writes; auto: the cheapest form that a short trial finds no worse"
+    )
+    own_labels: bool = _key(True, "add the task's labelled seed rows to the training data")
 
 
 class Evaluate(_Section):
     """Last, once: evaluation on the held-out test split."""
 
     limit: int = _key(0, "test examples; 0: all", ge=0)
-    shots: _ShotCounts = _key((0, 3), "numbers of few-shot examples with which the student is tested")
-    answer_tokens: int = _key(96, "maximum tokens of an answer", ge=4)
+    shots: _ShotCounts = _key((0,), "numbers of few-shot examples with which the student is tested")
+    answer_tokens: int = _key(96, "maximum tokens of an answer with reasoning", ge=4)
     teacher: bool = _key(True, "evaluate the teacher as well")
 
 
@@ -233,6 +244,7 @@ class RunConfig(_Section):
 
     name: str = _key("", "folder under runs/; empty: task and student")
     seed: int = _key(0, ge=0, lt=2**31)
+    rounds: int = _key(1, "2 or more: further data where the student of the round before errs", ge=1, le=10)
     data: Data = _key("arte", "training data of the student; all but arte are ablations")
     task: TaskConfig = TaskConfig()
     teacher: TeacherConfig = TeacherConfig(model="qwen2.5-coder-0.5b-instruct")

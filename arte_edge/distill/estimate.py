@@ -15,10 +15,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from arte_edge.asking.form import Form
 from arte_edge.console import Reporter, emit_json, out
 from arte_edge.distill.cached_calls import GROUP
 from arte_edge.distill.config import RunConfig
-from arte_edge.distill.generation.questions import QuestionPlan, count_valid, question_prompts
+from arte_edge.distill.evaluation import student_prompts
+from arte_edge.distill.generation.inputs import Focus
+from arte_edge.distill.generation.questions import QuestionPlan, count_valid
 from arte_edge.distill.generation.rationales import rationale_prompt, rationale_sampling, votes_directly
 from arte_edge.distill.preference.adaptive import AdaptivePlan
 from arte_edge.distill.preference.scoring import is_adaptive
@@ -26,17 +29,18 @@ from arte_edge.distill.prompts import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
     ANSWER_PREFILL,
-    ANSWER_STOPS,
     STEP_BY_STEP,
+    Shot,
     answer_shots,
     direct_messages,
     student_messages,
 )
-from arte_edge.distill.run_context import RunContext
+from arte_edge.distill.run_context import RunContext, tells_labels
 from arte_edge.distill.stages.align import dpo_settings
 from arte_edge.distill.stages.calibrate import respondents
-from arte_edge.distill.stages.elicit import draft_plan
+from arte_edge.distill.stages.elicit import draft_plan, draft_source
 from arte_edge.distill.stages.tailor import tailor_plan
+from arte_edge.distill.stages.target import TRIAL_EXAMPLES, TRIAL_ROWS
 from arte_edge.distill.train.common import examples_seen
 from arte_edge.distill.validate_config import refuse_run
 from arte_edge.errors import EngineError, InputError
@@ -51,12 +55,13 @@ __all__ = ["Call", "Lengths", "StageEstimate", "Work"]
 __all__ += ["dry_run", "estimate", "parse_prices", "probe", "stage_work"]
 
 Who = Literal["teacher", "student"]
-What = Literal["question", "rationale", "vote", "generated", "constrained"]
+# asked, chosen: as the tuned student is asked; generated, constrained: after few-shot examples in the prompt
+What = Literal["question", "rationale", "vote", "asked", "chosen", "generated", "constrained"]
 
 _PROBE_CALLS = 2  # real calls of each kind
 _PROBE_PROMPTS = 8  # prompts of each kind whose length is counted
 _FEWEST_DRAFTS = 0.1  # assumed lower bound of valid drafts per prompt: a run gives up before
-_ORDER = ("check", "elicit", "calibrate", "prefer", "align", "tailor", "tune", "evaluate")
+_ORDER = ("check", "target", "elicit", "calibrate", "prefer", "align", "tailor", "tune", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -166,15 +171,24 @@ def estimate(
 
 def stage_work(config: RunConfig, task: Task, drafts_per_prompt: float) -> Iterator[Work]:
     """Yield the calls of each stage."""
-    n_check = min(config.check.examples, len(task.validation))
-    yield Work("check", Call("teacher", "rationale"), n_check)
-    yield Work("check", Call("student", "generated"), n_check)
-    yield Work("check", Call("student", "constrained"), n_check)
+    n_check, own = min(config.check.examples, len(task.validation)), config.check.own_labels
+    votes, by_label = votes_directly(config, task.answer), tells_labels(config, task)
+    labels = Call("teacher", "vote", config.elicit.opinion_shots) if votes else Call("teacher", "rationale")
+    chosen = Call("student", "chosen")
+    yield Work("check", labels, n_check)
+    yield Work("check", Call("student", "asked"), (2 if own else 1) * n_check)
+    yield Work("check", chosen, n_check if task.answer.closed else 0)
+    if config.tune.target == "auto":
+        # The trial's own-labels student has answered in the check; the other two forms are students of their own.
+        n_held_out = min(TRIAL_EXAMPLES, len(task.validation))
+        stage, n_form = ("target", 2) if by_label else ("tune", 3)
+        yield Work("target", Call("teacher", "rationale"), min(TRIAL_ROWS, len(task.seed)) if by_label else 0)
+        yield Work(stage, Call("student", "asked"), n_form * n_held_out)
     if config.aligned:
         yield from _drafts(
             "elicit", config, task, draft_plan(config), len(task.techniques), drafts_per_prompt
         )
-        yield from _calibrate(config, task, n_check)
+        yield from _calibrate(config, task)
         yield from _prefer(config, task)
         n_pair = config.n_question_pairs + min(config.n_rationale_pairs, config.elicit.questions)
         settings = dpo_settings(config)
@@ -183,14 +197,18 @@ def stage_work(config: RunConfig, task: Task, drafts_per_prompt: float) -> Itera
         # Checks before the first step, regularly, and after the last.
         n_look = 1 + ceil(n_step / settings.probe_every)
         yield Work("align", Call("teacher", "question"), n_look * config.align.probe_prompts)
-    yield from _drafts("tailor", config, task, tailor_plan(config), 1, drafts_per_prompt)
+    for _ in range(config.rounds):
+        yield from _drafts("tailor", config, task, tailor_plan(config), 1, drafts_per_prompt)
+    if config.rounds > 1:
+        yield Work("tune", Call("student", "asked"), config.rounds * len(task.validation))
     n_test = len(task.test_keys())
     n_test = min(config.evaluate.limit or n_test, n_test)
     for shots in config.evaluate.shots:
-        yield Work("evaluate", Call("student", "generated", shots), 2 * n_test)  # base and tuned
-    yield Work("evaluate", Call("student", "constrained"), 2 * n_test)
+        yield Work("evaluate", Call("student", "asked", shots), 2 * n_test)  # base and tuned
+    yield Work("evaluate", Call("student", "asked"), 2 * n_test if own else 0)
+    yield Work("evaluate", chosen, 2 * n_test if task.answer.closed else 0)
     if config.evaluate.teacher:
-        yield Work("evaluate", Call("teacher", "rationale"), n_test)
+        yield Work("evaluate", labels, n_test)
 
 
 def _drafts(
@@ -201,26 +219,25 @@ def _drafts(
         sent += n
         valid = min(int(sent * drafts_per_prompt), plan.needed)
     yield Work(stage, Call("teacher", "question"), sent)
-    yield Work(stage, Call("teacher", "rationale"), plan.needed * n_technique)
+    if not tells_labels(config, task) or config.tune.target not in ("auto", "answer"):
+        yield Work(stage, Call("teacher", "rationale"), plan.needed * n_technique)
     if votes_directly(config, task.answer):
         yield Work(stage, Call("teacher", "vote", config.elicit.opinion_shots), plan.needed)
 
 
-def _calibrate(config: RunConfig, task: Task, n_check: int) -> Iterator[Work]:
+def _calibrate(config: RunConfig, task: Task) -> Iterator[Work]:
     n_item = min(config.calibrate.items, len(task.validation))
     for model in respondents(config, closed=task.answer.closed):
         # Further models are not opened for an estimate; they count like the teacher.
         who: Who = "student" if model is config.student else "teacher"
         for shots in config.calibrate.shots:
-            # Those of the check are known already; closed answers are compared in one call for all.
-            same = who == "student" and not shots and (not task.answer.closed or n_check == n_item)
-            known = min(n_check, n_item) if same else 0
-            yield Work("calibrate", Call(who, "constrained", shots), n_item - known)
+            yield Work("calibrate", Call(who, "constrained", shots), n_item)
 
 
 def _prefer(config: RunConfig, task: Task) -> Iterator[Work]:
     k = min(config.calibrate.k, config.calibrate.items, len(task.validation))
-    question = [q for q in range(config.elicit.questions) for _ in task.techniques]
+    bare = tells_labels(config, task) and config.tune.target in ("auto", "answer")
+    question = [q for q in range(config.elicit.questions) for _ in ([0] if bare else task.techniques)]
     adaptive = is_adaptive(config.prefer, len(question), k)
     plan = AdaptivePlan(tuple(question), k, config.prefer.race_share, config.prefer.race_error)
     what: What = "generated" if config.prefer.score == "accuracy" else "constrained"
@@ -233,7 +250,7 @@ def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], 
     Raises EngineError: a model answered none of them.
     """
     teacher, student = run.engine(run.config.teacher), run.engine(run.config.student)
-    elicit, evaluate = run.config.elicit, run.config.evaluate
+    elicit = run.config.elicit
     sampling: dict[Call, Sampling] = {
         Call("teacher", "question"): Sampling(
             temperature=elicit.temperature,
@@ -242,7 +259,8 @@ def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], 
             seed=run.config.seed,
         ),
         Call("teacher", "rationale"): rationale_sampling(run, teacher, elicit.rationale_tokens),
-        Call("student", "generated"): Sampling(max_tokens=evaluate.answer_tokens, stop=ANSWER_STOPS),
+        Call("student", "asked"): Sampling(max_tokens=run.asking(_form(run.config)).answer_tokens),
+        Call("student", "generated"): Sampling(max_tokens=run.config.prefer.answer_tokens),
     }
     engines: dict[Who, Engine] = {"teacher": teacher, "student": student}
     generated = {(call.who, call.what): float(how.max_tokens) for call, how in sampling.items()}
@@ -263,7 +281,9 @@ def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], 
             step(1)
     if not (drafted := answers.get(Call("teacher", "question"))):
         return lengths, float(elicit.asked)
-    return lengths, max(count_valid(run.task, elicit.rouge, drafted) / len(drafted), _FEWEST_DRAFTS)
+    source = draft_source(run, teacher, draft_plan(run.config), Focus())
+    source.requests(0, len(drafted), [])  # it remembers which answer each prompt asked for
+    return lengths, max(count_valid(run.task, elicit.rouge, drafted, source) / len(drafted), _FEWEST_DRAFTS)
 
 
 def _answers(run: RunContext, engine: Engine, call: Call, sampling: Sampling) -> list[Completion]:
@@ -278,7 +298,7 @@ def _answers(run: RunContext, engine: Engine, call: Call, sampling: Sampling) ->
 def _lengths(run: RunContext, engine: Engine, call: Call) -> Lengths:
     prompts = _prompts(run, call)
     prompt = sum(engine.count_tokens(text) for text in prompts) / len(prompts)
-    if call.what not in ("constrained", "vote"):
+    if call.what not in ("constrained", "chosen", "vote"):
         return Lengths(prompt)
     examples, answer = run.task.validation[:_PROBE_PROMPTS], run.task.answer
     if answer.closed:  # every option is read after the question
@@ -296,7 +316,8 @@ def _prompts(run: RunContext, call: Call) -> list[str]:
     examples = task.validation[:_PROBE_PROMPTS]
     if call.what == "question":
         plan = draft_plan(run.config)
-        return [r.prompt for r in question_prompts(run, engine, config, plan, 0, _PROBE_PROMPTS)]
+        source = draft_source(run, engine, plan, Focus())
+        return [request.prompt for request in source.requests(0, _PROBE_PROMPTS, [])]
     if call.what == "rationale":
         return [rationale_prompt(run, engine, config, example.input, None) for example in examples]
     shots = answer_shots(task.seed, call.shots)
@@ -304,8 +325,17 @@ def _prompts(run: RunContext, call: Call) -> list[str]:
         return [
             run.render(engine, direct_messages(task, e.input, shots), ANSWER_OPEN, config) for e in examples
         ]
+    if call.what in ("asked", "chosen"):
+        how = run.asking(_form(run.config))
+        asked_after = [(shot.question, how.completion(shot.answer)) for shot in shots]
+        return student_prompts(run, engine, how, examples, [Shot(*shot) for shot in asked_after])
     prefill = STEP_BY_STEP if call.what == "generated" else ANSWER_PREFILL
     return [run.render(engine, student_messages(task, e.input, shots), prefill, config) for e in examples]
+
+
+def _form(config: RunConfig) -> Form:
+    """Return the answer form of the estimate: an automatic one counts as the answer alone."""
+    return "answer" if config.tune.target == "auto" else config.tune.target
 
 
 def _notes(config: RunConfig, drafts_per_prompt: float, prices: Prices | None) -> list[str]:

@@ -1,8 +1,8 @@
-"""Let a model answer examples and count the right answers, generated or constrained.
+"""Let a model answer examples and count the right answers, as asked or constrained.
 
-*Generated*: the model reasons and must close an answer tag, whose content has to match.
-*Constrained*: the prompt opens the answer tag; a closed answer set is compared by log-probability,
-an open answer is generated from there. The gap between the two is format, not knowledge.
+*As asked*: a bare input through the chat template that the student is shipped with; the model writes its answer.
+*Constrained*: the likeliest answer of a closed set, which needs a grammar on the device. The gap between the two is
+format, not knowledge.
 """
 
 from __future__ import annotations
@@ -14,26 +14,30 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.asking.form import ANSWER_CLOSE, ANSWER_OPEN, Asking
 from arte_edge.distill.config import ModelConfig
-from arte_edge.distill.generation.rationales import rationale_prompt, rationale_sampling
+from arte_edge.distill.generation.rationales import (
+    direct_votes,
+    rationale_prompt,
+    rationale_sampling,
+    votes_directly,
+)
 from arte_edge.distill.prompts import (
-    ANSWER_CLOSE,
-    ANSWER_OPEN,
     ANSWER_PREFILL,
     ANSWER_STOPS,
     STEP_BY_STEP,
     Shot,
     student_messages,
+    teacher_shots,
 )
 from arte_edge.distill.run_context import RunContext
 from arte_edge.runtimes.completion import Engine, Request, Sampling
+from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.answers import canonical, extract, matches
 from arte_edge.tasks.task import Example
 
-__all__ = ["Predictions", "constrained_answers", "generated_answers"]
-__all__ += ["generated_answers_each", "majority_baseline", "teacher_answers"]
-
-_OPEN_ANSWER_TOKENS = 32
+__all__ = ["Predictions", "majority_baseline", "reasoned_answers_each", "respondent_answers"]
+__all__ += ["student_answers", "student_choices", "student_prompts", "teacher_answers"]
 
 
 @dataclass(frozen=True)
@@ -49,49 +53,68 @@ class Predictions:
         return float(self.right.mean())
 
 
-def generated_answers(
+def student_answers(
     run: RunContext,
     engine: Engine,
-    config: ModelConfig,
+    how: Asking,
     examples: Sequence[Example],
-    shots: Sequence[Shot],
-    tokens: int,
     what: str,
+    shots: Sequence[Shot] = (),
 ) -> Predictions:
-    """Let the model reason and answer, greedily, after `shots` (paper, section 3.3)."""
-    return generated_answers_each(run, engine, config, [(examples, shots)], tokens, what)[0]
+    """Ask a student as its users will: the bare input through its chat template, decoded greedily."""
+    sampling = Sampling(max_tokens=how.answer_tokens, stop=how.answer_stops)
+    requests = [Request(prompt) for prompt in student_prompts(run, engine, how, examples, shots)]
+    done = run.calls.complete(engine, requests, sampling, what, together=True)
+    texts = [completion.text for completion in done]
+    return _judge(run, examples, [how.read(text) for text in texts], texts)
 
 
-def generated_answers_each(
-    run: RunContext,
-    engine: Engine,
-    config: ModelConfig,
-    lists: Sequence[tuple[Sequence[Example], Sequence[Shot]]],
-    tokens: int,
-    what: str,
-) -> list[Predictions]:
-    """`generated_answers` for several lists of examples, each with its own shots, in the same batches."""
-    requests = [
-        Request(run.render(engine, student_messages(run.task, example.input, shots), STEP_BY_STEP, config))
-        for examples, shots in lists
-        for example in examples
-    ]
-    sampling = Sampling(max_tokens=tokens, stop=ANSWER_STOPS)
-    texts = iter(run.calls.complete(engine, requests, sampling, what, together=True))
-    return [_judge_texts(run, examples, [next(texts).text for _ in examples]) for examples, _ in lists]
+def student_choices(
+    run: RunContext, engine: Engine, how: Asking, examples: Sequence[Example], what: str
+) -> Predictions:
+    """Take a student's likeliest answer out of a closed set, asked as in `student_answers`.
+
+    An open answer is written after its opened tag; without tags that is `student_answers`.
+    """
+    if not run.task.answer.closed:
+        if how.form == "answer":
+            return student_answers(run, engine, how, examples, what)
+        prompts = student_prompts(run, engine, how, examples)
+        sampling = Sampling(max_tokens=how.answer_tokens, stop=(ANSWER_CLOSE,))
+        done = run.calls.complete(engine, [Request(p + how.opening) for p in prompts], sampling, what)
+        texts = [how.opening + completion.text for completion in done]
+        return _judge(run, examples, [extract(text, run.task.answer) for text in texts])
+    prompts = [prompt + how.opening for prompt in student_prompts(run, engine, how, examples)]
+    return _chosen(run, engine, prompts, examples, how.closing or engine.special_tokens["eos_token"], what)
 
 
-def teacher_answers(run: RunContext, examples: Sequence[Example]) -> Predictions:
-    """Let the teacher answer with the prompt with which it generates training data."""
-    teacher = run.config.teacher
-    engine = run.engine(teacher)
+def student_prompts(
+    run: RunContext, engine: Engine, how: Asking, examples: Sequence[Example], shots: Sequence[Shot] = ()
+) -> list[str]:
+    """Return the prompts that a student's chat template makes of bare inputs."""
+    model = run.asked(engine, how)
+    return [render(model, how.messages(example.input, shots)) for example in examples]
+
+
+def teacher_answers(run: RunContext, examples: Sequence[Example]) -> tuple[Predictions, str]:
+    """Let the teacher answer as it labels training data; return its answers and how it was asked.
+
+    A closed set is answered directly after many examples, which a small teacher does better than it reasons.
+    """
+    teacher, engine = run.config.teacher, run.engine(run.config.teacher)
+    if votes_directly(run.config, run.task.answer):
+        n_shot = min(run.config.elicit.opinion_shots, len(run.task.seed))
+        votes = direct_votes(run, engine, teacher, [{"input": e.input} for e in examples], "teacher")
+        return _judge(run, examples, votes), f"{n_shot}-shot"
     requests = [Request(rationale_prompt(run, engine, teacher, e.input, None)) for e in examples]
     sampling = rationale_sampling(run, engine, run.config.elicit.rationale_tokens)
     completions = run.calls.complete(engine, requests, sampling, "teacher", budget="elicit.rationale_tokens")
-    return _judge_texts(run, examples, [completion.text for completion in completions])
+    texts = [completion.text for completion in completions]
+    n_shot = len(teacher_shots(run.task, teacher.shots))
+    return _judge(run, examples, [extract(text, run.task.answer) for text in texts], texts), f"{n_shot}-shot"
 
 
-def constrained_answers(
+def respondent_answers(
     run: RunContext,
     engine: Engine,
     config: ModelConfig,
@@ -99,23 +122,56 @@ def constrained_answers(
     shots: Sequence[Shot],
     what: str,
 ) -> Predictions:
-    """Open the answer tag for the model and take its likeliest answer; a server writes it."""
+    """Take the likeliest answer of any model, which is given the task and `shots` in its prompt."""
     prompts = [
         run.render(engine, student_messages(run.task, example.input, shots), ANSWER_PREFILL, config)
         for example in examples
     ]
     answer = run.task.answer
     if answer.closed and engine.identity.kind != "openai":
-        options = [answer.options(example.input) for example in examples]
-        choices = [[option + ANSWER_CLOSE for option in row] for row in options]
-        scores = run.calls.choose(engine, [prompts], choices, what)[0]
-        best = np.nanargmax(scores, axis=1)
-        return _judge(run, examples, [row[i] for row, i in zip(options, best, strict=True)])
-    sampling = Sampling(max_tokens=_OPEN_ANSWER_TOKENS, stop=(ANSWER_CLOSE, "\n"))
+        return _chosen(run, engine, prompts, examples, ANSWER_CLOSE, what)
+    targets = max((engine.count_tokens(e.target) for e in (*run.task.seed, *run.task.validation)), default=8)
+    sampling = Sampling(max_tokens=2 * targets + 4, stop=(ANSWER_CLOSE, "\n"))
     completions = run.calls.complete(engine, [Request(prompt) for prompt in prompts], sampling, what)
     # A server that does not go on after the opened tag opens its own.
     texts = [c.text.removesuffix(ANSWER_CLOSE).rpartition(ANSWER_OPEN)[2] for c in completions]
     return _judge(run, examples, [canonical(text, answer) for text in texts])
+
+
+def _chosen(
+    run: RunContext,
+    engine: Engine,
+    prompts: Sequence[str],
+    examples: Sequence[Example],
+    closing: str,
+    what: str,
+) -> Predictions:
+    """Take the likeliest of each example's options after its prompt; `closing` tells C from C++."""
+    options = [run.task.answer.options(example.input) for example in examples]
+    choices = [[option + closing for option in row] for row in options]
+    scores = run.calls.choose(engine, [prompts], choices, what)[0]
+    best = np.nanargmax(scores, axis=1)
+    return _judge(run, examples, [row[i] for row, i in zip(options, best, strict=True)])
+
+
+def reasoned_answers_each(
+    run: RunContext,
+    engine: Engine,
+    lists: Sequence[tuple[Sequence[Example], Sequence[Shot]]],
+    tokens: int,
+    what: str,
+) -> list[Predictions]:
+    """Let the student reason and answer after each list's own shots (paper, section 3.3), all in the same batches."""
+    student = run.config.student
+    requests = [
+        Request(run.render(engine, student_messages(run.task, example.input, shots), STEP_BY_STEP, student))
+        for examples, shots in lists
+        for example in examples
+    ]
+    sampling = Sampling(max_tokens=tokens, stop=ANSWER_STOPS)
+    texts = (c.text for c in run.calls.complete(engine, requests, sampling, what, together=True))
+    kind = run.task.answer
+    return [_judge(run, examples, [extract(next(texts), kind) for _ in examples]) for examples, _ in lists]
 
 
 def majority_baseline(run: RunContext, examples: Sequence[Example]) -> float:
@@ -125,10 +181,6 @@ def majority_baseline(run: RunContext, examples: Sequence[Example]) -> float:
         return top
     guess = float(np.mean([1 / len(run.task.answer.options(example.input)) for example in examples]))
     return max(top, guess)
-
-
-def _judge_texts(run: RunContext, examples: Sequence[Example], texts: Sequence[str]) -> Predictions:
-    return _judge(run, examples, [extract(text, run.task.answer) for text in texts], texts)
 
 
 def _judge(

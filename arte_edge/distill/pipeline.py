@@ -10,8 +10,8 @@ import numpy as np
 
 from arte_edge.console import Reporter, doing
 from arte_edge.distill.config import RunConfig
+from arte_edge.distill.evaluation import student_prompts
 from arte_edge.distill.latency import Budget, device_rates, new_budget, stored_budget
-from arte_edge.distill.prompts import STEP_BY_STEP, student_messages
 from arte_edge.distill.run_context import RunContext, Summary, open_folder, quantized_student
 from arte_edge.distill.validate_config import fewer_shown, refuse_models, refuse_run
 from arte_edge.extras import need
@@ -48,8 +48,8 @@ def run_pipeline(
     from arte_edge.distill.stages.elicit import elicit
     from arte_edge.distill.stages.evaluate import evaluate
     from arte_edge.distill.stages.prefer import prefer
-    from arte_edge.distill.stages.tailor import tailor
-    from arte_edge.distill.stages.tune import tune
+    from arte_edge.distill.stages.rounds import tailor_and_tune
+    from arte_edge.distill.stages.target import target
 
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
     refuse_run(config, task)
@@ -61,13 +61,13 @@ def run_pipeline(
         _prepare(run, update=update)
         adapter = None
         check(run, force=force)
+        target(run)
         if config.aligned:
             elicit(run)
             calibrate(run)
             prefer(run)
             _, adapter = align(run)
-        tailor(run, adapter)
-        _, tuned = tune(run)
+        tuned = tailor_and_tune(run, adapter)
         return Outcome(folder, evaluate(run, tuned), run.calls.made, run.calls.cached)
     finally:
         run.close()
@@ -105,8 +105,8 @@ def decide_budget(run: RunContext, *, update: bool) -> Budget:
     if not update and (stored := stored_budget(run.folder, config)) is not None:
         return stored
     rates, engine = device_rates(config, run.local(student)), run.engine(student)
-    messages = [student_messages(run.task, example.input) for example in run.task.validation]
-    counts = [engine.count_tokens(run.render(engine, m, STEP_BY_STEP, student)) for m in messages]
+    prompts = student_prompts(run, engine, run.asking(), run.task.validation)
+    counts = [engine.count_tokens(prompt) for prompt in prompts]
     long_prompt = math.ceil(float(np.percentile(counts, _PROMPT_PERCENTILE)))
     budget = new_budget(run.folder, config, long_prompt, rates)
     run.reporter.event("deploy", deploy=config.model_dump(mode="json"), budget=asdict(budget))

@@ -23,6 +23,8 @@ __all__ = [
     "Shot",
     "answer_shots",
     "direct_messages",
+    "input_messages",
+    "input_prefill",
     "question_messages",
     "question_prefill",
     "question_text",
@@ -93,6 +95,26 @@ def question_messages(task: Task, seeds: Sequence[Example], n_new: int) -> list[
         "Make them differ from these and from each other, and make sure that each target is right."
     )
     return [{"role": "user", "content": content}]
+
+
+def input_messages(
+    task: Task, label: str, shown: Sequence[Example], n_new: int, condition: str
+) -> list[Message]:
+    """Prompt the teacher for `n_new` inputs whose right answer is `label`, like those `shown`, one a line."""
+    lines = "".join(f"{i}. {example.input}\n" for i, example in enumerate(shown, 1))
+    examples = f"Here are inputs whose right answer is {label}:\n{lines}\n" if shown else ""
+    new = "new inputs" if shown else "inputs"
+    content = (
+        f"Task: {task.description.strip()}\n\n{examples}"
+        f"Write {n_new} {new} whose right answer is {label}, numbered from {len(shown) + 1}, one a line. "
+        f"{condition} Make them differ from each other{' and from the examples' if shown else ''}."
+    )
+    return [{"role": "user", "content": content}]
+
+
+def input_prefill(shown: Sequence[Example]) -> str:
+    """Return the start of the teacher's answer: the number of the first new input."""
+    return f"{len(shown) + 1}."
 
 
 def question_prefill(n_seeds: int) -> str:

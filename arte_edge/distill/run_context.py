@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from arte_edge.asking.form import Asking, Form
+from arte_edge.asking.template import Asked, asked
 from arte_edge.cache import Progress, cache_subdir, sha256_file, write_atomic
 from arte_edge.console import Reporter, model_progress
 from arte_edge.distill.cached_calls import Calls
@@ -47,17 +49,20 @@ if TYPE_CHECKING:
     from arte_edge.distill.latency import Budget
 
 __all__ = [
+    "Role",
     "Row",
     "RunContext",
     "Summary",
     "f16_student",
     "open_folder",
     "quantized_student",
+    "tells_labels",
     "tuned_student",
 ]
 
 Row = dict[str, Any]
 Summary = dict[str, Any]
+Role = Literal["labels", "inputs"]
 
 
 class RunContext:
@@ -71,7 +76,10 @@ class RunContext:
         self._engines: dict[str, Engine] = {}
         self._models: dict[str, LocalModel] = {}
         self._files: dict[str, dict[str, str]] = {}
+        self._asked: dict[str, Asked] = {}
         self.budget: Budget | None = None  # of an answer on the device; the pipeline sets it
+        self.role: Role = "labels"  # of the teacher; the check decides
+        self.form: Form = "answer"  # of the student's answers; see `stages.target`
         self.as_given = (
             False  # True: the student runs from the file that was given, without making its F16 file
         )
@@ -172,6 +180,39 @@ class RunContext:
         thinking = not isinstance(config, TeacherConfig)
         return render(engine, messages, prefill, plain=config.template == "none", thinking=thinking)
 
+    def asking(self, form: Form | None = None) -> Asking:
+        """Return how the student is asked, in the form of this run or in `form`."""
+        engine, limit = self.engine(self.config.student), self.config.evaluate.answer_tokens
+        how = Asking.of(self.task, form or self.form, engine.count_tokens, limit)
+        return replace(how, answer_tokens=self.most_tokens(how.answer_tokens))
+
+    def asked(self, engine: Engine, how: Asking) -> Asked:
+        """Return a student's engine with the chat template that its tuned student is shipped with."""
+        key = f"{id(engine)}|{how.instruction}"
+        if key not in self._asked:
+            plain = self.config.student.template == "none"
+            self._asked[key] = asked(engine, how.instruction, plain=plain)
+        return self._asked[key]
+
+    @property
+    def by_label(self) -> bool:
+        """See `tells_labels`."""
+        return tells_labels(self.config, self.task)
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the teacher writes rationales: not for a student that gives the answer of a closed set alone."""
+        return not (self.form == "answer" and self.by_label)
+
+    @staticmethod
+    def round_name(stage: str, number: int) -> str:
+        """Return the folder of a stage in round `number`, from 1."""
+        return stage if number == 1 else f"{stage}-{number}"
+
+    def data_inputs(self) -> dict[str, Any]:
+        """Return what decides how drafts are written and labelled, beside the settings of a stage."""
+        return {"role": self.role, "by_label": self.by_label, "reasons": self.reasons}
+
     @property
     def teacher_is_server(self) -> bool:
         return is_server(self.config.teacher.model)
@@ -189,11 +230,21 @@ class RunContext:
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
+        self._asked.clear()  # an engine that opens later may have the id of one that was closed
 
     def close(self) -> None:
         self.close_engines()
         self._log.close()
         self._lock.release()
+
+
+def tells_labels(config: RunConfig, task: Task) -> bool:
+    """Return whether the teacher is told an answer and writes inputs for it.
+
+    That takes a closed set with answers of its own, and inputs of one line each, for they come as a list.
+    """
+    fixed = task.answer.closed and not task.answer.letters
+    return config.elicit.by_label and fixed and not any("\n" in seed.input for seed in task.seed)
 
 
 def _describes(describe: Callable[[Summary], str], summary: Summary) -> bool:

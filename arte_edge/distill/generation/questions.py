@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from arte_edge.distill.cached_calls import advice
 from arte_edge.distill.config import Elicit, ModelConfig
@@ -25,13 +25,15 @@ from arte_edge.tasks.answers import canonical
 from arte_edge.tasks.task import Example, Task, content_key
 
 __all__ = [
+    "DraftSource",
     "Drafts",
     "NearDuplicates",
+    "Parsed",
     "QuestionPlan",
+    "QuestionSource",
     "count_valid",
     "draft_questions",
     "parse_questions",
-    "question_prompts",
 ]
 
 # An opening tag of the next question ends the last one too: small teachers forget to close it.
@@ -45,6 +47,9 @@ _LONGEST = 1500  # characters of one question; longer ones are rambling
 _ALIKE = 0.25  # share of near-duplicates among the seeds from which they are typical of the task
 _BUDGET = "elicit.question_tokens"
 _EMPTY_ROUNDS = 3  # rounds without a valid draft before giving up
+
+
+Parsed = tuple[str, str] | str  # an input with its answer, or why there is none
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,9 @@ def _words(text: str) -> Counter[str]:
     return Counter(re.findall(r"[a-z0-9]+", text.lower()))
 
 
-def parse_questions(text: str) -> list[tuple[str, str] | str]:
+def parse_questions(text: str) -> list[Parsed]:
     """Split a teacher's answer into (input, target) pairs; a malformed block gives the reason instead."""
-    found: list[tuple[str, str] | str] = []
+    found: list[Parsed] = []
     blocks = _BLOCK.findall(text)
     for i, block in enumerate(blocks):
         match = _QUESTION.search(block)
@@ -137,30 +142,64 @@ def parse_questions(text: str) -> list[tuple[str, str] | str]:
     return found or ["no question at all"]
 
 
-def question_prompts(
-    run: RunContext, engine: Engine, config: ModelConfig, plan: QuestionPlan, first: int, n: int
-) -> list[Request]:
-    """Return prompts number `first` to ``first + n - 1``, each with its own sample of seeds or all with one."""
-    requests = []
-    for i in range(first, first + n):
-        rng = random.Random(f"{plan.seed}/{first if plan.elicit.one_draw else i}")
-        seeds = rng.sample(list(run.task.seed), min(plan.elicit.shown, len(run.task.seed)))
-        messages = question_messages(run.task, seeds, plan.elicit.asked)
-        requests.append(Request(run.render(engine, messages, question_prefill(len(seeds)), config), i))
-    return requests
+class DraftSource(Protocol):
+    """Where drafts come from: prompts, and the reading of what a teacher makes of them."""
+
+    def requests(self, first: int, n: int, valid: Sequence[dict[str, Any]]) -> list[Request]:
+        """Return prompts number `first` to ``first + n - 1``; `valid` are the drafts so far."""
+
+    def parse(self, number: int, text: str, finish: str) -> list[Parsed]:
+        """Return the drafts in the completion of a prompt."""
+
+    def full(self, label: str, valid: Sequence[dict[str, Any]]) -> bool:
+        """Return whether no more drafts with this answer are needed."""
+
+
+@dataclass(frozen=True)
+class QuestionSource:
+    """The paper's prompts: seeds in tags, and new questions with their answers in the same tags."""
+
+    run: RunContext
+    engine: Engine
+    config: ModelConfig
+    plan: QuestionPlan
+
+    def requests(self, first: int, n: int, valid: Sequence[dict[str, Any]] = ()) -> list[Request]:
+        """See `DraftSource`; each prompt has its own sample of seeds, or all have one."""
+        run, elicit, requests = self.run, self.plan.elicit, []
+        for i in range(first, first + n):
+            rng = random.Random(f"{self.plan.seed}/{first if elicit.one_draw else i}")
+            seeds = rng.sample(list(run.task.seed), min(elicit.shown, len(run.task.seed)))
+            messages = question_messages(run.task, seeds, elicit.asked)
+            prompt = run.render(self.engine, messages, question_prefill(len(seeds)), self.config)
+            requests.append(Request(prompt, i))
+        return requests
+
+    def parse(self, number: int, text: str, finish: str) -> list[Parsed]:
+        # A server that does not go on after the prefill may begin with a tag of its own.
+        begun = text.lstrip().startswith("<Question_")
+        return parse_questions(text if begun else question_prefill(0) + text)
+
+    def full(self, label: str, valid: Sequence[dict[str, Any]]) -> bool:
+        return False
 
 
 def draft_questions(
-    run: RunContext, engine: Engine, config: ModelConfig, plan: QuestionPlan, what: str
+    run: RunContext,
+    engine: Engine,
+    plan: QuestionPlan,
+    what: str,
+    source: DraftSource,
+    known: Sequence[str] = (),
 ) -> Drafts:
-    """Draft until `plan.needed` valid questions exist.
+    """Draft until `plan.needed` valid questions exist, none of them a near-duplicate of the `known` ones.
 
     Raises:
         StoppedEarly: the budget of prompts is spent, or several rounds in a row have no valid draft.
         EngineError: every call of a round failed.
     """
     drafts = Drafts()
-    filters = _Filter(run.task, plan.elicit.rouge)
+    filters = _Filter(run.task, plan.elicit.rouge, known)
     if filters.alike > _ALIKE:
         run.reporter.warn(
             f"{what}: {filters.alike:.0%} of this task's own seeds are near-duplicates of another "
@@ -182,10 +221,10 @@ def draft_questions(
                 "Use a stronger teacher, or raise elicit.max_prompts or tailor.max_prompts. Finished calls are cached: "
                 "re-run the same command to resume.",
             )
-        requests = question_prompts(run, engine, config, plan, drafts.prompts, n)
+        requests = source.requests(drafts.prompts, n, drafts.valid)
         answers = run.calls.complete(engine, requests, sampling, what, budget=_BUDGET, spare=True)
         before = len(drafts.valid)
-        _collect(drafts, answers, drafts.prompts, plan.needed, filters)
+        _collect(drafts, answers, drafts.prompts, plan.needed, filters, source)
         if all(answer.error for answer in answers):
             raise EngineError(
                 f"{what}: every call failed: {answers[0].error}",
@@ -197,20 +236,25 @@ def draft_questions(
 
 
 def _collect(
-    drafts: Drafts, answers: Sequence[Completion], first: int, needed: int, filters: _Filter
+    drafts: Drafts,
+    answers: Sequence[Completion],
+    first: int,
+    needed: int,
+    filters: _Filter,
+    source: DraftSource,
 ) -> None:
     for i, answer in enumerate(answers, first):
         if answer.error:
             reason = f"call failed: {answer.error.splitlines()[0][:80]}"
             drafts.rejected.append({"reason": reason, "text": answer.error, "prompt": i})
             continue
-        # A server that does not go on after the prefill may begin with a tag of its own.
-        begun = answer.text.lstrip().startswith("<Question_")
-        for draft in parse_questions(answer.text if begun else question_prefill(0) + answer.text):
+        for draft in source.parse(i, answer.text, answer.finish):
             if isinstance(draft, str):
                 drafts.rejected.append({"reason": draft, "text": answer.text[:400], "prompt": i})
                 continue
             question, target = draft
+            if source.full(target, drafts.valid):
+                continue
             reason, target = filters.check(question, target)
             if reason:
                 drafts.rejected.append({"reason": reason, "text": f"{question} => {target}", "prompt": i})
@@ -222,7 +266,7 @@ def _collect(
 class _Filter:
     """Gives the reason to reject a draft, and remembers the accepted ones."""
 
-    def __init__(self, task: Task, rouge: float) -> None:
+    def __init__(self, task: Task, rouge: float, known: Sequence[str] = ()) -> None:
         self._task = task
         self._test = task.test_keys()
         self.alike = _share_alike([seed.input for seed in task.seed], rouge)
@@ -232,7 +276,7 @@ class _Filter:
             **{seed.input: "repeats a seed" for seed in task.seed},
             **{item.input: "overlaps validation" for item in task.validation},
         }
-        for text in self._labels:
+        for text in (*self._labels, *known):
             self._near.add(text)
 
     def check(self, question: str, target: str) -> tuple[str, str]:
@@ -251,10 +295,10 @@ class _Filter:
         return "", answer
 
 
-def count_valid(task: Task, rouge: float, answers: Sequence[Completion]) -> int:
-    """Return how many valid drafts are in a teacher's `answers`."""
+def count_valid(task: Task, rouge: float, answers: Sequence[Completion], source: DraftSource) -> int:
+    """Return how many valid drafts are in a teacher's `answers` to the first prompts of `source`."""
     drafts = Drafts()
-    _collect(drafts, answers, 0, _LONGEST * len(answers), _Filter(task, rouge))
+    _collect(drafts, answers, 0, _LONGEST * len(answers), _Filter(task, rouge), source)
     return len(drafts.valid)
 
 

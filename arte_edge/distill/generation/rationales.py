@@ -25,6 +25,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -38,6 +39,7 @@ from arte_edge.distill.prompts import (
     answer_shots,
     direct_messages,
     rationale_messages,
+    tagged,
     teacher_shots,
 )
 from arte_edge.distill.run_context import Row, RunContext
@@ -51,6 +53,7 @@ __all__ = [
     "decide_label",
     "direct_votes",
     "generate_rationales",
+    "label_drafts",
     "label_rows",
     "over_budget",
     "rationale_grammar",
@@ -64,7 +67,6 @@ __all__ = [
     "votes_directly",
 ]
 
-_VOTE_GROUP = 16
 _BUDGET = "elicit.rationale_tokens"
 # A token of English text is about four characters; three leave room for the tags and a longer answer.
 _CHARS_PER_TOKEN = 3
@@ -117,6 +119,39 @@ def generate_rationales(
     ]
 
 
+def label_drafts(
+    run: RunContext,
+    engine: Engine,
+    questions: Sequence[Row],
+    techniques: Sequence[str | None],
+    policy: LabelPolicy,
+    what: str,
+    shots: Sequence[Shot] | None = None,
+) -> tuple[list[Row], Row]:
+    """Label `questions` in place; return their rationales as `generate_rationales` does, and what labelling changed.
+
+    Where the student gives the answer alone the teacher need not reason: each labelled question has one rationale,
+    which is its answer in tags.
+    """
+    teacher = run.config.teacher
+    rationales: list[Row] = []
+    if run.reasons:
+        rationales = generate_rationales(
+            run, engine, teacher, questions, techniques, f"{what} rationales", shots
+        )
+    votes = direct_votes(run, engine, teacher, questions, "direct answers")
+    told = run.by_label and run.role == "inputs"
+    labels = label_rows(run, questions, rationales, votes, "told" if told else policy)
+    if not run.reasons:
+        rationales = [_bare(question) for question in questions if question["label"] is not None]
+    return rationales, labels
+
+
+def _bare(question: Row) -> Row:
+    row = {"question": question["id"], "technique": -1, "text": tagged(question["label"])}
+    return row | {"answer": question["label"], "finish": "stop", "tokens": 0, "usable": True}
+
+
 def rationale_sampling(run: RunContext, engine: Engine, tokens: int) -> Sampling:
     """Return how rationales are decoded: greedily, the end constrained to the format if the engine can."""
     constrained = run.config.elicit.grammar and engine.supports_grammar
@@ -145,14 +180,10 @@ def direct_votes(
         for row in questions
     ]
     choices = [[option + ANSWER_CLOSE for option in row] for row in options]
-    found: list[str | None] = []
-    # Small groups: when more questions are drafted later, the groups before them stay cached.
-    for start in range(0, len(prompts), _VOTE_GROUP):
-        part = slice(start, start + _VOTE_GROUP)
-        scores = run.calls.choose(engine, [prompts[part]], choices[part], what)[0]
-        best = np.nanargmax(scores, axis=1)
-        found += [row[i] for row, i in zip(options[part], best, strict=True)]
-    return found
+    # One request a question: when more are drafted later, those before them stay cached.
+    each = [([prompt], [own]) for prompt, own in zip(prompts, choices, strict=True)]
+    scores = run.calls.choose_each(engine, each, what)
+    return [row[int(np.nanargmax(found[0]))] for row, found in zip(options, scores, strict=True)]
 
 
 def rationale_row(run: RunContext, question: Row, technique: int, completion: Completion) -> Row:
@@ -180,15 +211,15 @@ def label_rows(
     questions: Sequence[Row],
     rationales: Sequence[Row],
     votes: Sequence[str | None],
-    policy: LabelPolicy,
+    policy: LabelPolicy | Literal["told"],
 ) -> Row:
     """Set ``label`` on each question and ``usable`` on each rationale, in place; return what that changed.
 
     `votes` are the teacher's direct answers (`direct_votes`); each counts like a rationale's answer.
 
     The counts are rates in [0, 1]: readable rationales, rationales that agree with the drafted
-    target, questions whose label differs from it, questions dropped; and, as a number, the answers outside a
-    question's options.
+    target, direct answers that do, questions whose label differs from it, questions dropped; and, as a number, the
+    answers outside a question's options.
     """
     kind = run.task.answer
     by_question: dict[str, list[Row]] = defaultdict(list)
@@ -216,29 +247,36 @@ def label_rows(
             agreeing += answer == target
     n, m = max(len(questions), 1), max(len(rationales), 1)
     outside = sum("outside" in row for row in rationales)
+    given = [vote == question["target"] for question, vote in zip(questions, votes, strict=True) if vote]
     return {
         "policy": policy,
         "readable": round(readable / m, 4),
         "agree_with_target": round(agreeing / m, 4),
         "label_changed": round(changed / n, 4),
         "questions_dropped": round(dropped / n, 4),
+        **({"votes_agree": round(sum(given) / len(given), 4)} if given else {}),
         **({"outside_options": outside} if outside else {}),
     }
 
 
-def decide_label(policy: LabelPolicy, target: str, answers: Sequence[str | None]) -> str | None:
+def decide_label(
+    policy: LabelPolicy | Literal["told"], target: str, answers: Sequence[str | None]
+) -> str | None:
     """Return the label of a question, or None if it is dropped.
 
     Args:
         policy: ``teacher`` takes the drafted target; ``vote`` the majority of target and rationales, the
             target breaking a tie that it is part of; ``drop-disagreement`` keeps a question only if
-            target and every readable rationale agree.
+            target and every readable rationale agree; ``told`` is for inputs that were written for the
+            target: the last answer, the direct one, may only contradict it.
         target: the answer drafted with the question, normalized.
         answers: the rationales' answers, normalized; None for an unreadable one.
     """
     given = [answer for answer in answers if answer is not None]
     if policy == "teacher":
         return target
+    if policy == "told":
+        return target if answers[-1] in (None, target) else None
     if not given:
         return None
     if policy == "drop-disagreement":
@@ -251,7 +289,7 @@ def decide_label(policy: LabelPolicy, target: str, answers: Sequence[str | None]
     return target if target in winners else None
 
 
-def agrees(policy: LabelPolicy, label: str | None, answer: str | None) -> bool:
+def agrees(policy: LabelPolicy | Literal["told"], label: str | None, answer: str | None) -> bool:
     """Return whether a rationale with this answer is usable; with the `teacher` policy every readable one is."""
     return answer is not None and label is not None and (policy == "teacher" or answer == label)
 

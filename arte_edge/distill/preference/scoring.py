@@ -165,11 +165,11 @@ def _measure(
     """Let the student answer the questions of `cells` after their drafts, and enter the result in `grid`."""
     student = run.config.student
     if isinstance(grid, GeneratedScores):
-        from arte_edge.distill.evaluation import generated_answers_each
+        from arte_edge.distill.evaluation import reasoned_answers_each
 
         lists = [([examples[item] for item in one.items], [shots[one.draft]]) for one in cells]
         tokens = run.most_tokens(run.config.prefer.answer_tokens)
-        found = generated_answers_each(run, engine, student, lists, tokens, "scores")
+        found = reasoned_answers_each(run, engine, lists, tokens, "scores")
         for one, answered in zip(cells, found, strict=True):
             for item, answer, right in zip(one.items, answered.answers, answered.right, strict=True):
                 grid.right[one.draft, item], grid.answers[one.draft][item] = right, answer

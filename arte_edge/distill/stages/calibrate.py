@@ -14,7 +14,7 @@ import random
 import numpy as np
 
 from arte_edge.distill.config import ModelConfig, RunConfig
-from arte_edge.distill.evaluation import constrained_answers
+from arte_edge.distill.evaluation import respondent_answers
 from arte_edge.distill.irt import fit_2pl, top_k
 from arte_edge.distill.prompts import Shot, answer_shots
 from arte_edge.distill.run_context import RunContext, Summary
@@ -40,7 +40,7 @@ def calibrate(run: RunContext) -> Summary:
                 engine = run.engine(model)
                 for n_shot in config.shots:
                     shots, what = _shots(run, n_shot), f"{model.model} {n_shot}-shot"
-                    right = constrained_answers(run, engine, model, items, shots, what).right
+                    right = respondent_answers(run, engine, model, items, shots, what).right
                     rows.append(
                         {"model": model.model, "shots": len(shots), "right": right.astype(int).tolist()}
                     )

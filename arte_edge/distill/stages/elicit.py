@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 from arte_edge.distill.config import RunConfig
-from arte_edge.distill.generation.questions import QuestionPlan, draft_questions
-from arte_edge.distill.generation.rationales import (
-    direct_votes,
-    generate_rationales,
-    label_rows,
-    reject_repeated,
+from arte_edge.distill.generation.inputs import Focus, InputSource, focus_of
+from arte_edge.distill.generation.questions import (
+    DraftSource,
+    QuestionPlan,
+    QuestionSource,
+    draft_questions,
 )
+from arte_edge.distill.generation.rationales import label_drafts, reject_repeated
 from arte_edge.distill.run_context import RunContext, Summary
 from arte_edge.errors import StoppedEarly
+from arte_edge.runtimes.completion import Engine
 
-__all__ = ["draft_plan", "elicit"]
+__all__ = ["draft_plan", "draft_source", "elicit", "first_focus"]
 
 
 def draft_plan(config: RunConfig) -> QuestionPlan:
     """Return how many questions are drafted, and how."""
     elicit = config.elicit
     return QuestionPlan(elicit, elicit.questions, elicit.temperature, elicit.max_prompts, config.seed)
+
+
+def draft_source(run: RunContext, engine: Engine, plan: QuestionPlan, focus: Focus) -> DraftSource:
+    """Return how the teacher is asked for drafts: told an answer where the task has fixed ones, else in tags."""
+    if run.by_label:
+        return InputSource(run, engine, run.config.teacher, plan, focus)
+    return QuestionSource(run, engine, run.config.teacher, plan)
+
+
+def first_focus(run: RunContext) -> Focus:
+    """Return which answers the student of the own labels confused in the check: near misses are written for them."""
+    rows = run.read("check", "answers.jsonl")
+    return focus_of(
+        ((row["target"], row["own_labels"]) for row in rows if "own_labels" in row), weighted=False
+    )
 
 
 def elicit(run: RunContext) -> Summary:
@@ -29,17 +46,18 @@ def elicit(run: RunContext) -> Summary:
         "elicit": config.model_dump(mode="json"),
         "teacher": run.identity(teacher),
         "task": run.task.sha256,
+        **run.data_inputs(),
     }
     with run.stage("elicit", inputs, _describe) as stage:
         if stage.todo:
             engine = run.engine(teacher)
-            drafts = draft_questions(run, engine, teacher, draft_plan(run.config), "draft questions")
-            rationales = generate_rationales(
-                run, engine, teacher, drafts.valid, run.task.techniques, "draft rationales"
+            plan = draft_plan(run.config)
+            source = draft_source(run, engine, plan, first_focus(run))
+            drafts = draft_questions(run, engine, plan, "draft questions", source)
+            rationales, labels = label_drafts(
+                run, engine, drafts.valid, run.task.techniques, config.label, "draft"
             )
-            votes = direct_votes(run, engine, teacher, drafts.valid, "direct answers")
-            labels = label_rows(run, drafts.valid, rationales, votes, config.label)
-            repeated = reject_repeated(rationales)
+            repeated = reject_repeated(rationales) if run.reasons else 0
             if not any(row["usable"] for row in rationales):
                 raise StoppedEarly(
                     f"elicit: none of {len(rationales)} rationales is usable ({labels['readable']:.0%} have a "
@@ -68,6 +86,10 @@ def _describe(summary: Summary) -> str:
     rejected = sum(summary["rejected"].values())
     labels, n_repeated = summary["labels"], summary.get("parroted", 0)  # older runs have no such count
     repeated = f" ({n_repeated} repeated)" if n_repeated else ""
+    if not labels["readable"]:
+        return (
+            f"{summary['questions']} questions ({rejected} rejected), {summary['usable_rationales']} labelled"
+        )
     return (
         f"{summary['questions']} questions ({rejected} rejected), {summary['usable_rationales']} of "
         f"{summary['rationales']} rationales usable{repeated}, {labels['agree_with_target']:.0%} agree with the target"

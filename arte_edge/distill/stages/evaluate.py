@@ -1,8 +1,8 @@
-"""The last stage: base student, tuned student and teacher on the held-out test split.
+"""The last stage: base student, own-labels controls, tuned student and teacher on the held-out test split.
 
-Every accuracy comes with n and a 95 % Wilson interval, base against tuned with the exact McNemar test.
-The base student is also evaluated with constrained answers: what it gains by that alone is format, and
-the table says so.
+Every accuracy comes with n and a 95 % Wilson interval, the tuned student against each other model with the exact
+McNemar test. Students are asked as their users ask, and once with constrained answers: what the base student gains
+by that alone is format, and the table says so.
 """
 
 from __future__ import annotations
@@ -16,22 +16,29 @@ from rich.text import Text
 
 from arte_edge.distill.evaluation import (
     Predictions,
-    constrained_answers,
-    generated_answers,
     majority_baseline,
+    student_answers,
+    student_choices,
     teacher_answers,
 )
-from arte_edge.distill.prompts import teacher_shots
-from arte_edge.distill.run_context import Row, RunContext, Summary
+from arte_edge.distill.prompts import Shot
+from arte_edge.distill.run_context import Row, RunContext, Summary, tuned_student
+from arte_edge.distill.stages.own_labels import own_labels_student
 from arte_edge.models.resolve import LocalModel
 from arte_edge.notebook import ResultTable
 from arte_edge.stats import format_share, mcnemar, wilson
 from arte_edge.tasks.task import Example
 
-__all__ = ["CONSTRAINED", "evaluate", "show_summary", "summary_lines", "summary_table"]
+__all__ = ["CONSTRAINED", "evaluate", "headline", "show_summary", "summary_lines", "summary_table"]
 
-CONSTRAINED = "constrained"
-_BASE, _TUNED = "base student", "tuned student"
+AS_ASKED, CONSTRAINED = "as asked", "constrained"
+_BASE, _OWN, _OWN_ALL, _TUNED, _TEACHER = (
+    "base student",
+    "own labels",
+    "own labels + validation",
+    "tuned student",
+    "teacher",
+)
 _Results = dict[tuple[str, str], Predictions]  # by model and prompting
 
 
@@ -40,7 +47,9 @@ def evaluate(run: RunContext, tuned: LocalModel) -> Summary:
     config, student = run.config.evaluate, run.config.student
     inputs = {
         "evaluate": config.model_dump(mode="json"),
-        "elicit": [run.config.elicit.rationale_tokens, run.config.elicit.grammar],
+        "elicit": [run.config.elicit.rationale_tokens, run.config.elicit.opinion_shots],
+        "own_labels": [run.config.check.own_labels, run.config.tune.learning_rate],
+        "form": run.form,
         "teacher": run.identity(run.config.teacher),
         "student": run.identity(student),
         "tuned": tuned.sha256,
@@ -51,26 +60,46 @@ def evaluate(run: RunContext, tuned: LocalModel) -> Summary:
         if stage.todo:
             examples = run.task.load_test()
             examples = examples[: config.limit] if config.limit else examples
-            tokens = run.most_tokens(config.answer_tokens)
-            engines = {_BASE: run.engine(student), _TUNED: run.engine_with(tuned, None, student)}
-            results: _Results = {}
-            for n_shot in config.shots:
-                shots = teacher_shots(run.task, n_shot)
-                setting = f"{len(shots)}-shot"  # a small task has fewer than asked for
-                for who, engine in engines.items():
-                    results[who, setting] = generated_answers(
-                        run, engine, student, examples, shots, tokens, f"{who} {setting}"
-                    )
-            for who, engine in engines.items():
-                results[who, CONSTRAINED] = constrained_answers(
-                    run, engine, student, examples, (), f"{who}, constrained"
-                )
+            results = _own_labels(run, examples, stage.folder) | _students(run, examples, tuned)
             if config.teacher:
-                n_shot = len(teacher_shots(run.task, run.config.teacher.shots))
-                results["teacher", f"{n_shot}-shot"] = teacher_answers(run, examples)
+                answers, setting = teacher_answers(run, examples)
+                results[_TEACHER, setting] = answers
             stage.write("answers.jsonl", _answer_rows(examples, results))
             stage.finish(_summary(run, examples, results))
     return stage.summary
+
+
+def _students(run: RunContext, examples: tuple[Example, ...], tuned: LocalModel) -> _Results:
+    """Let the base and the tuned student answer, as asked, after examples, and constrained."""
+    student, how, results = run.config.student, run.asking(), _Results()
+    engines = {_BASE: run.engine(student), _TUNED: run.engine_with(tuned, None, student)}
+    for n_shot in run.config.evaluate.shots:
+        seeds = run.task.seed[:n_shot]
+        shots = [Shot(seed.input, how.completion(seed.target)) for seed in seeds]
+        setting = f"{len(shots)}-shot" if shots else AS_ASKED  # a small task has fewer than asked for
+        for who, engine in engines.items():
+            what = f"{who} {setting}"
+            results[who, setting] = student_answers(run, engine, how, examples, what, shots)
+    for who, engine in engines.items():
+        results[who, CONSTRAINED] = student_choices(run, engine, how, examples, f"{who}, {CONSTRAINED}")
+    return results
+
+
+def _own_labels(run: RunContext, examples: tuple[Example, ...], folder: Path) -> _Results:
+    """Let the students of own labels answer: of the seed rows (trained in the check), and of validation rows too."""
+    if not run.config.check.own_labels or not run.task.seed:
+        return {}
+    student, how, base = run.config.student, run.asking("answer"), run.local(run.config.student)
+    everything = (*run.task.seed, *run.task.validation)
+    checkpoint = run.folder / "check" / "own-labels"
+    models = {
+        _OWN: tuned_student(base, checkpoint, checkpoint.with_name("own-labels-F16.gguf")),
+        _OWN_ALL: own_labels_student(run, everything, folder / "own-labels-all"),
+    }
+    return {
+        (who, AS_ASKED): student_answers(run, run.engine_with(model, None, student), how, examples, who)
+        for who, model in models.items()
+    }
 
 
 def _answer_rows(examples: tuple[Example, ...], results: _Results) -> list[Row]:
@@ -86,22 +115,33 @@ def _answer_rows(examples: tuple[Example, ...], results: _Results) -> list[Row]:
 
 def _summary(run: RunContext, examples: tuple[Example, ...], results: _Results) -> Summary:
     config, n = run.config.evaluate, len(examples)
-    first = next(iter(results))[1]
+    first = _first(results)
     share = format_share(
         results[_BASE, first].accuracy, results[_BASE, CONSTRAINED].accuracy, results[_TUNED, first].accuracy
     )
     return {
         "rows": [_row(who, setting, answered, n) for (who, setting), answered in results.items()],
-        "paired": {
-            setting: _paired(answered, results[_TUNED, setting])
+        "paired": [
+            {
+                "against": who,
+                "setting": setting,
+                **_paired(answered, results.get((_TUNED, setting), results[_TUNED, first])),
+            }
             for (who, setting), answered in results.items()
-            if who == _BASE
-        },
+            if who != _TUNED
+        ],
+        "form": run.form,
+        "role": run.role,
         "format_share": None if share is None else round(share, 4),
         "chance": round(majority_baseline(run, examples), 4),
         "partial": bool(config.limit) and config.limit < len(run.task.test_keys()),
         **run.budget_inputs(),
     }
+
+
+def _first(results: _Results) -> str:
+    """Return the first prompting of the tuned student: as asked, unless `evaluate.shots` has no 0."""
+    return next(setting for who, setting in results if who == _TUNED)
 
 
 def _row(who: str, setting: str, answered: Predictions, n: int) -> Row:
@@ -132,63 +172,75 @@ def _paired(base: Predictions, tuned: Predictions) -> dict[str, Any]:
 
 def _describe(summary: Summary) -> str:
     by = {(row["model"], row["setting"]): row["accuracy"] for row in summary["rows"]}
-    first = summary["rows"][0]["setting"]
+    first = next(setting for who, setting in by if who == _TUNED)
     summary_table(summary), summary_lines(summary)  # a damaged summary shows here, not after the run
+    own = f"{by[_OWN, AS_ASKED]:.0%} on your own labels, " if (_OWN, AS_ASKED) in by else ""
     return (
-        f"{summary['rows'][0]['n']} test examples, {first}: {by[_BASE, first]:.0%} before, "
+        f"{summary['rows'][0]['n']} test examples, {first}: {by[_BASE, first]:.0%} before, {own}"
         f"{by[_TUNED, first]:.0%} after"
     )
 
 
 def summary_table(evaluation: Summary) -> ResultTable:
-    """Return accuracy by model and prompting, with 95 % intervals."""
+    """Return accuracy by model and prompting, with 95 % intervals, and the tuned student's paired difference."""
     table = ResultTable(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for name in ("model", "prompting"):
         table.add_column(name, no_wrap=True)
-    for name in ("right", "95 % interval"):
+    for name in ("right", "95 % interval", "tuned minus it"):
         table.add_column(name, justify="right", no_wrap=True)
+    tests = {(test["against"], test["setting"]): test for test in evaluation["paired"]}
     for row in evaluation["rows"]:
+        test = tests.get((row["model"], row["setting"]))
         table.add_row(
             row["model"],
-            _prompting(row["setting"]),
+            row["setting"],
             f"{row['accuracy']:.1%}",
             f"{row['low']:.1%} to {row['high']:.1%}",
+            "" if test is None else f"{test['difference']:+.1%} ({test['low']:+.1%} to {test['high']:+.1%})",
             style="bold" if row["model"] == _TUNED else "",
         )
     return table
 
 
+def headline(evaluation: Summary) -> str:
+    """Return the first line of a result: whether the student beats the one of the user's own labels."""
+    test = next((t for t in evaluation["paired"] if t["against"] == _OWN), None)
+    if test is None:
+        return "Not compared with a student of your own labels (check.own_labels is off)."
+    by = f"{test['difference']:+.1%} ({test['low']:+.1%} to {test['high']:+.1%}, p = {test['p_value']:.2g})"
+    if test["low"] > 0:
+        return f"Better than your own labels alone: {by}."
+    return (
+        f"Not better than your own labels alone: {by}. Try more tailored data (tailor.questions), a round on "
+        "errors (rounds = 2), or a stronger teacher; or ship the student of your own labels."
+    )
+
+
 def summary_lines(evaluation: Summary) -> list[str]:
-    """Return the text below the table: n, the paired tests, and the share of the gain that is format."""
+    """Return the text with the table: the headline, n, and the share of the gain that is format."""
     n = evaluation["rows"][0]["n"]
     part = ", a part of the test split: not a result" if evaluation["partial"] else ""
-    lines = [f"n = {n} test examples{part}; the majority baseline is {evaluation['chance']:.1%}."]
-    for setting, test in evaluation["paired"].items():
+    lines = [
+        headline(evaluation),
+        f"n = {n} test examples{part}; the majority baseline is {evaluation['chance']:.1%}; "
+        f"answer form: {evaluation['form']}.",
+    ]
+    if (share := evaluation["format_share"]) is not None:
         lines.append(
-            f"{_prompting(setting)}: {test['difference']:+.1%} "
-            f"({test['low']:+.1%} to {test['high']:+.1%}), "
-            f"{test['gained']} gained, {test['lost']} lost, p = {test['p_value']:.2g}."
-        )
-    share = evaluation["format_share"]
-    if share is not None:
-        lines.append(
-            f"{share:.0%} of the first gain is format: "
-            "what the base student gains from constrained answers alone."
+            f"{share:.0%} of the gain on the base student is format: what that gains from constrained answers alone."
         )
     return lines
 
 
 def show_summary(console: Console, evaluation: Summary, folder: Path, calls: tuple[int, int]) -> None:
-    """Print the table, the text below it, and the paths."""
+    """Print the headline, the table, the text below it, and the paths."""
+    first, *others = summary_lines(evaluation)
     lines = [
-        *summary_lines(evaluation),
+        *others,
         "",
         f"Student: {folder / 'tune' / 'student'}",
         f"Run folder: {folder} ({calls[0]} engine calls made, {calls[1]} cached)",
     ]
-    console.print(Group(summary_table(evaluation), Text("\n".join(lines))), soft_wrap=True)
-
-
-def _prompting(setting: str) -> str:
-    """Return the name of a prompting; earlier versions wrote "answer forced" and "8 worked"."""
-    return CONSTRAINED if setting == "answer forced" else setting.replace(" worked", "-shot")
+    console.print(
+        Group(Text(first, style="bold"), summary_table(evaluation), Text("\n".join(lines))), soft_wrap=True
+    )

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.distill.config import RunConfig
+from arte_edge.distill.generation.inputs import Focus
 from arte_edge.distill.generation.questions import Drafts, QuestionPlan, draft_questions
 from arte_edge.distill.generation.rationales import (
-    direct_votes,
-    generate_rationales,
-    label_rows,
+    label_drafts,
     over_budget,
     reject_repeated,
     resample,
@@ -30,6 +29,7 @@ from arte_edge.distill.generation.rationales import (
 )
 from arte_edge.distill.preference.adaptive import interleave_answers
 from arte_edge.distill.run_context import Row, RunContext, Summary
+from arte_edge.distill.stages.elicit import draft_source
 from arte_edge.errors import StoppedEarly
 from arte_edge.runtimes.completion import Engine
 
@@ -40,33 +40,36 @@ _MAX_ROUNDS = 6
 _OVERSAMPLE = 1.6
 
 
-def tailor(run: RunContext, adapter: tuple[Path, str] | None) -> Summary:
-    """Write train.jsonl: rows of input, label, rationale. `adapter` (path, sha256) aligns the teacher.
+def tailor(run: RunContext, adapter: tuple[Path, str] | None, focus: Focus, number: int = 1) -> Summary:
+    """Write train.jsonl of round `number`: rows of input, label, rationale.
+
+    `adapter` (path, sha256) aligns the teacher. `focus` says which answers need more inputs
+    (`generation.inputs`). No input repeats one of an earlier round.
 
     Raises StoppedEarly: the teacher's budget of prompts is spent before enough examples were usable.
     """
-    teacher = run.config.teacher
-    with run.stage("tailor", _inputs(run, adapter[1] if adapter else ""), _describe) as stage:
+    teacher, name = run.config.teacher, run.round_name("tailor", number)
+    with run.stage(name, _inputs(run, adapter[1] if adapter else "", focus, number), _describe) as stage:
         if stage.todo:
             aligned = (
                 run.engine_with(run.local(teacher), adapter, teacher) if adapter else run.engine(teacher)
             )
-            rows, rejected, summary = _generate_examples(run, aligned)
+            rows, rejected, summary = _generate_examples(run, aligned, focus, number)
             stage.write("train.jsonl", rows)
             stage.write("rejected.jsonl", rejected)
             stage.finish(summary)
     return stage.summary
 
 
-def tailor_plan(config: RunConfig, n: int = 0) -> QuestionPlan:
-    """Return how `n` questions are drafted; 0: as many as at first, for labelling drops some."""
+def tailor_plan(config: RunConfig, n: int = 0, number: int = 1) -> QuestionPlan:
+    """Return how `n` questions are drafted in round `number`; 0: as many as at first, for labelling drops some."""
     tailor = config.tailor
     n = n or (tailor.questions if tailor.label == "teacher" else math.ceil(tailor.questions * _OVERSAMPLE))
     # Other samples of seeds than in elicit.
-    return QuestionPlan(config.elicit, n, tailor.temperature, tailor.max_prompts, config.seed + 1)
+    return QuestionPlan(config.elicit, n, tailor.temperature, tailor.max_prompts, config.seed + number)
 
 
-def _inputs(run: RunContext, adapter_sha256: str) -> dict[str, Any]:
+def _inputs(run: RunContext, adapter_sha256: str, focus: Focus, number: int) -> dict[str, Any]:
     unused = set() if run.task.answer.closed else {"even_labels"}
     return {
         "tailor": run.config.tailor.model_dump(mode="json", exclude=unused),
@@ -74,12 +77,21 @@ def _inputs(run: RunContext, adapter_sha256: str) -> dict[str, Any]:
         "teacher": run.identity(run.config.teacher),
         "adapter": adapter_sha256,
         "task": run.task.sha256,
+        "focus": [dict(focus.weight), focus.confused],
+        "earlier": run.outputs(*_earlier(run, number)),
+        **run.data_inputs(),
         **run.budget_inputs(),
         **({} if run.budget is None else {"draws": run.config.deploy.draws}),
     }
 
 
-def _generate_examples(run: RunContext, engine: Engine) -> tuple[list[Row], list[Row], Summary]:
+def _earlier(run: RunContext, number: int) -> list[str]:
+    return [run.round_name("tailor", n) for n in range(1, number)]
+
+
+def _generate_examples(
+    run: RunContext, engine: Engine, focus: Focus, number: int
+) -> tuple[list[Row], list[Row], Summary]:
     """Return the training examples, the rejected drafts and the summary.
 
     Labelling drops some questions, so more are generated until enough are left.
@@ -88,7 +100,9 @@ def _generate_examples(run: RunContext, engine: Engine) -> tuple[list[Row], list
     needed, rows, n_resampled = config.questions, [], 0
     n_question = tailor_plan(run.config).needed
     for _ in range(_MAX_ROUNDS):
-        drafts, rationales, labels = _generate(run, engine, n_question)
+        drafts, rationales, labels = _generate(
+            run, engine, tailor_plan(run.config, n_question, number), focus
+        )
         usable, n_long = _usable(run, rationales)
         chosen = [(q, usable[q["id"]]) for q in drafts.valid if q["id"] in usable]
         rows = [
@@ -107,7 +121,8 @@ def _generate_examples(run: RunContext, engine: Engine) -> tuple[list[Row], list
             f"{labels['parroted']} repeated" + (f", {n_long} over the latency budget)" if n_long else ")"),
             "Lower tailor.questions, set tailor.label = 'vote' or 'teacher', or use a stronger teacher.",
         )
-    rows = _balanced(rows, needed) if config.even_labels and run.task.answer.closed else rows[:needed]
+    even = config.even_labels and run.task.answer.closed and not focus.weight
+    rows = _balanced(rows, needed) if even else rows[:needed]
     words = [len(row["rationale"].split()) for row in rows]
     summary = {
         "examples": len(rows),
@@ -122,16 +137,23 @@ def _generate_examples(run: RunContext, engine: Engine) -> tuple[list[Row], list
     return rows, drafts.rejected, summary
 
 
-def _generate(run: RunContext, engine: Engine, n: int) -> tuple[Drafts, list[Row], Row]:
-    """Generate `n` questions with rationales; return them, and what labelling changed."""
+def _generate(
+    run: RunContext, engine: Engine, plan: QuestionPlan, focus: Focus
+) -> tuple[Drafts, list[Row], Row]:
+    """Generate questions with rationales; return them, and what labelling changed."""
     config, teacher = run.config.tailor, run.config.teacher
-    drafts = draft_questions(run, engine, teacher, tailor_plan(run.config, n), "tailored questions")
+    source = draft_source(run, engine, plan, focus)
+    known = [
+        row["input"]
+        for name in _earlier(run, plan.seed - run.config.seed)
+        for row in run.read(name, "train.jsonl")
+    ]
+    drafts = draft_questions(run, engine, plan, "tailored questions", source, known)
     # Not truncated at a latency budget: a truncated rationale teaches the student to stop early.
-    rationales = generate_rationales(
-        run, engine, teacher, drafts.valid, [None], "tailored rationales", short_shots(run, teacher)
-    )
-    votes = direct_votes(run, engine, teacher, drafts.valid, "direct answers")
-    labels = label_rows(run, drafts.valid, rationales, votes, config.label)
+    shots = short_shots(run, teacher)
+    rationales, labels = label_drafts(run, engine, drafts.valid, [None], config.label, "tailored", shots)
+    if not run.reasons:
+        return drafts, rationales, labels | {"parroted": 0}
     every = [*rationales, *resample(run, engine, teacher, drafts.valid, rationales, config.label)]
     return drafts, every, labels | {"parroted": reject_repeated(every)}
 
@@ -154,7 +176,11 @@ def _balanced(rows: list[Row], n: int) -> list[Row]:
 
 
 def _describe(summary: Summary) -> str:
-    return (
-        f"{summary['examples']} training examples from {summary['questions']} questions, "
-        f"{summary['rationale_words']:.0f} words per rationale"
+    labels = summary["labels"]
+    agree = (
+        f", the teacher's own answer agrees with {labels['votes_agree']:.0%}"
+        if "votes_agree" in labels
+        else ""
     )
+    words = f", {summary['rationale_words']:.0f} words per rationale" if labels["readable"] else ""
+    return f"{summary['examples']} training examples from {summary['questions']} questions{agree}{words}"

@@ -1,63 +1,95 @@
-"""Step 6, tune: supervised fine-tuning of the student on the tailored data (paper, section 3.5)."""
+"""Step 6, tune: supervised fine-tuning of the student on the tailored data (paper, section 3.5) and the own labels."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from arte_edge.distill.prompts import STEP_BY_STEP, student_messages
+from arte_edge.asking.form import Asking
+from arte_edge.checkpoint import write_chat_template
 from arte_edge.distill.run_context import Row, RunContext, Summary, tuned_student
+from arte_edge.distill.stages.own_labels import training_rows
+from arte_edge.distill.stages.target import describe as describe_trial
+from arte_edge.distill.stages.target import trial_of_forms
 from arte_edge.distill.train.common import Lora, SftSettings
 from arte_edge.distill.train.sft import train_sft
 from arte_edge.models.resolve import LocalModel
+from arte_edge.tasks.task import Example
 
 __all__ = ["tune"]
 
+_TRIAL_ROWS = 150
 
-def tune(run: RunContext) -> tuple[Summary, LocalModel]:
-    """Train the student; return the summary and the tuned student as a model on disk.
 
-    Writes ``tune/student`` (a 16-bit checkpoint) and, for a student that came as GGUF, ``tune/student-F16.gguf``.
+def tune(run: RunContext, number: int = 1) -> tuple[Summary, LocalModel]:
+    """Train the student in round `number`; return the summary and the tuned student as a model on disk.
+
+    Writes ``tune/student`` (a 16-bit checkpoint whose chat template holds the task's instruction) and, for a student
+    that came as GGUF, ``tune/student-F16.gguf``; of several rounds in ``tune-1``, ``tune-2`` and so on.
     """
-    base, gguf = run.local(run.config.student), run.folder / "tune" / "student-F16.gguf"
+    name = "tune" if run.config.rounds == 1 else f"tune-{number}"
+    base, gguf = run.local(run.config.student), run.folder / name / "student-F16.gguf"
+    tailored = [run.round_name("tailor", n) for n in range(1, number + 1)]
     inputs = {
         "tune": run.config.tune.model_dump(mode="json"),
+        "form": run.form,
+        "answer_tokens": run.config.evaluate.answer_tokens,
         "student": run.identity(run.config.student),
-        "data": run.outputs("tailor"),
+        "data": run.outputs(*tailored),
         "task": run.task.sha256,
     }
-    with run.stage("tune", inputs, _describe) as stage:
+    with run.stage(name, inputs, _describe) as stage:
         if stage.todo:
-            rows = _training_rows(run)
+            data = [row for stage_name in tailored for row in run.read(stage_name, "train.jsonl")]
+            trial = None
+            if run.config.tune.target == "auto" and not run.by_label and number == 1:
+                some = data[:_TRIAL_ROWS]
+                trial, answers = trial_of_forms(
+                    run, stage.folder / "trial", _examples(some), [row["rationale"] for row in some]
+                )
+                stage.write("trial.jsonl", answers)
+                run.form = trial["form"]
+            how = run.asking()
+            rows = _rows(run, how, data)
             stage.write("rows.jsonl", rows)
+            model = run.asked(run.engine(run.config.student), how)
             run.close_engines()
             checkpoint, out = run.checkpoint(run.config.student), stage.folder / "student"
             with run.reporter.percent("SFT") as progress:
                 result = train_sft(checkpoint, rows, out, _settings(run), progress=progress)
+            write_chat_template(out, model.chat_template)
             losses = [row["loss"] for row in result.history if "loss" in row]
             stage.finish(
                 {
                     "examples": result.examples,
+                    "own_labels": len(rows) - len(data),
                     "dropped_as_too_long": result.dropped,
                     "steps": result.steps,
                     "loss_first": round(losses[0], 4) if losses else None,
                     "loss_last": round(losses[-1], 4) if losses else None,
+                    "form": run.form,
+                    "trial": trial,
+                    "answer_tokens": how.answer_tokens,
                     "student_sha256": tuned_student(base, result.checkpoint, gguf).sha256,
                 }
             )
-    return stage.summary, tuned_student(base, run.folder / "tune" / "student", gguf)
+    run.form = stage.summary["form"]
+    return stage.summary, tuned_student(base, run.folder / name / "student", gguf)
 
 
-def _training_rows(run: RunContext) -> list[Row]:
-    """Render each training example as the student is prompted: zero-shot, with the prefill of its answer."""
-    student = run.config.student
-    engine = run.engine(student)
-    return [
-        {
-            "prompt": run.render(engine, student_messages(run.task, row["input"]), STEP_BY_STEP, student),
-            "completion": f" {row['rationale'].strip()}",
-        }
-        for row in run.read("tailor", "train.jsonl")
-    ]
+def _rows(run: RunContext, how: Asking, data: list[Row]) -> list[Row]:
+    """Return the training rows: tailored data, and the task's own labels where they fit the form.
+
+    Reasoning first needs reasons, which own labels lack: an answer without them would teach the student to leave
+    them out.
+    """
+    rows = training_rows(run, how, _examples(data), [row["rationale"] for row in data])
+    if run.config.tune.own_labels and how.form != "reasoning-first":
+        rows += training_rows(run, how, run.task.seed)
+    return rows
+
+
+def _examples(data: list[Row]) -> list[Example]:
+    return [Example(row["input"], row["label"]) for row in data]
 
 
 def _settings(run: RunContext) -> SftSettings:
@@ -75,4 +107,6 @@ def _settings(run: RunContext) -> SftSettings:
 def _describe(summary: dict[str, Any]) -> str:
     first, last = summary["loss_first"], summary["loss_last"]
     loss = "" if first is None else f", loss {first:.2f} → {last:.2f}"
-    return f"{summary['examples']} examples, {summary['steps']} steps{loss}"
+    own = f" ({summary['own_labels']} of them your own labels)" if summary["own_labels"] else ""
+    trial = f"; {describe_trial(summary['trial'])}" if summary["trial"] else ""
+    return f"{summary['examples']} examples{own}, {summary['steps']} steps{loss}{trial}"

@@ -1,0 +1,131 @@
+"""Inputs for given answers: the teacher is told a label and writes inputs for it, so data are balanced by construction.
+
+A small teacher that labels badly still writes well: told that the answer is "play music", it writes sentences that ask
+for music. Inputs differ by conditions that take turns (length, style, difficulty), some of them near misses to an
+answer that the student confuses with the given one. Where the student errs more, more is written (`focus_of`): the
+counts of errors on validation examples steer it, the examples themselves are never shown.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from arte_edge.distill.config import ModelConfig
+from arte_edge.distill.generation.questions import Parsed, QuestionPlan
+from arte_edge.distill.prompts import input_messages, input_prefill
+from arte_edge.distill.run_context import Row, RunContext
+from arte_edge.runtimes.completion import Engine, Request
+from arte_edge.tasks.task import Example
+
+__all__ = ["Focus", "InputSource", "focus_of", "input_labels"]
+
+_CONDITIONS = (
+    "Vary the wording.",
+    "Make them short, a few words each.",
+    "Make them long, with details that do not matter.",
+    "Write them casually, as people speak.",
+    "Make them specific, with names, numbers or places.",
+    "Make them polite and indirect.",
+    "Use other words than the examples do.",
+    "Make them unusual, but with only one right answer.",
+)
+_NEAR_MISS = "Make them easy to mistake for {other}, but the right answer must be {label}."
+_NEAR_MISSES = 0.25  # share of the prompts of an answer that the student confuses with another
+_SHOWN = 6  # examples of an answer in a prompt, at most; fewer are repeated in every prompt anyway
+_FLOOR = 0.5  # weight of an answer without errors, against 1 for the mean number of errors
+_LINE = re.compile(r"\s*\d+[.)]\s*(.+)")
+_LONGEST = 1500  # characters of an input, as in `generation.questions`
+
+
+@dataclass(frozen=True)
+class Focus:
+    """Which answers need more inputs, relative to each other, and which answers they are mistaken for."""
+
+    weight: dict[str, float] = field(default_factory=dict)  # missing: 1
+    confused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def focus_of(pairs: Iterable[tuple[str, str | None]], *, weighted: bool) -> Focus:
+    """Return the focus of a student's errors: `pairs` of right and given answers.
+
+    Not `weighted`, every answer gets as many inputs, and the errors choose near misses alone.
+    """
+    wrong = [(target, given) for target, given in pairs if given != target]
+    confused: dict[str, Counter[str]] = defaultdict(Counter)
+    for target, given in wrong:
+        if given is not None:
+            confused[target][given] += 1
+    errors = Counter(target for target, _ in wrong)
+    mean = sum(errors.values()) / max(len(errors), 1)
+    weight = {label: _FLOOR + n / mean for label, n in errors.items()} if weighted else {}
+    others = {label: tuple(other for other, _ in found.most_common(3)) for label, found in confused.items()}
+    return Focus(defaultdict(lambda: _FLOOR, weight) if weight else {}, others)
+
+
+def input_labels(run: RunContext) -> tuple[str, ...]:
+    """Return the answers that inputs are written for."""
+    return run.task.answer.options("")
+
+
+class InputSource:
+    """Prompts for inputs of given answers, the answer that lacks most first, and the reading of what came back."""
+
+    def __init__(
+        self, run: RunContext, engine: Engine, config: ModelConfig, plan: QuestionPlan, focus: Focus
+    ):
+        self._run, self._engine, self._config, self._plan, self._focus = run, engine, config, plan, focus
+        labels = input_labels(run)
+        weights = {label: focus.weight.get(label, _FLOOR if focus.weight else 1.0) for label in labels}
+        total = sum(weights.values())
+        self._quota = {label: math.ceil(plan.needed * w / total) for label, w in weights.items()}
+        self._by_label: dict[str, list[Example]] = defaultdict(list)
+        for seed in run.task.seed:
+            self._by_label[seed.target].append(seed)
+        self._asked: dict[int, str] = {}  # prompt number -> answer
+
+    def requests(self, first: int, n: int, valid: Sequence[Row]) -> list[Request]:
+        """Return prompts number `first` to ``first + n - 1``, for the answers that lack most inputs so far."""
+        have = dict.fromkeys(self._quota, 0.0) | Counter(row["target"] for row in valid)
+        rate = max(len(valid) / (first * self._plan.elicit.asked), 0.2) if first else 0.6
+        requests = []
+        for number in range(first, first + n):
+            label = max(self._quota, key=lambda one: (self._quota[one] - have[one]) / self._quota[one])
+            have[label] += rate * self._plan.elicit.asked
+            self._asked[number] = label
+            requests.append(Request(self._prompt(label, number), number))
+        return requests
+
+    def parse(self, number: int, text: str, finish: str) -> list[Parsed]:
+        """Return the inputs of a numbered list, each with the answer that it was written for."""
+        lines = [line for line in f"0.{text}".split("\n") if line.strip()]
+        cut = [lines.pop()] if finish == "length" and lines else []
+        found: list[Parsed] = ["cut off"] * len(cut)
+        for line in lines:
+            match = _LINE.fullmatch(line)
+            written = match[1].strip().strip('"“”').strip() if match else ""
+            if match and written and len(written) <= _LONGEST:
+                found.append((written, self._asked[number]))
+            elif match:
+                found.append("empty or too long")
+        return found or ["no input at all"]
+
+    def full(self, label: str, valid: Sequence[Row]) -> bool:
+        """Return whether there are enough inputs for an answer."""
+        n = [row["target"] for row in valid].count(label)
+        return n >= self._quota.get(label, 0)
+
+    def _prompt(self, label: str, number: int) -> str:
+        rng = random.Random(f"{self._plan.seed}/{number}/{label}")
+        seeds = self._by_label[label] or list(self._run.task.seed)
+        shown = rng.sample(seeds, min(_SHOWN, len(seeds)))
+        condition = rng.choice(_CONDITIONS)
+        if (others := self._focus.confused.get(label)) and rng.random() < _NEAR_MISSES:
+            condition = _NEAR_MISS.format(other=rng.choice(others), label=label)
+        of_label = shown if self._by_label[label] else []
+        messages = input_messages(self._run.task, label, of_label, self._plan.elicit.asked, condition)
+        return self._run.render(self._engine, messages, input_prefill(of_label), self._config)
