@@ -97,7 +97,7 @@ class InputSource:
             label = max(self._quota, key=lambda one: (self._quota[one] - have[one]) / self._quota[one])
             have[label] += rate * self._plan.elicit.asked
             self._asked[number] = label
-            requests.append(Request(self._prompt(label, number), number))
+            requests.append(Request(self.prompt(label, number)[0], number))
         return requests
 
     def parse(self, number: int, text: str, finish: str) -> list[Parsed]:
@@ -119,7 +119,8 @@ class InputSource:
         n = [row["target"] for row in valid].count(label)
         return n >= self._quota.get(label, 0)
 
-    def _prompt(self, label: str, number: int) -> str:
+    def prompt(self, label: str, number: int) -> tuple[str, int]:
+        """Return prompt number `number`, for inputs of `label`, and the number at which its list goes on."""
         rng = random.Random(f"{self._plan.seed}/{number}/{label}")
         seeds = self._by_label[label] or list(self._run.task.seed)
         shown = rng.sample(seeds, min(_SHOWN, len(seeds)))
@@ -128,4 +129,5 @@ class InputSource:
             condition = _NEAR_MISS.format(other=rng.choice(others), label=label)
         of_label = shown if self._by_label[label] else []
         messages = input_messages(self._run.task, label, of_label, self._plan.elicit.asked, condition)
-        return self._run.render(self._engine, messages, input_prefill(of_label), self._config)
+        text = self._run.render(self._engine, messages, input_prefill(of_label), self._config)
+        return text, len(of_label) + 1

@@ -67,6 +67,7 @@ __all__ = [
     "votes_directly",
 ]
 
+_Policy = LabelPolicy | Literal["told", "direct"]
 _BUDGET = "elicit.rationale_tokens"
 # A token of English text is about four characters; three leave room for the tags and a longer answer.
 _CHARS_PER_TOKEN = 3
@@ -140,8 +141,10 @@ def label_drafts(
             run, engine, teacher, questions, techniques, f"{what} rationales", shots
         )
     votes = direct_votes(run, engine, teacher, questions, "direct answers")
-    told = run.by_label and run.role == "inputs"
-    labels = label_rows(run, questions, rationales, votes, "told" if told else policy)
+    how: _Policy = policy
+    if run.by_label and (run.role == "inputs" or policy != "teacher"):
+        how = "told" if run.role == "inputs" else "direct"
+    labels = label_rows(run, questions, rationales, votes, how)
     if not run.reasons:
         rationales = [_bare(question) for question in questions if question["label"] is not None]
     return rationales, labels
@@ -211,7 +214,7 @@ def label_rows(
     questions: Sequence[Row],
     rationales: Sequence[Row],
     votes: Sequence[str | None],
-    policy: LabelPolicy | Literal["told"],
+    policy: _Policy,
 ) -> Row:
     """Set ``label`` on each question and ``usable`` on each rationale, in place; return what that changed.
 
@@ -259,24 +262,23 @@ def label_rows(
     }
 
 
-def decide_label(
-    policy: LabelPolicy | Literal["told"], target: str, answers: Sequence[str | None]
-) -> str | None:
+def decide_label(policy: _Policy, target: str, answers: Sequence[str | None]) -> str | None:
     """Return the label of a question, or None if it is dropped.
 
     Args:
         policy: ``teacher`` takes the drafted target; ``vote`` the majority of target and rationales, the
             target breaking a tie that it is part of; ``drop-disagreement`` keeps a question only if
-            target and every readable rationale agree; ``told`` is for inputs that were written for the
-            target: the last answer, the direct one, may only contradict it.
+            target and every readable rationale agree. For inputs that were written for the target the last
+            answer, the direct one, decides: ``direct`` takes it, ``told`` drops the question if it is another.
         target: the answer drafted with the question, normalized.
         answers: the rationales' answers, normalized; None for an unreadable one.
     """
     given = [answer for answer in answers if answer is not None]
     if policy == "teacher":
         return target
-    if policy == "told":
-        return target if answers[-1] in (None, target) else None
+    if policy in ("told", "direct"):
+        direct = answers[-1] or target
+        return direct if policy == "direct" or direct == target else None
     if not given:
         return None
     if policy == "drop-disagreement":
@@ -289,7 +291,7 @@ def decide_label(
     return target if target in winners else None
 
 
-def agrees(policy: LabelPolicy | Literal["told"], label: str | None, answer: str | None) -> bool:
+def agrees(policy: _Policy, label: str | None, answer: str | None) -> bool:
     """Return whether a rationale with this answer is usable; with the `teacher` policy every readable one is."""
     return answer is not None and label is not None and (policy == "teacher" or answer == label)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from arte_edge.distill.prompts import question_text
 
-__all__ = ["draw_question_pairs", "draw_rationale_pairs", "length_report"]
+__all__ = ["draw_input_pairs", "draw_question_pairs", "draw_rationale_pairs", "length_report"]
 
 Row = dict[str, Any]
 
@@ -53,6 +53,35 @@ def draw_question_pairs(
                 "gap": round(gap, 6),
             }
         )
+    return pairs, ties
+
+
+def draw_input_pairs(
+    questions: Sequence[Row], n_pair: int, per_answer: int, min_gap: float, seed: int
+) -> tuple[list[Row], int]:
+    """Return pairs of inputs that were written for one answer (label, chosen, rejected, gap), and the ties dropped.
+
+    Each side holds up to `per_answer` inputs, from the better and from the worse half of that answer's. The
+    answers take turns.
+    """
+    by_label: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(questions, key=lambda row: (-row["score"], row["id"])):
+        by_label[row["target"]].append(row)
+    groups = [(label, rows) for label, rows in sorted(by_label.items()) if len(rows) > 1]
+    rng = random.Random(f"{seed}/input-pairs")
+    pairs: list[Row] = []
+    ties = 0
+    for i in range(n_pair if groups else 0):
+        label, rows = groups[i % len(groups)]
+        half = len(rows) // 2
+        n = min(per_answer, half)
+        chosen, rejected = rng.sample(rows[:half], n), rng.sample(rows[-half:], n)
+        gap = float(np.mean([q["score"] for q in chosen]) - np.mean([q["score"] for q in rejected]))
+        if gap < min_gap:
+            ties += 1
+            continue
+        sides = {"chosen": [q["input"] for q in chosen], "rejected": [q["input"] for q in rejected]}
+        pairs.append({"level": "question", "label": label, **sides, "gap": round(gap, 6)})
     return pairs, ties
 
 

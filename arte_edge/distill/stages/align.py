@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from arte_edge.cache import sha256_file
 from arte_edge.console import doing
 from arte_edge.distill.config import RunConfig
-from arte_edge.distill.generation.questions import parse_questions
-from arte_edge.distill.preference.dpo_pairs import draw_question_pairs, draw_rationale_pairs, length_report
+from arte_edge.distill.generation.inputs import Focus, InputSource
+from arte_edge.distill.preference.dpo_pairs import (
+    draw_input_pairs,
+    draw_question_pairs,
+    draw_rationale_pairs,
+    length_report,
+)
 from arte_edge.distill.prompts import question_messages, question_prefill, rationale_messages, teacher_shots
 from arte_edge.distill.run_context import Row, RunContext, Summary
+from arte_edge.distill.stages.elicit import draft_plan, draft_source
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.common import DpoSettings, Lora
 from arte_edge.distill.train.dpo import train_dpo
 from arte_edge.errors import StoppedEarly
-from arte_edge.runtimes.completion import Engine, Request, Sampling
+from arte_edge.runtimes.completion import Engine, Sampling
 from arte_edge.runtimes.loader import open_local
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.tasks.answers import canonical
@@ -45,6 +52,7 @@ def align(run: RunContext) -> tuple[Summary, Adapter]:
         "teacher": run.identity(run.config.teacher),
         "scores": run.outputs("prefer"),
         "asked": [run.config.elicit.shown, run.config.elicit.asked],
+        **run.data_inputs(),
     }
     with run.stage("align", inputs, _describe) as stage:
         if stage.todo:
@@ -106,18 +114,28 @@ def _pairs(run: RunContext) -> tuple[list[Row], int]:
         rationales = [{**row, "score": control.random()} for row in rationales]
         min_gap = 0.0
     engine = run.engine(run.config.teacher)
-    shown = min(elicit.shown, len(run.task.seed))
     texts = {row["id"]: row["input"] for row in questions}
-    by_question, question_ties = draw_question_pairs(
-        questions, run.config.n_question_pairs, elicit.asked, shown + 1, min_gap, seed
-    )
+    n_pair = run.config.n_question_pairs
+    if run.by_label:
+        by_question, question_ties = draw_input_pairs(questions, n_pair, elicit.asked, min_gap, seed)
+        source = InputSource(run, engine, run.config.teacher, draft_plan(run.config), Focus())
+        for i, pair in enumerate(by_question):
+            pair["prompt"], first = source.prompt(pair["label"], i)
+            for side in ("chosen", "rejected"):
+                lines = "\n".join(f"{number}. {text}" for number, text in enumerate(pair[side], first))
+                pair[side] = lines.removeprefix(f"{first}.")  # which the prompt has written already
+    else:
+        shown = min(elicit.shown, len(run.task.seed))
+        by_question, question_ties = draw_question_pairs(
+            questions, n_pair, elicit.asked, shown + 1, min_gap, seed
+        )
+        for i, pair in enumerate(by_question):
+            seeds = random.Random(f"{seed}/align/{i}").sample(list(run.task.seed), shown)
+            messages = question_messages(run.task, seeds, elicit.asked)
+            pair["prompt"] = _rendered(run, engine, messages, question_prefill(shown))
     by_rationale, rationale_ties = draw_rationale_pairs(
-        rationales, run.config.n_rationale_pairs, min_gap, seed
+        rationales if run.reasons else [], run.config.n_rationale_pairs, min_gap, seed
     )
-    for i, pair in enumerate(by_question):
-        seeds = random.Random(f"{seed}/align/{i}").sample(list(run.task.seed), shown)
-        messages = question_messages(run.task, seeds, elicit.asked)
-        pair["prompt"] = _rendered(run, engine, messages, question_prefill(shown))
     for pair in by_rationale:
         shots = teacher_shots(run.task, config.shots)
         messages = rationale_messages(run.task, texts[pair["question"]], None, shots)
@@ -151,15 +169,12 @@ def dpo_settings(run: RunConfig) -> DpoSettings:
 
 def _probe(run: RunContext, adapter_dir: Path) -> ProbeResult:
     """Check for model collapse: the teacher with the adapter so far generates a few held-out drafts."""
-    config, elicit = run.config.align, run.config.elicit
-    shown = min(elicit.shown, len(run.task.seed))
+    elicit = run.config.elicit
     engine = _open_with(run, adapter_dir, adapter_dir.parent / f"{adapter_dir.name}.gguf")
+    plan = replace(draft_plan(run.config), seed=run.config.seed - 1)  # prompts that no stage trains on
+    source = draft_source(run, engine, plan, Focus())
     try:
-        requests = []
-        for i in range(config.probe_prompts):
-            seeds = random.Random(f"{run.config.seed}/probe/{i}").sample(list(run.task.seed), shown)
-            messages = question_messages(run.task, seeds, elicit.asked)
-            requests.append(Request(_rendered(run, engine, messages, question_prefill(shown)), i))
+        requests = source.requests(0, run.config.align.probe_prompts, [])
         sampling = Sampling(
             temperature=elicit.temperature, top_p=elicit.top_p, max_tokens=elicit.question_tokens, seed=-1
         )
@@ -167,10 +182,10 @@ def _probe(run: RunContext, adapter_dir: Path) -> ProbeResult:
             answers = engine.complete(requests, sampling)
     finally:
         engine.close()
-    drafts = [draft for answer in answers for draft in parse_questions(question_prefill(shown) + answer.text)]
+    drafts = [draft for i, a in enumerate(answers) for draft in source.parse(i, a.text, a.finish)]
     valid = [d for d in drafts if not isinstance(d, str) and canonical(d[1], run.task.answer) is not None]
     tokens = [answer.completion_tokens for answer in answers]
-    return ProbeResult(len(valid) / len(drafts), sum(tokens) / len(tokens))
+    return ProbeResult(len(valid) / max(len(drafts), 1), sum(tokens) / len(tokens))
 
 
 def _open_with(run: RunContext, adapter_dir: Path, gguf: Path) -> Engine:
