@@ -6,9 +6,9 @@
 
 Each seed draws its own labelled rows, 100 validation rows and, of a set with many labels, the labels' rows from
 ``train.jsonl`` (rows of input and target); the test split is ``test.jsonl``, of those labels, read after all
-training. Arms, paired on the same test examples: the base student, own labels alone (as `arte-edge` trains it for its
-check), tailored data of round 1, and of round 2, which asks for more where round 1 errs on validation. One row a seed
-is appended to the results; the summary pools the seeds.
+training. Arms, paired on the same test examples: own labels alone (as `arte-edge` trains it for its check), with
+tailored data of round 1, and after round 2, which asks for more where round 1 errs on validation and is kept only if
+validation accuracy rises. One row a seed is appended to the results; the summary pools the seeds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ABOUT = {
     "snips": "Say which intent a request to a voice assistant has",
     "banking77": "Say which intent a bank customer's message has",
 }
-ARMS = {"own labels": "check/own-labels", "round 1": "tune-1/student", "round 2": "tune-2/student"}
+ARMS = {"own labels": "check/own-labels", "round 1": "tune-1/student", "round 2": "tune/student"}
 
 
 def make_task(name: str, data: Path, n_label: int, n_own: int, seed: int, out: Path) -> Task:
@@ -170,8 +170,7 @@ def summary(path: Path) -> None:
 
 
 def _bits(right: dict[str, str], arm: str) -> NDArray[np.bool_]:
-    """Return the answers of an arm; a second round that was not kept has those of the first."""
-    return np.array([bit == "1" for bit in right.get(arm, right["round 1"])])
+    return np.array([bit == "1" for bit in right[arm]])
 
 
 def main() -> None:
