@@ -198,7 +198,7 @@ def stage_work(config: RunConfig, task: Task, drafts_per_prompt: float) -> Itera
         n_look = 1 + ceil(n_step / settings.probe_every)
         yield Work("align", Call("teacher", "question"), n_look * config.align.probe_prompts)
     for _ in range(config.rounds):
-        yield from _drafts("tailor", config, task, tailor_plan(config), 1, drafts_per_prompt)
+        yield from _drafts("tailor", config, task, tailor_plan(config, task), 1, drafts_per_prompt)
     if config.rounds > 1:
         yield Work("tune", Call("student", "asked"), config.rounds * len(task.validation))
     n_test = len(task.test_keys())

@@ -80,25 +80,39 @@ class InputSource:
     ):
         self._run, self._engine, self._config, self._plan, self._focus = run, engine, config, plan, focus
         labels = input_labels(run)
-        weights = {label: focus.weight.get(label, _FLOOR if focus.weight else 1.0) for label in labels}
-        total = sum(weights.values())
-        self._quota = {label: math.ceil(plan.needed * w / total) for label, w in weights.items()}
+        self._weight = {label: focus.weight.get(label, _FLOOR if focus.weight else 1.0) for label in labels}
+        total = sum(self._weight.values())
+        self._quota = {label: math.ceil(plan.needed * w / total) for label, w in self._weight.items()}
         self._by_label: dict[str, list[Example]] = defaultdict(list)
         for seed in run.task.seed:
             self._by_label[seed.target].append(seed)
+        self._order: list[str] = []
+        self._turns: Counter[str] = Counter()
         self._asked: dict[int, str] = {}  # prompt number -> answer
 
     def requests(self, first: int, n: int, valid: Sequence[Row]) -> list[Request]:
-        """Return prompts number `first` to ``first + n - 1``, for the answers that lack most inputs so far."""
+        """Return prompts number `first` to ``first + n - 1``.
+
+        The answers take turns by weight, whatever number is needed: asked for more, the first prompts stay cached.
+        Where an answer has enough inputs, the one that lacks most has its turn.
+        """
         have = dict.fromkeys(self._quota, 0.0) | Counter(row["target"] for row in valid)
-        rate = max(len(valid) / (first * self._plan.elicit.asked), 0.2) if first else 0.6
         requests = []
         for number in range(first, first + n):
-            label = max(self._quota, key=lambda one: (self._quota[one] - have[one]) / self._quota[one])
-            have[label] += rate * self._plan.elicit.asked
+            label = self._turn(number)
+            if self.full(label, valid):
+                label = max(self._quota, key=lambda one: self._quota[one] - have[one])
+                have[label] += self._plan.elicit.asked / 2
             self._asked[number] = label
             requests.append(Request(self.prompt(label, number)[0], number))
         return requests
+
+    def _turn(self, number: int) -> str:
+        while len(self._order) <= number:
+            label = min(self._weight, key=lambda one: (self._turns[one] + 1) / self._weight[one])
+            self._turns[label] += 1
+            self._order.append(label)
+        return self._order[number]
 
     def parse(self, number: int, text: str, finish: str) -> list[Parsed]:
         """Return the inputs of a numbered list, each with the answer that it was written for."""

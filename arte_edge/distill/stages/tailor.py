@@ -28,16 +28,18 @@ from arte_edge.distill.generation.rationales import (
     short_shots,
 )
 from arte_edge.distill.preference.adaptive import interleave_answers
-from arte_edge.distill.run_context import Row, RunContext, Summary
+from arte_edge.distill.run_context import Row, RunContext, Summary, tells_labels
 from arte_edge.distill.stages.elicit import draft_source
 from arte_edge.errors import StoppedEarly
 from arte_edge.runtimes.completion import Engine
+from arte_edge.tasks.task import Task
 
 __all__ = ["tailor", "tailor_plan"]
 
 _MAX_ROUNDS = 6
-# A weak teacher contradicts itself on a third of its questions; one large batch is faster than two small ones.
-_OVERSAMPLE = 1.6
+# A weak teacher contradicts itself on a third of its questions, but seldom on inputs for a given answer; one large
+# batch is faster than two small ones.
+_OVERSAMPLE, _OVERSAMPLE_TOLD = 1.6, 1.25
 
 
 def tailor(run: RunContext, adapter: tuple[Path, str] | None, focus: Focus, number: int = 1) -> Summary:
@@ -61,10 +63,11 @@ def tailor(run: RunContext, adapter: tuple[Path, str] | None, focus: Focus, numb
     return stage.summary
 
 
-def tailor_plan(config: RunConfig, n: int = 0, number: int = 1) -> QuestionPlan:
+def tailor_plan(config: RunConfig, task: Task, n: int = 0, number: int = 1) -> QuestionPlan:
     """Return how `n` questions are drafted in round `number`; 0: as many as at first, for labelling drops some."""
     tailor = config.tailor
-    n = n or (tailor.questions if tailor.label == "teacher" else math.ceil(tailor.questions * _OVERSAMPLE))
+    more = _OVERSAMPLE_TOLD if tells_labels(config, task) else _OVERSAMPLE
+    n = n or (tailor.questions if tailor.label == "teacher" else math.ceil(tailor.questions * more))
     # Other samples of seeds than in elicit.
     return QuestionPlan(config.elicit, n, tailor.temperature, tailor.max_prompts, config.seed + number)
 
@@ -98,10 +101,10 @@ def _generate_examples(
     """
     config = run.config.tailor
     needed, rows, n_resampled = config.questions, [], 0
-    n_question = tailor_plan(run.config).needed
+    n_question = tailor_plan(run.config, run.task).needed
     for _ in range(_MAX_ROUNDS):
         drafts, rationales, labels = _generate(
-            run, engine, tailor_plan(run.config, n_question, number), focus
+            run, engine, tailor_plan(run.config, run.task, n_question, number), focus
         )
         usable, n_long = _usable(run, rationales)
         chosen = [(q, usable[q["id"]]) for q in drafts.valid if q["id"] in usable]
