@@ -21,7 +21,14 @@ from arte_edge.results.rows import DeviceFacts, QualityRow
 from arte_edge.runtimes.loader import open_model
 from arte_edge.tasks.task import Example, Task
 from arte_edge.threads import thread_count
-from arte_edge.verify.accuracy import Questions, answer_examples, examples_of, noted_tokens, questions_for
+from arte_edge.verify.accuracy import (
+    Questions,
+    accuracy_of,
+    answer_examples,
+    examples_of,
+    noted_tokens,
+    questions_for,
+)
 
 __all__ = ["example_key", "measure_request"]
 
@@ -90,7 +97,7 @@ def measure_quality(
         runtime = model.facts.runtime
     finally:
         model.close()
-    accuracy = PairedAccuracy.of(task.name, split, sum(one.right for one in found), len(found))
+    accuracy = accuracy_of(task, split, found)
     seconds = [one.seconds for one in found if one.seconds is not None]
     p50, p95 = np.percentile(seconds, (50, 95)).tolist() if seconds else (None, None)
     row = QualityRow(

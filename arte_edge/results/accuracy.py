@@ -69,6 +69,12 @@ class PairedAccuracy(Record):
     accuracy: float = Field(ge=0, le=1, description="right / n")
     low: float = Field(ge=0, le=1, description="95 % Wilson interval")
     high: float = Field(ge=0, le=1)
+    slot_f1: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="of JSON answers: micro F1 over the values in them, each by its path",
+    )
     reference: str = Field(default="", description="what the difference is paired with: the 16-bit student")
     reference_right: int | None = Field(default=None, description="its correct answers on the same examples")
     lost: int | None = Field(default=None, description="examples that only the reference got right")
@@ -89,11 +95,12 @@ class PairedAccuracy(Record):
         return values
 
     @classmethod
-    def of(cls, task: str, split: str, right: int, n: int) -> Self:
+    def of(cls, task: str, split: str, right: int, n: int, slot_f1: float | None = None) -> Self:
         """Return the accuracy of `right` correct answers out of `n`, with its interval and no reference."""
         low, high = wilson(right, n)
+        share = right / n if n else 0.0
         return cls(
-            task=task, split=split, n=n, right=right, accuracy=right / n if n else 0.0, low=low, high=high
+            task=task, split=split, n=n, right=right, accuracy=share, low=low, high=high, slot_f1=slot_f1
         )
 
     def paired_with(self, name: str, reference: Sequence[bool], answers: Sequence[bool]) -> Self:

@@ -92,8 +92,13 @@ def leaf_counts(predicted: str | None, target: str, answer: Answer) -> tuple[int
     return (given & gold).total(), given.total(), gold.total()
 
 
-def leaf_f1(pairs: Iterable[tuple[str | None, str]], answer: Answer) -> float:
-    """Return the micro F1 over the values of JSON answers, in [0, 1]: the slot F1 of predictions with their targets."""
+def leaf_f1(pairs: Iterable[tuple[str | None, str]], answer: Answer) -> float | None:
+    """Return the micro F1 over the values of JSON answers, in [0, 1]: the slot F1 of predictions with their targets.
+
+    None for answers that are not JSON.
+    """
+    if answer.kind != "json":
+        return None
     counts = [leaf_counts(predicted, target, answer) for predicted, target in pairs]
     right, given, gold = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
     return 2 * right / (given + gold) if given + gold else 1.0

@@ -18,7 +18,7 @@ from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import read_student
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.runtimes.protocol import Runtime
-from arte_edge.tasks.answers import matches
+from arte_edge.tasks.answers import leaf_f1, matches
 from arte_edge.tasks.task import Example, Task
 from arte_edge.verify.check import Check
 from arte_edge.verify.logits import Progress
@@ -27,6 +27,7 @@ from arte_edge.verify.prompts import rendered
 __all__ = [
     "ExampleAnswer",
     "Questions",
+    "accuracy_of",
     "answer_examples",
     "check_accuracy",
     "examples_of",
@@ -112,11 +113,16 @@ def measure_accuracy(
     examples = examples_of(task, limit, final=final)
     asked = questions or questions_for(reference, task)
     before, after = (
-        [answer.right for answer in answer_examples(model, examples, asked, progress=progress)]
-        for model in (reference, artifact)
+        answer_examples(model, examples, asked, progress=progress) for model in (reference, artifact)
     )
-    accuracy = PairedAccuracy.of(task.name, "test" if final else "validation", sum(after), len(after))
-    return accuracy.paired_with(reference.name, before, after)
+    accuracy = accuracy_of(task, "test" if final else "validation", after)
+    return accuracy.paired_with(reference.name, *([one.right for one in found] for found in (before, after)))
+
+
+def accuracy_of(task: Task, split: str, found: Sequence[ExampleAnswer]) -> PairedAccuracy:
+    """Return the accuracy of a model's answers, of JSON answers with their slot F1."""
+    f1 = leaf_f1(((one.answer, one.example.target) for one in found), task.answer)
+    return PairedAccuracy.of(task.name, split, sum(one.right for one in found), len(found), f1)
 
 
 def answer_examples(
@@ -163,6 +169,8 @@ def check_accuracy(accuracy: PairedAccuracy, allowed: float | None) -> Check:
         f"{accuracy.n} {accuracy.split} examples of {accuracy.task}; difference {difference:+.1%} "
         f"[{accuracy.difference_low:+.1%}, {accuracy.difference_high:+.1%}], p = {accuracy.p_value:.2g}"
     )
+    if accuracy.slot_f1 is not None:
+        shares += f", slot F1 {accuracy.slot_f1:.1%}"
     failed = allowed is not None and -difference > allowed and accuracy.significant
     note = (
         f"The artifact fails on examples that the reference answers correctly: {shares}."

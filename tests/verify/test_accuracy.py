@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +150,16 @@ def test_a_drop_within_chance_passes_and_so_does_any_without_a_threshold() -> No
 def test_a_task_without_examples_is_rejected() -> None:
     with pytest.raises(InputError, match=r"validation\.jsonl"):
         measure_accuracy(FakeStudent(), FakeStudent(), task(0))  # type: ignore[arg-type]
+
+
+def test_json_answers_have_a_slot_f1_beside_the_accuracy() -> None:
+    class Slots(FakeStudent):
+        def _answer(self, text: str) -> str:
+            return '{"slots":{"a":"X","b":1}}' if text == "0?" else '{"slots":{"a":"y"}}'
+
+    rows = tuple(Example(f"{n}?", '{"slots":{"a":"x","b":2}}') for n in range(2))
+    slots = replace(task(), answer=Answer(kind="json", json_schema="{}"), validation=rows)
+    found = measure_accuracy(Slots(), Slots(), slots)  # type: ignore[arg-type]
+    assert (found.accuracy, found.slot_f1) == (0, pytest.approx(2 * 1 / (3 + 4)))
+    assert "slot F1 28.6%" in check_accuracy(found, None).note
+    assert measure_accuracy(FakeStudent(), FakeStudent(), task()).slot_f1 is None  # type: ignore[arg-type]
