@@ -4,6 +4,8 @@ TRL computes log-probabilities in tiles that suit a GPU's memory. Without a GPU 
 whose result is discarded, and computes each tile twice: a quarter to a half of the whole training time. This gives
 TRL the same numbers directly. The two completions of a preference pair share their prompt and are computed in one row,
 ``prompt chosen rejected``: the rejected one's positions continue from the prompt, and it does not attend to the chosen.
+The rows of a supervised batch all begin with the task's instruction, and are computed in one row as well,
+``beginning rest rest …``, each rest attending to the beginning and to itself.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from arte_edge.private_apis import missing
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["attends_fully", "pair_hidden_states", "score_completions_only"]
+__all__ = ["attends_fully", "pair_hidden_states", "score_completions_only", "shared_hidden_states"]
+
+_FEWEST_SHARED = 8  # tokens; a shorter beginning is not worth the longer row
 
 # Families whose logits are the output layer's, neither scaled nor capped.
 _PLAIN_HEADS = ("llama", "qwen2", "gemma3_text")
@@ -32,15 +36,17 @@ def score_completions_only(model: Any, *, pairs: bool = False) -> bool:
         return False
     from trl.trainer import utils
 
-    theirs, shared = model.forward, pairs and attends_fully(model.config)
+    theirs, shared = model.forward, attends_fully(model.config)
 
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return theirs(*args, labels=labels, **kwargs)
         mask = labels[:, 1:] != -100
-        if shared:
-            ids, attention = kwargs["input_ids"], kwargs["attention_mask"]
+        ids, attention = kwargs["input_ids"], kwargs["attention_mask"]
+        if shared and pairs:
             hidden = pair_hidden_states(self.base_model, ids, attention, labels)
+        elif shared and not pairs and (n := _n_shared(ids, labels)):
+            hidden = shared_hidden_states(self.base_model, ids, attention, labels, n)
         else:
             hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1][mask]
         scores = _scores(self.get_output_embeddings(), hidden, labels[:, 1:][mask])
@@ -109,6 +115,45 @@ def pair_hidden_states(
     chosen = [hidden[i, pack.prompt - 1 : pack.chosen_end - 1] for i, pack in enumerate(packs)]
     rejected_parts = [hidden[i, pack.rejected_sources(ids.device)] for i, pack in enumerate(packs)]
     return torch.cat(chosen + rejected_parts)
+
+
+def _n_shared(input_ids: torch.Tensor, labels: torch.Tensor) -> int:
+    """Return the tokens with which all rows begin, before any label; 0 if they are too few to be worth it."""
+    first_label = int((labels != -100).int().argmax(1).min())
+    same = (input_ids[:, : max(first_label - 1, 0)] == input_ids[:1, : max(first_label - 1, 0)]).all(0)
+    n = int(same.int().cumprod(0).sum())
+    return n if n >= _FEWEST_SHARED and len(input_ids) > 1 else 0
+
+
+def shared_hidden_states(
+    backbone: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, n_shared: int
+) -> torch.Tensor:
+    """Return the hidden states ``[n_label, n_dim]`` from which the labelled tokens are predicted, row by row.
+
+    The three are ``[n_row, n_token]``, padded on the right; all rows begin with the same `n_shared` tokens. `labels`
+    are -100 but in completions.
+    """
+    import torch
+
+    lengths, device = attention_mask.sum(1).tolist(), input_ids.device
+    rests = [input_ids[i, n_shared:length] for i, length in enumerate(lengths)]
+    starts = [n_shared]  # of each rest in the packed row
+    for rest in rests:
+        starts.append(starts[-1] + len(rest))
+    positions = [torch.arange(n_shared, n_shared + len(rest), device=device) for rest in rests]
+    seen = torch.ones(starts[-1], starts[-1], dtype=torch.bool, device=device).tril()
+    for start in starts[1:-1]:
+        seen[start:, n_shared:start] = False
+    additive = torch.zeros(seen.shape, dtype=backbone.dtype, device=device)
+    additive.masked_fill_(~seen, torch.finfo(backbone.dtype).min)
+    hidden: torch.Tensor = backbone(
+        input_ids=torch.cat([input_ids[0, :n_shared], *rests]).unsqueeze(0),
+        attention_mask=additive[None, None],
+        position_ids=torch.cat([torch.arange(n_shared, device=device), *positions]).unsqueeze(0),
+        use_cache=False,
+    ).last_hidden_state[0]
+    row, token = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # the position before each label, row by row
+    return hidden[torch.tensor(starts, device=device)[row] + token - n_shared]
 
 
 class _Pack:

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,19 @@ def single_rows() -> dict[str, Any]:
     mask = at < lengths.unsqueeze(1)
     labels = ids.masked_fill(~mask | (at < prompts.unsqueeze(1)), -100)
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+
+
+def rows_that_begin_alike() -> dict[str, Any]:
+    """Return three rows whose first ten tokens are the same, and part of every prompt."""
+    import torch
+
+    torch.manual_seed(0)
+    ids = torch.randint(4, 300, (3, 24))
+    ids[:, :10] = ids[0, :10]
+    at, lengths, prompts = torch.arange(24), torch.tensor([24, 15, 20]), torch.tensor([18, 12, 11])
+    mask = at < lengths.unsqueeze(1)
+    labels = ids.masked_fill(~mask | (at < prompts.unsqueeze(1)), -100)
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels, "use_cache": False}
 
 
 def pair_rows() -> dict[str, Any]:
@@ -60,14 +74,14 @@ def outputs_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[Any, dict[
     return out, {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("rows", [single_rows, rows_that_begin_alike, pair_rows])
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
 def test_numbers_and_gradients_are_those_of_trls_own_head(
-    arch: str, pairs: bool, tiny_checkpoint: Any
+    arch: str, rows: Callable[[], dict[str, Any]], tiny_checkpoint: Any
 ) -> None:
     import torch
 
-    batch, model = (pair_rows() if pairs else single_rows()), with_trls_head(tiny_checkpoint(arch=arch))
+    batch, pairs, model = rows(), rows is pair_rows, with_trls_head(tiny_checkpoint(arch=arch))
     theirs, their_grads = outputs_and_gradients(model, batch)
     model = with_trls_head(tiny_checkpoint(arch=arch))
     assert score_completions_only(model, pairs=pairs)
@@ -106,10 +120,10 @@ def test_fewer_tokens_are_computed_where_attention_is_full(tiny_checkpoint: Any,
         return forward(self, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", counting)
-    for pairs in (False, True):
+    for rows in (single_rows, rows_that_begin_alike, pair_rows):
         model = with_trls_head(tiny_checkpoint())
-        score_completions_only(model, pairs=pairs)
-        outputs_and_gradients(model, pair_rows())
-    assert seen == [6 * 16, 3 * 20]
+        score_completions_only(model, pairs=rows is pair_rows)
+        outputs_and_gradients(model, rows())
+    assert seen == [3 * 14, 10 + 14 + 5 + 10, 3 * 20]  # a common beginning is computed once
     kinds = [with_trls_head(tiny_checkpoint(arch=arch)).config for arch in ("qwen2", "gemma3")]
     assert [attends_fully(config) for config in kinds] == [True, False]  # a sliding window is not one mask
