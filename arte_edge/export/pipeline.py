@@ -363,6 +363,7 @@ def _verdict(
         allowed = limits.stop_differences + file.summary.get("unwritten_ends", 0)
         limits = limits.model_copy(update={"stop_differences": allowed})
     task = source.task if settings.examples and whole else None
+    budget = source.asking.answer_tokens if source.asking else 0
     prompts = source.prompts if whole else source.prompts[:_HELD_PROMPTS]
     inputs = [
         __version__,
@@ -371,7 +372,7 @@ def _verdict(
         job.student.sha256,
         list(prompts),
         limits.model_dump(mode="json"),
-        [task.sha256, settings.examples] if task else None,
+        [task.sha256, settings.examples, budget] if task else None,
     ]
     step = f"{'verify' if whole else 'hold'}-{format.label}"
     if cached := job.cache.find_result(step, inputs):
@@ -385,6 +386,7 @@ def _verdict(
         limits,
         task=task,
         limit=settings.examples,
+        answer_tokens=budget,
         progress=progress,
     )
     verdict = _beside_origin(job, format, file, found)

@@ -55,8 +55,10 @@ class Gate:
     rejects: set[str] = field(default_factory=set)
     verified: list[str] = field(default_factory=list)
     allowed: list[int] = field(default_factory=list)  # stop tokens that may be missing
+    budgets: list[int] = field(default_factory=list)  # tokens of an answer
 
-    def verify_file(self, reference: Any, artifact: Path, _: Any, limits: Any, **__: Any) -> Verdict:
+    def verify_file(self, reference: Any, artifact: Path, _: Any, limits: Any, **more: Any) -> Verdict:
+        self.budgets.append(more["answer_tokens"])
         self.allowed.append(limits.stop_differences)
         type = read_model_header(artifact).quantization  # the file is complete when it is verified
         self.verified.append(type)
@@ -110,6 +112,8 @@ def test_many_formats_in_one_call_share_one_conversion(
     monkeypatch.setattr(module, "convert", counted)
     outcome = run(source, tmp_path / "out", "F16,Q8_0,Q4_0")
     assert len(conversions) == 1 and len(parsed) == 3, parsed
+    asking = read_student(tmp_path / "out").asking  # type: ignore[union-attr]
+    assert gate.budgets == [asking.answer_tokens] * 3
     assert [a.quantization for a in outcome.artifacts] == ["F16", "Q8_0", "Q4_0"] == gate.verified
     names = {f"tiny-{type}.gguf" for type in gate.verified}
     beside = {"Modelfile", "answer.gbnf", "answer.schema.json", "student.json"}
