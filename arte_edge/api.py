@@ -26,6 +26,7 @@ from arte_edge.files import json_loads, user_path
 from arte_edge.publish.recommend.pick import recommend
 from arte_edge.publish.recommend.recommendation import Recommendation
 from arte_edge.publish.report.page import ReportPage, report
+from arte_edge.results.comparison import upgraded
 from arte_edge.results.locate import find_run
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Run:
                 f"{self.folder}: this run is not finished", "Run the same command again to resume."
             )
         manifest = json_loads((self.folder / "evaluate" / "manifest.json").read_bytes())
-        summary: dict[str, Any] = manifest["summary"]
+        summary: dict[str, Any] = upgraded(manifest["summary"])
         return summary
 
     @property

@@ -456,6 +456,7 @@ def _write_documents(job: _Export, new: tuple[Artifact, ...], earlier: tuple[Art
         tokenizer=_write_tokenizer(out, source.checkpoint, source.chat.template_sha256),
         asking=_write_asking(out, source),
         student_accuracy=next((a.accuracy.reference_alone for a in new if a.accuracy), None),
+        comparison=source.comparison,
         artifacts=artifacts,
     )
     document = carry_results(out, document)

@@ -32,6 +32,7 @@ from arte_edge.gguf.reader import STRING, UINT32, Field, read_model_header
 from arte_edge.model_folder import chat_templates, look, tokenizer_files
 from arte_edge.models.resolve import resolve
 from arte_edge.pii_scan import Machine
+from arte_edge.results.comparison import ComparisonRow, comparison_of
 from arte_edge.results.student_json import SCHEMA_VERSION, Data, Lineage, Parent, Student, Tuning
 from arte_edge.store import file_sha256, read_jsonl
 from arte_edge.tasks.loaders import load_task
@@ -149,6 +150,7 @@ class Source:
     training_from: str = ""
     n_prompt: int = 24  # largest number of held-out prompts
     asking: Asking | None = None  # of a student whose chat template holds the task's instruction
+    comparison: tuple[ComparisonRow, ...] = ()  # the closing table of a run; empty: not evaluated
     evaluated: Path | None = None  # the F16 GGUF that the run evaluated, if it is still there
     gguf: Path | None = None  # the file that `checkpoint` was unpacked from
     notes: tuple[str, ...] = ()
@@ -321,6 +323,7 @@ def _open_run(folder: Path, task_ref: str | None, n_training: int, n_prompt: int
         training_from=f"{task.name} training texts",
         n_prompt=n_prompt,
         asking=None if front else asking,
+        comparison=_comparison(folder),
         evaluated=evaluated,
         notes=(_NOT_HELD,) if front else (),
     )
@@ -362,8 +365,21 @@ def _task(folder: Path, config: RunConfig, ref: str | None) -> Task:
     return task
 
 
+def _comparison(folder: Path) -> tuple[ComparisonRow, ...]:
+    """Return what the run's evaluation says of this very student; nothing where it is not finished or of another."""
+    try:
+        tuned, found = (
+            json_loads((folder / stage / "manifest.json").read_bytes())["summary"]
+            for stage in ("tune", "evaluate")
+        )
+        same = found.get("tuned") in (None, tuned.get("student_sha256"))
+        return comparison_of(found) if same else ()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ()  # a run of an older version compared with the base student alone
+
+
 def _lineage(folder: Path, config: RunConfig, task: Task) -> Lineage:
-    train = folder / "tailor" / "train.jsonl"
+    train = folder / "tune" / "rows.jsonl"  # what was trained on: tailored rows of every round, own labels
     data = None
     if train.is_file():
         n_row = len(train.read_bytes().splitlines())

@@ -21,6 +21,7 @@ from pydantic import Field
 from arte_edge.cache import write_atomic
 from arte_edge.errors import InputError, reading
 from arte_edge.results.accuracy import SCHEMA_VERSION, PairedAccuracy, Record
+from arte_edge.results.comparison import ComparisonRow
 from arte_edge.results.rows import disturbance
 
 __all__ = [
@@ -308,6 +309,9 @@ class StudentFile(Record):
     asking: Asking | None = Field(default=None, description="null: not tuned for a task by arte-edge")
     student_accuracy: PairedAccuracy | None = Field(default=None, description="the 16-bit student's own")
     student_evaluations: tuple[Evaluation, ...] = Field(default=(), description="its own, on devices")
+    comparison: tuple[ComparisonRow, ...] = Field(
+        default=(), description="the run's closing table, with the student of the user's own labels"
+    )
     artifacts: tuple[Artifact, ...] = ()
 
 

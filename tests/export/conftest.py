@@ -36,7 +36,6 @@ def write_run(folder: Path, student: Path) -> Path:
         for seed in task.seed[:12]
     ]
     write_jsonl(folder / "tune" / "rows.jsonl", rows)
-    write_jsonl(folder / "tailor" / "train.jsonl", [{"input": s.input} for s in task.seed[:12]])
     names = ["rows.jsonl", "student/model.safetensors"]
     sums = {name: hashlib.sha256((folder / "tune" / name).read_bytes()).hexdigest() for name in names}
     manifest = {"inputs": "", "files": {**sums, "student-F16.gguf": "0" * 64}, "summary": {"form": "answer"}}

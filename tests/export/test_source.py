@@ -1,5 +1,6 @@
 """Sources of an export: their checkpoint, lineage, texts, and the metadata that the lineage becomes."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,29 @@ def test_a_run_has_its_task_texts_and_lineage(tiny_run: Path) -> None:
     assert lineage.source == "run" and lineage.method == "arte" and lineage.seed == 0
     assert lineage.base is not None and lineage.base.license == "Apache-2.0"
     assert lineage.teacher is not None and "/" in lineage.teacher.name
-    assert lineage.data is not None and lineage.data.rows == 12
+    assert lineage.data is not None and (lineage.data.file, lineage.data.rows) == ("rows.jsonl", 12)
     assert lineage.tuning is not None and lineage.tuning.method == "lora"
+
+
+def test_the_closing_table_travels_with_the_student_it_is_of(run: Path) -> None:
+    assert open_source(str(run)).comparison == ()
+    row = {
+        "model": "tuned student",
+        "setting": "as asked",
+        "n": 10,
+        "right": 5,
+        "accuracy": 0.5,
+        "low": 0.2,
+        "high": 0.8,
+    }
+    tuned = json.loads((run / "tune" / "manifest.json").read_text())
+    tuned["summary"]["student_sha256"] = SUM
+    (run / "tune" / "manifest.json").write_text(json.dumps(tuned))
+    (run / "evaluate").mkdir()
+    for sha256, n in ((SUM, 1), ("0" * 64, 0)):  # the second: evaluated before it was tuned again
+        summary = {"rows": [row], "paired": [], "partial": False, "tuned": sha256}
+        (run / "evaluate" / "manifest.json").write_text(json.dumps({"summary": summary}))
+        assert len(open_source(str(run)).comparison) == n
 
 
 def test_a_run_of_the_original_teacher_is_not_labelled_arte(run: Path) -> None:

@@ -26,19 +26,22 @@ from arte_edge.distill.run_context import Row, RunContext, Summary, tuned_studen
 from arte_edge.distill.stages.own_labels import own_labels_student
 from arte_edge.models.resolve import LocalModel
 from arte_edge.notebook import ResultTable
+from arte_edge.results.comparison import (
+    AS_ASKED,
+    BASE,
+    OWN,
+    OWN_ALL,
+    TEACHER,
+    TUNED,
+    comparison_of,
+    headline,
+)
 from arte_edge.stats import format_share, mcnemar, wilson
 from arte_edge.tasks.task import Example
 
 __all__ = ["CONSTRAINED", "evaluate", "headline", "show_summary", "summary_lines", "summary_table"]
 
-AS_ASKED, CONSTRAINED = "as asked", "constrained"
-_BASE, _OWN, _OWN_ALL, _TUNED, _TEACHER = (
-    "base student",
-    "own labels",
-    "own labels + validation",
-    "tuned student",
-    "teacher",
-)
+CONSTRAINED = "constrained"
 _Results = dict[tuple[str, str], Predictions]  # by model and prompting
 
 
@@ -63,16 +66,16 @@ def evaluate(run: RunContext, tuned: LocalModel) -> Summary:
             results = _own_labels(run, examples, stage.folder) | _students(run, examples, tuned)
             if config.teacher:
                 answers, setting = teacher_answers(run, examples)
-                results[_TEACHER, setting] = answers
+                results[TEACHER, setting] = answers
             stage.write("answers.jsonl", _answer_rows(examples, results))
-            stage.finish(_summary(run, examples, results))
+            stage.finish(_summary(run, examples, results) | {"tuned": tuned.sha256})
     return stage.summary
 
 
 def _students(run: RunContext, examples: tuple[Example, ...], tuned: LocalModel) -> _Results:
     """Let the base and the tuned student answer, as asked, after examples, and constrained."""
     student, how, results = run.config.student, run.asking(), _Results()
-    engines = {_BASE: run.engine(student), _TUNED: run.engine_with(tuned, None, student)}
+    engines = {BASE: run.engine(student), TUNED: run.engine_with(tuned, None, student)}
     for n_shot in run.config.evaluate.shots:
         seeds = run.task.seed[:n_shot]
         shots = [Shot(seed.input, how.completion(seed.target)) for seed in seeds]
@@ -93,8 +96,8 @@ def _own_labels(run: RunContext, examples: tuple[Example, ...], folder: Path) ->
     everything = (*run.task.seed, *run.task.validation)
     checkpoint = run.folder / "check" / "own-labels"
     models = {
-        _OWN: tuned_student(base, checkpoint, checkpoint.with_name("own-labels-F16.gguf")),
-        _OWN_ALL: own_labels_student(run, everything, folder / "own-labels-all"),
+        OWN: tuned_student(base, checkpoint, checkpoint.with_name("own-labels-F16.gguf")),
+        OWN_ALL: own_labels_student(run, everything, folder / "own-labels-all"),
     }
     return {
         (who, AS_ASKED): student_answers(run, run.engine_with(model, None, student), how, examples, who)
@@ -117,7 +120,7 @@ def _summary(run: RunContext, examples: tuple[Example, ...], results: _Results) 
     config, n = run.config.evaluate, len(examples)
     first = _first(results)
     share = format_share(
-        results[_BASE, first].accuracy, results[_BASE, CONSTRAINED].accuracy, results[_TUNED, first].accuracy
+        results[BASE, first].accuracy, results[BASE, CONSTRAINED].accuracy, results[TUNED, first].accuracy
     )
     return {
         "rows": [_row(who, setting, answered, n) for (who, setting), answered in results.items()],
@@ -125,10 +128,10 @@ def _summary(run: RunContext, examples: tuple[Example, ...], results: _Results) 
             {
                 "against": who,
                 "setting": setting,
-                **_paired(answered, results.get((_TUNED, setting), results[_TUNED, first])),
+                **_paired(answered, results.get((TUNED, setting), results[TUNED, first])),
             }
             for (who, setting), answered in results.items()
-            if who != _TUNED
+            if who != TUNED
         ],
         "form": run.form,
         "role": run.role,
@@ -141,7 +144,7 @@ def _summary(run: RunContext, examples: tuple[Example, ...], results: _Results) 
 
 def _first(results: _Results) -> str:
     """Return the first prompting of the tuned student: as asked, unless `evaluate.shots` has no 0."""
-    return next(setting for who, setting in results if who == _TUNED)
+    return next(setting for who, setting in results if who == TUNED)
 
 
 def _row(who: str, setting: str, answered: Predictions, n: int) -> Row:
@@ -172,12 +175,12 @@ def _paired(base: Predictions, tuned: Predictions) -> dict[str, Any]:
 
 def _describe(summary: Summary) -> str:
     by = {(row["model"], row["setting"]): row["accuracy"] for row in summary["rows"]}
-    first = next(setting for who, setting in by if who == _TUNED)
+    first = next(setting for who, setting in by if who == TUNED)
     summary_table(summary), summary_lines(summary)  # a damaged summary shows here, not after the run
-    own = f"{by[_OWN, AS_ASKED]:.0%} on your own labels, " if (_OWN, AS_ASKED) in by else ""
+    own = f"{by[OWN, AS_ASKED]:.0%} on your own labels, " if (OWN, AS_ASKED) in by else ""
     return (
-        f"{summary['rows'][0]['n']} test examples, {first}: {by[_BASE, first]:.0%} before, {own}"
-        f"{by[_TUNED, first]:.0%} after"
+        f"{summary['rows'][0]['n']} test examples, {first}: {by[BASE, first]:.0%} before, {own}"
+        f"{by[TUNED, first]:.0%} after"
     )
 
 
@@ -186,34 +189,18 @@ def summary_table(evaluation: Summary) -> ResultTable:
     table = ResultTable(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for name in ("model", "prompting"):
         table.add_column(name, no_wrap=True)
-    for name in ("right", "95 % interval", "tuned minus it"):
+    for name in ("right", "95 % interval", "tuned minus it, points"):
         table.add_column(name, justify="right", no_wrap=True)
-    tests = {(test["against"], test["setting"]): test for test in evaluation["paired"]}
-    for row in evaluation["rows"]:
-        test = tests.get((row["model"], row["setting"]))
+    for row in comparison_of(evaluation):
         table.add_row(
-            row["model"],
-            row["setting"],
-            f"{row['accuracy']:.1%}",
-            f"{row['low']:.1%} to {row['high']:.1%}",
-            "" if test is None else f"{test['difference']:+.1%} ({test['low']:+.1%} to {test['high']:+.1%})",
-            style="bold" if row["model"] == _TUNED else "",
+            row.model,
+            row.setting,
+            f"{row.accuracy:.1%}",
+            f"{row.low:.1%} to {row.high:.1%}",
+            row.difference_points,
+            style="bold" if row.model == TUNED else "",
         )
     return table
-
-
-def headline(evaluation: Summary) -> str:
-    """Return the first line of a result: whether the student beats the one of the user's own labels."""
-    test = next((t for t in evaluation["paired"] if t["against"] == _OWN), None)
-    if test is None:
-        return "Not compared with a student of your own labels (check.own_labels is off)."
-    by = f"{test['difference']:+.1%} ({test['low']:+.1%} to {test['high']:+.1%}, p = {test['p_value']:.2g})"
-    if test["low"] > 0:
-        return f"Better than your own labels alone: {by}."
-    return (
-        f"Not better than your own labels alone: {by}. Try more tailored data (tailor.questions), a round on "
-        "errors (rounds = 2), or a stronger teacher; or ship the student of your own labels."
-    )
 
 
 def summary_lines(evaluation: Summary) -> list[str]:

@@ -16,6 +16,7 @@ from arte_edge.publish import publishable
 from arte_edge.publish.card.metadata import CardOptions
 from arte_edge.publish.card.use import use_section
 from arte_edge.results.accuracy import NOT_KNOWN, PairedAccuracy
+from arte_edge.results.comparison import OWN, OWN_ALL, TUNED
 from arte_edge.results.student_json import Evaluation, Speed, StudentFile
 
 __all__ = ["SECTIONS", "files_section", "put_section", "wrapped"]
@@ -24,6 +25,8 @@ _SPEED_HEAD = (
     *("file", "runtime", "threads", "prefill tokens/s", "decode tokens/s"),
     *("time to first token", "peak memory", "max temperature"),
 )
+_COMPARED = {TUNED: "this student", OWN: "trained on the own labels alone"}
+_COMPARED[OWN_ALL] = "trained on own labels and validation examples"
 _START, _END = "<!-- arte-edge:{}:start -->", "<!-- arte-edge:{}:end -->"
 _ANY_MARK = re.compile(r"<!--\s*arte-edge:[a-z]+:(?:start|end)\s*-->")
 
@@ -72,6 +75,7 @@ def lineage_section(student: StudentFile, options: CardOptions) -> str:
         "teacher": teacher,
         "task": lineage.task,
         "method": arte if lineage.is_arte else (tuning.data if tuning else lineage.method),
+        "answers": student.asking.form if student.asking else "",
         "tuning": ", ".join(filter(None, tuned)),
         "data": f"{lineage.data.rows} rows, sha256 {lineage.data.sha256[:16]}…" if lineage.data else "",
         "seed": "" if lineage.seed is None else str(lineage.seed),
@@ -110,7 +114,8 @@ def files_section(student: StudentFile, options: CardOptions) -> str:
 
 
 def accuracy_section(student: StudentFile, options: CardOptions) -> str:
-    """Accuracy of each file, and of the 16-bit student in a line of its own."""
+    """The run's closing table, then the accuracy of each file, the 16-bit student in a line of its own."""
+    compared = _comparison(student)
     rows = [
         _accuracy_row(f"16-bit student ({student.student.dtype})", accuracy, student)
         for accuracy in publishable.student_accuracies(student)
@@ -121,9 +126,35 @@ def accuracy_section(student: StudentFile, options: CardOptions) -> str:
         if not found:
             rows.append((name, "not measured", *[NOT_KNOWN] * 5))
     if not rows:
-        return "Not measured yet."
+        return compared or "Not measured yet."
     head = ("file", "examples", "n", "accuracy", "95 % interval", "difference to the student", "measured on")
-    return f"{_table(head, rows)}\nWilson intervals; the difference is paired, in points, with its 95 % interval."
+    note = "Wilson intervals; the difference is paired, in points, with its 95 % interval."
+    return f"{compared}{_table(head, rows)}\n{note}"
+
+
+def _comparison(student: StudentFile) -> str:
+    """Return what the tuned student is worth: beside its base, the student of the own labels alone, and the teacher."""
+    if not student.comparison:
+        return ""
+    rows = [
+        (
+            _cell(_COMPARED.get(row.model, row.model)),
+            _cell(row.setting),
+            str(row.n),
+            f"{row.accuracy:.1%}",
+            f"{row.low:.1%} to {row.high:.1%}",
+            row.difference_points or NOT_KNOWN,
+        )
+        for row in student.comparison
+    ]
+    head = ("model", "prompting", "n", "accuracy", "95 % interval", "this student minus it")
+    part = (
+        " Only a part of the test split: for orientation."
+        if any(r.partial for r in student.comparison)
+        else ""
+    )
+    where = f"Test split of {_cell(student.lineage.task or 'the task')}, before quantization"
+    return f"{_table(head, rows)}\n{where}; paired differences in points with 95 % intervals.{part}\n\n"
 
 
 def bench_section(student: StudentFile, options: CardOptions) -> str:

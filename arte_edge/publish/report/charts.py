@@ -111,14 +111,15 @@ def questions_chart(scores: Rows, questions: Rows) -> Chart | None:
     )
     for i, question in enumerate(shown):
         for row in by_question[question["id"]]:
-            plot.mark(row["score"], i, row["technique"], tip=f"{row['score']:.3f}: {row['text']}")
+            plot.mark(row["score"], i, max(row["technique"], 0), tip=f"{row['score']:.3f}: {row['text']}")
         plot.mark(question["score"], i, 7)
     part = "" if len(shown) == len(ranked) else f" The best and the worst {half} of {len(ranked)}."
     return Chart(plot.svg(), f"One candidate question per row, highest mean first.{part}")
 
 
 def _techniques(scores: Rows) -> list[tuple[str, int]]:
-    return [(f"technique {t + 1}", t) for t in sorted({int(row["technique"]) for row in scores})]
+    found = sorted({int(row["technique"]) for row in scores})
+    return [(f"technique {t + 1}" if t >= 0 else "answer without reasons", max(t, 0)) for t in found]
 
 
 def length_chart(scores: Rows, budget: int | None = None) -> Chart | None:
@@ -126,6 +127,8 @@ def length_chart(scores: Rows, budget: int | None = None) -> Chart | None:
     if len(scores) < 3:
         return None
     words = np.array([len(str(row["text"]).split()) for row in scores])
+    if words.min() == words.max() or all(row["technique"] < 0 for row in scores):  # answers without reasons
+        return None
     values = np.array([float(row["score"]) for row in scores])
     bins = words // _BIN_WORDS
     members = [bins == found for found in np.unique(bins)]

@@ -16,16 +16,18 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from arte_edge.errors import InputError
 from arte_edge.files import json_loads, read_json, read_toml, validated
+from arte_edge.results.comparison import upgraded
 from arte_edge.results.locate import find_export, find_run, read_bench
 from arte_edge.results.rows import Row
 from arte_edge.results.student_json import StudentFile, read_student
 from arte_edge.store import read_jsonl
 
-__all__ = ["STAGES", "RunData", "StageCost", "read_run"]
+__all__ = ["RunData", "StageCost", "read_run", "stages_of"]
 
-# Of each stage the files that hold its rows.
+# Of each stage the files that hold its rows. With rounds there are tune-1, validate, tailor-2 and so on besides.
 _ROWS = {
     "check": ("answers.jsonl",),
+    "target": (),
     "elicit": ("questions.jsonl", "rationales.jsonl"),
     "calibrate": ("preference_set.jsonl",),
     "prefer": ("scores.jsonl", "questions.jsonl"),
@@ -34,8 +36,9 @@ _ROWS = {
     "tune": ("student/log.jsonl",),
     "evaluate": ("answers.jsonl",),
 }
+_ALIGNING = ("elicit", "calibrate", "prefer", "align")
+_MOST_ROUNDS = 10
 
-STAGES = tuple(_ROWS)
 JsonRow = dict[str, Any]
 
 
@@ -70,12 +73,15 @@ class _Accuracy(_Shape):
     model: str
     setting: str
     n: int
+    right: int
     accuracy: FiniteFloat
     low: FiniteFloat
     high: FiniteFloat
 
 
 class _Test(_Shape):
+    against: str
+    setting: str
     gained: int
     lost: int
     difference: FiniteFloat
@@ -109,7 +115,7 @@ class _Deploy(_Shape):
 
 class _Evaluation(_Shape):
     rows: list[_Accuracy]
-    paired: dict[str, _Test]
+    paired: list[_Test]
     chance: FiniteFloat | None = None
     format_share: FiniteFloat | None = None
 
@@ -163,6 +169,19 @@ class RunData:
         return self.rows.get(f"{stage}/{file}", [])
 
 
+def stages_of(config: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of a run's stages in order; ``tune`` is the best of the rounds, where there are several."""
+    rounds = config.get("rounds", 1)
+    if not isinstance(rounds, int) or rounds < 2:
+        return tuple(_ROWS)
+    before, after = tuple(_ROWS)[:-3], tuple(_ROWS)[-2:]
+    numbered: list[str] = []
+    for n in range(1, min(rounds, _MOST_ROUNDS) + 1):
+        more = "" if n == 1 else f"-{n}"
+        numbered += [f"tailor{more}", f"tune-{n}", f"validate{more}"]
+    return (*before, *numbered, *after)
+
+
 def read_run(ref: str) -> RunData:
     """Read the run that `ref` names: a folder, or a name under ``runs/``.
 
@@ -171,7 +190,8 @@ def read_run(ref: str) -> RunData:
     folder = find_run(ref)
     config = read_toml(folder / "run.toml")
     run = RunData(str(config.get("name") or folder.resolve().name), config)
-    for stage in STAGES:
+    stages = stages_of(config)
+    for stage in stages:
         _read_stage(run, folder / stage)
     if (folder / "events.jsonl").is_file():
         _read_events(run, folder / "events.jsonl")
@@ -184,15 +204,17 @@ def read_run(ref: str) -> RunData:
 
 def _read_stage(run: RunData, folder: Path) -> None:
     manifest = read_json(folder / "manifest.json", _AGAIN)
-    skipped = run.config.get("data") == "original-teacher" and folder.name in STAGES[1:5]
+    # A run that does not align has no such stages; of rounds and trials there are as many as it took.
+    skipped = folder.name in _ALIGNING and run.config.get("data") == "original-teacher"
+    optional = folder.name not in _ROWS or folder.name == "target"
     if not manifest:
-        if not skipped:
+        if not (skipped or optional):
             run.missing.append(f"{folder.name}: this stage has not finished")
         return
-    summary = manifest.get("summary")
+    summary = upgraded(manifest.get("summary"))
     _check(folder.parent, f"{folder.name}/manifest.json", [summary])
     run.summaries[folder.name] = summary if isinstance(summary, dict) else {}
-    for file in _ROWS[folder.name]:
+    for file in _ROWS.get(folder.name, ()):
         if (folder / file).is_file():
             rows = run.rows[f"{folder.name}/{file}"] = read_jsonl(folder / file)
             _check(folder.parent, f"{folder.name}/{file}", rows)
@@ -240,7 +262,7 @@ def _read_events(run: RunData, path: Path) -> None:
             cost[stage].tokens += int(_number(event, "tokens"))
         elif kind == "warning" and (text := str(event.get("text", ""))) not in run.warnings:
             run.warnings.append(text)
-    run.cost = {name: cost[name] for name in STAGES if name in cost}
+    run.cost = {name: cost[name] for name in stages_of(run.config) if name in cost}
 
 
 def _number(event: dict[str, Any], key: str) -> float:

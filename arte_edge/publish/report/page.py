@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge import __version__
+from arte_edge.asking.form import tagged
 from arte_edge.cache import megabytes, write_atomic
 from arte_edge.files import user_path
 from arte_edge.publish.recommend.candidates import Constraints, candidates
@@ -30,10 +31,11 @@ from arte_edge.publish.report.charts import (
 from arte_edge.publish.report.data import RunData, read_run
 from arte_edge.publish.report.narrative import (
     accuracy_rows,
+    evaluation_notes,
     headline,
-    paired_lines,
     score_label,
     stage_summaries,
+    training_data,
 )
 from arte_edge.results.locate import find_run
 from arte_edge.results.rows import SpeedRow
@@ -106,7 +108,7 @@ def _context(run: RunData) -> dict[str, Any]:
         "stages": stage_summaries(run),
         "settings": _settings(run),
         "time": time_chart({name: cost.seconds for name, cost in run.cost.items()}),
-        "scores": histogram_chart([float(row["score"]) for row in scores], "preference score", "rationales"),
+        "scores": histogram_chart([float(row["score"]) for row in scores], "preference score", "candidates"),
         "score_label": score_label(run),
         "questions": questions_chart(scores, questions),
         "length": length_chart(scores, budget),
@@ -116,11 +118,13 @@ def _context(run: RunData) -> dict[str, Any]:
         ],
         "accuracy": accuracy_chart(rows, evaluation.get("chance")),
         "accuracy_rows": rows,
-        "paired": paired_lines(run),
-        "candidates": sorted(scores, key=lambda row: -row["score"]),
+        "notes": evaluation_notes(run),
+        "candidates": sorted((r for r in scores if r["technique"] >= 0), key=lambda row: -row["score"]),
         "n_examples": _EXAMPLES,
         "n_train": len(run.of("tailor", "train.jsonl")),
-        "train": run.of("tailor", "train.jsonl")[:_EXAMPLES],
+        "train": (train := run.of("tailor", "train.jsonl")[:_EXAMPLES]),
+        "training_data": training_data(run),
+        "reasons": any(row["rationale"] != tagged(row["label"]) for row in train),
         "artifacts": run.student.artifacts if run.student else (),
         "devices": _devices(run),
         "traces": [trace_of(row) for row in traced([r for r in run.bench if isinstance(r, SpeedRow)])],

@@ -10,6 +10,7 @@ from tiny import facts, quality_row, speed_row
 
 from arte_edge.errors import InputError
 from arte_edge.publish.card.card import CARD, CardOptions, render_card, write_card
+from arte_edge.results.comparison import ComparisonRow
 from arte_edge.results.merge import merge_rows
 from arte_edge.results.student_json import Asking, StudentFile, Tuning, read_student
 
@@ -82,6 +83,19 @@ def test_the_body_tells_files_accuracies_and_speeds(measured: StudentFile) -> No
     assert "raspberry-pi-5" in part(text, "bench") and "| 150.0 | 20.5 | 900 ms |" in part(text, "bench")
     assert "arXiv:2406.19227" in part(text, "lineage")
     assert "rejected" not in text and "Q4_K_M" not in text
+
+
+def test_the_student_of_the_own_labels_is_beside_the_tuned_one(measured: StudentFile) -> None:
+    share = {"setting": "as asked", "n": 199, "right": 155, "accuracy": 0.779, "low": 0.716, "high": 0.831}
+    test = {"difference": 0.1, "difference_low": -0.05, "difference_high": 0.25, "p_value": 0.2}
+    rows = (ComparisonRow(model="own labels", **share, **test), ComparisonRow(model="tuned student", **share))
+    student = measured.model_copy(update={"comparison": rows})
+    for options in (CardOptions(), CardOptions(checkpoint=True)):
+        text = part(render_card(student, options), "accuracy")
+        own = "| trained on the own labels alone | as asked | 199 | 77.9% | 71.6% to 83.1% | +10.0 (-5.0 to +25.0) |"
+        assert own in text and "| this student | as asked | 199 |" in text and "16-bit student (F16)" in text
+        assert "a part of" not in text
+    assert "own labels" not in part(render_card(measured, CardOptions()), "accuracy")
 
 
 @pytest.mark.parametrize("method", ["original-teacher", "arte"])  # the second: as older versions wrote it

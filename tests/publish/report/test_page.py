@@ -13,6 +13,7 @@ from tiny import Make, accuracy, artifact, metrics, speed_row, student_file
 
 from arte_edge.errors import InputError
 from arte_edge.publish.report.data import read_run
+from arte_edge.publish.report.narrative import stage_summaries
 from arte_edge.publish.report.page import render, report
 from arte_edge.results.rows import Reading, SpeedRow
 from arte_edge.results.student_json import Fidelity, StudentFile, write_student
@@ -38,11 +39,15 @@ def run(tmp_path: Path) -> Path:
     settings = 'name = "my run"\nseed = 3\n[prefer]\nscore = "likelihood"\n[task]\nref = "t"\n'
     (folder / "run.toml").write_text(settings)
     share = {"accuracy": 0.5, "low": 0.4, "high": 0.6}
-    finish(
-        folder,
-        "check",
-        dict.fromkeys(("teacher", "student", "student_forced"), share) | {"n": 40, "chance": 0.2},
-    )
+    check = dict.fromkeys(("teacher", "student", "student_constrained"), share)
+    check |= {
+        "n": 40,
+        "chance": 0.2,
+        "own_labels": share | {"rows": 31},
+        "role": "inputs",
+        "why": f"worse {BAD}",
+    }
+    finish(folder, "check", check)
     finish(folder, "elicit", {"old": "run without figures"})
     scores = [
         {"question": f"q{i % 3}", "technique": i % 4, "score": 0.4 + i / 50, "text": f"{BAD} {'so ' * i}"}
@@ -55,9 +60,18 @@ def run(tmp_path: Path) -> Path:
     write(folder / "tailor" / "train.jsonl", {"input": BAD, "rationale": BAD, "label": BAD})
     finish(folder, "tailor", {"examples": 1})
     test = {"gained": 9, "lost": 1, "difference": 0.3, "low": 0.2, "high": 0.4, "p_value": 0.001}
-    row = {"setting": "0-shot", "n": 100, "right": 50}
-    rows = [{"model": "base student", **row, **share}, {"model": "tuned student", **row, **share}]
-    finish(folder, "evaluate", {"rows": rows, "paired": {"0-shot": test}, "format_share": 0.5, "chance": 0.2})
+    row = {"setting": "as asked", "n": 100, "right": 50, **share}
+    rows = [{"model": name, **row} for name in ("own labels", "base student", "tuned student")]
+    paired = [{"against": name, "setting": "as asked", **test} for name in ("own labels", "base student")]
+    found = {
+        "rows": rows,
+        "paired": paired,
+        "format_share": 0.5,
+        "chance": 0.2,
+        "form": "answer",
+        "partial": False,
+    }
+    finish(folder, "evaluate", found)
     write(
         folder / "events.jsonl",
         {"event": "stage", "name": "check", "state": "begin"},
@@ -120,8 +134,10 @@ def test_the_page_shows_the_run(html: str) -> None:
     page = Page(html)
     for figure in (
         "my run",
-        "50% before, 50% after (0-shot, 100 test examples; +30.0 points (+20.0 to +40.0), p = 0.001,",
-        "Of the first gain 50% is format",
+        "50% before, 50% after (as asked, 100 test examples; +30.0 points (+20.0 to +40.0), p = 0.001,",
+        "Of the gain on the base student 50% is format",
+        "Trained on your 31 labels alone it was right on 50%. The teacher writes inputs for given answers",
+        "The first 1 of 1 inputs that the teacher wrote for given answers.",
         "12 s, 100 calls, 900 tokens generated",
         "12 candidates scored on 8 questions",
         "m-Q4_K_M.gguf on raspberry-pi-5, 4 threads",
@@ -132,6 +148,56 @@ def test_the_page_shows_the_run(html: str) -> None:
         assert figure in page.text, figure
     # accuracy, time, three of scores, the front, two traces with temperature
     assert page.tags.count("svg") == 10
+
+
+def test_first_it_says_whether_the_user_s_own_labels_would_have_done(run: Path, html: str) -> None:
+    lead = "Better than your own labels alone: +30.0 (+20.0 to +40.0) points, p = 0.001."
+    assert 0 < html.index(lead) < html.index("50% before")
+    places = [html.index(f"<td>{name}</td>") for name in ("base student", "own labels", "tuned student")]
+    assert places == sorted(places)
+
+
+def test_rounds_are_told_apart_and_the_student_that_was_kept_is_named(run: Path) -> None:
+    with (run / "run.toml").open("r+") as file:
+        file.write("rounds = 3\n" + (run / "run.toml").read_text())
+    tuned = {
+        "examples": 9,
+        "own_labels": 4,
+        "steps": 5,
+        "loss_first": 2.0,
+        "loss_last": 1.0,
+        "form": "answer",
+    }
+    trial = {
+        "tokens": {"answer": 3.0, "answer-first": 30.0},
+        "accuracy": {"answer": 0.6, "answer-first": 0.5},
+    }
+    finish(run, "target", {"form": "answer", "rows": 40, "n": 100, "with_reasons": 9, **trial})
+    for n, right in ((1, 20), (2, 30)):
+        finish(run, f"tune-{n}", tuned | {"steps": 5 * n})
+        finish(run, f"validate{'-2' * (n > 1)}", {"n": 40, "right": right})
+    finish(run, "tailor-2", {"examples": 1, "questions": 3})
+    finish(run, "tune", tuned | {"steps": 10})
+    found = read_run(str(run))
+    stages = {stage["name"]: stage["result"] for stage in stage_summaries(found)}
+    assert "the answer alone 60% (about 3 tokens); the answer, then the reasons 50%" in stages["target"]
+    assert stages["tune-2"].endswith("4 of the examples are your own labels. It writes the answer alone. "
+                                     "This is the run's student.")  # fmt: skip
+    assert "run's student" not in stages["tune-1"] and "tune" not in stages
+    assert (stages["validate"], stages["validate-2"]) == ("20 of 40 right (50%).", "30 of 40 right (75%).")
+    assert [line.partition(":")[0] for line in found.missing] == [
+        "calibrate",
+        "align",
+    ]  # no third round was made
+
+
+@pytest.mark.parametrize("old", ["distill/data/run-0.1", "data/version_1/run"])
+def test_run_folders_of_older_versions_have_a_page(old: str) -> None:
+    found = read_run(str(Path(__file__).parents[2] / old))
+    check = stage_summaries(found)[0]["result"]
+    assert "with constrained answers" in check and "own labels" not in check and "None" not in check
+    lead = ("Not compared with a student of your own labels.", "(0-shot, 8 test examples")
+    assert all(part in render(found) for part in lead) == ("evaluate" in found.summaries)
 
 
 def test_what_models_wrote_stays_text_and_nothing_is_fetched(html: str) -> None:
