@@ -24,7 +24,7 @@ from arte_edge.errors import ArteError, InputError, nearest
 from arte_edge.tasks.validation import Problem, raise_first
 
 __all__ = ["GUESSED", "SUFFIXES", "Columns", "Record", "Source", "Table", "arrow_source", "json_rows"]
-__all__ += ["noted", "open_table", "read_table", "text_problem"]
+__all__ += ["cell_text", "input_column", "noted", "open_table", "read_table", "text_problem"]
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 _USUAL = (
@@ -78,11 +78,17 @@ def noted(what: str, lines: Sequence[int], by_line: bool, why: str = "") -> list
     return [f"{what} {len(lines):,} row{s} {why}({kind}{s} {shown})"] if lines else []
 
 
-def open_table(path: Path, name: str = "") -> Source:
-    """Open the table `path` in the format that `name`, else its own name, ends with; errors as `read_table`."""
+def open_table(path: Path, name: str = "", *, least: int = 2, as_written: bool = True) -> Source:
+    """Open the table `path` in the format that `name`, else its own name, ends with; errors as `read_table`.
+
+    Args:
+        least: columns that a CSV must have at least.
+        as_written: numbers of JSON are texts as in the file.
+    """
     suffix = Path(name or path.name).suffix.lower()
     if not path.is_file():
-        raise InputError(f"{path}: no such file", "A table with a column of inputs and one of answers.")
+        answers = " and one of answers" if least > 1 else ""
+        raise InputError(f"{path}: no such file", f"A table with a column of inputs{answers}.")
     if suffix not in SUFFIXES:
         hint = f"Known: {', '.join(SUFFIXES)}. Save a spreadsheet as CSV in UTF-8."
         raise InputError(f"{path}: not a known kind of table", hint)
@@ -94,8 +100,12 @@ def open_table(path: Path, name: str = "") -> Source:
         return arrow_source(path.name, lambda: ParquetFile(path).iter_batches())
     raise_first([problem] if (problem := text_problem(path)) else [], str(path))
     if suffix in (".csv", ".tsv"):
-        return _open_csv(path, "\t" if suffix == ".tsv" else ",")
-    rows = enumerate(_json_array(path)) if suffix == ".json" else json_rows(path, as_written=True)
+        return _open_csv(path, "\t" if suffix == ".tsv" else ",", least)
+    rows = (
+        enumerate(_json_array(path, as_written))
+        if suffix == ".json"
+        else json_rows(path, as_written=as_written)
+    )
     first = list(islice(rows, _SAMPLE_LINES))
     columns = dict.fromkeys(key for _, row in first if isinstance(row, dict) for key in row)
     if not columns:
@@ -185,9 +195,9 @@ def _object(value: Any, where: str) -> Any:
     return value if isinstance(value, dict | Problem) else wrong
 
 
-def _json_array(path: Path) -> Iterator[Any]:
+def _json_array(path: Path, as_written: bool) -> Iterator[Any]:
     """Yield the rows of a JSON file: of an array, or of the only array in an object."""
-    value = _decode(path.read_text(encoding="utf-8-sig"), path.name, True)
+    value = _decode(path.read_text(encoding="utf-8-sig"), path.name, as_written)
     raise_first([value] if isinstance(value, Problem) else [], str(path))
     values = list(value.values()) if isinstance(value, dict) else [value]
     lists = [part for part in values if isinstance(part, list)]
@@ -196,11 +206,11 @@ def _json_array(path: Path) -> Iterator[Any]:
     return (_object(row, f"{path.name}[{index}]") for index, row in enumerate(lists[0]))
 
 
-def _open_csv(path: Path, usual: str) -> Source:
+def _open_csv(path: Path, usual: str, least: int) -> Source:
     csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document; the default is 131,072
     with path.open(encoding="utf-8-sig", newline="") as file:
         sample = list(islice(file, _SAMPLE_LINES))
-    delimiter = _delimiter(path.name, sample)
+    delimiter = _delimiter(path.name, sample, usual if least == 1 and any(map(str.strip, sample)) else "")
     columns = [name.strip() for name in next(csv.reader(sample, delimiter=delimiter))]
 
     def rows() -> Iterator[tuple[int, Row | Problem]]:
@@ -223,9 +233,12 @@ def _open_csv(path: Path, usual: str) -> Source:
     return Source(columns, rows(), True, f"separated by {_DELIMITERS[delimiter]}{guessed}")
 
 
-def _delimiter(name: str, sample: Sequence[str]) -> str:
-    """Return the delimiter with which most rows of `sample` have the columns of the first, at least two."""
-    best, delimiter = (0.0, 0), ""
+def _delimiter(name: str, sample: Sequence[str], delimiter: str) -> str:
+    """Return the delimiter with which most rows of `sample` have the columns of the first, at least two.
+
+    `delimiter` is that of a table with one column, empty where one is not enough.
+    """
+    best = (0.0, 0)
     for candidate in _DELIMITERS:
         lengths = [len(row) for row in csv.reader(sample, delimiter=candidate) if row]
         if lengths and lengths[0] > 1:
@@ -298,8 +311,8 @@ def read_table(
             continue
         else:
             first, second = row.get(picked[0]), row.get(picked[1])
-        text = first if type(first) is str else _as_text(first, names[0])
-        target = second if type(second) is str and not names[1] else _as_text(second, names[1])
+        text = first if type(first) is str else cell_text(first, names[0])
+        target = second if type(second) is str and not names[1] else cell_text(second, names[1])
         if text is None or target is None:
             what = f"{first if text is None else second!r:.60} is not a text"
             table.bad.append(Problem(table.where(line), what))
@@ -317,7 +330,7 @@ def read_table(
     return table
 
 
-def _as_text(cell: object, names: Sequence[str] | None) -> str | None:
+def cell_text(cell: object, names: Sequence[str] | None = None) -> str | None:
     """Return `cell` as text, empty if it is missing, None if it is no text, number or the like."""
     if names and isinstance(cell, str | int) and str(cell).lstrip("-").isdecimal():
         return names[int(cell)] if 0 <= int(cell) < len(names) else ""  # -1: a row without label
@@ -339,18 +352,44 @@ def _present(value: object) -> object:
 
 def _pick(name: str, columns: Sequence[str], given: Columns) -> tuple[str, str]:
     """Return the two columns: the `given` ones, else the only ones with usual names; ours go before other names."""
-    shown = ", ".join(column[:40] for column in columns[:20]) or "none"
-    picked = []
-    for role, column, usual in zip(("input", "answer"), given, _USUAL, strict=True):
-        if column is None:
-            fits = [other for other in columns if other not in given and other.casefold() in usual]
-            column = usual[0] if fits.count(usual[0]) == 1 else fits[0] if len(fits) == 1 else None
-        if column is None or columns.count(column) != 1:
-            what = f"which column is the {role} is not clear" if column is None else f"no column '{column}'"
-            what = f"several columns '{column}'" if columns.count(str(column)) > 1 else what
-            chat = "Chat turns are not split: write a table with both columns. "
-            hint = f"{nearest(column, columns)} " if column else chat if "messages" in columns else ""
-            hint += f"Its columns: {shown}. Name two: --input COLUMN --target COLUMN, or ?input=…&target=…."
-            raise InputError(f"{name}: {what}", hint)
-        picked.append(column)
+    hint = "Name two: --input COLUMN --target COLUMN, or ?input=…&target=…."
+    chat = "Chat turns are not split: write a table with both columns. " if "messages" in columns else ""
+    picked = [
+        _column(name, role, [c for c in columns if c not in given], columns, column, usual, chat, hint)
+        for role, column, usual in zip(("input", "answer"), given, _USUAL, strict=True)
+    ]
     return picked[0], picked[1]
+
+
+def input_column(name: str, columns: Sequence[str], given: str | None) -> str:
+    """Return the column of inputs: the `given` one, the only one, else the only one with a usual name.
+
+    Raises InputError: it is not there, or which it is is not clear.
+    """
+    if given is None and len(columns) == 1:
+        return columns[0]
+    return _column(name, "input", columns, columns, given, _USUAL[0], "", "Name it: --column COLUMN.")
+
+
+def _column(
+    name: str,
+    role: str,
+    free: Sequence[str],
+    columns: Sequence[str],
+    column: str | None,
+    usual: Sequence[str],
+    unclear: str,
+    hint: str,
+) -> str:
+    """Return `column`, else the only one of `free` with a usual name; `unclear` and `hint` are for the error."""
+    given = column
+    if column is None:
+        fits = [other for other in free if other.casefold() in usual]
+        column = usual[0] if fits.count(usual[0]) == 1 else fits[0] if len(fits) == 1 else None
+    if column is not None and columns.count(column) == 1:
+        return column
+    shown = ", ".join(other[:40] for other in columns[:20]) or "none"
+    what = f"which column is the {role} is not clear" if column is None else f"no column '{column}'"
+    what = f"several columns '{column}'" if columns.count(str(column)) > 1 else what
+    first = f"{nearest(given, columns)} " if given else unclear
+    raise InputError(f"{name}: {what}", f"{first}Its columns: {shown}. {hint}")
