@@ -186,6 +186,14 @@ class Runtime(Decoder, Protocol):
     ) -> list[Served]:
         """Return what the servers that users start on this model answer, as far as they are installed here."""
 
+    def constrained(
+        self, messages: Sequence[Message], grammar: str, max_tokens: int, stop: Sequence[str] = ()
+    ) -> str | None:
+        """Return what the model answers greedily if it may write nothing but what `grammar`, in GBNF, permits.
+
+        None: this runtime follows no grammars.
+        """
+
     def render(self, messages: Sequence[Message]) -> str | None:
         """Return the prompt that the model's own chat template makes, None without a template.
 
@@ -204,6 +212,11 @@ class BaseRuntime(ABC):
     tokenizer_class = "tokenizer"
 
     def file_tokens(self, text: str) -> list[int] | None:
+        return None
+
+    def constrained(
+        self, messages: Sequence[Message], grammar: str, max_tokens: int, stop: Sequence[str] = ()
+    ) -> str | None:
         return None
 
     def render(self, messages: Sequence[Message]) -> str | None:

@@ -26,7 +26,7 @@ from arte_edge.runtimes.llamacpp.context_memory import ONE_SEQUENCE
 from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
 from arte_edge.runtimes.llamacpp.servers import served
 from arte_edge.runtimes.llamacpp.xllamacpp import server_rendering
-from arte_edge.runtimes.prompt_render import Conversation, Message
+from arte_edge.runtimes.prompt_render import Conversation, Message, render
 from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts, Served, readable, until_stop
 
 __all__ = ["LlamaCppRuntime"]
@@ -325,12 +325,17 @@ class LlamaCppRuntime(BaseRuntime):
     ) -> list[str]:
         return [self._answer(messages, max_tokens, stop) for messages in conversations]
 
-    def _answer(self, messages: list[dict[str, str]], max_tokens: int, stop: tuple[str, ...]) -> str:
+    def _answer(
+        self, messages: list[dict[str, str]], max_tokens: int, stop: tuple[str, ...], grammar: str = ""
+    ) -> str:
         """Return what `create_chat_completion` writes, ended at a stop string, which that itself would leave out."""
+        from llama_cpp import LlamaGrammar
+
         llama, text = self._opened(self._room([messages], max_tokens)), ""
+        bound = LlamaGrammar.from_string(grammar, verbose=False) if grammar else None
         try:
             answer = llama.create_chat_completion(
-                messages, max_tokens=max_tokens, temperature=0.0, stream=True
+                messages, max_tokens=max_tokens, temperature=0.0, stream=True, grammar=bound
             )
             for part in answer:
                 text += part["choices"][0]["delta"].get("content") or ""
@@ -361,6 +366,17 @@ class LlamaCppRuntime(BaseRuntime):
     ) -> list[Served]:
         room = self._room(conversations, max_tokens)
         return served(self._path, conversations, max_tokens, stop, room, self._engine.threads)
+
+    def constrained(
+        self, messages: Sequence[Message], grammar: str, max_tokens: int, stop: Sequence[str] = ()
+    ) -> str:
+        if self.chat_template is not None:
+            return self._answer([dict(message) for message in messages], max_tokens, tuple(stop), grammar)
+        sampling = Sampling(max_tokens=max_tokens, stop=tuple(stop), grammar=grammar)
+        done = self._engine.complete([Request(render(self, messages))], sampling)[0]
+        if done.error:
+            raise EngineError(f"{self.name}: {done.error}")
+        return done.text
 
     def close(self) -> None:
         if self._llama is not None:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from arte_edge.errors import EngineError, InputError, first_line
 from arte_edge.gguf.reader import read_model_header
-from arte_edge.runtimes.prompt_render import Conversation
+from arte_edge.runtimes.prompt_render import Conversation, Message, render
 from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts, until_stop
 from arte_edge.threads import thread_count
 
@@ -249,13 +249,20 @@ class XllamaRuntime(BaseRuntime):
         return self._ids("")[:1]
 
     def _generate(self, prompts: list[str], max_tokens: int, stop: tuple[str, ...]) -> list[str]:
-        texts = []
-        for prompt in prompts:
-            ids = self.tokenize(prompt)
-            self._make_room(len(ids) + max_tokens)
-            answer = self._server.complete(ids, max_tokens, stop=list(stop))
-            texts.append(answer["content"] + answer["stopping_word"])
-        return texts
+        return [self._text(prompt, max_tokens, stop) for prompt in prompts]
+
+    def constrained(
+        self, messages: Sequence[Message], grammar: str, max_tokens: int, stop: Sequence[str] = ()
+    ) -> str:
+        if self.chat_template is None:
+            return self._text(render(self, messages), max_tokens, stop, grammar=grammar)
+        return self._answer([dict(message) for message in messages], max_tokens, tuple(stop), grammar=grammar)
+
+    def _text(self, prompt: str, max_tokens: int, stop: Sequence[str], **settings: Any) -> str:
+        ids = self.tokenize(prompt)
+        self._make_room(len(ids) + max_tokens)
+        answer = self._server.complete(ids, max_tokens, stop=list(stop), **settings)
+        return str(answer["content"] + answer["stopping_word"])
 
     def _make_room(self, needed: int) -> None:
         if needed > self._server.n_ctx:
@@ -267,12 +274,14 @@ class XllamaRuntime(BaseRuntime):
     ) -> list[str]:
         return [self._answer(messages, max_tokens, stop) for messages in conversations]
 
-    def _answer(self, messages: list[dict[str, str]], max_tokens: int, stop: tuple[str, ...]) -> str:
+    def _answer(
+        self, messages: list[dict[str, str]], max_tokens: int, stop: tuple[str, ...], **settings: Any
+    ) -> str:
         """Return what the server's chat endpoint writes, ended at a stop string, which that itself would leave out."""
         self._make_room(len(self.tokenize(self.render(messages) or "")) + max_tokens)
         text = ""
         for part in self._server.streamed(
-            {"messages": messages, "max_tokens": max_tokens, "temperature": 0.0}
+            {"messages": messages, "max_tokens": max_tokens, "temperature": 0.0, **settings}
         ):
             text += part["choices"][0]["delta"].get("content") or "" if part["choices"] else ""
             if (whole := until_stop(text, stop)) is not None:
