@@ -23,11 +23,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inspect import Signature
 
-    from arte_edge.api import Reply, Run, ask, bench, distill, export, load_run, recommend, report, verify
+    from arte_edge.api import (
+        AnsweredTable,
+        Reply,
+        Run,
+        Server,
+        Student,
+        ask,
+        ask_file,
+        bench,
+        distill,
+        export,
+        load_run,
+        open_student,
+        recommend,
+        report,
+        serve,
+        verify,
+    )
     from arte_edge.errors import ArteError
 
-__all__ = ["ArteError", "Reply", "Run", "ask", "bench"]
-__all__ += ["distill", "export", "load_run", "recommend", "report", "verify"]
+__all__ = ["AnsweredTable", "ArteError", "Reply", "Run", "Server", "Student", "ask", "ask_file", "bench"]
+__all__ += ["distill", "export", "load_run", "open_student", "recommend", "report", "serve", "verify"]
 
 __version__ = "0.1.0"
 

@@ -19,8 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arte_edge.asking.ask import Reply, Student, accepted_file, checked_question
+from arte_edge.asking.serve import Server, serve_file
+from arte_edge.asking.table import AnsweredTable, ask_table
 from arte_edge.bench.runner import BenchOutcome, bench
-from arte_edge.distill.ask import Reply, ask_student
 from arte_edge.errors import InputError
 from arte_edge.files import json_loads, user_path
 from arte_edge.publish.recommend.pick import recommend
@@ -28,6 +30,7 @@ from arte_edge.publish.recommend.recommendation import Recommendation
 from arte_edge.publish.report.page import ReportPage, report
 from arte_edge.results.comparison import upgraded
 from arte_edge.results.locate import find_run
+from arte_edge.results.student_json import FILE_NAME
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,7 +43,8 @@ if TYPE_CHECKING:
     from arte_edge.models.artifact import Format
     from arte_edge.verify.gate import Verdict
 
-__all__ = ["Reply", "Run", "ask", "bench", "distill", "export", "load_run", "recommend", "report", "verify"]
+__all__ = ["AnsweredTable", "Reply", "Run", "Server", "Student", "ask", "ask_file", "bench", "distill"]
+__all__ += ["export", "load_run", "open_student", "recommend", "report", "serve", "verify"]
 
 PathLike = str | Path
 ByteProgress = Callable[[str, int, int], None]
@@ -95,9 +99,22 @@ class Run:
         """The folder of the tuned student, a 16-bit checkpoint."""
         return self.folder / "tune" / "student"
 
-    def ask(self, text: str, *, max_tokens: int = 96) -> Reply:
-        """Return the tuned student's answer to one input of its task."""
-        return ask(self.folder, text, max_tokens=max_tokens)
+    @property
+    def tuned(self) -> Path:
+        """The tuned student as the evaluation opened it: its F16 file, or the checkpoint.
+
+        Raises InputError: it is not tuned yet.
+        """
+        gguf, tune = self.folder / "tune" / "student-F16.gguf", self.folder / "tune" / "manifest.json"
+        if not gguf.is_file() and not tune.is_file():
+            raise InputError(
+                f"{self.folder}: no tuned student yet", "Run the same `distill` command again to resume."
+            )
+        return gguf if gguf.is_file() else self.student
+
+    def ask(self, text: str, **settings: Any) -> Reply:
+        """Return the tuned student's answer to one input of its task; parameters as of `arte_edge.ask`."""
+        return ask(self.folder, text, **settings)
 
     def export(self, **settings: Any) -> Outcome:
         """Export the student; parameters as of `arte_edge.export`."""
@@ -133,14 +150,104 @@ def load_run(run: PathLike, *, runs: PathLike = "runs") -> Run:
     return Run(find_run(run, runs))
 
 
-def ask(run: PathLike, text: str, *, max_tokens: int = 96) -> Reply:
-    """Return the answer of a run's tuned student to `text`, prompted as in its training.
+def open_student(
+    source: PathLike,
+    *,
+    task: PathLike | None = None,
+    grammar: bool = True,
+    max_tokens: int | None = None,
+    threads: int | None = None,
+) -> Student:
+    """Return a student to ask many questions, as in ``with open_student("runs/mine") as student: student.ask(…)``.
 
-    Raises InputError: no such run, its student is not tuned yet, or `text` is no text.
+    Args:
+        source: a run's folder or name, a GGUF file, an ONNX or checkpoint folder, or an export's folder, of which
+            the first accepted file is opened.
+        task: what a model without ``student.json`` is for.
+        grammar: closed sets and numbers: permit only answers in the task's form.
+        max_tokens: limit of an answer; the student's own unless given.
+        threads: of the runtime.
+
+    Raises InputError: no such run or model, its student is not tuned yet, or is one of another task.
     """
-    if text != text.encode(errors="replace").decode():
-        raise InputError("The text holds bytes that are not UTF-8", "Set the terminal to UTF-8.")
-    return ask_student(load_run(run).folder, text, max_tokens=max_tokens)
+    from arte_edge.tasks.loaders import load_task
+
+    path, loaded = user_path(source), None if task is None else load_task(str(task))
+    if not path.exists() or (path / "run.toml").is_file():
+        run = load_run(source)
+        known = run.config.task
+        own = load_task(known.ref, bbh=None if known.bbh is None else Path(known.bbh))
+        if loaded is not None and loaded.sha256 != own.sha256:
+            what = f"{run.folder}: a run of the task '{own.name}', not of '{loaded.name}'"
+            raise InputError(what, "Leave out --task: the run knows its own.")
+        path, loaded = run.tuned, own
+    elif path.name == FILE_NAME or (path / FILE_NAME).is_file():
+        path = accepted_file(path.parent if path.is_file() else path)
+    return Student(path, loaded, grammar=grammar, max_tokens=max_tokens, threads=threads)
+
+
+def ask(
+    source: PathLike,
+    text: str,
+    *,
+    task: PathLike | None = None,
+    grammar: bool = True,
+    max_tokens: int | None = None,
+    threads: int | None = None,
+) -> Reply:
+    """Return a student's answer to `text`. Other parameters as of `open_student`.
+
+    Raises InputError: as `open_student`; `text` is blank, no UTF-8, or longer than the student's context;
+    ArteError: the runtime is not installed, or failed.
+    """
+    checked_question(text)
+    with open_student(source, task=task, grammar=grammar, max_tokens=max_tokens, threads=threads) as student:
+        return student.ask(text)
+
+
+def ask_file(
+    source: PathLike,
+    file: PathLike,
+    out: PathLike,
+    *,
+    column: str | None = None,
+    with_text: bool = False,
+    task: PathLike | None = None,
+    grammar: bool = True,
+    max_tokens: int | None = None,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+) -> AnsweredTable:
+    """Ask every row of a table and write it with a column of answers. Interrupted, the same call resumes.
+
+    Args:
+        source: and the parameters from `task` on as of `open_student`.
+        file: a CSV, TSV, JSONL, JSON or Parquet table.
+        out: a .csv, .tsv or .jsonl file.
+        column: of the questions; found by its name unless given.
+        with_text: write the whole text of each answer as well.
+
+    Raises InputError: as `open_student`; no such column, or `out` holds the answers of another table or student;
+    ArteError: the runtime is not installed or failed, or the disk is full.
+    """
+    with open_student(source, task=task, grammar=grammar, max_tokens=max_tokens, threads=threads) as student:
+        return ask_table(
+            student, user_path(file), user_path(out), column=column, with_text=with_text, reporter=reporter
+        )
+
+
+def serve(source: PathLike, *, port: int = 8080, threads: int | None = None) -> Server:
+    """Start the server of llama.cpp on 127.0.0.1 with a student's GGUF file, and wait until it answers.
+
+    Close it, or use it in a ``with``.
+
+    Args:
+        source: a GGUF file, an export's folder, or a run's folder or name.
+        port: that it listens on.
+
+    Raises InputError: no GGUF file, or the port is in use; ArteError: no server is installed, or it failed.
+    """
+    return serve_file(open_student(source), port, threads)
 
 
 def distill(

@@ -16,7 +16,9 @@ from arte_edge.bench.settings import BenchSettings
 from arte_edge.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("ask", "bench", "distill", "export", "recommend", "report", "verify")
+VERBS = ("ask", "bench", "chat", "distill", "export", "recommend", "report", "serve", "verify")
+# A command that is two functions, and one that is what a program does with another.
+FUNCTIONS = {"ask": ("ask", "ask_file"), "chat": ("open_student",)}
 # What only a terminal needs, and what only a program can pass.
 CLI_ONLY = {"as_json", "dry_run", "prices", "list", "output", "output_file"}
 API_ONLY = {"reporter", "progress", "on_row", "fetch"}
@@ -27,8 +29,13 @@ def cli_parameters(verb: str) -> set[str]:
     return {p.name.rstrip("_") for p in command.params if not getattr(p, "hidden", False)} - CLI_ONLY
 
 
+def api_signature(verb: str) -> dict[str, inspect.Parameter]:
+    signatures = [inspect.signature(getattr(ae, name)) for name in FUNCTIONS.get(verb, (verb,))]
+    return {name: p for signature in signatures for name, p in signature.parameters.items()}
+
+
 def api_parameters(verb: str) -> set[str]:
-    parameters = inspect.signature(getattr(ae, verb)).parameters
+    parameters = api_signature(verb)
     names = {name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
     if verb == "bench":  # its settings are one model, so that a new one is added in one place
         assert parameters["settings"].kind is inspect.Parameter.VAR_KEYWORD
@@ -44,7 +51,7 @@ def test_a_verb_has_the_parameters_of_its_command(verb: str) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_default_is_the_same_in_both(verb: str) -> None:
     command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
-    parameters = inspect.signature(getattr(ae, verb)).parameters
+    parameters = api_signature(verb)
     for parameter in command.params:
         name = parameter.name.rstrip("_")
         if name not in parameters or parameters[name].default is inspect.Parameter.empty:
@@ -95,6 +102,8 @@ def test_what_is_not_there_is_an_error_of_ours(tmp_path: Path, capfd: Capture) -
         lambda: ae.distill(tmp_path / "none.toml"),
         lambda: ae.export(tmp_path / "none.gguf"),
         lambda: ae.report(tmp_path),
+        lambda: ae.ask(tmp_path / "none.gguf", "text"),
+        lambda: ae.serve(tmp_path / "none.gguf"),
         lambda: ae.recommend(tmp_path),
         lambda: ae.bench(tmp_path / "none.gguf"),
         lambda: ae.verify(tmp_path / "a.gguf", tmp_path / "b.gguf"),

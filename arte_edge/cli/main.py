@@ -6,6 +6,7 @@ Verbs import heavy modules only when they run, so that ``--help`` is fast on a R
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +48,8 @@ app = typer.Typer(
 )
 app.command()(distill.distill)
 app.command()(ask.ask)
+app.command()(ask.chat)
+app.command()(ask.serve)
 app.command()(export.export)
 app.command()(verify.verify)
 app.command()(bench.bench)
@@ -56,6 +59,7 @@ app.command()(report.report)
 app.command()(card.card)
 app.command()(push.push)
 app.command()(env.env)
+_WAITING = ("chat", "serve")  # for their user
 for verb in (presets.ls, presets.show, presets.copy, presets.check):
     app.command()(verb)
 app.add_typer(tasks.app, name="tasks")
@@ -88,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if any("\0" in word for word in args):
             raise InputError("An argument holds a null byte", "Give it without.")
-        with heartbeat(next((word for word in args if not word.startswith("-")), "arte-edge")):
+        verb = next((word for word in args if not word.startswith("-")), "arte-edge")
+        with nullcontext() if verb in _WAITING else heartbeat(verb):
             # Standalone mode: Typer prints its own usage errors, whose classes differ between its releases.
             app(args=args, prog_name="arte-edge")
     except SystemExit as done:
