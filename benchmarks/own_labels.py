@@ -119,6 +119,7 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
             "rounds": 2,
             "elicit.asked": 8,
             "elicit.question_tokens": 300,
+            "elicit.top_p": 0.95,
             "elicit.opinion_shots": min(options.own, 60),
             "tailor.questions": options.tailored,
             "tune.target": "answer",
