@@ -6,9 +6,10 @@
 
 Each seed draws its own labelled rows, 100 validation rows and, of a set with many labels, the labels' rows from
 ``train.jsonl`` (rows of input and target); the test split is ``test.jsonl``, of those labels, read after all
-training. Arms, paired on the same test examples: own labels alone (as `arte-edge` trains it for its check) and
-with the validation rows, with tailored data of round 1, and after round 2, which asks for more where round 1 errs on validation and is kept only if
-validation accuracy rises. One row a seed is appended to the results; the summary pools the seeds.
+training. Arms, paired on the same test examples: own labels alone (as `arte-edge` trains it for its check), those and
+the validation rows, tailored data of round 1 added to the own labels, and round 2, which asks for more where round 1
+errs on validation and is kept only if validation accuracy rises. One row a seed is appended to the results; the
+summary pools the seeds.
 """
 
 from __future__ import annotations
