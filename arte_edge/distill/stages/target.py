@@ -21,7 +21,7 @@ from arte_edge.distill.stages.own_labels import train_briefly, training_rows
 from arte_edge.tasks.answers import matches
 from arte_edge.tasks.task import Example
 
-__all__ = ["TRIAL_EXAMPLES", "TRIAL_ROWS", "describe", "target", "trial_of_forms"]
+__all__ = ["TRIAL_EXAMPLES", "TRIAL_ROWS", "describe", "reasons_for", "target", "trial_of_forms"]
 
 TRIAL_EXAMPLES = 100  # of the validation split
 _FEWEST = 8  # rows with reasons; fewer teach no form
@@ -41,7 +41,7 @@ def target(run: RunContext) -> Summary | None:
     with run.stage("target", _inputs(run, run.outputs("check")), describe) as stage:
         if stage.todo:
             seeds = list(run.task.seed)[:TRIAL_ROWS]
-            rationales = _reasons(run, seeds)
+            rationales = reasons_for(run, seeds)
             # The check has trained the student that gives the answer alone, on the same rows.
             known = run.folder / "check" / "own-labels" if len(seeds) == len(run.task.seed) else None
             found, rows = trial_of_forms(run, stage.folder, seeds, rationales, known)
@@ -64,7 +64,7 @@ def _inputs(run: RunContext, data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _reasons(run: RunContext, seeds: Sequence[Example]) -> list[str]:
+def reasons_for(run: RunContext, seeds: Sequence[Example]) -> list[str]:
     """Let the teacher reason about labelled examples; a rationale that comes to another answer is left out."""
     teacher = run.config.teacher
     questions = [{"id": str(i), "input": seed.input} for i, seed in enumerate(seeds)]
