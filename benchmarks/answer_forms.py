@@ -2,11 +2,11 @@
 
     python benchmarks/answer_forms.py home_intents object_counting --seeds 0 1 2
 
-For each task and seed the teacher reasons about the task's own labelled rows (a rationale that comes to another answer
-is left out); one student a form is trained on them as `arte-edge` does in its trial, and answers the test split
-through its own chat template. Tokens are of whole answers; milliseconds are of one answer at a time from the F16 file on
-llama.cpp, the forms in turns on the same examples, answer-first stopped at its closed tag. One row a task, seed and form
-is appended to the results.
+For each task and seed the teacher reasons about the task's own labelled rows (a rationale that comes to another
+answer is left out); one student a form is trained on them as `arte-edge` does in its trial, and answers the test split
+through its own chat template. Tokens are those of whole answers; milliseconds are of one answer at a time from the F16
+file on llama.cpp, the forms in turns on the same examples, answer-first stopped at its closed tag. One row a task,
+seed and form is appended to the results.
 """
 
 from __future__ import annotations
