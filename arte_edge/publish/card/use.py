@@ -65,6 +65,7 @@ def use_section(student: StudentFile, options: CardOptions) -> str:
     files = {} if options.checkpoint else {file.format: file.file for file in publishable.files(student)}
     if gguf := files.get("gguf"):
         body = {"messages": [{"role": "user", "content": question}], "max_tokens": tokens, "temperature": 0}
+        body["repeat_penalty"] = 1  # llama-cpp-python's server has 1.1, which changes short answers
         data = _quoted(body | ({"stop": stops} if stops else {}))
         lines = (
             f"llama-server -m {gguf} --jinja  # then, in another terminal:",
