@@ -33,6 +33,8 @@ quickstart: setup ## distil a real 135M student here, export it, prove the files
 	$(BIN)/arte-edge bench runs/quickstart --suite quick
 	$(BIN)/arte-edge recommend runs/quickstart
 	$(BIN)/arte-edge report runs/quickstart
+	@for question in "it is pitch dark in the hallway" "could you put on some jazz" "will I need an umbrella tomorrow"; do \
+	  echo "$$question"; $(BIN)/arte-edge ask runs/quickstart/export "$$question" || exit; done
 
 test: setup $(OPTIMUM_STAMP) ## run every test; the ones that use real models download them once
 	$(BIN)/pytest $(PYTEST_ARGS)
