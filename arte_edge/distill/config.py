@@ -109,7 +109,7 @@ class TeacherConfig(ModelConfig):
 
     shots: int = _key(8, "few-shot examples before each question", ge=0, le=40)
     role: Literal["auto", "labels", "inputs"] = _key(
-        "auto", "labels: it answers; inputs: it is told an answer and writes inputs; auto: the check decides"
+        "auto", "labels: it labels; inputs: it writes inputs for given answers; auto: the check decides"
     )
 
 
@@ -133,7 +133,7 @@ class Elicit(_Section):
     rationale_tokens: int = _key(120, "maximum tokens of a rationale", ge=8)
     rouge: float = _key(0.7, "ROUGE-L F1 from which a question counts as a duplicate", gt=0.0, le=1.0)
     by_label: bool = _key(
-        True, "closed-answer tasks: the teacher is told an answer and writes inputs, as many for each"
+        True, "closed-answer tasks: the teacher writes inputs for given answers, as many for each"
     )
     label: LabelPolicy = _key(
         "teacher", "label of a draft: the teacher's target, a majority vote, or dropped"

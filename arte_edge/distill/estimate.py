@@ -346,6 +346,10 @@ def _notes(config: RunConfig, drafts_per_prompt: float, prices: Prices | None) -
         f"{how}, {drafts_per_prompt:.1f} valid questions per prompt. Rejected or relabelled drafts add calls; "
         "prefer.race may stop earlier."
     ]
+    if config.tune.target == "auto":
+        notes.append(
+            "tune.target: auto counts as the answer alone; a form with reasons adds rationales and tokens."
+        )
     if config.calibrate.models and config.aligned:
         notes.append("The further models of calibrate count like the teacher.")
     if is_server(config.teacher.model) and prices is None:

@@ -13,18 +13,8 @@ from pydantic import Field
 
 from arte_edge.results.accuracy import Record
 
-__all__ = [
-    "AS_ASKED",
-    "BASE",
-    "OWN",
-    "OWN_ALL",
-    "TEACHER",
-    "TUNED",
-    "ComparisonRow",
-    "comparison_of",
-    "headline",
-    "upgraded",
-]
+__all__ = ["AS_ASKED", "BASE", "OWN", "OWN_ALL", "TEACHER", "TUNED"]
+__all__ += ["ComparisonRow", "comparison_of", "headline", "upgraded"]
 
 AS_ASKED = "as asked"
 BASE, OWN, OWN_ALL = "base student", "own labels", "own labels + validation"
@@ -76,21 +66,18 @@ def comparison_of(summary: Mapping[str, Any]) -> tuple[ComparisonRow, ...]:
     """
     try:
         tests = {(test["against"], test["setting"]): test for test in summary["paired"]}
-        rows = [
-            _row(row, tests.get((row["model"], row["setting"])), bool(summary.get("partial")))
-            for row in summary["rows"]
-        ]
+        known = [(row, tests.get((row["model"], row["setting"]))) for row in summary["rows"]]
+        rows = [_row(row, test, bool(summary.get("partial"))) for row, test in known]
     except (KeyError, TypeError) as error:
         raise ValueError(f"no evaluation: {error!r}") from error
-    places = [BASE, OWN, OWN_ALL, TUNED, TEACHER]
+    models = [BASE, OWN, OWN_ALL, TUNED, TEACHER]
     first = next((row.setting for row in rows if row.model == TUNED), AS_ASKED)
-    # First what was prompted alike, with the teacher; then each further setting.
-    settings = list(dict.fromkeys(first if row.model == TEACHER else row.setting for row in rows))
-    settings.sort(key=lambda setting: setting not in (first, AS_ASKED))
+    # What was prompted alike comes first, and with it the teacher; then each further setting.
+    settings = [first, AS_ASKED, *(row.setting for row in rows)]
 
     def place(row: ComparisonRow) -> tuple[int, int]:
         setting = first if row.model == TEACHER else row.setting
-        return settings.index(setting), places.index(row.model) if row.model in places else len(places)
+        return settings.index(setting), models.index(row.model) if row.model in models else len(models)
 
     return tuple(sorted(rows, key=place))
 

@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt
 
 from arte_edge.errors import InputError
 from arte_edge.files import json_loads, read_json, read_toml, validated
@@ -69,14 +69,17 @@ class _Example(_Shape):
     label: str
 
 
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class _Accuracy(_Shape):
     model: str
     setting: str
-    n: int
-    right: int
-    accuracy: FiniteFloat
-    low: FiniteFloat
-    high: FiniteFloat
+    n: NonNegativeInt
+    right: NonNegativeInt
+    accuracy: _Share
+    low: _Share
+    high: _Share
 
 
 class _Test(_Shape):
