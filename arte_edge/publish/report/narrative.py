@@ -47,7 +47,7 @@ def _result(summary: dict[str, Any], text: str, more: dict[str, str]) -> str:
             **summary,
             "n_rejected": sum(summary.get("rejected", {}).values()),
             "n_rows": len(rows) if isinstance(rows := summary.get("rows", ()), list) else 0,
-            "form_text": _FORMS.get(summary.get("form"), ""),
+            "form_text": _FORMS.get(str(summary.get("form")), ""),
             "role_text": _TEXTS["roles"].get(summary.get("role"), ""),
             "trials": _trials(summary.get("trial") or summary),
             "reason_words": summary.get("rationale_words") if _reasoned(summary) else None,
@@ -90,7 +90,7 @@ def headline(run: RunData) -> list[str]:
     """Return the run's result in sentences, that against the user's own labels first; none before it is evaluated."""
     summary = run.summaries.get("evaluate", {})
     rows = {(row["model"], row["setting"]): row for row in summary.get("rows", [])}
-    test = next((test for test in summary.get("paired", ()) if test["against"] == BASE), {})
+    test: dict[str, Any] = next((test for test in summary.get("paired", ()) if test["against"] == BASE), {})
     setting = test.get("setting")
     base, tuned = rows.get((BASE, setting)), rows.get((TUNED, setting))
     if not (base and tuned):
