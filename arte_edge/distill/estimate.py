@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from arte_edge.asking.form import Form
+from arte_edge.asking.form import FORMS, Form
 from arte_edge.console import Reporter, emit_json, out
 from arte_edge.distill.cached_calls import GROUP
 from arte_edge.distill.config import RunConfig
@@ -40,7 +40,7 @@ from arte_edge.distill.stages.align import dpo_settings
 from arte_edge.distill.stages.calibrate import respondents
 from arte_edge.distill.stages.elicit import draft_plan, draft_source
 from arte_edge.distill.stages.tailor import tailor_plan
-from arte_edge.distill.stages.target import TRIAL_EXAMPLES, TRIAL_ROWS
+from arte_edge.distill.stages.target import FEWEST_REASONS, TRIAL_EXAMPLES, TRIAL_ROWS
 from arte_edge.distill.train.common import examples_seen
 from arte_edge.distill.validate_config import refuse_run
 from arte_edge.errors import EngineError, InputError
@@ -171,7 +171,7 @@ def estimate(
 
 def stage_work(config: RunConfig, task: Task, drafts_per_prompt: float) -> Iterator[Work]:
     """Yield the calls of each stage."""
-    n_check, own = min(config.check.examples, len(task.validation)), config.check.own_labels
+    n_check, own = min(config.check.examples, len(task.validation)), config.check.own_labels and task.seed
     votes, by_label = votes_directly(config, task.answer), tells_labels(config, task)
     labels = Call("teacher", "vote", config.elicit.opinion_shots) if votes else Call("teacher", "rationale")
     chosen = Call("student", "chosen")
@@ -179,11 +179,13 @@ def stage_work(config: RunConfig, task: Task, drafts_per_prompt: float) -> Itera
     yield Work("check", Call("student", "asked"), (2 if own else 1) * n_check)
     yield Work("check", chosen, n_check if task.answer.closed else 0)
     if config.tune.target == "auto":
-        # The trial's own-labels student has answered in the check; the other two forms are students of their own.
-        n_held_out = min(TRIAL_EXAMPLES, len(task.validation))
-        stage, n_form = ("target", 2) if by_label else ("tune", 3)
-        yield Work("target", Call("teacher", "rationale"), min(TRIAL_ROWS, len(task.seed)) if by_label else 0)
-        yield Work(stage, Call("student", "asked"), n_form * n_held_out)
+        n_held_out, n_row = min(TRIAL_EXAMPLES, len(task.validation)), min(TRIAL_ROWS, len(task.seed))
+        n_form = len(FORMS) if n_row >= FEWEST_REASONS or not by_label else 1
+        # On all seed rows the student of the answer alone is the check's, and has answered there.
+        known = min(n_check, n_held_out) if by_label and own and n_row == len(task.seed) else 0
+        if by_label:
+            yield Work("target", Call("teacher", "rationale"), n_row)
+        yield Work("target" if by_label else "tune", Call("student", "asked"), n_form * n_held_out - known)
     if config.aligned:
         yield from _drafts(
             "elicit", config, task, draft_plan(config), len(task.techniques), drafts_per_prompt
@@ -206,7 +208,9 @@ def stage_work(config: RunConfig, task: Task, drafts_per_prompt: float) -> Itera
     for shots in config.evaluate.shots:
         yield Work("evaluate", Call("student", "asked", shots), 2 * n_test)  # base and tuned
     yield Work("evaluate", Call("student", "asked"), 2 * n_test if own else 0)
-    yield Work("evaluate", chosen, 2 * n_test if task.answer.closed else 0)
+    # Without tags a constrained open answer is one as asked.
+    asked_already = not task.answer.closed and _form(config) == "answer" and 0 in config.evaluate.shots
+    yield Work("evaluate", chosen, 0 if asked_already else 2 * n_test)
     if config.evaluate.teacher:
         yield Work("evaluate", labels, n_test)
 

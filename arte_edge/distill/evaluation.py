@@ -85,7 +85,8 @@ def student_choices(
         texts = [how.opening + completion.text for completion in done]
         return _judge(run, examples, [extract(text, run.task.answer) for text in texts])
     prompts = [prompt + how.opening for prompt in student_prompts(run, engine, how, examples)]
-    return _chosen(run, engine, prompts, examples, how.closing or engine.special_tokens["eos_token"], what)
+    closing = how.closing or engine.special_tokens.get("eos_token", "")
+    return _chosen(run, engine, prompts, examples, closing, what)
 
 
 def student_prompts(

@@ -76,7 +76,6 @@ class RunContext:
         self._engines: dict[str, Engine] = {}
         self._models: dict[str, LocalModel] = {}
         self._files: dict[str, dict[str, str]] = {}
-        self._asked: dict[str, Asked] = {}
         self.budget: Budget | None = None  # of an answer on the device; the pipeline sets it
         self.role: Role = "labels"  # of the teacher; the check decides
         self.form: Form = "answer"  # of the student's answers; see `stages.target`
@@ -188,11 +187,7 @@ class RunContext:
 
     def asked(self, engine: Engine, how: Asking) -> Asked:
         """Return a student's engine with the chat template that its tuned student is shipped with."""
-        key = f"{id(engine)}|{how.instruction}"
-        if key not in self._asked:
-            plain = self.config.student.template == "none"
-            self._asked[key] = asked(engine, how.instruction, plain=plain)
-        return self._asked[key]
+        return asked(engine, how.instruction, plain=self.config.student.template == "none")
 
     @property
     def by_label(self) -> bool:
@@ -230,7 +225,6 @@ class RunContext:
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
-        self._asked.clear()  # an engine that opens later may have the id of one that was closed
 
     def close(self) -> None:
         self.close_engines()
@@ -301,6 +295,9 @@ def tuned_student(model: LocalModel, checkpoint: Path, out: Path) -> LocalModel:
         from arte_edge.models.resolve import from_folder
 
         return from_folder(checkpoint, f"{model.name} tuned")
+    report = checkpoint / "training.json"
+    if out.is_file() and report.is_file() and out.stat().st_mtime_ns < report.stat().st_mtime_ns:
+        out.unlink()  # of an earlier training
     return _f16_file(checkpoint, model, out, f"{model.name} tuned")
 
 

@@ -1,5 +1,6 @@
 """A task made in code and engines that follow a script, so that stages run without any model."""
 
+import json
 import random
 import re
 import string
@@ -21,6 +22,7 @@ from arte_edge.distill.run_context import RunContext
 from arte_edge.distill.stages.calibrate import calibrate
 from arte_edge.distill.stages.elicit import elicit
 from arte_edge.distill.stages.prefer import prefer
+from arte_edge.distill.train.sft import SftResult
 from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.tasks.task import Answer, Example, Task, rows_sha256
@@ -57,6 +59,18 @@ def draft(sample: int) -> str:
     return "\n".join(blocks).removeprefix("<Question_4><input>")
 
 
+_TOLD = re.compile(r"whose right answer is (.+?), numbered from (\d+), one a line")
+
+
+def listed(prompt: str, sample: int) -> str:
+    """Return a teacher's five inputs for the answer that it was told, which go on with the number in the prompt."""
+    label, first = _TOLD.findall(prompt)[-1]
+    rng = random.Random(f"{prompt}/{sample}")
+    numbers = [2 * rng.randrange(1000, 10**9) + (label == "odd") for _ in range(5)]
+    lines = [f"{int(first) + i}. Is {n} even or odd?" for i, n in enumerate(numbers)]
+    return "\n".join(lines).removeprefix(f"{first}.")
+
+
 def _second(prompt: str) -> str:
     """Return the second word of the question: no two questions get the same rationale."""
     words = prompt.rpartition("Question:")[2].split()
@@ -67,19 +81,22 @@ def _second(prompt: str) -> str:
 class ScriptedEngine:
     """An `Engine` that knows the parity of the numbers for which `knows` says so, and counts its calls.
 
-    `drafts` answers the prompts that ask for questions, from the request's sample number; `word` is what
-    differs between its rationales, and `say` may change all that it says there.
+    `drafts` answers the prompts that ask for questions, from the request's sample number, and `inputs` those that
+    tell it an answer, from the prompt too; `word` is what differs between its rationales, and `say` may change all
+    that it says there. `prompts` are those that it completed.
     """
 
     name: str
     knows: Callable[[int], bool] = lambda n: True
     drafts: Callable[[int], str] = draft
+    inputs: Callable[[str, int], str] = listed
     word: Callable[[str], str] = _second
     say: Callable[[Request, str, Sampling], str] = lambda request, text, sampling: text
     chat_template: str | None = None
-    special_tokens: dict[str, str] = field(default_factory=dict)
+    special_tokens: dict[str, str] = field(default_factory=lambda: {"eos_token": "</s>"})
     supports_grammar: bool = False
     calls: int = 0
+    prompts: list[str] = field(default_factory=list)
 
     @property
     def identity(self) -> EngineIdentity:
@@ -94,6 +111,7 @@ class ScriptedEngine:
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self.calls += len(requests)
+        self.prompts += [request.prompt for request in requests]
         return [
             Completion(self._text(r, sampling), "stop", prompt_tokens=9, completion_tokens=7)
             for r in requests
@@ -102,6 +120,10 @@ class ScriptedEngine:
     def _text(self, request: Request, sampling: Sampling) -> str:
         if request.prompt.endswith("<input>"):
             return self.drafts(request.sample)
+        if _TOLD.search(request.prompt):
+            return self.inputs(request.prompt, request.sample)
+        if "Reply with the answer alone." in request.prompt:
+            return self.say(request, self.answer(request.prompt), sampling)
         answer = f"<ans>{self.answer(request.prompt)}</ans>"
         return self.say(request, f"It is {self.word(request.prompt)} at once. {answer}", sampling)
 
@@ -122,9 +144,18 @@ class ScriptedEngine:
         return
 
 
+def _learned(rows: Sequence[dict[str, str]]) -> Callable[[int], bool]:
+    """Return what a trained student knows: three of four numbers."""
+    return lambda n: n % 4 < 3
+
+
 @dataclass
 class House:
-    """The scripted teacher and student, a task, and a folder in which runs open."""
+    """The scripted teacher and student, a task, and a folder in which runs open.
+
+    A training is replaced: it only writes down its rows, and `learned` makes of them what the student then knows.
+    The teacher asks in tags, unless `by_label`.
+    """
 
     folder: Path
     task: Task = field(default_factory=make_task)
@@ -134,9 +165,16 @@ class House:
         default_factory=lambda: ScriptedEngine(STUDENT, knows=lambda n: n % 4 < 2)
     )
 
+    learned: Callable[[Sequence[dict[str, str]]], Callable[[int], bool]] = _learned
+    by_label: bool = False
+    trained: list[Path] = field(default_factory=list)  # the folders of the trainings, in order
+    tuned: dict[str, ScriptedEngine] = field(default_factory=dict)  # by the sha256 of the model
+
     def config(self, **tables: Any) -> RunConfig:
         base = {"teacher": {"model": TEACHER}, "student": {"model": STUDENT}, "elicit": {"questions": 8}}
-        return RunConfig.model_validate(base | tables)
+        tables = base | tables
+        tables["elicit"] = {"by_label": self.by_label} | tables["elicit"]
+        return RunConfig.model_validate(tables)
 
     def run(self, **tables: Any) -> RunContext:
         return RunContext(
@@ -148,11 +186,36 @@ class House:
 
     @property
     def calls(self) -> int:
-        return self.teacher.calls + self.student.calls
+        return sum(engine.calls for engine in (self.teacher, self.student, *self.tuned.values()))
+
+    def rows(self, folder: str) -> list[dict[str, str]]:
+        """Return what the student in this folder of the run was trained on."""
+        found: list[dict[str, str]] = json.loads((self.folder / folder / "rows.json").read_text())
+        return found
+
+    def train(self, checkpoint: Path, rows: Sequence[Any], out: Path, settings: Any, **_: Any) -> SftResult:
+        """Stand in for `train_sft`, a finished one included."""
+        text = json.dumps([dict(row) for row in rows])
+        if not (out / "rows.json").is_file() or (out / "rows.json").read_text() != text:
+            self.trained.append(out)
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "tokenizer_config.json").write_text("{}")
+            (out / "rows.json").write_text(text)
+            (out / "training.json").write_text("{}")
+        return SftResult(out, 4, len(rows), 0, 0.0, ({"loss": 2.0}, {"loss": 0.5}), None)
+
+    def open_tuned(self, model: LocalModel) -> ScriptedEngine:
+        assert model.gguf is not None
+        if model.sha256 not in self.tuned:
+            made = json.loads(model.gguf.read_text())
+            engine = ScriptedEngine(model.sha256, self.learned(made["rows"]), chat_template=made["template"])
+            self.tuned[model.sha256] = engine
+        return self.tuned[model.sha256]
 
     def distill(self, *flags: str) -> int:
         """Run the command; return its exit code."""
         names = ["--task", "parity", "--teacher", TEACHER, "--student", STUDENT]
+        names += ["--set", f"elicit.by_label={str(self.by_label).lower()}"]
         return main(
             ["distill", *names, "--runs", str(self.folder.parent), "--name", self.folder.name, *flags]
         )
@@ -169,7 +232,18 @@ def house(tmp_path: Path, monkeypatch: Patch) -> House:
         return LocalModel(ref, f"sha256 of {ref}", make_gguf(tmp_path / f"{ref}.gguf", **sizes), None, "F16")
 
     def open_scripted(model: LocalModel, **_: Any) -> ScriptedEngine:
+        if model.name == f"{STUDENT} tuned":
+            return house.open_tuned(model)
         return {TEACHER: house.teacher, STUDENT: house.student}[model.name]
+
+    def convert(checkpoint: Path, base: Path, out: Path) -> None:
+        template = (checkpoint / "chat_template.jinja").read_text()
+        made = {"rows": json.loads((checkpoint / "rows.json").read_text()), "template": template}
+        out.write_text(json.dumps(made))
+
+    monkeypatch.setattr("arte_edge.gguf.from_base.checkpoint_to_gguf", convert)
+    for stage in ("own_labels", "tune"):
+        monkeypatch.setattr(f"arte_edge.distill.stages.{stage}.train_sft", house.train)
 
     monkeypatch.setattr("arte_edge.distill.run_context.resolve", find)
     monkeypatch.setattr("arte_edge.distill.run_context.open_local", open_scripted)

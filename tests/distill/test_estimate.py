@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from arte_edge.distill.stages.check import check
 from arte_edge.distill.stages.elicit import elicit
 from arte_edge.distill.stages.evaluate import evaluate
 from arte_edge.distill.stages.prefer import prefer
-from arte_edge.distill.stages.tailor import tailor
+from arte_edge.distill.stages.rounds import tailor_and_tune
+from arte_edge.distill.stages.target import target
 from arte_edge.errors import InputError
-from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.completion import Completion
 from arte_edge.runtimes.openai.client import Prices
-from arte_edge.tasks.task import Answer
+from arte_edge.tasks.task import Answer, Example
 
+UNALIGNED: dict[str, Any] = {"data": "original-teacher", "tailor": {"questions": 16}}
 SERVER = {"data": "original-teacher", "teacher": {"model": "openai:m@http://127.0.0.1:1/v1"}}
 K = {"k": 24, "items": 40}
 
@@ -36,21 +38,23 @@ def estimated(house: Any, prices: Prices | None = None, **tables: Any) -> dict[s
 def made(house: Any, **tables: Any) -> Counter[str]:
     """Run the stages that train nothing, and return the calls of each that were not in the store already."""
     house.teacher.word = lambda prompt: hashlib.sha256(prompt.encode()).hexdigest()[:8]
-    tuned = type(house.student)("tuned")
+    draft, fresh = house.teacher.drafts, count()
+    house.teacher.drafts = lambda sample: draft(next(fresh))  # no stage gets what another has asked about
+    house.learned = lambda rows: lambda n: n < len(rows) * 14  # each round is better than the one before
     run = house.run(**tables)
-    run.engine_with = lambda *_, **__: tuned
     check(run, force=True)
+    target(run)
     if run.config.aligned:
         elicit(run)
         calibrate(run)
         prefer(run)
-    tailor(run, None)
-    evaluate(run, LocalModel("tuned", "sha256 of tuned", Path("t.gguf"), None, "F16"))
+    evaluate(run, tailor_and_tune(run, None))
     run.close()
     found, stage = Counter[str](), ""
     for line in (house.folder / "events.jsonl").read_text("utf-8").splitlines():
         event = json.loads(line)
-        stage = event["name"] if event["event"] == "stage" else stage
+        stage = event["name"].removesuffix("-2") if event["event"] == "stage" else stage
+        stage = "tune" if stage.startswith(("tune", "validate")) else stage
         if event["event"] == "calls":
             found[stage] += event["n"] - event["kept"]
     return found
@@ -64,12 +68,17 @@ def made(house: Any, **tables: Any) -> Counter[str]:
         {"prefer": {"score": "accuracy", "race": "on"}, "calibrate": K},
         {"prefer": {"score": "forced"}, "elicit": {"questions": 33, "asked": 1, "opinion_shots": 0}},
         {"tailor": {"questions": 16, "label": "teacher"}, "evaluate": {"teacher": False, "shots": [0, 3]}},
-        {"data": "original-teacher", "check": {"examples": 10}, "evaluate": {"limit": 5}},
+        {**UNALIGNED, "check": {"examples": 10}, "evaluate": {"limit": 5}},
         {"data": "random", "calibrate": {"items": 15, "shots": [1]}},
+        {**UNALIGNED, "check": {"examples": 10}, "rounds": 2},
+        {**UNALIGNED, "check": {"own_labels": False}, "evaluate": {"shots": [3], "teacher": False}},
+        {**UNALIGNED, "tune": {"target": "reasoning-first"}, "elicit": {"opinion_shots": 0}},
+        {**UNALIGNED, "tune": {"target": "answer"}, "rounds": 2},
     ],
 )
-@pytest.mark.parametrize("kind", ["choice", "text"])
+@pytest.mark.parametrize("kind", ["told", "choice", "text"])
 def test_counts_are_the_calls_that_the_stages_make(house: Any, kind: str, tables: dict[str, Any]) -> None:
+    house.by_label = kind == "told"
     if kind == "text":
         house.task = replace(house.task, answer=Answer(kind="text"))
     calls = made(house, **tables)
@@ -77,9 +86,20 @@ def test_counts_are_the_calls_that_the_stages_make(house: Any, kind: str, tables
     raced = tables.get("prefer", {}).get("race") == "on"
     if raced:  # at most so many, and most of them
         assert 0.6 * told["prefer"] <= calls["prefer"] <= told["prefer"]
-    for stage in set(told) - {"align", "tune", *(["prefer"] if raced else [])}:
+    for stage in set(told) - {"align", *(["prefer"] if raced else [])}:
         assert told[stage] == calls[stage], stage
     assert set(told) == {*calls, "tune"} | ({"align"} if "prefer" in told else set())
+
+
+def test_a_trial_on_some_of_the_seeds_and_one_without_reasons_count_their_own(house: Any) -> None:
+    house.by_label = True
+    for n_seed in (4, 130):
+        more = tuple(Example(f"Is {n} even or odd?", "odd" if n % 2 else "even") for n in range(n_seed))
+        house.task = replace(house.task, seed=more)
+        house.folder = house.folder.with_name(f"{n_seed} seeds")
+        house.folder.mkdir()
+        calls, told = made(house, **UNALIGNED), estimated(house, **UNALIGNED)
+        assert told["target"].calls == calls["target"]
 
 
 def test_the_probes_of_alignment_are_counted(house: Any) -> None:
@@ -104,7 +124,7 @@ def test_a_server_has_no_votes_by_probability_and_its_calls_cost(house: Any) -> 
     )
     assert server["tailor"].calls == local["tailor"].calls - 16
     assert server["check"].cost_usd == pytest.approx((10 * 60 * 100 + 10 * 20 * 1000) / 1e6)
-    assert (server["check"].prompt_tokens, server["check"].completion_tokens) == (30 * 60, 30 * 20)
+    assert (server["check"].prompt_tokens, server["check"].completion_tokens) == (40 * 60, 40 * 20)
     assert estimated(house, Prices(1.0, 1.0))["check"].cost_usd == 0
 
 

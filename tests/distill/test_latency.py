@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import Patch, artifact, facts, speed_row, student_file
 
 from arte_edge.distill.config import Deploy
+from arte_edge.distill.generation.inputs import Focus
 from arte_edge.distill.latency import FILE_NAME, Budget, Rates, budget_tokens, device_rates, penalize_length
 from arte_edge.distill.pipeline import decide_budget
 from arte_edge.distill.run_context import RunContext, quantized_student
@@ -124,7 +125,7 @@ def test_what_the_device_has_no_time_for_trains_nobody(house: Any) -> None:
     def train(budget: int) -> list[dict[str, Any]]:
         run = house.run(tailor={"questions": 8}, **DEVICE)
         run.budget = Budget(budget, 10, RATES)
-        tailor(run, None)
+        tailor(run, None, Focus())
         rows: list[dict[str, Any]] = run.read("tailor", "train.jsonl")
         run.close()
         return rows

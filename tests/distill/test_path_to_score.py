@@ -42,6 +42,8 @@ def test_one_preference_score(house: Any, bench_gguf: Path, monkeypatch: Patch) 
         "calibrate.items=10",
         "calibrate.shots=[0]",
         "check.examples=20",
+        "check.own_labels=false",
+        "tune.target=answer",
     ]
     where = ["--runs", str(house.folder.parent), "--name", "run", "--force"]
     with pytest.raises(Scored):

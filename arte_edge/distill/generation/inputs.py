@@ -39,6 +39,7 @@ _NEAR_MISSES = 0.25  # share of the prompts of an answer that the student confus
 _SHOWN = 6  # examples of an answer in a prompt, at most; fewer are repeated in every prompt anyway
 _FLOOR = 0.5  # weight of an answer without errors, against 1 for the mean number of errors
 _LINE = re.compile(r"\s*\d+[.)]\s*(.+)")
+_BEGUN = re.compile(r"\s*\d+[.)]\s")  # "12.5 of 30" is an input
 _LONGEST = 1500  # characters of an input, as in `generation.questions`
 
 
@@ -116,7 +117,9 @@ class InputSource:
 
     def parse(self, number: int, text: str, finish: str) -> list[Parsed]:
         """Return the inputs of a numbered list, each with the answer that it was written for."""
-        lines = [line for line in f"0.{text}".split("\n") if line.strip()]
+        # A server that does not go on after the prefill may begin with a number of its own.
+        begun = _BEGUN.match(text)
+        lines = [line for line in (text if begun else f"0.{text}").split("\n") if line.strip()]
         cut = [lines.pop()] if finish == "length" and lines else []
         found: list[Parsed] = ["cut off"] * len(cut)
         for line in lines:

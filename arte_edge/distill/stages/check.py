@@ -91,8 +91,9 @@ def _inputs(run: RunContext) -> dict[str, Any]:
         "teacher": run.identity(run.config.teacher),
         "role": run.config.teacher.role,
         "student": run.identity(run.config.student),
-        "rate": run.config.tune.learning_rate,
+        "tune": [run.config.tune.learning_rate, run.config.tune.epochs],
         "task": run.task.sha256,
+        **run.budget_inputs(),
     }
 
 

@@ -33,6 +33,8 @@ def draft_source(run: RunContext, engine: Engine, plan: QuestionPlan, focus: Foc
 
 def first_focus(run: RunContext) -> Focus:
     """Return which answers the student of the own labels confused in the check: near misses are written for them."""
+    if not run.by_label:
+        return Focus()
     rows = run.read("check", "answers.jsonl")
     return focus_of(
         ((row["target"], row["own_labels"]) for row in rows if "own_labels" in row), weighted=False

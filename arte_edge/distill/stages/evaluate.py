@@ -51,7 +51,7 @@ def evaluate(run: RunContext, tuned: LocalModel) -> Summary:
     inputs = {
         "evaluate": config.model_dump(mode="json"),
         "elicit": [run.config.elicit.rationale_tokens, run.config.elicit.opinion_shots],
-        "own_labels": [run.config.check.own_labels, run.config.tune.learning_rate],
+        "own_labels": [run.config.check.own_labels, run.config.tune.learning_rate, run.config.tune.epochs],
         "form": run.form,
         "teacher": run.identity(run.config.teacher),
         "student": run.identity(student),

@@ -35,7 +35,8 @@ def tailor_and_tune(run: RunContext, adapter: tuple[Path, str] | None) -> LocalM
     most, kept = _validate(run, best, 1)["right"], 1
     for number in range(2, run.config.rounds + 1):
         rows = run.read(run.round_name("validate", number - 1), "answers.jsonl")
-        focus = focus_of(((row["target"], row["answer"]) for row in rows), weighted=True)
+        pairs = [(row["target"], row["answer"]) for row in rows] if run.by_label else []
+        focus = focus_of(pairs, weighted=True)
         tailor(run, adapter, focus, number)
         _, tuned = tune(run, number)
         right = _validate(run, tuned, number)["right"]
@@ -71,6 +72,7 @@ def _link(source: str, target: str) -> str:
 def _validate(run: RunContext, tuned: LocalModel, number: int) -> Summary:
     """Let the student of a round answer the validation examples."""
     inputs: dict[str, Any] = {"tuned": tuned.sha256, "form": run.form, "task": run.task.sha256}
+    inputs |= {"answer_tokens": run.config.evaluate.answer_tokens, **run.budget_inputs()}
     with run.stage(run.round_name("validate", number), inputs, _describe) as stage:
         if stage.todo:
             engine, examples = run.engine_with(tuned, None, run.config.student), run.task.validation

@@ -21,10 +21,18 @@ from arte_edge.distill.stages.own_labels import train_briefly, training_rows
 from arte_edge.tasks.answers import matches
 from arte_edge.tasks.task import Example
 
-__all__ = ["TRIAL_EXAMPLES", "TRIAL_ROWS", "describe", "reasons_for", "target", "trial_of_forms"]
+__all__ = [
+    "FEWEST_REASONS",
+    "TRIAL_EXAMPLES",
+    "TRIAL_ROWS",
+    "describe",
+    "reasons_for",
+    "target",
+    "trial_of_forms",
+]
 
 TRIAL_EXAMPLES = 100  # of the validation split
-_FEWEST = 8  # rows with reasons; fewer teach no form
+FEWEST_REASONS = 8  # rows with reasons; fewer teach no form
 TRIAL_ROWS = 120  # rows of a trial
 
 
@@ -90,7 +98,7 @@ def trial_of_forms(
     answers: dict[Form, Predictions] = {}
     tokens: dict[str, float] = {}
     reasoned = [i for i, rationale in enumerate(rationales) if rationale]
-    for form in FORMS if len(reasoned) >= _FEWEST else FORMS[:1]:
+    for form in FORMS if len(reasoned) >= FEWEST_REASONS else FORMS[:1]:
         how = run.asking(form)
         used = reasoned if form == "reasoning-first" else range(len(examples))
         rows = training_rows(run, how, [examples[i] for i in used], [rationales[i] for i in used])

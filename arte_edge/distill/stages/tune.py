@@ -36,6 +36,7 @@ def tune(run: RunContext, number: int = 1) -> tuple[Summary, LocalModel]:
         "student": run.identity(run.config.student),
         "data": run.outputs(*tailored),
         "task": run.task.sha256,
+        **run.budget_inputs(),
     }
     with run.stage(name, inputs, _describe) as stage:
         if stage.todo:

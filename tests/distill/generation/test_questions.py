@@ -12,6 +12,7 @@ from arte_edge.distill.generation.questions import (
     Drafts,
     NearDuplicates,
     QuestionPlan,
+    QuestionSource,
     draft_questions,
     parse_questions,
 )
@@ -128,7 +129,8 @@ class TestNearDuplicates:
 def drafted(house: Any, wanted: int) -> Drafts:
     run = house.run()
     teacher, plan = run.config.teacher, QuestionPlan(run.config.elicit, wanted, 1.0, 0, 0)
-    return draft_questions(run, run.engine(teacher), teacher, plan, "drafts")
+    engine = run.engine(teacher)
+    return draft_questions(run, engine, plan, "drafts", QuestionSource(run, engine, teacher, plan))
 
 
 VARIED = (

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arte_edge.distill.config import LabelPolicy
+from arte_edge.distill.generation.inputs import Focus
 from arte_edge.distill.generation.rationales import (
     agrees,
     decide_label,
@@ -177,7 +178,7 @@ def written(
     run: RunContext = house.run(tailor={"questions": 8}, **(DEVICE if budget else {}) | tables)
     run.budget = budget and Budget(budget, 10, RATES)
     try:
-        return run, tailor(run, None), run.read("tailor", "train.jsonl")
+        return run, tailor(run, None, Focus()), run.read("tailor", "train.jsonl")
     finally:
         run.close()
 

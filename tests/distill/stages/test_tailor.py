@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from arte_edge.distill.generation.inputs import Focus
 from arte_edge.distill.stages.tailor import tailor
 
 WANTED = 8
@@ -28,7 +29,7 @@ def written(house: Any, **settings: Any) -> list[dict[str, Any]]:
     house.teacher.drafts = drafts
     house.teacher.answer = lambda prompt: asked_for(prompt.rpartition("Question:")[2])
     run = house.run(tailor={"questions": WANTED} | settings)
-    tailor(run, None)
+    tailor(run, None, Focus())
     rows: list[dict[str, Any]] = run.read("tailor", "train.jsonl")
     run.close()
     return rows

@@ -1,0 +1,173 @@
+"""Inputs for given answers: as many for each, more where the student errs, and no validation example in a prompt."""
+
+import random
+import re
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from arte_edge.distill.generation.inputs import Focus, InputSource, focus_of
+from arte_edge.distill.generation.questions import Drafts, QuestionPlan, QuestionSource, draft_questions
+from arte_edge.distill.stages.elicit import draft_plan, draft_source
+from arte_edge.distill.stages.tailor import tailor
+from arte_edge.tasks.task import Answer, Example
+
+LABELS = ("C", "C++", "C++ 20", "play music")
+TOLD = re.compile(r"whose right answer is (.+?), numbered from (\d+), one a line\. (.*?) Make them differ")
+SEEDS = ("put on a song by the band", "sort my list of numbers", "free the memory twice", "a lambda please")
+
+
+def words(prompt: str, sample: int, n: int = 5) -> str:
+    rng = random.Random(f"{prompt}/{sample}")
+    lines = [" ".join("".join(rng.choices("abcdefghij", k=6)) for _ in range(4)) for _ in range(n)]
+    return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 7)).removeprefix("7.")
+
+
+@pytest.fixture
+def told(house: Any) -> Any:
+    """A house whose task has labels that begin alike, and a teacher that writes five different inputs a prompt."""
+    house.by_label, house.teacher.inputs = True, words
+    rows = tuple(Example(text, label) for text, label in zip(SEEDS, LABELS, strict=True))
+    house.task = replace(house.task, answer=Answer(kind="choice", choices=LABELS), seed=rows)
+    return house
+
+
+def source(house: Any, needed: int = 20, focus: Focus | None = None) -> tuple[Any, InputSource]:
+    run = house.run()
+    plan = QuestionPlan(run.config.elicit, needed, 1.0, 0, 0)
+    return run, InputSource(run, house.teacher, run.config.teacher, plan, focus or Focus())
+
+
+def drafted(house: Any, needed: int = 20, focus: Focus | None = None) -> Drafts:
+    run, inputs = source(house, needed, focus)
+    plan = QuestionPlan(run.config.elicit, needed, 1.0, 0, 0)
+    drafts = draft_questions(run, house.teacher, plan, "inputs", inputs)
+    run.close()
+    return drafts
+
+
+def counts(drafts: Drafts) -> Counter[str]:
+    return Counter(row["target"] for row in drafts.valid)
+
+
+def test_every_answer_gets_as_many_inputs_even_from_a_teacher_that_finds_few_for_one(told: Any) -> None:
+    assert counts(drafted(told)) == dict.fromkeys(LABELS, 5)
+    told.folder = told.folder.with_name("uneven")
+    told.folder.mkdir()
+    told.teacher.inputs = lambda prompt, i: words(prompt, i, 1 if "answer is C," in prompt else 5)
+    drafts = drafted(told)
+    assert counts(drafts) == dict.fromkeys(LABELS, 5)
+    assert not drafts.rejected, "what is more than enough is left out without a reason"
+
+
+def test_errors_weigh_and_say_what_is_confused_with_what() -> None:
+    pairs = [("C", "C++")] * 2 + [("C", None), ("C++", "C"), ("play music", "play music")]
+    focus = focus_of(pairs, weighted=True)
+    assert dict(focus.weight) == {"C": 2.0, "C++": 1.0}
+    assert focus.confused == {"C": ("C++",), "C++": ("C",)}
+    assert focus_of(pairs, weighted=False) == Focus({}, focus.confused)
+    assert focus_of([], weighted=True) == Focus()
+
+
+def test_more_is_written_where_the_student_errs_more_and_something_everywhere(told: Any) -> None:
+    focus = focus_of([("C", "C++")] * 3 + [("C++", "C")], weighted=True)
+    assert counts(drafted(told, 40, focus)) == {"C": 20, "C++": 10, "C++ 20": 5, "play music": 5}
+
+
+def test_near_misses_are_written_for_confused_answers_alone(told: Any) -> None:
+    run, inputs = source(told, 4000, Focus(confused={"C": ("C++", "play music")}))
+    found = [TOLD.findall(request.prompt)[0] for request in inputs.requests(0, 400, [])]
+    near = [(label, condition) for label, _, condition in found if "easy to mistake for" in condition]
+    assert {label for label, _ in near} == {"C"}
+    others = {re.findall(r"mistake for (.+), but the right answer must be C\.", text)[0] for _, text in near}
+    assert others == {"C++", "play music"}
+    assert 0.1 < len(near) / sum(label == "C" for label, *_ in found) < 0.4
+    assert len({condition for *_, condition in found}) > 5, "conditions take turns"
+    run.close()
+
+
+def test_a_prompt_shows_inputs_of_its_own_answer_alone(told: Any) -> None:
+    run, inputs = source(told)
+    for request in inputs.requests(0, 12, []):
+        label, first, _ = TOLD.findall(request.prompt)[0]
+        shown = [seed for seed in told.task.seed if seed.input in request.prompt]
+        assert [seed.target for seed in shown] == [label] and first == "2" and request.prompt.endswith("\n2.")
+    run.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "found"),
+    [
+        (" a b\n8. c\n9) d\n", "stop", ["a b", "c", "d"]),
+        (' "a b"\n8. “c”', "stop", ["a b", "c"]),
+        (" a\n8. b\n9. half of", "length", ["cut off", "a", "b"]),
+        (" half of", "length", ["cut off"]),
+        (" a\nThat is all.\n8.\n9. b", "stop", ["a", "b"]),
+        (f" a\n8. {'x' * 1501}", "stop", ["a", "empty or too long"]),
+        ("", "stop", ["no input at all"]),
+        ("7. a\n8. b", "stop", ["a", "b"]),  # of a server that begins anew
+        (" 12.5 of 30\n8. 3.5 of 20", "stop", ["12.5 of 30", "3.5 of 20"]),
+    ],
+)
+def test_a_numbered_list_is_read(told: Any, text: str, finish: str, found: list[str]) -> None:
+    run, inputs = source(told)
+    label = TOLD.findall(inputs.requests(0, 1, [])[0].prompt)[0][0]
+    read = inputs.parse(0, text, finish)
+    assert [one if isinstance(one, str) else one[0] for one in read] == found
+    assert {one[1] for one in read if not isinstance(one, str)} <= {label}
+    run.close()
+
+
+def test_repeats_of_seeds_and_of_drafts_are_rejected(told: Any) -> None:
+    told.teacher.inputs = lambda prompt, i: f" {SEEDS[0]} now\n{words(prompt, 0, 2)}\n9. {words('', 0, 1)}"
+    reasons = drafted(told, 12).reasons()
+    assert set(reasons) == {"repeats a seed", "repeats a draft"}
+
+
+@pytest.mark.parametrize("what", ["letters", "text", "newline", "switched off", "labels"])
+def test_only_fixed_answers_and_inputs_of_one_line_can_be_told(told: Any, what: str) -> None:
+    if what == "letters":
+        told.task = replace(told.task, answer=Answer(kind="choice"))
+    elif what == "text":
+        told.task = replace(told.task, answer=Answer(kind="text"))
+    elif what == "newline":
+        told.task = replace(told.task, seed=(*told.task.seed, Example("two\nlines", "C")))
+    told.by_label = what != "switched off"
+    run = told.run()
+    made = draft_source(run, told.teacher, draft_plan(run.config), Focus())
+    assert type(made) is (InputSource if what == "labels" else QuestionSource)
+    run.close()
+
+
+@pytest.mark.parametrize(
+    ("role", "policy", "then"),
+    [
+        ("inputs", "vote", "dropped"),
+        ("inputs", "teacher", "dropped"),
+        ("labels", "vote", "changed"),
+        ("labels", "teacher", "kept"),
+    ],
+)
+def test_what_becomes_of_an_input_whose_teacher_contradicts_the_told_answer_is_counted(
+    house: Any, role: Any, policy: str, then: str
+) -> None:
+    house.by_label, house.teacher.knows = True, lambda n: n % 3 > 0
+    run = house.run(tailor={"questions": 24, "label": policy})
+    run.role = role
+    summary = tailor(run, None, Focus())
+    rows = run.read("tailor", "train.jsonl")
+    run.close()
+    labels = summary["labels"]
+    differ = 1 - labels["votes_agree"]
+    assert 0.15 < differ < 0.5
+    assert labels["questions_dropped"] == pytest.approx(differ if then == "dropped" else 0, abs=1e-3)
+    assert labels["label_changed"] == pytest.approx(differ if then == "changed" else 0, abs=1e-3)
+    assert len(rows) == 24 and sum(row["label"] == "odd" for row in rows) in range(11, 14)
+    for row in rows:
+        n = int(row["input"].split()[1])
+        assert (row["label"] == ("odd" if n % 2 else "even")) is (n % 3 > 0 or then != "changed")
+        assert n % 3 > 0 or then != "dropped"
+        assert row["rationale"] == f"<ans>{row['label']}</ans>"
+    assert not any("step by step" in prompt for prompt in house.teacher.prompts), "nobody asked for reasons"

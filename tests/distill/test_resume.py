@@ -1,0 +1,61 @@
+"""A run that is started again repeats no stage and no call, and a damaged store says where."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arte_edge.console import Reporter
+from arte_edge.distill.pipeline import run_pipeline
+from arte_edge.errors import ArteError
+
+TABLES: dict[str, Any] = {"data": "original-teacher", "tailor": {"questions": 8}}
+STAGES = ("check", "target", "tailor", "tune", "evaluate")
+
+
+def run(house: Any) -> dict[str, Any]:
+    house.by_label = True
+    done = run_pipeline(house.config(**TABLES), house.folder, Reporter(quiet=True))
+    assert done.folder == house.folder
+    return done.evaluation
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for stage in STAGES for path in (folder / stage).rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("stage", ["", *STAGES])
+def test_a_finished_run_costs_nothing_and_a_stage_that_was_cut_off_is_made_from_the_store(
+    house: Any, stage: str
+) -> None:
+    summary = run(house)
+    before, spent, trainings = contents(house.folder), house.calls, len(house.trained)
+    assert {name.partition("/")[0] for name in before} == set(STAGES)
+    if stage:
+        (house.folder / stage / "manifest.json").unlink()
+    assert run(house) == summary
+    assert (house.calls, len(house.trained)) == (spent, trainings)
+    assert contents(house.folder) == before
+
+
+@pytest.mark.parametrize("damage", ["a field is missing", "another type"])
+def test_a_damaged_call_is_made_again_or_named_with_its_line(house: Any, damage: str) -> None:
+    run(house)
+    for stage in STAGES:
+        (house.folder / stage / "manifest.json").unlink()
+    log, spent = house.folder / "calls.jsonl", house.calls
+    rows = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    for row in rows:
+        key = "text" if "text" in row else "logp"
+        row |= {key: [["x"]]} if damage == "another type" else {}
+        if damage == "a field is missing":
+            del row[key]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    if damage == "another type":
+        with pytest.raises(ArteError, match=r"calls\.jsonl:1: this line is damaged"):
+            run(house)
+    else:
+        run(house)
+        assert house.calls == 2 * spent
