@@ -11,12 +11,10 @@ from hypothesis import strategies as st
 from tiny import Patch, artifact, facts, speed_row, student_file
 
 from arte_edge.distill.config import Deploy
-from arte_edge.distill.generation.inputs import Focus
 from arte_edge.distill.latency import FILE_NAME, Budget, Rates, budget_tokens, device_rates, penalize_length
 from arte_edge.distill.pipeline import decide_budget
 from arte_edge.distill.run_context import RunContext, quantized_student
-from arte_edge.distill.stages.tailor import tailor
-from arte_edge.errors import InputError, StoppedEarly
+from arte_edge.errors import InputError
 from arte_edge.models.resolve import LocalModel
 from arte_edge.results.rows import SpeedRow
 from arte_edge.results.student_json import Speed, write_student
@@ -119,21 +117,6 @@ def test_a_student_that_writes_is_cut_off_at_the_budget(house: Any, scored: Any,
     _, _, rows = scored(Budget(11, 10, RATES), prefer={"score": "accuracy"}, **SMALL, **DEVICE)
     assert set(seen) == {11}
     assert rows[0]["score"] == rows[0]["bias_free"]  # cut off, it does not pay a second time
-
-
-def test_what_the_device_has_no_time_for_trains_nobody(house: Any) -> None:
-    def train(budget: int) -> list[dict[str, Any]]:
-        run = house.run(tailor={"questions": 8}, **DEVICE)
-        run.budget = Budget(budget, 10, RATES)
-        tailor(run, None, Focus())
-        rows: list[dict[str, Any]] = run.read("tailor", "train.jsonl")
-        run.close()
-        return rows
-
-    assert max(house.student.count_tokens(row["rationale"]) for row in train(96)) == 6
-    assert len(train(6)) == 8
-    with pytest.raises(StoppedEarly, match="over the latency budget"):
-        train(5)
 
 
 def test_a_student_file_is_made_once_and_kept(

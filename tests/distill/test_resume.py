@@ -1,6 +1,5 @@
 """A run that is started again repeats no stage and no call, and a damaged store says where."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 
 from arte_edge.console import Reporter
 from arte_edge.distill.pipeline import run_pipeline
-from arte_edge.errors import ArteError
 
 TABLES: dict[str, Any] = {"data": "original-teacher", "tailor": {"questions": 8}}
 STAGES = ("check", "target", "tailor", "tune", "evaluate")
@@ -38,24 +36,3 @@ def test_a_finished_run_costs_nothing_and_a_stage_that_was_cut_off_is_made_from_
     assert run(house) == summary
     assert (house.calls, len(house.trained)) == (spent, trainings)
     assert contents(house.folder) == before
-
-
-@pytest.mark.parametrize("damage", ["a field is missing", "another type"])
-def test_a_damaged_call_is_made_again_or_named_with_its_line(house: Any, damage: str) -> None:
-    run(house)
-    for stage in STAGES:
-        (house.folder / stage / "manifest.json").unlink()
-    log, spent = house.folder / "calls.jsonl", house.calls
-    rows = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-    for row in rows:
-        key = "text" if "text" in row else "logp"
-        row |= {key: [["x"]]} if damage == "another type" else {}
-        if damage == "a field is missing":
-            del row[key]
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    if damage == "another type":
-        with pytest.raises(ArteError, match=r"calls\.jsonl:1: this line is damaged"):
-            run(house)
-    else:
-        run(house)
-        assert house.calls == 2 * spent

@@ -88,15 +88,6 @@ def test_near_misses_are_written_for_confused_answers_alone(told: Any) -> None:
     run.close()
 
 
-def test_a_prompt_shows_inputs_of_its_own_answer_alone(told: Any) -> None:
-    run, inputs = source(told)
-    for request in inputs.requests(0, 12, []):
-        label, first, _ = TOLD.findall(request.prompt)[0]
-        shown = [seed for seed in told.task.seed if seed.input in request.prompt]
-        assert [seed.target for seed in shown] == [label] and first == "2" and request.prompt.endswith("\n2.")
-    run.close()
-
-
 @pytest.mark.parametrize(
     ("text", "finish", "found"),
     [

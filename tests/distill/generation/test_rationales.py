@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from arte_edge.distill.config import LabelPolicy
 from arte_edge.distill.generation.inputs import Focus
@@ -118,19 +116,6 @@ def test_a_text_that_answers_too_many_questions_is_rejected(
     before = [i for i, r in enumerate(rows) if r["usable"]]
     assert reject_repeated(rows) == len(rejected)
     assert [i for i in before if not rows[i]["usable"]] == rejected
-
-
-@given(
-    st.lists(
-        st.builds(row, st.sampled_from("012345678"), st.sampled_from("abcd"), st.booleans()), max_size=40
-    )
-)
-def test_never_makes_a_row_usable_and_counts_what_it_changed(rows: list[dict[str, Any]]) -> None:
-    before = [r["usable"] for r in rows]
-    refused = reject_repeated(rows)
-    assert all(was or not now for was, now in zip(before, [r["usable"] for r in rows], strict=True))
-    assert sum(before) - sum(r["usable"] for r in rows) == refused
-    assert reject_repeated(rows) == 0
 
 
 @pytest.mark.parametrize("tokens", [8, 60, 512, 100_000])

@@ -114,15 +114,6 @@ def test_a_teacher_near_chance_stops_with_its_figures(house: Any, capsys: Captur
     assert "--force" in said
 
 
-def test_force_continues_and_pays_for_nothing_twice(house: Any) -> None:
-    house.teacher.knows = lambda n: n % 8 < 4
-    with pytest.raises(StoppedEarly):
-        checked(house)
-    spent = house.calls
-    assert checked(house, force=True)["teacher"]["accuracy"] == 0.5
-    assert house.calls == spent
-
-
 def test_chance_is_the_most_frequent_answer_or_a_guess_among_the_options(house: Any) -> None:
     run = house.run()
     rows = (Example("a", "odd"), Example("b", "odd"), Example("c", "odd"), Example("d", "even"))

@@ -83,12 +83,6 @@ def test_shots_are_turns_in_the_students_own_form_and_the_first_setting_leads(ho
     assert headline(summary).startswith("Not better")
 
 
-def test_a_rerun_asks_and_trains_nothing(house: Any) -> None:
-    first = evaluated(house)
-    spent, trainings = house.calls, len(house.trained)
-    assert evaluated(house) == first and (house.calls, len(house.trained)) == (spent, trainings)
-
-
 @pytest.mark.parametrize(("form", "closing"), [("answer", "</s>"), ("answer-first", "</ans>")])
 def test_c_and_c_plus_plus_are_told_apart_by_what_ends_them(house: Any, form: Any, closing: str) -> None:
     """The student goes on after C with nine tenths of probability, so C++ is its answer."""

@@ -135,17 +135,6 @@ class TestRounds:
         assert (final / weights).samefile(best / weights), "a copy would cost the space of a model"
         assert model.sha256 == summary(house, "tune")["student_sha256"]
 
-    def test_without_hard_links_the_folder_is_copied(self, house: Any, monkeypatch: Patch) -> None:
-        def fails(*_: Any) -> None:
-            raise OSError("no links here")
-
-        monkeypatch.setattr("os.link", fails)
-        house.by_label, house.learned = True, by_size(20, 40)
-        tuned(house, rounds=2)
-        assert (house.folder / "tune" / "student" / "rows.json").read_bytes() == (
-            house.folder / "tune-2" / "student" / "rows.json"
-        ).read_bytes()
-
     @pytest.mark.parametrize("n_finished", range(8))
     @pytest.mark.parametrize("written", [False, True])
     def test_a_run_that_is_killed_at_the_end_of_a_stage_ends_with_the_same(
@@ -171,26 +160,6 @@ class TestRounds:
         _, model = tuned(house, rounds=2)
         assert model.sha256 == whole.sha256 and contents(house.folder) == expected
         assert (house.calls, len(house.trained)) == (2 * cost, 2 * trainings), "nothing was made twice"
-
-    def test_a_folder_of_the_runs_student_that_is_half_made_is_made_again(
-        self, house: Any, monkeypatch: Patch
-    ) -> None:
-        house.by_label, house.learned = True, by_size(10, 40)
-        tuned(house, rounds=2)
-        expected, rename = contents(house.folder), Path.rename
-        (house.folder / "tune" / "manifest.json").write_text("{}")
-
-        def dies(path: Path, to: Path) -> Path:
-            if path.name == ".tune":
-                raise KeyboardInterrupt
-            return rename(path, to)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Path, "rename", dies)
-            tuned(house, rounds=2)
-        assert not (house.folder / "tune").exists()
-        tuned(house, rounds=2)
-        assert contents(house.folder) == expected
 
 
 def contents(folder: Path) -> dict[str, bytes]:

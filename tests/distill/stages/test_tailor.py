@@ -44,12 +44,3 @@ def test_labels_are_spread_as_evenly_as_what_there_is_allows_unless_they_are_tak
     assert len(rows) == WANTED and len({row["id"] for row in rows}) == WANTED
     assert (counts["odd"] == counts["even"]) is even
     assert even or counts["odd"] < counts["even"]
-
-
-def test_examples_stay_in_the_order_in_which_they_were_asked(house: Any) -> None:
-    rows = written(house)
-    house.folder = house.folder.with_name("every")
-    every = [row["id"] for row in written(house, questions=WANTED * 2, even_labels=False)]
-    known = [row["id"] for row in rows if row["id"] in every]
-    assert len(known) > WANTED // 2
-    assert known == sorted(known, key=every.index)
