@@ -8,7 +8,7 @@ import pytest
 
 from arte_edge.publish.card.card import card
 from arte_edge.publish.recommend.pick import recommend
-from arte_edge.publish.report.data import STAGES, read_run
+from arte_edge.publish.report.data import read_run
 from arte_edge.publish.report.page import report
 from arte_edge.results.merge import merge_into
 from arte_edge.results.rows import QualityRow, SpeedRow, read_rows
@@ -63,7 +63,7 @@ def test_an_export_folder_keeps_its_card_and_can_be_asked(export_1: Path) -> Non
 def test_a_run_folder_has_a_report(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(OLD / "run", tmp_path / "run"))
     found = read_run(str(folder))
-    assert list(found.summaries) == [name for name in STAGES if name not in ("align", "tune", "evaluate")]
+    assert list(found.summaries) == ["check", "elicit", "calibrate", "prefer", "tailor"]
     assert found.summaries["prefer"]["k"] == 8 and found.cost["elicit"].calls > 0
     page = report(folder)
     assert page.path == folder / "report.html" and page.path.is_file()

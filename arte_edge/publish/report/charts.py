@@ -124,11 +124,9 @@ def _techniques(scores: Rows) -> list[tuple[str, int]]:
 
 def length_chart(scores: Rows, budget: int | None = None) -> Chart | None:
     """The words in a rationale against its score, with the mean of each bin of ten words."""
-    if len(scores) < 3:
+    if len(scores) < 3 or all(row["technique"] < 0 for row in scores):  # answers without reasons
         return None
     words = np.array([len(str(row["text"]).split()) for row in scores])
-    if words.min() == words.max() or all(row["technique"] < 0 for row in scores):  # answers without reasons
-        return None
     values = np.array([float(row["score"]) for row in scores])
     bins = words // _BIN_WORDS
     members = [bins == found for found in np.unique(bins)]

@@ -130,6 +130,7 @@ def test_length_against_score_tells_the_correlation_and_means() -> None:
     assert {"words in the rationale", "preference score", "mean of ten words"} <= set(texts(figure.svg))
     same = [{**row, "text": "one two"} for row in SCORES]
     assert "correlation undefined" in drawn(length_chart(same)).caption
+    assert length_chart([{**row, "technique": -1} for row in SCORES]) is None  # answers without reasons
 
 
 def test_the_means_of_bins_are_inside_the_axis() -> None:
