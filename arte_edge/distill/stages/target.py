@@ -8,6 +8,7 @@ form is clearly better, for it is the cheapest on a device.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ def trial_of_forms(
 ) -> tuple[Summary, list[Row]]:
     """Train a student a form on `examples` with `rationales` (empty: none), and compare them on validation examples.
 
-    Returns the summary and a row an example. The students are in `folder`, the first in `answer_folder` if given.
+    Returns the summary and a row an example. The students are trained in `folder` and removed; that of the bare
+    answer is left where it is, or trained, in `answer_folder` if given.
     """
     held_out = run.task.validation[:TRIAL_EXAMPLES]
     answers: dict[Form, Predictions] = {}
@@ -107,6 +109,10 @@ def trial_of_forms(
         engine = run.engine_with(model, None, run.config.student)
         answers[form] = student_answers(run, engine, how, held_out, f"trial, {form}")
         tokens[form] = sum(map(engine.count_tokens, answers[form].texts)) / len(held_out)
+        if out != answer_folder:  # half a gigabyte each, and the answers are stored
+            run.close_engines()
+            shutil.rmtree(out)
+            out.with_name(f"{form}-F16.gguf").unlink(missing_ok=True)
     summary = {
         "form": _decide(answers),
         "n": len(held_out),
