@@ -168,6 +168,7 @@ class House:
     learned: Callable[[Sequence[dict[str, str]]], Callable[[int], bool]] = _learned
     by_label: bool = False
     trained: list[Path] = field(default_factory=list)  # the folders of the trainings, in order
+    seen: dict[Path, list[dict[str, str]]] = field(default_factory=dict)  # the rows of each training
     tuned: dict[str, ScriptedEngine] = field(default_factory=dict)  # by the sha256 of the model
 
     def config(self, **tables: Any) -> RunConfig:
@@ -190,14 +191,14 @@ class House:
 
     def rows(self, folder: str) -> list[dict[str, str]]:
         """Return what the student in this folder of the run was trained on."""
-        found: list[dict[str, str]] = json.loads((self.folder / folder / "rows.json").read_text())
-        return found
+        return self.seen[self.folder / folder]
 
     def train(self, checkpoint: Path, rows: Sequence[Any], out: Path, settings: Any, **_: Any) -> SftResult:
         """Stand in for `train_sft`, a finished one included."""
         text = json.dumps([dict(row) for row in rows])
         if not (out / "rows.json").is_file() or (out / "rows.json").read_text() != text:
             self.trained.append(out)
+            self.seen[out] = [dict(row) for row in rows]
             out.mkdir(parents=True, exist_ok=True)
             (out / "tokenizer_config.json").write_text("{}")
             (out / "rows.json").write_text(text)

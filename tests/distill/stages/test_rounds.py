@@ -159,7 +159,10 @@ class TestRounds:
             tuned(house, rounds=2)
         _, model = tuned(house, rounds=2)
         assert model.sha256 == whole.sha256 and contents(house.folder) == expected
-        assert (house.calls, len(house.trained)) == (2 * cost, 2 * trainings), "nothing was made twice"
+        again = (
+            2 if (n_finished, written) == (1, False) else 0
+        )  # a trial's students are removed before it ends
+        assert (house.calls, len(house.trained)) == (2 * cost, 2 * trainings + again), "nothing else twice"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
