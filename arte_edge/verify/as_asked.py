@@ -55,7 +55,7 @@ def check_as_asked(
         if server.remark:
             remarks.append(f"{server.program} {server.remark}")
         texts = [_unstopped(text, questions) for text in questions.answers(artifact, asked)]
-        pairs = list(zip(texts, server.texts, strict=True))
+        pairs = [(_whole(ours), _whole(theirs)) for ours, theirs in zip(texts, server.texts, strict=True)]
         wrong = [pair for pair in pairs if not _same(*pair, questions, exactly=server.own)]
         if len(wrong) > (0 if server.own else _NEAR_TIES):
             differ = max(differ, len(wrong))
@@ -78,6 +78,11 @@ def _unstopped(text: str, questions: Questions) -> str:
     """Return `text` without the stop text at its end, as servers return it."""
     stops = questions.asking.answer_stops
     return next((text.removesuffix(stop) for stop in stops if text.endswith(stop)), text)
+
+
+def _whole(text: str) -> str:
+    """Return `text` without halves of characters, which programs show or drop as they like."""
+    return text.replace("\ufffd", "")
 
 
 def _same(ours: str, theirs: str, questions: Questions, *, exactly: bool) -> bool:
