@@ -23,6 +23,7 @@ __all__ = [
     "Shot",
     "answer_shots",
     "direct_messages",
+    "input_list",
     "input_messages",
     "input_prefill",
     "question_messages",
@@ -98,23 +99,41 @@ def question_messages(task: Task, seeds: Sequence[Example], n_new: int) -> list[
 
 
 def input_messages(
-    task: Task, label: str, shown: Sequence[Example], n_new: int, condition: str
+    task: Task,
+    label: str,
+    n_input: int,
+    condition: str,
+    others: Sequence[tuple[str, Sequence[Example]]] = (),
 ) -> list[Message]:
-    """Prompt the teacher for `n_new` inputs whose right answer is `label`, like those `shown`, one a line."""
-    lines = "".join(f"{i}. {example.input}\n" for i, example in enumerate(shown, 1))
-    examples = f"Here are inputs whose right answer is {label}:\n{lines}\n" if shown else ""
-    new = "new inputs" if shown else "inputs"
-    content = (
-        f"Task: {task.description.strip()}\n\n{examples}"
-        f"Write {n_new} {new} whose right answer is {label}, numbered from {len(shown) + 1}, one a line. "
-        f"{condition} Make them differ from each other{' and from the examples' if shown else ''}."
-    )
-    return [{"role": "user", "content": content}]
+    """Prompt the teacher for `n_input` inputs whose right answer is `label`, one a line.
+
+    `others` are lists of examples for other answers: as earlier turns they show the form, and what `label` is not.
+    """
+
+    def order(answer: str, n: int) -> str:
+        return f"Write {n} inputs whose right answer is {answer}, numbered, one a line."
+
+    system = f"Task: {task.description.strip()}\nYou write inputs for this task."
+    turns = [
+        message
+        for answer, examples in others
+        for message in (
+            {"role": "user", "content": order(answer, len(examples))},
+            {"role": "assistant", "content": input_list(examples)},
+        )
+    ]
+    last = f"{order(label, n_input)} {condition} Make them differ from each other."
+    return [{"role": "system", "content": system}, *turns, {"role": "user", "content": last}]
+
+
+def input_list(examples: Sequence[Example]) -> str:
+    """Return examples as the numbered list that the teacher is to write."""
+    return "\n".join(f"{i}. {example.input}" for i, example in enumerate(examples, 1))
 
 
 def input_prefill(shown: Sequence[Example]) -> str:
-    """Return the start of the teacher's answer: the number of the first new input."""
-    return f"{len(shown) + 1}."
+    """Return the start of the teacher's answer: known examples of the answer, and the number of the first new one."""
+    return f"{input_list(shown)}\n{len(shown) + 1}.".lstrip()
 
 
 def question_prefill(n_seeds: int) -> str:

@@ -59,12 +59,12 @@ def draft(sample: int) -> str:
     return "\n".join(blocks).removeprefix("<Question_4><input>")
 
 
-_TOLD = re.compile(r"whose right answer is (.+?), numbered from (\d+), one a line")
+_TOLD = re.compile(r"whose right answer is (.+?), numbered, one a line")
 
 
 def listed(prompt: str, sample: int) -> str:
     """Return a teacher's five inputs for the answer that it was told, which go on with the number in the prompt."""
-    label, first = _TOLD.findall(prompt)[-1]
+    label, first = _TOLD.findall(prompt)[-1], prompt.rpartition("\n")[2].removesuffix(".")
     rng = random.Random(f"{prompt}/{sample}")
     numbers = [2 * rng.randrange(1000, 10**9) + (label == "odd") for _ in range(5)]
     lines = [f"{int(first) + i}. Is {n} even or odd?" for i, n in enumerate(numbers)]

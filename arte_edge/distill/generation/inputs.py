@@ -36,7 +36,8 @@ _CONDITIONS = (
 )
 _NEAR_MISS = "Make them easy to mistake for {other}, but the right answer must be {label}."
 _NEAR_MISSES = 0.25  # share of the prompts of an answer that the student confuses with another
-_SHOWN = 6  # examples of an answer in a prompt, at most; fewer are repeated in every prompt anyway
+_SHOWN = 5  # examples of an answer in a prompt, at most
+_OTHERS = 3  # other answers whose lists are earlier turns: without them a small teacher leaves the form
 _FLOOR = 0.5  # weight of an answer without errors, against 1 for the mean number of errors
 _LINE = re.compile(r"\s*\d+[.)]\s*(.+)")
 _BEGUN = re.compile(r"\s*\d+[.)]\s")  # "12.5 of 30" is an input
@@ -137,14 +138,20 @@ class InputSource:
         return n >= self._quota.get(label, 0)
 
     def prompt(self, label: str, number: int) -> tuple[str, int]:
-        """Return prompt number `number`, for inputs of `label`, and the number at which its list goes on."""
+        """Return prompt number `number`, for inputs of `label`, and the number at which its list goes on.
+
+        Lists of other answers are earlier turns, the same for most prompts, so that they share a beginning.
+        """
         rng = random.Random(f"{self._plan.seed}/{number}/{label}")
-        seeds = self._by_label[label] or list(self._run.task.seed)
+        seeds = self._by_label[label]
         shown = rng.sample(seeds, min(_SHOWN, len(seeds)))
         condition = rng.choice(_CONDITIONS)
-        if (others := self._focus.confused.get(label)) and rng.random() < _NEAR_MISSES:
-            condition = _NEAR_MISS.format(other=rng.choice(others), label=label)
-        of_label = shown if self._by_label[label] else []
-        messages = input_messages(self._run.task, label, of_label, self._plan.elicit.asked, condition)
-        text = self._run.render(self._engine, messages, input_prefill(of_label), self._config)
-        return text, len(of_label) + 1
+        others = [other for other in self._by_label if other != label and self._by_label[other]][:_OTHERS]
+        if (confused := self._focus.confused.get(label)) and rng.random() < _NEAR_MISSES:
+            near = rng.choice(confused)
+            condition = _NEAR_MISS.format(other=near, label=label)
+            others = [*[other for other in others if other != near][: _OTHERS - 1], near]
+        lists = [(other, self._by_label[other][:_SHOWN]) for other in others if self._by_label[other]]
+        n_input = len(shown) + self._plan.elicit.asked
+        messages = input_messages(self._run.task, label, n_input, condition, lists)
+        return self._run.render(self._engine, messages, input_prefill(shown), self._config), len(shown) + 1
