@@ -29,7 +29,7 @@ setup: $(STAMP) ## make .venv and install everything that distilling and testing
 
 quickstart: setup ## distil a real 135M student here, export it, prove the files, measure them, say which to take
 	$(BIN)/arte-edge distill quickstart
-	$(BIN)/arte-edge export runs/quickstart --gguf Q4_K_M --onnx int4 -o runs/quickstart/export
+	$(BIN)/arte-edge export runs/quickstart --gguf Q8_0 --onnx int4 -o runs/quickstart/export
 	$(BIN)/arte-edge bench runs/quickstart --suite quick
 	$(BIN)/arte-edge recommend runs/quickstart
 	$(BIN)/arte-edge report runs/quickstart

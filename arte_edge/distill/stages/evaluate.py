@@ -186,17 +186,17 @@ def _describe(summary: Summary) -> str:
 
 def summary_table(evaluation: Summary) -> ResultTable:
     """Return accuracy by model and prompting, with 95 % intervals, and the tuned student's paired difference."""
-    table = ResultTable(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = ResultTable(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True)
     for name in ("model", "prompting"):
         table.add_column(name, no_wrap=True)
-    for name in ("right", "95 % interval", "tuned minus it, points"):
+    for name in ("right", "95 % interval", "tuned minus it"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in comparison_of(evaluation):
         table.add_row(
-            row.model,
+            row.model.replace("labels + ", "+ "),  # so that it fits into 80 columns
             row.setting,
             f"{row.accuracy:.1%}",
-            f"{row.low:.1%} to {row.high:.1%}",
+            f"{100 * row.low:.1f} to {100 * row.high:.1f}",
             row.difference_points,
             style="bold" if row.model == TUNED else "",
         )
@@ -209,7 +209,7 @@ def summary_lines(evaluation: Summary) -> list[str]:
     part = ", a part of the test split: not a result" if evaluation["partial"] else ""
     lines = [
         headline(evaluation),
-        f"n = {n} test examples{part}; the majority baseline is {evaluation['chance']:.1%}; "
+        f"Differences are paired, in points. n = {n} test examples{part}; the majority baseline is {evaluation['chance']:.1%}; "
         f"answer form: {evaluation['form']}.",
     ]
     if (share := evaluation["format_share"]) is not None:
