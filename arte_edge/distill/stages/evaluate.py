@@ -209,8 +209,8 @@ def summary_lines(evaluation: Summary) -> list[str]:
     part = ", a part of the test split: not a result" if evaluation["partial"] else ""
     lines = [
         headline(evaluation),
-        f"Differences are paired, in points. n = {n} test examples{part}; the majority baseline is {evaluation['chance']:.1%}; "
-        f"answer form: {evaluation['form']}.",
+        f"Differences are paired, in points. n = {n} test examples{part}; the majority baseline is "
+        f"{evaluation['chance']:.1%}; answer form: {evaluation['form']}.",
     ]
     if (share := evaluation["format_share"]) is not None:
         lines.append(
