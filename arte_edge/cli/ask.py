@@ -96,7 +96,7 @@ def chat(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Answer each line of stdin by itself, until it ends (Ctrl-D)."""
+    """Answer each line of stdin by itself, until Ctrl-D."""
     from arte_edge import api
 
     if hasattr(sys.stdin, "reconfigure"):
@@ -135,15 +135,19 @@ def serve(
     ],
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8080,
     threads: Threads = None,
+    as_json: Json = False,
 ) -> None:
-    """Start llama.cpp's server for a student, on this machine alone, and print a command that asks it.
+    """Start llama.cpp's server for a student, here alone.
 
-    Ctrl-C ends both.
+    Prints a command that prompts it. Ctrl-C ends both.
     """
     from arte_edge import api
 
     with api.serve(source, port=port, threads=threads) as server:
         err.print(f"{server.url} answers; Ctrl-C ends it. A question:", soft_wrap=True)
         with suppress(BrokenPipeError):
-            print(server.curl, flush=True)
+            if as_json:
+                emit_json({"url": server.url, "curl": server.curl})
+            else:
+                print(server.curl, flush=True)
         server.wait()
