@@ -30,7 +30,7 @@ from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.stats import wilson
 from arte_edge.tasks.loaders import load_task
 
-RESULTS = Path(__file__).with_name("results") / "answer_forms.jsonl"
+RESULTS = Path(__file__).with_name("results") / "answer_forms" / "rows.jsonl"
 TIMED = 20  # examples
 
 
@@ -94,6 +94,7 @@ def main() -> None:
     for ref in options.tasks:
         for seed in options.seeds:
             rows = measure(options, ref, seed)
+            options.results.parent.mkdir(parents=True, exist_ok=True)
             with options.results.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             for row in rows:

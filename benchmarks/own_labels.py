@@ -2,7 +2,7 @@
 
     python benchmarks/own_labels.py snips --data ../shared/data/snips --own 40 --seeds 0 1 2
     python benchmarks/own_labels.py banking77 --data ../shared/data/banking77 --labels 20 --own 60 --seeds 0 1 2
-    python benchmarks/own_labels.py --summary benchmarks/results/own_labels.jsonl
+    python benchmarks/own_labels.py --summary benchmarks/results/own_labels/rows.jsonl
 
 Each seed draws its own labelled rows, 100 validation rows and, of a set with many labels, the labels' rows from
 ``train.jsonl`` (rows of input and target); the test split is ``test.jsonl``, of those labels, read after all
@@ -37,7 +37,7 @@ from arte_edge.tasks.answers import matches
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task, content_key
 
-RESULTS = Path(__file__).with_name("results") / "own_labels.jsonl"
+RESULTS = Path(__file__).with_name("results") / "own_labels" / "rows.jsonl"
 LABELS_SEED = 7  # which labels of a set with many: the same ones for every seed
 ABOUT = {
     "snips": "Say which intent a request to a voice assistant has",
@@ -200,6 +200,7 @@ def main() -> None:
     if options.summary is None:
         for seed in options.seeds:
             row = measure(options, seed)
+            options.results.parent.mkdir(parents=True, exist_ok=True)
             with options.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
     summary(options.summary or options.results)
