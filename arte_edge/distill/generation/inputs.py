@@ -121,6 +121,8 @@ class InputSource:
         # A server that does not go on after the prefill may begin with a number of its own.
         begun = _BEGUN.match(text)
         lines = [line for line in (text if begun else f"0.{text}").split("\n") if line.strip()]
+        if not begun and len(lines) > 1 and lines[0].rstrip().endswith(":"):
+            lines.pop(0)  # "Here are five inputs:", of a server
         cut = [lines.pop()] if finish == "length" and lines else []
         found: list[Parsed] = ["cut off"] * len(cut)
         for line in lines:

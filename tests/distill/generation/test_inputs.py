@@ -99,6 +99,7 @@ def test_near_misses_are_written_for_confused_answers_alone(told: Any) -> None:
         (f" a\n8. {'x' * 1501}", "stop", ["a", "empty or too long"]),
         ("", "stop", ["no input at all"]),
         ("7. a\n8. b", "stop", ["a", "b"]),  # of a server that begins anew
+        ("Here are two inputs:\n1. a\n2. b", "stop", ["a", "b"]),
         (" 12.5 of 30\n8. 3.5 of 20", "stop", ["12.5 of 30", "3.5 of 20"]),
     ],
 )
