@@ -65,7 +65,7 @@ def measure(options: argparse.Namespace, ref: str, seed: int) -> list[dict[str, 
                 "low": interval.low,
                 "high": interval.high,
                 "answer_tokens": statistics.fmean(engine.count_tokens(text) for text in answers.texts),
-                "right": "".join("01"[one] for one in answers.right),
+                "right": "".join("01"[int(one)] for one in answers.right),
             }
         seconds: dict[Form, list[float]] = {form: [] for form in FORMS}
         for example in test[:TIMED]:
