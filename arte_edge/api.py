@@ -173,6 +173,8 @@ def open_student(
     from arte_edge.tasks.loaders import load_task
 
     path, loaded = user_path(source), None if task is None else load_task(str(task))
+    if not path.exists() and path.suffix in (".gguf", ".onnx"):
+        raise InputError(f"{path}: no such file", "Give a model's file, an export's folder, or a run.")
     if not path.exists() or (path / "run.toml").is_file():
         run = load_run(source)
         known = run.config.task

@@ -192,6 +192,7 @@ def test_what_is_no_tuned_student_is_said(tmp_path: Path) -> None:
         tmp_path / "texts": "no model here",
         tmp_path / "texts" / "notes.txt": "not a usable GGUF",
         tmp_path / "none": "no such folder",
+        tmp_path / "none.gguf": "no such file",
     }.items():
         with pytest.raises(InputError, match=said):
             ae.ask(source, "q1")
