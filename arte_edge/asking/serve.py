@@ -25,6 +25,7 @@ from arte_edge.asking.ask import Student
 from arte_edge.device.model_size import model_format
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.reader import GgufHeader, read_model_header
+from arte_edge.runtimes.llamacpp.servers import NEEDED, end_process
 from arte_edge.threads import thread_count
 
 __all__ = ["Server", "serve_file"]
@@ -32,7 +33,6 @@ __all__ = ["Server", "serve_file"]
 _HOST = "127.0.0.1"
 _MOST_CONTEXT_TOKENS = 4096  # a cache for all that some models were trained for fills the memory
 _START_S, _STOP_S, _POLL_S = 300.0, 1.0, 0.1
-_NEEDED = ("llama_cpp", "uvicorn", "fastapi", "sse_starlette", "starlette_context", "pydantic_settings")
 _LOG_LINES = 6
 
 
@@ -91,12 +91,7 @@ class Server:
     def close(self) -> None:
         """End the server."""
         if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+            end_process(self.process, _STOP_S)
         self._log.close()
 
     def __enter__(self) -> Self:
@@ -139,7 +134,7 @@ def serve_file(student: Student, port: int, threads: int | None = None) -> Serve
 def _command(path: Path, header: GgufHeader, port: int, threads: int) -> tuple[list[str], str]:
     """Return the command of the best server that is installed, and the path that answers when it is ready."""
     context = str(min(header.context_tokens or _MOST_CONTEXT_TOKENS, _MOST_CONTEXT_TOKENS))
-    if all(map(find_spec, _NEEDED)):
+    if all(map(find_spec, NEEDED)):
         command = [sys.executable, "-P", "-m", "llama_cpp.server", "--model", str(path), "--verbose", "False"]
         command += ["--host", _HOST, "--port", str(port), "--n_ctx", context, "--n_threads", str(threads)]
         if header.chat_template:  # it would put formatters of its own in place of some templates
@@ -148,7 +143,7 @@ def _command(path: Path, header: GgufHeader, port: int, threads: int) -> tuple[l
     if (server := shutil.which("llama-server")) is not None:
         command = [server, "-m", str(path), "--jinja", "--host", _HOST, "--port", str(port)]
         return [*command, "-c", context, "-t", str(threads)], "/health"
-    missing = ", ".join(name for name in _NEEDED if find_spec(name) is None)
+    missing = ", ".join(name for name in NEEDED if find_spec(name) is None)
     raise ArteError(
         f"No server is installed: llama-cpp-python's lacks {missing}, and there is no llama-server on the PATH",
         "pip install 'llama-cpp-python[server]'",

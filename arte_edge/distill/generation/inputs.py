@@ -22,7 +22,7 @@ from arte_edge.distill.run_context import Row, RunContext
 from arte_edge.runtimes.completion import Engine, Request
 from arte_edge.tasks.task import Example
 
-__all__ = ["Focus", "InputSource", "focus_of", "input_labels"]
+__all__ = ["Focus", "InputSource", "focus_of"]
 
 _CONDITIONS = (
     "Vary the wording.",
@@ -48,7 +48,7 @@ _LONGEST = 1500  # characters of an input, as in `generation.questions`
 class Focus:
     """Which answers need more inputs, relative to each other, and which answers they are mistaken for."""
 
-    weight: dict[str, float] = field(default_factory=dict)  # missing: 1
+    weight: dict[str, float] = field(default_factory=dict)  # empty: all alike; a missing one has `_FLOOR`
     confused: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -66,12 +66,7 @@ def focus_of(pairs: Iterable[tuple[str, str | None]], *, weighted: bool) -> Focu
     mean = sum(errors.values()) / max(len(errors), 1)
     weight = {label: _FLOOR + n / mean for label, n in errors.items()} if weighted else {}
     others = {label: tuple(other for other, _ in found.most_common(3)) for label, found in confused.items()}
-    return Focus(defaultdict(lambda: _FLOOR, weight) if weight else {}, others)
-
-
-def input_labels(run: RunContext) -> tuple[str, ...]:
-    """Return the answers that inputs are written for."""
-    return run.task.answer.options("")
+    return Focus(weight, others)
 
 
 class InputSource:
@@ -81,13 +76,13 @@ class InputSource:
         self, run: RunContext, engine: Engine, config: ModelConfig, plan: QuestionPlan, focus: Focus
     ):
         self._run, self._engine, self._config, self._plan, self._focus = run, engine, config, plan, focus
-        labels = input_labels(run)
-        self._weight = {label: focus.weight.get(label, _FLOOR if focus.weight else 1.0) for label in labels}
+        rest = _FLOOR if focus.weight else 1.0
+        self._weight = {label: focus.weight.get(label, rest) for label in run.task.answer.options("")}
         total = sum(self._weight.values())
         self._quota = {label: math.ceil(plan.needed * w / total) for label, w in self._weight.items()}
-        self._by_label: dict[str, list[Example]] = defaultdict(list)
+        self._by_label: dict[str, list[Example]] = {}  # in the order of the seeds
         for seed in run.task.seed:
-            self._by_label[seed.target].append(seed)
+            self._by_label.setdefault(seed.target, []).append(seed)
         self._order: list[str] = []
         self._turns: Counter[str] = Counter()
         self._asked: dict[int, str] = {}  # prompt number -> answer
@@ -145,15 +140,15 @@ class InputSource:
         Lists of other answers are earlier turns, the same for most prompts, so that they share a beginning.
         """
         rng = random.Random(f"{self._plan.seed}/{number}/{label}")
-        seeds = self._by_label[label]
+        seeds = self._by_label.get(label, [])
         shown = rng.sample(seeds, min(_SHOWN, len(seeds)))
         condition = rng.choice(_CONDITIONS)
-        others = [other for other in self._by_label if other != label and self._by_label[other]][:_OTHERS]
+        others = [other for other in self._by_label if other != label][:_OTHERS]
         if (confused := self._focus.confused.get(label)) and rng.random() < _NEAR_MISSES:
             near = rng.choice(confused)
             condition = _NEAR_MISS.format(other=near, label=label)
             others = [*[other for other in others if other != near][: _OTHERS - 1], near]
-        lists = [(other, self._by_label[other][:_SHOWN]) for other in others if self._by_label[other]]
+        lists = [(other, self._by_label[other][:_SHOWN]) for other in others if other in self._by_label]
         n_input = len(shown) + self._plan.elicit.asked
         messages = input_messages(self._run.task, label, n_input, condition, lists)
         return self._run.render(self._engine, messages, input_prefill(shown), self._config), len(shown) + 1

@@ -47,7 +47,7 @@ def target(run: RunContext) -> Summary | None:
     run.form = config.target if config.target != "auto" else "reasoning-first"
     if config.target != "auto" or not run.by_label:
         return None
-    with run.stage("target", _inputs(run, run.outputs("check")), describe) as stage:
+    with run.stage("target", _inputs(run), describe) as stage:
         if stage.todo:
             seeds = list(run.task.seed)[:TRIAL_ROWS]
             rationales = reasons_for(run, seeds)
@@ -60,14 +60,14 @@ def target(run: RunContext) -> Summary | None:
     return stage.summary
 
 
-def _inputs(run: RunContext, data: dict[str, Any]) -> dict[str, Any]:
+def _inputs(run: RunContext) -> dict[str, Any]:
     return {
         "elicit": [run.config.elicit.rationale_tokens, run.config.elicit.grammar],
         "answer_tokens": run.config.evaluate.answer_tokens,
         "tune": [run.config.tune.learning_rate, run.config.tune.epochs],
         "teacher": run.identity(run.config.teacher),
         "student": run.identity(run.config.student),
-        "data": data,
+        "data": run.outputs("check"),
         "task": run.task.sha256,
         **run.budget_inputs(),
     }

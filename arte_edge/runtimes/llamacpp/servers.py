@@ -23,10 +23,10 @@ from arte_edge.errors import first_line
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.runtimes.protocol import Served
 
-__all__ = ["served"]
+__all__ = ["NEEDED", "end_process", "served"]
 
 _PYTHON = "llama-cpp-python's server"
-_NEEDED = ("llama_cpp", "uvicorn", "fastapi", "sse_starlette", "starlette_context", "pydantic_settings")
+NEEDED = ("llama_cpp", "uvicorn", "fastapi", "sse_starlette", "starlette_context", "pydantic_settings")
 _START_S, _ANSWER_S, _POLL_S = 120.0, 120.0, 0.05
 _XLLAMACPP = """
 import sys, xllamacpp
@@ -62,7 +62,7 @@ def _commands(path: Path, context_tokens: int, threads: int) -> dict[str, list[s
     here = ["--host", "127.0.0.1", "--port", "PORT"]
     room, n_threads = str(context_tokens), str(threads)
     commands = {}
-    if all(find_spec(name) for name in _NEEDED):
+    if all(find_spec(name) for name in NEEDED):
         own = ["--n_ctx", room, "--n_threads", n_threads, "--n_threads_batch", n_threads]
         commands[_PYTHON] = [
             sys.executable,
@@ -134,12 +134,17 @@ def _running(command: Sequence[str]) -> Iterator[httpx.Client]:
                 time.sleep(_POLL_S)
             yield client
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_process(process, 10)
+
+
+def end_process(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """End a child process: kindly, and after `patience_s` seconds by force."""
+    process.terminate()
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _answers(client: httpx.Client) -> bool:
