@@ -17,6 +17,8 @@ from arte_edge.errors import InputError
 from arte_edge.files import problems, read_toml, toml_loads
 
 __all__ = [
+    "TECHNIQUE_ARMS",
+    "UNALIGNED",
     "Align",
     "Check",
     "Data",
@@ -39,7 +41,20 @@ __all__ = [
     "reject",
 ]
 
-Data = Literal["arte", "original-teacher", "question-only", "rationale-only", "random"]
+Data = Literal[
+    "arte",
+    "original-teacher",
+    "best-of-n",
+    "question-only",
+    "rationale-only",
+    "random",
+    "random-technique",
+    "one-technique",
+    "preferred-rationale",
+]
+UNALIGNED = ("original-teacher", "best-of-n")
+# The aligned teacher's questions; each rationale is one of the original teacher's, one a technique.
+TECHNIQUE_ARMS = ("random-technique", "one-technique", "preferred-rationale")
 LabelPolicy = Literal["teacher", "vote", "drop-disagreement"]
 Problem = tuple[str, str]  # what is wrong, what to do about it
 
@@ -201,6 +216,7 @@ class Tailor(_Section):
     temperature: float = _key(1.0, ge=0.0, le=2.0)
     label: LabelPolicy = _key("vote", "as in elicit")
     even_labels: bool = _key(True, "closed-answer tasks: balance labels when subsampling")
+    best_of: int = _key(4, 'drafts for each example with data = "best-of-n"', ge=2, le=64)
     max_prompts: int = _key(0, "as in elicit", ge=0)
 
 
@@ -268,15 +284,25 @@ class RunConfig(_Section):
     @property
     def aligned(self) -> bool:
         """Whether the teacher is aligned in this run."""
-        return self.data != "original-teacher"
+        return self.data not in UNALIGNED
+
+    @property
+    def alignment(self) -> str:
+        """What decides the pairs of the alignment: `data`, which several arms share."""
+        return "arte" if self.data in TECHNIQUE_ARMS else self.data
+
+    @property
+    def best_of(self) -> int:
+        """How many drafts the teacher writes for each training example."""
+        return self.tailor.best_of if self.data == "best-of-n" else 1
 
     @property
     def n_question_pairs(self) -> int:
-        return 0 if self.data in ("rationale-only", "original-teacher") else self.align.question_pairs
+        return 0 if self.data in ("rationale-only", *UNALIGNED) else self.align.question_pairs
 
     @property
     def n_rationale_pairs(self) -> int:
-        return 0 if self.data in ("question-only", "original-teacher") else self.align.rationale_pairs
+        return 0 if self.data in ("question-only", *UNALIGNED) else self.align.rationale_pairs
 
 
 def load_toml(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from arte_edge.asking.form import FORMS, Form
 from arte_edge.console import Reporter, emit_json, out
 from arte_edge.distill.cached_calls import GROUP
-from arte_edge.distill.config import RunConfig
+from arte_edge.distill.config import TECHNIQUE_ARMS, RunConfig
 from arte_edge.distill.evaluation import student_prompts
 from arte_edge.distill.generation.inputs import Focus
 from arte_edge.distill.generation.questions import QuestionPlan, count_valid
@@ -191,7 +191,7 @@ def stage_work(config: RunConfig, task: Task, drafts_per_prompt: float) -> Itera
             "elicit", config, task, draft_plan(config), len(task.techniques), drafts_per_prompt
         )
         yield from _calibrate(config, task)
-        yield from _prefer(config, task)
+        yield from _prefer("prefer", config, task, config.elicit.questions, len(task.techniques))
         n_pair = config.n_question_pairs + min(config.n_rationale_pairs, config.elicit.questions)
         settings = dpo_settings(config)
         per_step = settings.batch_size * settings.accumulate
@@ -199,8 +199,14 @@ def stage_work(config: RunConfig, task: Task, drafts_per_prompt: float) -> Itera
         # Checks before the first step, regularly, and after the last.
         n_look = 1 + ceil(n_step / settings.probe_every)
         yield Work("align", Call("teacher", "question"), n_look * config.align.probe_prompts)
+    elif config.data == "best-of-n":
+        yield from _calibrate(config, task)
+    plan = tailor_plan(config, task, reasons=not _bare(config, task))
+    n_rationale = len(task.techniques) if config.data in TECHNIQUE_ARMS else config.best_of
     for _ in range(config.rounds):
-        yield from _drafts("tailor", config, task, tailor_plan(config, task), 1, drafts_per_prompt)
+        yield from _drafts("tailor", config, task, plan, n_rationale, drafts_per_prompt)
+        if config.data in ("best-of-n", "preferred-rationale"):
+            yield from _prefer("tailor", config, task, plan.needed, n_rationale)
     if config.rounds > 1:
         yield Work("tune", Call("student", "asked"), config.rounds * len(task.validation))
     n_test = len(task.test_keys())
@@ -223,7 +229,7 @@ def _drafts(
         sent += n
         valid = min(int(sent * drafts_per_prompt), plan.needed)
     yield Work(stage, Call("teacher", "question"), sent)
-    if not tells_labels(config, task) or config.tune.target not in ("auto", "answer"):
+    if not _bare(config, task):
         yield Work(stage, Call("teacher", "rationale"), plan.needed * n_technique)
     if votes_directly(config, task.answer):
         yield Work(stage, Call("teacher", "vote", config.elicit.opinion_shots), plan.needed)
@@ -238,14 +244,20 @@ def _calibrate(config: RunConfig, task: Task) -> Iterator[Work]:
             yield Work("calibrate", Call(who, "constrained", shots), n_item)
 
 
-def _prefer(config: RunConfig, task: Task) -> Iterator[Work]:
+def _bare(config: RunConfig, task: Task) -> bool:
+    """Return whether the teacher writes no rationales; an automatic form counts as the answer alone."""
+    return tells_labels(config, task) and config.tune.target in ("auto", "answer")
+
+
+def _prefer(stage: str, config: RunConfig, task: Task, n_question: int, n_rationale: int) -> Iterator[Work]:
+    """Yield the scores of so many drafts: of each question, so many rationales, or its answer alone."""
     k = min(config.calibrate.k, config.calibrate.items, len(task.validation))
-    bare = tells_labels(config, task) and config.tune.target in ("auto", "answer")
-    question = [q for q in range(config.elicit.questions) for _ in ([0] if bare else task.techniques)]
+    n_each = 1 if _bare(config, task) else n_rationale
+    question = [q for q in range(n_question) for _ in range(n_each)]
     adaptive = is_adaptive(config.prefer, len(question), k)
     plan = AdaptivePlan(tuple(question), k, config.prefer.race_share, config.prefer.race_error)
     what: What = "generated" if config.prefer.score == "accuracy" else "constrained"
-    yield Work("prefer", Call("student", what, 1), plan.most if adaptive else len(question) * k)
+    yield Work(stage, Call("student", what, 1), plan.most if adaptive else len(question) * k)
 
 
 def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], float]:
@@ -354,7 +366,9 @@ def _notes(config: RunConfig, drafts_per_prompt: float, prices: Prices | None) -
         notes.append(
             "tune.target: auto counts as the answer alone; a form with reasons adds rationales and tokens."
         )
-    if config.calibrate.models and config.aligned:
+    if config.data == "best-of-n":
+        notes.append(f"best-of-n: {config.best_of} drafts for each training example (tailor.best_of).")
+    if config.calibrate.models and (config.aligned or config.best_of > 1):
         notes.append("The further models of calibrate count like the teacher.")
     if is_server(config.teacher.model) and prices is None:
         notes.append("Cost: add --prices PROMPT,COMPLETION, dollars per million tokens.")

@@ -67,6 +67,8 @@ def run_pipeline(
             calibrate(run)
             prefer(run)
             _, adapter = align(run)
+        elif config.data == "best-of-n":
+            calibrate(run)
         tuned = tailor_and_tune(run, adapter)
         return Outcome(folder, evaluate(run, tuned), run.calls.made, run.calls.cached)
     finally:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.checkpoint import read_weights
-from arte_edge.distill.config import Problem, RunConfig, problems_of, reject
+from arte_edge.distill.config import TECHNIQUE_ARMS, UNALIGNED, Problem, RunConfig, problems_of, reject
+from arte_edge.distill.run_context import tells_labels
 from arte_edge.errors import ArteError, InputError
 from arte_edge.files import user_path
 from arte_edge.gguf.names import checkpoint_family, family_of_arch, layout_of
@@ -42,7 +43,14 @@ def find_problems(tables: Mapping[str, Any]) -> list[Problem]:
 
 def refuse_run(config: RunConfig, task: Task) -> None:
     """Raise if `config` cannot run on `task`. Raises InputError: names every key or split."""
-    reject([*_size_problems(config.check.examples, task), *_server_problems(config.model_dump())])
+    problems = [*_size_problems(config.check.examples, task), *_server_problems(config.model_dump())]
+    reasons = config.tune.target in ("answer-first", "reasoning-first")
+    if config.data in TECHNIQUE_ARMS and tells_labels(config, task) and not reasons:
+        what = (
+            f'data = "{config.data}" chooses among rationales, and this student may learn answers without any'
+        )
+        problems.append((what, 'Set tune.target = "reasoning-first" or "answer-first".'))
+    reject(problems)
 
 
 def refuse_models(config: RunConfig, teacher: LocalModel | None, student: LocalModel) -> None:
@@ -136,10 +144,11 @@ def _look_up(ref: str) -> None:
 
 def _server_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
     teacher, student = _value(tables, "teacher", "model"), _value(tables, "student", "model")
-    if isinstance(teacher, str) and is_server(teacher) and tables.get("data") != "original-teacher":
+    if isinstance(teacher, str) and is_server(teacher) and tables.get("data") not in UNALIGNED:
         yield (
             f"teacher.model: {teacher.partition('@')[0]} is a server, and alignment needs the teacher's weights",
-            'Set data = "original-teacher" (generate the data without alignment), or use a local teacher.',
+            'Set data = "best-of-n" (the student chooses among its drafts) or "original-teacher", or use a local '
+            "teacher.",
         )
     if isinstance(student, str) and is_server(student):
         yield (

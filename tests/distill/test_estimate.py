@@ -25,6 +25,7 @@ from arte_edge.runtimes.openai.client import Prices
 from arte_edge.tasks.task import Answer, Example
 
 UNALIGNED: dict[str, Any] = {"data": "original-teacher", "tailor": {"questions": 16}}
+BEST_OF_3 = {**UNALIGNED, "data": "best-of-n", "tailor": {"questions": 16, "best_of": 3}}
 SERVER = {"data": "original-teacher", "teacher": {"model": "openai:m@http://127.0.0.1:1/v1"}}
 K = {"k": 24, "items": 40}
 
@@ -38,6 +39,7 @@ def estimated(house: Any, prices: Prices | None = None, **tables: Any) -> dict[s
 def made(house: Any, **tables: Any) -> Counter[str]:
     """Run the stages that train nothing, and return the calls of each that were not in the store already."""
     house.teacher.word = lambda prompt: hashlib.sha256(prompt.encode()).hexdigest()[:8]
+    house.teacher.say = lambda request, text, _: text.replace("at once", f"at try {request.sample}")
     draft, fresh = house.teacher.drafts, count()
     house.teacher.drafts = lambda sample: draft(next(fresh))  # no stage gets what another has asked about
     house.learned = lambda rows: lambda n: n < len(rows) * 14  # each round is better than the one before
@@ -48,6 +50,8 @@ def made(house: Any, **tables: Any) -> Counter[str]:
         elicit(run)
         calibrate(run)
         prefer(run)
+    elif run.config.data == "best-of-n":
+        calibrate(run)
     evaluate(run, tailor_and_tune(run, None))
     run.close()
     found, stage = Counter[str](), ""
@@ -74,6 +78,9 @@ def made(house: Any, **tables: Any) -> Counter[str]:
         {**UNALIGNED, "check": {"own_labels": False}, "evaluate": {"shots": [3], "teacher": False}},
         {**UNALIGNED, "tune": {"target": "reasoning-first"}, "elicit": {"opinion_shots": 0}},
         {**UNALIGNED, "tune": {"target": "answer"}, "rounds": 2},
+        {**UNALIGNED, "data": "best-of-n", "prefer": {"race": "off"}, "calibrate": {"k": 6}},
+        {**BEST_OF_3, "prefer": {"race": "off"}, "tune": {"target": "reasoning-first"}},
+        {**UNALIGNED, "data": "preferred-rationale", "tune": {"target": "reasoning-first"}},
     ],
 )
 @pytest.mark.parametrize("kind", ["told", "choice", "text"])
@@ -191,12 +198,20 @@ def test_a_teacher_behind_a_server_costs_what_its_prices_say(
     tailor = stages["tailor"]  # all of it is the teacher's
     cost = (tailor["prompt_tokens"] + 2 * tailor["completion_tokens"]) / 1e6
     assert tailor["cost_usd"] == pytest.approx(cost, abs=1e-4)
+    flags[3] = "data=best-of-n"
+    assert house.distill("--dry-run", "--json", *flags) == 0
+    plan = json.loads(capsys.readouterr().out)
+    best = {row["stage"]: row for row in plan["stages"]}
+    assert list(best) == ["check", "calibrate", "tailor", "tune", "evaluate"]
+    assert 2 * tailor["cost_usd"] < best["tailor"]["cost_usd"] < 4 * tailor["cost_usd"]
+    assert "4 drafts for each" in " ".join(plan["notes"])
 
 
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
         (["--dry-run", "--teacher", SERVER["teacher"]["model"]], "alignment needs the teacher's weights"),
+        (["--set", "data=one-technique", "--set", "elicit.by_label=true"], "chooses among rationales"),
         (["--dry-run", "--prices", "1,2"], "runs locally and costs nothing"),
         (["--prices", "1,2"], "needs --dry-run"),
         (["--dry-run", "--prices", "free"], "not two prices"),

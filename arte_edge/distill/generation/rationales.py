@@ -62,6 +62,7 @@ __all__ = [
     "rationale_sampling",
     "reject_repeated",
     "resample",
+    "sampled",
     "short_shots",
     "shortened",
     "votes_directly",
@@ -372,33 +373,50 @@ def resample(
     """
     if run.budget is None:
         return []
-    kind, draws, shots = run.task.answer, run.config.deploy.draws, short_shots(run, config)
+    draws = run.config.deploy.draws
+    found: list[Row] = []
+    for first in range(0, draws, _SAMPLES_PER_ROUND):
+        have = _short_enough(run, [*rationales, *found])
+        lacking = [row for row in questions if row["id"] not in have]
+        samples = range(first, min(first + _SAMPLES_PER_ROUND, draws))
+        found += sampled(run, engine, config, lacking, samples, policy, "shorter rationales")
+    return found
+
+
+def sampled(
+    run: RunContext,
+    engine: Engine,
+    config: ModelConfig,
+    questions: Sequence[Row],
+    samples: Sequence[int],
+    policy: LabelPolicy,
+    what: str,
+) -> list[Row]:
+    """Sample rationales, one for each of `samples`, of the labelled questions; return the usable ones as `resample`."""
+    kind, shots = run.task.answer, short_shots(run, config)
     greedy = rationale_sampling(run, engine, run.config.elicit.rationale_tokens)
+    most = greedy.max_tokens if run.budget is None else round(run.budget.answer_tokens * _SLACK)
     sampling = replace(
         greedy,
         temperature=run.config.tailor.temperature,
         top_p=run.config.elicit.top_p,
-        max_tokens=min(greedy.max_tokens, round(run.budget.answer_tokens * _SLACK)),
+        max_tokens=min(greedy.max_tokens, most),
         seed=run.config.seed + 1,  # as the tailored questions
     )
+    work = [(row, sample) for row in questions if row["label"] is not None for sample in samples]
+    requests = [
+        Request(rationale_prompt(run, engine, config, row["input"], None, shots), sample)
+        for row, sample in work
+    ]
+    answers = run.calls.complete(engine, requests, sampling, what, budget=_BUDGET)
     found: list[Row] = []
-    for first in range(0, draws, _SAMPLES_PER_ROUND):
-        have = _short_enough(run, [*rationales, *found])
-        lacking = [row for row in questions if row["label"] is not None and row["id"] not in have]
-        last = min(first + _SAMPLES_PER_ROUND, draws)
-        work = [(row, sample) for row in lacking for sample in range(first, last)]
-        requests = [
-            Request(rationale_prompt(run, engine, config, row["input"], None, shots), sample)
-            for row, sample in work
-        ]
-        answers = run.calls.complete(engine, requests, sampling, "shorter rationales", budget=_BUDGET)
-        for (question, _), completion in zip(work, answers, strict=True):
-            row = rationale_row(run, question, -1, completion)
-            _drop_outside(kind, question, row)
-            answer = None if row["answer"] is None else comparable(row["answer"], kind)
-            row["usable"] = agrees(policy, comparable(question["label"], kind), answer)
-            if row["usable"]:
-                found.append({**row, "drawn": True})
+    for (question, _), completion in zip(work, answers, strict=True):
+        row = rationale_row(run, question, -1, completion)
+        _drop_outside(kind, question, row)
+        answer = None if row["answer"] is None else comparable(row["answer"], kind)
+        row["usable"] = agrees(policy, comparable(question["label"], kind), answer)
+        if row["usable"]:
+            found.append({**row, "drawn": True})
     return found
 
 

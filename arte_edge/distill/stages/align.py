@@ -48,7 +48,7 @@ def align(run: RunContext) -> tuple[Summary, Adapter]:
     config = run.config.align
     inputs = {
         "align": config.model_dump(mode="json"),
-        "data": run.config.data,
+        "data": run.config.alignment,
         "teacher": run.identity(run.config.teacher),
         "scores": run.outputs("prefer"),
         "asked": [run.config.elicit.shown, run.config.elicit.asked],

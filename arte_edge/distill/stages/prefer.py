@@ -32,56 +32,60 @@ from arte_edge.distill.run_context import Row, RunContext, Summary
 from arte_edge.stats import pearson
 from arte_edge.tasks.task import Example
 
-__all__ = ["prefer"]
+__all__ = ["prefer", "scored_rows", "scoring_inputs"]
 
 
 def prefer(run: RunContext) -> Summary:
     """Write scores.jsonl (one row per rationale) and questions.jsonl (one row per question)."""
-    config, closed = run.config.prefer, run.task.answer.closed
     drafts = [row for row in run.read("elicit", "rationales.jsonl") if row["usable"]]
-    examples = [Example(r["input"], r["target"]) for r in run.read("calibrate", "preference_set.jsonl")]
-    adaptive = is_adaptive(config, len(drafts), len(examples))
-    length_free = config.length_free and closed
-    with run.stage("prefer", _inputs(run, adaptive), _describe) as stage:
+    inputs = scoring_inputs(run, len(drafts), "elicit", "calibrate")
+    with run.stage("prefer", inputs, _describe) as stage:
         if stage.todo:
             questions = {row["id"]: row for row in run.read("elicit", "questions.jsonl")}
-            shots = [Shot(questions[d["question"]]["input"], d["text"]) for d in drafts]
-            groups = [d["question"] for d in drafts]
-            share = config.race_share if adaptive else 1.0
-            engine = scoring_engine(run, round(share * len(drafts) * len(examples)))
-            tokens = np.array(
-                [engine.count_tokens(f" {draft['text'].strip()}") for draft in drafts], dtype=float
-            )
-            scored = score_drafts(
-                run,
-                engine,
-                shots,
-                groups,
-                examples,
-                adaptive=adaptive,
-                tokens=tokens if length_free else None,
-            )
-            free = config.bias_free and closed
-            plain = np.array([score.free if free else score.value for score in scored.scores])
-            by_length = length_effect(plain, tokens) if length_free else np.zeros(len(plain))
-            rows = [
-                _row(run, *one) for one in zip(drafts, scored.scores, plain, by_length, tokens, strict=True)
-            ]
-            if adaptive:
-                for row, items, error in zip(rows, scored.items, scored.errors, strict=True):
-                    row |= {"items": items, "standard_error": round(error, 6)}
+            rows, summary = scored_rows(run, drafts, questions)
             stage.write("scores.jsonl", rows)
             stage.write("questions.jsonl", _question_means(rows, questions))
-            summary = _summary(rows, plain, len(examples))
-            summary["engine"] = f"{engine.identity.kind} {engine.identity.quantization}".strip()
-            if adaptive:
-                race = {"measured": scored.cells, "of": scored.of_cells, "rounds": scored.rounds}
-                summary["race"] = race | {"open": scored.open, "error": config.race_error}
             stage.finish(summary)
     return stage.summary
 
 
-def _inputs(run: RunContext, adaptive: bool) -> dict[str, Any]:
+def scored_rows(
+    run: RunContext, drafts: Sequence[Row], questions: dict[str, Row]
+) -> tuple[list[Row], Summary]:
+    """Score `drafts` (rationales of `questions`, by id) as the run is configured; return a row each, and a summary."""
+    config, closed = run.config.prefer, run.task.answer.closed
+    examples = _preference_set(run)
+    adaptive = is_adaptive(config, len(drafts), len(examples))
+    length_free = config.length_free and closed
+    shots = [Shot(questions[d["question"]]["input"], d["text"]) for d in drafts]
+    groups = [d["question"] for d in drafts]
+    share = config.race_share if adaptive else 1.0
+    engine = scoring_engine(run, round(share * len(drafts) * len(examples)))
+    tokens = np.array([engine.count_tokens(f" {draft['text'].strip()}") for draft in drafts], dtype=float)
+    scored = score_drafts(
+        run, engine, shots, groups, examples, adaptive=adaptive, tokens=tokens if length_free else None
+    )
+    free = config.bias_free and closed
+    plain = np.array([score.free if free else score.value for score in scored.scores])
+    by_length = length_effect(plain, tokens) if length_free else np.zeros(len(plain))
+    rows = [_row(run, *one) for one in zip(drafts, scored.scores, plain, by_length, tokens, strict=True)]
+    summary = _summary(rows, plain, len(examples))
+    summary["engine"] = f"{engine.identity.kind} {engine.identity.quantization}".strip()
+    if adaptive:
+        for row, items, error in zip(rows, scored.items, scored.errors, strict=True):
+            row |= {"items": items, "standard_error": round(error, 6)}
+        race = {"measured": scored.cells, "of": scored.of_cells, "rounds": scored.rounds}
+        summary["race"] = race | {"open": scored.open, "error": config.race_error}
+    return rows, summary
+
+
+def _preference_set(run: RunContext) -> list[Example]:
+    return [Example(r["input"], r["target"]) for r in run.read("calibrate", "preference_set.jsonl")]
+
+
+def scoring_inputs(run: RunContext, n_draft: int, *stages: str) -> dict[str, Any]:
+    """Return what decides the scores of `n_draft` drafts that come of `stages`."""
+    adaptive = is_adaptive(run.config.prefer, n_draft, len(_preference_set(run)))
     config = run.config.prefer
     # A key without effect must not be an input: older runs were made without it.
     unused = {"race"}
@@ -92,7 +96,7 @@ def _inputs(run: RunContext, adaptive: bool) -> dict[str, Any]:
     return {
         "prefer": config.model_dump(mode="json", exclude=unused),
         "student": run.identity(run.config.student),
-        "data": run.outputs("elicit", "calibrate"),
+        "data": run.outputs(*stages),
         **run.budget_inputs(),
     }
 

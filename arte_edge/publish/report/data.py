@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt
 
+from arte_edge.distill.config import UNALIGNED
 from arte_edge.errors import InputError
 from arte_edge.files import json_loads, read_json, read_toml, validated
 from arte_edge.results.comparison import upgraded
@@ -208,7 +209,7 @@ def read_run(ref: str) -> RunData:
 def _read_stage(run: RunData, folder: Path) -> None:
     manifest = read_json(folder / "manifest.json", _AGAIN)
     # A run that does not align has no such stages; of rounds and trials there are as many as it took.
-    skipped = folder.name in _ALIGNING and run.config.get("data") == "original-teacher"
+    skipped = folder.name in _ALIGNING and run.config.get("data") in UNALIGNED
     optional = folder.name not in _ROWS or folder.name == "target"
     if not manifest:
         if not (skipped or optional):

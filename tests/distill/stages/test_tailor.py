@@ -1,12 +1,20 @@
 """What the student is trained on: of more examples than wanted, those that spread the labels."""
 
+import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from arte_edge.distill.generation.inputs import Focus
+from arte_edge.distill.stages.calibrate import calibrate
+from arte_edge.distill.stages.elicit import elicit
+from arte_edge.distill.stages.prefer import prefer
 from arte_edge.distill.stages.tailor import tailor
+from arte_edge.runtimes.completion import Request, Sampling
 
 WANTED = 8
 
@@ -44,3 +52,74 @@ def test_labels_are_spread_as_evenly_as_what_there_is_allows_unless_they_are_tak
     assert len(rows) == WANTED and len({row["id"] for row in rows}) == WANTED
     assert (counts["odd"] == counts["even"]) is even
     assert even or counts["odd"] < counts["even"]
+
+
+def valued(prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
+    """Answer after one example as a student that learns more the larger the last number of the example is."""
+    rows = []
+    for prompt, own in zip(prompts, choices, strict=True):
+        shown, asked = prompt.rpartition("Question:")[::2]
+        numbers = re.findall(r"\d+", shown.rpartition("Question:")[2])
+        worth = float(numbers[-1][-2:]) / 100 if numbers else 0.0
+        right = "odd" if int(asked.split("Is ")[1].split()[0]) % 2 else "even"
+        rows.append(np.array([worth if choice.startswith(right) else -worth for choice in own]))
+    return rows
+
+
+Rows = list[dict[str, Any]]
+
+
+def selected(house: Any, **tables: Any) -> tuple[Rows, dict[str, Any], Rows]:
+    """Tailor with a teacher whose rationales differ by technique and sample; return examples, summary and scores."""
+
+    def say(request: Request, text: str, sampling: Sampling) -> str:
+        technique = next((i for i, t in enumerate(house.task.techniques, 1) if t in request.prompt), 0)
+        reason, tag, answer = text.partition("<ans>")
+        return f"{reason} By way {7 * technique + request.sample}. {tag}{answer}"
+
+    house.teacher.say, house.student.choose_each = say, valued
+    prefer_by_length = {"prefer": {"race": "off", "length_free": False}}
+    run = house.run(**{"tailor": {"questions": WANTED}, "calibrate": {"k": 6}} | prefer_by_length | tables)
+    if run.config.aligned:
+        elicit(run)
+    calibrate(run)
+    if run.config.aligned:
+        prefer(run)
+    run.form = "answer" if house.by_label else "reasoning-first"
+    summary = tailor(run, None, Focus())
+    scores = run.read("tailor", "scores.jsonl") if "selection" in summary else []
+    run.close()
+    return run.read("tailor", "train.jsonl"), summary, scores
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_the_best_of_n_rationales_of_each_question_is_kept(house: Any, n: int) -> None:
+    rows, summary, _ = selected(house, data="best-of-n", tailor={"questions": WANTED, "best_of": n})
+    assert [re.findall(r"way (\d+)", row["rationale"]) for row in rows] == [[str(n - 1)]] * WANTED
+    found = summary["selection"]
+    assert found["written"] == found["scored"] == n * summary["questions"]
+    assert found["student_answers"] == 6 * found["scored"] and found["kept"] > found["mean"]
+
+
+def test_without_rationales_the_best_of_n_inputs_are_kept_evenly_by_label(house: Any) -> None:
+    house.by_label = True
+    rows, summary, scores = selected(house, data="best-of-n")
+    assert summary["selection"]["scored"] == len(scores) == summary["questions"] >= 4 * WANTED
+    chosen = {row["id"] for row in rows}
+    assert Counter(row["label"] for row in rows) == {"even": WANTED // 2, "odd": WANTED // 2}
+    for label in ("even", "odd"):
+        of_label = [row for row in scores if label in row["text"]]
+        kept = [row["score"] for row in of_label if row["question"] in chosen]
+        left = [row["score"] for row in of_label if row["question"] not in chosen]
+        assert len(kept) == WANTED // 2 and min(kept) >= max(left) > min(left)
+
+
+@pytest.mark.parametrize(
+    ("data", "ways"),
+    [("random-technique", {7, 14, 21, 28}), ("one-technique", {28}), ("preferred-rationale", {28})],
+)
+def test_a_technique_arm_keeps_one_of_the_techniques_rationales(
+    house: Any, data: str, ways: set[int]
+) -> None:
+    rows, *_ = selected(house, data=data, tune={"target": "reasoning-first"})
+    assert {int(re.findall(r"way (\d+)", row["rationale"])[0]) for row in rows} == ways
