@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from arte_edge.console import Reporter
     from arte_edge.distill.config import RunConfig
+    from arte_edge.distill.study import StudyResult
     from arte_edge.export.outcome import Outcome
     from arte_edge.export.recipe import Recipe
     from arte_edge.export.source import Source
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from arte_edge.verify.gate import Verdict
 
 __all__ = ["AnsweredTable", "Reply", "Run", "Server", "Student", "ask", "ask_file", "bench", "distill"]
-__all__ += ["export", "load_run", "open_student", "recommend", "report", "serve", "verify"]
+__all__ += ["export", "load_run", "open_student", "recommend", "report", "serve", "study", "verify"]
 
 PathLike = str | Path
 ByteProgress = Callable[[str, int, int], None]
@@ -311,7 +312,7 @@ def plan_run(
 ) -> tuple[RunConfig, Path]:
     """Return the configuration and the folder of a run. Parameters as of `distill`."""
     from arte_edge import catalog
-    from arte_edge.distill.config import build, load_toml, parse_set
+    from arte_edge.distill.config import build, load_toml, parse_set, short_name
 
     path = None if run is None else catalog.find("presets", str(run))
     task_keys = {
@@ -333,9 +334,32 @@ def plan_run(
         if name or str(runs) != "runs":
             raise InputError(f"{run}: this run is resumed where it is", "Leave out --name and --runs.")
         return config, path.parent
-    short = Path(config.student.model.split("@")[0].split(":")[-1]).name.lower().removesuffix(".gguf")
-    folder = config.name or (path.stem if path else f"{Path(config.task.ref).stem}-{short}")
+    short = f"{Path(config.task.ref).stem}-{short_name(config.student.model)}"
+    folder = config.name or (path.stem if path else short)
     return config, user_path(runs) / folder
+
+
+def study(
+    file: PathLike, *, runs: PathLike = "runs", update: bool = False, reporter: Reporter | None = None
+) -> StudyResult:
+    """Compare arms on tasks, students and seeds: one distillation each, and a table of paired differences.
+
+    Interrupted at any moment, the same call resumes. A run that is stopped early is named in the result's `stopped`.
+
+    Args:
+        file: a STUDY.toml.
+        runs: parent folder of the study's folder.
+        update: change the settings of existing runs; finished calls stay cached.
+
+    Raises InputError: a wrong key, task, model or arm; ArteError: a run failed.
+    """
+    from arte_edge.console import Reporter
+    from arte_edge.distill.study import load_study, run_study
+
+    path = user_path(file)
+    loaded = load_study(path)
+    folder = user_path(runs) / (loaded.name or path.stem)
+    return run_study(loaded, folder, reporter or Reporter(quiet=True), update=update)
 
 
 def _toml(value: Any) -> str:

@@ -9,6 +9,7 @@ device needs it too, and scipy is not installed there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb, sqrt
 from statistics import NormalDist
@@ -23,6 +24,7 @@ __all__ = [
     "Ratio",
     "format_share",
     "mcnemar",
+    "over_seeds_and_questions",
     "pearson",
     "ratio",
     "t_quantile",
@@ -31,6 +33,7 @@ __all__ = [
 
 
 _T_GRID = 20_001
+_BOOTSTRAPS = 4_000
 
 
 class Interval(NamedTuple):
@@ -168,6 +171,44 @@ def t_quantile(level: float, freedom: float) -> float:
     density = np.cos(theta).clip(0) ** (freedom - 1)
     sums = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
     return float(np.sqrt(freedom) * np.tan(np.interp(level, sums / sums[-1], theta)))
+
+
+def over_seeds_and_questions(
+    grids: Sequence[ArrayLike], level: float = 0.95, n_draw: int = _BOOTSTRAPS
+) -> tuple[float, Interval]:
+    """Return the mean of paired differences and its interval over seeds and questions, by hierarchical bootstrap.
+
+    Each draw takes as many seeds as there are, with replacement, then questions, with replacement and the same ones for
+    every seed drawn: seeds answer the same test, and its questions do not become more by that (the crossed bootstrap
+    of A. B. Owen, Ann. Appl. Stat. 1 (2007) 386-411). A bootstrap of s seeds spreads by sqrt((s - 1) / s) too little,
+    so the seeds' means are first moved apart by its inverse; with three seeds the ends are still those of a small
+    sample. One seed leaves its own scatter out. Several tasks count alike, and each draws for itself.
+
+    Args:
+        grids: for each task ``[n_seed, n_question]``, the difference of two systems (right minus right: -1, 0, 1).
+        level: of the interval.
+        n_draw: number of bootstrap samples.
+
+    Raises ValueError: no task, or one without seeds or questions.
+    """
+    random = np.random.default_rng(0)
+    total, mean = np.zeros(n_draw), 0.0
+    for given in grids:
+        grid = np.asarray(given, dtype=float)
+        if grid.ndim != 2 or not grid.size:
+            raise ValueError(f"a grid of seeds and questions has the shape {grid.shape}")
+        n_seed, n_question = grid.shape
+        by_seed = grid.mean(axis=1, keepdims=True)
+        if n_seed > 1:
+            grid = grid + (by_seed - by_seed.mean()) * (sqrt(n_seed / (n_seed - 1)) - 1)
+        seeds = random.multinomial(n_seed, np.full(n_seed, 1 / n_seed), n_draw) / n_seed
+        questions = random.multinomial(n_question, np.full(n_question, 1 / n_question), n_draw) / n_question
+        total += ((seeds @ grid) * questions).sum(axis=1)
+        mean += float(grid.mean())
+    if not len(grids):
+        raise ValueError("no task to compare on")
+    low, high = np.quantile(total / len(grids), [(1 - level) / 2, (1 + level) / 2])
+    return mean / len(grids), Interval(float(low), float(high))
 
 
 def _newcombe(both: int, only_a: int, only_b: int, neither: int, level: float) -> Interval:

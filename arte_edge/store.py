@@ -2,7 +2,7 @@
 
     runs/<name>/
         run.toml        the resolved configuration; it determines whether a folder belongs to a run
-        calls.jsonl     all engine calls of the run, keyed by their content
+        calls.jsonl     all engine calls of the run, keyed by their content; in a study, a link to the store of its runs
         events.jsonl    events with times
         <stage>/        manifest.json and the stage's data, one JSONL file each
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from arte_edge.cache import disk_errors, write_atomic
 from arte_edge.errors import ArteError
 from arte_edge.files import json_loads
 
-__all__ = ["CallLog", "Stage", "content_key", "parse_line", "read_jsonl", "write_jsonl"]
+__all__ = ["CallLog", "Stage", "content_key", "link_folder", "parse_line", "read_jsonl", "write_jsonl"]
 
 Row = dict[str, Any]
 
@@ -226,6 +227,28 @@ class Stage:
 
     def read(self, name: str) -> list[Row]:
         return read_jsonl(self.folder / name)
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """Make `target` a copy of a folder, or a file, in place of what was there: hard links where the disk has them."""
+    staged = target.with_name(f".{target.name}")
+    shutil.rmtree(staged, ignore_errors=True)
+    with disk_errors(target):
+        if source.is_file():
+            staged.unlink(missing_ok=True)
+            _link(str(source), str(staged))
+        else:
+            shutil.copytree(source, staged, copy_function=_link)
+            shutil.rmtree(target, ignore_errors=True)
+    staged.replace(target)
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
 
 
 def file_sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ from arte_edge.bench.settings import BenchSettings
 from arte_edge.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("ask", "bench", "chat", "distill", "export", "recommend", "report", "serve", "verify")
+VERBS = ("ask", "bench", "chat", "distill", "export", "recommend", "report", "serve", "study", "verify")
 # A command that is two functions, and one that is what a program does with another.
 FUNCTIONS = {"ask": ("ask", "ask_file"), "chat": ("open_student",)}
 # What only a terminal needs, and what only a program can pass.

@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from arte_edge.stats import Interval, format_share, mcnemar, pearson, ratio, t_quantile, wilson
+from arte_edge.stats import (
+    Interval,
+    format_share,
+    mcnemar,
+    over_seeds_and_questions,
+    pearson,
+    ratio,
+    t_quantile,
+    wilson,
+)
 
 outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
@@ -144,3 +153,37 @@ def test_the_other_way_round_is_the_reciprocal(a: list[float], b: list[float]) -
     assert there.low <= there.value * (1 + 1e-9) and there.value <= there.high * (1 + 1e-9)
     assert there.value * back.value == pytest.approx(1)
     assert there.beyond_chance == back.beyond_chance or min(abs(there.low - 1), abs(there.high - 1)) < 1e-6
+
+
+def test_an_interval_over_questions_alone_is_that_of_their_mean_however_many_seeds_answer_them() -> None:
+    one = np.random.default_rng(1).choice([-1, 0, 1], 300, p=[0.1, 0.6, 0.3])
+    half = 1.96 * one.std() / np.sqrt(300)
+    for n_seed in (1, 4):
+        mean, (low, high) = over_seeds_and_questions([np.tile(one, (n_seed, 1))])
+        assert mean == pytest.approx(one.mean())
+        assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.006)
+
+
+def test_an_interval_over_seeds_alone_has_the_spread_of_their_mean() -> None:
+    seeds = np.random.default_rng(2).normal(0.1, 0.05, 8)
+    mean, (low, high) = over_seeds_and_questions([np.repeat(seeds[:, None], 50, axis=1)])
+    half = 1.96 * seeds.std(ddof=1) / np.sqrt(8)
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.006)
+
+
+def test_an_interval_of_both_holds_the_true_difference_as_often_as_it_says() -> None:
+    random, held = np.random.default_rng(3), 0
+    for _ in range(200):
+        effect = random.normal(0, 0.06, (6, 1)) + random.normal(0, 0.3, (1, 80))
+        grid = random.random((6, 80)) < np.clip(0.5 + effect, 0, 1)
+        _, (low, high) = over_seeds_and_questions([grid - 0.5], n_draw=400)
+        held += low <= 0 <= high
+    assert 0.88 <= held / 200 <= 0.99
+
+
+def test_two_tasks_count_alike_and_an_empty_one_is_an_error() -> None:
+    mean, (low, high) = over_seeds_and_questions([np.ones((2, 10)), np.zeros((3, 90))])
+    assert [mean, low, high] == pytest.approx([0.5] * 3)
+    for grids in ([], [np.zeros((0, 5))], [np.zeros(5)]):
+        with pytest.raises(ValueError):
+            over_seeds_and_questions(grids)

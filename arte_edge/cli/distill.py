@@ -21,7 +21,8 @@ def distill(
     ] = None,
     task: Annotated[str | None, typer.Option(help="Task: a shipped name, a folder, or hub:org/name.")] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Teacher model: name, path, Hub id, or openai:MODEL@URL.")
+        str | None,
+        typer.Option(help="Teacher: name, path, Hub id, openai:MODEL@URL, or RUN/aligned."),
     ] = None,
     student: Annotated[str | None, typer.Option(help="Student model: name, path, or Hub id.")] = None,
     bbh: Annotated[

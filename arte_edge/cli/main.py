@@ -30,6 +30,7 @@ from arte_edge.cli import (
     push,
     recommend,
     report,
+    study,
     tasks,
     verify,
 )
@@ -47,6 +48,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(distill.distill)
+app.command()(study.study)
 app.command()(ask.ask)
 app.command()(ask.chat)
 app.command()(ask.serve)

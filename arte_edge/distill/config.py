@@ -39,6 +39,7 @@ __all__ = [
     "problems",
     "problems_of",
     "reject",
+    "short_name",
 ]
 
 Data = Literal[
@@ -120,8 +121,11 @@ class ModelConfig(_Section):
 
 
 class TeacherConfig(ModelConfig):
-    """The teacher: like any model, but few-shot by default."""
+    """The teacher: like any model, but few-shot by default. It may be one that another run aligned."""
 
+    model: ModelRef = _key(
+        ..., "as for a student; also a run's folder `aligned`: the teacher that it aligned"
+    )
     shots: int = _key(8, "few-shot examples before each question", ge=0, le=40)
     role: Literal["auto", "labels", "inputs"] = _key(
         "auto", "labels: it labels; inputs: it writes inputs for given answers; auto: the check decides"
@@ -303,6 +307,11 @@ class RunConfig(_Section):
     @property
     def n_rationale_pairs(self) -> int:
         return 0 if self.data in ("question-only", *UNALIGNED) else self.align.rationale_pairs
+
+
+def short_name(model: str) -> str:
+    """Return a model reference as a part of a folder's name."""
+    return Path(model.split("@")[0].split(":")[-1]).name.lower().removesuffix(".gguf")
 
 
 def load_toml(path: Path) -> dict[str, Any]:

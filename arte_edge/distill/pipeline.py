@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from arte_edge.console import Reporter, doing
+from arte_edge.distill.aligned import write_aligned
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.evaluation import student_prompts
 from arte_edge.distill.latency import Budget, device_rates, new_budget, stored_budget
@@ -33,9 +35,17 @@ class Outcome:
 
 
 def run_pipeline(
-    config: RunConfig, folder: Path, reporter: Reporter, *, force: bool = False, update: bool = False
+    config: RunConfig,
+    folder: Path,
+    reporter: Reporter,
+    *,
+    force: bool = False,
+    update: bool = False,
+    siblings: Sequence[Path] = (),
 ) -> Outcome:
     """Run every stage of `config` in `folder`; stages that are done from the same inputs are reused.
+
+    `siblings` are folders of other runs whose finished stages of the same inputs are taken over.
 
     Raises:
         InputError: a task, model or run folder that cannot be used.
@@ -54,7 +64,7 @@ def run_pipeline(
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
     refuse_run(config, task)
     open_folder(config, folder, task, update=update)
-    run = RunContext(config, task, folder, reporter)
+    run = RunContext(config, task, folder, reporter, siblings)
     try:
         models = f": {config.student.model} learns from {config.teacher.model} → {folder}"
         reporter.say(models, task.name)
@@ -67,6 +77,7 @@ def run_pipeline(
             calibrate(run)
             prefer(run)
             _, adapter = align(run)
+            write_aligned(folder, config.teacher.model, run.local(config.teacher))
         elif config.data == "best-of-n":
             calibrate(run)
         tuned = tailor_and_tune(run, adapter)

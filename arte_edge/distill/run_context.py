@@ -14,7 +14,7 @@ decodes fastest when many sequences share a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from arte_edge.asking.form import Asking, Form
 from arte_edge.asking.template import Asked, asked
 from arte_edge.cache import Progress, cache_subdir, sha256_file, write_atomic
 from arte_edge.console import Reporter, model_progress
+from arte_edge.distill.aligned import AlignedTeacher, aligned_teacher
 from arte_edge.distill.cached_calls import Calls
 from arte_edge.distill.config import (
     ModelConfig,
@@ -35,12 +36,12 @@ from arte_edge.distill.config import (
     load_toml,
 )
 from arte_edge.errors import InputError
-from arte_edge.files import toml_loads
+from arte_edge.files import read_json, toml_loads
 from arte_edge.models.resolve import LocalModel, resolve
 from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.loader import ServerLimits, is_server, open_engine, open_local
 from arte_edge.runtimes.prompt_render import CHAT_JSON_NEW_TURN, Message, render
-from arte_edge.store import CallLog, Stage, content_key
+from arte_edge.store import CallLog, Stage, content_key, link_folder
 from arte_edge.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ __all__ = [
     "RunContext",
     "Summary",
     "f16_student",
+    "holds",
     "open_folder",
     "quantized_student",
     "tells_labels",
@@ -66,12 +68,25 @@ Role = Literal["labels", "inputs"]
 
 
 class RunContext:
-    """One run in progress. Engines open when a stage first needs them and close with the run."""
+    """One run in progress. Engines open when a stage first needs them and close with the run.
 
-    def __init__(self, config: RunConfig, task: Task, folder: Path, reporter: Reporter) -> None:
+    A stage that one of the `siblings`, folders of other runs, has finished from the same inputs is taken from there.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        task: Task,
+        folder: Path,
+        reporter: Reporter,
+        siblings: Sequence[Path] = (),
+    ) -> None:
         self.config, self.task, self.folder, self.reporter = config, task, folder, reporter
-        self._lock = _locked(folder)
-        self._log = CallLog(folder / "calls.jsonl")
+        self.siblings = siblings
+        log = folder / "calls.jsonl"
+        # The store of a study belongs to several runs, and only one may write to it.
+        self._locks = [_locked(path) for path in dict.fromkeys((folder.resolve(), log.resolve().parent))]
+        self._log = CallLog(log)
         self.calls = Calls(self._log, reporter)
         self._engines: dict[str, Engine] = {}
         self._models: dict[str, LocalModel] = {}
@@ -93,6 +108,11 @@ class RunContext:
         self.calls.take_counts()
         inputs = {"stage": name, "seed": self.config.seed, **inputs}
         stage = Stage(self.folder / name, inputs, self.calls.take_counts)
+        if stage.todo and (
+            known := next((s for s in self.siblings if not Stage(s / name, inputs).todo), None)
+        ):
+            link_folder(known / name, self.folder / name)
+            stage = Stage(self.folder / name, inputs, self.calls.take_counts)
         if not stage.todo and not _describes(describe, stage.summary):
             self.reporter.warn(f"{stage.folder / 'manifest.json'} is damaged: the stage is made again")
             stage.forget()
@@ -106,6 +126,18 @@ class RunContext:
         self._files[name] = stage.files
         line = describe(stage.summary) + _also(stage.summary)
         self.reporter.done(name, line, seconds)
+
+    def take_training(self, out: Path) -> None:
+        """Take a finished training, and its F16 file, from a sibling whose check had the same inputs, if there is one.
+
+        Those inputs hold all that decides a training on own labels.
+        """
+        mine = _inputs_of(self.folder / "check")
+        for folder in () if out.exists() else self.siblings:
+            theirs = folder / out.relative_to(self.folder)
+            if mine and mine == _inputs_of(folder / "check") and (theirs / "training.json").is_file():
+                link_folder(theirs, out)
+                return
 
     def outputs(self, *names: str) -> dict[str, Any]:
         """Return the file hashes of finished stages, the inputs of a later one."""
@@ -124,6 +156,8 @@ class RunContext:
         if key not in self._engines:
             if is_server(model.model):
                 opened = self._open_server(model)
+            elif adapter := self._adapter(model):
+                return self.engine_with(self.local(model), adapter, model)
             else:
                 local = f16_student(self.local(model)) if student and not self.as_given else self.local(model)
                 opened = open_local(local, kind=model.engine, parallel=model.parallel)
@@ -154,11 +188,21 @@ class RunContext:
         return self._engines[key]
 
     def local(self, config: ModelConfig) -> LocalModel:
-        """Return the model on disk, downloading it first if it is not cached."""
-        if config.model not in self._models:
-            with self._steps(config.model) as progress:
-                self._models[config.model] = resolve(config.model, progress=progress)
-        return self._models[config.model]
+        """Return the model on disk, downloading it first if it is not cached; of an aligned teacher its base."""
+        aligned = _aligned(config)
+        ref = config.model if aligned is None else aligned.base
+        if ref not in self._models:
+            with self._steps(ref) as progress:
+                self._models[ref] = resolve(ref, progress=progress)
+        return self._models[ref]
+
+    def _adapter(self, config: ModelConfig) -> tuple[Path, str] | None:
+        """Return the adapter of a teacher that another run aligned."""
+        if (aligned := _aligned(config)) is None:
+            return None
+        base = self.local(config)
+        on_llamacpp = base.gguf is not None and config.engine != "transformers"
+        return aligned.adapter_for(base, llamacpp=on_llamacpp)
 
     def checkpoint(self, config: ModelConfig) -> Path:
         """Return the model's checkpoint folder; a GGUF is converted first, once."""
@@ -171,6 +215,8 @@ class RunContext:
     def identity(self, config: ModelConfig) -> list[Any]:
         """Return what decides the texts of a configured model: an input of stages."""
         weights = config.model if is_server(config.model) else self.local(config).sha256
+        if adapter := self._adapter(config):
+            weights += f" {adapter[1]}"
         return [weights, config.engine, config.template, config.shots]
 
     def render(self, engine: Engine, messages: list[Message], prefill: str, config: ModelConfig) -> str:
@@ -229,7 +275,8 @@ class RunContext:
     def close(self) -> None:
         self.close_engines()
         self._log.close()
-        self._lock.release()
+        for lock in self._locks:
+            lock.release()
 
 
 def tells_labels(config: RunConfig, task: Task) -> bool:
@@ -239,6 +286,15 @@ def tells_labels(config: RunConfig, task: Task) -> bool:
     """
     fixed = task.answer.closed and not task.answer.letters
     return config.elicit.by_label and fixed and not any("\n" in seed.input for seed in task.seed)
+
+
+def _aligned(config: ModelConfig) -> AlignedTeacher | None:
+    return aligned_teacher(config.model) if isinstance(config, TeacherConfig) else None
+
+
+def _inputs_of(stage: Path) -> str:
+    """Return the key of a finished stage's inputs, empty if it has not finished."""
+    return str(read_json(stage / "manifest.json").get("inputs", ""))
 
 
 def _describes(describe: Callable[[Summary], str], summary: Summary) -> bool:
@@ -326,7 +382,7 @@ def _locked(folder: Path) -> FileLock:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise InputError(
-            f"{folder}: another process works in this run folder",
+            f"{folder}: another process works in this folder",
             "Wait for it, or give this run another --name.",
         ) from error
     return lock
@@ -338,8 +394,7 @@ def open_folder(config: RunConfig, folder: Path, task: Task, *, update: bool) ->
     Raises InputError: it holds another run; names the keys that differ.
     """
     resolved = dump_toml(config)
-    path = folder / "run.toml"
-    header = f'# The run as resolved. task_sha256 = "{task.sha256}"\n'
+    path, header = folder / "run.toml", _header(task)
     if path.is_file() and not update:
         keys = differences(_with_defaults(path), toml_loads(resolved))
         same_task = header in path.read_text(encoding="utf-8")
@@ -352,6 +407,17 @@ def open_folder(config: RunConfig, folder: Path, task: Task, *, update: bool) ->
             )
         return
     write_atomic(path, (header + resolved).encode())
+
+
+def holds(folder: Path, config: RunConfig, task: Task) -> bool:
+    """Return whether `folder` is the folder of this run."""
+    path = folder / "run.toml"
+    same_task = path.is_file() and _header(task) in path.read_text(encoding="utf-8")
+    return same_task and not differences(_with_defaults(path), toml_loads(dump_toml(config)))
+
+
+def _header(task: Task) -> str:
+    return f'# The run as resolved. task_sha256 = "{task.sha256}"\n'
 
 
 def _with_defaults(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge.checkpoint import read_weights
+from arte_edge.distill.aligned import aligned_teacher
 from arte_edge.distill.config import TECHNIQUE_ARMS, UNALIGNED, Problem, RunConfig, problems_of, reject
 from arte_edge.distill.run_context import tells_labels
 from arte_edge.errors import ArteError, InputError
@@ -124,7 +125,8 @@ def _model_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
     for key, ref in refs:
         try:
             if ref and isinstance(ref, str):
-                _look_up(ref)
+                aligned = aligned_teacher(ref) if key == "teacher.model" else None
+                _look_up(aligned.base if aligned else ref)
         except ArteError as error:
             yield f"{key}: {error.message}", error.hint
 
@@ -144,9 +146,15 @@ def _look_up(ref: str) -> None:
 
 def _server_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
     teacher, student = _value(tables, "teacher", "model"), _value(tables, "student", "model")
-    if isinstance(teacher, str) and is_server(teacher) and tables.get("data") not in UNALIGNED:
+    why = ""
+    if isinstance(teacher, str) and tables.get("data") not in UNALIGNED:
+        if is_server(teacher):
+            why = "a server, and alignment needs the teacher's weights"
+        elif aligned_teacher(teacher):
+            why = "an aligned teacher, and aligns once"
+    if why:
         yield (
-            f"teacher.model: {teacher.partition('@')[0]} is a server, and alignment needs the teacher's weights",
+            f"teacher.model: {teacher.partition('@')[0]} is {why}",
             'Set data = "best-of-n" (the student chooses among its drafts) or "original-teacher", or use a local '
             "teacher.",
         )

@@ -60,4 +60,5 @@ def own_labels_student(run: RunContext, examples: Sequence[Example], out: Path) 
     """Train the student on labelled examples alone, answers only, in the folder `out`."""
     how = run.asking("answer")
     rows = training_rows(run, how, examples)
+    run.take_training(out)
     return train_briefly(run, how, rows, out, f"training on {len(rows)} own labels")

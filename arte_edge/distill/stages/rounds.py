@@ -8,12 +8,9 @@ accuracy is the last, and the student of the best round is the run's (LLM2LLM, a
 from __future__ import annotations
 
 import filecmp
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from arte_edge.cache import disk_errors
 from arte_edge.distill.evaluation import student_answers
 from arte_edge.distill.generation.inputs import focus_of
 from arte_edge.distill.run_context import RunContext, Summary
@@ -22,6 +19,7 @@ from arte_edge.distill.stages.tailor import tailor
 from arte_edge.distill.stages.tune import tune
 from arte_edge.models.resolve import LocalModel
 from arte_edge.stats import wilson
+from arte_edge.store import link_folder
 
 __all__ = ["tailor_and_tune"]
 
@@ -49,24 +47,11 @@ def tailor_and_tune(run: RunContext, adapter: tuple[Path, str] | None) -> LocalM
 
 
 def _keep(folder: Path, number: int) -> None:
-    """Make ``tune`` the folder of round `number`: hard links where the disk has them, so that it costs no space."""
-    source, final, staged = folder / f"tune-{number}", folder / "tune", folder / ".tune"
+    """Make ``tune`` the folder of round `number`."""
+    source, final = folder / f"tune-{number}", folder / "tune"
     manifests = source / "manifest.json", final / "manifest.json"
-    if manifests[1].is_file() and filecmp.cmp(*manifests, shallow=False):
-        return
-    shutil.rmtree(staged, ignore_errors=True)
-    with disk_errors(final):
-        shutil.copytree(source, staged, copy_function=_link)
-    shutil.rmtree(final, ignore_errors=True)
-    staged.rename(final)
-
-
-def _link(source: str, target: str) -> str:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-    return target
+    if not (manifests[1].is_file() and filecmp.cmp(*manifests, shallow=False)):
+        link_folder(source, final)
 
 
 def _validate(run: RunContext, tuned: LocalModel, number: int) -> Summary:
