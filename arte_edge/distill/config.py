@@ -200,17 +200,39 @@ class Align(_Section):
 
     question_pairs: int = _key(50, "preference pairs of questions (paper: 50 per task)", ge=0)
     rationale_pairs: int = _key(250, "preference pairs of rationales (paper: 250 per task)", ge=0)
+    pairs_per_question: int = _key(
+        2, "pairs of rationales of one question: best and worst, second best and second worst", ge=1
+    )
     min_gap: float = _key(0.02, "minimum score difference; a smaller one is a tie and is dropped", ge=0.0)
-    learning_rate: float = _key(5e-6, "paper: 1e-7, all weights", gt=0.0)
+    min_gap_errors: float = _key(
+        1.0, "the same in standard errors of the difference, where scores have one (adaptive scoring)", ge=0.0
+    )
+    target_kl: float = _key(
+        0.1,
+        "nats a token between the aligned and the original teacher on held-out prompts, which sets the learning "
+        "rate; 0: fixed rate",
+        ge=0.0,
+    )
+    learning_rate: float = _key(2e-5, "with target_kl the first rate (paper: 1e-7, all weights)", gt=0.0)
     batch_size: int = _key(4, "pairs per optimizer step (paper: 16)", ge=1)
-    epochs: float = _key(1.0, gt=0.0, le=1000.0)
+    epochs: float = _key(1.0, "with target_kl more, where that makes fewer than 8 steps", gt=0.0, le=1000.0)
     beta: float = _key(0.1, "strength of the KL penalty of DPO", gt=0.0)
     sft_weight: float = _key(1.0, "weight of the SFT loss on chosen completions; 0: DPO only", ge=0.0)
+    ld_alpha: float = _key(
+        1.0, "weight of the tokens by which one side is longer than the other; 1: plain DPO", ge=0.0, le=1.0
+    )
     lora_rank: int = _key(8, ge=1)
+    rslora: bool = _key(True, "scale the adapter by 1/sqrt(rank): one learning rate fits every rank")
     lora_targets: tuple[_Name, ...] = _key((), "layers to adapt, such as q_proj; empty: every linear layer")
-    shots: int = _key(0, "few-shot examples in the prompts of rationale pairs", ge=0)
+    max_length: int = _key(0, "tokens of prompt and longer side; a longer pair is dropped; 0: none is", ge=0)
+    shots: int | None = _key(
+        None, "few-shot examples in the prompts of rationale pairs; unset: as in tailor", ge=0
+    )
     probe_every: int = _key(4, "optimizer steps between checks for model collapse", ge=1)
     probe_prompts: int = _key(4, "held-out prompts per check", ge=1)
+    fresh_drafts: int = _key(
+        12, "prompts that both teachers answer after training, to compare their drafts; 0: none", ge=0
+    )
 
 
 class Tailor(_Section):

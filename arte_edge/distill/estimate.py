@@ -39,9 +39,11 @@ from arte_edge.distill.run_context import RunContext, tells_labels
 from arte_edge.distill.stages.align import dpo_settings
 from arte_edge.distill.stages.calibrate import respondents
 from arte_edge.distill.stages.elicit import draft_plan, draft_source
+from arte_edge.distill.stages.fresh_drafts import SCORED
 from arte_edge.distill.stages.tailor import tailor_plan
 from arte_edge.distill.stages.target import FEWEST_REASONS, TRIAL_EXAMPLES, TRIAL_ROWS
 from arte_edge.distill.train.common import examples_seen
+from arte_edge.distill.train.dpo import least_epochs
 from arte_edge.distill.validate_config import refuse_run
 from arte_edge.errors import EngineError, InputError
 from arte_edge.extras import need
@@ -192,13 +194,15 @@ def stage_work(config: RunConfig, task: Task, drafts_per_prompt: float) -> Itera
         )
         yield from _calibrate(config, task)
         yield from _prefer("prefer", config, task, config.elicit.questions, len(task.techniques))
-        n_pair = config.n_question_pairs + min(config.n_rationale_pairs, config.elicit.questions)
+        each = min(config.align.pairs_per_question, len(task.techniques) // 2)
+        n_pair = config.n_question_pairs + min(config.n_rationale_pairs, each * config.elicit.questions)
         settings = dpo_settings(config)
         per_step = settings.batch_size * settings.accumulate
-        n_step = ceil(examples_seen(n_pair, settings.epochs) / per_step)
+        n_step = ceil(examples_seen(n_pair, least_epochs(settings, n_pair)) / per_step)
         # Checks before the first step, regularly, and after the last.
         n_look = 1 + ceil(n_step / settings.probe_every)
         yield Work("align", Call("teacher", "question"), n_look * config.align.probe_prompts)
+        yield from _fresh_drafts(config, task)
     elif config.data == "best-of-n":
         yield from _calibrate(config, task)
     plan = tailor_plan(config, task, reasons=not _bare(config, task))
@@ -258,6 +262,21 @@ def _prefer(stage: str, config: RunConfig, task: Task, n_question: int, n_ration
     plan = AdaptivePlan(tuple(question), k, config.prefer.race_share, config.prefer.race_error)
     what: What = "generated" if config.prefer.score == "accuracy" else "constrained"
     yield Work(stage, Call("student", what, 1), plan.most if adaptive else len(question) * k)
+
+
+def _fresh_drafts(config: RunConfig, task: Task) -> Iterator[Work]:
+    """Yield the drafts of both teachers after the alignment, and their scores, at most."""
+    n, k = config.align.fresh_drafts, min(config.calibrate.k, config.calibrate.items, len(task.validation))
+    bare = _bare(config, task)
+    if config.n_question_pairs or bare:
+        yield Work("align", Call("teacher", "question"), 2 * n)
+    if config.n_rationale_pairs and not bare:
+        n = min(n, len(task.validation) - k)
+        yield Work("align", Call("teacher", "rationale"), 2 * n)
+    elif not bare:
+        return
+    what: What = "generated" if config.prefer.score == "accuracy" else "constrained"
+    yield Work("align", Call("student", what, 1), 2 * n * k * (SCORED if bare else 1))
 
 
 def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], float]:

@@ -94,6 +94,7 @@ class RunContext:
         self.budget: Budget | None = None  # of an answer on the device; the pipeline sets it
         self.role: Role = "labels"  # of the teacher; the check decides
         self.form: Form = "answer"  # of the student's answers; see `stages.target`
+        self.caveats: list[str] = []  # of finished stages, which the closing text repeats
         self.as_given = (
             False  # True: the student runs from the file that was given, without making its F16 file
         )

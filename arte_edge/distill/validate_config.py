@@ -74,7 +74,7 @@ def fewer_shown(config: RunConfig, task: Task) -> Iterator[str]:
         ("teacher.shots", config.teacher.shots, n_shot),
         ("calibrate.shots", max(config.calibrate.shots), n_seed),
         ("evaluate.shots", max(config.evaluate.shots), n_shot),
-        ("align.shots", config.align.shots, n_shot),
+        ("align.shots", config.align.shots or 0, n_shot),
     ):
         if wanted > there:
             yield f"{key} = {wanted}, but the task has {there} examples to show: {there} are shown"

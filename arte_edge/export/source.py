@@ -33,7 +33,7 @@ from arte_edge.model_folder import chat_templates, look, tokenizer_files
 from arte_edge.models.resolve import resolve
 from arte_edge.pii_scan import Machine
 from arte_edge.results.comparison import ComparisonRow, comparison_of
-from arte_edge.results.student_json import SCHEMA_VERSION, Data, Lineage, Parent, Student, Tuning
+from arte_edge.results.student_json import SCHEMA_VERSION, Alignment, Data, Lineage, Parent, Student, Tuning
 from arte_edge.store import file_sha256, read_jsonl
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
@@ -392,6 +392,7 @@ def _lineage(folder: Path, config: RunConfig, task: Task) -> Lineage:
         task_sha256=task.sha256,
         method=config.data,
         seed=config.seed,
+        alignment=_alignment(folder) if config.aligned else None,
         tuning=Tuning(
             method=config.tune.method,
             data=config.data,
@@ -400,6 +401,14 @@ def _lineage(folder: Path, config: RunConfig, task: Task) -> Lineage:
         ),
         data=data,
     )
+
+
+def _alignment(folder: Path) -> Alignment | None:
+    """Return what the alignment did, None where the run does not say so."""
+    try:
+        return Alignment.of(json_loads((folder / "align" / "manifest.json").read_bytes())["summary"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _training_texts(rows: Path, n: int) -> tuple[str, ...]:

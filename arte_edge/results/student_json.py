@@ -27,6 +27,7 @@ from arte_edge.results.rows import disturbance
 __all__ = [
     "FILE_NAME",
     "SCHEMA_VERSION",
+    "Alignment",
     "Artifact",
     "Asking",
     "Check",
@@ -90,6 +91,41 @@ class Merge(Record):
     tokens: int = Field(ge=1)
 
 
+class Alignment(Record):
+    """What aligning the teacher did to it: docs/runs.md says how each figure is measured."""
+
+    pairs: int = Field(ge=1, description="preference pairs trained on")
+    kl_nats_per_token: float = Field(description="from the original to the aligned teacher, held-out prompts")
+    held_out_pairs: int = Field(ge=0)
+    held_out_right: int = Field(ge=0, description="held-out pairs whose chosen text gained more")
+    held_out_margin: float = Field(description="mean reward margin of the held-out pairs")
+    drafts: int | None = Field(default=None, description="new prompts that both teachers answered, greedily")
+    drafts_changed: int | None = None
+    valid_before: float | None = None
+    valid_after: float | None = None
+    tokens_before: float | None = None
+    tokens_after: float | None = None
+    score_gain: float | None = Field(default=None, description="of the student's score of new drafts, paired")
+    score_gain_low: float | None = Field(default=None, description="95 % interval, over prompts")
+    score_gain_high: float | None = None
+
+    @classmethod
+    def of(cls, summary: dict[str, Any]) -> Alignment | None:
+        """Return the record of a run's stage, None for an older one, which measured none of it."""
+        if "kl" not in summary:
+            return None
+        held_out, fresh = summary["held_out"], summary.get("fresh", {})
+        renamed = {"drafts": "prompts", "drafts_changed": "changed"}
+        renamed |= {f"score_{name}": name for name in ("gain", "gain_low", "gain_high")}
+        same = ("valid_before", "valid_after", "tokens_before", "tokens_after")
+        return cls(
+            pairs=summary["pairs"],
+            kl_nats_per_token=summary["kl"],
+            **{f"held_out_{key}": held_out[key] for key in ("pairs", "right", "margin")},
+            **{key: fresh.get(renamed.get(key, key)) for key in (*renamed, *same)},
+        )
+
+
 class Lineage(Record):
     """Where the student comes from."""
 
@@ -102,6 +138,7 @@ class Lineage(Record):
         default="", description="arte: the method of arXiv:2406.19227; else the origin of a run's data"
     )
     seed: int | None = None
+    alignment: Alignment | None = Field(default=None, description="null: not aligned, or not measured")
     tuning: Tuning | None = None
     data: Data | None = None
     merge: Merge | None = None

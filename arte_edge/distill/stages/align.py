@@ -1,43 +1,52 @@
 """Step 4, align: DPO aligns the teacher with the student's preferences (paper, section 3.4).
 
 Pairs of questions answer the question-generation prompt, pairs of rationales the naive step-by-step
-prompt. The result is a LoRA adapter; for a teacher that runs on llama.cpp it is also written as GGUF,
-so that the aligned teacher decodes as fast as the original one.
+prompt, the very prompts of tailoring. The step is sized by what it does (`train.kl_target`). The result is
+a LoRA adapter; for a teacher that runs on llama.cpp it is also written as GGUF, so that the aligned teacher
+decodes as fast as the original one. Both then answer new prompts (`fresh_drafts`): an alignment that changed
+nothing, or that the student does not like better, is a warning in the stage and in the closing text.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from arte_edge.cache import sha256_file
 from arte_edge.console import doing
 from arte_edge.distill.config import RunConfig
-from arte_edge.distill.generation.inputs import Focus, InputSource
+from arte_edge.distill.generation.inputs import InputSource
+from arte_edge.distill.generation.questions import QuestionPlan
+from arte_edge.distill.generation.rationales import rationale_prompt, short_shots
 from arte_edge.distill.preference.dpo_pairs import (
+    Drawn,
+    Ties,
     draw_input_pairs,
     draw_question_pairs,
     draw_rationale_pairs,
     length_report,
+    shuffle_sides,
 )
-from arte_edge.distill.prompts import question_messages, question_prefill, rationale_messages, teacher_shots
+from arte_edge.distill.prompts import question_messages, question_prefill, teacher_shots
 from arte_edge.distill.run_context import Row, RunContext, Summary
-from arte_edge.distill.stages.elicit import draft_plan, draft_source
+from arte_edge.distill.stages.elicit import draft_plan, first_focus
+from arte_edge.distill.stages.fresh_drafts import draft_afresh, held_out_source, valid_drafts, versus
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.common import DpoSettings, Lora
-from arte_edge.distill.train.dpo import train_dpo
+from arte_edge.distill.train.dpo import DpoResult, train_dpo
 from arte_edge.errors import StoppedEarly
 from arte_edge.runtimes.completion import Engine, Sampling
 from arte_edge.runtimes.loader import open_local
-from arte_edge.runtimes.prompt_render import Message
-from arte_edge.tasks.answers import canonical
 
-__all__ = ["align", "dpo_settings"]
+__all__ = ["align", "caveats", "dpo_settings"]
 
 Adapter = tuple[Path, str]
+_RSLORA_SCALE = 2 * 8**0.5  # times 1/sqrt(rank): at rank 8 as without rsLoRA
+_MOVED = 1e-3  # nats a token, below which an alignment changed nothing
 
 
 def align(run: RunContext) -> tuple[Summary, Adapter]:
@@ -56,103 +65,169 @@ def align(run: RunContext) -> tuple[Summary, Adapter]:
     }
     with run.stage("align", inputs, _describe) as stage:
         if stage.todo:
-            pairs, ties = _pairs(run)
-            if not pairs:
+            drawn = _pairs(run)
+            if not drawn.pairs:
                 raise StoppedEarly(
-                    f"align: every pair is a tie at align.min_gap = {config.min_gap}: the scores do not "
-                    "distinguish drafts",
+                    f"align: every pair is a tie at align.min_gap = {config.min_gap:g} and align.min_gap_errors = "
+                    f"{config.min_gap_errors:g}: the scores do not distinguish drafts",
                     "Elicit more questions, lower align.min_gap, or compare with data = 'original-teacher'.",
                 )
-            stage.write("pairs.jsonl", pairs)
+            stage.write("pairs.jsonl", drawn.pairs)
+            stage.write("held_out.jsonl", drawn.held_out)
             run.close_engines()  # the trainer needs the memory that engines hold
             base = run.checkpoint(run.config.teacher)
             with run.reporter.percent("DPO, with checks") as progress:
                 result = train_dpo(
                     base,
-                    [{key: pair[key] for key in ("prompt", "chosen", "rejected")} for pair in pairs],
+                    _texts(drawn.pairs),
                     stage.folder / "adapter",
                     dpo_settings(run.config),
+                    held_out=_texts(drawn.held_out),
                     probe=lambda adapter_dir: _probe(run, adapter_dir),
                     progress=progress,
+                )
+            if result.dropped:
+                run.reporter.warn(
+                    f"align: {result.dropped} of {len(drawn.pairs)} pairs are longer than the teacher or "
+                    "align.max_length allows and were left out"
                 )
             if result.collapse:
                 run.reporter.warn(
                     f"alignment stopped early: {result.collapse}; the adapter of step {result.kept_step} is used"
                 )
             adapter = _converted_adapter(run, stage.folder)
-            stage.finish(
-                {
-                    "pairs": len(pairs),
-                    "question_pairs": sum(pair["level"] == "question" for pair in pairs),
-                    "ties_dropped": ties,
-                    "gap": round(sum(pair["gap"] for pair in pairs) / len(pairs), 4),
-                    "lengths": length_report(pairs),
-                    "steps": result.steps,
-                    "kept_step": result.kept_step,
-                    "stopped": result.collapse,
-                    "margin": _last(result.history, "rewards/margins"),
-                    "accuracy": _last(result.history, "rewards/accuracies"),
-                    "adapter_sha256": adapter[1],
-                }
-            )
+            stage.finish(_summary(run, drawn, result) | {"adapter_sha256": adapter[1]} | _fresh(run, adapter))
     path = _adapter_path(run, stage.folder)
     weights = path if path.suffix else path / "adapter_model.safetensors"
     recorded = stage.files.get(weights.relative_to(stage.folder).as_posix())
+    run.caveats = caveats(stage.summary)
+    for sentence in run.caveats:
+        run.reporter.warn(sentence)
     return stage.summary, (path, recorded or sha256_file(weights))
 
 
-def _pairs(run: RunContext) -> tuple[list[Row], int]:
-    """Return DPO pairs with their rendered prompts, and how many were dropped as ties."""
+def _texts(pairs: list[Row]) -> list[dict[str, str]]:
+    return [{key: pair[key] for key in ("prompt", "chosen", "rejected")} for pair in pairs]
+
+
+def _summary(run: RunContext, drawn: Drawn, result: DpoResult) -> Summary:
+    pairs = drawn.pairs
+    return {
+        "pairs": result.pairs,
+        "too_long": result.dropped,
+        "question_pairs": sum(pair["level"] == "question" for pair in pairs),
+        "ties_dropped": drawn.ties,
+        "gap": round(sum(abs(pair["gap"]) for pair in pairs) / len(pairs), 4),
+        "lengths": length_report(pairs),
+        "steps": result.steps,
+        "kept_step": result.kept_step,
+        "stopped": result.collapse,
+        "margin": _last(result.history, "rewards/margins"),
+        "accuracy": _last(result.history, "rewards/accuracies"),
+        "kl": result.held_out.kl,
+        "target_kl": run.config.align.target_kl,
+        "held_out": {**asdict(result.held_out), "margin": round(result.held_out.margin, 4)},
+    }
+
+
+def _fresh(run: RunContext, adapter: Adapter) -> Summary:
+    """Return what both teachers' answers to new prompts say, nothing if that is switched off."""
+    if not run.config.align.fresh_drafts:
+        return {}
+    teacher = run.config.teacher
+    with doing("drafts of both teachers"):
+        original = draft_afresh(run, run.engine(teacher))
+        run.close_engines()  # one copy of the teacher in memory
+        aligned = draft_afresh(run, run.engine_with(run.local(teacher), adapter, teacher))
+    return {"fresh": versus(run, original, aligned)}
+
+
+def caveats(summary: Summary) -> list[str]:
+    """Return what a user must know of an alignment before its results; nothing of one that works."""
+    found, fresh, kl = [], summary.get("fresh", {}), summary.get("kl")
+    same = fresh.get("prompts") and not fresh["changed"]
+    if kl is not None and (kl < _MOVED or same):
+        found.append(
+            f"the alignment changed nothing: {kl:.1e} nats a token from the original teacher"
+            + (f", all {fresh['prompts']} greedy drafts the same" if same else "")
+            + ". No difference between the two teachers can be expected; raise align.target_kl."
+        )
+    elif kl is not None and kl < summary["target_kl"] / 2:
+        found.append(
+            f"the alignment ended at {kl:.3f} nats a token, short of align.target_kl = {summary['target_kl']:g}"
+        )
+    if "gain" in fresh and fresh["gain"] <= 0:
+        found.append(
+            f"the student scores the aligned teacher's new drafts no higher ({fresh['gain']:+.3f} on "
+            f"{fresh['scored']} prompts, 95 % interval {fresh['gain_low']:+.3f} to {fresh['gain_high']:+.3f}): "
+            "the alignment did not reach what it is for"
+        )
+    return found
+
+
+def _pairs(run: RunContext) -> Drawn:
+    """Return DPO pairs with their rendered prompts, those held out, and how many were dropped as ties."""
     config, elicit, seed = run.config.align, run.config.elicit, run.config.seed
-    questions = run.read("prefer", "questions.jsonl")
     rationales = run.read("prefer", "scores.jsonl")
-    min_gap = config.min_gap
-    if run.config.data == "random":
-        # The control: as many pairs, but ranked by a random score.
-        control = random.Random(f"{seed}/random")
-        questions = [{**row, "score": control.random()} for row in questions]
-        rationales = [{**row, "score": control.random()} for row in rationales]
-        min_gap = 0.0
-    engine = run.engine(run.config.teacher)
+    errors: dict[str, list[float]] = {}
+    for row in rationales:
+        errors.setdefault(row["question"], []).append(row.get("standard_error", 0.0))
+    questions = [
+        row | {"standard_error": math.hypot(*errors[row["id"]]) / len(errors[row["id"]])}
+        for row in run.read("prefer", "questions.jsonl")
+    ]
+    engine, plan = run.engine(run.config.teacher), draft_plan(run.config)
     texts = {row["id"]: row["input"] for row in questions}
-    n_pair = run.config.n_question_pairs
+    ties, n_pair = Ties(config.min_gap, config.min_gap_errors), run.config.n_question_pairs
     if run.by_label:
-        by_question, question_ties = draw_input_pairs(questions, n_pair, elicit.asked, min_gap, seed)
-        source = InputSource(run, engine, run.config.teacher, draft_plan(run.config), Focus())
-        for i, pair in enumerate(by_question):
-            pair["prompt"], first = source.prompt(pair["label"], i)
-            for side in ("chosen", "rejected"):
-                lines = "\n".join(f"{number}. {text}" for number, text in enumerate(pair[side], first))
-                pair[side] = lines.removeprefix(f"{first}.")  # which the prompt has written already
+        by_question = draw_input_pairs(questions, n_pair, elicit.asked, ties, seed)
+        _prompt_inputs(run, engine, plan, by_question.pairs)
+        _prompt_inputs(run, engine, replace(plan, seed=seed - 1), by_question.held_out)
     else:
         shown = min(elicit.shown, len(run.task.seed))
-        by_question, question_ties = draw_question_pairs(
-            questions, n_pair, elicit.asked, shown + 1, min_gap, seed
-        )
-        for i, pair in enumerate(by_question):
+        by_question = draw_question_pairs(questions, n_pair, elicit.asked, shown + 1, ties, seed)
+        for i, pair in enumerate([*by_question.pairs, *by_question.held_out]):
             seeds = random.Random(f"{seed}/align/{i}").sample(list(run.task.seed), shown)
-            messages = question_messages(run.task, seeds, elicit.asked)
-            pair["prompt"] = _rendered(run, engine, messages, question_prefill(shown))
-    by_rationale, rationale_ties = draw_rationale_pairs(
-        rationales if run.reasons else [], run.config.n_rationale_pairs, min_gap, seed
+            messages = question_messages(run.task, seeds, pair["n"])
+            pair["prompt"] = run.render(engine, messages, question_prefill(shown), run.config.teacher)
+    n_pair = run.config.n_rationale_pairs
+    by_rationale = draw_rationale_pairs(
+        rationales if run.reasons else [], n_pair, config.pairs_per_question, ties, seed
     )
-    for pair in by_rationale:
-        shots = teacher_shots(run.task, config.shots)
-        messages = rationale_messages(run.task, texts[pair["question"]], None, shots)
-        pair["prompt"] = _rendered(run, engine, messages)
-    mixed = by_question + by_rationale
-    random.Random(f"{seed}/mix").shuffle(mixed)
-    return mixed, question_ties + rationale_ties
+    shots = short_shots(run, run.config.teacher)
+    shots = shots if config.shots is None else teacher_shots(run.task, config.shots)
+    for pair in (*by_rationale.pairs, *by_rationale.held_out):
+        pair["prompt"] = rationale_prompt(
+            run, engine, run.config.teacher, texts[pair["question"]], None, shots
+        )
+    pairs = by_question.pairs + by_rationale.pairs
+    random.Random(f"{seed}/mix").shuffle(pairs)
+    # Both kinds in turn: the first ones are measured after every step.
+    kinds = (by_question.held_out if run.config.n_question_pairs else [], by_rationale.held_out)
+    held_out = [pair for turn in zip_longest(*kinds) for pair in turn if pair is not None]
+    if run.config.data == "random":  # the control: the same pairs, but lots decide which side is chosen
+        lots = random.Random(f"{seed}/random")
+        pairs, held_out = shuffle_sides(pairs, lots), shuffle_sides(held_out, lots)
+    return Drawn(pairs, held_out, by_question.ties + by_rationale.ties)
 
 
-def _rendered(run: RunContext, engine: Engine, messages: list[Message], prefill: str = "") -> str:
-    return run.render(engine, messages, prefill, run.config.teacher)
+def _prompt_inputs(run: RunContext, engine: Engine, plan: QuestionPlan, pairs: list[Row]) -> None:
+    """Give pairs of inputs their prompt, which asks for as many as a side has, and number the sides from there."""
+    focus = first_focus(run)
+    for i, pair in enumerate(pairs):
+        asked = plan.elicit.model_copy(update={"asked": pair["n"]})
+        source = InputSource(run, engine, run.config.teacher, replace(plan, elicit=asked), focus)
+        pair["prompt"], first = source.prompt(pair["label"], i)
+        for side in ("chosen", "rejected"):
+            lines = "\n".join(f"{number}. {text}" for number, text in enumerate(pair[side], first))
+            pair[side] = lines.removeprefix(f"{first}.")  # which the prompt has written already
 
 
 def dpo_settings(run: RunConfig) -> DpoSettings:
     """Return the settings of the training."""
     config = run.align
     both = config.sft_weight > 0
+    alpha = _RSLORA_SCALE * config.lora_rank**0.5 if config.rslora else 2.0 * config.lora_rank
     return DpoSettings(
         learning_rate=config.learning_rate,
         batch_size=1,
@@ -161,7 +236,10 @@ def dpo_settings(run: RunConfig) -> DpoSettings:
         beta=config.beta,
         losses=("sigmoid", "sft") if both else ("sigmoid",),
         loss_weights=(1.0, config.sft_weight) if both else (),
-        lora=Lora(rank=config.lora_rank, alpha=2.0 * config.lora_rank, targets=config.lora_targets),
+        ld_alpha=config.ld_alpha,
+        lora=Lora(rank=config.lora_rank, alpha=alpha, targets=config.lora_targets),
+        target_kl=config.target_kl,
+        max_length=config.max_length,
         probe_every=config.probe_every,
         seed=run.seed,
     )
@@ -171,8 +249,7 @@ def _probe(run: RunContext, adapter_dir: Path) -> ProbeResult:
     """Check for model collapse: the teacher with the adapter so far generates a few held-out drafts."""
     elicit = run.config.elicit
     engine = _open_with(run, adapter_dir, adapter_dir.parent / f"{adapter_dir.name}.gguf")
-    plan = replace(draft_plan(run.config), seed=run.config.seed - 1)  # prompts that no stage trains on
-    source = draft_source(run, engine, plan, Focus())
+    source = held_out_source(run, engine)
     try:
         requests = source.requests(0, run.config.align.probe_prompts, [])
         sampling = Sampling(
@@ -182,10 +259,9 @@ def _probe(run: RunContext, adapter_dir: Path) -> ProbeResult:
             answers = engine.complete(requests, sampling)
     finally:
         engine.close()
-    drafts = [draft for i, a in enumerate(answers) for draft in source.parse(i, a.text, a.finish)]
-    valid = [d for d in drafts if not isinstance(d, str) and canonical(d[1], run.task.answer) is not None]
+    valid, n_draft = valid_drafts(run, source, answers)
     tokens = [answer.completion_tokens for answer in answers]
-    return ProbeResult(len(valid) / max(len(drafts), 1), sum(tokens) / len(tokens))
+    return ProbeResult(sum(map(len, valid)) / max(n_draft, 1), sum(tokens) / len(tokens))
 
 
 def _open_with(run: RunContext, adapter_dir: Path, gguf: Path) -> Engine:
@@ -230,14 +306,30 @@ def _last(history: Any, key: str) -> float | None:
 
 
 def _describe(summary: Summary) -> str:
-    margin = summary["margin"]
-    # DPO's model of preference (Bradley-Terry): P(chosen over rejected) is the logistic function of the margin.
-    learned = (
-        ""
-        if margin is None
-        else f", prefers the chosen text with {0.5 + 0.5 * math.tanh(margin / 2):.1%} (untrained: 50 %)"
+    margin, parts = summary["margin"], []
+    parts.append(
+        f"{summary['pairs']} pairs ({summary['question_pairs']} of questions, {summary['ties_dropped']} ties dropped"
+        + (f", {summary['too_long']} too long" if summary.get("too_long") else "")
+        + f"), {summary['steps']} steps"
     )
-    return (
-        f"{summary['pairs']} pairs ({summary['question_pairs']} of questions, {summary['ties_dropped']} ties dropped), "
-        f"{summary['steps']} steps{learned}"
-    )
+    if margin is not None:
+        # DPO's model of preference (Bradley-Terry): P(chosen over rejected) is the logistic function of the margin.
+        parts.append(
+            f"prefers the chosen text with {0.5 + 0.5 * math.tanh(margin / 2):.1%} (untrained: 50 %)"
+        )
+    if (kl := summary.get("kl")) is not None:  # older runs measured neither this nor what follows
+        parts.append(f"{kl:.2g} nats a token from the original teacher on held-out prompts")
+        if n := summary["held_out"]["pairs"]:
+            parts.append(f"{summary['held_out']['right']} of {n} held-out pairs right")
+    if fresh := summary.get("fresh"):
+        longer = fresh["tokens_after"] / max(fresh["tokens_before"], 1) - 1
+        parts.append(
+            f"{fresh['changed']} of {fresh['prompts']} greedy drafts changed, {longer:+.0%} tokens, "
+            f"{fresh['valid_after']:.0%} valid ({fresh['valid_before']:.0%} before)"
+        )
+        if "gain" in fresh:
+            parts.append(
+                f"the student's score of new drafts {fresh['score_before']:.3f} → {fresh['score_after']:.3f} "
+                f"({fresh['gain']:+.3f}, 95 % interval {fresh['gain_low']:+.3f} to {fresh['gain_high']:+.3f})"
+            )
+    return ", ".join(parts)

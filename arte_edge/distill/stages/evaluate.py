@@ -137,6 +137,7 @@ def _summary(run: RunContext, examples: tuple[Example, ...], results: _Results) 
         "role": run.role,
         "format_share": None if share is None else round(share, 4),
         "chance": round(majority_baseline(run, examples), 4),
+        **({"caveats": run.caveats} if run.caveats else {}),
         "partial": bool(config.limit) and config.limit < len(run.task.test_keys()),
         **run.budget_inputs(),
     }
@@ -209,6 +210,7 @@ def summary_lines(evaluation: Summary) -> list[str]:
     part = ", a part of the test split: not a result" if evaluation["partial"] else ""
     lines = [
         headline(evaluation),
+        *(f"Warning: {caveat}" for caveat in evaluation.get("caveats", ())),
         f"Differences are paired, in points. n = {n} test examples{part}; the majority baseline is "
         f"{evaluation['chance']:.1%}; answer form: {evaluation['form']}.",
     ]

@@ -88,8 +88,15 @@ def copy_adapter(source: Path, target: Path) -> Path:
 class CollapseMonitor:
     """The checks of one training, stored in its work folder."""
 
-    def __init__(self, workspace: Workspace, settings: DpoSettings, probe: Probe | None) -> None:
-        self._folder, self._settings, self._probe = workspace.folder, settings, probe
+    def __init__(
+        self,
+        workspace: Workspace,
+        settings: DpoSettings,
+        probe: Probe | None,
+        ended: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`ended` says whether the training ends with the current step, whatever its schedule."""
+        self._folder, self._settings, self._probe, self._ended = workspace.folder, settings, probe, ended
         self._file = self._folder / "probes.jsonl"
         rows = read_jsonl(self._file) if self._file.is_file() else []
         self.checks: list[dict[str, Any]] = [row for row in rows if {"step", "reason"} <= row.keys()]
@@ -114,7 +121,7 @@ class CollapseMonitor:
 
     def due(self, state: Any) -> bool:
         step: int = state.global_step
-        return step % self._settings.probe_every == 0 or step == state.max_steps
+        return step % self._settings.probe_every == 0 or step == state.max_steps or self._ended()
 
     def check_if_due(self, state: Any, checkpoint: Path) -> None:
         """Check the adapter in the trainer's `checkpoint` if a check is due at its step."""

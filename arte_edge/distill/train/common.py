@@ -101,6 +101,11 @@ class DpoSettings(_Training):
     accumulate: int = Field(default=2, ge=1)
     warmup: float = Field(default=0.1, ge=0, le=1)
     beta: float = Field(default=0.1, gt=0, description="strength of the KL penalty")
+    ld_alpha: float = Field(default=1.0, ge=0, le=1, description="weight of the longer side's last tokens")
+    target_kl: float = Field(
+        default=0.0, ge=0, description="nats a token that set the rate (`kl_target`); 0: fixed rate"
+    )
+    max_length: int = Field(default=0, ge=0, description="tokens of a pair; 0: what the model can read")
     losses: tuple[Literal["sigmoid", "sft", "ipo", "hinge"], ...] = Field(
         default=("sigmoid", "sft"), min_length=1, description='the paper: ["sigmoid"]'
     )

@@ -18,7 +18,8 @@ from arte_edge.private_apis import missing
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["attends_fully", "pair_hidden_states", "score_completions_only", "shared_hidden_states"]
+__all__ = ["attends_fully", "packs_pairs", "pair_hidden_states", "score_completions_only"]
+__all__ += ["shared_hidden_states"]
 
 _FEWEST_SHARED = 8  # tokens; a shorter beginning is not worth the longer row
 
@@ -32,7 +33,7 @@ def score_completions_only(model: Any, *, pairs: bool = False) -> bool:
     `pairs`: batches are preference pairs, whose prompt is then computed once. The model is
     left alone on a GPU, for other families, and for a TRL that works in another way.
     """
-    if missing(__name__) or model.config.model_type not in _PLAIN_HEADS or model.device.type != "cpu":
+    if not _is_plain(model):
         return False
     from trl.trainer import utils
 
@@ -56,6 +57,15 @@ def score_completions_only(model: Any, *, pairs: bool = False) -> bool:
 
     model.forward = MethodType(forward, model)
     return True
+
+
+def _is_plain(model: Any) -> bool:
+    return not missing(__name__) and model.config.model_type in _PLAIN_HEADS and model.device.type == "cpu"
+
+
+def packs_pairs(model: Any) -> bool:
+    """Return whether `pair_hidden_states` and the output layer give the logits of `model`, not its PEFT wrapper."""
+    return _is_plain(model) and attends_fully(model.config)
 
 
 def _scores(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -2,14 +2,15 @@
 
 The reference model is the teacher without its adapter, so one copy of the weights
 serves both. TRL's trainer gets token ids that are made here, as the engines make
-them, and TRL's metrics are checked by `collapse`.
+them, and TRL's metrics are checked by `collapse`. With ``target_kl`` the rate follows
+from how far the teacher has moved (`kl_target`).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,15 @@ from arte_edge.distill.train.common import (
     training_order,
 )
 from arte_edge.distill.train.completion_head import score_completions_only
+from arte_edge.distill.train.kl_target import FEWEST_STEPS, HeldOut, StepSizer, held_out_report
 from arte_edge.errors import ArteError, InputError
 from arte_edge.private_apis import missing
 from arte_edge.store import content_key, write_jsonl
 
-__all__ = ["DpoResult", "encode_pairs", "train_dpo"]
+__all__ = ["DpoResult", "encode_pairs", "least_epochs", "train_dpo"]
+
+
+_MOST_WATCHED = 4  # pairs that are measured after a step: a quarter of its work
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class DpoResult:
     pairs: int  # pairs that were trained on
     dropped: int  # pairs longer than max_length
     seconds: float
+    held_out: HeldOut
     history: tuple[dict[str, float], ...]  # a row a step: loss, logps/chosen, rewards/margins, …
     probes: tuple[
         dict[str, Any], ...
@@ -61,10 +67,14 @@ def train_dpo(
     out: Path,
     settings: DpoSettings | None = None,
     *,
+    held_out: Sequence[Mapping[str, str]] = (),
     probe: Probe | None = None,
     progress: Progress | None = None,
 ) -> DpoResult:
     """Align `checkpoint` on `pairs` (rendered ``prompt``, ``chosen``, ``rejected``) into the folder `out`.
+
+    How far the teacher has moved, and what it has learned, is measured on the pairs `held_out`; without any, how far
+    on `pairs`.
 
     `probe` runs before the first step, every ``settings.probe_every`` steps and after the last
     one; on a collapse training stops and the last good adapter is used. Killed at any moment, the
@@ -78,18 +88,28 @@ def train_dpo(
     settings = settings or DpoSettings()
     check_rows(pairs, ("prompt", "chosen", "rejected"), "preference pair")
     sha256 = sha256_checkpoint(checkpoint)
-    request = content_key("dpo", sha256, [dict(row) for row in pairs], settings.model_dump())
+    texts = [[dict(row) for row in rows] for rows in (pairs, held_out)]
+    request = content_key("dpo", sha256, texts, settings.model_dump())
     if done := finished(out, request, _result):
         return done
     began = time.monotonic()
     workspace = Workspace(out, request)
-    monitor = CollapseMonitor(workspace, settings, probe)
     with quiet_training():
-        trainer, counts = _trainer(checkpoint, pairs, settings, workspace, monitor, progress)
-        _run(trainer, workspace, monitor)
-        history, steps = history_of(trainer), trainer.state.global_step
-        del trainer
+        training = _Training(checkpoint, pairs, held_out, settings, workspace, probe, progress)
+        training.run()
+        monitor, sizer, state = training.monitor, training.sizer, training.trainer.state
+        found = training.judged(monitor.adapter(monitor.good_step))
+        history, steps = history_of(training.trainer), state.global_step
+        counts = {"pairs": training.n_pair, "dropped": len(pairs) - training.n_pair}
+        del training, state
         free_memory()
+    measured = sizer.rates()
+    for row in history:
+        if (at := measured.get(int(row.get("step", 0)))) is not None:
+            row |= {
+                "learning_rate": at["rate"],
+                "kl": at["kl"],
+            }  # the schedule's own figure is the first rate
     staged = copy_adapter(monitor.adapter(monitor.good_step), workspace.folder / "result")
     write_jsonl(staged / "log.jsonl", [*history, *({"probe": check} for check in monitor.checks)])
     report = {
@@ -98,11 +118,19 @@ def train_dpo(
         "collapse": monitor.reason,
         **counts,
         "seconds": round(time.monotonic() - began, 3),
+        "held_out": asdict(found),
         "history": history,
         "probes": monitor.checks,
     }
     workspace.finish(staged, report)
     return _result(out, report)
+
+
+def least_epochs(settings: DpoSettings, n_pair: int) -> float:
+    """Return the epochs of a training on `n_pair` pairs: more than set where `target_kl` needs more steps."""
+    if not settings.target_kl:
+        return settings.epochs
+    return max(settings.epochs, FEWEST_STEPS * settings.batch_size * settings.accumulate / max(n_pair, 1))
 
 
 def encode_pairs(
@@ -118,76 +146,107 @@ def encode_pairs(
     return encoded
 
 
-def _trainer(
-    checkpoint: Path,
-    pairs: Sequence[Mapping[str, str]],
-    settings: DpoSettings,
-    workspace: Workspace,
-    monitor: CollapseMonitor,
-    progress: Progress | None,
-) -> tuple[Any, dict[str, int]]:
-    from datasets import Dataset
-    from transformers import PrinterCallback
-    from trl import DPOConfig, DPOTrainer
+class _Training:
+    """TRL's trainer, with what watches it."""
 
-    if moved := missing(__name__):
-        raise ArteError(
-            f"This version of TRL cannot train on token ids: {moved[0]}",
-            "Install a version that is known to work: pip install 'arte-edge[train]'.",
+    def __init__(
+        self,
+        checkpoint: Path,
+        pairs: Sequence[Mapping[str, str]],
+        held_out: Sequence[Mapping[str, str]],
+        settings: DpoSettings,
+        workspace: Workspace,
+        probe: Probe | None,
+        progress: Progress | None,
+    ) -> None:
+        from datasets import Dataset
+        from transformers import PrinterCallback
+        from trl import DPOConfig, DPOTrainer
+
+        if moved := missing(__name__):
+            raise ArteError(
+                f"This version of TRL cannot train on token ids: {moved[0]}",
+                "Install a version that is known to work: pip install 'arte-edge[train]'.",
+            )
+
+        class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]
+            """DPO on token ids: TRL's own tokenization doubles begin tokens and merges across the seam."""
+
+            def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+                return dataset
+
+        model, tokenizer = load(checkpoint, frozen=True)
+        limit = settings.max_length or getattr(model.config, "max_position_embeddings", None) or 2**20
+        encoded = encode_pairs(Encoder(tokenizer), pairs, limit)
+        if not encoded:
+            raise InputError(
+                f"No preference pair fits into {limit} tokens",
+                "Raise align.max_length, or shorten the drafts.",
+            )
+        self._settings, self._workspace, self.n_pair = settings, workspace, len(encoded)
+        self._held_out = encode_pairs(Encoder(tokenizer), held_out, limit)
+        n_watched = min(max(settings.batch_size * settings.accumulate, 2), _MOST_WATCHED)
+        watched = (self._held_out or encoded)[:n_watched]
+        self.sizer = StepSizer(workspace, watched, settings.learning_rate, settings.target_kl)
+        self.monitor = CollapseMonitor(workspace, settings, probe, ended=lambda: self.sizer.reached)
+        lengths = [sum(len(ids) for ids in pair.values()) for pair in encoded]
+        epochs = least_epochs(settings, len(encoded))
+        order = training_order(lengths, settings.batch_size, epochs, settings.seed)
+        schedule = "constant" if settings.target_kl else "cosine"
+        watchers = [self.sizer.callback()] if settings.target_kl else []
+        self.trainer = TokenisedDPOTrainer(
+            model=model,
+            args=DPOConfig(
+                beta=settings.beta,
+                ld_alpha=settings.ld_alpha if settings.ld_alpha < 1 else None,
+                loss_type=list(settings.losses),
+                loss_weights=list(settings.loss_weights) or None,
+                **arguments(checkpoint, workspace, settings, len(order), schedule),
+            ),
+            train_dataset=Dataset.from_list([encoded[i] for i in order]),
+            processing_class=tokenizer,
+            peft_config=lora_config(settings.lora),
+            callbacks=[
+                keep_going(workspace, settings.save_every_s, progress),
+                *watchers,
+                self.monitor.callback(),
+            ],
         )
+        self.trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for data
+        score_completions_only(self.trainer.model.get_base_model(), pairs=True)
 
-    class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]
-        """DPO on token ids: TRL's own tokenization doubles begin tokens and merges across the seam."""
+    def run(self) -> None:
+        """Train from the last checkpoint, after the check that a kill may have prevented."""
+        from transformers import TrainerState
 
-        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-            return dataset
+        last = self._workspace.last_checkpoint()
+        if last is None:
+            self.monitor.forget_after(0)
+            self.sizer.forget_after(0)
+            start = self._workspace.folder / "start"
+            self.trainer.model.save_pretrained(start)
+            self.monitor.check(0, start, [])
+            self.trainer.train()
+            return
+        state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        self.monitor.forget_after(state.global_step)
+        self.sizer.forget_after(state.global_step)
+        self.monitor.check_if_due(state, last)
+        if self.monitor.reason or self.sizer.reached:
+            self.trainer.state = state
+        else:
+            self.trainer.train(resume_from_checkpoint=str(last))
 
-    model, tokenizer = load(checkpoint, frozen=True)
-    encoded = encode_pairs(Encoder(tokenizer), pairs, settings.max_length)
-    if not encoded:
-        raise InputError(
-            f"No preference pair fits into {settings.max_length} tokens", "Raise max_length or shorten them."
-        )
-    lengths = [sum(len(ids) for ids in pair.values()) for pair in encoded]
-    order = training_order(lengths, settings.batch_size, settings.epochs, settings.seed)
-    trainer = TokenisedDPOTrainer(
-        model=model,
-        args=DPOConfig(
-            beta=settings.beta,
-            loss_type=list(settings.losses),
-            loss_weights=list(settings.loss_weights) or None,
-            **arguments(checkpoint, workspace, settings, len(order), "cosine"),
-        ),
-        train_dataset=Dataset.from_list([encoded[i] for i in order]),
-        processing_class=tokenizer,
-        peft_config=lora_config(settings.lora),
-        callbacks=[keep_going(workspace, settings.save_every_s, progress), monitor.callback()],
-    )
-    trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for data
-    score_completions_only(trainer.model.get_base_model(), pairs=True)
-    return trainer, {"pairs": len(encoded), "dropped": len(pairs) - len(encoded)}
+    def judged(self, adapter: Path) -> HeldOut:
+        """Return what the teacher with the PEFT folder `adapter` does on the held-out pairs."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
 
-
-def _run(trainer: Any, workspace: Workspace, monitor: CollapseMonitor) -> None:
-    """Train from the last checkpoint, after the check that a kill may have prevented."""
-    from transformers import TrainerState
-
-    last = workspace.last_checkpoint()
-    if last is None:
-        monitor.forget_after(0)
-        trainer.model.save_pretrained(workspace.folder / "start")
-        monitor.check(0, workspace.folder / "start", [])
-        trainer.train()
-        return
-    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-    monitor.forget_after(state.global_step)
-    monitor.check_if_due(state, last)
-    if monitor.reason:
-        trainer.state = state
-    else:
-        trainer.train(resume_from_checkpoint=str(last))
+        model = self.trainer.model
+        set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
+        return held_out_report(model, self.sizer.kl(model), self._held_out, self._settings.beta)
 
 
 def _result(out: Path, report: Mapping[str, Any]) -> DpoResult:
     lists = {"history": tuple(report["history"]), "probes": tuple(report["probes"])}
-    return DpoResult(**{**report, **lists, "adapter": out})
+    return DpoResult(**{**report, **lists, "held_out": HeldOut(**report["held_out"]), "adapter": out})

@@ -52,6 +52,7 @@ def _result(summary: dict[str, Any], text: str, more: dict[str, str]) -> str:
             "role_text": _TEXTS["roles"].get(summary.get("role"), ""),
             "trials": _trials(summary.get("trial") or summary),
             "reason_words": summary.get("rationale_words") if _reasoned(summary) else None,
+            "gain": summary.get("fresh", {}).get("gain"),
             "share": summary["right"] / summary["n"] if "right" in summary else None,
         }
         # A count of 0 is left out, a correlation of 0.0 is not; a share of 0.0 of the labels is.

@@ -82,7 +82,7 @@ from pathlib import Path
 from typing import Any
 from arte_edge.distill.train import common
 from arte_edge.distill.train.collapse import ProbeResult
-kind, checkpoint, rows, out, settings, step, look = json.loads(sys.argv[1])
+kind, checkpoint, rows, out, settings, step, look, more = json.loads(sys.argv[1])
 looks = []
 def probe(folder):
     looks.append(folder.name)
@@ -93,7 +93,7 @@ def progress(done, total):
     if done == step:
         os.kill(os.getpid(), signal.SIGKILL)
 train = getattr(importlib.import_module(f"arte_edge.distill.train.{kind.lower()}"), f"train_{kind.lower()}")
-more = {"probe": probe} if kind == "Dpo" else {}
+more |= {"probe": probe} if kind == "Dpo" else {}
 settings = getattr(common, f"{kind}Settings")(**settings)
 train(Path(checkpoint), rows, Path(out), settings, progress=progress, **more)
 """
@@ -103,9 +103,11 @@ train(Path(checkpoint), rows, Path(out), settings, progress=progress, **more)
 def kill(tiny_checkpoint: Make) -> Make:
     """Start a training that is killed after an optimizer step or during a look of the probe."""
 
-    def killed(kind: str, rows: Any, out: Path, settings: Any, *, step: int = 0, look: int = 0) -> None:
+    def killed(
+        kind: str, rows: Any, out: Path, settings: Any, *, step: int = 0, look: int = 0, **more: Any
+    ) -> None:
         call = json.dumps(
-            [kind, str(tiny_checkpoint()), rows, str(out), settings.model_dump(mode="json"), step, look]
+            [kind, str(tiny_checkpoint()), rows, str(out), settings.model_dump(mode="json"), step, look, more]
         )
         child = subprocess.run([sys.executable, "-c", _KILLED, call], capture_output=True, text=True)
         assert child.returncode == -9, child.stderr

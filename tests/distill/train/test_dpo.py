@@ -165,6 +165,9 @@ def test_a_pair_that_is_too_long_is_dropped_and_counted(tiny_checkpoint: Any, tm
     assert (result.pairs, result.dropped) == (12, 1)
     with pytest.raises(InputError, match="fits into 128 tokens"):
         train_dpo(tiny_checkpoint(), [long], tmp_path / "none", settings)
+    assert (
+        train_dpo(tiny_checkpoint(), [*PAIRS, long], tmp_path / "any", FAST).dropped == 0
+    )  # 0: no limit of ours
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +221,73 @@ def test_a_killed_alignment_goes_on_to_the_same_adapter(
     assert [row["loss"] for row in again.history] == [row["loss"] for row in whole.history]
     a, b = adapter(whole.adapter), adapter(again.adapter)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+SIZED = FAST.model_copy(update={"learning_rate": 1e-4, "batch_size": 1, "probe_every": 4, "target_kl": 0.1})
+
+
+@pytest.fixture(scope="module")
+def sized(tiny_checkpoint: Any, tmp_path_factory: Folders) -> Any:
+    """An alignment whose rate follows from the KL divergence."""
+    out = tmp_path_factory.mktemp("sized") / "out"
+    return train_dpo(tiny_checkpoint(), PAIRS[:10], out, SIZED, held_out=PAIRS[10:], probe=healthy)
+
+
+def test_the_rate_follows_from_how_far_the_teacher_has_moved(sized: Any, tiny_checkpoint: Any) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert 0.085 <= sized.held_out.kl <= 0.1 and sized.held_out.right == sized.held_out.pairs == 2
+    assert sized.held_out.margin > 0 and sized.kept_step == sized.steps
+    rates = [row["learning_rate"] for row in sized.history]
+    assert rates[:3] == pytest.approx([1e-4, 3e-4, 9e-4]) and rates[-1] < max(rates) / 2
+    assert [row["kl"] for row in sized.history] == sorted(row["kl"] for row in sized.history)
+    # The same figure from the adapter on the disk, each text on its own.
+    coder = Encoder(AutoTokenizer.from_pretrained(tiny_checkpoint()))
+    base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(), dtype=torch.float32).eval()
+    divergences: list[Any] = []
+    texts = [(pair["prompt"], pair[side]) for pair in PAIRS[10:] for side in ("chosen", "rejected")]
+    ids = [(coder.prompt(prompt), coder.completion(prompt, text)) for prompt, text in texts]
+    with torch.no_grad():
+        before = [base(torch.tensor([start + rest])).logits[0] for start, rest in ids]
+        aligned = PeftModel.from_pretrained(base, sized.adapter).eval()
+        for logits, (start, rest) in zip(before, ids, strict=True):
+            p, q = (
+                x[len(start) - 1 : -1].double().log_softmax(-1)
+                for x in (logits, aligned(torch.tensor([start + rest])).logits[0])
+            )
+            divergences += (p.exp() * (p - q)).sum(-1).tolist()
+    assert sized.held_out.kl == pytest.approx(sum(divergences) / len(divergences), rel=1e-3)
+
+
+def test_a_step_beyond_the_target_is_scaled_back_before_anybody_sees_it(
+    tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    wild = SIZED.model_copy(update={"learning_rate": 0.05, "target_kl": 0.01})
+    result = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "out", wild, held_out=PAIRS[:2], probe=healthy)
+    assert result.steps == result.kept_step == result.probes[-1]["step"] == 1
+    assert 0.0085 <= result.held_out.kl <= 0.01
+
+
+def test_few_pairs_are_seen_again_until_there_are_steps_to_steer(
+    tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    few = SIZED.model_copy(update={"accumulate": 2})
+    result = train_dpo(tiny_checkpoint(), PAIRS[:3], tmp_path / "out", few)
+    assert 5 < result.steps <= 8 and result.held_out.pairs == 0 and 0.05 < result.held_out.kl <= 0.1
+
+
+@pytest.mark.parametrize("killed", [{"step": 5}, {"look": 4}])
+def test_a_killed_alignment_with_a_target_goes_on_with_the_same_rates(
+    killed: dict[str, int], sized: Any, kill: Any, tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    import torch
+
+    out = tmp_path / "killed"
+    kill("Dpo", PAIRS[:10], out, SIZED, held_out=PAIRS[10:], **killed)
+    again = train_dpo(tiny_checkpoint(), PAIRS[:10], out, SIZED, held_out=PAIRS[10:], probe=healthy)
+    rates, before = ([row["learning_rate"] for row in result.history] for result in (again, sized))
+    assert rates == before and again.held_out == sized.held_out
+    a, b = adapter(sized.adapter), adapter(again.adapter)
+    assert all(torch.equal(a[name], b[name]) for name in a)
