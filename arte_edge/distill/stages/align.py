@@ -156,7 +156,7 @@ def caveats(summary: Summary) -> list[str]:
         found.append(
             f"the alignment ended at {kl:.3f} nats a token, short of align.target_kl = {summary['target_kl']:g}"
         )
-    if "gain" in fresh and fresh["gain"] <= 0:
+    if fresh.get("gain", 1) <= 0 and not same:
         found.append(
             f"the student scores the aligned teacher's new drafts no higher ({fresh['gain']:+.3f} on "
             f"{fresh['scored']} prompts, 95 % interval {fresh['gain_low']:+.3f} to {fresh['gain_high']:+.3f}): "
@@ -205,7 +205,7 @@ def _pairs(run: RunContext) -> Drawn:
     # Both kinds in turn: the first ones are measured after every step.
     kinds = (by_question.held_out if run.config.n_question_pairs else [], by_rationale.held_out)
     held_out = [pair for turn in zip_longest(*kinds) for pair in turn if pair is not None]
-    if run.config.data == "random":  # the control: the same pairs, but lots decide which side is chosen
+    if run.config.alignment == "random":  # the control: the same pairs, but lots decide which side is chosen
         lots = random.Random(f"{seed}/random")
         pairs, held_out = shuffle_sides(pairs, lots), shuffle_sides(held_out, lots)
     return Drawn(pairs, held_out, by_question.ties + by_rationale.ties)
