@@ -101,14 +101,18 @@ def test_a_study_that_was_cut_off_goes_on_and_a_finished_one_costs_nothing(
     assert house.calls == 2 * calls and result(tmp_path / "cut")["rows"] == table["rows"]
 
 
-def test_a_run_that_stops_early_is_named_and_left_out(study: Any, tmp_path: Path, capsys: Capture) -> None:
+def test_a_run_that_stops_early_is_left_out_and_one_of_other_settings_shares_no_training(
+    house: Any, study: Any, tmp_path: Path, capsys: Capture
+) -> None:
     impossible = '[arms.none]\ndata = "original-teacher"\nelicit.max_prompts = 1\ntailor.max_prompts = 1\n'
+    impossible += "tune.epochs = 3"
     assert study("some", extra=impossible) == 4
     said = capsys.readouterr()
     assert "2 of 6 runs stopped early" in said.err
     assert "Stopped early: parity-scripted-student-none-seed0: " in said.out
     arms = [row["arm"] for row in result(tmp_path / "some")["rows"]]
     assert "none" not in arms and "best-of-n" in arms
+    assert Counter(path.name for path in house.trained)["own-labels"] == 4
 
 
 @pytest.mark.parametrize(

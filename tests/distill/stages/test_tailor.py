@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tiny import Patch
 
 from arte_edge.distill.generation.inputs import Focus
 from arte_edge.distill.stages.calibrate import calibrate
@@ -92,9 +93,15 @@ def selected(house: Any, **tables: Any) -> tuple[Rows, dict[str, Any], Rows]:
     return run.read("tailor", "train.jsonl"), summary, scores
 
 
-@pytest.mark.parametrize("n", [2, 5])
-def test_the_best_of_n_rationales_of_each_question_is_kept(house: Any, n: int) -> None:
-    rows, summary, _ = selected(house, data="best-of-n", tailor={"questions": WANTED, "best_of": n})
+@pytest.mark.parametrize(("n", "server"), [(2, False), (5, True)])
+def test_the_best_of_n_rationales_of_each_question_is_kept(
+    house: Any, n: int, server: bool, monkeypatch: Patch
+) -> None:
+    tables: dict[str, Any] = {"data": "best-of-n", "tailor": {"questions": WANTED, "best_of": n}}
+    if server:  # which has no weights, and gives no probabilities
+        monkeypatch.setattr("arte_edge.distill.run_context.open_engine", lambda *_, **__: house.teacher)
+        tables["teacher"] = {"model": "openai:m@http://127.0.0.1:1/v1"}
+    rows, summary, _ = selected(house, **tables)
     assert [re.findall(r"way (\d+)", row["rationale"]) for row in rows] == [[str(n - 1)]] * WANTED
     found = summary["selection"]
     assert found["written"] == found["scored"] == n * summary["questions"]
