@@ -49,7 +49,7 @@ ORDER = re.findall(
     errors files catalog extras private_apis threads protobuf pii_scan memory console notebook
     stats model_folder cache store checkpoint transformers_load
     results gguf device onnx models runtimes tasks asking
-    distill verify export bench publish api environment cli __main__
+    distill verify export bench publish api cli __main__
     """,
 )
 
