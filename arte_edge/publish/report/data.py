@@ -10,13 +10,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt
+from typing import Any
 
 from arte_edge.distill.config import UNALIGNED
 from arte_edge.errors import InputError
-from arte_edge.files import json_loads, read_json, read_toml, validated
+from arte_edge.files import json_loads, read_json, read_toml
 from arte_edge.results.comparison import upgraded
 from arte_edge.results.locate import find_export, find_run, read_bench
 from arte_edge.results.rows import Row
@@ -39,6 +37,7 @@ _ROWS = {
 }
 _ALIGNING = ("elicit", "calibrate", "prefer", "align")
 _MOST_ROUNDS = 10
+_LARGEST = 1e300
 
 JsonRow = dict[str, Any]
 
@@ -46,97 +45,26 @@ JsonRow = dict[str, Any]
 _AGAIN = "Remove it and run `arte-edge distill` again: finished calls are kept."
 
 
-# What the page needs of a row; more keys may be there.
-class _Shape(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class _Draft(_Shape):
-    question: str
-    technique: int
-    text: str
-    score: FiniteFloat
-
-
-class _Question(_Shape):
-    id: str
-    input: str
-    score: FiniteFloat
-
-
-class _Example(_Shape):
-    input: str
-    rationale: str
-    label: str
-
-
-_Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class _Accuracy(_Shape):
-    model: str
-    setting: str
-    n: NonNegativeInt
-    right: NonNegativeInt
-    accuracy: _Share
-    low: _Share
-    high: _Share
-
-
-class _Test(_Shape):
-    against: str
-    setting: str
-    gained: int
-    lost: int
-    difference: FiniteFloat
-    low: FiniteFloat
-    high: FiniteFloat
-    p_value: FiniteFloat
-
-
-class _Rates(_Shape):
-    decode_tokens_per_s: FiniteFloat
-    evidence: str
-    source: str
-
-
-class _Budget(_Shape):
-    answer_tokens: int
-    prompt_tokens: int
-    rates: _Rates
-
-
-class _Device(_Shape):
-    device: str
-    file: str
-    max_answer_seconds: FiniteFloat
-
-
-class _Deploy(_Shape):
-    budget: _Budget
-    deploy: _Device
-
-
-class _Evaluation(_Shape):
-    rows: list[_Accuracy]
-    paired: list[_Test]
-    chance: FiniteFloat | None = None
-    format_share: FiniteFloat | None = None
-
-
-class _Logged(_Shape):
-    loss: float | None = None
-    margin: float | None = Field(None, alias="rewards/margins")
-
-
-_SHAPES: dict[str, type[_Shape]] = {
-    "prefer/scores.jsonl": _Draft,
-    "prefer/questions.jsonl": _Question,
-    "align/adapter/log.jsonl": _Logged,
-    "tailor/train.jsonl": _Example,
-    "tune/student/log.jsonl": _Logged,
-    "evaluate/manifest.json": _Evaluation,
-    "deploy.json": _Deploy,
+# What the page needs of a row, by key; more keys may be there. A list holds any number of what is in it.
+_SHARE = {"n": int, "right": int, "accuracy": float, "low": float, "high": float}
+_TEST = {"gained": int, "lost": int, "difference": float, "low": float, "high": float, "p_value": float}
+_RATES = {"decode_tokens_per_s": float, "evidence": str, "source": str}
+_LOGGED = {"loss": float | None, "rewards/margins": float | None}
+_SHAPES: dict[str, dict[str, Any]] = {
+    "prefer/scores.jsonl": {"question": str, "technique": int, "text": str, "score": float},
+    "prefer/questions.jsonl": {"id": str, "input": str, "score": float},
+    "align/adapter/log.jsonl": _LOGGED,
+    "tailor/train.jsonl": {"input": str, "rationale": str, "label": str},
+    "tune/student/log.jsonl": _LOGGED,
+    "evaluate/manifest.json": {
+        "rows": [{"model": str, "setting": str, **_SHARE}],
+        "paired": [{"against": str, "setting": str, **_TEST}],
+        **dict.fromkeys(("chance", "format_share"), float | None),
+    },
+    "deploy.json": {
+        "budget": {"answer_tokens": int, "prompt_tokens": int, "rates": _RATES},
+        "deploy": {"device": str, "file": str, "max_answer_seconds": float},
+    },
 }
 
 
@@ -225,9 +153,27 @@ def _read_stage(run: RunData, folder: Path) -> None:
 
 
 def _check(run: Path, file: str, rows: Sequence[Any]) -> None:
-    """Raise InputError with the file, line and keys of values that the page could not show."""
+    """Raise InputError with the file, line and key of a value that the page could not show."""
     for number, row in enumerate(rows if file in _SHAPES else (), 1):
-        validated(_SHAPES[file], row, f"{run / file}:{number}", _AGAIN)
+        if (key := _misfit(row, _SHAPES[file])) is not None:
+            what = f"{key.removeprefix('.') or 'it'} is missing, or not what it should be"
+            raise InputError(f"{run / file}:{number}: {what}", _AGAIN)
+
+
+def _misfit(value: Any, shape: Any) -> str | None:
+    """Return the key below which `value` has another shape, None if it fits; a float may be a whole number."""
+    if isinstance(shape, dict | list):
+        if not isinstance(value, type(shape)):
+            return ""
+        keys: Any = shape if isinstance(shape, dict) else range(len(value))
+        inner = shape if isinstance(shape, dict) else dict.fromkeys(keys, shape[0])
+        parts = value if isinstance(value, dict) else dict(enumerate(value))
+        found = ((key, _misfit(parts.get(key), inner[key])) for key in keys)
+        return next((f".{key}{below}" for key, below in found if below is not None), None)
+    if shape in (float, float | None):
+        is_number = isinstance(value, int | float) and abs(value) < _LARGEST  # neither infinite nor NaN
+        return None if is_number or (value is None and shape is not float) else ""
+    return None if isinstance(value, shape) else ""
 
 
 def _read_export(run: RunData, folder: Path) -> None:
