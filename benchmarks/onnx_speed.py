@@ -171,10 +171,9 @@ def export(model: str, folders: Path, arch: str) -> None:
         genai_builder.build(checkpoint, out, genai_builder.GenaiSettings(precision="int4"))
     fp32 = folders / "portable-fp32"
     if not fp32.exists():
-        optimum_exporter.build(checkpoint, fp32, optimum_exporter.OptimumSettings(precision="fp32"))
+        optimum_exporter.build(checkpoint, fp32, "fp32")
     if not (out := folders / "portable-int8").exists():
-        settings = optimum_exporter.OptimumSettings.model_validate({"precision": "int8", "arch": arch})
-        optimum_exporter.build(checkpoint, out, settings, fp32=fp32)
+        optimum_exporter.build(checkpoint, out, "int8", arch, fp32=fp32)
     if not (folders / "optimum-int8").exists():
         with tempfile.TemporaryDirectory() as name:
             readable = Path(name)

@@ -15,6 +15,7 @@ from arte_edge import catalog
 from arte_edge.errors import InputError
 from arte_edge.files import read_toml, validated
 from arte_edge.models.artifact import Arch, Format, format_of, gguf_format, onnx_format, unique
+from arte_edge.onnx.genai_builder import Rounding
 from arte_edge.verify.thresholds import TYPES, Thresholds, thresholds_for
 
 __all__ = ["GgufSettings", "OnnxSettings", "Recipe", "VerifySettings", "build", "load_recipe"]
@@ -60,23 +61,13 @@ class GgufSettings(_Section):
         return {**self.overrides, **self.overrides_for.get(type, {})}
 
 
-class OnnxSettings(_Section):
+class OnnxSettings(Rounding):
     """The ONNX folders of a recipe."""
 
     formats: tuple[str, ...] = Field(
         default=(), description="int4, int8, fp32 (onnxruntime-genai), optimum-fp32, optimum-int8-arm64, …"
     )
     arch: Arch = Field(default="avx2", description="processor for an optimum int8 that names none")
-    block_size: Literal[16, 32, 64, 128, 256] = Field(default=32, description="weights per scale (int4)")
-    accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
-        default=4, description="activation type of int4 matrix products: 4 int8 (fast), 1 float32 (exact)"
-    )
-    algorithm: Literal["auto", "k_quant", "rtn"] = Field(
-        default="auto", description="int4 scales: k_quant searches for them, rtn rounds to nearest"
-    )
-    mixed: bool = Field(
-        default=True, description="8 bits for the output and the most sensitive layers (int4)"
-    )
 
     @field_validator("formats")
     @classmethod

@@ -14,11 +14,12 @@ from typing import Any
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.files import read_json
+from arte_edge.onnx.folder import copy_tokenizer, reject_private_text
 from arte_edge.onnx.genai_config import GENAI, read_genai_config
 from arte_edge.onnx.tokenizer import end_tokens, read_number
 
-__all__ = ["ExternalTensor", "Graph", "external_problems", "folder_problems", "genai_problems", "model_file"]
-__all__ += ["optimum_problems", "read_graph", "require_valid"]
+__all__ = ["ExternalTensor", "Graph", "external_problems", "finish", "folder_problems", "genai_problems"]
+__all__ += ["model_file", "optimum_problems", "read_graph"]
 
 Shape = tuple[int | str, ...]
 # Writers may pad the file after the last tensor to a page.
@@ -43,7 +44,6 @@ class Graph:
     inputs: dict[str, Shape]
     outputs: dict[str, Shape]
     externals: tuple[ExternalTensor, ...]
-    domains: tuple[str, ...]
     op_types: dict[str, int]
 
 
@@ -72,7 +72,6 @@ def read_graph(path: Path) -> Graph:
             for tensor in model.graph.initializer
             if tensor.data_location == onnx.TensorProto.EXTERNAL
         ),
-        domains=tuple(sorted(row.domain or "ai.onnx" for row in model.opset_import)),
         op_types=op_types,
     )
 
@@ -146,13 +145,15 @@ def model_file(folder: Path) -> Path:
     return found[0]
 
 
-def require_valid(folder: Path, checkpoint: Path) -> None:
-    """Raise `ArteError` with all problems of `folder`, exported from `checkpoint`, if it has any."""
+def finish(checkpoint: Path, folder: Path) -> None:
+    """Give an exported folder the tokenizer of its checkpoint; raise `ArteError` with all problems that it has."""
+    tokenizer = copy_tokenizer(checkpoint, folder)
     if problems := folder_problems(folder, checkpoint):
         raise ArteError(
             "The ONNX export is invalid:\n" + "\n".join(f"  {problem}" for problem in problems),
             "Nothing was written. Please report this with the versions of onnxruntime and its exporter.",
         )
+    reject_private_text(folder, checkpoint, skip=tokenizer)
 
 
 def folder_problems(folder: Path, checkpoint: Path | None = None) -> list[str]:

@@ -21,11 +21,11 @@ from arte_edge.checkpoint import shapes_of
 from arte_edge.errors import ArteError, InputError
 from arte_edge.extras import need
 from arte_edge.files import read_json
-from arte_edge.onnx.check import require_valid
+from arte_edge.onnx.check import finish
 from arte_edge.onnx.child_process import run_worker
-from arte_edge.onnx.folder import checkpoint_files, copy_tokenizer, reject_private_text, staged
+from arte_edge.onnx.folder import checkpoint_files, staged
 
-__all__ = ["GenaiSettings", "build", "standardize"]
+__all__ = ["GenaiSettings", "Rounding", "build", "standardize"]
 
 _OPSET = 23
 _OLD, _NEW = "SimplifiedLayerNormalization", "RMSNormalization"
@@ -55,24 +55,31 @@ def standardize(path: Path) -> int:
     return changed
 
 
-class GenaiSettings(BaseModel):
-    """Settings of the builder.
-
-    Attributes:
-        precision: of the weights of matrix products; embedding and cache are always fp32.
-        block_size: weights per scale; smaller is more accurate and larger on disk.
-        accuracy_level: type of matrix products: 4 int8 (fastest on a CPU), 3 bf16, 2 fp16, 1 fp32.
-        algorithm: of int4 scales: "k_quant" (searched), "rtn" (round to nearest), or "auto": k_quant if possible.
-        mixed: 8 bits for the output and the most sensitive layers (k_quant only).
-    """
+class Rounding(BaseModel):
+    """How int4 and int8 weights are rounded; the keys of a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    precision: Literal["fp32", "int8", "int4"] = "int4"
-    block_size: Literal[16, 32, 64, 128, 256] = 32
-    accuracy_level: int = Field(default=4, ge=1, le=4)
-    algorithm: Literal["auto", "k_quant", "rtn"] = "auto"
-    mixed: bool = True
+    block_size: Literal[16, 32, 64, 128, 256] = Field(
+        default=32, description="weights per scale; smaller is more accurate and larger on disk"
+    )
+    accuracy_level: Literal[1, 2, 3, 4] = Field(
+        default=4,
+        description="type of matrix products: 4 int8 (fastest on a CPU), 3 bf16, 2 fp16, 1 fp32 (exact)",
+    )
+    algorithm: Literal["auto", "k_quant", "rtn"] = Field(
+        default="auto",
+        description="int4 scales: k_quant searches for them, rtn rounds to nearest; auto: k_quant if possible",
+    )
+    mixed: bool = Field(
+        default=True, description="8 bits for the output and the most sensitive layers (k_quant only)"
+    )
+
+
+class GenaiSettings(Rounding):
+    """Settings of the builder; embedding and cache are always fp32."""
+
+    precision: Literal["fp32", "int8", "int4"] = Field(default="int4", description="of matrix products")
 
 
 def build(checkpoint: Path, out: Path, settings: GenaiSettings) -> Path:
@@ -111,9 +118,7 @@ def build(checkpoint: Path, out: Path, settings: GenaiSettings) -> Path:
             ) from error
         _carry_penalty(checkpoint, folder)
         standardize(folder / "model.onnx")
-        tokenizer = copy_tokenizer(checkpoint, folder)
-        require_valid(folder, checkpoint)
-        reject_private_text(folder, checkpoint, skip=tokenizer)
+        finish(checkpoint, folder)
     return out
 
 

@@ -18,16 +18,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from arte_edge.errors import ArteError, InputError
 from arte_edge.extras import need
 from arte_edge.files import read_json
-from arte_edge.onnx.check import model_file, require_valid
+from arte_edge.onnx.check import finish, model_file
 from arte_edge.onnx.child_process import child_environment, run_worker
-from arte_edge.onnx.folder import checkpoint_files, copy_tokenizer, reject_private_text, staged
+from arte_edge.onnx.folder import checkpoint_files, staged
 
-__all__ = ["INSTALL", "OptimumSettings", "build", "find_python", "for_transformers_4"]
+__all__ = ["INSTALL", "build", "find_python", "for_transformers_4"]
 
 # Keys that version 4 has at the top level and not in rope_scaling.
 _TOP = ("rope_theta", "partial_rotary_factor")
@@ -80,20 +78,6 @@ if tuple(int(part) for part in found.split(".")[:2]) >= (4, 58):
 _PROBE_TIMEOUT_S = 60
 
 
-class OptimumSettings(BaseModel):
-    """Settings of optimum.
-
-    Attributes:
-        precision: "int8" quantizes weights statically and activations dynamically.
-        arch: instruction set for int8 products; unused with "fp32".
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    precision: Literal["fp32", "int8"] = "int8"
-    arch: Literal["arm64", "avx2", "avx512"] = "avx2"
-
-
 def find_python() -> Path:
     """Return a Python with optimum: ``ARTE_EDGE_OPTIMUM_PYTHON``, ./.venv-optimum, or this one.
 
@@ -133,13 +117,22 @@ def _lacks_optimum(python: Path) -> str:
     return done.stderr.strip().splitlines()[-1] if done.returncode else ""
 
 
-def build(checkpoint: Path, out: Path, settings: OptimumSettings, *, fp32: Path | None = None) -> Path:
+def build(
+    checkpoint: Path,
+    out: Path,
+    precision: Literal["fp32", "int8"] = "int8",
+    arch: str = "avx2",
+    *,
+    fp32: Path | None = None,
+) -> Path:
     """Export `checkpoint` to the folder `out`, atomically and checked; return `out`.
 
     It contains ``onnx/model.onnx`` or ``onnx/model_quantized.onnx`` (the names for transformers.js), config
     files, and the checkpoint's tokenizer files. An earlier export is replaced. Nothing is downloaded.
 
     Args:
+        precision: "int8" quantizes weights statically and activations dynamically.
+        arch: instruction set for int8 products: arm64, avx2 or avx512; unused with "fp32".
         fp32: an existing fp32 export of the checkpoint, to quantize; unused with precision "fp32".
 
     Raises InputError: not a checkpoint, or `out` is something else;
@@ -153,7 +146,7 @@ def build(checkpoint: Path, out: Path, settings: OptimumSettings, *, fp32: Path 
         work = folder.parent
         source, written = work / "checkpoint", work / "written"
         written.mkdir()
-        if fp32 is None or settings.precision == "fp32":
+        if fp32 is None or precision == "fp32":
             _link_checkpoint(checkpoint, weights, source)
             job = {"job": "optimum", "checkpoint": str(source), "out": str(written)}
             run_worker(job, work, python=str(python), what="optimum's export")
@@ -161,11 +154,11 @@ def build(checkpoint: Path, out: Path, settings: OptimumSettings, *, fp32: Path 
             run_worker(job, work, what="Simplifying optimum's graph")
         else:
             _link_checkpoint(checkpoint, [], source)
-        if settings.precision == "int8":
+        if precision == "int8":
             model = model_file(fp32).absolute() if fp32 else written / "model.onnx"
             written = work / "quantized"
             written.mkdir()
-            job = {"job": "quantize", "source": str(model), "out": str(written), "arch": settings.arch}
+            job = {"job": "quantize", "source": str(model), "out": str(written), "arch": arch}
             run_worker(job, work, python=str(python), what="optimum's quantizer")
         (folder / "onnx").mkdir()
         for path in sorted(written.glob("*.onnx*")):
@@ -175,9 +168,7 @@ def build(checkpoint: Path, out: Path, settings: OptimumSettings, *, fp32: Path 
         )  # of version 4, as for transformers.js
         if (checkpoint / "generation_config.json").is_file():
             shutil.copyfile(checkpoint / "generation_config.json", folder / "generation_config.json")
-        tokenizer = copy_tokenizer(checkpoint, folder)
-        require_valid(folder, checkpoint)
-        reject_private_text(folder, checkpoint, skip=tokenizer)
+        finish(checkpoint, folder)
     return out
 
 

@@ -41,28 +41,18 @@ def test_an_unknown_key_names_its_nearest_neighbour(tables: dict[str, object], k
 
 
 def test_every_problem_is_named_at_once() -> None:
+    limits = {"Q4_Z": {"kl_mean": 1.0}}
+    tables = {"gguf": {"types": ["Q4_X"]}, "onnx": {"block_size": 33}, "verify": {"thresholds": limits}}
     with pytest.raises(InputError) as error:
-        build("mine", {"gguf": {"types": ["Q4_X"]}, "onnx": {"block_size": 33}, "verify": {"prompts": 0}})
-    message = error.value.message
-    assert "Q4_X" in message and "onnx.block_size" in message and "verify.prompts" in message
-
-
-def test_thresholds_for_an_unknown_format_are_rejected() -> None:
-    with pytest.raises(InputError, match=r"verify\.thresholds"):
-        build("mine", {"verify": {"thresholds": {"Q4_Z": {"kl_mean": 1.0}}}})
+        build("mine", tables)
+    assert all(part in error.value.message for part in ("Q4_X", "onnx.block_size", "verify.thresholds"))
 
 
 def test_a_recipe_changes_only_the_thresholds_it_names() -> None:
-    recipe = build("mine", {"verify": {"thresholds": {"Q4_K_M": {"kl_mean": 0.5}}}})
+    recipe = build("mine", {"verify": {"thresholds": {"Q4_K_M": {"kl_mean": 0.5, "kl_p99": "off"}}}})
     limits, built_in = recipe.verify.limits(format_of("Q4_K_M")), thresholds_for("Q4_K_M")
-    assert limits.kl_mean == 0.5 and limits.top1 == built_in.top1
+    assert (limits.kl_mean, limits.kl_p99, limits.top1) == (0.5, None, built_in.top1)
     assert recipe.verify.limits(format_of("Q8_0")) == thresholds_for("Q8_0")
-
-
-def test_a_recipe_can_switch_a_threshold_off() -> None:
-    recipe = build("mine", {"verify": {"thresholds": {"Q4_K_M": {"kl_mean": "off"}}}})
-    assert recipe.verify.limits(format_of("Q4_K_M")).kl_mean is None
-    assert recipe.verify.limits(format_of("Q4_K_M")).kl_p99 == thresholds_for("Q4_K_M").kl_p99
 
 
 def test_thresholds_for_one_processor_override_those_for_all() -> None:
@@ -84,19 +74,6 @@ def test_a_user_s_recipe_is_found_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('[gguf]\ntypes = ["q8_0"]\n[onnx]\nformats = ["optimum-int8"]\narch = "arm64"\n')
     assert [f.label for f in load_recipe(str(path)).formats] == ["Q8_0", "optimum-int8-arm64"]
-
-
-def test_an_unknown_recipe_names_the_nearest() -> None:
-    with pytest.raises(InputError) as error:
-        load_recipe("raspberry-pi")
-    assert "raspberry-pi-" in error.value.hint
-
-
-def test_a_file_that_is_not_toml_is_rejected(tmp_path: Path) -> None:
-    path = tmp_path / "broken.toml"
-    path.write_text("[gguf\n")
-    with pytest.raises(InputError, match="not TOML"):
-        load_recipe(str(path))
 
 
 def test_a_recipe_without_formats_is_rejected_before_its_source_is_opened(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from arte_edge.model_folder import TOKENIZER_FILES
 from arte_edge.onnx import optimum_exporter
 from arte_edge.onnx.check import folder_problems, model_file, read_graph
 from arte_edge.onnx.folder import find_private_text
-from arte_edge.onnx.optimum_exporter import OptimumSettings, build, find_python, for_transformers_4
+from arte_edge.onnx.optimum_exporter import build, find_python, for_transformers_4
 from arte_edge.pii_scan import this_machine
 from arte_edge.runtimes.onnxruntime import OnnxSession
 
@@ -55,12 +55,12 @@ def exported(student: Path, optimum: Path, tmp_path_factory: Folders) -> Callabl
 
     def make(kind: str) -> Path:
         if kind not in made:
-            settings = {"precision": "fp32"} if kind == "fp32" else {"precision": "int8", "arch": kind}
+            settings: Any = ("fp32",) if kind == "fp32" else ("int8", kind)
             out = tmp_path_factory.mktemp("exported") / kind
             fp32 = make("fp32") if kind in ("avx2", "avx512") else None
             patch = Patch()
             patch.setenv("ARTE_EDGE_OPTIMUM_PYTHON", str(optimum))
-            made[kind] = build(student, out, OptimumSettings.model_validate(settings), fp32=fp32)
+            made[kind] = build(student, out, *settings, fp32=fp32)
             patch.undo()
         return made[kind]
 
