@@ -33,7 +33,6 @@ from arte_edge.cache import (
     access_error,
     atomic_file,
     cleanup_on_full_disk,
-    megabytes,
     sha256_file,
     write_atomic,
 )
@@ -102,15 +101,6 @@ class BuildCache:
     def places(self, name: str) -> tuple[Path, Path, Path]:
         """Return where the file `name` may be: not verified yet, accepted, or rejected."""
         return (self.pending(name), self.final(name, accepted=True), self.final(name, accepted=False))
-
-    def require_space(self, need_bytes: int) -> None:
-        """Raise `ArteError` if the disk has less than `need_bytes` free."""
-        free_bytes = shutil.disk_usage(self.out).free
-        if free_bytes < need_bytes:
-            raise ArteError(
-                f"{self.out}: about {megabytes(need_bytes)} are needed, {megabytes(free_bytes)} are free",
-                "Free some space, choose another -o, or export fewer formats.",
-            )
 
     def find(self, step: str, inputs: Any, *places: Path) -> BuiltFile | None:
         """Return the file that `step` built from the same inputs, if it is unchanged in one of `places`."""
@@ -358,29 +348,19 @@ class Builder:
         return [*(f"{key} of the model card" for key in public_card(self.source.checkpoint)[1]), *keys]
 
     def _build_genai(self, format: Format, target: Path) -> dict[str, Any]:
-        from arte_edge.onnx.genai_builder import GenaiSettings, build
+        from arte_edge.onnx.genai_builder import GenaiSettings, Rounding, build
 
-        onnx = self.recipe.onnx
-        settings = GenaiSettings(
-            precision=cast(Any, format.type),
-            block_size=onnx.block_size,
-            accuracy_level=onnx.accuracy_level,
-            algorithm=onnx.algorithm,
-            mixed=onnx.mixed,
-        )
-        build(self.source.checkpoint, target, settings)
+        rounding = self.recipe.onnx.model_dump(include={*Rounding.model_fields})
+        build(self.source.checkpoint, target, GenaiSettings(precision=cast(Any, format.type), **rounding))
         return {}
 
     def _build_optimum(self, format: Format, target: Path) -> dict[str, Any]:
-        from arte_edge.onnx.optimum_exporter import OptimumSettings, build
+        from arte_edge.onnx.optimum_exporter import build
 
         fp32 = None
         if format.type == "int8" and sum(f.family == "onnx-optimum" for f in self.formats) > 1:
             fp32 = self._optimum_base()
-        settings = OptimumSettings(precision=cast(Any, format.type))
-        if format.arch:
-            settings = OptimumSettings(precision=cast(Any, format.type), arch=cast(Any, format.arch))
-        build(self.source.checkpoint, target, settings, fp32=fp32)
+        build(self.source.checkpoint, target, cast(Any, format.type), format.arch, fp32=fp32)
         return {}
 
     def _optimum_base(self) -> Path:

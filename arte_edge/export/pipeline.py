@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from arte_edge import __version__
 from arte_edge.asking.grammar import gbnf, json_schema
-from arte_edge.cache import Progress, sha256_checkpoint, sha256_file, write_atomic
+from arte_edge.cache import Progress, check_free_space, sha256_checkpoint, sha256_file, write_atomic
 from arte_edge.checkpoint import parameter_count, read_config, shapes_of, weights_dtype
 from arte_edge.console import Reporter
 from arte_edge.errors import ArteError, GateError, InputError
@@ -196,7 +196,7 @@ def _earlier_artifacts(out: Path, student: Student, force: bool) -> tuple[Artifa
 
 
 def _require_space(job: _Export) -> None:
-    """Raise `ArteError` if the files that have to be built do not fit on the disk."""
+    """Raise `DiskFull` if the files that have to be built do not fit on the disk."""
     cache, shapes = job.cache, shapes_of(job.source.checkpoint)
     missing = {
         format
@@ -206,7 +206,8 @@ def _require_space(job: _Export) -> None:
     base = Format("gguf", job.recipe.gguf.base)
     if any(uses_base(format, base.type) for format in missing):
         missing.add(base)
-    cache.require_space(sum(predicted_bytes(format, shapes) for format in missing))
+    need_bytes = sum(predicted_bytes(format, shapes) for format in missing)
+    check_free_space(cache.out, need_bytes, "these formats")
 
 
 def _hold(job: _Export, builder: Builder) -> dict[Format, Artifact]:

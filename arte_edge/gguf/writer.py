@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.cache import atomic_file, megabytes
+from arte_edge.cache import atomic_file, check_free_space
 from arte_edge.checkpoint import Values
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.reader import ARRAY, SCALARS, STRING, TENSOR_TYPES, Field, GgufHeader, read_header
@@ -188,12 +188,7 @@ def rewrite(
     if header.raw == new and out == path:
         return Rewritten(changed=False)
     data_bytes = max(path.stat().st_size - header.data_offset_bytes, 0)
-    free_bytes, need_bytes = shutil.disk_usage(out.parent).free, len(new) + data_bytes
-    if free_bytes < need_bytes:
-        raise ArteError(
-            f"{out.name}: {megabytes(need_bytes)} are needed beside it, {megabytes(free_bytes)} are free",
-            "Free some space; the file is unchanged.",
-        )
+    check_free_space(out.parent, len(new) + data_bytes, f"another copy of {out.name}")
     digest = hashlib.sha256(new)
     with atomic_file(out) as partial, path.open("rb") as old:
         with partial.open("wb") as file:

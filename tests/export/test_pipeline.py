@@ -347,8 +347,8 @@ def test_the_tokenizer_beside_the_files_is_the_base_s(source: Source, gate: Gate
 def test_a_disk_that_is_too_small_is_reported_first(
     source: Source, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    monkeypatch.setattr("arte_edge.export.build.shutil.disk_usage", lambda path: SimpleNamespace(free=9))
-    with pytest.raises(ArteError, match="are needed"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=9))
+    with pytest.raises(ArteError, match="no room for these formats"):
         run(source, tmp_path / "out", "F16")
     with pytest.raises(InputError, match="No format"):
         export(source, (), RECIPE, tmp_path / "out", Reporter(quiet=True))

@@ -155,22 +155,8 @@ def test_too_little_space_is_found_before_writing(make_gguf: Make, monkeypatch: 
     path = make_gguf()
     usage = shutil.disk_usage(path.parent)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=100))
-    with pytest.raises(ArteError, match="are needed beside it"):
+    with pytest.raises(ArteError, match="another copy of"):
         rewrite(path, {"arte_edge.a": Field(UINT32, 1)})
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-def test_a_write_that_fails_midway_leaves_the_old_file(make_gguf: Make, monkeypatch: Patch) -> None:
-    path = make_gguf()
-    data = path.read_bytes()
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(ArteError, match="disk is full"):
-        rewrite(path, {"arte_edge.a": Field(UINT32, 1)})
-    assert path.read_bytes() == data
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
