@@ -20,9 +20,12 @@ __all__ = [
     "NOT_KNOWN",
     "SCHEMA_VERSION",
     "Answers",
+    "DeviceAccuracy",
     "PairedAccuracy",
     "Record",
+    "Share",
     "paired_on_common",
+    "points_text",
 ]
 
 # Of student.json and bench.jsonl. In version 1 `metrics` of a fidelity was `figures`, and the rows of a task had
@@ -59,16 +62,38 @@ class Record(BaseModel):
             raise InputError(f"{where}: {key}: {problem['msg']}", hint) from error
 
 
-class PairedAccuracy(Record):
-    """Correct answers of one model on examples of a task; where a reference answered them too, the difference."""
+class Share(Record):
+    """Correct answers on examples of a task, and the paired difference from another model's on the same ones."""
 
-    task: str = Field(default="", description="name of the task; empty: the one the student was tuned for")
-    split: str = Field(description="which examples: validation or test")
     n: int = Field(ge=0, description="number of examples")
     right: int = Field(ge=0, description="correct answers")
     accuracy: float = Field(ge=0, le=1, description="right / n")
     low: float = Field(ge=0, le=1, description="95 % Wilson interval")
     high: float = Field(ge=0, le=1)
+    difference: float | None = Field(default=None, description="accuracy minus that of the reference, paired")
+    difference_low: float | None = Field(default=None, description="95 % interval of the difference")
+    difference_high: float | None = None
+    p_value: float | None = Field(default=None, description="exact McNemar test of the pairs")
+
+    @property
+    def difference_points(self) -> str:
+        """The difference in points with its interval, for a table: ``-5.0 (-9.1 to +1.2)``."""
+        if self.difference is None:
+            return NOT_KNOWN
+        return points_text(self.difference, self.difference_low, self.difference_high)
+
+
+def points_text(difference: float, low: float | None, high: float | None) -> str:
+    """Return a difference in points with its interval, if there is one."""
+    interval = "" if low is None or high is None else f" ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{100 * difference:+.1f}{interval}"
+
+
+class PairedAccuracy(Share):
+    """Correct answers of one model on examples of a task; where a reference answered them too, the difference."""
+
+    task: str = Field(default="", description="name of the task; empty: the one the student was tuned for")
+    split: str = Field(description="which examples: validation or test")
     slot_f1: float | None = Field(
         default=None,
         ge=0,
@@ -79,10 +104,6 @@ class PairedAccuracy(Record):
     reference_right: int | None = Field(default=None, description="its correct answers on the same examples")
     lost: int | None = Field(default=None, description="examples that only the reference got right")
     gained: int | None = Field(default=None, description="examples that only this model got right")
-    difference: float | None = Field(default=None, description="accuracy minus that of the reference, paired")
-    difference_low: float | None = Field(default=None, description="95 % interval of the difference")
-    difference_high: float | None = None
-    p_value: float | None = Field(default=None, description="exact McNemar test of the pairs")
 
     @model_validator(mode="before")
     @classmethod
@@ -125,16 +146,6 @@ class PairedAccuracy(Record):
         return f"{self.accuracy:.0%} ({100 * self.low:.0f}–{100 * self.high:.0f})"
 
     @property
-    def difference_points(self) -> str:
-        """The difference in points with its interval, for a table: ``-5.0 (-9.1 to +1.2)``."""
-        if self.difference is None:
-            return NOT_KNOWN
-        text = f"{100 * self.difference:+.1f}"
-        if self.difference_low is None or self.difference_high is None:
-            return text
-        return f"{text} ({100 * self.difference_low:+.1f} to {100 * self.difference_high:+.1f})"
-
-    @property
     def reference_alone(self) -> PairedAccuracy | None:
         """The accuracy of the reference on the same examples; None without one."""
         if self.reference_right is None:
@@ -145,6 +156,18 @@ class PairedAccuracy(Record):
     def significant(self) -> bool:
         """Whether the difference from the reference is more than chance explains (p < 0.05)."""
         return self.p_value is not None and self.p_value < _SIGNIFICANT_P
+
+
+class DeviceAccuracy(PairedAccuracy):
+    """An accuracy that `arte-edge bench` measured on a device."""
+
+    runtime: str = ""
+    test_time: str = Field(default="", description="when it was measured, ISO 8601, UTC")
+    task_sha256: str = ""
+    partial: bool = Field(default=False, description="--limit: only a part of the split, for trying out")
+    answer_seconds_p50: float | None = Field(default=None, description="from the prompt to the last token")
+    answer_seconds_p95: float | None = None
+    contended: bool | None = Field(default=None, description="other work held the cores: true of the times")
 
 
 def paired_on_common(

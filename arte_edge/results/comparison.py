@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from arte_edge.results.accuracy import Record
+from arte_edge.results.accuracy import Share, points_text
 
 __all__ = ["AS_ASKED", "BASE", "OWN", "OWN_ALL", "TEACHER", "TUNED"]
 __all__ += ["ComparisonRow", "comparison_of", "headline", "upgraded"]
@@ -21,33 +21,18 @@ BASE, OWN, OWN_ALL = "base student", "own labels", "own labels + validation"
 TUNED, TEACHER = "tuned student", "teacher"
 
 
-class ComparisonRow(Record):
+class ComparisonRow(Share):
     """One model on the task's test split, and the difference of the tuned student from it on the same examples."""
 
     model: str = Field(
         description=f"{BASE}, {OWN} (the base trained on them alone), {OWN_ALL}, {TUNED}, {TEACHER}"
     )
     setting: str = Field(description="prompting: as a user does it, constrained to the answers, or few-shot")
-    n: int = Field(ge=0, description="number of examples")
-    right: int = Field(ge=0, description="correct answers")
-    accuracy: float = Field(ge=0, le=1, description="right / n")
-    low: float = Field(ge=0, le=1, description="95 % Wilson interval")
-    high: float = Field(ge=0, le=1)
     difference: float | None = Field(
         default=None,
         description="accuracy of the tuned student minus this one, paired; null: it is the tuned student",
     )
-    difference_low: float | None = Field(default=None, description="95 % interval of the difference")
-    difference_high: float | None = None
-    p_value: float | None = Field(default=None, description="exact McNemar test of the pairs")
     partial: bool = Field(default=False, description="only a part of the test split, for trying out")
-
-    @property
-    def difference_points(self) -> str:
-        """The difference in points with its interval, for a table; empty for the tuned student."""
-        if self.difference is None or self.difference_low is None or self.difference_high is None:
-            return ""
-        return _points(self.difference, self.difference_low, self.difference_high)
 
 
 def upgraded(summary: Any) -> Any:
@@ -87,7 +72,7 @@ def headline(summary: Mapping[str, Any]) -> str:
     test = next((test for test in summary["paired"] if test["against"] == OWN), None)
     if test is None:
         return "Not compared with a student of your own labels."
-    points = _points(test["difference"], test["low"], test["high"])
+    points = points_text(test["difference"], test["low"], test["high"])
     by = f"than your own labels alone: {points} points, p = {test['p_value']:.2g}."
     if test["low"] > 0:
         return f"Better {by}"
@@ -95,10 +80,6 @@ def headline(summary: Mapping[str, Any]) -> str:
         f"{'Worse' if test['high'] < 0 else 'Not better'} {by} Try more tailored data (tailor.questions), a round on "
         "errors (rounds = 2), or a stronger teacher; or ship the student of your own labels."
     )
-
-
-def _points(difference: float, low: float, high: float) -> str:
-    return f"{100 * difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def _row(row: Mapping[str, Any], test: Mapping[str, Any] | None, partial: bool) -> ComparisonRow:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from arte_edge.errors import ArteError, InputError
-from arte_edge.results.accuracy import SCHEMA_VERSION, Answers, PairedAccuracy, Record
+from arte_edge.results.accuracy import SCHEMA_VERSION, Answers, DeviceAccuracy, Record
 from arte_edge.store import parse_line
 
 __all__ = [
@@ -184,7 +184,7 @@ class SpeedRow(Record):
         return self.status == "ok"
 
 
-class QualityRow(PairedAccuracy):
+class QualityRow(DeviceAccuracy):
     """Accuracy of one file on a task, measured on the device that will run it."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -195,21 +195,14 @@ class QualityRow(PairedAccuracy):
     quantization: str = ""
     sha256: str = ""
     tensor_sha256: str = ""
-    runtime: str = ""
     n_threads: int = Field(ge=1)
-    test_time: str = Field(default="", description="when it began, ISO 8601, UTC")
     task: str
-    task_sha256: str = ""
     split: Literal["test", "validation"]
-    partial: bool = Field(default=False, description="--limit: only a part of the split, for trying out")
     answers: Answers = Field(
         default=(),
         description="per example: sha256 of its input (16 hex digits), the extracted answer, correct or not",
     )
     answer_tokens_mean: float | None = Field(default=None, description="tokens generated per answer")
-    answer_seconds_p50: float | None = Field(default=None, description="from the prompt to the last token")
-    answer_seconds_p95: float | None = None
-    contended: bool | None = Field(default=None, description="other work held the cores: true of the times")
     device: DeviceFacts
 
 

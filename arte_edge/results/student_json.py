@@ -20,7 +20,7 @@ from pydantic import Field
 
 from arte_edge.cache import write_atomic
 from arte_edge.errors import InputError, reading
-from arte_edge.results.accuracy import SCHEMA_VERSION, PairedAccuracy, Record
+from arte_edge.results.accuracy import SCHEMA_VERSION, DeviceAccuracy, PairedAccuracy, Record
 from arte_edge.results.comparison import ComparisonRow
 from arte_edge.results.rows import disturbance
 
@@ -227,19 +227,12 @@ class Fidelity(Record):
     checks: tuple[Check, ...] = ()
 
 
-class Evaluation(PairedAccuracy):
+class Evaluation(DeviceAccuracy):
     """An accuracy that `arte-edge bench` measured on a device, with the file that runs there."""
 
     device: str = Field(description="name of the device's profile or its fingerprint")
     fingerprint: str = Field(default="", description="of the device, over what does not change between runs")
-    runtime: str = ""
     threads: int = Field(ge=1)
-    partial: bool = Field(default=False, description="only a part of the split, for trying out")
-    task_sha256: str = ""
-    answer_seconds_p50: float | None = Field(default=None, description="from the prompt to the last token")
-    answer_seconds_p95: float | None = None
-    contended: bool | None = Field(default=None, description="other work held the cores: true of the times")
-    test_time: str = Field(default="", description="when it was measured, ISO 8601, UTC")
 
 
 class SpeedTest(Record):

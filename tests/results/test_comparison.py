@@ -29,7 +29,7 @@ def test_rows_come_in_the_order_in_which_they_are_compared() -> None:
         "teacher, 8-shot",
         "base student, constrained",
     ]
-    assert [row.difference_points for row in rows[:3]] == ["+20.0 (+10.0 to +30.0)"] * 2 + [""]
+    assert [row.difference_points for row in rows[:3]] == ["+20.0 (+10.0 to +30.0)"] * 2 + ["–"]
     assert all(row.partial for row in rows)
 
 
