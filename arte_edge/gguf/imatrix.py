@@ -10,8 +10,7 @@ count, as in llama-imatrix: the output matrix is left out (tied, it is also the 
 
 The file has the GGUF form of llama.cpp's tools. For every weight matrix two F32 tensors: ``NAME.in_sum2`` is the sum,
 over all tokens, of each input column's squared value, ``NAME.counts`` the number of tokens. ``llama-quantize`` divides
-one by the other. A mixture of experts has one row of each for every expert (llama.cpp, tools/imatrix and
-common/imatrix-loader.cpp).
+one by the other (llama.cpp, tools/imatrix and common/imatrix-loader.cpp).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +38,7 @@ from arte_edge.transformers_load import load_model, load_tokenizer
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CHUNK_TOKENS", "Imatrix", "base_name", "collect", "linear_names", "read_imatrix", "write_imatrix"]
+__all__ = ["CHUNK_TOKENS", "Imatrix", "collect", "linear_names", "read_imatrix", "write_imatrix"]
 
 Sums = dict[str, NDArray[np.float64]]
 CHUNK_TOKENS = 512  # llama-imatrix's own default; it counts tokens in chunks of this many
@@ -51,32 +50,21 @@ _WINDOW_TOKENS = 2048  # a longer prompt is run in pieces: activations of one pi
 
 @dataclass(frozen=True)
 class Imatrix:
-    """Sums of squares ``[n_expert, n_in]`` and token counts ``[n_expert]`` by GGUF tensor name; n_expert is mostly 1.
-
-    `key` identifies checkpoint and prompts; empty in a file of other tools.
-    """
+    """Sums of squares ``[n_in]`` over `n_token` tokens by GGUF tensor name; `key` identifies checkpoint and prompts."""
 
     sums: Mapping[str, NDArray[np.float32]] = field(repr=False)
-    counts: Mapping[str, NDArray[np.float32]] = field(repr=False)
-    datasets: tuple[str, ...] = ()
-    chunk_count: int = 0
+    n_token: int
+    dataset: str = "training prompts"
     key: str = ""
 
     @property
-    def n_token(self) -> int:
-        return int(max((counts.max() for counts in self.counts.values()), default=0))
+    def chunk_count(self) -> int:
+        return max(self.n_token // CHUNK_TOKENS, 1)
 
     def weights(self) -> dict[str, NDArray[np.float32]]:
-        """Return mean squares, flat ``[n_expert * n_in]``, as llama.cpp's quantizer takes them.
-
-        An expert that no token reached gets ones, as in ``llama-quantize``.
-        """
-        means = {}
-        for name, sums in self.sums.items():
-            counts = self.counts[name][:, None]
-            mean = np.divide(sums, counts, out=np.ones_like(sums), where=counts > 0)
-            means[name] = np.ascontiguousarray(mean, dtype=np.float32).ravel()
-        return means
+        """Return mean squares ``[n_in]``, as llama.cpp's quantizer takes them."""
+        count = np.float32(self.n_token)
+        return {name: np.ascontiguousarray(sums / count, np.float32) for name, sums in self.sums.items()}
 
 
 def collect(
@@ -93,7 +81,7 @@ def collect(
 
     Args:
         prompts: rendered texts, special tokens included, as the model will get them. Never the test split.
-        dataset: the source of the prompts, written into the file; a path is reduced to its last part.
+        dataset: the source of the prompts, written into the file.
         progress: called with ("importance matrix", prompts done, prompts in all).
 
     Raises:
@@ -105,7 +93,6 @@ def collect(
         raise InputError("An importance matrix needs prompts", hint)
     for extra in ("train", "gguf"):
         need(extra, "Collecting an importance matrix")
-    dataset = base_name(dataset)
     key = content_key("imatrix", _VERSION, sha256_checkpoint(checkpoint), dataset, list(prompts))
     if _is_finished(out, key):
         return out
@@ -123,10 +110,8 @@ def collect(
             n_token += len(ids)
             if progress:
                 progress("importance matrix", number, len(prompts))
-    counts = {name: np.array([n_token], dtype=np.float32) for name in sums}
-    rows = {name: values.astype(np.float32)[None, :] for name, values in sums.items()}
-    write_imatrix(Imatrix(rows, counts, (dataset,), max(n_token // CHUNK_TOKENS, 1), key), out)
-    return out
+    rows = {name: values.astype(np.float32) for name, values in sums.items()}
+    return write_imatrix(Imatrix(rows, n_token, dataset, key), out)
 
 
 def _token_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -200,41 +185,24 @@ def _watched(model: torch.nn.Module, names: dict[str, str], sums: Sums) -> Itera
             handle.remove()
 
 
-def base_name(name: str) -> str:
-    """Return `name` without its folder, so that no path of this machine gets into a file."""
-    return PureWindowsPath(name).name or "prompts"  # splits at both kinds of slashes
-
-
 def read_imatrix(path: Path) -> Imatrix:
-    """Read an importance matrix in GGUF form, ours or llama.cpp's.
+    """Read an importance matrix that `write_imatrix` wrote.
 
-    Raises InputError: not one, damaged, or with values that are not finite.
+    Raises InputError: it is none, damaged, or holds values that are not finite.
     """
     header = read_header(path)
     names = [name.removesuffix(_SUMS) for name in header.tensors if name.endswith(_SUMS)]
     if header.metadata.get("general.type") != "imatrix" or not names:
         raise InputError(
-            f"{path}: not an importance matrix in GGUF form",
-            "An older one: llama-imatrix --in-file old.dat -o new.gguf",
+            f"{path}: not an importance matrix in GGUF form", "Remove it: it is collected again."
         )
-    sums, counts = {}, {}
-    for name in names:
-        counts[name] = header.floats(name + _COUNTS).ravel()
-        values = header.floats(name + _SUMS)
-        if not counts[name].size or values.size % counts[name].size or not values.size:
-            raise InputError(f"{path}: sums and counts of {name} do not fit together")
-        if not (np.isfinite(values).all() and np.isfinite(counts[name]).all() and counts[name].min() >= 0):
-            raise InputError(f"{path}: {name} holds values that are not finite", "Collect the matrix again.")
-        sums[name] = values.reshape(counts[name].size, -1)
-    datasets = header.metadata.get("imatrix.datasets")
-    chunks = header.metadata.get("imatrix.chunk_count")
-    return Imatrix(
-        sums,
-        counts,
-        tuple(map(str, datasets)) if isinstance(datasets, list) else (),
-        chunks if isinstance(chunks, int) else 0,
-        str(header.metadata.get(_KEY, "")),
-    )
+    sums = {name: header.floats(name + _SUMS).ravel() for name in names}
+    n_token = float(header.floats(names[0] + _COUNTS).sum())
+    if not (0 < n_token < 1 << 62) or not all(np.isfinite(values).all() for values in sums.values()):
+        raise InputError(f"{path}: holds values that are not finite", "Remove it: it is collected again.")
+    dataset = header.metadata.get("imatrix.datasets")
+    name = str(dataset[0]) if isinstance(dataset, list) and dataset else ""
+    return Imatrix(sums, int(n_token), name, str(header.metadata.get(_KEY, "")))
 
 
 def write_imatrix(imatrix: Imatrix, out: Path) -> Path:
@@ -242,21 +210,18 @@ def write_imatrix(imatrix: Imatrix, out: Path) -> Path:
 
     Raises ArteError: the disk is full or not writable.
     """
-    datasets = [base_name(name) for name in imatrix.datasets or ("prompts",)]
     fields = {
         "general.type": Field(STRING, "imatrix"),
-        "imatrix.datasets": Field(ARRAY, datasets, STRING),
+        "imatrix.datasets": Field(ARRAY, [imatrix.dataset], STRING),
         "imatrix.chunk_count": Field(UINT32, imatrix.chunk_count),
         "imatrix.chunk_size": Field(UINT32, CHUNK_TOKENS),
+        _KEY: Field(STRING, imatrix.key),
     }
-    if imatrix.key:
-        fields[_KEY] = Field(STRING, imatrix.key)
-    tensors = []
-    for name in sorted(imatrix.sums):
-        counts = imatrix.counts[name].astype(np.float32).reshape(-1, 1)
-        sums = imatrix.sums[name].astype(np.float32).reshape(counts.size, -1)
-        for part, values in ((_SUMS, sums), (_COUNTS, counts)):
-            tensors.append(Tensor(name + part, values.shape, "F32", partial(np.asarray, values)))
-    return write_gguf(
-        out, "", fields, tensors
-    )  # no architecture: llama.cpp writes none, a matrix is no model
+    counts = np.full((1, 1), imatrix.n_token, np.float32)
+    tensors = [
+        Tensor(name + part, values.shape, "F32", partial(np.asarray, values))
+        for name in sorted(imatrix.sums)
+        for part, values in ((_SUMS, imatrix.sums[name][None, :]), (_COUNTS, counts))
+    ]
+    # No architecture: llama.cpp writes none, a matrix is no model.
+    return write_gguf(out, "", fields, tensors)

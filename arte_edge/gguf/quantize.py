@@ -66,7 +66,6 @@ _NEEDS_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3
 # Types of intermediate results or of plain numbers: no weight is stored in them.
 _NOT_FOR_WEIGHTS = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64", "NVFP4"})
 _SMALL_MODEL = 1_800_000_000  # parameters; "1.5B" models have up to 1.78 billion
-_OTHER_MODEL = "The importance matrix is another model's: collect one from this model's checkpoint."
 
 
 @dataclass(frozen=True)
@@ -94,18 +93,16 @@ def quantize(
     *,
     imatrix: Path | None = None,
     overrides: Mapping[str, str] = MappingProxyType({}),
-    threads: int | None = None,
 ) -> QuantReport:
     """Write the 16-bit or 32-bit model `source` to `out` as `type` ("Q4_K_M"); `out` appears whole or not at all.
 
     Args:
-        imatrix: an importance matrix in GGUF form (`imatrix.collect`, or llama.cpp's own).
+        imatrix: that of the same model's checkpoint (`imatrix.collect`).
         overrides: pattern -> tensor type, see above; the first match decides.
-        threads: all that this process may use unless given. The result does not depend on it.
 
     Raises:
-        InputError: an unknown type or override, a source that is quantized already, a type that
-            needs an importance matrix without one, or a matrix of another model.
+        InputError: an unknown type or override, a source that is quantized already, or a type that
+            needs an importance matrix without one.
         ArteError: llama.cpp cannot quantize it, a package is missing, or the disk is full.
     """
     quant = find_type(type)
@@ -117,7 +114,7 @@ def quantize(
         from arte_edge.gguf.imatrix import read_imatrix
 
         matrix = read_imatrix(imatrix)
-    _check_request(quant, types, before, matrix, imatrix)
+    _check_request(quant, types, matrix)
     started = time.monotonic()
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     with atomic_file(out, partial):
@@ -127,10 +124,10 @@ def quantize(
             source=str(source.absolute()),
             out=str(partial.absolute()),
             number=quant.number,
-            threads=thread_count(threads),
+            threads=thread_count(),
             imatrix=None if imatrix is None else str(imatrix.absolute()),
             tensor_types={name: _tensor_type(label)[1] for name, label in types.items()},
-            metadata=_metadata(before, matrix, imatrix),
+            metadata=_metadata(matrix, imatrix),
         )
         try:
             log = _run(job)
@@ -152,7 +149,7 @@ def quantize(
         tensor_types=dict(Counter(tensor.type for tensor in written).most_common()),
         fallbacks=_fallbacks(quant, types, before, after, log),
         seconds=time.monotonic() - started,
-        warnings=tuple(_warnings(quant, types, after, matrix, n_value)),
+        warnings=tuple(_warnings(quant, types, after, n_value)),
     )
 
 
@@ -167,9 +164,7 @@ def _read_source(source: Path) -> GgufHeader:
     return header
 
 
-def _check_request(
-    quant: QuantType, types: Mapping[str, str], model: GgufHeader, matrix: Imatrix | None, path: Path | None
-) -> None:
+def _check_request(quant: QuantType, types: Mapping[str, str], matrix: Imatrix | None) -> None:
     """Reject early what llama.cpp would reject late, ignore silently, or crash on."""
     if types and not quant.is_quantized:
         raise InputError(
@@ -181,35 +176,18 @@ def _check_request(
     for name, label in types.items():
         if label in _NEEDS_IMATRIX and (matrix is None or name not in matrix.sums):
             raise InputError(f"{name} as {label} needs an importance matrix with that tensor", hint)
-    if matrix is None:
-        return
-    for name, sums in matrix.sums.items():
-        tensor = model.tensors.get(name)
-        if tensor is not None and sums.size != tensor.n_value // tensor.shape[-2]:
-            columns = f"{path}: has {sums.size} columns for {name}, the model {tensor.shape[-1]}"
-            raise InputError(columns, _OTHER_MODEL)
-    if not any(name in model.tensors for name in matrix.sums):
-        raise InputError(f"{path}: names no tensor of {model.path.name}", _OTHER_MODEL)
 
 
-def _metadata(model: GgufHeader, matrix: Imatrix | None, path: Path | None) -> dict[str, str | int]:
-    """Return the keys that ``llama-quantize`` writes about the matrix, with names in place of paths.
-
-    The source's keys about an earlier matrix are no longer true (and may hold a path), so they are blanked.
-    """
-    pairs: dict[str, str | int] = {
-        key: 0 if isinstance(value, int) else ""
-        for key, value in model.metadata.items()
-        if key.startswith("quantize.imatrix.") and isinstance(value, int | str)
+def _metadata(matrix: Imatrix | None, path: Path | None) -> dict[str, str | int]:
+    """Return the keys that ``llama-quantize`` writes about the matrix, with its name in place of its path."""
+    if matrix is None or path is None:
+        return {}
+    return {
+        "quantize.imatrix.file": path.name,
+        "quantize.imatrix.dataset": matrix.dataset,
+        "quantize.imatrix.entries_count": len(matrix.sums),
+        "quantize.imatrix.chunks_count": matrix.chunk_count,
     }
-    if matrix is not None and path is not None:
-        from arte_edge.gguf.imatrix import base_name
-
-        pairs["quantize.imatrix.file"] = base_name(path.name)
-        pairs["quantize.imatrix.dataset"] = base_name(matrix.datasets[0]) if matrix.datasets else ""
-        pairs["quantize.imatrix.entries_count"] = len(matrix.sums)
-        pairs["quantize.imatrix.chunks_count"] = matrix.chunk_count
-    return pairs
 
 
 def _read_written(partial: Path, before: GgufHeader, out: Path) -> GgufHeader:
@@ -288,20 +266,13 @@ def _is_smaller_block(block: int, tensor: TensorInfo, source: TensorInfo) -> boo
 
 
 def _warnings(
-    quant: QuantType, types: Mapping[str, str], after: GgufHeader, matrix: Imatrix | None, n_parameter: int
+    quant: QuantType, types: Mapping[str, str], after: GgufHeader, n_parameter: int
 ) -> Iterator[str]:
     if (known := quality_warning(quant, n_parameter)) is not None:
         yield known
     for name, label in types.items():
         if _BLOCK_VALUES[label] <= 32 and after.tensors[name].type != label:
             yield f"llama.cpp left {name} as {after.tensors[name].type}; the override requests {label}."
-    if matrix is None:
-        return
-    quantized = [tensor.name for tensor in after.tensors.values() if tensor.type not in FULL_WIDTH]
-    blocks = [name for name in quantized if name.startswith("blk.")]
-    without = [name for name in blocks if name not in matrix.sums]
-    if without:
-        yield f"The importance matrix has no data for {len(without)} of {len(blocks)} matrices, {without[0]} first."
 
 
 def quality_warning(quant: QuantType, n_parameter: int) -> str | None:
