@@ -12,7 +12,7 @@ Errors are `ArteError`. A parity test holds the parameters of these functions an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +23,7 @@ from arte_edge.asking.ask import Reply, Student, accepted_file, checked_question
 from arte_edge.asking.serve import Server, serve_file
 from arte_edge.asking.table import AnsweredTable, ask_table
 from arte_edge.bench.runner import BenchOutcome, bench
+from arte_edge.cache import Progress
 from arte_edge.errors import InputError
 from arte_edge.files import json_loads, user_path
 from arte_edge.publish.recommend.pick import recommend
@@ -48,7 +49,6 @@ __all__ = ["AnsweredTable", "Reply", "Run", "Server", "Student", "ask", "ask_fil
 __all__ += ["export", "load_run", "open_student", "recommend", "report", "serve", "study", "verify"]
 
 PathLike = str | Path
-ByteProgress = Callable[[str, int, int], None]
 _DEFAULT_RECIPE = "laptop"
 _SIXTEEN_BITS = ("F32", "F16", "BF16", "fp32", "fp16", "")
 
@@ -437,7 +437,7 @@ def verify(
     type: str | None = None,
     bbh: PathLike | None = None,
     threads: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     reporter: Reporter | None = None,
 ) -> Verdict:
     """Compare a model file with the model it was made from: tokens, template, stop tokens, logits, answers.
@@ -500,7 +500,7 @@ def _model_path(ref: str, reporter: Reporter | None) -> Path:
 
 
 @contextmanager
-def downloading(name: str, reporter: Reporter | None) -> Iterator[ByteProgress | None]:
+def downloading(name: str, reporter: Reporter | None) -> Iterator[Progress | None]:
     """Yield the progress callback of a download: a bar where a reporter shows one, else None."""
     if reporter is None or reporter.quiet:
         yield None
@@ -546,16 +546,14 @@ def plan_export(
             offline=offline,
             progress=progress,
         )
-    return opened, formats, plan, _export_folder(ref, opened) if out is None else user_path(out)
+    if out is not None:
+        folder = user_path(out)
+    elif opened.lineage.source == "run":
+        folder = opened.checkpoint.parents[1] / "export"  # of RUN/tune/student
+    else:
+        folder = Path(f"{opened.name}-export")
+    return opened, formats, plan, folder
 
 
 def _comma_separated(names: str | Sequence[str] | None) -> str | None:
     return names if names is None or isinstance(names, str) else ",".join(names)
-
-
-def _export_folder(ref: str, source: Source) -> Path:
-    """Return the default folder: inside the run, else in the working directory."""
-    if source.lineage.source != "run":
-        return Path(f"{source.name}-export")
-    given = user_path(ref)
-    return (given if given.is_dir() else Path("runs") / ref) / "export"

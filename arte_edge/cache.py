@@ -32,7 +32,15 @@ from arte_edge.errors import ArteError, InputError
 from arte_edge.files import json_loads, user_path
 from arte_edge.model_folder import TOKENIZER_FILES
 
-__all__ = ["DISK_FULL_MESSAGES", "DiskFull", "Progress", "access_error", "atomic_file", "cache_dir"]
+__all__ = [
+    "DISK_FULL_MESSAGES",
+    "DiskFull",
+    "Progress",
+    "access_error",
+    "atomic_file",
+    "boot_id",
+    "cache_dir",
+]
 __all__ += ["cache_subdir", "cached_measurement", "check_free_space", "cleanup_on_full_disk", "disk_errors"]
 __all__ += ["is_disk_full", "is_offline", "locked", "megabytes", "rename_into_place", "sha256_checkpoint"]
 __all__ += ["sha256_file", "slug", "user_registry", "write_atomic"]
@@ -309,7 +317,7 @@ def sha256_file(path: Path, *, fresh: bool = False, since_boot: bool = False) ->
     """
     path = path.resolve()
     state = path.stat()
-    mark: list[int | str] = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, _boot_id()]
+    mark: list[int | str] = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, boot_id()]
     row = None if fresh else _load().get(str(path))
     if row and row[:4] == mark[:4] and (row[4] == mark[4] or not since_boot):
         return str(row[5])
@@ -327,7 +335,7 @@ def sha256_checkpoint(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
     """Return an id that changes when the machine is started, empty where the system has none."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()

@@ -18,7 +18,7 @@ from arte_edge.errors import InputError, reading
 from arte_edge.files import read_json
 
 __all__ = ["ADAPTER_WEIGHTS", "MORE_TEMPLATES", "TOKENIZER_FILES", "ModelFolder", "chat_templates", "look"]
-__all__ += ["read_adapter_config", "token_text", "tokenizer_files"]
+__all__ += ["end_ids", "read_adapter_config", "token_text", "tokenizer_files"]
 
 # All files that a tokenizer may consist of
 TOKENIZER_FILES = (
@@ -194,3 +194,21 @@ def token_text(token: object) -> str:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else ""
+
+
+def end_ids(folder: Path) -> list[int]:
+    """Return the ids of the end tokens that generation_config.json names, else config.json.
+
+    Raises InputError: they are neither an id nor a list of them.
+    """
+    config = read_json(folder / "config.json")
+    places = (read_json(folder / "generation_config.json"), config, config.get("text_config"))
+    named = [place.get("eos_token_id") for place in places if isinstance(place, dict)]
+    ids: Any = next((value for value in named if value is not None), [])
+    listed = ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(token, int) and 0 <= token < 2**31 for token in listed):
+        raise InputError(
+            f"{folder}: eos_token_id is {str(ids)[:40]}, neither a token's id nor a list of them",
+            "Correct it in generation_config.json or config.json.",
+        )
+    return listed

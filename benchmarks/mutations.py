@@ -209,9 +209,9 @@ def _read_suite(folder: Path) -> None:
 
 
 def _read_profile(folder: Path) -> None:
-    from arte_edge.device.profiles import load_profile
+    from arte_edge.device.profiles import find_device
 
-    load_profile(str(folder / "given.toml"))
+    find_device(str(folder / "given.toml"))
 
 
 READERS: tuple[Reader, ...] = (

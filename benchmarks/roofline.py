@@ -19,7 +19,7 @@ from typing import Any
 
 from arte_edge.device import roofline
 from arte_edge.device.model_size import ModelSize
-from arte_edge.device.profiles import load_profile
+from arte_edge.device.profiles import find_device
 
 _PROFILE = "raspberry-pi-5"
 _ROWS = Path(__file__).parent / "roofline_rows.json"
@@ -51,7 +51,7 @@ def fitted_bandwidth(rows: list[dict[str, Any]]) -> float:
 
 def compare_published() -> list[dict[str, Any]]:
     """Return each published row with the profile's prediction and the one that leaves the row out."""
-    profile, rows = load_profile(_PROFILE), published_rows()
+    profile, rows = find_device(_PROFILE), published_rows()
     fitted = [row for row in rows if row["fitted"]]
     results = []
     for row in rows:

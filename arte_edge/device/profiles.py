@@ -23,7 +23,6 @@ __all__ = [
     "add_device",
     "check_host",
     "find_device",
-    "load_profile",
     "match_device",
     "own_folder",
     "own_names",
@@ -140,16 +139,11 @@ def check_host(host: str) -> str:
     return host
 
 
-def load_profile(ref: str) -> Profile:
-    """Return the shipped profile `ref`, or the one in a TOML file.
-
-    Raises InputError: no such profile, not TOML, an unknown key or a bad value; names the file and the key.
-    """
-    return read_profile(catalog.find("devices", ref))
-
-
 def read_profile(path: Path) -> Profile:
-    """Return the profile in a TOML file; missing facts are those of its base. Raises as `load_profile` does."""
+    """Return the profile in a TOML file; missing facts are those of its base.
+
+    Raises InputError: not TOML, an unknown key or a bad value; names the file and the key.
+    """
     tables = read_toml(path)
     inherited: dict[str, Any] = {}
     if base := tables.get("base", ""):
@@ -174,15 +168,13 @@ def find_device(ref: str) -> Profile:
 
     Raises InputError: no such device (the hint has the nearest name), or its file is invalid.
     """
-    if ref.endswith(".toml") or "/" in ref:
-        return read_profile(catalog.find("devices", ref))
     if ref in own_names():
         return read_profile(own_folder() / f"{ref}.toml")
-    if ref in catalog.names("devices"):
-        return load_profile(ref)
+    if ref.endswith(".toml") or "/" in ref or ref in catalog.names("devices"):
+        return read_profile(catalog.find("devices", ref))
     if "@" in ref:
         own = {"name": "", "title": "a device over ssh", "base": _GENERIC, "match": None}
-        return load_profile(_GENERIC).model_copy(update=own | {"remote": Remote(host=check_host(ref))})
+        return find_device(_GENERIC).model_copy(update=own | {"remote": Remote(host=check_host(ref))})
     raise InputError(f"No device is named '{ref}'", nearest(ref, [*own_names(), *catalog.names("devices")]))
 
 
@@ -225,7 +217,8 @@ def add_device(name: str, host: str, *, base: str = "", **facts: str) -> Path:
     path = own_folder() / f"{name}.toml"
     if path.exists():
         raise InputError(f"{path}: exists already", f"Change it, or `arte-edge devices rm {name}` first.")
-    load_profile(base := base or _GENERIC)
+    if (base := base or _GENERIC) not in (names := catalog.names("devices")):
+        raise InputError(f"No shipped device is named '{base}'", nearest(base, names))
     document: Any = tomlkit.document()
     document.add(
         tomlkit.comment(f"made by `arte-edge devices add`; facts that are missing here are {base}'s")
@@ -253,7 +246,7 @@ def remove_device(name: str) -> Path:
 @cache
 def shipped() -> tuple[Profile, ...]:
     """Return the shipped profiles, sorted by name."""
-    return tuple(load_profile(name) for name in catalog.names("devices"))
+    return tuple(find_device(name) for name in catalog.names("devices"))
 
 
 def match_device(facts: DeviceFacts, model: str, system: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from arte_edge.errors import reading
 from arte_edge.files import read_json
-from arte_edge.model_folder import chat_templates, token_text, tokenizer_files
+from arte_edge.model_folder import chat_templates, end_ids, token_text, tokenizer_files
 from arte_edge.runtimes.prompt_render import Message, render
 
 __all__ = ["Chat", "read_chat"]
@@ -68,10 +68,7 @@ def read_chat(checkpoint: Path, adapter: Path | None = None) -> Chat:
 def _stops(checkpoint: Path, inner: dict[str, Any], tokens: dict[str, str]) -> tuple[str, ...]:
     """Return the texts of the EOS token, of those in generation_config.json, and of known end-of-turn tokens."""
     added = {row.get("id"): token_text(row) for row in inner.get("added_tokens") or ()}
-    generation = read_json(checkpoint / "generation_config.json") or read_json(checkpoint / "config.json")
-    named = generation.get("eos_token_id")
-    ids = named if isinstance(named, list) else [named]
-    texts = [tokens.get("eos_token", ""), *(added.get(number, "") for number in ids)]
+    texts = [tokens.get("eos_token", ""), *(added.get(number, "") for number in end_ids(checkpoint))]
     texts += [text for text in _END_TOKENS if text in added.values()]
     return tuple(dict.fromkeys(text for text in texts if text))
 

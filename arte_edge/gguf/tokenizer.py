@@ -27,7 +27,7 @@ from arte_edge.errors import InputError, reading
 from arte_edge.files import read_json
 from arte_edge.gguf.names import OTHER_CONVERTER, Family
 from arte_edge.gguf.reader import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT8, UINT32, Field
-from arte_edge.model_folder import chat_templates, tokenizer_files
+from arte_edge.model_folder import chat_templates, end_ids, tokenizer_files
 
 __all__ = ["TokenizerFiles", "end_tokens", "read_tokenizer", "template_fields", "vocabulary"]
 
@@ -318,12 +318,9 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerFiles:
     for token in special.values():
         if token in added and not added[token].special:
             added[token] = AddedToken(added[token].text, True, added[token].strips_right)
-    generation = read_json(folder / "generation_config.json")
-    ends = generation.get("eos_token_id", config.get("eos_token_id"))
-    ends = tuple(
-        end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int) and end >= 0
+    return TokenizerFiles(
+        folder, tokenizer, settings, model, added, special, templates, tuple(end_ids(folder))
     )
-    return TokenizerFiles(folder, tokenizer, settings, model, added, special, templates, ends)
 
 
 def _added(folder: Path, tokenizer: dict[str, Any], settings: dict[str, Any]) -> dict[int, AddedToken]:

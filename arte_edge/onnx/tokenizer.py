@@ -8,7 +8,7 @@ from typing import Any
 
 from arte_edge.errors import InputError, reading
 from arte_edge.files import read_json
-from arte_edge.model_folder import token_text
+from arte_edge.model_folder import end_ids, token_text
 
 __all__ = ["FileTokenizer", "added_tokens", "end_tokens", "read_number"]
 
@@ -38,20 +38,9 @@ def end_tokens(checkpoint: Path) -> frozenset[int]:
 
     A chat model ends each turn with the tokenizer's ``eos_token``, which configs often do not list.
     """
-    config = read_json(checkpoint / "config.json")
-    text_config = config.get("text_config")
-    places = (read_json(checkpoint / "generation_config.json"), config, text_config)
-    named = [place["eos_token_id"] for place in places if isinstance(place, dict) and "eos_token_id" in place]
-    ids: Any = next((value for value in named if value is not None), [])
-    listed = ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(token, int) and 0 <= token < _LIMIT for token in listed):
-        raise InputError(
-            f"{checkpoint}: eos_token_id is {str(ids)[:40]}, neither a token's id nor a list of them",
-            "Correct it in generation_config.json or config.json.",
-        )
     own = token_text(read_json(checkpoint / "tokenizer_config.json").get("eos_token"))
     added = {text: token for token, text in added_tokens(checkpoint).items()}
-    return frozenset(listed) | (frozenset([added[own]]) if own in added else frozenset())
+    return frozenset(end_ids(checkpoint)) | (frozenset([added[own]]) if own in added else frozenset())
 
 
 class FileTokenizer:

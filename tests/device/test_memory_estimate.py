@@ -8,7 +8,7 @@ from tiny import model_shape
 
 from arte_edge.device.memory_estimate import does_not_fit, fit, fit_profile, repacked_types
 from arte_edge.device.model_size import ModelSize
-from arte_edge.device.profiles import load_profile
+from arte_edge.device.profiles import find_device
 
 SMOLLM2 = model_shape()
 SMOLLM2_Q4_0 = model_shape(
@@ -76,14 +76,14 @@ def test_a_refusal_says_what_would_fit() -> None:
 
 
 def test_repacked_weights_count_in_the_peak_and_not_in_the_need() -> None:
-    pi5 = fit_profile(SMOLLM2, load_profile("raspberry-pi-5"), 512)
+    pi5 = fit_profile(SMOLLM2, find_device("raspberry-pi-5"), 512)
     assert pi5.peak_bytes - pi5.needed_bytes == 143_025_408  # Q8_0 is repacked where there are dot products
-    pi4 = fit_profile(SMOLLM2, load_profile("raspberry-pi-4b"), 512)
+    pi4 = fit_profile(SMOLLM2, find_device("raspberry-pi-4b"), 512)
     assert pi4.peak_bytes == pi4.needed_bytes
     assert repacked_types("x86_64", ("avx2",)) == ("Q4_0", "Q4_K", "IQ4_NL")
 
 
 def test_half_a_gigabyte_is_enough_for_the_small_student_only() -> None:
-    zero = load_profile("raspberry-pi-zero-2w")
+    zero = find_device("raspberry-pi-zero-2w")
     assert fit_profile(SMOLLM2, zero, 512).verdict != "no"
     assert fit_profile(QWEN, zero, 512).verdict == "no"

@@ -16,7 +16,7 @@ from tiny import Patch, model_shape
 
 from arte_edge.device import roofline
 from arte_edge.device.model_size import ModelSize
-from arte_edge.device.profiles import Fact, load_profile
+from arte_edge.device.profiles import Fact, find_device
 from arte_edge.device.roofline import expected, expected_here
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,12 +49,12 @@ def test_the_eight_published_rows_of_a_raspberry_pi_5_are_met_within_20_percent(
 def test_the_profile_holds_the_bandwidth_that_the_rows_give() -> None:
     script = benchmark()
     fitted = script.fitted_bandwidth([row for row in script.published_rows() if row["fitted"]])
-    fact = load_profile("raspberry-pi-5").effective_bandwidth
+    fact = find_device("raspberry-pi-5").effective_bandwidth
     assert fact and fact.value == pytest.approx(fitted, rel=0.01)
 
 
 def test_a_profile_is_published_or_assumed_and_never_a_probe() -> None:
-    pi5 = load_profile("raspberry-pi-5")
+    pi5 = find_device("raspberry-pi-5")
     told = expected(shape(), pi5)
     assert told is not None and told.source == "published" and "10.7 GB/s, derived" in told.basis
     fast = replace(shape(), n_layer=0)

@@ -10,7 +10,8 @@ line, their stderr in ``err.log``, and the exit code in ``ended.json``. Commands
 are not run again. One job runs at a time: it holds ``<work>/lock``, which the kernel releases however the job
 ends, and writes its name into ``<work>/owner.json``.
 
-It runs directly from the wheel before any environment is made, so it needs only the standard library.
+It runs directly from the wheel before any environment is made, so it, and what it imports, needs only
+the standard library.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["boot_id", "follow", "main", "start", "state", "stop", "work"]
+from arte_edge.cache import boot_id, write_atomic
+
+__all__ = ["follow", "main", "start", "state", "stop", "work"]
 
 _POLL_S = 0.25
 # Writing shows whether the reader is still connected, so an idle stream is written to this often.
@@ -51,14 +54,6 @@ def main(argv: list[str]) -> int:
     for event in events:
         print(json.dumps(event), flush=True)
     return 0
-
-
-def boot_id() -> str:
-    """Return an id that changes with every boot, empty where the system has none."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
 
 
 def _work_folder(folder: Path) -> Path:
@@ -87,12 +82,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, value: object) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomic(path, json.dumps(value).encode())
 
 
 def state(folder: Path) -> dict[str, Any]:

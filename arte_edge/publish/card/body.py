@@ -143,7 +143,7 @@ def _comparison(student: StudentFile) -> str:
             str(row.n),
             f"{row.accuracy:.1%}",
             f"{row.low:.1%} to {row.high:.1%}",
-            row.difference_points or NOT_KNOWN,
+            row.difference_points,
         )
         for row in student.comparison
     ]
