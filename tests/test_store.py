@@ -35,7 +35,7 @@ def held(log: CallLog, groups: list[list[Row]]) -> list[list[str | None]]:
     return [[None if row is None else row["text"] for row in group] for group in found]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(drawn=texts, where=st.floats(0, 1))
 def test_a_file_cut_at_any_byte_reads_back_as_its_whole_groups(drawn: list[list[str]], where: float) -> None:
     groups = groups_of(drawn)
@@ -165,7 +165,7 @@ def test_a_failed_atomic_write_keeps_the_old_file_and_nothing_else(
     assert list(tmp_path.iterdir()) == [path]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=8) | st.integers() | st.none())))
 def test_written_rows_read_back(rows: list[Row]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -225,7 +225,6 @@ def test_a_content_key_depends_on_content_alone() -> None:
     assert content_key("complete", {"seed": 0}) == expected
 
 
-@settings(deadline=None)
 @given(st.text(letters, max_size=20))
 def test_any_text_has_a_key(text: str) -> None:
     assert content_key(text) == content_key(text) != content_key(text + "x")

@@ -65,9 +65,3 @@ def test_no_file_is_exit_code_1_with_what_to_relax(export: Path, capsys: Capture
     done = capsys.readouterr()
     assert json.loads(done.out)["relax"] == [{"constraint": "min_decode", "to": 43.9}]
     assert "No file satisfies" in done.err and "Relax --min-decode 43.9." in done.err
-
-
-def test_a_corrupt_student_json_is_refused(export: Path, capsys: Capture) -> None:
-    (export / "export" / "student.json").write_text('{"schema_version": 1,')
-    assert main(["recommend", str(export), *PI]) == 2
-    assert "student.json" in capsys.readouterr().err

@@ -79,11 +79,6 @@ def test_an_importance_matrix_is_expected_only_where_it_matters() -> None:
     assert not planned("Q4_K_M", 9, without)
 
 
-def test_q4_0_of_a_small_model_comes_with_a_warning() -> None:
-    found = estimate(SMOLLM2, [format_of("Q4_0")], Recipe(), n_training=0)
-    assert any("Q4_0" in note for note in found.files[0].notes)
-
-
 def test_memory_names_the_step_that_needs_most() -> None:
     gguf = estimate(SMOLLM2, [format_of("Q4_K_M")], Recipe(), n_training=0)
     onnx = estimate(SMOLLM2, [format_of("optimum-fp32")], Recipe(), n_training=0)

@@ -14,6 +14,8 @@ pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 pytest.importorskip("torch")
 
+from .conftest import visible
+
 _KILLS, _MOST_FOLDERS = 5, 8
 _RECIPE = """
 [gguf]
@@ -39,12 +41,6 @@ def start(run: Path, out: Path) -> subprocess.Popen[bytes]:
 def finish(run: Path, out: Path) -> None:
     code = start(run, out).wait(timeout=560)
     assert code == 3, (run.parent / "log").read_text(errors="replace")[-3000:]
-
-
-def visible(out: Path) -> dict[str, bytes]:
-    """Return every file that a user sees."""
-    named = {path.relative_to(out): path for path in out.rglob("*") if path.is_file()}
-    return {str(n): p.read_bytes() for n, p in named.items() if not any(x.startswith(".") for x in n.parts)}
 
 
 @pytest.mark.slow

@@ -115,25 +115,6 @@ def test_a_file_cut_anywhere_is_rejected(make_gguf: Make, share: float) -> None:
         read_model_header(path)
 
 
-@_examples
-@given(
-    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=4), st.floats(0, 1)
-)
-def test_a_damaged_file_is_never_a_crash(make_gguf: Make, places: Any, share: float) -> None:
-    path = make_gguf()
-    content = bytearray(path.read_bytes())
-    for place, value in places:
-        content[int(place * len(content))] = value
-    path.write_bytes(content[: int(share * len(content))])
-    for read in (read_header, read_model_header):
-        try:
-            header = read(path)
-            assert all(t.offset_bytes + t.size_bytes <= len(content) for t in header.tensors.values())
-            assert len(header.fields) == len(header.metadata)
-        except InputError as error:
-            assert str(path) in error.message
-
-
 WRONG = [
     Field(STRING, b"\xff\xfe"),
     Field(FLOAT32, math.nan),
@@ -182,7 +163,10 @@ def test_reading_agrees_with_the_library_of_the_format(tiny_model: Any) -> None:
             getattr(v, "decode", lambda v=v: v)() for v in np.atleast_1d(np.array(field.value, dtype=object))
         ]
         assert value == (wanted if isinstance(wanted, list) else [wanted])
-    assert ours.shapes == {t.name: tuple(reversed(t.shape.tolist())) for t in theirs.tensors}
+    assert [(t.name, t.shape, t.type, t.offset_bytes, t.size_bytes) for t in ours.tensors.values()] == [
+        (t.name, tuple(reversed(t.shape.tolist())), t.tensor_type.name, t.data_offset, t.n_bytes)
+        for t in theirs.tensors
+    ]
 
 
 def test_a_number_that_is_missing_is_an_input_error(tiny_model: Any) -> None:
@@ -192,23 +176,9 @@ def test_a_number_that_is_missing_is_an_input_error(tiny_model: Any) -> None:
         head.number("expert_count")
 
 
-def test_tensors_and_metadata_are_those_that_were_written(make_gguf: Make) -> None:
-    import gguf
-
-    path = make_gguf(rows=4)
-    header = read_header(path)
-    reader = gguf.GGUFReader(path)
-    assert {t.name: (t.type, t.offset_bytes, t.size_bytes) for t in header.tensors.values()} == {
-        t.name: (t.tensor_type.name, t.data_offset, t.n_bytes) for t in reader.tensors
-    }
-    assert header.tensors["blk.0.attn_q.weight"].shape == (4, 32)
-    assert header.metadata["general.architecture"] == "llama"
-    assert header.metadata["tokenizer.ggml.tokens"] == ["a", "bc", "def"]
-    assert header.floats("output_norm.weight").tolist() == list(range(32))
-
-
 def test_only_f32_is_read_as_floats(make_gguf: Make) -> None:
     header = read_header(make_gguf())
+    assert header.floats("output_norm.weight").tolist() == list(range(32))
     with pytest.raises(InputError, match="Q8_0, expected F32"):
         header.floats("blk.0.attn_q.weight")
     with pytest.raises(InputError, match="missing"):

@@ -5,11 +5,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
-
-# On a busy machine single examples may be slow.
-settings.register_profile("tasks", deadline=None)
-settings.load_profile("tasks")
 
 Rows = Iterable[dict[str, object]]
 

@@ -132,13 +132,6 @@ def test_throttled_rates_and_partial_accuracies_are_omitted(export_folder: Path)
         assert "9.2" not in text and "run the same `arte-edge bench` again" in part(text, "bench")
 
 
-def test_a_second_run_changes_nothing(export_folder: Path, measured: StudentFile) -> None:
-    assert write_card(export_folder, measured)[1]
-    before = (export_folder / CARD).read_bytes()
-    assert not write_card(export_folder, measured)[1]
-    assert (export_folder / CARD).read_bytes() == before
-
-
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_edits_by_hand_stay(export_folder: Path, measured: StudentFile, newline: str) -> None:
     write_card(export_folder, measured)
