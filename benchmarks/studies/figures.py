@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from arte_edge.cache import write_atomic
-from arte_edge.publish.report.svg import Plot
+from arte_edge.publish.report.charts import Plot
 
 __all__ = ["write_svg"]
 

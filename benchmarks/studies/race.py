@@ -35,7 +35,7 @@ from arte_edge.cache import write_atomic
 from arte_edge.distill.generation.rationales import reject_repeated
 from arte_edge.distill.preference.adaptive import AdaptivePlan, fit_score_model
 from arte_edge.distill.preference.scoring import length_effect, probabilities
-from arte_edge.publish.report.svg import Axis, Plot
+from arte_edge.publish.report.charts import Axis, Plot
 
 HERE = Path(__file__).parents[1]
 RECORDED, RESULTS = HERE / "results" / "score_worth", HERE / "results" / "race"

@@ -9,7 +9,7 @@ from typing import Any
 from figures import write_svg
 from score_worth_scores import Floats
 
-from arte_edge.publish.report.svg import Axis, Plot
+from arte_edge.publish.report.charts import Axis, Plot
 
 __all__ = ["ends_chart", "parrots_chart"]
 

@@ -9,7 +9,7 @@ from arte_edge.errors import InputError
 from arte_edge.gguf.reader import Field, read_model_header
 from arte_edge.gguf.writer import rewrite
 from arte_edge.models.artifact import checksums_of
-from arte_edge.publish.gguf_results import write_keys
+from arte_edge.publish.card.card import write_keys
 from arte_edge.results.merge import merge_rows
 from arte_edge.results.student_json import FILE_NAME, read_student
 

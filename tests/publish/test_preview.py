@@ -9,8 +9,7 @@ from arte_edge.errors import InputError
 from arte_edge.gguf.reader import Field
 from arte_edge.gguf.writer import rewrite
 from arte_edge.pii_scan import Machine
-from arte_edge.publish.card.card import write_card
-from arte_edge.publish.gguf_results import write_keys
+from arte_edge.publish.card.card import write_card, write_keys
 from arte_edge.publish.hub import preview
 from arte_edge.results.merge import merge_rows
 from arte_edge.results.student_json import Asking, read_student, write_student

@@ -21,8 +21,14 @@ from arte_edge.cache import megabytes
 from arte_edge.device.profiles import Profile
 from arte_edge.device.roofline import Predictor
 from arte_edge.errors import InputError
-from arte_edge.publish.recommend.candidates import Constraints, candidates
-from arte_edge.publish.recommend.pareto import Candidate, Metric, ParetoFront, pareto_front
+from arte_edge.publish.recommend.candidates import (
+    Candidate,
+    Constraints,
+    Metric,
+    ParetoFront,
+    candidates,
+    pareto_front,
+)
 from arte_edge.publish.recommend.recommendation import Recommendation, Relaxation, Violation, drop_text
 from arte_edge.results.locate import find_export, read_bench, read_export
 from arte_edge.results.rows import Row

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arte_edge.cache import megabytes
-from arte_edge.publish.recommend.pareto import Candidate, Metric, ParetoFront
+from arte_edge.publish.recommend.candidates import Candidate, Metric, ParetoFront
 from arte_edge.results.accuracy import NOT_KNOWN, PairedAccuracy
 
 if TYPE_CHECKING:

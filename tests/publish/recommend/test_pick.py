@@ -8,8 +8,7 @@ from tiny import accuracy, artifact, facts, quality_row, speed_row, student_file
 from arte_edge.device.profiles import Profile
 from arte_edge.device.roofline import Prediction
 from arte_edge.errors import InputError
-from arte_edge.publish.recommend.candidates import Constraints
-from arte_edge.publish.recommend.pareto import Candidate, Metric, pareto_front
+from arte_edge.publish.recommend.candidates import Candidate, Constraints, Metric, pareto_front
 from arte_edge.publish.recommend.pick import choose, parse_size
 from arte_edge.publish.recommend.recommendation import drop_text
 from arte_edge.results.accuracy import PairedAccuracy

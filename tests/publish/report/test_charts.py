@@ -12,17 +12,21 @@ from hypothesis import strategies as st
 from tiny import speed_row
 
 from arte_edge.publish.report.charts import (
+    SHAPES,
+    Axis,
+    Plot,
     accuracy_chart,
+    around,
     histogram_chart,
     length_chart,
     loss_chart,
+    number,
     pareto_chart,
     questions_chart,
     time_chart,
     trace_of,
     traced,
 )
-from arte_edge.publish.report.svg import SHAPES, Axis, Plot, around, number
 from arte_edge.results.rows import Reading, SpeedRow
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -13,8 +13,7 @@ from tiny import Make, accuracy, artifact, metrics, speed_row, student_file
 
 from arte_edge.errors import InputError
 from arte_edge.publish.report.data import read_run
-from arte_edge.publish.report.narrative import stage_summaries
-from arte_edge.publish.report.page import render, report
+from arte_edge.publish.report.page import render, report, stage_summaries
 from arte_edge.results.rows import Reading, SpeedRow
 from arte_edge.results.student_json import Fidelity, StudentFile, write_student
 
