@@ -224,7 +224,7 @@ def test_its_metadata_name_the_extras_and_no_torch_outside_of_them(wheel: Path) 
     core = [need for need in needs if "extra ==" not in need]
     assert any(need.startswith("psutil") for need in core)
     assert not any(need.startswith(("torch", "scipy", "onnx", "gguf")) for need in core)
-    assert any(need.startswith("xllamacpp") and 'extra == "xllamacpp"' in need for need in needs)
+    assert any(need.startswith("xllamacpp") and "extra == 'xllamacpp'" in need for need in needs)
 
 
 def test_platform_tags_are_those_that_the_device_would_accept() -> None:
@@ -239,9 +239,3 @@ def test_a_package_without_such_a_wheel_is_an_error_that_names_it(tmp_path: Path
     with pytest.raises(ArteError, match="xllamacpp") as error:
         fetch_wheels(["xllamacpp"], "aarch64", 36, (3, 11), tmp_path / "house")
     assert "aarch64" in error.value.hint
-
-
-def test_a_requirement_of_an_extra_keeps_its_own_marker() -> None:
-    assert environment._with_marker("torch>=2.6", "train") == 'torch>=2.6 ; extra == "train"'
-    marked = environment._with_marker("a>=1 ; python_version < '3.12'", "train")
-    assert marked == "a>=1 ; (python_version < '3.12') and extra == \"train\""
