@@ -1,8 +1,8 @@
 """A checkpoint's tokenizer as GGUF metadata: tokens, token types, merges or scores, special tokens, chat template.
 
-llama.cpp has three tokenizers of use here: ``gpt2`` (byte-level BPE with a named pre-tokenizer), ``llama``
-(SentencePiece BPE) and ``t5`` (SentencePiece unigram). tokenizer.json decides which one a checkpoint needs, not the
-family: a Phi-3 has the second, a Phi-4-mini the first. Where two files define the same thing, tokenizer_config.json
+llama.cpp has two tokenizers of use here: ``gpt2`` (byte-level BPE with a named pre-tokenizer) and ``llama``
+(SentencePiece BPE). tokenizer.json decides which one a checkpoint needs, not the family: a Phi-3 has the second, a
+Phi-4-mini the first. Where two files define the same thing, tokenizer_config.json
 wins, as in transformers.
 
 llama.cpp's converter recognizes a pre-tokenizer by a hash over the token ids of one long string, which fails for every
@@ -26,7 +26,7 @@ from arte_edge import protobuf
 from arte_edge.errors import InputError, reading
 from arte_edge.files import read_json
 from arte_edge.gguf.names import OTHER_CONVERTER, Family
-from arte_edge.gguf.reader import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT8, UINT32, Field
+from arte_edge.gguf.reader import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, Field
 from arte_edge.model_folder import chat_templates, end_ids, tokenizer_files
 
 __all__ = ["TokenizerFiles", "end_tokens", "read_tokenizer", "template_fields", "vocabulary"]
@@ -55,7 +55,7 @@ _ENDS_BY_NAME = (
 )
 # Kinds of token, the same numbers in SentencePiece and in tokenizer.ggml.token_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-_UNIGRAM = 1  # TrainerSpec.model_type; 2 is BPE
+_BPE = 2  # TrainerSpec.model_type; 1, its default, is unigram
 _SPACE = "\u2581"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -88,7 +88,7 @@ def _vocabulary(files: TokenizerFiles, family: Family, n_vocab: int) -> dict[str
     model = files.tokenizer.get("model") or {}
     kind = model.get("type")
     byte_level = kind == "BPE" and not model.get("byte_fallback")
-    if files.tokenizer and not byte_level and kind not in ("BPE", "Unigram"):
+    if files.tokenizer and kind != "BPE":
         raise InputError(f"{files.path}: a {kind} tokenizer is not supported in GGUF", OTHER_CONVERTER)
     fields = _byte_level(files, family, n_vocab) if byte_level else _pieces(files, family, n_vocab)
     for role, token in (*files.special.items(), *end_tokens(files)[0].items()):
@@ -146,7 +146,7 @@ def _pieces(files: TokenizerFiles, family: Family, n_vocab: int) -> dict[str, Fi
         text = added.text if added.is_control else added.text.replace(_SPACE, " ")
         pieces.texts[token], pieces.scores[token] = text.encode(), _ADDED_SCORE
         pieces.kinds[token] = _CONTROL if added.is_control else _USER_DEFINED
-    fields = _head("t5" if pieces.is_unigram else "llama", "default", pieces.texts, pieces.kinds)
+    fields = _head("llama", "default", pieces.texts, pieces.kinds)
     fields["tokenizer.ggml.scores"] = Field(ARRAY, pieces.scores, FLOAT32)
     return fields | _space_fields(files, family, pieces)
 
@@ -157,13 +157,7 @@ def _space_fields(files: TokenizerFiles, family: Family, pieces: _Pieces) -> dic
         adds = pieces.adds_space_prefix
         if files.model and isinstance(files.config.get("add_prefix_space"), bool):
             adds = files.config["add_prefix_space"]
-    fields = {"tokenizer.ggml.add_space_prefix": Field(BOOL, adds)}
-    if pieces.is_unigram:
-        fields["tokenizer.ggml.remove_extra_whitespaces"] = Field(BOOL, pieces.removes_extra_spaces)
-        if pieces.normalizer_map:
-            chars = list(pieces.normalizer_map)
-            fields["tokenizer.ggml.precompiled_charsmap"] = Field(ARRAY, chars, UINT8)
-    return fields
+    return {"tokenizer.ggml.add_space_prefix": Field(BOOL, adds)}
 
 
 def _head(model: str, pre: str, tokens: list[bytes], kinds: list[int]) -> dict[str, Field]:
@@ -292,7 +286,7 @@ class TokenizerFiles:
 
     @property
     def ids(self) -> dict[str, int]:
-        """The ids of the tokens by their texts; a unigram vocabulary, which is a list, is left out."""
+        """The ids of the tokens by their texts."""
         return _ids(self.tokenizer, self.added)
 
     @property
@@ -359,27 +353,24 @@ def _special(
 
 def _ids(tokenizer: dict[str, Any], added: dict[int, AddedToken]) -> dict[str, int]:
     vocabulary = (tokenizer.get("model") or {}).get("vocab")
-    known = vocabulary if isinstance(vocabulary, dict) else {}
+    known = vocabulary if isinstance(vocabulary, dict) else {}  # a list in other kinds than BPE
     return {**known, **{token.text: number for number, token in sorted(added.items(), reverse=True)}}
 
 
 @dataclass
 class _Pieces:
-    """A vocabulary in the order of its ids. `is_unigram`: pieces win by likelihood, not by merging."""
+    """A vocabulary in the order of its ids."""
 
     texts: list[bytes]
     scores: list[float]
     kinds: list[int]
-    is_unigram: bool = False
     adds_space_prefix: bool = True
-    removes_extra_spaces: bool = False
-    normalizer_map: bytes = b""
 
 
 def _read_model(path: Path) -> _Pieces:
     """Return the vocabulary in a tokenizer.model."""
     pieces = _Pieces([], [], [])
-    kind_of_model = _UNIGRAM
+    kind_of_model = 0
     try:
         data = path.read_bytes()
         for number, start, end in protobuf.fields(data):
@@ -392,17 +383,14 @@ def _read_model(path: Path) -> _Pieces:
                 pieces.scores.append(struct.unpack("<f", score)[0])
                 pieces.kinds.append(_number(data, message, 3, _NORMAL))
             elif number == 2:
-                kind_of_model = _number(data, message, 3, _UNIGRAM)
+                kind_of_model = _number(data, message, 3, 0)
             else:
-                pieces.normalizer_map = data[slice(*message.get(2, (0, 0)))]
                 pieces.adds_space_prefix = bool(_number(data, message, 3, 1))
-                pieces.removes_extra_spaces = bool(_number(data, message, 4, 1))
     except (OSError, IndexError, ValueError, struct.error) as error:
         hint = "Fetch the checkpoint again."
         raise InputError(f"{path}: not a readable SentencePiece model", hint) from error
-    if not pieces.texts or kind_of_model not in (1, 2):
-        raise InputError(f"{path}: not a SentencePiece model of the BPE or unigram type", "Fetch it again.")
-    pieces.is_unigram = kind_of_model == _UNIGRAM
+    if not pieces.texts or kind_of_model != _BPE:
+        raise InputError(f"{path}: not a SentencePiece model of the BPE type", OTHER_CONVERTER)
     return pieces
 
 
@@ -413,28 +401,22 @@ def _number(data: bytes, message: Mapping[int, tuple[int, int]], key: int, defau
 def _scored(path: Path, tokenizer: dict[str, Any], added: Collection[int]) -> _Pieces:
     """Return the vocabulary of a tokenizer.json that was made from a SentencePiece model.
 
-    A unigram model has scores. In a BPE model a piece's score is minus the rank of the first merge that makes it;
-    single characters come after all of them, as in SentencePiece. `added` tokens are matched before merging, so
-    they have no rank.
+    A piece's score is minus the rank of the first merge that makes it; single characters come after all of them, as
+    in SentencePiece. `added` tokens are matched before merging, so they have no rank.
     """
     model = tokenizer["model"]
-    if model["type"] == "Unigram":
-        texts = [str(piece) for piece, _ in model["vocab"]]
-        scores = [float(score) for _, score in model["vocab"]]
-        unknown = model.get("unk_id")
-    else:
-        ids: dict[str, int] = model["vocab"]
-        texts = [""] * (max(ids.values(), default=-1) + 1)
-        for text, token in ids.items():
-            texts[token] = text
-        scores = _scores_of_merges(texts, model["merges"], {texts[i] for i in added if i < len(texts)})
-        unknown = ids.get(model.get("unk_token") or "")
+    ids: dict[str, int] = model["vocab"]
+    texts = [""] * (max(ids.values(), default=-1) + 1)
+    for text, token in ids.items():
+        texts[token] = text
+    scores = _scores_of_merges(texts, model["merges"], {texts[i] for i in added if i < len(texts)})
+    unknown = ids.get(model.get("unk_token") or "")
     if not texts:
         raise InputError(f"{path}: its vocabulary is empty", "Save the tokenizer again.")
     kinds = [_BYTE if _is_byte(text) else _NORMAL for text in texts]
     if unknown is not None:
         kinds[unknown] = _UNKNOWN
-    pieces = _Pieces([text.encode() for text in texts], scores, kinds, model["type"] == "Unigram")
+    pieces = _Pieces([text.encode() for text in texts], scores, kinds)
     pieces.adds_space_prefix = _adds_space(tokenizer)
     return pieces
 

@@ -53,16 +53,9 @@ def byte_level(kind: str) -> Any:
 
 
 def sentencepiece(kind: str) -> Any:
-    """Train what transformers makes of a SentencePiece model: "prefixed" (Llama 2), "plain" (Gemma), "unigram"."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    """Train what transformers makes of a SentencePiece model: "prefixed" (Llama 2), "plain" (Gemma)."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
-    if kind == "unigram":
-        tokenizer = Tokenizer(models.Unigram())
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-        tokenizer.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=SPECIAL, unk_token="<unk>")
-        tokenizer.train_from_iterator(CORPUS, trainer)
-        return tokenizer
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     steps = [normalizers.Prepend("▁")] if kind == "prefixed" else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
@@ -79,7 +72,7 @@ def sentencepiece(kind: str) -> Any:
 
 @functools.cache
 def _tokenizer(kind: str) -> Any:
-    inner = sentencepiece(kind) if kind in ("plain", "prefixed", "unigram") else byte_level(kind)
+    inner = sentencepiece(kind) if kind in ("plain", "prefixed") else byte_level(kind)
     roles = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
     return tiny.chat_tokenizer(inner, "{{ messages[0]['content'] }}", **roles)
 
