@@ -35,7 +35,7 @@ from arte_edge.cache import (
     sha256_file,
     slug,
 )
-from arte_edge.errors import ArteError, InputError
+from arte_edge.errors import ArteError, InputError, first_line
 
 if TYPE_CHECKING:
     from huggingface_hub.utils.tqdm import tqdm
@@ -155,21 +155,15 @@ def _call(hub_id: str, revision: str, call: Callable[[], _T]) -> _T:
         if isinstance(error, errors.LocalEntryNotFoundError):  # raised without a network
             raise HubError(f"the connection to the Hub broke while reading {where}", resume) from error
         raise HubError(f"{where} does not hold the requested file") from error
-    except OSError as error:
-        if is_disk_full(error):
-            raise
-        raise HubError(f"the Hub failed on {where}: {_first_line(error)}", resume) from error
     except Exception as error:
         # The library uses httpx or httpx2 by its version, and xet has errors of its own: there is no common
         # base class for a failed network or a full disk.
+        if isinstance(error, OSError) and is_disk_full(error):
+            raise
         if any(mark in str(error) for mark in DISK_FULL_MESSAGES):
             raise DiskFull(cache_dir(), where) from error
-        raise HubError(f"the Hub failed on {where}: {_first_line(error)}", resume) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+        what = f"{type(error).__name__}: {first_line(error):.200}"
+        raise HubError(f"the Hub failed on {where}: {what}", resume) from error
 
 
 def _reporting_bar(name: str, before_bytes: int, total_bytes: int, progress: Progress | None) -> type[tqdm]:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from arte_edge.cache import is_offline, sha256_file
-from arte_edge.errors import ArteError, InputError
+from arte_edge.errors import ArteError, InputError, first_line
 from arte_edge.files import json_loads
 from arte_edge.gguf.reader import read_header
 from arte_edge.model_folder import TOKENIZER_FILES, look
@@ -308,6 +308,6 @@ def _translated(error: BaseException, repo: str) -> ArteError:
             f"This token has no write access to {repo} ({status})",
             "Log in with one that has: hf auth login; a fine-grained token needs write permission.",
         )
-    first = _TOKEN.sub("hf_…", (str(error) or type(error).__name__).strip().splitlines()[0])
+    first = _TOKEN.sub("hf_…", first_line(error))
     what = f" ({status})" if status else ""
     return ArteError(f"The push to {repo} stopped{what}: {first}", "Re-run the same command to resume.")
