@@ -73,7 +73,7 @@ def test_what_cannot_be_read_is_named_with_its_line(tmp_path: Path) -> None:
         ("{\n" + good, ":1: not a JSON object"),
         (good.replace('"schema_version":2', '"schema_version":9'), ":1: schema_version is 9"),
         (good.replace('"n_threads":4', '"n_threads":0'), ":1: n_threads"),
-        (good + '{"schema_version": 1}\n', ":3: task"),
+        (good + '{"schema_version": 1}\n', ":3: n: Field"),
     ):
         path.write_text(text)
         with pytest.raises(InputError, match=named):
