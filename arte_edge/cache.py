@@ -60,13 +60,18 @@ def cache_dir() -> Path:
     return platformdirs.user_cache_path("arte-edge", appauthor=False)
 
 
-def user_registry() -> Path:
-    """Return where the user's own ``models.toml`` is looked for; it need not exist."""
+def user_settings() -> Path:
+    """Return the folder of the user's own ``models.toml`` and devices: ``ARTE_EDGE_HOME`` or that of settings."""
     import platformdirs
 
     if os.environ.get("ARTE_EDGE_HOME"):
-        return cache_dir() / "models.toml"
-    return platformdirs.user_config_path("arte-edge", appauthor=False) / "models.toml"
+        return cache_dir()
+    return platformdirs.user_config_path("arte-edge", appauthor=False)
+
+
+def user_registry() -> Path:
+    """Return where the user's own ``models.toml`` is looked for; it need not exist."""
+    return user_settings() / "models.toml"
 
 
 def is_offline(requested: bool = False) -> bool:

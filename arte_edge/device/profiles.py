@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from arte_edge import catalog
-from arte_edge.cache import write_atomic
+from arte_edge.cache import user_settings, write_atomic
 from arte_edge.errors import InputError, nearest
 from arte_edge.files import read_toml, validated
 from arte_edge.results.rows import DeviceFacts
@@ -180,13 +179,7 @@ def find_device(ref: str) -> Profile:
 
 def own_folder() -> Path:
     """Return the folder of the user's own devices, which may not exist; below ``ARTE_EDGE_HOME`` if that is set."""
-    import platformdirs
-
-    from arte_edge.cache import cache_dir
-
-    if os.environ.get("ARTE_EDGE_HOME"):
-        return cache_dir() / "devices"
-    return platformdirs.user_config_path("arte-edge", appauthor=False) / "devices"
+    return user_settings() / "devices"
 
 
 def own_names() -> list[str]:

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -275,13 +275,19 @@ class Builder:
             ArteError: a package is missing, the disk is full, or the converter failed.
         """
         format = Format("gguf", self.recipe.gguf.base)
-        type, name, inputs = self.recipe.gguf.base, format.file_name(self.student.name), self.inputs(format)
-        target = self.cache.base(name)
-        if cached := self.cache.find("base", inputs, target, *self.cache.places(name)):
+        places = self.cache.places(format.file_name(self.student.name))
+        return self._kept("base", format, lambda out: self._convert(self.recipe.gguf.base, out), *places)
+
+    def _kept(
+        self, step: str, format: Format, build: Callable[[Path], dict[str, Any]], *places: Path
+    ) -> BuiltFile:
+        """Return a file that others are made from, found in `places` or built beside them."""
+        target, inputs = self.cache.base(format.file_name(self.student.name)), self.inputs(format)
+        if cached := self.cache.find(step, inputs, target, *places):
             return cached
         with self.cache.building(target):
-            summary = self._convert(type, target)
-        return self.cache.record("base", inputs, target, summary)
+            summary = build(target)
+        return self.cache.record(step, inputs, target, summary)
 
     def _from_base(self, format: Format, base: BuiltFile, target: Path) -> dict[str, Any]:
         if format.type == self.recipe.gguf.base:
@@ -368,12 +374,7 @@ class Builder:
         fp32 = Format("onnx-optimum", "fp32")
         if fp32 in self.formats:
             return self.build(fp32).path
-        target, inputs = self.cache.base(fp32.file_name(self.student.name)), self.inputs(fp32)
-        if cached := self.cache.find("optimum-base", inputs, target):
-            return cached.path
-        with self.cache.building(target):
-            summary = self._build_optimum(fp32, target)
-        return self.cache.record("optimum-base", inputs, target, summary).path
+        return self._kept("optimum-base", fp32, lambda out: self._build_optimum(fp32, out)).path
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ from typing import IO, Any, TypeVar
 
 from arte_edge.device.profiles import check_host
 from arte_edge.errors import ArteError
-from arte_edge.files import json_loads
+from arte_edge.store import parse_line
 
 __all__ = ["ConnectionLost", "JobFailed", "ReconnectPolicy", "RemoteJob", "Ssh", "put_text"]
 
@@ -366,7 +366,7 @@ class RemoteJob:
             with self.ssh.open(_JOB, self.python, self.wheel, *args) as channel:
                 lines = io.BufferedReader(channel.got)  # type: ignore[type-var]
                 for line in lines:  # a name keeps it alive: it closes the pipe when it is deleted
-                    if (event := _event(line)) is None:
+                    if (event := parse_line(line)) is None:
                         continue
                     for row in filter(None, event.get("out", "").split("\n")):
                         on_line(row)
@@ -402,17 +402,9 @@ class RemoteJob:
 
     def _call(self, verb: str) -> dict[str, Any]:
         for line in self.ssh.run(_JOB, self.python, self.wheel, verb, self.folder).splitlines():
-            if (event := _event(line.encode())) is not None:
+            if (event := parse_line(line.encode())) is not None:
                 return event
         raise ArteError(
             f"{self.ssh.host}: no answer from arte-edge's agent there",
             "`arte-edge devices check … --clean` resets it.",
         )
-
-
-def _event(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json_loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
