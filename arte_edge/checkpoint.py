@@ -25,8 +25,8 @@ from arte_edge.errors import InputError, reading
 from arte_edge.files import json_loads, read_json
 from arte_edge.model_folder import MORE_TEMPLATES, look
 
-__all__ = ["EMBEDDING", "OUTPUT", "Values", "Weight", "check_tied", "parameter_count", "read_config"]
-__all__ += ["read_header", "read_tensors", "read_weights", "reject_quantized", "shapes_of", "weights_dtype"]
+__all__ = ["EMBEDDING", "OUTPUT", "Values", "Weight", "check_tied", "dtype_and_count", "read_config"]
+__all__ += ["read_header", "read_tensors", "read_weights", "reject_quantized", "shapes_of"]
 __all__ += ["write_chat_template"]
 
 # float32, float16, or uint16 with the bits of bfloat16
@@ -135,17 +135,12 @@ def shapes_of(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     return {name: weight.shape for name, weight in read_weights(checkpoint).items()}
 
 
-def parameter_count(checkpoint: Path) -> int:
-    """Return the number of parameters of a checkpoint; a tied output matrix counts once."""
-    return sum(math.prod(shape) for shape in shapes_of(checkpoint).values())
-
-
-def weights_dtype(checkpoint: Path) -> str:
-    """Return the type of most parameters of a checkpoint: F16, BF16 or F32."""
+def dtype_and_count(checkpoint: Path) -> tuple[str, int]:
+    """Return the type of most parameters (F16, BF16 or F32) and their number; a tied output matrix counts once."""
     totals: Counter[str] = Counter()
     for weight in read_weights(checkpoint).values():
         totals[weight.dtype] += math.prod(weight.shape)
-    return totals.most_common(1)[0][0]
+    return totals.most_common(1)[0][0], totals.total()
 
 
 def check_tied(checkpoint: Path, default: bool = False) -> None:

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from tiny import Patch, write_safetensors, write_tokenizer
 
 from arte_edge.checkpoint import (
-    parameter_count,
+    dtype_and_count,
     read_weights,
     reject_quantized,
     shapes_of,
-    weights_dtype,
     write_chat_template,
 )
 from arte_edge.errors import ArteError, InputError
@@ -83,7 +82,7 @@ def test_unknown_and_missing_tensors_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="packed is U8"):
         read_weights(tmp_path)
     with pytest.raises(InputError, match="no tensors"):
-        weights_dtype(write_safetensors(tmp_path, {}))
+        dtype_and_count(write_safetensors(tmp_path, {}))
 
 
 @pytest.mark.parametrize("offsets", [[0, 8], [0, 64], [-4, 12], [100, 116]])
@@ -97,8 +96,7 @@ def test_a_tensor_outside_its_file_is_rejected(offsets: list[int], tmp_path: Pat
 def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
     write_safetensors(tmp_path, {"a.weight": ("BF16", [6, 4]), "norm.weight": ("F32", [4])})
     assert shapes_of(tmp_path) == {"a.weight": (6, 4), "norm.weight": (4,)}
-    assert parameter_count(tmp_path) == 28
-    assert weights_dtype(tmp_path) == "BF16"
+    assert dtype_and_count(tmp_path) == ("BF16", 28)
 
 
 def test_a_checkpoint_in_four_bits_is_rejected(tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ and ends at the next triple quotes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from arte_edge.asking.form import Asking
 from arte_edge.errors import InputError
@@ -39,21 +38,6 @@ class TemplateSegments:
     between: str  # from the system message to the user's
     opening: str  # after every user message: closes the user's turn, opens the model's
     next: str  # from an answer to the next user message
-
-    def text(self, messages: Sequence[Message]) -> str:
-        """Return the prompt for alternating `messages`."""
-        system, parts, is_first = "", [], True
-        for message in messages:
-            content = message["content"]
-            if message["role"] == "system":
-                system = content
-            elif message["role"] == "user":
-                first = f"{self.system}{system}{self.between}" if system else self.first
-                parts += [first if is_first else self.next, content, self.opening]
-                is_first = False
-            else:
-                parts.append(content)
-        return "".join(parts)
 
 
 def template_segments(chat: Chat) -> TemplateSegments | None:
@@ -98,26 +82,14 @@ _QUOTES = '"""'
 _RAW = "{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}\n"
 
 
-@dataclass(frozen=True)
-class _Writer:
-    lines: list[str] = field(default_factory=list)
-
-    def comment(self, text: str) -> None:
-        self.lines.append(f"# {text}")
-
-    def add(self, instruction: str, value: str) -> None:
-        self.lines.append(f"{instruction} {value}")
-
-    def quote(self, instruction: str, value: str) -> None:
-        if _QUOTES in value:
-            raise InputError(
-                f"Modelfile: the {instruction.lower()} contains three double quotes, which would end it",
-                "Change it in the tokenizer's files or the task.",
-            )
-        blank = (
-            " " if value.endswith('"') else ""
-        )  # else four quotes in a row, of which the first three close
-        self.add(instruction, f"{_QUOTES}{value}{blank}{_QUOTES}")
+def _quoted(instruction: str, value: str) -> str:
+    if _QUOTES in value:
+        raise InputError(
+            f"Modelfile: the {instruction.lower()} contains three double quotes, which would end it",
+            "Change it in the tokenizer's files or the task.",
+        )
+    blank = " " if value.endswith('"') else ""  # else four quotes in a row, of which the first three close
+    return f"{instruction} {_QUOTES}{value}{blank}{_QUOTES}"
 
 
 def modelfile(files: list[str], chat: Chat, asking: Asking | None = None) -> str:
@@ -128,26 +100,24 @@ def modelfile(files: list[str], chat: Chat, asking: Asking | None = None) -> str
     Raises InputError: the template or the instruction cannot be quoted.
     """
     segments = template_segments(chat)
-    out = _Writer()
-    out.comment("ollama create NAME -f Modelfile && ollama run NAME")
+    lines = ["# ollama create NAME -f Modelfile && ollama run NAME"]
     if len(files) > 1:
-        out.comment(f"Other files of the same student: {', '.join(files[1:])}")
-    out.add("FROM", f"./{files[0]}")
+        lines.append(f"# Other files of the same student: {', '.join(files[1:])}")
+    lines.append(f"FROM ./{files[0]}")
     if segments is not None:
-        out.quote("TEMPLATE", go_template(segments))
+        lines.append(_quoted("TEMPLATE", go_template(segments)))
     elif chat.chat_template is None:
-        out.quote("TEMPLATE", _RAW)
+        lines.append(_quoted("TEMPLATE", _RAW))
     else:
-        out.comment(
-            "The chat template is more than fixed text around messages: Ollama reads it from the GGUF."
+        lines.append(
+            "# The chat template is more than fixed text around messages: Ollama reads it from the GGUF."
         )
     if asking:
-        out.quote("SYSTEM", asking.instruction)
-        out.add("PARAMETER", "temperature 0")
-        out.add("PARAMETER", f"num_predict {asking.answer_tokens}")
-    for stop in dict.fromkeys((*chat.stops, *(asking.stops if asking else ()))):
-        out.add("PARAMETER", f"stop {_one_line(stop)}")
-    return "\n".join(out.lines) + "\n"
+        lines += [_quoted("SYSTEM", asking.instruction), "PARAMETER temperature 0"]
+        lines.append(f"PARAMETER num_predict {asking.answer_tokens}")
+    stops = dict.fromkeys((*chat.stops, *(asking.stops if asking else ())))
+    lines += [f"PARAMETER stop {_one_line(stop)}" for stop in stops]
+    return "\n".join(lines) + "\n"
 
 
 def go_template(segments: TemplateSegments) -> str:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from arte_edge import __version__
 from arte_edge.asking.grammar import gbnf, json_schema
 from arte_edge.cache import Progress, check_free_space, sha256_checkpoint, sha256_file, write_atomic
-from arte_edge.checkpoint import parameter_count, read_config, shapes_of, weights_dtype
+from arte_edge.checkpoint import dtype_and_count, read_config, shapes_of
 from arte_edge.console import Reporter
 from arte_edge.errors import ArteError, GateError, InputError
 from arte_edge.export.build import REJECTED, BuildCache, Builder, BuiltFile, remove, uses_base
@@ -161,12 +161,13 @@ def _merge(source: Source, cache: BuildCache, reporter: Reporter) -> Source:
 
 def _describe(source: Source) -> Student:
     """Return what identifies the 16-bit student."""
+    dtype, count = dtype_and_count(source.checkpoint)
     return Student(
         name=source.name,
         sha256=sha256_checkpoint(source.checkpoint),
         architecture=str(read_config(source.checkpoint).get("model_type", "")),
-        dtype=weights_dtype(source.checkpoint),
-        parameter_count=parameter_count(source.checkpoint),
+        dtype=dtype,
+        parameter_count=count,
     )
 
 

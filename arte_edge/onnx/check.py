@@ -44,7 +44,6 @@ class Graph:
     inputs: dict[str, Shape]
     outputs: dict[str, Shape]
     externals: tuple[ExternalTensor, ...]
-    op_types: dict[str, int]
 
 
 def read_graph(path: Path) -> Graph:
@@ -60,9 +59,6 @@ def read_graph(path: Path) -> Graph:
         raise InputError(
             f"{path} is not a readable ONNX file: {error}", "Export or copy it again."
         ) from error
-    op_types: dict[str, int] = {}
-    for node in model.graph.node:
-        op_types[node.op_type] = op_types.get(node.op_type, 0) + 1
     initialized = {tensor.name for tensor in model.graph.initializer}
     return Graph(
         inputs={value.name: _shape(value) for value in model.graph.input if value.name not in initialized},
@@ -72,7 +68,6 @@ def read_graph(path: Path) -> Graph:
             for tensor in model.graph.initializer
             if tensor.data_location == onnx.TensorProto.EXTERNAL
         ),
-        op_types=op_types,
     )
 
 

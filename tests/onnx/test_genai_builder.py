@@ -203,7 +203,7 @@ def test_an_earlier_export_is_replaced_and_other_folders_are_not(
 ) -> None:
     out = shutil.copytree(genai("fp32"), tmp_path / "out")
     assert build(tiny_student, out, GenaiSettings(precision="int4")) == out
-    assert "MatMulNBits" in read_graph(out / "model.onnx").op_types
+    assert b"MatMulNBits" in (out / "model.onnx").read_bytes()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="not an ONNX export"):
