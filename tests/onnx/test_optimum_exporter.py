@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tiny import Folders, Patch, hf_logits
 from arte_edge.errors import ArteError, InputError
 from arte_edge.model_folder import TOKENIZER_FILES
 from arte_edge.onnx import optimum_exporter
-from arte_edge.onnx.check import folder_problems, model_file, read_graph
+from arte_edge.onnx.check import folder_problems, model_file
 from arte_edge.onnx.folder import find_private_text
 from arte_edge.onnx.optimum_exporter import build, find_python, for_transformers_4
 from arte_edge.pii_scan import this_machine
@@ -67,6 +68,14 @@ def exported(student: Path, optimum: Path, tmp_path_factory: Folders) -> Callabl
     return make
 
 
+def operators(folder: Path) -> Counter[str]:
+    import onnx
+
+    return Counter(
+        node.op_type for node in onnx.load(model_file(folder), load_external_data=False).graph.node
+    )
+
+
 def test_fp32_is_the_student_with_its_rotary_base(exported: Callable[[str], Path], student: Path) -> None:
     session, expected = OnnxSession(exported("fp32"), threads=1), hf_logits(student, IDS)
     assert np.abs(session.logits(IDS) - expected).max() < 1e-4 * np.abs(expected).max()
@@ -78,8 +87,8 @@ def test_32_cached_steps_predict_the_same_as_the_whole_text(exported: Callable[[
     session.reset()
     rows = [session.step(IDS[:-32]).copy(), *(session.step([token]).copy() for token in IDS[-32:])]
     assert (np.concatenate(rows).argmax(-1) == whole.argmax(-1)).all()
-    kinds = read_graph(model_file(exported("fp32"))).op_types
-    assert kinds.get("Shape", 0) + kinds["Gather"] < 20  # shape arithmetic was removed
+    kinds = operators(exported("fp32"))
+    assert kinds["Shape"] + kinds["Gather"] < 20  # shape arithmetic was removed
     session.logits((IDS * 8)[:400])  # the buffers grow
     np.testing.assert_allclose(session.logits(IDS), whole, atol=1e-4)
 
@@ -89,7 +98,7 @@ def test_int8_is_smaller_and_still_close(exported: Callable[[str], Path], arch: 
     small, whole = exported(arch), exported("fp32")
     assert model_file(small).name == "model_quantized.onnx"
     assert model_file(small).stat().st_size < 0.7 * model_file(whole).stat().st_size
-    kinds = read_graph(model_file(small)).op_types
+    kinds = operators(small)
     assert kinds["DynamicQuantizeLinear"]
     # Not quantized: in each layer two products of activations and down_proj; and the rotary angles.
     assert kinds["MatMul"] == 7
@@ -101,10 +110,7 @@ def test_int8_is_smaller_and_still_close(exported: Callable[[str], Path], arch: 
 def test_the_folder_has_the_layout_of_transformers_js(
     exported: Callable[[str], Path], student: Path, kind: str
 ) -> None:
-    import onnx
-
     folder = exported(kind)
-    onnx.checker.check_model(str(model_file(folder)))
     assert folder_problems(folder, student) == []
     assert [path.name for path in (folder / "onnx").iterdir()] == [model_file(folder).name]
     assert json.loads((folder / "config.json").read_text())["rope_theta"] == ROPE_THETA
