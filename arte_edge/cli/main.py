@@ -18,7 +18,6 @@ from arte_edge.cache import DiskFull, is_disk_full
 from arte_edge.cli import (
     ask,
     bench,
-    card,
     compare,
     devices,
     distill,
@@ -27,9 +26,7 @@ from arte_edge.cli import (
     interrupt,
     models,
     presets,
-    push,
-    recommend,
-    report,
+    publish,
     study,
     tasks,
     verify,
@@ -56,10 +53,10 @@ app.command()(export.export)
 app.command()(verify.verify)
 app.command()(bench.bench)
 app.command()(compare.compare)
-app.command()(recommend.recommend)
-app.command()(report.report)
-app.command()(card.card)
-app.command()(push.push)
+app.command()(publish.recommend)
+app.command()(publish.report)
+app.command()(publish.card)
+app.command()(publish.push)
 app.command()(env.env)
 _WAITING = ("chat", "serve")  # for their user
 for verb in (presets.ls, presets.show, presets.copy, presets.check):
