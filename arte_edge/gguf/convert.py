@@ -53,7 +53,6 @@ from arte_edge.gguf.names import (
 from arte_edge.gguf.reader import (
     ARRAY,
     FLOAT32,
-    FULL_WIDTH,
     QUANT_TYPES,
     STRING,
     UINT32,
@@ -63,9 +62,9 @@ from arte_edge.gguf.reader import (
 from arte_edge.gguf.tokenizer import read_tokenizer, vocabulary
 from arte_edge.gguf.writer import Tensor, write_gguf
 
-__all__ = ["SCRIPT", "convert", "convert_with_llama_cpp", "open_checkpoint", "public_card"]
+__all__ = ["convert", "convert_with_llama_cpp", "open_checkpoint", "public_card"]
 
-SCRIPT = "convert_hf_to_gguf.py"
+_SCRIPT = "convert_hf_to_gguf.py"
 _SHOWN_LINES = 3
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Keys of a model card from which gguf makes metadata, and whose values may be a path.
@@ -115,7 +114,6 @@ def convert(
         ArteError: a package is missing, the disk is full, or a weight does not fit `dtype`.
     """
     need("gguf", "Writing GGUF")
-    _check_dtype(dtype)
     with reading(checkpoint / "config.json", "Give a whole checkpoint."):
         source = open_checkpoint(checkpoint)
         files = read_tokenizer(checkpoint, source.config)
@@ -159,11 +157,6 @@ def _check_whole(source: Checkpoint, named: dict[str, Weight]) -> None:
                     "which does not fit config.json and the other layers",
                     "Save model and config together: model.save_pretrained(…).",
                 )
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in FULL_WIDTH:
-        raise InputError(f"'{dtype}' is not a type to convert to", f"Choose from {', '.join(FULL_WIDTH)}.")
 
 
 @dataclass(frozen=True)
@@ -390,15 +383,12 @@ def convert_with_llama_cpp(llama_cpp: Path, checkpoint: Path, out: Path, dtype: 
     """Write the model in `checkpoint` to the GGUF file `out` by the converter in `llama_cpp`; return `out`.
 
     Raises:
-        InputError: `llama_cpp` has no converter, or `checkpoint` is no folder.
+        InputError: `llama_cpp` has no converter.
         ArteError: the converter failed, or what it wrote is not a GGUF of type `dtype`.
     """
-    script = llama_cpp / SCRIPT
+    script = llama_cpp / _SCRIPT
     if not script.is_file():
-        raise InputError(f"{llama_cpp}: no {SCRIPT} there", "Give the folder of a checkout of llama.cpp.")
-    _check_dtype(dtype)
-    if not checkpoint.is_dir():
-        raise InputError(f"{checkpoint}: no such folder", "Give a transformers checkpoint.")
+        raise InputError(f"{llama_cpp}: no {_SCRIPT} there", "Give the folder of a checkout of llama.cpp.")
     # The script fills {…} in names itself, and adds nothing to a name without one.
     partial = out.with_name(f".{out.name}.partial".replace("{", "_").replace("}", "_"))
     command = [sys.executable, str(script.absolute()), str(checkpoint.absolute())]
