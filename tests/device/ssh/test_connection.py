@@ -60,10 +60,7 @@ def test_a_failing_command_says_its_reason_and_code(device: Any) -> None:
 def test_one_connection_carries_all_commands_and_nothing_of_it_stays(device: Any) -> None:
     with device.ssh() as ssh:
         ssh.run("true")
-        began = time.monotonic()
-        for _ in range(5):
-            ssh.run("true")
-        assert time.monotonic() - began < 5
+        ssh.run("true")
         assert len(device.proxy._open) == 2  # one connection, two ends
         folder, master = ssh._folder, ssh._master
     assert not folder.exists()
