@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from arte_edge.asking.form import ANSWER_OPEN, Asking, asking_of, instruction
-from arte_edge.asking.grammar import gbnf
+from arte_edge.asking.grammar import grammar_of
 from arte_edge.errors import InputError, reading
 from arte_edge.files import read_json
 from arte_edge.model_folder import look
@@ -162,7 +162,8 @@ class Student:
                 return model.generate([prompt], asking.answer_tokens, stops)[0]
             return model.chat([messages], asking.answer_tokens, stops)[0]
 
-        grammar = self._grammar(asking, options) if self.grammar else None
+        own = None if asking.answer.letters else self._own_grammar
+        grammar = (own or grammar_of(asking, messages[-1]["content"])) if self.grammar else None
         if grammar:
             limits = asking.answer_tokens, asking.answer_stops
             if (written := model.constrained(messages, grammar, *limits)) is not None:
@@ -174,12 +175,6 @@ class Student:
             begun = free(ANSWER_OPEN, *asking.stops).removesuffix(ANSWER_OPEN)
         begun += asking.opening
         return begun + choose(model, prompt + begun, options, asking.closing) + asking.closing
-
-    def _grammar(self, asking: Asking, options: Sequence[str]) -> str | None:
-        """Return the grammar of the answer to one question, whose `options` may be its own."""
-        if asking.answer.letters:
-            return gbnf(Answer(kind="choice", choices=tuple(options)), asking.form) if options else None
-        return self._own_grammar or gbnf(asking.answer, asking.form)
 
     def close(self) -> None:
         """Free the model's memory."""

@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from arte_edge.asking.form import ANSWER_CLOSE, ANSWER_OPEN, Form
+from arte_edge.asking.form import ANSWER_CLOSE, ANSWER_OPEN, Asking, Form
 from arte_edge.tasks.structured import compact, key_order
 from arte_edge.tasks.task import BOOLEANS, Answer
 
-__all__ = ["gbnf", "json_schema"]
+__all__ = ["gbnf", "grammar_of", "json_schema"]
 
 _LETTERS = tuple(f"({chr(code)})" for code in range(ord("A"), ord("Z") + 1))
 _ESCAPED = re.compile(r'["\\\x00-\x1f\x7f\u0085\u2028\u2029]')
@@ -53,6 +53,14 @@ def gbnf(answer: Answer, form: Form, reasoning_chars: int | None = None) -> str 
     free = "char*" if reasoning_chars is None else f"char{{1,{reasoning_chars}}}"
     root = f"{in_tags} {free}" if form == "answer-first" else f"{free} {in_tags}"
     return f"root ::= {root}\nanswer ::= {rules or _TEXT}\n{more}{_CHAR}"
+
+
+def grammar_of(how: Asking, text: str) -> str | None:
+    """Return the grammar of the answer to `text`, which may list options of its own."""
+    if not how.answer.letters:
+        return gbnf(how.answer, how.form)
+    options = how.answer.options(text)
+    return gbnf(Answer(kind="choice", choices=options), how.form) if options else None
 
 
 def json_schema(answer: Answer) -> dict[str, Any] | None:

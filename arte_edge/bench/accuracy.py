@@ -24,6 +24,7 @@ from arte_edge.threads import thread_count
 from arte_edge.verify.accuracy import (
     Questions,
     accuracy_of,
+    accuracy_with_grammar,
     answer_examples,
     examples_of,
     noted_tokens,
@@ -47,6 +48,7 @@ def measure_request(request: dict[str, Any], report: OnProgress) -> dict[str, An
         load_task(str(asked.task), bbh=asked.bbh),
         split=asked.split,
         limit=asked.limit,
+        grammar=asked.grammar,
         reference=None if reference is None else QualityRow.model_validate_json(json.dumps(reference)),
         threads=request["threads"],
         device=DeviceFacts.model_validate_json(json.dumps(request["device"])),
@@ -65,6 +67,7 @@ def measure_quality(
     threads: int | None = None,
     device: DeviceFacts,
     answer_tokens: int = 0,
+    grammar: bool = True,
     progress: OnProgress | None = None,
 ) -> QualityRow:
     """Let the model at `path` answer the task's examples and return the row; partial with a `limit`.
@@ -72,6 +75,7 @@ def measure_quality(
     Args:
         reference: the 16-bit student's row on the same task and split, on any machine.
         answer_tokens: budget of an answer; 0: what the ``student.json`` beside the file says, else from the task.
+        grammar: also answer with a grammar, where the answers have one and the runtime follows it.
 
     Raises:
         InputError: the split is empty, or the model cannot be opened.
@@ -88,7 +92,7 @@ def measure_quality(
         warmup = Questions(replace(questions.asking, answer_tokens=_WARMUP_TOKENS), questions.front)
         warmup.answers(model, [Example("?", "")])  # so that the first answer does not include warming up
         cpu.start()
-        found = answer_examples(model, examples, questions, timed=True, progress=progress)
+        found = answer_examples(model, examples, questions, timed=True, grammar=grammar, progress=progress)
         contended, _ = contention([cpu.stop()], thread_count(threads))
         tokens = [  # generated; a stop token does not count
             max(0, len(model.tokenize(one.prompt + one.text)) - len(model.tokenize(one.prompt)))
@@ -115,6 +119,7 @@ def measure_quality(
         answers=tuple(
             (example_key(one.example), (one.answer or "")[:_ANSWER_CHARS], one.right) for one in found
         ),
+        with_grammar=accuracy_with_grammar(task, split, found),
         answer_tokens_mean=float(np.mean(tokens)),
         answer_seconds_p50=p50,
         answer_seconds_p95=p95,

@@ -115,18 +115,21 @@ def quality_line(row: QualityRow) -> str:
     if row.answer_seconds_p50 is not None:
         text += f", an answer in {row.answer_seconds_p50:.2f} s on {row.n_threads} threads"
         text += f" ({_CONTENDED}: other work held the cores)" if row.contended else ""
+    if (bound := row.with_grammar) is not None:
+        text += f"; with grammar {bound.right}/{bound.n}, {bound.accuracy:.1%} ({bound.low:.1%} to {bound.high:.1%})"
+        text += f", {bound.difference_points} points"
     if row.partial:
         text += "; partial: not all of the split"
     return textwrap.fill(text, _WIDTH, subsequent_indent="  ")
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Return rows as CSV with a header, lists as JSON in their cell, the device's facts as columns of their own."""
+    """Return rows as CSV with a header, lists as JSON in their cell, records as columns of their own."""
     documents = []
     for row in rows:
         document = row.model_dump(mode="json")
-        device = document.pop("device")
-        document |= {f"device_{name}": value for name, value in device.items()}
+        for part in ("device", "with_grammar"):
+            document |= {f"{part}_{name}": value for name, value in (document.pop(part, None) or {}).items()}
         documents.append({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in document.items()})
     names = list(dict.fromkeys(name for document in documents for name in document))
     out = io.StringIO()
@@ -150,6 +153,8 @@ def as_html(rows: Sequence[Row]) -> str:
             test, result = row.test, f"{_number(row.avg_ts)} tokens/s"
         else:
             test, result = row.task, f"{row.right}/{row.n} ({row.low:.0%} to {row.high:.0%})"
+            if row.with_grammar is not None:
+                result += f"; with grammar {row.with_grammar.right}/{row.n}"
         result = result if row.status == "ok" else row.status
         cells = (row.model_filename, row.quantization, row.runtime, str(row.n_threads), test, result)
         lines.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")

@@ -87,6 +87,7 @@ def bench(
     limit: int = 0,
     bbh: Path | None = None,
     speed: bool = True,
+    grammar: bool = True,
     device: str | None = None,
     compile_there: bool = False,
     save: bool = True,
@@ -106,6 +107,7 @@ def bench(
         limit: largest number of examples; 0: all.
         bbh: folder of BIG-Bench-Hard files with the task.
         speed: False measures accuracy only.
+        grammar: with a closed set or JSON, measure accuracy with the task's grammar too, where the runtime can.
         device: measure on this device over ssh: a name of ``devices ls`` or user@host.
         compile_there: with `device`: compile llama-cpp-python there.
         save: append rows to the export's bench.jsonl and merge them into its student.json.
@@ -127,7 +129,9 @@ def bench(
     refs = [source] if isinstance(source, str | Path) else list(source)
     paths = find_targets([str(ref) for ref in refs], fetch)
     ref = str(task) if task else None
-    request = Request(settings=chosen, task=ref, split=split, limit=limit, bbh=bbh, speed=speed)
+    request = Request(
+        settings=chosen, task=ref, split=split, limit=limit, bbh=bbh, speed=speed, grammar=grammar
+    )
     if device is None:
         rows = _measure(paths, request, reporter, on_row)
     else:

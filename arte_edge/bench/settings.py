@@ -143,6 +143,7 @@ class Request(BaseModel):
     limit: int = 0
     bbh: Path | None = None
     speed: bool = True
+    grammar: bool = True
 
 
 class Case(_Protocol):

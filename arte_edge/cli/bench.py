@@ -89,6 +89,9 @@ def bench(
     speed: Annotated[
         bool, typer.Option("--speed/--no-speed", help="Measure speed; --no-speed needs --task.")
     ] = True,
+    grammar: Annotated[
+        bool, typer.Option("--grammar/--no-grammar", help="Accuracy also with the answers' grammar (GGUF).")
+    ] = True,
     device: Annotated[
         str | None,
         typer.Option(metavar="NAME|USER@HOST", help="Measure on this device over ssh (see 'devices')."),
@@ -128,6 +131,7 @@ def bench(
             limit=limit,
             bbh=bbh,
             speed=speed,
+            grammar=grammar,
             device=device,
             compile_there=compile_there,
             save=save,

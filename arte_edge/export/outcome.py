@@ -10,7 +10,7 @@ from arte_edge.cache import megabytes
 from arte_edge.errors import ArteError
 from arte_edge.models.artifact import Format
 from arte_edge.results.accuracy import NOT_KNOWN
-from arte_edge.results.student_json import FILE_NAME, Artifact, StudentFile
+from arte_edge.results.student_json import FILE_NAME, Artifact, FidelityMetrics, StudentFile
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,9 +52,11 @@ class Outcome:
         from arte_edge.notebook import ResultTable
 
         has_accuracy = any(artifact.accuracy for artifact in self.artifacts)
+        has_answers = any(a.fidelity.metrics and a.fidelity.metrics.answers for a in self.artifacts)
         table = ResultTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("file", overflow="fold")
-        for name in ("size", "bits/w", "KL", "top-1", *(["accuracy"] if has_accuracy else [])):
+        more = [*(["answers"] if has_answers else []), "top-1", *(["accuracy"] if has_accuracy else [])]
+        for name in ("size", "bits/w", "KL", *more):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("verdict", no_wrap=True)
         for artifact in self.artifacts:
@@ -63,7 +65,8 @@ class Outcome:
                 f"…{artifact.file.removeprefix(self.student.student.name)}",
                 megabytes(artifact.size_bytes),
                 f"{artifact.bits_per_weight:.2f}",
-                NOT_KNOWN if metrics is None or metrics.kl_mean is None else f"{metrics.kl_mean:.4f}",
+                _kl(metrics),
+                *([_kl(metrics.answers if metrics else None)] if has_answers else []),
                 NOT_KNOWN if metrics is None else f"{metrics.top1:.1%}",
             ]
             if has_accuracy:
@@ -80,7 +83,7 @@ class Outcome:
         if compared and (n := compared.metrics):
             lines.append(
                 f"Compared with the 16-bit student on {n.n_tokens} tokens of {n.n_prompts} prompts "
-                f"({compared.prompts_from}). KL in nats per token."
+                f"({compared.prompts_from}). KL in nats per token; of answers where they decide."
             )
         if own := self.student.student_accuracy:
             lines.append(
@@ -111,3 +114,7 @@ class Outcome:
         from arte_edge.notebook import fragment
 
         return fragment(self.student.student.name, [self.table], self.details)
+
+
+def _kl(metrics: FidelityMetrics | None) -> str:
+    return NOT_KNOWN if metrics is None or metrics.kl_mean is None else f"{metrics.kl_mean:.4f}"

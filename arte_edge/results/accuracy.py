@@ -165,6 +165,9 @@ class DeviceAccuracy(PairedAccuracy):
     test_time: str = Field(default="", description="when it was measured, ISO 8601, UTC")
     task_sha256: str = ""
     partial: bool = Field(default=False, description="--limit: only a part of the split, for trying out")
+    with_grammar: PairedAccuracy | None = Field(
+        default=None, description="constrained to the task's grammar, paired with the same answers without it"
+    )
     answer_seconds_p50: float | None = Field(default=None, description="from the prompt to the last token")
     answer_seconds_p95: float | None = None
     contended: bool | None = Field(default=None, description="other work held the cores: true of the times")

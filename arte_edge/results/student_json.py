@@ -214,6 +214,9 @@ class FidelityMetrics(Record):
     perplexity_reference: float | None
     perplexity_ratio: float | None = Field(description="of the file over that of the student")
     perplexity_ratio_error: float | None = Field(description="standard error of its logarithm")
+    answers: FidelityMetrics | None = Field(
+        default=None, description="the same where the student writes its answers, which decide if compared"
+    )
 
 
 class Fidelity(Record):

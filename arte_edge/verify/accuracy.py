@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from arte_edge.asking.form import Asking, asking_of
+from arte_edge.asking.grammar import grammar_of
 from arte_edge.errors import InputError
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import read_student
@@ -28,6 +29,7 @@ __all__ = [
     "ExampleAnswer",
     "Questions",
     "accuracy_of",
+    "accuracy_with_grammar",
     "answer_examples",
     "check_accuracy",
     "examples_of",
@@ -56,6 +58,22 @@ class Questions:
             return model.generate(prompts, how.answer_tokens, how.answer_stops)
         return model.chat(asked, how.answer_tokens, how.answer_stops)
 
+    def constrained(self, model: Runtime, example: Example) -> str | None:
+        """Return what `model` writes if it may write answers in the task's form alone.
+
+        None: the answers are neither a closed set nor JSON, or the runtime follows no grammar.
+        """
+        how = self.asking
+        grammar = grammar_of(how, example.input) if how.answer.closed or how.answer.kind == "json" else None
+        if grammar is None:
+            return None
+        return model.constrained(self.conversation(example), grammar, how.answer_tokens, how.answer_stops)
+
+    def unstopped(self, text: str) -> str:
+        """Return `text` without the stop text at its end."""
+        stops = self.asking.answer_stops
+        return next((text.removesuffix(stop) for stop in stops if text.endswith(stop)), text)
+
 
 def questions_for(model: Runtime, task: Task, answer_tokens: int = 0) -> Questions:
     """Return how `model` is asked about `task`; `answer_tokens`: the budget of an answer, 0: from its form."""
@@ -82,6 +100,7 @@ class ExampleAnswer:
     answer: str | None  # None: the text has no answer in the task's form
     right: bool
     seconds: float | None  # from message to last token, if timed
+    with_grammar: ExampleAnswer | None = None  # the same constrained to a grammar, if it was and could be
 
 
 def examples_of(task: Task, limit: int = 0, *, final: bool = False) -> Sequence[Example]:
@@ -131,11 +150,13 @@ def answer_examples(
     questions: Questions,
     *,
     timed: bool = False,
+    grammar: bool = False,
     progress: Progress | None = None,
 ) -> list[ExampleAnswer]:
     """Let `model` answer `examples` greedily, in order.
 
-    With `timed` they are sent one at a time, as by a user, and each is timed.
+    With `timed` they are sent one at a time, as by a user, and each is timed. With `grammar` each is answered again,
+    constrained, where the runtime can: at once, while the prompt is in its cache.
     """
     found: list[ExampleAnswer] = []
     sent: set[str] = set()
@@ -150,11 +171,30 @@ def answer_examples(
         seconds = time.perf_counter() - begin if timed and part[0].input not in sent else None
         sent.update(example.input for example in part)
         for example, text in zip(part, texts, strict=True):
-            answer = how.read(text)
             prompt = rendered(model, questions.conversation(example))
-            right = matches(answer, example.target, how.answer)
-            found.append(ExampleAnswer(example, prompt, text, answer, right, seconds))
+            one = _read(how, ExampleAnswer(example, prompt, text, None, False, seconds))
+            if grammar and (bound := questions.constrained(model, example)) is not None:
+                one = replace(one, with_grammar=_read(how, replace(one, text=bound, seconds=None)))
+            found.append(one)
     return found
+
+
+def _read(how: Asking, one: ExampleAnswer) -> ExampleAnswer:
+    """Return `one` with the answer in its text, and whether it is right."""
+    answer = how.read(one.text)
+    return replace(one, answer=answer, right=matches(answer, one.example.target, how.answer))
+
+
+def accuracy_with_grammar(task: Task, split: str, found: Sequence[ExampleAnswer]) -> PairedAccuracy | None:
+    """Return the accuracy of constrained answers, paired with the free ones of the same examples; None without any.
+
+    An example that no grammar fits, such as one without options, counts as it was answered.
+    """
+    if not any(one.with_grammar for one in found):
+        return None
+    bound = [one.with_grammar or one for one in found]
+    pairs = ([one.right for one in each] for each in (found, bound))
+    return accuracy_of(task, split, bound).paired_with("without grammar", *pairs)
 
 
 def check_accuracy(accuracy: PairedAccuracy, allowed: float | None) -> Check:

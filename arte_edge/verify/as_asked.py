@@ -54,7 +54,7 @@ def check_as_asked(
             continue
         if server.remark:
             remarks.append(f"{server.program} {server.remark}")
-        texts = [_unstopped(text, questions) for text in questions.answers(artifact, asked)]
+        texts = [questions.unstopped(text) for text in questions.answers(artifact, asked)]  # as servers do
         pairs = [(_whole(ours), _whole(theirs)) for ours, theirs in zip(texts, server.texts, strict=True)]
         wrong = [pair for pair in pairs if not _same(*pair, questions, exactly=server.own)]
         if len(wrong) > (0 if server.own else _NEAR_TIES):
@@ -72,12 +72,6 @@ def _servers(model: Runtime, questions: Questions, examples: Sequence[Example]) 
         return []
     conversations, how = [questions.conversation(example) for example in examples], questions.asking
     return model.served(conversations, how.answer_tokens, how.answer_stops)
-
-
-def _unstopped(text: str, questions: Questions) -> str:
-    """Return `text` without the stop text at its end, as servers return it."""
-    stops = questions.asking.answer_stops
-    return next((text.removesuffix(stop) for stop in stops if text.endswith(stop)), text)
 
 
 def _whole(text: str) -> str:

@@ -81,4 +81,4 @@ def _formatted(name: str, value: float) -> str:
         return f"{value:.4f}"
     if name == "accuracy drop":
         return f"{value:.1%}".replace("-0.0%", "0.0%")
-    return f"{value:.1%}" if name == "top-1 agreement" else f"{value:.0f}"
+    return f"{value:.1%}" if name.startswith("top-1") else f"{value:.0f}"

@@ -2,8 +2,8 @@
 
 The checks, in this order: ``opens`` (listed only if it fails); ``tokens``, ``vocabulary``, ``template``,
 ``template ids``, ``template programs`` and ``stop tokens`` on the text side; ``kl mean``, ``kl p99``, ``top-1
-agreement`` and ``perplexity ratio`` on the weights; ``as asked`` and ``accuracy drop`` on a task. All are run even if
-one fails.
+agreement`` and ``perplexity ratio`` on the weights, with a task also where the student writes its answers; ``as
+asked`` and ``accuracy drop`` on a task. All are run even if one fails.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.protocol import Runtime
 from arte_edge.tasks.task import Task
 from arte_edge.verify.accuracy import (
+    answer_examples,
     check_accuracy,
     examples_of,
     measure_accuracy,
@@ -30,7 +31,7 @@ from arte_edge.verify.as_asked import check_as_asked
 from arte_edge.verify.chat_template import check_templates
 from arte_edge.verify.check import Check, checks_table, long_notes
 from arte_edge.verify.corpus import hard_strings
-from arte_edge.verify.logits import Fidelity, Progress, fidelity_checks, measure_fidelity
+from arte_edge.verify.logits import Fidelity, Progress, fidelity_checks, measure_answers, measure_fidelity
 from arte_edge.verify.thresholds import STRICTEST, TYPES, Thresholds, thresholds_for
 from arte_edge.verify.tokenizer import check_stops, check_tokens, check_vocabulary
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["Check", "Thresholds", "Verdict", "verify", "verify_file"]
+
+_COMPARED_ANSWERS = 48
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,7 @@ class Verdict:
         """Return the verdict for JSON and student.json: no paths, None for values that are not finite."""
         metrics = None
         if self.fidelity is not None:
-            values = asdict(self.fidelity)
-            metrics = {key: value if math.isfinite(value) else None for key, value in values.items()}
+            metrics = _finite(asdict(self.fidelity))
         return {
             "passed": self.passed,
             "reference": self.reference,
@@ -92,6 +94,16 @@ class Verdict:
             "fidelity": metrics,
             "accuracy": None if self.accuracy is None else self.accuracy.model_dump(mode="json"),
         }
+
+
+def _finite(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return metrics for JSON, which has no infinity: None."""
+    nested = {key: _finite(value) for key, value in metrics.items() if isinstance(value, dict)}
+    return {
+        key: value if value is not None and math.isfinite(value) else None
+        for key, value in metrics.items()
+        if key not in nested
+    } | nested
 
 
 def verify(
@@ -137,7 +149,7 @@ def verify(
         checks.append(Check("vocabulary size", artifact.n_vocab, reference.n_vocab, False, note, "at least"))
     else:
         fidelity = measure_fidelity(reference, artifact, prompts, progress)
-        checks += fidelity_checks(fidelity, thresholds)
+    answering: list[Check] = []
     if task is not None:
         asked = questions_for(reference, task, answer_tokens)
         accuracy = measure_accuracy(
@@ -145,8 +157,18 @@ def verify(
         )
         examples = examples_of(task, limit, final=final)
         allowed = thresholds.template_differences
-        checks.append(check_as_asked(reference, artifact, task, asked, examples, allowed, progress))
-        checks.append(check_accuracy(accuracy, thresholds.accuracy_drop))
+        answering = [
+            check_as_asked(reference, artifact, task, asked, examples, allowed, progress),
+            check_accuracy(accuracy, thresholds.accuracy_drop),
+        ]
+        if fidelity is not None and not thresholds.every_token:
+            own = answer_examples(reference, examples[:_COMPARED_ANSWERS], asked)  # known from above
+            written = [(one.prompt, asked.unstopped(one.text)) for one in own]
+            found = measure_answers(reference, artifact, written, progress)
+            fidelity = replace(fidelity, answers=found)
+    if fidelity is not None:
+        checks += fidelity_checks(fidelity, thresholds)
+    checks += answering
     return Verdict(
         passed=all(check.passed for check in checks),
         checks=tuple(checks),

@@ -9,6 +9,9 @@ With p the reference's distribution at a position and q the artifact's, over v t
 - perplexity: exp of the mean negative log-probability of the following token (F. Jelinek et al., J. Acoust.
   Soc. Am. 62 (1977) S63). The ratio is exp(mean(log p(x) − log q(x))): paired token by token, so it is far
   less noisy than either perplexity.
+
+A student that is tuned on answers alone drifts on the tokens of prompts, which its training does not weigh: there it
+is sharp at random, so rounding costs many nats of what nobody reads. Where enough answers were compared, those decide.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ __all__ = [
     "Progress",
     "compare_logits",
     "fidelity_checks",
+    "measure_answers",
     "measure_fidelity",
     "summarize",
 ]
@@ -40,6 +44,7 @@ __all__ = [
 Progress = Callable[[str, int, int], None]  # (step, done, total)
 _ROWS = 64  # positions per block: sums are 64-bit, and a vocabulary may have 262,144 tokens
 MAX_PROMPT_TOKENS = 512
+_ENOUGH_ANSWERS = 32  # a hundred positions or so, for labels
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Fidelity:
     perplexity_reference: float
     perplexity_ratio: float
     perplexity_ratio_error: float = field(metadata={"is": "standard error of log(perplexity_ratio)"})
+    answers: Fidelity | None = None  # where the reference writes its answers, see `measure_answers`
 
 
 def compare_logits(
@@ -132,6 +138,30 @@ def measure_fidelity(
             found = compare_logits(reference.logits(ids), artifact.logits(ids), ids)
         compared.append(found.after(_shared_prefix(ids, texts[:done])))
     return summarize(compared)
+
+
+def measure_answers(
+    reference: Runtime,
+    artifact: Runtime,
+    answers: Sequence[tuple[str, str]],
+    progress: Progress | None = None,
+) -> Fidelity | None:
+    """Compare both models at the positions where the reference writes: on its own `answers`, each behind its prompt.
+
+    The end of an answer is one of them. None: there are fewer than 32 in texts that are short enough.
+    """
+    limit = min(MAX_PROMPT_TOKENS, reference.context_tokens, artifact.context_tokens)
+    compared = []
+    for done, (prompt, text) in enumerate(answers):
+        if progress is not None:
+            progress("comparing answers", done, len(answers))
+        ids = reference.tokenize(prompt + text)
+        first = max(0, first_difference(reference.tokenize(prompt), ids) - 1)  # predicts the first token
+        if len(ids) <= limit:
+            with np.errstate(invalid="ignore", over="ignore"):
+                rows, others = (model.logits(ids)[first:] for model in (reference, artifact))
+                compared.append(compare_logits(rows, others, ids[first:]))
+    return summarize(compared) if len(compared) >= _ENOUGH_ANSWERS else None
 
 
 def _shared_prefix(ids: Sequence[int], earlier: Sequence[Sequence[int]]) -> int:
@@ -199,15 +229,22 @@ _GIBBERISH_KL = 1.0  # nats: more than 2-bit types lose on the models measured
 
 
 def fidelity_checks(found: Fidelity, limits: Thresholds) -> list[Check]:
-    """Return the four checks, with the most likely cause if they fail.
+    """Return the checks, with the most likely cause if they fail: of all tokens, and of the answers if compared.
 
-    The perplexity ratio fails only if it exceeds its threshold by more than its noise (one-sided, 95 %): on a
-    thousand tokens the noise can be as large as the threshold of an 8-bit type.
+    Answers decide unless `limits` hold every token. The perplexity ratio fails only if it exceeds its threshold by
+    more than its noise (one-sided, 95 %): on a thousand tokens the noise can be as large as the threshold of an 8-bit
+    type. That of answers is not checked: the reference chose their tokens, so the artifact's can only be worse.
     """
+    if found.answers is None or limits.every_token:
+        return _checks(found, limits)
+    return [*_checks(found, Thresholds()), *_checks(found.answers, limits, ", answers")[:3]]
+
+
+def _checks(found: Fidelity, limits: Thresholds, of: str = "") -> list[Check]:
     cause = _cause(found)
     noise = found.perplexity_ratio_error if math.isfinite(found.perplexity_ratio_error) else 0.0
     least_ratio = found.perplexity_ratio * math.exp(-_ONE_SIDED_95 * noise)
-    sample = f"{found.n_tokens} tokens of {found.n_prompts} prompts"
+    sample = f"{found.n_tokens} tokens of {found.n_prompts} {'answers' if of else 'prompts'}"
     rows: tuple[tuple[str, float, float | None, bool, str], ...] = (
         ("kl mean", found.kl_mean, limits.kl_mean, _within(found.kl_mean, limits.kl_mean), sample),
         (
@@ -232,7 +269,7 @@ def fidelity_checks(found: Fidelity, limits: Thresholds) -> list[Check]:
         if not passed:
             is_first = all(check.passed for check in checks)  # give the cause only once
             note = f"{value:.4g}, not {bound} {limit:g}" + (f": {cause}." if is_first else ".")
-        checks.append(Check(name, value, limit, passed, note, bound))
+        checks.append(Check(name + of, value, limit, passed, note, bound))
     return checks
 
 

@@ -49,6 +49,10 @@ class Thresholds(BaseModel):
     accuracy_drop: float | None = Field(
         default=None, ge=0, le=1, description="largest significant drop of accuracy on a task"
     )
+    every_token: bool = Field(
+        default=False,
+        description="divergence and agreement of all tokens decide, even where answers are compared",
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -57,11 +61,20 @@ class Thresholds(BaseModel):
         return None if value == "off" else value
 
 
-def _limits(kl_mean: float, kl_p99: float, top1: float, ratio: float, drop: float) -> Thresholds:
-    return Thresholds(kl_mean=kl_mean, kl_p99=kl_p99, top1=top1, perplexity_ratio=ratio, accuracy_drop=drop)
+def _limits(
+    kl_mean: float, kl_p99: float, top1: float, ratio: float, drop: float, every_token: bool = False
+) -> Thresholds:
+    return Thresholds(
+        kl_mean=kl_mean,
+        kl_p99=kl_p99,
+        top1=top1,
+        perplexity_ratio=ratio,
+        accuracy_drop=drop,
+        every_token=every_token,
+    )
 
 
-_EXACT = _limits(0.001, 0.01, 0.985, 1.002, 0.0)
+_EXACT = _limits(0.001, 0.01, 0.985, 1.002, 0.0, every_token=True)
 _FIVE = _limits(0.03, 0.3, 0.90, 1.02, 0.02)
 _FOUR = _limits(0.25, 2.5, 0.75, 1.06, 0.03)
 _THREE = _limits(0.40, 4.0, 0.65, 1.15, 0.05)
@@ -71,7 +84,7 @@ _TWO = _limits(1.00, 6.0, 0.50, 1.60, 0.10)
 TYPES: dict[str, Thresholds] = {
     "F32": _EXACT,
     "F16": _EXACT,
-    "BF16": _limits(0.003, 0.03, 0.97, 1.003, 0.0),  # the runtime also rounds activations to bfloat16
+    "BF16": _limits(0.003, 0.03, 0.97, 1.003, 0.0, True),  # the runtime also rounds activations to bfloat16
     "Q8_0": _limits(0.012, 0.12, 0.95, 1.005, 0.01),
     "Q6_K": _limits(0.03, 0.3, 0.91, 1.007, 0.01),
     **dict.fromkeys(("Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1"), _FIVE),

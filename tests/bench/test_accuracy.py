@@ -50,8 +50,10 @@ class Pupil:
     quantization: str = "Q8_0"
     facts = RuntimeFacts("pupil 1.0")
     asked: list[list[str]] = field(default_factory=list)
+    bound: list[str] = field(default_factory=list)  # what was answered with a grammar
     open: bool = True
 
+    follows = False  # grammars
     chat_template = with_instruction(
         "{% for m in messages %}{{ m.content }}\n{% endfor %}", instruction(TASK, "reasoning-first"), {}
     )
@@ -69,6 +71,15 @@ class Pupil:
         self.budgets.add(max_tokens)
         assert all([message["role"] for message in messages] == ["user"] for messages in asked)
         return [self._answer(text) for text in self.asked[-1]]
+
+    def constrained(
+        self, messages: Sequence[Any], grammar: str, max_tokens: int, stop: Sequence[str]
+    ) -> str | None:
+        assert '"even" | "odd"' in grammar and "</ans>" in stop
+        if not self.follows:
+            return None
+        self.bound.append(messages[-1]["content"])
+        return f"<ans>{'odd' if int(messages[-1]['content'][:-1]) % 2 else 'even'}</ans>"
 
     def _answer(self, text: str) -> str:
         number = text.partition("?")[0]
@@ -119,6 +130,23 @@ def test_the_row_says_what_was_answered_with_its_interval_and_its_time(shelf: Sh
     assert 0 <= row.answer_seconds_p50 <= row.answer_seconds_p95
     assert not shelf.opened[0].open
     assert row.contended is not None or not Path("/proc/stat").exists()
+
+
+def test_where_the_runtime_follows_a_grammar_the_same_examples_are_answered_with_it_too(
+    shelf: Shelf, monkeypatch: Patch
+) -> None:
+    free = shelf.measure("worse")
+    assert free.with_grammar is None, "this runtime follows none"
+    monkeypatch.setattr(Pupil, "follows", True)
+    row = shelf.measure("worse")
+    assert (row.right, row.answers, row.answer_tokens_mean) == (28, free.answers, free.answer_tokens_mean)
+    found = row.with_grammar
+    assert found is not None and (found.n, found.right, found.reference_right) == (40, 40, 28)
+    assert (found.lost, found.gained, found.difference) == (0, 12, pytest.approx(12 / 40))
+    assert shelf.opened[-1].bound == [example.input for example in TEST]
+    assert shelf.measure("worse", grammar=False).with_grammar is None and not shelf.opened[-1].bound
+    number = replace(TASK, answer=Answer(kind="number"))
+    assert measure_quality(shelf.paths["good"], number, device=DEVICE, limit=2).with_grammar is None
 
 
 def test_each_example_is_asked_alone_after_a_warm_up(shelf: Shelf) -> None:
@@ -187,6 +215,7 @@ def test_a_real_file_answers_and_equals_itself(smollm2: LocalModel) -> None:
     options: dict[str, Any] = {"split": "validation", "limit": 2, "device": DEVICE, "answer_tokens": 16}
     first = measure_quality(smollm2.gguf, task, **options)
     again = measure_quality(smollm2.gguf, task, reference=first, **options)
+    assert first.with_grammar is not None and first.with_grammar.n == 2
     assert first.answers == again.answers and again.difference == 0 and again.p_value == 1
     assert (first.format, first.quantization, first.partial) == ("gguf", "Q4_1", True)
     assert len(first.tensor_sha256) == 64

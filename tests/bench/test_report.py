@@ -5,9 +5,9 @@ import io
 import json
 from typing import Any
 
-from tiny import speed_row
+from tiny import accuracy, quality_row, speed_row
 
-from arte_edge.bench.report import Table, as_csv, as_json, summary
+from arte_edge.bench.report import Table, as_csv, as_html, as_json, quality_line, summary
 from arte_edge.results.rows import SpeedRow
 
 
@@ -73,3 +73,15 @@ def test_csv_and_json_hold_every_field() -> None:
     assert read["n_threads"] == "4" and read["device_cpu"] == "Cortex-A76"
     assert json.loads(read["samples_ts"]) == [71.2, 71.6]
     assert json.loads(as_json([])) == [] and as_csv([]).strip() == ""
+
+
+def test_the_accuracy_with_a_grammar_stands_beside_the_one_without() -> None:
+    assert "grammar" not in quality_line(quality_row(80)) + as_html([quality_row(80)])
+    paired = {"difference": 0.1, "difference_low": 0.04, "difference_high": 0.17}
+    one = quality_row(80, with_grammar=accuracy(90, 100, **paired))
+    line = " ".join(quality_line(one).split())
+    assert "80/100 correct, 80.0%" in line
+    assert "with grammar 90/100, 90.0% (80.0% to 100.0%), +10.0 (+4.0 to +17.0) points" in line
+    (read,) = csv.DictReader(io.StringIO(as_csv([one])))
+    assert (read["right"], read["with_grammar_right"]) == ("80", "90")
+    assert "with grammar 90/100" in as_html([one])

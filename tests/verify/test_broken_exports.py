@@ -1,15 +1,24 @@
 """A deliberately broken export of each kind is caught by the check that names it, and a good one is not."""
 
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny import TEMPLATE, Make, edited
+from tiny import TEMPLATE, Make, Patch, edited
 
 from arte_edge.gguf.reader import read_model_header
+from arte_edge.results.student_json import FidelityMetrics
+from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.protocol import Runtime
+from arte_edge.tasks.task import Answer, Example, Task
+from arte_edge.verify import as_asked
+from arte_edge.verify.gate import Verdict, verify
+from arte_edge.verify.prompts import task_prompts
+from arte_edge.verify.thresholds import thresholds_for
 
 from .conftest import HEADS, Tiny, failed, gate, note, to_gguf, with_tensor
 
@@ -157,8 +166,6 @@ def test_a_word_that_llama_cpp_alone_takes_for_an_end_is_told_and_not_held_again
     tmp_path: Path,
 ) -> None:
     # Qwen2.5-Coder has "</s>" as an ordinary word, and llama.cpp parses it and stops there by its name.
-    from arte_edge.runtimes.loader import open_model
-
     from .conftest import write_checkpoint
 
     checkpoint = write_checkpoint(tmp_path / "student", unreachable="</s>")
@@ -168,3 +175,70 @@ def test_a_word_that_llama_cpp_alone_takes_for_an_end_is_told_and_not_held_again
     tokens = next(check for check in verdict.checks if check.name == "tokens")
     assert "tokenized differently by llama_cpp itself" in tokens.note and "</s>" in tokens.note
     model.close()
+
+
+TASK = Task(
+    name="parity",
+    description="Is the number even or odd?",
+    answer=Answer(kind="choice", choices=("even", "odd")),
+    techniques=("Look.",),
+    seed=(),
+    validation=tuple(Example(f"Is {i} even?", "odd" if i % 2 else "even") for i in range(32)),
+)
+
+
+class Drifted:
+    """A file whose predictions inside prompts, which nobody reads, are others' than its reference's."""
+
+    def __init__(self, model: Runtime) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        values = self._model.logits(ids)
+        turn = self._model.tokenize("<|im_start|>assistant\n")[1:]
+        at = [i for i in range(len(ids)) if list(ids[i : i + len(turn)]) == turn]
+        values[: at[-1] + len(turn) - 1] *= 3.0
+        return values
+
+
+def judged(reference: Runtime, artifact: Any, type: str) -> Verdict:
+    prompts, limits = task_prompts(reference, TASK), thresholds_for(type)
+    return verify(reference, artifact, prompts, limits, task=TASK, answer_tokens=6)
+
+
+def test_drift_inside_prompts_rejects_no_quantized_file_whose_answers_are_the_references(
+    reference: Runtime, tiny: Tiny, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(as_asked, "_servers", lambda *_: [])
+    with closing(open_model(tiny.gguf, threads=1)) as model:
+        verdict, exact = (judged(reference, Drifted(model), type) for type in ("Q4_K_M", "F16"))
+    assert verdict.passed, verdict.reason
+    found = verdict.fidelity
+    assert found is not None and found.answers is not None and found.answers.n_prompts == 32
+    assert found.kl_mean > 0.2 > 1e-3 > found.answers.kl_mean
+    metrics = verdict.as_dict()["fidelity"]
+    assert FidelityMetrics(**metrics).answers == FidelityMetrics(**metrics["answers"])
+    assert {"kl mean", "kl p99"} <= failed(exact), "in 16 bits every token counts"
+
+
+@pytest.mark.parametrize("fault", ["swapped", "scaled", "missing"])
+def test_one_wrong_tensor_of_a_quantized_file_shows_in_its_answers(
+    reference: Runtime, tiny: Tiny, tmp_path: Path, monkeypatch: Patch, fault: str
+) -> None:
+    import gguf
+
+    monkeypatch.setattr(as_asked, "_servers", lambda *_: [])
+    other = next(t for t in gguf.GGUFReader(tiny.gguf).tensors if t.name == "blk.0.attn_v.weight")
+    changes: dict[str, Any] = {
+        "swapped": lambda rows: np.array(other.data),
+        "scaled": lambda rows: 3 * rows,
+        "missing": lambda rows: 0 * rows,
+    }
+    path = with_tensor(tiny.gguf, tmp_path / "wrong.gguf", "blk.1.attn_v.weight", changes[fault])
+    with closing(open_model(path, threads=1)) as model:
+        verdict = judged(reference, model, "Q4_K_M")
+    assert failed(verdict) & {"kl mean, answers", "top-1 agreement, answers"}, verdict.as_dict()["fidelity"]
+    assert "a tensor is damaged" in verdict.reason or "weights are damaged" in verdict.reason

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arte_edge.errors import ArteError, InputError
-from arte_edge.verify.logits import MAX_PROMPT_TOKENS, compare_logits, measure_fidelity, summarize
+from arte_edge.verify.logits import (
+    MAX_PROMPT_TOKENS,
+    compare_logits,
+    fidelity_checks,
+    measure_answers,
+    measure_fidelity,
+    summarize,
+)
+from arte_edge.verify.thresholds import thresholds_for
 
 
 def logits(rows: int, vocabulary: int, seed: int, scale: float = 2.0) -> Any:
@@ -147,3 +155,44 @@ def test_a_long_prompt_is_truncated_and_a_short_one_skipped() -> None:
     assert measure(["ab" * 600], context_tokens=64).n_tokens == 64
     with pytest.raises(InputError, match="two tokens"):
         measure(["a", ""])
+
+
+QUESTIONS = [chr(97 + i % 26) * (i % 7 + 1) + chr(97 + i // 7) + "?" for i in range(40)]
+
+
+@dataclass
+class Drifts(FakeRuntime):
+    """Differs from the reference on one side of the question mark alone."""
+
+    on_prompts: bool = True
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        good, drifted = FakeRuntime().logits(ids), super().logits(ids)
+        first = ids.index(ord("?") % 32)
+        drifts = (np.arange(len(ids)) < first) == self.on_prompts
+        return np.where(drifts[:, None], drifted, good)
+
+
+@pytest.mark.parametrize(
+    ("type", "on_prompts", "failing"),
+    [
+        ("Q4_K_M", True, set()),
+        ("Q4_K_M", False, {"kl mean, answers", "kl p99, answers", "top-1 agreement, answers"}),
+        ("F16", True, {"kl mean", "kl p99", "top-1 agreement", "perplexity ratio"}),
+        ("BF16", True, {"kl mean", "kl p99", "top-1 agreement", "perplexity ratio"}),
+    ],
+)
+def test_where_answers_are_compared_they_decide_except_for_full_width(
+    type: str, on_prompts: bool, failing: set[str]
+) -> None:
+    pair: Any = FakeRuntime(), Drifts(2.0, on_prompts=on_prompts)
+    texts = [(question, "yes") for question in QUESTIONS]
+    answers = measure_answers(*pair, texts)
+    assert answers is not None and (answers.n_prompts, answers.n_tokens) == (40, 160), "y, e, s and the end"
+    assert (answers.kl_mean == 0) == on_prompts
+    whole = replace(measure_fidelity(*pair, [*map("".join, texts)]), answers=answers)
+    assert whole.kl_mean > 0.2 if on_prompts else whole.kl_mean > 0
+    checks = fidelity_checks(whole, thresholds_for(type))
+    assert {check.name for check in checks if not check.passed} == failing
+    assert {check.name for check in checks} >= {"kl mean", "perplexity ratio"}, "reported all the same"
+    assert measure_answers(*pair, texts[:31]) is None, "too few to decide"

@@ -32,6 +32,7 @@ _SPEED_HEAD = (
 )
 _COMPARED = {TUNED: "this student", OWN: "trained on the own labels alone"}
 _COMPARED[OWN_ALL] = "trained on own labels and validation examples"
+_WITH_GRAMMAR = ", with grammar"
 _START, _END = "<!-- arte-edge:{}:start -->", "<!-- arte-edge:{}:end -->"
 _ANY_MARK = re.compile(r"<!--\s*arte-edge:[a-z]+:(?:start|end)\s*-->")
 
@@ -97,10 +98,12 @@ def files_section(student: StudentFile, options: CardOptions) -> str:
     if not passed:
         return "No file passed the gate."
     rows, tokens = [], ""
+    has_answers = any(a.fidelity.metrics and a.fidelity.metrics.answers for a in passed)
     for artifact in passed:
-        kl = top1 = perplexity = None
+        kl = top1 = perplexity = answers = None
         if metrics := artifact.fidelity.metrics:
             kl, top1, perplexity = metrics.kl_mean, metrics.top1, metrics.perplexity_ratio
+            answers = metrics.answers.kl_mean if metrics.answers else None
             tokens = tokens or f": {metrics.n_tokens} tokens of {metrics.n_prompts} prompts"
         rows.append(
             (
@@ -109,11 +112,13 @@ def files_section(student: StudentFile, options: CardOptions) -> str:
                 megabytes(artifact.size_bytes),
                 f"{artifact.bits_per_weight:.2f}",
                 _number(kl, ".4f"),
+                *([_number(answers, ".4f")] if has_answers else []),
                 _number(top1, ".1%"),
                 _number(perplexity, ".4f"),
             )
         )
-    head = ("file", "type", "size", "bits/weight", "KL mean", "top-1 agreement", "perplexity ratio")
+    kls = ("KL mean", *(["KL of answers"] if has_answers else []))
+    head = ("file", "type", "size", "bits/weight", *kls, "top-1 agreement", "perplexity ratio")
     reference = f"Compared with the 16-bit student ({student.student.dtype}) on the same tokens"
     return f"{_table(head, rows)}\n{reference}{tokens}; KL divergence in nats a token."
 
@@ -121,19 +126,21 @@ def files_section(student: StudentFile, options: CardOptions) -> str:
 def accuracy_section(student: StudentFile, options: CardOptions) -> str:
     """The run's closing table, then the accuracy of each file, the 16-bit student in a line of its own."""
     compared = _comparison(student)
-    rows = [
-        _accuracy_row(f"16-bit student ({student.student.dtype})", accuracy, student)
-        for accuracy in publishable.student_accuracies(student)
-    ]
+    rows: list[tuple[str, ...]] = []
+    for accuracy in publishable.student_accuracies(student):
+        rows += _accuracy_rows(f"16-bit student ({student.student.dtype})", accuracy, student)
     for artifact in [] if options.checkpoint else publishable.files(student):
         found, name = publishable.accuracies(artifact), f"`{_cell(artifact.file)}`"
-        rows += [_accuracy_row(name, accuracy, student) for accuracy in found]
+        for accuracy in found:
+            rows += _accuracy_rows(name, accuracy, student)
         if not found:
             rows.append((name, "not measured", *[NOT_KNOWN] * 5))
     if not rows:
         return compared or "Not measured yet."
     head = ("file", "examples", "n", "accuracy", "95 % interval", "difference to the student", "measured on")
     note = "Wilson intervals; the difference is paired, in points, with its 95 % interval."
+    if any(name.endswith(_WITH_GRAMMAR) for name, *_ in rows):
+        note += " With grammar nothing but answers of the task can be written; the difference is to the line above."
     return f"{compared}{_table(head, rows)}\n{note}"
 
 
@@ -180,6 +187,15 @@ def bench_section(student: StudentFile, options: CardOptions) -> str:
     if devices:
         parts.append("Medians of repeated runs; every sample is in `bench.jsonl` beside the files.")
     return "\n\n".join(part.rstrip() for part in parts)
+
+
+def _accuracy_rows(name: str, accuracy: PairedAccuracy, student: StudentFile) -> list[tuple[str, ...]]:
+    """Return the row of an accuracy, and below it that of the same file with a grammar, where that was measured."""
+    rows = [_accuracy_row(name, accuracy, student)]
+    if isinstance(accuracy, Evaluation) and (bound := accuracy.with_grammar) is not None:
+        found = {key: getattr(bound, key) for key in PairedAccuracy.model_fields}
+        rows.append(_accuracy_row(name + _WITH_GRAMMAR, accuracy.model_copy(update=found), student))
+    return rows
 
 
 def _accuracy_row(name: str, accuracy: PairedAccuracy, student: StudentFile) -> tuple[str, ...]:

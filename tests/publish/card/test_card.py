@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from tiny import facts, quality_row, speed_row
+from tiny import accuracy, facts, metrics, quality_row, speed_row
 
 from arte_edge.errors import InputError
 from arte_edge.publish.card.card import CARD, CardOptions, render_card, write_card
@@ -83,6 +83,23 @@ def test_the_body_tells_files_accuracies_and_speeds(measured: StudentFile) -> No
     assert "raspberry-pi-5" in part(text, "bench") and "| 150.0 | 20.5 | 900 ms |" in part(text, "bench")
     assert "arXiv:2406.19227" in part(text, "lineage")
     assert "rejected" not in text and "Q4_K_M" not in text
+
+
+def test_an_accuracy_with_a_grammar_and_a_divergence_of_answers_have_their_own_places(
+    measured: StudentFile, export_folder: Path
+) -> None:
+    plain = render_card(measured, CardOptions())
+    assert "grammar" not in part(plain, "accuracy") and "KL of answers" not in part(plain, "files")
+    student = merge_rows(export_folder, [quality_row(82, with_grammar=accuracy(90, 100, difference=0.08))])
+    good = student.artifacts[0]
+    fidelity = good.fidelity.model_copy(update={"metrics": metrics(answers=metrics(kl_mean=0.0123))})
+    files = (good.model_copy(update={"fidelity": fidelity}), *student.artifacts[1:])
+    text = render_card(student.model_copy(update={"artifacts": files}), CardOptions())
+    free, bound = (line for line in part(text, "accuracy").splitlines() if "raspberry-pi-5" in line)
+    assert (
+        "| 82.0% |" in free and "`, with grammar |" in bound and "| 90.0% | 80.0% to 100.0% | +8.0 |" in bound
+    )
+    assert "KL of answers" in part(text, "files") and "| 0.0058 | 0.0123 |" in part(text, "files")
 
 
 def test_the_student_of_the_own_labels_is_beside_the_tuned_one(measured: StudentFile) -> None:
