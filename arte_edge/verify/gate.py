@@ -161,7 +161,7 @@ def verify(
             check_as_asked(reference, artifact, task, asked, examples, allowed, progress),
             check_accuracy(accuracy, thresholds.accuracy_drop),
         ]
-        if fidelity is not None and not thresholds.every_token:
+        if fidelity is not None and thresholds.drift != 1:
             own = answer_examples(reference, examples[:_COMPARED_ANSWERS], asked)  # known from above
             written = [(one.prompt, asked.unstopped(one.text)) for one in own]
             found = measure_answers(reference, artifact, written, progress)

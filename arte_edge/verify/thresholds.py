@@ -49,9 +49,11 @@ class Thresholds(BaseModel):
     accuracy_drop: float | None = Field(
         default=None, ge=0, le=1, description="largest significant drop of accuracy on a task"
     )
-    every_token: bool = Field(
-        default=False,
-        description="divergence and agreement of all tokens decide, even where answers are compared",
+    drift: float | None = Field(
+        default=1.5,
+        ge=1,
+        description="times the limits that the divergence of all tokens may reach where answers are compared; "
+        "1: all tokens are held to every limit, and answers are not compared",
     )
 
     @field_validator("*", mode="before")
@@ -62,7 +64,7 @@ class Thresholds(BaseModel):
 
 
 def _limits(
-    kl_mean: float, kl_p99: float, top1: float, ratio: float, drop: float, every_token: bool = False
+    kl_mean: float, kl_p99: float, top1: float, ratio: float, drop: float, drift: float = 1.5
 ) -> Thresholds:
     return Thresholds(
         kl_mean=kl_mean,
@@ -70,11 +72,11 @@ def _limits(
         top1=top1,
         perplexity_ratio=ratio,
         accuracy_drop=drop,
-        every_token=every_token,
+        drift=drift,
     )
 
 
-_EXACT = _limits(0.001, 0.01, 0.985, 1.002, 0.0, every_token=True)
+_EXACT = _limits(0.001, 0.01, 0.985, 1.002, 0.0, drift=1.0)
 _FIVE = _limits(0.03, 0.3, 0.90, 1.02, 0.02)
 _FOUR = _limits(0.25, 2.5, 0.75, 1.06, 0.03)
 _THREE = _limits(0.40, 4.0, 0.65, 1.15, 0.05)
@@ -84,7 +86,7 @@ _TWO = _limits(1.00, 6.0, 0.50, 1.60, 0.10)
 TYPES: dict[str, Thresholds] = {
     "F32": _EXACT,
     "F16": _EXACT,
-    "BF16": _limits(0.003, 0.03, 0.97, 1.003, 0.0, True),  # the runtime also rounds activations to bfloat16
+    "BF16": _limits(0.003, 0.03, 0.97, 1.003, 0.0, 1.0),  # the runtime also rounds activations to bfloat16
     "Q8_0": _limits(0.012, 0.12, 0.95, 1.005, 0.01),
     "Q6_K": _limits(0.03, 0.3, 0.91, 1.007, 0.01),
     **dict.fromkeys(("Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1"), _FIVE),

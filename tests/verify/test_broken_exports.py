@@ -187,6 +187,9 @@ TASK = Task(
 )
 
 
+DRIFT = 1.7
+
+
 class Drifted:
     """A file whose predictions inside prompts, which nobody reads, are others' than its reference's."""
 
@@ -200,7 +203,7 @@ class Drifted:
         values = self._model.logits(ids)
         turn = self._model.tokenize("<|im_start|>assistant\n")[1:]
         at = [i for i in range(len(ids)) if list(ids[i : i + len(turn)]) == turn]
-        values[: at[-1] + len(turn) - 1] *= 3.0
+        values[: at[-1] + len(turn) - 1] *= DRIFT
         return values
 
 
@@ -218,7 +221,7 @@ def test_drift_inside_prompts_rejects_no_quantized_file_whose_answers_are_the_re
     assert verdict.passed, verdict.reason
     found = verdict.fidelity
     assert found is not None and found.answers is not None and found.answers.n_prompts == 32
-    assert found.kl_mean > 0.2 > 1e-3 > found.answers.kl_mean
+    assert 0.3 > found.kl_mean > 0.2 > 1e-3 > found.answers.kl_mean
     metrics = verdict.as_dict()["fidelity"]
     assert FidelityMetrics(**metrics).answers == FidelityMetrics(**metrics["answers"])
     assert {"kl mean", "kl p99"} <= failed(exact), "in 16 bits every token counts"

@@ -174,18 +174,19 @@ class Drifts(FakeRuntime):
 
 
 @pytest.mark.parametrize(
-    ("type", "on_prompts", "failing"),
+    ("type", "drift", "on_prompts", "failing"),
     [
-        ("Q4_K_M", True, set()),
-        ("Q4_K_M", False, {"kl mean, answers", "kl p99, answers", "top-1 agreement, answers"}),
-        ("F16", True, {"kl mean", "kl p99", "top-1 agreement", "perplexity ratio"}),
-        ("BF16", True, {"kl mean", "kl p99", "top-1 agreement", "perplexity ratio"}),
+        ("Q4_K_M", 0.95, True, set()),
+        ("Q4_K_M", 2.0, True, {"kl mean", "kl p99"}),  # more than any tuning: a wrong tensor
+        ("Q4_K_M", 0.8, False, {"kl mean, answers", "top-1 agreement, answers"}),
+        ("F16", 0.95, True, {"kl mean", "kl p99", "top-1 agreement", "perplexity ratio"}),
+        ("BF16", 0.95, True, {"kl mean", "kl p99", "top-1 agreement", "perplexity ratio"}),
     ],
 )
-def test_where_answers_are_compared_they_decide_except_for_full_width(
-    type: str, on_prompts: bool, failing: set[str]
+def test_where_answers_are_compared_they_are_held_to_the_limits_except_for_full_width(
+    type: str, drift: float, on_prompts: bool, failing: set[str]
 ) -> None:
-    pair: Any = FakeRuntime(), Drifts(2.0, on_prompts=on_prompts)
+    pair: Any = FakeRuntime(), Drifts(drift, on_prompts=on_prompts)
     texts = [(question, "yes") for question in QUESTIONS]
     answers = measure_answers(*pair, texts)
     assert answers is not None and (answers.n_prompts, answers.n_tokens) == (40, 160), "y, e, s and the end"
