@@ -9,13 +9,19 @@ import pytest
 from tiny import Capture, Patch
 
 from arte_edge.cli.main import main
+from arte_edge.distill import run_context
+from arte_edge.distill.aligned import aligned_teacher
+from arte_edge.distill.stages import align
+from arte_edge.distill.train.dpo import DpoResult
+from arte_edge.distill.train.kl_target import HeldOut
 
 STUDY = """
 tasks = ["parity"]
 students = ["scripted-student"]
-seeds = [0, 3]
+seeds = {seeds}
 {more}
 [run]
+{run}
 teacher.model = "scripted-teacher"
 elicit.by_label = true
 tailor.questions = 8
@@ -34,9 +40,9 @@ def study(house: Any, tmp_path: Path, monkeypatch: Patch) -> Any:
     monkeypatch.setattr("arte_edge.distill.study.load_task", lambda ref, **_: house.task)
     house.learned = lambda rows: lambda n: n % (5 if len(rows) > 60 else len(rows)) > 0
 
-    def start(name: str, more: str = "", extra: str = "") -> int:
+    def start(name: str, more: str = "", extra: str = "", *, seeds: str = "[0, 3]", run: str = "") -> int:
         file = tmp_path / f"{name}.toml"
-        file.write_text(STUDY.format(more=more) + extra)
+        file.write_text(STUDY.format(more=more, seeds=seeds, run=run) + extra)
         return main(["study", str(file), "--runs", str(tmp_path)])
 
     return start
@@ -99,6 +105,35 @@ def test_a_study_that_was_cut_off_goes_on_and_a_finished_one_costs_nothing(
         assert study("cut") == 1
     assert study("cut") == 0
     assert house.calls == 2 * calls and result(tmp_path / "cut")["rows"] == table["rows"]
+
+
+def test_arms_of_one_alignment_train_it_once_and_leave_the_aligned_teacher(
+    house: Any, study: Any, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    trained: list[Path] = []
+
+    def train(base: Path, pairs: Any, out: Path, settings: Any, *, held_out: Any, **_: Any) -> DpoResult:
+        trained.append(out)
+        held = HeldOut(0.1, len(held_out), len(held_out), 0.5)
+        return DpoResult(out, 1, 1, "", len(pairs), 0, 0.0, held, (), ())
+
+    house.teacher.say = lambda request, text, _: f"{sum(map(ord, request.prompt))} {text}"
+    opens = run_context.open_local
+    monkeypatch.setattr(run_context, "open_local", lambda model, adapter=None, **more: opens(model, **more))
+    monkeypatch.setattr(align, "train_dpo", train)
+    monkeypatch.setattr(
+        "arte_edge.gguf.from_base.adapter_to_gguf", lambda *paths: paths[-1].write_bytes(b"gguf")
+    )
+    more = "align.min_gap = 0.0\nalign.min_gap_errors = 0.0\ntune.target = 'answer-first'\ndata = 'arte'\n"
+    arms = "".join(f"[arms.{data}]\ndata = '{data}'\n" for data in ("arte", "one-technique", "random"))
+    assert study("aligned", "", arms, seeds="[0]", run=more) == 0
+    names = [f"parity-scripted-student-{arm}-seed0" for arm in ("arte", "random")]
+    assert [path.parents[1].name for path in trained] == names
+    folder = tmp_path / "aligned" / "parity-scripted-student-one-technique-seed0"
+    teacher = aligned_teacher(str(folder))
+    assert teacher is not None and (teacher.folder / "adapter.gguf").read_bytes() == b"gguf"
+    runs = {run["arm"]: run["stages"] for run in result(tmp_path / "aligned")["runs"]}
+    assert runs["arte"]["align"] == runs["one-technique"]["align"] != runs["random"]["align"]
 
 
 def test_a_run_that_stops_early_is_left_out_and_one_of_other_settings_shares_no_training(
