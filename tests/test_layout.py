@@ -32,8 +32,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # At most so many, counted by the tests below. Lower a number when the code allows it; never raise one.
 LIMITS = {
     "lines of a file": 600,
-    "modules, without __init__": 208,
-    "lines of the package": 43_300,  # aim: 36,000
+    "modules, without __init__": 203,
+    "lines of the package": 43_080,  # aim: 36,000
     "lines of the tests": 27_700,  # aim: 21,000
     "modules under 80 lines with one importer": 12,
     "import cycles at the top of modules": 0,

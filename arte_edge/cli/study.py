@@ -24,7 +24,7 @@ def study(
         bool, typer.Option("--json", help="Print events and the table as JSON lines.")
     ] = False,
 ) -> None:
-    """Compare arms, one distillation each, on tasks, students and seeds.
+    """Compare arms, one run each, on tasks, students and seeds.
 
     The runs share their calls; nothing is generated twice. Re-run the same command to resume. The study's folder holds
     study.json, study.html and the run folders.
