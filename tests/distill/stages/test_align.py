@@ -19,6 +19,8 @@ from arte_edge.distill.stages.prefer import prefer
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.dpo import DpoResult
 from arte_edge.distill.train.kl_target import HeldOut
+from arte_edge.publish.report.narrative import _TEXTS, _result
+from arte_edge.results.student_json import Alignment
 from arte_edge.runtimes.completion import Request, Sampling
 
 SIDES = ("chosen", "rejected")
@@ -88,6 +90,7 @@ def test_the_line_of_an_alignment_that_learned_nothing_says_so(aligned: Any) -> 
     assert summary["margin"] == 0.007
     assert "50.2% (untrained: 50 %)" in module._describe(summary)
     del summary["kl"], summary["fresh"]  # of an older run
+    assert Alignment.of(summary) is None
     assert module._describe(summary) and module.caveats(summary) == []
 
 
@@ -125,6 +128,14 @@ def test_a_teacher_whose_drafts_the_student_learns_more_from_is_no_warning(house
     fresh = summary["fresh"]
     assert (fresh["prompts"], fresh["changed"], fresh["scored"], run.caveats) == (10, 10, 10, [])
     assert fresh["gain"] == pytest.approx(0.1, abs=0.01) and fresh["gain_low"] > 0.09
+    told = Alignment.of(summary)
+    assert told and (told.score_gain, told.drafts_changed, told.kl_nats_per_token) == (
+        fresh["gain"],
+        10,
+        0.09,
+    )
+    page = _result(summary, _TEXTS["stages"]["align"]["result"], _TEXTS["stages"]["align"]["more"])
+    assert "Of 10 greedy drafts 10 changed" in page and f"{fresh['gain']:+.3f} (95 %" in page
     assert fresh["score_after"] == pytest.approx(fresh["score_before"] + fresh["gain"], abs=1e-4)
 
 
@@ -141,6 +152,8 @@ def test_the_answers_of_the_preference_set_are_in_no_fresh_draft(house: Any, ali
 def test_no_fresh_drafts_are_written_where_they_are_switched_off(house: Any, aligned: Any, data: str) -> None:
     house.kl = 1e-5
     _, (summary, _), run = aligned(data=data, align={"fresh_drafts": 0})
+    told = Alignment.of(summary)
+    assert told and told.drafts is None and told.held_out_right == told.held_out_pairs
     assert "fresh" not in summary and "changed nothing" in run.caveats[0]
 
 
