@@ -19,7 +19,7 @@ from arte_edge.distill.stages.prefer import prefer
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.dpo import DpoResult
 from arte_edge.distill.train.kl_target import HeldOut
-from arte_edge.publish.report.narrative import _TEXTS, _result
+from arte_edge.publish.report.page import _TEXTS, _result
 from arte_edge.results.student_json import Alignment
 from arte_edge.runtimes.completion import Request, Sampling
 
