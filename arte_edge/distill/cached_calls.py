@@ -193,6 +193,17 @@ class Calls:
                 step(every, 0, every - made)
         return [self._cached(key)["logp"] for key in keys]
 
+    def values(self, keys: Sequence[str], make: Callable[[int], list[float]], what: str) -> list[list[float]]:
+        """Return numbers for each key: those in the store, the others by `make` of its place, stored one by one."""
+        with self._reporter.bar(what, len(keys)) as step:
+            for i, key in enumerate(keys):
+                known = self._log.get(key, "values") is not None
+                if not known:
+                    self._log.append([{"key": key, "what": what, "values": make(i)}])
+                self.made, self.cached = self.made + (not known), self.cached + known
+                step(1, 0, int(known))
+        return [self._cached(key)["values"] for key in keys]
+
     def _packs(self, prompts_each: Sequence[Prompts], size: int) -> Iterator[list[int]]:
         """Yield the indices of requests for one engine call: as many as bring the prompts to `size`."""
         pack: list[int] = []

@@ -176,8 +176,10 @@ class Calibrate(_Section):
 class Prefer(_Section):
     """Step 3: the student's one-shot score of every draft."""
 
-    score: Literal["likelihood", "forced", "accuracy"] = _key(
-        "likelihood", "likelihood: of the right answer; forced: is it likeliest; accuracy: generated (paper)"
+    score: Literal["likelihood", "forced", "accuracy", "influence"] = _key(
+        "likelihood",
+        "likelihood: of the right answer; forced: is it likeliest; accuracy: generated (paper); influence: what a "
+        "training step on the draft adds to the log-probability of the right answer",
     )
     bias_free: bool = _key(True, "closed-answer tasks: remove the answer bias that a draft induces")
     length_free: bool = _key(True, "closed-answer tasks: regress log(length) out of the score")

@@ -258,6 +258,9 @@ def _prefer(stage: str, config: RunConfig, task: Task, n_question: int, n_ration
     k = min(config.calibrate.k, config.calibrate.items, len(task.validation))
     n_each = 1 if _bare(config, task) else n_rationale
     question = [q for q in range(n_question) for _ in range(n_each)]
+    if config.prefer.score == "influence":  # a backward pass counts as one call
+        yield Work(stage, Call("student", "asked"), len(question) + k)
+        return
     adaptive = is_adaptive(config.prefer, len(question), k)
     plan = AdaptivePlan(tuple(question), k, config.prefer.race_share, config.prefer.race_error)
     what: What = "generated" if config.prefer.score == "accuracy" else "constrained"

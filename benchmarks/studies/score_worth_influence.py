@@ -35,7 +35,7 @@ class Learner:
 
     def __init__(self, folder: Path, work: Mapping[str, Any], items: int) -> None:
         self.engine = TransformersEngine(folder, sha256="", device="cpu", dtype="float32")
-        self.model, self.task = self.engine._model, load_task(work["task"])
+        self.model, self.task = self.engine.model, load_task(work["task"])
         self.base = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
         asked = work["outcome"][:items]
         self.options = [self.task.answer.options(row["input"]) for row in asked]
@@ -52,8 +52,8 @@ class Learner:
 
     def example(self, draft: Mapping[str, str]) -> tuple[list[int], int]:
         """Return a draft's tokens, and how many of them are the prompt."""
-        prompt = self.engine._text.tokens(self._prompt(draft["input"], STEP_BY_STEP))
-        completion = self.engine._text.tokens(f" {draft['text'].strip()}")
+        prompt = self.engine.text.tokens(self._prompt(draft["input"], STEP_BY_STEP))
+        completion = self.engine.text.tokens(f" {draft['text'].strip()}")
         end = self.model.generation_config.eos_token_id
         return [*prompt, *completion, end if isinstance(end, int) else end[0]], len(prompt)
 

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from tiny import Patch, make_gguf
 
+from arte_edge.asking.form import Form
 from arte_edge.cli.main import main
 from arte_edge.console import Reporter
 from arte_edge.distill.config import RunConfig
@@ -263,9 +264,9 @@ def house(tmp_path: Path, monkeypatch: Patch) -> House:
 def scored(house: House) -> Callable[..., tuple[RunContext, dict[str, Any], list[dict[str, Any]]]]:
     """Run elicit, calibrate and prefer with these settings; return run, summary and score rows of prefer."""
 
-    def score(budget: Budget | None = None, **tables: Any) -> Any:
+    def score(budget: Budget | None = None, form: Form = "answer", **tables: Any) -> Any:
         run = house.run_open = house.run(**tables)
-        run.budget = budget
+        run.budget, run.form = budget, form
         elicit(run)
         calibrate(run)
         house.scoring_from = house.calls

@@ -35,11 +35,14 @@ from arte_edge.distill.preference.adaptive import (
     fit_score_model,
     interleave_answers,
 )
+from arte_edge.distill.preference.influence import Influence, Question, standard_error
 from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_PREFILL, Shot, student_messages
 from arte_edge.distill.run_context import RunContext, f16_student, quantized_student
 from arte_edge.runtimes.autotune import Candidate, Workload, candidates_here, fastest_engine, may_measure
 from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.loader import is_server, open_local
+from arte_edge.store import content_key
+from arte_edge.tasks.answers import extract
 from arte_edge.tasks.task import Answer, Example
 
 __all__ = [
@@ -78,8 +81,9 @@ class Score:
 class Scored:
     """The scores ``[d]`` of all drafts, and what they cost.
 
-    `items` is the number of questions measured for each draft, `errors` the standard error of its score
-    against the full grid, `open` the number of drafts whose rank was not decided at the stated risk.
+    `items` is the number of questions measured for each draft, `errors` the standard error of its score against the
+    full grid (of an influence: over the choice of questions), `open` the number of drafts whose rank was not decided at
+    the stated risk.
     """
 
     scores: list[Score]
@@ -92,7 +96,12 @@ class Scored:
 
 
 def is_adaptive(config: Prefer, n_draft: int, n_item: int) -> bool:
-    """Return whether so many drafts and questions are scored adaptively under this configuration."""
+    """Return whether so many drafts and questions are scored adaptively under this configuration.
+
+    `influence` measures a draft on all questions at once.
+    """
+    if config.score == "influence":
+        return False
     large = n_draft >= _WORTH_DRAFTS and n_item >= _WORTH_ITEMS
     return config.race == "on" or (config.race == "auto" and large)
 
@@ -113,6 +122,8 @@ def score_drafts(
     their length does not explain; the scores returned are those before that.
     """
     config, plan = run.config.prefer, None
+    if config.score == "influence":
+        return _by_influence(run, shots, examples)
     if adaptive:
         examples = [examples[place] for place in interleave_answers([e.target for e in examples])]
         plan = AdaptivePlan(tuple(question), len(examples), config.race_share, config.race_error)
@@ -146,6 +157,51 @@ def score_drafts(
         int((plan.risk(model) > plan.error).sum()) if plan and model else 0,
         rounds,
     )
+
+
+def _by_influence(run: RunContext, shots: Sequence[Shot], examples: Sequence[Example]) -> Scored:
+    """Score drafts by what training on them does, asked and trained as the student will be (`influence`).
+
+    A score is by how many percent one step at `tune.learning_rate` raises the right answers' (geometric) mean
+    probability.
+    """
+    from arte_edge.distill.evaluation import student_prompts
+    from arte_edge.distill.train.common import free_memory
+
+    engine, how, answer = run.engine(run.config.student), run.asking(), run.task.answer
+    free = run.config.prefer.bias_free and answer.closed
+    closing = how.closing or engine.special_tokens.get("eos_token", "")
+    questions = []
+    for example, prompt in zip(examples, student_prompts(run, engine, how, examples), strict=True):
+        options = answer.options(example.input) if answer.closed else [example.target]
+        choices = tuple(option + closing for option in options)
+        questions.append(Question(prompt + how.opening, choices, options.index(example.target)))
+    drafts = [Example(shot.question, extract(shot.answer, answer) or "") for shot in shots]
+    prompts = student_prompts(run, engine, how, drafts)
+    completions = [how.completion(d.target, s.answer) for d, s in zip(drafts, shots, strict=True)]
+    kept: list[Influence] = []
+
+    def products(i: int) -> list[float]:
+        if not kept:  # nothing is loaded where all is stored
+            with doing("gradient of the right answers", 2 * len(questions)) as current:
+
+                def progress(n: int) -> None:
+                    current.done += n
+
+                kept.append(
+                    Influence(run.checkpoint(run.config.student), questions, free=free, progress=progress)
+                )
+        return [round(float(value), 6) for value in kept[0].of(prompts[i], completions[i])]
+
+    asked = [[q.prompt, list(q.choices), q.right] for q in questions]
+    student = [run.local(run.config.student).sha256, content_key(asked), free]
+    keys = [content_key("influence", *student, *row) for row in zip(prompts, completions, strict=True)]
+    found = np.array(run.calls.values(keys, products, "scores")) * 100 * run.config.tune.learning_rate
+    kept.clear()
+    free_memory()
+    d, k = len(shots), len(examples)
+    scores = [Score(value, value, 0.0, math.nan) for value in found.sum(axis=1).tolist()]
+    return Scored(scores, [k] * d, [standard_error(found)] * d, d, d, 0, 1)
 
 
 def _all_cells(values: Floats) -> list[Cells]:
@@ -312,7 +368,8 @@ def scoring_engine(run: RunContext, n_score: int) -> Engine:
     config, prefer = run.config.student, run.config.prefer
     if prefer.student_file:
         return run.engine_with(quantized_student(run.local(config), prefer.student_file), None, config)
-    pinned = prefer.engine == "student" or config.engine != "auto" or is_server(config.model)
+    pinned = prefer.engine == "student" or prefer.score == "influence"
+    pinned = pinned or config.engine != "auto" or is_server(config.model)
     if pinned or n_score < _WORTH_SCORES or not may_measure():
         return run.engine(config)
     model = run.local(config)

@@ -1,11 +1,12 @@
-"""Step 3, prefer: the student's one-shot score of every draft (paper, section 3.3).
+"""Step 3, prefer: the student's score of every draft (paper, section 3.3).
 
 A draft example (question, rationale) is shown to the student as its only example; the score says how
-well the student then answers the preference set. Three scores:
+well the student then answers the preference set. Three such scores, and one of training:
 
 * ``accuracy``: the student generates, the tagged answer must match (the paper's);
 * ``forced``: the prompt opens the answer tag and the choices are compared;
-* ``likelihood``: the probability of the right answer, without generating anything.
+* ``likelihood``: the probability of the right answer, without generating anything;
+* ``influence``: what a training step on the draft does to that probability, to first order.
 
 The score of a question is the mean over its rationales. On a closed answer set drafts are ranked
 without the answer bias that they induce (`preference.scoring`) and without what their length explains.
@@ -14,6 +15,7 @@ Under a latency limit, drafts that are too long are penalized (`arte_edge.distil
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +44,8 @@ def prefer(run: RunContext) -> Summary:
     with run.stage("prefer", inputs, _describe) as stage:
         if stage.todo:
             questions = {row["id"]: row for row in run.read("elicit", "questions.jsonl")}
+            if run.config.prefer.score == "influence":
+                run.close_engines()  # the gradients need the memory that the teacher's takes
             rows, summary = scored_rows(run, drafts, questions)
             stage.write("scores.jsonl", rows)
             stage.write("questions.jsonl", _question_means(rows, questions))
@@ -71,9 +75,10 @@ def scored_rows(
     rows = [_row(run, *one) for one in zip(drafts, scored.scores, plain, by_length, tokens, strict=True)]
     summary = _summary(rows, plain, len(examples))
     summary["engine"] = f"{engine.identity.kind} {engine.identity.quantization}".strip()
-    if adaptive:
+    if adaptive or any(scored.errors):
         for row, items, error in zip(rows, scored.items, scored.errors, strict=True):
             row |= {"items": items, "standard_error": round(error, 6)}
+    if adaptive:
         race = {"measured": scored.cells, "of": scored.of_cells, "rounds": scored.rounds}
         summary["race"] = race | {"open": scored.open, "error": config.race_error}
     return rows, summary
@@ -93,7 +98,12 @@ def scoring_inputs(run: RunContext, n_draft: int, *stages: str) -> dict[str, Any
     unused |= {"engine"} if config.engine == "auto" else set()
     unused |= set() if run.task.answer.closed else {"length_free"}
     unused |= set() if adaptive else {"race_share", "race_error"}
+    training = {}
+    if config.score == "influence":
+        unused |= {"engine", "answer_tokens"}
+        training = {"form": run.form, "learning_rate": run.config.tune.learning_rate}
     return {
+        **training,
         "prefer": config.model_dump(mode="json", exclude=unused),
         "student": run.identity(run.config.student),
         "data": run.outputs(*stages),
@@ -127,19 +137,27 @@ def _row(run: RunContext, draft: Row, score: Score, plain: float, by_length: flo
 
 
 def _question_means(rows: Sequence[Row], questions: dict[str, Row]) -> list[Row]:
-    by_question: dict[str, list[float]] = defaultdict(list)
+    by_question: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        by_question[row["question"]].append(row["score"])
+        by_question[row["question"]].append(row)
     return [
         {
             "id": key,
             "input": questions[key]["input"],
             "target": questions[key]["label"],
-            "score": round(float(np.mean(values)), 6),
-            "rationales": len(values),
+            "score": round(float(np.mean([row["score"] for row in own])), 6),
+            "rationales": len(own),
+            **_mean_error(own),
         }
-        for key, values in by_question.items()
+        for key, own in by_question.items()
     ]
+
+
+def _mean_error(rows: Sequence[Row]) -> Row:
+    """Return the standard error of the mean score, where the scores have one."""
+    if "standard_error" not in rows[0]:
+        return {}
+    return {"standard_error": round(math.hypot(*(row["standard_error"] for row in rows)) / len(rows), 6)}
 
 
 def _summary(rows: Sequence[Row], plain: np.ndarray[Any, Any], k: int) -> Summary:
