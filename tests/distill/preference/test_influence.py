@@ -1,6 +1,7 @@
 """Influence: the products are what a small step really does, a killed scoring goes on, and what the errors mean."""
 
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,7 @@ def test_a_killed_scoring_goes_on_and_a_student_is_loaded_only_for_what_is_missi
             return np.array([len(completion), 1.0])
 
     monkeypatch.setattr(scoring, "Influence", Fake)
+    house.teacher.word = lambda prompt: f"{zlib.crc32(prompt.encode())}"  # no two rationales are the same
     tables: dict[str, Any] = {
         "form": "reasoning-first",
         "prefer": {"score": "influence"},
