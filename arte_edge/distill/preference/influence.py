@@ -73,18 +73,25 @@ class Influence:
 
     def of(self, prompt: str, completion: str) -> Floats:
         """Return the products ``[p]`` of a draft, rendered as the student is trained on it, for a rate of 1."""
-        return self.by_weight(prompt, completion).sum(axis=0)
+        products: Floats = self.by_weight(prompt, completion).sum(axis=0)
+        return products
 
     def by_weight(self, prompt: str, completion: str) -> Floats:
         """Return the products ``[n_weight, p]`` of each weight matrix in `names`."""
         start = self._encoder.prompt(prompt)
         row = [*start, *self._encoder.completion(prompt, completion)]
-        self._model.zero_grad(set_to_none=True)
-        (-self._log_probabilities([(row, len(start))])[0] / (len(row) - len(start))).backward()
+        gain = self._log_probabilities([(row, len(start))])  # its sign is that of the loss, turned round
         products = [
-            (v @ w.grad.sign().flatten()).cpu().numpy() for v, w in zip(self._v, self._weights, strict=True)
+            (v @ g.sign().flatten()).tolist() for v, g in zip(self._v, self._gradients(gain), strict=True)
         ]
-        return -np.array(products, dtype=float)
+        return np.array(products, dtype=float)
+
+    def _gradients(self, value: torch.Tensor) -> list[torch.Tensor]:
+        """Return the gradient of the sum of `value` by each weight matrix, zero where it does not depend on one."""
+        import torch
+
+        found = torch.autograd.grad(value.sum(), self._weights, allow_unused=True)
+        return [torch.zeros_like(w) if g is None else g for g, w in zip(found, self._weights, strict=True)]
 
     def _objective_gradient(
         self, questions: Sequence[Question], free: bool, progress: Callable[[int], None]
@@ -109,14 +116,12 @@ class Influence:
             slopes = _slopes(logp, [q.right for q in questions], free=free)
         v = [torch.zeros(PARTS, w.numel(), device=w.device) for w in self._weights]
         for number, part in enumerate(packs):
-            self._model.zero_grad(set_to_none=True)
             for pack in part:
                 weight = torch.tensor([x for i in pack for x in slopes[i]], device=v[0].device)
-                (self._log_probabilities([row for i in pack for row in rows[i]]) * weight).sum().backward()
+                logp_each = self._log_probabilities([row for i in pack for row in rows[i]])
+                for total, g in zip(v, self._gradients(logp_each * weight), strict=True):
+                    total[number] += g.flatten()
                 progress(len(pack))
-            for total, w in zip(v, self._weights, strict=True):
-                if w.grad is not None:
-                    total[number] = w.grad.flatten()
         return v
 
     def _choice_row(self, prompt: str, choice: str) -> tuple[list[int], int]:
