@@ -260,6 +260,12 @@ class Tune(_Section):
         "auto", "what the student writes; auto: the cheapest form that a short trial finds no worse"
     )
     own_labels: bool = _key(True, "add the task's labelled seed rows to the training data")
+    soft_labels: float = _key(
+        0.0,
+        "closed answers: share of the teacher's distribution in the target, the label has the rest; 0: off",
+        ge=0.0,
+        le=1.0,
+    )
 
 
 class Evaluate(_Section):

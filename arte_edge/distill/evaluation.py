@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.asking.form import ANSWER_CLOSE, ANSWER_OPEN, Asking
+from arte_edge.asking.grammar import gbnf
 from arte_edge.distill.config import ModelConfig
 from arte_edge.distill.generation.rationales import (
     direct_votes,
@@ -74,17 +75,21 @@ def student_choices(
 ) -> Predictions:
     """Take a student's likeliest answer out of a closed set, asked as in `student_answers`.
 
-    An open answer is written after its opened tag; without tags that is `student_answers`.
+    An open answer is written after its opened tag, a number or JSON by its grammar where the engine has grammars;
+    without either that is `student_answers`.
     """
-    if not run.task.answer.closed:
-        if how.form == "answer":
-            return student_answers(run, engine, how, examples, what)
-        prompts = student_prompts(run, engine, how, examples)
-        sampling = Sampling(max_tokens=how.answer_tokens, stop=(ANSWER_CLOSE,))
-        done = run.calls.complete(engine, [Request(p + how.opening) for p in prompts], sampling, what)
-        texts = [how.opening + completion.text for completion in done]
-        return _judge(run, examples, [extract(text, run.task.answer) for text in texts])
+    answer = run.task.answer
     prompts = [prompt + how.opening for prompt in student_prompts(run, engine, how, examples)]
+    if not answer.closed:
+        grammar = gbnf(answer, "answer") if engine.supports_grammar else None
+        if how.form == "answer" and not grammar:
+            return student_answers(run, engine, how, examples, what)
+        stops = () if grammar else (ANSWER_CLOSE,)
+        sampling = Sampling(max_tokens=how.answer_tokens, stop=stops, grammar=grammar)
+        done = run.calls.complete(engine, [Request(prompt) for prompt in prompts], sampling, what)
+        texts = [completion.text for completion in done]
+        read = (canonical(t, answer) if grammar else extract(ANSWER_OPEN + t, answer) for t in texts)
+        return _judge(run, examples, list(read))
     closing = how.closing or engine.special_tokens.get("eos_token", "")
     return _chosen(run, engine, prompts, examples, closing, what)
 

@@ -13,6 +13,7 @@ from typing import Any
 from arte_edge.checkpoint import read_weights
 from arte_edge.distill.aligned import aligned_teacher
 from arte_edge.distill.config import TECHNIQUE_ARMS, UNALIGNED, Problem, RunConfig, problems_of, reject
+from arte_edge.distill.generation.rationales import votes_directly
 from arte_edge.distill.run_context import tells_labels
 from arte_edge.errors import ArteError, InputError
 from arte_edge.files import user_path
@@ -51,6 +52,12 @@ def refuse_run(config: RunConfig, task: Task) -> None:
             f'data = "{config.data}" chooses among rationales, and this student may learn answers without any'
         )
         problems.append((what, 'Set tune.target = "reasoning-first" or "answer-first".'))
+    if config.tune.soft_labels and not votes_directly(config, task.answer):
+        what = "tune.soft_labels: the teacher gives no probabilities of answers to this task"
+        how = (
+            "Set it to 0; or use a local teacher, a task of closed answers, and elicit.opinion_shots above 0."
+        )
+        problems.append((what, how))
     reject(problems)
 
 

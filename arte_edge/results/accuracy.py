@@ -70,10 +70,26 @@ class Share(Record):
     accuracy: float = Field(ge=0, le=1, description="right / n")
     low: float = Field(ge=0, le=1, description="95 % Wilson interval")
     high: float = Field(ge=0, le=1)
+    slot_f1: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="of JSON answers: micro F1 over the values in them, each by its path",
+    )
     difference: float | None = Field(default=None, description="accuracy minus that of the reference, paired")
     difference_low: float | None = Field(default=None, description="95 % interval of the difference")
     difference_high: float | None = None
     p_value: float | None = Field(default=None, description="exact McNemar test of the pairs")
+
+    @property
+    def percent(self) -> str:
+        """The accuracy and its interval for a table: ``82% (74–88)``."""
+        return f"{self.accuracy:.0%} ({100 * self.low:.0f}–{100 * self.high:.0f})"
+
+    @property
+    def with_slots(self) -> str:
+        """The accuracy for a table, of JSON answers with the slot F1: ``82.0% (slot F1 91.3%)``."""
+        return f"{self.accuracy:.1%}" + ("" if self.slot_f1 is None else f" (slot F1 {self.slot_f1:.1%})")
 
     @property
     def difference_points(self) -> str:
@@ -94,12 +110,6 @@ class PairedAccuracy(Share):
 
     task: str = Field(default="", description="name of the task; empty: the one the student was tuned for")
     split: str = Field(description="which examples: validation or test")
-    slot_f1: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="of JSON answers: micro F1 over the values in them, each by its path",
-    )
     reference: str = Field(default="", description="what the difference is paired with: the 16-bit student")
     reference_right: int | None = Field(default=None, description="its correct answers on the same examples")
     lost: int | None = Field(default=None, description="examples that only the reference got right")
@@ -139,11 +149,6 @@ class PairedAccuracy(Share):
                 "p_value": test.p_value,
             }
         )
-
-    @property
-    def percent(self) -> str:
-        """The accuracy and its interval for a table: ``82% (74–88)``."""
-        return f"{self.accuracy:.0%} ({100 * self.low:.0f}–{100 * self.high:.0f})"
 
     @property
     def reference_alone(self) -> PairedAccuracy | None:

@@ -84,7 +84,7 @@ def headline(summary: Mapping[str, Any]) -> str:
 
 def _row(row: Mapping[str, Any], test: Mapping[str, Any] | None, partial: bool) -> ComparisonRow:
     keys = ("model", "setting", "n", "right", "accuracy", "low", "high")
-    known = {key: row[key] for key in keys} | {"partial": partial}
+    known = {key: row[key] for key in keys} | {"partial": partial, "slot_f1": row.get("slot_f1")}
     if test is not None:
         known |= {"difference": test["difference"], "p_value": test["p_value"]}
         known |= {"difference_low": test["low"], "difference_high": test["high"]}

@@ -14,6 +14,7 @@ from arte_edge.distill.stages.evaluate import evaluate
 from arte_edge.distill.validate_config import fewer_shown, refuse_models
 from arte_edge.errors import InputError
 from arte_edge.models.resolve import LocalModel
+from arte_edge.tasks.task import Answer
 
 SIZES = {"llama__block_count": 1, "llama__attention__head_count": 1}
 
@@ -29,6 +30,14 @@ def test_a_split_that_is_too_small_is_refused(
     said = " ".join(capsys.readouterr().err.split())
     assert f"{n} {split} examples are too few" in said and f"{split}.jsonl" in said
     assert house.calls == 0
+
+
+def test_soft_labels_need_the_probabilities_of_a_closed_set(house: Any, capsys: Capture) -> None:
+    soft = ["--set", "tune.soft_labels=0.5"]
+    assert house.distill(*soft, "--set", "elicit.opinion_shots=0") == 2
+    house.task = replace(house.task, answer=Answer(kind="text"))
+    assert house.distill(*soft) == 2
+    assert capsys.readouterr().err.count("tune.soft_labels: ") == 2 and house.calls == 0
 
 
 def test_a_task_with_one_seed_runs_with_what_there_is_and_results_say_so(house: Any) -> None:

@@ -27,8 +27,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-import numpy as np
-
 from arte_edge.asking.grammar import gbnf
 from arte_edge.distill.config import LabelPolicy, ModelConfig, RunConfig
 from arte_edge.distill.prompts import (
@@ -51,6 +49,7 @@ from arte_edge.tasks.task import Answer, content_key
 __all__ = [
     "agrees",
     "decide_label",
+    "direct_choices",
     "direct_votes",
     "generate_rationales",
     "label_drafts",
@@ -157,10 +156,15 @@ def _bare(question: Row) -> Row:
 
 
 def rationale_sampling(run: RunContext, engine: Engine, tokens: int) -> Sampling:
-    """Return how rationales are decoded: greedily, the end constrained to the format if the engine can."""
+    """Return how rationales are decoded: greedily, the end constrained to the format if the engine can.
+
+    JSON is longer than a label, and useless cut off: the longest known answer has room besides the reasoning.
+    """
     constrained = run.config.elicit.grammar and engine.supports_grammar
     grammar = rationale_grammar(run.task.answer, tokens) if constrained else None
-    return Sampling(max_tokens=tokens, stop=ANSWER_STOPS, grammar=grammar)
+    known = (*run.task.seed, *run.task.validation) if run.task.answer.kind == "json" else ()
+    room = max((engine.count_tokens(example.target) for example in known), default=0)
+    return Sampling(max_tokens=tokens + room, stop=ANSWER_STOPS, grammar=grammar)
 
 
 def votes_directly(config: RunConfig, answer: Answer) -> bool:
@@ -171,13 +175,23 @@ def votes_directly(config: RunConfig, answer: Answer) -> bool:
 def direct_votes(
     run: RunContext, engine: Engine, config: ModelConfig, questions: Sequence[Row], what: str
 ) -> list[str | None]:
-    """Return the teacher's direct few-shot answer to each question, None where the answer set is open.
+    """Return the teacher's direct few-shot answer to each question, None where the answer set is open."""
+    return [
+        max(own, key=own.__getitem__) if own else None
+        for own in direct_choices(run, engine, config, questions, what)
+    ]
+
+
+def direct_choices(
+    run: RunContext, engine: Engine, config: ModelConfig, questions: Sequence[Row], what: str
+) -> list[dict[str, float]]:
+    """Return the log-probability of each answer to each question, without reasoning; none where the set is open.
 
     With many examples and no reasoning a small teacher is often more accurate than with reasoning.
     """
     options = [run.task.answer.options(row["input"]) for row in questions]
     if not questions or not votes_directly(run.config, run.task.answer):
-        return [None] * len(questions)
+        return [{} for _ in questions]
     shots = answer_shots(run.task.seed, run.config.elicit.opinion_shots)
     prompts = [
         run.render(engine, direct_messages(run.task, row["input"], shots), ANSWER_OPEN, config)
@@ -187,7 +201,7 @@ def direct_votes(
     # One request a question: when more are drafted later, those before them stay cached.
     each = [([prompt], [own]) for prompt, own in zip(prompts, choices, strict=True)]
     scores = run.calls.choose_each(engine, each, what)
-    return [row[int(np.nanargmax(found[0]))] for row, found in zip(options, scores, strict=True)]
+    return [dict(zip(row, found[0], strict=True)) for row, found in zip(options, scores, strict=True)]
 
 
 def rationale_row(run: RunContext, question: Row, technique: int, completion: Completion) -> Row:

@@ -26,6 +26,7 @@ from arte_edge.distill.run_context import Row, RunContext, Summary, tuned_studen
 from arte_edge.distill.stages.own_labels import own_labels_student
 from arte_edge.models.resolve import LocalModel
 from arte_edge.notebook import ResultTable
+from arte_edge.results.accuracy import NOT_KNOWN
 from arte_edge.results.comparison import (
     AS_ASKED,
     BASE,
@@ -37,6 +38,7 @@ from arte_edge.results.comparison import (
     headline,
 )
 from arte_edge.stats import format_share, mcnemar, wilson
+from arte_edge.tasks.answers import leaf_f1
 from arte_edge.tasks.task import Example
 
 __all__ = ["CONSTRAINED", "evaluate", "headline", "show_summary", "summary_lines", "summary_table"]
@@ -117,13 +119,13 @@ def _answer_rows(examples: tuple[Example, ...], results: _Results) -> list[Row]:
 
 
 def _summary(run: RunContext, examples: tuple[Example, ...], results: _Results) -> Summary:
-    config, n = run.config.evaluate, len(examples)
+    config = run.config.evaluate
     first = _first(results)
     share = format_share(
         results[BASE, first].accuracy, results[BASE, CONSTRAINED].accuracy, results[TUNED, first].accuracy
     )
     return {
-        "rows": [_row(who, setting, answered, n) for (who, setting), answered in results.items()],
+        "rows": [_row(run, who, setting, answered, examples) for (who, setting), answered in results.items()],
         "paired": [
             {
                 "against": who,
@@ -148,9 +150,13 @@ def _first(results: _Results) -> str:
     return next(setting for who, setting in results if who == TUNED)
 
 
-def _row(who: str, setting: str, answered: Predictions, n: int) -> Row:
-    right = int(answered.right.sum())
+def _row(
+    run: RunContext, who: str, setting: str, answered: Predictions, examples: tuple[Example, ...]
+) -> Row:
+    right, n = int(answered.right.sum()), len(examples)
     interval = wilson(right, n)
+    targets = (example.target for example in examples)
+    f1 = leaf_f1(zip(answered.answers, targets, strict=True), run.task.answer)
     return {
         "model": who,
         "setting": setting,
@@ -159,6 +165,7 @@ def _row(who: str, setting: str, answered: Predictions, n: int) -> Row:
         "accuracy": round(answered.accuracy, 4),
         "low": round(interval.low, 4),
         "high": round(interval.high, 4),
+        **({} if f1 is None else {"slot_f1": round(f1, 4)}),
     }
 
 
@@ -186,18 +193,26 @@ def _describe(summary: Summary) -> str:
 
 
 def summary_table(evaluation: Summary) -> ResultTable:
-    """Return accuracy by model and prompting, with 95 % intervals, and the tuned student's paired difference."""
+    """Return accuracy by model and prompting, with 95 % intervals, and the tuned student's paired difference.
+
+    Of JSON answers with their slot F1; what is right is then shorter, so that the table fits into 80 columns.
+    """
     table = ResultTable(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True)
+    rows = comparison_of(evaluation)
+    slots = any(row.slot_f1 is not None for row in rows)
     for name in ("model", "prompting"):
         table.add_column(name, no_wrap=True)
-    for name in ("right", "95 % interval", "tuned minus it"):
+    for name in ("right (95 %)", "slot F1") if slots else ("right", "95 % interval"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in comparison_of(evaluation):
+    table.add_column("tuned minus it", justify="right", no_wrap=True)
+    for row in rows:
+        right = (f"{row.accuracy:.1%}", f"{100 * row.low:.1f} to {100 * row.high:.1f}")
+        if slots:
+            right = (row.percent, NOT_KNOWN if row.slot_f1 is None else f"{row.slot_f1:.1%}")
         table.add_row(
             row.model.replace("labels + ", "+ "),  # so that it fits into 80 columns
             row.setting,
-            f"{row.accuracy:.1%}",
-            f"{100 * row.low:.1f} to {100 * row.high:.1f}",
+            *right,
             row.difference_points,
             style="bold" if row.model == TUNED else "",
         )

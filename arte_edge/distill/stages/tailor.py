@@ -30,6 +30,7 @@ from arte_edge.distill.config import TECHNIQUE_ARMS, RunConfig
 from arte_edge.distill.generation.inputs import Focus
 from arte_edge.distill.generation.questions import Drafts, QuestionPlan, draft_questions
 from arte_edge.distill.generation.rationales import (
+    direct_choices,
     label_drafts,
     over_budget,
     reject_repeated,
@@ -54,7 +55,7 @@ _OVERSAMPLE, _OVERSAMPLE_TOLD = 1.6, 1.25
 
 
 def tailor(run: RunContext, adapter: tuple[Path, str] | None, focus: Focus, number: int = 1) -> Summary:
-    """Write train.jsonl of round `number`: rows of input, label, rationale.
+    """Write train.jsonl of round `number`: rows of input, label, rationale; for soft labels with `choices`.
 
     `adapter` (path, sha256) aligns the teacher. `focus` says which answers need more inputs
     (`generation.inputs`). No input repeats one of an earlier round.
@@ -104,6 +105,7 @@ def _inputs(run: RunContext, adapter_sha256: str, focus: Focus, number: int) -> 
         "earlier": run.outputs(*_earlier(run, number)),
         **run.data_inputs(),
         **run.budget_inputs(),
+        **({"choices": True} if run.config.tune.soft_labels else {}),
         **({} if run.budget is None else {"draws": run.config.deploy.draws}),
         **_selection_inputs(run),
     }
@@ -170,6 +172,9 @@ def _generate_examples(
         for key in order
     ]
     rows = _balanced(examples, config.questions) if even else examples[: config.questions]
+    if run.config.tune.soft_labels:  # the calls were made for the labels
+        found = direct_choices(run, engine, run.config.teacher, rows, "soft labels")
+        rows = [row | {"choices": choices} for row, choices in zip(rows, found, strict=True)]
     words = [len(row["rationale"].split()) for row in rows]
     kept = [picked.rationale[row["id"]] for row in rows]
     summary = {

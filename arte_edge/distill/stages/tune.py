@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from arte_edge.asking.form import Asking
@@ -18,6 +19,7 @@ from arte_edge.tasks.task import Example
 __all__ = ["tune"]
 
 _TRIAL_ROWS = 150
+_LEAST = 0.01  # probability of a choice that is part of a soft label
 
 
 def tune(run: RunContext, number: int = 1) -> tuple[Summary, LocalModel]:
@@ -30,7 +32,10 @@ def tune(run: RunContext, number: int = 1) -> tuple[Summary, LocalModel]:
     base, gguf = run.local(run.config.student), run.folder / name / "student-F16.gguf"
     tailored = [run.round_name("tailor", n) for n in range(1, number + 1)]
     inputs = {
-        "tune": run.config.tune.model_dump(mode="json"),
+        # Off, soft labels are no input: students of before they were there stay.
+        "tune": run.config.tune.model_dump(
+            mode="json", exclude=None if run.config.tune.soft_labels else {"soft_labels"}
+        ),
         "form": run.form,
         "answer_tokens": run.config.evaluate.answer_tokens,
         "student": run.identity(run.config.student),
@@ -63,6 +68,7 @@ def tune(run: RunContext, number: int = 1) -> tuple[Summary, LocalModel]:
                 {
                     "examples": result.examples,
                     "own_labels": len(rows) - len(data),
+                    "soft_labels": sum("others" in row for row in rows),
                     "dropped_as_too_long": result.dropped,
                     "steps": result.steps,
                     "loss_first": round(losses[0], 4) if losses else None,
@@ -84,9 +90,28 @@ def _rows(run: RunContext, how: Asking, data: list[Row]) -> list[Row]:
     them out.
     """
     rows = training_rows(run, how, _examples(data), [row["rationale"] for row in data])
+    if (share := run.config.tune.soft_labels) and how.form != "reasoning-first":
+        for row, source in zip(rows, data, strict=True):
+            if others := _others(how, source, share):
+                row["others"] = others
     if run.config.tune.own_labels and how.form != "reasoning-first":
         rows += training_rows(run, how, run.task.seed)
     return rows
+
+
+def _others(how: Asking, row: Row, share: float) -> dict[str, float]:
+    """Return the completions besides the label's, each with its part of the target.
+
+    The target is the label with ``1 - share`` and the teacher's distribution over the choices with `share` (Hinton et
+    al., arXiv 1503.02531); a choice of less than 1 % costs a row and teaches nothing. None gives reasons: the row's
+    are for its label.
+    """
+    logs: dict[str, float] = row["choices"]
+    top = max(logs.values())
+    total = sum(math.exp(value - top) for value in logs.values())
+    likely = {choice: p for choice, value in logs.items() if (p := math.exp(value - top) / total) >= _LEAST}
+    kept = sum(likely.values())
+    return {how.completion(c): share * p / kept for c, p in likely.items() if c != row["label"]}
 
 
 def _examples(data: list[Row]) -> list[Example]:
@@ -109,5 +134,6 @@ def _describe(summary: dict[str, Any]) -> str:
     first, last = summary["loss_first"], summary["loss_last"]
     loss = "" if first is None else f", loss {first:.2f} → {last:.2f}"
     own = f" ({summary['own_labels']} of them your own labels)" if summary["own_labels"] else ""
+    own += f", {soft} with soft labels" if (soft := summary.get("soft_labels")) else ""
     trial = f"; {describe_trial(summary['trial'])}" if summary["trial"] else ""
     return f"{summary['examples']} examples{own}, {summary['steps']} steps{loss}{trial}"

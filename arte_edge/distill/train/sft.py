@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from arte_edge.cache import sha256_checkpoint
@@ -35,7 +36,7 @@ from arte_edge.distill.train.lora_merge import MergeCheck, check_merge, merge_ad
 from arte_edge.errors import InputError
 from arte_edge.store import content_key, write_jsonl
 
-__all__ = ["SftResult", "encode_sft", "train_sft"]
+__all__ = ["SftResult", "encode_sft", "encode_soft", "train_sft"]
 
 _MERGE_PROMPTS = 8
 _IGNORED = -100  # the label that torch's cross-entropy leaves out
@@ -56,13 +57,16 @@ class SftResult:
 
 def train_sft(
     checkpoint: Path,
-    rows: Sequence[Mapping[str, str]],
+    rows: Sequence[Mapping[str, Any]],
     out: Path,
     settings: SftSettings | None = None,
     *,
     progress: Progress | None = None,
 ) -> SftResult:
     """Fine-tune `checkpoint` on `rows` (``prompt`` and ``completion``, rendered text) into the folder `out`.
+
+    A row with a soft label also has ``others``: completions, each with its part of the target; the row's own
+    completion has the rest.
 
     Killed at any moment, the same call resumes from its last checkpoint to the same
     weights; a finished one returns at once.
@@ -73,7 +77,8 @@ def train_sft(
         ArteError: the training libraries are missing, or a merged adapter is not the same model.
     """
     settings = settings or SftSettings()
-    check_rows(rows, ("prompt", "completion"), "training example")
+    texts = [{key: value for key, value in row.items() if key != "others"} for row in rows]
+    check_rows(texts, ("prompt", "completion"), "training example")
     sha256 = sha256_checkpoint(checkpoint)
     request = content_key("sft", sha256, [dict(row) for row in rows], settings.model_dump())
     if done := finished(out, request, _result):
@@ -95,9 +100,7 @@ def train_sft(
     return _result(out, report)
 
 
-def encode_sft(
-    encoder: Encoder, rows: Sequence[Mapping[str, str]], max_length: int
-) -> list[dict[str, list[int]]]:
+def encode_sft(encoder: Encoder, rows: Sequence[Mapping[str, Any]], max_length: int) -> list[dict[str, Any]]:
     """Return ``input_ids`` and ``labels`` of each row that fits; a prompt's labels are -100."""
     encoded = []
     for row in rows:
@@ -109,9 +112,52 @@ def encode_sft(
     return encoded
 
 
+def encode_soft(encoder: Encoder, rows: Sequence[Mapping[str, Any]], max_length: int) -> list[dict[str, Any]]:
+    """Return `encode_sft` of all completions of each row, its own first, with their ``weights``; all must fit."""
+    found = []
+    for row in rows:
+        others = row.get("others", {})
+        weights = {row["completion"]: 1.0 - sum(others.values()), **others}
+        each = [{"prompt": row["prompt"], "completion": text} for text in weights]
+        made = encode_sft(encoder, each, max_length)
+        if len(made) == len(each):
+            lists = {key: [one[key] for one in made] for key in ("input_ids", "labels")}
+            found.append({**lists, "weights": list(weights.values())})
+    return found
+
+
+def _weigh(trainer: Any, model: Any) -> None:
+    """Let `trainer`, whose bare model is `model`, train on rows of `encode_soft`.
+
+    Its loss is then a mean over tokens, in which those of a completion have its weight: the expected negative
+    log-likelihood under the soft labels. All completions of a row are in one batch, so that the weights stand in the
+    same relation everywhere, and what they have in common is computed once.
+    """
+    import torch
+
+    pad, theirs = trainer.data_collator, model.forward
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        flat = [
+            {"input_ids": ids, "labels": labels}
+            for row in rows
+            for ids, labels in zip(row["input_ids"], row["labels"], strict=True)
+        ]
+        return {**pad(flat), "weights": torch.tensor([weight for row in rows for weight in row["weights"]])}
+
+    def forward(self: Any, *args: Any, weights: Any = None, **kwargs: Any) -> Any:
+        out = theirs(*args, **kwargs)
+        if weights is not None:  # [n_row]; TRL divides the sum by the number of labelled tokens
+            mask, each = out.label_mask, weights.unsqueeze(1)
+            out.log_probs = out.log_probs * each * (mask.sum() / (mask * each).sum())
+        return out
+
+    trainer.data_collator, model.forward = collate, MethodType(forward, model)
+
+
 def _trainer(
     checkpoint: Path,
-    rows: Sequence[Mapping[str, str]],
+    rows: Sequence[Mapping[str, Any]],
     settings: SftSettings,
     workspace: Workspace,
     progress: Progress | None,
@@ -121,31 +167,35 @@ def _trainer(
     from trl import SFTConfig, SFTTrainer
 
     model, tokenizer = load(checkpoint, frozen=settings.lora is not None)
-    encoded = encode_sft(Encoder(tokenizer), rows, settings.max_length)
+    soft = any("others" in row for row in rows)
+    encoded = (encode_soft if soft else encode_sft)(Encoder(tokenizer), rows, settings.max_length)
     if not encoded:
         raise InputError(
             f"No training example fits into {settings.max_length} tokens", "Raise max_length or shorten them."
         )
-    order = training_order(
-        [len(row["input_ids"]) for row in encoded], settings.batch_size, settings.epochs, settings.seed
-    )
+    lengths = [len(row["input_ids"][0] if soft else row["input_ids"]) for row in encoded]
+    order = training_order(lengths, settings.batch_size, settings.epochs, settings.seed)
+    how = arguments(checkpoint, workspace, settings, len(order), "linear")
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(packing=False, **arguments(checkpoint, workspace, settings, len(order), "linear")),
+        args=SFTConfig(packing=False, remove_unused_columns=not soft, **how),
         train_dataset=Dataset.from_list([encoded[i] for i in order]),
         processing_class=tokenizer,
         peft_config=lora_config(settings.lora) if settings.lora else None,
         callbacks=[keep_going(workspace, settings.save_every_s, progress)],
     )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for data
-    score_completions_only(trainer.model.get_base_model() if settings.lora else trainer.model)
+    bare = trainer.model.get_base_model() if settings.lora else trainer.model
+    score_completions_only(bare)
+    if soft:
+        _weigh(trainer, bare)
     return trainer, {"examples": len(encoded), "dropped": len(rows) - len(encoded)}
 
 
 def _write(
     model: Any,
     checkpoint: Path,
-    rows: Sequence[Mapping[str, str]],
+    rows: Sequence[Mapping[str, Any]],
     settings: SftSettings,
     workspace: Workspace,
 ) -> tuple[Path, dict[str, Any] | None]:

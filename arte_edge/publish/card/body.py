@@ -153,7 +153,7 @@ def _comparison(student: StudentFile) -> str:
             _cell(_COMPARED.get(row.model, row.model)),
             _cell(row.setting),
             str(row.n),
-            f"{row.accuracy:.1%}",
+            row.with_slots,
             f"{row.low:.1%} to {row.high:.1%}",
             row.difference_points,
         )
@@ -206,7 +206,7 @@ def _accuracy_row(name: str, accuracy: PairedAccuracy, student: StudentFile) -> 
         name,
         _cell(f"{accuracy.task or student.lineage.task}, {accuracy.split}".lstrip(", ")),
         str(accuracy.n),
-        f"{accuracy.accuracy:.1%}",
+        accuracy.with_slots,
         f"{accuracy.low:.1%} to {accuracy.high:.1%}",
         accuracy.difference_points,
         _cell(place),

@@ -57,7 +57,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "tailor/train.jsonl": {"input": str, "rationale": str, "label": str},
     "tune/student/log.jsonl": _LOGGED,
     "evaluate/manifest.json": {
-        "rows": [{"model": str, "setting": str, **_SHARE}],
+        "rows": [{"model": str, "setting": str, "slot_f1": float | None, **_SHARE}],
         "paired": [{"against": str, "setting": str, **_TEST}],
         **dict.fromkeys(("chance", "format_share"), float | None),
     },

@@ -134,6 +134,7 @@ def accuracy_rows(run: RunData) -> list[dict[str, Any]]:
             **row.model_dump(),
             "label": row.model if row.setting == AS_ASKED else f"{row.model}, {row.setting}",
             "series": _SERIES.get(row.model, 5),
+            "shown": row.with_slots.replace("%", " %"),
             "points": row.difference_points,
         }
         for row in comparison_of(run.summaries.get("evaluate") or {"rows": [], "paired": []})

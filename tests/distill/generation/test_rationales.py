@@ -15,6 +15,7 @@ from arte_edge.distill.generation.rationales import (
     label_rows,
     rationale_grammar,
     rationale_row,
+    rationale_sampling,
     reject_repeated,
     short_shots,
     shortened,
@@ -24,7 +25,7 @@ from arte_edge.distill.run_context import RunContext
 from arte_edge.distill.stages.tailor import tailor
 from arte_edge.errors import StoppedEarly
 from arte_edge.runtimes.completion import Completion, Request, Sampling
-from arte_edge.tasks.task import Answer, FewShotExample
+from arte_edge.tasks.task import Answer, Example, FewShotExample
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,15 @@ def test_the_reasoning_ends_within_the_budget_and_within_what_llama_cpp_accepts(
     match = re.search(r"\{1,(\d+)\}", rationale_grammar(Answer(kind="boolean"), tokens))
     assert match
     assert 16 <= int(match[1]) <= min(max(16, 3 * tokens), 2000)
+
+
+@pytest.mark.parametrize(("kind", "more"), [("json", 3), ("text", 0)])
+def test_json_has_room_besides_the_reasoning(house: Any, kind: Any, more: int) -> None:
+    answer = Answer(kind=kind, json_schema="{}" if more else "")
+    house.task = replace(house.task, answer=answer, seed=(Example("?", '{"a": "b c"}'),))
+    run = house.run()
+    assert rationale_sampling(run, run.engine(run.config.teacher), 60).max_tokens == 60 + more
+    run.close()
 
 
 RATES = Rates(20.0, 200.0, "measured", "")

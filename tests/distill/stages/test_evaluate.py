@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from rich.console import Console
 
 from arte_edge.distill.evaluation import respondent_answers, student_answers, student_choices
 from arte_edge.distill.stages.check import check
 from arte_edge.distill.stages.evaluate import evaluate, headline, summary_lines, summary_table
 from arte_edge.distill.stages.rounds import tailor_and_tune
 from arte_edge.distill.stages.target import target
+from arte_edge.results.comparison import comparison_of
 from arte_edge.runtimes.completion import Request, Sampling
-from arte_edge.tasks.task import Answer, Example
+from arte_edge.tasks.structured import schema_text
+from arte_edge.tasks.task import Answer, Example, rows_sha256
 
 ROWS = ["base student", "own labels", "own labels + validation", "tuned student", "teacher"]
 
@@ -63,6 +66,64 @@ def test_a_student_that_is_not_better_says_so_first_and_what_to_try(house: Any) 
     first = headline(summary)
     assert first.startswith("Not better than your own labels alone: +0.0 (-")
     assert "tailor.questions" in first and "rounds = 2" in first and "stronger teacher" in first
+
+
+def as_json(house: Any) -> None:
+    """Make the task one of intents: its answers are JSON objects."""
+    schema = {"type": "object", "properties": {"intent": {"type": "string"}}, "required": ["intent"]}
+    task = house.task
+
+    def written(examples: Sequence[Example]) -> tuple[Example, ...]:
+        return tuple(Example(e.input, f'{{"intent":"{e.target}"}}') for e in examples)
+
+    test = written(task.load_test())
+    house.task = replace(
+        task,
+        answer=Answer(kind="json", json_schema=schema_text(schema)),
+        seed=written(task.seed),
+        validation=written(task.validation),
+        test_inputs=frozenset(example.key for example in test),
+        test_sha256=rows_sha256(test),
+        test_loader=lambda: test,
+    )
+
+
+def test_json_answers_have_a_slot_f1_and_a_table_of_80_columns(house: Any) -> None:
+    as_json(house)
+    answer, draft = '{"intent":"even"}', house.teacher.drafts
+    house.teacher.drafts = lambda sample: draft(sample).replace(">even<", f">{answer}<")
+    for engine in (house.teacher, house.student):
+        engine.answer = lambda prompt: answer
+    summary = evaluated(house, tune={"target": "answer"}, data="original-teacher")
+    f1 = {(row["model"], row["setting"]): row["slot_f1"] for row in summary["rows"]}
+    assert (f1["base student", "as asked"], f1["tuned student", "as asked"]) == (
+        0.5,
+        0.0,
+    )  # "even" is no JSON
+    table = summary_table(summary)
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert columns["slot F1"][0] == "50.0%" and columns["right (95 %)"][0] == "50% (30–70)"
+    assert Console(width=200).measure(table).maximum <= 80
+    assert {row.slot_f1 for row in comparison_of(summary)} >= {0.5, 0.0}
+
+
+@pytest.mark.parametrize("form", ["answer", "answer-first"])
+def test_constrained_json_is_written_by_its_grammar(house: Any, form: Any) -> None:
+    as_json(house)
+    house.student.supports_grammar = True
+    seen: list[str] = []
+
+    def say(request: Request, text: str, sampling: Sampling) -> str:
+        seen.append(request.prompt[-5:])
+        return '{"intent":"even"}' if sampling.grammar else "even"
+
+    house.student.say = say
+    run = house.run()
+    engine, how, examples = run.engine(run.config.student), run.asking(form), house.task.validation[:2]
+    assert student_answers(run, engine, how, examples, "as asked").accuracy == 0
+    assert student_choices(run, engine, how, examples, "constrained").accuracy == 0.5
+    run.close()
+    assert (seen[-1] == "<ans>") == (form == "answer-first")
 
 
 def test_without_the_control_there_is_nothing_to_compare_with(house: Any) -> None:

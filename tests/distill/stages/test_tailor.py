@@ -1,5 +1,6 @@
 """What the student is trained on: of more examples than wanted, those that spread the labels."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -12,9 +13,11 @@ from tiny import Patch
 
 from arte_edge.distill.generation.inputs import Focus
 from arte_edge.distill.stages.calibrate import calibrate
+from arte_edge.distill.stages.check import check
 from arte_edge.distill.stages.elicit import elicit
 from arte_edge.distill.stages.prefer import prefer
 from arte_edge.distill.stages.tailor import tailor
+from arte_edge.distill.stages.tune import tune
 from arte_edge.runtimes.completion import Request, Sampling
 
 WANTED = 8
@@ -130,3 +133,36 @@ def test_a_technique_arm_keeps_one_of_the_techniques_rationales(
 ) -> None:
     rows, *_ = selected(house, data=data, tune={"target": "reasoning-first"})
     assert {int(re.findall(r"way (\d+)", row["rationale"])[0]) for row in rows} == ways
+
+
+@pytest.mark.parametrize("role", ["labels", "inputs"])
+def test_soft_labels_hold_the_teachers_distribution_beside_the_label(house: Any, role: str) -> None:
+    house.by_label = True
+    for share in (0.0, 0.5):
+        run = house.run(
+            teacher={"model": "scripted-teacher", "role": role},
+            tailor={"questions": WANTED},
+            tune={"soft_labels": share, "target": "answer"},
+        )
+        check(run, force=True)
+        assert run.role == role
+        made = house.calls
+        tailor(run, None, Focus())
+        summary, _ = tune(run)
+        data, rows = (run.read(*file) for file in (("tailor", "train.jsonl"), ("tune", "rows.jsonl")))
+        run.close()
+        others = [row.get("others") for row in rows]
+        if not share:
+            assert not any(others) and not any("choices" in row for row in data)
+            continue
+        assert house.calls == made  # the distribution is that of the labels' own calls
+        assert data[0]["choices"] == {data[0]["label"]: -0.1, other(data[0]["label"]): -2.4}
+        p = 1 / (1 + math.exp(2.3))
+        assert [list(one) for one in others[:WANTED]] == [[other(row["label"])] for row in data]
+        assert [p for one in others[:WANTED] for p in one.values()] == pytest.approx([p / 2] * WANTED)
+        assert not any(others[WANTED:])  # own labels are certain
+        assert summary["soft_labels"] == WANTED and len(rows) > WANTED
+
+
+def other(label: str) -> str:
+    return {"even": "odd", "odd": "even"}[label]

@@ -13,7 +13,7 @@ FULL = SftSettings(learning_rate=1e-2, batch_size=4, epochs=6, seed=3)
 LORA = FULL.model_copy(update={"lora": Lora(rank=8, alpha=16), "learning_rate": 2e-2})
 
 
-def weights(folder: Path) -> dict[str, Any]:
+def load_weights(folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
@@ -68,8 +68,8 @@ def test_the_checkpoint_is_16_bit_with_the_bases_own_files(
     import torch
 
     base, out = tiny_checkpoint(), tuned[kind].checkpoint
-    assert {tensor.dtype for tensor in weights(out).values()} == {torch.float16}
-    assert weights(out).keys() == weights(base).keys()
+    assert {tensor.dtype for tensor in load_weights(out).values()} == {torch.float16}
+    assert load_weights(out).keys() == load_weights(base).keys()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (out, base))
@@ -116,6 +116,62 @@ def test_rows_that_are_too_long_are_dropped_not_cut_and_some_must_be_left(
         train_sft(tiny_checkpoint(), rows[1:], tmp_path / "none", short)
 
 
+SOFT = [
+    {"prompt": "<|user|>Is 3 true?\n", "completion": "yes", "others": {"no": 0.25, "maybe not": 0.15}},
+    {"prompt": "<|user|>Is 3 false?\n", "completion": "no"},
+]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])  # the second: not packed into one row
+def test_a_soft_label_costs_its_expected_negative_log_likelihood(
+    arch: str, tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tiny_checkpoint(arch=arch)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    encoder = Encoder(AutoTokenizer.from_pretrained(base))
+    loss = n_token = torch.tensor(0.0)
+    for row, weights in zip(SOFT, ({"yes": 0.6, "no": 0.25, "maybe not": 0.15}, {"no": 1.0}), strict=True):
+        prompt = encoder.prompt(row["prompt"])
+        for text, weight in weights.items():
+            completion = encoder.completion(row["prompt"], text)
+            logs = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+            for place, token in enumerate(completion, len(prompt)):
+                loss, n_token = loss - weight * logs[place - 1, token], n_token + weight
+    (loss / n_token).backward()
+    rate = 1e-3
+    settings = SftSettings(learning_rate=rate, batch_size=2, warmup=0, dtype="float16")
+    done = train_sft(base, SOFT, tmp_path / "out", settings)
+    assert done.history[0]["loss"] == pytest.approx((loss / n_token).item(), rel=1e-3)
+    # The first step of Adam goes against the sign of each gradient that is not tiny.
+    before, after = (
+        model.model.embed_tokens.weight,
+        load_weights(done.checkpoint)["model.embed_tokens.weight"],
+    )
+    steep = before.grad.abs() > 1e-4
+    assert steep.any() and torch.equal((after.float() - before)[steep].sign(), -before.grad[steep].sign())
+
+
+def test_without_others_a_soft_label_is_a_label(tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path) -> None:
+    import torch
+
+    settings = FULL.model_copy(update={"epochs": 1.0, "accumulate": 2})
+    hard = train_sft(tiny_checkpoint(), sft_rows, tmp_path / "hard", settings)
+    soft = train_sft(
+        tiny_checkpoint(), [row | {"others": {}} for row in sft_rows], tmp_path / "soft", settings
+    )
+    assert [row["loss"] for row in soft.history] == pytest.approx(
+        [row["loss"] for row in hard.history], rel=1e-4
+    )
+    a, b = load_weights(hard.checkpoint), load_weights(soft.checkpoint)
+    assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+    long = [SOFT[0] | {"others": {"no " * 100: 0.4}}]
+    with pytest.raises(InputError, match="fits into 32 tokens"):
+        train_sft(tiny_checkpoint(), long, tmp_path / "long", settings.model_copy(update={"max_length": 32}))
+
+
 @pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_killed_training_goes_on_to_the_same_weights(
     kind: str, tiny_checkpoint: Any, sft_rows: Any, kill: Any, tmp_path: Path
@@ -134,5 +190,5 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     )
     assert steps == [4, 5, 6]  # three steps were kept
     assert [row["loss"] for row in again.history] == [row["loss"] for row in whole.history]
-    a, b = weights(whole.checkpoint), weights(again.checkpoint)
+    a, b = load_weights(whole.checkpoint), load_weights(again.checkpoint)
     assert all(torch.equal(a[name], b[name]) for name in a)
