@@ -36,10 +36,12 @@ class PrivateName:
 
 
 _PACK = "arte_edge.runtimes.transformers.onednn_prepack"
+_INT8 = "arte_edge.runtimes.transformers.onednn_int8"
 _ROWS = "arte_edge.runtimes.transformers.packed_kv_cache"
 _HEAD = "arte_edge.distill.train.completion_head"
 _SLIM = "arte_edge.onnx.simplify"
 _PLAIN_LINEAR = "ordinary Linear layers"
+_NO_INT8 = "llama.cpp, or ordinary Linear layers"
 _PLAIN_CACHE = "the library's own cache, one sequence a row"
 _PLAIN_HEAD = "TRL's own scoring of all tokens"
 _NO_TRAINING = "an error before training: TRL would tokenize the ids again"
@@ -52,6 +54,14 @@ PRIVATE_NAMES = (
     PrivateName("torch", f"{_MKLDNN}_is_mkldnn_bf16_supported", _PACK, _PLAIN_LINEAR),
     PrivateName("torch", f"{_MKLDNN}_reorder_linear_weight", _PACK, _PLAIN_LINEAR, "self batch_size"),
     PrivateName("torch", f"{_MKLDNN}_linear_pointwise", _PACK, _PLAIN_LINEAR, "X W B attr scalars algorithm"),
+    PrivateName("torch", "ops.onednn.qlinear_prepack", _INT8, _NO_INT8, "weight x_shape"),
+    PrivateName(
+        "torch",
+        "ops.onednn.qlinear_pointwise",
+        _INT8,
+        _NO_INT8,
+        "qx x_scale x_zero_point qw w_scale w_zero_point bias output_scale output_zero_point output_dtype",
+    ),
     PrivateName("transformers", "PreTrainedConfig._attn_implementation", _ROWS, _PLAIN_CACHE),
     PrivateName(
         "transformers", "DynamicCache.update", _ROWS, _PLAIN_CACHE, "key_states value_states layer_idx"

@@ -44,7 +44,7 @@ _MODULES = {
 }
 _DEFAULT_TYPES = ("f16", "f16")
 
-Kind = Literal["auto", "llamacpp", "transformers"]
+Kind = Literal["auto", "llamacpp", "transformers", "int8"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,10 @@ def open_local(
         )
     from arte_edge.runtimes.transformers.model import TransformersEngine
 
-    return TransformersEngine(model.checkpoint(), sha256=model.sha256, adapter=path, dtype=dtype or "auto")
+    dtype = "int8" if kind == "int8" else dtype or "auto"
+    return TransformersEngine(
+        model.checkpoint(), sha256=model.sha256, adapter=path, dtype=dtype, vocabulary=model.gguf
+    )
 
 
 def decoder_format(path: Path) -> str:

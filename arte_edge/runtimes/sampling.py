@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.runtimes.completion import Request, Sampling
 
-__all__ = ["draw", "in_loop", "request_rng"]
+__all__ = ["Constraint", "draw", "draw_allowed", "in_loop", "request_rng"]
 
 # Tokens less likely than e^-25 of the best one are never drawn; sorting 150,000 of them costs more than decoding.
 _TAIL_NATS = 25.0
-_NUCLEUS = 512  # tokens that are sorted first
 
 
 def request_rng(request: Request, sampling: Sampling) -> np.random.Generator:
@@ -41,22 +41,41 @@ def draw(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generat
     return int(likely[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
 
 
+class Constraint(Protocol):
+    """What may follow in one text, for example a grammar."""
+
+    def mask(self, tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return `logits` with -inf where a token is forbidden."""
+
+    def accept(self, token: int) -> None:
+        """Note that `token` was written."""
+
+
+def draw_allowed(
+    logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generator, allowed: Constraint
+) -> int:
+    """Return the next token id from logits ``[v]``, one that is `allowed`, which then knows of it."""
+    # Most draws are allowed already; masking the whole vocabulary is the slow path.
+    token = draw(logits, sampling, rng)
+    one = np.array([token])
+    if not np.isfinite(allowed.mask(one, logits[one])[0]):
+        every = np.arange(len(logits))
+        token = draw(allowed.mask(every, logits), sampling, rng)
+    allowed.accept(token)
+    return token
+
+
 def _nucleus(weight: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
     """Return the indices of the largest weights ``[v]`` that make up `top_p` of all, the largest first.
 
-    Only so many as a confident model needs are sorted, unless they are too few.
+    The tokens that are each less likely than ``(1 - top_p) / v`` are together less likely than ``1 - top_p``, so none
+    of them belongs to it: only the others are sorted.
     """
-    total, n = weight.sum(), len(weight)
-    for most in (_NUCLEUS, n):
-        some = (
-            np.arange(n) if most >= n else np.flatnonzero(weight > np.partition(weight, n - most)[n - most])
-        )
-        order = some[np.argsort(-weight[some], kind="stable")]
-        mass = np.cumsum(weight[order]) / total
-        end = int(np.searchsorted(mass, top_p)) + 1
-        if end <= len(order) or len(order) == n:
-            break
-    return order[:end]
+    total = weight.sum()
+    some = np.flatnonzero(weight >= (1 - top_p) * total / len(weight))
+    order = some[np.argsort(-weight[some], kind="stable")]
+    mass = np.cumsum(weight[order]) / total
+    return order[: int(np.searchsorted(mass, top_p)) + 1]
 
 
 def in_loop(tokens: Sequence[int], longest: int = 32, times: int = 4) -> bool:

@@ -139,13 +139,15 @@ class Row:
 
 
 class LlamaModel:
-    """Weights and vocabulary of one GGUF file."""
+    """Weights and vocabulary of one GGUF file, or the vocabulary alone, which is all that a grammar needs."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, vocabulary_only: bool = False) -> None:
         self.lib = load_llama_cpp()
         self.path = path
         _heard.clear()
-        self.handle = self.lib.llama_model_load_from_file(os.fsencode(path), model_params(self.lib))
+        params = model_params(self.lib)
+        params.vocab_only = vocabulary_only
+        self.handle = self.lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
             raise InputError(
                 f"{path}: llama.cpp {self.lib.__version__} cannot load this file",

@@ -35,7 +35,7 @@ from arte_edge.runtimes.prefix_tree import (
     n_cached,
     plan_groups,
 )
-from arte_edge.runtimes.sampling import draw, in_loop, request_rng
+from arte_edge.runtimes.sampling import draw, draw_allowed, in_loop, request_rng
 from arte_edge.threads import thread_count
 
 __all__ = ["MOST_LEAVES", "LlamaCppEngine", "run_trees"]
@@ -219,14 +219,7 @@ class _Writer:
             return int(logits.argmax())
         if self._grammar is None:
             return draw(logits, self._sampling, self._rng)
-        # Most draws are allowed by the grammar already; masking the whole vocabulary is the slow path.
-        token = draw(logits, self._sampling, self._rng)
-        one = np.array([token])
-        if not np.isfinite(self._grammar.mask(one, logits[one])[0]):
-            every = np.arange(len(logits))
-            token = draw(self._grammar.mask(every, logits), self._sampling, self._rng)
-        self._grammar.accept(token)
-        return token
+        return draw_allowed(logits, self._sampling, self._rng, self._grammar)
 
     def completion(self) -> Completion:
         return Completion(

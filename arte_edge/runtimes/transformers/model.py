@@ -33,7 +33,8 @@ from arte_edge.model_folder import ADAPTER_WEIGHTS, read_adapter_config
 from arte_edge.runtimes.choice_scoring import ChoiceScorer, spans
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.runtimes.prefix_tree import plan_groups
-from arte_edge.runtimes.sampling import draw
+from arte_edge.runtimes.sampling import draw, draw_allowed
+from arte_edge.runtimes.transformers import onednn_int8
 from arte_edge.runtimes.transformers.onednn_prepack import pack
 from arte_edge.runtimes.transformers.packed_generate import generate_packed
 from arte_edge.runtimes.transformers.packed_kv_cache import MOST_ROWS, run_trees, supports_packing
@@ -42,6 +43,7 @@ from arte_edge.runtimes.transformers.placement import Floats, empty_cache, fast_
 if TYPE_CHECKING:
     import torch
 
+    from arte_edge.runtimes.llamacpp.bindings import LlamaModel
     from arte_edge.runtimes.transformers.tokenizer import Writer
 
 __all__ = ["Forward", "State", "TransformersEngine", "adapter_sha256", "load", "pick_dtype", "plan"]
@@ -251,8 +253,6 @@ _COMPACT_BELOW = 0.75  # of a batch's rows unfinished: then the finished ones ar
 class TransformersEngine:
     """An `Engine` over a checkpoint folder, optionally with a PEFT adapter folder."""
 
-    supports_grammar = False
-
     def __init__(
         self,
         folder: Path,
@@ -262,8 +262,12 @@ class TransformersEngine:
         device: str = "auto",
         dtype: str = "auto",
         batch_tokens: int = 0,
+        vocabulary: Path | None = None,
     ) -> None:
         """Load the checkpoint on `device` as `dtype`; auto: see `pick_device` and `pick_dtype`.
+
+        The dtype int8 multiplies in 8-bit integers on the CPU (`onednn_int8`). `vocabulary` is a GGUF file with the
+        same tokens, with which grammars are followed.
 
         `batch_tokens` bounds rows times length in one batch,
         prompts and answers together; 0: what the device has room for.
@@ -278,12 +282,17 @@ class TransformersEngine:
         from arte_edge.runtimes.transformers.tokenizer import Text
 
         self._device = pick_device(device)
-        kind = pick_dtype(dtype, self._device, folder)
+        integers = dtype == "int8"
+        kind = torch.bfloat16 if integers else pick_dtype(dtype, self._device, folder)
         self.model, tokenizer = load(folder, adapter, kind)
         self.model.to(self._device).eval()
-        if self._device.type == "cpu":
-            pack(self.model)
         self.text = Text(tokenizer, self.model.generation_config.eos_token_id)
+        if integers:
+            onednn_int8.quantize(self.model, self.text.tokens(onednn_int8.SAMPLE_TEXT))
+        elif self._device.type == "cpu":
+            pack(self.model)
+        self._vocabulary = vocabulary
+        self._grammars: LlamaModel | None = None  # opened with the first grammar
         self.forward = Forward(self.model, self._device)
         self._batch_tokens = batch_tokens or room_tokens(self.model.config.get_text_config(), self._device)
         self._template: str | None = (
@@ -296,10 +305,15 @@ class TransformersEngine:
         self.identity = EngineIdentity(
             kind="transformers",
             model=sha256,
-            quantization=str(kind).removeprefix("torch."),
+            quantization="int8" if integers else str(kind).removeprefix("torch."),
             adapter=adapter_sha256(adapter) if adapter else "",
             runtime=f"transformers {transformers.__version__}, torch {torch.__version__}",
         )
+
+    @property
+    def supports_grammar(self) -> bool:
+        """Whether grammars are followed, which takes a `vocabulary`."""
+        return self._vocabulary is not None
 
     @property
     def chat_template(self) -> str | None:
@@ -316,19 +330,18 @@ class TransformersEngine:
         """Free the model's memory; the engine cannot be used afterwards."""
         vars(self).pop("model", None)
         vars(self).pop("forward", None)
+        if self._grammars is not None:
+            self._grammars.close()
+            self._grammars = None
         empty_cache(self._device)
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `Engine.complete`. A prompt too long for the model is a completion with finish "error".
 
-        Raises InputError: a grammar, which this engine does not support.
+        Raises InputError: a grammar, without the `vocabulary` that it needs.
         """
-        if sampling.grammar:
-            raise InputError(
-                "The transformers engine does not support grammars", "Use a GGUF file of the model."
-            )
-        from arte_edge.runtimes.transformers.tokenizer import Writer
-
+        if sampling.grammar and not self.supports_grammar:
+            raise InputError("A checkpoint follows no grammar", "Use a GGUF file of the model.")
         prompts = [self.text.tokens(request.prompt) for request in requests]
         new = sampling.max_tokens
         done: dict[int, Completion] = {}
@@ -339,7 +352,7 @@ class TransformersEngine:
         todo = [i for i in range(len(requests)) if i not in done]
         rows = [prompts[i] for i in todo]
         if self._device.type == "cpu" and rows and self._can_pack(max(map(len, rows)) + new):
-            writers = [Writer(self.text, requests[i], prompts[i], sampling) for i in todo]
+            writers = [self._writer(requests[i], prompts[i], sampling) for i in todo]
             shares = generate_packed(
                 self.model, self._device, rows, writers, lambda logits: _drawing(logits, sampling)
             )
@@ -349,10 +362,21 @@ class TransformersEngine:
             own = [rows[j] for j in batch]
             # A prefix shared in the cache is exact only inside the sliding window.
             shared = shared_prefix(own) if max(map(len, own)) + new <= self._window else 0
-            writers = [Writer(self.text, requests[todo[j]], rows[j], sampling) for j in batch]
+            writers = [self._writer(requests[todo[j]], rows[j], sampling) for j in batch]
             self._generate(own, shared, writers, sampling)
             done |= {todo[j]: w.completion(shared) for j, w in zip(batch, writers, strict=True)}
         return [done[i] for i in range(len(requests))]
+
+    def _writer(self, request: Request, prompt: Sequence[int], sampling: Sampling) -> Writer:
+        from arte_edge.runtimes.transformers.tokenizer import Writer
+
+        grammar = None
+        if sampling.grammar and self._vocabulary is not None:
+            from arte_edge.runtimes.llamacpp.bindings import Grammar, LlamaModel
+
+            self._grammars = self._grammars or LlamaModel(self._vocabulary, vocabulary_only=True)
+            grammar = Grammar(self._grammars, sampling.grammar)
+        return Writer(self.text, request, prompt, sampling, grammar)
 
     def choose_each(
         self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
@@ -426,9 +450,15 @@ def _draws(logits: torch.Tensor, writers: Sequence[Writer], sampling: Sampling) 
 
 def _drawing(logits: torch.Tensor, sampling: Sampling) -> Callable[[int, Writer], int]:
     """Return a function that draws a token from a row of logits ``[b, v]`` with its writer's generator."""
-    if sampling.temperature > 0.0:
+    if sampling.temperature > 0.0 or sampling.grammar:
         rows = logits.cpu().numpy()
-        return lambda row, writer: draw(rows[row], sampling, writer.rng)
+
+        def drawn(row: int, writer: Writer) -> int:
+            if writer.grammar is not None:
+                return draw_allowed(rows[row], sampling, writer.rng, writer.grammar)
+            return draw(rows[row], sampling, writer.rng)
+
+        return drawn
     # On a CPU numpy's argmax of a row is ten times faster than torch's.
     greedy = logits.numpy().argmax(axis=-1) if logits.device.type == "cpu" else logits.argmax(dim=-1)
     tokens: list[int] = greedy.tolist()

@@ -51,17 +51,24 @@ class NgramIndex:
 
 
 class PromptLookup:
-    """Proposed tokens for one text: fewer after a wrong proposal, more after right ones."""
+    """Proposed tokens for one text: fewer after a wrong proposal, more after right ones.
 
-    def __init__(self, prompt: Sequence[int], shared: NgramIndex) -> None:
+    None for a sampled text, whose tokens are too seldom those of another one.
+    """
+
+    def __init__(self, prompt: Sequence[int], shared: NgramIndex, *, sampled: bool = False) -> None:
         self._tokens, self._own, self._shared = list(prompt), NgramIndex(), shared
-        self._own.note(self._tokens, 0)
+        self._sampled = sampled
+        if not sampled:
+            self._own.note(self._tokens, 0)
         self._most = _MOST // 2
         self._proposal: list[int] = []
 
     def propose(self) -> list[int]:
         """Return the tokens to try next; none where no n-gram matches."""
         self._proposal = []
+        if self._sampled:
+            return self._proposal
         for n in range(min(_LONGEST, len(self._tokens)), 0, -1):
             end = tuple(self._tokens[-n:])
             self._proposal = self._own.find(end, self._most) or self._shared.find(end, self._most)
@@ -71,6 +78,8 @@ class PromptLookup:
 
     def add(self, tokens: Sequence[int]) -> None:
         """Append what was generated since the proposal: the right part of it and one more token."""
+        if self._sampled:
+            return
         if self._proposal:
             right = len(tokens) - 1
             self._most = min(self._most + 1, _MOST) if right == len(self._proposal) else right + 1
@@ -253,9 +262,10 @@ class _Schedule:
                 self._copy(prefix, group)
             start = self._shared[i] = prefix.end if prefix else 0
             prompt = list(self._prompts[i])
-            lookup = PromptLookup(prompt, self._written)
+            writer = self._writers[i]
+            lookup = PromptLookup(prompt, self._written, sampled=writer.sampled)
             group.live.append(
-                _Sequence(self._writers[i], lookup, prompt[start:], 0, start, group.prefix_view)
+                _Sequence(writer, lookup, prompt[start:], 0, start, group.prefix_view)
             )
 
     def _copy(self, prefix: SharedPrefix | None, group: _Group) -> None:

@@ -8,11 +8,14 @@ whose template may have written it, does not have it already.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arte_edge.runtimes.completion import Completion, Request, Sampling
 from arte_edge.runtimes.prompt_render import Conversation
 from arte_edge.runtimes.sampling import in_loop, request_rng
+
+if TYPE_CHECKING:
+    from arte_edge.runtimes.llamacpp.bindings import Grammar
 
 __all__ = ["Text", "Writer"]
 
@@ -99,10 +102,21 @@ class Text:
 
 
 class Writer:
-    """Gathers one completion until a stop string, an end token, a loop or the budget."""
+    """Gathers one completion until a stop string, an end token, a loop or the budget.
 
-    def __init__(self, text: Text, request: Request, prompt: Sequence[int], sampling: Sampling) -> None:
+    A `grammar` says which tokens may follow (`arte_edge.runtimes.sampling.Constraint`); it is closed at the end.
+    """
+
+    def __init__(
+        self,
+        text: Text,
+        request: Request,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        grammar: Grammar | None = None,
+    ) -> None:
         self.rng = request_rng(request, sampling)
+        self.grammar = grammar
         self._text, self._sampling = text, sampling
         self._prompt = list(prompt)
         self._written: list[int] = []
@@ -112,12 +126,23 @@ class Writer:
         self._window = 1 + max((len(stop.encode()) for stop in sampling.stop), default=0)
 
     @property
+    def sampled(self) -> bool:
+        """Whether tokens are drawn at random."""
+        return self._sampling.temperature > 0.0
+
+    @property
     def room(self) -> int:
         """How many tokens may still be written."""
         return self._sampling.max_tokens - len(self._written)
 
     def push(self, token: int) -> bool:
         """Append the next token; return whether the text continues."""
+        goes_on = self._push(token)
+        if self.grammar is not None and not goes_on:
+            self.grammar.close()
+        return goes_on
+
+    def _push(self, token: int) -> bool:
         if token in self._text.ends:
             return self._end("eos")
         self._written.append(token)
