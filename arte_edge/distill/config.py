@@ -107,8 +107,9 @@ class ModelConfig(_Section):
     """A model and how to run it."""
 
     model: ModelRef = _key(..., "registry name, path, Hub id, or openai:MODEL@URL")
-    engine: Literal["auto", "llamacpp", "transformers"] = _key(
-        "auto", "auto: llamacpp for GGUF files, otherwise transformers"
+    engine: Literal["auto", "llamacpp", "transformers", "int8"] = _key(
+        "auto",
+        "auto: llamacpp for GGUF files (int8 for a teacher where that is fast), otherwise transformers",
     )
     template: Literal["auto", "none"] = _key(
         "auto", "none: plain-text prompts, even if the model has a chat template"

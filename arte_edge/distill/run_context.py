@@ -39,7 +39,7 @@ from arte_edge.errors import InputError
 from arte_edge.files import read_json, toml_loads
 from arte_edge.models.resolve import LocalModel, resolve
 from arte_edge.runtimes.completion import Engine
-from arte_edge.runtimes.loader import ServerLimits, is_server, open_engine, open_local
+from arte_edge.runtimes.loader import Kind, ServerLimits, is_server, open_engine, open_local, teacher_kind
 from arte_edge.runtimes.prompt_render import CHAT_JSON_NEW_TURN, Message, render
 from arte_edge.store import CallLog, Stage, content_key, link_folder
 from arte_edge.tasks.task import Task
@@ -165,7 +165,7 @@ class RunContext:
                 return self.engine_with(self.local(model), adapter, model)
             else:
                 local = f16_student(self.local(model)) if student and not self.as_given else self.local(model)
-                opened = open_local(local, kind=model.engine, parallel=model.parallel)
+                opened = open_local(local, kind=self.kind(model), parallel=model.parallel)
             self._engines[key] = opened
         return self._engines[key]
 
@@ -188,9 +188,19 @@ class RunContext:
         key = f"{model.sha256}|{adapter}|{config.engine}|{dtype}"
         if key not in self._engines:
             self._engines[key] = open_local(
-                model, kind=config.engine, parallel=config.parallel, adapter=adapter, dtype=dtype
+                model, kind=self.kind(config), parallel=config.parallel, adapter=adapter, dtype=dtype
             )
         return self._engines[key]
+
+    def kind(self, config: ModelConfig) -> Kind:
+        """Return the engine that runs a local model of the run."""
+        if config == self.config.student:
+            return config.engine
+        return teacher_kind(self.local(config), config.engine)
+
+    def on_llamacpp(self, config: ModelConfig) -> bool:
+        """Return whether llama.cpp runs a local model of the run, which takes adapters as GGUF files."""
+        return self.local(config).gguf is not None and self.kind(config) in ("auto", "llamacpp")
 
     def local(self, config: ModelConfig) -> LocalModel:
         """Return the model on disk, downloading it first if it is not cached; of an aligned teacher its base."""
@@ -205,9 +215,7 @@ class RunContext:
         """Return the adapter of a teacher that another run aligned."""
         if (aligned := _aligned(config)) is None:
             return None
-        base = self.local(config)
-        on_llamacpp = base.gguf is not None and config.engine != "transformers"
-        return aligned.adapter_for(base, llamacpp=on_llamacpp)
+        return aligned.adapter_for(self.local(config), llamacpp=self.on_llamacpp(config))
 
     def checkpoint(self, config: ModelConfig) -> Path:
         """Return the model's checkpoint folder; a GGUF is converted first, once."""

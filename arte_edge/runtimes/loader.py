@@ -17,6 +17,8 @@ from arte_edge.cache import Progress
 from arte_edge.device.model_size import model_format
 from arte_edge.errors import InputError
 from arte_edge.extras import need
+from arte_edge.gguf.reader import read_model_header
+from arte_edge.memory import total_bytes
 from arte_edge.model_folder import look
 from arte_edge.models.resolve import LocalModel, resolve
 from arte_edge.runtimes.completion import Engine
@@ -24,7 +26,7 @@ from arte_edge.runtimes.null import NullDecoder, null_ms
 from arte_edge.runtimes.protocol import Decoder, Runtime
 
 __all__ = ["ServerLimits", "choose_runtime", "decoder_format", "is_server", "open_decoder", "open_engine"]
-__all__ += ["open_local", "open_model", "warm_import"]
+__all__ += ["open_local", "open_model", "teacher_kind", "warm_import"]
 
 # format -> runtimes that open it, best first
 _RUNTIMES = {
@@ -88,6 +90,34 @@ def open_engine(
     return open_local(resolve(ref, offline=offline, progress=progress), kind=kind, parallel=parallel)
 
 
+_LEAST_INT8 = 300_000_000  # parameters; smaller models gain little over llama.cpp, and lose more to rounding
+_INT8_FAMILIES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+)  # those whose checkpoint from a GGUF file is known to be the same
+_INT8_ROOM = 3  # times the weights in 16 bits: while they are read, these and those of 8 bits are in memory
+
+
+def teacher_kind(model: LocalModel, kind: Kind) -> Kind:
+    """Return the engine of a teacher: `kind`, or for auto the fastest for a teacher that writes many texts at once.
+
+    That is int8 for a GGUF file of 0.3B parameters and more where the processor multiplies 8-bit integers and the
+    machine has the memory, and the usual engine otherwise.
+    """
+    if kind != "auto" or model.gguf is None:
+        return kind
+    header = read_model_header(model.gguf)
+    n = header.parameter_count
+    large = header.architecture in _INT8_FAMILIES and n >= _LEAST_INT8
+    if not (large and find_spec("torch") and 2 * n * _INT8_ROOM <= total_bytes()):
+        return "llamacpp"
+    from arte_edge.runtimes.transformers import onednn_int8
+    from arte_edge.runtimes.transformers.placement import pick_device
+
+    return "int8" if pick_device().type == "cpu" and onednn_int8.supported() else "llamacpp"
+
+
 def open_local(
     model: LocalModel,
     *,
@@ -121,8 +151,9 @@ def open_local(
     from arte_edge.runtimes.transformers.model import TransformersEngine
 
     dtype = "int8" if kind == "int8" else dtype or "auto"
+    vocabulary = model.gguf if find_spec("llama_cpp") else None
     return TransformersEngine(
-        model.checkpoint(), sha256=model.sha256, adapter=path, dtype=dtype, vocabulary=model.gguf
+        model.checkpoint(), sha256=model.sha256, adapter=path, dtype=dtype, vocabulary=vocabulary
     )
 
 

@@ -72,7 +72,7 @@ def _nucleus(weight: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
     of them belongs to it: only the others are sorted.
     """
     total = weight.sum()
-    some = np.flatnonzero(weight >= (1 - top_p) * total / len(weight))
+    some = np.flatnonzero(weight >= 0.5 * (1 - top_p) * total / len(weight))  # half: room for rounding
     order = some[np.argsort(-weight[some], kind="stable")]
     mass = np.cumsum(weight[order]) / total
     return order[: int(np.searchsorted(mass, top_p)) + 1]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ import tiny
 from tiny import Patch
 
 from arte_edge.errors import InputError
-from arte_edge.runtimes.loader import choose_runtime, open_decoder
+from arte_edge.models.resolve import LocalModel
+from arte_edge.runtimes import loader
+from arte_edge.runtimes.completion import Request, Sampling
+from arte_edge.runtimes.loader import choose_runtime, open_decoder, open_local
 
 PROMPT = [5, 17, 60, 2, 33, 8, 41]
 
@@ -85,6 +89,47 @@ def test_a_checkpoint(tmp_path: Path) -> None:
     assert name.startswith("transformers ")
     with pytest.raises(InputError, match="made for 128 tokens"):
         open_decoder(tmp_path, threads=1, context_tokens=129)
+
+
+def test_a_checkpoint_of_a_gguf_file_follows_its_grammars(smollm2: LocalModel) -> None:
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("transformers")
+    engine = open_local(smollm2, kind="transformers")
+    assert engine.supports_grammar
+    strict = 'root ::= "<ans>" ("yes" | "no") "</ans>"\n'
+    for temperature in (0.0, 1.5):
+        done = engine.complete(
+            [Request(p) for p in ("Is it? ", "Now? ", "So ")], Sampling(temperature, grammar=strict)
+        )
+        assert {one.text for one in done} <= {"<ans>yes</ans>", "<ans>no</ans>"}
+    engine.close()
+
+
+def _header(n: int, architecture: str = "qwen2") -> Any:
+    return SimpleNamespace(parameter_count=n, architecture=architecture)
+
+
+@pytest.mark.parametrize(
+    ("header", "memory_bytes", "able", "chosen"),
+    [
+        (_header(500_000_000), 16 << 30, True, "int8"),
+        (_header(135_000_000), 16 << 30, True, "llamacpp"),
+        (_header(500_000_000, "mamba"), 16 << 30, True, "llamacpp"),
+        (_header(8_000_000_000), 16 << 30, True, "llamacpp"),
+        (_header(500_000_000), 16 << 30, False, "llamacpp"),
+    ],
+)
+def test_a_large_teacher_is_multiplied_in_integers_where_that_is_fast(
+    monkeypatch: Patch, header: Any, memory_bytes: int, able: bool, chosen: str
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(loader, "read_model_header", lambda path: header)
+    monkeypatch.setattr(loader, "total_bytes", lambda: memory_bytes)
+    monkeypatch.setattr("arte_edge.runtimes.transformers.onednn_int8.supported", lambda: able)
+    monkeypatch.setenv("ARTE_EDGE_DEVICE", "cpu")
+    model = LocalModel("m", "0", Path("m.gguf"), None, "Q4_K_M")
+    assert loader.teacher_kind(model, "auto") == chosen
+    assert loader.teacher_kind(model, "llamacpp") == "llamacpp"
 
 
 def test_a_runtime_is_chosen_by_the_kind_of_model(tmp_path: Path, monkeypatch: Patch) -> None:

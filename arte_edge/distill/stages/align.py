@@ -268,34 +268,30 @@ def _open_with(run: RunContext, adapter_dir: Path, gguf: Path) -> Engine:
     model = run.local(run.config.teacher)
     return open_local(
         model,
-        kind=run.config.teacher.engine,
+        kind=run.kind(run.config.teacher),
         parallel=run.config.align.probe_prompts,
         adapter=_converted(model.gguf, adapter_dir, gguf)
-        if _on_llamacpp(run)
+        if run.on_llamacpp(run.config.teacher)
         else (adapter_dir, str(adapter_dir)),
     )
-
-
-def _on_llamacpp(run: RunContext) -> bool:
-    return run.local(run.config.teacher).gguf is not None and run.config.teacher.engine != "transformers"
 
 
 def _converted(base: Path | None, adapter_dir: Path, out: Path) -> Adapter:
     from arte_edge.gguf.from_base import adapter_to_gguf
 
-    assert base is not None  # `_on_llamacpp` checked
+    assert base is not None  # `RunContext.on_llamacpp` checked
     adapter_to_gguf(adapter_dir, base, out)
     return out, sha256_file(out)
 
 
 def _adapter_path(run: RunContext, folder: Path) -> Path:
-    return folder / "adapter.gguf" if _on_llamacpp(run) else folder / "adapter"
+    return folder / "adapter.gguf" if run.on_llamacpp(run.config.teacher) else folder / "adapter"
 
 
 def _converted_adapter(run: RunContext, folder: Path) -> Adapter:
     """Return the adapter in the form that the teacher's engine loads, with its sha256."""
     path = folder / "adapter"
-    if _on_llamacpp(run):
+    if run.on_llamacpp(run.config.teacher):
         return _converted(run.local(run.config.teacher).gguf, path, folder / "adapter.gguf")
     return path, sha256_file(path / "adapter_model.safetensors")
 

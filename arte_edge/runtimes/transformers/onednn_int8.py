@@ -124,7 +124,9 @@ def _layer() -> Any:
     import torch
 
     class Quantized(torch.nn.Module):
-        def __init__(self, linear: torch.nn.Linear, largest: torch.Tensor, inputs: _Inputs, wide: bool) -> None:
+        def __init__(
+            self, linear: torch.nn.Linear, largest: torch.Tensor, inputs: _Inputs, wide: bool
+        ) -> None:
             super().__init__()
             n_out, n_in = linear.weight.shape
             self.out_features, self.bias, self._inputs, self._wide = n_out, linear.bias, inputs, wide
@@ -139,7 +141,7 @@ def _layer() -> Any:
                 self._zero = torch.zeros(n_out, dtype=torch.int64)
                 self._parts = [
                     torch.ops.onednn.qlinear_prepack(part.contiguous(), [_TOKENS, self._block])
-                    for part in rounded.split(self._block, dim=1)
+                    for part in torch.split(rounded, self._block, dim=1)
                 ]
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -147,7 +149,19 @@ def _layer() -> Any:
             out = (large @ self._exact).float()
             for part, block, scale in zip(self._parts, rounded, scales, strict=True):
                 product = torch.ops.onednn.qlinear_pointwise(
-                    block, 1.0, _ZERO, part, self._scale, self._zero, None, 1.0, 0, torch.float32, "none", [], ""
+                    block,
+                    1.0,
+                    _ZERO,
+                    part,
+                    self._scale,
+                    self._zero,
+                    None,
+                    1.0,
+                    0,
+                    torch.float32,
+                    "none",
+                    [],
+                    "",
                 )
                 out.addcmul_(product, scale)
             if self.bias is not None:

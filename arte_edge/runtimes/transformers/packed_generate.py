@@ -78,15 +78,14 @@ class PromptLookup:
 
     def add(self, tokens: Sequence[int]) -> None:
         """Append what was generated since the proposal: the right part of it and one more token."""
-        if self._sampled:
-            return
         if self._proposal:
             right = len(tokens) - 1
             self._most = min(self._most + 1, _MOST) if right == len(self._proposal) else right + 1
         start = len(self._tokens)
         self._tokens.extend(tokens)
-        self._own.note(self._tokens, start)
-        self._shared.note(self._tokens, start)
+        if not self._sampled:
+            self._own.note(self._tokens, start)
+            self._shared.note(self._tokens, start)
 
 
 _ROWS, _SLOTS = 4, 12  # rows, and sequences in each: attention grows with the square of a row
@@ -264,9 +263,7 @@ class _Schedule:
             prompt = list(self._prompts[i])
             writer = self._writers[i]
             lookup = PromptLookup(prompt, self._written, sampled=writer.sampled)
-            group.live.append(
-                _Sequence(writer, lookup, prompt[start:], 0, start, group.prefix_view)
-            )
+            group.live.append(_Sequence(writer, lookup, prompt[start:], 0, start, group.prefix_view))
 
     def _copy(self, prefix: SharedPrefix | None, group: _Group) -> None:
         """Copy a prefix to a group's row, where it replaces the last one."""
