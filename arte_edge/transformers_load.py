@@ -11,6 +11,7 @@ the two are separated before merging and tied again if they are still equal afte
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,7 +92,10 @@ def attach_adapter(model: Any, folder: Path) -> Any:
 
     read_adapter_config(folder)
     hint = "Name the model that it was trained on with --base."
-    with _rejecting(f"{folder}: does not fit its base", hint):
+    with _rejecting(f"{folder}: does not fit its base", hint), warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # peft's use of transformers, which is no user's business
         _resize(model, folder)
         live = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
         loaded = live.load_adapter(str(folder), "default")

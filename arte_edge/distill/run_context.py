@@ -91,6 +91,7 @@ class RunContext:
         self._engines: dict[str, Engine] = {}
         self._models: dict[str, LocalModel] = {}
         self._files: dict[str, dict[str, str]] = {}
+        self.summaries: dict[str, Summary] = {}  # of finished stages
         self.budget: Budget | None = None  # of an answer on the device; the pipeline sets it
         self.role: Role = "labels"  # of the teacher; the check decides
         self.form: Form = "answer"  # of the student's answers; see `stages.target`
@@ -129,6 +130,7 @@ class RunContext:
         else:
             yield stage
         self._files[name] = stage.files
+        self.summaries[name] = stage.summary
         line = describe(stage.summary) + _also(stage.summary)
         self.reporter.done(name, line, seconds)
 

@@ -46,6 +46,7 @@ _TAG = re.compile(r"</?(input|target|ans|Question_\d+)>")  # "<=50K" is an answe
 _LONGEST = 1500  # characters of one question; longer ones are rambling
 _ALIKE = 0.25  # share of near-duplicates among the seeds from which they are typical of the task
 _BUDGET = "elicit.question_tokens"
+_MARGIN = 1.2
 _EMPTY_ROUNDS = 3  # rounds without a valid draft before giving up
 
 
@@ -70,7 +71,8 @@ class QuestionPlan:
     def next_prompts(self, n_valid: int, n_sent: int, group: int) -> int:
         """Return how many prompts follow the first `n_sent`, which gave `n_valid` drafts; 0: the budget is spent."""
         rate = max(n_valid / (n_sent * self.elicit.asked), 0.1) if n_sent else 0.5
-        wanted = math.ceil((self.needed - n_valid) / (self.elicit.asked * rate))
+        # A few more than needed: another round with four prompts takes as long as one with twelve.
+        wanted = math.ceil(_MARGIN * (self.needed - n_valid) / (self.elicit.asked * rate))
         # One full batch at most: a second one with few prompts would take as long as a full one.
         return min(max(4, wanted), group, self.budget - n_sent)
 

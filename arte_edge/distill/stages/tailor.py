@@ -49,6 +49,7 @@ from arte_edge.tasks.task import Task
 __all__ = ["tailor", "tailor_plan"]
 
 _MAX_ROUNDS = 6
+_LEAST_KEPT = 0.1  # share of questions: a teacher that drops more is not planned for
 # A weak teacher contradicts itself on a third of its questions, but seldom on inputs for a given answer; one large
 # batch is faster than two small ones.
 _OVERSAMPLE, _OVERSAMPLE_TOLD = 1.6, 1.25
@@ -139,7 +140,8 @@ def _generate_examples(
     config = run.config.tailor
     several = 1 if run.reasons else run.config.best_of
     needed, usable = config.questions * several, dict[str, list[Row]]()
-    n_question = tailor_plan(run.config, run.task, number=number, reasons=run.reasons).needed
+    first = tailor_plan(run.config, run.task, number=number, reasons=run.reasons).needed
+    n_question = max(first, math.ceil(needed / max(_kept_before(run, number), _LEAST_KEPT)))
     for _ in range(_MAX_ROUNDS):
         drafts, rationales, labels = _generate(
             run, engine, tailor_plan(run.config, run.task, n_question, number), focus
@@ -147,7 +149,7 @@ def _generate_examples(
         usable, n_long = _usable(run, rationales)
         if len(usable) >= needed:
             break
-        share = max(len(usable) / len(drafts.valid), 0.1)
+        share = max(len(usable) / len(drafts.valid), _LEAST_KEPT)
         n_question = max(n_question + 8, round(needed / share * 1.05))
     else:
         raise StoppedEarly(
@@ -189,6 +191,14 @@ def _generate_examples(
         **({"selection": picked.summary(rows, rationales)} if picked.scores else {}),
     }
     return rows, drafts.rejected, picked.scores, summary
+
+
+def _kept_before(run: RunContext, number: int) -> float:
+    """Return the share of questions whose label was kept when this run drafted some the last time; 1 if it did not."""
+    for name in (*reversed(_earlier(run, number)), "elicit"):
+        if summary := run.summaries.get(name):
+            return 1.0 - float(summary["labels"].get("questions_dropped", 0.0))
+    return 1.0
 
 
 def _n_drawn(run: RunContext, rationales: Sequence[Row]) -> int:

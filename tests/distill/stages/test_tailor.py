@@ -164,5 +164,17 @@ def test_soft_labels_hold_the_teachers_distribution_beside_the_label(house: Any,
         assert summary["soft_labels"] == WANTED and len(rows) > WANTED
 
 
+def test_a_teacher_that_dropped_half_of_its_questions_drafts_twice_as_many_at_once(house: Any) -> None:
+    house.by_label = True
+    drafted = []
+    for dropped in (0.0, 0.5):
+        run = house.run(tailor={"questions": WANTED}, tune={"target": "answer"})
+        run.summaries["elicit"] = {"labels": {"questions_dropped": dropped}}
+        run.role = "inputs" if dropped else "labels"  # another stage
+        drafted.append(tailor(run, None, Focus())["questions"])
+        run.close()
+    assert drafted == [math.ceil(1.25 * WANTED), 2 * WANTED]
+
+
 def other(label: str) -> str:
     return {"even": "odd", "odd": "even"}[label]
