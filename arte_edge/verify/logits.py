@@ -233,18 +233,15 @@ _GIBBERISH_KL = 1.0  # nats: more than 2-bit types lose on the models measured
 def fidelity_checks(found: Fidelity, limits: Thresholds) -> list[Check]:
     """Return the checks, with the most likely cause if they fail: of all tokens, and of the answers if compared.
 
-    Answers are held to `limits`, and all tokens to `limits.drift` times the divergence alone, unless that is 1. The
+    Answers are held to `limits`, and all tokens to `limits.drift` times the mean divergence alone, unless that is 1. The
     perplexity ratio fails only if it exceeds its threshold by more than its noise (one-sided, 95 %): on a thousand
     tokens the noise can be as large as the threshold of an 8-bit type. That of answers is not checked: the reference
     chose their tokens, so the artifact's can only be worse.
     """
     if found.answers is None or limits.drift == 1:
         return _checks(found, limits)
-    update = {
-        kl: None if limit is None or limits.drift is None else limits.drift * limit
-        for kl, limit in (("kl_mean", limits.kl_mean), ("kl_p99", limits.kl_p99))
-    }
-    drifted = Thresholds().model_copy(update=update)
+    mean = None if limits.kl_mean is None or limits.drift is None else limits.drift * limits.kl_mean
+    drifted = Thresholds(kl_mean=mean)
     return [*_checks(found, drifted), *_checks(found.answers, limits, ", answers")[:3]]
 
 

@@ -52,7 +52,7 @@ class Thresholds(BaseModel):
     drift: float | None = Field(
         default=1.5,
         ge=1,
-        description="times the limits that the divergence of all tokens may reach where answers are compared; "
+        description="times its limit that the mean divergence of all tokens may reach where answers are compared; "
         "1: all tokens are held to every limit, and answers are not compared",
     )
 

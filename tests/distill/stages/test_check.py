@@ -133,7 +133,7 @@ def test_a_teacher_on_a_server_is_not_asked_to_align(house: Any, capsys: Capture
     assert house.distill("--teacher", "openai:big@http://127.0.0.1:9/v1") == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "teacher.model: openai:big is a server" in said
-    assert 'data = "original-teacher"' in said
+    assert '"original-teacher"' in said and '"best-of-n"' in said
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0].nope.nope }}", "{% for %}", "{{ 1 // 0 }}"])
