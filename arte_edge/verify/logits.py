@@ -233,8 +233,8 @@ _GIBBERISH_KL = 1.0  # nats: more than 2-bit types lose on the models measured
 def fidelity_checks(found: Fidelity, limits: Thresholds) -> list[Check]:
     """Return the checks, with the most likely cause if they fail: of all tokens, and of the answers if compared.
 
-    Answers are held to `limits`, and all tokens to `limits.drift` times the mean divergence alone, unless that is 1. The
-    perplexity ratio fails only if it exceeds its threshold by more than its noise (one-sided, 95 %): on a thousand
+    Answers are held to `limits`, and all tokens to `limits.drift` times the mean divergence alone, unless that is 1.
+    The perplexity ratio fails only if it exceeds its threshold by more than its noise (one-sided, 95 %): on a thousand
     tokens the noise can be as large as the threshold of an 8-bit type. That of answers is not checked: the reference
     chose their tokens, so the artifact's can only be worse.
     """
