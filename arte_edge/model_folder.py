@@ -205,7 +205,8 @@ def end_ids(folder: Path) -> list[int]:
     places = (read_json(folder / "generation_config.json"), config, config.get("text_config"))
     named = [place.get("eos_token_id") for place in places if isinstance(place, dict)]
     ids: Any = next((value for value in named if value is not None), [])
-    listed = ids if isinstance(ids, list) else [ids]
+    # null and -1 are what some trainers write for none.
+    listed = [token for token in (ids if isinstance(ids, list) else [ids]) if token not in (None, -1)]
     if not all(isinstance(token, int) and 0 <= token < 2**31 for token in listed):
         raise InputError(
             f"{folder}: eos_token_id is {str(ids)[:40]}, neither a token's id nor a list of them",

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from arte_edge.asking.form import Asking, Form
 from arte_edge.asking.template import Asked, asked
@@ -35,7 +35,7 @@ from arte_edge.distill.config import (
     dump_toml,
     load_toml,
 )
-from arte_edge.errors import InputError
+from arte_edge.errors import ArteError, InputError
 from arte_edge.files import read_json, toml_loads
 from arte_edge.models.resolve import LocalModel, resolve
 from arte_edge.runtimes.completion import Engine
@@ -195,10 +195,26 @@ class RunContext:
         return self._engines[key]
 
     def kind(self, config: ModelConfig) -> Kind:
-        """Return the engine that runs a local model of the run."""
-        if config == self.config.student:
+        """Return the engine that runs a local model of the run: the one that was chosen when the run first met it."""
+        if config == self.config.student or config.engine != "auto":
             return config.engine
-        return teacher_kind(self.local(config), config.engine)
+        model = self.local(config)
+        key = content_key("engine", model.sha256)
+        if (known := self._log.get(key, "engine")) is not None:
+            return cast(Kind, known["engine"])
+        # A run from before the choice was stored has an adapter and texts of the usual engine.
+        older = (self.folder / "check" / "manifest.json").is_file()
+        chosen = "auto" if older else teacher_kind(model, config.engine)
+        if chosen == "int8":
+            try:
+                self.checkpoint(config)
+            except ArteError as error:
+                self.reporter.warn(
+                    f"{config.model} runs on llama.cpp: it has no checkpoint ({error.message})"
+                )
+                chosen = "llamacpp"
+        self._log.append([{"key": key, "engine": chosen}])
+        return chosen
 
     def on_llamacpp(self, config: ModelConfig) -> bool:
         """Return whether llama.cpp runs a local model of the run, which takes adapters as GGUF files."""

@@ -117,3 +117,29 @@ def test_a_stages_line_says_which_calls_failed_and_what_reasoning_cost(house: An
             and "1 calls failed: too long" in line
             and "3 answers out" in line
         )
+
+
+def test_the_engine_that_a_run_began_with_stays_whatever_the_next_machine_would_choose(
+    house: Any, monkeypatch: Patch
+) -> None:
+    choice = ["llamacpp"]
+    monkeypatch.setattr(run_module, "teacher_kind", lambda model, kind: choice[0])
+
+    def kind() -> str:
+        run = house.run()
+        found = run.kind(run.config.teacher)
+        run.close()
+        return str(found)
+
+    assert kind() == "llamacpp"
+    choice[0] = "int8"
+    assert kind() == "llamacpp"
+
+
+def test_a_run_from_before_engines_were_stored_keeps_the_usual_one(house: Any, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(run_module, "teacher_kind", lambda model, kind: "int8")
+    (house.folder / "check").mkdir(parents=True)
+    (house.folder / "check" / "manifest.json").write_text("{}", encoding="utf-8")
+    run = house.run()
+    assert run.kind(run.config.teacher) == "auto"
+    run.close()

@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -247,7 +248,16 @@ def _urlsafe(data: bytes) -> str:
 
 
 def _requirements() -> list[str]:
-    """Return the metadata lines for dependencies, which are those of the installed package."""
+    """Return the metadata lines for dependencies, from the checkout's pyproject.toml or the installed package."""
+    project = Path(arte_edge.__file__).parents[1] / "pyproject.toml"
+    if project.is_file():  # first: installed metadata of a checkout may be outdated
+        tables = tomllib.loads(project.read_text(encoding="utf-8")).get("project", {})
+        if tables.get("name") == "arte-edge":
+            lines = [f"Requires-Dist: {need}" for need in tables["dependencies"]]
+            for extra, needs in tables["optional-dependencies"].items():
+                lines.append(f"Provides-Extra: {extra}")
+                lines += [f"Requires-Dist: {_with_marker(need, extra)}" for need in needs]
+            return lines
     try:
         found = metadata("arte-edge")
     except PackageNotFoundError as error:
@@ -257,6 +267,13 @@ def _requirements() -> list[str]:
         ) from error
     keys = ("Provides-Extra", "Requires-Dist")
     return [f"{key}: {value}" for key in keys for value in found.get_all(key) or []]
+
+
+def _with_marker(need: str, extra: str) -> str:
+    """Return a requirement that applies only with `extra`, in addition to its own marker."""
+    requirement, _, marker = need.partition(";")
+    condition = f'extra == "{extra}"'
+    return f"{requirement.strip()} ; " + (f"({marker.strip()}) and {condition}" if marker else condition)
 
 
 def fetch_wheels(

@@ -387,9 +387,10 @@ def resample(
     """
     if run.budget is None:
         return []
-    draws = run.config.deploy.draws
+    start = run.config.best_of if run.config.best_of > 1 else 0  # the samples before are among `rationales`
+    draws = start + run.config.deploy.draws
     found: list[Row] = []
-    for first in range(0, draws, _SAMPLES_PER_ROUND):
+    for first in range(start, draws, _SAMPLES_PER_ROUND):
         have = _short_enough(run, [*rationales, *found])
         lacking = [row for row in questions if row["id"] not in have]
         samples = range(first, min(first + _SAMPLES_PER_ROUND, draws))

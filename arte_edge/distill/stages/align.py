@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import random
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -38,7 +39,7 @@ from arte_edge.distill.stages.fresh_drafts import draft_afresh, held_out_source,
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.common import DpoSettings, Lora
 from arte_edge.distill.train.dpo import DpoResult, train_dpo
-from arte_edge.errors import StoppedEarly
+from arte_edge.errors import InputError, StoppedEarly
 from arte_edge.runtimes.completion import Engine, Sampling
 from arte_edge.runtimes.loader import open_local
 
@@ -98,6 +99,8 @@ def align(run: RunContext) -> tuple[Summary, Adapter]:
             adapter = _converted_adapter(run, stage.folder)
             stage.finish(_summary(run, drawn, result) | {"adapter_sha256": adapter[1]} | _fresh(run, adapter))
     path = _adapter_path(run, stage.folder)
+    if not path.exists():  # made where the teacher ran on another engine
+        _converted_adapter(run, stage.folder)
     weights = path if path.suffix else path / "adapter_model.safetensors"
     recorded = stage.files.get(weights.relative_to(stage.folder).as_posix())
     run.caveats = caveats(stage.summary)
@@ -146,7 +149,11 @@ def caveats(summary: Summary) -> list[str]:
     """Return what a user must know of an alignment before its results; nothing of one that works."""
     found, fresh, kl = [], summary.get("fresh", {}), summary.get("kl")
     same = fresh.get("prompts") and not fresh["changed"]
-    if kl is not None and (kl < _MOVED or same):
+    if summary.get("stopped"):
+        found.append(
+            f"the alignment was stopped ({summary['stopped']}) at {0.0 if kl is None else kl:.3f} nats a token"
+        )
+    elif kl is not None and (kl < _MOVED or same):
         found.append(
             f"the alignment changed nothing: {kl:.1e} nats a token from the original teacher"
             + (f", all {fresh['prompts']} greedy drafts the same" if same else "")
@@ -289,10 +296,17 @@ def _adapter_path(run: RunContext, folder: Path) -> Path:
 
 
 def _converted_adapter(run: RunContext, folder: Path) -> Adapter:
-    """Return the adapter in the form that the teacher's engine loads, with its sha256."""
-    path = folder / "adapter"
+    """Return the adapter in the form that the teacher's engine loads, with its sha256.
+
+    For a GGUF teacher the form of llama.cpp is always written: on another machine that may be its engine.
+    """
+    path, gguf, base = folder / "adapter", folder / "adapter.gguf", run.local(run.config.teacher).gguf
+    gguf.unlink(missing_ok=True)  # of an earlier training
     if run.on_llamacpp(run.config.teacher):
-        return _converted(run.local(run.config.teacher).gguf, path, folder / "adapter.gguf")
+        return _converted(base, path, gguf)
+    if base is not None:
+        with suppress(InputError):  # a layer that llama.cpp has no name for
+            _converted(base, path, gguf)
     return path, sha256_file(path / "adapter_model.safetensors")
 
 

@@ -175,6 +175,7 @@ def _generate_examples(
     ]
     rows = _balanced(examples, config.questions) if even else examples[: config.questions]
     if run.config.tune.soft_labels:  # the calls were made for the labels
+        engine = _labelling_engine(run, engine)
         found = direct_choices(run, engine, run.config.teacher, rows, "soft labels")
         rows = [row | {"choices": choices} for row, choices in zip(rows, found, strict=True)]
     words = [len(row["rationale"].split()) for row in rows]
@@ -195,7 +196,10 @@ def _generate_examples(
 
 def _kept_before(run: RunContext, number: int) -> float:
     """Return the share of questions whose label was kept when this run drafted some the last time; 1 if it did not."""
-    for name in (*reversed(_earlier(run, number)), "elicit"):
+    policies = {run.config.tailor.label, run.config.elicit.label}
+    direct = run.by_label and (run.role == "inputs" or "teacher" not in policies)  # see `label_drafts`
+    same = direct or len(policies) == 1
+    for name in (*reversed(_earlier(run, number)), *(["elicit"] if same else [])):
         if summary := run.summaries.get(name):
             return 1.0 - float(summary["labels"].get("questions_dropped", 0.0))
     return 1.0
@@ -203,6 +207,11 @@ def _kept_before(run: RunContext, number: int) -> float:
 
 def _n_drawn(run: RunContext, rationales: Sequence[Row]) -> int:
     return 0 if run.config.best_of > 1 else sum(bool(row.get("drawn")) for row in rationales)
+
+
+def _labelling_engine(run: RunContext, engine: Engine) -> Engine:
+    """Return the teacher that labels the questions of `engine`: in the technique arms the original one."""
+    return run.engine(run.config.teacher) if run.config.data in TECHNIQUE_ARMS else engine
 
 
 def _generate(
@@ -217,9 +226,8 @@ def _generate(
         for row in run.read(name, "train.jsonl")
     ]
     drafts = draft_questions(run, engine, plan, "tailored questions", source, known)
-    techniques: Sequence[str | None] = [None]
-    if run.config.data in TECHNIQUE_ARMS:
-        engine, techniques = run.engine(teacher), run.task.techniques
+    techniques: Sequence[str | None] = run.task.techniques if run.config.data in TECHNIQUE_ARMS else [None]
+    engine = _labelling_engine(run, engine)
     # Not truncated at a latency budget: a truncated rationale teaches the student to stop early.
     shots = short_shots(run, teacher)
     rationales, labels = label_drafts(run, engine, drafts.valid, techniques, config.label, "tailored", shots)

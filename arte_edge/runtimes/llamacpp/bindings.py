@@ -343,3 +343,5 @@ class Grammar:
         if self._handle:
             self._lib.llama_sampler_free(self._handle)
             self._handle = None
+
+    __del__ = close  # of a text that was interrupted

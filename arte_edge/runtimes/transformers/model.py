@@ -283,6 +283,11 @@ class TransformersEngine:
 
         self._device = pick_device(device)
         integers = dtype == "int8"
+        if integers and not (self._device.type == "cpu" and onednn_int8.supported()):
+            raise InputError(
+                "engine = 'int8' needs an x86 processor with VNNI or AMX, and no GPU in use",
+                "Set teacher.engine = 'llamacpp' for a GGUF file, or 'transformers', and continue with --update.",
+            )
         kind = torch.bfloat16 if integers else pick_dtype(dtype, self._device, folder)
         self.model, tokenizer = load(folder, adapter, kind)
         self.model.to(self._device).eval()
