@@ -21,7 +21,7 @@ def study(
         typer.Option("--update", help="Change the settings of existing runs; finished calls are reused."),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print events and the table as JSON lines.")
+        bool, typer.Option("--json", help="Print a line for each run that ends, and the table, as JSON.")
     ] = False,
 ) -> None:
     """Compare arms, one run each, on tasks, students and seeds.

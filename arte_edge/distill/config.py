@@ -208,7 +208,7 @@ class Align(_Section):
     )
     min_gap: float = _key(0.02, "minimum score difference; a smaller one is a tie and is dropped", ge=0.0)
     min_gap_errors: float = _key(
-        1.0, "the same in standard errors of the difference, where scores have one (adaptive scoring)", ge=0.0
+        1.0, "the same in its standard errors, where it has one (adaptive scoring, influence)", ge=0.0
     )
     target_kl: float = _key(
         0.1,

@@ -278,8 +278,12 @@ def _fresh_drafts(config: RunConfig, task: Task) -> Iterator[Work]:
         yield Work("align", Call("teacher", "rationale"), 2 * n)
     elif not bare:
         return
+    n_draft = 2 * n * (SCORED if bare else 1)
+    if config.prefer.score == "influence":  # as in `_prefer`
+        yield Work("align", Call("student", "asked"), n_draft + k)
+        return
     what: What = "generated" if config.prefer.score == "accuracy" else "constrained"
-    yield Work("align", Call("student", what, 1), 2 * n * k * (SCORED if bare else 1))
+    yield Work("align", Call("student", what, 1), n_draft * k)
 
 
 def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], float]:

@@ -15,7 +15,7 @@ decodes fastest when many sequences share a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -110,12 +110,9 @@ class RunContext:
         self.calls.take_counts()
         inputs = {"stage": name, "seed": self.config.seed, **inputs}
         stage = Stage(self.folder / name, inputs, self.calls.take_counts)
-        check = _inputs_of(
-            self.folder / "check"
-        )  # it decides more than the inputs of later stages tell: near misses
         for folder in self.siblings if stage.todo else ():
-            same = name == "check" or check == _inputs_of(folder / "check")
-            if same and not Stage(folder / name, inputs).todo:
+            # The check decides more than the inputs of later stages tell: near misses.
+            if (name == "check" or self._same_check(folder)) and not Stage(folder / name, inputs).todo:
                 link_folder(folder / name, self.folder / name)
                 stage = Stage(self.folder / name, inputs, self.calls.take_counts)
                 break
@@ -135,16 +132,19 @@ class RunContext:
         self.reporter.done(name, line, seconds)
 
     def take_training(self, out: Path) -> None:
-        """Take a finished training, and its F16 file, from a sibling whose check had the same inputs, if there is one.
+        """Take a finished training from a sibling whose check had the same inputs, if there is one; no F16 file.
 
         Those inputs hold all that decides a training on own labels.
         """
-        mine = _inputs_of(self.folder / "check")
         for folder in () if out.exists() else self.siblings:
             theirs = folder / out.relative_to(self.folder)
-            if mine and mine == _inputs_of(folder / "check") and (theirs / "training.json").is_file():
+            if self._same_check(folder) and (theirs / "training.json").is_file():
                 link_folder(theirs, out)
                 return
+
+    def _same_check(self, sibling: Path) -> bool:
+        mine = _inputs_of(self.folder / "check")
+        return bool(mine) and mine == _inputs_of(sibling / "check")
 
     def outputs(self, *names: str) -> dict[str, Any]:
         """Return the file hashes of finished stages, the inputs of a later one."""
@@ -324,8 +324,10 @@ def _aligned(config: ModelConfig) -> AlignedTeacher | None:
 
 
 def _inputs_of(stage: Path) -> str:
-    """Return the key of a finished stage's inputs, empty if it has not finished."""
-    return str(read_json(stage / "manifest.json").get("inputs", ""))
+    """Return the key of a finished stage's inputs, empty if it has not finished or its manifest is damaged."""
+    with suppress(InputError):
+        return str(read_json(stage / "manifest.json").get("inputs", ""))
+    return ""
 
 
 def _describes(describe: Callable[[Summary], str], summary: Summary) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from arte_edge.console import Reporter
 from arte_edge.distill.config import ModelConfig, RunConfig, TaskConfig, build, short_name
 from arte_edge.distill.pipeline import run_pipeline
 from arte_edge.distill.run_context import holds
+from arte_edge.distill.validate_config import refuse_run
 from arte_edge.errors import InputError, StoppedEarly
 from arte_edge.files import read_json, read_toml, validated
 from arte_edge.notebook import ResultTable, fragment
@@ -42,7 +44,6 @@ _Bools = NDArray[np.bool_]
 _Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 _FREE = {BASE: BASE, OWN: OWN, OWN_ALL: OWN_ALL, TEACHER: TEACHER}  # in the answers of every run
 _TOLD = ("prefer", "align", "tailor", "tune")  # stages whose numbers say where an effect is lost
-_WEIGHTS = (".safetensors", ".gguf")
 _DONE = "study-done"  # of a run folder: the sha256 of its run.toml when it was evaluated
 
 
@@ -199,6 +200,9 @@ def run_study(study: StudyFile, folder: Path, reporter: Reporter, *, update: boo
         name: load_task(given.ref, bbh=Path(given.bbh) if given.bbh else None)
         for name, given in {run.task: run.config.task for run in runs}.items()
     }
+    for run in runs:
+        if not _is_done(run, tasks[run.task]):
+            refuse_run(run.config, tasks[run.task], f"{run.folder.name}: ")
     stopped: dict[Path, str] = {}
     blocks = dict.fromkeys(run.block for run in runs)
     for i, block in enumerate(blocks):
@@ -243,11 +247,18 @@ def _is_done(run: PlannedRun, task: Task) -> bool:
 
 
 def _drop_weights(runs: Sequence[PlannedRun]) -> None:
-    """Remove the trained students of finished runs, gigabytes each; answers, data and adapters stay."""
+    """Remove the trained students of finished runs, gigabytes each; answers, data and adapters stay.
+
+    The whole folder of a training goes: what is left of one would pass for finished when an arm is added later.
+    """
     for run in runs:
-        for path in run.folder.rglob("*"):
-            if path.suffix in _WEIGHTS and not path.name.startswith("adapter") and path.is_file():
-                path.unlink()
+        for report in [*run.folder.rglob("training.json")]:
+            if (out := report.parent).name != "adapter" and report.is_file():
+                gone = out.with_name(f".{out.name}")  # so that a kill leaves no part of it under its name
+                shutil.rmtree(gone, ignore_errors=True)
+                out.rename(gone)
+                shutil.rmtree(gone)
+                out.with_name(f"{out.name}-F16.gguf").unlink(missing_ok=True)
 
 
 def _result(

@@ -43,14 +43,18 @@ def find_problems(tables: Mapping[str, Any]) -> list[Problem]:
     ]
 
 
-def refuse_run(config: RunConfig, task: Task) -> None:
-    """Raise if `config` cannot run on `task`. Raises InputError: names every key or split."""
-    problems = [*_size_problems(config.check.examples, task), *_server_problems(config.model_dump())]
+def refuse_run(config: RunConfig, task: Task, where: str = "") -> None:
+    """Raise if `config` cannot run on `task`. Raises InputError: names every key or split, after `where`."""
+    tables = config.model_dump()
+    problems = [*_model_problems(tables), *_size_problems(config.check.examples, task)]
+    problems += _server_problems(tables)
     reasons = config.tune.target in ("answer-first", "reasoning-first")
-    if config.data in TECHNIQUE_ARMS and tells_labels(config, task) and not reasons:
-        what = (
-            f'data = "{config.data}" chooses among rationales, and this student may learn answers without any'
-        )
+    needs = f'data = "{config.data}" chooses among rationales' if config.data in TECHNIQUE_ARMS else ""
+    if config.aligned and not config.n_question_pairs and not needs:
+        key = "" if config.data == "rationale-only" else ", align.question_pairs = 0"
+        needs = f'data = "{config.data}"{key} aligns the teacher on rationales alone'
+    if needs and tells_labels(config, task) and not reasons:
+        what = f"{needs}, and this student may learn answers without any"
         problems.append((what, 'Set tune.target = "reasoning-first" or "answer-first".'))
     if config.tune.soft_labels and not votes_directly(config, task.answer):
         what = "tune.soft_labels: the teacher gives no probabilities of answers to this task"
@@ -58,7 +62,7 @@ def refuse_run(config: RunConfig, task: Task) -> None:
             "Set it to 0; or use a local teacher, a task of closed answers, and elicit.opinion_shots above 0."
         )
         problems.append((what, how))
-    reject(problems)
+    reject(problems, where)
 
 
 def refuse_models(config: RunConfig, teacher: LocalModel | None, student: LocalModel) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from arte_edge.asking.form import Asking, asking_of
 from arte_edge.cache import Progress, slug
 from arte_edge.checkpoint import reject_quantized
+from arte_edge.distill.aligned import aligned_teacher
 from arte_edge.distill.config import RunConfig, build, load_toml
 from arte_edge.errors import InputError
 from arte_edge.export.chat import Chat, read_chat
@@ -379,6 +380,9 @@ def _comparison(folder: Path) -> tuple[ComparisonRow, ...]:
 
 
 def _lineage(folder: Path, config: RunConfig, task: Task) -> Lineage:
+    teacher = parent_of(config.teacher.model)
+    if aligned := aligned_teacher(config.teacher.model):  # the name of its folder tells no licence
+        teacher = parent_of(aligned.base, aligned.base_sha256)
     train = folder / "tune" / "rows.jsonl"  # what was trained on: tailored rows of every round, own labels
     data = None
     if train.is_file():
@@ -387,7 +391,7 @@ def _lineage(folder: Path, config: RunConfig, task: Task) -> Lineage:
     return Lineage(
         source="run",
         base=parent_of(config.student.model),
-        teacher=parent_of(config.teacher.model),
+        teacher=teacher,
         task=task.name,
         task_sha256=task.sha256,
         method=config.data,

@@ -17,6 +17,7 @@ from tiny import Patch, make_gguf
 from arte_edge.asking.form import Form
 from arte_edge.cli.main import main
 from arte_edge.console import Reporter
+from arte_edge.distill import validate_config
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.latency import Budget
 from arte_edge.distill.run_context import RunContext
@@ -197,13 +198,13 @@ class House:
     def train(self, checkpoint: Path, rows: Sequence[Any], out: Path, settings: Any, **_: Any) -> SftResult:
         """Stand in for `train_sft`, a finished one included."""
         text = json.dumps([dict(row) for row in rows])
-        if not (out / "rows.json").is_file() or (out / "rows.json").read_text() != text:
+        if not (out / "training.json").is_file() or (out / "training.json").read_text() != text:
             self.trained.append(out)
             self.seen[out] = [dict(row) for row in rows]
             out.mkdir(parents=True, exist_ok=True)
             (out / "tokenizer_config.json").write_text("{}")
-            (out / "rows.json").write_text(text)
-            (out / "training.json").write_text("{}")
+            (out / "model.safetensors").write_text(text)
+            (out / "training.json").write_text(text)
         return SftResult(out, 4, len(rows), 0, 0.0, ({"loss": 2.0}, {"loss": 0.5}), None)
 
     def open_tuned(self, model: LocalModel) -> ScriptedEngine:
@@ -240,13 +241,16 @@ def house(tmp_path: Path, monkeypatch: Patch) -> House:
 
     def convert(checkpoint: Path, base: Path, out: Path) -> None:
         template = (checkpoint / "chat_template.jinja").read_text()
-        made = {"rows": json.loads((checkpoint / "rows.json").read_text()), "template": template}
+        made = {"rows": json.loads((checkpoint / "model.safetensors").read_text()), "template": template}
         out.write_text(json.dumps(made))
 
     monkeypatch.setattr("arte_edge.gguf.from_base.checkpoint_to_gguf", convert)
     for stage in ("own_labels", "tune"):
         monkeypatch.setattr(f"arte_edge.distill.stages.{stage}.train_sft", house.train)
 
+    real = validate_config._look_up
+    scripted = (TEACHER, STUDENT)
+    monkeypatch.setattr(validate_config, "_look_up", lambda ref: None if ref in scripted else real(ref))
     monkeypatch.setattr("arte_edge.distill.run_context.resolve", find)
     monkeypatch.setattr("arte_edge.distill.run_context.open_local", open_scripted)
     unpack = LocalModel.checkpoint

@@ -123,6 +123,16 @@ def test_the_probes_of_alignment_are_counted(house: Any) -> None:
         assert align.calls == 2 * n_look
 
 
+def test_an_influence_is_one_call_a_draft_after_the_alignment_too(house: Any) -> None:
+    tables = {"calibrate": {"k": 6}, "prefer": {"score": "influence"}}
+    align = [
+        work
+        for work in stage_work(house.config(**tables, align={"fresh_drafts": 4}), house.task, 1.0)
+        if work.stage == "align" and work.call.who == "student"
+    ]
+    assert [work.n for work in align] == [2 * 4 + 6]
+
+
 def test_fewer_valid_drafts_a_prompt_mean_more_prompts(house: Any) -> None:
     def n_prompts(rate: float) -> int:
         config = house.config(tailor={"questions": 100, "label": "teacher"})
@@ -219,6 +229,8 @@ def test_a_teacher_behind_a_server_costs_what_its_prices_say(
     [
         (["--dry-run", "--teacher", SERVER["teacher"]["model"]], "alignment needs the teacher's weights"),
         (["--set", "data=one-technique", "--set", "elicit.by_label=true"], "chooses among rationales"),
+        (["--set", "data=rationale-only", "--set", "elicit.by_label=true"], "on rationales alone"),
+        (["--set", "align.question_pairs=0", "--set", "elicit.by_label=true"], "on rationales alone"),
         (["--dry-run", "--prices", "1,2"], "runs locally and costs nothing"),
         (["--prices", "1,2"], "needs --dry-run"),
         (["--dry-run", "--prices", "free"], "not two prices"),

@@ -143,3 +143,17 @@ def test_a_run_from_before_engines_were_stored_keeps_the_usual_one(house: Any, m
     run = house.run()
     assert run.kind(run.config.teacher) == "auto"
     run.close()
+
+
+def test_a_damaged_check_is_made_again_and_a_sibling_with_one_lends_nothing(house: Any) -> None:
+    sibling = house.folder.with_name("sibling")
+    for folder in (house.folder, sibling):
+        (folder / "check").mkdir(parents=True)
+        (folder / "check" / "manifest.json").write_text("{")
+    run = house.run()
+    run.siblings = (sibling,)
+    for name in ("elicit", "check"):
+        with run.stage(name, {}, lambda _: "done") as stage:
+            assert stage.todo
+            stage.finish({})
+    run.close()

@@ -85,6 +85,17 @@ def test_runs_share_calls_stages_and_controls_and_the_table_compares_them(
     assert not list(folder.rglob("*.safetensors")) and not list(folder.rglob("*-F16.gguf"))
 
 
+def test_an_arm_that_is_added_to_a_finished_study_trains_what_was_dropped(
+    house: Any, study: Any, tmp_path: Path
+) -> None:
+    assert study("more", seeds="[0]") == 0
+    rows, trained = result(tmp_path / "more")["rows"], len(house.trained)
+    assert study("more", extra='[arms.late]\ndata = "original-teacher"\ntune.epochs = 3', seeds="[0]") == 0
+    found = {row["arm"]: row for row in result(tmp_path / "more")["rows"]}
+    assert [found[row["arm"]] for row in rows] == rows and found["late"]["accuracy"] > 0
+    assert len(house.trained) > trained and not list((tmp_path / "more").rglob("training.json"))
+
+
 def test_a_study_that_was_cut_off_goes_on_and_a_finished_one_costs_nothing(
     house: Any, study: Any, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -157,6 +168,8 @@ def test_a_run_that_stops_early_is_left_out_and_one_of_other_settings_shares_no_
         ("", '[arms."A b"]\ndata = "arte"', "arms.A b"),
         ('reference = "arte"', "", "is no arm"),
         ("sedes = [1]", "", "unknown key 'sedes'"),
+        ("", '[arms.x]\ndata = "one-technique"', 'x-seed0: data = "one-technique" chooses among rationales'),
+        ("", '[arms.x]\nteacher.model = "scriptd"', "x-seed0: teacher.model: "),
     ],
 )
 def test_a_wrong_study_says_why_before_any_call(

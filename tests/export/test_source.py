@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from arte_edge.asking.form import FORMS, Form, instruction
 from arte_edge.asking.template import with_instruction
 from arte_edge.checkpoint import write_chat_template
+from arte_edge.distill.config import build, load_toml
 from arte_edge.errors import InputError
 from arte_edge.export.chat import read_chat
 from arte_edge.export.lora_merge import merge
@@ -118,6 +119,19 @@ def test_a_run_has_its_task_texts_and_lineage(tiny_run: Path) -> None:
     assert lineage.teacher is not None and "/" in lineage.teacher.name
     assert lineage.data is not None and (lineage.data.file, lineage.data.rows) == ("rows.jsonl", 12)
     assert lineage.tuning is not None and lineage.tuning.method == "lora"
+
+
+def test_the_teacher_of_a_student_of_an_aligned_one_is_its_base(run: Path, tmp_path: Path) -> None:
+    told = {"base": "smollm2-360m-instruct", "base_sha256": SUM, "adapters": {}}
+    (tmp_path / "aligned").mkdir()
+    (tmp_path / "aligned" / "teacher.json").write_text(json.dumps(told))
+    text = (run / "run.toml").read_text("utf-8")
+    teacher = build("run.toml", load_toml(run / "run.toml")).teacher.model
+    assert text.count(f'model = "{teacher}"') == 1
+    text = text.replace(f'model = "{teacher}"', f'model = "{tmp_path / "aligned"}"')
+    (run / "run.toml").write_text(text, "utf-8")
+    found, base = open_source(str(run)).lineage.teacher, parent_of("smollm2-360m-instruct")
+    assert found is not None and (found.name, found.license, found.sha256) == (base.name, base.license, SUM)
 
 
 def test_the_closing_table_travels_with_the_student_it_is_of(run: Path) -> None:

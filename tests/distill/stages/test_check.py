@@ -99,7 +99,7 @@ def test_a_rerun_asks_and_trains_nothing_and_another_rate_trains_again(house: An
     assert (house.calls, len(house.trained)) == (spent, 1)
     house.learned = lambda rows: lambda n: True
     control = house.folder / "check" / "own-labels"
-    (control / "rows.json").unlink()  # what a training with another setting does not find
+    (control / "training.json").unlink()  # what a training with another setting does not find
     (house.folder / "check" / "own-labels-F16.gguf").write_text("of the earlier training")
     assert checked(house, tune={"epochs": 7})["n"] == 40
     assert len(house.trained) == 2
