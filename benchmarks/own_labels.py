@@ -9,7 +9,7 @@ Each seed draws its own labelled rows, 100 validation rows and, of a set with ma
 training. Arms, paired on the same test examples: own labels alone (as `arte-edge` trains it for its check), those and
 the validation rows, tailored data of round 1 added to the own labels, and round 2, which asks for more where round 1
 errs on validation and is kept only if validation accuracy rises. One row a seed is appended to the results; the
-summary pools the seeds.
+summary pools the seeds; its second interval also holds that other seeds would differ.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from arte_edge.models.resolve import from_folder
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.loader import open_local
 from arte_edge.runtimes.prompt_render import render
-from arte_edge.stats import mcnemar, wilson
+from arte_edge.stats import mcnemar, over_seeds_and_questions, wilson
 from arte_edge.tasks.answers import matches
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task, content_key
@@ -164,15 +164,21 @@ def summary(path: Path) -> None:
     for (task, own), rows in sorted(groups.items()):
         seeds = [row["seed"] for row in rows]
         print(f"{task}, {own} own labels, seeds {seeds}, {rows[0]['tailored']} tailored examples a round")
-        pooled = {arm: [_bits(row["right"], arm) for row in rows] for arm in ARMS}
-        own_labels = np.concatenate(pooled["own labels"])
-        for arm, each in pooled.items():
+        for arm in ARMS:
+            able = [row for row in rows if arm in row["right"]]  # a seed may have stopped after round 1
+            if not able:
+                continue
+            each = [_bits(row["right"], arm) for row in able]
+            own_labels = np.concatenate([_bits(row["right"], "own labels") for row in able])
             values = np.concatenate(each)
             interval, test = wilson(int(values.sum()), len(values)), mcnemar(own_labels, values)
+            mine = [_bits(row["right"], "own labels").astype(int) for row in able]
+            grid = np.array([one.astype(int) - own for one, own in zip(each, mine, strict=True)])
+            _, seeds = over_seeds_and_questions([grid])
             print(
                 f"  {arm:<23} {values.mean():.1%} ({interval.low:.1%} to {interval.high:.1%}, n = {len(values)}; "
                 f"{', '.join(f'{one.mean():.1%}' for one in each)}); minus own labels {test.difference:+.1%} "
-                f"({test.low:+.1%} to {test.high:+.1%}), p = {test.p_value:.2g}"
+                f"({test.low:+.1%} to {test.high:+.1%}; over seeds and questions {seeds.low:+.1%} to {seeds.high:+.1%})"
             )
 
 
