@@ -79,7 +79,7 @@ def test_training_leaves_trls_own_head_and_rejects_a_trl_that_tokenizes_again() 
     assert model.forward == forward
     assert not attends_fully(model.config)
     with pytest.raises(ArteError, match="_prepare_dataset") as error:
-        dpo._trainer(*[Any] * 6)  # nothing is looked at before
+        dpo._Training(*[Any] * 7)  # nothing is looked at before
     assert "arte-edge[train]" in (error.value.hint or "")
 
 

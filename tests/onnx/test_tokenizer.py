@@ -67,9 +67,11 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(InputError, match=r"config\.json"):
             read_json(tmp_path / "config.json")
-    for ends in ("x", -1, ["x"]):
+    for ends in ("x", -2, ["x"]):
         with pytest.raises(InputError, match="eos_token_id"):
             end_tokens(write(tmp_path, config={}, generation_config={"eos_token_id": ends}))
+    none = end_tokens(write(tmp_path, config={}, generation_config={"eos_token_id": [-1, None]}))
+    assert not none, "what some trainers write for none"
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         added_tokens(write(tmp_path, tokenizer={"added_tokens": [{"id": 1}]}))
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')

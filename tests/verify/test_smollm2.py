@@ -48,7 +48,7 @@ def quantized(f16: Path, type: str) -> Path:
 
     out = f16.with_name(f"{type}.gguf")
     if not out.exists():
-        quantize(f16, out, type, threads=1)
+        quantize(f16, out, type)
     return out
 
 
