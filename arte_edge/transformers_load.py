@@ -93,9 +93,8 @@ def attach_adapter(model: Any, folder: Path) -> Any:
     read_adapter_config(folder)
     hint = "Name the model that it was trained on with --base."
     with _rejecting(f"{folder}: does not fit its base", hint), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # peft's use of transformers, which is no user's business
+        # What peft uses of transformers is no user's business.
+        warnings.simplefilter("ignore", FutureWarning)
         _resize(model, folder)
         live = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
         loaded = live.load_adapter(str(folder), "default")

@@ -2,8 +2,8 @@
 
 The runs of a study lie in one folder and share one store of calls (each ``calls.jsonl`` is a link to the study's), so
 that nothing is generated twice; runs of the same task, student and seed also take over each other's finished stages
-(`RunContext.siblings`): teacher, controls and trials are made once. A study that is started again goes on where it was
-cut off. What a student of own labels scores comes with every run and costs no arm.
+(`RunContext.siblings`): teacher, controls and trials are made once. The same command resumes a
+study. What a student of own labels scores comes with every run and costs no arm.
 """
 
 from __future__ import annotations

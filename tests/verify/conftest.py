@@ -17,6 +17,7 @@ from arte_edge.gguf.reader import Field, read_model_header
 from arte_edge.gguf.writer import Tensor, write_gguf
 from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.protocol import Runtime
+from arte_edge.tasks.task import Answer, Example, Task
 from arte_edge.verify.gate import Verdict, verify_file
 from arte_edge.verify.prompts import built_in_prompts
 from arte_edge.verify.thresholds import thresholds_for
@@ -185,3 +186,15 @@ def with_tensor(source: Path, out: Path, name: str, change: Change) -> Path:
         file.seek(int(tensor.data_offset))
         file.write(changed.tobytes())
     return out
+
+
+def parity_task(n: int) -> Task:
+    """Return a task with `n` validation examples."""
+    return Task(
+        name="parity",
+        description="Is the number even or odd?",
+        answer=Answer(kind="choice", choices=("even", "odd")),
+        techniques=("Look.",),
+        seed=(),
+        validation=tuple(Example(f"Is {i} even?", "odd" if i % 2 else "even") for i in range(n)),
+    )

@@ -17,26 +17,18 @@ from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.onnxruntime import OnnxRuntime
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.runtimes.protocol import Runtime, Served
-from arte_edge.tasks.task import Answer, Example, Task
 from arte_edge.verify.accuracy import questions_for
 from arte_edge.verify.as_asked import check_as_asked
 from arte_edge.verify.check import Check
 from arte_edge.verify.gate import verify_file
 from arte_edge.verify.thresholds import thresholds_for
 
-from .conftest import BOS, TEMPLATE, Tiny, to_gguf, write_checkpoint
+from .conftest import BOS, TEMPLATE, Tiny, parity_task, to_gguf, write_checkpoint
 
 pytest.importorskip("onnxruntime_genai")
 # Whole characters only: what programs print of half ones differs.
 LETTERS = sorted(set(string.ascii_letters + string.digits + string.punctuation) | {"Ġ", "Ċ"})
-TASK = Task(
-    name="parity",
-    description="Is the number even or odd?",
-    answer=Answer(kind="choice", choices=("even", "odd")),
-    techniques=("Look.",),
-    seed=(),
-    validation=tuple(Example(f"Is {i} even?", "odd" if i % 2 else "even") for i in range(8)),
-)
+TASK = parity_task(8)
 QUESTIONS: list[list[Message]] = [[{"role": "user", "content": f"Is {i} even or odd?"}] for i in (4, 17)]
 
 

@@ -14,13 +14,12 @@ from arte_edge.gguf.reader import read_model_header
 from arte_edge.results.student_json import FidelityMetrics
 from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.protocol import Runtime
-from arte_edge.tasks.task import Answer, Example, Task
 from arte_edge.verify import as_asked
 from arte_edge.verify.gate import Verdict, verify
 from arte_edge.verify.prompts import task_prompts
 from arte_edge.verify.thresholds import thresholds_for
 
-from .conftest import HEADS, Tiny, failed, gate, note, to_gguf, with_tensor
+from .conftest import HEADS, Tiny, failed, gate, note, parity_task, to_gguf, with_tensor
 
 
 def test_a_good_export_passes_every_check(reference: Runtime, tiny: Tiny) -> None:
@@ -177,14 +176,7 @@ def test_a_word_that_llama_cpp_alone_takes_for_an_end_is_told_and_not_held_again
     model.close()
 
 
-TASK = Task(
-    name="parity",
-    description="Is the number even or odd?",
-    answer=Answer(kind="choice", choices=("even", "odd")),
-    techniques=("Look.",),
-    seed=(),
-    validation=tuple(Example(f"Is {i} even?", "odd" if i % 2 else "even") for i in range(32)),
-)
+TASK = parity_task(32)
 
 
 DRIFT = 1.7

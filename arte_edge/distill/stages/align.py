@@ -2,8 +2,8 @@
 
 Pairs of questions answer the question-generation prompt, pairs of rationales the naive step-by-step
 prompt, the very prompts of tailoring. The step is sized by what it does (`train.kl_target`). The result is
-a LoRA adapter; for a teacher that runs on llama.cpp it is also written as GGUF, so that the aligned teacher
-decodes as fast as the original one. Both then answer new prompts (`fresh_drafts`): an alignment that changed
+a LoRA adapter; for a teacher that came as GGUF it is also written as GGUF, so that llama.cpp can run the
+aligned teacher, here or elsewhere. Both teachers then answer new prompts (`fresh_drafts`): an alignment that changed
 nothing, or that the student does not like better, is a warning in the stage and in the closing text.
 """
 
