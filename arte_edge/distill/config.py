@@ -210,6 +210,9 @@ class Align(_Section):
     min_gap_errors: float = _key(
         1.0, "the same in its standard errors, where it has one (adaptive scoring, influence)", ge=0.0
     )
+    also: tuple[str, ...] = _key(
+        (), "folders of runs on other tasks, same teacher and student, whose pairs are trained on as well"
+    )
     target_kl: float = _key(
         0.1,
         "nats a token between the aligned and the original teacher on held-out prompts, which sets the learning "

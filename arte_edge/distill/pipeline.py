@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,12 +11,14 @@ import numpy as np
 
 from arte_edge.console import Reporter, doing
 from arte_edge.distill.aligned import write_aligned
-from arte_edge.distill.config import RunConfig
+from arte_edge.distill.config import RunConfig, build, load_toml
 from arte_edge.distill.evaluation import student_prompts
 from arte_edge.distill.latency import Budget, device_rates, new_budget, stored_budget
 from arte_edge.distill.run_context import RunContext, Summary, open_folder, quantized_student
 from arte_edge.distill.validate_config import fewer_shown, refuse_models, refuse_run
+from arte_edge.errors import InputError
 from arte_edge.extras import need
+from arte_edge.files import user_path
 from arte_edge.tasks.loaders import load_task
 
 __all__ = ["Outcome", "decide_budget", "run_pipeline"]
@@ -64,7 +66,7 @@ def run_pipeline(
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
     refuse_run(config, task)
     open_folder(config, folder, task, update=update)
-    run = RunContext(config, task, folder, reporter, siblings)
+    run, others = RunContext(config, task, folder, reporter, siblings), list[RunContext]()
     try:
         models = f": {config.student.model} learns from {config.teacher.model} → {folder}"
         reporter.say(models, task.name)
@@ -76,14 +78,52 @@ def run_pipeline(
             elicit(run)
             calibrate(run)
             prefer(run)
-            _, adapter = align(run)
+            for other in _other_runs(run):
+                others.append(other)
+                run.close_engines()  # one teacher in memory at a time
+                check(other, force=force)
+                target(other)
+                elicit(other)
+                calibrate(other)
+                prefer(other)
+                other.close_engines()
+            _, adapter = align(run, others)
             write_aligned(folder, config.teacher.model, run.local(config.teacher))
         elif config.data == "best-of-n":
             calibrate(run)
         tuned = tailor_and_tune(run, adapter)
         return Outcome(folder, evaluate(run, tuned), run.calls.made, run.calls.cached)
     finally:
-        run.close()
+        for each in (run, *others):
+            each.close()
+
+
+def _other_runs(run: RunContext) -> Iterator[RunContext]:
+    """Yield the runs of other tasks whose pairs the alignment is trained on too.
+
+    Raises InputError: no run there, or one of another teacher or student.
+    """
+    for ref in run.config.align.also:
+        folder = user_path(ref)
+        where = f"align.also: {ref}"
+        if not (folder / "run.toml").is_file() or folder.resolve() == run.folder.resolve():
+            raise InputError(
+                f"{where}: not the folder of another run", "Start that run first; it may be unfinished."
+            )
+        config = build(where, load_toml(folder / "run.toml"))
+        task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
+        open_folder(config, folder, task, update=False)
+        other = RunContext(config, task, folder, Reporter(folder / "events.jsonl", quiet=run.reporter.quiet))
+        for key in ("teacher", "student"):
+            mine, theirs = (run.identity(getattr(each, key)) for each in (run.config, config))
+            if mine != theirs:
+                other.close()
+                raise InputError(
+                    f"{where}: its {key} is {getattr(config, key).model}, here it is {getattr(run.config, key).model}",
+                    "Runs are aligned together if teacher and student are the same and prompted in the same way.",
+                )
+        run.reporter.say(f" {folder}, for its pairs", task.name)
+        yield other
 
 
 def _prepare(run: RunContext, *, update: bool) -> None:

@@ -1,7 +1,8 @@
 """Step 4, align: DPO aligns the teacher with the student's preferences (paper, section 3.4).
 
 Pairs of questions answer the question-generation prompt, pairs of rationales the naive step-by-step
-prompt, the very prompts of tailoring. The step is sized by what it does (`train.kl_target`). The result is
+prompt, the very prompts of tailoring. With `align.also` the pairs of other tasks' runs are trained on as well, as the
+paper aligns one teacher over 23 tasks. The step is sized by what it does (`train.kl_target`). The result is
 a LoRA adapter; for a teacher that came as GGUF it is also written as GGUF, so that llama.cpp can run the
 aligned teacher, here or elsewhere. Both teachers then answer new prompts (`fresh_drafts`): an alignment that changed
 nothing, or that the student does not like better, is a warning in the stage and in the closing text.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import zip_longest
@@ -50,23 +52,31 @@ _RSLORA_SCALE = 2 * 8**0.5  # times 1/sqrt(rank): at rank 8 as without rsLoRA
 _MOVED = 1e-3  # nats a token, below which an alignment changed nothing
 
 
-def align(run: RunContext) -> tuple[Summary, Adapter]:
+def align(run: RunContext, others: Sequence[RunContext] = ()) -> tuple[Summary, Adapter]:
     """Write pairs.jsonl and the adapter; return the summary and the adapter as the teacher's engine loads it.
+
+    `others` are runs of other tasks that have finished `prefer`.
 
     Raises StoppedEarly: no pair is left once ties are dropped.
     """
     config = run.config.align
     inputs = {
-        "align": config.model_dump(mode="json"),
+        # Without other tasks they are no input: alignments of before they were possible stay.
+        "align": config.model_dump(mode="json", exclude=None if others else {"also"}),
         "data": run.config.alignment,
         "teacher": run.identity(run.config.teacher),
         "scores": run.outputs("prefer"),
         "asked": [run.config.elicit.shown, run.config.elicit.asked],
         **run.data_inputs(),
+        **(
+            {"others": [[other.outputs("prefer"), other.data_inputs()] for other in others]} if others else {}
+        ),
     }
     with run.stage("align", inputs, _describe) as stage:
         if stage.todo:
             drawn = _pairs(run)
+            if others:
+                drawn = _mixed([drawn, *map(_pairs, others)], run.config.seed)
             if not drawn.pairs:
                 raise StoppedEarly(
                     f"align: every pair is a tie at align.min_gap = {config.min_gap:g} and align.min_gap_errors = "
@@ -75,7 +85,8 @@ def align(run: RunContext) -> tuple[Summary, Adapter]:
                 )
             stage.write("pairs.jsonl", drawn.pairs)
             stage.write("held_out.jsonl", drawn.held_out)
-            run.close_engines()  # the trainer needs the memory that engines hold
+            for each in (run, *others):
+                each.close_engines()  # the trainer needs the memory that engines hold
             base = run.checkpoint(run.config.teacher)
             with run.reporter.percent("DPO, with checks") as progress:
                 result = train_dpo(
@@ -97,7 +108,10 @@ def align(run: RunContext) -> tuple[Summary, Adapter]:
                     f"alignment stopped early: {result.collapse}; the adapter of step {result.kept_step} is used"
                 )
             adapter = _converted_adapter(run, stage.folder)
-            stage.finish(_summary(run, drawn, result) | {"adapter_sha256": adapter[1]} | _fresh(run, adapter))
+            tasks = {"tasks": 1 + len(others)} if others else {}
+            stage.finish(
+                tasks | _summary(run, drawn, result) | {"adapter_sha256": adapter[1]} | _fresh(run, adapter)
+            )
     path = _adapter_path(run, stage.folder)
     if not path.exists():  # made where the teacher ran on another engine
         _converted_adapter(run, stage.folder)
@@ -218,6 +232,15 @@ def _pairs(run: RunContext) -> Drawn:
     return Drawn(pairs, held_out, by_question.ties + by_rationale.ties)
 
 
+def _mixed(drawn: Sequence[Drawn], seed: int) -> Drawn:
+    """Return the pairs of several tasks in random order, those held out of each task in turn."""
+    pairs = [pair for one in drawn for pair in one.pairs]
+    random.Random(f"{seed}/tasks").shuffle(pairs)
+    turns = zip_longest(*(one.held_out for one in drawn))
+    held_out = [pair for turn in turns for pair in turn if pair is not None]
+    return Drawn(pairs, held_out, sum(one.ties for one in drawn))
+
+
 def _prompt_inputs(run: RunContext, engine: Engine, plan: QuestionPlan, pairs: list[Row]) -> None:
     """Give pairs of inputs their prompt, which asks for as many as a side has, and number the sides from there."""
     focus = first_focus(run)
@@ -317,8 +340,10 @@ def _last(history: Any, key: str) -> float | None:
 
 def _describe(summary: Summary) -> str:
     margin, parts = summary["margin"], []
+    tasks = f" of {n} tasks" if (n := summary.get("tasks")) else ""
     parts.append(
-        f"{summary['pairs']} pairs ({summary['question_pairs']} of questions, {summary['ties_dropped']} ties dropped"
+        f"{summary['pairs']} pairs{tasks} "
+        f"({summary['question_pairs']} of questions, {summary['ties_dropped']} ties dropped"
         + (f", {summary['too_long']} too long" if summary.get("too_long") else "")
         + f"), {summary['steps']} steps"
     )

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from tiny import Patch
 
+from arte_edge.console import Reporter
 from arte_edge.distill import run_context
 from arte_edge.distill.generation.rationales import rationale_prompt
+from arte_edge.distill.pipeline import run_pipeline
 from arte_edge.distill.stages import align as module
 from arte_edge.distill.stages.align import align
 from arte_edge.distill.stages.calibrate import calibrate
@@ -19,6 +21,7 @@ from arte_edge.distill.stages.prefer import prefer
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.dpo import DpoResult
 from arte_edge.distill.train.kl_target import HeldOut
+from arte_edge.errors import InputError
 from arte_edge.publish.report.page import _TEXTS, _result
 from arte_edge.results.student_json import Alignment
 from arte_edge.runtimes.completion import Request, Sampling
@@ -212,3 +215,45 @@ def test_a_damaged_manifest_is_made_again(house: Any, aligned: Any, damage: str)
     path.write_text(damage if damage[0] in "[{" else json.dumps(manifest), "utf-8")
     assert aligned()[1] == result and len(found) == 2
     assert json.loads(path.read_text("utf-8"))["summary"] == result[0]
+
+
+def test_the_pairs_of_other_tasks_runs_are_trained_on_too(house: Any, aligned: Any) -> None:
+    mine, also, task = house.folder, house.folder.with_name("other"), house.task
+    tasks = {name: replace(task, description=f"{name}: {task.description}") for name in ("other", "mine")}
+    folders = {"other": also, "mine": mine}
+    align_table = {"min_gap": 0.0, "min_gap_errors": 0.0, "fresh_drafts": 0}
+
+    def prompts_of(name: str, **more: Any) -> set[str]:
+        house.task = tasks[name]
+        config = house.config(task={"ref": name}, align=align_table | more)
+        run_pipeline(config, folders[name], Reporter(quiet=True), update=True)
+        rows = (folders[name] / "align" / "pairs.jsonl").read_text("utf-8").splitlines()
+        return {json.loads(row)["prompt"] for row in rows}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("arte_edge.distill.pipeline.load_task", lambda ref, **_: tasks[ref])
+        alone = {name: prompts_of(name) for name in tasks}
+        both = prompts_of("mine", also=[str(also)])
+    assert not alone["other"] & alone["mine"] and both == alone["other"] | alone["mine"]
+    summary = json.loads((mine / "align" / "manifest.json").read_text("utf-8"))["summary"]
+    assert summary["tasks"] == 2 and "of 2 tasks" in module._describe(summary)
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda path: path.unlink(), "not the folder of another run"),
+        (lambda path: path.write_text(path.read_text().replace("shots = 8", "shots = 7")), "its teacher is"),
+    ],
+)
+def test_a_run_that_cannot_be_aligned_with_this_one_says_so(
+    house: Any, aligned: Any, tmp_path: Path, damage: Any, why: str
+) -> None:
+    align_table = {"min_gap": 0.0, "min_gap_errors": 0.0, "fresh_drafts": 0}
+    run_pipeline(
+        house.config(task={"ref": "parity"}, align=align_table), tmp_path / "other", Reporter(quiet=True)
+    )
+    damage(tmp_path / "other" / "run.toml")
+    config = house.config(task={"ref": "parity"}, align=align_table | {"also": [str(tmp_path / "other")]})
+    with pytest.raises(InputError, match=why):
+        run_pipeline(config, house.folder, Reporter(quiet=True))
