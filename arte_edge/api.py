@@ -263,6 +263,9 @@ def distill(
     name: str | None = None,
     runs: PathLike = "runs",
     set: Mapping[str, Any] | Sequence[str] = (),
+    until: str | None = None,
+    from_: str | None = None,
+    shard: str | None = None,
     force: bool = False,
     update: bool = False,
     reporter: Reporter | None = None,
@@ -280,6 +283,9 @@ def distill(
         name: of the run's folder; made of task and student unless given.
         runs: where run folders are.
         set: overrides of single keys: ``{"tune.epochs": 2}`` or ``["tune.epochs=2"]``.
+        until: the last stage to make; the same call without it goes on.
+        from_: make this stage and those after it again, from stored calls; those before it have to be done.
+        shard: ``2/4``: make only the second quarter of the first unfinished stage's calls (docs/runs.md).
         force: continue even if the teacher does not significantly outperform the student.
         update: change the settings of an existing run; finished calls stay cached.
 
@@ -294,7 +300,14 @@ def distill(
         run, task=task, teacher=teacher, student=student, bbh=bbh, name=name, runs=runs, set=set
     )
     run_pipeline(
-        config, folder, reporter or Reporter(folder / "events.jsonl", quiet=True), force=force, update=update
+        config,
+        folder,
+        reporter or Reporter(None if shard else folder / "events.jsonl", quiet=True),
+        force=force,
+        update=update,
+        until=until or "",
+        from_=from_ or "",
+        shard=shard or "",
     )
     return Run(folder)
 

@@ -26,7 +26,8 @@ from arte_edge.cache import disk_errors, write_atomic
 from arte_edge.errors import ArteError
 from arte_edge.files import json_loads
 
-__all__ = ["CallLog", "Stage", "content_key", "link_folder", "parse_line", "read_jsonl", "write_jsonl"]
+__all__ = ["CallLog", "Stage", "content_key", "link_folder", "parse_line", "read_groups", "read_jsonl"]
+__all__ += ["write_jsonl"]
 
 Row = dict[str, Any]
 
@@ -141,25 +142,40 @@ class CallLog:
 
     def _recover(self) -> int:
         """Read complete groups, truncate an incomplete one at the end, return the size in bytes."""
-        size, offset = 0, 0
-        group: list[Row] = []
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
-            row = parse_line(line) if line.endswith(b"\n") else None
-            if row is None or not _is_call(row):
-                if line.endswith(b"\n"):
-                    raise ArteError(
-                        f"{self.path}:{number}: this line is damaged",
-                        "Delete the line (its call is repeated) and run the same command again.",
-                    )
-                break
-            offset += len(line)
-            group.append(row)
-            if row["left"] == 0:
-                for done in group:
-                    self._remember(done)
-                group, size = [], offset
+        rows, size = read_groups(self.path)
+        for row in rows:
+            self._remember(row)
         os.ftruncate(self._fd, size)
         return size
+
+
+def read_groups(path: Path, start: int = 0) -> tuple[list[Row], int]:
+    """Return the rows of a store's complete groups from byte `start` on, and the byte at which the last one ends.
+
+    Raises ArteError: a line is no call; names it.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read()
+    size = offset = start
+    rows: list[Row] = []
+    group: list[Row] = []
+    for number, line in enumerate(data.splitlines(keepends=True), 1):
+        row = parse_line(line) if line.endswith(b"\n") else None
+        if row is None or not _is_call(row):
+            if line.endswith(b"\n"):
+                where = f"{path}:{number}" if not start else f"{path}, {number} lines after byte {start}"
+                raise ArteError(
+                    f"{where}: this line is damaged",
+                    "Delete the line (its call is repeated) and run the same command again.",
+                )
+            break
+        offset += len(line)
+        group.append(row)
+        if row["left"] == 0:
+            rows += group
+            group, size = [], offset
+    return rows, size
 
 
 class Stage:

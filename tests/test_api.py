@@ -31,7 +31,8 @@ def cli_parameters(verb: str) -> set[str]:
 
 def api_signature(verb: str) -> dict[str, inspect.Parameter]:
     signatures = [inspect.signature(getattr(ae, name)) for name in FUNCTIONS.get(verb, (verb,))]
-    return {name: p for signature in signatures for name, p in signature.parameters.items()}
+    # A word of the language ends with an underscore: from_.
+    return {name.rstrip("_"): p for signature in signatures for name, p in signature.parameters.items()}
 
 
 def api_parameters(verb: str) -> set[str]:

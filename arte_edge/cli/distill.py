@@ -33,6 +33,25 @@ def distill(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override one key, such as align.learning_rate=1e-6.")
     ] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(metavar="STAGE", help="Stop after this stage; the same command without it goes on."),
+    ] = None,
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="STAGE",
+            help="Make this stage and those after it again, from stored calls; those before it have to be done.",
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Make only this share of the first unfinished stage's calls, beside the other N - 1 commands.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Estimate calls, tokens and cost of every stage, and stop."),
@@ -81,11 +100,20 @@ def distill(
     from arte_edge.distill.stages.evaluate import show_summary
 
     interrupt.resumes()
-    reporter = Reporter(folder / "events.jsonl", as_json=as_json)
-    done = run_pipeline(config, folder, reporter, force=force or anyway, update=update)
+    reporter = Reporter(None if shard else folder / "events.jsonl", as_json=as_json)
+    done = run_pipeline(
+        config,
+        folder,
+        reporter,
+        force=force or anyway,
+        update=update,
+        until=until or "",
+        from_=from_ or "",
+        shard=shard or "",
+    )
     calls = (done.calls_made, done.calls_cached)
     if as_json:
         counts = {"calls_made": calls[0], "calls_kept": calls[1]}
         emit_json({"event": "done", "run": str(folder), **counts, **done.evaluation})
-    else:
+    elif not done.stopped:
         show_summary(out, done.evaluation, folder, calls)

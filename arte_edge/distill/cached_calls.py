@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.console import Reporter
+from arte_edge.distill.shards import ShardLog
 from arte_edge.errors import EngineError
 from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling, without_reasoning
 from arte_edge.runtimes.reasoning import OUT_OF_BUDGET
@@ -74,22 +75,28 @@ class Calls:
         how = sampling.as_dict()
         size = self.together if together and local else self.group
         keys = [self._key(engine, "complete", r.prompt, how, r.sample) for r in requests]
+        groups = [range(start, min(start + size, len(requests))) for start in range(0, len(requests), size)]
+
+        def make(todo: list[int]) -> int:
+            """Make the calls at these places and store them; return their tokens."""
+            fresh = engine.complete([requests[i] for i in todo], sampling) if todo else []
+            self._log.append([_completion_row(keys[i], what, c) for i, c in zip(todo, fresh, strict=True)])
+            notes: list[str] = getattr(engine, "notes", [])  # of a server's engine: each is said once
+            while notes:
+                self._reporter.warn(notes.pop(0))
+            self.made += len(todo)
+            # A failed call is no finished row of the store; this process still needs its reason.
+            self._failed |= {keys[i]: c for i, c in zip(todo, fresh, strict=True) if c.error}
+            return sum(c.completion_tokens for c in fresh)
+
+        self._share_out(groups, keys, lambda i: self._has(keys[i]), make, what)
         done: list[Completion] = []
         with self._reporter.bar(what, len(requests)) as step:
-            for start in range(0, len(requests), size):
-                group = range(start, min(start + size, len(requests)))
+            for group in groups:
                 todo = self._missing(keys, group, lambda i: self._has(keys[i]))
-                fresh = engine.complete([requests[i] for i in todo], sampling) if todo else []
-                self._log.append(
-                    [_completion_row(keys[i], what, c) for i, c in zip(todo, fresh, strict=True)]
-                )
-                notes: list[str] = getattr(engine, "notes", [])  # of a server's engine: each is said once
-                while notes:
-                    self._reporter.warn(notes.pop(0))
-                self.made, self.cached = self.made + len(todo), self.cached + len(group) - len(todo)
-                step(len(group), sum(c.completion_tokens for c in fresh), len(group) - len(todo))
-                # A failed call is no finished row of the store; this process still needs its reason.
-                self._failed |= {keys[i]: c for i, c in zip(todo, fresh, strict=True) if c.error}
+                tokens = make(todo)
+                self.cached += len(group) - len(todo)
+                step(len(group), tokens, len(group) - len(todo))
                 done += [self._completion(keys[i], thinks=bool(budget)) for i in group]
                 self._check_lost(
                     engine, done, len(keys), what, advice(done, budget, sampling.max_tokens), spare=spare
@@ -145,13 +152,26 @@ class Calls:
             counts |= {"with_reasoning": len(thought), "reasoning_tokens": tokens}
         return counts
 
+    def _share_out(
+        self,
+        groups: Sequence[Sequence[int]],
+        keys: Sequence[str],
+        known: Callable[[int], bool],
+        make: Callable[[list[int]], Any],
+        what: str,
+    ) -> None:
+        """In a shard: make its groups, and wait for those of others. Raises PartDone: others' are missing."""
+        if isinstance(self._log, ShardLog):
+            self._log.share_out(groups, keys, known, make, what)
+
     def _has(self, key: str) -> bool:
+        if isinstance(self._log, ShardLog) and key not in self._failed and key in self._log.failed:
+            self._failed[key] = _completion_of(self._log.failed[key])
         return key in self._failed or self._log.get(key, *_COMPLETION) is not None
 
     def _completion(self, key: str, *, thinks: bool) -> Completion:
         row = self._log.get(key, *_COMPLETION)
-        names = (f.name for f in fields(Completion))
-        done = self._failed[key] if row is None else Completion(**{n: row[n] for n in names if n in row})
+        done = self._failed[key] if row is None else _completion_of(row)
         return without_reasoning(done) if thinks else done
 
     def choose(
@@ -178,30 +198,49 @@ class Calls:
     ) -> list[list[list[float]]]:
         """Return log-probabilities ``[n_ask][n_prompt][n_choice]`` of prompts with their own choices."""
         keys = [self._key(engine, "choose", list(p), [list(c) for c in own]) for p, own in prompts_each]
-        with self._reporter.bar(what, sum(len(prompts) for prompts, _ in prompts_each)) as step:
-            for pack in self._packs(prompts_each, self.together):
-                todo = self._missing(keys, pack, lambda i: self._is_scored(keys[i], prompts_each[i][1]))
-                fresh = _choose([prompts_each[i] for i in todo], engine) if todo else []
-                self._log.append(
-                    [
-                        {"key": keys[i], "what": what, "logp": rows}
-                        for i, rows in zip(todo, fresh, strict=True)
-                    ]
-                )
-                made, every = (sum(len(prompts_each[i][0]) for i in some) for some in (todo, pack))
-                self.made, self.cached = self.made + made, self.cached + every - made
+
+        def known(i: int) -> bool:
+            return self._is_scored(keys[i], prompts_each[i][1])
+
+        def count(places: Iterable[int]) -> int:
+            return sum(len(prompts_each[i][0]) for i in places)
+
+        def make(todo: list[int]) -> None:
+            fresh = _choose([prompts_each[i] for i in todo], engine) if todo else []
+            self._log.append(
+                [{"key": keys[i], "what": what, "logp": rows} for i, rows in zip(todo, fresh, strict=True)]
+            )
+            self.made += count(todo)
+
+        packs = list(self._packs(prompts_each, self.together))
+        self._share_out(packs, keys, known, make, what)
+        with self._reporter.bar(what, count(range(len(keys)))) as step:
+            for pack in packs:
+                todo = self._missing(keys, pack, known)
+                make(todo)
+                made, every = count(todo), count(pack)
+                self.cached += every - made
                 step(every, 0, every - made)
         return [self._cached(key)["logp"] for key in keys]
 
     def values(self, keys: Sequence[str], make: Callable[[int], list[float]], what: str) -> list[list[float]]:
         """Return numbers for each key: those in the store, the others by `make` of its place, stored one by one."""
+
+        def known(i: int) -> bool:
+            return self._log.get(keys[i], "values") is not None
+
+        def store(places: list[int]) -> None:
+            for i in places:
+                self._log.append([{"key": keys[i], "what": what, "values": make(i)}])
+                self.made += 1
+
+        self._share_out([[i] for i in range(len(keys))], keys, known, store, what)
         with self._reporter.bar(what, len(keys)) as step:
-            for i, key in enumerate(keys):
-                known = self._log.get(key, "values") is not None
-                if not known:
-                    self._log.append([{"key": key, "what": what, "values": make(i)}])
-                self.made, self.cached = self.made + (not known), self.cached + known
-                step(1, 0, int(known))
+            for i in range(len(keys)):
+                cached = known(i)
+                store([] if cached else [i])
+                self.cached += cached
+                step(1, 0, int(cached))
         return [self._cached(key)["values"] for key in keys]
 
     def _packs(self, prompts_each: Sequence[Prompts], size: int) -> Iterator[list[int]]:
@@ -262,6 +301,10 @@ def advice(done: Sequence[Completion], budget: str, max_tokens: int) -> str:
 
 
 _RARE = ("error", "reasoning_tokens", "fault")  # in a row of the store only if they are anything
+
+
+def _completion_of(row: dict[str, Any]) -> Completion:
+    return Completion(**{f.name: row[f.name] for f in fields(Completion) if f.name in row})
 
 
 def _completion_row(key: str, what: str, completion: Completion) -> dict[str, Any]:

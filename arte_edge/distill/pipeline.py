@@ -14,6 +14,7 @@ from arte_edge.distill.aligned import write_aligned
 from arte_edge.distill.config import RunConfig, build, load_toml
 from arte_edge.distill.evaluation import student_prompts
 from arte_edge.distill.latency import Budget, device_rates, new_budget, stored_budget
+from arte_edge.distill.part import Part, PartDone, Share
 from arte_edge.distill.run_context import RunContext, Summary, open_folder, quantized_student
 from arte_edge.distill.validate_config import fewer_shown, refuse_models, refuse_run
 from arte_edge.errors import InputError
@@ -28,12 +29,16 @@ _PROMPT_PERCENTILE = 95  # of the validation examples, rendered as for the stude
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: its folder, the evaluation's summary, and the engine calls made and reused."""
+    """A finished run: its folder, the evaluation's summary, and the engine calls made and reused.
+
+    If only a part of the run was wanted, `stopped` says which is done, and there is no evaluation.
+    """
 
     folder: Path
     evaluation: Summary
     calls_made: int
     calls_cached: int
+    stopped: str = ""
 
 
 def run_pipeline(
@@ -44,13 +49,20 @@ def run_pipeline(
     force: bool = False,
     update: bool = False,
     siblings: Sequence[Path] = (),
+    until: str = "",
+    from_: str = "",
+    shard: str = "",
 ) -> Outcome:
     """Run every stage of `config` in `folder`; stages that are done from the same inputs are reused.
 
-    `siblings` are folders of other runs whose finished stages of the same inputs are taken over.
+    Args:
+        siblings: folders of other runs whose finished stages of the same inputs are taken over.
+        until: the last stage to make.
+        from_: make this stage and those after it again, from stored calls; those before it have to be done.
+        shard: ``2/4``: make only the second quarter of the first unfinished stage's calls.
 
     Raises:
-        InputError: a task, model or run folder that cannot be used.
+        InputError: a task, model or run folder that cannot be used, or a stage that this run does not have.
         StoppedEarly: a check or a budget ended the run; the same command resumes it.
     """
     need("train", "distilling")
@@ -65,8 +77,13 @@ def run_pipeline(
 
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
     refuse_run(config, task)
+    part = Part(config, until=until, from_=from_, share=Share.parse(shard) if shard else None)
+    if part.share and update:
+        raise InputError("--shard and --update exclude each other", "Update with the plain command first.")
+    if part.share and not (folder / "run.toml").is_file():
+        part.refuse_unfinished("check")
     open_folder(config, folder, task, update=update)
-    run, others = RunContext(config, task, folder, reporter, siblings), list[RunContext]()
+    run, others = RunContext(config, task, folder, reporter, siblings, part), list[RunContext]()
     try:
         models = f": {config.student.model} learns from {config.teacher.model} → {folder}"
         reporter.say(models, task.name)
@@ -78,6 +95,9 @@ def run_pipeline(
             elicit(run)
             calibrate(run)
             prefer(run)
+            part.enter("align", folder)
+            if config.align.also and part.share:  # one process at a time works in the other folders
+                raise PartDone("With align.also shards end here: run the same command without --shard.")
             for other in _other_runs(run):
                 others.append(other)
                 run.close_engines()  # one teacher in memory at a time
@@ -92,7 +112,13 @@ def run_pipeline(
         elif config.data == "best-of-n":
             calibrate(run)
         tuned = tailor_and_tune(run, adapter)
-        return Outcome(folder, evaluate(run, tuned), run.calls.made, run.calls.cached)
+        evaluation = evaluate(run, tuned)
+        part.leave(folder)
+        return Outcome(folder, evaluation, run.calls.made, run.calls.cached)
+    except PartDone as done:
+        reporter.event("stopped", text=str(done))
+        reporter.say(str(done))
+        return Outcome(folder, {}, run.calls.made, run.calls.cached, str(done))
     finally:
         for each in (run, *others):
             each.close()

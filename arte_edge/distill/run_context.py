@@ -15,7 +15,7 @@ decodes fastest when many sequences share a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -35,6 +35,8 @@ from arte_edge.distill.config import (
     dump_toml,
     load_toml,
 )
+from arte_edge.distill.part import Part, PartDone
+from arte_edge.distill.shards import ShardLog, ShardStage, locked, merge_shards
 from arte_edge.errors import ArteError, InputError
 from arte_edge.files import read_json, toml_loads
 from arte_edge.models.resolve import LocalModel, resolve
@@ -45,8 +47,6 @@ from arte_edge.store import CallLog, Stage, content_key, link_folder
 from arte_edge.tasks.task import Task
 
 if TYPE_CHECKING:
-    from filelock import FileLock
-
     from arte_edge.distill.latency import Budget
 
 __all__ = [
@@ -80,13 +80,12 @@ class RunContext:
         folder: Path,
         reporter: Reporter,
         siblings: Sequence[Path] = (),
+        part: Part | None = None,
     ) -> None:
         self.config, self.task, self.folder, self.reporter = config, task, folder, reporter
-        self.siblings = siblings
-        log = folder / "calls.jsonl"
-        # The store of a study belongs to several runs, and only one may write to it.
-        self._locks = [_locked(path) for path in dict.fromkeys((folder.resolve(), log.resolve().parent))]
-        self._log = CallLog(log)
+        self.siblings, self.part = siblings, part or Part(config)
+        self._locks = ExitStack()
+        self._log = self._open_log()
         self.calls = Calls(self._log, reporter)
         self._engines: dict[str, Engine] = {}
         self._models: dict[str, LocalModel] = {}
@@ -100,16 +99,39 @@ class RunContext:
             False  # True: the student runs from the file that was given, without making its F16 file
         )
 
+    def _open_log(self) -> CallLog:
+        """Open the store, which no other process may then write to: they would overwrite each other's calls."""
+        log, share = self.folder / "calls.jsonl", self.part.share
+        if share:
+            return ShardLog(self.folder, share)
+        try:
+            # The store of a study belongs to several runs, and only one may write to it.
+            for path in dict.fromkeys((self.folder.resolve(), log.resolve().parent)):
+                self._locks.enter_context(locked(path / ".lock"))
+            opened = CallLog(log)
+            if n := merge_shards(self.folder, opened):
+                self.reporter.say(f"{n} calls of shards are taken into {log}.")
+        except BaseException:
+            self._locks.close()
+            raise
+        return opened
+
     @contextmanager
     def stage(self, name: str, inputs: dict[str, Any], describe: Callable[[Summary], str]) -> Iterator[Stage]:
         """Open a stage; its body runs `finish`, unless the stage is done from the same inputs already.
 
         `inputs` are what decides the stage's data: settings, model identities, `outputs` of earlier
         stages. `describe` turns the summary into the line that is printed at the end.
+
+        Raises:
+            PartDone: this command makes no more than the stages before, or a shard has made its share of the calls.
+            InputError: the command begins with a later stage, and this one is not done.
         """
+        self.part.enter(name, self.folder)
         self.calls.take_counts()
         inputs = {"stage": name, "seed": self.config.seed, **inputs}
-        stage = Stage(self.folder / name, inputs, self.calls.take_counts)
+        kind = ShardStage if self.part.share else Stage
+        stage = kind(self.folder / name, inputs, self.calls.take_counts)
         for folder in self.siblings if stage.todo else ():
             # The check decides more than the inputs of later stages tell: near misses.
             if (name == "check" or self._same_check(folder)) and not Stage(folder / name, inputs).todo:
@@ -121,6 +143,7 @@ class RunContext:
             stage.forget()
         seconds = None
         if stage.todo:
+            self.part.refuse_unfinished(name)
             with self.reporter.stage(name) as clock:
                 yield stage
             seconds = clock()
@@ -130,6 +153,18 @@ class RunContext:
         self.summaries[name] = stage.summary
         line = describe(stage.summary) + _also(stage.summary)
         self.reporter.done(name, line, seconds)
+
+    @contextmanager
+    def training(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Close the engines, whose memory a training needs, and show its progress.
+
+        Raises PartDone: this is a shard, which makes calls alone.
+        """
+        if self.part.share:
+            raise PartDone(f"Next is a training ({what}): run the same command without --shard.")
+        self.close_engines()
+        with self.reporter.percent(what) as progress:
+            yield progress
 
     def take_training(self, out: Path) -> None:
         """Take a finished training from a sibling whose check had the same inputs, if there is one; no F16 file.
@@ -215,6 +250,17 @@ class RunContext:
                 chosen = "llamacpp"
         self._log.append([{"key": key, "engine": chosen}])
         return chosen
+
+    def scoring_dtype(self, choose: Callable[[], str]) -> str:
+        """Return in which floats transformers scores for this student, empty for its usual engine: decided once.
+
+        `choose` decides where nothing is stored. Shards, each of which might decide otherwise, take the usual engine.
+        """
+        key = content_key("scoring", self.local(self.config.student).sha256, self.config.prefer.score)
+        if (known := self._log.get(key, "dtype")) is None:
+            known = {"key": key, "dtype": "" if self.part.share else choose()}
+            self._log.append([known])
+        return str(known["dtype"])
 
     def on_llamacpp(self, config: ModelConfig) -> bool:
         """Return whether llama.cpp runs a local model of the run, which takes adapters as GGUF files."""
@@ -306,8 +352,7 @@ class RunContext:
     def close(self) -> None:
         self.close_engines()
         self._log.close()
-        for lock in self._locks:
-            lock.release()
+        self._locks.close()
 
 
 def tells_labels(config: RunConfig, task: Task) -> bool:
@@ -401,24 +446,6 @@ def _f16_file(checkpoint: Path, model: LocalModel, path: Path, name: str) -> Loc
 
 def _limits(model: ModelConfig) -> ServerLimits:
     return ServerLimits(model.requests_per_minute or None, model.tokens_per_minute or None, model.timeout_s)
-
-
-def _locked(folder: Path) -> FileLock:
-    """Keep other processes out of a run folder: two writers would overwrite each other's calls.
-
-    Raises InputError: another process works in it.
-    """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(
-            f"{folder}: another process works in this folder",
-            "Wait for it, or give this run another --name.",
-        ) from error
-    return lock
 
 
 def open_folder(config: RunConfig, folder: Path, task: Task, *, update: bool) -> None:

@@ -369,9 +369,20 @@ def scoring_engine(run: RunContext, n_score: int) -> Engine:
     if prefer.student_file:
         return run.engine_with(quantized_student(run.local(config), prefer.student_file), None, config)
     pinned = prefer.engine == "student" or prefer.score == "influence"
-    pinned = pinned or config.engine != "auto" or is_server(config.model)
-    if pinned or n_score < _WORTH_SCORES or not may_measure():
+    if pinned or config.engine != "auto" or is_server(config.model) or n_score < _WORTH_SCORES:
         return run.engine(config)
+    # A run that goes on elsewhere, and each of its shards, has to find the scores that were made.
+    if not (dtype := run.scoring_dtype(lambda: _fastest_dtype(run))):
+        return run.engine(config)
+    changed = config.model_copy(update={"engine": "transformers"})
+    return run.engine_with(run.local(config), None, changed, dtype=dtype)
+
+
+def _fastest_dtype(run: RunContext) -> str:
+    """Return the floats in which transformers scores fastest here; empty where the student's usual engine does."""
+    config, prefer = run.config.student, run.config.prefer
+    if not may_measure():
+        return ""
     model = run.local(config)
 
     def opening(candidate: Candidate) -> Engine:
@@ -385,12 +396,7 @@ def scoring_engine(run: RunContext, n_score: int) -> Engine:
     work: Workload = "write" if prefer.score == "accuracy" else "choose"
     facts = [model.sha256, config.parallel, *map(_version, _RUNTIMES)]
     with doing("comparing engines", len(candidates)) as current:
-        fastest = fastest_engine(candidates, opening, work, facts)
-    if fastest.kind == "llamacpp":
-        return run.engine(config)
-    return run.engine_with(
-        model, None, config.model_copy(update={"engine": "transformers"}), dtype=fastest.dtype
-    )
+        return fastest_engine(candidates, opening, work, facts).dtype
 
 
 def _version(package: str) -> str:

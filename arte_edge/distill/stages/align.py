@@ -85,12 +85,11 @@ def align(run: RunContext, others: Sequence[RunContext] = ()) -> tuple[Summary, 
                 )
             stage.write("pairs.jsonl", drawn.pairs)
             stage.write("held_out.jsonl", drawn.held_out)
-            for each in (run, *others):
-                each.close_engines()  # the trainer needs the memory that engines hold
-            base = run.checkpoint(run.config.teacher)
-            with run.reporter.percent("DPO, with checks") as progress:
+            for other in others:
+                other.close_engines()
+            with run.training("DPO, with checks") as progress:
                 result = train_dpo(
-                    base,
+                    run.checkpoint(run.config.teacher),
                     _texts(drawn.pairs),
                     stage.folder / "adapter",
                     dpo_settings(run.config),

@@ -65,10 +65,12 @@ def evaluate(run: RunContext, tuned: LocalModel) -> Summary:
         if stage.todo:
             examples = run.task.load_test()
             examples = examples[: config.limit] if config.limit else examples
-            results = _own_labels(run, examples, stage.folder) | _students(run, examples, tuned)
+            results = _students(run, examples, tuned)
             if config.teacher:
                 answers, setting = teacher_answers(run, examples)
                 results[TEACHER, setting] = answers
+            # Trained last: a shard can make the calls before it.
+            results = _own_labels(run, examples, stage.folder) | results
             stage.write("answers.jsonl", _answer_rows(examples, results))
             stage.finish(_summary(run, examples, results) | {"tuned": tuned.sha256})
     return stage.summary

@@ -49,8 +49,7 @@ def train_briefly(run: RunContext, how: Asking, rows: Sequence[Row], out: Path, 
     epochs = min(max(run.config.tune.epochs, _STEPS * _BATCH / len(rows)), _MOST_EPOCHS)
     rate = max(run.config.tune.learning_rate, _RATE)
     settings = SftSettings(learning_rate=rate, batch_size=_BATCH, epochs=epochs, seed=run.config.seed)
-    run.close_engines()
-    with run.reporter.percent(what) as progress:
+    with run.training(what) as progress:
         train_sft(run.checkpoint(student), rows, out, settings, progress=progress)
     write_chat_template(out, template)
     return tuned_student(base, out, gguf)

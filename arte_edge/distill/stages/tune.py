@@ -58,9 +58,8 @@ def tune(run: RunContext, number: int = 1) -> tuple[Summary, LocalModel]:
             rows = _rows(run, how, data)
             stage.write("rows.jsonl", rows)
             model = run.asked(run.engine(run.config.student), how)
-            run.close_engines()
             checkpoint, out = run.checkpoint(run.config.student), stage.folder / "student"
-            with run.reporter.percent("SFT") as progress:
+            with run.training("SFT") as progress:
                 result = train_sft(checkpoint, rows, out, _settings(run), progress=progress)
             write_chat_template(out, model.chat_template)
             losses = [row["loss"] for row in result.history if "loss" in row]

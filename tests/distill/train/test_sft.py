@@ -180,10 +180,11 @@ def test_a_killed_training_goes_on_to_the_same_weights(
 
     settings = (FULL if kind == "full" else LORA).model_copy(update={"epochs": 2.0, "save_every_s": 0.0})
     whole = train_sft(tiny_checkpoint(), sft_rows, tmp_path / "whole", settings)
-    out = tmp_path / "killed"
-    kill("Sft", sft_rows, out, settings, step=4)
-    assert not out.exists()
-    (tmp_path / ".killed.work" / "checkpoints" / "checkpoint-4").mkdir(exist_ok=True)  # cut while written
+    kill("Sft", sft_rows, tmp_path / "killed", settings, step=4)
+    assert not (tmp_path / "killed").exists()
+    out = tmp_path / "moved" / "killed"  # to another machine
+    (tmp_path / ".killed.work").rename(out.parent.mkdir() or out.with_name(".killed.work"))
+    (out.with_name(".killed.work") / "checkpoints" / "checkpoint-4").mkdir(exist_ok=True)  # cut while written
     steps: list[int] = []
     again = train_sft(
         tiny_checkpoint(), sft_rows, out, settings, progress=lambda done, total: steps.append(done)
