@@ -35,7 +35,7 @@ def distill(
     ] = None,
     until: Annotated[
         str | None,
-        typer.Option(metavar="STAGE", help="Stop after this stage; the same command without it goes on."),
+        typer.Option(metavar="STAGE", help="Stop after this stage; the same command without it continues."),
     ] = None,
     from_: Annotated[
         str | None,

@@ -93,7 +93,7 @@ class Part:
         if self.until and self._order.index(stage) > self._order.index(self.until):
             self.leave(folder)
             raise PartDone(
-                f"Stopped after {self.until} (--until): the same command without it goes on with {stage}."
+                f"Stopped after {self.until} (--until): the same command without it continues with {stage}."
             )
         mark = folder / _MARK
         if not self.from_ or self._order.index(stage) < self._order.index(self.from_):
