@@ -272,6 +272,12 @@ class Tune(_Section):
     )
 
 
+class Train(_Section):
+    """How align and tune use this machine; nothing here changes what they learn."""
+
+    processes: int = _key(1, "processes that share each training step; one a GPU", ge=1, le=1024)
+
+
 class Evaluate(_Section):
     """Last, once: evaluation on the held-out test split."""
 
@@ -310,6 +316,7 @@ class RunConfig(_Section):
     align: Align = Align()
     tailor: Tailor = Tailor()
     tune: Tune = Tune()
+    train: Train = Train()
     evaluate: Evaluate = Evaluate()
     deploy: Deploy = Deploy()
 

@@ -456,7 +456,7 @@ def open_folder(config: RunConfig, folder: Path, task: Task, *, update: bool) ->
     resolved = dump_toml(config)
     path, header = folder / "run.toml", _header(task)
     if path.is_file() and not update:
-        keys = differences(_with_defaults(path), toml_loads(resolved))
+        keys = _different(path, config)
         same_task = header in path.read_text(encoding="utf-8")
         if keys or not same_task:
             what = ", ".join(keys[:6]) + (", …" if len(keys) > 6 else "") if keys else "the task's examples"
@@ -473,7 +473,13 @@ def holds(folder: Path, config: RunConfig, task: Task) -> bool:
     """Return whether `folder` is the folder of this run."""
     path = folder / "run.toml"
     same_task = path.is_file() and _header(task) in path.read_text(encoding="utf-8")
-    return same_task and not differences(_with_defaults(path), toml_loads(dump_toml(config)))
+    return same_task and not _different(path, config)
+
+
+def _different(path: Path, config: RunConfig) -> list[str]:
+    """Return the keys in which the run in a folder differs; not those of a machine, where any run may go on."""
+    keys = differences(_with_defaults(path), toml_loads(dump_toml(config)))
+    return [key for key in keys if not key.startswith("train.")]
 
 
 def _header(task: Task) -> str:

@@ -47,7 +47,7 @@ def refuse_run(config: RunConfig, task: Task, where: str = "") -> None:
     """Raise if `config` cannot run on `task`. Raises InputError: names every key or split, after `where`."""
     tables = config.model_dump()
     problems = [*_model_problems(tables), *_size_problems(config.check.examples, task)]
-    problems += _server_problems(tables)
+    problems += [*_server_problems(tables), *_rank_problems(config)]
     reasons = config.tune.target in ("answer-first", "reasoning-first")
     needs = f'data = "{config.data}" chooses among rationales' if config.data in TECHNIQUE_ARMS else ""
     if config.aligned and not config.n_question_pairs and not needs:
@@ -174,6 +174,20 @@ def _server_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
             f"student.model: {student.partition('@')[0]} is a server, but the student is trained locally",
             "Use a local model.",
         )
+
+
+def _rank_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield what prevents the training on several processes, each of which takes its share of every step."""
+    n = config.train.processes
+    for key, size in (
+        ("tune.batch_size", config.tune.batch_size),
+        ("align.batch_size", config.align.batch_size if config.aligned else n),
+    ):
+        if size % n:
+            yield (
+                f"train.processes = {n}: {key} = {size} cannot be shared evenly",
+                f"Set {key} to a multiple of {n}, or take another number of processes.",
+            )
 
 
 def _student_problems(config: RunConfig, student: LocalModel) -> Iterator[Problem]:

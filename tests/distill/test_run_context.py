@@ -157,3 +157,10 @@ def test_a_damaged_check_is_made_again_and_a_sibling_with_one_lends_nothing(hous
             assert stage.todo
             stage.finish({})
     run.close()
+
+
+def test_another_number_of_processes_is_no_other_run(house: Any) -> None:
+    open_folder(house.config(), house.folder, house.task, update=False)
+    open_folder(house.config(train={"processes": 4}), house.folder, house.task, update=False)
+    with pytest.raises(InputError, match="seed"):
+        open_folder(house.config(seed=4), house.folder, house.task, update=False)

@@ -94,3 +94,12 @@ def test_layers_that_no_adapter_can_change_are_refused(
     for wrong in ("q_prj", "norm", "proj"):
         with pytest.raises(InputError, match=rf"align\.lora_targets: .*'{wrong}'"):
             refuse_models(house.config(align={"lora_targets": ["q_proj", wrong]}), teacher, student)
+
+
+def test_steps_that_processes_cannot_share_are_found_before_any_call() -> None:
+    task = load_task("home_intents")
+    config = RunConfig.model_validate({"train": {"processes": 4}, "tune": {"batch_size": 6}})
+    with pytest.raises(InputError, match=r"tune\.batch_size = 6") as caught:
+        refuse_run(config, task)
+    assert "align" not in str(caught.value)
+    refuse_run(RunConfig.model_validate({"train": {"processes": 4}}), task)

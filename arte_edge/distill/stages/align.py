@@ -96,6 +96,7 @@ def align(run: RunContext, others: Sequence[RunContext] = ()) -> tuple[Summary, 
                     held_out=_texts(drawn.held_out),
                     probe=lambda adapter_dir: _probe(run, adapter_dir),
                     progress=progress,
+                    processes=run.config.train.processes,
                 )
             if result.dropped:
                 run.reporter.warn(

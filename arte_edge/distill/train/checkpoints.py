@@ -40,6 +40,10 @@ class Workspace:
             shutil.rmtree(self.folder, ignore_errors=True)
             write_atomic(mark, request.encode())
 
+    def described(self) -> dict[str, str]:
+        """Return what opens this workspace in another process."""
+        return {"out": str(self.out), "request": self._request}
+
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from arte_edge.cache import rename_into_place, write_atomic
 from arte_edge.distill.train.checkpoints import Workspace
 from arte_edge.distill.train.common import CollapseLimits, DpoSettings
+from arte_edge.distill.train.ranks import agreed, is_main
 from arte_edge.files import json_loads
 from arte_edge.store import read_jsonl, write_jsonl
 
@@ -132,15 +133,19 @@ class CollapseMonitor:
         """Check the adapter in the folder `adapter`, unless this step was checked before."""
         if any(check["step"] == step for check in self.checks):
             return
-        copy = copy_adapter(adapter, self.adapter(step))
-        self._record(step, self._probe(copy) if self._probe else None, chosen_rewards)
+        now = None
+        if is_main():
+            copy = copy_adapter(adapter, self.adapter(step))
+            now = self._probe(copy) if self._probe else None
+        self._record(step, agreed(now), chosen_rewards)
 
     def _record(self, step: int, now: ProbeResult | None, chosen_rewards: Sequence[float]) -> None:
         drop_nats = chosen_drop_nats(chosen_rewards, self._settings.beta)
         reason = collapse_reason(self._settings.limits, self._start(), now, drop_nats)
         probed = {} if now is None else {"valid_rate": now.valid_rate, "mean_tokens": now.mean_tokens}
         self.checks.append({"step": step, **probed, "chosen_drop_nats": drop_nats, "reason": reason})
-        write_jsonl(self._file, self.checks)
+        if is_main():
+            write_jsonl(self._file, self.checks)
 
     def _start(self) -> ProbeResult | None:
         if not self.checks or "valid_rate" not in self.checks[0]:

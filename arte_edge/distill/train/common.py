@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from arte_edge.distill.train.checkpoints import Workspace
+from arte_edge.distill.train.ranks import agreed, is_main, shared_batch, world_size
 from arte_edge.errors import InputError
 from arte_edge.extras import need
 from arte_edge.runtimes.transformers.placement import empty_cache, pick_device, training_floats
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CollapseLimits", "DpoSettings", "Encoder", "Lora", "Progress", "SftSettings", "arguments"]
 __all__ += ["check_rows", "examples_seen", "free_memory", "history_of", "keep_going", "load", "lora_config"]
-__all__ += ["quiet_training", "training_order"]
+__all__ += ["main_rank_saves", "quiet_training", "training_order"]
 
 Progress = Callable[[int, int], None]  # optimizer steps done, of how many
 
@@ -192,15 +193,29 @@ def lora_config(lora: Lora) -> Any:
 
 
 def arguments(
-    checkpoint: Path, workspace: Workspace, settings: SftSettings | DpoSettings, n_example: int, schedule: str
+    checkpoint: Path,
+    workspace: Workspace,
+    settings: SftSettings | DpoSettings,
+    n_example: int,
+    schedule: str,
+    *,
+    most: int,
 ) -> dict[str, Any]:
-    """Return the arguments of TRL's configurations, for `n_example` examples in their final order."""
-    device, floats = pick_device(), training_floats(checkpoint)
+    """Return the arguments of TRL's configurations, for `n_example` examples in their final order.
+
+    `most` is how many of them may be in one forward pass of one of several ranks.
+
+    Raises InputError: a step's examples cannot be dealt out to the ranks.
+    """
+    device, floats, n_rank = pick_device(), training_floats(checkpoint), world_size()
+    alone = (settings.batch_size, settings.accumulate)
+    size, passes = alone if n_rank == 1 else shared_batch(*alone, n_rank, most)
     n_step = math.ceil(n_example / (settings.batch_size * settings.accumulate))
     return {
         "output_dir": str(workspace.checkpoints),
-        "per_device_train_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.accumulate,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": passes,
+        "ddp_find_unused_parameters": False,
         "num_train_epochs": 1,  # the order holds all epochs, see `order`
         "train_sampling_strategy": "sequential",
         "learning_rate": settings.learning_rate,
@@ -232,15 +247,22 @@ def keep_going(workspace: Workspace, save_every_s: float, progress: Progress | N
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if progress is not None:
                 progress(state.global_step, state.max_steps)
-            due = time.monotonic() - self.saved >= save_every_s
+            due = agreed(time.monotonic() - self.saved >= save_every_s)
             if due and state.global_step < state.max_steps:
                 control.should_save = True
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            workspace.mark(state.global_step)
+            if is_main():
+                workspace.mark(state.global_step)
             self.saved = time.monotonic()
 
     return KeepGoing()
+
+
+def main_rank_saves(trainer: Trainer) -> None:
+    """Let rank 0 alone write checkpoints: of the others there is nothing to keep, for no step draws random numbers."""
+    if not is_main():
+        trainer._save_rng_state = lambda output_dir: None
 
 
 def history_of(trainer: Trainer) -> list[dict[str, float]]:

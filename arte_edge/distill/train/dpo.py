@@ -9,7 +9,7 @@ from how far the teacher has moved (`kl_target`).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,18 @@ from arte_edge.distill.train.common import (
     keep_going,
     load,
     lora_config,
+    main_rank_saves,
     quiet_training,
     training_order,
 )
 from arte_edge.distill.train.completion_head import score_completions_only
 from arte_edge.distill.train.kl_target import FEWEST_STEPS, HeldOut, StepSizer, held_out_report
+from arte_edge.distill.train.ranks import is_main, slot_weights, train_on_ranks, world_size
 from arte_edge.errors import ArteError, InputError
 from arte_edge.private_apis import missing
 from arte_edge.store import content_key, write_jsonl
 
-__all__ = ["DpoResult", "encode_pairs", "least_epochs", "train_dpo"]
+__all__ = ["DpoResult", "encode_pairs", "least_epochs", "train_dpo", "train_here"]
 
 
 _MOST_WATCHED = 4  # pairs that are measured after a step: a quarter of its work
@@ -70,6 +72,7 @@ def train_dpo(
     held_out: Sequence[Mapping[str, str]] = (),
     probe: Probe | None = None,
     progress: Progress | None = None,
+    processes: int = 1,
 ) -> DpoResult:
     """Align `checkpoint` on `pairs` (rendered ``prompt``, ``chosen``, ``rejected``) into the folder `out`.
 
@@ -78,7 +81,8 @@ def train_dpo(
 
     `probe` runs before the first step, every ``settings.probe_every`` steps and after the last
     one; on a collapse training stops and the last good adapter is used. Killed at any moment, the
-    same call resumes from its last checkpoint to the same adapter; a finished one returns at once.
+    same call resumes from its last checkpoint to the same adapter; a finished one returns at once. With several
+    `processes` each has a share of every step's pairs (`ranks`); `probe` runs in this one.
 
     Raises:
         InputError: no pairs, a pair without its texts, no pair that fits, an unreadable checkpoint,
@@ -92,11 +96,35 @@ def train_dpo(
     request = content_key("dpo", sha256, texts, settings.model_dump())
     if done := finished(out, request, _result):
         return done
-    began = time.monotonic()
     workspace = Workspace(out, request)
+    if processes > 1:
+        job: dict[str, Any] = {"checkpoint": str(checkpoint), "pairs": texts[0], "held_out": texts[1]}
+        job |= {"settings": settings.model_dump(mode="json"), "probed": probe is not None}
+        checked = None if probe is None else lambda folder: asdict(probe(folder))
+        train_on_ranks("dpo", job, workspace, processes, progress, checked)
+    else:
+        train_here(checkpoint, pairs, held_out, settings, workspace, probe, progress)
+    done = finished(out, request, _result)
+    assert done is not None
+    return done
+
+
+def train_here(
+    checkpoint: Path,
+    pairs: Sequence[Mapping[str, str]],
+    held_out: Sequence[Mapping[str, str]],
+    settings: DpoSettings,
+    workspace: Workspace,
+    probe: Probe | None,
+    progress: Progress | None,
+) -> None:
+    """Train in this process, which may be one of several ranks; rank 0 writes the result to its place."""
+    began = time.monotonic()
     with quiet_training():
         training = _Training(checkpoint, pairs, held_out, settings, workspace, probe, progress)
         training.run()
+        if not is_main():
+            return
         monitor, sizer, state = training.monitor, training.sizer, training.trainer.state
         found = training.judged(monitor.adapter(monitor.good_step))
         history, steps = history_of(training.trainer), state.global_step
@@ -123,7 +151,6 @@ def train_dpo(
         "probes": monitor.checks,
     }
     workspace.finish(staged, report)
-    return _result(out, report)
 
 
 def least_epochs(settings: DpoSettings, n_pair: int) -> float:
@@ -175,6 +202,11 @@ class _Training:
             def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
                 return dataset
 
+            def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+                weight = inputs.pop("weight", None)
+                loss = super().compute_loss(model, inputs, *args, **kwargs)
+                return loss if weight is None else loss * weight.mean()
+
         model, tokenizer = load(checkpoint, frozen=True)
         limit = settings.max_length or getattr(model.config, "max_position_embeddings", None) or 2**20
         encoded = encode_pairs(Encoder(tokenizer), pairs, limit)
@@ -194,6 +226,11 @@ class _Training:
         order = training_order(lengths, settings.batch_size, epochs, settings.seed)
         schedule = "constant" if settings.target_kl else "cosine"
         watchers = [self.sizer.callback()] if settings.target_kl else []
+        examples: list[dict[str, Any]] = [encoded[i] for i in order]
+        if world_size() > 1:
+            weights = slot_weights(len(order), settings.batch_size, settings.accumulate, world_size())
+            examples += examples[-1:] * (len(weights) - len(order))
+            examples = [{**row, "weight": weight} for row, weight in zip(examples, weights, strict=True)]
         self.trainer = TokenisedDPOTrainer(
             model=model,
             args=DPOConfig(
@@ -201,9 +238,10 @@ class _Training:
                 ld_alpha=settings.ld_alpha if settings.ld_alpha < 1 else None,
                 loss_type=list(settings.losses),
                 loss_weights=list(settings.loss_weights) or None,
-                **arguments(checkpoint, workspace, settings, len(order), schedule),
+                remove_unused_columns=world_size() == 1,
+                **arguments(checkpoint, workspace, settings, len(order), schedule, most=1),
             ),
-            train_dataset=Dataset.from_list([encoded[i] for i in order]),
+            train_dataset=Dataset.from_list(examples),
             processing_class=tokenizer,
             peft_config=lora_config(settings.lora),
             callbacks=[
@@ -213,6 +251,9 @@ class _Training:
             ],
         )
         self.trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for data
+        main_rank_saves(self.trainer)
+        if world_size() > 1:
+            self.trainer.data_collator = _with_weight(self.trainer.data_collator)
         score_completions_only(self.trainer.model.get_base_model(), pairs=True)
 
     def run(self) -> None:
@@ -224,7 +265,8 @@ class _Training:
             self.monitor.forget_after(0)
             self.sizer.forget_after(0)
             start = self._workspace.folder / "start"
-            self.trainer.model.save_pretrained(start)
+            if is_main():
+                self.trainer.model.save_pretrained(start)
             self.monitor.check(0, start, [])
             self.trainer.train()
             return
@@ -245,6 +287,16 @@ class _Training:
         model = self.trainer.model
         set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
         return held_out_report(model, self.sizer.kl(model), self._held_out, self._settings.beta)
+
+
+def _with_weight(collate: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Return TRL's collator with the weight of the pair in a batch of one."""
+    import torch
+
+    def weighed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**collate(rows), "weight": torch.tensor([row["weight"] for row in rows])}
+
+    return weighed
 
 
 def _result(out: Path, report: Mapping[str, Any]) -> DpoResult:

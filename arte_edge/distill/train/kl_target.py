@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from arte_edge.distill.train.checkpoints import Workspace
 from arte_edge.distill.train.completion_head import packs_pairs, pair_hidden_states
+from arte_edge.distill.train.ranks import agreed, is_main
 from arte_edge.store import read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ class StepSizer:
                 rate = next_rate(done, left, sizer._first, sizer._target)
                 kl, scale = sizer._scaled_back(model)
                 sizer.rows.append({"step": state.global_step, "rate": rate, "kl": kl, "scale": scale})
-                write_jsonl(sizer._file, sizer.rows)
+                if is_main():
+                    write_jsonl(sizer._file, sizer.rows)
                 if sizer.reached:
                     control.should_training_stop = control.should_save = True
 
@@ -142,7 +144,8 @@ class StepSizer:
         """Shrink the adapter of `model` until its KL is at most the target; return the KL, and by which factor."""
         import torch
 
-        kl, scale = self.kl(model), 1.0
+        # Each of several ranks measures the same; rank 0's last bit decides for all.
+        kl, scale = agreed(self.kl(model)), 1.0
         matrices = [weight for name, weight in model.named_parameters() if "lora_B" in name]
         for _ in range(_TRIES):
             if kl <= self._target:
@@ -151,7 +154,7 @@ class StepSizer:
             with torch.no_grad():
                 for weight in matrices:
                     weight.mul_(factor)
-            kl, scale = self.kl(model), scale * factor
+            kl, scale = agreed(self.kl(model)), scale * factor
         return kl, scale
 
 

@@ -28,15 +28,17 @@ from arte_edge.distill.train.common import (
     keep_going,
     load,
     lora_config,
+    main_rank_saves,
     quiet_training,
     training_order,
 )
 from arte_edge.distill.train.completion_head import score_completions_only
 from arte_edge.distill.train.lora_merge import MergeCheck, check_merge, merge_adapter, write_checkpoint
+from arte_edge.distill.train.ranks import is_main, train_on_ranks, world_size
 from arte_edge.errors import InputError
 from arte_edge.store import content_key, write_jsonl
 
-__all__ = ["SftResult", "encode_sft", "encode_soft", "train_sft"]
+__all__ = ["SftResult", "encode_sft", "encode_soft", "train_here", "train_sft"]
 
 _MERGE_PROMPTS = 8
 _IGNORED = -100  # the label that torch's cross-entropy leaves out
@@ -62,11 +64,12 @@ def train_sft(
     settings: SftSettings | None = None,
     *,
     progress: Progress | None = None,
+    processes: int = 1,
 ) -> SftResult:
     """Fine-tune `checkpoint` on `rows` (``prompt`` and ``completion``, rendered text) into the folder `out`.
 
     A row with a soft label also has ``others``: completions, each with its part of the target; the row's own
-    completion has the rest.
+    completion has the rest. With several `processes` each has a share of every batch (`ranks`).
 
     Killed at any moment, the same call resumes from its last checkpoint to the same
     weights; a finished one returns at once.
@@ -83,13 +86,34 @@ def train_sft(
     request = content_key("sft", sha256, [dict(row) for row in rows], settings.model_dump())
     if done := finished(out, request, _result):
         return done
-    began = time.monotonic()
     workspace = Workspace(out, request)
+    if processes > 1:
+        job: dict[str, Any] = {"checkpoint": str(checkpoint), "rows": [dict(row) for row in rows]}
+        job["settings"] = settings.model_dump(mode="json")
+        train_on_ranks("sft", job, workspace, processes, progress)
+    else:
+        train_here(checkpoint, rows, settings, workspace, progress)
+    done = finished(out, request, _result)
+    assert done is not None
+    return done
+
+
+def train_here(
+    checkpoint: Path,
+    rows: Sequence[Mapping[str, Any]],
+    settings: SftSettings,
+    workspace: Workspace,
+    progress: Progress | None,
+) -> None:
+    """Train in this process, which may be one of several ranks; rank 0 writes the result to its place."""
+    began = time.monotonic()
     with quiet_training():
         trainer, counts = _trainer(checkpoint, rows, settings, workspace, progress)
         last = workspace.last_checkpoint()
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         history, steps = history_of(trainer), trainer.state.global_step
+        if not is_main():
+            return
         staged, merge = _write(trainer.model, checkpoint, rows, settings, workspace)
         del trainer
         free_memory()
@@ -97,7 +121,6 @@ def train_sft(
     report = {"steps": steps, **counts, "seconds": round(time.monotonic() - began, 3)}
     report |= {"history": history, "merge": merge}
     workspace.finish(staged, report)
-    return _result(out, report)
 
 
 def encode_sft(encoder: Encoder, rows: Sequence[Mapping[str, Any]], max_length: int) -> list[dict[str, Any]]:
@@ -149,7 +172,10 @@ def _weigh(trainer: Any, model: Any) -> None:
         out = theirs(*args, **kwargs)
         if weights is not None:  # [n_row]; TRL divides the sum by the number of labelled tokens
             mask, each = out.label_mask, weights.unsqueeze(1)
-            out.log_probs = out.log_probs * each * (mask.sum() / (mask * each).sum())
+            sums = torch.stack([mask.sum(), (mask * each).sum()])
+            if world_size() > 1:  # the other rows of the batch are there
+                torch.distributed.all_reduce(sums)
+            out.log_probs = out.log_probs * each * (sums[0] / sums[1])
         return out
 
     trainer.data_collator, model.forward = collate, MethodType(forward, model)
@@ -175,21 +201,33 @@ def _trainer(
         )
     lengths = [len(row["input_ids"][0] if soft else row["input_ids"]) for row in encoded]
     order = training_order(lengths, settings.batch_size, settings.epochs, settings.seed)
-    how = arguments(checkpoint, workspace, settings, len(order), "linear")
+    how = arguments(checkpoint, workspace, settings, len(order), "linear", most=settings.batch_size)
+    examples = [encoded[i] for i in order]
+    while len(examples) % (world_size() * how["per_device_train_batch_size"]):
+        examples.append(_without_labels(examples[-1]))
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(packing=False, remove_unused_columns=not soft, **how),
-        train_dataset=Dataset.from_list([encoded[i] for i in order]),
+        train_dataset=Dataset.from_list(examples),
         processing_class=tokenizer,
         peft_config=lora_config(settings.lora) if settings.lora else None,
         callbacks=[keep_going(workspace, settings.save_every_s, progress)],
     )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for data
+    main_rank_saves(trainer)
     bare = trainer.model.get_base_model() if settings.lora else trainer.model
     score_completions_only(bare)
     if soft:
         _weigh(trainer, bare)
     return trainer, {"examples": len(encoded), "dropped": len(rows) - len(encoded)}
+
+
+def _without_labels(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an example like this one from which nothing is learned: it fills up the last batch of a rank."""
+    ids, labels = example["input_ids"], example["labels"]
+    if "weights" in example:
+        return {"input_ids": ids[:1], "labels": [[_IGNORED] * len(labels[0])], "weights": [1.0]}
+    return {"input_ids": ids, "labels": [_IGNORED] * len(labels)}
 
 
 def _write(
