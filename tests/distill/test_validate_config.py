@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 from tiny import Capture, Make, write_safetensors
 
+from arte_edge.distill.config import RunConfig
 from arte_edge.distill.stages.calibrate import calibrate
 from arte_edge.distill.stages.check import check
 from arte_edge.distill.stages.elicit import elicit
 from arte_edge.distill.stages.evaluate import evaluate
-from arte_edge.distill.validate_config import fewer_shown, refuse_models
+from arte_edge.distill.validate_config import fewer_shown, refuse_models, refuse_run
 from arte_edge.errors import InputError
 from arte_edge.models.resolve import LocalModel
+from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Answer
 
 SIZES = {"llama__block_count": 1, "llama__attention__head_count": 1}
