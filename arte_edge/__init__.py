@@ -65,6 +65,7 @@ for _name, _value in (
     ("ORT_DISABLE_TELEMETRY", "1"),
     ("HF_HUB_DISABLE_TELEMETRY", "1"),
     ("HF_UPDATE_DOWNLOAD_COUNTS", "0"),
+    ("RAY_USAGE_STATS_ENABLED", "0"),
     ("DO_NOT_TRACK", "1"),
 ):
     if not os.environ.get(_name, "").strip():

@@ -266,6 +266,7 @@ def distill(
     until: str | None = None,
     from_: str | None = None,
     shard: str | None = None,
+    ray: str | None = None,
     force: bool = False,
     update: bool = False,
     reporter: Reporter | None = None,
@@ -286,6 +287,7 @@ def distill(
         until: the last stage to make; the same call without it goes on.
         from_: make this stage and those after it again, from stored calls; those before it have to be done.
         shard: ``2/4``: make only the second quarter of the first unfinished stage's calls (docs/runs.md).
+        ray: run the models on a Ray cluster: local, auto or HOST:PORT; empty: without, whatever `run` says.
         force: continue even if the teacher does not significantly outperform the student.
         update: change the settings of an existing run; finished calls stay cached.
 
@@ -297,7 +299,7 @@ def distill(
     from arte_edge.distill.pipeline import run_pipeline
 
     config, folder = plan_run(
-        run, task=task, teacher=teacher, student=student, bbh=bbh, name=name, runs=runs, set=set
+        run, task=task, teacher=teacher, student=student, bbh=bbh, name=name, runs=runs, set=set, ray=ray
     )
     run_pipeline(
         config,
@@ -322,6 +324,7 @@ def plan_run(
     name: str | None = None,
     runs: PathLike = "runs",
     set: Mapping[str, Any] | Sequence[str] = (),
+    ray: str | None = None,
 ) -> tuple[RunConfig, Path]:
     """Return the configuration and the folder of a run. Parameters as of `distill`."""
     from arte_edge import catalog
@@ -337,6 +340,7 @@ def plan_run(
         "task": {key: value for key, value in task_keys.items() if value is not None} or None,
         "teacher": {"model": teacher} if teacher else None,
         "student": {"model": student} if student else None,
+        "cluster": None if ray is None else {"address": ray},
     }
     flags = {key: value for key, value in given.items() if value}
     overrides = (

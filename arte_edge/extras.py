@@ -25,6 +25,7 @@ EXTRAS = {
     "onnx": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir", "tokenizers"),
     "optimum": ("optimum",),
     "xllamacpp": ("xllamacpp",),
+    "cluster": ("ray",),
 }
 
 

@@ -52,6 +52,12 @@ def distill(
             help="Make only this share of the first unfinished stage's calls, beside the other N - 1 commands.",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="local|auto|HOST:PORT", help="Run the models on a Ray cluster: cluster.address."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Estimate calls, tokens and cost of every stage, and stop."),
@@ -85,7 +91,15 @@ def distill(
     from arte_edge import api
 
     config, folder = api.plan_run(
-        run, task=task, teacher=teacher, student=student, bbh=bbh, name=name, runs=runs, set=set_ or []
+        run,
+        task=task,
+        teacher=teacher,
+        student=student,
+        bbh=bbh,
+        name=name,
+        runs=runs,
+        set=set_ or [],
+        ray=ray,
     )
     if prices and not dry_run:
         raise InputError("--prices needs --dry-run", "A run itself counts calls and tokens, not dollars.")

@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from arte_edge.console import Reporter
 from arte_edge.distill.shards import ShardLog
 from arte_edge.errors import EngineError
-from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling, without_reasoning
+from arte_edge.runtimes.completion import (
+    Completion,
+    Engine,
+    Method,
+    Request,
+    Sampling,
+    SpreadEngine,
+    without_reasoning,
+)
 from arte_edge.runtimes.reasoning import OUT_OF_BUDGET
 from arte_edge.store import CallLog, content_key
 
@@ -75,11 +83,16 @@ class Calls:
         how = sampling.as_dict()
         size = self.together if together and local else self.group
         keys = [self._key(engine, "complete", r.prompt, how, r.sample) for r in requests]
-        groups = [range(start, min(start + size, len(requests))) for start in range(0, len(requests), size)]
+        groups = [list(range(start, min(start + size, len(keys)))) for start in range(0, len(keys), size)]
 
-        def make(todo: list[int]) -> int:
-            """Make the calls at these places and store them; return their tokens."""
-            fresh = engine.complete([requests[i] for i in todo], sampling) if todo else []
+        def known(i: int) -> bool:
+            return self._has(keys[i])
+
+        def call(todo: list[int]) -> tuple[list[Request], Sampling]:
+            return [requests[i] for i in todo], sampling
+
+        def store(todo: list[int], fresh: Sequence[Completion]) -> int:
+            """Store the answers to the calls at these places; return their tokens."""
             self._log.append([_completion_row(keys[i], what, c) for i, c in zip(todo, fresh, strict=True)])
             notes: list[str] = getattr(engine, "notes", [])  # of a server's engine: each is said once
             while notes:
@@ -89,32 +102,63 @@ class Calls:
             self._failed |= {keys[i]: c for i, c in zip(todo, fresh, strict=True) if c.error}
             return sum(c.completion_tokens for c in fresh)
 
-        self._share_out(groups, keys, lambda i: self._has(keys[i]), make, what)
-        done: list[Completion] = []
+        self._share_out(groups, keys, known, lambda todo: store(todo, engine.complete(*call(todo))), what)
+        lost: list[Completion] = []
+        n_done = 0
         with self._reporter.bar(what, len(requests)) as step:
-            for group in groups:
-                todo = self._missing(keys, group, lambda i: self._has(keys[i]))
-                tokens = make(todo)
+            for group, todo, fresh in self._sent(
+                engine, "complete", self._planned(keys, groups, known), call
+            ):
+                tokens = store(todo, fresh)
                 self.cached += len(group) - len(todo)
                 step(len(group), tokens, len(group) - len(todo))
-                done += [self._completion(keys[i], thinks=bool(budget)) for i in group]
-                self._check_lost(
-                    engine, done, len(keys), what, advice(done, budget, sampling.max_tokens), spare=spare
-                )
+                done = [self._completion(keys[i], thinks=bool(budget)) for i in group]
+                n_done += len(done)
+                lost += [c for c in done if c.error]
+                if not local and not spare:
+                    self._check_lost(lost, n_done, len(keys), what, advice(lost, budget, sampling.max_tokens))
+        done = [self._completion(key, thinks=bool(budget)) for key in keys]
         self._odd |= {k: c for k, c in zip(keys, done, strict=True) if c.error or c.reasoning_tokens}
         return done
 
-    def _check_lost(
-        self, engine: Engine, done: Sequence[Completion], n: int, what: str, hint: str, *, spare: bool
-    ) -> None:
-        """Raise if too many of the `done` of `n` calls to a server failed, or if the server is gone."""
-        lost = [c for c in done if c.error]
-        # A local engine fails only on a prompt that it cannot process, and always will: that counts as wrong.
-        if spare or not lost or engine.identity.kind != "openai":
+    def _planned(
+        self, keys: Sequence[str], groups: Sequence[list[int]], known: Callable[[int], bool]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return each group with those of its members that are to be sent, equal calls once.
+
+        It is decided before anything is sent, so that it does not depend on what arrives when.
+        """
+        planned: set[str] = set()
+        plan = []
+        for group in groups:
+            todo = self._missing(keys, group, lambda i: keys[i] in planned or known(i))
+            planned.update(keys[i] for i in todo)
+            plan.append((group, todo))
+        return plan
+
+    def _sent(
+        self,
+        engine: Engine,
+        method: Method,
+        plan: Sequence[tuple[list[int], list[int]]],
+        call: Callable[[list[int]], tuple[Any, Any]],
+    ) -> Iterator[tuple[list[int], list[int], list[Any]]]:
+        """Yield each group, what was sent of it, and the results: in order, or as they arrive from a cluster."""
+        if not isinstance(engine, SpreadEngine):
+            for group, todo in plan:
+                yield group, todo, getattr(engine, method)(*call(todo)) if todo else []
             return
+        yield from ((group, todo, []) for group, todo in plan if not todo)
+        sent = [part for part in plan if part[1]]
+        for n, results in engine.each(method, (call(todo) for _, todo in sent)):
+            yield *sent[n], results
+
+    def _check_lost(self, lost: Sequence[Completion], n_done: int, n: int, what: str, hint: str) -> None:
+        """Raise if too many of the `n_done` of `n` calls to a server failed, or if the server is gone."""
+        # A local engine fails only on a prompt that it cannot process, and always will: that counts as wrong.
         gone = [c for c in lost if c.fault == "server"]
-        all_of_many = len(lost) == len(done) >= min(self.group, n)
-        if gone or all_of_many or len(lost) > max(1, MOST_FAILED * n):
+        all_of_many = len(lost) == n_done >= min(self.group, n)
+        if lost and (gone or all_of_many or len(lost) > max(1, MOST_FAILED * n)):
             limit = "" if gone else f" (up to {MOST_FAILED:.0%} may)"
             raise EngineError(
                 f"{what}: {len(lost)} of {n} calls failed{limit}: {_reasons(gone or lost)}", hint
@@ -205,19 +249,24 @@ class Calls:
         def count(places: Iterable[int]) -> int:
             return sum(len(prompts_each[i][0]) for i in places)
 
-        def make(todo: list[int]) -> None:
-            fresh = _choose([prompts_each[i] for i in todo], engine) if todo else []
+        def call(todo: list[int]) -> tuple[list[str], list[Sequence[str]]]:
+            return _joined([prompts_each[i] for i in todo])
+
+        def store(todo: list[int], fresh: Sequence[NDArray[np.float64]]) -> None:
+            rows = iter(fresh)  # one a prompt
+            logp = [[_rounded(next(rows)) for _ in prompts_each[i][0]] for i in todo]
             self._log.append(
-                [{"key": keys[i], "what": what, "logp": rows} for i, rows in zip(todo, fresh, strict=True)]
+                [{"key": keys[i], "what": what, "logp": one} for i, one in zip(todo, logp, strict=True)]
             )
             self.made += count(todo)
 
         packs = list(self._packs(prompts_each, self.together))
-        self._share_out(packs, keys, known, make, what)
+        self._share_out(packs, keys, known, lambda todo: store(todo, engine.choose_each(*call(todo))), what)
         with self._reporter.bar(what, count(range(len(keys)))) as step:
-            for pack in packs:
-                todo = self._missing(keys, pack, known)
-                make(todo)
+            for pack, todo, fresh in self._sent(
+                engine, "choose_each", self._planned(keys, packs, known), call
+            ):
+                store(todo, fresh)
                 made, every = count(todo), count(pack)
                 self.cached += every - made
                 step(every, 0, every - made)
@@ -268,12 +317,10 @@ class Calls:
         return row
 
 
-def _choose(prompts_each: Sequence[Prompts], engine: Engine) -> list[list[list[float]]]:
-    """Score several requests in one engine call."""
+def _joined(prompts_each: Sequence[Prompts]) -> tuple[list[str], list[Sequence[str]]]:
+    """Return the prompts of several requests, and the choices of each prompt, for one engine call."""
     prompts = [prompt for some, _ in prompts_each for prompt in some]
-    choices = [own for _, some in prompts_each for own in some]
-    rows = iter(engine.choose_each(prompts, choices))
-    return [[_rounded(next(rows)) for _ in some] for some, _ in prompts_each]
+    return prompts, [own for _, some in prompts_each for own in some]
 
 
 def _rounded(values: NDArray[np.float64]) -> list[float]:

@@ -21,6 +21,7 @@ __all__ = [
     "UNALIGNED",
     "Align",
     "Check",
+    "Cluster",
     "Data",
     "Deploy",
     "Elicit",
@@ -299,6 +300,15 @@ class Deploy(_Section):
     draws: int = _key(8, "most samples for a question whose rationale is too long", ge=0)
 
 
+class Cluster(_Section):
+    """Where the models run: on a Ray cluster, see docs/cluster.md. The same run may go on with another, or none."""
+
+    address: str = _key("", "local, auto or HOST:PORT (`--ray`); empty: this machine without Ray")
+    workers: int = _key(0, "processes with models; 0: as many as fit", ge=0)
+    cpus_per_worker: int = _key(0, "cores of each; 0: those of a node, or of a GPU's share of it", ge=0)
+    gpus_per_worker: float = _key(-1.0, "GPUs of each; -1: one where nodes have any", ge=-1.0)
+
+
 class RunConfig(_Section):
     """A whole run, as in ``run.toml``."""
 
@@ -319,6 +329,7 @@ class RunConfig(_Section):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     deploy: Deploy = Deploy()
+    cluster: Cluster = Cluster()
 
     @model_validator(mode="after")
     def _pairs_for_data(self) -> RunConfig:

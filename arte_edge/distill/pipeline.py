@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,12 +16,17 @@ from arte_edge.distill.config import RunConfig, build, load_toml
 from arte_edge.distill.evaluation import student_prompts
 from arte_edge.distill.latency import Budget, device_rates, new_budget, stored_budget
 from arte_edge.distill.part import Part, PartDone, Share
-from arte_edge.distill.run_context import RunContext, Summary, open_folder, quantized_student
+from arte_edge.distill.run_context import RunContext, Summary, open_folder
 from arte_edge.distill.validate_config import fewer_shown, refuse_models, refuse_run
 from arte_edge.errors import InputError
 from arte_edge.extras import need
 from arte_edge.files import user_path
+from arte_edge.models.student_file import quantized_student
+from arte_edge.runtimes.loader import is_server
 from arte_edge.tasks.loaders import load_task
+
+if TYPE_CHECKING:
+    from arte_edge.cluster.connect import RayCluster
 
 __all__ = ["Outcome", "decide_budget", "run_pipeline"]
 
@@ -82,11 +88,14 @@ def run_pipeline(
     part = Part(config, until=until, from_=from_, share=Share.parse(shard) if shard else None)
     if part.share and update:
         raise InputError("--shard and --update exclude each other", "Update with the plain command first.")
+    if part.share and config.cluster.address:
+        raise InputError("--shard and cluster.address exclude each other", 'Leave one out: --ray "".')
     if part.share and not (folder / "run.toml").is_file():
         part.refuse_unfinished("check")
     open_folder(config, folder, task, update=update)
     run, others = RunContext(config, task, folder, reporter, siblings, part), list[RunContext]()
     try:
+        run.cluster = _cluster(config, reporter)
         models = f": {config.student.model} learns from {config.teacher.model} → {folder}"
         reporter.say(models, task.name)
         _prepare(run, update=update)
@@ -124,6 +133,22 @@ def run_pipeline(
     finally:
         for each in (run, *others):
             each.close()
+        if run.cluster is not None:
+            run.cluster.close()
+
+
+def _cluster(config: RunConfig, reporter: Reporter) -> RayCluster | None:
+    """Return the cluster that the run's models run on, None for this machine without Ray."""
+    keys = config.cluster
+    if not keys.address:
+        return None
+    from arte_edge.cluster.connect import WorkerSizes, connect
+
+    with doing(f"joining the Ray cluster {keys.address}"):
+        sizes = WorkerSizes(keys.workers, keys.cpus_per_worker, keys.gpus_per_worker)
+        cluster = connect(keys.address, sizes, reporter.warn)
+    reporter.say(f" {keys.address}: {cluster.summary}", "ray")
+    return cluster
 
 
 def _other_runs(run: RunContext) -> Iterator[RunContext]:
@@ -142,6 +167,7 @@ def _other_runs(run: RunContext) -> Iterator[RunContext]:
         task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
         open_folder(config, folder, task, update=False)
         other = RunContext(config, task, folder, Reporter(folder / "events.jsonl", quiet=run.reporter.quiet))
+        other.cluster = run.cluster
         for key in ("teacher", "student"):
             mine, theirs = (run.identity(getattr(each, key)) for each in (run.config, config))
             if mine != theirs:
@@ -166,6 +192,10 @@ def _prepare(run: RunContext, *, update: bool) -> None:
         run.checkpoint(student)
         if config.aligned:
             run.checkpoint(config.teacher)
+    if run.cluster is not None:
+        models = [run.local(each) for each in (config.teacher, student) if not is_server(each.model)]
+        with doing("checking the nodes of the cluster"):
+            run.cluster.check(run.folder / "run.toml", models)
     if deploy.device:
         run.budget = decide_budget(run, update=update)
         rates = run.budget.rates

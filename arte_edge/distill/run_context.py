@@ -6,10 +6,6 @@ A stage opens its folder with `RunContext.stage` and reads top to bottom:
         if stage.todo:
             ... compute, stage.write(name, rows), stage.finish(summary)
     return stage.summary
-
-Base and tuned student must differ in their weights alone, not in quantization. So a student that
-came as a quantized GGUF is scored and tested from the F16 file of its checkpoint; F16 is also what
-decodes fastest when many sequences share a batch.
 """
 
 from __future__ import annotations
@@ -18,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from arte_edge.asking.form import Asking, Form
 from arte_edge.asking.template import Asked, asked
-from arte_edge.cache import Progress, cache_subdir, sha256_file, write_atomic
+from arte_edge.cache import Progress, write_atomic
 from arte_edge.console import Reporter, model_progress
 from arte_edge.distill.aligned import AlignedTeacher, aligned_teacher
 from arte_edge.distill.cached_calls import Calls
@@ -40,6 +36,7 @@ from arte_edge.distill.shards import ShardLog, ShardStage, locked, merge_shards
 from arte_edge.errors import ArteError, InputError
 from arte_edge.files import read_json, toml_loads
 from arte_edge.models.resolve import LocalModel, resolve
+from arte_edge.models.student_file import f16_student
 from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.loader import Kind, ServerLimits, is_server, open_engine, open_local, teacher_kind
 from arte_edge.runtimes.prompt_render import CHAT_JSON_NEW_TURN, Message, render
@@ -47,19 +44,19 @@ from arte_edge.store import CallLog, Stage, content_key, link_folder
 from arte_edge.tasks.task import Task
 
 if TYPE_CHECKING:
+    from arte_edge.cluster.connect import RayCluster
     from arte_edge.distill.latency import Budget
+
+T = TypeVar("T")
 
 __all__ = [
     "Role",
     "Row",
     "RunContext",
     "Summary",
-    "f16_student",
     "holds",
     "open_folder",
-    "quantized_student",
     "tells_labels",
-    "tuned_student",
 ]
 
 Row = dict[str, Any]
@@ -71,6 +68,7 @@ class RunContext:
     """One run in progress. Engines open when a stage first needs them and close with the run.
 
     A stage that one of the `siblings`, folders of other runs, has finished from the same inputs is taken from there.
+    Local models run on the nodes of `cluster` if there is one, else in this process; training is always here.
     """
 
     def __init__(
@@ -91,6 +89,7 @@ class RunContext:
         self._models: dict[str, LocalModel] = {}
         self._files: dict[str, dict[str, str]] = {}
         self.summaries: dict[str, Summary] = {}  # of finished stages
+        self.cluster: RayCluster | None = None  # the pipeline sets it
         self.budget: Budget | None = None  # of an answer on the device; the pipeline sets it
         self.role: Role = "labels"  # of the teacher; the check decides
         self.form: Form = "answer"  # of the student's answers; see `stages.target`
@@ -202,7 +201,7 @@ class RunContext:
                 return self.engine_with(self.local(model), adapter, model)
             else:
                 local = f16_student(self.local(model)) if student and not self.as_given else self.local(model)
-                opened = open_local(local, kind=self.kind(model), parallel=model.parallel)
+                opened = self._open(local, model)
             self._engines[key] = opened
         return self._engines[key]
 
@@ -224,10 +223,20 @@ class RunContext:
         """Return the open engine of a model on disk, with an optional LoRA adapter (path, sha256)."""
         key = f"{model.sha256}|{adapter}|{config.engine}|{dtype}"
         if key not in self._engines:
-            self._engines[key] = open_local(
-                model, kind=self.kind(config), parallel=config.parallel, adapter=adapter, dtype=dtype
-            )
+            self._engines[key] = self._open(model, config, adapter, dtype)
         return self._engines[key]
+
+    def _open(
+        self, model: LocalModel, config: ModelConfig, adapter: tuple[Path, str] | None = None, dtype: str = ""
+    ) -> Engine:
+        opening = open_local if self.cluster is None else self.cluster.open
+        return opening(model, kind=self.kind(config), parallel=config.parallel, adapter=adapter, dtype=dtype)
+
+    def where_models_run(self, function: Callable[..., T], model: LocalModel, *arguments: Any) -> T:
+        """Return what `function` returns for a model here, or on a node of the cluster for its copy."""
+        if self.cluster is None:
+            return function(model, *arguments)
+        return cast(T, self.cluster.on_a_node(function, model, *arguments))
 
     def kind(self, config: ModelConfig) -> Kind:
         """Return the engine that runs a local model of the run: the one that was chosen when the run first met it."""
@@ -239,7 +248,7 @@ class RunContext:
             return cast(Kind, known["engine"])
         # A run from before the choice was stored has an adapter and texts of the usual engine.
         older = (self.folder / "check" / "manifest.json").is_file()
-        chosen = "auto" if older else teacher_kind(model, config.engine)
+        chosen = "auto" if older else self.where_models_run(teacher_kind, model, config.engine)
         if chosen == "int8":
             try:
                 self.checkpoint(config)
@@ -348,6 +357,8 @@ class RunContext:
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
+        if self.cluster is not None:
+            self.cluster.stop_workers()
 
     def close(self) -> None:
         self.close_engines()
@@ -394,56 +405,6 @@ def _also(summary: Summary) -> str:
     return "".join(f"; {part}" for part in said)
 
 
-def f16_student(model: LocalModel) -> LocalModel:
-    """Return the F16 file of a GGUF student (made once and cached), or the checkpoint as it is."""
-    if model.gguf is None or model.quantization == "F16":
-        return model
-    path = cache_subdir("checkpoints") / f"{model.sha256[:16]}-F16.gguf"
-    return _f16_file(model.checkpoint(), model, path, model.name)
-
-
-def quantized_student(model: LocalModel, kind: str) -> LocalModel:
-    """Return the base student as the device will run it: its F16 file quantized to `kind`, cached.
-
-    Raises InputError: the student is a checkpoint, which has no GGUF file; or an unknown type.
-    """
-    base = f16_student(model)
-    if base.gguf is None:
-        raise InputError(
-            f"prefer.student_file = '{kind}': {model.name} is a checkpoint, not a GGUF file",
-            "Leave it empty, or give the student as a .gguf file.",
-        )
-    if kind == base.quantization:
-        return base
-    path = cache_subdir("checkpoints") / f"{model.sha256[:16]}-{kind}.gguf"
-    if not path.is_file():
-        from arte_edge.gguf.quantize import quantize
-
-        quantize(base.gguf, path, kind)
-    return LocalModel(f"{model.name} {kind}", sha256_file(path), path, None, kind)
-
-
-def tuned_student(model: LocalModel, checkpoint: Path, out: Path) -> LocalModel:
-    """Return the tuned student in the form that `f16_student` has: an F16 file `out`, or the checkpoint."""
-    if model.gguf is None:
-        from arte_edge.models.resolve import from_folder
-
-        return from_folder(checkpoint, f"{model.name} tuned")
-    report = checkpoint / "training.json"
-    if out.is_file() and report.is_file() and out.stat().st_mtime_ns < report.stat().st_mtime_ns:
-        out.unlink()  # of an earlier training
-    return _f16_file(checkpoint, model, out, f"{model.name} tuned")
-
-
-def _f16_file(checkpoint: Path, model: LocalModel, path: Path, name: str) -> LocalModel:
-    if not path.is_file():
-        from arte_edge.gguf.from_base import checkpoint_to_gguf
-
-        assert model.gguf is not None  # both callers looked
-        checkpoint_to_gguf(checkpoint, model.gguf, path)
-    return LocalModel(name, sha256_file(path), path, None, "F16")
-
-
 def _limits(model: ModelConfig) -> ServerLimits:
     return ServerLimits(model.requests_per_minute or None, model.tokens_per_minute or None, model.timeout_s)
 
@@ -465,7 +426,8 @@ def open_folder(config: RunConfig, folder: Path, task: Task, *, update: bool) ->
                 "Give this run another --name, or continue with --update: finished calls are reused, "
                 "and the stages that the change affects run again.",
             )
-        return
+        if not differences(_with_defaults(path), toml_loads(resolved)):
+            return
     write_atomic(path, (header + resolved).encode())
 
 
@@ -479,7 +441,7 @@ def holds(folder: Path, config: RunConfig, task: Task) -> bool:
 def _different(path: Path, config: RunConfig) -> list[str]:
     """Return the keys in which the run in a folder differs; not those of a machine, where any run may go on."""
     keys = differences(_with_defaults(path), toml_loads(dump_toml(config)))
-    return [key for key in keys if not key.startswith("train.")]
+    return [key for key in keys if not key.startswith(("train.", "cluster."))]
 
 
 def _header(task: Task) -> str:

@@ -7,7 +7,7 @@ A reference is, in this order: a path (exists, ends in ``.gguf``, or begins with
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -30,7 +30,7 @@ class LocalModel:
 
     Exactly one of `gguf` and `folder` is set. `sha256` is that of the GGUF file, or one checksum over a checkpoint's
     weights, configuration and tokenizer. `quantization` is "Q4_K_M" and the like for a GGUF, the weights' type
-    ("BF16") for a checkpoint.
+    ("BF16") for a checkpoint. Another machine finds it by `ref`; `made` is the type of a file that was made of that.
     """
 
     name: str
@@ -38,6 +38,8 @@ class LocalModel:
     gguf: Path | None
     folder: Path | None
     quantization: str
+    ref: str = field(default="", compare=False)
+    made: str = field(default="", compare=False)
 
     @property
     def path(self) -> Path:
@@ -86,18 +88,20 @@ def resolve(ref: str, *, offline: bool = False, progress: Progress | None = None
 
         revision, quant = match["revision"] or "main", match["quant"] or ""
         found = from_hub(match["id"], revision, quant, offline=offline, progress=progress)
-        return from_folder(found, ref) if found.is_dir() else from_gguf(found, ref)
+        return replace(from_folder(found, ref) if found.is_dir() else from_gguf(found, ref), ref=ref)
     from arte_edge.models import registry
 
     entry = registry.entry(ref)
     gguf = registry.pull(entry, offline=offline, progress=progress)
-    return LocalModel(entry.name, entry.sha256, gguf, None, read_model_header(gguf).quantization)
+    quantization = read_model_header(gguf).quantization
+    return LocalModel(entry.name, entry.sha256, gguf, None, quantization, ref=entry.name)
 
 
 def from_gguf(path: Path, name: str = "") -> LocalModel:
     """Return the model in the GGUF file `path`. Raises InputError: not a GGUF, damaged, or no text model."""
     header = read_model_header(path)
-    return LocalModel(name or path.stem, sha256_file(path), path.absolute(), None, header.quantization)
+    here = path.absolute()
+    return LocalModel(name or path.stem, sha256_file(path), here, None, header.quantization, ref=str(here))
 
 
 def from_folder(folder: Path, name: str = "") -> LocalModel:
@@ -114,7 +118,8 @@ def from_folder(folder: Path, name: str = "") -> LocalModel:
     check_tied(folder)
     config = read_config(folder)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "")
-    return LocalModel(name, sha256_checkpoint(folder), None, folder.absolute(), _DTYPES.get(dtype, dtype))
+    here, quantization = folder.absolute(), _DTYPES.get(dtype, dtype)
+    return LocalModel(name, sha256_checkpoint(folder), None, here, quantization, ref=str(here))
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ is the text that is decoded. A failed call is a completion too, with `error` set
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 from arte_edge.runtimes.prompt_render import Templated
 from arte_edge.runtimes.reasoning import OUT_OF_BUDGET, STOPPED_INSIDE, split_reasoning
 
-__all__ = ["Completion", "Engine", "EngineIdentity", "Request", "Sampling", "without_reasoning"]
+__all__ = ["Completion", "Engine", "EngineIdentity", "Method", "Request", "Sampling", "SpreadEngine"]
+__all__ += ["without_reasoning"]
+
+Method = Literal["complete", "choose_each"]
 
 
 @dataclass(frozen=True)
@@ -119,3 +122,11 @@ class Engine(Templated, Protocol):
     def count_tokens(self, text: str) -> int: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class SpreadEngine(Protocol):
+    """An `Engine` that works on several groups of calls at once."""
+
+    def each(self, method: Method, groups: Iterable[tuple[Any, Any]]) -> Iterator[tuple[int, list[Any]]]:
+        """Yield the number of each group and what `method` returns for its arguments, as they arrive, in any order."""

@@ -128,11 +128,13 @@ def test_a_run_s_folder_resumes_that_run(
 ) -> None:
     folder = tmp_path / "runs" / "mine"
     folder.mkdir(parents=True)
-    (folder / "run.toml").write_text("seed = 3\n")
+    (folder / "run.toml").write_text("seed = 3\ncluster.address = 'auto'\n")
     for ref in (str(folder), f"{folder}/"):
         config, found = api.plan_run(ref, set=["tune.epochs=2"])
         assert (config.seed, config.tune.epochs, found) == (3, 2, folder)
     monkeypatch.chdir(tmp_path / "runs")
     assert api.plan_run("mine")[1] == Path("mine")
+    where = {ray: api.plan_run("mine", ray=ray)[0].cluster.address for ray in (None, "", "local")}
+    assert where == {None: "auto", "": "", "local": "local"}
     assert run_json(capsys, "show", str(folder))["seed"] == 3
     assert main(["distill", str(folder), "--name", "other"]) == 2

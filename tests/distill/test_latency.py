@@ -13,9 +13,10 @@ from tiny import Patch, artifact, facts, speed_row, student_file
 from arte_edge.distill.config import Deploy
 from arte_edge.distill.latency import FILE_NAME, Budget, Rates, budget_tokens, device_rates, penalize_length
 from arte_edge.distill.pipeline import decide_budget
-from arte_edge.distill.run_context import RunContext, quantized_student
+from arte_edge.distill.run_context import RunContext
 from arte_edge.errors import InputError
 from arte_edge.models.resolve import LocalModel
+from arte_edge.models.student_file import quantized_student
 from arte_edge.results.rows import SpeedRow
 from arte_edge.results.student_json import Speed, write_student
 from arte_edge.runtimes.completion import Completion, Request, Sampling

@@ -46,6 +46,15 @@ def test_an_update_goes_on_and_is_the_run_from_then_on(house: Any) -> None:
         opened(house)
 
 
+def test_a_run_goes_on_elsewhere_and_is_still_that_run(house: Any) -> None:
+    opened(house)
+    there = opened(house, cluster={"address": "head:6379", "workers": 8})
+    assert b"head:6379" in there, "resumed by its folder it goes on there"
+    assert b"head:6379" not in opened(house)
+    with pytest.raises(InputError, match="holds another run: seed differs"):
+        opened(house, seed=7, cluster={"address": "auto"})
+
+
 @pytest.mark.parametrize("first", ["teacher", "student"])
 def test_a_model_that_teaches_itself_is_decoded_as_each_whoever_comes_first(
     smollm2: LocalModel, house: Any, monkeypatch: Patch, first: str

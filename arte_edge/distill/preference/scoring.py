@@ -37,7 +37,9 @@ from arte_edge.distill.preference.adaptive import (
 )
 from arte_edge.distill.preference.influence import Influence, Question, standard_error
 from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_PREFILL, Shot, student_messages
-from arte_edge.distill.run_context import RunContext, f16_student, quantized_student
+from arte_edge.distill.run_context import RunContext
+from arte_edge.models.resolve import LocalModel
+from arte_edge.models.student_file import f16_student, quantized_student
 from arte_edge.runtimes.autotune import Candidate, Workload, candidates_here, fastest_engine, may_measure
 from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.loader import is_server, open_local
@@ -372,31 +374,32 @@ def scoring_engine(run: RunContext, n_score: int) -> Engine:
     if pinned or config.engine != "auto" or is_server(config.model) or n_score < _WORTH_SCORES:
         return run.engine(config)
     # A run that goes on elsewhere, and each of its shards, has to find the scores that were made.
-    if not (dtype := run.scoring_dtype(lambda: _fastest_dtype(run))):
+    work: Workload = "write" if prefer.score == "accuracy" else "choose"
+
+    def choose() -> str:
+        with doing("comparing engines"):
+            return run.where_models_run(_fastest_dtype, run.local(config), config.parallel, work)
+
+    if not (dtype := run.scoring_dtype(choose)):
         return run.engine(config)
     changed = config.model_copy(update={"engine": "transformers"})
     return run.engine_with(run.local(config), None, changed, dtype=dtype)
 
 
-def _fastest_dtype(run: RunContext) -> str:
+def _fastest_dtype(model: LocalModel, parallel: int, work: Workload) -> str:
     """Return the floats in which transformers scores fastest here; empty where the student's usual engine does."""
-    config, prefer = run.config.student, run.config.prefer
     if not may_measure():
         return ""
-    model = run.local(config)
 
     def opening(candidate: Candidate) -> Engine:
-        current.done += 1
         which = f16_student(model) if candidate.kind == "llamacpp" else model
-        return open_local(which, kind=candidate.kind, parallel=config.parallel, dtype=candidate.dtype)
+        return open_local(which, kind=candidate.kind, parallel=parallel, dtype=candidate.dtype)
 
     checkpoint = model.checkpoint()
     weights_bytes = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     candidates = candidates_here(weights_bytes, has_file=model.gguf is not None, checkpoint=checkpoint)
-    work: Workload = "write" if prefer.score == "accuracy" else "choose"
-    facts = [model.sha256, config.parallel, *map(_version, _RUNTIMES)]
-    with doing("comparing engines", len(candidates)) as current:
-        return fastest_engine(candidates, opening, work, facts).dtype
+    facts = [model.sha256, parallel, *map(_version, _RUNTIMES)]
+    return fastest_engine(candidates, opening, work, facts).dtype
 
 
 def _version(package: str) -> str:

@@ -12,10 +12,11 @@ from pathlib import Path
 from arte_edge.asking.form import Asking
 from arte_edge.checkpoint import write_chat_template
 from arte_edge.distill.evaluation import student_prompts
-from arte_edge.distill.run_context import Row, RunContext, tuned_student
+from arte_edge.distill.run_context import Row, RunContext
 from arte_edge.distill.train.common import SftSettings
 from arte_edge.distill.train.sft import train_sft
 from arte_edge.models.resolve import LocalModel
+from arte_edge.models.student_file import tuned_student
 from arte_edge.tasks.task import Example
 
 __all__ = ["own_labels_student", "train_briefly", "training_rows"]

@@ -7,13 +7,14 @@ from typing import Any
 
 from arte_edge.asking.form import Asking
 from arte_edge.checkpoint import write_chat_template
-from arte_edge.distill.run_context import Row, RunContext, Summary, tuned_student
+from arte_edge.distill.run_context import Row, RunContext, Summary
 from arte_edge.distill.stages.own_labels import training_rows
 from arte_edge.distill.stages.target import describe as describe_trial
 from arte_edge.distill.stages.target import trial_of_forms
 from arte_edge.distill.train.common import Lora, SftSettings
 from arte_edge.distill.train.sft import train_sft
 from arte_edge.models.resolve import LocalModel
+from arte_edge.models.student_file import tuned_student
 from arte_edge.tasks.task import Example
 
 __all__ = ["tune"]

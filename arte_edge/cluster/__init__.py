@@ -1,0 +1,1 @@
+"""Calls to local models spread over the machines of a Ray cluster."""

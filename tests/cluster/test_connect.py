@@ -1,0 +1,85 @@
+"""Joining a cluster: what is refused before anything runs, and that nothing of Ray is left behind."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import Patch
+
+from arte_edge.cluster import connect as module
+from arte_edge.cluster.connect import RayCluster, WorkerSizes, connect
+from arte_edge.errors import InputError
+from arte_edge.models.resolve import LocalModel
+
+NODE = {"CPU": 8.0, "memory": 1e9}
+GPU_NODE = {"CPU": 32.0, "GPU": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "nodes", "expected"),
+    [
+        ((0, 0, -1), [NODE, NODE], (2, 8, 0)),
+        ((0, 2, -1), [NODE, NODE], (8, 2, 0)),
+        ((3, 2, -1), [NODE, NODE], (3, 2, 0)),
+        ((0, 0, -1), [{"CPU": 4.0}, NODE], (3, 4, 0)),
+        ((0, 0, -1), [{"CPU": 2.0}, GPU_NODE], (8, 4, 1)),
+        ((0, 0, 2), [GPU_NODE], (4, 8, 2)),
+        ((0, 0, 0), [GPU_NODE], (1, 32, 0)),
+        ((0, 0, -1), [{"memory": 1.0}, NODE], (1, 8, 0)),
+    ],
+)
+def test_workers_fill_the_nodes(sizes: Any, nodes: Any, expected: Any) -> None:
+    assert module._fitting(WorkerSizes(*sizes), nodes) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "nodes"), [((0, 16, -1), [NODE]), ((3, 4, -1), [NODE]), ((0, 0, 1), [NODE]), ((0, 0, -1), [])]
+)
+def test_workers_that_fit_nowhere_are_refused(sizes: Any, nodes: Any) -> None:
+    with pytest.raises(InputError, match="do not fit"):
+        module._fitting(WorkerSizes(*sizes), nodes)
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", "http://127.0.0.1:8265", ":1", "head:port"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(InputError, match="not local, auto or HOST:PORT"):
+        connect(address, WorkerSizes(), print)
+
+
+def test_an_address_that_nobody_answers_is_refused_at_once(closed_port: int) -> None:
+    with pytest.raises(InputError, match=r"No Ray cluster at 127\.0\.0\.1"):
+        connect(f"127.0.0.1:{closed_port}", WorkerSizes(), print)
+
+
+def test_another_version_of_ray_is_refused(two_nodes: Any, monkeypatch: Patch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "__version__", "2.59.0")
+    with pytest.raises(InputError, match=r"Ray: 2\.60.*Ray: 2\.59"):
+        connect(two_nodes.address, WorkerSizes(), print)
+    assert not ray.is_initialized()
+
+
+def test_a_node_with_another_arte_edge_is_refused(
+    two_nodes: Any, joined: RayCluster, tmp_path: Path, model: LocalModel, monkeypatch: Patch
+) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text("seed = 1")
+    joined.check(run_file, [model])
+    monkeypatch.setattr("arte_edge.__version__", "9.9.9")
+    with pytest.raises(InputError, match=r"has arte-edge .*; this machine has .*arte-edge 9\.9\.9"):
+        joined.check(run_file, [])
+
+
+def test_a_run_folder_that_a_node_does_not_see_and_a_model_it_has_not_are_refused(
+    joined: RayCluster, tmp_path: Path, model: LocalModel, monkeypatch: Patch
+) -> None:
+    from dataclasses import replace
+
+    run_file = tmp_path / "run.toml"
+    run_file.write_text("seed = 1")
+    with pytest.raises(InputError, match="another model than"):
+        joined.check(run_file, [model, replace(model, sha256="0" * 64)])
+    monkeypatch.setattr(module, "sha256_file", lambda path: "of this machine's own folder")
+    with pytest.raises(InputError, match="does not see"):
+        joined.check(run_file, [model])
