@@ -81,9 +81,12 @@ class Calls:
         """
         local = engine.identity.kind != "openai"
         how = sampling.as_dict()
-        size = self.together if together and local else self.group
+        # A server with known weights says how many it takes at once.
+        size = self.together if together and local else max(self.group, getattr(engine, "in_flight", 0))
         keys = [self._key(engine, "complete", r.prompt, how, r.sample) for r in requests]
         groups = [list(range(start, min(start + size, len(keys)))) for start in range(0, len(keys), size)]
+
+        by = {"by": engine.identity.short()}
 
         def known(i: int) -> bool:
             return self._has(keys[i])
@@ -93,7 +96,8 @@ class Calls:
 
         def store(todo: list[int], fresh: Sequence[Completion]) -> int:
             """Store the answers to the calls at these places; return their tokens."""
-            self._log.append([_completion_row(keys[i], what, c) for i, c in zip(todo, fresh, strict=True)])
+            rows = [_completion_row(keys[i], what, c) for i, c in zip(todo, fresh, strict=True)]
+            self._log.append([row | by for row in rows])
             notes: list[str] = getattr(engine, "notes", [])  # of a server's engine: each is said once
             while notes:
                 self._reporter.warn(notes.pop(0))

@@ -11,7 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from arte_edge.errors import InputError
 from arte_edge.files import problems, read_toml, toml_loads
@@ -94,7 +102,21 @@ def _server_or_local(ref: str) -> str:
     return ref
 
 
+def _addresses(urls: tuple[str, ...]) -> tuple[str, ...]:
+    from arte_edge.runtimes.openai.client import check_base_url
+
+    try:
+        return tuple(dict.fromkeys(str(check_base_url(url)) for url in urls))
+    except InputError as error:
+        raise ValueError(f"{error.message}. {error.hint}") from None
+
+
 ModelRef = Annotated[_Name, AfterValidator(_server_or_local)]
+Servers = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda given: (given,) if isinstance(given, str) else given),
+    AfterValidator(_addresses),
+]
 
 
 class TaskConfig(_Section):
@@ -128,10 +150,23 @@ class TeacherConfig(ModelConfig):
     model: ModelRef = _key(
         ..., "as for a student; also a run's folder `aligned`: the teacher that it aligned"
     )
+    server: Servers = _key(
+        (), "addresses of vLLM servers that write with the weights of `model` and load its adapters"
+    )
+    server_model: str = _key("", "the servers' name of the model; empty: the one that they list")
+    server_folder: str = _key(
+        "",
+        "folder for adapters that servers elsewhere see too, PATH or HERE:THERE; empty: in the run's folder",
+    )
     shots: int = _key(8, "few-shot examples before each question", ge=0, le=40)
     role: Literal["auto", "labels", "inputs"] = _key(
         "auto", "labels: it labels; inputs: it writes inputs for given answers; auto: the check decides"
     )
+
+    @property
+    def on_server(self) -> bool:
+        """Whether a server writes its texts, with weights that are here or not."""
+        return self.model.startswith("openai:") or bool(self.server)
 
 
 class Check(_Section):

@@ -48,7 +48,6 @@ from arte_edge.distill.validate_config import refuse_run
 from arte_edge.errors import EngineError, InputError
 from arte_edge.extras import need
 from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
-from arte_edge.runtimes.loader import is_server
 from arte_edge.runtimes.openai.client import Prices
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
@@ -113,7 +112,7 @@ def dry_run(config: RunConfig, *, prices: Prices | None = None, as_json: bool = 
     need("train", "a dry run")
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
     refuse_run(config, task)
-    if prices and not is_server(config.teacher.model):
+    if prices and not config.teacher.on_server:
         raise InputError(f"--prices: {config.teacher.model} runs locally and costs nothing")
     with TemporaryDirectory(prefix="arte-edge-") as folder:
         run = RunContext(config, task, Path(folder), Reporter(quiet=as_json))
@@ -166,7 +165,7 @@ def estimate(
         line.calls += work.n
         line.prompt_tokens += prompt
         line.completion_tokens += completion
-        if prices and work.call.who == "teacher" and is_server(config.teacher.model):
+        if prices and work.call.who == "teacher" and config.teacher.on_server:
             line.cost_usd += prices.cost_usd(round(prompt), round(completion))
     return [lines[stage] for stage in _ORDER if stage in lines]
 
@@ -307,7 +306,7 @@ def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], 
     engines: dict[Who, Engine] = {"teacher": teacher, "student": student}
     generated = {(call.who, call.what): float(how.max_tokens) for call, how in sampling.items()}
     answers: dict[Call, list[Completion]] = {}
-    if run.teacher_is_server:  # a model on this machine would take minutes for them
+    if run.config.teacher.on_server:  # a model on this machine would take minutes for them
         todo = [call for call in sampling if call.who == "teacher"]
         with run.reporter.bar("probe, answers", len(todo) * _PROBE_CALLS) as step:
             for call in todo:
@@ -381,9 +380,7 @@ def _form(config: RunConfig) -> Form:
 
 
 def _notes(config: RunConfig, drafts_per_prompt: float, prices: Prices | None) -> list[str]:
-    how = (
-        "Measured" if is_server(config.teacher.model) else "Nothing was generated: answers as long as allowed"
-    )
+    how = "Measured" if config.teacher.on_server else "Nothing was generated: answers as long as allowed"
     notes = [
         f"{how}, {drafts_per_prompt:.1f} valid questions per prompt. Rejected or relabelled drafts add calls; "
         "prefer.race may stop earlier."
@@ -396,7 +393,7 @@ def _notes(config: RunConfig, drafts_per_prompt: float, prices: Prices | None) -
         notes.append(f"best-of-n: {config.best_of} drafts for each training example (tailor.best_of).")
     if config.calibrate.models and (config.aligned or config.best_of > 1):
         notes.append("The further models of calibrate count like the teacher.")
-    if is_server(config.teacher.model) and prices is None:
+    if config.teacher.on_server and prices is None:
         notes.append("Cost: add --prices PROMPT,COMPLETION, dollars per million tokens.")
     return notes
 

@@ -187,7 +187,7 @@ def _prepare(run: RunContext, *, update: bool) -> None:
     for sentence in fewer_shown(config, run.task):
         run.reporter.warn(sentence)
     if not (run.folder / "check" / "manifest.json").is_file():
-        teacher = None if run.teacher_is_server else run.local(config.teacher)
+        teacher = None if is_server(config.teacher.model) else run.local(config.teacher)
         refuse_models(config, teacher, run.local(student))
         run.checkpoint(student)
         if config.aligned:

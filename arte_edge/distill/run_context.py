@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from arte_edge.asking.form import Asking, Form
 from arte_edge.asking.template import Asked, asked
 from arte_edge.cache import Progress, write_atomic
-from arte_edge.console import Reporter, model_progress
+from arte_edge.console import Reporter, doing, model_progress
 from arte_edge.distill.aligned import AlignedTeacher, aligned_teacher
 from arte_edge.distill.cached_calls import Calls
 from arte_edge.distill.config import (
@@ -229,6 +229,8 @@ class RunContext:
     def _open(
         self, model: LocalModel, config: ModelConfig, adapter: tuple[Path, str] | None = None, dtype: str = ""
     ) -> Engine:
+        if isinstance(config, TeacherConfig) and config.server:
+            return self.open_served(config, adapter[0] if adapter else None)
         opening = open_local if self.cluster is None else self.cluster.open
         return opening(model, kind=self.kind(config), parallel=config.parallel, adapter=adapter, dtype=dtype)
 
@@ -238,8 +240,30 @@ class RunContext:
             return function(model, *arguments)
         return cast(T, self.cluster.on_a_node(function, model, *arguments))
 
+    def open_served(self, config: TeacherConfig, adapter: Path | None) -> Engine:
+        """Open the servers that write with a teacher's weights and, unless it is None, an adapter, a PEFT folder."""
+        from arte_edge.runtimes.openai.served import ServedEngine, ServerFolder
+
+        limits = _limits(config)
+        with doing("checking the servers' weights"):
+            return ServedEngine(
+                config.server,
+                self.checkpoint(config),
+                self.local(config).sha256,
+                ServerFolder.parse(config.server_folder, self.folder / "served"),
+                name=config.server_model,
+                adapter=adapter,
+                aligns=self.config.aligned,
+                parallel=config.parallel,
+                requests_per_minute=limits.requests_per_minute,
+                tokens_per_minute=limits.tokens_per_minute,
+                timeout_s=limits.timeout_s,
+            )
+
     def kind(self, config: ModelConfig) -> Kind:
         """Return the engine that runs a local model of the run: the one that was chosen when the run first met it."""
+        if isinstance(config, TeacherConfig) and config.server:
+            return "transformers"  # whose checkpoints and adapters servers read
         if config == self.config.student or config.engine != "auto":
             return config.engine
         model = self.local(config)
@@ -303,7 +327,8 @@ class RunContext:
         weights = config.model if is_server(config.model) else self.local(config).sha256
         if adapter := self._adapter(config):
             weights += f" {adapter[1]}"
-        return [weights, config.engine, config.template, config.shots]
+        served = isinstance(config, TeacherConfig) and config.server
+        return [weights, "server" if served else config.engine, config.template, config.shots]
 
     def render(self, engine: Engine, messages: list[Message], prefill: str, config: ModelConfig) -> str:
         """Render `messages` for `engine`, as plain text where the configuration says so."""
@@ -339,10 +364,6 @@ class RunContext:
     def data_inputs(self) -> dict[str, Any]:
         """Return what decides how drafts are written and labelled, beside the settings of a stage."""
         return {"role": self.role, "by_label": self.by_label, "reasons": self.reasons}
-
-    @property
-    def teacher_is_server(self) -> bool:
-        return is_server(self.config.teacher.model)
 
     def most_tokens(self, limit: int) -> int:
         """Return the most tokens of an answer: `limit`, or fewer where the device's budget is smaller."""

@@ -167,7 +167,12 @@ def _server_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
         yield (
             f"teacher.model: {teacher.partition('@')[0]} is {why}",
             'Set data = "best-of-n" (the student chooses among its drafts) or "original-teacher", or use a local '
-            "teacher.",
+            "teacher. A vLLM server of weights that you have: teacher.model names them, teacher.server the server.",
+        )
+    if isinstance(teacher, str) and is_server(teacher) and _value(tables, "teacher", "server"):
+        yield (
+            f"teacher.server: teacher.model names a server as well, {teacher.partition('@')[0]}",
+            "teacher.model names the weights that the servers run: a checkpoint folder, a Hub id, a GGUF file.",
         )
     if isinstance(student, str) and is_server(student):
         yield (
@@ -210,7 +215,7 @@ def _student_problems(config: RunConfig, student: LocalModel) -> Iterator[Proble
 def _teacher_problems(config: RunConfig, teacher: LocalModel) -> Iterator[Problem]:
     """Yield what prevents the adapter of an aligned teacher in the form that its engine loads."""
     targets = config.align.lora_targets
-    if teacher.gguf is None or config.teacher.engine == "transformers":
+    if teacher.gguf is None or config.teacher.server or config.teacher.engine == "transformers":
         weights = read_weights(teacher.path).items() if teacher.folder and targets else ()
         there = [f".{name.removesuffix('.weight')}" for name, weight in weights if len(weight.shape) == 2]
         unknown = [t for t in targets if there and not any(name.endswith(f".{t}") for name in there)]

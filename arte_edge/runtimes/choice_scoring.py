@@ -74,6 +74,15 @@ class ChoiceScorer:
         """Tokens of the longest context, plus the one after it."""
         return max((len(path) + 1 for path in self._paths), default=0)
 
+    @property
+    def contexts(self) -> dict[Context, list[int]]:
+        """The tokens whose log-probabilities are needed after each context; `note` takes them."""
+        return {context: sorted(tokens) for context, tokens in self._next.items()}
+
+    def note(self, context: Context, logp: dict[int, float]) -> None:
+        """Take the log-probabilities of the tokens of `contexts` after `context`."""
+        self._score[context] = logp
+
     def trees(self, max_leaves: int) -> list[Tree]:
         """Return the paths as trees of at most `max_leaves` leaves; nearly always one tree."""
         parts = [self._paths[i : i + max_leaves] for i in range(0, len(self._paths), max_leaves)]
@@ -93,7 +102,7 @@ class ChoiceScorer:
 
     def _note(self, context: Context, logits: NDArray[np.float32]) -> None:
         ids = sorted(self._next[context])
-        self._score[context] = dict(zip(ids, log_softmax_at(logits, ids).tolist(), strict=True))
+        self.note(context, dict(zip(ids, log_softmax_at(logits, ids).tolist(), strict=True)))
 
     def log_probabilities(self) -> NDArray[np.float64]:
         """Return the log-probabilities ``[n_choice]``."""

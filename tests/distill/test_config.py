@@ -163,3 +163,16 @@ def test_a_file_that_is_missing_or_no_toml_is_an_input_error(data: bytes, why: s
 @pytest.mark.parametrize("name", catalog.names("presets"))
 def test_every_shipped_preset_is_a_run(name: str) -> None:
     assert build(name, load_toml(catalog.find("presets", name)))
+
+
+def test_servers_of_known_weights_are_addresses_each_once_and_hold_no_secret() -> None:
+    one = build("run.toml", {"teacher": {"model": "m", "server": "http://A:8000"}})
+    assert one.teacher.server == ("http://a:8000/v1",) and one.teacher.on_server
+    two = ["http://a:8000/v1/", "http://b:8000/v1", "http://a:8000"]
+    assert build("run.toml", {"teacher": {"model": "m", "server": two}}).teacher.server == (
+        "http://a:8000/v1",
+        "http://b:8000/v1",
+    )
+    with pytest.raises(InputError, match=r"teacher\.server.*no password") as caught:
+        build("run.toml", {"teacher": {"model": "m", "server": "http://me:s3cret@b/v1"}})
+    assert "s3cret" not in str(caught.value)

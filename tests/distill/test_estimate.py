@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tiny import Capture, Patch
 
+from arte_edge.distill.config import TeacherConfig
 from arte_edge.distill.estimate import Call, Lengths, StageEstimate, estimate, parse_prices, probe, stage_work
 from arte_edge.distill.stages.calibrate import calibrate
 from arte_edge.distill.stages.check import check
@@ -156,7 +157,7 @@ def test_a_server_has_no_votes_by_probability_and_its_calls_cost(house: Any) -> 
 def test_the_probe_finds_the_lengths(house: Any, server: bool, monkeypatch: Patch) -> None:
     house.teacher.drafts = lambda sample: house.student.drafts(0)  # the second answer repeats the first
     run = house.run()
-    monkeypatch.setattr(type(run), "teacher_is_server", server)
+    monkeypatch.setattr(TeacherConfig, "on_server", server)
     calls = [
         Call("teacher", "rationale"),
         Call("student", "generated"),
@@ -177,7 +178,7 @@ def test_the_probe_finds_the_lengths(house: Any, server: bool, monkeypatch: Patc
 
 
 def test_a_server_that_answers_nothing_is_an_error(house: Any, monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.setattr("arte_edge.distill.run_context.RunContext.teacher_is_server", True)
+    monkeypatch.setattr("arte_edge.distill.config.TeacherConfig.on_server", True)
     house.teacher.complete = lambda requests, _: [Completion("", "error", error="too long") for _ in requests]
     assert house.distill("--dry-run") == 1
     assert "The probe failed: too long" in " ".join(capsys.readouterr().err.split())

@@ -105,3 +105,11 @@ def test_steps_that_processes_cannot_share_are_found_before_any_call() -> None:
         refuse_run(config, task)
     assert "align" not in str(caught.value)
     refuse_run(RunConfig.model_validate({"train": {"processes": 4}}), task)
+
+
+def test_the_weights_of_servers_are_no_server(house: Any) -> None:
+    server = "http://127.0.0.1:1/v1"
+    refuse_run(house.config(teacher={"model": house.config().teacher.model, "server": server}), house.task)
+    both = {"model": f"openai:m@{server}", "server": server}
+    with pytest.raises(InputError, match=r"teacher\.server: teacher\.model names a server as well"):
+        refuse_run(house.config(teacher=both, data="original-teacher"), house.task)

@@ -50,16 +50,23 @@ class Transient(Exception):
     """
 
     def __init__(
-        self, reason: str, wait_s: float | None = None, *, hint: str = _OVERLOADED, attempts: int = 0
+        self,
+        reason: str,
+        wait_s: float | None = None,
+        *,
+        hint: str = _OVERLOADED,
+        attempts: int = 0,
+        text: str = "",
     ) -> None:
         super().__init__(reason)
-        self.wait_s, self.hint, self.attempts = wait_s, hint, attempts
+        self.wait_s, self.hint, self.attempts, self.text = wait_s, hint, attempts, text
 
 
 class CallFailed(EngineError):
     """A call failed for good. `fatal`: every other call to this server would fail the same way.
 
-    `status` is the HTTP status that ended it, 0 when retries ran out or no answer came; `text` the server's own.
+    `status` is the HTTP status that ended it, 0 when retries ran out or no answer came; `text` the server's own,
+    empty if it said none.
     """
 
     def __init__(
@@ -278,10 +285,13 @@ class Server:
         body: Mapping[str, Any] | None = None,
         read: Callable[[Any], T] = lambda document: document,
         tokens: int = 0,
+        *,
+        plain: bool = False,
     ) -> T:
         """Send `body`, or get what is at `path`, and return what `read` makes of the JSON answer.
 
         `tokens` is the expected size of prompt and answer, for the rate limits. `stop` ends all waits and attempts.
+        A `plain` answer is text.
 
         Raises CallFailed: for good, or as often as the policy says; a ValueError of `read` is tried once more.
         """
@@ -291,7 +301,7 @@ class Server:
             if self.stop.is_set():
                 break
             try:
-                document: Any = self._attempt(url, body)
+                document: Any = self._attempt(url, body, plain)
                 prompt_tokens, written, *_ = token_counts(document)
                 if prompt_tokens:
                     self._limiter.settle(ticket, prompt_tokens + written)
@@ -300,7 +310,7 @@ class Server:
                 except ValueError as error:
                     shown = self._redact(str(document))[:80]
                     raise Transient(
-                        f"an answer that is no completion, {error}: {shown}", attempts=2
+                        f"an answer that is no completion, {error}: {shown}", attempts=2, text=shown
                     ) from error
             except Transient as error:
                 asked_s, most = error.wait_s or 0.0, error.attempts or self._retry.attempts
@@ -308,13 +318,15 @@ class Server:
                     asked = f"; it asks to wait {asked_s:.0f} s" if asked_s else ""
                     often = f"{tries} time{'s' if tries > 1 else ''}"
                     raise CallFailed(
-                        f"{url} failed {often}, the last time with: {error}{asked}", error.hint
+                        f"{url} failed {often}, the last time with: {error}{asked}",
+                        error.hint,
+                        text=error.text,
                     ) from error
                 self._limiter.hold(asked_s)
                 self.stop.wait(self._retry.wait_s(tries, error.wait_s))
         raise CallFailed(f"{url}: not sent, the engine is stopping", fatal=True)
 
-    def _attempt(self, url: str, body: Mapping[str, Any] | None) -> Any:
+    def _attempt(self, url: str, body: Mapping[str, Any] | None, plain: bool) -> Any:
         try:
             answer = self._client.request("GET" if body is None else "POST", url, json=body)
         except httpx.TimeoutException as error:
@@ -326,6 +338,8 @@ class Server:
         text = self._redact(answer.text)
         if answer.status_code != 200:
             raise self._failure(url, answer.status_code, text, retry_after_s(answer.headers))
+        if plain:
+            return text
         shown = " ".join(text.split())[:80]
         try:
             document = json_loads(answer.content)
@@ -346,7 +360,7 @@ class Server:
         """Return the error to raise for an HTTP status other than 200."""
         shown = self._redact(_error_text(text))  # again: it may have been escaped in the JSON
         if is_transient(status) and "insufficient_quota" not in text:
-            return Transient(f"{status}: {shown}", wait_s)
+            return Transient(f"{status}: {shown}", wait_s, text=text)
         hint = ""
         if status in (401, 403):
             found = f"it was read from {self._variable}" if self._variable else "neither is set"

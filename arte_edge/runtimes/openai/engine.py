@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,9 @@ from arte_edge.runtimes.openai.client import (
 from arte_edge.runtimes.openai.schema import ServerQuirks, quirks_of
 from arte_edge.runtimes.prompt_render import CHAT_JSON, CHAT_JSON_NEW_TURN
 from arte_edge.runtimes.reasoning import STOPPED_INSIDE
+
+if TYPE_CHECKING:
+    from arte_edge.runtimes.transformers.tokenizer import Text
 
 __all__ = ["OpenAIEngine", "parse_ref"]
 
@@ -83,15 +86,17 @@ class OpenAIEngine:
         tokens_per_minute: float | None = None,
         timeout_s: float = 120.0,
         retry: RetryPolicy | None = None,
+        text: Text | None = None,
     ) -> None:
         """Connect, check that the server has the model, and find out the mode.
 
         In chat mode, whether the server `continues` an answer that was begun for the model; None: find out.
+        With `text`, the model's own tokenizer, prompts of completions are sent as token ids.
 
         Raises InputError: an address that is none, or a model that the server does not list;
         CallFailed: the server does not answer or refuses the key.
         """
-        self.model, self._concurrency = model, max_concurrency
+        self.model, self._concurrency, self._text = model, max_concurrency, text
         self.notes: list[str] = []  # what a user should know of how this server is asked
         self._without: frozenset[str] = frozenset()
         self._lock = threading.Lock()
@@ -142,13 +147,11 @@ class OpenAIEngine:
             if (before := breaker.tripped) is not None:
                 reason = f"not sent, because before it {before.message}"
                 return Completion("", "error", error=reason, fault="server")
-            try:
-                completion = self._call(requests[index], sampling)
-            except CallFailed as error:
+            completion, error = self.one(requests[index], sampling)
+            if error is not None:
                 breaker.failed(error)
-                own = error.status and not error.fatal
-                return Completion("", "error", error=str(error), fault="row" if own else "server")
-            breaker.succeeded()
+            else:
+                breaker.succeeded()
             return completion
 
         order = sorted(range(len(requests)), key=lambda i: (requests[i].prompt, requests[i].sample))
@@ -162,6 +165,41 @@ class OpenAIEngine:
         if breaker.tripped is not None and breaker.tripped.fatal and all(row.error for row in rows):
             raise breaker.tripped
         return rows
+
+    def one(self, request: Request, sampling: Sampling) -> tuple[Completion, CallFailed | None]:
+        """Return the completion of one request and, where its call failed, the error."""
+        try:
+            return self._call(request, sampling), None
+        except CallFailed as error:
+            own = error.status and not error.fatal
+            return Completion("", "error", error=str(error), fault="row" if own else "server"), error
+
+    def responds(self) -> bool:
+        """Return whether the server answers at all, asked once."""
+        return self._server.responds()
+
+    def prompt_logp(self, ids: Sequence[int]) -> list[float]:
+        """Return the log-probability of each token of a prompt but the first; vLLM alone gives them.
+
+        Raises CallFailed: it does not, or the call failed.
+        """
+        more = {"max_tokens": 1, "prompt_logprobs": 0}
+        document = {"model": self.model, "prompt": list(ids), "temperature": 0.0, **more}
+        return self._server.call(_PATHS["completions"], document, partial(schema.prompt_logp, ids), len(ids))
+
+    def next_logp(self, ids: Sequence[int], tokens: Sequence[int]) -> dict[int, float]:
+        """Return the log-probability of each of `tokens` after a prompt; vLLM alone gives them.
+
+        Raises CallFailed: it does not, or the call failed.
+        """
+        found: dict[int, float] = {}
+        for start in range(0, len(tokens), schema.MOST_LOGPROBS):
+            some = list(tokens[start : start + schema.MOST_LOGPROBS])
+            more = {"logprobs": 0, "logprob_token_ids": some, "return_tokens_as_token_ids": True}
+            document = {"model": self.model, "prompt": list(ids), "temperature": 0.0, "max_tokens": 1, **more}
+            read = partial(schema.next_logp, some)
+            found |= self._server.call(_PATHS["completions"], document, read, len(ids))
+        return found
 
     def choose_each(
         self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
@@ -186,7 +224,7 @@ class OpenAIEngine:
         def read(answer: Any) -> Completion:
             return schema.completion(answer, self.mode, self._quirks, request, sampling)
 
-        body = partial(schema.body, self.model, self.mode, self._quirks, request, sampling)
+        body = partial(schema.body, self.model, self.mode, self._quirks, request, sampling, text=self._text)
         expected = self.count_tokens(request.prompt) + sampling.max_tokens
         sent = self._without
         row = self._post(self.mode, body, read, expected)

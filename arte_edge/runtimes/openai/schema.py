@@ -15,15 +15,20 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from arte_edge.errors import InputError
 from arte_edge.runtimes.completion import Completion, Request, Sampling, without_reasoning
 from arte_edge.runtimes.reasoning import OUT_OF_BUDGET, STOPPED_INSIDE
 from arte_edge.runtimes.sampling import request_rng
 
-__all__ = ["Mode", "ServerQuirks", "body", "completion", "first_choice", "messages_of", "quirks_of"]
-__all__ += ["refused_parameter", "token_counts", "with_stop"]
+if TYPE_CHECKING:
+    from arte_edge.runtimes.transformers.tokenizer import Text
+
+__all__ = ["MOST_LOGPROBS", "Mode", "ServerQuirks", "body", "completion", "first_choice", "messages_of"]
+__all__ += ["next_logp", "prompt_logp", "quirks_of", "refused_parameter", "token_counts", "with_stop"]
+
+MOST_LOGPROBS = 128  # tokens whose log-probabilities vLLM gives in one call
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,12 @@ def body(
     request: Request,
     sampling: Sampling,
     without: Collection[str] = (),
+    text: Text | None = None,
 ) -> dict[str, Any]:
-    """Return the request document, without the parameters that the server has refused."""
+    """Return the request document, without the parameters that the server has refused.
+
+    A prompt of completions is sent as the token ids of `text`, with its end tokens, where that is given.
+    """
     document: dict[str, Any] = {
         "model": model,
         "temperature": sampling.temperature,
@@ -110,9 +119,14 @@ def body(
     if sampling.stop:
         document["stop"] = list(sampling.stop)
     if sampling.grammar:
-        document["grammar"] = sampling.grammar
+        known = text is not None  # then it is vLLM, which reads GBNF too, under a name of its own
+        document |= (
+            {"structured_outputs": {"grammar": sampling.grammar}} if known else {"grammar": sampling.grammar}
+        )
     if mode == "completions":
-        document["prompt"] = request.prompt
+        document["prompt"] = request.prompt if text is None else text.tokens(request.prompt)
+        if text is not None:
+            document["stop_token_ids"] = sorted(text.ends)
     else:
         document["messages"] = messages = messages_of(request.prompt)
         if messages[-1]["role"] == "assistant":
@@ -125,7 +139,7 @@ def body(
 
 
 _LIMITS = ("max_tokens", "max_completion_tokens")
-_NEEDED = {"model", "prompt", "messages", "grammar", *_VLLM.prefill}
+_NEEDED = {"model", "prompt", "messages", "grammar", "structured_outputs", *_VLLM.prefill}
 # In this order where a server names several: "temperature and top_p cannot both be set".
 _OPTIONAL = ("top_p", "seed", "temperature", "stop")
 _UNSUPPORTED = re.compile(
@@ -182,6 +196,30 @@ def first_choice(answer: Any) -> dict[str, Any]:
     if failure := choices[0].get("error"):
         raise ValueError(f"the server failed while it answered: {str(failure)[:200]}")
     return choices[0]
+
+
+def prompt_logp(ids: Sequence[int], answer: Any) -> list[float]:
+    """Return the log-probabilities of the tokens `ids` but the first in vLLM's answer to them.
+
+    Raises ValueError: it has none.
+    """
+    try:
+        rows = first_choice(answer)["prompt_logprobs"]
+        return [float(row[str(token)]["logprob"]) for token, row in zip(ids[1:], rows[1:], strict=True)]
+    except (TypeError, KeyError) as error:
+        raise ValueError("no log-probabilities of the prompt in it") from error
+
+
+def next_logp(tokens: Sequence[int], answer: Any) -> dict[int, float]:
+    """Return the log-probability of each of `tokens` as the next one in vLLM's answer.
+
+    Raises ValueError: one is missing.
+    """
+    try:
+        found = first_choice(answer)["logprobs"]["top_logprobs"][0]
+        return {token: float(found[f"token_id:{token}"]) for token in tokens}
+    except (TypeError, KeyError, IndexError) as error:
+        raise ValueError("no log-probabilities of the tokens that were named in it") from error
 
 
 def completion(

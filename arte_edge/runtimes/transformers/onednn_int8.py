@@ -111,7 +111,7 @@ class _Inputs:
 
         if self._last[0] is not x or not torch.equal(self._last[1], large):
             flat = x.reshape(-1, x.shape[-1])
-            rest = flat.to(torch.float32, copy=True).index_fill_(1, large, 0.0)
+            rest = flat.float().index_fill(1, large, 0.0)
             blocks = rest.view(len(rest), -1, block).transpose(0, 1).contiguous()
             scales = (blocks.abs().amax(2, keepdim=True) / _MOST).clamp_(min=1e-12)
             rounded = blocks.div_(scales).round_().add_(_ZERO).to(torch.uint8)

@@ -88,8 +88,8 @@ class PromptLookup:
             self._shared.note(self._tokens, start)
 
 
-_ROWS, _SLOTS = 16, 3  # rows, and sequences in each: a sequence pays for all cells of its row
-_MOST_NEW = 256  # tokens of a row in one call: its mask has so many rows and a column a cell
+_ROWS, _SLOTS = 4, 12  # rows, and sequences in each: attention grows with the square of a row
+_MOST_NEW = 512  # tokens of a row in one call: its mask has so many rows and a column a cell
 _REFILL_SHARE = 8  # new sequences enter when one slot in so many is free
 _DEAD_SHARE = 0.15  # of a row's cells masked for all sequences: then they are freed
 

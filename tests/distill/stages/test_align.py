@@ -46,7 +46,15 @@ def aligned(house: Any, monkeypatch: Patch) -> Any:
     (house.folder / "check" / "answers.jsonl").write_text("")
 
     def train(
-        base: Path, pairs: list[Any], out: Path, settings: Any, *, held_out: Any, probe: Any, progress: Any
+        base: Path,
+        pairs: list[Any],
+        out: Path,
+        settings: Any,
+        *,
+        held_out: Any,
+        probe: Any,
+        progress: Any,
+        **_: Any,
     ) -> DpoResult:
         found.append(probe(out))
         progress(1, 1)

@@ -1,0 +1,420 @@
+"""The engine for a model whose weights are here and which vLLM's servers run: several addresses, LoRA adapters.
+
+Prompts are rendered and tokenized here and sent as token ids: what a server reads is what training read, whatever its
+own template and tokenizer do. That it has these weights is checked, not believed: the log-probabilities of a fixed
+text are compared with those of our own copy.
+
+An adapter's name and folder on a server come from its sha256. So no server answers with an older one of the same name,
+and none from the keys and values that it cached for an older one (vLLM keys these by name and path). It is loaded when
+the engine opens and unloaded when it closes.
+
+Every server gets its own part of the sorted prompts, which keeps shared prefixes together, and then takes what the
+others have left. One that is gone hands its rows to the others, and is tried again with the next batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arte_edge import transformers_load as hf
+from arte_edge.cache import cached_measurement, disk_errors
+from arte_edge.errors import ArteError, EngineError, InputError
+from arte_edge.model_folder import end_ids
+from arte_edge.runtimes.choice_scoring import ChoiceScorer
+from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
+from arte_edge.runtimes.openai.client import CallFailed, RateLimiter, RetryPolicy, Server
+from arte_edge.runtimes.openai.engine import OpenAIEngine
+from arte_edge.store import link_folder
+
+__all__ = ["ServedEngine", "ServerFolder"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_START = (
+    "Start the server so: VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank N, "
+    "with N at least align.lora_rank."
+)
+# Names, numbers, code and another language: models of one family differ here.
+_TEXT = (
+    "The committee, which Dr. Alvarez chaired until 1987, bought 14 telescopes for the observatory in Antofagasta; "
+    "none of them was ever used. In German, good morning is Guten Morgen. def area(radius): return 3.14159 * radius"
+)
+_MOST_NATS = (
+    0.2  # mean difference a token from our copy; 8-bit weights are within a quarter of it (docs/runtimes.md)
+)
+
+
+@dataclass(frozen=True)
+class ServerFolder:
+    """A folder for adapters: where it is `here`, and where the servers see it."""
+
+    here: Path
+    there: str
+
+    @classmethod
+    def parse(cls, text: str, default: Path) -> ServerFolder:
+        """Read ``PATH`` or ``HERE:THERE``; `default` where the text is empty."""
+        given, _, there = text.partition(":")
+        here = (Path(given).expanduser() if given else default).absolute()
+        return cls(here, there.rstrip("/") or str(here))
+
+
+class ServedEngine:
+    """An `Engine` over servers that run one known model, with or without an adapter."""
+
+    supports_grammar = True
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        checkpoint: Path,
+        sha256: str,
+        folder: ServerFolder,
+        *,
+        name: str = "",
+        adapter: Path | None = None,
+        aligns: bool = False,
+        parallel: int = 32,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+        timeout_s: float = 120.0,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        """Connect to every server, check its weights and load the adapter into it.
+
+        Args:
+            urls: base addresses. One that does not answer is left out, and named in `notes`.
+            checkpoint: our copy of the weights, with tokenizer and chat template.
+            sha256: of the weights, for the identity.
+            folder: where the servers find the adapter; it is put there.
+            name: of the model on the servers; empty: the one that they list.
+            adapter: a PEFT folder, or None.
+            aligns: an adapter will follow: a server that takes none is an error now.
+            parallel: requests that each server gets at once.
+            requests_per_minute: of each server, None: no limit.
+            tokens_per_minute: of each server, None: no limit.
+            timeout_s: of one request, seconds.
+            retry: how often a call is tried.
+
+        Raises InputError: a server with another model or other weights, without LoRA, or that cannot read the
+        adapter; CallFailed: no server answers, or one refuses the key.
+        """
+        from arte_edge.runtimes.transformers.model import adapter_sha256
+        from arte_edge.runtimes.transformers.tokenizer import Text
+
+        tokenizer = hf.load_tokenizer(checkpoint)
+        self.text = Text(tokenizer, end_ids(checkpoint))
+        self.chat_template: str | None = tokenizer.chat_template
+        self.notes: list[str] = []  # what a user should know of the servers
+        adapter_sha = adapter_sha256(adapter) if adapter else ""
+        self.identity = EngineIdentity("openai", sha256, adapter=adapter_sha, runtime="vllm")
+        self.in_flight = parallel * len(urls)  # requests that the servers take at once
+        self._urls, self._checkpoint, self._folder, self._name = tuple(urls), checkpoint, folder, name
+        self._adapter, self._aligns = adapter, aligns
+        self._adapter_name = f"arte-edge-{adapter_sha[:32]}"
+        self._retry, self._timeout_s = retry or RetryPolicy(), timeout_s
+        self._settings: dict[str, Any] = {
+            "max_concurrency": parallel,
+            "requests_per_minute": requests_per_minute,
+            "tokens_per_minute": tokens_per_minute,
+        }
+        self._lock = threading.Lock()
+        self._live: dict[str, OpenAIEngine] = {}
+        self._gone: dict[str, CallFailed] = {}
+        self._loaded: set[str] = set()  # addresses into which this engine loaded the adapter
+        try:
+            for url in self._urls:
+                self._open(url)
+            if not self._live:
+                raise next(iter(self._gone.values()))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        return {"bos_token": self.text.bos, "eos_token": self.text.eos}
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.text.tokens(text))
+
+    def close(self) -> None:
+        """Unload the adapter from the servers and close the connections."""
+        for engine in self._live.values():
+            engine.close()
+        for url in self._loaded & set(self._live):
+            with suppress(EngineError):
+                self._call(url, "/unload_lora_adapter", {"lora_name": self._adapter_name})
+        self._live.clear()
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """See `Engine.complete`. A failed row has finish "error" and the reason.
+
+        Raises InputError: a server that came back as another one.
+        """
+        order = sorted(range(len(requests)), key=lambda i: (requests[i].prompt, requests[i].sample))
+        sent = [requests[i] for i in order]
+        found = self._share(sent, lambda engine, request: engine.one(request, sampling))
+        rows: dict[int, Completion] = {}
+        for i, (row, error) in zip(order, found, strict=True):
+            lost = Completion("", "error", error=str(error), fault="server")
+            # A server that answers others but not this prompt: it is too slow for it, or breaks.
+            rows[i] = lost if row is None else replace(row, fault="row") if row.fault == "server" else row
+        return [rows[i] for i in range(len(requests))]
+
+    def choose_each(
+        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
+    ) -> list[NDArray[np.float64]]:
+        """See `Engine.choose_each`: one call for each place where choices go apart.
+
+        Raises InputError: no prompt before the choices; CallFailed: a server cannot read one, or none is left.
+        """
+        scorers = [ChoiceScorer(self.text.tokens, p, own) for p, own in zip(prompts, choices, strict=True)]
+        if not all(scorer.has_prompt for scorer in scorers):
+            raise InputError("Choices need a prompt before them: a model does not predict the first token")
+        needed: dict[tuple[int, ...], set[int]] = {}
+        for scorer in scorers:
+            for context, tokens in scorer.contexts.items():
+                needed.setdefault(context, set()).update(tokens)
+        contexts = sorted(needed)
+
+        def score(
+            engine: OpenAIEngine, context: tuple[int, ...]
+        ) -> tuple[dict[int, float] | None, CallFailed | None]:
+            try:
+                return engine.next_logp(context, sorted(needed[context])), None
+            except CallFailed as error:
+                return None, error
+
+        scores: dict[tuple[int, ...], dict[int, float]] = {}
+        for context, (found, error) in zip(contexts, self._share(contexts, score), strict=True):
+            if error is not None or found is None:
+                raise error or EngineError("no server is left")
+            scores[context] = found
+        for scorer in scorers:
+            for context in scorer.contexts:
+                scorer.note(context, scores[context])
+        return [scorer.log_probabilities() for scorer in scorers]
+
+    def _open(self, url: str) -> None:
+        """Make `url` one of the live servers, or note why it is none.
+
+        Raises InputError, or a CallFailed that is fatal: something that the user has to change.
+        """
+        engine = None
+        try:
+            listed = self._models(url)
+            base = self._base_name(url, listed)
+            engine = self._connect(url, base)
+            self._check_weights(url, engine)
+            if self._aligns and self._adapter is None:
+                self._check_lora(url)
+            if self._adapter is not None:
+                if self._adapter_name not in listed:
+                    self._load(url, self._adapter)
+                engine.close()
+                engine = self._connect(url, self._adapter_name)
+        except BaseException as error:
+            if engine is not None:
+                engine.close()
+            if not isinstance(error, CallFailed) or error.fatal:
+                raise
+            self._gone[url] = error
+            self.notes.append(f"{url} is left out until it answers: {error.message}")
+            return
+        self._live[url] = engine
+        if self._gone.pop(url, None):
+            self.notes.append(f"{url} answers again")
+
+    def _connect(self, url: str, name: str) -> OpenAIEngine:
+        how: dict[str, Any] = {"mode": "completions", "timeout_s": self._timeout_s, "retry": self._retry}
+        return OpenAIEngine(name, url, text=self.text, **how, **self._settings)
+
+    def _call(self, url: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Get what is at `path`, or send `body` there, once; its answer is text."""
+        retry = self._retry if body is None else RetryPolicy(attempts=1)  # 500 is what a bad adapter gets
+        server = Server(url, timeout_s=self._timeout_s, retry=retry, limiter=RateLimiter())
+        try:
+            return server.call(path, body, plain=body is not None)
+        finally:
+            server.close()
+
+    def _models(self, url: str) -> dict[str, dict[str, Any]]:
+        document = self._call(url, "/models")
+        entries = document.get("data") if isinstance(document, dict) else None
+        return {str(entry.get("id")): entry for entry in entries or () if isinstance(entry, dict)}
+
+    def _base_name(self, url: str, listed: Mapping[str, Mapping[str, Any]]) -> str:
+        """Return the server's name of the model; one without a parent is no adapter."""
+        names = [name for name, entry in listed.items() if not entry.get("parent")]
+        if self._name in names or (len(names) == 1 and not self._name):
+            return self._name or names[0]
+        there = f"It lists {', '.join(names) or 'no model'}."
+        if self._name:
+            raise InputError(f"teacher.server_model: {url} serves no model named '{self._name}'", there)
+        raise InputError(
+            f"{url} does not list one model", f"{there} Name the teacher's: teacher.server_model."
+        )
+
+    def _check_weights(self, url: str, engine: OpenAIEngine) -> None:
+        ids = self.text.tokens(_TEXT)
+        try:
+            theirs = engine.prompt_logp(ids)
+        except CallFailed as error:
+            if error.fatal or not (error.status or error.text):
+                raise
+            raise InputError(
+                f"{url} gives no log-probabilities of a prompt, by which its weights are checked: {error.message}",
+                'teacher.server takes servers of vLLM. Of others: teacher.model = "openai:MODEL@URL", without '
+                "alignment.",
+            ) from error
+        nats = float(np.abs(np.subtract(theirs, self._reference(ids))).mean())
+        if not nats <= _MOST_NATS:
+            raise InputError(
+                f"{url}: '{engine.model}' has other weights than teacher.model: the log-probabilities of "
+                f"{len(theirs)} tokens differ by {nats:.2f} nats in the mean, those of the same weights by at most "
+                f"{_MOST_NATS:g}",
+                f"Serve {self._checkpoint}, or set teacher.model to what is served.",
+            )
+
+    def _reference(self, ids: Sequence[int]) -> list[float]:
+        """Return the log-probability of each token but the first by our copy; it is loaded for that once."""
+
+        def measure() -> dict[str, Any]:
+            from arte_edge.runtimes.transformers.model import TransformersEngine
+
+            engine = TransformersEngine(self._checkpoint, sha256=self.identity.model)
+            try:
+                logp = engine.forward.extend(engine.forward.empty(), [list(ids)]).float().log_softmax(-1)
+                return {"logp": [float(logp[0, i, token]) for i, token in enumerate(ids[1:])]}
+            finally:
+                engine.close()
+
+        facts = [self.identity.model, *ids]
+        return cached_measurement("reference", facts, lambda row: list(map(float, row["logp"])), measure)
+
+    def _check_lora(self, url: str) -> None:
+        """Raise InputError unless the server would load an adapter: it looks for one that is not there."""
+        path = f"{self._folder.there}/none"
+        try:
+            self._call(url, "/load_lora_adapter", {"lora_name": "arte-edge-none", "lora_path": path})
+        except CallFailed as error:
+            if "No adapter found" not in error.text:
+                raise _not_loaded(url, path, error) from error
+
+    def _load(self, url: str, adapter: Path) -> None:
+        """Put the adapter where the server sees it and load it. Raises InputError: the server does not take it."""
+        here, there = self._folder.here / self._adapter_name, f"{self._folder.there}/{self._adapter_name}"
+        if not here.is_dir():
+            with disk_errors(here):
+                here.parent.mkdir(parents=True, exist_ok=True)
+            link_folder(adapter, here)
+        try:
+            self._call(url, "/load_lora_adapter", {"lora_name": self._adapter_name, "lora_path": there})
+        except CallFailed as error:
+            if "already been loaded" not in error.text:  # by another run
+                raise _not_loaded(url, there, error) from error
+        else:
+            self._loaded.add(url)
+
+    def _share(
+        self, items: Sequence[T], call: Callable[[OpenAIEngine, T], tuple[R | None, CallFailed | None]]
+    ) -> list[tuple[R | None, CallFailed | None]]:
+        """Return what `call` returns for each item, from whichever server; None and a reason if no server is left."""
+        done: dict[int, tuple[R | None, CallFailed | None]] = {}
+        for _ in range(1 + len(self._urls)):  # a server may come back, or have lost its adapter in a restart
+            for url in [url for url in self._gone if self._responds(url)]:
+                self._open(url)
+            todo = [i for i in range(len(items)) if i not in done]
+            if not todo or not self._live:
+                break
+            self._spread(todo, done, lambda engine, i: call(engine, items[i]))
+        for engine in self._live.values():
+            self.notes += engine.notes
+            engine.notes.clear()
+        reason = next(iter(self._gone.values()), None)
+        return [done.get(i, (None, reason)) for i in range(len(items))]
+
+    def _spread(
+        self,
+        todo: Sequence[int],
+        done: dict[int, tuple[R | None, CallFailed | None]],
+        call: Callable[[OpenAIEngine, int], tuple[R | None, CallFailed | None]],
+    ) -> None:
+        live, n = dict(self._live), len(todo)
+        ends = [n * k // len(live) for k in range(len(live) + 1)]
+        own = {url: deque(todo[ends[k] : ends[k + 1]]) for k, url in enumerate(live)}
+
+        def take(url: str) -> int | None:
+            with self._lock:
+                if url in self._gone:
+                    return None
+                if own[url]:
+                    return own[url].popleft()
+                longest = max(own.values(), key=len)
+                return longest.pop() if longest else None
+
+        def work(url: str) -> None:
+            while (i := take(url)) is not None:
+                value, error = call(live[url], i)
+                if error is not None and self._is_gone(url, error):
+                    with self._lock:
+                        own[url].appendleft(i)  # for the others
+                    return
+                done[i] = value, error
+
+        n_thread = min(self._settings["max_concurrency"], n)
+        pool = ThreadPoolExecutor(max_workers=n_thread * len(live))
+        try:
+            list(pool.map(work, [url for _ in range(n_thread) for url in live]))
+        except BaseException:  # Ctrl-C: wake what waits for its next attempt
+            for engine in live.values():
+                engine.close()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _responds(self, url: str) -> bool:
+        server = Server(url, timeout_s=self._timeout_s, retry=self._retry, limiter=RateLimiter())
+        try:
+            return server.responds()
+        finally:
+            server.close()
+
+    def _is_gone(self, url: str, error: CallFailed) -> bool:
+        """Return whether a failed call means that the server gets no more; then it is no longer a live one."""
+        its_own = not error.fatal and (error.status or self._responds(url))  # the call's failure
+        if url not in self._gone and its_own:
+            return False
+        with self._lock:
+            if url not in self._gone:
+                self._gone[url] = error
+                self._live.pop(url).close()
+                self.notes.append(f"{url} is left out until it answers: {error.message}")
+        return True
+
+
+def _not_loaded(url: str, path: str, error: CallFailed) -> ArteError:
+    """Return the error of a server that did not load the adapter at `path`."""
+    if not (error.status or error.text) or error.status in (401, 403):
+        return error  # it did not answer, or refuses the key
+    if "No adapter found" in error.text:
+        return InputError(
+            f"{url} finds no adapter in {path}",
+            "It reads adapters from its own disk: set teacher.server_folder to a folder that it sees too, HERE:THERE "
+            "where it sees it in another place.",
+        )
+    if error.status in (404, 405):
+        return InputError(f"{url} takes no adapters: it has no route /load_lora_adapter", _START)
+    return InputError(f"{url} does not load an adapter: {error.message}", _START)

