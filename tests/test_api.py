@@ -20,7 +20,7 @@ VERBS = ("ask", "bench", "chat", "distill", "export", "recommend", "report", "se
 # A command that is two functions, and one that is what a program does with another.
 FUNCTIONS = {"ask": ("ask", "ask_file"), "chat": ("open_student",)}
 # What only a terminal needs, and what only a program can pass.
-CLI_ONLY = {"as_json", "dry_run", "prices", "list", "output", "output_file"}
+CLI_ONLY = {"as_json", "dry_run", "prices", "gpus", "gpu_price", "list", "output", "output_file"}
 API_ONLY = {"reporter", "progress", "on_row", "fetch"}
 
 

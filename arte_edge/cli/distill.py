@@ -69,6 +69,14 @@ def distill(
             help="With --dry-run: dollars per million tokens of a teacher behind a server.",
         ),
     ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(metavar="NxKIND", help="With --dry-run: hours and memory on such GPUs, as 8xA100-80GB."),
+    ] = None,
+    gpu_price: Annotated[
+        float | None,
+        typer.Option(metavar="USD", help="With --gpus: dollars that one of them costs for an hour."),
+    ] = None,
     force: Annotated[
         bool,
         typer.Option(
@@ -103,11 +111,19 @@ def distill(
     )
     if prices and not dry_run:
         raise InputError("--prices needs --dry-run", "A run itself counts calls and tokens, not dollars.")
+    if (gpus and not dry_run) or (gpu_price is not None and not gpus):
+        raise InputError("--gpus needs --dry-run, and --gpu-price needs --gpus", "A run uses what is there.")
     if dry_run:
         from arte_edge.distill import estimate
+        from arte_edge.distill.gpu_plan import Gpus
 
         os.environ.setdefault("ARTE_EDGE_PROBE", "0")  # an estimate measures no batch sizes
-        estimate.dry_run(config, prices=estimate.parse_prices(prices) if prices else None, as_json=as_json)
+        estimate.dry_run(
+            config,
+            prices=estimate.parse_prices(prices) if prices else None,
+            gpus=Gpus.parse(gpus, gpu_price) if gpus else None,
+            as_json=as_json,
+        )
         return
     from arte_edge.console import Reporter, emit_json, out
     from arte_edge.distill.pipeline import run_pipeline

@@ -4,6 +4,9 @@ A teacher behind a server answers a few real prompts of each kind, which gives t
 model on this machine would take minutes for that, so its answers count with their limits. The lengths of all prompts
 come from the models' own tokenizers, the rest from the stages' own rules. Where a stage decides as it goes, no draft is
 dropped and adaptive scoring measures all that it may. The run folder is neither read nor written.
+
+With GPUs (`gpu_plan`) a checkpoint is not loaded at all, so that a run of 70B parameters is planned on a laptop, and
+the table has hours, memory and money.
 """
 
 from __future__ import annotations
@@ -18,11 +21,23 @@ from typing import Any, Literal
 from arte_edge.asking.form import FORMS, Form
 from arte_edge.console import Reporter, emit_json, out
 from arte_edge.distill.cached_calls import GROUP
-from arte_edge.distill.config import TECHNIQUE_ARMS, RunConfig
+from arte_edge.distill.config import TECHNIQUE_ARMS, ModelConfig, RunConfig
 from arte_edge.distill.evaluation import student_prompts
 from arte_edge.distill.generation.inputs import Focus
 from arte_edge.distill.generation.questions import QuestionPlan, count_valid
 from arte_edge.distill.generation.rationales import rationale_prompt, rationale_sampling, votes_directly
+from arte_edge.distill.gpu_estimate import GpuPlan
+from arte_edge.distill.gpu_plan import (
+    Gpus,
+    Placement,
+    Shape,
+    TokenizerOnly,
+    Training,
+    call_hours,
+    place,
+    takes_no_weights,
+    training,
+)
 from arte_edge.distill.preference.adaptive import AdaptivePlan
 from arte_edge.distill.preference.scoring import is_adaptive
 from arte_edge.distill.prompts import (
@@ -53,12 +68,13 @@ from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
 
 __all__ = ["Call", "Lengths", "StageEstimate", "Work"]
-__all__ += ["dry_run", "estimate", "parse_prices", "probe", "stage_work"]
+__all__ += ["dry_run", "estimate", "parse_prices", "plan_gpus", "probe", "stage_work"]
 
 Who = Literal["teacher", "student"]
 # asked, chosen: as the tuned student is asked; generated, constrained: after few-shot examples in the prompt
 What = Literal["question", "rationale", "vote", "asked", "chosen", "generated", "constrained"]
 
+_WHO: tuple[Who, ...] = ("teacher", "student")
 _PROBE_CALLS = 2  # real calls of each kind
 _PROBE_PROMPTS = 8  # prompts of each kind whose length is counted
 _FEWEST_DRAFTS = 0.1  # assumed lower bound of valid drafts per prompt: a run gives up before
@@ -102,8 +118,10 @@ class StageEstimate:
     cost_usd: float = 0.0
 
 
-def dry_run(config: RunConfig, *, prices: Prices | None = None, as_json: bool = False) -> None:
-    """Print the estimate of a run on stdout, one line per stage.
+def dry_run(
+    config: RunConfig, *, prices: Prices | None = None, gpus: Gpus | None = None, as_json: bool = False
+) -> None:
+    """Print the estimate of a run on stdout, one line per stage; with `gpus` its hours and memory on them.
 
     Raises:
         InputError: a task or model that cannot be used, or prices for a local teacher.
@@ -111,13 +129,22 @@ def dry_run(config: RunConfig, *, prices: Prices | None = None, as_json: bool = 
     """
     need("train", "a dry run")
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
-    refuse_run(config, task)
+    bare = {who: gpus and takes_no_weights(_model(config, who).model) for who in _WHO}
+    refuse_run(config, task, models=not any(bare.values()))
     if prices and not config.teacher.on_server:
         raise InputError(f"--prices: {config.teacher.model} runs locally and costs nothing")
     with TemporaryDirectory(prefix="arte-edge-") as folder:
         run = RunContext(config, task, Path(folder), Reporter(quiet=as_json))
         run.as_given = True
+        shapes = dict[Who, Shape]()
         try:
+            for who in _WHO:
+                model = _model(config, who)
+                if bare[who]:
+                    run.lend(model, TokenizerOnly(model.model))
+                    shapes[who] = Shape.of(model.model)
+                elif gpus and not is_server(model.model):
+                    shapes[who] = Shape.of_file(run.local(model))
             run.reporter.say("Counting the tokens of a few prompts of each kind …")
             calls = {work.call for work in stage_work(config, task, 1.0)}
             lengths, drafts_per_prompt = probe(run, calls)
@@ -126,13 +153,25 @@ def dry_run(config: RunConfig, *, prices: Prices | None = None, as_json: bool = 
     lines = estimate(config, task, lengths, drafts_per_prompt, prices)
     rows = _rows(lines, priced=prices is not None)
     notes = _notes(config, drafts_per_prompt, prices)
+    plan = plan_gpus(config, task, lengths, drafts_per_prompt, shapes, gpus) if gpus else None
+    if plan:
+        notes += plan.notes
+        for row in rows:
+            row |= {"hours": round(plan.hours_of(row["stage"]), 3), "gpu_usd": plan.usd_of(row["stage"])}
     if as_json:
         stages = {"stages": rows[:-1], "total": rows[-1]}
-        emit_json({"event": "plan", **stages, "drafts_per_prompt": drafts_per_prompt, "notes": notes})
+        more = {"gpus": plan.as_row()} if plan else {}
+        emit_json({"event": "plan", **stages, **more, "drafts_per_prompt": drafts_per_prompt, "notes": notes})
         return
     _print_table(rows, priced=prices is not None)
+    if plan:
+        plan.print()
     for note in notes:
         out.print(note, markup=False, soft_wrap=True)
+
+
+def _model(config: RunConfig, who: Who) -> ModelConfig:
+    return config.teacher if who == "teacher" else config.student
 
 
 def parse_prices(text: str) -> Prices:
@@ -222,6 +261,95 @@ def stage_work(config: RunConfig, task: Task, drafts_per_prompt: float) -> Itera
     yield Work("evaluate", chosen, 0 if asked_already else 2 * n_test)
     if config.evaluate.teacher:
         yield Work("evaluate", labels, n_test)
+
+
+def plan_gpus(
+    config: RunConfig,
+    task: Task,
+    lengths: Mapping[Call, Lengths],
+    drafts_per_prompt: float,
+    shapes: Mapping[Who, Shape],
+    gpus: Gpus,
+) -> GpuPlan:
+    """Return the hours of each stage on `gpus`; a model behind a server, without a shape, takes none of them.
+
+    Raises InputError: a model does not fit into all of them.
+    """
+    placed = dict[str, Placement]()
+    for who, shape in shapes.items():
+        longest = max(found.prompt + found.completion for call, found in lengths.items() if call.who == who)
+        placed[who] = place(shape, gpus, _model(config, who).parallel, longest)
+    hours: dict[str, float] = {}
+    for work in stage_work(config, task, drafts_per_prompt):
+        if one := placed.get(work.call.who):
+            each = lengths[work.call]
+            hours.setdefault(work.stage, 0.0)
+            hours[work.stage] += call_hours(one, work.n * each.prompt, work.n * each.completion)
+    trainings = [
+        *_alignment(config, task, lengths, shapes, gpus),
+        _tuning(config, task, lengths, shapes, gpus),
+    ]
+    room = gpus.facts.memory_gb
+    notes = [
+        "Hours: vLLM's measured shares of the GPU's peak, prefixes computed each time, stages one after the other; "
+        "docs/cluster.md says how far off they are. Students of own labels are not in them."
+    ]
+    notes += [
+        f"{each.stage}: {each.memory_gb:.0f} GB do not fit into a GPU of {room:g} GB. A training's weights are not "
+        "spread over GPUs: run this stage on larger ones (--until, --from)"
+        + (", or take data = 'best-of-n'." if each.stage == "align" else ", or lower the batch size.")
+        for each in trainings
+        if each.memory_gb > room
+    ]
+    if config.train.processes < gpus.n:
+        notes.append(
+            f"Trainings use {config.train.processes} of {gpus.n} GPUs: train.processes = {gpus.n} shares each step."
+        )
+    return GpuPlan(gpus, hours, placed, trainings, notes)
+
+
+def _alignment(
+    config: RunConfig, task: Task, lengths: Mapping[Call, Lengths], shapes: Mapping[Who, Shape], gpus: Gpus
+) -> Iterator[Training]:
+    """Yield the alignment, if there is one here: DPO with LoRA on both sides of each pair."""
+    if not config.aligned or "teacher" not in shapes:
+        return
+    settings, kinds = dpo_settings(config), {"question": config.n_question_pairs}
+    if not _bare(config, task):
+        kinds["rationale"] = config.n_rationale_pairs
+    n_pair = sum(kinds.values())
+    sides = {kind: lengths[Call("teacher", kind)] for kind in kinds}  # type: ignore[arg-type]
+    tokens = {kind: 2 * (side.prompt + side.completion) for kind, side in sides.items()}
+    mean = sum(tokens[kind] * n for kind, n in kinds.items()) / max(n_pair, 1)
+    yield training(
+        "align",
+        shapes["teacher"],
+        gpus,
+        min(config.train.processes, gpus.n),
+        tokens=mean * examples_seen(n_pair, least_epochs(settings, n_pair)),
+        at_once=max(tokens.values()) * settings.batch_size,
+        lora_rank=config.align.lora_rank,
+        reference=True,
+    )
+
+
+def _tuning(
+    config: RunConfig, task: Task, lengths: Mapping[Call, Lengths], shapes: Mapping[Who, Shape], gpus: Gpus
+) -> Training:
+    """Return the tuning of the student, of all rounds; each trains on the rows of those before too."""
+    n = min(config.train.processes, gpus.n)
+    own = len(task.seed) if config.tune.own_labels and _form(config) != "reasoning-first" else 0
+    rows = sum(number * config.tailor.questions + own for number in range(1, config.rounds + 1))
+    each = lengths[Call("student", "asked")]
+    return training(
+        "tune",
+        shapes["student"],
+        gpus,
+        n,
+        tokens=(each.prompt + each.completion) * examples_seen(rows, config.tune.epochs),
+        at_once=(each.prompt + each.completion) * max(config.tune.batch_size // n, 1),
+        lora_rank=config.tune.lora_rank if config.tune.method == "lora" else None,
+    )
 
 
 def _drafts(
@@ -402,15 +530,19 @@ def _print_table(rows: Sequence[Mapping[str, Any]], *, priced: bool) -> None:
     from rich import box
     from rich.table import Table
 
+    timed, paid = "hours" in rows[0], rows[0].get("gpu_usd") is not None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("stage")
-    for name in ("calls", "prompt tokens", "completion tokens", *(["USD"] if priced else [])):
+    more = (["USD"] if priced else []) + (["hours"] if timed else []) + (["GPU USD"] if paid else [])
+    for name in ("calls", "prompt tokens", "completion tokens", *more):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         if row["stage"] == "total":
             table.add_section()
         cells = [row["stage"], *(f"{row[key]:,}" for key in ("calls", "prompt_tokens", "completion_tokens"))]
         cells += [f"{row['cost_usd']:,.2f}"] if priced else []
+        cells += [f"{row['hours']:,.2f}"] if timed else []
+        cells += [f"{row['gpu_usd']:,.2f}"] if paid else []
         table.add_row(*cells, style="bold" if row["stage"] == "total" else "")
     out.print(table)
 

@@ -191,9 +191,7 @@ class RunContext:
     def engine(self, which: ModelConfig | str) -> Engine:
         """Return the open engine of a configured model or a model reference."""
         model = which if isinstance(which, ModelConfig) else ModelConfig(model=which)
-        # One model may be teacher and student: the teacher runs from its own file, the student from F16.
-        student = model == self.config.student
-        key = f"{model.model}|{model.engine}|{model.parallel}|{student}"
+        student, key = model == self.config.student, self._engine_key(model)
         if key not in self._engines:
             if is_server(model.model):
                 opened = self._open_server(model)
@@ -204,6 +202,14 @@ class RunContext:
                 opened = self._open(local, model)
             self._engines[key] = opened
         return self._engines[key]
+
+    def _engine_key(self, model: ModelConfig) -> str:
+        # One model may be teacher and student: the teacher runs from its own file, the student from F16.
+        return f"{model.model}|{model.engine}|{model.parallel}|{model == self.config.student}"
+
+    def lend(self, model: ModelConfig, engine: Engine) -> None:
+        """Let the run use this engine for a configured model."""
+        self._engines[self._engine_key(model)] = engine
 
     def _open_server(self, model: ModelConfig) -> Engine:
         """Open a server; how it takes prompts was found out when the run first met it, and stays, as prompts must."""

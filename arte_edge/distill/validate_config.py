@@ -43,10 +43,13 @@ def find_problems(tables: Mapping[str, Any]) -> list[Problem]:
     ]
 
 
-def refuse_run(config: RunConfig, task: Task, where: str = "") -> None:
-    """Raise if `config` cannot run on `task`. Raises InputError: names every key or split, after `where`."""
+def refuse_run(config: RunConfig, task: Task, where: str = "", *, models: bool = True) -> None:
+    """Raise if `config` cannot run on `task`; without `models` they may be elsewhere.
+
+    Raises InputError: names every key or split, after `where`.
+    """
     tables = config.model_dump()
-    problems = [*_model_problems(tables), *_size_problems(config.check.examples, task)]
+    problems = [*(_model_problems(tables) if models else ()), *_size_problems(config.check.examples, task)]
     problems += [*_server_problems(tables), *_rank_problems(config)]
     reasons = config.tune.target in ("answer-first", "reasoning-first")
     needs = f'data = "{config.data}" chooses among rationales' if config.data in TECHNIQUE_ARMS else ""
