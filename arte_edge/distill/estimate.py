@@ -292,7 +292,7 @@ def plan_gpus(
     room = gpus.facts.memory_gb
     notes = [
         "Hours: vLLM's measured shares of the GPU's peak, prefixes computed each time, stages one after the other; "
-        "docs/cluster.md says how far off they are. Students of own labels are not in them."
+        "docs/cluster.md says how far off they are. Loading models and the students of own labels are not in them."
     ]
     notes += [
         f"{each.stage}: {each.memory_gb:.0f} GB do not fit into a GPU of {room:g} GB. A training's weights are not "
@@ -434,7 +434,8 @@ def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], 
     engines: dict[Who, Engine] = {"teacher": teacher, "student": student}
     generated = {(call.who, call.what): float(how.max_tokens) for call, how in sampling.items()}
     answers: dict[Call, list[Completion]] = {}
-    if run.config.teacher.on_server:  # a model on this machine would take minutes for them
+    # A model on this machine would take minutes for them.
+    if run.config.teacher.on_server and not isinstance(teacher, TokenizerOnly):
         todo = [call for call in sampling if call.who == "teacher"]
         with run.reporter.bar("probe, answers", len(todo) * _PROBE_CALLS) as step:
             for call in todo:
@@ -541,7 +542,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]], *, priced: bool) -> None:
             table.add_section()
         cells = [row["stage"], *(f"{row[key]:,}" for key in ("calls", "prompt_tokens", "completion_tokens"))]
         cells += [f"{row['cost_usd']:,.2f}"] if priced else []
-        cells += [f"{row['hours']:,.2f}"] if timed else []
+        cells += [f"{row['hours']:,.3f}"] if timed else []
         cells += [f"{row['gpu_usd']:,.2f}"] if paid else []
         table.add_row(*cells, style="bold" if row["stage"] == "total" else "")
     out.print(table)
