@@ -63,6 +63,7 @@ from arte_edge.distill.validate_config import refuse_run
 from arte_edge.errors import EngineError, InputError
 from arte_edge.extras import need
 from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
+from arte_edge.runtimes.loader import is_server
 from arte_edge.runtimes.openai.client import Prices
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
