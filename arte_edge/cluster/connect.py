@@ -165,9 +165,9 @@ _START = (
 
 
 def _reachable(address: str) -> str:
-    """Return the address if something listens there; Ray would try for a minute. Raises InputError: nothing does."""
-    if address == "auto":
-        return address
+    """Return the address if something listens there; Ray would try for minutes. Raises InputError: nothing does."""
+    if address == "auto" and (address := _current() or address) == "auto":
+        return address  # Ray looks for its own processes on this machine
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "://" in address:
         raise InputError(f"--ray {address}: not local, auto or HOST:PORT", _START)
@@ -176,6 +176,16 @@ def _reachable(address: str) -> str:
     except (OSError, OverflowError) as error:
         raise InputError(f"No Ray cluster at {address}: {error}", _START) from error
     return address
+
+
+def _current() -> str:
+    """Return the cluster that Ray would join by itself: it may be gone. Empty where nothing names one."""
+    if named := os.environ.get("RAY_ADDRESS", ""):
+        return named
+    path = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    with suppress(OSError, UnicodeDecodeError):
+        return path.read_text("utf-8").strip()
+    return ""
 
 
 def _nodes() -> list[dict[str, Any]]:

@@ -51,6 +51,16 @@ def test_an_address_that_nobody_answers_is_refused_at_once(closed_port: int) -> 
         connect(f"127.0.0.1:{closed_port}", WorkerSizes(), print)
 
 
+def test_a_cluster_that_is_gone_is_not_waited_for(
+    closed_port: int, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{closed_port}")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(InputError, match=f"No Ray cluster at .*:{closed_port}"):
+        connect("auto", WorkerSizes(), print)
+
+
 def test_another_version_of_ray_is_refused(two_nodes: Any, monkeypatch: Patch) -> None:
     import ray
 
