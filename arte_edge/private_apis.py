@@ -80,6 +80,13 @@ PRIVATE_NAMES = (
     ),
     PrivateName("transformers", "PreTrainedConfig._attn_implementation", _HEAD, _PLAIN_HEAD),
     PrivateName("trl", "DPOTrainer._prepare_dataset", "arte_edge.distill.train.dpo", _NO_TRAINING, "dataset"),
+    PrivateName(
+        "ray._private.worker",
+        "print_to_stdstream",
+        "arte_edge.cluster.connect",
+        "Ray writes its messages to stdout, among the data",
+        "data ignore_prefix",
+    ),
     PrivateName(_SHAPES, "SymbolicShapeInference._preprocess", _SLIM, _AS_EXPORTED, "in_mp"),
     PrivateName(_SHAPES, "SymbolicShapeInference._infer_impl", _SLIM, _AS_EXPORTED),
     PrivateName(_SHAPES, "get_shape_from_value_info", _SLIM, _AS_EXPORTED),

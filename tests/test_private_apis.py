@@ -24,7 +24,7 @@ from arte_edge.runtimes.transformers import onednn_prepack, packed_kv_cache
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "arte_edge"
 BOUNDED = {"torch", "trl", "transformers", "peft", "onnxruntime", "onnxruntime-genai", "gguf"}
-BOUNDED |= {"llama-cpp-python", "xllamacpp"}
+BOUNDED |= {"llama-cpp-python", "xllamacpp", "ray"}
 # Used on objects of our own, or Python's.
 OURS = {"_exit", "_asdict", "_replace"}
 

@@ -7,6 +7,7 @@ are off (`arte_edge` sets the variable), there is no dashboard, and Ray on this 
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
 import signal
@@ -24,6 +25,7 @@ from arte_edge.cluster.worker import EngineSpec, NodeFacts, adapter_sum, node_fa
 from arte_edge.errors import ArteError, InputError
 from arte_edge.extras import need
 from arte_edge.models.resolve import LocalModel
+from arte_edge.private_apis import missing
 from arte_edge.runtimes.loader import Kind
 from arte_edge.threads import thread_count
 
@@ -134,6 +136,9 @@ def connect(address: str, sizes: WorkerSizes, warn: Callable[[str], None]) -> Ra
 
     if ray.is_initialized():
         raise InputError("This process is connected to a Ray cluster already", "Call ray.shutdown() first.")
+    if not missing(__name__):
+        ray_worker: Any = importlib.import_module("ray._private.worker")
+        ray_worker.print_to_stdstream = lambda data, ignore_prefix: None
     handler = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if where == "local":

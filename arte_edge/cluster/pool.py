@@ -258,18 +258,19 @@ class _Shared:
         if sent.group is not None:
             self._deaths[sent.number] += 1
             self._again.append((sent.number, sent.group))
-            n, over = self._deaths[sent.number], f"over the same calls, {_shown(sent.group)}"
+            n, over = self._deaths[sent.number], f"over {_shown(sent.group)}"
         elif sent.spec is not None:
             sent.hand.deaths += 1
-            n, over = sent.hand.deaths, f"while it opened {sent.spec.model.name}"
+            n, over = sent.hand.deaths, f"while they opened {sent.spec.model.name}"
         else:  # not up again yet, which `check_patience` bounds
             return
         if n >= MOST_DEATHS:
             raise EngineError(
-                f"A worker died {n} times {over}: {self._why}",
+                f"{n} workers died {over}: {self._why}",
                 "A node that is short of memory kills its workers: see Ray's logs there. What was finished is "
                 "stored, and the same command resumes.",
             ) from error
+        self._pool.warn(f"1 of {self._pool.n} workers died {over}, the others continue: {self._why[:200]}")
 
     def check_patience(self) -> None:
         """Say that no worker is up. Raises EngineError: for too long."""
@@ -314,8 +315,8 @@ def reason(error: BaseException) -> str:
 def _shown(group: Sequence[Any]) -> str:
     """Return how many calls a group has and the end of its first prompt, by which its rows are found in the data."""
     first = group[1][0] if group[0] in get_args(Method) else group
-    prompt = getattr(first[0], "prompt", first[0])
-    return f"{len(first)} of them, whose first prompt ends in “{str(prompt)[-120:]}”"
+    prompt = " ".join(str(getattr(first[0], "prompt", first[0])).split())
+    return f"a group of {len(first)} calls whose first prompt ends in “{prompt[-120:]}”"
 
 
 class ClusterEngine:

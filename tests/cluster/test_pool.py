@@ -110,7 +110,7 @@ def test_a_group_that_kills_three_workers_ends_the_run_and_is_named(
     engine = joined.open(model, parallel=4)
     groups: Any = [([Request("fine")], Sampling(max_tokens=2)), ([Request("the end")], Deadly())]
     done = {}
-    with pytest.raises(EngineError, match=r"3 times .* 1 of them, .* ends in “the end”"):
+    with pytest.raises(EngineError, match=r"3 workers died over a group of 1 calls .* ends in “the end”"):
         for number, results in engine.each("complete", groups):
             done[number] = results
     assert done.keys() == {0}
@@ -145,3 +145,9 @@ def test_workers_that_do_not_come_up_end_the_wait(joined: RayCluster, model: Loc
         lonely.any(None, "with_model", str, model)
     lonely.stop()
     assert "each needs 64 cores" in raised.value.hint and len(said) <= 1
+
+
+def test_a_full_object_store_is_named() -> None:
+    ray = pytest.importorskip("ray")
+    error = pool.translated(ray.exceptions.OutOfDiskError("Local disk is full"))
+    assert isinstance(error, EngineError) and "object store of the cluster is full" in error.message
