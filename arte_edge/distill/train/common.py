@@ -169,13 +169,13 @@ def load(checkpoint: Path, *, frozen: bool) -> tuple[Any, Any]:
     """Return the model and the tokenizer of a checkpoint folder.
 
     The weights are float32, so that small updates are not rounded away; a base that
-    stays `frozen` under LoRA has 16 bits on a CUDA GPU, where that halves the memory.
+    stays `frozen` under LoRA has 16 bits where the device multiplies them, which halves the memory.
 
     Raises InputError: no such checkpoint, or transformers cannot read it.
     """
     import torch
 
-    dtype = getattr(torch, training_floats(checkpoint)) if frozen else torch.float32
+    dtype = getattr(torch, training_floats(checkpoint, frozen=True)) if frozen else torch.float32
     return load_model(checkpoint, dtype, attn_implementation="sdpa"), load_tokenizer(checkpoint)
 
 

@@ -28,6 +28,14 @@ def one_thread() -> Iterator[None]:
     del os.environ["OMP_NUM_THREADS"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32() -> Iterator[None]:
+    """Train in float32 on every processor: tests compare two ways of computing one number."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ARTE_EDGE_DTYPE", "float32")
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: Folders) -> Make:
     """Make the checkpoint folder of a random two-layer model; the same call gives the same folder."""

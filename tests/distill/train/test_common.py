@@ -65,9 +65,9 @@ def test_a_training_uses_what_the_device_has(
     device: str, floats: str, flags: set[str], tiny_checkpoint: Any, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(common, "pick_device", lambda: torch.device(device))
-    monkeypatch.setattr(common, "training_floats", lambda checkpoint: floats)
+    monkeypatch.setattr(common, "training_floats", lambda checkpoint, frozen=False: floats)
     work = Workspace(tmp_path / "out", "")
-    found = common.arguments(tiny_checkpoint(), work, SftSettings(), 8, "linear")
+    found = common.arguments(tiny_checkpoint(), work, SftSettings(), 8, "linear", most=8)
     assert {key for key in ("bf16", "fp16", "use_cpu", "dataloader_pin_memory") if found[key]} == flags
     dtypes = [load(tiny_checkpoint(), frozen=frozen)[0].dtype for frozen in (True, False)]
     assert dtypes == [getattr(torch, floats), torch.float32]  # trained weights are never rounded

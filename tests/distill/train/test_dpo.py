@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Folders
+from tiny import Folders, Patch
 
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.common import CollapseLimits, DpoSettings, Encoder, Lora, SftSettings
@@ -259,6 +259,22 @@ def test_the_rate_follows_from_how_far_the_teacher_has_moved(sized: Any, tiny_ch
             )
             divergences += (p.exp() * (p - q)).sum(-1).tolist()
     assert sized.held_out.kl == pytest.approx(sum(divergences) / len(divergences), rel=1e-3)
+
+
+def test_a_base_in_16_bits_is_aligned_as_far(
+    sized: Any, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    from arte_edge.runtimes.transformers.placement import training_floats
+
+    monkeypatch.delenv("ARTE_EDGE_DTYPE")
+    if training_floats(tiny_checkpoint(), frozen=True) != "bfloat16":
+        pytest.skip("this processor does not multiply bfloat16")
+    result = train_dpo(tiny_checkpoint(), PAIRS[:10], tmp_path / "out", SIZED, held_out=PAIRS[10:])
+    assert 0.085 <= result.held_out.kl <= 0.1 and result.held_out.right == 2
+    assert (
+        sized.history[0]["kl"] < result.history[0]["kl"] < 2e-4
+    )  # rounding adds little to a step that does nothing
+    assert {str(tensor.dtype) for tensor in adapter(result.adapter).values()} == {"torch.float32"}
 
 
 def test_a_step_beyond_the_target_is_scaled_back_before_anybody_sees_it(

@@ -54,6 +54,20 @@ def test_floats_are_those_that_the_hardware_multiplies_and_the_model_fits(
         assert ways[1:] == [Candidate("transformers", inference), Candidate("transformers", "float32")]
 
 
+@pytest.mark.parametrize(("able", "floats"), [({"avx512_bf16"}, "bfloat16"), ({"avx512_f"}, "float32")])
+def test_a_frozen_base_has_16_bits_on_a_processor_that_multiplies_them(
+    able: set[str], floats: str, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    hardware(monkeypatch, "none")
+    monkeypatch.delenv("ARTE_EDGE_DTYPE", raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(able, True))
+    checkpoint = write_safetensors(tmp_path / "m", {"a": ("F16", [2, 2])}, model_type="llama")
+    assert training_floats(checkpoint, frozen=True) == floats
+    assert training_floats(checkpoint) == "float32"
+    monkeypatch.setenv("ARTE_EDGE_DTYPE", "float32")
+    assert training_floats(checkpoint, frozen=True) == "float32"
+
+
 def test_a_device_can_be_asked_for_if_it_is_there(monkeypatch: Patch) -> None:
     hardware(monkeypatch, "turing")
     monkeypatch.setenv("ARTE_EDGE_DEVICE", "cpu")
