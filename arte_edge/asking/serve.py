@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import httpx
@@ -25,15 +22,15 @@ from arte_edge.asking.ask import Student
 from arte_edge.device.model_size import model_format
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.reader import GgufHeader, read_model_header
-from arte_edge.runtimes.llamacpp.servers import NEEDED, end_process
+from arte_edge.runtimes.llamacpp.servers import HOST, NEEDED, end_process, llama_server, python_server
 from arte_edge.threads import thread_count
 
 __all__ = ["Server", "serve_file"]
 
-_HOST = "127.0.0.1"
 _MOST_CONTEXT_TOKENS = 4096  # a cache for all that some models were trained for fills the memory
 _START_S, _STOP_S, _POLL_S = 300.0, 1.0, 0.1
 _LOG_LINES = 6
+_PYTHON_HEALTH, _OWN_TEMPLATE = "/v1/models", ("--chat_format", "chat_template.default")
 
 
 class Server:
@@ -44,11 +41,11 @@ class Server:
 
         Raises ArteError: it ends before that, or takes longer than five minutes.
         """
-        self.url = f"http://{_HOST}:{port}"
+        self.url = f"http://{HOST}:{port}"
         self.request = request
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the server runs)
         self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT
+            command, stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT
         )
         try:
             self._wait(health)
@@ -97,9 +94,7 @@ class Server:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -114,15 +109,15 @@ def serve_file(student: Student, port: int, threads: int | None = None) -> Serve
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((_HOST, port))
+            probe.bind((HOST, port))
         except OSError as error:
             raise InputError(
-                f"Port {port} of {_HOST} cannot be used: {error.strerror}",
+                f"Port {port} of {HOST} cannot be used: {error.strerror}",
                 f"Give another: --port {port + 1}.",
             ) from error
     question = student.example or "Your question"
     request: dict[str, object] = {"messages": [{"role": "user", "content": question}], "temperature": 0}
-    if "llama_cpp.server" in command:
+    if health == _PYTHON_HEALTH:
         request["repeat_penalty"] = 1  # its default changes answers
     if student.asking is not None:
         request["max_tokens"] = student.asking.answer_tokens
@@ -133,16 +128,12 @@ def serve_file(student: Student, port: int, threads: int | None = None) -> Serve
 
 def _command(path: Path, header: GgufHeader, port: int, threads: int) -> tuple[list[str], str]:
     """Return the command of the best server that is installed, and the path that answers when it is ready."""
-    context = str(min(header.context_tokens or _MOST_CONTEXT_TOKENS, _MOST_CONTEXT_TOKENS))
-    if all(map(find_spec, NEEDED)):
-        command = [sys.executable, "-P", "-m", "llama_cpp.server", "--model", str(path), "--verbose", "False"]
-        command += ["--host", _HOST, "--port", str(port), "--n_ctx", context, "--n_threads", str(threads)]
-        if header.chat_template:  # it would put formatters of its own in place of some templates
-            command += ["--chat_format", "chat_template.default"]
-        return command, "/v1/models"
-    if (server := shutil.which("llama-server")) is not None:
-        command = [server, "-m", str(path), "--jinja", "--host", _HOST, "--port", str(port)]
-        return [*command, "-c", context, "-t", str(threads)], "/health"
+    context = min(header.context_tokens or _MOST_CONTEXT_TOKENS, _MOST_CONTEXT_TOKENS)
+    if command := python_server(path, str(port), context, threads):
+        # It would put formatters of its own in place of some templates.
+        return [*command, *(_OWN_TEMPLATE if header.chat_template else ())], _PYTHON_HEALTH
+    if command := llama_server(path, str(port), context, threads):
+        return command, "/health"
     missing = ", ".join(name for name in NEEDED if find_spec(name) is None)
     raise ArteError(
         f"No server is installed: llama-cpp-python's lacks {missing}, and there is no llama-server on the PATH",

@@ -22,6 +22,7 @@ from arte_edge.asking.template import with_instruction
 from arte_edge.cli.main import main
 from arte_edge.errors import ArteError, InputError
 from arte_edge.results.student_json import Asking, write_student
+from arte_edge.runtimes.llamacpp import servers
 
 SYSTEM = "Say which of the rooms is meant."
 
@@ -79,6 +80,10 @@ def test_the_server_answers_as_ask_does_and_closes(served: Path, closed_port: in
         text = reply.json()["choices"][0]["message"]["content"]
         assert text == ae.ask(served, "in the hall", grammar=False).text
     assert server.process.poll() is not None
+    # So does a server whose parent is gone, and with it the other end of its pipe.
+    orphan = subprocess.Popen(servers.python_server(served, str(closed_port), 64, 1), stdin=subprocess.PIPE)
+    orphan.communicate(timeout=60)
+    assert orphan.returncode == 1
     # A server that ends by itself is an error with the end of its log.
     code = "print('out of memory'); raise SystemExit(9)"
     with pytest.raises(ArteError, match=r"ended with code 9:\nout of memory"):
@@ -88,7 +93,8 @@ def test_the_server_answers_as_ask_does_and_closes(served: Path, closed_port: in
 def test_without_a_server_the_command_that_installs_one_is_named(
     bench_gguf: Path, monkeypatch: Patch, capsys: Capture, tmp_path: Path, closed_port: int
 ) -> None:
-    monkeypatch.setattr(module, "find_spec", lambda _: None)
+    for one in (module, servers):
+        monkeypatch.setattr(one, "find_spec", lambda _: None)
     monkeypatch.setenv("PATH", "")
     assert main(["serve", str(bench_gguf)]) == 1
     assert "pip install 'llama-cpp-python[server]'" in capsys.readouterr().err

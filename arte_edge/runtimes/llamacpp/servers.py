@@ -23,11 +23,18 @@ from arte_edge.errors import first_line
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.runtimes.protocol import Served
 
-__all__ = ["NEEDED", "end_process", "served"]
+__all__ = ["HOST", "NEEDED", "end_process", "llama_server", "python_server", "served"]
 
+HOST = "127.0.0.1"
 _PYTHON = "llama-cpp-python's server"
 NEEDED = ("llama_cpp", "uvicorn", "fastapi", "sse_starlette", "starlette_context", "pydantic_settings")
 _START_S, _ANSWER_S, _POLL_S = 120.0, 120.0, 0.05
+_LLAMA_CPP_PYTHON = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True).start()
+from llama_cpp.server.__main__ import main
+main()
+"""
 _XLLAMACPP = """
 import sys, xllamacpp
 params = xllamacpp.CommonParams()
@@ -59,26 +66,32 @@ def served(
 
 def _commands(path: Path, context_tokens: int, threads: int) -> dict[str, list[str]]:
     """Return how each server is started; ``PORT`` stands for its port."""
-    here = ["--host", "127.0.0.1", "--port", "PORT"]
-    room, n_threads = str(context_tokens), str(threads)
-    commands = {}
-    if all(find_spec(name) for name in NEEDED):
-        own = ["--n_ctx", room, "--n_threads", n_threads, "--n_threads_batch", n_threads]
-        commands[_PYTHON] = [
-            sys.executable,
-            "-P",
-            "-m",
-            "llama_cpp.server",
-            "--model",
-            str(path),
-            *here,
-            *own,
-        ]
-    if binary := shutil.which("llama-server"):
-        commands["llama-server"] = [binary, "-m", str(path), *here, "-c", room, "-t", n_threads]
+    own = {_PYTHON: python_server, "llama-server": llama_server}
+    commands = {name: start(path, "PORT", context_tokens, threads) for name, start in own.items()}
     if find_spec("xllamacpp"):
-        commands["xllamacpp"] = [sys.executable, "-P", "-c", _XLLAMACPP, str(path), "PORT", room, n_threads]
-    return commands
+        more = [str(path), "PORT", str(context_tokens), str(threads)]
+        commands["xllamacpp"] = [sys.executable, "-P", "-c", _XLLAMACPP, *more]
+    return {name: command for name, command in commands.items() if command}
+
+
+def python_server(path: Path, port: str, context_tokens: int, threads: int) -> list[str]:
+    """Return the command of llama-cpp-python's server, empty if it is not installed.
+
+    It ends when its standard input does, so a pipe there ends it with the process that holds the other end.
+    """
+    if not all(map(find_spec, NEEDED)):
+        return []
+    command = [sys.executable, "-P", "-c", _LLAMA_CPP_PYTHON, "--model", str(path), "--verbose", "False"]
+    command += ["--host", HOST, "--port", port, "--n_ctx", str(context_tokens)]
+    return [*command, "--n_threads", str(threads), "--n_threads_batch", str(threads)]
+
+
+def llama_server(path: Path, port: str, context_tokens: int, threads: int) -> list[str]:
+    """Return the command of llama.cpp's own server, empty if it is not on the PATH."""
+    if (server := shutil.which("llama-server")) is None:
+        return []
+    command = [server, "-m", str(path), "--jinja", "--host", HOST, "--port", port]
+    return [*command, "-c", str(context_tokens), "-t", str(threads)]
 
 
 def _served(
@@ -117,13 +130,13 @@ def _ask(
 def _running(command: Sequence[str]) -> Iterator[httpx.Client]:
     """Start a server, wait until it has loaded its model, and end it afterwards. Raises OSError: it does not start."""
     with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
+        one.bind((HOST, 0))
         port = str(one.getsockname()[1])
     filled = [port if part == "PORT" else part for part in command]
     quiet = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(filled, **quiet)  # type: ignore[call-overload]
     try:
-        address = f"http://127.0.0.1:{port}"
+        address = f"http://{HOST}:{port}"
         with httpx.Client(base_url=address, timeout=_ANSWER_S, trust_env=False) as client:
             end = time.monotonic() + _START_S
             while not _answers(client):
