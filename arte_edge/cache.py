@@ -96,13 +96,16 @@ def slug(name: str) -> str:
 
 
 @contextmanager
-def locked(name: str, progress: Progress | None = None) -> Iterator[None]:
+def locked(name: str, progress: Progress | None = None, *, of: Path | None = None) -> Iterator[None]:
     """Hold a lock shared by all processes of this machine, so that nothing is fetched twice.
 
-    The operating system releases it when the process ends, also after a kill.
+    With `of`, each file or folder has a lock of its own. The operating system releases it when the process ends, also
+    after a kill.
     """
     from filelock import FileLock, Timeout
 
+    if of is not None:
+        name = f"{name}-{hashlib.sha256(os.fsencode(of.resolve())).hexdigest()[:24]}"
     lock = FileLock(cache_subdir("locks") / f"{slug(name)}.lock")
     try:
         lock.acquire(timeout=0)

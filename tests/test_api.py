@@ -21,7 +21,7 @@ VERBS = ("ask", "bench", "chat", "distill", "export", "recommend", "report", "se
 FUNCTIONS = {"ask": ("ask", "ask_file"), "chat": ("open_student",)}
 # What only a terminal needs, and what only a program can pass.
 CLI_ONLY = {"as_json", "dry_run", "prices", "gpus", "gpu_price", "list", "output", "output_file"}
-API_ONLY = {"reporter", "progress", "on_row", "fetch"}
+API_ONLY = {"reporter", "progress", "on_row"}
 
 
 def cli_parameters(verb: str) -> set[str]:

@@ -8,9 +8,7 @@ names the table, the student and the settings that its answers belong to, and no
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -89,7 +87,7 @@ def ask_table(
     known = facts | {"student": _identity(student.path), "grammar": student.grammar}
     known |= {"max_tokens": student.max_tokens, "task": student.task.sha256 if student.task else ""}
     reporter = reporter or Reporter(quiet=True)
-    with locked(f"ask-{hashlib.sha256(os.fsencode(out.resolve())).hexdigest()[:24]}"):
+    with locked("ask", of=out):
         journal = _Journal(out, known)
         todo = list(dict.fromkeys(text for text in questions if text.strip() and text not in journal.replies))
         if todo:

@@ -31,6 +31,7 @@ from arte_edge.bench.settings import (
 )
 from arte_edge.bench.timing import OnProgress
 from arte_edge.bench.worker import run_child
+from arte_edge.cache import megabytes
 from arte_edge.device.model_size import ModelSize
 from arte_edge.errors import ArteError, InputError
 from arte_edge.results.accuracy import PairedAccuracy
@@ -71,11 +72,15 @@ class BenchOutcome:
         return as_html(self.rows)
 
 
-def fetch_model(ref: str) -> Path:
+def _fetch(ref: str, reporter: Reporter) -> Path:
     """Return the file of a registry name or Hub id, downloaded if it is not cached."""
     from arte_edge.models import resolve
 
-    return resolve(ref).path
+    def report(what: str, done_bytes: int, total_bytes: int) -> None:
+        share = f" {done_bytes / total_bytes:.0%} of {megabytes(total_bytes)}" if total_bytes else ""
+        reporter.progress(f"{ref}: {what}{share}")
+
+    return resolve(ref, progress=report).path
 
 
 def bench(
@@ -93,7 +98,6 @@ def bench(
     save: bool = True,
     reporter: Reporter | None = None,
     on_row: OnRow | None = None,
-    fetch: Callable[[str], Path] = fetch_model,
     **settings: Any,
 ) -> BenchOutcome:
     """Measure speed, memory, heat and energy of a model's files, and with `task` their accuracy.
@@ -112,7 +116,6 @@ def bench(
         compile_there: with `device`: compile llama-cpp-python there.
         save: append rows to the export's bench.jsonl and merge them into its student.json.
         on_row: called with each row as soon as it is measured.
-        fetch: returns the file of a registry name or Hub id.
         settings: fields of `BenchSettings`, which override the suite; lists also in llama-bench's
             notation (``n_prompt="1-4"``).
 
@@ -127,7 +130,7 @@ def bench(
         raise InputError("Without speed and without a task there is nothing to measure", "Give a task.")
     chosen = make_settings("bench", load_suite(suite or "default"), settings)
     refs = [source] if isinstance(source, str | Path) else list(source)
-    paths = find_targets([str(ref) for ref in refs], fetch)
+    paths = find_targets([str(ref) for ref in refs], lambda ref: _fetch(ref, reporter))
     ref = str(task) if task else None
     request = Request(
         settings=chosen, task=ref, split=split, limit=limit, bbh=bbh, speed=speed, grammar=grammar
@@ -156,7 +159,9 @@ def bench(
 
 def run_request(request: Request, reporter: Reporter, on_row: OnRow) -> list[Row]:
     """Run a request on this machine and return its rows. Raises as `bench`."""
-    return _measure(find_targets([request.source], fetch_model), request, reporter, on_row)
+    return _measure(
+        find_targets([request.source], lambda ref: _fetch(ref, reporter)), request, reporter, on_row
+    )
 
 
 def _measure(paths: Sequence[Path], request: Request, reporter: Reporter, on_row: OnRow) -> list[Row]:

@@ -137,17 +137,7 @@ def bench(
             save=save,
             reporter=out,
             on_row=out.row,
-            fetch=_fetch,
             **given,
         )
     if not outcome.ok:
         raise ArteError(f"All tests failed (first: {outcome.rows[0].status})", outcome.rows[0].reason)
-
-
-def _fetch(ref: str) -> Path:
-    """Return the file of a registry name or Hub id, downloaded with a progress bar if it is not cached."""
-    from arte_edge.console import model_progress
-    from arte_edge.models import resolve
-
-    with model_progress(ref) as progress:
-        return resolve(ref, progress=progress).path

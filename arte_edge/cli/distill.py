@@ -83,7 +83,6 @@ def distill(
             "--force", help="Continue even if the teacher does not significantly outperform the student."
         ),
     ] = False,
-    anyway: Annotated[bool, typer.Option("--anyway", hidden=True, help="Old name of --force.")] = False,
     update: Annotated[
         bool,
         typer.Option("--update", help="Change the settings of an existing run; finished calls are reused."),
@@ -135,7 +134,7 @@ def distill(
         config,
         folder,
         reporter,
-        force=force or anyway,
+        force=force,
         update=update,
         until=until or "",
         from_=from_ or "",

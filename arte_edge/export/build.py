@@ -16,7 +16,6 @@ is valid only while its file has the recorded checksums.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,6 @@ from arte_edge import __version__
 from arte_edge.cache import (
     Progress,
     access_error,
-    atomic_file,
     cleanup_on_full_disk,
     sha256_file,
     write_atomic,
@@ -44,7 +42,7 @@ from arte_edge.gguf.reader import FULL_WIDTH, UINT32, Field
 from arte_edge.models.artifact import Checksums, Format, checksums_of
 from arte_edge.pii_scan import this_machine
 from arte_edge.results.student_json import Student
-from arte_edge.store import content_key
+from arte_edge.store import content_key, link_folder
 
 __all__ = ["BuildCache", "Builder", "BuiltFile", "needs_imatrix", "remove", "uses_base"]
 
@@ -291,7 +289,7 @@ class Builder:
 
     def _from_base(self, format: Format, base: BuiltFile, target: Path) -> dict[str, Any]:
         if format.type == self.recipe.gguf.base:
-            _link_or_copy(base.path, target)
+            link_folder(base.path, target)
             return base.summary
         from arte_edge.gguf.quantize import quantize
 
@@ -375,12 +373,3 @@ class Builder:
         if fp32 in self.formats:
             return self.build(fp32).path
         return self._kept("optimum-base", fp32, lambda out: self._build_optimum(fp32, out)).path
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the file `source`: a hard link where the file system has them, else a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        with atomic_file(target) as partial:
-            shutil.copyfile(source, partial)

@@ -36,8 +36,8 @@ from arte_edge.export.outcome import Failure, Outcome
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source, gguf_fields
 from arte_edge.gguf.reader import FULL_WIDTH, read_model_header
-from arte_edge.model_folder import TOKENIZER_FILES
 from arte_edge.models.artifact import Format, predicted_bytes
+from arte_edge.onnx.folder import copy_tokenizer
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import (
     SCHEMA_VERSION,
@@ -491,15 +491,12 @@ def _write_modelfile(job: _Export, artifacts: Sequence[Artifact]) -> None:
 def _write_tokenizer(out: Path, checkpoint: Path, template_sha256: str) -> Tokenizer:
     """Copy the checkpoint's tokenizer files to ``out/tokenizer``; remove others that an earlier export left."""
     folder = out / "tokenizer"
-    names = [name for name in TOKENIZER_FILES if (checkpoint / name).is_file()]
-    sums = []
-    for name in names:
-        data = (checkpoint / name).read_bytes()
-        write_atomic(folder / name, data)
-        sha256 = sha256_file(folder / name)
-        sums.append(FileSum(file=f"{folder.name}/{name}", size_bytes=len(data), sha256=sha256))
-    for name in set(TOKENIZER_FILES) - set(names):
-        (folder / name).unlink(missing_ok=True)
+    folder.mkdir(exist_ok=True)
+    files = [folder / name for name in copy_tokenizer(checkpoint, folder)]
+    sums = (
+        FileSum(file=f"{folder.name}/{file.name}", size_bytes=file.stat().st_size, sha256=sha256_file(file))
+        for file in files
+    )
     return Tokenizer(files=tuple(sums), chat_template_sha256=template_sha256)
 
 

@@ -366,17 +366,24 @@ def _task(folder: Path, config: RunConfig, ref: str | None) -> Task:
     return task
 
 
+def _summary(folder: Path, stage: str) -> dict[str, Any]:
+    """Return the summary of a run's stage, empty where it is not finished."""
+    try:
+        summary = json_loads((folder / stage / "manifest.json").read_bytes())["summary"]
+        return summary if isinstance(summary, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def _comparison(folder: Path) -> tuple[ComparisonRow, ...]:
     """Return what the run's evaluation says of this very student; nothing where it is not finished or of another."""
+    found = _summary(folder, "evaluate")
+    if found.get("tuned") not in (None, _summary(folder, "tune").get("student_sha256")):
+        return ()
     try:
-        tuned, found = (
-            json_loads((folder / stage / "manifest.json").read_bytes())["summary"]
-            for stage in ("tune", "evaluate")
-        )
-        same = found.get("tuned") in (None, tuned.get("student_sha256"))
-        return comparison_of(found) if same else ()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return ()  # a run of an older version compared with the base student alone
+        return comparison_of(found)
+    except ValueError:  # a run of an older version compared with the base student alone
+        return ()
 
 
 def _lineage(folder: Path, config: RunConfig, task: Task) -> Lineage:
@@ -396,7 +403,7 @@ def _lineage(folder: Path, config: RunConfig, task: Task) -> Lineage:
         task_sha256=task.sha256,
         method=config.data,
         seed=config.seed,
-        alignment=_alignment(folder) if config.aligned else None,
+        alignment=Alignment.of(_summary(folder, "align")) if config.aligned else None,
         tuning=Tuning(
             method=config.tune.method,
             data=config.data,
@@ -405,14 +412,6 @@ def _lineage(folder: Path, config: RunConfig, task: Task) -> Lineage:
         ),
         data=data,
     )
-
-
-def _alignment(folder: Path) -> Alignment | None:
-    """Return what the alignment did, None where the run does not say so."""
-    try:
-        return Alignment.of(json_loads((folder / "align" / "manifest.json").read_bytes())["summary"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def _training_texts(rows: Path, n: int) -> tuple[str, ...]:

@@ -6,12 +6,10 @@ next export to the same place.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 
 from arte_edge.cache import cleanup_on_full_disk, locked, rename_into_place
@@ -33,7 +31,7 @@ def staged(out: Path) -> Iterator[Path]:
     is_export = (out / "genai_config.json").is_file() or (out / "onnx").is_dir()
     if out.exists() and not (is_export or (out.is_dir() and not any(out.iterdir()))):
         raise InputError(f"{out} exists and is not an ONNX export", "Choose another folder, or remove it.")
-    with locked(f"onnx-{sha256(os.fsencode(out)).hexdigest()[:24]}"):
+    with locked("onnx", of=out):
         out.parent.mkdir(parents=True, exist_ok=True)
         for leftover in out.parent.glob(f".{out.name}.*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)

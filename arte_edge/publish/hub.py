@@ -229,12 +229,6 @@ def _own_hosts() -> Iterator[str]:
             yield from (profile.remote.host, *re.split(r"[@.]", profile.remote.host))
 
 
-def _token() -> str | None:
-    from huggingface_hub import get_token
-
-    return get_token()
-
-
 def preview_push(folder: Path, repo: str, *, allow: Collection[str] = ()) -> Preview:
     """Return what a push of `folder` to `repo` would send; nothing is sent.
 
@@ -242,7 +236,9 @@ def preview_push(folder: Path, repo: str, *, allow: Collection[str] = ()) -> Pre
     """
     if hub_id(repo) != repo or ".." in repo or "--" in repo:
         raise InputError(f"--to {repo}: not USER/REPO", "For example --to ada/home-intents-GGUF")
-    return preview(folder, this_machine(_own_hosts(), filter(None, [_token()])), allow=allow)
+    from huggingface_hub import get_token
+
+    return preview(folder, this_machine(_own_hosts(), filter(None, [get_token()])), allow=allow)
 
 
 def reject_findings(found: Preview) -> None:
@@ -267,15 +263,15 @@ def send(found: Preview, repo: str, *, private: bool = False, message: str = "")
     """
     from glob import escape
 
-    reject_findings(found)
-    if is_offline():
-        raise InputError("The network is switched off", "Unset ARTE_EDGE_OFFLINE and HF_HUB_OFFLINE to push.")
-    if _token() is None:
-        raise InputError("No token for the Hub", "Give one: hf auth login, or HF_TOKEN in the environment.")
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
 
     from arte_edge.models.hub import HubError, endpoint, probe
 
+    reject_findings(found)
+    if is_offline():
+        raise InputError("The network is switched off", "Unset ARTE_EDGE_OFFLINE and HF_HUB_OFFLINE to push.")
+    if get_token() is None:
+        raise InputError("No token for the Hub", "Give one: hf auth login, or HF_TOKEN in the environment.")
     try:
         probe()
     except HubError as error:

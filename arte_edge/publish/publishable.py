@@ -22,7 +22,6 @@ __all__ = [
     "files",
     "left_out",
     "speeds",
-    "student_accuracies",
 ]
 
 
@@ -51,16 +50,13 @@ def evaluations(found: Sequence[Evaluation]) -> list[Evaluation]:
     return sorted(whole, key=lambda e: (e.split != "test", e.task, e.device, e.fingerprint, e.runtime))
 
 
-def accuracies(artifact: Artifact) -> list[PairedAccuracy]:
-    """Return every publishable accuracy of this file: on devices, then the gate's."""
-    found: list[PairedAccuracy] = list(evaluations(artifact.evaluations))
-    return [*found, *([artifact.accuracy] if artifact.accuracy else [])]
-
-
-def student_accuracies(student: StudentFile) -> list[PairedAccuracy]:
-    """Return every publishable accuracy of the 16-bit student: on devices, then the gate's."""
-    found: list[PairedAccuracy] = list(evaluations(student.student_evaluations))
-    return [*found, *([student.student_accuracy] if student.student_accuracy else [])]
+def accuracies(of: Artifact | StudentFile) -> list[PairedAccuracy]:
+    """Return every publishable accuracy of a file, or of the 16-bit student: on devices, then the gate's."""
+    if isinstance(of, Artifact):
+        found, gate = of.evaluations, of.accuracy
+    else:
+        found, gate = of.student_evaluations, of.student_accuracy
+    return [*evaluations(found), *([gate] if gate else [])]
 
 
 def accuracy_on(artifact: Artifact, fingerprint: str) -> Evaluation | None:

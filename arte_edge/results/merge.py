@@ -9,8 +9,6 @@ order of the rows. The rows themselves stay in ``bench.jsonl``.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -79,7 +77,7 @@ def merge_rows(
 
 def student_lock(folder: Path) -> AbstractContextManager[None]:
     """Return a lock on ``student.json`` of `folder`, for whoever reads it, changes it and writes it."""
-    return locked(f"student-{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}")
+    return locked("student", of=folder)
 
 
 def merge_into(student: StudentFile, rows: Iterable[Row]) -> Merged:

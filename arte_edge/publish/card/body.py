@@ -127,7 +127,7 @@ def accuracy_section(student: StudentFile, options: CardOptions) -> str:
     """The run's closing table, then the accuracy of each file, the 16-bit student in a line of its own."""
     compared = _comparison(student)
     rows: list[tuple[str, ...]] = []
-    for accuracy in publishable.student_accuracies(student):
+    for accuracy in publishable.accuracies(student):
         rows += _accuracy_rows(f"16-bit student ({student.student.dtype})", accuracy, student)
     for artifact in [] if options.checkpoint else publishable.files(student):
         found, name = publishable.accuracies(artifact), f"`{_cell(artifact.file)}`"

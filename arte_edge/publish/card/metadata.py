@@ -125,7 +125,7 @@ def model_index(student: StudentFile, options: CardOptions) -> list[dict[str, An
     results = []
     if options.checkpoint:
         dtype = student.student.dtype
-        own = publishable.student_accuracies(student)
+        own = publishable.accuracies(student)
         on_devices = [one for one in own if isinstance(one, Evaluation)]
         for one in on_devices or own:
             results.append(accuracy(one, f"{dtype} checkpoint", {**_measured_on(one), "quantization": dtype}))
