@@ -6,7 +6,6 @@ holds only the wheels a test writes, so that no test depends on a network.
 
 import hashlib
 import os
-import socket
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
@@ -67,9 +66,7 @@ def bench_gguf(tmp_path_factory: Folders) -> Path:
 @pytest.fixture
 def closed_port() -> int:
     """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return tiny.free_port()
 
 
 @pytest.fixture

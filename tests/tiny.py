@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import shutil
+import socket
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,13 +26,6 @@ from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.rows import DeviceFacts, QualityRow, SpeedRow
 from arte_edge.results.student_json import Artifact, Fidelity, FidelityMetrics, Lineage, Student, StudentFile
 from arte_edge.tasks.loaders import load_task
-
-__all__ = ["SPECIAL", "TASK", "TEMPLATE", "Capture", "Folders", "Make", "Patch", "accuracy", "add_tensors"]
-__all__ += ["artifact", "bpe", "chat_tokenizer", "choose", "edited", "edited_json", "facts", "finish"]
-__all__ += ["gguf_writer", "hf_logits", "llama_shapes", "machine", "make_gguf", "metrics", "model_shape"]
-__all__ += ["opened", "quality_row", "relative_error", "save_adapter", "save_checkpoint", "speed_row"]
-__all__ += ["student_file", "tensor_sha256", "word_tokenizer", "write_gguf", "write_safetensors"]
-__all__ += ["write_student", "write_tokenizer"]
 
 # What most signatures of tests name.
 Make = Callable[..., Any]
@@ -188,9 +182,15 @@ def edited(checkpoint: Path, out: Path, change: Callable[[dict[str, Any]], Any])
 def edited_json(checkpoint: Path, out: Path, name: str = "config.json", **changes: Any) -> Path:
     """Copy a checkpoint with keys of one of its JSON files changed; None removes one."""
     shutil.copytree(checkpoint, out)
-    content = json.loads((out / name).read_text("utf-8")) | changes
-    (out / name).write_text(json.dumps({k: v for k, v in content.items() if v is not None}), "utf-8")
+    change_json(out / name, lambda content: content.update(changes))
     return out
+
+
+def change_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Let `change` edit the object in a JSON file; None at its top removes a key."""
+    content = json.loads(path.read_text("utf-8"))
+    change(content)
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}), "utf-8")
 
 
 def write_safetensors(folder: Path, tensors: Mapping[str, tuple[str, Sequence[int]]], **config: Any) -> Path:
@@ -248,6 +248,35 @@ def save_adapter(
                 tensor.add_(0.08 * torch.randn_like(tensor))
         live.save_pretrained(folder)
         return np.asarray(live(torch.tensor([list(ids)])).logits[0])
+
+
+def cli(capsys: Capture, *words: str) -> tuple[int, str, str]:
+    """Run a command here; return its exit code and what it printed to stdout and to stderr."""
+    from arte_edge.cli.main import main
+
+    code, printed = main(list(words)), capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def cli_json(capsys: Capture, *words: str) -> Any:
+    """Run a command with ``--json``, which must succeed; return what it printed."""
+    code, out, _ = cli(capsys, *words, "--json")
+    assert code == 0
+    return json.loads(out)
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_jsons(folder: Path, **files: Any) -> Path:
+    """Write files to `folder`: ``write_jsons(folder, config={…})``."""
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), "utf-8")
+    return folder
 
 
 def relative_error(got: Any, expected: Any) -> float:

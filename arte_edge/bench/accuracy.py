@@ -105,11 +105,7 @@ def measure_quality(
     seconds = [one.seconds for one in found if one.seconds is not None]
     p50, p95 = np.percentile(seconds, (50, 95)).tolist() if seconds else (None, None)
     row = QualityRow(
-        model_filename=target.model_filename,
-        format=target.format,
-        quantization=target.quantization,
-        sha256=target.sha256,
-        tensor_sha256=target.tensor_sha256,
+        **target.row_fields,
         runtime=runtime,
         n_threads=thread_count(threads),
         test_time=begin.strftime("%Y-%m-%dT%H:%M:%SZ"),

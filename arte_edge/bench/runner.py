@@ -228,7 +228,7 @@ def run_case(
     """Measure one case in a child process of its own and return its row, whatever happens to it."""
     known: dict[str, Any] = {
         "test": case.test,
-        **_model_fields(target),
+        **target.row_fields,
         "model_type": target.model_type,
         "model_size": target.model_size,
         "model_n_params": target.model_n_params,
@@ -251,11 +251,6 @@ def run_case(
     measured = answer.get("status", "ok") == "ok"
     predicted = _predicted(target, case) if measured and case.roofline else {}
     return SpeedRow(**known | predicted | answer)
-
-
-def _model_fields(target: Target) -> dict[str, Any]:
-    keys = ("model_filename", "format", "quantization", "sha256", "tensor_sha256")
-    return {key: getattr(target, key) for key in keys}
 
 
 def _does_not_fit(target: Target, case: Case, device: DeviceFacts) -> str:
@@ -320,7 +315,7 @@ def run_quality(
             row = QualityRow.model_validate_json(json.dumps(answer["row"]))
         else:
             row = QualityRow(
-                **_model_fields(target) | PairedAccuracy.of(loaded.name, request.split, 0, 0).model_dump(),
+                **target.row_fields | PairedAccuracy.of(loaded.name, request.split, 0, 0).model_dump(),
                 status=answer["status"],
                 reason=answer["reason"],
                 runtime=choose_runtime(target.path),

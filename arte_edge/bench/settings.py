@@ -280,6 +280,12 @@ class Target:
     sha256: str = ""
     tensor_sha256: str = ""
 
+    @property
+    def row_fields(self) -> dict[str, Any]:
+        """What every row says of its model."""
+        keys = ("model_filename", "format", "quantization", "sha256", "tensor_sha256")
+        return {key: getattr(self, key) for key in keys}
+
 
 def find_targets(refs: Sequence[str], fetch: Callable[[str], Path]) -> list[Path]:
     """Return the files and folders that `refs` name, in order, without duplicates.

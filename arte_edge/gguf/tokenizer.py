@@ -29,7 +29,7 @@ from arte_edge.gguf.names import OTHER_CONVERTER, Family
 from arte_edge.gguf.reader import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, Field
 from arte_edge.model_folder import chat_templates, end_ids, tokenizer_files
 
-__all__ = ["TokenizerFiles", "end_tokens", "read_tokenizer", "template_fields", "vocabulary"]
+__all__ = ["ENDS_BY_NAME", "TokenizerFiles", "end_tokens", "read_tokenizer", "template_fields", "vocabulary"]
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # Added tokens that are control tokens although some checkpoints do not mark them as special.
@@ -38,20 +38,11 @@ _SAVE_AGAIN = "Save the tokenizer beside the model: AutoTokenizer.from_pretraine
 _ADDED_SCORE, _PAD_SCORE = -1000.0, -10000.0
 # What GGUF calls the roles; the misspelling is the format's
 _GGUF_ROLES = {"unk": "unknown", "sep": "seperator", "pad": "padding"}
-# Tokens at which llama.cpp stops by their text (llama-vocab.cpp, "special_eog_ids").
-_ENDS_BY_NAME = (
-    *(
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<|flush|>",
-        "<|calls|>",
-        "<end_of_turn>",
-    ),
+# Tokens at which llama.cpp stops because of their text, whatever the file declares ("special_eog_ids").
+ENDS_BY_NAME = (
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<turn|>"),
     *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<eos>"),
-    *("<end_of_utterance>", "<turn|>", "<｜end▁of▁sentence｜>"),
+    *("<end_of_turn>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),
 )
 # Kinds of token, the same numbers in SentencePiece and in tokenizer.ggml.token_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -106,7 +97,7 @@ def end_tokens(files: TokenizerFiles) -> tuple[dict[str, int], tuple[str, ...]]:
     """
     texts = {token: text for text, token in files.ids.items()}
     own = [token for token in files.ends if token != files.special.get("eos")]
-    own = [token for token in dict.fromkeys(own) if texts.get(token, "") not in _ENDS_BY_NAME]
+    own = [token for token in dict.fromkeys(own) if texts.get(token, "") not in ENDS_BY_NAME]
     return dict(zip(("eot", "eom"), own, strict=False)), tuple(texts.get(token, "") for token in own[2:])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -34,14 +34,7 @@ class Check:
     def as_dict(self) -> dict[str, Any]:
         """Return the check for JSON; a value that is not finite becomes None."""
         finite = self.measured is not None and math.isfinite(self.measured)
-        return {
-            "name": self.name,
-            "measured": self.measured if finite else None,
-            "threshold": self.threshold,
-            "bound": self.bound,
-            "passed": self.passed,
-            "note": self.note,
-        }
+        return asdict(self) | {"measured": self.measured if finite else None}
 
 
 def checks_table(checks: Sequence[Check]) -> Table:

@@ -30,10 +30,9 @@ from arte_edge.verify.accuracy import (
 from arte_edge.verify.as_asked import check_as_asked
 from arte_edge.verify.chat_template import check_templates
 from arte_edge.verify.check import Check, checks_table, long_notes
-from arte_edge.verify.corpus import hard_strings
 from arte_edge.verify.logits import Fidelity, Progress, fidelity_checks, measure_answers, measure_fidelity
 from arte_edge.verify.thresholds import STRICTEST, TYPES, Thresholds, thresholds_for
-from arte_edge.verify.tokenizer import check_stops, check_tokens, check_vocabulary
+from arte_edge.verify.tokenizer import check_stops, check_tokens, check_vocabulary, hard_strings
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,26 +1,44 @@
-"""Tokenizer checks: both models must tokenize texts equally and stop at the same tokens."""
+"""Tokenizer checks: both models must tokenize texts equally and stop at the same tokens.
+
+A converter that misses a pre-tokenizer, a merge or an added token gives the model wrong ids without any error.
+Each group in ``hard_strings.json`` covers a known kind of fault: digits (split one by one, in threes, or not at
+all), runs of blanks, special tokens in text, scripts without spaces, combining marks, characters that normalizers
+drop.
+"""
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
+from arte_edge.gguf.tokenizer import ENDS_BY_NAME
 from arte_edge.runtimes.protocol import Runtime
 from arte_edge.verify.check import Check
 from arte_edge.verify.thresholds import Thresholds
 
-__all__ = ["check_stops", "check_tokens", "check_vocabulary", "excerpt", "first_difference"]
+__all__ = [
+    "HARD_STRINGS",
+    "check_stops",
+    "check_tokens",
+    "check_vocabulary",
+    "excerpt",
+    "first_difference",
+    "hard_strings",
+]
 
-# Tokens that llama.cpp treats as end of generation because of their text, whatever the file declares
-# (llama-vocab.cpp, "special_eog_ids"; fill-in-the-middle marks among them). An artifact may stop at these.
-_ENDS_BY_NAME = (
-    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>"),
-    *("<|calls|>", "<|flush|>", "<end_of_turn>", "<|end_of_turn|>", "<end_of_utterance>"),
-    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"),
-    *("<｜end▁of▁sentence｜>", "<|fim_pad|>", "<fim_pad>", "<fim-pad>", "<PRE>", "<|repo_name|>"),
+# Others, fill-in-the-middle marks among them: an artifact may stop at these.
+_MORE_ENDS = (
+    *("<|end_of_turn|>", "<|fim_pad|>", "<fim_pad>", "<fim-pad>", "<PRE>", "<|repo_name|>"),
     *("<reponame>", "<|file_sep|>", "<fim_repo>", "<file_sep>", "<REP>"),
 )
+_MAX_ADDED = 48  # added tokens to test; some models have thousands of reserved ones
+_GROUPS: dict[str, list[str]] = json.loads(Path(__file__).with_name("hard_strings.json").read_text("utf-8"))
+_LONG = "lorem ipsum dolor sit amet " * 1000  # longer than a limit that a tokenizer may have been saved with
+HARD_STRINGS: tuple[str, ...] = tuple(dict.fromkeys(chain(*_GROUPS.values(), [_LONG])))
 _BATCH = 32  # vocabulary entries per call
 _SHOWN = 6  # ids shown in a message
 
@@ -29,6 +47,19 @@ class _Difference(NamedTuple):
     text: str
     reference: list[int]
     artifact: list[int]
+
+
+def hard_strings(added: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return `HARD_STRINGS`, then each of the model's `added` tokens alone, inside a word and between blanks.
+
+    If there are many, the first and the last: the reserved ones between them are alike.
+    """
+    half = _MAX_ADDED // 2
+    chosen = tuple(added) if len(added) <= _MAX_ADDED else (*added[:half], *added[-half:])
+    placed = (
+        text for token in chosen for text in (token, f"a{token}b", f"one {token} two", f"{token}\n{token}")
+    )
+    return tuple(dict.fromkeys(chain(HARD_STRINGS, placed)))
 
 
 def check_tokens(reference: Runtime, artifact: Runtime, strings: Sequence[str], limits: Thresholds) -> Check:
@@ -136,7 +167,9 @@ def check_stops(reference: Runtime, artifact: Runtime, allowed: int | None) -> C
     missing = reference.eos_tokens - artifact.stop_tokens
     undeclared = artifact.eos_tokens - reference.eos_tokens - reference.stop_tokens
     extra = artifact.stop_tokens - reference.stop_tokens
-    by_name = {t for t in extra if t < reference.n_vocab and reference.token_text(t) in _ENDS_BY_NAME}
+    by_name = {
+        t for t in extra if t < reference.n_vocab and reference.token_text(t) in (*ENDS_BY_NAME, *_MORE_ENDS)
+    }
     odd = (extra - by_name) | undeclared
     # If one file declares a single stop token and the other a list, the list must contain it.
     swapped = set()

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import Folders
 
 from arte_edge.asking.form import FORMS, Asking, Form
 from arte_edge.asking.grammar import gbnf, json_schema
@@ -43,7 +44,7 @@ Permits = Callable[[str | None, str], bool]
 
 
 @pytest.fixture(scope="module")
-def permits(tmp_path_factory: pytest.TempPathFactory) -> Permits:
+def permits(tmp_path_factory: Folders) -> Permits:
     """Ask llama.cpp's own parser and sampler, token by token, whether a grammar permits a text and its end."""
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import tiny
-from tiny import Capture, Patch
+from tiny import Capture, Folders, Patch
 
 import arte_edge as ae
 from arte_edge.asking import serve as module
@@ -28,7 +28,7 @@ SYSTEM = "Say which of the rooms is meant."
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def served(tmp_path_factory: Folders) -> Path:
     """An export of a GGUF file whose chat template holds an instruction."""
     for name in ("llama_cpp.server", "uvicorn", "sse_starlette", "starlette_context", "transformers"):
         pytest.importorskip(name)

@@ -5,10 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import Capture, artifact, student_file
+from tiny import Capture, artifact, cli, student_file
 
 from arte_edge.bench.settings import find_targets
-from arte_edge.cli.main import main
 from arte_edge.models.artifact import checksums_of
 from arte_edge.results.rows import read_rows
 from arte_edge.results.student_json import write_student
@@ -32,17 +31,11 @@ def bench_export(bench_gguf: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def run(capsys: Capture, *words: str) -> tuple[int, str, str]:
-    code = main(["bench", *words])
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
 def test_rows_are_kept_beside_student_json_unless_told_otherwise(capsys: Capture, bench_export: Path) -> None:
-    code, _, _ = run(capsys, str(bench_export), *QUICK, "--no-save")
+    code, _, _ = cli(capsys, "bench", str(bench_export), *QUICK, "--no-save")
     assert code == 0 and not (bench_export / "bench.jsonl").exists()
     before = json.loads((bench_export / "student.json").read_text())
-    code, out, _ = run(capsys, str(bench_export), *QUICK, "-o", "json")
+    code, out, _ = cli(capsys, "bench", str(bench_export), *QUICK, "-o", "json")
     assert code == 0
     rows = read_rows(bench_export / "bench.jsonl")
     assert [row.model_dump(mode="json") for row in rows] == json.loads(out)
@@ -56,7 +49,7 @@ def test_rows_are_kept_beside_student_json_unless_told_otherwise(capsys: Capture
 def test_a_damaged_student_json_does_not_lose_the_measurement(capsys: Capture, bench_export: Path) -> None:
     model = next(bench_export.glob("*.gguf"))
     (bench_export / "student.json").write_text("{")
-    code, _, err = run(capsys, str(model), *QUICK)
+    code, _, err = cli(capsys, "bench", str(model), *QUICK)
     assert code == 0
     assert len(read_rows(bench_export / "bench.jsonl")) == 2
     assert "not merged" in err
@@ -68,9 +61,9 @@ def test_a_runs_folder_names_what_is_missing(capsys: Capture, bench_export: Path
     shutil.copytree(bench_export, run_folder / "export")
     assert find_targets([str(run_folder)], pytest.fail) == [run_folder / "export" / "tiny-F16.gguf"]
     (run_folder / "export" / "tiny-F16.gguf").unlink()
-    code, _, err = run(capsys, str(run_folder))
+    code, _, err = cli(capsys, "bench", str(run_folder))
     assert code == 2 and "tiny-F16.gguf is missing" in err
     shutil.rmtree(run_folder / "export")
     (run_folder / "run.toml").touch()
-    code, _, err = run(capsys, str(run_folder))
+    code, _, err = cli(capsys, "bench", str(run_folder))
     assert code == 2 and "nothing is exported yet" in err

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import facts
+from tiny import Patch, facts
 
 from arte_edge.bench.settings import BenchSettings, Case, cases
 from arte_edge.bench.timing import draw_tokens, measure, metrics, min_samples, pace, percentile, spread, trend
@@ -137,7 +137,7 @@ class Cpu:
     ],
 )
 def test_a_repetition_beside_other_work_is_done_again_and_what_stays_is_marked(
-    monkeypatch: pytest.MonkeyPatch, waited: list[bool], n_repeated: int, contended: bool
+    monkeypatch: Patch, waited: list[bool], n_repeated: int, contended: bool
 ) -> None:
     monkeypatch.setattr("arte_edge.bench.timing._PAUSE_S", 0.0)
     joules = [9.0 if bad else 1.0 for bad in waited]
@@ -148,7 +148,7 @@ def test_a_repetition_beside_other_work_is_done_again_and_what_stays_is_marked(
     assert contended or found["energy_j"] == 3.0, "discarded repetitions do not count"
 
 
-def test_repeating_ends_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeating_ends_after_its_time(monkeypatch: Patch) -> None:
     monkeypatch.setattr("arte_edge.bench.timing._REPEATING_S", 0.02)
     monkeypatch.setattr("arte_edge.bench.timing._PAUSE_S", 0.0)
     assert measure(Recorder(step_s=0.02), case(n_gen=2), cpu=Cpu(*[True] * 6)).n_repeated == 1

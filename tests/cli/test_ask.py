@@ -1,13 +1,12 @@
 """``arte-edge ask`` and ``chat``: what is on stdout and on stderr, the JSON, and combinations that make no sense."""
 
 import io
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from tiny import Capture, Patch
+from tiny import Capture, Patch, cli_json
 
 import arte_edge as ae
 from arte_edge.cli.main import main
@@ -19,8 +18,7 @@ def test_the_answer_is_on_stdout_and_the_time_on_stderr(bench_gguf: Path, capsys
     assert main(["ask", str(bench_gguf), "hello", "--max-tokens", "5"]) == 0
     printed, reply = capsys.readouterr(), ae.ask(bench_gguf, "hello", max_tokens=5)
     assert printed.out == f"{reply.answer}\n" and f"{reply.tokens} tokens in" in printed.err
-    assert main(["ask", str(bench_gguf), "hello", "--max-tokens", "5", "--json"]) == 0
-    row = json.loads(capsys.readouterr().out)
+    row = cli_json(capsys, "ask", str(bench_gguf), "hello", "--max-tokens", "5")
     assert set(row) == {"input", "answer", "text", "tokens", "seconds"}
     assert row | {"seconds": 0} == asdict(reply) | {"seconds": 0}
 
@@ -46,8 +44,7 @@ def test_a_table_is_closed_with_a_line_and_says_the_same_as_json(
     assert main([*words, "--max-tokens", "3"]) == 0
     printed = capsys.readouterr()
     assert printed.out == "" and "out.csv: 2 rows, 2 answered; 2 of them now" in printed.err
-    assert main([*words, "--max-tokens", "3", "--json"]) == 0
-    row = json.loads(capsys.readouterr().out)
+    row = cli_json(capsys, *words, "--max-tokens", "3")
     assert (row["rows"], row["new"], row["out"]) == (2, 0, str(tmp_path / "out.csv"))
 
 

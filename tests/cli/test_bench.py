@@ -5,22 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny import Capture
+from tiny import Capture, cli
 
-from arte_edge.cli.main import main
 from arte_edge.results.rows import SpeedRow
 
 QUICK = ["-p", "4", "-n", "8", "-r", "2", "--no-warmup", "-t", "1", "--no-roofline"]
 
 
-def run(capsys: Capture, *words: str) -> tuple[int, str, str]:
-    code = main(["bench", *words])
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
 def test_a_table_on_stdout_and_progress_on_stderr(capsys: Capture) -> None:
-    code, out, err = run(capsys, "null:1", *QUICK)
+    code, out, err = cli(capsys, "bench", "null:1", *QUICK)
     assert code == 0
     assert "| pp4 " in out and "| tg8 " in out
     assert max(map(len, out.splitlines())) <= 80
@@ -30,7 +23,7 @@ def test_a_table_on_stdout_and_progress_on_stderr(capsys: Capture) -> None:
 def test_json_lines_and_csv_say_the_same(capsys: Capture, tmp_path: Path) -> None:
     for form in ("json", "jsonl", "csv"):
         file = tmp_path / f"rows.{form}"
-        code, out, _ = run(capsys, "null", *QUICK, "-o", form, "--output-file", str(file))
+        code, out, _ = cli(capsys, "bench", "null", *QUICK, "-o", form, "--output-file", str(file))
         assert code == 0
         assert file.read_text() == out
         if form == "csv":
@@ -40,20 +33,20 @@ def test_json_lines_and_csv_say_the_same(capsys: Capture, tmp_path: Path) -> Non
         assert [SpeedRow.model_validate(row).test for row in rows] == ["pp4", "tg8"]
         fields = "avg_ts stddev_ts samples_ns samples_ts n_prompt n_gen model_filename"
         assert set(fields.split()) <= set(rows[0])
-    _, out, _ = run(capsys, "null", *QUICK, "-n", "0", "--json")
+    _, out, _ = cli(capsys, "bench", "null", *QUICK, "-n", "0", "--json")
     assert len(json.loads(out)) == 1
 
 
 def test_lists_sweep(capsys: Capture) -> None:
     words = ["-p", "2-4+2", "-n", "0", "-t", "1,2", "-r", "1", "--no-warmup", "-o", "jsonl"]
-    _, out, _ = run(capsys, "null", *words)
+    _, out, _ = cli(capsys, "bench", "null", *words)
     rows = [json.loads(line) for line in out.splitlines()]
     found = [(row["n_threads"], row["test"]) for row in rows]
     assert found == [(1, "pp2"), (1, "pp4"), (2, "pp2"), (2, "pp4")]
 
 
 def test_if_all_tests_fail_the_exit_code_is_1_and_rows_are_printed(capsys: Capture) -> None:
-    code, out, err = run(capsys, "null:1000", "-p", "9", "-n", "0", "--timeout", "1.5", "-o", "json")
+    code, out, err = cli(capsys, "bench", "null:1000", "-p", "9", "-n", "0", "--timeout", "1.5", "-o", "json")
     assert code == 1
     assert json.loads(out)[0]["status"] == "timeout"
     assert "--timeout" in err

@@ -1,9 +1,8 @@
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Capture, quality_row, speed_row
+from tiny import Capture, cli_json, quality_row, speed_row
 
 from arte_edge.cli.main import main
 from arte_edge.results.rows import QualityRow, SpeedRow, append_rows
@@ -43,8 +42,7 @@ def test_the_table_has_ratio_interval_and_verdict(sides: tuple[str, str], capsys
 
 
 def test_json_holds_the_same(sides: tuple[str, str], capsys: Capture) -> None:
-    assert main(["compare", *sides, "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
+    document = cli_json(capsys, "compare", *sides)
     assert [one["verdict"] for one in document["speeds"]] == ["slower", "faster"]
     assert document["speeds"][1]["ratio"]["value"] == pytest.approx(1.5)
     assert document["qualities"][0]["paired"]["difference"] == pytest.approx(-0.1)

@@ -2,20 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tiny import Capture, Make, Patch
+from tiny import Capture, Make, Patch, cli_json
 
 from arte_edge import catalog
 from arte_edge.cli.main import main
 from arte_edge.device.ssh import environment, workdir
 from arte_edge.device.ssh.environment import Finding, Report
-
-
-def run_json(capsys: Capture, *argv: str) -> Any:
-    assert main(["devices", *argv, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 @pytest.fixture
@@ -32,13 +26,13 @@ def test_ls_shows_what_ships_and_ones_own_in_80_columns(capsys: Capture, model_c
     assert all(len(line) <= 80 for line in printed.out.splitlines())
     assert all(name in printed.out for name in [*catalog.names("devices"), "kitchen", "pi@kitchen"])
     assert str(model_cache) in printed.err.replace("\n", "")
-    rows = run_json(capsys, "ls")
+    rows = cli_json(capsys, "devices", "ls")
     assert [row["name"] for row in rows] == [*catalog.names("devices"), "kitchen"]
 
 
 @pytest.mark.parametrize("name", catalog.names("devices"))
 def test_show_gives_every_fact_with_its_source(capsys: Capture, name: str) -> None:
-    told = run_json(capsys, "show", name)
+    told = cli_json(capsys, "devices", "show", name)
     assert main(["devices", "show", name]) == 0
     printed = capsys.readouterr().out
     words = " ".join(printed.split())
@@ -50,7 +44,7 @@ def test_show_gives_every_fact_with_its_source(capsys: Capture, name: str) -> No
 
 
 def test_show_with_a_model_says_if_it_fits_and_how_fast_it_should_be(capsys: Capture, model: Path) -> None:
-    told = run_json(capsys, "show", "raspberry-pi-5", "--model", str(model))
+    told = cli_json(capsys, "devices", "show", "raspberry-pi-5", "--model", str(model))
     assert told["fit"]["verdict"] == "fits" and told["fit"]["needed_bytes"] > 0
     assert told["expected"]["source"] == "published"
     assert told["model"]["n_layer"] == 2
@@ -60,7 +54,7 @@ def test_show_with_a_model_says_if_it_fits_and_how_fast_it_should_be(capsys: Cap
 
 
 def test_detect_describes_this_machine(capsys: Capture, model_cache: Path) -> None:
-    told = run_json(capsys, "detect")
+    told = cli_json(capsys, "devices", "detect")
     assert told["cores"] >= 1 and told["read_bytes_per_s"] is None
     assert isinstance(told["sensors"], list)
     assert main(["devices", "detect"]) == 0
@@ -70,19 +64,21 @@ def test_detect_describes_this_machine(capsys: Capture, model_cache: Path) -> No
 
 def test_detect_probes_when_asked(capsys: Capture, model_cache: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr("arte_edge.device.roofline.measure_bandwidth", lambda threads: 12.5e9)
-    assert run_json(capsys, "detect", "--probe")["read_bytes_per_s"] == 12.5e9
+    assert cli_json(capsys, "devices", "detect", "--probe")["read_bytes_per_s"] == 12.5e9
     assert main(["devices", "detect", "--probe"]) == 0
     assert "12.5 GB/s" in capsys.readouterr().out
 
 
 def test_add_show_rm_is_a_round_trip(capsys: Capture, model_cache: Path) -> None:
-    added = run_json(capsys, "add", "kitchen", "pi@kitchen", "--base", "raspberry-pi-4b", "--notes", "fan")
+    added = cli_json(
+        capsys, "devices", "add", "kitchen", "pi@kitchen", "--base", "raspberry-pi-4b", "--notes", "fan"
+    )
     assert Path(added["file"]).is_file()
-    told = run_json(capsys, "show", "kitchen")
+    told = cli_json(capsys, "devices", "show", "kitchen")
     assert told["remote"]["host"] == "pi@kitchen" and told["remote"]["notes"] == "fan" and told["cores"] == 4
     assert main(["devices", "show", "kitchen"]) == 0
     assert "host = pi@kitchen" in capsys.readouterr().out
-    assert run_json(capsys, "rm", "kitchen")["name"] == "kitchen"
+    assert cli_json(capsys, "devices", "rm", "kitchen")["name"] == "kitchen"
     assert main(["devices", "show", "kitchen"]) == 2
 
 
@@ -94,7 +90,8 @@ def test_check_prints_findings_and_fails(capsys: Capture, model_cache: Path, mon
     assert main(["devices", "check", "pi@kitchen"]) == 0
     printed = capsys.readouterr().out
     assert "Linux aarch64" in printed and "warning: 1 MB free" in printed and "A lot is needed." in printed
-    assert run_json(capsys, "check", "pi@kitchen", "--clean")["removed"] == "/home/pi/.cache/arte-edge-device"
+    removed = cli_json(capsys, "devices", "check", "pi@kitchen", "--clean")["removed"]
+    assert removed == "/home/pi/.cache/arte-edge-device"
     failed = Report("pi@kitchen", (Finding("ssh", "failed", "no answer", "Is it on?"),))
     monkeypatch.setattr(environment, "check", lambda profile: failed)
     assert main(["devices", "check", "pi@kitchen", "--clean", "--json"]) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import json
 import os
 import platform
 import subprocess
@@ -11,21 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import Capture, Patch, cli_json
 
 from arte_edge.cli.main import main
 
 
-def test_env_names_versions_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["env", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+def test_env_names_versions_and_what_is_missing(capsys: Capture) -> None:
+    found = cli_json(capsys, "env")
     assert found["python"].endswith(platform.python_version())
     assert found["packages"]["numpy"] and found["extras"]["gguf"]
     assert found["cores"] >= 1 and found["memory_bytes"] > 0
 
 
-def test_env_holds_nothing_private(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_env_holds_nothing_private(monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("ARTE_EDGE_CACHE", "/somewhere/of/mine")
     assert main(["env"]) == 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
-from tiny import Capture
+from tiny import Capture, Patch, cli_json
 
 from arte_edge.cli.main import main
 from arte_edge.errors import ArteError
@@ -38,7 +38,7 @@ def artifact(label: str, status: str = "ok") -> Artifact:
 
 
 @pytest.fixture
-def verb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def verb(monkeypatch: Patch, tmp_path: Path) -> Any:
     """Run the verb with an export that ends as the test says; return exit code."""
     monkeypatch.chdir(tmp_path)
 
@@ -57,8 +57,7 @@ def test_the_list_names_recipes_and_formats(capsys: Capture) -> None:
     printed = capsys.readouterr().out
     for word in ("raspberry-pi-5", "browser-onnx", "Q4_K_M", "optimum-int8-arm64"):
         assert word in printed
-    assert main(["export", "--list", "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
+    document = cli_json(capsys, "export", "--list")
     assert {row["name"] for row in document["recipes"]} >= {"laptop", "f16", "everything"}
 
 
@@ -95,7 +94,7 @@ def test_json_ends_with_the_whole_student(verb: Any, capsys: Capture) -> None:
 
 
 def test_a_dry_run_prints_sizes_and_memory_and_writes_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
+    monkeypatch: Patch, tmp_path: Path, capsys: Capture
 ) -> None:
     pytest.importorskip("gguf")
     source = Source("m", tmp_path, Chat(None), Lineage(source="checkpoint"))
@@ -106,8 +105,7 @@ def test_a_dry_run_prints_sizes_and_memory_and_writes_nothing(
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "m-Q4_K_M.gguf" in printed and "Memory" in printed
-    assert main([*words, "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
+    plan = cli_json(capsys, *words)
     assert [row["quantization"] for row in plan["artifacts"]] == ["Q4_K_M", "F16"]
     assert plan["memory_bytes_rough"] > 0
     assert not (tmp_path / "out").exists()

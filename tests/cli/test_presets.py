@@ -7,17 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Capture, Patch, cli_json
 
 from arte_edge import api, catalog
 from arte_edge.catalog import describe
 from arte_edge.cli.main import main
-
-Capture = pytest.CaptureFixture[str]
-
-
-def run_json(capsys: Capture, *argv: str) -> Any:
-    assert main([*argv, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def problems(capsys: Capture, path: Path, text: str) -> list[str]:
@@ -29,7 +23,7 @@ def problems(capsys: Capture, path: Path, text: str) -> list[str]:
 
 
 def test_ls_names_every_preset_with_a_sentence_task_and_models(capsys: Capture) -> None:
-    presets = {row["name"]: row for row in run_json(capsys, "ls")}
+    presets = {row["name"]: row for row in cli_json(capsys, "ls")}
     assert sorted(presets) == catalog.names("presets")
     assert all(row["description"].endswith(".") for row in presets.values())
     assert presets["quickstart"]["task"] == "home_intents"
@@ -50,14 +44,14 @@ def test_show_keeps_the_comments_and_json_resolves_every_key(capsys: Capture) ->
     assert main(["show", "quickstart"]) == 0
     text = catalog.find("presets", "quickstart").read_text(encoding="utf-8")
     assert capsys.readouterr().out.strip() == text.strip()
-    config = run_json(capsys, "show", "quickstart")
+    config = cli_json(capsys, "show", "quickstart")
     assert f"questions = {config['tailor']['questions']}\n" in text
     assert config["tailor"]["label"] == "vote"  # a default that the file does not set
 
 
 def test_copy_writes_the_same_text_and_never_overwrites(tmp_path: Path, capsys: Capture) -> None:
     dest = tmp_path / "mine.toml"
-    assert run_json(capsys, "copy", "quickstart", str(dest)) == {"preset": "quickstart", "file": str(dest)}
+    assert cli_json(capsys, "copy", "quickstart", str(dest)) == {"preset": "quickstart", "file": str(dest)}
     assert dest.read_bytes() == catalog.find("presets", "quickstart").read_bytes()
     dest.write_text("mine", encoding="utf-8")
     assert main(["copy", "paper", str(dest)]) == 2
@@ -69,7 +63,7 @@ def test_copy_writes_the_same_text_and_never_overwrites(tmp_path: Path, capsys: 
 
 @pytest.mark.parametrize("name", catalog.names("presets"))
 def test_every_shipped_preset_passes_its_check(name: str, capsys: Capture) -> None:
-    assert run_json(capsys, "check", name)["problems"] == []
+    assert cli_json(capsys, "check", name)["problems"] == []
 
 
 def test_check_lists_all_problems_at_once(tmp_path: Path, capsys: Capture) -> None:
@@ -123,9 +117,7 @@ def test_check_takes_a_hub_id_and_an_existing_gguf(tmp_path: Path, capsys: Captu
     assert "damaged.gguf" in found[0]
 
 
-def test_a_run_s_folder_resumes_that_run(
-    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_s_folder_resumes_that_run(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     folder = tmp_path / "runs" / "mine"
     folder.mkdir(parents=True)
     (folder / "run.toml").write_text("seed = 3\ncluster.address = 'auto'\n")
@@ -136,5 +128,5 @@ def test_a_run_s_folder_resumes_that_run(
     assert api.plan_run("mine")[1] == Path("mine")
     where = {ray: api.plan_run("mine", ray=ray)[0].cluster.address for ray in (None, "", "local")}
     assert where == {None: "auto", "": "", "local": "local"}
-    assert run_json(capsys, "show", str(folder))["seed"] == 3
+    assert cli_json(capsys, "show", str(folder))["seed"] == 3
     assert main(["distill", str(folder), "--name", "other"]) == 2

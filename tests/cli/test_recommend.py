@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Capture, accuracy, artifact, student_file
+from tiny import Capture, accuracy, artifact, cli_json, student_file
 
 from arte_edge.cli.main import main
 from arte_edge.results.student_json import Artifact, Speed, write_student
@@ -50,8 +50,7 @@ def test_the_answer_fits_into_80_columns_and_names_the_pick(export: Path, capsys
 
 
 def test_json_has_figures_with_their_evidence(export: Path, capsys: Capture) -> None:
-    assert main(["recommend", str(export), "--device", "0123456789abcdef", "--json"]) == 0
-    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    document: dict[str, Any] = cli_json(capsys, "recommend", str(export), "--device", "0123456789abcdef")
     assert document["pick"] == "my-quite-long-student-name-Q4_K_M.gguf"
     first = document["files"][0]
     measured = {"value": 31.4, "evidence": "measured", "source": "llama_cpp 0.3.36, 4 threads"}

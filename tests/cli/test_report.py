@@ -1,9 +1,8 @@
 """``arte-edge report`` on the command line."""
 
-import json
 from pathlib import Path
 
-from tiny import Capture
+from tiny import Capture, cli_json
 
 from arte_edge.cli.main import main
 
@@ -15,6 +14,5 @@ def test_the_page_is_written_beside_the_run_and_missing_parts_named(tmp_path: Pa
     out = capsys.readouterr().out
     assert "not included: check: this stage has not finished" in out
     assert out.splitlines()[-1] == f"wrote {tmp_path / 'report.html'}"
-    assert main(["report", str(tmp_path), "-o", str(tmp_path / "x" / "y.html"), "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
+    document = cli_json(capsys, "report", str(tmp_path), "-o", str(tmp_path / "x" / "y.html"))
     assert Path(document["report"]).is_file() and len(document["missing"]) == 9

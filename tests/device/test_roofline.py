@@ -3,33 +3,20 @@
 The memory probe: plausible, short, kept per machine, and lost without harm.
 """
 
-import importlib.util
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import roofline as script
 from tiny import Patch, model_shape
 
 from arte_edge.device import roofline
 from arte_edge.device.model_size import ModelSize
 from arte_edge.device.profiles import Fact, find_device
 from arte_edge.device.roofline import expected, expected_here
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def benchmark() -> ModuleType:
-    """Load benchmarks/roofline.py, which is a script and no package."""
-    spec = importlib.util.spec_from_file_location("roofline_benchmark", ROOT / "benchmarks" / "roofline.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def shape(**sizes: Any) -> ModelSize:
@@ -38,7 +25,7 @@ def shape(**sizes: Any) -> ModelSize:
 
 
 def test_the_eight_published_rows_of_a_raspberry_pi_5_are_met_within_20_percent() -> None:
-    rows = [row for row in benchmark().compare_published() if row["fitted"]]
+    rows = [row for row in script.compare_published() if row["fitted"]]
     assert len(rows) == 8
     for row in rows:
         assert abs(row["error"]) <= 0.2, row["model"]
@@ -47,7 +34,6 @@ def test_the_eight_published_rows_of_a_raspberry_pi_5_are_met_within_20_percent(
 
 
 def test_the_profile_holds_the_bandwidth_that_the_rows_give() -> None:
-    script = benchmark()
     fitted = script.fitted_bandwidth([row for row in script.published_rows() if row["fitted"]])
     fact = find_device("raspberry-pi-5").effective_bandwidth
     assert fact and fact.value == pytest.approx(fitted, rel=0.01)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import runpy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny import Patch
 
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbclient")
@@ -16,11 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def builder() -> Any:
-    spec = importlib.util.spec_from_file_location("build_notebook", ROOT / "docs" / "build_notebook.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "build_notebook.py")))
 
 
 def test_the_page_holds_the_cells_of_its_builder_with_their_outputs() -> None:
@@ -37,9 +35,7 @@ def test_the_page_holds_the_cells_of_its_builder_with_their_outputs() -> None:
 @pytest.mark.model
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_every_cell_runs_on_a_small_run(
-    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_cell_runs_on_a_small_run(small_run: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     (tmp_path / "runs").mkdir()
     shutil.copytree(small_run, tmp_path / "runs" / "run")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))

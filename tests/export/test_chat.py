@@ -1,17 +1,10 @@
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import write_jsons
 
 from arte_edge.export.chat import read_chat
-
-
-def write(folder: Path, **files: Any) -> Path:
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content), "utf-8")
-    return folder
-
 
 BEGINS = {
     "type": "TemplateProcessing",
@@ -22,11 +15,13 @@ BEGINS = {
 def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
     assert read_chat(tmp_path).chat_template is None
     templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
-    assert read_chat(write(tmp_path, tokenizer_config={"chat_template": templates})).chat_template == "d"
+    assert (
+        read_chat(write_jsons(tmp_path, tokenizer_config={"chat_template": templates})).chat_template == "d"
+    )
 
 
 def test_special_tokens_are_read_in_both_spellings(tmp_path: Path) -> None:
-    write(
+    write_jsons(
         tmp_path, tokenizer_config={"bos_token": {"content": "<s>"}}, special_tokens_map={"eos_token": "</s>"}
     )
     assert read_chat(tmp_path).special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
@@ -46,7 +41,7 @@ def test_special_tokens_are_read_in_both_spellings(tmp_path: Path) -> None:
 def test_whether_the_tokenizer_writes_the_begin_token(
     tmp_path: Path, config: dict[str, Any], processor: Any, adds: bool
 ) -> None:
-    write(tmp_path, tokenizer_config=config, tokenizer={"post_processor": processor})
+    write_jsons(tmp_path, tokenizer_config=config, tokenizer={"post_processor": processor})
     assert read_chat(tmp_path).adds_bos is adds
 
 
@@ -56,7 +51,7 @@ def test_stops_are_the_end_tokens_of_all_three_sources(tmp_path: Path) -> None:
         {"id": 7, "content": "<|stop|>"},
         {"id": 9, "content": "<x>"},
     ]
-    write(
+    write_jsons(
         tmp_path,
         tokenizer_config={"eos_token": "</s>"},
         tokenizer={"added_tokens": added},

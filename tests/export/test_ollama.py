@@ -1,8 +1,5 @@
-import importlib.util
 import re
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +13,8 @@ from arte_edge.export.chat import Chat
 from arte_edge.export.ollama import TemplateSegments, go_template, modelfile, template_segments
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.tasks.task import Answer
+
+from . import go_template as go
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -85,18 +84,6 @@ def test_a_default_system_message_stays_with_the_first_turn() -> None:
     segments = template_segments(Chat(CHATML))
     assert isinstance(segments, TemplateSegments)
     assert "You are helpful" in segments.first and "You are helpful" not in segments.system + segments.next
-
-
-def load(name: str) -> ModuleType:
-    """Load a module that lies beside this one; the tests are no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-go: Any = load("go_template")
 
 
 def go_data(messages: list[Message]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import Patch, edited, edited_json
+from tiny import Patch, change_json, edited, edited_json
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
@@ -132,9 +132,8 @@ def test_the_file_that_the_run_evaluated_is_the_one_that_is_exported(
     base = convert(student, tmp_path / "base.gguf")
     rewrite(base, {"general.url": Field(STRING, b"https://example.org/base")})
     checkpoint_to_gguf(student, base, evaluated)
-    manifest = json.loads((folder / "tune" / "manifest.json").read_text())
-    manifest["files"]["student-F16.gguf"] = sha256_file(evaluated)
-    (folder / "tune" / "manifest.json").write_text(json.dumps(manifest))
+    sums = {evaluated.name: sha256_file(evaluated)}
+    change_json(folder / "tune" / "manifest.json", lambda manifest: manifest["files"].update(sums))
     before = checksums_of(evaluated)
 
     (artifact,) = run(open_source(str(folder)), tmp_path / "out", "F16").artifacts

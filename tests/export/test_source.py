@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Make, Patch, edited_json
+from tiny import Make, Patch, change_json, edited_json
 from transformers import AutoTokenizer
 
 from arte_edge.asking.form import FORMS, Form, instruction
@@ -145,9 +145,7 @@ def test_the_closing_table_travels_with_the_student_it_is_of(run: Path) -> None:
         "low": 0.2,
         "high": 0.8,
     }
-    tuned = json.loads((run / "tune" / "manifest.json").read_text())
-    tuned["summary"]["student_sha256"] = SUM
-    (run / "tune" / "manifest.json").write_text(json.dumps(tuned))
+    change_json(run / "tune" / "manifest.json", lambda tuned: tuned["summary"].update(student_sha256=SUM))
     (run / "evaluate").mkdir()
     for sha256, n in ((SUM, 1), ("0" * 64, 0)):  # the second: evaluated before it was tuned again
         summary = {"rows": [row], "paired": [], "partial": False, "tuned": sha256}

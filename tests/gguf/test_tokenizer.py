@@ -1,4 +1,3 @@
-import json
 import random
 import shutil
 from collections.abc import Callable
@@ -6,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Make, edited_json
+from tiny import Make, change_json, edited_json
 
 from arte_edge.checkpoint import read_config
 from arte_edge.errors import InputError
@@ -47,9 +46,7 @@ def hf_tokens(checkpoint: Path, text: str) -> list[int]:
 def changed(checkpoint: Path, out: Path, name: str, change: Callable[[dict[str, Any]], None]) -> Path:
     """Copy a checkpoint with one of its JSON files changed."""
     shutil.copytree(checkpoint, out)
-    content = json.loads((out / name).read_text("utf-8"))
-    change(content)
-    (out / name).write_text(json.dumps(content), "utf-8")
+    change_json(out / name, change)
     return out
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import Capture, Make, Patch
+from tiny import Capture, Make, Patch, cli_json
 
 from arte_edge.cli.main import main
 
@@ -36,8 +36,7 @@ def test_pull_then_ls_path_and_check_agree(model_cache: Path, small: str, capsys
     (pulled,) = json.loads(printed.out)
     assert Path(pulled["gguf"]).is_file() and pulled["checkpoint"] is None
     assert f"{small}: part 1 of 1" in printed.err
-    assert main(["models", "ls", "--json"]) == 0
-    listed = {model["name"]: model for model in json.loads(capsys.readouterr().out)}
+    listed = {model["name"]: model for model in cli_json(capsys, "models", "ls")}
     assert listed[small]["path"] == pulled["gguf"] and listed["gemma-3-270m"]["path"] is None
     assert main(["models", "path", small]) == 0
     assert capsys.readouterr().out == pulled["gguf"] + "\n"

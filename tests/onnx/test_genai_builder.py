@@ -1,6 +1,7 @@
 """Exports of onnxruntime-genai's builder: complete, valid, without paths of this machine, equal to the checkpoint."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny import Folders, edited_json, hf_logits, relative_error
+from tiny import Folders, change_json, edited_json, hf_logits, relative_error
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.export.lora_merge import merge, read_adapter
@@ -39,13 +40,11 @@ PRECISIONS = ("fp32", "int8", "int4")
 @pytest.fixture(scope="session")
 def genai(tiny_student: Path, tmp_path_factory: Folders) -> Callable[[str], Path]:
     """Build the tiny student in a precision; the same call gives the same folder."""
-    made: dict[str, Path] = {}
 
+    @functools.cache
     def make(precision: str) -> Path:
-        if precision not in made:
-            settings = GenaiSettings.model_validate({"precision": precision})
-            made[precision] = build(tiny_student, tmp_path_factory.mktemp("genai") / precision, settings)
-        return made[precision]
+        settings = GenaiSettings.model_validate({"precision": precision})
+        return build(tiny_student, tmp_path_factory.mktemp("genai") / precision, settings)
 
     return make
 
@@ -132,13 +131,7 @@ Damage = Callable[[Path], object]
 
 
 def config(change: Callable[[dict[str, Any]], object]) -> Damage:
-    def damage(folder: Path) -> None:
-        path = folder / "genai_config.json"
-        data = json.loads(path.read_text())
-        change(data["model"])
-        path.write_text(json.dumps(data))
-
-    return damage
+    return lambda folder: change_json(folder / "genai_config.json", lambda data: change(data["model"]))
 
 
 def cut(name: str) -> Damage:
@@ -216,8 +209,7 @@ def test_a_failed_build_is_explained_and_leaves_nothing(tiny_student: Path, tmp_
         build(broken, tmp_path / "out", GenaiSettings())
     with pytest.raises(ArteError, match="model builder failed"):
         build(broken, tmp_path / "out", GenaiSettings(precision="int8"))
-    settings = json.loads((broken / "config.json").read_text()) | {"architectures": ["TinyForCausalLM"]}
-    (broken / "config.json").write_text(json.dumps(settings))
+    change_json(broken / "config.json", lambda settings: settings.update(architectures=["TinyForCausalLM"]))
     with pytest.raises(InputError, match="family"):
         build(broken, tmp_path / "out", GenaiSettings(precision="int8"))
     weights.unlink()

@@ -1,5 +1,6 @@
 """The portable layout: found or named environment, the words of transformers 4, and the student in it."""
 
+import functools
 import json
 import shutil
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import Folders, Patch, hf_logits
+from tiny import Folders, Patch, change_json, hf_logits
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.model_folder import TOKENIZER_FILES
@@ -29,41 +30,35 @@ ROPE_THETA = 50_000.0  # not transformers' default, which a lost key would give
 @pytest.fixture(scope="session")
 def optimum() -> Path:
     """The Python of an environment with optimum: `make test` makes .venv-optimum in the checkout."""
-    patch = Patch()
-    patch.chdir(ROOT)
-    try:
-        python = find_python()
-    except ArteError as error:
-        pytest.skip(f"optimum needs an environment of its own: {error.message}")
-    finally:
-        patch.undo()
-    return python
+    with Patch.context() as patch:
+        patch.chdir(ROOT)
+        try:
+            return find_python()
+        except ArteError as error:
+            pytest.skip(f"optimum needs an environment of its own: {error.message}")
 
 
 @pytest.fixture(scope="session")
 def student(tiny_student: Path, tmp_path_factory: Folders) -> Path:
     folder = shutil.copytree(tiny_student, tmp_path_factory.mktemp("optimum") / "student")
-    config = json.loads((folder / "config.json").read_text())
-    config["rope_parameters"]["rope_theta"] = ROPE_THETA
-    (folder / "config.json").write_text(json.dumps(config))
+    change_json(
+        folder / "config.json", lambda config: config["rope_parameters"].update(rope_theta=ROPE_THETA)
+    )
     return folder
 
 
 @pytest.fixture(scope="session")
 def exported(student: Path, optimum: Path, tmp_path_factory: Folders) -> Callable[[str], Path]:
     """Export `student` as "fp32" or for an instruction set; the same call gives the same folder."""
-    made: dict[str, Path] = {}
 
+    @functools.cache
     def make(kind: str) -> Path:
-        if kind not in made:
-            settings: Any = ("fp32",) if kind == "fp32" else ("int8", kind)
-            out = tmp_path_factory.mktemp("exported") / kind
-            fp32 = make("fp32") if kind in ("avx2", "avx512") else None
-            patch = Patch()
+        settings: Any = ("fp32",) if kind == "fp32" else ("int8", kind)
+        out = tmp_path_factory.mktemp("exported") / kind
+        fp32 = make("fp32") if kind in ("avx2", "avx512") else None
+        with Patch.context() as patch:
             patch.setenv("ARTE_EDGE_OPTIMUM_PYTHON", str(optimum))
-            made[kind] = build(student, out, *settings, fp32=fp32)
-            patch.undo()
-        return made[kind]
+            return build(student, out, *settings, fp32=fp32)
 
     return make
 

@@ -1,22 +1,16 @@
 """Stop tokens and token ids, read from a checkpoint's files."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import write_jsons
 
 from arte_edge.errors import InputError
 from arte_edge.files import read_json
 from arte_edge.onnx.tokenizer import FileTokenizer, added_tokens, end_tokens
 from arte_edge.transformers_load import load_tokenizer
-from arte_edge.verify.corpus import hard_strings
-
-
-def write(folder: Path, **files: dict[str, Any]) -> Path:
-    for name, data in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(data))
-    return folder
+from arte_edge.verify.tokenizer import hard_strings
 
 
 @pytest.mark.parametrize(
@@ -32,7 +26,7 @@ def write(folder: Path, **files: dict[str, Any]) -> Path:
 def test_stop_tokens_are_those_of_the_generation_config_and_the_tokenizer(
     tmp_path: Path, generation: dict[str, Any], config: dict[str, Any], ends: set[int]
 ) -> None:
-    write(
+    write_jsons(
         tmp_path,
         generation_config=generation,
         config=config,
@@ -69,11 +63,11 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
             read_json(tmp_path / "config.json")
     for ends in ("x", -2, ["x"]):
         with pytest.raises(InputError, match="eos_token_id"):
-            end_tokens(write(tmp_path, config={}, generation_config={"eos_token_id": ends}))
-    none = end_tokens(write(tmp_path, config={}, generation_config={"eos_token_id": [-1, None]}))
+            end_tokens(write_jsons(tmp_path, config={}, generation_config={"eos_token_id": ends}))
+    none = end_tokens(write_jsons(tmp_path, config={}, generation_config={"eos_token_id": [-1, None]}))
     assert not none, "what some trainers write for none"
     with pytest.raises(InputError, match=r"tokenizer\.json"):
-        added_tokens(write(tmp_path, tokenizer={"added_tokens": [{"id": 1}]}))
+        added_tokens(write_jsons(tmp_path, tokenizer={"added_tokens": [{"id": 1}]}))
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         FileTokenizer(tmp_path)

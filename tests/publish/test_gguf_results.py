@@ -13,15 +13,11 @@ from arte_edge.publish.card.card import write_keys
 from arte_edge.results.merge import merge_rows
 from arte_edge.results.student_json import FILE_NAME, read_student
 
-gguf = pytest.importorskip("gguf")
-
 NAME = "tiny-Q8_0.gguf"
 
 
 def values(path: Path) -> dict[str, Any]:
-    """Return the metadata as GGML's own reader sees it."""
-    reader = gguf.GGUFReader(path)
-    return {key: f.contents() for key, f in reader.fields.items() if not key.startswith("GGUF.")}
+    return read_model_header(path).metadata
 
 
 def test_results_stand_in_the_file_and_its_sum_in_the_document(export_folder: Path) -> None:

@@ -1,10 +1,9 @@
 """A push over real HTTP, to a Hub in this process."""
 
-import json
 from pathlib import Path
 
 import pytest
-from tiny import Capture, Make, Patch, speed_row
+from tiny import Capture, Make, Patch, cli_json, speed_row
 
 from arte_edge.cli.main import main
 
@@ -38,8 +37,7 @@ def test_nothing_is_sent_without_yes(ready: Path, hub: Make, capsys: Capture) ->
 
 def test_with_yes_the_hub_has_what_the_preview_showed(ready: Path, hub: Make, capsys: Capture) -> None:
     server = hub()
-    assert main(["push", str(ready), "--to", REPO, "--private", "--yes", "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
+    shown = cli_json(capsys, "push", str(ready), "--to", REPO, "--private", "--yes")
     assert set(server.files) == {file["file"] for file in shown["files"]}
     assert all(server.files[name] == (ready / name).read_bytes() for name in server.files)
     assert "tiny-Q4_K_M.gguf.rejected" not in server.files
@@ -116,8 +114,7 @@ def test_the_checkpoints_card_is_written_beside_it(ready: Path, tmp_path: Path, 
 
 
 def test_a_second_card_changes_nothing_and_a_dry_run_writes_nothing(ready: Path, capsys: Capture) -> None:
-    assert main(["card", str(ready), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["changed"] == []
+    assert cli_json(capsys, "card", str(ready))["changed"] == []
     (ready / "README.md").unlink()
     assert main(["card", str(ready), "--dry-run", "--base-model", "ada/tiny"]) == 0
     assert "base_model_relation: quantized" in capsys.readouterr().out

@@ -1,8 +1,7 @@
-import json
 from pathlib import Path
 
 import pytest
-from tiny import artifact, student_file
+from tiny import artifact, change_json, student_file
 
 from arte_edge.errors import InputError
 from arte_edge.results.student_json import FILE_NAME, Speed, StudentFile, read_student, write_student
@@ -37,9 +36,7 @@ def test_another_file_is_rejected(tmp_path: Path, text: str, said: str) -> None:
 
 def test_an_unknown_key_is_rejected(tmp_path: Path) -> None:
     write_student(tmp_path, STUDENT)
-    document = json.loads((tmp_path / FILE_NAME).read_text())
-    document["artifacts"][0]["speed"] = 1
-    (tmp_path / FILE_NAME).write_text(json.dumps(document))
+    change_json(tmp_path / FILE_NAME, lambda document: document["artifacts"][0].update(speed=1))
     with pytest.raises(InputError, match=r"artifacts\.0\.speed"):
         read_student(tmp_path)
 

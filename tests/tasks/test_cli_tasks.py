@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import Capture, Patch
+from tiny import Capture, Patch, cli_json
 
 from arte_edge import catalog
 from arte_edge.cli.main import main
@@ -20,11 +20,6 @@ Write = Callable[[Path, list[dict[str, Any]]], Path]
 ROWS = [{"q": f"Is {n} [even]?", "a": "no" if n % 2 else "yes"} for n in range(80)]
 
 
-def run_json(capsys: Capture, *argv: str) -> Any:
-    assert main([*argv, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
 def test_ls_fits_80_columns_and_names_every_task(capsys: Capture) -> None:
     assert main(["tasks", "ls"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -34,7 +29,7 @@ def test_ls_fits_80_columns_and_names_every_task(capsys: Capture) -> None:
 
 
 def test_ls_as_json_gives_counts_and_identity(capsys: Capture) -> None:
-    tasks = {task["name"]: task for task in run_json(capsys, "tasks", "ls")}
+    tasks = {task["name"]: task for task in cli_json(capsys, "tasks", "ls")}
     assert tasks["object_counting"]["n_rows"] == {"seed": 40, "validation": 100, "test": 200}
     assert tasks["object_counting"]["sha256"] == load_task("object_counting").sha256
 
@@ -42,14 +37,14 @@ def test_ls_as_json_gives_counts_and_identity(capsys: Capture) -> None:
 def test_ls_reads_a_folder_of_bigbench_hard(tmp_path: Path, capsys: Capture) -> None:
     rows = [{"input": row["q"], "target": row["a"]} for row in ROWS]
     (tmp_path / "even.json").write_text(json.dumps({"examples": rows}), encoding="utf-8")
-    [task] = run_json(capsys, "tasks", "ls", "--bbh", str(tmp_path))
+    [task] = cli_json(capsys, "tasks", "ls", "--bbh", str(tmp_path))
     assert (task["name"], task["split_seed"], task["answer"]["choices"]) == ("even", 0, ["no", "yes"])
     assert main(["tasks", "ls", "--bbh", str(tmp_path / "none")]) == 2
 
 
 def test_show_prints_description_techniques_and_seed_examples_only(capsys: Capture) -> None:
     task = load_task("home_intents")
-    shown = run_json(capsys, "tasks", "show", "home_intents", "-n", "40")
+    shown = cli_json(capsys, "tasks", "show", "home_intents", "-n", "40")
     assert shown["techniques"] == list(task.techniques)
     assert [Example(**row) for row in shown["examples"]] == list(task.seed)
     assert main(["tasks", "show", "home_intents", "-n", "1"]) == 0
@@ -123,7 +118,7 @@ def test_new_splits_a_table_and_says_what_it_did(tmp_path: Path, capsys: Capture
     task = load_folder(Path(folder))
     assert (task.answer.choices, len(task.validation)) == (("no", "rare", "yes"), 34)
     capsys.readouterr()
-    written = run_json(capsys, "tasks", "new", folder + "2", "--jsonl", f"{path}?input=q&target=a")
+    written = cli_json(capsys, "tasks", "new", folder + "2", "--jsonl", f"{path}?input=q&target=a")
     assert written["labels"]["rare"] == {"seed": 0, "validation": 1, "test": 0}
 
 
@@ -134,7 +129,7 @@ def test_new_says_which_labels_have_no_validation_row(tmp_path: Path, capsys: Ca
     printed = capsys.readouterr().out
     assert "No validation row for" in printed and "and 100 more" in printed
     argv = ["tasks", "new", str(tmp_path / "u"), "--table", str(tmp_path / "t.csv"), "--rows", "600"]
-    written = run_json(capsys, *argv)
+    written = cli_json(capsys, *argv)
     assert sum(written["n_rows"].values()) == 600
     assert sum(not n["validation"] for n in written["labels"].values()) >= 20
 
@@ -149,7 +144,7 @@ def test_new_splits_a_dataset(tmp_path: Path, capsys: Capture) -> None:
         "--hub",
         f"{tmp_path / 'saved'}?split=all&input=q&target=a",
     ]
-    written = run_json(capsys, *argv)
+    written = cli_json(capsys, *argv)
     assert (written["folder"], written["name"], written["techniques"]) == (str(tmp_path / "even"), "even", [])
     assert load_folder(tmp_path / "even").answer.choices == ("no", "yes")
     assert main([*argv, "--table", "x.jsonl"]) == 2

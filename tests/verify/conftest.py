@@ -1,6 +1,5 @@
 """A tiny model with a real tokenizer, as checkpoint and as a good F16 GGUF, and functions that damage the GGUF."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import tiny as tiny_models
 from numpy.typing import NDArray
 from tiny import TEMPLATE, Folders, Make
 
+from arte_edge.gguf.convert import convert
 from arte_edge.gguf.reader import Field, read_model_header
 from arte_edge.gguf.writer import Tensor, write_gguf
 from arte_edge.runtimes.loader import open_model
@@ -34,7 +34,6 @@ CORPUS = [
     "def function(value): return value + 1  # and then some more text about the function",
     "Is this number even or odd? The answer is even. The answer is odd. Question: Answer:",
 ]
-HEADS, KV_HEADS, WIDTH, LAYERS = 4, 2, 64, 2
 
 
 @dataclass(frozen=True)
@@ -62,58 +61,11 @@ def write_checkpoint(folder: Path, unreachable: str = "", alphabet: Sequence[str
     )
 
 
-def write_base(path: Path, checkpoint: Path) -> Path:
-    """Write a GGUF with the checkpoint's tokenizer and shapes and zeros for weights."""
-    import gguf
-    from safetensors import safe_open
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    kinds = gguf.TokenType
-    writer = tiny_models.gguf_writer(
-        path,
-        vocab_size=len(vocab),
-        context_length=1024,
-        embedding_length=WIDTH,
-        block_count=LAYERS,
-        feed_forward_length=96,
-        head_count=HEADS,
-        head_count_kv=KV_HEADS,
-        rope_dimension_count=WIDTH // HEADS,
-    )
-    writer.add_name("Tiny")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([token for token, _ in vocab])
-    writer.add_token_types([kinds.CONTROL if token in SPECIAL else kinds.NORMAL for token, _ in vocab])
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_bos_token_id(SPECIAL.index(BOS))
-    writer.add_eos_token_id(SPECIAL.index(END))
-    writer.add_add_bos_token(True)
-    writer.add_chat_template(TEMPLATE)
-    with safe_open(checkpoint / "model.safetensors", framework="pt") as tensors:
-        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
-    for name, shape in shapes.items():
-        writer.add_tensor(table.get_name(name, (".weight", ".bias")), np.zeros(shape, dtype=np.float32))
-    tiny_models.finish(writer)
-    return path
-
-
-def to_gguf(checkpoint: Path, out: Path) -> Path:
-    from arte_edge.gguf.from_base import checkpoint_to_gguf
-
-    return checkpoint_to_gguf(checkpoint, write_base(out.with_suffix(".base.gguf"), checkpoint), out)
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: Folders) -> Tiny:
     folder = tmp_path_factory.mktemp("verify")
     checkpoint = write_checkpoint(folder / "student")
-    return Tiny(checkpoint, to_gguf(checkpoint, folder / "student-F16.gguf"))
+    return Tiny(checkpoint, convert(checkpoint, folder / "student-F16.gguf"))
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from tiny import Folders, Make, Patch
 
 from arte_edge.asking.form import Form, instruction
 from arte_edge.asking.template import with_instruction
+from arte_edge.gguf.convert import convert
 from arte_edge.runtimes.llamacpp import servers
 from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.onnxruntime import OnnxRuntime
@@ -23,7 +24,7 @@ from arte_edge.verify.check import Check
 from arte_edge.verify.gate import verify_file
 from arte_edge.verify.thresholds import thresholds_for
 
-from .conftest import BOS, TEMPLATE, Tiny, parity_task, to_gguf, write_checkpoint
+from .conftest import BOS, TEMPLATE, Tiny, parity_task, write_checkpoint
 
 pytest.importorskip("onnxruntime_genai")
 # Whole characters only: what programs print of half ones differs.
@@ -45,7 +46,7 @@ def student(tmp_path_factory: Folders) -> Tiny:
     checkpoint = write_checkpoint(folder / "student", alphabet=LETTERS)
     (checkpoint / "chat_template.jinja").write_text(held("reasoning-first"), "utf-8")
     build(checkpoint, folder / "genai", GenaiSettings(precision="fp32"))
-    return Tiny(checkpoint, to_gguf(checkpoint, folder / "student-F16.gguf"))
+    return Tiny(checkpoint, convert(checkpoint, folder / "student-F16.gguf"))
 
 
 @pytest.fixture

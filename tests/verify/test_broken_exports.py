@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from tiny import TEMPLATE, Make, Patch, edited
 
+from arte_edge.gguf.convert import convert
 from arte_edge.gguf.reader import read_model_header
 from arte_edge.results.student_json import FidelityMetrics
 from arte_edge.runtimes.loader import open_model
@@ -19,7 +20,7 @@ from arte_edge.verify.gate import Verdict, verify
 from arte_edge.verify.prompts import task_prompts
 from arte_edge.verify.thresholds import thresholds_for
 
-from .conftest import HEADS, Tiny, failed, gate, note, parity_task, to_gguf, with_tensor
+from .conftest import Tiny, failed, gate, note, parity_task, with_tensor, write_checkpoint
 
 
 def test_a_good_export_passes_every_check(reference: Runtime, tiny: Tiny) -> None:
@@ -95,7 +96,7 @@ def test_another_pre_tokenizer_is_caught(reference: Runtime, with_fields: Make) 
     assert "tokens" in failed(gate(reference, with_fields({"tokenizer.ggml.pre": b"llama-bpe"})))
 
 
-def unpermuted(rows: NDArray[Any], heads: int = HEADS) -> NDArray[Any]:
+def unpermuted(rows: NDArray[Any], heads: int = 4) -> NDArray[Any]:
     """Undo the interleaving that llama.cpp needs in a head's rows, as a converter that misses it does."""
     halves = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
@@ -155,7 +156,7 @@ def test_weights_that_were_rounded_to_4_bits_before_are_caught(
                 tensors[name] = weight.new_tensor(values)
 
     bad = gate(
-        reference, to_gguf(edited(tiny.checkpoint, tmp_path / "wrong", rounded), tmp_path / "wrong.gguf")
+        reference, convert(edited(tiny.checkpoint, tmp_path / "wrong", rounded), tmp_path / "wrong.gguf")
     )
     assert {"kl mean", "kl p99"} <= failed(bad)
     assert "4-bit base" in note(bad, "kl mean")
@@ -165,11 +166,9 @@ def test_a_word_that_llama_cpp_alone_takes_for_an_end_is_told_and_not_held_again
     tmp_path: Path,
 ) -> None:
     # Qwen2.5-Coder has "</s>" as an ordinary word, and llama.cpp parses it and stops there by its name.
-    from .conftest import write_checkpoint
-
     checkpoint = write_checkpoint(tmp_path / "student", unreachable="</s>")
     model = open_model(checkpoint)
-    verdict = gate(model, to_gguf(checkpoint, tmp_path / "F16.gguf"))
+    verdict = gate(model, convert(checkpoint, tmp_path / "F16.gguf"))
     assert verdict.passed, verdict.reason
     tokens = next(check for check in verdict.checks if check.name == "tokens")
     assert "tokenized differently by llama_cpp itself" in tokens.note and "</s>" in tokens.note
@@ -177,8 +176,6 @@ def test_a_word_that_llama_cpp_alone_takes_for_an_end_is_told_and_not_held_again
 
 
 TASK = parity_task(32)
-
-
 DRIFT = 1.7
 
 

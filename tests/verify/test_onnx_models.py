@@ -1,12 +1,12 @@
 """ONNX folders in the gate: a good one passes, and each way of breaking one is caught."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import change_json
 
 from arte_edge.runtimes.genai import GenaiRuntime
 from arte_edge.runtimes.loader import open_model
@@ -26,12 +26,6 @@ def folder(good: Path, tmp_path: Path) -> Path:
 
 
 Damage = Callable[[Path], object]
-
-
-def change(path: Path, edit: Any) -> None:
-    data = json.loads(path.read_text("utf-8"))
-    edit(data)
-    path.write_text(json.dumps(data), "utf-8")
 
 
 def test_a_good_genai_folder_passes_in_its_own_runtime(reference: Runtime, good: Path) -> None:
@@ -63,7 +57,7 @@ def cut_weights(folder: Path) -> None:
 
 
 def end_with(token: int) -> Damage:
-    return lambda folder: change(
+    return lambda folder: change_json(
         folder / "genai_config.json", lambda c: c["model"].update(eos_token_id=token)
     )
 
@@ -106,5 +100,5 @@ def test_one_changed_merge_is_caught_although_the_runtime_follows_its_file(
         merges = data["model"]["merges"]
         merges[3], merges[-1] = merges[-1], merges[3]
 
-    change(folder / "tokenizer.json", swap)
+    change_json(folder / "tokenizer.json", swap)
     assert failed(gate(reference, folder, "fp32")) & {"tokens", "vocabulary", "opens"}

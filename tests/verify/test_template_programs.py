@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 from llama_cpp import Llama, llama_chat_format
-from tiny import TEMPLATE, Make
+from tiny import TEMPLATE, Make, Patch
 
 from arte_edge.runtimes.loader import open_model
 from arte_edge.verify.chat_template import check_templates
@@ -87,7 +87,7 @@ def test_what_a_program_prints_differently_is_shown(
 
 
 def test_a_file_is_not_to_blame_for_the_chatml_that_llama_cpp_python_puts_in_place_of_its_own(
-    gguf: Make, with_fields: Make, monkeypatch: pytest.MonkeyPatch
+    gguf: Make, with_fields: Make, monkeypatch: Patch
 ) -> None:
     check = gguf(llama_chat_format.CHATML_CHAT_TEMPLATE)
     assert check.passed and check.measured == 0
@@ -114,9 +114,7 @@ def test_system_texts_are_not_compared_where_the_template_takes_none(gguf: Make,
     assert check.passed and "takes no system text" in check.note
 
 
-def test_a_server_that_crashes_with_this_template_only_is_a_refusal(
-    gguf: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_crashes_with_this_template_only_is_a_refusal(gguf: Make, monkeypatch: Patch) -> None:
     def run(command: list[str], **_: Any) -> Any:
         ok = bool(command[-1])
         return subprocess.CompletedProcess(command, 0 if ok else -6, '{"program": "xllamacpp 1"}' * ok, "")

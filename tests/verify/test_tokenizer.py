@@ -6,9 +6,15 @@ from typing import Any
 import pytest
 
 from arte_edge.runtimes.protocol import RuntimeFacts
-from arte_edge.verify.corpus import HARD_STRINGS, hard_strings
 from arte_edge.verify.thresholds import Thresholds
-from arte_edge.verify.tokenizer import check_stops, check_tokens, check_vocabulary, excerpt
+from arte_edge.verify.tokenizer import (
+    HARD_STRINGS,
+    check_stops,
+    check_tokens,
+    check_vocabulary,
+    excerpt,
+    hard_strings,
+)
 
 
 def letters(text: str) -> list[int]:

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-import pytest
 from shipped_tasks import snips
 from shipped_tasks.__main__ import main
+from tiny import Capture, Patch
 
 from arte_edge.asking.grammar import gbnf
 from arte_edge.tasks.loaders import load_task
@@ -39,9 +39,7 @@ def test_a_row_that_is_damaged_or_names_a_slot_twice_is_left_out(tmp_path: Path)
     assert snips.read(path, "P") == [("play one song", {"track": "one song"})]
 
 
-def test_without_its_source_the_generator_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_its_source_the_generator_says_what_is_missing(monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.delenv("ARTE_EDGE_SNIPS", raising=False)
     assert main(["snips_slots"]) == 2
     assert "sonos/nlu-benchmark" in capsys.readouterr().out
