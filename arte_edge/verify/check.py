@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,11 +30,6 @@ class Check:
     passed: bool
     note: str = ""
     bound: Literal["at most", "at least"] = "at most"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the check for JSON; a value that is not finite becomes None."""
-        finite = self.measured is not None and math.isfinite(self.measured)
-        return asdict(self) | {"measured": self.measured if finite else None}
 
 
 def checks_table(checks: Sequence[Check]) -> Table:

@@ -8,11 +8,13 @@ asked`` and ``accuracy drop`` on a task. All are run even if one fails.
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
 
 from arte_edge.errors import InputError
 from arte_edge.results.accuracy import PairedAccuracy
@@ -80,29 +82,18 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict for JSON and student.json: no paths, None for values that are not finite."""
-        metrics = None
-        if self.fidelity is not None:
-            metrics = _finite(asdict(self.fidelity))
-        return {
+        found = {
             "passed": self.passed,
             "reference": self.reference,
             "artifact": self.artifact,
             "judged_as": self.thresholds_of,
-            "runtimes": list(self.runtimes),
-            "checks": [check.as_dict() for check in self.checks],
-            "fidelity": metrics,
-            "accuracy": None if self.accuracy is None else self.accuracy.model_dump(mode="json"),
+            "runtimes": self.runtimes,
+            "checks": self.checks,
+            "fidelity": self.fidelity,
+            "accuracy": self.accuracy,
         }
-
-
-def _finite(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return metrics for JSON, which has no infinity: None."""
-    nested = {key: _finite(value) for key, value in metrics.items() if isinstance(value, dict)}
-    return {
-        key: value if value is not None and math.isfinite(value) else None
-        for key, value in metrics.items()
-        if key not in nested
-    } | nested
+        document: dict[str, Any] = json.loads(TypeAdapter(dict[str, Any]).dump_json(found))
+        return document
 
 
 def verify(
