@@ -37,7 +37,13 @@ from arte_edge.distill.preference.dpo_pairs import (
 from arte_edge.distill.prompts import question_messages, question_prefill, teacher_shots
 from arte_edge.distill.run_context import Row, RunContext, Summary
 from arte_edge.distill.stages.elicit import draft_plan, first_focus
-from arte_edge.distill.stages.fresh_drafts import draft_afresh, held_out_source, valid_drafts, versus
+from arte_edge.distill.stages.fresh_drafts import (
+    Fresh,
+    draft_afresh,
+    held_out_source,
+    valid_drafts,
+    versus,
+)
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.common import DpoSettings, Lora
 from arte_edge.distill.train.dpo import DpoResult, train_dpo
@@ -87,6 +93,7 @@ def align(run: RunContext, others: Sequence[RunContext] = ()) -> tuple[Summary, 
             stage.write("held_out.jsonl", drawn.held_out)
             for other in others:
                 other.close_engines()
+            original = _original_drafts(run)  # now, while the teacher is open: it takes seconds to open again
             with run.training("DPO, with checks") as progress:
                 result = train_dpo(
                     run.checkpoint(run.config.teacher),
@@ -110,7 +117,10 @@ def align(run: RunContext, others: Sequence[RunContext] = ()) -> tuple[Summary, 
             adapter = _converted_adapter(run, stage.folder)
             tasks = {"tasks": 1 + len(others)} if others else {}
             stage.finish(
-                tasks | _summary(run, drawn, result) | {"adapter_sha256": adapter[1]} | _fresh(run, adapter)
+                tasks
+                | _summary(run, drawn, result)
+                | {"adapter_sha256": adapter[1]}
+                | _fresh(run, adapter, original)
             )
     path = _adapter_path(run, stage.folder)
     if not path.exists():  # made where the teacher ran on another engine
@@ -147,14 +157,21 @@ def _summary(run: RunContext, drawn: Drawn, result: DpoResult) -> Summary:
     }
 
 
-def _fresh(run: RunContext, adapter: Adapter) -> Summary:
-    """Return what both teachers' answers to new prompts say, nothing if that is switched off."""
+def _original_drafts(run: RunContext) -> Fresh | None:
+    """Return the teacher's answers to new prompts before it is aligned, None if that is switched off."""
     if not run.config.align.fresh_drafts:
+        return None
+    with doing("drafts of the original teacher"):
+        return draft_afresh(run, run.engine(run.config.teacher))
+
+
+def _fresh(run: RunContext, adapter: Adapter, original: Fresh | None) -> Summary:
+    """Return what both teachers' answers to new prompts say, nothing without those of the original one."""
+    if original is None:
         return {}
     teacher = run.config.teacher
-    with doing("drafts of both teachers"):
-        original = draft_afresh(run, run.engine(teacher))
-        run.close_engines()  # one copy of the teacher in memory
+    run.close_engines()  # one copy of the teacher in memory
+    with doing("drafts of the aligned teacher"):
         aligned = draft_afresh(run, run.engine_with(run.local(teacher), adapter, teacher))
     return {"fresh": versus(run, original, aligned)}
 
