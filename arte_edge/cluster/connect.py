@@ -34,6 +34,7 @@ __all__ = ["RayCluster", "WorkerSizes", "connect"]
 _ANSWER_S = 5.0  # for an address to accept a connection
 _NODE_S = 600.0  # for a node to say what it has; the first time it may fetch a model
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray takes 127.0.0.1 for this machine's address
+_TOKEN = secrets.token_hex(32)  # of Ray on this machine
 # Settings of the driver that decide what an engine computes; secrets and paths stay where they are.
 _PASSED_ON = ("ARTE_EDGE_PROBE", "ARTE_EDGE_DTYPE", "ARTE_EDGE_GGUF_RUNTIME")
 
@@ -129,9 +130,11 @@ def connect(address: str, sizes: WorkerSizes, warn: Callable[[str], None]) -> Ra
     if where == "local":
         # Its own secret, of this process alone: otherwise Ray writes one into the home folder.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_AUTH_TOKEN", _TOKEN)
         os.environ.setdefault(_LOOPBACK, "0")
         os.environ.setdefault("RAY_worker_niceness", "0")
+    elif os.environ.get("RAY_AUTH_TOKEN") == _TOKEN:  # and Ray has read the other variables
+        raise InputError("This process has run Ray on this machine alone", "Join a cluster from a new one.")
     import ray
 
     if ray.is_initialized():

@@ -75,11 +75,6 @@ class Pool:
         self._hands: list[_Hand] = []
         self.facts_of: dict[EngineSpec, EngineFacts] = {}
 
-    @property
-    def is_up(self) -> bool:
-        """Whether workers were started and not stopped since."""
-        return bool(self._hands)
-
     def workers(self) -> list[_Hand]:
         if not self._hands:
             import ray

@@ -61,6 +61,12 @@ def test_a_cluster_that_is_gone_is_not_waited_for(
         connect("auto", WorkerSizes(), print)
 
 
+def test_a_process_that_ran_ray_alone_joins_no_cluster(two_nodes: Any, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", module._TOKEN)
+    with pytest.raises(InputError, match="on this machine alone"):
+        connect(two_nodes.address, WorkerSizes(), print)
+
+
 def test_another_version_of_ray_is_refused(two_nodes: Any, monkeypatch: Patch) -> None:
     import ray
 

@@ -35,9 +35,9 @@ def test_the_rows_are_those_of_a_run_without_ray(
     made = work.calls.made
     joined.stop_workers()
     work.do(engine)
-    assert work.calls.made == made and not joined.pool.is_up, "nothing to do starts no worker"
+    assert work.calls.made == made and not joined.pool._hands, "nothing to do starts no worker"
     one = engine.complete([Request("say1:", sample=1)], Sampling(temperature=1.0, max_tokens=24, seed=7))
-    assert joined.pool.is_up and one[0].completion_tokens > 0
+    assert joined.pool._hands and one[0].completion_tokens > 0
 
 
 def test_a_worker_that_is_killed_loses_no_row(
