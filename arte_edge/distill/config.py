@@ -312,6 +312,9 @@ class Train(_Section):
     """How align and tune use this machine; nothing here changes what they learn."""
 
     processes: int = _key(1, "processes that share each training step; one a GPU", ge=1, le=1024)
+    shard_teacher: bool = _key(
+        False, "align: spread the teacher's weights over the processes (FSDP); for one that no GPU holds"
+    )
 
 
 class Evaluate(_Section):

@@ -296,9 +296,13 @@ def plan_gpus(
         "docs/cluster.md says how far off they are. Loading models and the students of own labels are not in them."
     ]
     notes += [
-        f"{each.stage}: {each.memory_gb:.0f} GB do not fit into a GPU of {room:g} GB. A training's weights are not "
-        "spread over GPUs: run this stage on larger ones (--until, --from)"
-        + (", or take data = 'best-of-n'." if each.stage == "align" else ", or lower the batch size.")
+        f"{each.stage}: {each.memory_gb:.0f} GB do not fit into a GPU of {room:g} GB: "
+        + (
+            "train.shard_teacher = true spreads the weights over train.processes, "
+            "data = 'best-of-n' aligns none."
+            if each.stage == "align"
+            else "lower the batch size, or run this stage on larger GPUs (--until, --from)."
+        )
         for each in trainings
         if each.memory_gb > room
     ]
@@ -331,6 +335,7 @@ def _alignment(
         at_once=max(tokens.values()) * settings.batch_size,
         lora_rank=config.align.lora_rank,
         reference=True,
+        spread=config.train.shard_teacher and min(config.train.processes, gpus.n) > 1,
     )
 
 

@@ -252,6 +252,7 @@ def training(
     at_once: float,
     lora_rank: int | None,
     reference: bool = False,
+    spread: bool = False,
 ) -> Training:
     """Return what a training takes.
 
@@ -260,21 +261,26 @@ def training(
         at_once: tokens in one forward pass of one process.
         lora_rank: of an adapter on every linear layer; None: all weights are trained.
         reference: a second forward pass without the adapter, as in DPO.
+        spread: each process holds a part of the weights (FSDP), two layers whole, and of the activations only what
+            goes into a layer: each is computed twice.
     """
     full = lora_rank is None
     trained = shape.n_param if lora_rank is None else lora_rank * shape.linear_sides
     frozen = 0 if full else shape.n_param
-    per_token = (6 if full else 4) + (2 if reference else 0)
+    per_token = (6 if full else 4) + 2 * reference + 2 * spread
     rate = processes * gpus.facts.peak_tflops * 1e12 * _TRAINING_SHARE
-    buckets = _BUCKETS if processes > 1 else 0
-    held = _ACTIVATION * shape.n_layer * shape.width + _LOGITS * shape.n_vocab
+    parts = processes if spread else 1
+    buckets = _BUCKETS if processes > parts else 0
+    gathered = 2 * _WEIGHT * shape.n_param / shape.n_layer if spread else 0
+    layers = _WEIGHT * shape.n_layer + _ACTIVATION if spread else _ACTIVATION * shape.n_layer
+    held = layers * shape.width + _LOGITS * shape.n_vocab
     return Training(
         stage,
         shape.name,
         processes,
         tokens,
-        (4 * trained + _WEIGHT * frozen) / _GB,
-        (_TRAINED - 4 + buckets) * trained / _GB,
+        ((4 * trained + _WEIGHT * frozen) / parts + gathered) / _GB,
+        (_TRAINED - 4 + buckets) * trained / parts / _GB,
         held * at_once / _GB,
         per_token * shape.n_param * tokens / rate / 3600,
     )

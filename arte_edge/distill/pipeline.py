@@ -82,7 +82,7 @@ def run_pipeline(
     from arte_edge.distill.stages.target import target
     from arte_edge.distill.train.ranks import refuse_processes
 
-    refuse_processes(config.train.processes)
+    refuse_processes(config.train.processes, sharded=config.train.shard_teacher)
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
     refuse_run(config, task)
     part = Part(config, until=until, from_=from_, share=Share.parse(shard) if shard else None)

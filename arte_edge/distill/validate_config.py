@@ -187,6 +187,11 @@ def _server_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
 def _rank_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield what prevents the training on several processes, each of which takes its share of every step."""
     n = config.train.processes
+    if config.train.shard_teacher and n == 1:
+        yield (
+            "train.shard_teacher: one process cannot share weights",
+            "Set train.processes to the number of GPUs.",
+        )
     for key, size in (
         ("tune.batch_size", config.tune.batch_size),
         ("align.batch_size", config.align.batch_size if config.aligned else n),

@@ -99,6 +99,10 @@ def test_the_memory_of_trainings(shapes: dict[str, Shape]) -> None:
     assert full.hours == pytest.approx(8 * shared.hours)
     dpo = training("align", shapes["llama"], gpus, 1, tokens=1e6, at_once=0, lora_rank=8, reference=True)
     assert dpo.memory_gb == pytest.approx(2 * 70.55 + 16 * 8 * shapes["llama"].linear_sides / 1e9, abs=0.1)
+    spread = training(
+        "align", shapes["llama"], gpus, 8, tokens=1e6, at_once=0, lora_rank=8, reference=True, spread=True
+    )
+    assert spread.memory_gb == pytest.approx(dpo.memory_gb / 8 + 4 * 70.55 / 80, abs=0.1)
     assert full.activations_gb == pytest.approx(512 * (34 * 18 * 2048 + 8 * 256000) / 1e9)
 
 

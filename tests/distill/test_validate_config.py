@@ -104,6 +104,8 @@ def test_steps_that_processes_cannot_share_are_found_before_any_call() -> None:
     with pytest.raises(InputError, match=r"tune\.batch_size = 6") as caught:
         refuse_run(config, task)
     assert "align" not in str(caught.value)
+    with pytest.raises(InputError, match=r"train\.shard_teacher"):
+        refuse_run(RunConfig.model_validate({"train": {"shard_teacher": True}}), task)
     refuse_run(RunConfig.model_validate({"train": {"processes": 4}}), task)
 
 

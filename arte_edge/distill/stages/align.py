@@ -104,6 +104,7 @@ def align(run: RunContext, others: Sequence[RunContext] = ()) -> tuple[Summary, 
                     probe=lambda adapter_dir: _probe(run, adapter_dir),
                     progress=progress,
                     processes=run.config.train.processes,
+                    sharded=run.config.train.shard_teacher,
                 )
             if result.dropped:
                 run.reporter.warn(

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from arte_edge.distill.train.checkpoints import Workspace
-from arte_edge.distill.train.ranks import agreed, is_main, shared_batch, world_size
+from arte_edge.distill.train.ranks import agreed, is_main, is_sharded, shared_batch, world_size
 from arte_edge.errors import InputError
 from arte_edge.extras import need
 from arte_edge.runtimes.transformers.placement import empty_cache, pick_device, training_floats
@@ -44,6 +44,12 @@ __all__ += ["main_rank_saves", "quiet_training", "training_order"]
 
 Progress = Callable[[int, int], None]  # optimizer steps done, of how many
 
+# A layer's weights are gathered while it computes, and it computes twice rather than keep its activations: a model that
+# no GPU holds. Checkpoints hold the adapter whole.
+_SHARDED: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT", "activation_checkpointing": True},
+}
 _WINDOW = 8  # batches that are sorted by length together: the order stays random
 
 
@@ -216,6 +222,7 @@ def arguments(
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": passes,
         "ddp_find_unused_parameters": False,
+        **(_SHARDED if is_sharded() else {}),
         "num_train_epochs": 1,  # the order holds all epochs, see `order`
         "train_sampling_strategy": "sequential",
         "learning_rate": settings.learning_rate,

@@ -13,6 +13,7 @@ from __future__ import annotations
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from arte_edge.distill.train.ranks import is_sharded
 from arte_edge.private_apis import missing
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def score_completions_only(model: Any, *, pairs: bool = False) -> bool:
 
 
 def _is_plain(model: Any) -> bool:
+    if is_sharded():  # the backbone alone would compute with a part of the weights
+        return False
     return not missing(__name__) and model.config.model_type in _PLAIN_HEADS and model.device.type == "cpu"
 
 

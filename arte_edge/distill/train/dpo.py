@@ -34,7 +34,7 @@ from arte_edge.distill.train.common import (
 )
 from arte_edge.distill.train.completion_head import score_completions_only
 from arte_edge.distill.train.kl_target import FEWEST_STEPS, HeldOut, StepSizer, held_out_report
-from arte_edge.distill.train.ranks import is_main, slot_weights, train_on_ranks, world_size
+from arte_edge.distill.train.ranks import is_main, is_sharded, slot_weights, train_on_ranks, world_size
 from arte_edge.errors import ArteError, InputError
 from arte_edge.private_apis import missing
 from arte_edge.store import content_key, write_jsonl
@@ -73,6 +73,7 @@ def train_dpo(
     probe: Probe | None = None,
     progress: Progress | None = None,
     processes: int = 1,
+    sharded: bool = False,
 ) -> DpoResult:
     """Align `checkpoint` on `pairs` (rendered ``prompt``, ``chosen``, ``rejected``) into the folder `out`.
 
@@ -82,7 +83,8 @@ def train_dpo(
     `probe` runs before the first step, every ``settings.probe_every`` steps and after the last
     one; on a collapse training stops and the last good adapter is used. Killed at any moment, the
     same call resumes from its last checkpoint to the same adapter; a finished one returns at once. With several
-    `processes` each has a share of every step's pairs (`ranks`); `probe` runs in this one.
+    `processes` each has a share of every step's pairs (`ranks`) and, `sharded`, of the weights; `probe` runs in this
+    one.
 
     Raises:
         InputError: no pairs, a pair without its texts, no pair that fits, an unreadable checkpoint,
@@ -99,7 +101,7 @@ def train_dpo(
     workspace = Workspace(out, request)
     if processes > 1:
         job: dict[str, Any] = {"checkpoint": str(checkpoint), "pairs": texts[0], "held_out": texts[1]}
-        job |= {"settings": settings.model_dump(mode="json"), "probed": probe is not None}
+        job |= {"settings": settings.model_dump(mode="json"), "probed": probe is not None, "sharded": sharded}
         checked = None if probe is None else lambda folder: asdict(probe(folder))
         train_on_ranks("dpo", job, workspace, processes, progress, checked)
     else:
@@ -123,10 +125,12 @@ def train_here(
     with quiet_training():
         training = _Training(checkpoint, pairs, held_out, settings, workspace, probe, progress)
         training.run()
-        if not is_main():
+        if not is_main() and not is_sharded():
             return
         monitor, sizer, state = training.monitor, training.sizer, training.trainer.state
         found = training.judged(monitor.adapter(monitor.good_step))
+        if not is_main():
+            return
         history, steps = history_of(training.trainer), state.global_step
         counts = {"pairs": training.n_pair, "dropped": len(pairs) - training.n_pair}
         del training, state
@@ -284,9 +288,25 @@ class _Training:
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        model = self.trainer.model
-        set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
+        model, weights = self.trainer.model, load_file(adapter / "adapter_model.safetensors")
+        if is_sharded():
+            _set_shards(model, weights)
+        else:
+            set_peft_model_state_dict(model, weights)
         return held_out_report(model, self.sizer.kl(model), self._held_out, self._settings.beta)
+
+
+def _set_shards(model: Any, weights: Mapping[str, Any]) -> None:
+    """Set the adapter of a model of whose weights each rank holds a part; PEFT can only set whole ones."""
+    import torch
+    from torch.distributed.tensor import distribute_tensor
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            whole = weights.get(name.replace(".default.", "."))
+            if whole is not None:
+                whole = whole.to(weight.device, weight.dtype)
+                weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))
 
 
 def _with_weight(collate: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

@@ -35,6 +35,8 @@ def main(path: Path) -> int:
     import torch
     from accelerate import PartialState
 
+    if job.get("sharded"):
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
     device = pick_device().type
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -29,7 +29,16 @@ from arte_edge.files import json_loads
 from arte_edge.store import parse_line
 from arte_edge.threads import thread_count
 
-__all__ = ["agreed", "answer_of", "is_main", "refuse_processes", "say", "shared_batch", "slot_weights"]
+__all__ = [
+    "agreed",
+    "answer_of",
+    "is_main",
+    "is_sharded",
+    "refuse_processes",
+    "say",
+    "shared_batch",
+    "slot_weights",
+]
 __all__ += ["train_on_ranks", "world_size"]
 
 _WORKER = "arte_edge.distill.train.rank_worker"
@@ -62,6 +71,11 @@ def agreed(value: Value) -> Value:
     torch.distributed.broadcast_object_list(box, src=0)
     given: Value = box[0]
     return given
+
+
+def is_sharded() -> bool:
+    """Return whether the ranks hold a part of the model's weights each (FSDP); accelerate reads the same variable."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true" and world_size() > 1
 
 
 def say(message: Mapping[str, Any]) -> None:
@@ -183,10 +197,11 @@ def answer_of(workspace: Workspace) -> Any:
     return answer
 
 
-def refuse_processes(n: int) -> None:
-    """Raise if trainings cannot run on `n` processes here.
+def refuse_processes(n: int, *, sharded: bool = False) -> None:
+    """Raise if trainings cannot run on `n` processes here, or not with the weights spread over them.
 
-    Raises InputError: fewer GPUs than processes, or this is one of several processes itself.
+    Raises InputError: fewer GPUs than processes, none to spread weights over, or this is one of several processes
+    itself.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) > 1 and "LOCAL_RANK" in os.environ:
         raise InputError(
@@ -200,6 +215,11 @@ def refuse_processes(n: int) -> None:
     from arte_edge.runtimes.transformers.placement import pick_device
 
     there, device = torch.cuda.device_count(), pick_device().type
+    if sharded and device != "cuda":
+        raise InputError(
+            "train.shard_teacher: this machine has no GPUs to spread weights over",
+            "Leave it out: each process then holds the whole teacher.",
+        )
     if device == "mps" or (device == "cuda" and n > there):
         has = (
             f"{there} GPU" + "s" * (there != 1)

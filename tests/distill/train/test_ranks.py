@@ -151,6 +151,56 @@ def rank_ids(folder: Path) -> dict[str, int]:
     return found
 
 
+# accelerate shards on GPUs alone; torch also does on a CPU, where this test runs.
+_SHARD_ON_CPU = """
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+init = PartialState.__init__
+def sharded(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    if self._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+        self._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+PartialState.__init__ = sharded
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_teacher_that_is_spread_over_processes_is_aligned_as_on_one(
+    broken: bool, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shim").mkdir()
+    (tmp_path / "shim" / "sitecustomize.py").write_text(_SHARD_ON_CPU)
+
+    def probe(folder: Path) -> ProbeResult:
+        return ProbeResult(0.1 if broken and folder.name == "step-4" else 0.75, 40.0)
+
+    settings = DPO.model_copy(update={"target_kl": 0.1, "learning_rate": 1e-4})
+    more: dict[str, Any] = {"held_out": PAIRS[:3], "probe": probe}
+    one = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "one", settings, **more)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'shim'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    more |= {"processes": 2, "sharded": True}
+
+    def kill(done: int, total: int) -> None:
+        if done == 3:
+            os.kill(rank_ids(tmp_path)["1"], signal.SIGKILL)
+
+    if not broken:  # it resumes from the check after step 2
+        with pytest.raises(ArteError, match="one was lost"):
+            train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "two", settings, **more, progress=kill)
+    steps: list[int] = []
+    more["progress"] = lambda done, total: steps.append(done)
+    two = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "two", settings, **more)
+    assert steps[0] == (1 if broken else 3)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+    assert (two.kept_step, two.collapse) == (one.kept_step, one.collapse) and bool(one.collapse) == broken
+    assert two.held_out.kl == pytest.approx(one.held_out.kl, rel=1e-3, abs=1e-6)
+    assert two.held_out.margin == pytest.approx(one.held_out.margin, abs=1e-3)
+    ids = range(5, 25)
+    a, b = (hf_logits(tiny_checkpoint(), ids, result.adapter) for result in (one, two))
+    assert np.abs(a - b).max() < 1e-3
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 def test_a_lost_process_ends_the_training_which_resumes_on_any_number(
     tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -236,6 +286,8 @@ def test_weights_make_the_mean_over_ranks_that_of_one_process(
 
 def test_a_run_is_started_once(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_processes(2)
+    with pytest.raises(InputError, match=r"train\.shard_teacher"):
+        refuse_processes(2, sharded=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(InputError, match="accelerate launch"):
