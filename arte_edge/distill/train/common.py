@@ -48,7 +48,9 @@ Progress = Callable[[int, int], None]  # optimizer steps done, of how many
 # no GPU holds. Checkpoints hold the adapter whole.
 _SHARDED: dict[str, Any] = {
     "fsdp": True,
-    "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT", "activation_checkpointing": True},
+    "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"},
+    # Not FSDP's own checkpointing, which renames the layers, in an adapter's file too.
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
 }
 _WINDOW = 8  # batches that are sorted by length together: the order stays random
 
@@ -235,7 +237,7 @@ def arguments(
         "fp16": floats == "float16",
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",
-        "gradient_checkpointing": False,  # costs a forward pass; the models are small
+        "gradient_checkpointing": is_sharded(),  # costs a forward pass; other models are small
         "logging_steps": 1,
         "save_strategy": "no",  # `keep_going` saves checkpoints by the clock
         "save_total_limit": 2,  # the older one goes only when the newer one is whole
