@@ -22,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +36,30 @@ SETTINGS = {
     "check.examples": 10,
     "check.own_labels": "false",
     "tune.target": "reasoning-first",  # so that rationales are written, scored and aligned on
-    "elicit.questions": 8,
-    "elicit.shown": 8,
+    "elicit.questions": 6,
+    "teacher.shots": 2,
+    "elicit.shown": 3,
     "elicit.temperature": 0.8,
     "elicit.rouge": 1.0,
-    "elicit.one_draw": "true",
     "elicit.question_tokens": 96,
     "elicit.rationale_tokens": 36,
     "elicit.max_prompts": 60,
-    "elicit.opinion_shots": 8,
+    "elicit.opinion_shots": 4,
     "calibrate.items": 10,
     "calibrate.k": 8,
     "calibrate.shots": "[0,1]",
-    "align.question_pairs": 2,
-    "align.rationale_pairs": 6,
+    "align.question_pairs": 1,
+    "align.rationale_pairs": 5,
+    "align.target_kl": 0.0,  # two steps of a high rate: what is shown is that the adapter writes, not what it is worth
+    "align.learning_rate": 1e-3,
+    "align.lora_targets": '["q_proj","v_proj"]',
+    "align.probe_every": 2,
+    "align.fresh_drafts": 4,
     "align.min_gap": 0.0,
     "align.min_gap_errors": 0.0,
-    "align.batch_size": 2,
+    "align.batch_size": 3,
     "align.probe_prompts": 1,
-    "tailor.questions": 12,
+    "tailor.questions": 8,
     "tailor.temperature": 0.8,
     "tailor.label": "teacher",
     "tailor.max_prompts": 80,
@@ -134,18 +139,22 @@ def written(out: Path) -> Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="new folder for the run and the server's log")
-    out = parser.parse_args().out.absolute()
+    parser.add_argument("--running", nargs=2, metavar=("URL", "LOG"), help="a server that runs, and its log")
+    given = parser.parse_args()
+    out = given.out.absolute()
     out.mkdir(parents=True)
     teacher = resolve(MODEL)
-    log = out / "server.log"
+    log = Path(given.running[1]) if given.running else out / "server.log"
+    before = log.read_text(errors="replace").count(POST) if given.running else 0
 
     def posts() -> int:
-        return log.read_text(errors="replace").count(POST)
+        return log.read_text(errors="replace").count(POST) - before
 
     def aligned() -> dict[str, int]:
         return {by: n for by, n in written(out).items() if by.startswith("openai/") and not by.endswith("/")}
 
-    with server(os.environ["VLLM_PYTHON"], teacher.checkpoint(), log) as url:
+    running = nullcontext(given.running[0]) if given.running else None
+    with running or server(os.environ["VLLM_PYTHON"], teacher.checkpoint(), log) as url:
         fresh = {"n": 0}
 
         def tailoring() -> bool:

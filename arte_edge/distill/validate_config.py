@@ -177,6 +177,8 @@ def _server_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
             f"teacher.server: teacher.model names a server as well, {teacher.partition('@')[0]}",
             "teacher.model names the weights that the servers run: a checkpoint folder, a Hub id, a GGUF file.",
         )
+    if _value(tables, "teacher", "server") and _value(tables, "teacher", "engine") != "auto":
+        yield "teacher.engine: the teacher's texts come from teacher.server", "Leave one of the two out."
     if isinstance(student, str) and is_server(student):
         yield (
             f"student.model: {student.partition('@')[0]} is a server, but the student is trained locally",

@@ -115,3 +115,5 @@ def test_the_weights_of_servers_are_no_server(house: Any) -> None:
     both = {"model": f"openai:m@{server}", "server": server}
     with pytest.raises(InputError, match=r"teacher\.server: teacher\.model names a server as well"):
         refuse_run(house.config(teacher=both, data="original-teacher"), house.task)
+    with pytest.raises(InputError, match=r"teacher\.engine: .*teacher\.server"):
+        refuse_run(house.config(teacher={**both, "model": "scripted-teacher", "engine": "int8"}), house.task)

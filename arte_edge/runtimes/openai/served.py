@@ -14,6 +14,7 @@ others have left. One that is gone hands its rows to the others, and is tried ag
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -150,12 +151,14 @@ class ServedEngine:
         return len(self.text.tokens(text))
 
     def close(self) -> None:
-        """Unload the adapter from the servers and close the connections."""
+        """Unload the adapter from the servers, remove it from their folder and close the connections."""
         for engine in self._live.values():
             engine.close()
         for url in self._loaded & set(self._live):
             with suppress(EngineError):
                 self._call(url, "/unload_lora_adapter", {"lora_name": self._adapter_name})
+        if self._loaded:
+            shutil.rmtree(self._folder.here / self._adapter_name, ignore_errors=True)
         self._live.clear()
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -221,8 +224,11 @@ class ServedEngine:
             if self._aligns and self._adapter is None:
                 self._check_lora(url)
             if self._adapter is not None:
+                root = f"{self._folder.there}/{self._adapter_name}"
                 if self._adapter_name not in listed:
-                    self._load(url, self._adapter)
+                    self._load(url, self._adapter, root)
+                elif listed[self._adapter_name].get("root") == root:  # of this run, which was killed
+                    self._loaded.add(url)
                 engine.close()
                 engine = self._connect(url, self._adapter_name)
         except BaseException as error:
@@ -271,13 +277,14 @@ class ServedEngine:
         ids = self.text.tokens(_TEXT)
         try:
             theirs = engine.prompt_logp(ids)
+            engine.next_logp(ids, ids[:1])
         except CallFailed as error:
             if error.fatal or not (error.status or error.text):
                 raise
             raise InputError(
-                f"{url} gives no log-probabilities of a prompt, by which its weights are checked: {error.message}",
-                'teacher.server takes servers of vLLM. Of others: teacher.model = "openai:MODEL@URL", without '
-                "alignment.",
+                f"{url} does not give the log-probabilities by which its weights are checked: {error.message}",
+                'teacher.server takes vLLM\'s server, from 0.32. Of others: teacher.model = "openai:MODEL@URL", not '
+                "aligned.",
             ) from error
         nats = float(np.abs(np.subtract(theirs, self._reference(ids))).mean())
         if not nats <= _MOST_NATS:
@@ -313,9 +320,9 @@ class ServedEngine:
             if "No adapter found" not in error.text:
                 raise _not_loaded(url, path, error) from error
 
-    def _load(self, url: str, adapter: Path) -> None:
+    def _load(self, url: str, adapter: Path, there: str) -> None:
         """Put the adapter where the server sees it and load it. Raises InputError: the server does not take it."""
-        here, there = self._folder.here / self._adapter_name, f"{self._folder.there}/{self._adapter_name}"
+        here = self._folder.here / self._adapter_name
         if not here.is_dir():
             with disk_errors(here):
                 here.parent.mkdir(parents=True, exist_ok=True)

@@ -51,9 +51,8 @@ class Vllm:
         path, body = seen.path.removeprefix("/v1/"), seen.body
         if path == "models":
             base = {"id": self.name, "owned_by": "vllm", "parent": None}
-            return 200, {
-                "data": [base, *({"id": n, "owned_by": "vllm", "parent": self.name} for n in self.loaded)]
-            }
+            more = {"owned_by": "vllm", "parent": self.name}
+            return 200, {"data": [base, *({"id": n, "root": at} | more for n, at in self.loaded.items())]}
         if path.endswith("lora_adapter"):
             return self._adapters(path, body)
         if body["model"] not in (self.name, *self.loaded):
@@ -174,20 +173,24 @@ def test_an_adapter_is_loaded_under_its_hash_writes_and_is_unloaded(
     assert server.loaded == {}
 
 
-def test_an_adapter_that_another_run_loaded_is_used_and_left(served: Any, adapter: Path) -> None:
+def test_an_adapter_that_is_loaded_already_is_used_and_unloaded_by_its_own_run(
+    served: Any, adapter: Path, tmp_path: Path
+) -> None:
     engine, (server,) = served(adapter=adapter)
-    again = ServedEngine(
-        engine._urls,
-        engine._checkpoint,
-        "5" * 64,
-        engine._folder,
-        adapter=adapter,
-        retry=RetryPolicy(attempts=1),
-    )
-    again.close()
-    assert server.loaded
-    engine.close()
-    assert not server.loaded
+
+    def again(folder: ServerFolder) -> None:
+        once = RetryPolicy(attempts=1)
+        other = ServedEngine(engine._urls, engine._checkpoint, "5" * 64, folder, adapter=adapter, retry=once)
+        assert not any(row.error for row in other.complete(PROMPTS, GREEDY))
+        other.close()
+
+    again(ServerFolder.parse("", tmp_path / "another"))
+    (path,) = server.loaded.values()
+    assert Path(path).is_dir(), "of a run that goes on"
+    again(engine._folder)  # as after a kill
+    assert not server.loaded and not Path(path).exists()
+    # Its own run finds it gone, and loads it again.
+    assert not any(row.error for row in engine.complete(PROMPTS, GREEDY)) and server.loaded
 
 
 def test_servers_share_the_rows_each_its_own_part(served: Any) -> None:
@@ -250,7 +253,7 @@ def served_nowhere(like: ServedEngine, url: str) -> ServedEngine:
     ("server", "settings", "message", "hint"),
     [
         ({}, {"name": "other"}, "serves no model named 'other'", "It lists teacher"),
-        ({"logprobs": False}, {}, "no log-probabilities of a prompt", "openai:MODEL@URL"),
+        ({"logprobs": False}, {}, "does not give the log-probabilities", "openai:MODEL@URL"),
         (
             {"lora": "no route"},
             {"aligns": True},
