@@ -87,6 +87,7 @@ class RunContext:
         self.calls = Calls(self._log, reporter)
         self._engines: dict[str, Engine] = {}
         self._models: dict[str, LocalModel] = {}
+        self._adapters: dict[str, tuple[Path, str]] = {}  # of aligned teachers, by reference: hashed once
         self._files: dict[str, dict[str, str]] = {}
         self.summaries: dict[str, Summary] = {}  # of finished stages
         self.cluster: RayCluster | None = None  # the pipeline sets it
@@ -318,7 +319,10 @@ class RunContext:
         """Return the adapter of a teacher that another run aligned."""
         if (aligned := _aligned(config)) is None:
             return None
-        return aligned.adapter_for(self.local(config), llamacpp=self.on_llamacpp(config))
+        if config.model not in self._adapters:
+            llamacpp = self.on_llamacpp(config)
+            self._adapters[config.model] = aligned.adapter_for(self.local(config), llamacpp=llamacpp)
+        return self._adapters[config.model]
 
     def checkpoint(self, config: ModelConfig) -> Path:
         """Return the model's checkpoint folder; a GGUF is converted first, once."""
