@@ -229,8 +229,8 @@ def arguments(
         "train_sampling_strategy": "sequential",
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": schedule,
-        # Rounded down: a warm-up of one step would be a step at rate zero.
-        "warmup_steps": int(settings.warmup * n_step),
+        # The first step of a warm-up has rate zero: one of a single step would be that and nothing else.
+        "warmup_steps": n if (n := int(settings.warmup * n_step)) > 1 else 0,
         "max_length": None,  # too long examples were dropped and counted, not truncated
         "seed": settings.seed,
         "bf16": floats == "bfloat16",
