@@ -161,12 +161,17 @@ def quiet_training() -> Iterator[None]:
     shown = logging.is_progress_bar_enabled(), is_progress_bar_enabled()
     logging.disable_progress_bar()
     disable_progress_bar()
+    trainer = logging.get_logger("transformers.trainer")
+    level = trainer.level
+    # A resumed training warns of a missing lm_head, which is the embedding and no weight of its own.
+    trainer.setLevel(logging.ERROR)
     try:
         # Deprecation notes to developers mean nothing to a user.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
+        trainer.setLevel(level)
         if shown[0]:
             logging.enable_progress_bar()
         if shown[1]:
