@@ -6,8 +6,6 @@ import sys
 
 from arte_edge.cli import interrupt
 
-__all__ = ["run"]
-
 
 def run() -> int:
     """Run the command line and return its exit code; signals are handled before all verbs are imported."""

@@ -32,19 +32,6 @@ from arte_edge.errors import ArteError, InputError
 from arte_edge.files import json_loads, user_path
 from arte_edge.model_folder import TOKENIZER_FILES
 
-__all__ = [
-    "DISK_FULL_MESSAGES",
-    "DiskFull",
-    "Progress",
-    "access_error",
-    "atomic_file",
-    "boot_id",
-    "cache_dir",
-]
-__all__ += ["cache_subdir", "cached_measurement", "check_free_space", "cleanup_on_full_disk", "disk_errors"]
-__all__ += ["is_disk_full", "is_offline", "locked", "megabytes", "rename_into_place", "sha256_checkpoint"]
-__all__ += ["sha256_file", "slug", "user_registry", "write_atomic"]
-
 # (step, bytes done, total bytes); a total of 0 means unknown
 Progress = Callable[[str, int, int], None]
 

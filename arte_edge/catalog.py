@@ -12,8 +12,6 @@ from pathlib import Path
 from arte_edge.errors import InputError, nearest
 from arte_edge.files import run_file, user_path
 
-__all__ = ["KINDS", "describe", "find", "names", "root"]
-
 _PACKAGE = Path(__file__).parent
 
 # kind -> its folder in the package, or in the checkout (in a wheel: _data/<kind>)

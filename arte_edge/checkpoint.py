@@ -25,10 +25,6 @@ from arte_edge.errors import InputError, reading
 from arte_edge.files import json_loads, read_json
 from arte_edge.model_folder import MORE_TEMPLATES, look
 
-__all__ = ["EMBEDDING", "OUTPUT", "Values", "Weight", "check_tied", "dtype_and_count", "read_config"]
-__all__ += ["read_header", "read_tensors", "read_weights", "reject_quantized", "shapes_of"]
-__all__ += ["write_chat_template"]
-
 # float32, float16, or uint16 with the bits of bfloat16
 Values = NDArray[Any]
 

@@ -19,9 +19,6 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-__all__ = ["ByteProgress", "Reporter", "Step", "doing", "emit_json", "err", "heartbeat"]
-__all__ += ["model_progress", "out", "step_progress", "tolerate_any_encoding"]
-
 # (step, bytes done, total bytes; 0: unknown)
 ByteProgress = Callable[[str, int, int], None]
 

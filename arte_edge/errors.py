@@ -18,17 +18,6 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
-__all__ = [
-    "ArteError",
-    "EngineError",
-    "GateError",
-    "InputError",
-    "StoppedEarly",
-    "first_line",
-    "nearest",
-    "reading",
-]
-
 
 class ArteError(Exception):
     """What is wrong and what to do about it, in two plain sentences."""

@@ -6,8 +6,6 @@ from importlib.util import find_spec
 
 from arte_edge.errors import ArteError
 
-__all__ = ["EXTRAS", "missing_modules", "need"]
-
 # extra -> the modules it must provide; the keys are the extras of pyproject.toml
 EXTRAS = {
     "train": (

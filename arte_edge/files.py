@@ -15,17 +15,6 @@ from arte_edge.errors import InputError, nearest
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
-__all__ = [
-    "json_loads",
-    "problems",
-    "read_json",
-    "read_toml",
-    "run_file",
-    "toml_loads",
-    "user_path",
-    "validated",
-]
-
 _DEEPEST = 100  # tables or lists in each other; what validates, merges and writes settings is recursive too
 _SHOWN_CHARS = 200
 M = TypeVar("M", bound="BaseModel")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-__all__ = ["available_bytes", "cgroup_files", "machine_bytes", "total_bytes"]
-
 _NO_LIMIT_BYTES = 1 << 60  # version 1 of control groups uses such numbers instead of "max"
 
 

@@ -17,9 +17,6 @@ from typing import Any, Literal
 from arte_edge.errors import InputError, reading
 from arte_edge.files import read_json
 
-__all__ = ["ADAPTER_WEIGHTS", "MORE_TEMPLATES", "TOKENIZER_FILES", "ModelFolder", "chat_templates", "look"]
-__all__ += ["end_ids", "read_adapter_config", "token_text", "tokenizer_files"]
-
 # All files that a tokenizer may consist of
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),

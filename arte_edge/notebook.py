@@ -14,8 +14,6 @@ from typing import Any
 from rich.table import Column, Table
 from rich.text import Text
 
-__all__ = ["ResultTable", "fragment", "table_html"]
-
 
 class ResultTable(Table):
     """A table of the terminal that a notebook shows as an HTML table instead of as text."""

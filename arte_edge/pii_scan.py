@@ -19,8 +19,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Finding", "Machine", "first_held", "this_machine"]
-
 # Names that many machines share, or that are common words: they identify nobody.
 _COMMON = re.compile(
     "root|user|admin|ubuntu|debian|pi|runner|nobody|guest|test|build|docker|localhost|localdomain|local|raspberrypi|"

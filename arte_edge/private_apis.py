@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-__all__ = ["PRIVATE_NAMES", "PrivateName", "missing", "problem"]
-
 
 @dataclass(frozen=True)
 class PrivateName:

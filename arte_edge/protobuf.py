@@ -10,8 +10,6 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 
-__all__ = ["fields", "varint"]
-
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 

@@ -18,20 +18,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = [
-    "Interval",
-    "PairedTest",
-    "Ratio",
-    "format_share",
-    "mcnemar",
-    "over_seeds_and_questions",
-    "pearson",
-    "ratio",
-    "t_quantile",
-    "wilson",
-]
-
-
 _T_GRID = 20_001
 _BOOTSTRAPS = 4_000
 

@@ -26,9 +26,6 @@ from arte_edge.cache import disk_errors, write_atomic
 from arte_edge.errors import ArteError
 from arte_edge.files import json_loads
 
-__all__ = ["CallLog", "Stage", "content_key", "link_folder", "parse_line", "read_groups", "read_jsonl"]
-__all__ += ["write_jsonl"]
-
 Row = dict[str, Any]
 
 # Files with a checksum in a stage's manifest: its data, and weights that later stages load.

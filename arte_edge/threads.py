@@ -6,8 +6,6 @@ import os
 
 from arte_edge.errors import InputError
 
-__all__ = ["available_cores", "thread_count", "threads_from_environment"]
-
 
 def thread_count(threads: int | None = None) -> int:
     """Return `threads` if given, else ``ARTE_EDGE_THREADS``, else the cores this process may use.

@@ -26,9 +26,6 @@ from arte_edge.model_folder import chat_templates, look, read_adapter_config, to
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MergeCheck", "attach_adapter", "compare_merge", "load_model", "load_tokenizer", "logits_of"]
-__all__ += ["merge_attached", "probe_ids"]
-
 # Of the adapter's effect, what rounding of the merged weights may lose; and the bits of the weights themselves
 _MAX_LOST = {"float32": 0.02, "float16": 0.25, "bfloat16": 0.75}
 _ROUNDING = {"float32": 1e-5, "float16": 8e-3, "bfloat16": 3e-2}

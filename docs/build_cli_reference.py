@@ -12,8 +12,6 @@ import sys
 from difflib import unified_diff
 from pathlib import Path
 
-__all__ = ["PAGE", "main", "render"]
-
 PAGE = Path(__file__).parent / "cli.md"
 HEADER = """\
 <!-- Written by `make docs` from the code. Edits here are lost: edit the help text of the command. -->

@@ -17,8 +17,6 @@ from pydantic import BaseModel
 from arte_edge import catalog
 from arte_edge.distill.config import RunConfig, load_toml
 
-__all__ = ["PAGE", "main", "render"]
-
 PAGE = Path(__file__).parent / "presets.md"
 BEGIN, END = "<!-- keys: written by docs/build_presets_page.py -->", "<!-- end of keys -->"
 

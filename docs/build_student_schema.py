@@ -11,9 +11,8 @@ import sys
 from difflib import unified_diff
 from pathlib import Path
 
-from arte_edge.results.student_json import SCHEMA_VERSION, StudentFile
-
-__all__ = ["PAGE", "main", "render"]
+from arte_edge.results.accuracy import SCHEMA_VERSION
+from arte_edge.results.student_json import StudentFile
 
 PAGE = Path(__file__).parent / "student.schema.json"
 

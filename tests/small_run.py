@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["SETTINGS", "finish", "start"]
-
 MODEL = "smollm2-135m-instruct"
 SETTINGS = [
     "elicit.questions=4",

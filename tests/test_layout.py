@@ -1,7 +1,6 @@
 """Rules that no linter knows: size, order of the packages, public names, data folders, pins, links."""
 
 import ast
-import importlib
 import re
 import sys
 import tomllib
@@ -33,8 +32,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 LIMITS = {
     "lines of a file": 600,
     "modules, without __init__": 211,
-    "lines of the package": 46_930,  # aim: 36,000
-    "lines of the tests": 29_710,  # aim: 21,000
+    "lines of the package": 46_170,  # aim: 36,000
+    "lines of the tests": 29_700,  # aim: 21,000
     "modules under 80 lines with one importer": 12,
     "import cycles at the top of modules": 0,
     "import cycles, with imports inside functions": 0,
@@ -180,18 +179,6 @@ def test_no_package_imports_one_further_up() -> None:
 
 def test_every_module_says_what_it_is_for() -> None:
     assert [relative(path) for path in MODULES if not (ast.get_docstring(parse(path)) or "").strip()] == []
-
-
-def test_public_names_are_listed_and_exist() -> None:
-    wrong = {}
-    for name, path in NAMES.items():
-        if any(isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign) for node in parse(path).body):
-            module = importlib.import_module(name)
-            listed = getattr(module, "__all__", ["no __all__"])  # ruff keeps it sorted (RUF022)
-            missing = [name for name in listed if not hasattr(module, name)]
-            if missing or len(listed) != len(set(listed)):
-                wrong[relative(path)] = missing or "a name twice"
-    assert wrong == {}
 
 
 def test_every_shipped_toml_parses() -> None:

@@ -12,8 +12,6 @@ from types import FrameType
 
 import arte_edge
 
-__all__ = ["GROUND_FLOOR", "documented", "files_run"]
-
 PACKAGE = Path(arte_edge.__file__).parent
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 # Used by everything: errors, output, atomic files, statistics of a summary, an example of a task.

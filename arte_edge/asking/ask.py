@@ -27,8 +27,6 @@ from arte_edge.tasks.task import BOOLEANS, Answer, Task
 if TYPE_CHECKING:
     from arte_edge.runtimes.protocol import Runtime
 
-__all__ = ["QuestionTooLong", "Reply", "Student", "accepted_file", "checked_question", "choose"]
-
 _FREE_TOKENS = 96  # limit of an answer of a model that nothing is known of
 _TEXT = Answer(kind="text", exact=True)
 

@@ -20,9 +20,6 @@ from arte_edge.runtimes.prompt_render import Message
 from arte_edge.tasks.answers import canonical, extract
 from arte_edge.tasks.task import Answer, Task
 
-__all__ = ["ANSWER_CLOSE", "ANSWER_OPEN", "FORMS", "Asking", "Form", "asking_of"]
-__all__ += ["held_form", "instruction", "tagged"]
-
 Form = Literal["answer", "answer-first", "reasoning-first"]
 FORMS: tuple[Form, ...] = get_args(Form)
 

@@ -16,8 +16,6 @@ from arte_edge.asking.form import ANSWER_CLOSE, ANSWER_OPEN, Asking, Form
 from arte_edge.tasks.structured import compact, key_order
 from arte_edge.tasks.task import BOOLEANS, Answer
 
-__all__ = ["gbnf", "grammar_of", "json_schema"]
-
 _LETTERS = tuple(f"({chr(code)})" for code in range(ord("A"), ord("Z") + 1))
 _ESCAPED = re.compile(r'["\\\x00-\x1f\x7f\u0085\u2028\u2029]')
 # One character of a text without tags, or all of what begins like a tag and is none ("<a", "</x", "<<answer>").

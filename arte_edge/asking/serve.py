@@ -25,8 +25,6 @@ from arte_edge.gguf.reader import GgufHeader, read_model_header
 from arte_edge.runtimes.llamacpp.servers import HOST, NEEDED, end_process, llama_server, python_server
 from arte_edge.threads import thread_count
 
-__all__ = ["Server", "serve_file"]
-
 _MOST_CONTEXT_TOKENS = 4096  # a cache for all that some models were trained for fills the memory
 _START_S, _STOP_S, _POLL_S = 300.0, 1.0, 0.1
 _LOG_LINES = 6

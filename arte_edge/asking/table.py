@@ -24,8 +24,6 @@ from arte_edge.models.artifact import checksums_of
 from arte_edge.tasks.tables import cell_text, input_column, open_table
 from arte_edge.tasks.validation import Problem, raise_first
 
-__all__ = ["AnsweredTable", "ask_table", "journal_of"]
-
 _JSON = (".jsonl", ".ndjson")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _OURS = ("answer", "text")

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from arte_edge.runtimes.prompt_render import Templated, shows_system
 
-__all__ = ["PLAIN", "Asked", "asked", "plain_template", "with_instruction"]
-
 # For models without a template: text that any base model continues.
 PLAIN = (
     "{%- for message in messages -%}"

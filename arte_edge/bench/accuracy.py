@@ -31,8 +31,6 @@ from arte_edge.verify.accuracy import (
     questions_for,
 )
 
-__all__ = ["example_key", "measure_request"]
-
 _ANSWER_CHARS = 200  # of an answer in a row
 _WARMUP_TOKENS = 2
 

@@ -23,8 +23,6 @@ from arte_edge.results.rows import (
 )
 from arte_edge.stats import Ratio, ratio
 
-__all__ = ["Comparison", "QualityPair", "SpeedPair", "compare", "rows_of"]
-
 _MEASURE = "Measure it first: arte-edge bench {path}"
 
 

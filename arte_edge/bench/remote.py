@@ -36,8 +36,6 @@ from arte_edge.results.rows import QualityRow, Row, SpeedRow
 from arte_edge.runtimes.loader import decoder_format
 from arte_edge.store import content_key
 
-__all__ = ["bench_remote"]
-
 # Size of the environment by extra, rounded up: 282 MB with xllamacpp, 527 MB with onnx beside it, measured with
 # `du` on aarch64 (benchmarks/results/arm_emulation). Includes pip's packed wheels during the installation, and
 # the object files of llama-cpp-python.

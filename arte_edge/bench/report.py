@@ -22,8 +22,6 @@ from arte_edge.errors import InputError, nearest
 from arte_edge.files import user_path
 from arte_edge.results.rows import QualityRow, Row, SpeedRow, append_rows
 
-__all__ = ["Output", "as_html"]
-
 FORMATS = ("csv", "json", "jsonl", "md")
 
 _WIDTH = 80

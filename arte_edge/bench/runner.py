@@ -38,8 +38,6 @@ from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.rows import DeviceFacts, QualityRow, Row, SpeedRow
 from arte_edge.runtimes.loader import choose_runtime
 
-__all__ = ["BenchOutcome", "bench", "run_case"]
-
 _QUALITY_TIMEOUT_S = 7200.0  # of one model
 _SIXTEEN_BITS = ("F16", "BF16", "F32", "fp32", "fp16")
 

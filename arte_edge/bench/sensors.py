@@ -27,9 +27,6 @@ from pathlib import Path
 from arte_edge.device.detect import read_text
 from arte_edge.results.rows import Reading
 
-__all__ = ["FREQUENCY_CAPPED", "SOFT_LIMIT", "STICKY_SHIFT"]
-__all__ += ["THROTTLED", "UNDER_VOLTAGE", "EnergyMeter", "Sensors"]
-
 _ROOT = Path("/")
 
 # https://www.raspberrypi.com/documentation/computers/os.html#get_throttled

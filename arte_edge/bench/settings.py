@@ -27,22 +27,6 @@ from arte_edge.runtimes.loader import decoder_format
 from arte_edge.runtimes.null import null_ms
 from arte_edge.threads import threads_from_environment
 
-__all__ = [
-    "BenchSettings",
-    "Case",
-    "Reporter",
-    "Request",
-    "Split",
-    "Target",
-    "cases",
-    "decode_threads",
-    "describe",
-    "find_targets",
-    "load_suite",
-    "make_settings",
-    "threads_note",
-]
-
 Runtime = Literal[
     "auto", "llama-cpp-python", "xllamacpp", "onnxruntime-genai", "onnxruntime", "transformers", "null"
 ]

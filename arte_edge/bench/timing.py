@@ -29,8 +29,6 @@ from arte_edge.device.contention import CpuMeter, contention
 from arte_edge.results.rows import CpuUse, Reading
 from arte_edge.runtimes.protocol import Decoder
 
-__all__ = ["judge", "measure", "metrics"]
-
 _STEADY = 0.05  # coefficient of variation of the last three repetitions
 _MAX_WARM_UPS = 10
 _WARM_UP_TOKENS = 16  # generated in one warm-up

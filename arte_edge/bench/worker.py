@@ -28,8 +28,6 @@ from arte_edge.bench.settings import Case
 from arte_edge.bench.timing import OnProgress, judge, measure, metrics
 from arte_edge.errors import ArteError, EngineError
 
-__all__ = ["main", "run_child"]
-
 # -P: the child must not import modules from the current folder.
 _CHILD = (sys.executable, "-P", "-m", "arte_edge.bench.worker")
 _ROOT = Path("/")

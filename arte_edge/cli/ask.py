@@ -17,8 +17,6 @@ from arte_edge.errors import InputError
 if TYPE_CHECKING:
     from arte_edge.asking.ask import Reply
 
-__all__ = ["ask", "chat", "serve"]
-
 _SOURCE = "A run's folder or name, a .gguf file, an ONNX or checkpoint folder, or an export's folder."
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE)]
 Task = Annotated[str | None, typer.Option(help="Task of a model that has no student.json.")]

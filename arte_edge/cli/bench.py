@@ -10,8 +10,6 @@ import typer
 from arte_edge.cli import interrupt
 from arte_edge.errors import ArteError, InputError
 
-__all__ = ["bench"]
-
 _MODEL = "A .gguf file, an ONNX or checkpoint folder, an export's or a run's folder, a name of 'models ls'."
 
 

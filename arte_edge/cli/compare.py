@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from arte_edge.bench.compare import Comparison, QualityPair, SpeedPair
     from arte_edge.results.rows import QualityRow, SpeedRow
 
-__all__ = ["compare"]
-
 _WIDTH = 80
 _RESULTS = "A bench.jsonl, output of `bench -o json`, an export or run folder, or a measured model."
 

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from arte_edge.device.model_size import ModelSize
     from arte_edge.device.profiles import Profile
 
-__all__ = ["app"]
-
 app = typer.Typer(help="List, show, add and check devices.", no_args_is_help=True)
 
 _REF = "A name of 'devices ls', a .toml file, or user@host."

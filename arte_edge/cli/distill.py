@@ -11,8 +11,6 @@ import typer
 from arte_edge.cli import interrupt
 from arte_edge.errors import InputError
 
-__all__ = ["distill"]
-
 
 def distill(
     run: Annotated[

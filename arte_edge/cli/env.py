@@ -17,8 +17,6 @@ from arte_edge import __version__
 from arte_edge.console import emit_json, out
 from arte_edge.extras import EXTRAS, missing_modules
 
-__all__ = ["env", "environment"]
-
 _PACKAGES = (
     *("llama-cpp-python", "gguf", "xllamacpp", "onnxruntime", "onnxruntime-genai", "onnx", "optimum-onnx"),
     *("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors"),

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from arte_edge.export.source import Source
     from arte_edge.models.artifact import Format
 
-__all__ = ["export"]
-
 
 def export(
     source: Annotated[

@@ -17,8 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-__all__ = ["end", "install", "resumes"]
-
 _GRACE_S = 1.4
 _EXIT_CODE = 4
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

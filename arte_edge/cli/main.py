@@ -34,8 +34,6 @@ from arte_edge.cli import (
 from arte_edge.console import err, heartbeat, tolerate_any_encoding
 from arte_edge.errors import ArteError, InputError
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     name="arte-edge",
     help="Make a small language model good at your task, and prove it on your device.",

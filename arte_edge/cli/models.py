@@ -13,8 +13,6 @@ from arte_edge.console import emit_json, err, out
 if TYPE_CHECKING:
     from arte_edge.models.registry import Entry
 
-__all__ = ["app"]
-
 app = typer.Typer(help="List, download and check models.", no_args_is_help=True)
 
 _REF = "A name of 'models ls', a .gguf file, a checkpoint folder or a Hub id (org/name[@revision][:QUANT])."

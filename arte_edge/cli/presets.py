@@ -17,8 +17,6 @@ from arte_edge.console import emit_json, out
 from arte_edge.errors import InputError
 from arte_edge.files import user_path
 
-__all__ = ["check", "copy", "ls", "show"]
-
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="Name of a shipped preset, path of a run file, or a run's folder.")]
 

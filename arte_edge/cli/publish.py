@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from arte_edge.publish.hub import Preview
     from arte_edge.publish.recommend.recommendation import Recommendation
 
-__all__ = ["card", "push", "recommend", "report"]
-
 
 def card(
     folder: Annotated[

@@ -10,8 +10,6 @@ import typer
 from arte_edge.cli import interrupt
 from arte_edge.errors import StoppedEarly
 
-__all__ = ["study"]
-
 
 def study(
     file: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="Tasks, students, seeds and arms.")],

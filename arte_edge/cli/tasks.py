@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from arte_edge.tasks.task import Task
     from arte_edge.tasks.validation import Problem
 
-__all__ = ["app"]
-
 _LABELS_SHOWN = 20
 
 app = typer.Typer(help="List, show, check and create tasks.", no_args_is_help=True)

@@ -13,8 +13,6 @@ from arte_edge.errors import GateError
 if TYPE_CHECKING:
     from arte_edge.verify.gate import Verdict
 
-__all__ = ["verify"]
-
 _MODEL = "A name of 'models ls', a Hub id, a checkpoint folder, a .gguf file, or a folder with an ONNX model."
 
 

@@ -29,8 +29,6 @@ from arte_edge.private_apis import missing
 from arte_edge.runtimes.loader import Kind
 from arte_edge.threads import thread_count
 
-__all__ = ["RayCluster", "WorkerSizes", "connect"]
-
 _ANSWER_S = 5.0  # for an address to accept a connection
 _NODE_S = 600.0  # for a node to say what it has; the first time it may fetch a model
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray takes 127.0.0.1 for this machine's address

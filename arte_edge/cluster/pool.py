@@ -22,8 +22,6 @@ from arte_edge.cluster.worker import EngineFacts, EngineSpec, Worker
 from arte_edge.errors import ArteError, EngineError
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Method, Request, Sampling
 
-__all__ = ["MOST_DEATHS", "ClusterEngine", "Pool", "reason", "translated"]
-
 MOST_DEATHS = 3  # of workers over the same group, or in a row while one opens an engine; then the run stops
 _PATIENCE_S = 600.0  # without a worker at work; a cluster that grows by itself needs minutes
 _REST_S = 1.0  # before a dead worker is called again

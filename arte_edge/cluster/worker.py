@@ -22,8 +22,6 @@ from arte_edge.models.student_file import found_here
 from arte_edge.runtimes.completion import Engine, EngineIdentity, Method
 from arte_edge.runtimes.loader import Kind, open_local
 
-__all__ = ["EngineFacts", "EngineSpec", "NodeFacts", "Worker", "adapter_sum", "node_facts", "versions"]
-
 
 @dataclass(frozen=True)
 class EngineSpec:

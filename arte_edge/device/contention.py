@@ -20,8 +20,6 @@ from arte_edge.memory import cgroup_files
 from arte_edge.results.rows import CpuUse
 from arte_edge.threads import available_cores
 
-__all__ = ["CpuMeter", "contention"]
-
 # Half a percent and less on a quiet machine, 25 to 80 % with one competing process a core
 # (benchmarks/contention.py); the rate falls by at least the share.
 _MOST_SHARE = 0.05

@@ -16,8 +16,6 @@ from arte_edge import memory
 from arte_edge.results.rows import DeviceFacts
 from arte_edge.threads import available_cores
 
-__all__ = ["board", "detect", "read_text"]
-
 _ROOT = Path("/")
 # The features by which llama.cpp and onnxruntime choose kernels, as Linux spells them. The list is fixed,
 # so that a new Linux version that reports more does not change a machine's fingerprint.

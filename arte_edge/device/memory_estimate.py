@@ -18,8 +18,6 @@ from arte_edge.device.model_size import ModelSize
 from arte_edge.device.profiles import Profile
 from arte_edge.errors import InputError
 
-__all__ = ["does_not_fit", "fit", "fit_profile", "repacked_types"]
-
 Verdict = Literal["fits", "tight", "no"]
 _UBATCH_TOKENS = 512  # llama.cpp's default: the most tokens whose activations are held at once
 # Held per token of a batch: three of the feed-forward's width, six of the model's, in f32. Measured as

@@ -17,8 +17,6 @@ from arte_edge.files import read_json
 from arte_edge.model_folder import look
 from arte_edge.protobuf import fields, varint
 
-__all__ = ["ModelSize", "model_format"]
-
 ModelFormat = Literal["gguf", "onnx-genai", "onnx", "safetensors"]
 
 _GRAPH = 7  # of ModelProto

@@ -15,21 +15,6 @@ from arte_edge.errors import InputError, nearest
 from arte_edge.files import read_toml, validated
 from arte_edge.results.rows import DeviceFacts
 
-__all__ = [
-    "Profile",
-    "Remote",
-    "Runtimes",
-    "add_device",
-    "check_host",
-    "find_device",
-    "match_device",
-    "own_folder",
-    "own_names",
-    "read_profile",
-    "remove_device",
-    "shipped",
-]
-
 # Safe as an argument of ssh: never an option, nothing with a special meaning to a shell or to scp.
 _HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _BAD_HOST = "not user@host or an alias; ports and addresses with ':' go into ~/.ssh/config"

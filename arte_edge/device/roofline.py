@@ -23,9 +23,6 @@ from arte_edge.device.profiles import Profile
 from arte_edge.errors import InputError
 from arte_edge.results.student_json import Artifact
 
-__all__ = ["PREFILL_FACTOR", "Predictor", "bandwidth", "expected"]
-__all__ += ["expected_here", "is_busy", "predict", "predictor"]
-
 _MAX_BYTES = 512_000_000  # of all arrays: larger than the caches of small machines and of most servers
 _PASSES = 6
 _LIMIT_S = 1.5

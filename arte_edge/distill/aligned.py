@@ -17,8 +17,6 @@ from arte_edge.files import read_json, user_path
 from arte_edge.models.resolve import LocalModel
 from arte_edge.store import link_folder
 
-__all__ = ["AlignedTeacher", "aligned_teacher", "write_aligned"]
-
 _FILE = "teacher.json"
 _AGAIN = "Run the same `distill` command of that run again: it writes the folder; finished stages are kept."
 

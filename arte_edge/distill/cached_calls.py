@@ -33,8 +33,6 @@ from arte_edge.runtimes.completion import (
 from arte_edge.runtimes.reasoning import OUT_OF_BUDGET
 from arte_edge.store import CallLog, content_key
 
-__all__ = ["GROUP", "MOST_FAILED", "Calls", "Prompts", "advice"]
-
 GROUP = 32  # calls that are sent and stored together
 MOST_FAILED = 0.2  # share of a stage's calls to a server that may fail, and always one; more stop the run
 

@@ -24,33 +24,6 @@ from pydantic import (
 from arte_edge.errors import InputError
 from arte_edge.files import problems, read_toml, toml_loads
 
-__all__ = [
-    "TECHNIQUE_ARMS",
-    "UNALIGNED",
-    "Align",
-    "Check",
-    "Cluster",
-    "Data",
-    "Deploy",
-    "Elicit",
-    "LabelPolicy",
-    "ModelConfig",
-    "Prefer",
-    "Problem",
-    "RunConfig",
-    "Tailor",
-    "TeacherConfig",
-    "build",
-    "differences",
-    "dump_toml",
-    "load_toml",
-    "parse_set",
-    "problems",
-    "problems_of",
-    "reject",
-    "short_name",
-]
-
 Data = Literal[
     "arte",
     "original-teacher",

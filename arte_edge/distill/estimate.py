@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from arte_edge.asking.form import FORMS, Form
+from arte_edge.asking.form import ANSWER_CLOSE, ANSWER_OPEN, FORMS, Form
 from arte_edge.console import Reporter, emit_json, out
 from arte_edge.distill.cached_calls import GROUP
 from arte_edge.distill.config import TECHNIQUE_ARMS, ModelConfig, RunConfig
@@ -41,8 +41,6 @@ from arte_edge.distill.gpu_plan import (
 from arte_edge.distill.preference.adaptive import AdaptivePlan
 from arte_edge.distill.preference.scoring import is_adaptive
 from arte_edge.distill.prompts import (
-    ANSWER_CLOSE,
-    ANSWER_OPEN,
     ANSWER_PREFILL,
     STEP_BY_STEP,
     Shot,
@@ -67,9 +65,6 @@ from arte_edge.runtimes.loader import is_server
 from arte_edge.runtimes.openai.client import Prices
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
-
-__all__ = ["Call", "Lengths", "StageEstimate", "Work"]
-__all__ += ["dry_run", "estimate", "parse_prices", "plan_gpus", "probe", "stage_work"]
 
 Who = Literal["teacher", "student"]
 # asked, chosen: as the tuned student is asked; generated, constrained: after few-shot examples in the prompt

@@ -37,9 +37,6 @@ from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.answers import canonical, extract, matches
 from arte_edge.tasks.task import Example
 
-__all__ = ["Predictions", "majority_baseline", "reasoned_answers_each", "respondent_answers"]
-__all__ += ["student_answers", "student_choices", "student_prompts", "teacher_answers"]
-
 
 @dataclass(frozen=True)
 class Predictions:

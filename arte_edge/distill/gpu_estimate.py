@@ -9,8 +9,6 @@ from typing import Any
 from arte_edge.console import out
 from arte_edge.distill.gpu_plan import Gpus, Placement, Training
 
-__all__ = ["GpuPlan"]
-
 
 @dataclass
 class GpuPlan:

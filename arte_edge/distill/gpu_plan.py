@@ -39,18 +39,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = [
-    "Gpus",
-    "Placement",
-    "Shape",
-    "TokenizerOnly",
-    "Training",
-    "call_hours",
-    "place",
-    "takes_no_weights",
-]
-__all__ += ["training"]
-
 _PREFILL_SHARE = 0.53
 _BANDWIDTH_SHARE = 0.77
 _TRAINING_SHARE = 0.42

@@ -31,8 +31,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from arte_edge.errors import InputError
 
-__all__ = ["ItemParameters", "fit_2pl", "probability", "top_k"]
-
 Floats = NDArray[np.float64]
 
 # log α ~ N(0, 0.5²) puts 95 % of α between 0.38 and 2.7; β ~ N(0, 2²) keeps it on the ability scale.

@@ -30,17 +30,6 @@ if TYPE_CHECKING:
     from arte_edge.results.measurements import Measured
     from arte_edge.results.student_json import Artifact
 
-__all__ = [
-    "FILE_NAME",
-    "Budget",
-    "Rates",
-    "budget_tokens",
-    "device_rates",
-    "new_budget",
-    "penalize_length",
-    "stored_budget",
-]
-
 FILE_NAME = "deploy.json"
 _CONTEXT_TOKENS = 512  # at which a prediction is made
 _LEAST = 8  # tokens: an answer in its tags and a word before it

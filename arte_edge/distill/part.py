@@ -16,8 +16,6 @@ from arte_edge.cache import write_atomic
 from arte_edge.distill.config import RunConfig
 from arte_edge.errors import InputError
 
-__all__ = ["Part", "PartDone", "Share", "stages_of"]
-
 _MARK = ".from"  # the stage from which a command is making the folder again
 
 

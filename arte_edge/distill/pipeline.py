@@ -28,8 +28,6 @@ from arte_edge.tasks.loaders import load_task
 if TYPE_CHECKING:
     from arte_edge.cluster.connect import RayCluster
 
-__all__ = ["Outcome", "decide_budget", "run_pipeline"]
-
 _PROMPT_PERCENTILE = 95  # of the validation examples, rendered as for the student
 
 

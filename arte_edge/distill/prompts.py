@@ -14,27 +14,6 @@ from arte_edge.asking.form import ANSWER_CLOSE, ANSWER_OPEN, tagged
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.tasks.task import Example, Task
 
-__all__ = [
-    "ANSWER_CLOSE",
-    "ANSWER_OPEN",
-    "ANSWER_PREFILL",
-    "ANSWER_STOPS",
-    "STEP_BY_STEP",
-    "Shot",
-    "answer_shots",
-    "direct_messages",
-    "input_list",
-    "input_messages",
-    "input_prefill",
-    "question_messages",
-    "question_prefill",
-    "question_text",
-    "rationale_messages",
-    "student_messages",
-    "tagged",
-    "teacher_shots",
-]
-
 STEP_BY_STEP = "Let's think step by step."
 # Replaces the student's own reasoning in constrained answers.
 ANSWER_PREFILL = f"{STEP_BY_STEP} The answer is {ANSWER_OPEN}"

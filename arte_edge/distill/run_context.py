@@ -49,16 +49,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-__all__ = [
-    "Role",
-    "Row",
-    "RunContext",
-    "Summary",
-    "holds",
-    "open_folder",
-    "tells_labels",
-]
-
 Row = dict[str, Any]
 Summary = dict[str, Any]
 Role = Literal["labels", "inputs"]

@@ -25,8 +25,6 @@ from arte_edge.store import CallLog, Stage, read_groups
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["ShardLog", "ShardStage", "locked", "merge_shards"]
-
 _FILE = re.compile(r"calls-(\d+)-of-(\d+)\.jsonl")
 _BRIEF_S = (
     10.0  # another process looks whether a lock is held, has rows to read before it works again, or starts

@@ -38,8 +38,6 @@ from arte_edge.tasks.answers import matches
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
 
-__all__ = ["PlannedRun", "StudyFile", "StudyResult", "StudyRow", "load_study", "planned_runs", "run_study"]
-
 _Bools = NDArray[np.bool_]
 _Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 _FREE = {BASE: BASE, OWN: OWN, OWN_ALL: OWN_ALL, TEACHER: TEACHER}  # in the answers of every run

@@ -25,8 +25,6 @@ from arte_edge.runtimes.loader import is_server
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
 
-__all__ = ["fewer_shown", "find_problems", "refuse_models", "refuse_run"]
-
 _FEWEST = 20  # validation examples; below this an interval is wider than any difference worth knowing
 
 

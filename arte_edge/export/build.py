@@ -44,8 +44,6 @@ from arte_edge.pii_scan import this_machine
 from arte_edge.results.student_json import Student
 from arte_edge.store import content_key, link_folder
 
-__all__ = ["BuildCache", "Builder", "BuiltFile", "needs_imatrix", "remove", "uses_base"]
-
 REJECTED = ".rejected"
 
 

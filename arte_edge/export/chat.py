@@ -13,8 +13,6 @@ from arte_edge.files import read_json
 from arte_edge.model_folder import chat_templates, end_ids, token_text, tokenizer_files
 from arte_edge.runtimes.prompt_render import Message, render
 
-__all__ = ["Chat", "read_chat"]
-
 _AGAIN = "Download or save the checkpoint again."
 # End-of-turn tokens of known families. llama.cpp stops at these without being told, older Ollama does not.
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")

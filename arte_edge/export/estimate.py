@@ -19,8 +19,6 @@ from arte_edge.models.artifact import Format, overhead_bytes, predicted_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Estimate", "FileEstimate", "estimate"]
-
 _GIGABYTE = 1_000_000_000
 
 

@@ -19,8 +19,6 @@ from arte_edge.model_folder import ADAPTER_WEIGHTS, read_adapter_config, tokeniz
 from arte_edge.models.resolve import LocalModel, resolve
 from arte_edge.results.student_json import Merge
 
-__all__ = ["Adapter", "merge", "read_adapter"]
-
 _NAME_IT = "Name the model that it was trained on with --base."
 
 

@@ -24,8 +24,6 @@ from arte_edge.errors import InputError
 from arte_edge.export.chat import Chat
 from arte_edge.runtimes.prompt_render import Message
 
-__all__ = ["TemplateSegments", "go_template", "modelfile", "template_segments"]
-
 _S, _U, _A, _V = "Sysstemm", "Usserr", "Asssistantt", "Userragainn"
 
 

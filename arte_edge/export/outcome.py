@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["Failure", "Outcome"]
-
 
 @dataclass(frozen=True)
 class Failure:

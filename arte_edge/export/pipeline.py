@@ -38,9 +38,8 @@ from arte_edge.export.source import Source, gguf_fields
 from arte_edge.gguf.reader import FULL_WIDTH, read_model_header
 from arte_edge.models.artifact import Format, predicted_bytes
 from arte_edge.onnx.folder import copy_tokenizer
-from arte_edge.results.accuracy import PairedAccuracy
+from arte_edge.results.accuracy import SCHEMA_VERSION, PairedAccuracy
 from arte_edge.results.student_json import (
-    SCHEMA_VERSION,
     Artifact,
     Asking,
     Check,
@@ -61,8 +60,6 @@ from arte_edge.verify.thresholds import Thresholds
 if TYPE_CHECKING:
     from arte_edge.runtimes.protocol import Runtime
     from arte_edge.verify.gate import Verdict
-
-__all__ = ["Failure", "Outcome", "export"]
 
 MERGED = "merged"
 MODELFILE, GRAMMAR, JSON_SCHEMA = "Modelfile", "answer.gbnf", "answer.schema.json"

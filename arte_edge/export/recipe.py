@@ -18,8 +18,6 @@ from arte_edge.models.artifact import Arch, Format, format_of, gguf_format, onnx
 from arte_edge.onnx.genai_builder import Rounding
 from arte_edge.verify.thresholds import TYPES, Thresholds, thresholds_for
 
-__all__ = ["GgufSettings", "OnnxSettings", "Recipe", "VerifySettings", "build", "load_recipe"]
-
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

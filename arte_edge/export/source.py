@@ -33,14 +33,13 @@ from arte_edge.gguf.reader import STRING, UINT32, Field, read_model_header
 from arte_edge.model_folder import chat_templates, look, tokenizer_files
 from arte_edge.models.resolve import resolve
 from arte_edge.pii_scan import Machine
+from arte_edge.results.accuracy import SCHEMA_VERSION
 from arte_edge.results.comparison import ComparisonRow, comparison_of
-from arte_edge.results.student_json import SCHEMA_VERSION, Alignment, Data, Lineage, Parent, Student, Tuning
+from arte_edge.results.student_json import Alignment, Data, Lineage, Parent, Student, Tuning
 from arte_edge.store import file_sha256, read_jsonl
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
 from arte_edge.verify.prompts import built_in_prompts, task_prompts
-
-__all__ = ["PAPER", "Source", "gguf_fields", "open_source", "parent_of", "private_fields", "public_name"]
 
 PAPER = "arXiv:2406.19227"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?(:[\w.-]+)?")

@@ -62,8 +62,6 @@ from arte_edge.gguf.reader import (
 from arte_edge.gguf.tokenizer import read_tokenizer, vocabulary
 from arte_edge.gguf.writer import Tensor, write_gguf
 
-__all__ = ["convert", "convert_with_llama_cpp", "open_checkpoint", "public_card"]
-
 _SCRIPT = "convert_hf_to_gguf.py"
 _SHOWN_LINES = 3
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -28,8 +28,6 @@ from arte_edge.gguf.tokenizer import template_fields
 from arte_edge.gguf.writer import Tensor, rewrite, widened, write_gguf
 from arte_edge.model_folder import ADAPTER_WEIGHTS, chat_templates, read_adapter_config, tokenizer_files
 
-__all__ = ["adapter_to_gguf", "checkpoint_to_gguf", "with_metadata"]
-
 # Not true of the new file. `quantize.` holds paths of the machine that made the base.
 _STALE = tuple(f"general.{key}" for key in ("architecture", "file_type", "alignment", "quantized_by"))
 _STALE += ("quantize.", "split.")

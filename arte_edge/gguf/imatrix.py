@@ -38,8 +38,6 @@ from arte_edge.transformers_load import load_model, load_tokenizer
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CHUNK_TOKENS", "Imatrix", "collect", "linear_names", "read_imatrix", "write_imatrix"]
-
 Sums = dict[str, NDArray[np.float64]]
 CHUNK_TOKENS = 512  # llama-imatrix's own default; it counts tokens in chunks of this many
 _SUMS, _COUNTS = ".in_sum2", ".counts"

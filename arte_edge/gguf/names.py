@@ -31,10 +31,6 @@ from arte_edge.gguf.writer import Tensor, widened
 if TYPE_CHECKING:
     from gguf import TensorNameMap
 
-__all__ = ["BLOCK", "OTHER_CONVERTER", "Family", "Layout", "Pattern", "checkpoint_family", "families"]
-__all__ += ["family_of_arch", "family_of_model_type", "is_phi3_name", "layout_of", "name_for_llama_cpp"]
-__all__ += ["tensor_position", "weight_tensor"]
-
 OTHER_CONVERTER = "For other models give your own checkout of llama.cpp with --llama-cpp DIR."
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)")  # a tensor of a layer: its number, its name inside
 _PHI3 = re.compile(rb"phi-?3", re.IGNORECASE)

@@ -52,8 +52,6 @@ from arte_edge.threads import thread_count
 if TYPE_CHECKING:
     from arte_edge.gguf.imatrix import Imatrix
 
-__all__ = ["QuantReport", "quality_warning", "quantize", "resolve_overrides"]
-
 # Rows of one tensor kept in memory at once. llama.cpp's own default is 8 GiB; the speed is the same.
 _BUFFER_BYTES = 256 * 1024**2
 _STRING, _INT = 3, 0  # LLAMA_KV_OVERRIDE_TYPE_STR, _INT

@@ -32,10 +32,6 @@ from numpy.typing import NDArray
 
 from arte_edge.errors import InputError, nearest
 
-__all__ = ["ARRAY", "BOOL", "FILE_TYPES", "FLOAT32", "FULL_WIDTH", "INT32", "QUANT_TYPES", "SCALARS"]
-__all__ += ["STRING", "TENSOR_TYPES", "UINT32", "UINT64", "Field", "GgufHeader", "QuantType"]
-__all__ += ["TensorInfo", "find_type", "read_header", "read_model_header"]
-
 # Types of metadata values
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 4, 5, 6, 7, 8, 9, 10
 # value type -> struct code of one scalar

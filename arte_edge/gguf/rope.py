@@ -19,8 +19,6 @@ from arte_edge.errors import InputError
 from arte_edge.gguf.reader import FLOAT32, STRING, UINT32, Field, GgufHeader
 from arte_edge.gguf.writer import Tensor
 
-__all__ = ["check", "fields", "restored", "settings", "tensors"]
-
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 _YARN_ONLY: dict[
     str, tuple[Any, ...]

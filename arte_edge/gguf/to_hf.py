@@ -43,9 +43,6 @@ from arte_edge.gguf import rope
 from arte_edge.gguf.reader import FULL_WIDTH, GgufHeader, read_model_header
 from arte_edge.threads import thread_count
 
-__all__ = ["PROBES", "VERSION", "check_tokenizer", "checkpoint_folder", "main", "to_checkpoint"]
-__all__ += ["unpacked_limits"]
-
 # Part of the folder's name: raised when the conversion changes, so that old results are not reused.
 VERSION = 2
 # Texts like prompts, with what tokenizers get wrong: digits, spaces, quotes, newlines, other scripts.

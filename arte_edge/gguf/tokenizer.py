@@ -29,8 +29,6 @@ from arte_edge.gguf.names import OTHER_CONVERTER, Family
 from arte_edge.gguf.reader import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, Field
 from arte_edge.model_folder import chat_templates, end_ids, tokenizer_files
 
-__all__ = ["ENDS_BY_NAME", "TokenizerFiles", "end_tokens", "read_tokenizer", "template_fields", "vocabulary"]
-
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # Added tokens that are control tokens although some checkpoints do not mark them as special.
 _CONTROL_TEXTS = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")

@@ -30,8 +30,6 @@ from arte_edge.checkpoint import Values
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.reader import ARRAY, SCALARS, STRING, TENSOR_TYPES, Field, GgufHeader, read_header
 
-__all__ = ["Rewritten", "Tensor", "encode", "rewrite", "widened", "write_gguf"]
-
 _VERSION, _ALIGNMENT = 3, 32
 _TYPE_NUMBERS = {name: number for number, (name, _, _) in TENSOR_TYPES.items()}
 _HALF_MAX_BITS = 0x7C00  # infinity; above it are the NaNs

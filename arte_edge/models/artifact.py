@@ -23,9 +23,6 @@ from arte_edge.errors import InputError, nearest
 from arte_edge.gguf.reader import TENSOR_TYPES, find_type, read_header
 from arte_edge.results.student_json import FileSum
 
-__all__ = ["ARCHS", "Arch", "Checksums", "Family", "Format", "checksums_of", "format_of", "gguf_format"]
-__all__ += ["onnx_format", "overhead_bytes", "parse_list", "predicted_bytes", "unique"]
-
 Family = Literal["gguf", "onnx-genai", "onnx-optimum"]
 Arch = Literal["arm64", "avx2", "avx512"]
 ARCHS: tuple[str, ...] = get_args(Arch)

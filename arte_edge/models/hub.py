@@ -40,8 +40,6 @@ from arte_edge.errors import ArteError, InputError, first_line
 if TYPE_CHECKING:
     from huggingface_hub.utils.tqdm import tqdm
 
-__all__ = ["HubError", "HubFile", "Repository", "describe", "endpoint", "fetch", "from_hub", "probe"]
-
 _PROBE_S = 4.0
 _ANSWER_S = 10.0
 _T = TypeVar("_T")

@@ -44,8 +44,6 @@ from arte_edge.cache import (
 from arte_edge.errors import ArteError, InputError, nearest
 from arte_edge.files import json_loads, read_toml, validated
 
-__all__ = ["Entry", "Hub", "Mirror", "Part", "cached", "entries", "entry", "place", "pull"]
-
 _KEYS = "The keys are described in docs/models.md."
 _POLL_S = 0.2
 # The file itself, one wheel of a mirror beside it, and a little for the file system.

@@ -21,8 +21,6 @@ from arte_edge.model_folder import look
 if TYPE_CHECKING:
     from arte_edge.models.registry import Entry
 
-__all__ = ["Finding", "LocalModel", "check", "from_folder", "from_gguf", "resolve"]
-
 
 @dataclass(frozen=True)
 class LocalModel:

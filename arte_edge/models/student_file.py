@@ -14,8 +14,6 @@ from arte_edge.cache import cache_subdir, sha256_file
 from arte_edge.errors import InputError
 from arte_edge.models.resolve import LocalModel, from_folder, from_gguf, resolve
 
-__all__ = ["f16_student", "found_here", "quantized_student", "tuned_student"]
-
 
 def f16_student(model: LocalModel) -> LocalModel:
     """Return the F16 file of a GGUF student (made once and cached), or the checkpoint as it is."""

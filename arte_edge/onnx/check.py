@@ -18,9 +18,6 @@ from arte_edge.onnx.folder import copy_tokenizer, reject_private_text
 from arte_edge.onnx.genai_config import GENAI, read_genai_config
 from arte_edge.onnx.tokenizer import end_tokens, read_number
 
-__all__ = ["ExternalTensor", "Graph", "external_problems", "finish", "folder_problems", "genai_problems"]
-__all__ += ["model_file", "optimum_problems", "read_graph"]
-
 Shape = tuple[int | str, ...]
 # Writers may pad the file after the last tensor to a page.
 _PADDING_BYTES = 65_536

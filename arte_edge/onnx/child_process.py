@@ -17,8 +17,6 @@ from typing import Any
 
 from arte_edge.errors import ArteError
 
-__all__ = ["child_environment", "run_worker"]
-
 _WORKER = Path(__file__).with_name("worker.py")
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",

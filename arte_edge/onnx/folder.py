@@ -17,8 +17,6 @@ from arte_edge.errors import ArteError, InputError
 from arte_edge.model_folder import TOKENIZER_FILES, look
 from arte_edge.pii_scan import first_held, this_machine
 
-__all__ = ["checkpoint_files", "copy_tokenizer", "find_private_text", "reject_private_text", "staged"]
-
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:

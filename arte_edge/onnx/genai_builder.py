@@ -25,8 +25,6 @@ from arte_edge.onnx.check import finish
 from arte_edge.onnx.child_process import run_worker
 from arte_edge.onnx.folder import checkpoint_files, staged
 
-__all__ = ["GenaiSettings", "Rounding", "build", "standardize"]
-
 _OPSET = 23
 _OLD, _NEW = "SimplifiedLayerNormalization", "RMSNormalization"
 _ATTRIBUTES = {"axis", "epsilon", "stash_type"}

@@ -10,8 +10,6 @@ from pydantic import BaseModel, Field, StrictInt, StrictStr
 
 from arte_edge.files import read_json, validated
 
-__all__ = ["GENAI", "GenaiModel", "read_genai_config"]
-
 GENAI = "genai_config.json"
 _Name = Annotated[StrictStr, Field(min_length=1)]
 _Size = Annotated[StrictInt, Field(ge=0, lt=2**31)]

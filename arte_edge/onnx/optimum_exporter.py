@@ -25,8 +25,6 @@ from arte_edge.onnx.check import finish, model_file
 from arte_edge.onnx.child_process import child_environment, run_worker
 from arte_edge.onnx.folder import checkpoint_files, staged
 
-__all__ = ["INSTALL", "build", "find_python", "for_transformers_4"]
-
 # Keys that version 4 has at the top level and not in rope_scaling.
 _TOP = ("rope_theta", "partial_rotary_factor")
 _FULL, _LOCAL = "full_attention", "sliding_attention"

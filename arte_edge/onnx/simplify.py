@@ -18,8 +18,6 @@ from typing import Any
 from arte_edge.cache import atomic_file
 from arte_edge.private_apis import missing
 
-__all__ = ["expand_target", "reshape_target", "simplify"]
-
 _FOREVER = 2**31 - 1  # onnxruntime's inference clips larger Slice ends to this
 _LARGEST_SHAPE = 16  # entries of a tensor that may be a shape
 

@@ -10,8 +10,6 @@ from arte_edge.errors import InputError, reading
 from arte_edge.files import read_json
 from arte_edge.model_folder import end_ids, token_text
 
-__all__ = ["FileTokenizer", "added_tokens", "end_tokens", "read_number"]
-
 _LIMIT = 2**31  # of sizes and ids
 
 

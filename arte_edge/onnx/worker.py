@@ -24,8 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main", "run_genai", "run_optimum", "run_quantize", "run_simplify"]
-
 _BUILDER = "onnxruntime_genai.models.builder"
 
 

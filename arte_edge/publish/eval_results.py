@@ -19,8 +19,6 @@ from arte_edge.publish import publishable
 from arte_edge.publish.card.front_matter import dump_yaml
 from arte_edge.results.student_json import Artifact, Evaluation, StudentFile
 
-__all__ = ["FOLDER", "Benchmark", "check_registered", "parse_benchmark", "write_eval_results"]
-
 FOLDER = ".eval_results"
 _SPEC = re.compile(r"(?P<dataset>[\w-][\w.-]*/[\w-][\w.-]*):(?P<task_id>[\w.-]+)(?:=(?P<task>.+))?")
 _ANSWER_S = 10.0

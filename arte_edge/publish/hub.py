@@ -30,8 +30,6 @@ from arte_edge.publish.eval_results import FOLDER as EVAL_RESULTS
 from arte_edge.results.rows import BENCH_NAME
 from arte_edge.results.student_json import FILE_NAME, Artifact, StudentFile, read_student
 
-__all__ = ["Preview", "preview", "preview_push", "reject_findings", "send"]
-
 _BESIDE = (
     *(CARD, FILE_NAME, BENCH_NAME, "Modelfile"),
     *("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", ".gitattributes"),

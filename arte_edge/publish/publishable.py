@@ -14,16 +14,6 @@ from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.rows import disturbance, left_out_notes
 from arte_edge.results.student_json import Artifact, Evaluation, Speed, StudentFile
 
-__all__ = [
-    "accuracies",
-    "accuracy_on",
-    "device_title",
-    "evaluations",
-    "files",
-    "left_out",
-    "speeds",
-]
-
 
 def files(student: StudentFile) -> list[Artifact]:
     """Return the files that passed the gate, largest first."""

@@ -16,18 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from arte_edge.errors import InputError
 from arte_edge.stats import mcnemar, wilson
 
-__all__ = [
-    "NOT_KNOWN",
-    "SCHEMA_VERSION",
-    "Answers",
-    "DeviceAccuracy",
-    "PairedAccuracy",
-    "Record",
-    "Share",
-    "paired_on_common",
-    "points_text",
-]
-
 # Of student.json and bench.jsonl. In version 1 `metrics` of a fidelity was `figures`, and the rows of a task had
 # no accuracy, lost and gained.
 SCHEMA_VERSION: Literal[2] = 2

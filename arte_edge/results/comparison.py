@@ -13,9 +13,6 @@ from pydantic import Field
 
 from arte_edge.results.accuracy import Share, points_text
 
-__all__ = ["AS_ASKED", "BASE", "OWN", "OWN_ALL", "TEACHER", "TUNED"]
-__all__ += ["ComparisonRow", "comparison_of", "headline", "upgraded"]
-
 AS_ASKED = "as asked"
 BASE, OWN, OWN_ALL = "base student", "own labels", "own labels + validation"
 TUNED, TEACHER = "tuned student", "teacher"

@@ -9,8 +9,6 @@ from arte_edge.files import run_file, user_path
 from arte_edge.results.rows import BENCH_NAME, Row, read_rows
 from arte_edge.results.student_json import FILE_NAME, StudentFile, read_student
 
-__all__ = ["find_export", "find_run", "read_bench", "read_export"]
-
 
 def find_run(ref: str | Path, runs: str | Path = "runs") -> Path:
     """Return the folder of a run: a path, or a name in the folder `runs`.

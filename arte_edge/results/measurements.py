@@ -16,8 +16,6 @@ from arte_edge.results.merge import belongs_to
 from arte_edge.results.rows import Row, SpeedRow, disturbance, left_out_notes
 from arte_edge.results.student_json import Artifact
 
-__all__ = ["Measured", "best_of_rows", "measured"]
-
 
 @dataclass(frozen=True)
 class Measured:

@@ -31,8 +31,6 @@ from arte_edge.results.student_json import (
     write_student,
 )
 
-__all__ = ["Merged", "belongs_to", "evaluation_of", "merge_into", "merge_rows", "student_lock"]
-
 _Key = tuple[str, str, int, int]  # fingerprint, runtime, threads, depth
 
 

@@ -23,22 +23,6 @@ from arte_edge.errors import ArteError, InputError
 from arte_edge.results.accuracy import SCHEMA_VERSION, Answers, DeviceAccuracy, Record
 from arte_edge.store import parse_line
 
-__all__ = [
-    "BENCH_NAME",
-    "CpuUse",
-    "DeviceFacts",
-    "QualityRow",
-    "Reading",
-    "Row",
-    "SpeedRow",
-    "Status",
-    "append_rows",
-    "disturbance",
-    "left_out_notes",
-    "parse_row",
-    "read_rows",
-]
-
 BENCH_NAME = "bench.jsonl"
 
 # ok; the child process died; the kernel killed it for memory; too long; rejected before it began

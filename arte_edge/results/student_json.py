@@ -24,32 +24,6 @@ from arte_edge.results.accuracy import SCHEMA_VERSION, DeviceAccuracy, PairedAcc
 from arte_edge.results.comparison import ComparisonRow
 from arte_edge.results.rows import disturbance
 
-__all__ = [
-    "FILE_NAME",
-    "SCHEMA_VERSION",
-    "Alignment",
-    "Artifact",
-    "Asking",
-    "Check",
-    "Data",
-    "Evaluation",
-    "Fidelity",
-    "FidelityMetrics",
-    "FileSum",
-    "Lineage",
-    "Merge",
-    "Parent",
-    "Speed",
-    "SpeedTest",
-    "Student",
-    "StudentFile",
-    "Tokenizer",
-    "Tuning",
-    "carry_results",
-    "read_student",
-    "write_student",
-]
-
 FILE_NAME = "student.json"
 _SHA256 = r"^[0-9a-f]{64}$"
 

@@ -23,9 +23,6 @@ from arte_edge.runtimes.completion import Engine, Request, Sampling
 from arte_edge.runtimes.transformers import onednn_prepack
 from arte_edge.runtimes.transformers.placement import Floats, fast_floats, pick_device
 
-__all__ = ["Candidate", "Workload", "candidates_here", "fastest", "fastest_engine", "machine_id"]
-__all__ += ["may_measure", "sample_seconds"]
-
 Workload = Literal["write", "choose"]  # texts, or log-probabilities of given answers
 
 _SIZE: dict[Floats, int] = {

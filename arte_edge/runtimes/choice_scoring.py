@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from arte_edge.runtimes.llamacpp.scheduler import Job
 from arte_edge.runtimes.prefix_tree import Context, Tree, longest_paths
 
-__all__ = ["ChoiceScorer", "log_softmax_at", "spans"]
-
 
 def spans(lists: Sequence[Sequence[int]], prompt: Sequence[int]) -> list[tuple[int, int]]:
     """Return for each token list (prompt and choice) the range ``start, end`` that counts.

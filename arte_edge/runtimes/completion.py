@@ -16,9 +16,6 @@ from numpy.typing import NDArray
 from arte_edge.runtimes.prompt_render import Templated
 from arte_edge.runtimes.reasoning import OUT_OF_BUDGET, STOPPED_INSIDE, split_reasoning
 
-__all__ = ["Completion", "Engine", "EngineIdentity", "Method", "Request", "Sampling", "SpreadEngine"]
-__all__ += ["without_reasoning"]
-
 Method = Literal["complete", "choose_each"]
 
 

@@ -22,8 +22,6 @@ from arte_edge.runtimes.onnxruntime import FolderRuntime, check_files
 from arte_edge.runtimes.prompt_render import Conversation
 from arte_edge.runtimes.protocol import Rendered, RuntimeFacts, check_context
 
-__all__ = ["GenaiRuntime"]
-
 
 class GenaiRuntime(FolderRuntime):
     """`Runtime` of a folder with genai_config.json."""

@@ -25,9 +25,6 @@ from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.null import NullDecoder, null_ms
 from arte_edge.runtimes.protocol import Decoder, Runtime
 
-__all__ = ["ServerLimits", "choose_runtime", "decoder_format", "is_server", "open_decoder", "open_engine"]
-__all__ += ["open_local", "open_model", "teacher_kind", "warm_import"]
-
 # format -> runtimes that open it, best first
 _RUNTIMES = {
     "gguf": ("llama-cpp-python", "xllamacpp"),

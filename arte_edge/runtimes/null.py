@@ -12,8 +12,6 @@ from pathlib import Path
 
 from arte_edge.runtimes.protocol import RuntimeFacts
 
-__all__ = ["NullDecoder", "null_ms"]
-
 _NAME = re.compile(r"null(?::(\d{1,6}(?:\.\d+)?))?")
 
 

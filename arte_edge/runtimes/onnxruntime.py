@@ -35,9 +35,6 @@ from arte_edge.runtimes.protocol import (
 )
 from arte_edge.threads import thread_count
 
-__all__ = ["Cache", "CacheTensor", "FolderRuntime", "Layout", "OnnxRuntime", "OnnxSession", "PairedCache"]
-__all__ += ["SharedCache", "check_files", "onnx_precision", "read_layout"]
-
 
 @dataclass(frozen=True)
 class CacheTensor:

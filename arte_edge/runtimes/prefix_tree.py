@@ -16,9 +16,6 @@ from itertools import groupby, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAX_LEVELS", "Context", "Group", "SharedPrefix", "Tree", "cells_of", "group_by_prefix"]
-__all__ += ["longest_paths", "n_cached", "plan_groups"]
-
 MAX_LEVELS = 3  # nested prefixes, from the shortest to the longest
 _SHORTEST = 8  # tokens; below this a copy costs more than decoding again
 # A prefix is decoded in a batch of its own, and small batches are slow: it must save this many rows.

@@ -17,9 +17,6 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 from arte_edge.errors import InputError
 from arte_edge.runtimes.reasoning import close_thought
 
-__all__ = ["CHAT_JSON", "CHAT_JSON_NEW_TURN", "FIXED_DAY", "Conversation", "Message", "Templated", "applied"]
-__all__ += ["render", "shows_system"]
-
 Message = Mapping[str, str]
 
 

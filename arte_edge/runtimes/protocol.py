@@ -22,9 +22,6 @@ from numpy.typing import NDArray
 from arte_edge.errors import InputError, first_line
 from arte_edge.runtimes.prompt_render import Conversation, Message, render
 
-__all__ = ["BaseRuntime", "Decoder", "Rendered", "Runtime", "RuntimeFacts", "Served", "check_context"]
-__all__ += ["first_line", "readable", "until_stop"]
-
 _Asked = TypeVar("_Asked")  # a prompt, or a conversation
 
 

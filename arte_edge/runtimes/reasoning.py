@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-__all__ = ["OUT_OF_BUDGET", "STOPPED_INSIDE", "Split", "close_thought", "split_reasoning"]
-
 OUT_OF_BUDGET = "the token budget ran out inside the model's reasoning"
 STOPPED_INSIDE = "the answer ended inside the model's reasoning"
 

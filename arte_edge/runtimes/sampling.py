@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from arte_edge.runtimes.completion import Request, Sampling
 
-__all__ = ["Constraint", "draw", "draw_allowed", "in_loop", "request_rng"]
-
 # Tokens less likely than e^-25 of the best one are never drawn; sorting 150,000 of them costs more than decoding.
 _TAIL_NATS = 25.0
 

@@ -15,8 +15,6 @@ from arte_edge.tasks import structured
 from arte_edge.tasks.normalize import canonical_number, fold_label, fold_text, tidy_text
 from arte_edge.tasks.task import Answer
 
-__all__ = ["canonical", "comparable", "extract", "leaf_counts", "leaf_f1", "matches"]
-
 # Innermost tags only: in "<ans> so <ans>4</ans>" the first tag was never closed.
 _TAG = re.compile(r"<ans>((?:(?!</?ans>).)*)</ans>", re.DOTALL | re.IGNORECASE)
 # The letter alone, or followed by the option's own text when a bracket, dot or colon sets it off.

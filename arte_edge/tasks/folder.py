@@ -23,8 +23,6 @@ from arte_edge.tasks.tables import json_rows, text_problem
 from arte_edge.tasks.task import ANSWER_TAG, SPLITS, Answer, Example, FewShotExample, Task, rows_sha256
 from arte_edge.tasks.validation import Problem, raise_first
 
-__all__ = ["MIN_ROWS", "TaskFile", "check_target", "load_folder", "read_folder", "write_rows"]
-
 _COLUMNS = ("input", "target")
 
 

@@ -41,18 +41,6 @@ from arte_edge.tasks.task import (
 )
 from arte_edge.tasks.validation import Problem
 
-__all__ = [
-    "SPLIT",
-    "Split",
-    "clean",
-    "infer_answer",
-    "prose",
-    "recur",
-    "split_examples",
-    "split_sizes",
-    "task_from_table",
-]
-
 # Published data sets have a few broken rows, which must not turn a multiple-choice task into free text.
 _ALMOST_ALL = 0.95
 _MAX_LABELS = 12

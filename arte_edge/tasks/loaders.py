@@ -32,8 +32,6 @@ from arte_edge.tasks.tables import (
 )
 from arte_edge.tasks.task import FewShotExample, Task
 
-__all__ = ["bbh_names", "find_folder", "hub_table", "load_bbh", "load_table", "load_task", "task_name"]
-
 _TEXT = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
 # Written by `Dataset.save_to_disk`; not in a folder of data files.
 _SAVED_DATASET = ("dataset_dict.json", "state.json")

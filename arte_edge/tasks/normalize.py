@@ -11,8 +11,6 @@ import string
 import unicodedata
 from decimal import Decimal
 
-__all__ = ["WORDS", "canonical_number", "fold_label", "fold_text", "tidy_text"]
-
 # Brackets are not here: for some tasks they are the answer.
 _EDGE = string.whitespace + ".,;:!?\"'`*“”‘’„‚«»‹›…。，；：！？"
 _SPACE = re.compile(r"\s+")

@@ -28,9 +28,6 @@ from arte_edge.tasks.normalize import fold_label
 from arte_edge.tasks.tables import GUESSED, Columns, Table
 from arte_edge.tasks.task import SPLITS, Answer, Example, Task
 
-__all__ = ["N_TECHNIQUES", "NewTask", "new_task", "parse_techniques", "propose_techniques"]
-__all__ += ["set_techniques", "write_skeleton", "write_task"]
-
 
 def write_skeleton(folder: Path, name: str, description: str = "") -> None:
     """Write a task folder to fill in; `arte-edge tasks check` lists what is missing.

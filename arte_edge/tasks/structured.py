@@ -15,8 +15,6 @@ from typing import Any
 
 from arte_edge.tasks.normalize import fold_text
 
-__all__ = ["compact", "folded", "infer_schema", "key_order", "leaves", "parse", "schema_text", "tools_schema"]
-
 _MAX_DEPTH = 32
 _MAX_PARTS = 20_000
 # Keywords that hold schemas by name; those that hold data; those that mean nothing once references are inlined.

@@ -23,9 +23,6 @@ from typing import Any, NamedTuple
 from arte_edge.errors import ArteError, InputError, nearest
 from arte_edge.tasks.validation import Problem, raise_first
 
-__all__ = ["GUESSED", "SUFFIXES", "Columns", "Record", "Source", "Table", "arrow_source", "json_rows"]
-__all__ += ["cell_text", "input_column", "noted", "open_table", "read_table", "text_problem"]
-
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 _USUAL = (
     ("input", "text", "sentence", "question", "utterance", "query", "message", "prompt", "instruction"),

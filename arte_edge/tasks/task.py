@@ -21,9 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from arte_edge.errors import InputError
 from arte_edge.tasks import structured
 
-__all__ = ["ANSWER_TAG", "BOOLEANS", "SPLITS", "Answer", "Example", "FewShotExample", "Kind", "Task"]
-__all__ += ["content_key", "listed_letters", "rows_sha256"]
-
 Kind = Literal["choice", "boolean", "number", "text", "json"]
 SPLITS = ("seed", "validation", "test")
 BOOLEANS = ("True", "False")

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from arte_edge.errors import InputError
 from arte_edge.tasks.task import Answer, Example, Task
 
-__all__ = ["Problem", "quality_warnings", "raise_first"]
-
 
 @dataclass(frozen=True)
 class Problem:

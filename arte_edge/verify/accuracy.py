@@ -25,18 +25,6 @@ from arte_edge.verify.check import Check
 from arte_edge.verify.logits import Progress
 from arte_edge.verify.prompts import rendered
 
-__all__ = [
-    "ExampleAnswer",
-    "Questions",
-    "accuracy_of",
-    "accuracy_with_grammar",
-    "answer_examples",
-    "check_accuracy",
-    "examples_of",
-    "measure_accuracy",
-]
-__all__ += ["noted_tokens", "questions_for"]
-
 _BATCH = 32  # examples per progress report
 
 

@@ -17,8 +17,6 @@ from arte_edge.verify.check import Check
 from arte_edge.verify.logits import Progress
 from arte_edge.verify.tokenizer import excerpt, first_difference
 
-__all__ = ["check_as_asked"]
-
 _QUESTIONS = 5
 _NEAR_TIES = 1  # answers of another build of llama.cpp that may differ: its sums are rounded in another order
 

@@ -15,8 +15,6 @@ from arte_edge.verify.check import Check
 from arte_edge.verify.thresholds import Thresholds
 from arte_edge.verify.tokenizer import excerpt, first_difference
 
-__all__ = ["CONVERSATIONS", "check_templates"]
-
 
 def _turns(*contents: str, system: str | None = None) -> list[Message]:
     head: list[Message] = [] if system is None else [{"role": "system", "content": system}]

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 from arte_edge.notebook import ResultTable
 
-__all__ = ["Check", "checks_table", "long_notes"]
-
 _SHORT = 64  # characters of a note that fit into the table, on two lines
 
 

@@ -39,8 +39,6 @@ from arte_edge.verify.tokenizer import check_stops, check_tokens, check_vocabula
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Check", "Thresholds", "Verdict", "verify", "verify_file"]
-
 _COMPARED_ANSWERS = 48
 
 

@@ -32,17 +32,6 @@ from arte_edge.verify.check import Check
 from arte_edge.verify.thresholds import Thresholds
 from arte_edge.verify.tokenizer import first_difference
 
-__all__ = [
-    "Compared",
-    "Fidelity",
-    "Progress",
-    "compare_logits",
-    "fidelity_checks",
-    "measure_answers",
-    "measure_fidelity",
-    "summarize",
-]
-
 Progress = Callable[[str, int, int], None]  # (step, done, total)
 _ROWS = 64  # positions per block: sums are 64-bit, and a vocabulary may have 262,144 tokens
 MAX_PROMPT_TOKENS = 512

@@ -18,8 +18,6 @@ from arte_edge.files import json_loads
 from arte_edge.runtimes.prompt_render import Message, Templated, render
 from arte_edge.tasks.task import Task
 
-__all__ = ["built_in_prompts", "prompts_for", "prompts_from_file", "rendered", "task_prompts"]
-
 _TASK_PROMPTS = 48
 
 

@@ -16,8 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from arte_edge.errors import InputError, nearest
 
-__all__ = ["STRICTEST", "TYPES", "Thresholds", "thresholds_for"]
-
 
 class Thresholds(BaseModel):
     """Thresholds of the gate; None ("off" in a recipe): measured, not gated. Divergences in nats per token."""

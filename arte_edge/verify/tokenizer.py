@@ -20,16 +20,6 @@ from arte_edge.runtimes.protocol import Runtime
 from arte_edge.verify.check import Check
 from arte_edge.verify.thresholds import Thresholds
 
-__all__ = [
-    "HARD_STRINGS",
-    "check_stops",
-    "check_tokens",
-    "check_vocabulary",
-    "excerpt",
-    "first_difference",
-    "hard_strings",
-]
-
 # Others, fill-in-the-middle marks among them: an artifact may stop at these.
 _MORE_ENDS = (
     *("<|end_of_turn|>", "<|fim_pad|>", "<fim_pad>", "<fim-pad>", "<PRE>", "<|repo_name|>"),

@@ -29,8 +29,6 @@ from typing import Any, TextIO
 
 from arte_edge.cache import boot_id, write_atomic
 
-__all__ = ["follow", "main", "start", "state", "stop", "work"]
-
 _POLL_S = 0.25
 # Writing shows whether the reader is still connected, so an idle stream is written to this often.
 _HEARTBEAT_S = 15.0

@@ -24,8 +24,6 @@ from arte_edge.device.profiles import check_host
 from arte_edge.errors import ArteError
 from arte_edge.store import parse_line
 
-__all__ = ["ConnectionLost", "JobFailed", "ReconnectPolicy", "RemoteJob", "Ssh", "put_text"]
-
 _NOISE = re.compile(r"^\s*$|^@+$|^(mux_client|Shared connection to|Connection to .* closed\.|Warning: )")
 # "write error: No space left on device", "Disk quota exceeded", a limit on the size of a file
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large", re.IGNORECASE)

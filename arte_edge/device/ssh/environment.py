@@ -43,8 +43,6 @@ from arte_edge.errors import ArteError, InputError
 from arte_edge.files import json_loads
 from arte_edge.store import content_key
 
-__all__ = ["Site", "check", "env_bytes_missing", "install", "own_wheel", "plan", "read_marker", "send_wheel"]
-
 # Machines for which every runtime publishes wheels, as `uname -m` prints them.
 _MACHINES = ("aarch64", "arm64", "x86_64", "amd64")
 # pip's messages when it cannot reach an index, as opposed to a package that is missing on it.

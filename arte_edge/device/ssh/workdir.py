@@ -20,9 +20,6 @@ from arte_edge.device.ssh.connection import ConnectionLost, ReconnectPolicy, Ssh
 from arte_edge.errors import ArteError, InputError
 from arte_edge.files import json_loads
 
-__all__ = ["OLDEST_PYTHON", "Blob", "Probe", "Python", "Tick", "blobs_of"]
-__all__ += ["clean", "missing_bytes", "place", "prepare", "probe", "reach", "send"]
-
 OLDEST_PYTHON = (3, 11)  # requires-python of pyproject.toml
 _BUILD_TOOLS = (("cc", "gcc", "clang"), ("c++", "g++", "clang++"))
 # Prints an interpreter's facts as one JSON object; must run on every Python that a device may have.

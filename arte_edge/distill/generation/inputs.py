@@ -22,8 +22,6 @@ from arte_edge.distill.run_context import Row, RunContext
 from arte_edge.runtimes.completion import Engine, Request
 from arte_edge.tasks.task import Example
 
-__all__ = ["Focus", "InputSource", "focus_of"]
-
 _CONDITIONS = (
     "Vary the wording.",
     "Make them short, a few words each.",

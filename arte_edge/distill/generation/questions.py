@@ -24,18 +24,6 @@ from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
 from arte_edge.tasks.answers import canonical
 from arte_edge.tasks.task import Example, Task, content_key
 
-__all__ = [
-    "DraftSource",
-    "Drafts",
-    "NearDuplicates",
-    "Parsed",
-    "QuestionPlan",
-    "QuestionSource",
-    "count_valid",
-    "draft_questions",
-    "parse_questions",
-]
-
 # An opening tag of the next question ends the last one too: small teachers forget to close it.
 _QUESTION = re.compile(
     r"<input>(?P<input>.*?)</input>\s*<target>(?P<target>.*?)</target>\s*(?P<close></Question_\d+>)?",

@@ -27,17 +27,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from arte_edge.asking.form import ANSWER_CLOSE, ANSWER_OPEN, tagged
 from arte_edge.asking.grammar import gbnf
 from arte_edge.distill.config import LabelPolicy, ModelConfig, RunConfig
 from arte_edge.distill.prompts import (
-    ANSWER_CLOSE,
-    ANSWER_OPEN,
     ANSWER_STOPS,
     Shot,
     answer_shots,
     direct_messages,
     rationale_messages,
-    tagged,
     teacher_shots,
 )
 from arte_edge.distill.run_context import Row, RunContext
@@ -45,27 +43,6 @@ from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
 from arte_edge.runtimes.loader import is_server
 from arte_edge.tasks.answers import comparable, extract
 from arte_edge.tasks.task import Answer, content_key
-
-__all__ = [
-    "agrees",
-    "decide_label",
-    "direct_choices",
-    "direct_votes",
-    "generate_rationales",
-    "label_drafts",
-    "label_rows",
-    "over_budget",
-    "rationale_grammar",
-    "rationale_prompt",
-    "rationale_row",
-    "rationale_sampling",
-    "reject_repeated",
-    "resample",
-    "sampled",
-    "short_shots",
-    "shortened",
-    "votes_directly",
-]
 
 _Policy = LabelPolicy | Literal["told", "direct"]
 _BUDGET = "elicit.rationale_tokens"

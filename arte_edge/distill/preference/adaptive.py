@@ -24,14 +24,6 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "AdaptivePlan",
-    "Cells",
-    "ScoreModel",
-    "fit_score_model",
-    "interleave_answers",
-]
-
 Floats = NDArray[np.float64]
 
 _EM_STEPS = 15

@@ -21,16 +21,6 @@ import numpy as np
 
 from arte_edge.distill.prompts import question_text
 
-__all__ = [
-    "Drawn",
-    "Ties",
-    "draw_input_pairs",
-    "draw_question_pairs",
-    "draw_rationale_pairs",
-    "length_report",
-    "shuffle_sides",
-]
-
 Row = dict[str, Any]
 _HOLD_OUT = 8  # one of so many questions is held out, one of so many drafts in a pair of single drafts
 _FEWEST = 4  # questions with rationale pairs, below which none is held out

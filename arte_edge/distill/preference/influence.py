@@ -29,8 +29,6 @@ from arte_edge.runtimes.transformers.placement import pick_device
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PARTS", "Influence", "Question", "standard_error"]
-
 Floats = NDArray[np.float64]
 PARTS = 2  # each holds a copy of v in float32: with weights and gradients 16 bytes a weight
 _PACK_TOKENS = 600  # of the questions in one forward pass

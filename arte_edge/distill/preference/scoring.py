@@ -26,6 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.asking.form import ANSWER_CLOSE
 from arte_edge.console import doing
 from arte_edge.distill.config import Prefer
 from arte_edge.distill.preference.adaptive import (
@@ -36,7 +37,7 @@ from arte_edge.distill.preference.adaptive import (
     interleave_answers,
 )
 from arte_edge.distill.preference.influence import Influence, Question, standard_error
-from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_PREFILL, Shot, student_messages
+from arte_edge.distill.prompts import ANSWER_PREFILL, Shot, student_messages
 from arte_edge.distill.run_context import RunContext
 from arte_edge.models.resolve import LocalModel
 from arte_edge.models.student_file import f16_student, quantized_student
@@ -46,19 +47,6 @@ from arte_edge.runtimes.loader import is_server, open_local
 from arte_edge.store import content_key
 from arte_edge.tasks.answers import extract
 from arte_edge.tasks.task import Answer, Example
-
-__all__ = [
-    "ChoiceScores",
-    "GeneratedScores",
-    "Score",
-    "Scored",
-    "answer_bias",
-    "is_adaptive",
-    "length_effect",
-    "probabilities",
-    "score_drafts",
-    "scoring_engine",
-]
 
 _WORTH_SCORES = 500  # below, opening another engine and the first benchmark take longer than they save
 _RUNTIMES = ("llama_cpp_python", "xllamacpp", "torch", "transformers")

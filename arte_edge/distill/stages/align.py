@@ -51,8 +51,6 @@ from arte_edge.errors import InputError, StoppedEarly
 from arte_edge.runtimes.completion import Engine, Sampling
 from arte_edge.runtimes.loader import open_local
 
-__all__ = ["align", "caveats", "dpo_settings"]
-
 Adapter = tuple[Path, str]
 _RSLORA_SCALE = 2 * 8**0.5  # times 1/sqrt(rank): at rank 8 as without rsLoRA
 _MOVED = 1e-3  # nats a token, below which an alignment changed nothing

@@ -20,8 +20,6 @@ from arte_edge.distill.prompts import Shot, answer_shots
 from arte_edge.distill.run_context import RunContext, Summary
 from arte_edge.runtimes.loader import is_server
 
-__all__ = ["calibrate", "respondents"]
-
 
 def calibrate(run: RunContext) -> Summary:
     """Write matrix.jsonl (one row per respondent) and preference_set.jsonl (one row per question)."""

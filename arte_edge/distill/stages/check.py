@@ -24,8 +24,6 @@ from arte_edge.distill.stages.own_labels import own_labels_student
 from arte_edge.errors import StoppedEarly
 from arte_edge.stats import mcnemar, wilson
 
-__all__ = ["check", "one_sided"]
-
 
 def check(run: RunContext, *, force: bool) -> Summary:
     """Compare teacher, student and own-labels student on validation examples; set the teacher's role of `run`.

@@ -15,8 +15,6 @@ from arte_edge.distill.run_context import RunContext, Summary
 from arte_edge.errors import StoppedEarly
 from arte_edge.runtimes.completion import Engine
 
-__all__ = ["draft_plan", "draft_source", "elicit", "first_focus"]
-
 
 def draft_plan(config: RunConfig) -> QuestionPlan:
     """Return how many questions are drafted, and how."""

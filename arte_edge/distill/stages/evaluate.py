@@ -42,8 +42,6 @@ from arte_edge.stats import format_share, mcnemar, wilson
 from arte_edge.tasks.answers import leaf_f1
 from arte_edge.tasks.task import Example
 
-__all__ = ["CONSTRAINED", "evaluate", "headline", "show_summary", "summary_lines", "summary_table"]
-
 CONSTRAINED = "constrained"
 _Results = dict[tuple[str, str], Predictions]  # by model and prompting
 

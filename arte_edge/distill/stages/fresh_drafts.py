@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from arte_edge.asking.form import tagged
 from arte_edge.distill.generation.questions import DraftSource
 from arte_edge.distill.generation.rationales import rationale_prompt, rationale_sampling, short_shots
-from arte_edge.distill.prompts import Shot, tagged
+from arte_edge.distill.prompts import Shot
 from arte_edge.distill.run_context import RunContext, Summary
 from arte_edge.distill.stages.elicit import draft_plan, draft_source, first_focus
 from arte_edge.distill.stages.prefer import scored_rows
@@ -25,8 +26,6 @@ from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
 from arte_edge.stats import t_quantile
 from arte_edge.tasks.answers import canonical, extract
 from arte_edge.tasks.task import Example, content_key
-
-__all__ = ["SCORED", "Fresh", "draft_afresh", "held_out_source", "valid_drafts", "versus"]
 
 SCORED = 2  # drafts of a prompt that are scored, at most
 _FEWEST = 3  # prompts with a draft of both teachers, below which no interval is stated

@@ -19,8 +19,6 @@ from arte_edge.models.resolve import LocalModel
 from arte_edge.models.student_file import tuned_student
 from arte_edge.tasks.task import Example
 
-__all__ = ["own_labels_student", "train_briefly", "training_rows"]
-
 _BATCH = 4
 _STEPS, _MOST_EPOCHS = 80, 10.0  # forty rows are seen eight times
 _RATE = 1e-4  # the paper's 2e-5 learns little from forty rows

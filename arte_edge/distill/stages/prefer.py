@@ -34,8 +34,6 @@ from arte_edge.distill.run_context import Row, RunContext, Summary
 from arte_edge.stats import pearson
 from arte_edge.tasks.task import Example
 
-__all__ = ["prefer", "scored_rows", "scoring_inputs"]
-
 
 def prefer(run: RunContext) -> Summary:
     """Write scores.jsonl (one row per rationale) and questions.jsonl (one row per question)."""

@@ -21,8 +21,6 @@ from arte_edge.models.resolve import LocalModel
 from arte_edge.stats import wilson
 from arte_edge.store import link_folder
 
-__all__ = ["tailor_and_tune"]
-
 
 def tailor_and_tune(run: RunContext, adapter: tuple[Path, str] | None) -> LocalModel:
     """Return the tuned student of the best round, as `stages.tune` does; `adapter` aligns the teacher."""

@@ -46,8 +46,6 @@ from arte_edge.errors import StoppedEarly
 from arte_edge.runtimes.completion import Engine
 from arte_edge.tasks.task import Task
 
-__all__ = ["tailor", "tailor_plan"]
-
 _MAX_ROUNDS = 6
 _LEAST_KEPT = 0.1  # share of questions: a teacher that drops more is not planned for
 # A weak teacher contradicts itself on a third of its questions, but seldom on inputs for a given answer; one large

@@ -22,16 +22,6 @@ from arte_edge.distill.stages.own_labels import train_briefly, training_rows
 from arte_edge.tasks.answers import matches
 from arte_edge.tasks.task import Example
 
-__all__ = [
-    "FEWEST_REASONS",
-    "TRIAL_EXAMPLES",
-    "TRIAL_ROWS",
-    "describe",
-    "reasons_for",
-    "target",
-    "trial_of_forms",
-]
-
 TRIAL_EXAMPLES = 100  # of the validation split
 FEWEST_REASONS = 8  # rows with reasons; fewer teach no form
 TRIAL_ROWS = 120  # rows of a trial

@@ -17,8 +17,6 @@ from arte_edge.models.resolve import LocalModel
 from arte_edge.models.student_file import tuned_student
 from arte_edge.tasks.task import Example
 
-__all__ = ["tune"]
-
 _TRIAL_ROWS = 150
 _LEAST = 0.01  # probability of a choice that is part of a soft label
 

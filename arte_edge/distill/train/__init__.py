@@ -6,5 +6,3 @@ killed training resumes to the same result (`checkpoints`).
 """
 
 from __future__ import annotations
-
-__all__: list[str] = []

@@ -22,8 +22,6 @@ from arte_edge.cache import rename_into_place, write_atomic
 from arte_edge.errors import InputError
 from arte_edge.files import json_loads
 
-__all__ = ["Workspace", "finished"]
-
 _MARK = "complete"
 Result = TypeVar("Result")
 

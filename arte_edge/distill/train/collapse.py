@@ -25,8 +25,6 @@ from arte_edge.store import read_jsonl, write_jsonl
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-__all__ = ["CollapseMonitor", "Probe", "ProbeResult", "chosen_drop_nats", "collapse_reason", "copy_adapter"]
-
 _RECENT = 4  # steps whose mean is judged: one batch alone is noise
 
 

@@ -38,10 +38,6 @@ from arte_edge.transformers_load import load_model, load_tokenizer
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
-__all__ = ["CollapseLimits", "DpoSettings", "Encoder", "Lora", "Progress", "SftSettings", "arguments"]
-__all__ += ["check_rows", "examples_seen", "free_memory", "history_of", "keep_going", "load", "lora_config"]
-__all__ += ["main_rank_saves", "quiet_training", "training_order"]
-
 Progress = Callable[[int, int], None]  # optimizer steps done, of how many
 
 # A layer's weights are gathered while it computes, and it computes twice rather than keep its activations: a model that

@@ -19,9 +19,6 @@ from arte_edge.private_apis import missing
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["attends_fully", "packs_pairs", "pair_hidden_states", "score_completions_only"]
-__all__ += ["shared_hidden_states"]
-
 _FEWEST_SHARED = 8  # tokens; a shorter beginning is not worth the longer row
 
 # Families whose logits are the output layer's, neither scaled nor capped.

@@ -39,9 +39,6 @@ from arte_edge.errors import ArteError, InputError
 from arte_edge.private_apis import missing
 from arte_edge.store import content_key, write_jsonl
 
-__all__ = ["DpoResult", "encode_pairs", "least_epochs", "train_dpo", "train_here"]
-
-
 _MOST_WATCHED = 4  # pairs that are measured after a step: a quarter of its work
 
 

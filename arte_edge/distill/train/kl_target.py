@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainerCallback
 
-__all__ = ["FEWEST_STEPS", "HeldOut", "StepSizer", "held_out_report", "next_rate"]
-
 FEWEST_STEPS = 8  # the rise takes about three, and the rest corrects what they predict
 _GROWTH = 3.0  # of the rate from one step to the next, at most
 _BAND = 0.85  # share of the target from which it counts as reached

@@ -24,8 +24,6 @@ from arte_edge.model_folder import TOKENIZER_FILES, look, tokenizer_files
 from arte_edge.runtimes.transformers.placement import overflows_float16
 from arte_edge.transformers_load import MergeCheck
 
-__all__ = ["MergeCheck", "check_merge", "merge_adapter", "sixteen_bits", "write_checkpoint"]
-
 _OWN = ("config.json", "README.md", "*.safetensors", "model.safetensors.index.json")
 
 

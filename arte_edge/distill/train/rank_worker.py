@@ -22,8 +22,6 @@ from arte_edge.errors import ArteError
 from arte_edge.files import json_loads
 from arte_edge.runtimes.transformers.placement import pick_device
 
-__all__ = ["main"]
-
 _LONGEST_WAIT = timedelta(hours=6)  # of a rank for another, which may check the teacher meanwhile
 _POLL_S = 0.1
 

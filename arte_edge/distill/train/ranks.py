@@ -29,18 +29,6 @@ from arte_edge.files import json_loads
 from arte_edge.store import parse_line
 from arte_edge.threads import thread_count
 
-__all__ = [
-    "agreed",
-    "answer_of",
-    "is_main",
-    "is_sharded",
-    "refuse_processes",
-    "say",
-    "shared_batch",
-    "slot_weights",
-]
-__all__ += ["train_on_ranks", "world_size"]
-
 _WORKER = "arte_edge.distill.train.rank_worker"
 _SHOWN_LINES = 6
 Value = TypeVar("Value")

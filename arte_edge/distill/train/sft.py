@@ -33,12 +33,11 @@ from arte_edge.distill.train.common import (
     training_order,
 )
 from arte_edge.distill.train.completion_head import score_completions_only
-from arte_edge.distill.train.lora_merge import MergeCheck, check_merge, merge_adapter, write_checkpoint
+from arte_edge.distill.train.lora_merge import check_merge, merge_adapter, write_checkpoint
 from arte_edge.distill.train.ranks import is_main, train_on_ranks, world_size
 from arte_edge.errors import InputError
 from arte_edge.store import content_key, write_jsonl
-
-__all__ = ["SftResult", "encode_sft", "encode_soft", "train_here", "train_sft"]
+from arte_edge.transformers_load import MergeCheck
 
 _MERGE_PROMPTS = 8
 _IGNORED = -100  # the label that torch's cross-entropy leaves out

@@ -24,8 +24,6 @@ from arte_edge.results.accuracy import NOT_KNOWN, PairedAccuracy
 from arte_edge.results.comparison import OWN, OWN_ALL, TUNED
 from arte_edge.results.student_json import Evaluation, Speed, StudentFile
 
-__all__ = ["SECTIONS", "files_section", "put_section", "wrapped"]
-
 _SPEED_HEAD = (
     *("file", "runtime", "threads", "prefill tokens/s", "decode tokens/s"),
     *("time to first token", "peak memory", "max temperature"),

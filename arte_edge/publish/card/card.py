@@ -38,8 +38,6 @@ from arte_edge.results.locate import find_export, read_bench, read_export
 from arte_edge.results.merge import merge_into, merge_rows, student_lock
 from arte_edge.results.student_json import FILE_NAME, Artifact, StudentFile, write_student
 
-__all__ = ["CARD", "Card", "CardOptions", "card", "render_card", "write_card", "write_keys"]
-
 CARD = "README.md"
 
 

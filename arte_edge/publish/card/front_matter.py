@@ -16,8 +16,6 @@ from typing import Any
 
 from arte_edge.errors import InputError
 
-__all__ = ["MARK", "FrontMatter", "dump_yaml", "merge_head", "merge_model_index", "read_head", "split_card"]
-
 MARK = {"measured_by": "arte-edge"}  # in metrics[].args: this result is ours to replace
 
 # As the Hub reads a card (huggingface_hub.repocard: REGEX_YAML_BLOCK).

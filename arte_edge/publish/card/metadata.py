@@ -19,8 +19,6 @@ from arte_edge.publish.card.front_matter import MARK
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.results.student_json import Artifact, Evaluation, StudentFile
 
-__all__ = ["CardOptions", "head_keys", "hub_id", "license_keys", "model_index"]
-
 _LLAMA_BENCH = {"dataset_type": "llama-bench", "dataset_name": "pp and tg tests of llama-bench"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # The licences that models have of those in https://huggingface.co/docs/hub/repositories-licenses.

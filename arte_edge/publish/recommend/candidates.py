@@ -21,8 +21,6 @@ from arte_edge.results.merge import belongs_to, evaluation_of
 from arte_edge.results.rows import QualityRow, Row
 from arte_edge.results.student_json import Artifact, Evaluation, StudentFile
 
-__all__ = ["Candidate", "Constraints", "Metric", "ParetoFront", "candidates", "pareto_front"]
-
 Evidence = Literal["measured", "predicted"]
 Axis = Literal["accuracy", "decode", "size"]
 _AXES: tuple[Axis, ...] = get_args(Axis)

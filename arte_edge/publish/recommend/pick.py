@@ -34,8 +34,6 @@ from arte_edge.results.locate import find_export, read_bench, read_export
 from arte_edge.results.rows import Row
 from arte_edge.results.student_json import StudentFile
 
-__all__ = ["choose", "parse_size", "recommend"]
-
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(?:([KMGT])(?:(I)?B)?|B)?\s*", re.IGNORECASE)
 
 

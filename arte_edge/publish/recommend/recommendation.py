@@ -15,8 +15,6 @@ from arte_edge.results.accuracy import NOT_KNOWN, PairedAccuracy
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Recommendation", "Relaxation", "Violation", "drop_text"]
-
 
 @dataclass(frozen=True)
 class Violation:

@@ -25,9 +25,6 @@ import numpy as np
 from arte_edge.results.rows import SpeedRow
 from arte_edge.stats import pearson
 
-__all__ = ["SHAPES", "Axis", "Chart", "Plot", "accuracy_chart", "around", "histogram_chart", "length_chart"]
-__all__ += ["loss_chart", "number", "pareto_chart", "questions_chart", "time_chart", "trace_of", "traced"]
-
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 _TICKS = 5  # about so many on an axis
 _WIDTH = 480

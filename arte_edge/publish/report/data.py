@@ -21,8 +21,6 @@ from arte_edge.results.rows import Row
 from arte_edge.results.student_json import StudentFile, read_student
 from arte_edge.store import read_jsonl
 
-__all__ = ["RunData", "StageCost", "read_run", "stages_of"]
-
 # Of each stage the files that hold its rows. With rounds there are tune-1, validate, tailor-2 and so on besides.
 _ROWS = {
     "check": ("answers.jsonl",),

@@ -35,8 +35,6 @@ from arte_edge.results.comparison import headline as first_line
 from arte_edge.results.locate import find_run
 from arte_edge.results.rows import SpeedRow
 
-__all__ = ["ReportPage", "render", "report", "stage_summaries"]
-
 _SERIES = {BASE: 0, OWN: 1, OWN_ALL: 3, TUNED: 4, TEACHER: 2}
 _TEXTS = tomllib.loads((Path(__file__).parent / "templates" / "narrative.toml").read_text("utf-8"))
 _FORMS: dict[str, str] = _TEXTS["forms"]

@@ -19,8 +19,6 @@ from arte_edge.runtimes.autotune import fastest, machine_id, may_measure
 from arte_edge.runtimes.llamacpp.bindings import LlamaContext, LlamaModel
 from arte_edge.runtimes.llamacpp.context_memory import DEFAULT_LAYOUT, Layout, context_bytes
 
-__all__ = ["CANDIDATES", "layout_for", "probe"]
-
 # The first is the default. In a unified cache attention is only fast row by row, below 64 rows
 # (ggml's GGML_FA_TILE_Q), because longer tiles attend to the cells of all sequences.
 CANDIDATES = (DEFAULT_LAYOUT, Layout(flash=True), Layout(unified=True, flash=True, ubatch=63))

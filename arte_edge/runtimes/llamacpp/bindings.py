@@ -23,9 +23,6 @@ from numpy.typing import NDArray
 from arte_edge.errors import EngineError, InputError
 from arte_edge.runtimes.llamacpp.context_memory import DEFAULT_LAYOUT, Layout
 
-__all__ = ["N_BATCH", "Grammar", "LlamaContext", "LlamaModel", "Row", "RowBatch", "flash_attn_in_use"]
-__all__ += ["load_llama_cpp", "model_params"]
-
 
 class RowBatch:
     """Room for `capacity` rows, each of one sequence or of several."""

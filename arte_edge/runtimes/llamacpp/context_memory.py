@@ -13,8 +13,6 @@ from typing import Any
 from arte_edge.errors import EngineError
 from arte_edge.memory import available_bytes
 
-__all__ = ["DEFAULT_LAYOUT", "ONE_SEQUENCE", "Layout", "check_cells_fit", "check_fits", "context_bytes"]
-
 _F16_BYTES, _F32_BYTES = 2, 4
 _KEPT_FREE = 0.05  # of the available memory
 

@@ -38,8 +38,6 @@ from arte_edge.runtimes.prefix_tree import (
 from arte_edge.runtimes.sampling import draw, draw_allowed, in_loop, request_rng
 from arte_edge.threads import thread_count
 
-__all__ = ["MOST_LEAVES", "LlamaCppEngine", "run_trees"]
-
 TREE_LAYOUT = Layout(unified=True, flash=True, ubatch=512)
 MOST_LEAVES = 125  # sequences of one batch; with the prefixes' a power of two below llama.cpp's 256
 _LOOP_EVERY = 16  # tokens between two checks for a loop

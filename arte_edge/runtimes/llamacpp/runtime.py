@@ -29,8 +29,6 @@ from arte_edge.runtimes.llamacpp.xllamacpp import server_rendering
 from arte_edge.runtimes.prompt_render import Conversation, Message, render
 from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts, Served, readable, until_stop
 
-__all__ = ["LlamaCppRuntime"]
-
 _N_BATCH, _N_UBATCH = 2048, 512
 _FLASH_AUTO = -1  # llama.h: LLAMA_FLASH_ATTN_TYPE_AUTO
 # ggml.h: enum ggml_type

@@ -24,8 +24,6 @@ from numpy.typing import NDArray
 from arte_edge.runtimes.llamacpp.bindings import LlamaContext
 from arte_edge.runtimes.prefix_tree import MAX_LEVELS, SharedPrefix, group_by_prefix
 
-__all__ = ["Job", "run"]
-
 _REFILL_SHARE = 8  # new sequences enter when one slot in so many is free
 _RIDE = 8  # last tokens of a prompt, decoded one a step
 _Rows = list[tuple[int, int, int, int]]  # token, position, sequence, whether its logits are computed

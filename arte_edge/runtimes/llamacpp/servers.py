@@ -23,8 +23,6 @@ from arte_edge.errors import first_line
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.runtimes.protocol import Served
 
-__all__ = ["HOST", "NEEDED", "end_process", "llama_server", "python_server", "served"]
-
 HOST = "127.0.0.1"
 _PYTHON = "llama-cpp-python's server"
 NEEDED = ("llama_cpp", "uvicorn", "fastapi", "sse_starlette", "starlette_context", "pydantic_settings")

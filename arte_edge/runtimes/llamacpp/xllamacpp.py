@@ -35,8 +35,6 @@ from arte_edge.runtimes.prompt_render import Conversation, Message, render
 from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts, until_stop
 from arte_edge.threads import thread_count
 
-__all__ = ["XllamaRuntime", "XllamaServer", "server_rendering"]
-
 _N_BATCH, _N_UBATCH = 2048, 512  # llama.cpp's defaults
 _TEXT_TOKENS = 2048  # of context for a prompt and its answer; the file is opened again for longer ones
 _RENDER_TOKENS, _RENDER_S = 64, 600  # of context for rendering templates, and how long it may take

@@ -31,9 +31,6 @@ from arte_edge.errors import EngineError, InputError
 from arte_edge.files import json_loads
 from arte_edge.runtimes.openai.schema import token_counts
 
-__all__ = ["KEY_VARIABLES", "CallFailed", "CircuitBreaker", "Prices", "RateLimiter", "RetryPolicy", "Server"]
-__all__ += ["Ticket", "Transient", "check_base_url", "is_transient", "retry_after_s"]
-
 T = TypeVar("T")
 
 _OVERLOADED = (

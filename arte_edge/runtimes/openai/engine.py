@@ -41,8 +41,6 @@ from arte_edge.runtimes.reasoning import STOPPED_INSIDE
 if TYPE_CHECKING:
     from arte_edge.runtimes.transformers.tokenizer import Text
 
-__all__ = ["OpenAIEngine", "parse_ref"]
-
 T = TypeVar("T")
 R = TypeVar("R")
 

@@ -25,9 +25,6 @@ from arte_edge.runtimes.sampling import request_rng
 if TYPE_CHECKING:
     from arte_edge.runtimes.transformers.tokenizer import Text
 
-__all__ = ["MOST_LOGPROBS", "Mode", "ServerQuirks", "body", "completion", "first_choice", "messages_of"]
-__all__ += ["next_logp", "prompt_logp", "quirks_of", "refused_parameter", "token_counts", "with_stop"]
-
 MOST_LOGPROBS = 128  # tokens whose log-probabilities vLLM gives in one call
 
 

@@ -37,8 +37,6 @@ from arte_edge.runtimes.openai.client import CallFailed, RateLimiter, RetryPolic
 from arte_edge.runtimes.openai.engine import OpenAIEngine
 from arte_edge.store import link_folder
 
-__all__ = ["ServedEngine", "ServerFolder"]
-
 T = TypeVar("T")
 R = TypeVar("R")
 

@@ -46,9 +46,6 @@ if TYPE_CHECKING:
     from arte_edge.runtimes.llamacpp.bindings import LlamaModel
     from arte_edge.runtimes.transformers.tokenizer import Writer
 
-__all__ = ["Forward", "State", "TransformersEngine", "adapter_sha256", "load", "pick_dtype", "plan"]
-__all__ += ["room_tokens", "shared_prefix"]
-
 _BATCH_TOKENS = (16_384, 262_144)  # rows times length of a batch: on a CPU and the minimum, the maximum
 _CACHE_SHARE = 0.3  # of a GPU's free memory for keys and values, which need twice that while they grow
 

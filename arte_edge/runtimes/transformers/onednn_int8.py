@@ -20,8 +20,6 @@ from arte_edge.private_apis import missing
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SAMPLE_TEXT", "quantize", "supported"]
-
 _TOKENS = 64  # of a typical call: oneDNN chooses the block layout by it
 _LARGE = 64  # features of each layer that stay in bfloat16
 _BLOCK = 1280  # features with one scale, at most

@@ -12,8 +12,6 @@ from typing import Any
 
 from arte_edge.private_apis import missing
 
-__all__ = ["pack", "supported"]
-
 _TOKENS = 64  # of a typical call: oneDNN chooses the block layout by it
 
 

@@ -26,8 +26,6 @@ from arte_edge.runtimes.transformers.tokenizer import Writer
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NgramIndex", "PromptLookup", "generate_packed"]
-
 _LONGEST = 3  # tokens that are looked up at most
 _MOST = 8  # tokens of a proposal
 

@@ -25,9 +25,6 @@ from arte_edge.runtimes.prefix_tree import Group, SharedPrefix, n_cached
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MOST_ROWS", "CacheRow", "NewTokens", "forward_rows", "load_prefix", "run_trees"]
-__all__ += ["supports_packing", "with_cached"]
-
 _LAYERS = {"full_attention", "sliding_attention"}
 _FIRST_CELLS = 512
 _PIECE = 512  # tokens of a prefix in one call: its mask has so many rows and a column a cell

@@ -17,8 +17,6 @@ from arte_edge.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Floats", "empty_cache", "fast_floats", "overflows_float16", "pick_device", "training_floats"]
-
 Floats = Literal["bfloat16", "float16", "float32"]
 _DEVICES = ("auto", "cuda", "mps", "cpu")
 

@@ -29,8 +29,6 @@ from arte_edge.runtimes.protocol import (
 )
 from arte_edge.runtimes.transformers.model import State, TransformersEngine
 
-__all__ = ["TransformersRuntime"]
-
 _BATCH = 16  # conversations that the pipeline answers together
 
 

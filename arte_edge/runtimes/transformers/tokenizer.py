@@ -17,8 +17,6 @@ from arte_edge.runtimes.sampling import in_loop, request_rng
 if TYPE_CHECKING:
     from arte_edge.runtimes.llamacpp.bindings import Grammar
 
-__all__ = ["Text", "Writer"]
-
 # llama.cpp ends generation at any of these, whatever the model's own configuration says.
 _END_TOKENS = (
     "<|im_end|>",
