@@ -68,11 +68,23 @@ def packs_pairs(model: Any) -> bool:
     return _is_plain(model) and attends_fully(model.config)
 
 
+def output_logits(head: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits ``[n_label, n_vocab]`` of a plain output layer in float32, whatever floats its weights have.
+
+    bfloat16 rounds a logit of 16 to the next 1/8: more than an alignment moves it at first.
+    """
+    import torch
+
+    if hidden.dtype == torch.float32:
+        return head(hidden)  # type: ignore[no-any-return]
+    return torch.nn.functional.linear(hidden.float(), head.weight.float())
+
+
 def _scores(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return TRL's per-token fields ``[n_label]`` for `hidden` ``[n_label, n_dim]``."""
     import torch
 
-    logits = head(hidden).float()  # [n_label, n_vocab]
+    logits = output_logits(head, hidden)  # [n_label, n_vocab]
     log_total = logits.logsumexp(-1)
     log_probs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_total
     with torch.no_grad():

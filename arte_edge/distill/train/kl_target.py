@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from arte_edge.distill.train.checkpoints import Workspace
-from arte_edge.distill.train.completion_head import packs_pairs, pair_hidden_states
+from arte_edge.distill.train.completion_head import output_logits, packs_pairs, pair_hidden_states
 from arte_edge.distill.train.ranks import agreed, is_main
 from arte_edge.store import read_jsonl, write_jsonl
 
@@ -197,7 +197,7 @@ def _log_probs(model: Any, pair: Pair) -> torch.Tensor:
             labels = ids.masked_fill(real == 0, -100)
             labels[:, :start] = -100
             hidden = pair_hidden_states(base.base_model, ids, real, labels)
-            logits: torch.Tensor = base.get_output_embeddings()(hidden)
+            logits = output_logits(base.get_output_embeddings(), hidden)
         else:
             rows = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, start - 1 : -1]
             logits = rows[real[:, start:] == 1]
