@@ -166,6 +166,8 @@ def _other_runs(run: RunContext) -> Iterator[RunContext]:
         open_folder(config, folder, task, update=False)
         other = RunContext(config, task, folder, Reporter(folder / "events.jsonl", quiet=run.reporter.quiet))
         other.cluster = run.cluster
+        if config.deploy.device:
+            other.budget = decide_budget(other, update=False)
         for key in ("teacher", "student"):
             mine, theirs = (run.identity(getattr(each, key)) for each in (run.config, config))
             if mine != theirs:

@@ -64,34 +64,25 @@ def align(run: RunContext, others: Sequence[RunContext] = ()) -> tuple[Summary, 
     Raises StoppedEarly: no pair is left once ties are dropped.
     """
     config = run.config.align
-    inputs = {
-        # Without other tasks they are no input: alignments of before they were possible stay.
-        "align": config.model_dump(mode="json", exclude=None if others else {"also"}),
-        "data": run.config.alignment,
-        "teacher": run.identity(run.config.teacher),
-        "scores": run.outputs("prefer"),
-        "asked": [run.config.elicit.shown, run.config.elicit.asked],
-        **run.data_inputs(),
-        **(
-            {"others": [[other.outputs("prefer"), other.data_inputs()] for other in others]} if others else {}
-        ),
-    }
+    inputs = _inputs(run)
+    if others:  # no key without them: alignments of before they were possible stay
+        inputs["others"] = [_inputs(other) | {"seed": other.config.seed} for other in others]
     with run.stage("align", inputs, _describe) as stage:
         if stage.todo:
             drawn = _pairs(run)
             if others:
                 drawn = _mixed([drawn, *map(_pairs, others)], run.config.seed)
+                for other in others:
+                    other.close_engines()
             if not drawn.pairs:
                 raise StoppedEarly(
                     f"align: every pair is a tie at align.min_gap = {config.min_gap:g} and align.min_gap_errors = "
                     f"{config.min_gap_errors:g}: the scores do not distinguish drafts",
                     "Elicit more questions, lower align.min_gap, or compare with data = 'original-teacher'.",
                 )
+            original = _original_drafts(run)  # now, while the teacher is open: it takes seconds to open again
             stage.write("pairs.jsonl", drawn.pairs)
             stage.write("held_out.jsonl", drawn.held_out)
-            for other in others:
-                other.close_engines()
-            original = _original_drafts(run)  # now, while the teacher is open: it takes seconds to open again
             with run.training("DPO, with checks") as progress:
                 result = train_dpo(
                     run.checkpoint(run.config.teacher),
@@ -130,6 +121,18 @@ def align(run: RunContext, others: Sequence[RunContext] = ()) -> tuple[Summary, 
     for sentence in run.caveats:
         run.reporter.warn(sentence)
     return stage.summary, (path, recorded or sha256_file(weights))
+
+
+def _inputs(run: RunContext) -> Summary:
+    """Return what decides the pairs of a run and how they are trained on; where other runs are does not."""
+    return {
+        "align": run.config.align.model_dump(mode="json", exclude={"also"}),
+        "data": run.config.alignment,
+        "teacher": run.identity(run.config.teacher),
+        "scores": run.outputs("prefer"),
+        "asked": [run.config.elicit.shown, run.config.elicit.asked],
+        **run.data_inputs(),
+    }
 
 
 def _texts(pairs: list[Row]) -> list[dict[str, str]]:
