@@ -247,7 +247,7 @@ class RunContext:
                 config.server,
                 self.checkpoint(config),
                 self.local(config).sha256,
-                ServerFolder.parse(config.server_folder, self.folder / "served"),
+                ServerFolder.parse(config.server_folder, self.folder),
                 name=config.server_model,
                 adapter=adapter,
                 aligns=self.config.aligned,
@@ -377,6 +377,8 @@ class RunContext:
         """Close every engine: training needs the memory."""
         for engine in self._engines.values():
             engine.close()
+            for note in getattr(engine, "notes", []):  # an adapter that stays on a server
+                self.reporter.warn(note)
         self._engines.clear()
         if self.cluster is not None:
             self.cluster.stop_workers()

@@ -6,23 +6,26 @@ text are compared with those of our own copy.
 
 An adapter's name and folder on a server come from its sha256. So no server answers with an older one of the same name,
 and none from the keys and values that it cached for an older one (vLLM keys these by name and path). It is loaded when
-the engine opens and unloaded when it closes.
+the engine opens and unloaded when it closes; what a killed run left on a server its next engine unloads.
 
 Every server gets its own part of the sorted prompts, which keeps shared prefixes together, and then takes what the
-others have left. One that is gone hands its rows to the others, and is tried again with the next batch.
+others have left. One that is gone hands its rows to the others, and is tried again with the next batch. A row whose
+call failed is sent to one more server before the failure counts as the row's; a server whose calls fail one after
+another is left out.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +36,7 @@ from arte_edge.errors import ArteError, EngineError, InputError
 from arte_edge.model_folder import end_ids
 from arte_edge.runtimes.choice_scoring import ChoiceScorer
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
-from arte_edge.runtimes.openai.client import CallFailed, RateLimiter, RetryPolicy, Server
+from arte_edge.runtimes.openai.client import CallFailed, CircuitBreaker, RateLimiter, RetryPolicy, Server
 from arte_edge.runtimes.openai.engine import OpenAIEngine
 from arte_edge.store import link_folder
 
@@ -49,9 +52,12 @@ _TEXT = (
     "The committee, which Dr. Alvarez chaired until 1987, bought 14 telescopes for the observatory in Antofagasta; "
     "none of them was ever used. In German, good morning is Guten Morgen. def area(radius): return 3.14159 * radius"
 )
-_MOST_NATS = (
-    0.2  # mean difference a token from our copy; 8-bit weights are within a quarter of it (docs/runtimes.md)
-)
+# Mean difference a token from our copy. Measured (docs/runtimes.md): bfloat16 0.04, 8 bits up to 0.08, float8 0.15.
+# A close relative may be as near as float8: from half of it on, a note says so.
+_MOST_NATS = 0.2
+_MOST_FAILED = 8  # calls in a row, each with all its attempts, after which a server is left out
+_OURS = "arte-edge-"  # how the names of our adapters begin
+_UNLOAD_S = 20.0  # timeout of unloading an adapter, also on a server that may be gone
 
 
 @dataclass(frozen=True)
@@ -62,17 +68,25 @@ class ServerFolder:
     there: str
 
     @classmethod
-    def parse(cls, text: str, default: Path) -> ServerFolder:
-        """Read ``PATH`` or ``HERE:THERE``; `default` where the text is empty."""
+    def parse(cls, text: str, run: Path) -> ServerFolder:
+        """Read ``PATH`` or ``HERE:THERE``, a folder of many runs, and take this run's in it; empty: ``served/`` of it.
+
+        An adapter's name is the same in every run: by its folder one run knows its own from another's.
+        """
+        run = run.absolute()
         given, _, there = text.partition(":")
-        here = (Path(given).expanduser() if given else default).absolute()
-        return cls(here, there.rstrip("/") or str(here))
+        if not given:
+            return cls(run / "served", str(run / "served"))
+        own = f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}"
+        shared = Path(given).expanduser().absolute()
+        return cls(shared / own, f"{there.rstrip('/') or shared}/{own}")
 
 
 class ServedEngine:
     """An `Engine` over servers that run one known model, with or without an adapter."""
 
     supports_grammar = True
+    _in_use: ClassVar[set[str]] = set()  # paths on servers of the adapters of this process's open engines
 
     def __init__(
         self,
@@ -121,7 +135,8 @@ class ServedEngine:
         self.in_flight = parallel * len(urls)  # requests that the servers take at once
         self._urls, self._checkpoint, self._folder, self._name = tuple(urls), checkpoint, folder, name
         self._adapter, self._aligns = adapter, aligns
-        self._adapter_name = f"arte-edge-{adapter_sha[:32]}"
+        self._adapter_name = f"{_OURS}{adapter_sha[:32]}"
+        self._root = f"{folder.there}/{self._adapter_name}"  # of the adapter, as the servers see it
         self._retry, self._timeout_s = retry or RetryPolicy(), timeout_s
         self._settings: dict[str, Any] = {
             "max_concurrency": parallel,
@@ -131,10 +146,17 @@ class ServedEngine:
         self._lock = threading.Lock()
         self._live: dict[str, OpenAIEngine] = {}
         self._gone: dict[str, CallFailed] = {}
+        self._breakers = {url: CircuitBreaker(_MOST_FAILED) for url in self._urls}
         self._loaded: set[str] = set()  # addresses into which this engine loaded the adapter
+        self._left: dict[str, bool] = {}  # adapters of a killed run: whether each server unloaded it
+        if adapter is not None:
+            self._in_use.add(self._root)
         try:
             for url in self._urls:
                 self._open(url)
+            for name, unloaded in self._left.items():
+                if unloaded and not self._gone:
+                    shutil.rmtree(folder.here / name, ignore_errors=True)
             if not self._live:
                 raise next(iter(self._gone.values()))
         except BaseException:
@@ -149,14 +171,19 @@ class ServedEngine:
         return len(self.text.tokens(text))
 
     def close(self) -> None:
-        """Unload the adapter from the servers, remove it from their folder and close the connections."""
+        """Unload the adapter, also from servers that are left out, then remove its folder; close the connections.
+
+        What is not unloaded, and where, is added to `notes`; its folder stays for the run's next engine to find.
+        """
         for engine in self._live.values():
             engine.close()
-        for url in self._loaded & set(self._live):
-            with suppress(EngineError):
-                self._call(url, "/unload_lora_adapter", {"lora_name": self._adapter_name})
-        if self._loaded:
+        unloaded = [self._unload(url, self._adapter_name) for url in sorted(self._loaded)]
+        if unloaded and all(unloaded):
             shutil.rmtree(self._folder.here / self._adapter_name, ignore_errors=True)
+            with suppress(OSError):  # others are in it
+                self._folder.here.rmdir()
+        self._loaded.clear()
+        self._in_use.discard(self._root)
         self._live.clear()
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -170,8 +197,9 @@ class ServedEngine:
         rows: dict[int, Completion] = {}
         for i, (row, error) in zip(order, found, strict=True):
             lost = Completion("", "error", error=str(error), fault="server")
-            # A server that answers others but not this prompt: it is too slow for it, or breaks.
-            rows[i] = lost if row is None else replace(row, fault="row") if row.fault == "server" else row
+            # Servers that answer others but not this prompt: they are too slow for it, or break.
+            own = row is not None and row.fault == "server" and self._live
+            rows[i] = lost if row is None else replace(row, fault="row") if own else row
         return [rows[i] for i in range(len(requests))]
 
     def choose_each(
@@ -221,11 +249,11 @@ class ServedEngine:
             self._check_weights(url, engine)
             if self._aligns and self._adapter is None:
                 self._check_lora(url)
+            self._unload_left(url, listed)
             if self._adapter is not None:
-                root = f"{self._folder.there}/{self._adapter_name}"
                 if self._adapter_name not in listed:
-                    self._load(url, self._adapter, root)
-                elif listed[self._adapter_name].get("root") == root:  # of this run, which was killed
+                    self._load(url, self._adapter, self._root)
+                elif listed[self._adapter_name].get("root") == self._root:  # of this run, which was killed
                     self._loaded.add(url)
                 engine.close()
                 engine = self._connect(url, self._adapter_name)
@@ -234,10 +262,12 @@ class ServedEngine:
                 engine.close()
             if not isinstance(error, CallFailed) or error.fatal:
                 raise
+            known = self._gone.get(url)
             self._gone[url] = error
-            self.notes.append(f"{url} is left out until it answers: {error.message}")
+            if known is None or known.message != error.message:
+                self.notes.append(f"{url} is left out until it answers: {error.message}")
             return
-        self._live[url] = engine
+        self._live[url], self._breakers[url] = engine, CircuitBreaker(_MOST_FAILED)
         if self._gone.pop(url, None):
             self.notes.append(f"{url} answers again")
 
@@ -245,10 +275,12 @@ class ServedEngine:
         how: dict[str, Any] = {"mode": "completions", "timeout_s": self._timeout_s, "retry": self._retry}
         return OpenAIEngine(name, url, text=self.text, **how, **self._settings)
 
-    def _call(self, url: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def _call(
+        self, url: str, path: str, body: Mapping[str, Any] | None = None, timeout_s: float | None = None
+    ) -> Any:
         """Get what is at `path`, or send `body` there, once; its answer is text."""
         retry = self._retry if body is None else RetryPolicy(attempts=1)  # 500 is what a bad adapter gets
-        server = Server(url, timeout_s=self._timeout_s, retry=retry, limiter=RateLimiter())
+        server = Server(url, timeout_s=timeout_s or self._timeout_s, retry=retry, limiter=RateLimiter())
         try:
             return server.call(path, body, plain=body is not None)
         finally:
@@ -277,7 +309,8 @@ class ServedEngine:
             theirs = engine.prompt_logp(ids)
             engine.next_logp(ids, ids[:1])
         except CallFailed as error:
-            if error.fatal or not (error.status or error.text):
+            # A server that gave them before, or was not there, and fails now has a fault, not another kind.
+            if error.fatal or (not error.status and (url in self._gone or not error.text)):
                 raise
             raise InputError(
                 f"{url} does not give the log-probabilities by which its weights are checked: {error.message}",
@@ -291,6 +324,11 @@ class ServedEngine:
                 f"{len(theirs)} tokens differ by {nats:.2f} nats in the mean, those of the same weights by at most "
                 f"{_MOST_NATS:g}",
                 f"Serve {self._checkpoint}, or set teacher.model to what is served.",
+            )
+        if nats > _MOST_NATS / 2:
+            self.notes.append(
+                f"{url}: '{engine.model}' differs from teacher.model by {nats:.2f} nats a token, more than weights of "
+                f"8 bits do (an error above {_MOST_NATS:g}): it may be a fine-tuned copy, or have an adapter merged"
             )
 
     def _reference(self, ids: Sequence[int]) -> list[float]:
@@ -333,38 +371,76 @@ class ServedEngine:
         else:
             self._loaded.add(url)
 
+    def _unload(self, url: str, name: str) -> bool:
+        """Unload an adapter and return whether the server holds it no more; if not, `notes` says why."""
+        try:
+            timeout_s = min(self._timeout_s, _UNLOAD_S)
+            self._call(url, "/unload_lora_adapter", {"lora_name": name}, timeout_s)
+        except EngineError as error:
+            if isinstance(error, CallFailed) and "cannot be found" in error.text:  # it was started again
+                return True
+            self.notes.append(f"{url} may still hold the adapter {name}: {error.message}")
+            return False
+        return True
+
+    def _unload_left(self, url: str, listed: Mapping[str, Mapping[str, Any]]) -> None:
+        """Unload what this run, when it was killed, left on the server, but for the adapters that are in use."""
+        for name, entry in listed.items():
+            root = f"{self._folder.there}/{name}"
+            ours = name.startswith(_OURS) and "/" not in name and entry.get("root") == root
+            if ours and root not in self._in_use:
+                self._left[name] = self._unload(url, name) and self._left.get(name, True)
+
     def _share(
         self, items: Sequence[T], call: Callable[[OpenAIEngine, T], tuple[R | None, CallFailed | None]]
     ) -> list[tuple[R | None, CallFailed | None]]:
-        """Return what `call` returns for each item, from whichever server; None and a reason if no server is left."""
+        """Return what `call` returns for each item, from whichever server; None and a reason if no server is left.
+
+        A failure is an item's own once two servers that still are live ones gave it, or the only one.
+        """
         done: dict[int, tuple[R | None, CallFailed | None]] = {}
-        for _ in range(1 + len(self._urls)):  # a server may come back, or have lost its adapter in a restart
-            for url in [url for url in self._gone if self._responds(url)]:
+        failed: dict[int, dict[str, tuple[R | None, CallFailed | None]]] = defaultdict(dict)
+        broken: set[str] = set()  # dropped in this batch: such a server may pass the check and fail again
+
+        def is_settled(i: int) -> bool:
+            return i in done or len(failed[i].keys() & self._live.keys()) >= min(2, len(self._live))
+
+        for _ in range(2 + len(self._urls)):  # a server may come back, or have lost its adapter in a restart
+            for url in [url for url in self._gone if url not in broken and self._responds(url)]:
                 self._open(url)
-            todo = [i for i in range(len(items)) if i not in done]
-            if not todo or not self._live:
+            todo = [i for i in range(len(items)) if not is_settled(i)]
+            if not todo:
                 break
-            self._spread(todo, done, lambda engine, i: call(engine, items[i]))
+            self._spread(todo, done, failed, lambda engine, i: call(engine, items[i]))
+            for url in self._gone:
+                if (tripped := self._breakers[url].tripped) is not None and not tripped.fatal:
+                    broken.add(url)
         for engine in self._live.values():
             self.notes += engine.notes
             engine.notes.clear()
         reason = next(iter(self._gone.values()), None)
-        return [done.get(i, (None, reason)) for i in range(len(items))]
+        return [done.get(i) or next(iter(failed[i].values()), (None, reason)) for i in range(len(items))]
 
     def _spread(
         self,
         todo: Sequence[int],
         done: dict[int, tuple[R | None, CallFailed | None]],
+        failed: dict[int, dict[str, tuple[R | None, CallFailed | None]]],
         call: Callable[[OpenAIEngine, int], tuple[R | None, CallFailed | None]],
     ) -> None:
-        live, n = dict(self._live), len(todo)
-        ends = [n * k // len(live) for k in range(len(live) + 1)]
-        own = {url: deque(todo[ends[k] : ends[k + 1]]) for k, url in enumerate(live)}
+        """Send each of `todo` to a server, and what fails there to one more while there is one that is free."""
+        live, new = dict(self._live), [i for i in todo if not failed[i]]
+        ends = [len(new) * k // len(live) for k in range(len(live) + 1)]
+        own = {url: deque(new[ends[k] : ends[k + 1]]) for k, url in enumerate(live)}
+        again = [i for i in todo if failed[i]]  # for a server that they did not fail on
 
         def take(url: str) -> int | None:
             with self._lock:
                 if url in self._gone:
                     return None
+                for k, i in enumerate(again):
+                    if url not in failed[i]:
+                        return again.pop(k)
                 if own[url]:
                     return own[url].popleft()
                 longest = max(own.values(), key=len)
@@ -373,13 +449,20 @@ class ServedEngine:
         def work(url: str) -> None:
             while (i := take(url)) is not None:
                 value, error = call(live[url], i)
-                if error is not None and self._is_gone(url, error):
-                    with self._lock:
-                        own[url].appendleft(i)  # for the others
+                if error is None:
+                    self._breakers[url].succeeded()
+                    done[i] = value, None
+                    continue
+                gone = self._is_gone(url, error)
+                with self._lock:
+                    if not gone:
+                        failed[i][url] = value, error
+                    if gone or len(failed[i]) < 2:
+                        again.append(i)
+                if gone:
                     return
-                done[i] = value, error
 
-        n_thread = min(self._settings["max_concurrency"], n)
+        n_thread = min(self._settings["max_concurrency"], len(todo))
         pool = ThreadPoolExecutor(max_workers=n_thread * len(live))
         try:
             list(pool.map(work, [url for _ in range(n_thread) for url in live]))
@@ -399,7 +482,9 @@ class ServedEngine:
 
     def _is_gone(self, url: str, error: CallFailed) -> bool:
         """Return whether a failed call means that the server gets no more; then it is no longer a live one."""
-        its_own = not error.fatal and (error.status or self._responds(url))  # the call's failure
+        breaker = self._breakers[url]
+        breaker.failed(error)
+        its_own = breaker.tripped is None and (error.status or self._responds(url))  # the call's failure
         if url not in self._gone and its_own:
             return False
         with self._lock:

@@ -1,5 +1,7 @@
 """Servers that run known weights: tokens instead of text, weights checked, adapters loaded, the load shared."""
 
+import re
+import shutil
 import threading
 import time
 from collections import Counter
@@ -18,7 +20,7 @@ from arte_edge.distill.run_context import RunContext
 from arte_edge.errors import EngineError, InputError
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.openai.client import CallFailed, RetryPolicy
-from arte_edge.runtimes.openai.served import ServedEngine, ServerFolder
+from arte_edge.runtimes.openai.served import _MOST_NATS, ServedEngine, ServerFolder
 from arte_edge.runtimes.transformers.model import adapter_sha256
 from arte_edge.store import read_jsonl
 from arte_edge.tasks.loaders import load_task
@@ -40,6 +42,10 @@ class Vllm:
     logprobs: bool = True
     delay_s: float = 0.0
     dead_after: int = 10**9  # completions, after which it answers nothing any more
+    broken_after: int = 10**9  # completions, after which each ends with 500, while models are still listed
+    poison: str = ""  # a prompt with this in it ends with 500
+    stuck: bool = False  # it unloads nothing
+    failed: list[str] = field(default_factory=list)  # prompts of the completions that ended with 500
     wrote: list[str] = field(default_factory=list)  # models of the completions that wrote, not scored
     grammars: list[Any] = field(default_factory=list)  # and their grammars
     loaded: dict[str, str] = field(default_factory=dict)
@@ -60,6 +66,10 @@ class Vllm:
         time.sleep(self.delay_s)
         with self.lock:
             self._live()
+            prompt = self.engine(self.name).text.decode(body["prompt"], [])
+            if len(self.wrote) >= self.broken_after or (self.poison and self.poison in prompt):
+                self.failed.append(prompt)
+                return error(500, "EngineCore encountered an issue.")
             return 200, self._completion(body)
 
     def _live(self) -> None:
@@ -71,6 +81,8 @@ class Vllm:
         if self.lora == "no route":
             return 404, {"detail": "Not Found"}
         if path.startswith("unload"):
+            if self.stuck:
+                return error(500, "EngineCore encountered an issue.")
             known = self.loaded.pop(name, "")
             return (200, b"Success: removed.") if known else error(404, "cannot be found.")
         if name in self.loaded:
@@ -132,7 +144,7 @@ def served(serve: Any, llama_folder: Path, tmp_path: Path, model_cache: Path) ->
         servers = [Vllm(**{"checkpoint": llama_folder} | more) for more in each or ({},)]
         fronts = [serve(server) for server in servers]
         known = {"retry": RetryPolicy(attempts=2, base_s=0.01), "parallel": 2, "timeout_s": 20.0}
-        folder = ServerFolder.parse("", tmp_path / "adapters")
+        folder = ServerFolder(tmp_path / "adapters", str(tmp_path / "adapters"))
         addresses = [*(front.url for front in fronts), *urls]
         return ServedEngine(addresses, llama_folder, "5" * 64, folder, **known | settings), servers
 
@@ -193,6 +205,51 @@ def test_an_adapter_that_is_loaded_already_is_used_and_unloaded_by_its_own_run(
     assert not any(row.error for row in engine.complete(PROMPTS, GREEDY)) and server.loaded
 
 
+def test_what_a_killed_run_left_is_unloaded_and_what_others_use_stays(
+    served: Any, adapter: Path, tmp_path: Path
+) -> None:
+    engine, (server,) = served(adapter=adapter)
+    (own,) = server.loaded
+    here = tmp_path / "adapters"
+    left = {name: str(here / name) for name in ("arte-edge-old", "users-own")}
+    left["arte-edge-others"] = str(tmp_path / "another" / "arte-edge-others")
+    for path in left.values():
+        shutil.copytree(adapter, path)
+    outside = "arte-edge-/../../run"  # a name that leads out of the folder
+    shutil.copytree(adapter, tmp_path / "run")
+    left[outside] = f"{here}/{outside}"
+    server.loaded |= left
+    # Also the engine of the original weights unloads it, and leaves the adapter of an engine that is open.
+    ServedEngine(engine._urls, engine._checkpoint, "5" * 64, engine._folder).close()
+    assert set(server.loaded) == {own, outside, "users-own", "arte-edge-others"}
+    assert (
+        not Path(left["arte-edge-old"]).exists() and (here / own).is_dir() and (here / "users-own").is_dir()
+    )
+    engine.close()
+    assert set(server.loaded) == {outside, "users-own", "arte-edge-others"} and (tmp_path / "run").is_dir()
+
+
+def test_an_adapter_is_unloaded_also_from_a_server_that_was_left_out(served: Any, adapter: Path) -> None:
+    engine, (server, other) = served({}, {}, adapter=adapter)
+    server.dead_after = 0
+    assert not any(row.error for row in engine.complete(PROMPTS, GREEDY)) and len(engine.notes) == 1
+    server.dead_after = 10**9
+    (path,) = server.loaded.values()
+    engine.close()
+    assert not server.loaded and not other.loaded and not Path(path).exists() and len(engine.notes) == 1
+
+
+def test_the_folder_of_an_adapter_that_stays_on_a_server_is_kept_and_noted(
+    served: Any, adapter: Path
+) -> None:
+    engine, (server, other) = served({"stuck": True}, {}, adapter=adapter)
+    ((name, path),) = server.loaded.items()
+    engine.close()
+    assert server.loaded and not other.loaded and Path(path).is_dir()
+    (note,) = engine.notes
+    assert engine._urls[0] in note and name in note
+
+
 def test_servers_share_the_rows_each_its_own_part(served: Any) -> None:
     engine, servers = served({"delay_s": 0.05}, {"delay_s": 0.05}, {"delay_s": 0.05})
     asked = [Request(f"{n:02d}") for n in range(18)]
@@ -217,6 +274,41 @@ def test_a_server_that_dies_hands_its_rows_to_the_others_and_may_come_back(
     rows = engine.complete(asked, GREEDY)
     assert not any(row.error for row in rows) and len(short.wrote) > 3 and short.loaded
     assert "answers again" in engine.notes[-1]
+
+
+def test_a_server_that_fails_every_completion_is_left_out_and_costs_no_row(served: Any) -> None:
+    engine, (broken, well) = served({"broken_after": 2}, {"delay_s": 0.02})
+    rows = engine.complete([Request(f"{n:02d}") for n in range(40)], GREEDY)
+    assert not any(row.error for row in rows)
+    assert len(broken.wrote) == 2 and len(well.wrote) == 38
+    assert len(set(broken.failed)) <= 10, "8 in a row, and what was on its way"
+    (note,) = engine.notes
+    assert engine._urls[0] in note and "EngineCore" in note
+    # It lists its models, but does not pass the check: the next batch goes on without it, and with it once it is well.
+    assert not any(row.error for row in engine.complete(PROMPTS, GREEDY)) and len(broken.wrote) == 2
+    broken.broken_after = 10**9
+    assert not any(row.error for row in engine.complete(PROMPTS, GREEDY)) and len(broken.wrote) > 2
+    assert "answers again" in engine.notes[-1]
+
+
+def test_where_every_server_fails_the_rows_say_that_none_is_left(served: Any) -> None:
+    engine, servers = served({}, {})
+    for server in servers:
+        server.broken_after = 0
+    rows = engine.complete([Request(f"{n:02d}") for n in range(24)], GREEDY)
+    assert {row.fault for row in rows} == {"server"} and all("EngineCore" in row.error for row in rows)
+
+
+def test_a_row_that_one_server_fails_on_is_sent_to_one_other(served: Any) -> None:
+    engine, servers = served({"poison": "03"}, {}, {})
+    asked = [Request(f"{n:02d}") for n in range(9)]
+    rows = engine.complete(asked, GREEDY)
+    assert not any(row.error for row in rows) and not engine.notes
+    for server in servers:
+        server.poison, server.failed = "03", []
+    rows = engine.complete(asked, GREEDY)
+    assert [row.fault for row in rows] == ["", "", "", "row", "", "", "", "", ""] and not engine.notes
+    assert sorted(len(server.failed) for server in servers) == [0, 2, 2], "two attempts each"
 
 
 def test_one_server_that_lost_its_adapter_gets_it_again(served: Any, adapter: Path) -> None:
@@ -284,12 +376,31 @@ def test_other_weights_under_the_same_name_are_refused(
     assert str(llama_folder) in caught.value.hint
 
 
+def test_a_close_relative_of_the_weights_is_noted(served: Any, llama_folder: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        name = next(name for name in tensors if name.endswith("down_proj.weight"))
+        tensors[name] = tensors[name] * 0.9
+
+    other = edited(llama_folder, tmp_path / "relative", change)
+    engine, _ = served({"checkpoint": other})
+    (note,) = engine.notes
+    assert 0.1 < float(re.search(r"by (\d\.\d+) nats", note)[1]) < 0.2 and "fine-tuned" in note
+    assert f"above {_MOST_NATS:g} nats" in (Path(__file__).parents[3] / "docs/runtimes.md").read_text("utf-8")
+
+
 def test_the_folder_of_adapters_is_named_as_the_server_sees_it(
     served: Any, adapter: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "there").symlink_to(tmp_path / "here")
-    folder = ServerFolder.parse(f"{tmp_path}/here:{tmp_path}/there/", tmp_path)
-    assert folder == ServerFolder(tmp_path / "here", f"{tmp_path}/there")
+    folder = ServerFolder.parse(f"{tmp_path}/here:{tmp_path}/there/", tmp_path / "run")
+    own = folder.here.name
+    assert folder == ServerFolder(tmp_path / "here" / own, f"{tmp_path}/there/{own}")
+    one, other = (ServerFolder.parse(str(tmp_path), tmp_path / name / "run") for name in ("a", "b"))
+    assert (
+        one.here.parent == other.here.parent == tmp_path
+        and one.here != other.here
+        and one.there != other.there
+    )
     engine, (server,) = served()
     opened = ServedEngine(engine._urls, engine._checkpoint, "5" * 64, folder, adapter=adapter)
     assert all(path.startswith(folder.there) for path in server.loaded.values()) and server.loaded
@@ -331,3 +442,18 @@ def test_the_store_of_a_run_says_which_teacher_wrote_and_pays_for_nothing_twice(
     assert again[:2] == (original, aligned) and again[2].calls.made == 0
     assert sum(len(server.wrote) for server in servers) == 2 * len(PROMPTS)
     assert run.identity(config.teacher)[:2] == [weights, "server"] and config.teacher.on_server
+
+
+def test_a_run_warns_of_an_adapter_that_stays_on_a_server(
+    served: Any, llama_folder: Path, adapter: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    engine, _ = served({"stuck": True})
+    teacher = {"model": str(llama_folder), "server": list(engine._urls), "server_folder": str(tmp_path)}
+    config = RunConfig.model_validate({"teacher": teacher, "student": {"model": str(llama_folder)}})
+    run = RunContext(config, load_task("home_intents"), tmp_path / "run", Reporter(quiet=True))
+    warned: list[str] = []
+    monkeypatch.setattr(run.reporter, "warn", warned.append)
+    run.engine_with(run.local(config.teacher), (adapter, "unused"), config.teacher)
+    run.close()
+    assert len(warned) == 1 and "may still hold the adapter arte-edge-" in warned[0]
+    assert list(tmp_path.glob("run-*/arte-edge-*"))
