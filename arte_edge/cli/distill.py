@@ -141,6 +141,6 @@ def distill(
     calls = (done.calls_made, done.calls_cached)
     if as_json:
         counts = {"calls_made": calls[0], "calls_kept": calls[1]}
-        emit_json({"event": "done", "run": str(folder), **counts, **done.evaluation})
+        emit_json({"event": "done", "run": str(folder), "stopped": done.stopped, **counts, **done.evaluation})
     elif not done.stopped:
         show_summary(out, done.evaluation, folder, calls)

@@ -104,9 +104,25 @@ class Calls:
             self._failed |= {keys[i]: c for i, c in zip(todo, fresh, strict=True) if c.error}
             return sum(c.completion_tokens for c in fresh)
 
-        self._share_out(groups, keys, known, lambda todo: store(todo, engine.complete(*call(todo))), what)
         lost: list[Completion] = []
         n_done = 0
+
+        def check(places: Sequence[int]) -> None:
+            """Raise if too many calls failed, with these that are made now. A local model's are not looked at."""
+            nonlocal n_done
+            if not local and not spare:
+                done = [self._completion(keys[i], thinks=bool(budget)) for i in places]
+                n_done += len(done)
+                lost.extend(c for c in done if c.error)
+                self._check_lost(lost, n_done, len(keys), what, advice(lost, budget, sampling.max_tokens))
+
+        def make(todo: list[int]) -> None:
+            store(todo, engine.complete(*call(todo)))
+            check(todo)
+
+        self._share_out(groups, keys, known, make, what)
+        lost.clear()
+        n_done = 0  # all are counted below, those of other shards too
         with self._reporter.bar(what, len(requests)) as step:
             for group, todo, fresh in self._sent(
                 engine, "complete", self._planned(keys, groups, known), call
@@ -114,11 +130,7 @@ class Calls:
                 tokens = store(todo, fresh)
                 self.cached += len(group) - len(todo)
                 step(len(group), tokens, len(group) - len(todo))
-                done = [self._completion(keys[i], thinks=bool(budget)) for i in group]
-                n_done += len(done)
-                lost += [c for c in done if c.error]
-                if not local and not spare:
-                    self._check_lost(lost, n_done, len(keys), what, advice(lost, budget, sampling.max_tokens))
+                check(group)
         done = [self._completion(key, thinks=bool(budget)) for key in keys]
         self._odd |= {k: c for k, c in zip(keys, done, strict=True) if c.error or c.reasoning_tokens}
         return done

@@ -29,6 +29,7 @@ _FILE = re.compile(r"calls-(\d+)-of-(\d+)\.jsonl")
 _BRIEF_S = (
     10.0  # another process looks whether a lock is held, has rows to read before it works again, or starts
 )
+_PROBE_S = 1.0  # a lock that is held for longer is held by a worker, not by another that looks
 _POLL_S = 0.3
 
 
@@ -45,8 +46,8 @@ class ShardStage(Stage):
 class ShardLog(CallLog):
     """The store of a shard: its own file is written, the run's and the other shards' are read.
 
-    `failed` are the rows of calls that failed in any shard, by key: a plain run makes them again, a shard takes them as
-    they are.
+    `failed` are the rows of calls that failed in another shard, or in this one since it began, by key: a shard takes
+    them as they are, unless the server was gone. Who made them makes them again when it is started again.
     """
 
     def __init__(self, folder: Path, share: Share) -> None:
@@ -66,6 +67,13 @@ class ShardLog(CallLog):
         paths += [
             folder / f"calls-{i}-of-{share.of}.jsonl" for i in range(1, share.of + 1) if i != share.number
         ]
+        for path in set(folder.glob("calls-*-of-*.jsonl")) - {
+            self.path,
+            *paths,
+        }:  # of another number of shards
+            for row in read_groups(path)[0]:
+                self._remember(row)
+        self.failed.clear()  # this shard's of an earlier time, and of shards that nobody runs: they are made again
         self._read = dict.fromkeys(paths, 0)  # bytes
         self.refresh()
 
@@ -108,14 +116,14 @@ class ShardLog(CallLog):
                 make(todo)
         quiet_since = None
         while True:
-            working = {i for i in range(1, self.share.of + 1) if self._works(i)}
             self.refresh()
             lacking = {owner[keys[i]] % self.share.of + 1 for group in groups for i in group if not known(i)}
             if not lacking:
                 self._begin_work()
                 return
             self._work.close()  # who waits does not work: two that wait for each other both end
-            quiet_since = None if lacking & working else quiet_since or time.monotonic()
+            working = any(self._works(i) for i in sorted(lacking))
+            quiet_since = None if working else quiet_since or time.monotonic()
             if quiet_since and time.monotonic() - quiet_since > _BRIEF_S:
                 others = ", ".join(f"{i}/{self.share.of}" for i in sorted(lacking))
                 raise PartDone(
@@ -125,7 +133,7 @@ class ShardLog(CallLog):
             time.sleep(_POLL_S)
 
     def _remember(self, row: dict[str, Any]) -> None:
-        if row.get("status") == "error":
+        if row.get("status") == "error" and row.get("fault") != "server":
             self.failed[row["key"]] = row
         super()._remember(row)
 
@@ -187,7 +195,7 @@ def _lock(folder: Path, number: int, of: int, kind: str = "shard") -> Path:
 
 def _held(path: Path) -> bool:
     try:
-        with locked(path):
+        with locked(path, _PROBE_S):
             return False
     except InputError:
         return True

@@ -108,6 +108,22 @@ def test_equal_calls_of_a_group_are_made_once(tmp_path: Path) -> None:
     assert engine.sizes == [2, 4] and rows[0] == rows[1]
 
 
+class Backwards(Batching):
+    """A cluster whose last group arrives first."""
+
+    def each(self, method: str, groups: Any) -> Any:
+        yield from reversed([(n, getattr(self, method)(*group)) for n, group in enumerate(groups)])
+
+
+@pytest.mark.parametrize("n_new", [0, 3])
+def test_a_group_may_arrive_before_the_one_that_makes_its_call(tmp_path: Path, n_new: int) -> None:
+    prompts = [*range(32), 0, *range(32, 32 + n_new)]
+    engine: Any = Backwards()
+    done = open_calls(tmp_path).complete(engine, [Request(f"q{i}") for i in prompts], Sampling(), "x")
+    assert [c.text.split()[0] for c in done] == [f"q{i}" for i in prompts]
+    assert engine.sizes == [n for n in (32, n_new) if n]
+
+
 class Server:
     """A server whose answers are what `says` makes of a prompt: a text, or a completion; counts its calls."""
 

@@ -1,5 +1,6 @@
 """Stages apart: up to one, from one on, in a folder that moves, and a share of a stage's calls."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -158,10 +159,14 @@ def test_the_command_says_where_it_stopped_and_succeeds(
     flags = ["--force", "--set", "data=original-teacher", "--set", "tailor.questions=8"]
     assert house.distill(*flags, "--until", "check") == 0
     assert "Stopped after check" in capfd.readouterr().err
+    assert house.distill(*flags, "--until", "check", "--json") == 0
+    last = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert last["event"] == "done" and "Stopped after check" in last["stopped"]
     assert house.distill(*flags, "--shard", "2/2") == 0
     assert house.distill(*flags, "--from", "tailor") == 2
     assert house.distill(*flags, "--json") == 0
-    assert '"event": "done"' in capfd.readouterr().out
+    last = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert last["event"] == "done" and last["stopped"] == "" and last["rows"]
 
 
 def test_a_share_is_read_as_it_is_written() -> None:

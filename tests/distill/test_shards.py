@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ from arte_edge.console import Reporter
 from arte_edge.distill.cached_calls import Calls
 from arte_edge.distill.part import PartDone, Share
 from arte_edge.distill.shards import ShardLog, locked, merge_shards
-from arte_edge.errors import InputError
+from arte_edge.errors import EngineError, InputError
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.store import CallLog
 
@@ -129,6 +130,74 @@ def test_a_plain_command_and_a_shard_keep_out_of_each_others_way(tmp_path: Path,
     with locked(tmp_path / ".lock"), pytest.raises(InputError, match="another process"):
         ShardLog(tmp_path, Share(1, 2))
     ShardLog(tmp_path, Share(1, 2)).close()  # nothing is left locked
+
+
+def shard(folder: Path, number: int, of: int, engine: Any) -> str:
+    """Make a share of the stage alone; return why it ended."""
+    log = ShardLog(folder, Share(number, of))
+    try:
+        stage(Calls(log, Reporter(quiet=True), group=4), engine)
+    except (PartDone, EngineError) as error:
+        return str(error)
+    finally:
+        log.close()
+    return ""
+
+
+class Mortal(Engine):
+    """Counts its calls; its server may be gone."""
+
+    def __init__(self) -> None:
+        self.gone, self.prompts = False, Counter[str]()
+
+    def complete(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
+        self.prompts.update(request.prompt for request in requests)
+        lost = Completion("", "error", error="no route", fault="server")
+        return [lost for _ in requests] if self.gone else super().complete(requests, sampling)
+
+
+def test_a_shard_that_met_a_dead_server_stops_at_once_and_resumes(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("arte_edge.distill.shards._BRIEF_S", 0.0)
+    whole, _ = plain(tmp_path / "whole")
+    folder, engine = tmp_path / "run", Mortal()
+    folder.mkdir()
+    engine.gone = True
+    assert "no route" in shard(folder, 1, 2, engine) and engine.prompts.total() == 4
+    assert "1/2 is missing" in shard(folder, 2, 2, Mortal()), "the other takes no lost call for an answer"
+    engine.gone = False
+    said = [shard(folder, number, 2, engine) for number in (1, 2, 1)]
+    assert "'second'; that of 2/2 is missing" in said[0]
+    assert max(engine.prompts.values()) == 2 and engine.prompts["a0"] == 2, "only the lost ones twice"
+    texts, calls = plain(folder)
+    assert texts == whole and calls.made <= 1
+
+
+def test_another_number_of_shards_pays_for_nothing_twice(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("arte_edge.distill.shards._BRIEF_S", 0.0)
+    engine = Mortal()
+    assert "'first'" in shard(tmp_path, 1, 2, engine)
+    for number in (2, 3, 1):
+        shard(tmp_path, number, 3, engine)
+    assert len(engine.prompts) > 37 and max(engine.prompts.values()) == 1
+    assert max(keys(tmp_path).values()) == 1
+
+
+def test_one_that_looks_is_not_taken_for_one_that_works(tmp_path: Path) -> None:
+    log, other = ShardLog(tmp_path, Share(1, 2)), tmp_path / ".work-2-of-2.lock"
+    with locked(other):
+        assert log._works(2)
+    held, free = threading.Event(), threading.Event()
+
+    def look() -> None:
+        with locked(other):
+            held.set()
+            free.wait(0.2)
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    assert held.wait(10) and not log._works(2)
+    looker.join()
+    log.close()
 
 
 def test_shards_that_wait_for_each_other_both_end(tmp_path: Path, monkeypatch: Any) -> None:
