@@ -30,7 +30,9 @@ from arte_edge.runtimes.loader import Kind
 from arte_edge.threads import thread_count
 
 _ANSWER_S = 5.0  # for an address to accept a connection
-_NODE_S = 600.0  # for a node to say what it has; the first time it may fetch a model
+_NODE_S = (
+    120.0  # for a node to start a process and name its versions; models may take hours to fetch and hash
+)
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray takes 127.0.0.1 for this machine's address
 _TOKEN = secrets.token_hex(32)  # of Ray on this machine
 # Settings of the driver that decide what an engine computes; secrets and paths stay where they are.
@@ -67,7 +69,7 @@ class RayCluster:
             ArteError: a node does not answer, or cannot fetch a model.
         """
         mine, seen = versions(), (str(run_file.resolve()), sha256_file(run_file))
-        for host, facts in _ask_nodes(seen, ()).items():
+        for host, facts in _ask_nodes(seen).items():
             differ = [f"{name} {facts.versions[name]}" for name in mine if facts.versions[name] != mine[name]]
             if differ:
                 here = ", ".join(f"{name} {version}" for name, version in mine.items())
@@ -81,7 +83,7 @@ class RayCluster:
                     "Adapters and tuned students are read from the run's folder: put it on a disk that every node "
                     "mounts at the same path, with --runs.",
                 )
-        _ask_nodes(seen, list(models))
+        _ask_nodes(seen, list(models), self.pool.warn)
 
     def open(
         self,
@@ -172,26 +174,29 @@ _START = (
 
 def _reachable(address: str) -> str:
     """Return the address if something listens there; Ray would try for minutes. Raises InputError: nothing does."""
-    if address == "auto" and (address := _current() or address) == "auto":
-        return address  # Ray looks for its own processes on this machine
+    source = "--ray"
+    if address == "auto":
+        source, address = _current()
+        if address in ("", "auto"):
+            return "auto"  # Ray looks for its own processes on this machine
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "://" in address:
-        raise InputError(f"--ray {address}: not local, auto or HOST:PORT", _START)
+        raise InputError(f"{source} {address}: not local, auto or HOST:PORT", _START)
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
     except (OSError, OverflowError) as error:
-        raise InputError(f"No Ray cluster at {address}: {error}", _START) from error
+        raise InputError(f"No Ray cluster at {address} ({source}): {error}", _START) from error
     return address
 
 
-def _current() -> str:
-    """Return the cluster that Ray would join by itself: it may be gone. Empty where nothing names one."""
+def _current() -> tuple[str, str]:
+    """Return what names the cluster that Ray would join by itself, and its address: empty, or of one that is gone."""
     if named := os.environ.get("RAY_ADDRESS", ""):
-        return named
+        return "RAY_ADDRESS", named
     path = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
     with suppress(OSError, UnicodeDecodeError):
-        return path.read_text("utf-8").strip()
-    return ""
+        return str(path), path.read_text("utf-8").strip()
+    return "", ""
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -225,8 +230,13 @@ def _fitting(sizes: WorkerSizes, nodes: Sequence[dict[str, float]]) -> tuple[int
     return sizes.workers or room, cpus, gpus
 
 
-def _ask_nodes(run_file: tuple[str, str], models: Sequence[LocalModel]) -> dict[str, NodeFacts]:
-    """Return the facts of every node by its name and address."""
+def _ask_nodes(
+    run_file: tuple[str, str], models: Sequence[LocalModel] = (), say: Callable[[str], None] = print
+) -> dict[str, NodeFacts]:
+    """Return the facts of every node by its name and address; `say` gets a line for one that takes long over models.
+
+    Raises ArteError: a node does not answer, is lost, or has not the models.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -241,7 +251,14 @@ def _ask_nodes(run_file: tuple[str, str], models: Sequence[LocalModel]) -> dict[
     found = {}
     for name, reference in asked.items():
         try:
-            found[name] = ray.get(reference, timeout=_NODE_S)
+            if models and not ray.wait([reference], timeout=_NODE_S)[0]:
+                say(f"waiting for {name}, which fetches models or computes their sha256")
+            # A node that is lost meanwhile ends the wait.
+            found[name] = ray.get(reference, timeout=None if models else _NODE_S)
+        except ray.exceptions.GetTimeoutError as error:
+            raise ArteError(
+                f"{name}: no answer in {_NODE_S:.0f} s", "See Ray's logs on that node, or leave it out."
+            ) from error
         except ray.exceptions.RayError as error:
             raise translated(error, f"{name}: ") from error
     return found

@@ -109,14 +109,6 @@ class Pool:
         """Return what one worker's method returns; see `each`."""
         return next(iter(self.each(spec, what, [arguments])))[1]
 
-    def drop(self, spec: EngineSpec) -> None:
-        """Let the workers close an engine when they come to it."""
-        for hand in self._hands:
-            hand.opening.pop(spec, None)
-            if spec in hand.opened:
-                hand.opened.discard(spec)
-                hand.actor.close.remote(spec)
-
     def each(
         self, spec: EngineSpec | None, what: str, groups: Iterable[Sequence[Any]]
     ) -> Iterator[tuple[int, Any]]:
@@ -224,11 +216,16 @@ class _Shared:
         """Yield the result of a call that has ended, if it was of a group; a dead worker's group is given again."""
         import ray
 
-        sent = self._flying.pop(reference)
+        sent, errors = self._flying.pop(reference), ray.exceptions
         self._idle.append(sent.hand)
         try:
             value = ray.get(reference)
-        except ray.exceptions.RayActorError as error:
+        except (  # the last: the worker ended well, and its result was lost with the node
+            errors.RayActorError,
+            errors.OutOfMemoryError,
+            errors.NodeDiedError,
+            errors.ObjectLostError,
+        ) as error:
             self._died(sent, error)
         except ray.exceptions.RayError as error:
             raise translated(error) from error
@@ -258,10 +255,12 @@ class _Shared:
         else:  # not up again yet, which `check_patience` bounds
             return
         if n >= MOST_DEATHS:
+            compared = "ARTE_EDGE_PROBE=0 takes the usual engine without a comparison of several. "
             raise EngineError(
                 f"{n} workers died {over}: {self._why}",
-                "A node that is short of memory kills its workers: see Ray's logs there. What was finished is "
-                "stored, and the same command resumes.",
+                "A node that is short of memory kills its workers: see Ray's logs there. "
+                f"{compared if sent.group and callable(sent.group[0]) else ''}What was finished is stored, and the "
+                "same command resumes.",
             ) from error
         self._pool.warn(f"1 of {self._pool.n} workers died {over}, the others continue: {self._why[:200]}")
 
@@ -306,7 +305,12 @@ def reason(error: BaseException) -> str:
 
 
 def _shown(group: Sequence[Any]) -> str:
-    """Return how many calls a group has and the end of its first prompt, by which its rows are found in the data."""
+    """Return how many calls a group has and the end of its first prompt, by which its rows are found in the data.
+
+    Of a function on a node return its name and its model's.
+    """
+    if callable(group[0]):
+        return f"{group[0].__name__.strip('_')} of {group[1].name}"
     first = group[1][0] if group[0] in get_args(Method) else group
     prompt = " ".join(str(getattr(first[0], "prompt", first[0])).split())
     return f"a group of {len(first)} calls whose first prompt ends in “{prompt[-120:]}”"
@@ -343,4 +347,4 @@ class ClusterEngine:
         return self._counted(text)
 
     def close(self) -> None:
-        self._pool.drop(self._spec)
+        """Nothing: `Pool.stop` ends the workers, and the engines with them."""

@@ -47,9 +47,8 @@ class EngineFacts:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """The host's name, its versions of what must be equal everywhere, and whether it sees the run's folder."""
+    """A node's versions of what must be equal everywhere, and whether it sees the run's folder."""
 
-    host: str
     versions: dict[str, str]
     sees_run: bool
 
@@ -75,7 +74,7 @@ def node_facts(run_file: tuple[str, str], models: Sequence[LocalModel]) -> NodeF
         for model in models:
             found_here(model)
     path, sha256 = Path(run_file[0]), run_file[1]
-    return NodeFacts(socket.gethostname(), versions(), path.is_file() and sha256_file(path) == sha256)
+    return NodeFacts(versions(), path.is_file() and sha256_file(path) == sha256)
 
 
 @contextmanager
@@ -138,10 +137,6 @@ class Worker:
 
     def count_tokens(self, spec: EngineSpec, text: str) -> int:
         return self._engine(spec).count_tokens(text)
-
-    def close(self, spec: EngineSpec) -> None:
-        if engine := self._engines.pop(spec, None):
-            engine.close()
 
     def with_model(self, _: None, function: Callable[..., Any], model: LocalModel, *arguments: Any) -> Any:
         """Return what `function` returns for this node's copy of a model."""

@@ -193,8 +193,8 @@ def _prepare(run: RunContext, *, update: bool) -> None:
         if config.aligned:
             run.checkpoint(config.teacher)
     if run.cluster is not None:
-        served = is_server(config.teacher.model) or bool(config.teacher.server)
-        models = [run.local(each) for each in (student, config.teacher)[: 1 if served else 2]]
+        here = [student] if config.teacher.on_server else [student, config.teacher]
+        models = [run.local(each) for each in here]
         with doing("checking the nodes of the cluster"):
             run.cluster.check(run.folder / "run.toml", models)
     if deploy.device:

@@ -8,7 +8,7 @@ from tiny import Patch
 
 from arte_edge.cluster import connect as module
 from arte_edge.cluster.connect import RayCluster, WorkerSizes, connect
-from arte_edge.errors import InputError
+from arte_edge.errors import ArteError, InputError
 from arte_edge.models.resolve import LocalModel
 
 NODE = {"CPU": 8.0, "memory": 1e9}
@@ -61,6 +61,12 @@ def test_a_cluster_that_is_gone_is_not_waited_for(
         connect("auto", WorkerSizes(), print)
 
 
+def test_an_address_from_the_environment_is_named_with_its_source(monkeypatch: Patch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    with pytest.raises(InputError, match="RAY_ADDRESS ray://head:10001: not local"):
+        connect("auto", WorkerSizes(), print)
+
+
 def test_a_process_that_ran_ray_alone_joins_no_cluster(two_nodes: Any, monkeypatch: Patch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", module._TOKEN)
     with pytest.raises(InputError, match="on this machine alone"):
@@ -85,6 +91,17 @@ def test_a_node_with_another_arte_edge_is_refused(
     monkeypatch.setattr("arte_edge.__version__", "9.9.9")
     with pytest.raises(InputError, match=r"has arte-edge .*; this machine has .*arte-edge 9\.9\.9"):
         joined.check(run_file, [])
+
+
+def test_a_node_may_take_long_over_models_and_nothing_else(
+    joined: RayCluster, tmp_path: Path, model: LocalModel, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(module, "_NODE_S", 0.001)
+    said: list[str] = []
+    assert module._ask_nodes((str(tmp_path), ""), [model], said.append)
+    assert said and "waiting for" in said[0]
+    with pytest.raises(ArteError, match="no answer in"):
+        module._ask_nodes((str(tmp_path), ""))
 
 
 def test_a_run_folder_that_a_node_does_not_see_and_a_model_it_has_not_are_refused(

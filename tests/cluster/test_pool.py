@@ -49,6 +49,27 @@ def test_a_worker_that_is_killed_loses_no_row(
     assert work.lines() == rows and all_once(work)
 
 
+@pytest.mark.parametrize("name", ["OutOfMemoryError", "NodeDiedError", "ObjectLostError"])
+def test_a_result_that_is_lost_is_made_again(
+    joined: RayCluster, model: LocalModel, work: Any, rows: Any, monkeypatch: Patch, name: str
+) -> None:
+    import ray
+
+    engine, get = joined.open(model, parallel=4), ray.get
+    error = getattr(ray.exceptions, name)
+    lost = [error("00", None, "") if name == "ObjectLostError" else error("killed")]
+
+    def get_or_lose(*arguments: Any, **options: Any) -> Any:
+        value = get(*arguments, **options)
+        if lost:
+            raise lost.pop()
+        return value
+
+    monkeypatch.setattr(ray, "get", get_or_lose)
+    work.do(engine)
+    assert work.lines() == rows and all_once(work) and not lost
+
+
 def test_a_raylet_that_is_killed_loses_no_row(
     two_nodes: Any, joined: RayCluster, model: LocalModel, work: Any, rows: Any
 ) -> None:
@@ -115,6 +136,21 @@ def test_a_group_that_kills_three_workers_ends_the_run_and_is_named(
             done[number] = results
     assert done.keys() == {0}
     assert len(engine.complete([Request("fine")], Sampling(max_tokens=2))) == 1, "the others go on"
+
+
+def end_process(model: LocalModel) -> None:
+    os._exit(1)
+
+
+def test_a_function_that_kills_three_workers_is_named(
+    joined: RayCluster, model: LocalModel, monkeypatch: Patch
+) -> None:
+    ray_cloudpickle = pytest.importorskip("ray.cloudpickle")
+    ray_cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(pool, "_REST_S", 0.1)
+    with pytest.raises(EngineError, match=f"3 workers died over end_process of {model.name}") as caught:
+        joined.on_a_node(end_process, model)
+    assert "ARTE_EDGE_PROBE=0" in caught.value.hint
 
 
 def test_a_prompt_that_an_engine_cannot_take_is_a_row_with_a_reason(
