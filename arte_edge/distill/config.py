@@ -286,7 +286,8 @@ class Train(_Section):
 
     processes: int = _key(1, "processes that share each training step; one a GPU", ge=1, le=1024)
     shard_teacher: bool = _key(
-        False, "align: spread the teacher's weights over the processes (FSDP); for one that no GPU holds"
+        False,
+        "align: spread the teacher over the processes (FSDP); for one that no GPU holds; needs `teacher.server`",
     )
 
 

@@ -269,12 +269,27 @@ def plan_gpus(
 ) -> GpuPlan:
     """Return the hours of each stage on `gpus`; a model behind a server, without a shape, takes none of them.
 
-    Raises InputError: a model does not fit into all of them.
+    Each of ``teacher.server`` is one replica of the teacher, which holds its GPUs during the whole run.
+
+    Raises InputError: a model does not fit into all of them, or the servers leave none.
     """
     placed = dict[str, Placement]()
-    for who, shape in shapes.items():
+    rest = gpus
+    for who in sorted(shapes, reverse=True):  # the teacher first
+        shape = shapes[who]
         longest = max(found.prompt + found.completion for call, found in lengths.items() if call.who == who)
-        placed[who] = place(shape, gpus, _model(config, who).parallel, longest)
+        one = place(shape, rest, _model(config, who).parallel, longest)
+        if who == "teacher" and config.teacher.server:
+            held = one.gpus_each * len(config.teacher.server)
+            if held >= gpus.n:
+                raise InputError(
+                    f"teacher.server: {len(config.teacher.server)} × {one.gpus_each} GPUs leave none of {gpus.n} for "
+                    "the student and the trainings",
+                    "Plan with more GPUs, or fewer servers.",
+                )
+            one = place(shape, replace(gpus, n=held), config.teacher.parallel, longest)
+            rest = replace(gpus, n=gpus.n - held)
+        placed[who] = one
     hours: dict[str, float] = {}
     for work in stage_work(config, task, drafts_per_prompt):
         if one := placed.get(work.call.who):
@@ -282,28 +297,33 @@ def plan_gpus(
             hours.setdefault(work.stage, 0.0)
             hours[work.stage] += call_hours(one, work.n * each.prompt, work.n * each.completion)
     trainings = [
-        *_alignment(config, task, lengths, shapes, gpus),
-        _tuning(config, task, lengths, shapes, gpus),
+        *_alignment(config, task, lengths, shapes, rest),
+        _tuning(config, task, lengths, shapes, rest),
     ]
-    room = gpus.facts.memory_gb
     notes = [
         "Hours: vLLM's measured shares of the GPU's peak, prefixes computed each time, stages one after the other; "
         "docs/cluster.md says how far off they are. Loading models and the students of own labels are not in them."
     ]
     notes += [
-        f"{each.stage}: {each.memory_gb:.0f} GB do not fit into a GPU of {room:g} GB: "
+        f"{each.stage}: {each.memory_gb:.0f} GB do not fit into {gpus.room_gb:g} of a GPU's "
+        f"{gpus.facts.memory_gb:g} GB: "
         + (
-            "train.shard_teacher = true spreads the weights over train.processes, "
-            "data = 'best-of-n' aligns none."
+            "with teacher.server the checks need no copy of the teacher here, then train.shard_teacher = true spreads "
+            "its weights over train.processes; data = 'best-of-n' aligns none."
             if each.stage == "align"
             else "lower the batch size, or run this stage on larger GPUs (--until, --from)."
         )
         for each in trainings
-        if each.memory_gb > room
+        if each.memory_gb > gpus.room_gb
     ]
-    if config.train.processes < gpus.n:
+    if rest.n < gpus.n:
         notes.append(
-            f"Trainings use {config.train.processes} of {gpus.n} GPUs: train.processes = {gpus.n} shares each step."
+            f"The teacher's servers hold {gpus.n - rest.n} of {gpus.n} GPUs during the whole run; the student and the "
+            f"trainings have the other {rest.n}."
+        )
+    if config.train.processes < rest.n:
+        notes.append(
+            f"Trainings use {config.train.processes} of {rest.n} GPUs: train.processes = {rest.n} shares each step."
         )
     return GpuPlan(gpus, hours, placed, trainings, notes)
 
@@ -331,6 +351,7 @@ def _alignment(
         lora_rank=config.align.lora_rank,
         reference=True,
         spread=config.train.shard_teacher and min(config.train.processes, gpus.n) > 1,
+        probed=not config.teacher.server,
     )
 
 

@@ -16,7 +16,7 @@ Nothing is loaded: sizes come from ``config.json``, lengths of prompts from the 
   Rajbhandari et al. 2020, arXiv 1910.02054), 4 more for the gradient buckets of several processes, 2 a frozen one.
   Activations without checkpointing: ``34 s b h`` bytes a layer for s b tokens of width h in 16 bits (Korthikanti et
   al. 2022, arXiv 2205.05198, without the attention matrix, which the kernels do not store), and the logits twice in
-  32 bits.
+  32 bits. Where no server does, the checks of an alignment hold a second copy of the teacher on the first GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _PREFILL_SHARE = 0.53
 _BANDWIDTH_SHARE = 0.77
 _TRAINING_SHARE = 0.42
-_USED = 0.9  # of the memory: vLLM's gpu_memory_utilization
+_USED = 0.9  # of the memory: vLLM's gpu_memory_utilization; trainings leave as much
 _WEIGHT = 2  # bytes, 16 bits
 _TRAINED, _BUCKETS, _ACTIVATION, _LOGITS = 16, 4, 34, 8  # bytes, see above
 _GB = 1e9
@@ -91,6 +91,11 @@ class Gpus:
     @property
     def facts(self) -> _Kind:
         return _KINDS[self.kind]
+
+    @property
+    def room_gb(self) -> float:
+        """What models and trainings may take of one GPU."""
+        return _USED * self.facts.memory_gb
 
     def usd(self, hours: float) -> float | None:
         """Return what all GPUs cost for so many hours."""
@@ -178,7 +183,7 @@ def place(shape: Shape, gpus: Gpus, parallel: int, tokens: float) -> Placement:
     Raises InputError: all GPUs together do not hold them.
     """
     weights, kv = _WEIGHT * shape.n_param, parallel * tokens * shape.kv_bytes_per_token
-    room, each = _USED * gpus.facts.memory_gb * _GB, 1
+    room, each = gpus.room_gb * _GB, 1
     while weights + kv > each * room:
         each *= 2
     if each > gpus.n:
@@ -211,7 +216,7 @@ def call_hours(placed: Placement, prompt_tokens: float, completion_tokens: float
 
 @dataclass(frozen=True)
 class Training:
-    """What a training needs on each of `processes` GPUs, in GB, and how long it takes."""
+    """What a training needs in GB on each of `processes` GPUs, at most, and how long it takes."""
 
     stage: str
     model: str
@@ -241,6 +246,7 @@ def training(
     lora_rank: int | None,
     reference: bool = False,
     spread: bool = False,
+    probed: bool = False,
 ) -> Training:
     """Return what a training takes.
 
@@ -251,6 +257,7 @@ def training(
         reference: a second forward pass without the adapter, as in DPO.
         spread: each process holds a part of the weights (FSDP), two layers whole, and of the activations only what
             goes into a layer: each is computed twice.
+        probed: checks hold a second copy of the weights on the first GPU.
     """
     full = lora_rank is None
     trained = shape.n_param if lora_rank is None else lora_rank * shape.linear_sides
@@ -267,7 +274,7 @@ def training(
         shape.name,
         processes,
         tokens,
-        ((4 * trained + _WEIGHT * frozen) / parts + gathered) / _GB,
+        ((4 * trained + _WEIGHT * frozen) / parts + gathered + probed * _WEIGHT * shape.n_param) / _GB,
         (_TRAINED - 4 + buckets) * trained / parts / _GB,
         held * at_once / _GB,
         per_token * shape.n_param * tokens / rate / 3600,

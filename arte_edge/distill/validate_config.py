@@ -192,6 +192,11 @@ def _rank_problems(config: RunConfig) -> Iterator[Problem]:
             "train.shard_teacher: one process cannot share weights",
             "Set train.processes to the number of GPUs.",
         )
+    if config.train.shard_teacher and not config.teacher.server:
+        yield (
+            "train.shard_teacher: the teacher also writes, and without teacher.server that takes all of it on one GPU",
+            "Start vLLM with the teacher on other GPUs and name its address in teacher.server.",
+        )
     for key, size in (
         ("tune.batch_size", config.tune.batch_size),
         ("align.batch_size", config.align.batch_size if config.aligned else n),

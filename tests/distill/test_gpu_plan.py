@@ -103,6 +103,10 @@ def test_the_memory_of_trainings(shapes: dict[str, Shape]) -> None:
         "align", shapes["llama"], gpus, 8, tokens=1e6, at_once=0, lora_rank=8, reference=True, spread=True
     )
     assert spread.memory_gb == pytest.approx(dpo.memory_gb / 8 + 4 * 70.55 / 80, abs=0.1)
+    probed = training(
+        "align", shapes["llama"], gpus, 1, tokens=1e6, at_once=0, lora_rank=8, reference=True, probed=True
+    )
+    assert probed.memory_gb - dpo.memory_gb == pytest.approx(2 * 70.55, abs=0.1)
     assert full.activations_gb == pytest.approx(512 * (34 * 18 * 2048 + 8 * 256000) / 1e9)
 
 
@@ -119,11 +123,19 @@ def test_a_run_is_planned_without_weights(folders: dict[str, Path], capfd: Captu
     server = "teacher.server=http://127.0.0.1:1/v1"  # of its own vLLM, which is not called
     assert main([*plan, "--json", "--set", "train.processes=4", "--set", server]) == 0
     found = json.loads(capfd.readouterr().out)
-    assert found["gpus"]["models"]["teacher"]["gpus_each"] == 4
+    held, student = (found["gpus"]["models"][who] for who in ("teacher", "student"))
+    assert (held["gpus_each"], held["replicas"], student["replicas"]) == (4, 1, 4)  # one server
     assert found["total"]["gpu_usd"] == pytest.approx(16 * found["total"]["hours"], abs=0.02)
     assert sum(row["hours"] for row in found["stages"]) == pytest.approx(found["total"]["hours"], abs=0.01)
     assert [row["stage"] for row in found["gpus"]["trainings"]] == ["align", "tune"]
-    assert any("do not fit into a GPU of 80 GB" in note for note in found["notes"])
+    assert any("do not fit into 72 of a GPU's 80 GB" in note for note in found["notes"])
+    align = found["gpus"]["trainings"][0]["memory_gb"]
+    assert main([*plan, "--json", "--set", "train.processes=4"]) == 0  # the checks hold a copy of their own
+    alone = json.loads(capfd.readouterr().out)["gpus"]
+    assert alone["models"]["teacher"]["replicas"] == 2
+    assert alone["trainings"][0]["memory_gb"] - align == pytest.approx(2 * 70.55, abs=0.1)
+    assert main([*plan, "--set", 'teacher.server=["http://a:1/v1", "http://b:1/v1"]']) == 2
+    assert "leave none of 8" in capfd.readouterr().err
     assert main(plan) == 0
     assert "GPU USD" in capfd.readouterr().out
 

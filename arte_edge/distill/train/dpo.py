@@ -294,16 +294,26 @@ class _Training:
 
 
 def _set_shards(model: Any, weights: Mapping[str, Any]) -> None:
-    """Set the adapter of a model of whose weights each rank holds a part; PEFT can only set whole ones."""
+    """Set the adapter of a model of whose weights each rank holds a part; PEFT can only set whole ones.
+
+    Raises ArteError: the model lacks a weight of the adapter.
+    """
     import torch
     from torch.distributed.tensor import distribute_tensor
 
+    unset = set(weights)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            whole = weights.get(name.replace(".default.", "."))
-            if whole is not None:
-                whole = whole.to(weight.device, weight.dtype)
+            key = name.replace(".default.", ".")
+            if key in weights:
+                whole = weights[key].to(weight.device, weight.dtype)
                 weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))
+                unset.discard(key)
+    if unset:
+        raise ArteError(
+            f"The spread model has no place for {len(unset)} of the adapter's {len(weights)} weights: {min(unset)}",
+            "Set train.shard_teacher = false, and install the tested versions: pip install 'arte-edge[train]'.",
+        )
 
 
 def _with_weight(collate: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

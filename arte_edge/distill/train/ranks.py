@@ -1,10 +1,13 @@
 """One training on several processes (ranks) of this machine, each with a share of every batch.
 
-The run stays one process: it holds the folder's lock, the store and the engines. For one training it starts the ranks
-with torch's launcher, waits, and takes their result. Each rank does what a single process would do
-(`sft.train_here`, `dpo.train_here`); torch's DistributedDataParallel averages the gradients, and rank 0 alone writes.
-What only the run can do, a check for collapse with the teacher's engine, rank 0 has it do: a line on its output names
-the adapter, a file gives the answer.
+The run stays one process: it holds the folder's lock, the store and the engines. For one training it starts the
+ranks, waits, and takes their result. Each rank does what a single process would do (`sft.train_here`,
+`dpo.train_here`); torch's DistributedDataParallel averages the gradients, and rank 0 alone writes. What only the run
+can do, a check for collapse with the teacher's engine, rank 0 has it do: a line on its output names the adapter, a line
+on its input gives the answer, which ends with the process that it is for.
+
+The ranks find each other by a file and exchange gradients through sockets of the loopback interface. torch's launcher
+would open a port on every interface, whose reader unpickles what anyone sends.
 
 A step is the same as on one process: the examples of a step, in the same order, are dealt out to the ranks. Where
 they do not come out even, a rank gets an example that counts nothing. A rank that is lost ends the others, and the
@@ -15,9 +18,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -25,12 +33,13 @@ from arte_edge import errors
 from arte_edge.cache import write_atomic
 from arte_edge.distill.train.checkpoints import Workspace
 from arte_edge.errors import ArteError, InputError
-from arte_edge.files import json_loads
 from arte_edge.store import parse_line
 from arte_edge.threads import thread_count
 
 _WORKER = "arte_edge.distill.train.rank_worker"
 _SHOWN_LINES = 6
+_POLL_S, _GRACE_S = 0.1, 5.0  # how long the others may take to end by themselves, when one was lost
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 Value = TypeVar("Value")
 
 
@@ -64,11 +73,6 @@ def agreed(value: Value) -> Value:
 def is_sharded() -> bool:
     """Return whether the ranks hold a part of the model's weights each (FSDP); accelerate reads the same variable."""
     return os.environ.get("ACCELERATE_USE_FSDP") == "true" and world_size() > 1
-
-
-def say(message: Mapping[str, Any]) -> None:
-    """Tell the run that started this rank something."""
-    print(json.dumps({"arte_edge": message}), flush=True)
 
 
 def shared_batch(batch_size: int, accumulate: int, n: int, most: int) -> tuple[int, int]:
@@ -122,67 +126,99 @@ def train_on_ranks(
     workspace.last_checkpoint()  # deletes incomplete ones, which no rank may do
     described = workspace.folder / "job.json"
     write_atomic(described, json.dumps({"kind": kind, **workspace.described(), **job}).encode())
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-    environment = {"OMP_NUM_THREADS": str(max(thread_count() // n, 1)), "TOKENIZERS_PARALLELISM": "false"}
     log, failure = workspace.folder / "log.txt", None
-    with log.open("wb") as stderr:
-        child = subprocess.Popen(
-            [*launcher, "-m", _WORKER, str(described)],
-            stdin=subprocess.PIPE,  # left open: the ranks end when this pipe closes
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            env={**environment, **os.environ},
-        )
-        assert child.stdin is not None and child.stdout is not None
+    ranks: list[subprocess.Popen[bytes]] = []
+    lost: list[int] = []
+    with tempfile.TemporaryDirectory(prefix="arte-edge-ranks-") as folder, log.open("wb") as output:
         try:
-            failure = _follow(child.stdout, workspace, progress, probe)
-            code = child.wait()
+            for rank in range(n):
+                ranks.append(_started(rank, n, described, Path(folder) / "store", output))
+            watch = threading.Thread(target=_end_together, args=(ranks, lost), daemon=True)
+            watch.start()
+            failure = _follow(ranks[0], progress, probe)
+            watch.join()
         finally:
-            child.stdin.close()
-            if child.poll() is None:
-                child.terminate()  # the launcher ends its processes
-                child.wait()
+            _end(ranks)
     if failure is not None:
         raise failure
-    if code != 0:
+    if lost:
         raise ArteError(
-            f"Training on {n} processes: one was lost. The last lines of {log}:\n{_tail(log)}",
+            f"Training on {n} processes: one was lost. The last lines of {log}:\n{_tail(log)}\n"
+            f"  process {lost[0]} ended with {_how(ranks[lost[0]].returncode)}",
             "Run the same command again: it resumes from the last checkpoint. If memory ran out, lower train.processes "
             "or the batch size.",
         )
 
 
+def _started(rank: int, n: int, job: Path, store: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start one rank. It ends when its input closes; the output of rank 0 is for `_follow`."""
+    defaults = {"OMP_NUM_THREADS": str(max(thread_count() // n, 1)), "TOKENIZERS_PARALLELISM": "false"}
+    own = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "GLOO_SOCKET_IFNAME": _LOOPBACK,
+        "NCCL_SOCKET_IFNAME": f"={_LOOPBACK}",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", _WORKER, str(job), str(store)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE if rank == 0 else log,
+        stderr=log,
+        env={**defaults, **os.environ, **own},
+    )
+
+
+def _end_together(ranks: Sequence[subprocess.Popen[bytes]], lost: list[int]) -> None:
+    """Wait for all ranks; if one fails, put its number into `lost` and end the others, which would wait for it."""
+    while not lost and any(rank.poll() is None for rank in ranks):
+        lost += [i for i, rank in enumerate(ranks) if rank.poll()]
+        time.sleep(_POLL_S)
+    lost += [i for i, rank in enumerate(ranks) if rank.poll()]
+    if lost:
+        until = time.monotonic() + _GRACE_S
+        while time.monotonic() < until and any(rank.poll() is None for rank in ranks):
+            time.sleep(_POLL_S)
+        _end(ranks)
+
+
+def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.terminate()
+    for rank in ranks:
+        try:
+            rank.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            rank.wait()
+
+
 def _follow(
-    lines: IO[bytes],
-    workspace: Workspace,
+    rank: subprocess.Popen[bytes],
     progress: Callable[[int, int], None] | None,
     probe: Callable[[Path], Any] | None,
 ) -> ArteError | None:
-    """Do what rank 0 says until the ranks end; return the error that it names, if it names one."""
+    """Do what rank 0 says until it ends; return the error that it names, if it names one."""
     failure = None
-    for line in lines:
-        message = (parse_line(line) or {}).get("arte_edge")  # libraries print too
-        if not isinstance(message, dict):
-            continue
-        if "step" in message and progress is not None:
-            progress(message["step"], message["of"])
-        if "probe" in message and probe is not None:
-            answer = json.dumps(probe(Path(message["probe"]))).encode()
-            write_atomic(workspace.folder / "answer.json", answer)
-        if "error" in message:
-            kind = getattr(errors, message["error"], ArteError)
-            failure = kind(message["message"], message["hint"])
+    assert rank.stdout is not None and rank.stdin is not None
+    with rank.stdout as lines, rank.stdin as answers:
+        for line in lines:
+            message = (parse_line(line) or {}).get("arte_edge")  # libraries print too
+            if not isinstance(message, dict):
+                continue
+            if "step" in message and progress is not None:
+                progress(message["step"], message["of"])
+            if "probe" in message and probe is not None:
+                adapter = Path(message["probe"])
+                answer = {"adapter": adapter.name, "found": probe(adapter)}
+                with suppress(BrokenPipeError):  # it was lost meanwhile
+                    os.write(answers.fileno(), json.dumps(answer).encode() + b"\n")
+            if "error" in message:
+                kind = getattr(errors, message["error"], ArteError)
+                failure = kind(message["message"], message["hint"])
     return failure
-
-
-def answer_of(workspace: Workspace) -> Any:
-    """Return what the run answered, None if it has not yet; an answer is given once."""
-    path = workspace.folder / "answer.json"
-    if not path.is_file():
-        return None
-    answer = json_loads(path.read_bytes())
-    path.unlink()
-    return answer
 
 
 def refuse_processes(n: int, *, sharded: bool = False) -> None:
@@ -220,8 +256,12 @@ def refuse_processes(n: int, *, sharded: bool = False) -> None:
 
 
 def _tail(log: Path) -> str:
-    """Return the end of what the ranks said (torch begins their tracebacks so) and how the lost one ended."""
+    """Return the end of what the ranks said; torch begins their tracebacks so."""
     lines = log.read_text("utf-8", errors="replace").splitlines()
     said = [line for line in lines if line.startswith("[rank")][-_SHOWN_LINES:]
-    ended = [line.strip() for line in lines if "exitcode  :" in line][-1:]
-    return "\n".join(f"  {line}" for line in said + ended) or "  no output"
+    return "\n".join(f"  {line}" for line in said) or "  no output"
+
+
+def _how(code: int) -> str:
+    known = {-number.value: number.name for number in signal.Signals}
+    return known.get(code, f"exit code {code}")

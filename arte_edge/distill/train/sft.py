@@ -202,7 +202,7 @@ def _trainer(
     order = training_order(lengths, settings.batch_size, settings.epochs, settings.seed)
     how = arguments(checkpoint, workspace, settings, len(order), "linear", most=settings.batch_size)
     examples = [encoded[i] for i in order]
-    while len(examples) % (world_size() * how["per_device_train_batch_size"]):
+    while world_size() > 1 and len(examples) % (world_size() * how["per_device_train_batch_size"]):
         examples.append(_without_labels(examples[-1]))
     trainer = SFTTrainer(
         model=model,

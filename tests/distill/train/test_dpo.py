@@ -7,9 +7,9 @@ from tiny import Folders, Patch
 
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.common import CollapseLimits, DpoSettings, Encoder, Lora, SftSettings
-from arte_edge.distill.train.dpo import encode_pairs, train_dpo
+from arte_edge.distill.train.dpo import _set_shards, encode_pairs, train_dpo
 from arte_edge.distill.train.sft import train_sft
-from arte_edge.errors import InputError
+from arte_edge.errors import ArteError, InputError
 
 PAIRS = [
     {
@@ -307,3 +307,10 @@ def test_a_killed_alignment_with_a_target_goes_on_with_the_same_rates(
     assert rates == before and again.held_out == sized.held_out
     a, b = adapter(sized.adapter), adapter(again.adapter)
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_adapter_that_a_spread_model_cannot_hold_is_an_error() -> None:
+    import torch
+
+    with pytest.raises(ArteError, match=r"no place for 1 of the adapter's 1 weights: base\.lora_A\.weight"):
+        _set_shards(torch.nn.Linear(2, 2), {"base.lora_A.weight": torch.zeros(1, 2)})

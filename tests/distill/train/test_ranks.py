@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from tiny import hf_logits
 
+from arte_edge.distill.train import sft
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.common import DpoSettings, Lora, SftSettings
 from arte_edge.distill.train.dpo import train_dpo
@@ -48,8 +50,9 @@ def losses(result: Any) -> list[float]:
     "kind", ["full", *(pytest.param(k, marks=pytest.mark.slow) for k in ("lora", "soft"))]
 )
 def test_two_processes_tune_as_one_does(
-    kind: str, tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path
+    kind: str, tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sft, "_without_labels", None)  # one process fills no step up
     rows = [
         *sft_rows,
         {"prompt": "<|user|>Is it true?\n", "completion": "<ans>no</ans>"},
@@ -59,14 +62,16 @@ def test_two_processes_tune_as_one_does(
         rows = [row | {"others": {"<ans>maybe</ans>": 0.3}} for row in rows]
     one = train_sft(tiny_checkpoint(), rows, tmp_path / "one", settings)
     steps: list[tuple[int, int]] = []
-    two = train_sft(
-        tiny_checkpoint(),
-        rows,
-        tmp_path / "two",
-        settings,
-        processes=2,
-        progress=lambda done, total: steps.append((done, total)),
-    )
+    listening: set[str] = set()
+
+    def look(done: int, total: int) -> None:
+        steps.append((done, total))
+        for process in psutil.Process().children(recursive=True):
+            sockets = process.net_connections("inet")
+            listening.update(socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN)
+
+    two = train_sft(tiny_checkpoint(), rows, tmp_path / "two", settings, processes=2, progress=look)
+    assert listening == {"127.0.0.1"}  # where gradients are exchanged
     assert losses(two) == pytest.approx(losses(one), abs=1e-4) and len(losses(two)) == 4
     assert losses(one)[-1] < losses(one)[0] - 0.01
     assert steps == [(i, 4) for i in range(1, 5)]
@@ -108,6 +113,42 @@ def test_two_processes_align_as_one_does(target_kl: float, tiny_checkpoint: Any,
     ids = range(5, 25)
     a, b = (hf_logits(tiny_checkpoint(), ids, result.adapter) for result in (one, two))
     assert np.abs(a - b).max() < 1e-3 and np.abs(a - hf_logits(tiny_checkpoint(), ids)).max() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_a_check_gets_the_result_of_its_own_step_whoever_is_lost_meanwhile(
+    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "noise").mkdir()
+    (tmp_path / "noise" / "sitecustomize.py").write_text(_NOISE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'noise'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    kill = ["0"]
+
+    def probe(folder: Path) -> ProbeResult:
+        step = int(folder.name.removeprefix("step-"))
+        if step == 2 and kill:
+            os.kill(rank_ids(tmp_path)[kill.pop()], signal.SIGKILL)
+        return ProbeResult(valid_rate=0.7 + step / 100, mean_tokens=40.0 + step)
+
+    with pytest.raises(ArteError, match="process 0 ended with SIGKILL"):
+        train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "out", DPO, probe=probe, processes=2)
+    found = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "out", DPO, probe=probe, processes=2)
+    assert [(check["step"], check["valid_rate"]) for check in found.probes] == [
+        (step, pytest.approx(0.7 + step / 100)) for step in (0, 2, 3)
+    ]
+
+
+# A library that prints, without ever ending a line.
+_NOISE = """
+import os, threading, time
+if "RANK" in os.environ:
+    def print_on():
+        while True:
+            os.write(1, b"noise")
+            time.sleep(0.02)
+    threading.Thread(target=print_on, daemon=True).start()
+"""
 
 
 @pytest.mark.slow
