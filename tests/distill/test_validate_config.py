@@ -109,7 +109,8 @@ def test_steps_that_processes_cannot_share_are_found_before_any_call() -> None:
     spread: dict[str, Any] = {"train": {"shard_teacher": True, "processes": 4}}
     with pytest.raises(InputError, match=r"without teacher\.server"):
         refuse_run(RunConfig.model_validate(spread), task)
-    refuse_run(RunConfig.model_validate({**spread, "teacher": {"server": "http://127.0.0.1:1/v1"}}), task)
+    teacher = {"model": RunConfig().teacher.model, "server": "http://127.0.0.1:1/v1"}
+    refuse_run(RunConfig.model_validate({**spread, "teacher": teacher}), task)
     refuse_run(RunConfig.model_validate({"train": {"processes": 4}}), task)
 
 
