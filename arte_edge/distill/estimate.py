@@ -278,18 +278,18 @@ def plan_gpus(
     for who in sorted(shapes, reverse=True):  # the teacher first
         shape = shapes[who]
         longest = max(found.prompt + found.completion for call, found in lengths.items() if call.who == who)
-        one = place(shape, rest, _model(config, who).parallel, longest)
+        spot = place(shape, rest, _model(config, who).parallel, longest)
         if who == "teacher" and config.teacher.server:
-            held = one.gpus_each * len(config.teacher.server)
+            held = spot.gpus_each * len(config.teacher.server)
             if held >= gpus.n:
                 raise InputError(
-                    f"teacher.server: {len(config.teacher.server)} × {one.gpus_each} GPUs leave none of {gpus.n} for "
+                    f"teacher.server: {len(config.teacher.server)} × {spot.gpus_each} GPUs leave none of {gpus.n} for "
                     "the student and the trainings",
                     "Plan with more GPUs, or fewer servers.",
                 )
-            one = place(shape, replace(gpus, n=held), config.teacher.parallel, longest)
+            spot = place(shape, replace(gpus, n=held), config.teacher.parallel, longest)
             rest = replace(gpus, n=gpus.n - held)
-        placed[who] = one
+        placed[who] = spot
     hours: dict[str, float] = {}
     for work in stage_work(config, task, drafts_per_prompt):
         if one := placed.get(work.call.who):
