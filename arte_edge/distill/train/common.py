@@ -230,8 +230,8 @@ def arguments(
         "train_sampling_strategy": "sequential",
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": schedule,
-        # The first step of a warm-up has rate zero: one of a single step would be that and nothing else.
-        "warmup_steps": n if (n := int(settings.warmup * n_step)) > 1 else 0,
+        # Its first step has rate zero: the weights stay, Adam's averages begin.
+        "warmup_steps": int(settings.warmup * n_step),
         "max_length": None,  # too long examples were dropped and counted, not truncated
         "seed": settings.seed,
         "bf16": floats == "bfloat16",

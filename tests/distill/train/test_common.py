@@ -52,16 +52,6 @@ def test_progress_bars_are_afterwards_as_they_were() -> None:
         assert logging.is_progress_bar_enabled() is was
 
 
-@pytest.mark.parametrize(("n_example", "steps"), [(160, 0), (400, 3)])  # batches of 4: 1.2 and 3 steps
-def test_a_warm_up_is_more_than_the_one_step_of_rate_zero(
-    tiny_checkpoint: Any, tmp_path: Path, n_example: int, steps: int
-) -> None:
-    work = Workspace(tmp_path / "out", "warm-up")
-    settings = SftSettings(batch_size=4)
-    found = common.arguments(tiny_checkpoint(), work, settings, n_example, "linear", most=4)
-    assert found["warmup_steps"] == steps
-
-
 @pytest.mark.parametrize(
     ("device", "floats", "flags"),
     [
