@@ -36,6 +36,7 @@ import psutil
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("ARTE_EDGE_PROBE", "0")
+os.environ |= dict.fromkeys(("ARTE_EDGE_THREADS", "OMP_NUM_THREADS"), "1")  # without Ray one core too
 
 from arte_edge.cache import write_atomic
 from arte_edge.cluster.connect import RayCluster, WorkerSizes, connect
