@@ -98,7 +98,10 @@ class Part:
             return
         # Killed and started again, the same command resumes: what it has made since stays.
         if not mark.is_file() or mark.read_text("utf-8") != self.from_:
-            for name in (*self._order[self._order.index(self.from_) :], "tune"):
+            again = self._order[self._order.index(self.from_) :]
+            if any(name.startswith("tune-") for name in again):
+                again.append("tune")  # of several rounds the kept one's folder
+            for name in again:
                 shutil.rmtree(folder / name, ignore_errors=True)
             write_atomic(mark, self.from_.encode())
         self.from_ = ""

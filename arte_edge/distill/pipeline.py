@@ -83,6 +83,12 @@ def run_pipeline(
     refuse_processes(config.train.processes, sharded=config.train.shard_teacher)
     task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
     refuse_run(config, task)
+    for ref in config.align.also:
+        if not (user_path(ref) / "run.toml").is_file() or user_path(ref).resolve() == folder.resolve():
+            raise InputError(
+                f"align.also: {ref}: not the folder of another run",
+                "Start that run first; it may be unfinished.",
+            )
     part = Part(config, until=until, from_=from_, share=Share.parse(shard) if shard else None)
     if part.share and update:
         raise InputError("--shard and --update exclude each other", "Update with the plain command first.")
@@ -152,15 +158,10 @@ def _cluster(config: RunConfig, reporter: Reporter) -> RayCluster | None:
 def _other_runs(run: RunContext) -> Iterator[RunContext]:
     """Yield the runs of other tasks whose pairs the alignment is trained on too.
 
-    Raises InputError: no run there, or one of another teacher or student.
+    Raises InputError: a run of another teacher or student.
     """
     for ref in run.config.align.also:
-        folder = user_path(ref)
-        where = f"align.also: {ref}"
-        if not (folder / "run.toml").is_file() or folder.resolve() == run.folder.resolve():
-            raise InputError(
-                f"{where}: not the folder of another run", "Start that run first; it may be unfinished."
-            )
+        folder, where = user_path(ref), f"align.also: {ref}"
         config = build(where, load_toml(folder / "run.toml"))
         task = load_task(config.task.ref, bbh=Path(config.task.bbh) if config.task.bbh else None)
         open_folder(config, folder, task, update=False)

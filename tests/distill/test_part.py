@@ -68,6 +68,20 @@ def test_from_a_stage_on_everything_is_made_again_of_stored_calls(
     assert [stage for stage in STAGES if new[stage] != old[stage]] == ["tailor", "tune", "evaluate"]
 
 
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("stage", ["tune", "validate", "evaluate"])
+def test_the_student_is_there_after_any_stage_is_made_again(house: Any, stage: str, rounds: int) -> None:
+    house.by_label = True
+    config = house.config(**TABLES, rounds=rounds)
+    names = [name for name in stages_of(config) if name.startswith(stage)]
+    first = run_pipeline(config, house.folder, Reporter(quiet=True))
+    student = (house.folder / "tune" / "student" / "model.safetensors").read_bytes()
+    for name in names:
+        again = run_pipeline(config, house.folder, Reporter(quiet=True), from_=name)
+        assert again.evaluation == first.evaluation
+        assert (house.folder / "tune" / "student" / "model.safetensors").read_bytes() == student
+
+
 def test_a_command_with_from_that_was_killed_resumes_where_it_was(house: Any, done: Any) -> None:
     done()
 

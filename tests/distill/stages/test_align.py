@@ -265,3 +265,6 @@ def test_a_run_that_cannot_be_aligned_with_this_one_says_so(
     config = house.config(task={"ref": "parity"}, align=align_table | {"also": [str(tmp_path / "other")]})
     with pytest.raises(InputError, match=why):
         run_pipeline(config, house.folder, Reporter(quiet=True))
+    assert (house.folder / "run.toml").exists() == (
+        why == "its teacher is"
+    )  # what is not there is found before any work
