@@ -6,6 +6,8 @@ import os
 
 from arte_edge.errors import InputError
 
+_VARIABLE = "ARTE_EDGE_THREADS"
+
 
 def thread_count(threads: int | None = None) -> int:
     """Return `threads` if given, else ``ARTE_EDGE_THREADS``, else the cores this process may use.
@@ -17,12 +19,17 @@ def thread_count(threads: int | None = None) -> int:
 
 def threads_from_environment() -> int | None:
     """Return ``ARTE_EDGE_THREADS``, None if it is not set. Raises InputError: it is not a positive number."""
-    text = os.environ.get("ARTE_EDGE_THREADS", "").strip()
+    text = os.environ.get(_VARIABLE, "").strip()
     if not text:
         return None
     if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise InputError(f"ARTE_EDGE_THREADS={text}: not a number of threads", "For example 4.")
+        raise InputError(f"{_VARIABLE}={text}: not a number of threads", "For example 4.")
     return int(text)
+
+
+def environment_for(threads: int) -> dict[str, str]:
+    """Return the variables that hold another process to so many threads, torch's too."""
+    return dict.fromkeys((_VARIABLE, "OMP_NUM_THREADS"), str(threads))
 
 
 def available_cores() -> int:

@@ -27,7 +27,7 @@ from arte_edge.extras import need
 from arte_edge.models.resolve import LocalModel
 from arte_edge.private_apis import missing
 from arte_edge.runtimes.loader import Kind
-from arte_edge.threads import thread_count
+from arte_edge.threads import environment_for, thread_count
 
 _ANSWER_S = 5.0  # for an address to accept a connection
 _NODE_S = (
@@ -55,7 +55,7 @@ class RayCluster:
         """Raises InputError: no node has room for a worker."""
         n, cpus, gpus = _fitting(sizes, [node["Resources"] for node in _nodes()])
         environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        environment |= dict.fromkeys(("ARTE_EDGE_THREADS", "OMP_NUM_THREADS"), str(cpus))
+        environment |= environment_for(cpus)
         if is_offline():
             environment["ARTE_EDGE_OFFLINE"] = "1"
         self.summary = f"{n} workers, {cpus} cores" + f" and {gpus:g} GPUs" * bool(gpus) + " each"

@@ -15,7 +15,7 @@ from tiny import Folders, Make
 TEXT = "Is true and false true? no yes maybe the answer is not 0123456789 <ans> </ans> . \n"
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # not the session: other folders follow
 def one_thread() -> Iterator[None]:
     """Train tiny models on one thread: threads that wait for each other cost more than they bring."""
     import torch
@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
     del os.environ["OMP_NUM_THREADS"]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def float32() -> Iterator[None]:
     """Train in float32 on every processor: tests compare two ways of computing one number."""
     with pytest.MonkeyPatch.context() as patch:

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 def hardware(patch: Patch, kind: str) -> None:
     """Let torch see an Ampere GPU, an older one, Apple's, or none. An older GPU emulates bfloat16."""
     patch.delenv("ARTE_EDGE_DEVICE", raising=False)
+    patch.delenv("ARTE_EDGE_DTYPE", raising=False)
     patch.setattr(torch.cuda, "is_available", lambda: kind in ("ampere", "turing"))
     patch.setattr(
         torch.cuda,
