@@ -7,6 +7,10 @@ uninstall torchvision torchaudio torchcodec``). The script starts a server on a 
 teacher, distils with it into the same model, kills the run while the aligned teacher writes, resumes it, runs it once
 more, and prints one JSON row: the rows of the store by who wrote them, requests that the server answered against
 calls that the runs needed, how many greedy drafts of the two teachers differ, adapters left on the server.
+
+With ``--own`` the run starts vLLM itself (``teacher.server = "vllm"``), with ``--ray`` on a worker of a Ray cluster of
+this machine, which is killed once as well; the row then holds how many processes of vLLM there were in each stage, and
+how long after the kill the last one was there.
 """
 
 from __future__ import annotations
@@ -21,12 +25,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from arte_edge.models.resolve import resolve
 from arte_edge.store import read_jsonl
@@ -69,6 +74,11 @@ SETTINGS = {
     "evaluate.shots": "[0]",
     "evaluate.answer_tokens": 24,
 }
+ON_A_CPU = {
+    "VLLM_TARGET_DEVICE": "cpu",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
 POST = '"POST /v1/completions'
 
 
@@ -89,8 +99,12 @@ def server(python: str, checkpoint: Path, log: Path) -> Iterator[str]:
         "--enforce-eager",
     ]
     command += ["--max-model-len", "2048", "--max-num-seqs", "16", "--enable-lora", "--max-lora-rank", "8"]
-    here = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    here |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    here = ON_A_CPU | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | here
     env |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     with log.open("wb") as out:
@@ -116,18 +130,92 @@ def _ready(url: str) -> bool:
         return False
 
 
-def distil(url: str, out: Path, until: Callable[[], bool] = lambda: False) -> int:
-    """Run the command, killed with SIGKILL as soon as `until`; return its exit code."""
+def distil(
+    url: str, out: Path, until: Callable[[], bool] = lambda: False, more: Sequence[str] = (), step: Any = int
+) -> int:
+    """Run the command, killed with SIGKILL as soon as `until`; `step` is called meanwhile. Return its exit code."""
     command = [sys.executable, "-m", "arte_edge", "distill", "--task", "home_intents", "--force", "--json"]
-    command += ["--teacher", MODEL, "--student", MODEL, "--name", "run", "--runs", str(out)]
+    command += ["--teacher", MODEL, "--student", MODEL, "--name", "run", "--runs", str(out), *more]
     for key, value in (SETTINGS | {"teacher.server": url}).items():
         command += ["--set", f"{key}={value}"]
     with (out / "run.log").open("ab") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         while process.poll() is None:
+            step()
             if until():
                 process.kill()
             time.sleep(0.2)
         return process.returncode
+
+
+def vllm_processes() -> list[psutil.Process]:
+    """Return vLLM's processes on this machine: its server by its folder, and those that name themselves."""
+    found, python = [], os.environ["VLLM_PYTHON"]
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or [""]
+        if process.info["status"] != psutil.STATUS_ZOMBIE and (
+            words[0] == python or words[0].startswith("VLLM::")
+        ):
+            found.append(process)
+    return found
+
+
+def main_own(out: Path, ray: bool) -> None:
+    """Let the run start vLLM, kill the run (and with `ray` a worker before), resume it, run it once more."""
+    small = json.dumps(["--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "16"])
+    os.environ |= {"ARTE_EDGE_VLLM": os.environ["VLLM_PYTHON"]} | ON_A_CPU
+    SETTINGS.update({"teacher.server_args": small, "evaluate.teacher": "false"})
+    more, began = ["--ray", "local"] if ray else [], time.monotonic()
+    seen: list[list[Any]] = []  # stage, processes of vLLM, seconds since the start, for how long
+    workers: list[float] = []  # when a worker was killed
+
+    def step() -> None:
+        events = out / "run" / "events.jsonl"
+        stages = [
+            row["name"] for row in (read_jsonl(events) if events.exists() else []) if row["event"] == "stage"
+        ]
+        now, state = round(time.monotonic() - began), [stages[-1] if stages else "", len(vllm_processes())]
+        if not seen or seen[-1][:2] != state:
+            seen.append([*state, now])
+        if ray and not workers and len(written(out)) and state == ["elicit", 4]:
+            for process in psutil.process_iter(["cmdline"]):
+                if (process.info["cmdline"] or [""])[0].startswith("ray::Worker"):
+                    process.kill()
+                    workers.append(now)
+
+    row: dict[str, Any] = {"killed": distil("vllm", out, aligned_writes(out), more, step)}
+    killed, children = time.monotonic(), vllm_processes()
+    row |= {"processes_at_kill": len(children), "stored_at_kill": sum(written(out).values())}
+    while vllm_processes() and time.monotonic() < killed + 60:
+        time.sleep(0.05)
+    row |= {"all_gone_after_s": round(time.monotonic() - killed, 1), "left": len(vllm_processes())}
+    row |= {"resumed": distil("vllm", out, more=more, step=step)}
+    at_end = len(seen)
+    row |= {
+        "again": distil("vllm", out, more=more, step=step),
+        "started_again": any(n for _, n, _ in seen[at_end:]),
+    }
+    keys = [row["key"] for row in read_jsonl(out / "run" / "calls.jsonl")]
+    summary = json.loads((out / "run" / "align" / "manifest.json").read_text())["summary"]
+    row |= {"stored": len(keys), "stored_twice": len(keys) - len(set(keys)), "written": written(out)}
+    row |= {"workers_killed_at_s": workers, "fresh": summary["fresh"], "kl": summary["kl"], "seen": seen}
+    print(json.dumps(row, indent=2))
+
+
+def aligned_writes(out: Path) -> Callable[[], bool]:
+    """Return a function that says whether the aligned teacher has stored a tailored batch."""
+    fresh = {"n": 0}
+
+    def aligned() -> int:
+        return sum(n for by, n in written(out).items() if by.startswith("openai/") and not by.endswith("/"))
+
+    def tailoring() -> bool:
+        # The fresh drafts after the alignment are the aligned teacher's too; tailor comes after them.
+        if not (out / "run" / "align" / "manifest.json").exists():
+            return False
+        fresh["n"] = fresh["n"] or aligned()
+        return aligned() > fresh["n"]
+
+    return tailoring
 
 
 def written(out: Path) -> Counter[str]:
@@ -140,9 +228,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="new folder for the run and the server's log")
     parser.add_argument("--running", nargs=2, metavar=("URL", "LOG"), help="a server that runs, and its log")
+    parser.add_argument("--own", action="store_true", help="the run starts vLLM")
+    parser.add_argument("--ray", action="store_true", help="with --own: on a worker of a Ray cluster")
     given = parser.parse_args()
     out = given.out.absolute()
     out.mkdir(parents=True)
+    if given.own:
+        main_own(out, given.ray)
+        return
     teacher = resolve(MODEL)
     log = Path(given.running[1]) if given.running else out / "server.log"
     before = log.read_text(errors="replace").count(POST) if given.running else 0
@@ -150,21 +243,9 @@ def main() -> None:
     def posts() -> int:
         return log.read_text(errors="replace").count(POST) - before
 
-    def aligned() -> dict[str, int]:
-        return {by: n for by, n in written(out).items() if by.startswith("openai/") and not by.endswith("/")}
-
     running = nullcontext(given.running[0]) if given.running else None
     with running or server(os.environ["VLLM_PYTHON"], teacher.checkpoint(), log) as url:
-        fresh = {"n": 0}
-
-        def tailoring() -> bool:
-            # The fresh drafts after the alignment are the aligned teacher's too; tailor comes after them.
-            if not (out / "run" / "align" / "manifest.json").exists():
-                return False
-            fresh["n"] = fresh["n"] or sum(aligned().values())
-            return sum(aligned().values()) > fresh["n"]
-
-        row: dict[str, Any] = {"killed": distil(url, out, tailoring), "posts_killed": posts()}
+        row: dict[str, Any] = {"killed": distil(url, out, aligned_writes(out)), "posts_killed": posts()}
         row |= {"resumed": distil(url, out), "posts": posts()}
         row |= {"again": distil(url, out), "posts_again": posts() - row["posts"]}
         listed = httpx.get(f"{url}/models", trust_env=False).json()["data"]

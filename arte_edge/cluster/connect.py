@@ -27,6 +27,7 @@ from arte_edge.extras import need
 from arte_edge.models.resolve import LocalModel
 from arte_edge.private_apis import missing
 from arte_edge.runtimes.loader import Kind
+from arte_edge.runtimes.openai.vllm_process import VllmSettings
 from arte_edge.threads import environment_for, thread_count
 
 _ANSWER_S = 5.0  # for an address to accept a connection
@@ -61,12 +62,14 @@ class RayCluster:
         self.summary = f"{n} workers, {cpus} cores" + f" and {gpus:g} GPUs" * bool(gpus) + " each"
         self.pool = Pool(n, cpus=cpus, gpus=gpus, environment=environment, warn=warn)
 
-    def check(self, run_file: Path, models: Iterable[LocalModel]) -> None:
+    def check(self, run_file: Path, models: Iterable[LocalModel], *, vllm: bool = False) -> None:
         """Look at every node; `run_file` is a file in the run's folder, `models` those that workers open.
+
+        With `vllm` workers start that.
 
         Raises:
             InputError: another version on a node, or it does not see the run's folder or has not the models.
-            ArteError: a node does not answer, or cannot fetch a model.
+            ArteError: a node does not answer, cannot fetch a model or has no vLLM.
         """
         mine, seen = versions(), (str(run_file.resolve()), sha256_file(run_file))
         for host, facts in _ask_nodes(seen).items():
@@ -83,7 +86,7 @@ class RayCluster:
                     "Adapters and tuned students are read from the run's folder: put it on a disk that every node "
                     "mounts at the same path, with --runs.",
                 )
-        _ask_nodes(seen, list(models), self.pool.warn)
+        _ask_nodes(seen, list(models), self.pool.warn, vllm=vllm)
 
     def open(
         self,
@@ -93,15 +96,16 @@ class RayCluster:
         parallel: int = 32,
         adapter: tuple[Path, str] | None = None,
         dtype: str = "",
+        vllm: VllmSettings | None = None,
     ) -> ClusterEngine:
-        """Open an engine on the workers; arguments as of `arte_edge.runtimes.loader.open_local`.
+        """Open an engine on the workers; arguments as of `arte_edge.runtimes.loader.open_local`, or with `vllm`.
 
         Raises ArteError: see `arte_edge.cluster.pool.Pool.each`.
         """
         if adapter is not None:
             adapter = (adapter[0].absolute(), adapter[1])
         total = adapter_sum(adapter[0]) if adapter else ""
-        return ClusterEngine(self.pool, EngineSpec(model, kind, parallel, dtype, adapter, total))
+        return ClusterEngine(self.pool, EngineSpec(model, kind, parallel, dtype, adapter, total, vllm))
 
     def on_a_node(self, function: Callable[..., Any], model: LocalModel, *arguments: Any) -> Any:
         """Return what `function` of this package returns on a node for its copy of `model`."""
@@ -109,7 +113,7 @@ class RayCluster:
 
     def stop_workers(self) -> None:
         """End the workers until the next call: training needs the memory."""
-        self.pool.stop()
+        self.pool.stop(wait=True)
 
     def close(self) -> None:
         import ray
@@ -231,7 +235,11 @@ def _fitting(sizes: WorkerSizes, nodes: Sequence[dict[str, float]]) -> tuple[int
 
 
 def _ask_nodes(
-    run_file: tuple[str, str], models: Sequence[LocalModel] = (), say: Callable[[str], None] = print
+    run_file: tuple[str, str],
+    models: Sequence[LocalModel] = (),
+    say: Callable[[str], None] = print,
+    *,
+    vllm: bool = False,
 ) -> dict[str, NodeFacts]:
     """Return the facts of every node by its name and address; `say` gets a line for one that takes long over models.
 
@@ -244,7 +252,7 @@ def _ask_nodes(
     asked = {
         f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": task.options(
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(run_file, models)
+        ).remote(run_file, models, vllm=vllm)
         for node in _nodes()
         if node["Resources"].get("CPU", 0) >= 1
     }

@@ -21,11 +21,15 @@ from arte_edge.models.resolve import LocalModel
 from arte_edge.models.student_file import found_here
 from arte_edge.runtimes.completion import Engine, EngineIdentity, Method
 from arte_edge.runtimes.loader import Kind, open_local
+from arte_edge.runtimes.openai.vllm_process import VllmServer, VllmSettings, vllm_command
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What `open_local` opens. `adapter` is a path that every node sees, its sha256 in the run, and `adapter_sum`."""
+    """What a worker opens: by `open_local`, or with `vllm` on a server of its own, which it starts.
+
+    `adapter` is a path that every node sees, and its sha256 in the run; `sum` is the path's `adapter_sum`.
+    """
 
     model: LocalModel
     kind: Kind
@@ -33,6 +37,7 @@ class EngineSpec:
     dtype: str = ""
     adapter: tuple[Path, str] | None = None
     sum: str = ""
+    vllm: VllmSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class EngineFacts:
     chat_template: str | None
     special_tokens: dict[str, str]
     supports_grammar: bool
+    in_flight: int = 0  # calls that it takes at once, 0: it does not say
 
 
 @dataclass(frozen=True)
@@ -62,15 +68,17 @@ def versions() -> dict[str, str]:
     return {"Python": platform.python_version(), "ray": ray.__version__, "arte-edge": arte_edge.__version__}
 
 
-def node_facts(run_file: tuple[str, str], models: Sequence[LocalModel]) -> NodeFacts:
+def node_facts(run_file: tuple[str, str], models: Sequence[LocalModel], *, vllm: bool = False) -> NodeFacts:
     """Return the facts of the machine that this runs on, once it has found `models`.
 
     `run_file` is the path of a file in the run's folder and its sha256. Models are looked for only where the
-    versions can be compared first, by a call without any.
+    versions can be compared first, by a call without any; so is `vllm`, if workers start it.
 
-    Raises ArteError: a model is not here and cannot be fetched, or is another one.
+    Raises ArteError: a model is not here and cannot be fetched, or is another one; or there is no vLLM.
     """
     with _named():
+        if vllm and models:
+            vllm_command()
         for model in models:
             found_here(model)
     path, sha256 = Path(run_file[0]), run_file[1]
@@ -106,6 +114,7 @@ class Worker:
         """Take over the settings of the driver; runtimes are imported after that."""
         os.environ.update(environment)
         self._engines: dict[EngineSpec, Engine] = {}
+        self._servers: dict[tuple[str, VllmSettings], VllmServer] = {}  # by the model's sha256
 
     def open(self, spec: EngineSpec | None) -> EngineFacts | None:
         """Open an engine; with None only say that this worker is up.
@@ -117,7 +126,11 @@ class Worker:
         with _named():
             engine = self._engine(spec)
         return EngineFacts(
-            engine.identity, engine.chat_template, engine.special_tokens, engine.supports_grammar
+            engine.identity,
+            engine.chat_template,
+            engine.special_tokens,
+            engine.supports_grammar,
+            getattr(engine, "in_flight", 0),
         )
 
     def _engine(self, spec: EngineSpec) -> Engine:
@@ -125,15 +138,38 @@ class Worker:
             model = found_here(spec.model)
             if spec.adapter is not None and adapter_sum(spec.adapter[0]) != spec.sum:
                 raise InputError(f"{spec.adapter[0]}: another adapter than the run's", "Its bytes differ.")
-            self._engines[spec] = open_local(
-                model, kind=spec.kind, parallel=spec.parallel, adapter=spec.adapter, dtype=spec.dtype
-            )
+            if spec.vllm is not None:
+                self._engines[spec] = self._served(model, spec, spec.vllm)
+            else:
+                self._engines[spec] = open_local(
+                    model, kind=spec.kind, parallel=spec.parallel, adapter=spec.adapter, dtype=spec.dtype
+                )
         return self._engines[spec]
 
+    def _served(self, model: LocalModel, spec: EngineSpec, settings: VllmSettings) -> Engine:
+        """Open an engine on this worker's server of a model, and start that first; Ray has set which GPUs it sees."""
+        server = self._servers.get((model.sha256, settings))
+        if server is None:
+            log = f"vllm-{socket.gethostname()}-{os.getpid()}.log"
+            server = self._servers[model.sha256, settings] = VllmServer(model, settings, log)
+        return server.engine(spec.adapter[0] if spec.adapter else None, spec.parallel)
+
     def call(self, spec: EngineSpec, method: Method, arguments: tuple[Any, Any]) -> list[Any]:
-        """Return what a method of the engine returns for one group of calls."""
-        with _named():
-            return list(getattr(self._engine(spec), method)(*arguments))
+        """Return what a method of the engine returns for one group of calls.
+
+        Where a server has ended the worker ends too: its group goes to another, and it comes up again with a server.
+        """
+        try:
+            with _named():
+                return list(getattr(self._engine(spec), method)(*arguments))
+        finally:
+            if not all(server.runs for server in self._servers.values()):
+                os._exit(1)
+
+    def close_servers(self) -> None:
+        """End the servers and wait until they are gone: training needs their memory. The worker is ended next."""
+        for server in self._servers.values():
+            server.close()
 
     def count_tokens(self, spec: EngineSpec, text: str) -> int:
         return self._engine(spec).count_tokens(text)

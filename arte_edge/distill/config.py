@@ -39,6 +39,7 @@ UNALIGNED = ("original-teacher", "best-of-n")
 # The aligned teacher's questions; each rationale is one of the original teacher's, one a technique.
 TECHNIQUE_ARMS = ("random-technique", "one-technique", "preferred-rationale")
 LabelPolicy = Literal["teacher", "vote", "drop-disagreement"]
+VLLM = "vllm"  # of teacher.server, in place of addresses: the run starts vLLM
 Problem = tuple[str, str]  # what is wrong, what to do about it
 
 
@@ -78,8 +79,19 @@ def _server_or_local(ref: str) -> str:
 def _addresses(urls: tuple[str, ...]) -> tuple[str, ...]:
     from arte_edge.runtimes.openai.client import check_base_url
 
+    if urls == (VLLM,):
+        return urls
     try:
         return tuple(dict.fromkeys(str(check_base_url(url)) for url in urls))
+    except InputError as error:
+        raise ValueError(f"{error.message}. {error.hint}") from None
+
+
+def _vllm_arguments(given: tuple[str, ...]) -> tuple[str, ...]:
+    from arte_edge.runtimes.openai.vllm_process import check_arguments
+
+    try:
+        return check_arguments(given)
     except InputError as error:
         raise ValueError(f"{error.message}. {error.hint}") from None
 
@@ -124,7 +136,12 @@ class TeacherConfig(ModelConfig):
         ..., "as for a student; also a run's folder `aligned`: the teacher that it aligned"
     )
     server: Servers = _key(
-        (), "addresses of vLLM servers that write with the weights of `model` and load its adapters"
+        (),
+        "vllm: the run starts vLLM, which writes with the weights of `model` and loads its adapters; or the "
+        "addresses of such servers",
+    )
+    server_args: Annotated[tuple[str, ...], AfterValidator(_vllm_arguments)] = _key(
+        (), 'with server = "vllm": its arguments, such as ["--max-model-len", "8192"]'
     )
     server_model: str = _key("", "the servers' name of the model; empty: the one that they list")
     server_folder: str = _key(
@@ -137,9 +154,19 @@ class TeacherConfig(ModelConfig):
     )
 
     @property
+    def starts_vllm(self) -> bool:
+        """Whether the run starts the server that writes its texts."""
+        return self.server == (VLLM,)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The servers that others started, and that run on GPUs which are not the run's."""
+        return () if self.starts_vllm else self.server
+
+    @property
     def on_server(self) -> bool:
-        """Whether a server writes its texts, with weights that are here or not."""
-        return self.model.startswith("openai:") or bool(self.server)
+        """Whether a server elsewhere writes its texts, with weights that are here or not."""
+        return self.model.startswith("openai:") or bool(self.addresses)
 
 
 class Check(_Section):
@@ -287,7 +314,8 @@ class Train(_Section):
     processes: int = _key(1, "processes that share each training step; one a GPU", ge=1, le=1024)
     shard_teacher: bool = _key(
         False,
-        "align: spread the teacher over the processes (FSDP); for one that no GPU holds; needs `teacher.server`",
+        "align: spread the teacher over the processes (FSDP); for one that no GPU holds; needs addresses in "
+        "`teacher.server`",
     )
 
 

@@ -269,7 +269,7 @@ def plan_gpus(
 ) -> GpuPlan:
     """Return the hours of each stage on `gpus`; a model behind a server, without a shape, takes none of them.
 
-    Each of ``teacher.server`` is one replica of the teacher, which holds its GPUs during the whole run.
+    Each address of ``teacher.server`` is one replica of the teacher, which holds its GPUs during the whole run.
 
     Raises InputError: a model does not fit into all of them, or the servers leave none.
     """
@@ -279,12 +279,12 @@ def plan_gpus(
         shape = shapes[who]
         longest = max(found.prompt + found.completion for call, found in lengths.items() if call.who == who)
         spot = place(shape, rest, _model(config, who).parallel, longest)
-        if who == "teacher" and config.teacher.server:
-            held = spot.gpus_each * len(config.teacher.server)
+        if who == "teacher" and config.teacher.addresses:
+            held = spot.gpus_each * len(config.teacher.addresses)
             if held >= gpus.n:
                 raise InputError(
-                    f"teacher.server: {len(config.teacher.server)} × {spot.gpus_each} GPUs leave none of {gpus.n} for "
-                    "the student and the trainings",
+                    f"teacher.server: {len(config.teacher.addresses)} × {spot.gpus_each} GPUs leave none of {gpus.n} "
+                    "for the student and the trainings",
                     "Plan with more GPUs, or fewer servers.",
                 )
             spot = place(shape, replace(gpus, n=held), config.teacher.parallel, longest)
@@ -308,8 +308,8 @@ def plan_gpus(
         f"{each.stage}: {each.memory_gb:.0f} GB do not fit into {gpus.room_gb:g} of a GPU's "
         f"{gpus.facts.memory_gb:g} GB: "
         + (
-            "with teacher.server the checks need no copy of the teacher here, then train.shard_teacher = true spreads "
-            "its weights over train.processes; data = 'best-of-n' aligns none."
+            "with addresses in teacher.server the checks need no copy of the teacher here, then train.shard_teacher = "
+            "true spreads its weights over train.processes; data = 'best-of-n' aligns none."
             if each.stage == "align"
             else "lower the batch size, or run this stage on larger GPUs (--until, --from)."
         )
@@ -351,7 +351,7 @@ def _alignment(
         lora_rank=config.align.lora_rank,
         reference=True,
         spread=config.train.shard_teacher and min(config.train.processes, gpus.n) > 1,
-        probed=not config.teacher.server,
+        probed=not config.teacher.addresses,
     )
 
 

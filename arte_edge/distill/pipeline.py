@@ -197,7 +197,7 @@ def _prepare(run: RunContext, *, update: bool) -> None:
         here = [student] if config.teacher.on_server else [student, config.teacher]
         models = [run.local(each) for each in here]
         with doing("checking the nodes of the cluster"):
-            run.cluster.check(run.folder / "run.toml", models)
+            run.cluster.check(run.folder / "run.toml", models, vllm=config.teacher.starts_vllm)
     if deploy.device:
         run.budget = decide_budget(run, update=update)
         rates = run.budget.rates

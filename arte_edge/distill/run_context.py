@@ -46,6 +46,7 @@ from arte_edge.tasks.task import Task
 if TYPE_CHECKING:
     from arte_edge.cluster.connect import RayCluster
     from arte_edge.distill.latency import Budget
+    from arte_edge.runtimes.openai.vllm_process import VllmServer
 
 T = TypeVar("T")
 
@@ -76,6 +77,7 @@ class RunContext:
         self._log = self._open_log()
         self.calls = Calls(self._log, reporter)
         self._engines: dict[str, Engine] = {}
+        self._vllm: VllmServer | None = None  # of the teacher, started with its first engine
         self._models: dict[str, LocalModel] = {}
         self._adapters: dict[str, tuple[Path, str]] = {}  # of aligned teachers, by reference: hashed once
         self._files: dict[str, dict[str, str]] = {}
@@ -226,10 +228,35 @@ class RunContext:
     def _open(
         self, model: LocalModel, config: ModelConfig, adapter: tuple[Path, str] | None = None, dtype: str = ""
     ) -> Engine:
+        if isinstance(config, TeacherConfig) and config.starts_vllm:
+            return self._open_vllm(model, config, adapter)
         if isinstance(config, TeacherConfig) and config.server:
             return self.open_served(config, adapter[0] if adapter else None)
         opening = open_local if self.cluster is None else self.cluster.open
         return opening(model, kind=self.kind(config), parallel=config.parallel, adapter=adapter, dtype=dtype)
+
+    def _open_vllm(
+        self, model: LocalModel, config: TeacherConfig, adapter: tuple[Path, str] | None
+    ) -> Engine:
+        """Open an engine on the run's own vLLM server, or on one of each worker; it is started if none runs."""
+        from arte_edge.runtimes.openai.vllm_process import VllmServer, VllmSettings, adapter_rank
+
+        # Of a teacher that another run aligned its own.
+        rank = (
+            self.config.align.lora_rank if self.config.aligned else adapter_rank(adapter[0]) if adapter else 0
+        )
+        settings = VllmSettings(
+            (self.folder / "served").absolute(), config.server_args, rank, _limits(config)
+        )
+        if self.cluster is not None:
+            with doing("starting vLLM on the workers"):
+                return self.cluster.open(
+                    model, kind=self.kind(config), parallel=config.parallel, adapter=adapter, vllm=settings
+                )
+        if self._vllm is None:
+            self._vllm = VllmServer(model, settings)
+        with doing("checking the server's weights"):
+            return self._vllm.engine(adapter[0] if adapter else None, config.parallel)
 
     def where_models_run(self, function: Callable[..., T], model: LocalModel, *arguments: Any) -> T:
         """Return what `function` returns for a model here, or on a node of the cluster for its copy."""
@@ -374,12 +401,15 @@ class RunContext:
         return {} if self.budget is None else {"answer_budget": self.budget.answer_tokens}
 
     def close_engines(self) -> None:
-        """Close every engine: training needs the memory."""
+        """Close every engine, and vLLM: training needs the memory."""
         for engine in self._engines.values():
             engine.close()
             for note in getattr(engine, "notes", []):  # an adapter that stays on a server
                 self.reporter.warn(note)
         self._engines.clear()
+        if self._vllm is not None:
+            self._vllm.close()
+            self._vllm = None
         if self.cluster is not None:
             self.cluster.stop_workers()
 

@@ -12,7 +12,15 @@ from typing import Any
 
 from arte_edge.checkpoint import read_weights
 from arte_edge.distill.aligned import aligned_teacher
-from arte_edge.distill.config import TECHNIQUE_ARMS, UNALIGNED, Problem, RunConfig, problems_of, reject
+from arte_edge.distill.config import (
+    TECHNIQUE_ARMS,
+    UNALIGNED,
+    VLLM,
+    Problem,
+    RunConfig,
+    problems_of,
+    reject,
+)
 from arte_edge.distill.generation.rationales import votes_directly
 from arte_edge.distill.run_context import tells_labels
 from arte_edge.errors import ArteError, InputError
@@ -126,7 +134,12 @@ def _size_problems(n_check: int, task: Task) -> Iterator[Problem]:
 
 
 def _model_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield a problem for each reference that names no model; a table without one is reported already."""
+    """Yield a problem for each reference that names no model, and for vLLM that is to start and is not installed.
+
+    A table without a model is reported already.
+    """
+    from arte_edge.runtimes.openai.vllm_process import vllm_command
+
     refs = [
         (f"{section}.model", _value(tables, section, "model"))
         for section in ("teacher", "student")
@@ -141,6 +154,12 @@ def _model_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
                 _look_up(aligned.base if aligned else ref)
         except ArteError as error:
             yield f"{key}: {error.message}", error.hint
+    # On the nodes of a cluster it is looked for when the run has joined it.
+    if _starts_vllm(tables) and _value(tables, "cluster", "address") in ("", "local"):
+        try:
+            vllm_command()
+        except InputError as error:
+            yield f"teacher.server: {error.message}", error.hint
 
 
 def _look_up(ref: str) -> None:
@@ -175,6 +194,7 @@ def _server_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
             f"teacher.server: teacher.model names a server as well, {teacher.partition('@')[0]}",
             "teacher.model names the weights that the servers run: a checkpoint folder, a Hub id, a GGUF file.",
         )
+    yield from _vllm_problems(tables)
     if _value(tables, "teacher", "server") and _value(tables, "teacher", "engine") != "auto":
         yield "teacher.engine: the teacher's texts come from teacher.server", "Leave one of the two out."
     if isinstance(student, str) and is_server(student):
@@ -182,6 +202,20 @@ def _server_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
             f"student.model: {student.partition('@')[0]} is a server, but the student is trained locally",
             "Use a local model.",
         )
+
+
+def _starts_vllm(tables: Mapping[str, Any]) -> bool:
+    return _value(tables, "teacher", "server") in (VLLM, [VLLM], (VLLM,))
+
+
+def _vllm_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
+    starts = _starts_vllm(tables)
+    for key in ("server_model", "server_folder") if starts else ("server_args",):
+        if _value(tables, "teacher", key):
+            yield (
+                f'teacher.{key} has no meaning {"with" if starts else "without"} teacher.server = "{VLLM}"',
+                "Leave one of the two out.",
+            )
 
 
 def _rank_problems(config: RunConfig) -> Iterator[Problem]:
@@ -192,9 +226,10 @@ def _rank_problems(config: RunConfig) -> Iterator[Problem]:
             "train.shard_teacher: one process cannot share weights",
             "Set train.processes to the number of GPUs.",
         )
-    if config.train.shard_teacher and not config.teacher.server:
+    if config.train.shard_teacher and not config.teacher.addresses:
         yield (
-            "train.shard_teacher: the teacher also writes, and without teacher.server that takes all of it on one GPU",
+            "train.shard_teacher: the teacher also writes during align, and without addresses in teacher.server that "
+            "takes all of it on one GPU",
             "Start vLLM with the teacher on other GPUs and name its address in teacher.server.",
         )
     for key, size in (

@@ -315,7 +315,7 @@ def _probe(run: RunContext, adapter_dir: Path) -> ProbeResult:
 
 def _open_with(run: RunContext, adapter_dir: Path, gguf: Path) -> Engine:
     model = run.local(run.config.teacher)
-    if run.config.teacher.server:
+    if run.config.teacher.addresses:
         return run.open_served(run.config.teacher, adapter_dir)
     return open_local(
         model,

@@ -248,12 +248,15 @@ def check_base_url(url: str) -> httpx.URL:
 class Server:
     """Sends JSON to one server, with retries and limits. Safe to use from many threads."""
 
-    def __init__(self, base_url: str, *, timeout_s: float, retry: RetryPolicy, limiter: RateLimiter) -> None:
+    def __init__(
+        self, base_url: str, *, timeout_s: float, retry: RetryPolicy, limiter: RateLimiter, key: str = ""
+    ) -> None:
+        """`key`: of this server; empty: the environment's."""
         self.url = check_base_url(base_url)
         self.stop = threading.Event()
         self._retry, self._limiter, self._timeout_s = retry, limiter, timeout_s
         self._loopback = _is_loopback(self.url.host)
-        self._variable, key = self._find_key()
+        self._variable, key = ("", key) if key else self._find_key()
         self._redact: Callable[[str], str] = lambda text: text.replace(key, "***") if key else text
         self._client = httpx.Client(
             timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s), pool=None),

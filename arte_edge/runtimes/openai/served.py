@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,9 @@ from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, S
 from arte_edge.runtimes.openai.client import CallFailed, CircuitBreaker, RateLimiter, RetryPolicy, Server
 from arte_edge.runtimes.openai.engine import OpenAIEngine
 from arte_edge.store import link_folder
+
+if TYPE_CHECKING:
+    from arte_edge.runtimes.transformers.tokenizer import Text
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -103,6 +106,7 @@ class ServedEngine:
         tokens_per_minute: float | None = None,
         timeout_s: float = 120.0,
         retry: RetryPolicy | None = None,
+        key: str = "",
     ) -> None:
         """Connect to every server, check its weights and load the adapter into it.
 
@@ -119,6 +123,7 @@ class ServedEngine:
             tokens_per_minute: of each server, None: no limit.
             timeout_s: of one request, seconds.
             retry: how often a call is tried.
+            key: of the servers; empty: the environment's.
 
         Raises InputError: a server with another model or other weights, without LoRA, or that cannot read the
         adapter; CallFailed: no server answers, or one refuses the key.
@@ -142,6 +147,7 @@ class ServedEngine:
             "max_concurrency": parallel,
             "requests_per_minute": requests_per_minute,
             "tokens_per_minute": tokens_per_minute,
+            "key": key,
         }
         self._lock = threading.Lock()
         self._live: dict[str, OpenAIEngine] = {}
@@ -280,11 +286,14 @@ class ServedEngine:
     ) -> Any:
         """Get what is at `path`, or send `body` there, once; its answer is text."""
         retry = self._retry if body is None else RetryPolicy(attempts=1)  # 500 is what a bad adapter gets
-        server = Server(url, timeout_s=timeout_s or self._timeout_s, retry=retry, limiter=RateLimiter())
+        server = self._server(url, timeout_s or self._timeout_s, retry)
         try:
             return server.call(path, body, plain=body is not None)
         finally:
             server.close()
+
+    def _server(self, url: str, timeout_s: float, retry: RetryPolicy) -> Server:
+        return Server(url, timeout_s=timeout_s, retry=retry, limiter=RateLimiter(), key=self._settings["key"])
 
     def _models(self, url: str) -> dict[str, dict[str, Any]]:
         document = self._call(url, "/models")
@@ -317,7 +326,8 @@ class ServedEngine:
                 'teacher.server takes vLLM\'s server, from 0.32. Of others: teacher.model = "openai:MODEL@URL", not '
                 "aligned.",
             ) from error
-        nats = float(np.abs(np.subtract(theirs, self._reference(ids))).mean())
+        ours = reference(self._checkpoint, self.identity.model, self.text)
+        nats = float(np.abs(np.subtract(theirs, ours)).mean())
         if not nats <= _MOST_NATS:
             raise InputError(
                 f"{url}: '{engine.model}' has other weights than teacher.model: the log-probabilities of "
@@ -330,22 +340,6 @@ class ServedEngine:
                 f"{url}: '{engine.model}' differs from teacher.model by {nats:.2f} nats a token, more than weights of "
                 f"8 bits do (an error above {_MOST_NATS:g}): it may be a fine-tuned copy, or have an adapter merged"
             )
-
-    def _reference(self, ids: Sequence[int]) -> list[float]:
-        """Return the log-probability of each token but the first by our copy; it is loaded for that once."""
-
-        def measure() -> dict[str, Any]:
-            from arte_edge.runtimes.transformers.model import TransformersEngine
-
-            engine = TransformersEngine(self._checkpoint, sha256=self.identity.model)
-            try:
-                logp = engine.forward.extend(engine.forward.empty(), [list(ids)]).float().log_softmax(-1)
-                return {"logp": [float(logp[0, i, token]) for i, token in enumerate(ids[1:])]}
-            finally:
-                engine.close()
-
-        facts = [self.identity.model, *ids]
-        return cached_measurement("reference", facts, lambda row: list(map(float, row["logp"])), measure)
 
     def _check_lora(self, url: str) -> None:
         """Raise InputError unless the server would load an adapter: it looks for one that is not there."""
@@ -474,7 +468,7 @@ class ServedEngine:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _responds(self, url: str) -> bool:
-        server = Server(url, timeout_s=self._timeout_s, retry=self._retry, limiter=RateLimiter())
+        server = self._server(url, self._timeout_s, self._retry)
         try:
             return server.responds()
         finally:
@@ -493,6 +487,23 @@ class ServedEngine:
                 self._live.pop(url).close()
                 self.notes.append(f"{url} is left out until it answers: {error.message}")
         return True
+
+
+def reference(checkpoint: Path, sha256: str, text: Text) -> list[float]:
+    """Return our copy's log-probability of each token of `_TEXT` but the first; it is loaded for that once."""
+    ids = text.tokens(_TEXT)
+
+    def measure() -> dict[str, Any]:
+        from arte_edge.runtimes.transformers.model import TransformersEngine
+
+        engine = TransformersEngine(checkpoint, sha256=sha256)
+        try:
+            logp = engine.forward.extend(engine.forward.empty(), [list(ids)]).float().log_softmax(-1)
+            return {"logp": [float(logp[0, i, token]) for i, token in enumerate(ids[1:])]}
+        finally:
+            engine.close()
+
+    return cached_measurement("reference", [sha256, *ids], lambda row: list(map(float, row["logp"])), measure)
 
 
 def _not_loaded(url: str, path: str, error: CallFailed) -> ArteError:
