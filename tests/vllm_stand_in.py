@@ -9,12 +9,19 @@ import os
 import subprocess
 import sys
 import time
-from http.server import ThreadingHTTPServer
 from pathlib import Path
+from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SLEEP = "import time; time.sleep(600)"
+
+
+class OnSocket(ThreadingMixIn, UnixStreamServer):
+    """An HTTP server on a Unix socket."""
+
+    daemon_threads = True
+    request_queue_size = 64
 
 
 def write_command(folder: Path) -> Path:
@@ -58,5 +65,4 @@ def main() -> None:
         return model(seen)
 
     front.answer = answer
-    port = int(sys.argv[sys.argv.index("--port") + 1])
-    ThreadingHTTPServer(("127.0.0.1", port), front._handler()).serve_forever()
+    OnSocket(sys.argv[sys.argv.index("--uds") + 1], front._handler()).serve_forever()

@@ -249,18 +249,27 @@ class Server:
     """Sends JSON to one server, with retries and limits. Safe to use from many threads."""
 
     def __init__(
-        self, base_url: str, *, timeout_s: float, retry: RetryPolicy, limiter: RateLimiter, key: str = ""
+        self,
+        base_url: str,
+        *,
+        timeout_s: float,
+        retry: RetryPolicy,
+        limiter: RateLimiter,
+        key: str = "",
+        uds: str = "",
     ) -> None:
-        """`key`: of this server; empty: the environment's."""
+        """`key`: of this server; empty: the environment's. `uds`: the Unix socket that it listens on; empty: a port."""
         self.url = check_base_url(base_url)
         self.stop = threading.Event()
         self._retry, self._limiter, self._timeout_s = retry, limiter, timeout_s
         self._loopback = _is_loopback(self.url.host)
         self._variable, key = ("", key) if key else self._find_key()
         self._redact: Callable[[str], str] = lambda text: text.replace(key, "***") if key else text
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         self._client = httpx.Client(
             timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s), pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            limits=limits,
+            transport=httpx.HTTPTransport(uds=uds, limits=limits) if uds else None,
             headers={
                 "User-Agent": f"arte-edge/{__version__}",
                 **({"Authorization": f"Bearer {key}"} if key else {}),

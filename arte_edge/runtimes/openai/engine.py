@@ -86,11 +86,13 @@ class OpenAIEngine:
         retry: RetryPolicy | None = None,
         text: Text | None = None,
         key: str = "",
+        uds: str = "",
     ) -> None:
         """Connect, check that the server has the model, and find out the mode.
 
         In chat mode, whether the server `continues` an answer that was begun for the model; None: find out.
-        With `text`, the model's own tokenizer, prompts of completions are sent as token ids. `key`: see `Server`.
+        With `text`, the model's own tokenizer, prompts of completions are sent as token ids. `key`, `uds`: see
+        `Server`.
 
         Raises InputError: an address that is none, or a model that the server does not list;
         CallFailed: the server does not answer or refuses the key.
@@ -101,8 +103,13 @@ class OpenAIEngine:
         self._lock = threading.Lock()
         self._seen_bytes, self._seen_tokens = _BYTES_PER_TOKEN, 1.0  # of prompts, to learn their ratio
         limiter = RateLimiter(requests_per_minute, tokens_per_minute)
-        retry = retry or RetryPolicy()
-        self._server = Server(base_url, timeout_s=timeout_s, retry=retry, limiter=limiter, key=key)
+        how: dict[str, Any] = {
+            "timeout_s": timeout_s,
+            "retry": retry or RetryPolicy(),
+            "key": key,
+            "uds": uds,
+        }
+        self._server = Server(base_url, limiter=limiter, **how)
         try:
             self._quirks = self._look_up_model()
             self.mode, self.continues = self._find_mode(mode, continues)

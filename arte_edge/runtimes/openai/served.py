@@ -107,6 +107,7 @@ class ServedEngine:
         timeout_s: float = 120.0,
         retry: RetryPolicy | None = None,
         key: str = "",
+        uds: str = "",
     ) -> None:
         """Connect to every server, check its weights and load the adapter into it.
 
@@ -124,6 +125,7 @@ class ServedEngine:
             timeout_s: of one request, seconds.
             retry: how often a call is tried.
             key: of the servers; empty: the environment's.
+            uds: the Unix socket of the only server; empty: they listen on ports.
 
         Raises InputError: a server with another model or other weights, without LoRA, or that cannot read the
         adapter; CallFailed: no server answers, or one refuses the key.
@@ -148,6 +150,7 @@ class ServedEngine:
             "requests_per_minute": requests_per_minute,
             "tokens_per_minute": tokens_per_minute,
             "key": key,
+            "uds": uds,
         }
         self._lock = threading.Lock()
         self._live: dict[str, OpenAIEngine] = {}
@@ -293,7 +296,8 @@ class ServedEngine:
             server.close()
 
     def _server(self, url: str, timeout_s: float, retry: RetryPolicy) -> Server:
-        return Server(url, timeout_s=timeout_s, retry=retry, limiter=RateLimiter(), key=self._settings["key"])
+        how = {name: self._settings[name] for name in ("key", "uds")}
+        return Server(url, timeout_s=timeout_s, retry=retry, limiter=RateLimiter(), **how)
 
     def _models(self, url: str) -> dict[str, dict[str, Any]]:
         document = self._call(url, "/models")

@@ -1,9 +1,11 @@
-"""A vLLM server that a run starts itself: on 127.0.0.1, when a teacher first writes, until training needs the memory.
+"""A vLLM server that a run starts itself, when a teacher first writes, until training needs the memory.
 
 vLLM usually lives in an environment of its own, for it pins another torch; ``ARTE_EDGE_VLLM`` names its command there,
-or the Python that has it. The key is drawn for each server and is in its environment alone, which other users cannot
-read. The process group ends with the process that started it, however that ends: a guard, outside the group, waits
-for the other end of a pipe to close.
+or the Python that has it. It listens on a Unix socket in a folder of this user's: vLLM 0.32 guards what is below
+``/v1`` with its key, but not ``/invocations``, which writes, and ``/adapters``, which loads, and any user of the
+machine reaches a port. The key, drawn for each server, is in its environment alone, which other users cannot read. The
+process group ends with the process that started it, however that ends: a guard, outside the group, waits for the other
+end of a pipe to close.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _VARIABLE = "ARTE_EDGE_VLLM"
+_ADDRESS = "http://localhost"  # by the socket
 _START_S = 3600.0  # a large teacher is read from a slow disk, and compiled
 _END_S = 30.0
 _SHARE = "0.7"  # of a GPU's memory; the student has the rest
@@ -143,12 +145,9 @@ class VllmServer:
         command = vllm_command()
         text = Text(hf.load_tokenizer(self._checkpoint), end_ids(self._checkpoint))
         reference(self._checkpoint, model.sha256, text)  # while the memory is free
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self._address = f"http://127.0.0.1:{port}"
-        command += [str(self._checkpoint), *self._arguments(), "--host", "127.0.0.1", "--port", str(port)]
-        self._folder = Path(tempfile.mkdtemp(prefix="arte-edge-vllm-"))  # of adapters
+        self._folder = Path(tempfile.mkdtemp(prefix="arte-edge-vllm-"))  # of the socket and adapters
+        self._socket = str(self._folder / "socket")
+        command += [str(self._checkpoint), *self._arguments(), "--uds", self._socket]
         with disk_errors(self.log):
             self.log.parent.mkdir(parents=True, exist_ok=True)
             out = self.log.open("wb")
@@ -200,12 +199,14 @@ class VllmServer:
 
     def _wait(self) -> None:
         until = time.monotonic() + _START_S
-        while time.monotonic() < until:
-            self.check("did not start")
-            with suppress(httpx.TransportError):
-                if httpx.get(f"{self._address}/health", trust_env=False, timeout=5.0).status_code == 200:
-                    return
-            time.sleep(0.5)
+        transport = httpx.HTTPTransport(uds=self._socket)
+        with httpx.Client(transport=transport, timeout=5.0, trust_env=False) as client:
+            while time.monotonic() < until:
+                self.check("did not start")
+                with suppress(httpx.TransportError):
+                    if client.get(f"{_ADDRESS}/health").status_code == 200:
+                        return
+                time.sleep(0.5)
         raise self._failed(f"did not answer within {_START_S / 60:.0f} minutes")
 
     @property
@@ -232,11 +233,12 @@ class VllmServer:
         limits = self.settings.limits
         return _Engine(
             self.check,
-            [f"{self._address}/v1"],
+            [f"{_ADDRESS}/v1"],
             self._checkpoint,
             self.model.sha256,
             ServerFolder(self._folder, str(self._folder)),
             key=self._key,
+            uds=self._socket,
             adapter=adapter,
             aligns=self.settings.lora_rank > 0,
             parallel=parallel,

@@ -72,7 +72,7 @@ def test_it_starts_writes_as_our_own_copy_does_and_ends_with_its_children(
     (given,) = started(commands)
     argv, key = given["argv"], given["env"]["VLLM_API_KEY"]
     assert argv[:2] == ["serve", str(llama_folder)]
-    for option in ("--host 127.0.0.1", "--max-model-len 2048", "--enable-lora --max-lora-rank 8"):
+    for option in (f"--uds {server._socket}", "--max-model-len 2048", "--enable-lora --max-lora-rank 8"):
         assert option in " ".join(argv)
     off = dict.fromkeys(
         ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), "1"
@@ -80,6 +80,7 @@ def test_it_starts_writes_as_our_own_copy_does_and_ends_with_its_children(
     off["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
     assert {name: given["env"].get(name) for name in off} == off
     assert "PYTHONPATH" not in given["env"] and "ARTE_EDGE_API_KEY" not in given["env"]
+    assert server._folder.stat().st_mode & 0o77 == 0, "no other user reaches the socket"
     # The key is in no command line, and in no file of the run.
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]
     assert len(key) > 30 and not any(key in " ".join(process.cmdline()) for process in family)
