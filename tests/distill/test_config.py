@@ -173,6 +173,10 @@ def test_servers_of_known_weights_are_addresses_each_once_and_hold_no_secret() -
         "http://a:8000/v1",
         "http://b:8000/v1",
     )
+    own = build("run.toml", {"teacher": {"model": "m", "server": "vllm"}}).teacher
+    assert own.starts_vllm and own.addresses == () and not own.on_server and not one.teacher.starts_vllm
+    with pytest.raises(InputError, match=r"teacher\.server: .*'vllm' is not a server address"):
+        build("run.toml", {"teacher": {"model": "m", "server": ["vllm", "http://b:8000"]}})
     with pytest.raises(InputError, match=r"teacher\.server.*no password") as caught:
         build("run.toml", {"teacher": {"model": "m", "server": "http://me:s3cret@b/v1"}})
     assert "s3cret" not in str(caught.value)

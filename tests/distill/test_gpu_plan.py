@@ -134,6 +134,8 @@ def test_a_run_is_planned_without_weights(folders: dict[str, Path], capfd: Captu
     alone = json.loads(capfd.readouterr().out)["gpus"]
     assert alone["models"]["teacher"]["replicas"] == 2
     assert alone["trainings"][0]["memory_gb"] - align == pytest.approx(2 * 70.55, abs=0.1)
+    assert main([*plan, "--json", "--set", "train.processes=4", "--set", "teacher.server=vllm"]) == 0
+    assert json.loads(capfd.readouterr().out)["gpus"] == alone, "it ends before the trainings"
     assert main([*plan, "--set", 'teacher.server=["http://a:1/v1", "http://b:1/v1"]']) == 2
     assert "leave none of 8" in capfd.readouterr().err
     assert main(plan) == 0

@@ -107,11 +107,27 @@ def test_steps_that_processes_cannot_share_are_found_before_any_call() -> None:
     with pytest.raises(InputError, match=r"train\.shard_teacher"):
         refuse_run(RunConfig.model_validate({"train": {"shard_teacher": True}}), task)
     spread: dict[str, Any] = {"train": {"shard_teacher": True, "processes": 4}}
-    with pytest.raises(InputError, match=r"without teacher\.server"):
-        refuse_run(RunConfig.model_validate(spread), task)
-    teacher = {"model": RunConfig().teacher.model, "server": "http://127.0.0.1:1/v1"}
+    teacher = {"model": RunConfig().teacher.model, "server": "vllm"}
+    for without in (spread, {**spread, "teacher": teacher}):
+        with pytest.raises(InputError, match=r"without addresses in teacher\.server"):
+            refuse_run(RunConfig.model_validate(without), task, models=False)
+    teacher["server"] = "http://127.0.0.1:1/v1"
     refuse_run(RunConfig.model_validate({**spread, "teacher": teacher}), task)
     refuse_run(RunConfig.model_validate({"train": {"processes": 4}}), task)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"server": "vllm", "server_model": "m"},
+        {"server": "vllm", "server_folder": "/mnt"},
+        {"server": "http://127.0.0.1:1/v1", "server_args": ["--enforce-eager"]},
+    ],
+)
+def test_keys_for_the_other_kind_of_server_are_found(house: Any, keys: dict[str, Any]) -> None:
+    config = house.config(teacher={"model": house.config().teacher.model, **keys})
+    with pytest.raises(InputError, match=rf"teacher\.{list(keys)[1]} has no meaning with"):
+        refuse_run(config, house.task, models=False)
 
 
 def test_the_weights_of_servers_are_no_server(house: Any) -> None:

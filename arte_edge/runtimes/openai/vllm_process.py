@@ -252,10 +252,12 @@ class VllmServer:
         keep_log |= not self.runs
         self._pipe.close()  # the guard ends the group
         group, until = self._process.pid, time.monotonic() + _END_S
-        while _reached(group, 0) and time.monotonic() < until:
+        while _reached(group, 0):
             self._process.poll()
+            if time.monotonic() > until:  # the guard is gone as well
+                _reached(group, signal.SIGKILL)
+                break
             time.sleep(0.05)
-        _reached(group, signal.SIGKILL)  # the guard is gone as well
         self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
         if not keep_log:
