@@ -113,7 +113,7 @@ class RayCluster:
 
     def stop_workers(self) -> None:
         """End the workers until the next call: training needs the memory."""
-        self.pool.stop(wait=True)
+        self.pool.stop()
 
     def close(self) -> None:
         import ray

@@ -26,7 +26,6 @@ MOST_DEATHS = 3  # of workers over the same group, or in a row while one opens a
 _PATIENCE_S = 600.0  # without a worker at work; a cluster that grows by itself needs minutes
 _REST_S = 1.0  # before a dead worker is called again
 _TICK_S = 5.0
-_CLOSE_S = 60.0  # for servers to end
 
 
 @dataclass(eq=False)
@@ -88,16 +87,10 @@ class Pool:
             self._hands = [_Hand(actor.remote(dict(self._environment))) for _ in range(self.n)]
         return self._hands
 
-    def stop(self, *, wait: bool = False) -> None:
-        """End the workers: training needs their memory and GPUs. The next call starts others.
-
-        With `wait` their servers are gone when it returns, if the workers are idle.
-        """
+    def stop(self) -> None:
+        """End the workers: training needs their memory and GPUs. The next call starts others."""
         import ray
 
-        if wait and any(spec and spec.vllm for hand in self._hands for spec in hand.opened):
-            closed = [hand.actor.close_servers.remote() for hand in self._hands]
-            ray.wait(closed, num_returns=len(closed), timeout=_CLOSE_S)
         for hand in self._hands:
             ray.kill(hand.actor, no_restart=True)
         self._hands.clear()

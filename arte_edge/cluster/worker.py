@@ -166,11 +166,6 @@ class Worker:
             if not all(server.runs for server in self._servers.values()):
                 os._exit(1)
 
-    def close_servers(self) -> None:
-        """End the servers and wait until they are gone: training needs their memory. The worker is ended next."""
-        for server in self._servers.values():
-            server.close()
-
     def count_tokens(self, spec: EngineSpec, text: str) -> int:
         return self._engine(spec).count_tokens(text)
 

@@ -412,6 +412,10 @@ class RunContext:
             self._vllm = None
         if self.cluster is not None:
             self.cluster.stop_workers()
+            if self.config.teacher.starts_vllm:
+                from arte_edge.runtimes.openai.vllm_process import wait_until_ended
+
+                wait_until_ended(self.folder / "served")
 
     def close(self) -> None:
         self.close_engines()

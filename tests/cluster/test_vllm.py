@@ -18,7 +18,7 @@ from arte_edge.cluster.worker import node_facts
 from arte_edge.errors import ArteError, InputError
 from arte_edge.models.resolve import LocalModel, from_folder
 from arte_edge.runtimes.loader import ServerLimits
-from arte_edge.runtimes.openai.vllm_process import VllmServer, VllmSettings
+from arte_edge.runtimes.openai.vllm_process import VllmServer, VllmSettings, wait_until_ended
 
 pytest.importorskip("ray")
 pytest.importorskip("torch")
@@ -43,6 +43,7 @@ def settings(joined: RayCluster, tmp_path: Path, monkeypatch: Patch) -> Iterator
         monkeypatch.setenv(name, value)
     yield VllmSettings(tmp_path / "served", (), 0, ServerLimits(timeout_s=20.0))
     joined.stop_workers()
+    wait_until_ended(tmp_path / "served")
     assert not alive(tmp_path), "gone when training begins"
 
 

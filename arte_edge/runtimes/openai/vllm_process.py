@@ -47,6 +47,7 @@ _VARIABLE = "ARTE_EDGE_VLLM"
 _ADDRESS = "http://localhost"  # by the socket
 _START_S = 3600.0  # a large teacher is read from a slow disk, and compiled
 _END_S = 30.0
+_RUNS = ".runs"  # beside a log, a file that is there until the server is gone
 _SHARE = "0.7"  # of a GPU's memory; the student has the rest
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
@@ -64,7 +65,7 @@ _TAKEN = {
 # the guard.
 _GUARD = """
 import os, shutil, signal, sys, time
-pipe, folder, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+pipe, folder, mark, command = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]
 group = os.getpid()
 if os.fork():
     os.close(pipe)
@@ -83,6 +84,10 @@ for sent in (signal.SIGTERM, signal.SIGKILL):
     while reached(0) and time.monotonic() < until:
         time.sleep(0.05)
 shutil.rmtree(folder, ignore_errors=True)
+try:
+    os.unlink(mark)
+except OSError:
+    pass
 """
 
 
@@ -139,6 +144,7 @@ class VllmServer:
         Raises InputError: vLLM is not installed; EngineError: it did not start, with the end of its log.
         """
         self.model, self.settings, self.log = model, settings, settings.logs / log
+        self._mark = self.log.with_suffix(_RUNS)
         from arte_edge.runtimes.transformers.tokenizer import Text
 
         self._checkpoint, self._key = model.checkpoint(), secrets.token_urlsafe(32)
@@ -151,9 +157,19 @@ class VllmServer:
         with disk_errors(self.log):
             self.log.parent.mkdir(parents=True, exist_ok=True)
             out = self.log.open("wb")
+            self._mark.touch()
         there, end = os.pipe()
         self._pipe = os.fdopen(end, "wb")
-        guarded = [sys.executable, "-I", "-c", _GUARD, str(there), str(self._folder), *command]
+        guarded = [
+            sys.executable,
+            "-I",
+            "-c",
+            _GUARD,
+            str(there),
+            str(self._folder),
+            str(self._mark),
+            *command,
+        ]
         try:
             self._process = subprocess.Popen(
                 guarded,
@@ -260,6 +276,7 @@ class VllmServer:
             time.sleep(0.05)
         self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._mark.unlink(missing_ok=True)
         if not keep_log:
             self.log.unlink(missing_ok=True)
             with suppress(OSError):
@@ -280,6 +297,15 @@ class _Engine(ServedEngine):
         if any(error for _, error in found):
             self._check_process()
         return found
+
+
+def wait_until_ended(logs: Path) -> None:
+    """Wait until the servers are gone whose workers, on any node, were ended: their guards take a few seconds."""
+    until = time.monotonic() + _END_S
+    while (marks := list(logs.glob(f"*{_RUNS}"))) and time.monotonic() < until:
+        time.sleep(0.1)
+    for mark in marks:  # of a node that is lost
+        mark.unlink(missing_ok=True)
 
 
 def _visible_gpus() -> int:
