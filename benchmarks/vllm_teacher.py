@@ -161,9 +161,12 @@ def vllm_processes() -> list[psutil.Process]:
 
 def main_own(out: Path, ray: bool) -> None:
     """Let the run start vLLM, kill the run (and with `ray` a worker before), resume it, run it once more."""
-    small = json.dumps(["--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "16"])
+    small = json.dumps(
+        ["--enforce-eager", "--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "16"]
+    )
     os.environ |= {"ARTE_EDGE_VLLM": os.environ["VLLM_PYTHON"]} | ON_A_CPU
-    SETTINGS.update({"teacher.server_args": small, "evaluate.teacher": "false"})
+    SETTINGS.update({"teacher.server_args": small, "evaluate.teacher": "false", "teacher.timeout_s": 900})
+    SETTINGS.update({"teacher.shots": 1, "elicit.questions": 4, "calibrate.k": 4, "calibrate.shots": "[0]"})
     more, began = ["--ray", "local"] if ray else [], time.monotonic()
     seen: list[list[Any]] = []  # stage, processes of vLLM, seconds since the start, for how long
     workers: list[float] = []  # when a worker was killed
