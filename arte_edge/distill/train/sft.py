@@ -24,6 +24,7 @@ from arte_edge.distill.train.common import (
     arguments,
     check_rows,
     free_memory,
+    freed_memory_kept,
     history_of,
     keep_going,
     load,
@@ -106,7 +107,7 @@ def train_here(
 ) -> None:
     """Train in this process, which may be one of several ranks; rank 0 writes the result to its place."""
     began = time.monotonic()
-    with quiet_training():
+    with quiet_training(), freed_memory_kept():
         trainer, counts = _trainer(checkpoint, rows, settings, workspace, progress)
         last = workspace.last_checkpoint()
         trainer.train(resume_from_checkpoint=str(last) if last else None)

@@ -1,3 +1,5 @@
+import platform
+import resource
 import socket
 from collections import Counter
 from pathlib import Path
@@ -15,6 +17,7 @@ from arte_edge.distill.train.common import (
     Encoder,
     SftSettings,
     check_rows,
+    freed_memory_kept,
     load,
     quiet_training,
     training_order,
@@ -40,6 +43,22 @@ def test_a_training_speaks_to_nobody_and_prints_nothing(
     train_sft(tiny_checkpoint(), sft_rows, tmp_path / "out", SftSettings(epochs=0.5))
     assert not asked and not reported
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory by their own rules")
+def test_a_training_on_a_cpu_takes_freed_memory_again_without_page_faults(monkeypatch: Patch) -> None:
+    monkeypatch.setenv("ARTE_EDGE_DEVICE", "cpu")
+
+    def page_faults() -> int:  # of 40 blocks of 64 MiB, one after the other
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(40):
+            torch.ones(1 << 24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    cleared = page_faults()
+    with freed_memory_kept():
+        kept = page_faults()
+    assert kept < cleared / 3
 
 
 def test_progress_bars_are_afterwards_as_they_were() -> None:
