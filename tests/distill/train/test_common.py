@@ -46,7 +46,7 @@ def test_a_training_speaks_to_nobody_and_prints_nothing(
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory by their own rules")
-def test_a_training_on_a_cpu_takes_freed_memory_again_without_page_faults(monkeypatch: Patch) -> None:
+def test_a_training_takes_freed_memory_again_without_page_faults(monkeypatch: Patch) -> None:
     monkeypatch.setenv("ARTE_EDGE_DEVICE", "cpu")
 
     def page_faults() -> int:  # of 40 blocks of 64 MiB, one after the other
