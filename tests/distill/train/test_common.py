@@ -45,7 +45,9 @@ def test_a_training_speaks_to_nobody_and_prints_nothing(
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory by their own rules")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other allocators keep memory by their own rules"
+)
 def test_a_training_takes_freed_memory_again_without_page_faults(monkeypatch: Patch) -> None:
     monkeypatch.setenv("ARTE_EDGE_DEVICE", "cpu")
 
