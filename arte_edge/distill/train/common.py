@@ -154,17 +154,18 @@ def freed_memory_kept() -> Iterator[None]:
     Every step frees its gradients and needs them again: clearing those pages anew is an eighth of a step of a 135M
     student. Not for alignments: the sizes of their blocks vary with the rows. `free_memory` returns all of it.
     """
-    mallopt = None
+    values = {}
     if sys.platform == "linux" and pick_device().type == "cpu":
         with suppress(OSError, AttributeError):  # musl has no mallopt
-            mallopt = ctypes.CDLL(None).mallopt
-    for parameter, (keep, _) in _MALLOC.items() if mallopt else ():
-        mallopt(parameter, keep)
+            libc = ctypes.CDLL(None)
+            values = {
+                parameter: pair for parameter, pair in _MALLOC.items() if libc.mallopt(parameter, pair[0])
+            }
     try:
         yield
     finally:
-        for parameter, (_, default) in _MALLOC.items() if mallopt else ():
-            mallopt(parameter, default)
+        for parameter, (_, default) in values.items():
+            libc.mallopt(parameter, default)
 
 
 @contextmanager
