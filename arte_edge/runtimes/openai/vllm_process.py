@@ -1,11 +1,10 @@
 """A vLLM server that a run starts itself, when a teacher first writes, until training needs the memory.
 
 vLLM usually lives in an environment of its own, for it pins another torch; ``ARTE_EDGE_VLLM`` names its command there,
-or the Python that has it. It listens on a Unix socket in a folder of this user's: vLLM 0.32 guards what is below
-``/v1`` with its key, but not ``/invocations``, which writes, and ``/adapters``, which loads, and any user of the
-machine reaches a port. The key, drawn for each server, is in its environment alone, which other users cannot read. The
-process group ends with the process that started it, however that ends: a guard, outside the group, waits for the other
-end of a pipe to close.
+or the Python that has it. It listens on a Unix socket in a folder of this user's, for any user of the machine reaches a
+port, and vLLM's key, as its documentation says, guards the routes below ``/v1`` alone. The key, drawn for each server,
+is in its environment, which other users cannot read. The process group ends with the process that started it, however
+that ends: a guard, outside the group, waits for the other end of a pipe to close.
 """
 
 from __future__ import annotations
