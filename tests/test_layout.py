@@ -46,7 +46,7 @@ ORDER = re.findall(
     r"\w+",
     """
     errors files catalog extras private_apis threads protobuf pii_scan memory console notebook
-    stats model_folder cache store checkpoint transformers_load
+    stats model_folder cache store checkpoint transformers_load frozen_weights
     results gguf device onnx models runtimes cluster tasks asking
     distill verify export bench publish api cli __main__
     """,

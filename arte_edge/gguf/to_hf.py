@@ -39,6 +39,7 @@ from arte_edge.cache import (
 )
 from arte_edge.errors import ArteError, InputError
 from arte_edge.extras import need
+from arte_edge.frozen_weights import load_frozen
 from arte_edge.gguf import rope
 from arte_edge.gguf.reader import FULL_WIDTH, GgufHeader, read_model_header
 from arte_edge.threads import thread_count
@@ -203,9 +204,8 @@ def _set_scaling(config: Any, scaling: dict[str, Any]) -> None:
 def _hold(header: GgufHeader, checkpoint: Path, ids: list[int]) -> dict[str, float]:
     """Compare the next-token distributions of a checkpoint with llama.cpp's on the GGUF it was made from."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = load_frozen(checkpoint)
     with torch.inference_mode():
         ours = model(torch.tensor([ids])).logits[0]
     del model

@@ -31,6 +31,7 @@ from arte_edge.distill.train.checkpoints import Workspace
 from arte_edge.distill.train.ranks import agreed, is_main, is_sharded, shared_batch, world_size
 from arte_edge.errors import InputError
 from arte_edge.extras import need
+from arte_edge.frozen_weights import load_frozen
 from arte_edge.runtimes.transformers.placement import empty_cache, pick_device, training_floats
 from arte_edge.runtimes.transformers.tokenizer import Text
 from arte_edge.transformers_load import load_model, load_tokenizer
@@ -204,15 +205,19 @@ def quiet_training() -> Iterator[None]:
 def load(checkpoint: Path, *, frozen: bool) -> tuple[Any, Any]:
     """Return the model and the tokenizer of a checkpoint folder.
 
-    The weights are float32, so that small updates are not rounded away; a base that
-    stays `frozen` under LoRA has 16 bits where the device multiplies them, which halves the memory.
+    The weights are float32, so that small updates are not rounded away; a base that stays `frozen` under LoRA has 16
+    bits where the device multiplies them, and on another processor keeps those of its files (`frozen_weights`).
 
     Raises InputError: no such checkpoint, or transformers cannot read it.
     """
     import torch
 
-    dtype = getattr(torch, training_floats(checkpoint, frozen=True)) if frozen else torch.float32
-    return load_model(checkpoint, dtype, attn_implementation="sdpa"), load_tokenizer(checkpoint)
+    floats = training_floats(checkpoint, frozen=True) if frozen else "float32"
+    if frozen and floats == "float32" and pick_device().type == "cpu" and not is_sharded():
+        model = load_frozen(checkpoint, attn_implementation="sdpa")
+    else:
+        model = load_model(checkpoint, getattr(torch, floats), attn_implementation="sdpa")
+    return model, load_tokenizer(checkpoint)
 
 
 def lora_config(lora: Lora) -> Any:

@@ -314,3 +314,24 @@ def test_an_adapter_that_a_spread_model_cannot_hold_is_an_error() -> None:
 
     with pytest.raises(ArteError, match=r"no place for 1 of the adapter's 1 weights: base\.lora_A\.weight"):
         _set_shards(torch.nn.Linear(2, 2), {"base.lora_A.weight": torch.zeros(1, 2)})
+
+
+def test_a_base_held_in_its_16_bits_is_aligned_as_one_in_float32(
+    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    import torch
+
+    from arte_edge.distill.train import common
+    from arte_edge.transformers_load import load_model
+
+    four = SIZED.model_copy(update={"epochs": 0.4})
+    held = train_dpo(tiny_checkpoint(), PAIRS[:10], tmp_path / "held", four, held_out=PAIRS[10:])
+    monkeypatch.setattr(common, "load_frozen", lambda folder, **how: load_model(folder, torch.float32, **how))
+    plain = train_dpo(tiny_checkpoint(), PAIRS[:10], tmp_path / "plain", four, held_out=PAIRS[10:])
+    torch.testing.assert_close(adapter(held.adapter), adapter(plain.adapter), rtol=1e-6, atol=1e-6)
+    for key in ("loss", "logps/chosen", "grad_norm", "kl"):
+        ours, theirs = ([row[key] for row in result.history] for result in (held, plain))
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+    assert (held.held_out.kl, held.held_out.margin) == pytest.approx(
+        (plain.held_out.kl, plain.held_out.margin), rel=1e-5
+    )
