@@ -38,6 +38,7 @@ from arte_edge.distill.gpu_plan import (
     takes_no_weights,
     training,
 )
+from arte_edge.distill.memory_plan import Tokens, longest_answer, memory_plan, models_of
 from arte_edge.distill.preference.adaptive import AdaptivePlan
 from arte_edge.distill.preference.scoring import is_adaptive
 from arte_edge.distill.prompts import (
@@ -144,11 +145,14 @@ def dry_run(
             run.reporter.say("Counting the tokens of a few prompts of each kind …")
             calls = {work.call for work in stage_work(config, task, 1.0)}
             lengths, drafts_per_prompt = probe(run, calls)
+            models = None if gpus else models_of(run)
         finally:
             run.close()
     lines = estimate(config, task, lengths, drafts_per_prompt, prices)
     rows = _rows(lines, priced=prices is not None)
     notes = _notes(config, drafts_per_prompt, prices)
+    memory = memory_plan(config, _tokens(config, lengths), models) if models else None
+    notes += [f"Memory: {memory}."] if memory else []
     plan = plan_gpus(config, task, lengths, drafts_per_prompt, shapes, gpus) if gpus else None
     if plan:
         notes += plan.notes
@@ -156,7 +160,7 @@ def dry_run(
             row |= {"hours": round(plan.hours_of(row["stage"]), 3), "gpu_usd": plan.usd_of(row["stage"])}
     if as_json:
         stages = {"stages": rows[:-1], "total": rows[-1]}
-        more = {"gpus": plan.as_row()} if plan else {}
+        more = {key: each.as_row() for key, each in (("gpus", plan), ("memory", memory)) if each}
         emit_json({"event": "plan", **stages, **more, "drafts_per_prompt": drafts_per_prompt, "notes": notes})
         return
     _print_table(rows, priced=prices is not None)
@@ -277,7 +281,7 @@ def plan_gpus(
     rest = gpus
     for who in sorted(shapes, reverse=True):  # the teacher first
         shape = shapes[who]
-        longest = max(found.prompt + found.completion for call, found in lengths.items() if call.who == who)
+        longest = _longest(lengths, who)
         spot = place(shape, rest, _model(config, who).parallel, longest)
         if who == "teacher" and config.teacher.addresses:
             held = spot.gpus_each * len(config.teacher.addresses)
@@ -326,6 +330,16 @@ def plan_gpus(
             f"Trainings use {config.train.processes} of {rest.n} GPUs: train.processes = {rest.n} shares each step."
         )
     return GpuPlan(gpus, hours, placed, trainings, notes)
+
+
+def _longest(lengths: Mapping[Call, Lengths], who: Who) -> int:
+    return ceil(max(found.prompt + found.completion for call, found in lengths.items() if call.who == who))
+
+
+def _tokens(config: RunConfig, lengths: Mapping[Call, Lengths]) -> Tokens:
+    prompt = max(one.prompt for call, one in lengths.items() if call.what in ("question", "rationale"))
+    pair = ceil(prompt) + 2 * longest_answer(config)
+    return Tokens(_longest(lengths, "teacher"), _longest(lengths, "student"), pair)
 
 
 def _alignment(

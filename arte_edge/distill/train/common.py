@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from arte_edge.device.model_size import ModelSize
+from arte_edge.distill.memory_plan import computes_twice
 from arte_edge.distill.train.checkpoints import Workspace
 from arte_edge.distill.train.ranks import agreed, is_main, is_sharded, shared_batch, world_size
 from arte_edge.errors import InputError
@@ -43,11 +45,12 @@ Progress = Callable[[int, int], None]  # optimizer steps done, of how many
 
 # A layer's weights are gathered while it computes, and it computes twice rather than keep its activations: a model that
 # no GPU holds. Checkpoints hold the adapter whole.
+_CHECKPOINTING: dict[str, Any] = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
 _SHARDED: dict[str, Any] = {
     "fsdp": True,
     "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"},
     # Not FSDP's own checkpointing, which renames the layers, in an adapter's file too.
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    **_CHECKPOINTING,
 }
 # Parameters of mallopt(3), from malloc.h: what keeps freed memory, and the default.
 _MALLOC = {
@@ -241,10 +244,13 @@ def arguments(
     schedule: str,
     *,
     most: int,
+    at_once: int,
+    labelled: int,
 ) -> dict[str, Any]:
     """Return the arguments of TRL's configurations, for `n_example` examples in their final order.
 
-    `most` is how many of them may be in one forward pass of one of several ranks.
+    `most` is how many of them may be in one forward pass of one of several ranks, `at_once` the tokens of the longest
+    pass, of which `labelled` have a loss: on a CPU they decide whether layers are computed twice (`memory_plan`).
 
     Raises InputError: a step's examples cannot be dealt out to the ranks.
     """
@@ -252,12 +258,17 @@ def arguments(
     alone = (settings.batch_size, settings.accumulate)
     size, passes = alone if n_rank == 1 else shared_batch(*alone, n_rank, most)
     n_step = math.ceil(n_example / (settings.batch_size * settings.accumulate))
+    twice = is_sharded()
+    if device.type == "cpu" and not twice:
+        lora = (settings.lora.rank, settings.lora.targets) if settings.lora else None
+        pairs = isinstance(settings, DpoSettings)
+        twice = computes_twice(ModelSize.of(checkpoint), at_once, labelled, lora, pairs)
     return {
         "output_dir": str(workspace.checkpoints),
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": passes,
         "ddp_find_unused_parameters": False,
-        **(_SHARDED if is_sharded() else {}),
+        **(_SHARDED if is_sharded() else _CHECKPOINTING if twice else {}),
         "num_train_epochs": 1,  # the order holds all epochs, see `order`
         "train_sampling_strategy": "sequential",
         "learning_rate": settings.learning_rate,
@@ -270,7 +281,7 @@ def arguments(
         "fp16": floats == "float16",
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",
-        "gradient_checkpointing": is_sharded(),  # costs a forward pass; other models are small
+        "gradient_checkpointing": twice,  # costs a forward pass
         "logging_steps": 1,
         "save_strategy": "no",  # `keep_going` saves checkpoints by the clock
         "save_total_limit": 2,  # the older one goes only when the newer one is whole

@@ -201,7 +201,17 @@ def _trainer(
         )
     lengths = [len(row["input_ids"][0] if soft else row["input_ids"]) for row in encoded]
     order = training_order(lengths, settings.batch_size, settings.epochs, settings.seed)
-    how = arguments(checkpoint, workspace, settings, len(order), "linear", most=settings.batch_size)
+    labels = [label for row in encoded for label in (row["labels"] if soft else [row["labels"]])]
+    how = arguments(
+        checkpoint,
+        workspace,
+        settings,
+        len(order),
+        "linear",
+        most=settings.batch_size,
+        at_once=settings.batch_size * max(lengths),
+        labelled=settings.batch_size * max(sum(each != _IGNORED for each in one) for one in labels),
+    )
     examples = [encoded[i] for i in order]
     while world_size() > 1 and len(examples) % (world_size() * how["per_device_train_batch_size"]):
         examples.append(_without_labels(examples[-1]))

@@ -1,0 +1,345 @@
+"""The memory that a run on a CPU needs, stage by stage, from the models' shapes, before anything is loaded.
+
+* Models that write or score: the file, which is mapped; a copy of the weights that llama.cpp repacks; the cache of
+  `parallel` sequences. Teacher and student stay open together.
+* Training all weights: 16 bytes a parameter (weights, gradient and two averages of Adam in 32 bits).
+* Training an adapter: the frozen weights as they are stored (`frozen_weights`), one layer widened, 16 bytes for each
+  parameter of the adapter. While an alignment is checked, between two steps, the teacher's engine is open beside it.
+* Activations that the backward pass needs: a layer of a Llama keeps eleven vectors of the model's width and four of
+  the feed-forward layer's for each token (both norms, queries, keys and values, attention, gate, up and their
+  products), counted in transformers' code. Where they would take a run beyond `_ROOM` of the memory, only what goes
+  into a layer is kept, and the layer is computed again: the numbers are the same, a step takes a third longer. The
+  frozen weights then also leave memory for the time of a check.
+* Logits of the completions' tokens, `_LOGITS` times in 32 bits: themselves, their exponentials, two gradients.
+* Converting a GGUF file: the checkpoint, beside it the largest matrix in 32 bits; it runs in a process of its own.
+
+docs/runs.md has what was measured beside what this says. Lengths are those that the settings allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from arte_edge.cache import megabytes
+from arte_edge.device.detect import detect
+from arte_edge.device.memory_estimate import repacked_types
+from arte_edge.device.model_size import ModelSize
+from arte_edge.errors import InputError
+from arte_edge.gguf.to_hf import checkpoint_folder
+from arte_edge.memory import available_bytes, total_bytes
+from arte_edge.runtimes.loader import Kind, is_server
+from arte_edge.runtimes.prefix_tree import MAX_LEVELS
+
+if TYPE_CHECKING:
+    from arte_edge.distill.config import RunConfig
+    from arte_edge.distill.run_context import RunContext
+    from arte_edge.tasks.task import Task
+
+_PROGRAM, _TRAINER = (
+    250_000_000,
+    700_000_000,
+)  # interpreter and libraries without and with torch, TRL: measured
+_TRAINED, _HELD, _F32 = 16, 2, 4  # bytes a parameter
+_WIDE, _NARROW = 4, 11  # vectors a token and layer, see above
+_LOGITS = 4
+_INT8_READ = 6  # bytes a parameter while 16-bit weights become 8-bit ones: `loader.teacher_kind`
+_WIDENED = 1 << 26  # values: see `frozen_weights`
+_UBATCH, _CTX_STEP, _WATCHED, _WATCHED_PAIRS = 512, 256, 128, 4
+_ROOM = 0.6  # of the memory: a training that needs more computes layers twice
+_CHARACTERS = 3.5  # a token, of English
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The longest prompt with its answer, of the teacher and of the student; and a pair, which has two answers."""
+
+    teacher: int
+    student: int
+    pair: int
+
+    @classmethod
+    def most(cls, config: RunConfig, task: Task) -> Tokens:
+        """Return what the task's examples and the settings allow, counted in characters of English."""
+        examples = [*task.seed, *task.validation]
+        longest = max((len(each.input) + len(each.target) for each in examples), default=0)
+        about = len(task.description)
+        elicit, written = config.elicit, longest_answer(config)
+
+        def prompt(shown: int) -> int:
+            return int((about + (shown + 1) * longest) / _CHARACTERS)
+
+        drafts = prompt(max(config.teacher.shots, elicit.shown))
+        votes = prompt(elicit.opinion_shots if task.answer.closed else 0)
+        asked = prompt(max(config.student.shots, *config.calibrate.shots, *config.evaluate.shots))
+        return cls(max(drafts + written, votes), asked + config.evaluate.answer_tokens, drafts + 2 * written)
+
+
+def longest_answer(config: RunConfig) -> int:
+    """Return the most tokens that the teacher may write to a prompt."""
+    return max(config.elicit.question_tokens, config.elicit.rationale_tokens)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one stage needs, in bytes, by part."""
+
+    stage: str
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def as_row(self) -> dict[str, Any]:
+        return {"stage": self.stage, "bytes": self.total, "parts": dict(self.parts)}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What all stages need, and what there is."""
+
+    needs: tuple[Need, ...]
+    total_bytes: int
+    available_bytes: int
+
+    @property
+    def most(self) -> Need:
+        return max(self.needs, key=lambda need: need.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.most.total <= self.total_bytes or not self.total_bytes  # 0: unknown
+
+    def __str__(self) -> str:
+        return (
+            f"{megabytes(self.most.total)} at most, in {self.most.stage}; {megabytes(self.available_bytes)} of "
+            f"{megabytes(self.total_bytes)} are free"
+        )
+
+    def as_row(self) -> dict[str, Any]:
+        found = {"total_bytes": self.total_bytes, "available_bytes": self.available_bytes}
+        return found | {"most": self.most.as_row(), "stages": [need.as_row() for need in self.needs]}
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run by shape. A teacher without weights here is None; `kind` is its engine."""
+
+    teacher: ModelSize | None
+    student: ModelSize
+    kind: Kind = "auto"
+    converted: frozenset[str] = frozenset()  # names of those whose checkpoint is made already
+
+
+def models_of(run: RunContext) -> Models | None:
+    """Return the models of a run whose memory is this machine's; None: a cluster or a GPU holds them."""
+    from arte_edge.runtimes.transformers.placement import pick_device
+
+    if run.cluster is not None or pick_device().type != "cpu":
+        return None
+    local = {"student": run.local(run.config.student)}
+    if not is_server(run.config.teacher.model):
+        local["teacher"] = run.local(run.config.teacher)
+    sizes = {who: ModelSize.of(model.path) for who, model in local.items()}
+    made = {
+        sizes[who].name
+        for who, model in local.items()
+        if checkpoint_folder(model.name, model.sha256).is_dir()
+    }
+    kind = run.kind(run.config.teacher) if "teacher" in local else "auto"
+    return Models(sizes.get("teacher"), sizes["student"], kind, frozenset(made))
+
+
+def memory_plan(config: RunConfig, tokens: Tokens, models: Models, room: int | None = None) -> MemoryPlan:
+    """Return the plan of a run. `room`: the memory, if not this machine's."""
+    total = total_bytes() if room is None else room
+    free = min(available_bytes(), total)
+    return MemoryPlan(tuple(_needs(config, tokens, models, total)), total, free)
+
+
+def refuse_too_large(config: RunConfig, tokens: Tokens, models: Models) -> MemoryPlan:
+    """Return the plan. Raises InputError: it does not fit; names the stage, what it needs, and what would fit."""
+    plan = memory_plan(config, tokens, models)
+    if plan.fits:
+        return plan
+    parts = ", ".join(f"{name} {megabytes(size)}" for name, size in plan.most.parts.items() if size)
+    fits = [
+        text
+        for text, other, teacher in _alternatives(config, models.teacher)
+        if memory_plan(other, tokens, replace(models, teacher=teacher)).fits
+    ]
+    raise InputError(
+        f"{plan.most.stage} needs {megabytes(plan.most.total)} of memory, there are {megabytes(plan.total_bytes)} "
+        f"({parts})",
+        f"This would fit: {'; '.join(fits)}." if fits else "Take smaller models, or a larger machine.",
+    )
+
+
+def _alternatives(
+    config: RunConfig, teacher: ModelSize | None
+) -> Iterator[tuple[str, RunConfig, ModelSize | None]]:
+    """Yield what a user could change, with the run and the teacher that it makes."""
+
+    def changed(**tables: Any) -> RunConfig:
+        made = {
+            key: getattr(config, key).model_copy(update=value) if isinstance(value, dict) else value
+            for key, value in tables.items()
+        }
+        return config.model_copy(update=made)
+
+    lora, few = {"method": "lora"}, {"batch_size": 1}
+    if config.tune.method == "full":
+        yield 'tune.method = "lora"', changed(tune=lora), teacher
+    if config.tune.batch_size > 1:
+        yield "tune.batch_size = 1", changed(tune=few), teacher
+    if teacher is None:
+        return
+    for n in (16, 8, 4, 1):
+        if n < config.teacher.parallel:
+            yield f"teacher.parallel = {n}", changed(teacher={"parallel": n}), teacher
+    if config.aligned:
+        yield 'data = "original-teacher", without an alignment', changed(data="original-teacher"), teacher
+        yield 'a teacher on a server and data = "original-teacher"', changed(data="original-teacher"), None
+    for part in (0.75, 0.5, 0.33, 0.25, 0.1):
+        text = f"a teacher of {part * teacher.n_params / 1e9:.1f}B parameters or less"
+        yield text, config, _scaled(teacher, part)
+
+
+def _scaled(size: ModelSize, part: float) -> ModelSize:
+    """Return the shape of a model with a part of the layers."""
+    return replace(
+        size,
+        name="the smaller teacher",
+        n_layer=max(1, int(part * size.n_layer)),
+        n_params=int(part * size.n_params),
+        weight_bytes=int(part * size.weight_bytes),
+        kv_values=int(part * size.kv_values),
+        token_bytes_by_type={kind: int(part * n) for kind, n in size.token_bytes_by_type.items()},
+    )
+
+
+def _needs(config: RunConfig, tokens: Tokens, models: Models, room: int) -> Iterator[Need]:
+    teacher, student = models.teacher, models.student
+    writer = None if config.teacher.server else teacher
+    for size, aligned in ((teacher, config.aligned), (student, True)):
+        if size is not None and aligned and size.format == "gguf" and size.name not in models.converted:
+            yield Need(f"the conversion of {size.name}", conversion_bytes(size))
+    open_student = engine_bytes(student, config.student.parallel, tokens.student, held=True)
+    open_teacher = (
+        engine_bytes(writer, config.teacher.parallel, tokens.teacher, kind=models.kind) if writer else {}
+    )
+    parts = {f"teacher's {key}": n for key, n in open_teacher.items()}
+    yield Need(
+        "drafts and scores",
+        parts | {f"student's {key}": n for key, n in open_student.items()} | {"program": _TRAINER},
+    )
+    if teacher is not None and config.aligned:
+        need = training_bytes(
+            teacher,
+            at_once=tokens.pair,
+            labelled=2 * longest_answer(config),
+            lora=(config.align.lora_rank, config.align.lora_targets),
+            pairs=True,
+            room=room,
+        )
+        yield _trained("align", need, config)
+        if writer:  # between two steps
+            probe = engine_bytes(writer, config.align.probe_prompts, tokens.teacher, kind=models.kind)
+            base = {key: need[key] for key in ("weights", "adapter", "program")}
+            if need["activations"] < activation_bytes(teacher, tokens.pair, _WIDE - 1):  # memory is scarce
+                base["weights"] -= _HELD * teacher.n_params  # which then wait in their file
+            watched = _F32 * _WATCHED * _WATCHED_PAIRS * teacher.n_vocab
+            yield Need("the checks of align", base | {"logits": watched, "engine": sum(probe.values())})
+    need = training_bytes(
+        student,
+        at_once=config.tune.batch_size * tokens.student,
+        labelled=config.tune.batch_size * config.elicit.rationale_tokens,
+        lora=(config.tune.lora_rank, ()) if config.tune.method == "lora" else None,
+        room=room,
+    )
+    yield _trained("tune", need, config)
+
+
+def _trained(stage: str, need: Mapping[str, int], config: RunConfig) -> Need:
+    return Need(stage, {key: n * config.train.processes for key, n in need.items()})
+
+
+def conversion_bytes(size: ModelSize) -> dict[str, int]:
+    """Return what converting a GGUF file takes: of its matrices the largest is unpacked last."""
+    largest = _F32 * size.n_vocab * size.n_embd
+    parts = {"weights": _HELD * size.n_params, "largest matrix": largest}
+    return parts | {"file": size.weight_bytes, "program": _PROGRAM}
+
+
+def engine_bytes(
+    size: ModelSize, parallel: int, tokens: int, *, kind: Kind = "auto", held: bool = False
+) -> dict[str, int]:
+    """Return what an open model takes that decodes `parallel` sequences of `tokens` tokens; `held`: from 16 bits."""
+    if size.format != "gguf" or kind in ("transformers", "int8"):
+        weights = (_F32 if kind != "int8" else _INT8_READ) * size.n_params
+        return {"weights": weights, "cache": 2 * size.kv_bytes(parallel * tokens)}  # in float32
+    facts = detect()
+    repacked = repacked_types(facts.arch, facts.features)
+    copies = 0 if held else sum(size.token_bytes_by_type.get(kind, 0) for kind in repacked)
+    cells, n_seq = -(-tokens // _CTX_STEP) * _CTX_STEP, parallel + MAX_LEVELS
+    heads = max(1, size.n_embd // max(1, size.head_dim))
+    batch = 2 * _UBATCH * (max(4 * size.n_embd, size.n_ff) + cells * heads)  # activations, attention scores
+    return {
+        "weights": _HELD * size.n_params if held else size.weight_bytes,
+        "repacked copy": copies,
+        "cache": size.kv_bytes(n_seq * cells) + _F32 * (n_seq * size.n_vocab + batch),
+    }
+
+
+def activation_bytes(size: ModelSize, tokens: int, wide: int = _WIDE, *, twice: bool = False) -> int:
+    """Return the activations of a forward pass; if layers are computed `twice`, of one, and what goes into each."""
+    layer = _F32 * tokens * (_NARROW * size.n_embd + wide * size.n_ff)
+    return layer + size.n_layer * _F32 * tokens * size.n_embd if twice else size.n_layer * layer
+
+
+def training_bytes(
+    size: ModelSize,
+    *,
+    at_once: int,
+    labelled: int,
+    lora: tuple[int, tuple[str, ...]] | None,
+    pairs: bool = False,
+    room: int = 0,
+) -> dict[str, int]:
+    """Return what a training takes, by part.
+
+    Args:
+        at_once: tokens in one forward pass; `labelled`: of them those that a loss is computed on.
+        lora: rank, and the layers of a block that it adapts, empty: all seven; None: all weights are trained.
+        pairs: DPO, whose divergence from the original is measured on watched pairs.
+        room: the memory of the machine, which decides whether layers are computed twice; 0: they are not.
+    """
+    if lora is None:
+        fixed = {"weights and optimizer": _TRAINED * size.n_params}
+    else:
+        sides = size.n_layer * (4 * 2 * size.n_embd + 3 * (size.n_embd + size.n_ff))
+        share = len(lora[1]) / 7 if lora[1] else 1.0
+        widened = min(_WIDENED, size.n_vocab * size.n_embd)
+        fixed = {"weights": _HELD * size.n_params + _F32 * widened}
+        fixed["adapter"] = int(_TRAINED * lora[0] * sides * share)
+    rows = labelled + (_WATCHED * _WATCHED_PAIRS // _LOGITS if pairs else 0)
+    fixed |= {"logits": _LOGITS * _F32 * rows * size.n_vocab, "program": _TRAINER}
+    # A frozen layer without an adapter does not need what goes into it.
+    wide = _WIDE - bool(lora and lora[1] and "down_proj" not in lora[1])
+    kept = activation_bytes(size, at_once, wide)
+    if room and sum(fixed.values()) + kept > _ROOM * room:
+        return fixed | {"activations": activation_bytes(size, at_once, wide, twice=True)}
+    return fixed | {"activations": kept}
+
+
+def computes_twice(
+    size: ModelSize, at_once: int, labelled: int, lora: tuple[int, tuple[str, ...]] | None, pairs: bool
+) -> bool:
+    """Return whether a training in this process computes layers twice to fit: see `training_bytes`."""
+    found, kept = (
+        training_bytes(size, at_once=at_once, labelled=labelled, lora=lora, pairs=pairs, room=room)
+        for room in (total_bytes(), 0)
+    )
+    return found["activations"] < kept["activations"]
