@@ -88,7 +88,9 @@ def test_a_training_uses_what_the_device_has(
     monkeypatch.setattr(common, "pick_device", lambda: torch.device(device))
     monkeypatch.setattr(common, "training_floats", lambda checkpoint, frozen=False: floats)
     work = Workspace(tmp_path / "out", "")
-    found = common.arguments(tiny_checkpoint(), work, SftSettings(), 8, "linear", most=8)
+    found = common.arguments(
+        tiny_checkpoint(), work, SftSettings(), 8, "linear", most=8, at_once=8, labelled=4
+    )
     assert {key for key in ("bf16", "fp16", "use_cpu", "dataloader_pin_memory") if found[key]} == flags
     dtypes = [load(tiny_checkpoint(), frozen=frozen)[0].dtype for frozen in (True, False)]
     assert dtypes == [getattr(torch, floats), torch.float32]  # trained weights are never rounded
