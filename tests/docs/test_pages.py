@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from arte_edge.distill.config import RunConfig
+from arte_edge import catalog
+from arte_edge.distill.config import RunConfig, load_toml
 from arte_edge.results.student_json import SCHEMA_VERSION
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -37,9 +38,10 @@ def test_every_key_has_exactly_one_row(key: str) -> None:
 
 def test_a_row_tells_the_default_and_what_each_preset_sets() -> None:
     [row] = [line for line in PAGE.splitlines() if line.startswith("| `align.learning_rate` |")]
+    paper = load_toml(catalog.find("presets", "paper"))["align"]["learning_rate"]
     default = RunConfig().align.learning_rate
     cells = [cell.strip() for cell in row.split("|")]
-    assert cells[2:4] == [f"`{default}`", "`1e-07`"]
+    assert default != paper and cells[2:4] == [f"`{default}`", f"`{paper}`"]
 
 
 SCHEMA = runpy.run_path(str(DOCS / "build_student_schema.py"))
