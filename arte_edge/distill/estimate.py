@@ -151,7 +151,7 @@ def dry_run(
     lines = estimate(config, task, lengths, drafts_per_prompt, prices)
     rows = _rows(lines, priced=prices is not None)
     notes = _notes(config, drafts_per_prompt, prices)
-    memory = memory_plan(config, _tokens(config, lengths), models) if models else None
+    memory = memory_plan(config, _tokens(config, task, lengths), models) if models else None
     notes += [f"Memory: {memory}."] if memory else []
     plan = plan_gpus(config, task, lengths, drafts_per_prompt, shapes, gpus) if gpus else None
     if plan:
@@ -336,10 +336,15 @@ def _longest(lengths: Mapping[Call, Lengths], who: Who) -> int:
     return ceil(max(found.prompt + found.completion for call, found in lengths.items() if call.who == who))
 
 
-def _tokens(config: RunConfig, lengths: Mapping[Call, Lengths]) -> Tokens:
+def _tokens(config: RunConfig, task: Task, lengths: Mapping[Call, Lengths]) -> Tokens:
     prompt = max(one.prompt for call, one in lengths.items() if call.what in ("question", "rationale"))
     pair = ceil(prompt) + 2 * longest_answer(config)
-    return Tokens(_longest(lengths, "teacher"), _longest(lengths, "student"), pair)
+    return replace(
+        Tokens.most(config, task),
+        teacher=_longest(lengths, "teacher"),
+        student=_longest(lengths, "student"),
+        pair=pair,
+    )
 
 
 def _alignment(

@@ -45,6 +45,8 @@ _TRAINED, _HELD, _F32 = 16, 2, 4  # bytes a parameter
 _WIDE, _NARROW = 4, 11  # vectors a token and layer, see above
 _LOGITS = 4
 _SPARE = 1.3  # of the activations: fitted to the one alignment that was measured
+# Parts that may turn out smaller: they grow with texts and sequences, or are files' pages, which Linux can take back.
+_AT_MOST = ("cache", "logits", "activations", "engine", "file", "checkpoint")
 _INT8_READ = 6  # bytes a parameter while 16-bit weights become 8-bit ones: `loader.teacher_kind`
 _WIDENED = 1 << 26  # values: see `frozen_weights`
 _UBATCH, _CTX_STEP, _WATCHED, _WATCHED_PAIRS = 512, 256, 128, 4
@@ -54,11 +56,16 @@ _CHARACTERS = 3.5  # a token, of English
 
 @dataclass(frozen=True)
 class Tokens:
-    """The longest prompt with its answer, of the teacher and of the student; and a pair, which has two answers."""
+    """The longest prompt with its answer, of the teacher and of the student; and a pair, which has two answers.
+
+    Of the rows that a student is tuned on `instruction` is what they share, computed once a step, and `row` the rest.
+    """
 
     teacher: int
     student: int
     pair: int
+    instruction: int
+    row: int
 
     @classmethod
     def most(cls, config: RunConfig, task: Task) -> Tokens:
@@ -74,7 +81,15 @@ class Tokens:
         drafts = prompt(max(config.teacher.shots, elicit.shown))
         votes = prompt(elicit.opinion_shots if task.answer.closed else 0)
         asked = prompt(max(config.student.shots, *config.calibrate.shots, *config.evaluate.shots))
-        return cls(max(drafts + written, votes), asked + config.evaluate.answer_tokens, drafts + 2 * written)
+        answer = config.evaluate.answer_tokens
+        shared = int(about / _CHARACTERS)
+        return cls(
+            max(drafts + written, votes),
+            asked + answer,
+            drafts + 2 * written,
+            shared,
+            prompt(0) - shared + answer,
+        )
 
 
 def longest_answer(config: RunConfig) -> int:
@@ -92,6 +107,11 @@ class Need:
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def least(self) -> int:
+        """Return the bytes without the parts that may turn out smaller."""
+        return sum(n for part, n in self.parts.items() if not part.endswith(_AT_MOST))
 
     def as_row(self) -> dict[str, Any]:
         return {"stage": self.stage, "bytes": self.total, "parts": dict(self.parts)}
@@ -112,6 +132,12 @@ class MemoryPlan:
     @property
     def fits(self) -> bool:
         return self.most.total <= self.total_bytes or not self.total_bytes  # 0: unknown
+
+    @property
+    def impossible(self) -> Need | None:
+        """Return the stage whose weights alone are more than the memory: texts may be shorter than they might be."""
+        need = max(self.needs, key=lambda need: need.least)
+        return need if 0 < self.total_bytes < need.least else None
 
     def __str__(self) -> str:
         return (
@@ -161,21 +187,25 @@ def memory_plan(config: RunConfig, tokens: Tokens, models: Models, room: int | N
 
 
 def refuse_too_large(config: RunConfig, tokens: Tokens, models: Models) -> MemoryPlan:
-    """Return the plan. Raises InputError: it does not fit; names the stage, what it needs, and what would fit."""
+    """Return the plan. Raises InputError: it cannot fit; names the stage, what it needs, and what would fit."""
     plan = memory_plan(config, tokens, models)
-    if plan.fits:
+    if (need := plan.impossible) is None:
         return plan
-    parts = ", ".join(f"{name} {megabytes(size)}" for name, size in plan.most.parts.items() if size)
-    fits = [
+    parts = ", ".join(f"{name} {megabytes(size)}" for name, size in need.parts.items() if size)
+    fits = would_fit(config, tokens, models)
+    raise InputError(
+        f"{need.stage} needs {megabytes(need.total)} of memory, there are {megabytes(plan.total_bytes)} ({parts})",
+        f"This would fit: {'; '.join(fits)}." if fits else "Take smaller models, or a larger machine.",
+    )
+
+
+def would_fit(config: RunConfig, tokens: Tokens, models: Models) -> list[str]:
+    """Return what a user could change so that the run fits into this machine's memory, each alone."""
+    return [
         text
         for text, other, teacher in _alternatives(config, models.teacher)
         if memory_plan(other, tokens, replace(models, teacher=teacher)).fits
     ]
-    raise InputError(
-        f"{plan.most.stage} needs {megabytes(plan.most.total)} of memory, there are {megabytes(plan.total_bytes)} "
-        f"({parts})",
-        f"This would fit: {'; '.join(fits)}." if fits else "Take smaller models, or a larger machine.",
-    )
 
 
 def _alternatives(
@@ -255,7 +285,7 @@ def _needs(config: RunConfig, tokens: Tokens, models: Models, room: int) -> Iter
             yield Need("the checks of align", base | {"logits": watched, "engine": sum(probe.values())})
     need = training_bytes(
         student,
-        at_once=config.tune.batch_size * tokens.student,
+        at_once=tokens.instruction + config.tune.batch_size * tokens.row,
         labelled=config.tune.batch_size * config.elicit.rationale_tokens,
         lora=(config.tune.lora_rank, ()) if config.tune.method == "lora" else None,
         room=room,
@@ -270,7 +300,7 @@ def _trained(stage: str, need: Mapping[str, int], config: RunConfig) -> Need:
 def conversion_bytes(size: ModelSize) -> dict[str, int]:
     """Return what converting a GGUF file takes: of its matrices the largest is unpacked last."""
     largest = _F32 * size.n_vocab * size.n_embd
-    parts = {"weights": _HELD * size.n_params, "largest matrix": largest}
+    parts = {"checkpoint": _HELD * size.n_params, "largest matrix": largest}
     return parts | {"file": size.weight_bytes, "program": _PROGRAM}
 
 
@@ -318,7 +348,8 @@ def training_bytes(
         room: the memory of the machine, which decides whether layers are computed twice; 0: they are not.
     """
     if lora is None:
-        fixed = {"weights and optimizer": _TRAINED * size.n_params}
+        # The tied matrix has two gradients until they are added.
+        fixed = {"weights and optimizer": _TRAINED * size.n_params + _F32 * size.n_vocab * size.n_embd}
     else:
         sides = size.n_layer * (4 * 2 * size.n_embd + 3 * (size.n_embd + size.n_ff))
         share = len(lora[1]) / 7 if lora[1] else 1.0

@@ -15,7 +15,7 @@ from arte_edge.distill.aligned import write_aligned
 from arte_edge.distill.config import RunConfig, build, load_toml
 from arte_edge.distill.evaluation import student_prompts
 from arte_edge.distill.latency import Budget, device_rates, new_budget, stored_budget
-from arte_edge.distill.memory_plan import Tokens, models_of, refuse_too_large
+from arte_edge.distill.memory_plan import Tokens, models_of, refuse_too_large, would_fit
 from arte_edge.distill.part import Part, PartDone, Share
 from arte_edge.distill.run_context import RunContext, Summary, open_folder
 from arte_edge.distill.validate_config import fewer_shown, refuse_models, refuse_run
@@ -189,10 +189,15 @@ def _prepare(run: RunContext, *, update: bool) -> None:
     for sentence in fewer_shown(config, run.task):
         run.reporter.warn(sentence)
     if shapes := models_of(run):
-        memory = refuse_too_large(config, Tokens.most(config, run.task), shapes)
+        tokens = Tokens.most(config, run.task)
+        memory = refuse_too_large(config, tokens, shapes)
         run.reporter.event("memory", **memory.as_row())
         run.reporter.say(f" {memory}", "memory")
-        if memory.most.total > memory.available_bytes:
+        if not memory.fits:
+            run.reporter.warn(
+                f"{memory.most.stage} may need more than the memory: {'; '.join(would_fit(config, tokens, shapes))}"
+            )
+        elif memory.most.total > memory.available_bytes:
             run.reporter.warn(f"{memory.most.stage} may swap or be killed unless other programs free memory")
     if not (run.folder / "check" / "manifest.json").is_file():
         teacher = None if is_server(config.teacher.model) else run.local(config.teacher)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ STUDENT = ModelSize(
     | {"weight_bytes": 98_000_000, "kv_values": 11_520, "token_bytes_by_type": {"Q4_1": 98_000_000}},
 )
 MODELS = Models(TEACHER, STUDENT)
-TOKENS = Tokens(teacher=600, student=200, pair=650)
+TOKENS = Tokens(teacher=600, student=200, pair=650, instruction=120, row=60)
 
 
 def test_the_stages_follow_what_the_run_does() -> None:
@@ -53,7 +54,7 @@ def test_the_stages_follow_what_the_run_does() -> None:
 
 def test_all_weights_need_sixteen_bytes_each_and_frozen_ones_two() -> None:
     full = training_bytes(STUDENT, at_once=100, labelled=10, lora=None)
-    assert full["weights and optimizer"] == 16 * STUDENT.n_params
+    assert 16 * STUDENT.n_params < full["weights and optimizer"] < 17 * STUDENT.n_params
     frozen = training_bytes(TEACHER, at_once=100, labelled=10, lora=(8, ()))
     assert 2 * TEACHER.n_params < frozen["weights"] < 2.2 * TEACHER.n_params
     assert frozen["adapter"] < 0.1 * frozen["weights"]
@@ -68,14 +69,18 @@ def test_a_small_machine_keeps_fewer_activations() -> None:
 
 
 def test_a_run_that_cannot_fit_names_the_stage_and_what_would_fit(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(plans, "total_bytes", lambda: int(4.5 * GB))
+    monkeypatch.setattr(plans, "total_bytes", lambda: int(4 * GB))
     with pytest.raises(
-        InputError, match=r"align needs [\d.]+ GB of memory, there are 4.50 GB .*weights"
+        InputError, match=r"align needs [\d.]+ GB of memory, there are 4.00 GB .*weights"
     ) as caught:
         refuse_too_large(RunConfig(), TOKENS, Models(TEACHER, STUDENT, converted=frozenset({"teacher.gguf"})))
     hint = caught.value.hint
     assert 'data = "original-teacher"' in hint and "B parameters" in hint
     assert "tune.method" not in hint  # the student's training is not what needs most
+    # Longer texts may need more than there is, and then may not.
+    monkeypatch.setattr(plans, "total_bytes", lambda: int(4.8 * GB))
+    assert not refuse_too_large(RunConfig(), TOKENS, MODELS).fits
+    assert plans.would_fit(RunConfig(), TOKENS, MODELS)
     monkeypatch.setattr(plans, "total_bytes", lambda: GB // 10)
     with pytest.raises(InputError) as caught:
         refuse_too_large(RunConfig(), TOKENS, MODELS)
@@ -87,6 +92,7 @@ def test_longer_texts_and_more_sequences_need_more() -> None:
         return sum(need.total for need in memory_plan(config, tokens, MODELS, 64 * GB).needs)
 
     least = total(RunConfig(), TOKENS)
-    assert total(RunConfig(), Tokens(1200, 200, 650)) > least < total(RunConfig(), Tokens(600, 400, 650))
+    for longer in ({"teacher": 1200}, {"student": 400}, {"pair": 900}, {"row": 120}):
+        assert total(RunConfig(), replace(TOKENS, **longer)) > least
     few = RunConfig.model_validate({"teacher": {"model": "m", "parallel": 4}})
     assert total(few, TOKENS) < least

@@ -201,7 +201,13 @@ def _trainer(
         )
     lengths = [len(row["input_ids"][0] if soft else row["input_ids"]) for row in encoded]
     order = training_order(lengths, settings.batch_size, settings.epochs, settings.seed)
-    labels = [label for row in encoded for label in (row["labels"] if soft else [row["labels"]])]
+    ids, labels = (
+        [each for row in encoded for each in (row[key] if soft else [row[key]])]
+        for key in ("input_ids", "labels")
+    )
+    first, last = min(ids), max(ids)  # what these two begin with, all do
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
+    n_at_once = settings.batch_size * len(ids) // len(encoded)
     how = arguments(
         checkpoint,
         workspace,
@@ -209,8 +215,8 @@ def _trainer(
         len(order),
         "linear",
         most=settings.batch_size,
-        at_once=settings.batch_size * max(lengths),
-        labelled=settings.batch_size * max(sum(each != _IGNORED for each in one) for one in labels),
+        at_once=shared + n_at_once * (max(map(len, ids)) - shared),  # see `completion_head`
+        labelled=n_at_once * max(sum(each != _IGNORED for each in one) for one in labels),
     )
     examples = [encoded[i] for i in order]
     while world_size() > 1 and len(examples) % (world_size() * how["per_device_train_batch_size"]):
