@@ -38,7 +38,7 @@ from arte_edge.distill.gpu_plan import (
     takes_no_weights,
     training,
 )
-from arte_edge.distill.memory_plan import Tokens, longest_answer, memory_plan, models_of
+from arte_edge.distill.memory_plan import Tokens, memory_plan, models_of
 from arte_edge.distill.preference.adaptive import AdaptivePlan
 from arte_edge.distill.preference.scoring import is_adaptive
 from arte_edge.distill.prompts import (
@@ -151,7 +151,8 @@ def dry_run(
     lines = estimate(config, task, lengths, drafts_per_prompt, prices)
     rows = _rows(lines, priced=prices is not None)
     notes = _notes(config, drafts_per_prompt, prices)
-    memory = memory_plan(config, _tokens(config, task, lengths), models) if models else None
+    longest = {who: _longest(lengths, who) for who in _WHO}
+    memory = memory_plan(config, replace(Tokens.most(config, task), **longest), models) if models else None
     notes += [f"Memory: {memory}."] if memory else []
     plan = plan_gpus(config, task, lengths, drafts_per_prompt, shapes, gpus) if gpus else None
     if plan:
@@ -334,17 +335,6 @@ def plan_gpus(
 
 def _longest(lengths: Mapping[Call, Lengths], who: Who) -> int:
     return ceil(max(found.prompt + found.completion for call, found in lengths.items() if call.who == who))
-
-
-def _tokens(config: RunConfig, task: Task, lengths: Mapping[Call, Lengths]) -> Tokens:
-    prompt = max(one.prompt for call, one in lengths.items() if call.what in ("question", "rationale"))
-    pair = ceil(prompt) + 2 * longest_answer(config)
-    return replace(
-        Tokens.most(config, task),
-        teacher=_longest(lengths, "teacher"),
-        student=_longest(lengths, "student"),
-        pair=pair,
-    )
 
 
 def _alignment(

@@ -29,7 +29,7 @@ from arte_edge.device.model_size import ModelSize
 from arte_edge.errors import InputError
 from arte_edge.gguf.to_hf import checkpoint_folder
 from arte_edge.memory import available_bytes, total_bytes
-from arte_edge.runtimes.loader import Kind, is_server
+from arte_edge.runtimes.loader import Kind, is_server, teacher_kind
 from arte_edge.runtimes.prefix_tree import MAX_LEVELS
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ _INT8_READ = 6  # bytes a parameter while 16-bit weights become 8-bit ones: `loa
 _WIDENED = 1 << 26  # values: see `frozen_weights`
 _UBATCH, _CTX_STEP, _WATCHED, _WATCHED_PAIRS = 512, 256, 128, 4
 _ROOM = 0.6  # of the memory: a training that needs more computes layers twice
+_LONGEST_ROW, _FAR = 1024, 1 << 20  # tokens; a longer row is not trained on: `SftSettings`
 _CHARACTERS = 3.5  # a token, of English
 
 
@@ -86,9 +87,9 @@ class Tokens:
         return cls(
             max(drafts + written, votes),
             asked + answer,
-            drafts + 2 * written,
+            min(drafts + written, config.align.max_length or _FAR) + written,
             shared,
-            prompt(0) - shared + answer,
+            min(prompt(0) - shared + answer, _LONGEST_ROW),
         )
 
 
@@ -175,7 +176,7 @@ def models_of(run: RunContext) -> Models | None:
         for who, model in local.items()
         if checkpoint_folder(model.name, model.sha256).is_dir()
     }
-    kind = run.kind(run.config.teacher) if "teacher" in local else "auto"
+    kind = teacher_kind(local["teacher"], run.config.teacher.engine) if "teacher" in local else "auto"
     return Models(sizes.get("teacher"), sizes["student"], kind, frozenset(made))
 
 
@@ -203,13 +204,13 @@ def would_fit(config: RunConfig, tokens: Tokens, models: Models) -> list[str]:
     """Return what a user could change so that the run fits into this machine's memory, each alone."""
     return [
         text
-        for text, other, teacher in _alternatives(config, models.teacher)
+        for text, other, teacher in _alternatives(config, models.teacher, models.kind)
         if memory_plan(other, tokens, replace(models, teacher=teacher)).fits
     ]
 
 
 def _alternatives(
-    config: RunConfig, teacher: ModelSize | None
+    config: RunConfig, teacher: ModelSize | None, kind: Kind
 ) -> Iterator[tuple[str, RunConfig, ModelSize | None]]:
     """Yield what a user could change, with the run and the teacher that it makes."""
 
@@ -228,7 +229,7 @@ def _alternatives(
     if teacher is None:
         return
     for n in (16, 8, 4, 1):
-        if n < config.teacher.parallel:
+        if n < config.teacher.parallel and kind in ("auto", "llamacpp"):  # others batch by themselves
             yield f"teacher.parallel = {n}", changed(teacher={"parallel": n}), teacher
     if config.aligned:
         yield 'data = "original-teacher", without an alignment', changed(data="original-teacher"), teacher
@@ -253,7 +254,7 @@ def _scaled(size: ModelSize, part: float) -> ModelSize:
 
 def _needs(config: RunConfig, tokens: Tokens, models: Models, room: int) -> Iterator[Need]:
     teacher, student = models.teacher, models.student
-    writer = None if config.teacher.server else teacher
+    writer = None if config.teacher.addresses else teacher
     for size, aligned in ((teacher, config.aligned), (student, True)):
         if size is not None and aligned and size.format == "gguf" and size.name not in models.converted:
             yield Need(f"the conversion of {size.name}", conversion_bytes(size))
@@ -285,7 +286,7 @@ def _needs(config: RunConfig, tokens: Tokens, models: Models, room: int) -> Iter
             yield Need("the checks of align", base | {"logits": watched, "engine": sum(probe.values())})
     need = training_bytes(
         student,
-        at_once=tokens.instruction + config.tune.batch_size * tokens.row,
+        at_once=tokens.instruction + -(-config.tune.batch_size // config.train.processes) * tokens.row,
         labelled=config.tune.batch_size * config.elicit.rationale_tokens,
         lora=(config.tune.lora_rank, ()) if config.tune.method == "lora" else None,
         room=room,
@@ -309,8 +310,10 @@ def engine_bytes(
 ) -> dict[str, int]:
     """Return what an open model takes that decodes `parallel` sequences of `tokens` tokens; `held`: from 16 bits."""
     if size.format != "gguf" or kind in ("transformers", "int8"):
-        weights = (_F32 if kind != "int8" else _INT8_READ) * size.n_params
-        return {"weights": weights, "cache": 2 * size.kv_bytes(parallel * tokens)}  # in float32
+        weights, cache = _F32 * size.n_params, 2 * size.kv_bytes(parallel * tokens)  # in float32
+        if kind == "int8":  # while it is read there is no cache yet
+            weights, cache = _HELD * size.n_params, max(cache, (_INT8_READ - _HELD) * size.n_params)
+        return {"weights": weights, "cache": cache}
     facts = detect()
     repacked = repacked_types(facts.arch, facts.features)
     copies = 0 if held else sum(size.token_bytes_by_type.get(kind, 0) for kind in repacked)
@@ -354,7 +357,8 @@ def training_bytes(
         sides = size.n_layer * (4 * 2 * size.n_embd + 3 * (size.n_embd + size.n_ff))
         share = len(lora[1]) / 7 if lora[1] else 1.0
         widened = min(_WIDENED, size.n_vocab * size.n_embd)
-        fixed = {"weights": _HELD * size.n_params + _F32 * widened}
+        held = _HELD * size.n_params if size.format == "gguf" else size.weight_bytes
+        fixed = {"weights": held + _F32 * widened}
         fixed["adapter"] = int(_TRAINED * lora[0] * sides * share)
     rows = labelled + (_WATCHED * _WATCHED_PAIRS // _LOGITS if pairs else 0)
     fixed |= {"logits": _LOGITS * _F32 * rows * size.n_vocab, "program": _TRAINER}

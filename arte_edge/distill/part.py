@@ -83,6 +83,10 @@ class Part:
             raise InputError(f"--from {from_} is a later stage than --until {until}", "Exchange them.")
         self.until, self.from_, self.share = until, from_, share
 
+    @property
+    def is_whole(self) -> bool:
+        return not (self.until or self.from_ or self.share)
+
     def enter(self, stage: str, folder: Path) -> None:
         """Begin `stage` of the run in `folder`.
 

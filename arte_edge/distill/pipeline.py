@@ -182,24 +182,31 @@ def _other_runs(run: RunContext) -> Iterator[RunContext]:
         yield other
 
 
+def _plan_memory(run: RunContext) -> None:
+    """Say how much memory the run needs. Raises InputError: more than there is, whatever its texts."""
+    if (models := models_of(run)) is None:
+        return
+    tokens = Tokens.most(run.config, run.task)
+    plan = refuse_too_large(run.config, tokens, models)
+    run.reporter.event("memory", **plan.as_row())
+    run.reporter.say(f" {plan}", "memory")
+    if not plan.fits:
+        fits = would_fit(run.config, tokens, models)
+        run.reporter.warn(f"{plan.most.stage} may need more than the memory; less take: {'; '.join(fits)}")
+    elif plan.most.total > plan.available_bytes:
+        run.reporter.warn(f"{plan.most.stage} may swap or be killed unless other programs free memory")
+
+
 def _prepare(run: RunContext, *, update: bool) -> None:
     """Convert the models, decide the latency budget, make the file that scores: errors there come before any call."""
     config = run.config
     deploy, student = config.deploy, config.student
     for sentence in fewer_shown(config, run.task):
         run.reporter.warn(sentence)
-    if shapes := models_of(run):
-        tokens = Tokens.most(config, run.task)
-        memory = refuse_too_large(config, tokens, shapes)
-        run.reporter.event("memory", **memory.as_row())
-        run.reporter.say(f" {memory}", "memory")
-        if not memory.fits:
-            run.reporter.warn(
-                f"{memory.most.stage} may need more than the memory: {'; '.join(would_fit(config, tokens, shapes))}"
-            )
-        elif memory.most.total > memory.available_bytes:
-            run.reporter.warn(f"{memory.most.stage} may swap or be killed unless other programs free memory")
-    if not (run.folder / "check" / "manifest.json").is_file():
+    begins = not (run.folder / "check" / "manifest.json").is_file()
+    if begins and run.part.is_whole:  # of stages elsewhere, or made before, nothing is needed here
+        _plan_memory(run)
+    if begins:
         teacher = None if is_server(config.teacher.model) else run.local(config.teacher)
         refuse_models(config, teacher, run.local(student))
         run.checkpoint(student)
