@@ -255,12 +255,17 @@ class _Shared:
         else:  # not up again yet, which `check_patience` bounds
             return
         if n >= MOST_DEATHS:
-            compared = "ARTE_EDGE_PROBE=0 takes the usual engine without a comparison of several. "
+            more, vllm = "", sent.spec.vllm if sent.spec else None
+            if sent.group and callable(sent.group[0]):
+                more = "ARTE_EDGE_PROBE=0 takes the usual engine without a comparison of several. "
+            if vllm is not None:
+                more = (
+                    f"A vLLM that ends also ends its worker: its log is the newest {vllm.logs}/vllm-*.log. "
+                )
             raise EngineError(
                 f"{n} workers died {over}: {self._why}",
-                "A node that is short of memory kills its workers: see Ray's logs there. "
-                f"{compared if sent.group and callable(sent.group[0]) else ''}What was finished is stored, and the "
-                "same command resumes.",
+                f"A node that is short of memory kills its workers: see Ray's logs there. {more}What was finished is "
+                "stored, and the same command resumes.",
             ) from error
         self._pool.warn(f"1 of {self._pool.n} workers died {over}, the others continue: {self._why[:200]}")
 

@@ -115,6 +115,7 @@ class Worker:
         os.environ.update(environment)
         self._engines: dict[EngineSpec, Engine] = {}
         self._servers: dict[tuple[str, VllmSettings], VllmServer] = {}  # by the model's sha256
+        self._n_started = 0  # servers
 
     def open(self, spec: EngineSpec | None) -> EngineFacts | None:
         """Open an engine; with None only say that this worker is up.
@@ -133,7 +134,17 @@ class Worker:
             getattr(engine, "in_flight", 0),
         )
 
+    def _drop_ended(self) -> bool:
+        """Close servers that have ended, which keeps their logs, and their engines; return whether there were any."""
+        ended = [key for key, server in self._servers.items() if not server.runs]
+        for key in ended:
+            for spec in [s for s in self._engines if s.vllm and (s.model.sha256, s.vllm) == key]:
+                self._engines.pop(spec).close()
+            self._servers.pop(key).close()
+        return bool(ended)
+
     def _engine(self, spec: EngineSpec) -> Engine:
+        self._drop_ended()  # while this worker had nothing to do
         if spec not in self._engines:
             model = found_here(spec.model)
             if spec.adapter is not None and adapter_sum(spec.adapter[0]) != spec.sum:
@@ -150,7 +161,8 @@ class Worker:
         """Open an engine on this worker's server of a model, and start that first; Ray has set which GPUs it sees."""
         server = self._servers.get((model.sha256, settings))
         if server is None:
-            log = f"vllm-{socket.gethostname()}-{os.getpid()}.log"
+            self._n_started += 1
+            log = f"vllm-{socket.gethostname()}-{os.getpid()}-{self._n_started}.log"
             server = self._servers[model.sha256, settings] = VllmServer(model, settings, log)
         return server.engine(spec.adapter[0] if spec.adapter else None, spec.parallel)
 
@@ -163,7 +175,7 @@ class Worker:
             with _named():
                 return list(getattr(self._engine(spec), method)(*arguments))
         finally:
-            if not all(server.runs for server in self._servers.values()):
+            if self._drop_ended():
                 os._exit(1)
 
     def count_tokens(self, spec: EngineSpec, text: str) -> int:

@@ -131,17 +131,17 @@ def dry_run(
     if prices and not config.teacher.on_server:
         raise InputError(f"--prices: {config.teacher.model} runs locally and costs nothing")
     with TemporaryDirectory(prefix="arte-edge-") as folder:
-        run = RunContext(config, task, Path(folder), Reporter(quiet=as_json))
+        run, shapes = RunContext(config, task, Path(folder), Reporter(quiet=as_json)), dict[Who, Shape]()
         run.as_given = True
-        shapes = dict[Who, Shape]()
         try:
             for who in _WHO:
                 model = _model(config, who)
                 if bare[who]:
-                    run.lend(model, TokenizerOnly(model.model))
                     shapes[who] = Shape.of(model.model)
                 elif gpus and not is_server(model.model):
                     shapes[who] = Shape.of_file(run.local(model))
+                if bare[who] or (who == "teacher" and config.teacher.starts_vllm):  # a start takes minutes
+                    run.lend(model, TokenizerOnly(model.model if bare[who] else str(run.checkpoint(model))))
             run.reporter.say("Counting the tokens of a few prompts of each kind …")
             calls = {work.call for work in stage_work(config, task, 1.0)}
             lengths, drafts_per_prompt = probe(run, calls)

@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from arte_edge import transformers_load as hf
 from arte_edge.cache import is_offline
 from arte_edge.device.model_size import ModelSize
 from arte_edge.errors import InputError, nearest
@@ -295,12 +296,12 @@ class TokenizerOnly:
     def __init__(self, ref: str) -> None:
         from arte_edge.runtimes.transformers.tokenizer import Text
 
-        tokenizer = _loaded(ref, "AutoTokenizer")
+        path = user_path(ref)
+        tokenizer = hf.load_tokenizer(path) if path.is_dir() else _loaded(ref, "AutoTokenizer")
         self._text = Text(tokenizer, None)
         self.identity = EngineIdentity("transformers", ref)
         self.chat_template: str | None = tokenizer.chat_template
-        names = ("bos_token", "eos_token")
-        self.special_tokens: dict[str, str] = {n: text for n in names if (text := getattr(tokenizer, n))}
+        self.special_tokens = {"bos_token": self._text.bos, "eos_token": self._text.eos}
 
     def count_tokens(self, text: str) -> int:
         return len(self._text.tokens(text))

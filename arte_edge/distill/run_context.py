@@ -10,6 +10,7 @@ A stage opens its folder with `RunContext.stage` and reads top to bottom:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -411,11 +412,14 @@ class RunContext:
             self._vllm.close()
             self._vllm = None
         if self.cluster is not None:
-            self.cluster.stop_workers()
+            stop = self.cluster.stop_workers
             if self.config.teacher.starts_vllm:
-                from arte_edge.runtimes.openai.vllm_process import wait_until_ended
+                from arte_edge.runtimes.openai.vllm_process import end_workers
 
-                wait_until_ended(self.folder / "served")
+                failed = sys.exc_info()[0] is not None  # its message may name a log
+                end_workers(stop, self.folder / "served", keep_logs=failed)
+            else:
+                stop()
 
     def close(self) -> None:
         self.close_engines()

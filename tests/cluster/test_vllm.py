@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from tiny import Patch
 from vllm_stand_in import started, write_command
 
 from arte_edge.cluster.connect import RayCluster
-from arte_edge.cluster.worker import node_facts
+from arte_edge.cluster.worker import EngineSpec, Worker, node_facts
 from arte_edge.errors import ArteError, InputError
 from arte_edge.models.resolve import LocalModel, from_folder
 from arte_edge.runtimes.loader import ServerLimits
-from arte_edge.runtimes.openai.vllm_process import VllmServer, VllmSettings, wait_until_ended
+from arte_edge.runtimes.openai.vllm_process import VllmServer, VllmSettings, end_workers
 
 pytest.importorskip("ray")
 pytest.importorskip("torch")
@@ -33,17 +34,25 @@ def checkpoint(tmp_path: Path) -> LocalModel:
 
 
 @pytest.fixture
-def settings(joined: RayCluster, tmp_path: Path, monkeypatch: Patch) -> Iterator[VllmSettings]:
-    """Put a stand-in in the place of vLLM, here and on the workers; each that is started writes to ``commands``."""
+def settings_here(tmp_path: Path, monkeypatch: Patch) -> VllmSettings:
+    """Put a stand-in in the place of vLLM; each that is started writes to ``commands``."""
     (tmp_path / "commands").mkdir()
-    more = {"ARTE_EDGE_VLLM": str(write_command(tmp_path)), "ARTE_TEST_VLLM": str(tmp_path / "commands")}
-    more |= {"ARTE_EDGE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    joined.pool._environment = {**joined.pool._environment, **more}
-    for name, value in more.items():
+    for name, value in variables(tmp_path).items():
         monkeypatch.setenv(name, value)
-    yield VllmSettings(tmp_path / "served", (), 0, ServerLimits(timeout_s=20.0))
-    joined.stop_workers()
-    wait_until_ended(tmp_path / "served")
+    return VllmSettings(tmp_path / "served", (), 0, ServerLimits(timeout_s=20.0))
+
+
+def variables(tmp_path: Path) -> dict[str, str]:
+    more = {"ARTE_EDGE_VLLM": str(write_command(tmp_path)), "ARTE_TEST_VLLM": str(tmp_path / "commands")}
+    return more | {"ARTE_EDGE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def settings(joined: RayCluster, settings_here: VllmSettings, tmp_path: Path) -> Iterator[VllmSettings]:
+    """Put the stand-in in the place of vLLM on the workers too."""
+    joined.pool._environment = {**joined.pool._environment, **variables(tmp_path)}
+    yield settings_here
+    end_workers(joined.stop_workers, tmp_path / "served")
     assert not alive(tmp_path), "gone when training begins"
 
 
@@ -98,6 +107,25 @@ def test_a_server_that_does_not_start_ends_the_run_with_its_log(
     joined.pool._environment = {**joined.pool._environment, "ARTE_TEST_VLLM_DOES": "fail"}
     with pytest.raises(ArteError, match=r"^On .*vLLM did not start: exit code 3(?s:.*)no room for 1 GPU"):
         joined.open(checkpoint, kind="transformers", vllm=settings)
+
+
+def test_a_server_that_ended_while_its_worker_was_idle_is_replaced(
+    checkpoint: LocalModel, settings_here: VllmSettings, tmp_path: Path
+) -> None:
+    worker, spec = Worker({}), EngineSpec(checkpoint, "transformers", 2, vllm=settings_here)
+    facts = worker.open(spec)
+    assert facts is not None
+    os.kill(started(tmp_path / "commands")[0]["pids"][0], signal.SIGKILL)
+    (server,) = worker._servers.values()
+    server._process.wait()
+    # An engine of another call opens on the next server, and so does the first again.
+    assert (
+        worker.open(replace(spec, parallel=1)) == replace(facts, in_flight=1) and worker.open(spec) == facts
+    )
+    assert len(started(tmp_path / "commands")) == 2 and server.log.is_file()
+    for left in worker._servers.values():
+        left.close()
+    assert list(server.log.parent.iterdir()) == [server.log] and not alive(tmp_path)
 
 
 def test_a_node_without_vllm_is_named(checkpoint: LocalModel, tmp_path: Path, monkeypatch: Patch) -> None:

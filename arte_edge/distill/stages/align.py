@@ -25,6 +25,7 @@ from arte_edge.distill.config import RunConfig
 from arte_edge.distill.generation.inputs import InputSource
 from arte_edge.distill.generation.questions import QuestionPlan
 from arte_edge.distill.generation.rationales import rationale_prompt, short_shots
+from arte_edge.distill.gpu_plan import TokenizerOnly
 from arte_edge.distill.preference.dpo_pairs import (
     Drawn,
     Ties,
@@ -69,11 +70,10 @@ def align(run: RunContext, others: Sequence[RunContext] = ()) -> tuple[Summary, 
         inputs["others"] = [_inputs(other) | {"seed": other.config.seed} for other in others]
     with run.stage("align", inputs, _describe) as stage:
         if stage.todo:
-            drawn = _pairs(run)
+            also = [_pairs_of_other(other) for other in others]
+            drawn = _pairs(run)  # last: its engines stay open
             if others:
-                drawn = _mixed([drawn, *map(_pairs, others)], run.config.seed)
-                for other in others:
-                    other.close_engines()
+                drawn = _mixed([drawn, *also], run.config.seed)
             if not drawn.pairs:
                 raise StoppedEarly(
                     f"align: every pair is a tie at align.min_gap = {config.min_gap:g} and align.min_gap_errors = "
@@ -249,6 +249,15 @@ def _pairs(run: RunContext) -> Drawn:
         lots = random.Random(f"{seed}/random")
         pairs, held_out = shuffle_sides(pairs, lots), shuffle_sides(held_out, lots)
     return Drawn(pairs, held_out, by_question.ties + by_rationale.ties)
+
+
+def _pairs_of_other(run: RunContext) -> Drawn:
+    """Return the pairs of another task's run; a vLLM of its own, which would only render prompts, is not started."""
+    if (teacher := run.config.teacher).starts_vllm:
+        run.lend(teacher, TokenizerOnly(str(run.checkpoint(teacher))))
+    drawn = _pairs(run)
+    run.close_engines()
+    return drawn
 
 
 def _mixed(drawn: Sequence[Drawn], seed: int) -> Drawn:

@@ -58,6 +58,7 @@ _TEXT = (
 # Mean difference a token from our copy. Measured (docs/runtimes.md): bfloat16 0.04, 8 bits up to 0.08, float8 0.15.
 # A close relative may be as near as float8: from half of it on, a note says so.
 _MOST_NATS = 0.2
+_MORE = 1.1  # a GPU's free memory for our copy, relative to its files
 _MOST_FAILED = 8  # calls in a row, each with all its attempts, after which a server is left out
 _OURS = "arte-edge-"  # how the names of our adapters begin
 _UNLOAD_S = 20.0  # timeout of unloading an adapter, also on a server that may be gone
@@ -498,9 +499,16 @@ def reference(checkpoint: Path, sha256: str, text: Text) -> list[float]:
     ids = text.tokens(_TEXT)
 
     def measure() -> dict[str, Any]:
-        from arte_edge.runtimes.transformers.model import TransformersEngine
+        import torch
 
-        engine = TransformersEngine(checkpoint, sha256=sha256)
+        from arte_edge.runtimes.transformers.model import TransformersEngine
+        from arte_edge.runtimes.transformers.placement import pick_device
+
+        device, how = pick_device(), dict[str, Any]()
+        n_byte = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+        if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < _MORE * n_byte:
+            how = {"device": "cpu", "dtype": "bfloat16"}  # a teacher for several GPUs
+        engine = TransformersEngine(checkpoint, sha256=sha256, **how)
         try:
             logp = engine.forward.extend(engine.forward.empty(), [list(ids)]).float().log_softmax(-1)
             return {"logp": [float(logp[0, i, token]) for i, token in enumerate(ids[1:])]}

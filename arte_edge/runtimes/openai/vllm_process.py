@@ -9,6 +9,7 @@ that ends: a guard, outside the group, waits for the other end of a pipe to clos
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +32,7 @@ from arte_edge import transformers_load as hf
 from arte_edge.cache import disk_errors
 from arte_edge.console import doing
 from arte_edge.errors import EngineError, InputError
-from arte_edge.files import read_json
+from arte_edge.files import read_json, user_path
 from arte_edge.model_folder import end_ids
 from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.loader import ServerLimits
@@ -60,9 +61,35 @@ _TAKEN = {
     **dict.fromkeys(("disable-custom-all-reduce", "disable-uvicorn-access-log"), False),
 }
 
+
+def _lives(group: int) -> bool:
+    """Return whether a process group has a process that has not ended.
+
+    Orphans that ended stay in it where process 1, of a container, reaps none. The guard has this function's source.
+    """
+    import os
+    from pathlib import Path
+
+    try:
+        os.killpg(group, 0)
+        processes = [name for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)  # a system without /proc
+    for name in processes:
+        try:
+            values = Path(f"/proc/{name}/stat").read_bytes().rpartition(b")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(values[2]) == group and values[0] not in (b"Z", b"X"):
+            return True
+    return False
+
+
 # It becomes vLLM's process; its child is the guard. Ray kills the children of a worker that ends, which is vLLM and not
 # the guard.
-_GUARD = """
+_GUARD = (
+    inspect.getsource(_lives)
+    + """
 import os, shutil, signal, sys, time
 pipe, folder, mark, command = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]
 group = os.getpid()
@@ -71,16 +98,13 @@ if os.fork():
     os.execvp(command[0], command)
 os.setsid()
 os.read(pipe, 1)
-def reached(sent):
+for sent in (signal.SIGTERM, signal.SIGKILL):
     try:
         os.killpg(group, sent)
     except OSError:
-        return False
-    return True
-for sent in (signal.SIGTERM, signal.SIGKILL):
-    reached(sent)
+        pass
     until = time.monotonic() + 10
-    while reached(0) and time.monotonic() < until:
+    while _lives(group) and time.monotonic() < until:
         time.sleep(0.05)
 shutil.rmtree(folder, ignore_errors=True)
 try:
@@ -88,6 +112,7 @@ try:
 except OSError:
     pass
 """
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +142,8 @@ def vllm_command() -> list[str]:
     """Return the command that the model's path follows. Raises InputError: vLLM is not installed."""
     named = os.environ.get(_VARIABLE, "")
     beside = str(Path(sys.executable).parent)
-    found = shutil.which(named) if named else shutil.which("vllm", path=beside) or shutil.which("vllm")
+    given = str(user_path(named)) if named.startswith("~") else named
+    found = shutil.which(given) if named else shutil.which("vllm", path=beside) or shutil.which("vllm")
     if found is None:
         raise InputError(
             f"{_VARIABLE}={named}: no such command" if named else "The command vllm is not installed here",
@@ -150,38 +176,34 @@ class VllmServer:
         command = vllm_command()
         text = Text(hf.load_tokenizer(self._checkpoint), end_ids(self._checkpoint))
         reference(self._checkpoint, model.sha256, text)  # while the memory is free
-        self._folder = Path(tempfile.mkdtemp(prefix="arte-edge-vllm-"))  # of the socket and adapters
-        self._socket = str(self._folder / "socket")
-        command += [str(self._checkpoint), *self._arguments(), "--uds", self._socket]
-        with disk_errors(self.log):
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            out = self.log.open("wb")
-            self._mark.touch()
-        there, end = os.pipe()
-        self._pipe = os.fdopen(end, "wb")
-        guarded = [
-            sys.executable,
-            "-I",
-            "-c",
-            _GUARD,
-            str(there),
-            str(self._folder),
-            str(self._mark),
-            *command,
-        ]
-        try:
-            self._process = subprocess.Popen(
-                guarded,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                env=self._environment(),
-                pass_fds=(there,),
-                start_new_session=True,  # Ctrl-C is not for it
-            )
-        finally:
-            out.close()
-            os.close(there)
+        command += [str(self._checkpoint), *self._arguments()]
+        with ExitStack() as undo:
+            # Of the socket and adapters. A socket's path has at most 107 bytes.
+            room = tempfile.gettempdir() if len(os.fsencode(tempfile.gettempdir())) < 70 else "/tmp"
+            with disk_errors(Path(room)):
+                self._folder = Path(tempfile.mkdtemp(prefix="arte-edge-vllm-", dir=room))
+            undo.callback(self._remove)
+            self._socket = str(self._folder / "socket")
+            command += ["--uds", self._socket]
+            there, end = os.pipe()
+            self._pipe = os.fdopen(end, "wb")
+            undo.callback(self._pipe.close)
+            python = [sys.executable, "-I", "-c", _GUARD]
+            with disk_errors(self.log), os.fdopen(there, "rb"):
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                self._mark.touch()
+                with self.log.open("wb") as out:
+                    undo.callback(_remove_log, self.log)
+                    self._process = subprocess.Popen(
+                        [*python, str(there), str(self._folder), str(self._mark), *command],
+                        stdin=subprocess.DEVNULL,
+                        stdout=out,
+                        stderr=out,
+                        env=self._environment(),
+                        pass_fds=(there,),
+                        start_new_session=True,  # Ctrl-C is not for it
+                    )
+            undo.pop_all()  # from here on `close` does it
         try:
             with doing(f"starting vLLM with {model.name}, log {self.log}"):
                 self._wait()
@@ -189,11 +211,17 @@ class VllmServer:
             self.close(keep_log=True)
             raise
 
+    def _remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._mark.unlink(missing_ok=True)
+
     def _arguments(self) -> list[str]:
         given, rank = list(self.settings.arguments), self.settings.lora_rank
         names = {argument.partition("=")[0] for argument in given}
         if n := _visible_gpus():
-            heads = int(read_json(self._checkpoint / "config.json").get("num_attention_heads") or n)
+            config = read_json(self._checkpoint / "config.json")
+            config = config.get("text_config") or config
+            heads = int(config.get("num_attention_heads") or n)
             if not names & {"--tensor-parallel-size", "--pipeline-parallel-size"}:
                 given += ["--tensor-parallel-size", str(math.gcd(n, heads))]
             if "--gpu-memory-utilization" not in names:
@@ -247,7 +275,7 @@ class VllmServer:
         """Open an engine on it, with or without an adapter, a PEFT folder. Raises ArteError: see `ServedEngine`."""
         limits = self.settings.limits
         return _Engine(
-            self.check,
+            self,
             [f"{_ADDRESS}/v1"],
             self._checkpoint,
             self.model.sha256,
@@ -267,56 +295,69 @@ class VllmServer:
         keep_log |= not self.runs
         self._pipe.close()  # the guard ends the group
         group, until = self._process.pid, time.monotonic() + _END_S
-        while _reached(group, 0):
+        while _lives(group):
             self._process.poll()
             if time.monotonic() > until:  # the guard is gone as well
-                _reached(group, signal.SIGKILL)
+                with suppress(OSError):
+                    os.killpg(group, signal.SIGKILL)
                 break
             time.sleep(0.05)
         self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._mark.unlink(missing_ok=True)
+        self._remove()
         if not keep_log:
-            self.log.unlink(missing_ok=True)
-            with suppress(OSError):
-                self.log.parent.rmdir()
+            _remove_log(self.log)
 
 
 class _Engine(ServedEngine):
     """An engine that says what the log says where its only server has ended."""
 
-    def __init__(self, check: Callable[[], None], *arguments: Any, **settings: Any) -> None:
-        self._check_process = check
+    def __init__(self, vllm: VllmServer, *arguments: Any, **settings: Any) -> None:
+        self._vllm = vllm
         super().__init__(*arguments, **settings)
+
+    def _unload(self, url: str, name: str) -> bool:
+        return not self._vllm.runs or super()._unload(url, name)
 
     def _share(
         self, items: Sequence[T], call: Callable[[OpenAIEngine, T], tuple[R | None, CallFailed | None]]
     ) -> list[tuple[R | None, CallFailed | None]]:
+        """See `ServedEngine._share`; what succeeded before vLLM ended is returned, to be stored."""
         found = super()._share(items, call)
-        if any(error for _, error in found):
-            self._check_process()
+        if not any(error for _, error in found):
+            return found
+        try:
+            self._vllm.check()
+        except EngineError as error:
+            if all(error for _, error in found):
+                raise
+            ended = CallFailed(error.message, error.hint)
+            return [(None, ended) if failed else (value, None) for value, failed in found]
         return found
 
 
-def wait_until_ended(logs: Path) -> None:
-    """Wait until the servers are gone whose workers, on any node, were ended: their guards take a few seconds."""
+def end_workers(end: Callable[[], None], logs: Path, *, keep_logs: bool = False) -> None:
+    """End workers on any node by `end`, and wait until their servers are gone: the guards take a few seconds.
+
+    The logs of those that still ran go, unless `keep_logs`.
+    """
+    ran = list(logs.glob(f"*{_RUNS}"))
+    end()
     until = time.monotonic() + _END_S
     while (marks := list(logs.glob(f"*{_RUNS}"))) and time.monotonic() < until:
         time.sleep(0.1)
     for mark in marks:  # of a node that is lost
         mark.unlink(missing_ok=True)
+    for mark in () if keep_logs else ran:
+        _remove_log(mark.with_suffix(".log"))
+
+
+def _remove_log(log: Path) -> None:
+    log.unlink(missing_ok=True)
+    with suppress(OSError):  # others are in the folder
+        log.parent.rmdir()
 
 
 def _visible_gpus() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def _reached(group: int, sent: int) -> bool:
-    """Send a signal to a process group, 0 for none; return whether there is such a group."""
-    try:
-        os.killpg(group, sent)
-    except OSError:
-        return False
-    return True

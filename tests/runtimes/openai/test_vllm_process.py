@@ -1,10 +1,13 @@
 """A vLLM server that the run starts: its arguments and key, its start, its end with whoever started it."""
 
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,15 +17,19 @@ import pytest
 from tiny import Patch, save_adapter
 from vllm_stand_in import started, write_command
 
+from arte_edge.cache import DiskFull
 from arte_edge.cli.main import main
 from arte_edge.console import Reporter
 from arte_edge.distill.config import RunConfig, build
 from arte_edge.distill.run_context import RunContext
+from arte_edge.distill.stages.align import _pairs_of_other
 from arte_edge.errors import EngineError, InputError
 from arte_edge.models.resolve import from_folder
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.loader import ServerLimits
+from arte_edge.runtimes.openai import vllm_process as module
 from arte_edge.runtimes.openai.client import RetryPolicy
+from arte_edge.runtimes.openai.engine import OpenAIEngine
 from arte_edge.runtimes.openai.vllm_process import VllmServer, VllmSettings, check_arguments, vllm_command
 from arte_edge.store import read_jsonl
 from arte_edge.tasks.loaders import load_task
@@ -118,14 +125,95 @@ def test_a_server_that_ends_at_work_is_named_with_its_log(
     commands: Path, llama_folder: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr("arte_edge.runtimes.openai.served.RetryPolicy", partial(RetryPolicy, base_s=0.01))
-    server = start(llama_folder, tmp_path)
-    engine = server.engine(None, parallel=2)
-    os.kill(started(commands)[0]["pids"][0], signal.SIGKILL)
+    save_adapter(llama_folder, tmp_path / "adapter", [3, 4, 5])
+    server = start(llama_folder, tmp_path, rank=4)
+    engine = server.engine(tmp_path / "adapter", parallel=1)
+    one = OpenAIEngine.one
+
+    def one_then_end(self: OpenAIEngine, request: Request, sampling: Sampling) -> Any:
+        row = one(self, request, sampling)
+        with suppress(ProcessLookupError):
+            os.kill(server._process.pid, signal.SIGKILL)
+        server._process.wait()
+        return row
+
+    monkeypatch.setattr(OpenAIEngine, "one", one_then_end)
+    rows = engine.complete(PROMPTS, GREEDY)
+    finished = [row for row in rows if row.finish != "error"]
+    lost = [row for row in rows if row.finish == "error"]
+    assert len(finished) == 1 and {row.fault for row in lost} == {"server"}, "what was finished can be stored"
+    assert all(re.match(r"vLLM ended.*exit code -9", row.error) for row in lost)
     with pytest.raises(EngineError, match=r"vLLM ended.*exit code -9"):
         engine.complete(PROMPTS, GREEDY)
+    engine.notes.clear()
     engine.close()
+    assert engine.notes == [], "what has ended holds no adapter"
     server.close()
     assert all_end(started(commands)[0]["pids"]) and server.log.is_file()
+
+
+def test_a_start_without_a_process_leaves_nothing(
+    commands: Path, llama_folder: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    room = tmp_path / ("a" * 50) / ("b" * 50)  # too long for a socket's path
+    room.mkdir(parents=True)
+    monkeypatch.setattr(module.tempfile, "tempdir", str(room))
+    made, make = [], module.tempfile.mkdtemp
+    monkeypatch.setattr(module.tempfile, "mkdtemp", lambda **how: made.append(make(**how)) or made[-1])
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module.subprocess, "Popen", full)
+    pipes = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(DiskFull):
+        start(llama_folder, tmp_path)
+    assert [Path(path).parent for path in made] == [Path("/tmp")] and not Path(made[0]).exists()
+    assert not list((tmp_path / "served").iterdir()) and len(list(Path("/proc/self/fd").iterdir())) <= pipes
+
+
+def test_a_group_of_processes_that_nobody_reaps_has_ended() -> None:
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    assert module._lives(process.pid)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    os.killpg(process.pid, 0)  # as if it lived
+    assert not module._lives(process.pid)
+    process.wait()
+    assert not module._lives(process.pid)
+
+
+def test_logs_of_workers_that_were_ended_go_and_those_of_servers_that_failed_stay(tmp_path: Path) -> None:
+    for name in ("ran.log", "ran.runs", "failed.log"):
+        (tmp_path / name).touch()
+
+    def end() -> None:
+        (tmp_path / "ran.runs").unlink()
+
+    module.end_workers(end, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["failed.log"]
+
+
+def test_what_needs_a_tokenizer_alone_starts_no_server(
+    commands: Path, llama_folder: Path, llama: Any, tmp_path: Path, monkeypatch: Patch, capsys: Any
+) -> None:
+    model = {"model": str(llama_folder)}
+    config = RunConfig.model_validate({"teacher": model | {"server": "vllm"}, "student": model})
+    run = RunContext(config, load_task("home_intents"), tmp_path / "run", Reporter(quiet=True))
+    used: list[Any] = []
+    monkeypatch.setattr(
+        "arte_edge.distill.stages.align._pairs", lambda run: used.append(run.engine(config.teacher))
+    )
+    _pairs_of_other(run)
+    assert (used[0].chat_template, used[0].special_tokens) == (llama.chat_template, llama.special_tokens)
+    assert used[0].count_tokens("the cat sat") == llama.count_tokens("the cat sat") and not run._engines
+    run.close()
+    (tmp_path / "run.toml").write_text(
+        f'[task]\nref = "home_intents"\n[teacher]\nmodel = "{llama_folder}"\nserver = "vllm"\n'
+        f'[student]\nmodel = "{llama_folder}"\n'
+    )
+    assert main(["distill", str(tmp_path / "run.toml"), "--dry-run", "--json"]) == 0, capsys.readouterr().err
+    assert started(commands) == []
 
 
 @pytest.mark.parametrize("phase", ["at work", "while it starts"])
@@ -239,6 +327,9 @@ def test_the_command_is_found_or_said_to_be_missing_before_any_work(
     (tmp_path / "bin" / "python3").symlink_to("/bin/true")
     monkeypatch.setenv("ARTE_EDGE_VLLM", str(tmp_path / "bin" / "python3"))
     assert vllm_command()[1:] == ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ARTE_EDGE_VLLM", "~/venv/vllm")
+    assert vllm_command() == [str(tmp_path / "venv" / "vllm"), "serve"]
     monkeypatch.setenv("ARTE_EDGE_VLLM", str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"ARTE_EDGE_VLLM=.*nowhere: no such command"):
         vllm_command()
