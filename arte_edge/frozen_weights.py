@@ -12,9 +12,6 @@ The 16-bit weights are no parameters: they are in no optimizer, no state dict, a
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 _KINDS = {"F16": "float16", "BF16": "bfloat16"}
-_PAGEOUT = 21  # MADV_PAGEOUT, since Linux 5.4; mmap has no name for it
 _CHUNK = 1 << 26  # values that are widened at once: of a large vocabulary's output layer a part, 268 MB
 
 
@@ -60,21 +56,6 @@ def load_frozen(checkpoint: Path, **options: Any) -> Any:
         weight.data = weight.data.float()
     model.config.dtype = torch.float32
     return model
-
-
-def page_out(model: Any) -> None:
-    """Let Linux drop the held weights of `model` from memory; what is used again is read from the mapped file.
-
-    `MADV_PAGEOUT` loses nothing: of weights that are in no file it drops none.
-    """
-    if sys.platform != "linux":
-        return
-    advise, page = ctypes.CDLL(None).madvise, mmap.PAGESIZE
-    for module in model.modules():
-        if (held := getattr(module, "held", None)) is not None:
-            start = -(-held.data_ptr() // page) * page
-            length = (held.data_ptr() + held.nbytes - start) // page * page
-            advise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, length)), ctypes.c_int(_PAGEOUT))
 
 
 def _set_buffers(model: Any) -> None:

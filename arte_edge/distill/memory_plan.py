@@ -9,7 +9,7 @@
   the feed-forward layer's for each token (both norms, queries, keys and values, attention, gate, up and their
   products), counted in transformers' code. Where they would take a run beyond `_ROOM` of the memory, only what goes
   into a layer is kept, and the layer is computed again: the numbers are the same, a step has one more forward
-  pass. The frozen weights then also leave memory for the time of a check.
+  pass.
 * Logits of the completions' tokens, `_LOGITS` times in 32 bits: themselves, their exponentials, two gradients.
 * Converting a GGUF file: the checkpoint, beside it the largest matrix in 32 bits; it runs in a process of its own.
 
@@ -280,8 +280,6 @@ def _needs(config: RunConfig, tokens: Tokens, models: Models, room: int) -> Iter
         if writer:  # between two steps
             probe = engine_bytes(writer, config.align.probe_prompts, tokens.teacher, kind=models.kind)
             base = {key: need[key] for key in ("weights", "adapter", "program")}
-            if need["activations"] < activation_bytes(teacher, tokens.pair, _WIDE - 1):  # memory is scarce
-                base["weights"] -= _HELD * teacher.n_params  # which then wait in their file
             watched = _F32 * _WATCHED * _WATCHED_PAIRS * teacher.n_vocab
             yield Need("the checks of align", base | {"logits": watched, "engine": sum(probe.values())})
     need = training_bytes(

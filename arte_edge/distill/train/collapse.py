@@ -98,7 +98,6 @@ class CollapseMonitor:
         self._folder, self._settings, self._probe, self._ended = workspace.folder, settings, probe, ended
         self._file = self._folder / "probes.jsonl"
         rows = read_jsonl(self._file) if self._file.is_file() else []
-        self.before_probe: Callable[[], None] = lambda: None
         self.checks: list[dict[str, Any]] = [row for row in rows if {"step", "reason"} <= row.keys()]
 
     @property
@@ -135,8 +134,6 @@ class CollapseMonitor:
         now = None
         if is_main():
             copy = copy_adapter(adapter, self.adapter(step))
-            if self._probe:
-                self.before_probe()
             now = self._probe(copy) if self._probe else None
         self._record(step, agreed(now), chosen_rewards)
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import os
 import random
+import re
 import sys
 import time
 import warnings
@@ -53,11 +55,14 @@ _SHARDED: dict[str, Any] = {
     **_CHECKPOINTING,
 }
 # Parameters of mallopt(3), from malloc.h: what keeps freed memory, and the default.
-_MALLOC = {
-    -4: (0, 65_536),  # M_MMAP_MAX: no block gets a mapping of its own
-    -1: (2**31 - 1, 128 * 1024),  # M_TRIM_THRESHOLD
-    -2: (64 * 1024**2, 128 * 1024),  # M_TOP_PAD
+# glibc's settings during a training. Any of them ends for good the adaptation of two of them to the sizes of freed
+# blocks, so afterwards these two are what it reaches once a block of 32 MiB was freed, and the others the defaults.
+_MALLOC_TRAINING = {
+    -4: 0,  # M_MMAP_MAX: no block gets a mapping of its own
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD
+    -2: 64 * 1024**2,  # M_TOP_PAD
 }
+_MALLOC_AFTER = {-3: 32 * 1024**2, -1: 64 * 1024**2, -4: 65_536, -2: 128 * 1024}  # -3: M_MMAP_THRESHOLD
 _WINDOW = 8  # batches that are sorted by length together: the order stays random
 
 
@@ -156,20 +161,21 @@ def freed_memory_kept() -> Iterator[None]:
     """Let glibc keep freed memory during a training on a CPU, instead of returning large blocks to the kernel.
 
     Every step frees its gradients and needs them again: clearing those pages anew is an eighth of a step of a 135M
-    student. Not for alignments: the sizes of their blocks vary with the rows. `free_memory` returns all of it.
+    student. Not for alignments: the sizes of their blocks vary with the rows. `free_memory` returns all of it. A user's
+    own settings of glibc, in the environment, stay.
     """
-    values = {}
-    if sys.platform == "linux" and pick_device().type == "cpu":
+    own = any(re.fullmatch("GLIBC_TUNABLES|MALLOC_.*_", key) for key in os.environ)
+    mallopt: Callable[..., Any] = dict[int, int]().get  # does nothing
+    if sys.platform == "linux" and pick_device().type == "cpu" and not own:
         with suppress(OSError, AttributeError):  # musl has no mallopt
-            libc = ctypes.CDLL(None)
-            values = {
-                parameter: pair for parameter, pair in _MALLOC.items() if libc.mallopt(parameter, pair[0])
-            }
+            mallopt = ctypes.CDLL(None).mallopt
     try:
+        for parameter, value in _MALLOC_TRAINING.items():
+            mallopt(parameter, value)
         yield
     finally:
-        for parameter, (_, default) in values.items():
-            libc.mallopt(parameter, default)
+        for parameter, value in _MALLOC_AFTER.items():
+            mallopt(parameter, value)
 
 
 @contextmanager

@@ -36,7 +36,6 @@ from arte_edge.distill.train.completion_head import score_completions_only
 from arte_edge.distill.train.kl_target import FEWEST_STEPS, HeldOut, StepSizer, held_out_report
 from arte_edge.distill.train.ranks import is_main, is_sharded, slot_weights, train_on_ranks, world_size
 from arte_edge.errors import ArteError, InputError
-from arte_edge.frozen_weights import page_out
 from arte_edge.private_apis import missing
 from arte_edge.store import content_key, write_jsonl
 
@@ -258,16 +257,10 @@ class _Training:
             ],
         )
         self.trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for data
-        self.monitor.before_probe = self._make_room
         main_rank_saves(self.trainer)
         if world_size() > 1:
             self.trainer.data_collator = _with_weight(self.trainer.data_collator)
         score_completions_only(self.trainer.model.get_base_model(), pairs=True)
-
-    def _make_room(self) -> None:
-        """Before a check opens the teacher's engine: where memory is scarce the frozen weights wait in their file."""
-        if self.trainer.args.gradient_checkpointing and not is_sharded():
-            page_out(self.trainer.model)
 
     def run(self) -> None:
         """Train from the last checkpoint, after the check that a kill may have prevented."""

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from arte_edge import transformers_load as hf
-from arte_edge.checkpoint import read_config
+from arte_edge.checkpoint import read_config, read_tensors
 from arte_edge.distill.train.common import Encoder
 from arte_edge.errors import ArteError, InputError
 from arte_edge.files import read_json
 from arte_edge.frozen_weights import load_frozen
-from arte_edge.model_folder import TOKENIZER_FILES, look, tokenizer_files
+from arte_edge.model_folder import ADAPTER_WEIGHTS, TOKENIZER_FILES, look, tokenizer_files
 from arte_edge.runtimes.transformers.placement import overflows_float16
 from arte_edge.transformers_load import MergeCheck
 
@@ -111,11 +111,15 @@ def check_merge(base: Path, adapter: Path, merged: Path, prompts: Sequence[str])
 
     Raises ArteError: most of the adapter's effect is lost, or the most likely token differs too often.
     """
+    import torch
+
     result, tokenizer = load_frozen(merged), hf.load_tokenizer(merged)
     texts = [Encoder(tokenizer).prompt(prompt) for prompt in prompts] + [hf.probe_ids(result)]
     got = hf.logits_of(result, texts)
     del result  # one model in memory at a time
-    model = load_frozen(base)
+    # Whole matrices, such as those of added tokens, replace parameters of the base: 16-bit weights are none.
+    only_lora = all(".lora_" in name for name in read_tensors(adapter / ADAPTER_WEIGHTS))
+    model = load_frozen(base) if only_lora else hf.load_model(base, torch.float32)
     n_row = model.get_input_embeddings().weight.shape[0]
     before = hf.logits_of(model, [[min(token, n_row - 1) for token in ids] for ids in texts])
     wanted = hf.logits_of(hf.attach_adapter(model, adapter), texts)
