@@ -24,6 +24,7 @@ EXTRAS = {
     "optimum": ("optimum",),
     "xllamacpp": ("xllamacpp",),
     "cluster": ("ray",),
+    "qlora": ("bitsandbytes",),
 }
 
 

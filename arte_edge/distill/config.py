@@ -263,6 +263,9 @@ class Align(_Section):
     ld_alpha: float = _key(
         1.0, "weight of the tokens by which one side is longer than the other; 1: plain DPO", ge=0.0, le=1.0
     )
+    weights: Literal["16-bit", "nf4"] = _key(
+        "16-bit", "of the teacher while it is trained; nf4: four bits (QLoRA), a quarter of the memory"
+    )
     lora_rank: int = _key(8, ge=1)
     rslora: bool = _key(True, "scale the adapter by 1/sqrt(rank): one learning rate fits every rank")
     lora_targets: tuple[_Name, ...] = _key((), "layers to adapt, such as q_proj; empty: every linear layer")

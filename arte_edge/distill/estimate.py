@@ -361,6 +361,7 @@ def _alignment(
         reference=True,
         spread=config.train.shard_teacher and min(config.train.processes, gpus.n) > 1,
         probed=not config.teacher.addresses,
+        four_bits=config.align.weights == "nf4",
     )
 
 

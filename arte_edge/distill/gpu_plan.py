@@ -45,6 +45,7 @@ _BANDWIDTH_SHARE = 0.77
 _TRAINING_SHARE = 0.42
 _USED = 0.9  # of the memory: vLLM's gpu_memory_utilization; trainings leave as much
 _WEIGHT = 2  # bytes, 16 bits
+NF4 = 0.516  # bytes, with quantized scales of blocks of 64: QLoRA, arXiv 2305.14314, section 3
 _TRAINED, _BUCKETS, _ACTIVATION, _LOGITS = 16, 4, 34, 8  # bytes, see above
 _GB = 1e9
 
@@ -248,6 +249,7 @@ def training(
     reference: bool = False,
     spread: bool = False,
     probed: bool = False,
+    four_bits: bool = False,
 ) -> Training:
     """Return what a training takes.
 
@@ -259,6 +261,7 @@ def training(
         spread: each process holds a part of the weights (FSDP), two layers whole, and of the activations only what
             goes into a layer: each is computed twice.
         probed: checks hold a second copy of the weights on the first GPU.
+        four_bits: the frozen weights are held in NF4.
     """
     full = lora_rank is None
     trained = shape.n_param if lora_rank is None else lora_rank * shape.linear_sides
@@ -275,7 +278,12 @@ def training(
         shape.name,
         processes,
         tokens,
-        ((4 * trained + _WEIGHT * frozen) / parts + gathered + probed * _WEIGHT * shape.n_param) / _GB,
+        (
+            (4 * trained + (NF4 if four_bits else _WEIGHT) * frozen) / parts
+            + gathered
+            + probed * _WEIGHT * shape.n_param
+        )
+        / _GB,
         (_TRAINED - 4 + buckets) * trained / parts / _GB,
         held * at_once / _GB,
         per_token * shape.n_param * tokens / rate / 3600,

@@ -26,6 +26,7 @@ from arte_edge.cache import megabytes
 from arte_edge.device.detect import detect
 from arte_edge.device.memory_estimate import repacked_types
 from arte_edge.device.model_size import ModelSize
+from arte_edge.distill.gpu_plan import NF4
 from arte_edge.errors import InputError
 from arte_edge.gguf.to_hf import checkpoint_folder
 from arte_edge.memory import available_bytes, total_bytes
@@ -274,6 +275,7 @@ def _needs(config: RunConfig, tokens: Tokens, models: Models, room: int) -> Iter
             labelled=2 * longest_answer(config),
             lora=(config.align.lora_rank, config.align.lora_targets),
             pairs=True,
+            four_bits=config.align.weights == "nf4",
             room=room,
         )
         yield _trained("align", need, config)
@@ -338,6 +340,7 @@ def training_bytes(
     labelled: int,
     lora: tuple[int, tuple[str, ...]] | None,
     pairs: bool = False,
+    four_bits: bool = False,
     room: int = 0,
 ) -> dict[str, int]:
     """Return what a training takes, by part.
@@ -356,6 +359,8 @@ def training_bytes(
         share = len(lora[1]) / 7 if lora[1] else 1.0
         widened = min(_WIDENED, size.n_vocab * size.n_embd)
         held = _HELD * size.n_params if size.format == "gguf" else size.weight_bytes
+        if four_bits:  # of all but the embedding
+            held = int(NF4 * size.n_params) + _F32 * size.n_vocab * size.n_embd
         fixed = {"weights": held + _F32 * widened}
         fixed["adapter"] = int(_TRAINED * lora[0] * sides * share)
     rows = labelled + (_WATCHED * _WATCHED_PAIRS // _LOGITS if pairs else 0)

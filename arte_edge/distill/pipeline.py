@@ -71,6 +71,8 @@ def run_pipeline(
         StoppedEarly: a check or a budget ended the run; the same command resumes it.
     """
     need("train", "distilling")
+    if config.aligned and config.align.weights == "nf4":
+        need("qlora", 'align.weights = "nf4"')
     from arte_edge.distill.stages.align import align
     from arte_edge.distill.stages.calibrate import calibrate
     from arte_edge.distill.stages.check import check

@@ -232,6 +232,11 @@ def _rank_problems(config: RunConfig) -> Iterator[Problem]:
             "takes all of it on one GPU",
             "Start vLLM with the teacher on other GPUs and name its address in teacher.server.",
         )
+    if config.train.shard_teacher and config.align.weights == "nf4":
+        yield (
+            'train.shard_teacher and align.weights = "nf4" exclude each other',
+            "In four bits each process holds all weights: leave one of the two out.",
+        )
     for key, size in (
         ("tune.batch_size", config.tune.batch_size),
         ("align.batch_size", config.align.batch_size if config.aligned else n),

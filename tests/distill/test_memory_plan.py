@@ -58,6 +58,8 @@ def test_all_weights_need_sixteen_bytes_each_and_frozen_ones_two() -> None:
     frozen = training_bytes(TEACHER, at_once=100, labelled=10, lora=(8, ()))
     assert 2 * TEACHER.n_params < frozen["weights"] < 2.2 * TEACHER.n_params
     assert frozen["adapter"] < 0.1 * frozen["weights"]
+    four_bits = training_bytes(TEACHER, at_once=100, labelled=10, lora=(8, ()), four_bits=True)
+    assert four_bits["weights"] < 0.6 * frozen["weights"]
 
 
 def test_a_small_machine_keeps_fewer_activations() -> None:

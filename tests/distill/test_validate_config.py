@@ -113,6 +113,9 @@ def test_steps_that_processes_cannot_share_are_found_before_any_call() -> None:
             refuse_run(RunConfig.model_validate(without), task, models=False)
     teacher["server"] = "http://127.0.0.1:1/v1"
     refuse_run(RunConfig.model_validate({**spread, "teacher": teacher}), task)
+    four = {**spread, "teacher": teacher, "align": {"weights": "nf4"}}
+    with pytest.raises(InputError, match=r"align\.weights"):
+        refuse_run(RunConfig.model_validate(four), task)
     refuse_run(RunConfig.model_validate({"train": {"processes": 4}}), task)
 
 

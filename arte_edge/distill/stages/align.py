@@ -125,8 +125,12 @@ def align(run: RunContext, others: Sequence[RunContext] = ()) -> tuple[Summary, 
 
 def _inputs(run: RunContext) -> Summary:
     """Return what decides the pairs of a run and how they are trained on; where other runs are does not."""
+    config = run.config.align
+    plain = (
+        {"weights"} if config.weights == "16-bit" else set()
+    )  # which all alignments were before there was the key
     return {
-        "align": run.config.align.model_dump(mode="json", exclude={"also"}),
+        "align": config.model_dump(mode="json", exclude={"also", *plain}),
         "data": run.config.alignment,
         "teacher": run.identity(run.config.teacher),
         "scores": run.outputs("prefer"),
@@ -296,6 +300,7 @@ def dpo_settings(run: RunConfig) -> DpoSettings:
         loss_weights=(1.0, config.sft_weight) if both else (),
         ld_alpha=config.ld_alpha,
         lora=Lora(rank=config.lora_rank, alpha=alpha, targets=config.lora_targets),
+        weights=config.weights,
         target_kl=config.target_kl,
         max_length=config.max_length,
         probe_every=config.probe_every,

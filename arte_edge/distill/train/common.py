@@ -131,6 +131,7 @@ class DpoSettings(_Training):
     )
     loss_weights: tuple[float, ...] = Field(default=(), description="one per loss; empty: 1.0 each")
     lora: Lora = Lora()
+    weights: Literal["16-bit", "nf4"] = Field(default="16-bit", description="of the frozen base")
     probe_every: int = Field(default=4, ge=1, description="optimizer steps between two checks")
     limits: CollapseLimits = CollapseLimits()
 
@@ -211,18 +212,31 @@ def quiet_training() -> Iterator[None]:
             enable_progress_bar()
 
 
-def load(checkpoint: Path, *, frozen: bool) -> tuple[Any, Any]:
+def load(checkpoint: Path, *, frozen: bool, four_bits: bool = False) -> tuple[Any, Any]:
     """Return the model and the tokenizer of a checkpoint folder.
 
     The weights are float32, so that small updates are not rounded away; a base that stays `frozen` under LoRA has 16
-    bits where the device multiplies them, and on another processor keeps those of its files (`frozen_weights`).
+    bits where the device multiplies them, and on another processor keeps those of its files (`frozen_weights`). With
+    `four_bits` its linear layers have four: NF4 in blocks of 64 with quantized scales, as in QLoRA (arXiv 2305.14314).
 
-    Raises InputError: no such checkpoint, or transformers cannot read it.
+    Raises InputError: no such checkpoint, or transformers cannot read it; ArteError: bitsandbytes is missing.
     """
     import torch
 
     floats = training_floats(checkpoint, frozen=True) if frozen else "float32"
-    if frozen and floats == "float32" and pick_device().type == "cpu" and not is_sharded():
+    if four_bits:
+        need("qlora", 'align.weights = "nf4"')
+        from transformers import BitsAndBytesConfig
+
+        dtype = getattr(torch, floats)
+        nf4 = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        model = load_model(checkpoint, dtype, attn_implementation="sdpa", quantization_config=nf4)
+    elif frozen and floats == "float32" and pick_device().type == "cpu" and not is_sharded():
         model = load_frozen(checkpoint, attn_implementation="sdpa")
     else:
         model = load_model(checkpoint, getattr(torch, floats), attn_implementation="sdpa")

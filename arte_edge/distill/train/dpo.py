@@ -92,7 +92,9 @@ def train_dpo(
     check_rows(pairs, ("prompt", "chosen", "rejected"), "preference pair")
     sha256 = sha256_checkpoint(checkpoint)
     texts = [[dict(row) for row in rows] for rows in (pairs, held_out)]
-    request = content_key("dpo", sha256, texts, settings.model_dump())
+    # An alignment that an earlier version began, which knew 16 bits alone, resumes.
+    made = settings.model_dump(exclude={"weights"} if settings.weights == "16-bit" else None)
+    request = content_key("dpo", sha256, texts, made)
     if done := finished(out, request, _result):
         return done
     workspace = Workspace(out, request)
@@ -208,7 +210,7 @@ class _Training:
                 loss = super().compute_loss(model, inputs, *args, **kwargs)
                 return loss if weight is None else loss * weight.mean()
 
-        model, tokenizer = load(checkpoint, frozen=True)
+        model, tokenizer = load(checkpoint, frozen=True, four_bits=settings.weights == "nf4")
         limit = settings.max_length or getattr(model.config, "max_position_embeddings", None) or 2**20
         encoded = encode_pairs(Encoder(tokenizer), pairs, limit)
         if not encoded:

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from tiny import Folders, Patch
 
+from arte_edge.distill.train import dpo
 from arte_edge.distill.train.collapse import ProbeResult
-from arte_edge.distill.train.common import CollapseLimits, DpoSettings, Encoder, Lora, SftSettings
+from arte_edge.distill.train.common import CollapseLimits, DpoSettings, Encoder, Lora, SftSettings, load
 from arte_edge.distill.train.dpo import _set_shards, encode_pairs, train_dpo
 from arte_edge.distill.train.sft import train_sft
 from arte_edge.errors import ArteError, InputError
@@ -336,3 +337,35 @@ def test_a_base_held_in_its_16_bits_is_aligned_as_one_in_float32(
     assert (held.held_out.kl, held.held_out.margin) == pytest.approx(
         (plain.held_out.kl, plain.held_out.margin), rel=1e-5
     )
+
+
+def test_a_teacher_of_four_bits_is_aligned_by_an_adapter_as_any_other(
+    tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    bits = pytest.importorskip("bitsandbytes")
+    model, _ = load(tiny_checkpoint(), frozen=True, four_bits=True)
+    linear = [module for name, module in model.named_modules() if name.endswith("_proj")]
+    assert linear and all(isinstance(module, bits.nn.Linear4bit) for module in linear)
+    settings = FAST.model_copy(update={"weights": "nf4", "epochs": 2.0})
+    result = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "out", settings, probe=healthy)
+    assert result.history[-1]["loss"] < result.history[0]["loss"] - 0.1
+    sixteen = train_dpo(
+        tiny_checkpoint(), PAIRS, tmp_path / "16", settings.model_copy(update={"weights": "16-bit"})
+    )
+    one, other = adapter(result.adapter), adapter(sixteen.adapter)
+    assert {name: value.shape for name, value in one.items()} == {
+        name: value.shape for name, value in other.items()
+    }
+    assert any((one[name] - other[name]).abs().max() > 1e-6 for name in one)  # the bases differ
+
+
+def test_an_alignment_that_was_begun_before_there_were_four_bits_is_the_same(
+    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """The request of settings without the key, by which a training in a folder is recognized."""
+    seen: list[Any] = []
+    monkeypatch.setattr(dpo, "finished", lambda out, request, read: seen.append(request) or "done")
+    monkeypatch.setattr(dpo, "content_key", lambda *parts: parts[-1])
+    train_dpo(tiny_checkpoint(), PAIRS, tmp_path, FAST)
+    train_dpo(tiny_checkpoint(), PAIRS, tmp_path, FAST.model_copy(update={"weights": "nf4"}))
+    assert "weights" not in seen[0] and seen[1] == seen[0] | {"weights": "nf4"}
