@@ -55,10 +55,13 @@ def test_the_stages_follow_what_the_run_does() -> None:
 def test_all_weights_need_sixteen_bytes_each_and_frozen_ones_two() -> None:
     full = training_bytes(STUDENT, at_once=100, labelled=10, lora=None)
     assert 16 * STUDENT.n_params < full["weights and optimizer"] < 17 * STUDENT.n_params
-    frozen = training_bytes(TEACHER, at_once=100, labelled=10, lora=(8, ()))
+    frozen, roomy = (
+        training_bytes(TEACHER, at_once=100, labelled=10, lora=(8, ()), room=n * GB) for n in (16, 64)
+    )
     assert 2 * TEACHER.n_params < frozen["weights"] < 2.2 * TEACHER.n_params
+    assert roomy["weights"] == frozen["weights"] + 2 * TEACHER.n_params  # float32 is faster
     assert frozen["adapter"] < 0.1 * frozen["weights"]
-    four_bits = training_bytes(TEACHER, at_once=100, labelled=10, lora=(8, ()), four_bits=True)
+    four_bits = training_bytes(TEACHER, at_once=100, labelled=10, lora=(8, ()), four_bits=True, room=16 * GB)
     assert four_bits["weights"] < 0.6 * frozen["weights"]
 
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from arte_edge.device.model_size import ModelSize
-from arte_edge.distill.memory_plan import computes_twice
+from arte_edge.distill.memory_plan import computes_twice, keeps_16_bits
 from arte_edge.distill.train.checkpoints import Workspace
 from arte_edge.distill.train.ranks import agreed, is_main, is_sharded, shared_batch, world_size
 from arte_edge.errors import InputError
@@ -216,7 +216,8 @@ def load(checkpoint: Path, *, frozen: bool, four_bits: bool = False) -> tuple[An
     """Return the model and the tokenizer of a checkpoint folder.
 
     The weights are float32, so that small updates are not rounded away; a base that stays `frozen` under LoRA has 16
-    bits where the device multiplies them, and on another processor keeps those of its files (`frozen_weights`). With
+    bits where the device multiplies them, and on another processor keeps those of its files if memory is short
+    (`frozen_weights`). With
     `four_bits` its linear layers have four: NF4 in blocks of 64 with quantized scales, as in QLoRA (arXiv 2305.14314).
 
     Raises InputError: no such checkpoint, or transformers cannot read it; ArteError: bitsandbytes is missing.
@@ -236,7 +237,13 @@ def load(checkpoint: Path, *, frozen: bool, four_bits: bool = False) -> tuple[An
             bnb_4bit_compute_dtype=dtype,
         )
         model = load_model(checkpoint, dtype, attn_implementation="sdpa", quantization_config=nf4)
-    elif frozen and floats == "float32" and pick_device().type == "cpu" and not is_sharded():
+    elif (
+        frozen
+        and floats == "float32"
+        and pick_device().type == "cpu"
+        and not is_sharded()
+        and keeps_16_bits(ModelSize.of(checkpoint).n_params)
+    ):
         model = load_frozen(checkpoint, attn_implementation="sdpa")
     else:
         model = load_model(checkpoint, getattr(torch, floats), attn_implementation="sdpa")

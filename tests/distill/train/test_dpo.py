@@ -323,11 +323,17 @@ def test_a_base_held_in_its_16_bits_is_aligned_as_one_in_float32(
     import torch
 
     from arte_edge.distill.train import common
-    from arte_edge.transformers_load import load_model
+    from arte_edge.frozen_weights import load_frozen
 
     four = SIZED.model_copy(update={"epochs": 0.4})
+    made: list[Path] = []
+    monkeypatch.setattr(
+        common, "load_frozen", lambda folder, **how: made.append(folder) or load_frozen(folder, **how)
+    )
+    monkeypatch.setattr(common, "keeps_16_bits", lambda n_params: True)
     held = train_dpo(tiny_checkpoint(), PAIRS[:10], tmp_path / "held", four, held_out=PAIRS[10:])
-    monkeypatch.setattr(common, "load_frozen", lambda folder, **how: load_model(folder, torch.float32, **how))
+    assert made
+    monkeypatch.setattr(common, "keeps_16_bits", lambda n_params: False)
     monkeypatch.setattr(common, "computes_twice", lambda *args: True)  # nor does what is kept change a number
     plain = train_dpo(tiny_checkpoint(), PAIRS[:10], tmp_path / "plain", four, held_out=PAIRS[10:])
     torch.testing.assert_close(adapter(held.adapter), adapter(plain.adapter), rtol=1e-6, atol=1e-6)
