@@ -62,9 +62,10 @@ def _set_buffers(model: Any) -> None:
     """Give `model` the constants that its code computes in float32, which loading in 16 bits has rounded."""
     import torch
     from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
 
     with init_empty_weights():  # the weights have no memory, buffers do
-        exact = dict(type(model)._from_config(model.config, dtype=torch.float32).named_buffers())
+        exact = dict(AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).named_buffers())
     saved = model.state_dict()
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point():
