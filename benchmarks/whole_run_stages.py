@@ -74,12 +74,14 @@ class Clock:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a JSONL file; a line that a kill has cut is no row, and none if there is no file."""
     text = path.read_text("utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append a row, on a line of its own after one that a kill has cut."""
+    cut = path.is_file() and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write("\n" * cut + json.dumps(row) + "\n")
 
 
 def _cpu_s() -> float:
@@ -193,11 +195,11 @@ def main(job: dict[str, Any]) -> None:
                 facts |= losses(made / "log.jsonl")
                 data = "pairs.jsonl" if name == "align" else "rows.jsonl"
                 facts["rows"] = len(read_rows(run.folder / name / data))
-            clock.end(name, **facts, store_bytes=(run.folder / "calls.jsonl").stat().st_size)
             order = orders[-1] if orders else []
             append_row(
                 clock.folder / "inputs.jsonl", {"stage": name, "calls": recorder.inputs, "order": order}
             )
+            clock.end(name, **facts, store_bytes=(run.folder / "calls.jsonl").stat().st_size)
             if name == job["last"]:
                 raise Enough
             return found
