@@ -23,6 +23,8 @@ direct answers as a vote, adaptive scoring (all cells are measured), tests of th
   calls with the same limits; its tokens are counted. It neither parses nor filters what is written.
 * `plain` computes in the floats that a trial finds the fastest, float32 or bfloat16; the builds choose by themselves
   (the GGUF file in llama.cpp, or 8-bit integers).
+* TRL tokenizes prompt and completion as one text. Where a token of it spans the two, as after the opened tag of a
+  question, one token of that pair is another in `plain`, and so is its loss; rationale pairs and rows are the same.
 
 Off the clock of every side is what a machine does once for a model: the conversion to a checkpoint, the trial of
 `plain`, and the layouts that the builds measure for teacher and student; so are imports. The tuned student is another
