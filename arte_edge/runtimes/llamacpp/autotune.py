@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.cache import cached_measurement
+from arte_edge.gguf.reader import read_model_header
 from arte_edge.memory import available_bytes
 from arte_edge.runtimes.autotune import fastest, machine_id, may_measure
 from arte_edge.runtimes.llamacpp.bindings import LlamaContext, LlamaModel
@@ -34,11 +35,13 @@ _SLOW_S = 4.0  # a model whose first round takes longer keeps the default: measu
 def layout_for(model: LlamaModel, sha256: str, threads: int) -> Layout:
     """Return the layout to decode `model` with on this machine; the same one every time.
 
-    A file without a known `sha256` gets the default.
+    Files with the same tensors share it: a tuned student takes that of its base. A file without a known `sha256` gets
+    the default.
     """
     if not sha256 or not may_measure():
         return DEFAULT_LAYOUT
-    facts = [machine_id(), threads, sha256, f"{model.lib.__name__} {model.lib.__version__}", _SEQUENCES]
+    tensors = [[each.name, each.shape, each.type] for each in read_model_header(model.path).tensors.values()]
+    facts = [machine_id(), threads, tensors, f"{model.lib.__name__} {model.lib.__version__}", _SEQUENCES]
 
     def measure() -> dict[str, Any]:
         seconds = probe(model, threads)

@@ -89,13 +89,13 @@ class TestProbe:
         monkeypatch.setattr(llama_probe, "probe", measured)
         return asked
 
-    def test_the_first_answer_stays_for_a_model_and_a_number_of_threads(
+    def test_the_first_answer_stays_for_tensors_of_these_shapes_and_a_number_of_threads(
         self, model: Any, monkeypatch: Patch
     ) -> None:
         asked = self.times(monkeypatch, 2.0, 1.0, 3.0)
         for sha256, threads in (("abc", 2), ("abd", 2), ("abc", 1), ("abc", 2)):
             assert layout_for(model, sha256, threads) == CANDIDATES[1]
-        assert len(asked) == 3
+        assert len(asked) == 2  # another file with the same tensors, such as a tuned student, takes it
         self.times(monkeypatch, 1.0, 2.0, 3.0)
         assert layout_for(model, "abc", 2) == CANDIDATES[1]
 
