@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 import pytest
-from tiny import Patch
+from tiny import Patch, make_gguf
 
 from arte_edge.errors import EngineError
 from arte_edge.models.resolve import LocalModel
@@ -21,14 +21,14 @@ SIZES |= {"embedding_length": 576, "feed_forward_length": 1536}
 
 
 @pytest.fixture
-def model() -> Any:
-    """SmolLM2-135M's shape, without its weights."""
+def model(tmp_path: Path) -> Any:
+    """SmolLM2-135M's shape, without its weights; the file has other, small ones."""
     lib = SimpleNamespace(__name__="llama", __version__="1")
 
     def size(*keys: str) -> int:
         return next((SIZES[key] for key in keys if key in SIZES), 0)
 
-    return SimpleNamespace(n_vocab=49_152, path=Path("student.gguf"), size=size, lib=lib)
+    return SimpleNamespace(n_vocab=49_152, path=make_gguf(tmp_path / "student.gguf"), size=size, lib=lib)
 
 
 class TestMemory:
@@ -96,8 +96,13 @@ class TestProbe:
         for sha256, threads in (("abc", 2), ("abd", 2), ("abc", 1), ("abc", 2)):
             assert layout_for(model, sha256, threads) == CANDIDATES[1]
         assert len(asked) == 2  # another file with the same tensors, such as a tuned student, takes it
+        make_gguf(model.path.with_name("tuned.gguf"))
         self.times(monkeypatch, 1.0, 2.0, 3.0)
-        assert layout_for(model, "abc", 2) == CANDIDATES[1]
+        for path in (model.path, model.path.with_name("tuned.gguf")):
+            model.path = path
+            assert layout_for(model, "abc", 2) == CANDIDATES[1]
+        model.path = make_gguf(path.with_name("other.gguf"), rows=16)
+        assert layout_for(model, "abc", 2) == DEFAULT_LAYOUT
 
     def test_a_hair_is_not_worth_leaving_the_default(self, model: Any, monkeypatch: Patch) -> None:
         self.times(monkeypatch, 1.0, 0.97, 1.2)
