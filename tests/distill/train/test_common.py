@@ -1,6 +1,7 @@
 import platform
 import resource
 import socket
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import Capture, Patch
 
-from arte_edge.distill.train import common
+from arte_edge.distill.train import common, dpo, sft
 from arte_edge.distill.train.checkpoints import Workspace
 from arte_edge.distill.train.common import (
     Encoder,
@@ -43,6 +44,35 @@ def test_a_training_speaks_to_nobody_and_prints_nothing(
     train_sft(tiny_checkpoint(), sft_rows, tmp_path / "out", SftSettings(epochs=0.5))
     assert not asked and not reported
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("kind", ["dpo", "sft"])
+def test_the_model_is_gone_when_its_memory_is_freed(
+    kind: str, tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    room = {"dpo": dpo, "sft": sft}[kind]
+    models: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+
+    def load_seen(*args: Any, **how: Any) -> Any:
+        model, tokenizer = load(*args, **how)
+        models.append(weakref.ref(model))
+        return model, tokenizer
+
+    def free_seen() -> None:
+        common.free_memory()
+        alive.extend(model() is not None for model in models)
+
+    monkeypatch.setattr(room, "load", load_seen)
+    monkeypatch.setattr(room, "free_memory", free_seen)
+    if kind == "sft":
+        train_sft(tiny_checkpoint(), sft_rows, tmp_path / "out", SftSettings(epochs=0.5))
+    else:
+        pairs = [{"prompt": "<|user|>Is it?\n", "chosen": "<ans>yes</ans>", "rejected": "no"}] * 2
+        dpo.train_dpo(
+            tiny_checkpoint(), pairs, tmp_path / "out", common.DpoSettings(batch_size=2, accumulate=1)
+        )
+    assert alive == [False]
 
 
 @pytest.mark.skipif(
