@@ -126,9 +126,8 @@ def align(run: RunContext, others: Sequence[RunContext] = ()) -> tuple[Summary, 
 def _inputs(run: RunContext) -> Summary:
     """Return what decides the pairs of a run and how they are trained on; where other runs are does not."""
     config = run.config.align
-    plain = (
-        {"weights"} if config.weights == "16-bit" else set()
-    )  # which all alignments were before there was the key
+    # Alignments of before the key was there, all of 16 bits, stay.
+    plain = {"weights"} if config.weights == "16-bit" else set()
     return {
         "align": config.model_dump(mode="json", exclude={"also", *plain}),
         "data": run.config.alignment,

@@ -54,9 +54,8 @@ _SHARDED: dict[str, Any] = {
     # Not FSDP's own checkpointing, which renames the layers, in an adapter's file too.
     **_CHECKPOINTING,
 }
-# Parameters of mallopt(3), from malloc.h: what keeps freed memory, and the default.
-# glibc's settings during a training. Any of them ends for good the adaptation of two of them to the sizes of freed
-# blocks, so afterwards these two are what it reaches once a block of 32 MiB was freed, and the others the defaults.
+# Parameters of mallopt(3), from malloc.h. Setting any of them ends for good glibc's adaptation of two thresholds to the
+# sizes of freed blocks: afterwards these two are what it reaches once a block of 32 MiB was freed, the others defaults.
 _MALLOC_TRAINING = {
     -4: 0,  # M_MMAP_MAX: no block gets a mapping of its own
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD
@@ -166,17 +165,20 @@ def freed_memory_kept() -> Iterator[None]:
     own settings of glibc, in the environment, stay.
     """
     own = any(re.fullmatch("GLIBC_TUNABLES|MALLOC_.*_", key) for key in os.environ)
-    mallopt: Callable[..., Any] = dict[int, int]().get  # does nothing
-    if sys.platform == "linux" and pick_device().type == "cpu" and not own:
-        with suppress(OSError, AttributeError):  # musl has no mallopt
-            mallopt = ctypes.CDLL(None).mallopt
+    if sys.platform != "linux" or pick_device().type != "cpu" or own:
+        yield
+        return
+    _set_malloc(_MALLOC_TRAINING)
     try:
-        for parameter, value in _MALLOC_TRAINING.items():
-            mallopt(parameter, value)
         yield
     finally:
-        for parameter, value in _MALLOC_AFTER.items():
-            mallopt(parameter, value)
+        _set_malloc(_MALLOC_AFTER)
+
+
+def _set_malloc(values: Mapping[int, int]) -> None:
+    with suppress(OSError, AttributeError):  # musl has no mallopt
+        for parameter, value in values.items():
+            ctypes.CDLL(None).mallopt(parameter, value)
 
 
 @contextmanager
@@ -217,8 +219,8 @@ def load(checkpoint: Path, *, frozen: bool, four_bits: bool = False) -> tuple[An
 
     The weights are float32, so that small updates are not rounded away; a base that stays `frozen` under LoRA has 16
     bits where the device multiplies them, and on another processor keeps those of its files if memory is short
-    (`frozen_weights`). With
-    `four_bits` its linear layers have four: NF4 in blocks of 64 with quantized scales, as in QLoRA (arXiv 2305.14314).
+    (`frozen_weights`). With `four_bits` its linear layers have four: NF4 in blocks of 64 with quantized scales, as in
+    QLoRA (arXiv 2305.14314).
 
     Raises InputError: no such checkpoint, or transformers cannot read it; ArteError: bitsandbytes is missing.
     """

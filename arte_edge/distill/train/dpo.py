@@ -223,7 +223,9 @@ class _Training:
         n_watched = min(max(settings.batch_size * settings.accumulate, 2), _MOST_WATCHED)
         watched = (self._held_out or encoded)[:n_watched]
         self.sizer = StepSizer(workspace, watched, settings.learning_rate, settings.target_kl)
-        sizer = self.sizer  # not `self`: the monitor outlives the trainer, whose memory has to be free by then
+        sizer = (
+            self.sizer
+        )  # not `self`: the monitor outlives the trainer, whose memory has to be free by then
         self.monitor = CollapseMonitor(workspace, settings, probe, ended=lambda: sizer.reached)
         lengths = [sum(len(ids) for ids in pair.values()) for pair in encoded]
         epochs = least_epochs(settings, len(encoded))
