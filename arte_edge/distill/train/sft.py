@@ -16,6 +16,7 @@ from types import MethodType
 from typing import Any
 
 from arte_edge.cache import sha256_checkpoint
+from arte_edge.distill.train.bf16_backward import gradients_in_bfloat16
 from arte_edge.distill.train.checkpoints import Workspace, finished
 from arte_edge.distill.train.common import (
     Encoder,
@@ -233,6 +234,8 @@ def _trainer(
     main_rank_saves(trainer)
     bare = trainer.model.get_base_model() if settings.lora else trainer.model
     score_completions_only(bare)
+    if settings.lora is None:
+        gradients_in_bfloat16(bare)
     if soft:
         _weigh(trainer, bare)
     return trainer, {"examples": len(encoded), "dropped": len(rows) - len(encoded)}

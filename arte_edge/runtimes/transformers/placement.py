@@ -53,17 +53,21 @@ def fast_floats(device: torch.device, checkpoint: Path | None = None) -> Floats:
 def training_floats(checkpoint: Path, *, frozen: bool = False) -> Floats:
     """Return the floats for the forward pass of a training; the weights that are trained are float32.
 
-    Mixed precision of trained weights needs a CUDA GPU. A base that stays `frozen` under LoRA is bfloat16 on a CPU
-    too, if that multiplies it (twice as fast) and ``ARTE_EDGE_DTYPE`` is not float32.
+    Mixed precision of trained weights needs a CUDA GPU (`distill.train.bf16_backward` says why). A base that stays
+    `frozen` under LoRA is bfloat16 on a CPU too, if that multiplies it: twice as fast.
     """
-    import torch
-
     device = pick_device()
     if device.type == "cuda":
         return fast_floats(device, checkpoint)
-    may = frozen and device.type == "cpu" and os.environ.get("ARTE_EDGE_DTYPE") != "float32"
-    able = torch.cpu.get_capabilities() if may else {}
-    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
+    return "bfloat16" if frozen and device.type == "cpu" and multiplies_bfloat16() else "float32"
+
+
+def multiplies_bfloat16() -> bool:
+    """Return whether this processor multiplies bfloat16, and ``ARTE_EDGE_DTYPE`` is not float32."""
+    import torch
+
+    able = torch.cpu.get_capabilities() if os.environ.get("ARTE_EDGE_DTYPE") != "float32" else {}
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def overflows_float16(checkpoint: Path) -> bool:
