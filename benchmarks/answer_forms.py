@@ -8,8 +8,8 @@ answer is left out); one student a form is trained on them as `arte-edge` does i
 through its own chat template. ``name=folder`` is public data, of which each seed draws its own labelled rows as
 `own_labels.py` does. Tokens are those of whole answers. Times are CPU milliseconds of one answer at a time on one
 thread from the F16 file through llama-cpp-python's `create_chat_completion`, the forms in turns on the same examples,
-answer-first stopped at its closed tag: with an empty cache, as the first question to a program, and with the instruction
-read before, as all others. One row a task, seed and form is appended to the results.
+answer-first stopped at its closed tag: with an empty cache, as the first question to a program, and with the
+instruction read before, as all others. One row a task, seed and form is appended to the results.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def measure(options: argparse.Namespace, ref: str, seed: int) -> list[dict[str, 
                 "answer_tokens": statistics.fmean(engine.count_tokens(text) for text in answers.texts),
                 "right": "".join("01"[int(one)] for one in answers.right),
             }
-        how = {form: run.asking(form) for form in FORMS}
-        times = answer_times(how, {form: model.path for form, model in trained.items()}, test[: TIMED + 1])
+        asking = {form: run.asking(form) for form in FORMS}
+        times = answer_times(asking, {form: model.path for form, model in trained.items()}, test[: TIMED + 1])
         return [row | times[form] for form, row in found.items()]
     finally:
         run.close()

@@ -185,6 +185,12 @@ class Elicit(_Section):
     asked: int = _key(5, "questions requested per prompt (paper: 5)", ge=1)
     temperature: float = _key(1.0, "of questions", ge=0.0, le=2.0)
     top_p: float = _key(1.0, "of questions, also in tailor", gt=0.0, le=1.0)
+    repeat_penalty: float = _key(
+        1.6,
+        "inputs for given answers, also in tailor: nats against going on with a phrase of an example or of an earlier "
+        "input, more the longer it is (DRY sampling; not by a server); 0: none",
+        ge=0.0,
+    )
     question_tokens: int = _key(300, "maximum tokens of a completion with questions", ge=16)
     rationale_tokens: int = _key(120, "maximum tokens of a rationale", ge=8)
     rouge: float = _key(0.7, "ROUGE-L F1 from which a question counts as a duplicate", gt=0.0, le=1.0)

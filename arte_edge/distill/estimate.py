@@ -24,7 +24,7 @@ from arte_edge.distill.cached_calls import GROUP
 from arte_edge.distill.config import TECHNIQUE_ARMS, ModelConfig, RunConfig
 from arte_edge.distill.evaluation import student_prompts
 from arte_edge.distill.generation.inputs import Focus
-from arte_edge.distill.generation.questions import QuestionPlan, count_valid
+from arte_edge.distill.generation.questions import QuestionPlan, draft_sampling, valid_drafts
 from arte_edge.distill.generation.rationales import rationale_prompt, rationale_sampling, votes_directly
 from arte_edge.distill.gpu_estimate import GpuPlan
 from arte_edge.distill.gpu_plan import (
@@ -451,14 +451,10 @@ def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], 
     Raises EngineError: a model answered none of them.
     """
     teacher, student = run.engine(run.config.teacher), run.engine(run.config.student)
-    elicit = run.config.elicit
+    elicit, plan = run.config.elicit, draft_plan(run.config)
+    source = draft_source(run, teacher, plan, Focus())
     sampling: dict[Call, Sampling] = {
-        Call("teacher", "question"): Sampling(
-            temperature=elicit.temperature,
-            top_p=elicit.top_p,
-            max_tokens=elicit.question_tokens,
-            seed=run.config.seed,
-        ),
+        Call("teacher", "question"): draft_sampling(run.task, plan, source, run.config.seed),
         Call("teacher", "rationale"): rationale_sampling(run, teacher, elicit.rationale_tokens),
         Call("student", "asked"): Sampling(max_tokens=run.asking(_form(run.config)).answer_tokens),
         Call("student", "generated"): Sampling(max_tokens=run.config.prefer.answer_tokens),
@@ -483,9 +479,9 @@ def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], 
             step(1)
     if not (drafted := answers.get(Call("teacher", "question"))):
         return lengths, float(elicit.asked)
-    source = draft_source(run, teacher, draft_plan(run.config), Focus())
     source.requests(0, len(drafted), [])  # it remembers which answer each prompt asked for
-    return lengths, max(count_valid(run.task, elicit.rouge, drafted, source) / len(drafted), _FEWEST_DRAFTS)
+    n_valid = sum(map(len, valid_drafts(run.task, elicit.rouge, drafted, source)))
+    return lengths, max(n_valid / len(drafted), _FEWEST_DRAFTS)
 
 
 def _answers(run: RunContext, engine: Engine, call: Call, sampling: Sampling) -> list[Completion]:

@@ -29,9 +29,11 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int = 0
     grammar: str | None = None  # GBNF; only for engines with `supports_grammar`
+    repeat_penalty: float = 0.0  # nats, see `sampling.Repeats`; a server draws without it
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return what a stored call is known by; calls of before there was a penalty are found."""
+        return {key: value for key, value in asdict(self).items() if value or key != "repeat_penalty"}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ draw does not depend on who shares the batch or in which order requests arrive.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,11 @@ from arte_edge.runtimes.completion import Request, Sampling
 
 # Tokens less likely than e^-25 of the best one are never drawn; sorting 150,000 of them costs more than decoding.
 _TAIL_NATS = 25.0
+# Of `Repeats`; the first two are what DRY's author recommends.
+_FREE = 2  # tokens that may be a phrase of before; the next one is penalised
+_BASE = 1.75  # by how much the penalty grows with each token that the phrase is longer
+_LONGEST_PHRASE = 30  # tokens, from which on it does not grow
+_COMMON = 3  # times that a phrase is in a prompt from which it is part of the form
 
 
 def request_rng(request: Request, sampling: Sampling) -> np.random.Generator:
@@ -37,6 +43,61 @@ def draw(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generat
         likely, weight = likely[order], weight[order]
     cumulative = np.cumsum(weight)
     return int(likely[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
+
+
+class Repeats:
+    """Makes a token less likely that would go on with a phrase of the prompt or of the text.
+
+    That is DRY sampling ("don't repeat yourself", github.com/oobabooga/text-generation-webui/pull/5677), within lines,
+    and without a penalty for what a prompt says `_COMMON` times: its examples share that.
+    """
+
+    def __init__(self, prompt: Sequence[int], nats: float, ends_line: Callable[[int], bool]) -> None:
+        """`nats` are the penalty of the first token after `_FREE` repeated ones; `ends_line` of a token."""
+        self._nats, self._ends_line = nats, ends_line
+        self._tokens: list[int] = []
+        self._ends: list[bool] = []
+        self._places: dict[tuple[int, ...], list[int]] = defaultdict(
+            list
+        )  # what followed a phrase, by its end
+        self._n_prompt = len(prompt)
+        for token in prompt:
+            self.push(token)
+
+    def push(self, token: int) -> None:
+        """Note the next token."""
+        at, ends = len(self._tokens), self._ends_line(token)
+        if at >= _FREE and not ends and not any(self._ends[-_FREE:]):
+            self._places[tuple(self._tokens[-_FREE:])].append(at)
+        self._tokens.append(token)
+        self._ends.append(ends)
+
+    def lessened(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the logits ``[v]`` of the next token with the penalties."""
+        places = self._places.get(tuple(self._tokens[-_FREE:]), ())
+        said = Counter(self._tokens[at] for at in places if at < self._n_prompt)
+        penalty: dict[int, float] = {}
+        for at in places:
+            token = self._tokens[at]
+            if said[token] < _COMMON:
+                nats = self._nats * _BASE ** (self._length(at) - _FREE)
+                penalty[token] = max(nats, penalty.get(token, 0.0))
+        if not penalty:
+            return logits
+        logits = logits.copy()
+        logits[list(penalty)] -= np.array(list(penalty.values()), dtype=np.float32)
+        return logits
+
+    def _length(self, at: int) -> int:
+        """Return how many of the last tokens of all are also those before `at`, on one line."""
+        n, end = 0, len(self._tokens)
+        while (
+            n < min(at, _LONGEST_PHRASE)
+            and self._tokens[at - 1 - n] == self._tokens[end - 1 - n]
+            and not self._ends[at - 1 - n]
+        ):
+            n += 1
+        return n
 
 
 class Constraint(Protocol):

@@ -74,6 +74,7 @@ class InputSource:
         self, run: RunContext, engine: Engine, config: ModelConfig, plan: QuestionPlan, focus: Focus
     ):
         self._run, self._engine, self._config, self._plan, self._focus = run, engine, config, plan, focus
+        self.repeat_penalty = plan.elicit.repeat_penalty
         rest = _FLOOR if focus.weight else 1.0
         self._weight = {label: focus.weight.get(label, rest) for label in run.task.answer.options("")}
         total = sum(self._weight.values())

@@ -135,6 +135,10 @@ def parse_questions(text: str) -> list[Parsed]:
 class DraftSource(Protocol):
     """Where drafts come from: prompts, and the reading of what a teacher makes of them."""
 
+    @property
+    def repeat_penalty(self) -> float:
+        """Nats of `Sampling.repeat_penalty`."""
+
     def requests(self, first: int, n: int, valid: Sequence[dict[str, Any]]) -> list[Request]:
         """Return prompts number `first` to ``first + n - 1``; `valid` are the drafts so far."""
 
@@ -153,6 +157,7 @@ class QuestionSource:
     engine: Engine
     config: ModelConfig
     plan: QuestionPlan
+    repeat_penalty: float = 0.0  # tags repeat
 
     def requests(self, first: int, n: int, valid: Sequence[dict[str, Any]] = ()) -> list[Request]:
         """See `DraftSource`; each prompt has its own sample of seeds, or all have one."""
@@ -172,6 +177,20 @@ class QuestionSource:
 
     def full(self, label: str, valid: Sequence[dict[str, Any]]) -> bool:
         return False
+
+
+def draft_sampling(
+    task: Task, plan: QuestionPlan, source: DraftSource, seed: int, temperature: float | None = None
+) -> Sampling:
+    """Return how drafts are sampled; a task whose own seeds repeat each other's phrases has no penalty for them."""
+    alike = _share_alike([example.input for example in task.seed], plan.elicit.rouge) > _ALIKE
+    return Sampling(
+        temperature=plan.temperature if temperature is None else temperature,
+        top_p=plan.elicit.top_p,
+        max_tokens=plan.elicit.question_tokens,
+        seed=seed,
+        repeat_penalty=0.0 if alike else source.repeat_penalty,
+    )
 
 
 def draft_questions(
@@ -196,12 +215,7 @@ def draft_questions(
             f"(ROUGE-L {plan.elicit.rouge:g}), so only exact repeats are rejected"
         )
     empty_rounds = 0
-    sampling = Sampling(
-        temperature=plan.temperature,
-        top_p=plan.elicit.top_p,
-        max_tokens=plan.elicit.question_tokens,
-        seed=plan.seed,
-    )
+    sampling = draft_sampling(run.task, plan, source, plan.seed)
     while len(drafts.valid) < plan.needed:
         n = plan.next_prompts(len(drafts.valid), drafts.prompts, run.calls.group)
         if n <= 0 or empty_rounds >= _EMPTY_ROUNDS:
@@ -285,11 +299,16 @@ class _Filter:
         return "", answer
 
 
-def count_valid(task: Task, rouge: float, answers: Sequence[Completion], source: DraftSource) -> int:
-    """Return how many valid drafts are in a teacher's `answers` to the first prompts of `source`."""
+def valid_drafts(
+    task: Task, rouge: float, answers: Sequence[Completion], source: DraftSource
+) -> list[list[tuple[str, str]]]:
+    """Return the drafts in each of a teacher's `answers` to the first prompts of `source` that a stage would take."""
     drafts = Drafts()
     _collect(drafts, answers, 0, _LONGEST * len(answers), _Filter(task, rouge), source)
-    return len(drafts.valid)
+    found: list[list[tuple[str, str]]] = [[] for _ in answers]
+    for row in drafts.valid:
+        found[row["prompt"]].append((row["input"], row["target"]))
+    return found
 
 
 def _share_alike(texts: Sequence[str], rouge: float) -> float:

@@ -23,7 +23,7 @@ from arte_edge.cache import sha256_file
 from arte_edge.console import doing
 from arte_edge.distill.config import RunConfig
 from arte_edge.distill.generation.inputs import InputSource
-from arte_edge.distill.generation.questions import QuestionPlan
+from arte_edge.distill.generation.questions import QuestionPlan, draft_sampling
 from arte_edge.distill.generation.rationales import rationale_prompt, short_shots
 from arte_edge.distill.gpu_plan import TokenizerOnly
 from arte_edge.distill.preference.dpo_pairs import (
@@ -42,15 +42,15 @@ from arte_edge.distill.stages.fresh_drafts import (
     Fresh,
     draft_afresh,
     held_out_source,
-    valid_drafts,
     versus,
 )
 from arte_edge.distill.train.collapse import ProbeResult
 from arte_edge.distill.train.common import DpoSettings, Lora
 from arte_edge.distill.train.dpo import DpoResult, train_dpo
 from arte_edge.errors import InputError, StoppedEarly
-from arte_edge.runtimes.completion import Engine, Sampling
+from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.loader import open_local
+from arte_edge.tasks.answers import canonical
 
 Adapter = tuple[Path, str]
 _RSLORA_SCALE = 2 * 8**0.5  # times 1/sqrt(rank): at rank 8 as without rsLoRA
@@ -308,22 +308,24 @@ def dpo_settings(run: RunConfig) -> DpoSettings:
 
 
 def _probe(run: RunContext, adapter_dir: Path) -> ProbeResult:
-    """Check for model collapse: the teacher with the adapter so far generates a few held-out drafts."""
-    elicit = run.config.elicit
+    """Check for model collapse: the teacher with the adapter so far generates a few held-out drafts.
+
+    Repeats of seeds are valid here: of so few drafts their share is a matter of chance.
+    """
     engine = _open_with(run, adapter_dir, adapter_dir.parent / f"{adapter_dir.name}.gguf")
     source = held_out_source(run, engine)
     try:
         requests = source.requests(0, run.config.align.probe_prompts, [])
-        sampling = Sampling(
-            temperature=elicit.temperature, top_p=elicit.top_p, max_tokens=elicit.question_tokens, seed=-1
-        )
         with doing("check for collapse"):
-            answers = engine.complete(requests, sampling)
+            answers = engine.complete(
+                requests, draft_sampling(run.task, draft_plan(run.config), source, seed=-1)
+            )
     finally:
         engine.close()
-    valid, n_draft = valid_drafts(run, source, answers)
+    drafts = [d for i, one in enumerate(answers) for d in source.parse(i, one.text, one.finish)]
+    valid = [d for d in drafts if not isinstance(d, str) and canonical(d[1], run.task.answer) is not None]
     tokens = [answer.completion_tokens for answer in answers]
-    return ProbeResult(sum(map(len, valid)) / max(n_draft, 1), sum(tokens) / len(tokens))
+    return ProbeResult(len(valid) / max(len(drafts), 1), sum(tokens) / len(tokens))
 
 
 def _open_with(run: RunContext, adapter_dir: Path, gguf: Path) -> Engine:

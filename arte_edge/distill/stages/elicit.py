@@ -43,7 +43,7 @@ def elicit(run: RunContext) -> Summary:
     """Write questions.jsonl, rejected.jsonl and rationales.jsonl. Raises StoppedEarly: no rationale is usable."""
     config, teacher = run.config.elicit, run.config.teacher
     inputs = {
-        "elicit": config.model_dump(mode="json"),
+        "elicit": run.elicit_inputs(),
         "teacher": run.identity(teacher),
         "task": run.task.sha256,
         **run.data_inputs(),

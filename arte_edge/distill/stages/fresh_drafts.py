@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from arte_edge.asking.form import tagged
-from arte_edge.distill.generation.questions import DraftSource
+from arte_edge.distill.generation.questions import DraftSource, draft_sampling, valid_drafts
 from arte_edge.distill.generation.rationales import rationale_prompt, rationale_sampling, short_shots
 from arte_edge.distill.prompts import Shot
 from arte_edge.distill.run_context import RunContext, Summary
 from arte_edge.distill.stages.elicit import draft_plan, draft_source, first_focus
 from arte_edge.distill.stages.prefer import scored_rows
-from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
+from arte_edge.runtimes.completion import Completion, Engine, Request
 from arte_edge.stats import t_quantile
-from arte_edge.tasks.answers import canonical, extract
+from arte_edge.tasks.answers import extract
 from arte_edge.tasks.task import Example, content_key
 
 SCORED = 2  # drafts of a prompt that are scored, at most
@@ -48,22 +47,6 @@ def held_out_source(run: RunContext, engine: Engine) -> DraftSource:
     return draft_source(run, engine, plan, first_focus(run))
 
 
-def valid_drafts(
-    run: RunContext, source: DraftSource, answers: Sequence[Completion]
-) -> tuple[list[list[tuple[str, str]]], int]:
-    """Return the valid drafts in each answer to the prompts 0, 1, … of `source`, and how many there are in all."""
-    found = [source.parse(i, answer.text, answer.finish) for i, answer in enumerate(answers)]
-    valid = [
-        [
-            draft
-            for draft in drafts
-            if not isinstance(draft, str) and canonical(draft[1], run.task.answer) is not None
-        ]
-        for drafts in found
-    ]
-    return valid, sum(map(len, found))
-
-
 def draft_afresh(run: RunContext, engine: Engine) -> Fresh:
     """Let a teacher answer ``align.fresh_drafts`` new prompts of each kind that it is aligned on."""
     n, elicit = run.config.align.fresh_drafts, run.config.elicit
@@ -72,12 +55,13 @@ def draft_afresh(run: RunContext, engine: Engine) -> Fresh:
     n_draft = n_valid = 0
     if run.config.n_question_pairs or not run.reasons:
         source = held_out_source(run, engine)
-        greedy = Sampling(max_tokens=elicit.question_tokens)
+        greedy = draft_sampling(run.task, draft_plan(run.config), source, seed=0, temperature=0.0)
         answers = run.calls.complete(
             engine, source.requests(0, n, []), greedy, "fresh questions", budget="elicit.question_tokens"
         )
-        valid, n_draft = valid_drafts(run, source, answers)
+        valid = valid_drafts(run.task, elicit.rouge, answers, source)
         n_valid = sum(map(len, valid))
+        n_draft = sum(len(source.parse(i, answer.text, answer.finish)) for i, answer in enumerate(answers))
         if not run.reasons:
             shots = [[Shot(text, tagged(label)) for text, label in drafts] for drafts in valid]
     if run.config.n_rationale_pairs and run.reasons:

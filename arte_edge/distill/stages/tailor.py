@@ -96,7 +96,7 @@ def _inputs(run: RunContext, adapter_sha256: str, focus: Focus, number: int) -> 
     unused |= set() if run.config.best_of > 1 else {"best_of"}
     return {
         "tailor": run.config.tailor.model_dump(mode="json", exclude=unused),
-        "elicit": run.config.elicit.model_dump(mode="json"),
+        "elicit": run.elicit_inputs(),
         "teacher": run.identity(run.config.teacher),
         "adapter": adapter_sha256,
         "task": run.task.sha256,

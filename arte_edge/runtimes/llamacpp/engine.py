@@ -35,7 +35,7 @@ from arte_edge.runtimes.prefix_tree import (
     n_cached,
     plan_groups,
 )
-from arte_edge.runtimes.sampling import draw, draw_allowed, in_loop, request_rng
+from arte_edge.runtimes.sampling import Repeats, draw, draw_allowed, in_loop, request_rng
 from arte_edge.threads import thread_count
 
 TREE_LAYOUT = Layout(unified=True, flash=True, ubatch=512)
@@ -177,6 +177,8 @@ class _Writer:
         self._greedy = sampling.temperature <= 0.0 and not sampling.grammar
         self._rng = None if self._greedy else request_rng(request, sampling)
         self._grammar = Grammar(model, sampling.grammar) if sampling.grammar else None
+        nats = sampling.repeat_penalty
+        self._repeats = Repeats(tokens, nats, lambda token: b"\n" in model.piece(token)) if nats else None
         self._stops = [stop.encode() for stop in sampling.stop]
         self._text = bytearray()
         self._written: list[int] = []
@@ -198,6 +200,8 @@ class _Writer:
         if self._model.is_end(token):
             return "eos"
         self._written.append(token)
+        if self._repeats is not None:
+            self._repeats.push(token)
         piece = self._model.piece(token)
         start = len(self._text)
         self._text += piece
@@ -213,6 +217,8 @@ class _Writer:
         return ""
 
     def _draw(self, logits: NDArray[np.float32]) -> int:
+        if self._repeats is not None:
+            logits = self._repeats.lessened(logits)
         if self._rng is None:
             return int(logits.argmax())
         if self._grammar is None:

@@ -452,13 +452,14 @@ def _draws(logits: torch.Tensor, writers: Sequence[Writer], sampling: Sampling) 
 
 def _drawing(logits: torch.Tensor, sampling: Sampling) -> Callable[[int, Writer], int]:
     """Return a function that draws a token from a row of logits ``[b, v]`` with its writer's generator."""
-    if sampling.temperature > 0.0 or sampling.grammar:
+    if sampling.temperature > 0.0 or sampling.grammar or sampling.repeat_penalty:
         rows = logits.cpu().numpy()
 
         def drawn(row: int, writer: Writer) -> int:
+            values = rows[row] if writer.repeats is None else writer.repeats.lessened(rows[row])
             if writer.grammar is not None:
-                return draw_allowed(rows[row], sampling, writer.rng, writer.grammar)
-            return draw(rows[row], sampling, writer.rng)
+                return draw_allowed(values, sampling, writer.rng, writer.grammar)
+            return draw(values, sampling, writer.rng)
 
         return drawn
     # On a CPU numpy's argmax of a row is ten times faster than torch's.

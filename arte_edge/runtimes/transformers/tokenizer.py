@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from arte_edge.runtimes.completion import Completion, Request, Sampling
 from arte_edge.runtimes.prompt_render import Conversation
-from arte_edge.runtimes.sampling import in_loop, request_rng
+from arte_edge.runtimes.sampling import Repeats, in_loop, request_rng
 
 if TYPE_CHECKING:
     from arte_edge.runtimes.llamacpp.bindings import Grammar
@@ -50,6 +50,7 @@ class Text:
         added = tokenizer.get_added_vocab()
         ends += [added[token] for token in (*_END_TOKENS, self.eos) if token in added]
         self.ends = self.declared_ends | frozenset(ends)
+        self._line_ends: dict[int, bool] = {}
 
     @property
     def added_tokens(self) -> tuple[str, ...]:
@@ -70,6 +71,12 @@ class Text:
             clean_up_tokenization_spaces=False,
         )
         return texts
+
+    def ends_line(self, token: int) -> bool:
+        """Return whether there is a line break in a token."""
+        if token not in self._line_ends:
+            self._line_ends[token] = "\n" in self._plain([token])
+        return self._line_ends[token]
 
     def tokens(self, text: str) -> list[int]:
         """Return the ids of `text`."""
@@ -115,6 +122,8 @@ class Writer:
     ) -> None:
         self.rng = request_rng(request, sampling)
         self.grammar = grammar
+        nats = sampling.repeat_penalty
+        self.repeats = Repeats(prompt, nats, text.ends_line) if nats else None
         self._text, self._sampling = text, sampling
         self._prompt = list(prompt)
         self._written: list[int] = []
@@ -144,6 +153,8 @@ class Writer:
         if token in self._text.ends:
             return self._end("eos")
         self._written.append(token)
+        if self.repeats is not None:
+            self.repeats.push(token)
         if self._sampling.stop and self._stopped():
             return False
         if len(self._written) >= self._sampling.max_tokens:
