@@ -10,7 +10,10 @@ the two are separated before merging and tied again if they are still equal afte
 
 from __future__ import annotations
 
+import importlib
+import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -80,11 +83,31 @@ def load_model(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
     return model
 
 
+def import_peft() -> None:
+    """Import PEFT; what is in `sys.modules` afterwards needs no network.
+
+    It imports bitsandbytes where that is installed, which on a processor that multiplies bfloat16 fetches compiled code
+    from the Hub if the package ``kernels`` is installed, and otherwise prints that it cannot.
+    """
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level, absent = log.level, "kernels" not in sys.modules
+    log.setLevel(logging.ERROR)
+    if absent:
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # an import of it then fails
+    try:
+        importlib.import_module("peft")
+    finally:
+        log.setLevel(level)
+        if absent:
+            del sys.modules["kernels"]
+
+
 def attach_adapter(model: Any, folder: Path) -> Any:
     """Return `model` with the LoRA adapter in `folder` beside its weights and a vocabulary of the size in training.
 
     Raises InputError: no LoRA adapter, or one that does not fit the model in every tensor.
     """
+    import_peft()
     from peft import PeftConfig, PeftModel
 
     read_adapter_config(folder)

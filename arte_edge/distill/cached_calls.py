@@ -63,11 +63,12 @@ class Calls:
         sampling: Sampling,
         what: str,
         *,
+        so_far: str = "",
         budget: str = "",
         spare: bool = False,
         together: bool = False,
     ) -> list[Completion]:
-        """Complete every request, in order; `what` labels the progress bar.
+        """Complete every request, in order; `what` labels the progress bar, and `so_far` what came before it.
 
         With `budget`, the key of the token limit, a teacher writes: its reasoning is left out. With `together` a
         local model gets them in groups of `Calls.together` instead of `Calls.group`; a server, whose calls may
@@ -123,7 +124,7 @@ class Calls:
         self._share_out(groups, keys, known, make, what)
         lost.clear()
         n_done = 0  # all are counted below, those of other shards too
-        with self._reporter.bar(what, len(requests)) as step:
+        with self._reporter.bar(f"{what}{so_far}", len(requests)) as step:
             for group, todo, fresh in self._sent(
                 engine, "complete", self._planned(keys, groups, known), call
             ):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from arte_edge.runtimes import sampling
 from arte_edge.runtimes.choice_scoring import log_softmax_at
 from arte_edge.runtimes.completion import Request, Sampling
-from arte_edge.runtimes.sampling import draw, in_loop, request_rng
+from arte_edge.runtimes.sampling import Repeats, draw, in_loop, request_rng
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], dtype=np.float32))
 
@@ -74,3 +74,38 @@ def test_what_only_looks_like_a_loop_is_none() -> None:
     assert not in_loop([*list(range(10)) * 10, 99])  # the loop was left
     assert not in_loop(list(range(40)) * 4)  # longer than any phrase looked for
     assert not in_loop(list(range(10)) * 3)  # three times is emphasis
+
+
+LINE = 9  # the token that ends a line
+ZEROS = np.zeros(10, dtype=np.float32)
+
+
+def penalties(prompt: list[int], written: list[int]) -> dict[int, float]:
+    repeats = Repeats(prompt, 0.8, lambda token: token == LINE)
+    for token in written:
+        repeats.push(token)
+    lessened = repeats.lessened(ZEROS)
+    assert not ZEROS.any()
+    return {int(token): float(-lessened[token]) for token in np.flatnonzero(lessened)}
+
+
+def test_the_longer_a_phrase_repeats_the_less_likely_its_next_token() -> None:
+    prompt = [1, 2, 3, 4, 5, LINE]
+    assert penalties(prompt, [1]) == {}
+    assert penalties(prompt, [1, 2]) == pytest.approx({3: 0.8})
+    assert penalties(prompt, [1, 2, 3]) == pytest.approx({4: 0.8 * 1.75})
+    assert penalties(prompt, [1, 2, 3, 4]) == pytest.approx({5: 0.8 * 1.75**2})
+    assert penalties(prompt, [1, 2, 3, 6]) == {}
+    assert penalties(prompt, [7, 2, 3]) == pytest.approx({4: 0.8})
+    # A text's own phrases count as well, and of several places the longest match does.
+    assert penalties([LINE], [1, 2, 3, LINE, 1, 2]) == pytest.approx({3: 0.8})
+    assert penalties(prompt, [7, 2, 3, 4, LINE, 1, 2, 3]) == pytest.approx({4: 0.8 * 1.75})
+
+
+def test_what_spans_lines_and_what_the_prompt_says_often_is_free() -> None:
+    assert penalties([1, LINE, 2, 3, 4], [LINE, 2]) == {}
+    assert penalties([1, 2, LINE], [1, 2]) == {}  # a line may end where another did
+    often = [1, 2, 3, 4, LINE, 1, 2, 3, 5, LINE, 1, 2, 3, 6, LINE]
+    assert penalties(often, [1, 2]) == {}
+    assert penalties(often, [1, 2, 3]) == pytest.approx(dict.fromkeys((4, 5, 6), 0.8 * 1.75))
+    assert penalties(often[5:], [1, 2]) == pytest.approx({3: 0.8})

@@ -226,7 +226,10 @@ def draft_questions(
                 "re-run the same command to resume.",
             )
         requests = source.requests(drafts.prompts, n, drafts.valid)
-        answers = run.calls.complete(engine, requests, sampling, what, budget=_BUDGET, spare=True)
+        found = f" ({len(drafts.valid)} of {plan.needed} valid so far)"
+        answers = run.calls.complete(
+            engine, requests, sampling, what, so_far=found, budget=_BUDGET, spare=True
+        )
         before = len(drafts.valid)
         _collect(drafts, answers, drafts.prompts, plan.needed, filters, source)
         if all(answer.error for answer in answers):

@@ -55,6 +55,7 @@ from arte_edge.tasks.answers import canonical
 Adapter = tuple[Path, str]
 _RSLORA_SCALE = 2 * 8**0.5  # times 1/sqrt(rank): at rank 8 as without rsLoRA
 _MOVED = 1e-3  # nats a token, below which an alignment changed nothing
+_FEWER_VALID = 0.05  # by which the share of usable drafts may fall
 
 
 def align(run: RunContext, others: Sequence[RunContext] = ()) -> tuple[Summary, Adapter]:
@@ -198,6 +199,11 @@ def caveats(summary: Summary) -> list[str]:
     elif kl is not None and kl < summary["target_kl"] / 2:
         found.append(
             f"the alignment ended at {kl:.3f} nats a token, short of align.target_kl = {summary['target_kl']:g}"
+        )
+    if fresh.get("valid_after", 1) < fresh.get("valid_before", 0) - _FEWER_VALID:
+        found.append(
+            f"of the aligned teacher's new drafts {fresh['valid_after']:.0%} are usable, of the original's "
+            f"{fresh['valid_before']:.0%}: the others repeat the examples or each other, or are malformed"
         )
     if fresh.get("gain", 1) <= 0 and not same:
         found.append(
@@ -396,7 +402,7 @@ def _describe(summary: Summary) -> str:
         longer = fresh["tokens_after"] / max(fresh["tokens_before"], 1) - 1
         parts.append(
             f"{fresh['changed']} of {fresh['prompts']} greedy drafts changed, {longer:+.0%} tokens, "
-            f"{fresh['valid_after']:.0%} valid ({fresh['valid_before']:.0%} before)"
+            f"{fresh['valid_after']:.0%} usable ({fresh['valid_before']:.0%} before)"
         )
         if "gain" in fresh:
             parts.append(

@@ -38,7 +38,7 @@ from arte_edge.extras import need
 from arte_edge.frozen_weights import load_frozen
 from arte_edge.runtimes.transformers.placement import empty_cache, pick_device, training_floats
 from arte_edge.runtimes.transformers.tokenizer import Text
-from arte_edge.transformers_load import load_model, load_tokenizer
+from arte_edge.transformers_load import import_peft, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -188,6 +188,7 @@ def quiet_training() -> Iterator[None]:
     Raises ArteError: the training libraries are not installed.
     """
     need("train", "Training")
+    import_peft()
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
     from huggingface_hub import constants
     from transformers.utils import logging

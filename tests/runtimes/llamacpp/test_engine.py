@@ -76,6 +76,16 @@ class TestComplete:
         (only,) = engine.complete([Request(long)], sampling)
         assert only.finish == "error"
 
+    def test_a_penalty_diverts_from_the_examples(self, engine: LlamaCppEngine) -> None:
+        line = "we dance in the kitchen until the neighbours knock"
+        prompt = f"1. {line}\n2. play the drums\n3. we dance in the"
+        copied, diverted = (
+            texts(engine, [prompt], Sampling(max_tokens=12, stop=("\n",), repeat_penalty=nats))[0]
+            for nats in (0.0, 1.6)
+        )
+        assert copied.strip() in line
+        assert "until the neighbours knock" not in diverted and diverted.strip()
+
     def test_a_text_that_goes_round_in_circles_is_ended(self, engine: LlamaCppEngine) -> None:
         prompt = "ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha ha"
         (looped,) = engine.complete([Request(prompt)], Sampling(max_tokens=400))

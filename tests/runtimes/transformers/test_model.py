@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tiny import Patch, choose
 
 from arte_edge.errors import InputError
+from arte_edge.runtimes import sampling as drawing
 from arte_edge.runtimes.completion import Request, Sampling
 
 torch = pytest.importorskip("torch")
@@ -30,6 +31,10 @@ def complete_after(engine, prefix, suffixes, sampling):
 def alone(engine, prompts, sampling):
     """Each prompt in a call of its own: nothing shared, nothing padded."""
     return [engine.complete([Request(prompt)], sampling)[0] for prompt in prompts]
+
+
+def llama_ids(engine, text):
+    return engine.text.tokens(text)
 
 
 def plain(folder):
@@ -173,6 +178,21 @@ def test_sampled_draws_repeat_and_differ_between_samples(llama):
     assert [row.text for row in backwards] == [row.text for row in once]
     other_seed = llama.complete(asked, Sampling(temperature=1.0, top_p=0.95, max_tokens=12, seed=8))
     assert [row.text for row in other_seed] != [row.text for row in once]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_penalty_knows_prompt_and_text_and_decides_with_them(llama, monkeypatch, temperature):
+    ids, known = llama_ids(llama, " cat"), []
+
+    def only_cats(self, logits):
+        known.append(list(self._tokens))
+        return np.where(np.arange(len(logits)) == ids[0], logits, -np.inf)
+
+    monkeypatch.setattr(drawing.Repeats, "lessened", only_cats)
+    sampling = Sampling(temperature=temperature, max_tokens=5, repeat_penalty=1.0)
+    (row,) = llama.complete([Request(PREFIX)], sampling)
+    assert row.text == " cat" * 5
+    assert known == [llama_ids(llama, PREFIX) + ids * n for n in range(5)]
 
 
 def test_a_prompt_too_long_is_an_error_row_between_whole_ones(llama):
