@@ -26,8 +26,8 @@ from arte_edge.distill.evaluation import student_prompts
 from arte_edge.distill.generation.inputs import Focus
 from arte_edge.distill.generation.questions import QuestionPlan, draft_sampling, valid_drafts
 from arte_edge.distill.generation.rationales import rationale_prompt, rationale_sampling, votes_directly
-from arte_edge.distill.gpu_estimate import GpuPlan
 from arte_edge.distill.gpu_plan import (
+    GpuPlan,
     Gpus,
     Placement,
     Shape,
