@@ -44,7 +44,7 @@ from arte_edge.distill.stages.fresh_drafts import (
     held_out_source,
     versus,
 )
-from arte_edge.distill.train.collapse import ProbeResult
+from arte_edge.distill.train.collapse import ProbeResult, is_untrained
 from arte_edge.distill.train.common import DpoSettings, Lora
 from arte_edge.distill.train.dpo import DpoResult, train_dpo
 from arte_edge.errors import InputError, StoppedEarly
@@ -81,7 +81,12 @@ def align(run: RunContext, others: Sequence[RunContext] = ()) -> tuple[Summary, 
                     f"{config.min_gap_errors:g}: the scores do not distinguish drafts",
                     "Elicit more questions, lower align.min_gap, or compare with data = 'original-teacher'.",
                 )
-            original = _original_drafts(run)  # now, while the teacher is open: it takes seconds to open again
+            # Now, while the teacher is open: it takes seconds to open again.
+            original, start = _original_drafts(run), _probe(run, run.engine(run.config.teacher))
+
+            def probe(adapter_dir: Path) -> ProbeResult:
+                return start if is_untrained(adapter_dir) else _probe_with(run, adapter_dir)
+
             stage.write("pairs.jsonl", drawn.pairs)
             stage.write("held_out.jsonl", drawn.held_out)
             with run.training("DPO, with checks") as progress:
@@ -91,7 +96,7 @@ def align(run: RunContext, others: Sequence[RunContext] = ()) -> tuple[Summary, 
                     stage.folder / "adapter",
                     dpo_settings(run.config),
                     held_out=_texts(drawn.held_out),
-                    probe=lambda adapter_dir: _probe(run, adapter_dir),
+                    probe=probe,
                     progress=progress,
                     processes=run.config.train.processes,
                     sharded=run.config.train.shard_teacher,
@@ -313,25 +318,28 @@ def dpo_settings(run: RunConfig) -> DpoSettings:
     )
 
 
-def _probe(run: RunContext, adapter_dir: Path) -> ProbeResult:
-    """Check for model collapse: the teacher with the adapter so far generates a few held-out drafts.
+def _probe(run: RunContext, engine: Engine) -> ProbeResult:
+    """Check for model collapse: a teacher generates a few held-out drafts.
 
     Repeats of seeds are valid here: of so few drafts their share is a matter of chance.
     """
-    engine = _open_with(run, adapter_dir, adapter_dir.parent / f"{adapter_dir.name}.gguf")
     source = held_out_source(run, engine)
-    try:
-        requests = source.requests(0, run.config.align.probe_prompts, [])
-        with doing("check for collapse"):
-            answers = engine.complete(
-                requests, draft_sampling(run.task, draft_plan(run.config), source, seed=-1)
-            )
-    finally:
-        engine.close()
+    requests = source.requests(0, run.config.align.probe_prompts, [])
+    with doing("check for collapse"):
+        answers = engine.complete(requests, draft_sampling(run.task, draft_plan(run.config), source, seed=-1))
     drafts = [d for i, one in enumerate(answers) for d in source.parse(i, one.text, one.finish)]
     valid = [d for d in drafts if not isinstance(d, str) and canonical(d[1], run.task.answer) is not None]
     tokens = [answer.completion_tokens for answer in answers]
     return ProbeResult(len(valid) / max(len(drafts), 1), sum(tokens) / len(tokens))
+
+
+def _probe_with(run: RunContext, adapter_dir: Path) -> ProbeResult:
+    """Check the teacher with the adapter so far."""
+    engine = _open_with(run, adapter_dir, adapter_dir.parent / f"{adapter_dir.name}.gguf")
+    try:
+        return _probe(run, engine)
+    finally:
+        engine.close()
 
 
 def _open_with(run: RunContext, adapter_dir: Path, gguf: Path) -> Engine:

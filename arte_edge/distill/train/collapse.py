@@ -84,6 +84,15 @@ def copy_adapter(source: Path, target: Path) -> Path:
     return rename_into_place(staged, target)
 
 
+def _folder_name(step: int) -> str:
+    return f"step-{step}"
+
+
+def is_untrained(adapter: Path) -> bool:
+    """Return whether the adapter that a probe gets is the one before the first step, which changes nothing."""
+    return adapter.name == _folder_name(0)
+
+
 class CollapseMonitor:
     """The checks of one training, stored in its work folder."""
 
@@ -112,7 +121,7 @@ class CollapseMonitor:
 
     def adapter(self, step: int) -> Path:
         """Return the folder of the adapter that was checked after `step`."""
-        return self._folder / "adapters" / f"step-{step}"
+        return self._folder / "adapters" / _folder_name(step)
 
     def forget_after(self, step: int) -> None:
         """Drop the checks of steps that a resumed training repeats."""

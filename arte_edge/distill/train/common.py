@@ -240,6 +240,11 @@ def load(checkpoint: Path, *, frozen: bool, four_bits: bool = False) -> tuple[An
             bnb_4bit_compute_dtype=dtype,
         )
         model = load_model(checkpoint, dtype, attn_implementation="sdpa", quantization_config=nf4)
+        for layer in model.modules():
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                # Else the first evaluation repacks it for good, and no gradient passes it any more
+                # (findings/bitsandbytes_evaluation_ends_the_gradient.sh).
+                layer.support_avx512bf16_for_cpu = False
     elif (
         frozen
         and floats == "float32"

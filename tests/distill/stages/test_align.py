@@ -56,7 +56,10 @@ def aligned(house: Any, monkeypatch: Patch) -> Any:
         progress: Any,
         **_: Any,
     ) -> DpoResult:
-        found.append(probe(out))
+        found.append(probe(out / "step-1"))
+        with Patch.context() as patch:  # the adapter of before needs no engine of its own
+            patch.delattr(module, "open_local")
+            assert probe(out / "step-0") == found[-1]
         progress(1, 1)
         held = HeldOut(house.kl, len(held_out), len(held_out), 0.5)
         return DpoResult(out, 1, 1, "", len(pairs), 0, 0.0, held, ({"rewards/margins": 0.007},), ())

@@ -6,7 +6,7 @@ import pytest
 from tiny import Folders, Patch
 
 from arte_edge.distill.train import dpo
-from arte_edge.distill.train.collapse import ProbeResult
+from arte_edge.distill.train.collapse import ProbeResult, is_untrained
 from arte_edge.distill.train.common import CollapseLimits, DpoSettings, Encoder, Lora, SftSettings, load
 from arte_edge.distill.train.dpo import _set_shards, encode_pairs, train_dpo
 from arte_edge.distill.train.sft import train_sft
@@ -122,6 +122,8 @@ def test_a_broken_teacher_stops_the_training_and_the_last_good_adapter_is_kept(
 
     def probe(folder: Path) -> ProbeResult:
         seen.append(adapter(folder))
+        changes = any(weight.any() for name, weight in seen[-1].items() if "lora_B" in name)
+        assert is_untrained(folder) == (not changes) == (len(seen) == 1)
         return broken if len(seen) == 3 else healthy(folder)  # looks after 0, 2 and 4 steps
 
     result = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "out", FAST, probe=probe)
@@ -352,6 +354,12 @@ def test_a_teacher_of_four_bits_is_aligned_by_an_adapter_as_any_other(
     model, _ = load(tiny_checkpoint(), frozen=True, four_bits=True)
     linear = [module for name, module in model.named_modules() if name.endswith("_proj")]
     assert linear and all(isinstance(module, bits.nn.Linear4bit) for module in linear)
+    for layer in linear[:2]:  # an evaluation does not end the gradient, on no processor
+        layer.eval()
+        inputs = layer.weight.new_ones(2, layer.in_features, dtype=layer.compute_dtype)
+        layer(inputs)
+        layer.train()(inputs.requires_grad_()).sum().backward()
+        assert inputs.grad is not None and inputs.grad.any()
     settings = FAST.model_copy(update={"weights": "nf4", "epochs": 2.0})
     result = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "out", settings, probe=healthy)
     assert result.history[-1]["loss"] < result.history[0]["loss"] - 0.1
