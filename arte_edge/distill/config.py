@@ -186,7 +186,7 @@ class Elicit(_Section):
     temperature: float = _key(1.0, "of questions", ge=0.0, le=2.0)
     top_p: float = _key(1.0, "of questions, also in tailor", gt=0.0, le=1.0)
     repeat_penalty: float = _key(
-        1.6,
+        0.8,
         "inputs for given answers, also in tailor: nats against going on with a phrase of an example or of an earlier "
         "input, more the longer it is (DRY sampling; not by a server); 0: none",
         ge=0.0,
