@@ -48,9 +48,12 @@ _LOGITS = 4
 _SPARE = 1.3  # of the activations: fitted to the one alignment that was measured
 # Parts that may turn out smaller: they grow with texts and sequences, or are files' pages, which Linux can take back.
 _AT_MOST = ("cache", "logits", "activations", "engine", "file", "checkpoint")
-_INT8_READ = 6  # bytes a parameter while 16-bit weights become 8-bit ones: `loader.teacher_kind`
+_INT8_READ = (
+    3.5  # bytes a parameter while 16-bit weights become 8-bit ones: measured 2.8 (1.5B) and 3.5 (0.5B)
+)
 _WIDENED = 1 << 26  # values: see `frozen_weights`
 _UBATCH, _CTX_STEP, _WATCHED, _WATCHED_PAIRS = 512, 256, 128, 4
+_CACHE_ROWS = 5  # of `packed_generate`: four in which sequences are written, and the prefixes
 _ROOM = 0.6  # of the memory: a training that needs more computes layers twice
 _LONGEST_ROW, _FAR = 1024, 1 << 20  # tokens; a longer row is not trained on: `SftSettings`
 _CHARACTERS = 3.5  # a token, of English
@@ -60,10 +63,12 @@ _CHARACTERS = 3.5  # a token, of English
 class Tokens:
     """The longest prompt with its answer, of the teacher and of the student; and a pair, which has two answers.
 
-    Of the rows that a student is tuned on `instruction` is what they share, computed once a step, and `row` the rest.
+    Of the teacher's prompts `draft` is the longest that others need not begin with. Of the rows that a student is tuned
+    on `instruction` is what they share, computed once a step, and `row` the rest.
     """
 
     teacher: int
+    draft: int
     student: int
     pair: int
     instruction: int
@@ -73,12 +78,12 @@ class Tokens:
     def most(cls, config: RunConfig, task: Task) -> Tokens:
         """Return what the task's examples and the settings allow, counted in characters of English."""
         examples = [*task.seed, *task.validation]
-        longest = max((len(each.input) + len(each.target) for each in examples), default=0)
+        lengths = sorted((len(each.input) + len(each.target) for each in examples), reverse=True)
         about = len(task.description)
         elicit, written = config.elicit, longest_answer(config)
 
         def prompt(shown: int) -> int:
-            return int((about + (shown + 1) * longest) / _CHARACTERS)
+            return int((about + sum(lengths[: shown + 1])) / _CHARACTERS)
 
         drafts = prompt(max(config.teacher.shots, elicit.shown))
         votes = prompt(elicit.opinion_shots if task.answer.closed else 0)
@@ -87,6 +92,7 @@ class Tokens:
         shared = int(about / _CHARACTERS)
         return cls(
             max(drafts + written, votes),
+            drafts + written,
             asked + answer,
             min(drafts + written, config.align.max_length or _FAR) + written,
             shared,
@@ -160,11 +166,12 @@ class Models:
     student: ModelSize
     kind: Kind = "auto"
     converted: frozenset[str] = frozenset()  # names of those whose checkpoint is made already
+    bfloat16: bool = False  # whether the processor multiplies it: a frozen teacher then stays in 16 bits
 
 
 def models_of(run: RunContext) -> Models | None:
     """Return the models of a run whose memory is this machine's; None: a cluster or a GPU holds them."""
-    from arte_edge.runtimes.transformers.placement import pick_device
+    from arte_edge.runtimes.transformers.placement import multiplies_bfloat16, pick_device
 
     if run.cluster is not None or pick_device().type != "cpu":
         return None
@@ -178,7 +185,7 @@ def models_of(run: RunContext) -> Models | None:
         if checkpoint_folder(model.name, model.sha256).is_dir()
     }
     kind = teacher_kind(local["teacher"], run.config.teacher.engine) if "teacher" in local else "auto"
-    return Models(sizes.get("teacher"), sizes["student"], kind, frozenset(made))
+    return Models(sizes.get("teacher"), sizes["student"], kind, frozenset(made), multiplies_bfloat16())
 
 
 def memory_plan(config: RunConfig, tokens: Tokens, models: Models, room: int | None = None) -> MemoryPlan:
@@ -261,7 +268,9 @@ def _needs(config: RunConfig, tokens: Tokens, models: Models, room: int) -> Iter
             yield Need(f"the conversion of {size.name}", conversion_bytes(size))
     open_student = engine_bytes(student, config.student.parallel, tokens.student, held=True)
     open_teacher = (
-        engine_bytes(writer, config.teacher.parallel, tokens.teacher, kind=models.kind) if writer else {}
+        engine_bytes(writer, config.teacher.parallel, tokens.teacher, own=tokens.draft, kind=models.kind)
+        if writer
+        else {}
     )
     parts = {f"teacher's {key}": n for key, n in open_teacher.items()}
     yield Need(
@@ -276,11 +285,12 @@ def _needs(config: RunConfig, tokens: Tokens, models: Models, room: int) -> Iter
             lora=(config.align.lora_rank, config.align.lora_targets),
             pairs=True,
             four_bits=config.align.weights == "nf4",
+            bfloat16=models.bfloat16,
             room=room,
         )
         yield _trained("align", need, config)
         if writer:  # between two steps
-            probe = engine_bytes(writer, config.align.probe_prompts, tokens.teacher, kind=models.kind)
+            probe = engine_bytes(writer, config.align.probe_prompts, tokens.draft, kind=models.kind)
             base = {key: need[key] for key in ("weights", "adapter", "program")}
             watched = _F32 * _WATCHED * _WATCHED_PAIRS * teacher.n_vocab
             yield Need("the checks of align", base | {"logits": watched, "engine": sum(probe.values())})
@@ -306,13 +316,17 @@ def conversion_bytes(size: ModelSize) -> dict[str, int]:
 
 
 def engine_bytes(
-    size: ModelSize, parallel: int, tokens: int, *, kind: Kind = "auto", held: bool = False
+    size: ModelSize, parallel: int, tokens: int, *, own: int = 0, kind: Kind = "auto", held: bool = False
 ) -> dict[str, int]:
-    """Return what an open model takes that decodes `parallel` sequences of `tokens` tokens; `held`: from 16 bits."""
+    """Return what an open model takes that decodes `parallel` sequences of `tokens` tokens; `held`: from 16 bits.
+
+    The longest sequences may share all but `own` tokens, which transformers then keeps once a row of its cache.
+    """
     if size.format != "gguf" or kind in ("transformers", "int8"):
-        weights, cache = _F32 * size.n_params, 2 * size.kv_bytes(parallel * tokens)  # in float32
+        cells = parallel * (own or tokens) + _CACHE_ROWS * tokens
+        weights, cache = _F32 * size.n_params, 2 * size.kv_bytes(cells)  # in float32
         if kind == "int8":  # while it is read there is no cache yet
-            weights, cache = _HELD * size.n_params, max(cache, (_INT8_READ - _HELD) * size.n_params)
+            weights, cache = _HELD * size.n_params, max(cache, int((_INT8_READ - _HELD) * size.n_params))
         return {"weights": weights, "cache": cache}
     facts = detect()
     repacked = repacked_types(facts.arch, facts.features)
@@ -341,6 +355,7 @@ def training_bytes(
     lora: tuple[int, tuple[str, ...]] | None,
     pairs: bool = False,
     four_bits: bool = False,
+    bfloat16: bool = False,
     room: int = 0,
 ) -> dict[str, int]:
     """Return what a training takes, by part.
@@ -349,6 +364,7 @@ def training_bytes(
         at_once: tokens in one forward pass; `labelled`: of them those that a loss is computed on.
         lora: rank, and the layers of a block that it adapts, empty: all seven; None: all weights are trained.
         pairs: DPO, whose divergence from the original is measured on watched pairs.
+        bfloat16: the processor multiplies it.
         room: the memory of the machine, which decides whether layers are computed twice; 0: they are not.
     """
     if lora is None:
@@ -359,7 +375,7 @@ def training_bytes(
         share = len(lora[1]) / 7 if lora[1] else 1.0
         widened = min(_WIDENED, size.n_vocab * size.n_embd)
         held = _HELD * size.n_params if size.format == "gguf" else size.weight_bytes
-        if not keeps_16_bits(size.n_params, room):
+        if not bfloat16 and not keeps_16_bits(size.n_params, room):
             held = _F32 * size.n_params
         if four_bits:  # of all but the embedding
             held = int(NF4 * size.n_params) + _F32 * size.n_vocab * size.n_embd
@@ -385,11 +401,18 @@ def keeps_16_bits(n_params: int, room: int = 0) -> bool:
 
 
 def computes_twice(
-    size: ModelSize, at_once: int, labelled: int, lora: tuple[int, tuple[str, ...]] | None, pairs: bool
+    size: ModelSize,
+    at_once: int,
+    labelled: int,
+    lora: tuple[int, tuple[str, ...]] | None,
+    pairs: bool,
+    bfloat16: bool = False,
 ) -> bool:
     """Return whether a training in this process computes layers twice to fit: see `training_bytes`."""
     found, kept = (
-        training_bytes(size, at_once=at_once, labelled=labelled, lora=lora, pairs=pairs, room=room)
+        training_bytes(
+            size, at_once=at_once, labelled=labelled, lora=lora, pairs=pairs, bfloat16=bfloat16, room=room
+        )
         for room in (total_bytes(), 0)
     )
     return found["activations"] < kept["activations"]

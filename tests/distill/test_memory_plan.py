@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ STUDENT = ModelSize(
     | {"weight_bytes": 98_000_000, "kv_values": 11_520, "token_bytes_by_type": {"Q4_1": 98_000_000}},
 )
 MODELS = Models(TEACHER, STUDENT)
-TOKENS = Tokens(teacher=600, student=200, pair=650, instruction=120, row=60)
+TOKENS = Tokens(teacher=600, draft=600, student=200, pair=650, instruction=120, row=60)
 
 
 def test_the_stages_follow_what_the_run_does() -> None:
@@ -60,6 +61,8 @@ def test_all_weights_need_sixteen_bytes_each_and_frozen_ones_two() -> None:
     )
     assert 2 * TEACHER.n_params < frozen["weights"] < 2.2 * TEACHER.n_params
     assert roomy["weights"] == frozen["weights"] + 2 * TEACHER.n_params  # float32 is faster
+    able = training_bytes(TEACHER, at_once=100, labelled=10, lora=(8, ()), bfloat16=True, room=64 * GB)
+    assert able["weights"] == frozen["weights"]
     assert frozen["adapter"] < 0.1 * frozen["weights"]
     four_bits = training_bytes(TEACHER, at_once=100, labelled=10, lora=(8, ()), four_bits=True, room=16 * GB)
     assert four_bits["weights"] < 0.6 * frozen["weights"]
@@ -101,3 +104,27 @@ def test_longer_texts_and_more_sequences_need_more() -> None:
         assert total(RunConfig(), replace(TOKENS, **longer)) > least
     few = RunConfig.model_validate({"teacher": {"model": "m", "parallel": 4}})
     assert total(few, TOKENS) < least
+
+
+def test_an_8_bit_teacher_keeps_what_its_prompts_share_once() -> None:
+    def cache(**tokens: int) -> int:
+        models = replace(MODELS, kind="int8")
+        plan = memory_plan(RunConfig(data="original-teacher"), replace(TOKENS, **tokens), models, 64 * GB)
+        (need,) = (need for need in plan.needs if need.stage == "drafts and scores")
+        return need.parts["teacher's cache"]
+
+    one = 2 * TEACHER.kv_bytes(1)
+    assert cache(teacher=9000, draft=9000) == one * 37 * 9000
+    assert cache(teacher=9000, draft=1000) == max(one * (32 * 1000 + 5 * 9000), int(1.5 * TEACHER.n_params))
+
+
+def test_examples_count_with_their_own_lengths() -> None:
+    task = SimpleNamespace(
+        seed=[SimpleNamespace(input="x" * 34, target="y")] * 39
+        + [SimpleNamespace(input="x" * 699, target="y")],
+        validation=[],
+        description="",
+        answer=SimpleNamespace(closed=True),
+    )
+    config = RunConfig.model_validate({"elicit": {"opinion_shots": 39, "shown": 1}})
+    assert Tokens.most(config, task).teacher == (700 + 39 * 35) / 3.5

@@ -297,7 +297,8 @@ def arguments(
     if device.type == "cpu" and not twice:
         lora = (settings.lora.rank, settings.lora.targets) if settings.lora else None
         pairs = isinstance(settings, DpoSettings)
-        twice = computes_twice(ModelSize.of(checkpoint), at_once, labelled, lora, pairs)
+        bfloat16 = training_floats(checkpoint, frozen=True) == "bfloat16"
+        twice = computes_twice(ModelSize.of(checkpoint), at_once, labelled, lora, pairs, bfloat16)
     return {
         "output_dir": str(workspace.checkpoints),
         "per_device_train_batch_size": size,
