@@ -65,6 +65,8 @@ def measure(options: argparse.Namespace, ref: str, seed: int) -> list[dict[str, 
         for form in FORMS:
             how = run.asking(form)
             used = reasoned if form == "reasoning-first" else range(len(task.seed))
+            if not used:
+                raise SystemExit(f"{task.name}: no rationale of the teacher comes to the right answer")
             rows = training_rows(run, how, [task.seed[i] for i in used], [rationales[i] for i in used])
             trained[form] = train_briefly(run, how, rows, folder / form, form)
             engine = run.engine_with(trained[form], None, run.config.student)

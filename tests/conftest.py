@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from tiny import Folders, Make, Patch
 
@@ -30,6 +31,14 @@ if sys.platform == "darwin":  # hosted Macs report a GPU that they cannot use
     os.environ.setdefault("ARTE_EDGE_DEVICE", "cpu")
 
 
+def pytest_configure() -> None:
+    """Give each of several workers (``pytest -n``) a core of its own: threads would wait for the other workers'."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
 @pytest.fixture(autouse=True)
 def one_torch_thread(request: pytest.FixtureRequest) -> None:
     """Tiny models run on one thread: two wait for each other longer than they compute."""
@@ -45,12 +54,17 @@ def smollm2() -> LocalModel:
 
 @pytest.fixture(scope="session")
 def small_run(smollm2: LocalModel, tmp_path_factory: Folders) -> Path:
-    """The folder of a finished run of SmolLM2 with itself; takes minutes, so several tests share it."""
+    """The folder of a finished run of SmolLM2 with itself; takes minutes, so several tests share it, and workers."""
     from small_run import finish
 
     smollm2.checkpoint()
-    runs = tmp_path_factory.mktemp("small-runs")
-    finish(runs)
+    base = tmp_path_factory.getbasetemp()
+    runs = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small-runs"
+    runs.mkdir(exist_ok=True)
+    with FileLock(runs.with_suffix(".lock")):
+        if not (runs / "done").is_file():
+            finish(runs)
+            (runs / "done").touch()
     return runs / "run"
 
 

@@ -31,10 +31,13 @@ class Shot(NamedTuple):
 
 
 def teacher_shots(task: Task, n: int) -> list[Shot]:
-    """Return `n` shots for the teacher: the task's worked examples first, then seeds with direct answers."""
-    worked = [Shot(w.input, f"{w.reasoning.strip()} {tagged(w.target)}") for w in task.worked[:n]]
-    shown = {w.question for w in worked}
-    return worked + answer_shots([seed for seed in task.seed if seed.input not in shown], n - len(worked))
+    """Return up to `n` shots for the teacher: the task's worked examples, if it has none, seeds with direct answers.
+
+    Never both: after a direct answer a small teacher gives one too, or no answer at all, instead of its reasons.
+    """
+    if not task.worked:
+        return answer_shots(task.seed, n)
+    return [Shot(w.input, f"{w.reasoning.strip()} {tagged(w.target)}") for w in task.worked[:n]]
 
 
 def answer_shots(seeds: Sequence[Example], n: int) -> list[Shot]:

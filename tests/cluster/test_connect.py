@@ -100,6 +100,7 @@ def test_a_node_may_take_long_over_models_and_nothing_else(
     said: list[str] = []
     assert module._ask_nodes((str(tmp_path), ""), [model], said.append)
     assert said and "waiting for" in said[0]
+    monkeypatch.setattr(module, "node_facts", lambda *_, **__: __import__("time").sleep(5))
     with pytest.raises(ArteError, match="no answer in"):
         module._ask_nodes((str(tmp_path), ""))
 

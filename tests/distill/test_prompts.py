@@ -27,15 +27,14 @@ def test_bare_shots_are_spread_over_the_answers(house: Any) -> None:
     assert len(answer_shots(seeds, 99)) == 8
 
 
-def test_a_teacher_sees_worked_examples_first_and_no_question_twice(house: Any) -> None:
-    seed = house.task.seed[1]
-    worked = FewShotExample(input=seed.input, reasoning=" It ends in 1. ", target=seed.target)
-    task = replace(house.task, worked=(worked,))
-    shots = teacher_shots(task, 3)
-    assert shots[0].answer == "It ends in 1. <ans>odd</ans>"
-    assert [shot.question for shot in shots].count(seed.input) == 1
-    assert len(shots) == 3
+def test_a_teacher_sees_worked_examples_alone_or_direct_answers_alone(house: Any) -> None:
+    worked = FewShotExample(input="7?", reasoning=" It ends in 7. ", target="odd")
+    task = replace(house.task, worked=(worked, worked.model_copy(update={"input": "9?"})))
+    assert [shot.answer for shot in teacher_shots(task, 8)] == ["It ends in 7. <ans>odd</ans>"] * 2
+    assert [shot.question for shot in teacher_shots(task, 1)] == ["7?"]
     assert teacher_shots(task, 0) == []
+    bare = replace(house.task, worked=())
+    assert teacher_shots(bare, 3) == answer_shots(bare.seed, 3) and len(teacher_shots(bare, 3)) == 3
 
 
 def test_the_naive_prompt_erases_the_technique_and_nothing_else(house: Any) -> None:
