@@ -89,6 +89,10 @@ def import_peft() -> None:
     It imports bitsandbytes where that is installed, which on a processor that multiplies bfloat16 fetches compiled code
     from the Hub if the package ``kernels`` is installed, and otherwise prints that it cannot.
     """
+    from transformers import utils
+
+    # It remembers what it finds first: before the name is blocked.
+    getattr(utils, "is_kernels_available", lambda: False)()
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level, absent = log.level, "kernels" not in sys.modules
     log.setLevel(logging.ERROR)

@@ -31,12 +31,21 @@ if sys.platform == "darwin":  # hosted Macs report a GPU that they cannot use
     os.environ.setdefault("ARTE_EDGE_DEVICE", "cpu")
 
 
+_WORKERS = 4  # at most: each may hold real models
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the workers of ``pytest -n auto``: the cores that this process may use, not those of the machine."""
+    return min(_WORKERS, available_cores())
+
+
 def pytest_configure() -> None:
-    """Give each of several workers (``pytest -n``) a core of its own: threads would wait for the other workers'."""
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    if worker and hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+    """Give each of several workers a core of its own: threads would wait for the other workers'."""
+    worker, n_worker = (os.environ.get(f"PYTEST_XDIST_WORKER{name}", "") for name in ("", "_COUNT"))
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if worker and 1 < int(n_worker) <= len(cores):
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw"))]})
 
 
 @pytest.fixture(autouse=True)

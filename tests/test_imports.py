@@ -80,15 +80,15 @@ def test_peft_is_imported_without_a_word_and_fetches_no_code(tmp_path: Path) -> 
     if not all(importlib.util.find_spec(name) for name in ("peft", "bitsandbytes")):
         pytest.skip("peft and bitsandbytes are not installed")
     (tmp_path / "kernels.py").write_text(
-        "from pathlib import Path\nPath(__file__).with_name('imported').touch()\n"
-        "def get_kernel(*args, **kwargs):\n    raise OSError('this goes to the Hub')\n"
+        "from pathlib import Path\n"
+        "def get_kernel(*args, **kwargs):\n    Path(__file__).with_name('fetched').touch()\n"
     )
     code = "from arte_edge.transformers_load import import_peft; import_peft(); import sys; "
     code += "assert {'peft', 'bitsandbytes'} <= set(sys.modules)"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "") and not (tmp_path / "imported").exists()
-    after = f"{code}; import kernels"  # whoever wants it has it
+    assert (done.returncode, done.stderr) == (0, "") and not (tmp_path / "fetched").exists()
+    after = f"{code}; import kernels; kernels.get_kernel()"  # whoever wants it has it
     assert subprocess.run([sys.executable, "-c", after], env=environment, check=False).returncode == 0
-    assert (tmp_path / "imported").exists()
+    assert (tmp_path / "fetched").exists()

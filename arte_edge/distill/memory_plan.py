@@ -48,9 +48,8 @@ _LOGITS = 4
 _SPARE = 1.3  # of the activations: fitted to the one alignment that was measured
 # Parts that may turn out smaller: they grow with texts and sequences, or are files' pages, which Linux can take back.
 _AT_MOST = ("cache", "logits", "activations", "engine", "file", "checkpoint")
-_INT8_READ = (
-    3.5  # bytes a parameter while 16-bit weights become 8-bit ones: measured 2.8 (1.5B) and 3.5 (0.5B)
-)
+# Bytes a parameter while 16-bit weights become 8-bit ones: measured 2.8 (1.5B) and 3.5 (0.5B)
+_INT8_READ = 3.5
 _WIDENED = 1 << 26  # values: see `frozen_weights`
 _UBATCH, _CTX_STEP, _WATCHED, _WATCHED_PAIRS = 512, 256, 128, 4
 _CACHE_ROWS = 5  # of `packed_generate`: four in which sequences are written, and the prefixes
@@ -299,6 +298,7 @@ def _needs(config: RunConfig, tokens: Tokens, models: Models, room: int) -> Iter
         at_once=tokens.instruction + -(-config.tune.batch_size // config.train.processes) * tokens.row,
         labelled=config.tune.batch_size * config.elicit.rationale_tokens,
         lora=(config.tune.lora_rank, ()) if config.tune.method == "lora" else None,
+        bfloat16=models.bfloat16,
         room=room,
     )
     yield _trained("tune", need, config)

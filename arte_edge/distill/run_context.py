@@ -393,12 +393,6 @@ class RunContext:
         """Return what decides how drafts are written and labelled, beside the settings of a stage."""
         return {"role": self.role, "by_label": self.by_label, "reasons": self.reasons}
 
-    def elicit_inputs(self) -> dict[str, Any]:
-        """Return the settings of drafting; without the penalty where it does nothing: earlier runs did not know it."""
-        elicit = self.config.elicit
-        used = self.by_label and elicit.repeat_penalty > 0
-        return elicit.model_dump(mode="json", exclude=set() if used else {"repeat_penalty"})
-
     def most_tokens(self, limit: int) -> int:
         """Return the most tokens of an answer: `limit`, or fewer where the device's budget is smaller."""
         return limit if self.budget is None else min(limit, self.budget.answer_tokens)

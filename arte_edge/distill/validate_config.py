@@ -88,12 +88,15 @@ def refuse_models(config: RunConfig, teacher: LocalModel | None, student: LocalM
 def fewer_shown(config: RunConfig, task: Task) -> Iterator[str]:
     """Yield a sentence for every key that asks for more examples than `task` has: as many as there are are shown."""
     n_seed = len(task.seed)
-    n_shot = len({*(seed.input for seed in task.seed), *(worked.input for worked in task.worked)})
+    n_shot = len(task.worked) or n_seed  # `prompts.teacher_shots`
+    shots = (
+        config.teacher.shots if "shots" in config.teacher.model_fields_set else 0
+    )  # the default is a limit
     for key, wanted, there in (
         ("elicit.shown", config.elicit.shown, n_seed),
-        ("teacher.shots", config.teacher.shots, n_shot),
+        ("teacher.shots", shots, n_shot),
         ("calibrate.shots", max(config.calibrate.shots), n_seed),
-        ("evaluate.shots", max(config.evaluate.shots), n_shot),
+        ("evaluate.shots", max(config.evaluate.shots), n_seed),
         ("align.shots", config.align.shots or 0, n_shot),
     ):
         if wanted > there:

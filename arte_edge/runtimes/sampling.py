@@ -57,9 +57,8 @@ class Repeats:
         self._nats, self._ends_line = nats, ends_line
         self._tokens: list[int] = []
         self._ends: list[bool] = []
-        self._places: dict[tuple[int, ...], list[int]] = defaultdict(
-            list
-        )  # what followed a phrase, by its end
+        # Where what followed a phrase is, by the phrase's last tokens
+        self._places: dict[tuple[int, ...], list[int]] = defaultdict(list)
         self._n_prompt = len(prompt)
         for token in prompt:
             self.push(token)

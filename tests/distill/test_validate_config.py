@@ -16,7 +16,7 @@ from arte_edge.distill.validate_config import fewer_shown, refuse_models, refuse
 from arte_edge.errors import InputError
 from arte_edge.models.resolve import LocalModel
 from arte_edge.tasks.loaders import load_task
-from arte_edge.tasks.task import Answer
+from arte_edge.tasks.task import Answer, FewShotExample
 
 SIZES = {"llama__block_count": 1, "llama__attention__head_count": 1}
 
@@ -57,7 +57,13 @@ def test_a_task_with_one_seed_runs_with_what_there_is_and_results_say_so(house: 
     run.close()
     told = [sentence.split(" = ")[0] for sentence in fewer_shown(run.config, house.task)]
     assert told == ["elicit.shown", "teacher.shots", "calibrate.shots", "evaluate.shots"]
-    assert not list(fewer_shown(house.config(), replace(house.task, seed=house.task.validation)))
+    many = replace(house.task, seed=house.task.validation)
+    assert not list(fewer_shown(house.config(), many))
+    worked = FewShotExample(input="7?", reasoning="It ends in 7.", target="odd")
+    few = replace(many, worked=(worked,))  # seeds are not shown beside it
+    assert not list(fewer_shown(house.config(), few))
+    (told,) = fewer_shown(house.config(teacher={"model": "m", "shots": 5}), few)
+    assert told.startswith("teacher.shots = 5") and "has 1 examples" in told
 
 
 def model(path: Path) -> LocalModel:

@@ -14,6 +14,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from arte_edge.distill.config import ModelConfig
 from arte_edge.distill.generation.questions import Parsed, QuestionPlan
@@ -70,11 +71,12 @@ def focus_of(pairs: Iterable[tuple[str, str | None]], *, weighted: bool) -> Focu
 class InputSource:
     """Prompts for inputs of given answers, the answer that lacks most first, and the reading of what came back."""
 
+    told_label: ClassVar[bool] = True
+
     def __init__(
         self, run: RunContext, engine: Engine, config: ModelConfig, plan: QuestionPlan, focus: Focus
     ):
         self._run, self._engine, self._config, self._plan, self._focus = run, engine, config, plan, focus
-        self.repeat_penalty = plan.elicit.repeat_penalty
         rest = _FLOOR if focus.weight else 1.0
         self._weight = {label: focus.weight.get(label, rest) for label in run.task.answer.options("")}
         total = sum(self._weight.values())

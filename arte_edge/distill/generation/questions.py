@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from arte_edge.distill.cached_calls import advice
 from arte_edge.distill.config import Elicit, ModelConfig
@@ -135,9 +135,9 @@ def parse_questions(text: str) -> list[Parsed]:
 class DraftSource(Protocol):
     """Where drafts come from: prompts, and the reading of what a teacher makes of them."""
 
-    @property
-    def repeat_penalty(self) -> float:
-        """Nats of `Sampling.repeat_penalty`."""
+    told_label: ClassVar[
+        bool
+    ]  # whether the teacher writes for a given answer, in lines; texts in tags repeat the tags
 
     def requests(self, first: int, n: int, valid: Sequence[dict[str, Any]]) -> list[Request]:
         """Return prompts number `first` to ``first + n - 1``; `valid` are the drafts so far."""
@@ -157,7 +157,7 @@ class QuestionSource:
     engine: Engine
     config: ModelConfig
     plan: QuestionPlan
-    repeat_penalty: float = 0.0  # tags repeat
+    told_label: ClassVar[bool] = False
 
     def requests(self, first: int, n: int, valid: Sequence[dict[str, Any]] = ()) -> list[Request]:
         """See `DraftSource`; each prompt has its own sample of seeds, or all have one."""
@@ -179,17 +179,35 @@ class QuestionSource:
         return False
 
 
+def repeat_penalty(run: RunContext) -> float:
+    """Return `Sampling.repeat_penalty` of inputs for given answers.
+
+    A server samples without it, and so does a task whose own seeds repeat each other's phrases.
+    """
+    elicit, teacher = run.config.elicit, run.config.teacher
+    if not run.by_label or teacher.on_server or teacher.starts_vllm:
+        return 0.0
+    alike = _share_alike([example.input for example in run.task.seed], elicit.rouge) > _ALIKE
+    return 0.0 if alike else elicit.repeat_penalty
+
+
+def elicit_inputs(run: RunContext) -> dict[str, Any]:
+    """Return the settings of drafting; without the penalty where there is none: earlier runs did not know it."""
+    return run.config.elicit.model_dump(
+        mode="json", exclude=None if repeat_penalty(run) else {"repeat_penalty"}
+    )
+
+
 def draft_sampling(
-    task: Task, plan: QuestionPlan, source: DraftSource, seed: int, temperature: float | None = None
+    run: RunContext, plan: QuestionPlan, source: DraftSource, seed: int, temperature: float | None = None
 ) -> Sampling:
-    """Return how drafts are sampled; a task whose own seeds repeat each other's phrases has no penalty for them."""
-    alike = _share_alike([example.input for example in task.seed], plan.elicit.rouge) > _ALIKE
+    """Return how drafts are sampled."""
     return Sampling(
         temperature=plan.temperature if temperature is None else temperature,
         top_p=plan.elicit.top_p,
         max_tokens=plan.elicit.question_tokens,
         seed=seed,
-        repeat_penalty=0.0 if alike else source.repeat_penalty,
+        repeat_penalty=repeat_penalty(run) if source.told_label else 0.0,
     )
 
 
@@ -215,7 +233,7 @@ def draft_questions(
             f"(ROUGE-L {plan.elicit.rouge:g}), so only exact repeats are rejected"
         )
     empty_rounds = 0
-    sampling = draft_sampling(run.task, plan, source, plan.seed)
+    sampling = draft_sampling(run, plan, source, plan.seed)
     while len(drafts.valid) < plan.needed:
         n = plan.next_prompts(len(drafts.valid), drafts.prompts, run.calls.group)
         if n <= 0 or empty_rounds >= _EMPTY_ROUNDS:

@@ -9,6 +9,7 @@ from arte_edge.distill.generation.questions import (
     QuestionPlan,
     QuestionSource,
     draft_questions,
+    elicit_inputs,
 )
 from arte_edge.distill.generation.rationales import label_drafts, reject_repeated
 from arte_edge.distill.run_context import RunContext, Summary
@@ -43,7 +44,7 @@ def elicit(run: RunContext) -> Summary:
     """Write questions.jsonl, rejected.jsonl and rationales.jsonl. Raises StoppedEarly: no rationale is usable."""
     config, teacher = run.config.elicit, run.config.teacher
     inputs = {
-        "elicit": run.elicit_inputs(),
+        "elicit": elicit_inputs(run),
         "teacher": run.identity(teacher),
         "task": run.task.sha256,
         **run.data_inputs(),

@@ -26,6 +26,7 @@ from arte_edge.stats import t_quantile
 from arte_edge.tasks.answers import extract
 from arte_edge.tasks.task import Example, content_key
 
+_NO_LIMIT = 10**6  # drafts, of which no answer has enough
 SCORED = 2  # drafts of a prompt that are scored, at most
 _FEWEST = 3  # prompts with a draft of both teachers, below which no interval is stated
 
@@ -43,7 +44,7 @@ class Fresh:
 
 def held_out_source(run: RunContext, engine: Engine) -> DraftSource:
     """Return the source of question prompts that no stage trains on."""
-    plan = replace(draft_plan(run.config), seed=run.config.seed - 1)
+    plan = replace(draft_plan(run.config), seed=run.config.seed - 1, needed=_NO_LIMIT)
     return draft_source(run, engine, plan, first_focus(run))
 
 
@@ -55,7 +56,7 @@ def draft_afresh(run: RunContext, engine: Engine) -> Fresh:
     n_draft = n_valid = 0
     if run.config.n_question_pairs or not run.reasons:
         source = held_out_source(run, engine)
-        greedy = draft_sampling(run.task, draft_plan(run.config), source, seed=0, temperature=0.0)
+        greedy = draft_sampling(run, draft_plan(run.config), source, seed=0, temperature=0.0)
         answers = run.calls.complete(
             engine, source.requests(0, n, []), greedy, "fresh questions", budget="elicit.question_tokens"
         )

@@ -28,7 +28,7 @@ import numpy as np
 
 from arte_edge.distill.config import TECHNIQUE_ARMS, RunConfig
 from arte_edge.distill.generation.inputs import Focus
-from arte_edge.distill.generation.questions import Drafts, QuestionPlan, draft_questions
+from arte_edge.distill.generation.questions import Drafts, QuestionPlan, draft_questions, elicit_inputs
 from arte_edge.distill.generation.rationales import (
     direct_choices,
     label_drafts,
@@ -96,7 +96,7 @@ def _inputs(run: RunContext, adapter_sha256: str, focus: Focus, number: int) -> 
     unused |= set() if run.config.best_of > 1 else {"best_of"}
     return {
         "tailor": run.config.tailor.model_dump(mode="json", exclude=unused),
-        "elicit": run.elicit_inputs(),
+        "elicit": elicit_inputs(run),
         "teacher": run.identity(run.config.teacher),
         "adapter": adapter_sha256,
         "task": run.task.sha256,

@@ -66,7 +66,8 @@ def multiplies_bfloat16() -> bool:
     """Return whether this processor multiplies bfloat16, and ``ARTE_EDGE_DTYPE`` is not float32."""
     import torch
 
-    able = torch.cpu.get_capabilities() if os.environ.get("ARTE_EDGE_DTYPE") != "float32" else {}
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # an older torch has no such function
+    able: dict[str, bool] = capabilities() if os.environ.get("ARTE_EDGE_DTYPE") != "float32" else {}
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 

@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 
 from arte_edge.distill.generation.inputs import Focus, InputSource, focus_of
-from arte_edge.distill.generation.questions import Drafts, QuestionPlan, QuestionSource, draft_questions
+from arte_edge.distill.generation.questions import (
+    Drafts,
+    QuestionPlan,
+    QuestionSource,
+    draft_questions,
+    draft_sampling,
+    elicit_inputs,
+)
 from arte_edge.distill.stages.elicit import draft_plan, draft_source
+from arte_edge.distill.stages.fresh_drafts import draft_afresh
 from arte_edge.distill.stages.tailor import tailor
 from arte_edge.tasks.task import Answer, Example
 
@@ -163,3 +171,40 @@ def test_what_becomes_of_an_input_whose_teacher_contradicts_the_told_answer_is_c
         assert n % 3 > 0 or then != "dropped"
         assert row["rationale"] == f"<ans>{row['label']}</ans>"
     assert not any("step by step" in prompt for prompt in house.teacher.prompts), "nobody asked for reasons"
+
+
+def test_only_a_local_teacher_of_unlike_seeds_is_kept_from_repeating(told: Any) -> None:
+    def penalty(**config: Any) -> tuple[float, bool]:
+        run = told.run(**config)
+        plan = draft_plan(run.config)
+        sampled = draft_sampling(
+            run, plan, InputSource(run, told.teacher, run.config.teacher, plan, Focus()), 0
+        )
+        tagged = draft_sampling(run, plan, QuestionSource(run, told.teacher, run.config.teacher, plan), 0)
+        run.close()
+        assert tagged.repeat_penalty == 0.0
+        return sampled.repeat_penalty, "repeat_penalty" in elicit_inputs(run)
+
+    assert penalty() == (0.8, True)
+    assert penalty(elicit={"repeat_penalty": 0.0}) == (0.0, False)
+    assert penalty(elicit={"by_label": False}) == (0.0, False)
+    assert penalty(teacher={"model": "openai:m@http://127.0.0.1:1/v1"}) == (0.0, False)
+    told.task = replace(
+        told.task, seed=tuple(Example(f"not True and {i}", label) for i, label in enumerate(LABELS))
+    )
+    assert penalty() == (0.0, False)
+
+
+def test_of_fresh_drafts_each_that_could_be_trained_on_counts(told: Any) -> None:
+    told.teacher.inputs = lambda prompt, i: words(prompt, i) if i else words("one", 0)
+    run = told.run(elicit={"questions": 4}, align={"fresh_drafts": 6})
+    (told.folder / "check").mkdir(parents=True, exist_ok=True)
+    (told.folder / "check" / "answers.jsonl").write_text("")
+    fresh = draft_afresh(run, told.teacher)
+    run.close()
+    assert (fresh.n_draft, fresh.n_valid) == (30, 30)
+    told.teacher.inputs = lambda prompt, i: words("one", 0)  # the same five for every prompt
+    run = told.run(elicit={"questions": 4, "question_tokens": 301}, align={"fresh_drafts": 6})
+    fresh = draft_afresh(run, told.teacher)
+    run.close()
+    assert (fresh.n_draft, fresh.n_valid) == (30, 5)
