@@ -93,17 +93,17 @@ def import_peft() -> None:
 
     # It remembers what it finds first: before the name is blocked.
     getattr(utils, "is_kernels_available", lambda: False)()
-    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level, absent = log.level, "kernels" not in sys.modules
+    log, kernels = logging.getLogger("bitsandbytes.backends.cpu.ops"), sys.modules.pop("kernels", None)
+    level = log.level
     log.setLevel(logging.ERROR)
-    if absent:
-        sys.modules["kernels"] = None  # type: ignore[assignment]  # an import of it then fails
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # an import of it then fails
     try:
         importlib.import_module("peft")
     finally:
         log.setLevel(level)
-        if absent:
-            del sys.modules["kernels"]
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
 
 
 def attach_adapter(model: Any, folder: Path) -> Any:
