@@ -37,7 +37,7 @@ quickstart: setup ## distil a real 135M student here, export it, prove the files
 	  echo "$$question"; $(BIN)/arte-edge ask runs/quickstart/export "$$question" || exit; done
 
 test: setup $(OPTIMUM_STAMP) ## run every test; the ones that use real models download them once
-	$(BIN)/pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: setup ## lint, formatting, types, layout rules, and that the generated pages are up to date
 	$(BIN)/ruff check .
