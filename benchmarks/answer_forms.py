@@ -62,8 +62,8 @@ def measure(options: argparse.Namespace, ref: str, seed: int) -> list[dict[str, 
         test = task.load_test()[: options.test or None]
         found: dict[Form, dict[str, Any]] = {}
         trained: dict[Form, LocalModel] = {}
-        for form in FORMS:
-            how = run.asking(form)
+        asking = {form: run.asking(form) for form in FORMS}
+        for form, how in asking.items():
             used = reasoned if form == "reasoning-first" else range(len(task.seed))
             if not used:
                 raise SystemExit(f"{task.name}: no rationale of the teacher comes to the right answer")
@@ -84,7 +84,6 @@ def measure(options: argparse.Namespace, ref: str, seed: int) -> list[dict[str, 
                 "answer_tokens": statistics.fmean(engine.count_tokens(text) for text in answers.texts),
                 "right": "".join("01"[int(one)] for one in answers.right),
             }
-        asking = {form: run.asking(form) for form in FORMS}
         times = answer_times(asking, {form: model.path for form, model in trained.items()}, test[: TIMED + 1])
         return [row | times[form] for form, row in found.items()]
     finally:

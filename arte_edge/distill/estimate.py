@@ -454,7 +454,7 @@ def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], 
     elicit, plan = run.config.elicit, draft_plan(run.config)
     source = draft_source(run, teacher, plan, Focus())
     sampling: dict[Call, Sampling] = {
-        Call("teacher", "question"): draft_sampling(run, plan, source, run.config.seed),
+        Call("teacher", "question"): draft_sampling(run, plan),
         Call("teacher", "rationale"): rationale_sampling(run, teacher, elicit.rationale_tokens),
         Call("student", "asked"): Sampling(max_tokens=run.asking(_form(run.config)).answer_tokens),
         Call("student", "generated"): Sampling(max_tokens=run.config.prefer.answer_tokens),

@@ -14,7 +14,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from arte_edge.distill.config import ModelConfig
 from arte_edge.distill.generation.questions import Parsed, QuestionPlan
@@ -70,8 +69,6 @@ def focus_of(pairs: Iterable[tuple[str, str | None]], *, weighted: bool) -> Focu
 
 class InputSource:
     """Prompts for inputs of given answers, the answer that lacks most first, and the reading of what came back."""
-
-    told_label: ClassVar[bool] = True
 
     def __init__(
         self, run: RunContext, engine: Engine, config: ModelConfig, plan: QuestionPlan, focus: Focus

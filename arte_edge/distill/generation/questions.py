@@ -13,7 +13,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 from arte_edge.distill.cached_calls import advice
 from arte_edge.distill.config import Elicit, ModelConfig
@@ -135,10 +136,6 @@ def parse_questions(text: str) -> list[Parsed]:
 class DraftSource(Protocol):
     """Where drafts come from: prompts, and the reading of what a teacher makes of them."""
 
-    told_label: ClassVar[
-        bool
-    ]  # whether the teacher writes for a given answer, in lines; texts in tags repeat the tags
-
     def requests(self, first: int, n: int, valid: Sequence[dict[str, Any]]) -> list[Request]:
         """Return prompts number `first` to ``first + n - 1``; `valid` are the drafts so far."""
 
@@ -157,7 +154,6 @@ class QuestionSource:
     engine: Engine
     config: ModelConfig
     plan: QuestionPlan
-    told_label: ClassVar[bool] = False
 
     def requests(self, first: int, n: int, valid: Sequence[dict[str, Any]] = ()) -> list[Request]:
         """See `DraftSource`; each prompt has its own sample of seeds, or all have one."""
@@ -180,14 +176,15 @@ class QuestionSource:
 
 
 def repeat_penalty(run: RunContext) -> float:
-    """Return `Sampling.repeat_penalty` of inputs for given answers.
+    """Return `Sampling.repeat_penalty` of a run's drafts.
 
-    A server samples without it, and so does a task whose own seeds repeat each other's phrases.
+    It is for inputs for given answers alone: texts in tags repeat the tags, a server samples without it, and in some
+    tasks the seeds themselves repeat each other's phrases.
     """
     elicit, teacher = run.config.elicit, run.config.teacher
     if not run.by_label or teacher.on_server or teacher.starts_vllm:
         return 0.0
-    alike = _share_alike([example.input for example in run.task.seed], elicit.rouge) > _ALIKE
+    alike = _share_alike(tuple(seed.input for seed in run.task.seed), elicit.rouge) > _ALIKE
     return 0.0 if alike else elicit.repeat_penalty
 
 
@@ -198,16 +195,14 @@ def elicit_inputs(run: RunContext) -> dict[str, Any]:
     )
 
 
-def draft_sampling(
-    run: RunContext, plan: QuestionPlan, source: DraftSource, seed: int, temperature: float | None = None
-) -> Sampling:
+def draft_sampling(run: RunContext, plan: QuestionPlan) -> Sampling:
     """Return how drafts are sampled."""
     return Sampling(
-        temperature=plan.temperature if temperature is None else temperature,
+        temperature=plan.temperature,
         top_p=plan.elicit.top_p,
         max_tokens=plan.elicit.question_tokens,
-        seed=seed,
-        repeat_penalty=repeat_penalty(run) if source.told_label else 0.0,
+        seed=plan.seed,
+        repeat_penalty=repeat_penalty(run),
     )
 
 
@@ -233,7 +228,7 @@ def draft_questions(
             f"(ROUGE-L {plan.elicit.rouge:g}), so only exact repeats are rejected"
         )
     empty_rounds = 0
-    sampling = draft_sampling(run, plan, source, plan.seed)
+    sampling = draft_sampling(run, plan)
     while len(drafts.valid) < plan.needed:
         n = plan.next_prompts(len(drafts.valid), drafts.prompts, run.calls.group)
         if n <= 0 or empty_rounds >= _EMPTY_ROUNDS:
@@ -294,7 +289,7 @@ class _Filter:
     def __init__(self, task: Task, rouge: float, known: Sequence[str] = ()) -> None:
         self._task = task
         self._test = task.test_keys()
-        self.alike = _share_alike([seed.input for seed in task.seed], rouge)
+        self.alike = _share_alike(tuple(seed.input for seed in task.seed), rouge)
         # ROUGE only compares words: expressions that differ in brackets are equal to it.
         self._near = NearDuplicates(rouge if self.alike <= _ALIKE else math.inf, [])
         self._labels = {
@@ -332,7 +327,8 @@ def valid_drafts(
     return found
 
 
-def _share_alike(texts: Sequence[str], rouge: float) -> float:
+@lru_cache(maxsize=8)  # the filter of every stage compares a task's seeds
+def _share_alike(texts: tuple[str, ...], rouge: float) -> float:
     """Return the share of `texts` that are near-duplicates of an earlier one."""
     near = NearDuplicates(rouge, [])
     n = 0

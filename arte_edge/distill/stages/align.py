@@ -326,7 +326,7 @@ def _probe(run: RunContext, engine: Engine) -> ProbeResult:
     source = held_out_source(run, engine)
     requests = source.requests(0, run.config.align.probe_prompts, [])
     with doing("check for collapse"):
-        answers = engine.complete(requests, draft_sampling(run, draft_plan(run.config), source, seed=-1))
+        answers = engine.complete(requests, draft_sampling(run, replace(draft_plan(run.config), seed=-1)))
     drafts = [d for i, one in enumerate(answers) for d in source.parse(i, one.text, one.finish)]
     valid = [d for d in drafts if not isinstance(d, str) and canonical(d[1], run.task.answer) is not None]
     tokens = [answer.completion_tokens for answer in answers]

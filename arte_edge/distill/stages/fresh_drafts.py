@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from arte_edge.asking.form import tagged
-from arte_edge.distill.generation.questions import DraftSource, draft_sampling, valid_drafts
+from arte_edge.distill.generation.questions import DraftSource, repeat_penalty, valid_drafts
 from arte_edge.distill.generation.rationales import rationale_prompt, rationale_sampling, short_shots
 from arte_edge.distill.prompts import Shot
 from arte_edge.distill.run_context import RunContext, Summary
 from arte_edge.distill.stages.elicit import draft_plan, draft_source, first_focus
 from arte_edge.distill.stages.prefer import scored_rows
-from arte_edge.runtimes.completion import Completion, Engine, Request
+from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
 from arte_edge.stats import t_quantile
 from arte_edge.tasks.answers import extract
 from arte_edge.tasks.task import Example, content_key
@@ -56,7 +56,7 @@ def draft_afresh(run: RunContext, engine: Engine) -> Fresh:
     n_draft = n_valid = 0
     if run.config.n_question_pairs or not run.reasons:
         source = held_out_source(run, engine)
-        greedy = draft_sampling(run, draft_plan(run.config), source, seed=0, temperature=0.0)
+        greedy = Sampling(max_tokens=elicit.question_tokens, repeat_penalty=repeat_penalty(run))
         answers = run.calls.complete(
             engine, source.requests(0, n, []), greedy, "fresh questions", budget="elicit.question_tokens"
         )
