@@ -89,9 +89,9 @@ def fewer_shown(config: RunConfig, task: Task) -> Iterator[str]:
     """Yield a sentence for every key that asks for more examples than `task` has: as many as there are are shown."""
     n_seed = len(task.seed)
     n_shot = len(task.worked) or n_seed  # `prompts.teacher_shots`
-    shots = (
-        config.teacher.shots if "shots" in config.teacher.model_fields_set else 0
-    )  # the default is a limit
+    # The default asks for all worked examples, however few.
+    by_default = bool(task.worked) and "shots" not in config.teacher.model_fields_set
+    shots = 0 if by_default else config.teacher.shots
     for key, wanted, there in (
         ("elicit.shown", config.elicit.shown, n_seed),
         ("teacher.shots", shots, n_shot),

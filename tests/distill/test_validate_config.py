@@ -56,7 +56,7 @@ def test_a_task_with_one_seed_runs_with_what_there_is_and_results_say_so(house: 
     assert max(row["shots"] for row in run.read("calibrate", "matrix.jsonl")) == 1
     run.close()
     told = [sentence.split(" = ")[0] for sentence in fewer_shown(run.config, house.task)]
-    assert told == ["elicit.shown", "calibrate.shots", "evaluate.shots"]
+    assert told == ["elicit.shown", "teacher.shots", "calibrate.shots", "evaluate.shots"]
     many = replace(house.task, seed=house.task.validation)
     assert not list(fewer_shown(house.config(), many))
     worked = FewShotExample(input="7?", reasoning="It ends in 7.", target="odd")
