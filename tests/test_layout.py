@@ -32,8 +32,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 LIMITS = {
     "lines of a file": 600,
     "modules, without __init__": 214,
-    "lines of the package": 47_971,  # aim: 36,000
-    "lines of the tests": 31_176,  # aim: 21,000
+    "lines of the package": 47_964,  # aim: 36,000
+    "lines of the tests": 31_177,  # aim: 21,000
     "modules under 80 lines with one importer": 12,
     "import cycles at the top of modules": 0,
     "import cycles, with imports inside functions": 0,

@@ -100,7 +100,13 @@ def test_a_node_may_take_long_over_models_and_nothing_else(
     said: list[str] = []
     assert module._ask_nodes((str(tmp_path), ""), [model], said.append)
     assert said and "waiting for" in said[0]
-    monkeypatch.setattr(module, "node_facts", lambda *_, **__: __import__("time").sleep(5))
+
+    def slow(*_: object, **__: object) -> None:  # a nested function is sent by value
+        import time
+
+        time.sleep(5)
+
+    monkeypatch.setattr(module, "node_facts", slow)
     with pytest.raises(ArteError, match="no answer in"):
         module._ask_nodes((str(tmp_path), ""))
 
