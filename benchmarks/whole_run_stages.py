@@ -31,7 +31,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "llama_cpp_python")
 TEXTS = 32  # calls that the engines send together
 # Where the pipeline of each build takes its stages from.
 PLACES = {name: f"arte_edge.distill.stages.{name}" for name in ("elicit", "prefer", "align", "evaluate")}
-PLACES |= dict.fromkeys(("tailor", "tune"), "arte_edge.distill.stages.rounds")
+PLACES |= dict.fromkeys(("tailor", "tune"), "arte_edge.distill.stages.tune")
 OLDER_PLACES = dict.fromkeys(("elicit", "prefer", "tailor", "evaluate"), "arte_edge.distill.pipeline")
 OLDER_PLACES |= {"align": "arte_edge.distill.align", "tune": "arte_edge.distill.tune"}
 

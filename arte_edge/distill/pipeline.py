@@ -79,8 +79,8 @@ def run_pipeline(
     from arte_edge.distill.stages.elicit import elicit
     from arte_edge.distill.stages.evaluate import evaluate
     from arte_edge.distill.stages.prefer import prefer
-    from arte_edge.distill.stages.rounds import tailor_and_tune
     from arte_edge.distill.stages.target import target
+    from arte_edge.distill.stages.tune import tailor_and_tune
     from arte_edge.distill.train.ranks import refuse_processes
 
     refuse_processes(config.train.processes, sharded=config.train.shard_teacher)

@@ -18,8 +18,8 @@ from arte_edge.distill.stages.check import check
 from arte_edge.distill.stages.elicit import elicit
 from arte_edge.distill.stages.evaluate import evaluate
 from arte_edge.distill.stages.prefer import prefer
-from arte_edge.distill.stages.rounds import tailor_and_tune
 from arte_edge.distill.stages.target import target
+from arte_edge.distill.stages.tune import tailor_and_tune
 from arte_edge.errors import InputError
 from arte_edge.runtimes.completion import Completion
 from arte_edge.runtimes.openai.client import Prices

@@ -1,20 +1,34 @@
-"""Step 6, tune: supervised fine-tuning of the student on the tailored data (paper, section 3.5) and the own labels."""
+"""Step 6, tune: supervised fine-tuning of the student on the tailored data (paper, section 3.5) and the own labels.
+
+Once, or in rounds: each round asks for more data where the student of the round before errs. The errors are those on
+validation examples, and only how often which answer was mistaken for which other one steers the teacher
+(`generation.inputs.focus_of`); the examples never reach it. A round that does not raise validation accuracy is the
+last, and the student of the best round is the run's (LLM2LLM, arXiv 2403.15042, has such rounds).
+"""
 
 from __future__ import annotations
 
+import filecmp
 import math
+from pathlib import Path
 from typing import Any
 
 from arte_edge.asking.form import Asking
 from arte_edge.checkpoint import write_chat_template
+from arte_edge.distill.evaluation import student_answers
+from arte_edge.distill.generation.inputs import focus_of
 from arte_edge.distill.run_context import Row, RunContext, Summary
+from arte_edge.distill.stages.elicit import first_focus
 from arte_edge.distill.stages.own_labels import training_rows
+from arte_edge.distill.stages.tailor import tailor
 from arte_edge.distill.stages.target import describe as describe_trial
 from arte_edge.distill.stages.target import trial_of_forms
 from arte_edge.distill.train.common import Lora, SftSettings
 from arte_edge.distill.train.sft import train_sft
 from arte_edge.models.resolve import LocalModel
 from arte_edge.models.student_file import tuned_student
+from arte_edge.stats import wilson
+from arte_edge.store import link_folder
 from arte_edge.tasks.task import Example
 
 _TRIAL_ROWS = 150
@@ -138,3 +152,60 @@ def _describe(summary: dict[str, Any]) -> str:
     own += f", {soft} with soft labels" if (soft := summary.get("soft_labels")) else ""
     trial = f"; {describe_trial(summary['trial'])}" if summary["trial"] else ""
     return f"{summary['examples']} examples{own}, {summary['steps']} steps{loss}{trial}"
+
+
+def tailor_and_tune(run: RunContext, adapter: tuple[Path, str] | None) -> LocalModel:
+    """Return the tuned student of the best round, as `tune` does; `adapter` aligns the teacher."""
+    tailor(run, adapter, first_focus(run))
+    _, best = tune(run)
+    if run.config.rounds == 1:
+        return best
+    most, kept = _validate(run, best, 1)["right"], 1
+    for number in range(2, run.config.rounds + 1):
+        rows = run.read(run.round_name("validate", number - 1), "answers.jsonl")
+        pairs = [(row["target"], row["answer"]) for row in rows] if run.by_label else []
+        focus = focus_of(pairs, weighted=True)
+        tailor(run, adapter, focus, number)
+        _, tuned = tune(run, number)
+        right = _validate(run, tuned, number)["right"]
+        if right <= most:
+            run.reporter.say(f"Round {number} did not raise validation accuracy: round {kept} is kept.")
+            break
+        best, most, kept = tuned, right, number
+    _keep(run.folder, kept)
+    return best
+
+
+def _keep(folder: Path, number: int) -> None:
+    """Make ``tune`` the folder of round `number`."""
+    source, final = folder / f"tune-{number}", folder / "tune"
+    manifests = source / "manifest.json", final / "manifest.json"
+    if not (manifests[1].is_file() and filecmp.cmp(*manifests, shallow=False)):
+        link_folder(source, final)
+
+
+def _validate(run: RunContext, tuned: LocalModel, number: int) -> Summary:
+    """Let the student of a round answer the validation examples."""
+    inputs: dict[str, Any] = {"tuned": tuned.sha256, "form": run.form, "task": run.task.sha256}
+    inputs |= {"answer_tokens": run.config.evaluate.answer_tokens, **run.budget_inputs()}
+    with run.stage(run.round_name("validate", number), inputs, _describe_validation) as stage:
+        if stage.todo:
+            engine, examples = run.engine_with(tuned, None, run.config.student), run.task.validation
+            found = student_answers(run, engine, run.asking(), examples, f"round {number}")
+            stage.write(
+                "answers.jsonl",
+                (
+                    {"input": e.input, "target": e.target, "answer": answer}
+                    for e, answer in zip(examples, found.answers, strict=True)
+                ),
+            )
+            stage.finish({"n": len(examples), "right": int(found.right.sum()), "tuned": tuned.sha256})
+    return stage.summary
+
+
+def _describe_validation(summary: Summary) -> str:
+    interval = wilson(summary["right"], summary["n"])
+    return (
+        f"{summary['right'] / summary['n']:.1%} of {summary['n']} validation examples "
+        f"({interval.low:.1%} to {interval.high:.1%})"
+    )

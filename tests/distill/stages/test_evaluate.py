@@ -12,8 +12,8 @@ from rich.console import Console
 from arte_edge.distill.evaluation import respondent_answers, student_answers, student_choices
 from arte_edge.distill.stages.check import check
 from arte_edge.distill.stages.evaluate import evaluate, headline, summary_lines, summary_table
-from arte_edge.distill.stages.rounds import tailor_and_tune
 from arte_edge.distill.stages.target import target
+from arte_edge.distill.stages.tune import tailor_and_tune
 from arte_edge.results.accuracy import NOT_KNOWN
 from arte_edge.results.comparison import comparison_of
 from arte_edge.runtimes.completion import Request, Sampling

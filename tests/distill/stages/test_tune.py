@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tiny import Patch
 
-from arte_edge.distill.stages import rounds
 from arte_edge.distill.stages.check import check
 from arte_edge.distill.stages.target import target
+from arte_edge.distill.stages.tune import tailor_and_tune
 from arte_edge.models.resolve import LocalModel
 from arte_edge.store import Stage
 from arte_edge.tasks.task import Answer
@@ -27,7 +27,7 @@ def tuned(house: Any, **tables: Any) -> tuple[Any, LocalModel]:
     try:
         check(run, force=True)
         target(run)
-        return run, rounds.tailor_and_tune(run, None)
+        return run, tailor_and_tune(run, None)
     finally:
         run.close()
 
