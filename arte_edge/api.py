@@ -30,8 +30,7 @@ from arte_edge.publish.recommend.pick import recommend
 from arte_edge.publish.recommend.recommendation import Recommendation
 from arte_edge.publish.report.page import ReportPage, report
 from arte_edge.results.comparison import upgraded
-from arte_edge.results.locate import find_run
-from arte_edge.results.student_json import FILE_NAME
+from arte_edge.results.student_json import FILE_NAME, find_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -134,7 +133,7 @@ class Run:
         return report(self.folder, **settings)
 
     def _repr_html_(self) -> str:
-        from arte_edge.notebook import fragment
+        from arte_edge.console import fragment
 
         if not self.finished:
             return fragment(f"{self.name}: not finished", lines=["Run the same command again to resume."])

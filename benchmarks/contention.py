@@ -24,8 +24,8 @@ from arte_edge.bench.runner import fetch_model, run_case
 from arte_edge.bench.settings import BenchSettings, cases, describe, find_targets
 from arte_edge.cache import write_atomic
 from arte_edge.device.detect import detect
+from arte_edge.machine import available_cores
 from arte_edge.stats import wilson
-from arte_edge.threads import available_cores
 
 KEYS = ("status", "contended", "contended_reason", "n_repeated", "median_ts", "samples_ts", "load_average")
 

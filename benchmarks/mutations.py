@@ -132,8 +132,8 @@ def _load_run(folder: Path) -> None:
 def _export_documents(folder: Path) -> None:
     import arte_edge as ae
     from arte_edge.publish.card.card import card
-    from arte_edge.results.locate import read_bench, read_export
     from arte_edge.results.merge import merge_into
+    from arte_edge.results.student_json import read_bench, read_export
 
     export = folder / "export"
     merge_into(read_export(export), read_bench(export))

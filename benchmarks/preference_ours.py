@@ -142,8 +142,7 @@ def ceiling(work: Work) -> Callable[[], Texts]:
     flash attention, at the work's depth."""
     import numpy as np
 
-    from arte_edge.runtimes.llamacpp.bindings import LlamaContext, LlamaModel
-    from arte_edge.runtimes.llamacpp.context_memory import Layout
+    from arte_edge.runtimes.llamacpp.bindings import Layout, LlamaContext, LlamaModel
 
     model = LlamaModel(Path(work["gguf"]))
     depth, steps = work["ceiling_depth"], 6

@@ -17,10 +17,10 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from tiny import Folders, Make, Patch
 
+from arte_edge.machine import available_cores
 from arte_edge.models import LocalModel, resolve
 from arte_edge.models.artifact import checksums_of
 from arte_edge.results.student_json import Data, Fidelity, Lineage, Parent, Tuning, write_student
-from arte_edge.threads import available_cores
 
 # A test says what must hold, not how busy the machine may be meanwhile.
 settings.register_profile("arte", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -45,7 +45,7 @@ SHORT_LINES = 80
 ORDER = re.findall(
     r"\w+",
     """
-    errors files catalog extras private_apis threads protobuf pii_scan memory console notebook
+    errors files catalog extras private_apis machine protobuf pii_scan console
     stats model_folder cache store checkpoint transformers_load frozen_weights
     results gguf device onnx models runtimes cluster tasks asking
     distill verify export bench publish api cli __main__

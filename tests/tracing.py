@@ -20,7 +20,7 @@ GROUND_FLOOR = set(
         "errors",
         "catalog",
         "extras",
-        "threads",
+        "machine",
         "console",
         "store",
         "cache",

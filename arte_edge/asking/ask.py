@@ -45,7 +45,7 @@ class Reply:
         return self.text if self.answer is None else self.answer
 
     def _repr_html_(self) -> str:
-        from arte_edge.notebook import fragment
+        from arte_edge.console import fragment
 
         rate = f"{self.tokens} tokens in {self.seconds:.1f} s"
         return fragment(self.answer or "no answer in the task's form", lines=[self.text.strip(), rate])

@@ -1,22 +1,26 @@
 """The form of a student's answers, and the instruction that goes with it.
 
 A student is trained, evaluated, verified and used through one prompt: a bare user message, rendered by a chat template
-that holds the instruction as its default system text (`arte_edge.asking.template`). Three forms of an answer:
+that holds the instruction as its default system text (`with_instruction`). Three forms of an answer:
 
 * ``answer``: the answer alone, such as a label. The fewest tokens on a device.
 * ``answer-first``: the answer in its tags, then the reasons, which need not be decoded (arXiv 2406.14511).
 * ``reasoning-first``: the paper's form, reasoning and then the answer in its tags.
+
+What is written into a template has to render the same in every program that reads templates: jinja2 (transformers,
+llama-cpp-python, vLLM), llama.cpp's own engine, onnxruntime-genai's. So it uses nothing but an `if`, a `set`, a list of
+dictionaries and string literals, and the gate's check "template programs" holds the programs against each other.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 from arte_edge.errors import InputError
-from arte_edge.runtimes.prompt_render import Message
+from arte_edge.runtimes.prompt_render import Message, Templated, shows_system
 from arte_edge.tasks.answers import canonical, extract
 from arte_edge.tasks.task import Answer, Task
 
@@ -163,3 +167,65 @@ def asking_of(
     form = held_form(model, task)
     asking = Asking.of(task, form or "answer", count, reasoning_tokens)
     return asking, [] if form else [{"role": "system", "content": asking.instruction}]
+
+
+# For models without a template: text that any base model continues.
+PLAIN = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}{{- message['content'] + '\\n\\n' -}}"
+    "{%- elif message['role'] == 'user' -%}{{- 'Question: ' + message['content'] + '\\nAnswer:\\n' -}}"
+    "{%- else -%}{{- message['content'] + '\\n\\n' -}}{%- endif -%}"
+    "{%- endfor -%}"
+)
+_NEEDS_ESCAPE = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+# Two of these in a row open or close a block: no program that looks for them first must find them in a text.
+_BRACES = re.compile(r"(?<=\{)(?=[{%#])|(?<=[}%#])(?=\})")
+
+
+def plain_template(special_tokens: Mapping[str, str]) -> str:
+    """Return `PLAIN`, with the begin token of a model that has one: programs leave it to a template to write it."""
+    return "{{- bos_token -}}" * bool(special_tokens.get("bos_token")) + PLAIN
+
+
+def with_instruction(template: str | None, text: str, special_tokens: Mapping[str, str]) -> str:
+    """Return `template` (`PLAIN` for None) with `text` as the system text of conversations that have none.
+
+    In a template that rejects a system text, or leaves it out, the text starts the first user turn, and so does a
+    caller's own.
+    """
+    base = plain_template(special_tokens) if template is None else template
+    probe = [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}]
+    literal = _literal(text)
+    if shows_system(base, probe, special_tokens):
+        default = f"{{%- set messages = [{{'role': 'system', 'content': {literal}}}] + messages -%}}"
+        return f"{{%- if messages[0]['role'] != 'system' -%}}{default}{{%- endif -%}}{base}"
+    return (
+        "{%- if messages[0]['role'] == 'system' -%}"
+        "{%- set messages = [{'role': 'user', 'content': messages[0]['content'] + '\\n\\n' + "
+        "messages[1]['content']}] + messages[2:] -%}"
+        "{%- elif messages[0]['role'] == 'user' -%}"
+        f"{{%- set messages = [{{'role': 'user', 'content': {literal} + '\\n\\n' + "
+        "messages[0]['content']}] + messages[1:] -%}{%- endif -%}" + base
+    )
+
+
+def _literal(text: str) -> str:
+    """Return `text` as a string expression of a template."""
+    parts = [
+        "'" + "".join(_NEEDS_ESCAPE.get(char, char) for char in part) + "'" for part in _BRACES.split(text)
+    ]
+    return parts[0] if len(parts) == 1 else f"({' + '.join(parts)})"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model as its tuned student will be asked: its chat template with the instruction in it."""
+
+    chat_template: str
+    special_tokens: dict[str, str]
+
+
+def asked(model: Templated, text: str, *, plain: bool = False) -> Asked:
+    """Return `model` with `text` as its instruction; with `plain` without its own template."""
+    special = model.special_tokens
+    return Asked(with_instruction(None if plain else model.chat_template, text, special), special)

@@ -22,8 +22,8 @@ from arte_edge.asking.ask import Student
 from arte_edge.device.model_size import model_format
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.reader import GgufHeader, read_model_header
+from arte_edge.machine import thread_count
 from arte_edge.runtimes.llamacpp.servers import HOST, NEEDED, end_process, llama_server, python_server
-from arte_edge.threads import thread_count
 
 _MOST_CONTEXT_TOKENS = 4096  # a cache for all that some models were trained for fills the memory
 _START_S, _STOP_S, _POLL_S = 300.0, 1.0, 0.1

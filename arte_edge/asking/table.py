@@ -22,7 +22,7 @@ from arte_edge.errors import InputError, nearest
 from arte_edge.files import json_loads
 from arte_edge.models.artifact import checksums_of
 from arte_edge.tasks.tables import cell_text, input_column, open_table
-from arte_edge.tasks.validation import Problem, raise_first
+from arte_edge.tasks.task import Problem, raise_first
 
 _JSON = (".jsonl", ".ndjson")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}

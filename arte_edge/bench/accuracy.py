@@ -16,11 +16,11 @@ import numpy as np
 from arte_edge.bench.settings import Request, Split, describe
 from arte_edge.bench.timing import OnProgress
 from arte_edge.device.contention import CpuMeter, contention
+from arte_edge.machine import thread_count
 from arte_edge.results.accuracy import PairedAccuracy, paired_on_common
 from arte_edge.results.rows import DeviceFacts, QualityRow
 from arte_edge.runtimes.loader import open_model
 from arte_edge.tasks.task import Example, Task
-from arte_edge.threads import thread_count
 from arte_edge.verify.accuracy import (
     Questions,
     accuracy_of,

@@ -254,7 +254,7 @@ def run_case(
 def _does_not_fit(target: Target, case: Case, device: DeviceFacts) -> str:
     """Return why this case would run out of memory and what would help; empty if it should fit."""
     from arte_edge.device.memory_estimate import does_not_fit, fit, repacked_types
-    from arte_edge.memory import available_bytes
+    from arte_edge.machine import available_bytes
 
     if target.format == "null":
         return ""

@@ -22,10 +22,9 @@ from arte_edge import catalog
 from arte_edge.device.model_size import ModelSize
 from arte_edge.errors import InputError
 from arte_edge.files import read_toml, user_path, validated
+from arte_edge.machine import threads_from_environment
 from arte_edge.results.rows import DeviceFacts
-from arte_edge.runtimes.loader import decoder_format
-from arte_edge.runtimes.null import null_ms
-from arte_edge.threads import threads_from_environment
+from arte_edge.runtimes.loader import decoder_format, null_ms
 
 Runtime = Literal[
     "auto", "llama-cpp-python", "xllamacpp", "onnxruntime-genai", "onnxruntime", "transformers", "null"

@@ -171,7 +171,7 @@ def _memory_evidence(peak_bytes: int | None, counted: bool, pid: int, root: Path
     """Return the evidence for the kernel's out-of-memory killer, empty if there is none."""
     if counted:
         return "the control group counted an out-of-memory kill"
-    from arte_edge.memory import total_bytes
+    from arte_edge.machine import total_bytes
 
     if root == _ROOT:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -186,7 +186,7 @@ def _memory_evidence(peak_bytes: int | None, counted: bool, pid: int, root: Path
 
 def _oom_kills(root: Path) -> int:
     """Return the number of out-of-memory kills in our control groups (``memory.events``)."""
-    from arte_edge.memory import cgroup_files
+    from arte_edge.machine import cgroup_files
 
     counts = [0]
     for file in cgroup_files(root, "memory", "memory.events", "memory.oom_control"):

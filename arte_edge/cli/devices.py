@@ -87,16 +87,16 @@ def detect(
     as_json: Json = False,
 ) -> None:
     """Print this machine's hardware, profile and sensors."""
-    from arte_edge import memory
     from arte_edge.device.detect import board
     from arte_edge.device.detect import detect as facts_of
     from arte_edge.device.memory_estimate import fit, repacked_types
     from arte_edge.device.model_size import ModelSize
     from arte_edge.device.roofline import bandwidth, expected_here, is_busy
+    from arte_edge.machine import available_bytes
 
     facts = facts_of()
     found: dict[str, Any] = facts.model_dump(mode="json") | {"board": board()}
-    found |= {"available_bytes": memory.available_bytes(), "sensors": _sensors()}
+    found |= {"available_bytes": available_bytes(), "sensors": _sensors()}
     if (probe or model) and is_busy():
         err.print("This machine is busy: the bandwidth is measured too low and not cached.")
     found["read_bytes_per_s"] = bandwidth(facts.cores, fresh=True) if probe else None

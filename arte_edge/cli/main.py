@@ -27,7 +27,6 @@ from arte_edge.cli import (
     models,
     presets,
     publish,
-    study,
     tasks,
     verify,
 )
@@ -43,7 +42,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(distill.distill)
-app.command()(study.study)
+app.command()(distill.study)
 app.command()(ask.ask)
 app.command()(ask.chat)
 app.command()(ask.serve)

@@ -19,8 +19,7 @@ from arte_edge.files import user_path
 
 if TYPE_CHECKING:
     from arte_edge.tasks.scaffold import NewTask
-    from arte_edge.tasks.task import Task
-    from arte_edge.tasks.validation import Problem
+    from arte_edge.tasks.task import Problem, Task
 
 _LABELS_SHOWN = 20
 
@@ -239,7 +238,7 @@ def _report(ref: str, bbh: Path | None) -> dict[str, Any]:
     """Return the problems of a task, and warnings about its data as `remarks`."""
     from arte_edge.tasks.folder import read_folder
     from arte_edge.tasks.loaders import find_folder, load_task
-    from arte_edge.tasks.validation import quality_warnings
+    from arte_edge.tasks.task import quality_warnings
 
     task: Task | None
     problems: list[Problem] = []

@@ -24,11 +24,11 @@ from arte_edge.cluster.pool import ClusterEngine, Pool, reason, translated
 from arte_edge.cluster.worker import EngineSpec, NodeFacts, adapter_sum, node_facts, versions
 from arte_edge.errors import ArteError, InputError
 from arte_edge.extras import need
+from arte_edge.machine import environment_for, thread_count
 from arte_edge.models.resolve import LocalModel
 from arte_edge.private_apis import missing
 from arte_edge.runtimes.loader import Kind
 from arte_edge.runtimes.openai.vllm_process import VllmSettings
-from arte_edge.threads import environment_for, thread_count
 
 _ANSWER_S = 5.0  # for an address to accept a connection
 _NODE_S = (

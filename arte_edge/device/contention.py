@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from arte_edge.memory import cgroup_files
+from arte_edge.machine import available_cores, cgroup_files
 from arte_edge.results.rows import CpuUse
-from arte_edge.threads import available_cores
 
 # Half a percent and less on a quiet machine, 25 to 80 % with one competing process a core
 # (benchmarks/contention.py); the rate falls by at least the share.

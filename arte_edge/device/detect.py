@@ -12,9 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from arte_edge import memory
+from arte_edge.machine import available_cores, cgroup_files, machine_bytes, total_bytes
 from arte_edge.results.rows import DeviceFacts
-from arte_edge.threads import available_cores
 
 _ROOT = Path("/")
 # The features by which llama.cpp and onnxruntime choose kernels, as Linux spells them. The list is fixed,
@@ -178,12 +177,12 @@ def detect(*, root: Path = _ROOT, arch: str = "", system: str = "") -> DeviceFac
     cpu = read_cpu(root, arch, system)
     model = board(root, system)
     facts = DeviceFacts(
-        fingerprint=fingerprint(cpu, arch, model, memory.machine_bytes(root)),
+        fingerprint=fingerprint(cpu, arch, model, machine_bytes(root)),
         cpu=cpu.name,
         arch=arch,
         cores=usable_cores(root),
         features=cpu.features,
-        memory_bytes=memory.total_bytes(root),
+        memory_bytes=total_bytes(root),
         os=_os_name(system),
         governor=_governor(root),
         virtual=_virtual(root, cpu),
@@ -208,19 +207,19 @@ def board(root: Path = _ROOT, system: str = "") -> str:
     return _firmware(root)
 
 
-def fingerprint(cpu: Cpu, arch: str, model: str, machine_bytes: int) -> str:
+def fingerprint(cpu: Cpu, arch: str, model: str, memory_bytes: int) -> str:
     """Return 16 hex digits over the facts that do not change between runs; nothing personal is in them.
 
     Memory counts in whole gigabytes, since the kernel's own share differs between versions.
     """
-    facts = [cpu.name, arch, cpu.count, list(cpu.features), model, round(machine_bytes / 1e9)]
+    facts = [cpu.name, arch, cpu.count, list(cpu.features), model, round(memory_bytes / 1e9)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def usable_cores(root: Path = _ROOT) -> int:
     """Return the cores that this process may use: its affinity, or a container's CPU quota if that is less."""
     cores = available_cores()
-    for file in memory.cgroup_files(root, "cpu", "cpu.max", "cpu.cfs_quota_us"):
+    for file in cgroup_files(root, "cpu", "cpu.max", "cpu.cfs_quota_us"):
         values = [*read_text(file).split(), read_text(file.with_name("cpu.cfs_period_us"))]
         if len(values) > 1 and values[0].isdigit() and values[1].isdigit() and int(values[1]) > 0:
             cores = min(cores, max(1, -(-int(values[0]) // int(values[1]))))

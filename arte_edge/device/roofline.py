@@ -51,7 +51,7 @@ def measure_bandwidth(threads: int, total_bytes: int = 0) -> float:
     """
     import numpy as np
 
-    from arte_edge.memory import available_bytes
+    from arte_edge.machine import available_bytes
 
     total_bytes = total_bytes or min(_MAX_BYTES, available_bytes() // 4)
     share = max(1 << 20, total_bytes // threads) // 8

@@ -150,9 +150,8 @@ def _measured_file(
 
     Raises InputError: ``deploy.rates`` is no folder or file with results.
     """
-    from arte_edge.results.locate import find_export, read_bench
     from arte_edge.results.measurements import best_of_rows, measured
-    from arte_edge.results.student_json import read_student
+    from arte_edge.results.student_json import find_export, read_bench, read_student
 
     given = user_path(config.rates)
     has_rows = given.is_dir() and (given / "bench.jsonl").is_file()

@@ -29,7 +29,7 @@ from arte_edge.device.model_size import ModelSize
 from arte_edge.distill.gpu_plan import NF4
 from arte_edge.errors import InputError
 from arte_edge.gguf.to_hf import checkpoint_folder
-from arte_edge.memory import available_bytes, total_bytes
+from arte_edge.machine import available_bytes, total_bytes
 from arte_edge.runtimes.loader import Kind, is_server, teacher_kind
 from arte_edge.runtimes.prefix_tree import MAX_LEVELS
 

@@ -17,8 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from arte_edge.asking.form import Asking, Form
-from arte_edge.asking.template import Asked, asked
+from arte_edge.asking.form import Asked, Asking, Form, asked
 from arte_edge.cache import Progress, write_atomic
 from arte_edge.console import Reporter, doing, model_progress
 from arte_edge.distill.aligned import AlignedTeacher, aligned_teacher

@@ -23,14 +23,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from arte_edge.cache import sha256_file, write_atomic
-from arte_edge.console import Reporter
+from arte_edge.console import Reporter, ResultTable, fragment
 from arte_edge.distill.config import ModelConfig, RunConfig, TaskConfig, build, short_name
 from arte_edge.distill.pipeline import run_pipeline
 from arte_edge.distill.run_context import holds
 from arte_edge.distill.validate_config import refuse_run
 from arte_edge.errors import InputError, StoppedEarly
 from arte_edge.files import read_json, read_toml, validated
-from arte_edge.notebook import ResultTable, fragment
 from arte_edge.results.comparison import BASE, OWN, OWN_ALL, TEACHER, TUNED
 from arte_edge.stats import over_seeds_and_questions
 from arte_edge.store import read_jsonl

@@ -51,7 +51,7 @@ class Estimate:
         """Return the files of `model` as a table."""
         from rich import box
 
-        from arte_edge.notebook import ResultTable
+        from arte_edge.console import ResultTable
 
         table = ResultTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("file", overflow="fold")

@@ -47,7 +47,7 @@ class Outcome:
         from rich import box
         from rich.text import Text
 
-        from arte_edge.notebook import ResultTable
+        from arte_edge.console import ResultTable
 
         has_accuracy = any(artifact.accuracy for artifact in self.artifacts)
         has_answers = any(a.fidelity.metrics and a.fidelity.metrics.answers for a in self.artifacts)
@@ -109,7 +109,7 @@ class Outcome:
             console.print(line, soft_wrap=True)
 
     def _repr_html_(self) -> str:
-        from arte_edge.notebook import fragment
+        from arte_edge.console import fragment
 
         return fragment(self.student.student.name, [self.table], self.details)
 

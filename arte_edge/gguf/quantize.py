@@ -47,7 +47,7 @@ from arte_edge.gguf.reader import (
     read_header,
     read_model_header,
 )
-from arte_edge.threads import thread_count
+from arte_edge.machine import thread_count
 
 if TYPE_CHECKING:
     from arte_edge.gguf.imatrix import Imatrix

@@ -42,7 +42,7 @@ from arte_edge.extras import need
 from arte_edge.frozen_weights import load_frozen
 from arte_edge.gguf import rope
 from arte_edge.gguf.reader import FULL_WIDTH, GgufHeader, read_model_header
-from arte_edge.threads import thread_count
+from arte_edge.machine import thread_count
 
 # Part of the folder's name: raised when the conversion changes, so that old results are not reused.
 VERSION = 2

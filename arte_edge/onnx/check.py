@@ -14,9 +14,8 @@ from typing import Any
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.files import read_json
+from arte_edge.onnx.files import GENAI, end_tokens, read_genai_config, read_number
 from arte_edge.onnx.folder import copy_tokenizer, reject_private_text
-from arte_edge.onnx.genai_config import GENAI, read_genai_config
-from arte_edge.onnx.tokenizer import end_tokens, read_number
 
 Shape = tuple[int | str, ...]
 # Writers may pad the file after the last tensor to a page.

@@ -8,6 +8,8 @@ them. It holds no path, and no time except that of a measurement: the same expor
 A speed entry is one file on one device with one runtime and number of threads. It holds every test
 that was run there, and a summary of them, taken from valid tests where there are any, else from tests
 on a throttled device or beside other work, and marked so.
+
+`find_run` and `find_export` find a run or an export by name or path.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from pydantic import Field
 
 from arte_edge.cache import write_atomic
 from arte_edge.errors import InputError, reading
+from arte_edge.files import run_file, user_path
 from arte_edge.results.accuracy import SCHEMA_VERSION, DeviceAccuracy, PairedAccuracy, Record
 from arte_edge.results.comparison import ComparisonRow
-from arte_edge.results.rows import disturbance
+from arte_edge.results.rows import BENCH_NAME, Row, disturbance, read_rows
 
 FILE_NAME = "student.json"
 _SHA256 = r"^[0-9a-f]{64}$"
@@ -375,3 +378,52 @@ def carry_results(folder: Path, new: StudentFile) -> StudentFile:
     if old.student.sha256 == new.student.sha256:
         update["student_evaluations"] = old.student_evaluations
     return new.model_copy(update=update)
+
+
+def find_run(ref: str | Path, runs: str | Path = "runs") -> Path:
+    """Return the folder of a run: a path, or a name in the folder `runs`.
+
+    Raises InputError: there is no such folder, or it holds no run.
+    """
+    path = user_path(ref)
+    path = path if path.is_dir() else user_path(Path(runs) / ref)
+    if not path.is_dir():
+        raise InputError(f"{ref}: no such folder", "Give a run's folder, or its name under runs/.")
+    return run_file(path).parent
+
+
+def find_export(ref: str | Path) -> Path:
+    """Return the folder that holds ``student.json``: `ref` itself, its ``export``, or the only one below it.
+
+    Raises InputError: there is none, or there are several.
+    """
+    path = user_path(ref)
+    if not path.exists() and (Path("runs") / path).is_dir():
+        path = Path("runs") / path
+    if path.is_file() and path.name in (FILE_NAME, BENCH_NAME):
+        return path.parent
+    for folder in (path, path / "export"):
+        if (folder / FILE_NAME).is_file():
+            return folder
+    below = sorted(path.glob(f"*/{FILE_NAME}"))
+    if len(below) == 1:
+        return below[0].parent
+    if below:
+        names = ", ".join(found.parent.name for found in below)
+        raise InputError(f"{path}: several exports: {names}", "Name one of them.")
+    raise InputError(f"{ref}: no {FILE_NAME} here", "Make files first: arte-edge export RUN.")
+
+
+def read_export(folder: Path) -> StudentFile:
+    """Return ``student.json`` of `folder`. Raises InputError: it is missing, damaged, or of another version."""
+    if (student := read_student(folder)) is None:
+        raise InputError(f"{folder}: no {FILE_NAME} here", "Make files first: arte-edge export RUN.")
+    return student
+
+
+def read_bench(folder: Path) -> list[Row]:
+    """Return the rows of ``bench.jsonl`` in `folder`; none if nothing was measured yet.
+
+    Raises InputError: the rows are of another version.
+    """
+    return read_rows(folder / BENCH_NAME)

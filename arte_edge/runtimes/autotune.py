@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from arte_edge.cache import cached_measurement
 from arte_edge.errors import ArteError
-from arte_edge.memory import available_bytes
+from arte_edge.machine import available_bytes
 from arte_edge.runtimes.completion import Engine, Request, Sampling
 from arte_edge.runtimes.transformers import onednn_prepack
 from arte_edge.runtimes.transformers.placement import Floats, fast_floats, pick_device

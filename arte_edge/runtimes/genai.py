@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.errors import EngineError, InputError, first_line
-from arte_edge.onnx.genai_config import read_genai_config
+from arte_edge.onnx.files import read_genai_config
 from arte_edge.runtimes.onnxruntime import FolderRuntime, check_files
 from arte_edge.runtimes.prompt_render import Conversation
 from arte_edge.runtimes.protocol import Rendered, RuntimeFacts, check_context

@@ -2,12 +2,18 @@
 
 `open_engine` and `open_local` open an `Engine` for distillation, `open_model` a `Runtime` for verification, and
 `open_decoder` a `Decoder` for benchmarks, with a cache of a given size and the runtime of choice.
+
+A benchmark also times a model that does nothing, or sleeps a given time: what remains is the cost of the benchmark
+itself. Its name is ``null``, or ``null:MS`` for one that takes MS milliseconds a token.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,12 +24,11 @@ from arte_edge.device.model_size import model_format
 from arte_edge.errors import InputError
 from arte_edge.extras import need
 from arte_edge.gguf.reader import read_model_header
-from arte_edge.memory import total_bytes
+from arte_edge.machine import total_bytes
 from arte_edge.model_folder import look
 from arte_edge.models.resolve import LocalModel, resolve
 from arte_edge.runtimes.completion import Engine
-from arte_edge.runtimes.null import NullDecoder, null_ms
-from arte_edge.runtimes.protocol import Decoder, Runtime
+from arte_edge.runtimes.protocol import Decoder, Runtime, RuntimeFacts
 
 # format -> runtimes that open it, best first
 _RUNTIMES = {
@@ -269,3 +274,38 @@ def open_decoder(
     from arte_edge.runtimes.transformers.runtime import TransformersRuntime
 
     return TransformersRuntime(path, threads, context_tokens)
+
+
+_NULL = re.compile(r"null(?::(\d{1,6}(?:\.\d+)?))?")
+
+
+def null_ms(path: Path) -> float | None:
+    """Return the milliseconds a token that the name of a null model gives, None if it is no such name."""
+    found = _NULL.fullmatch(str(path))
+    return None if found is None else float(found[1] or 0)
+
+
+class NullDecoder:
+    """`Decoder` without a model."""
+
+    facts = RuntimeFacts(runtime="null")
+    n_vocab = 32_000
+
+    def __init__(self, context_tokens: int, token_ms: float = 0.0) -> None:
+        self.context_tokens = context_tokens
+        self._token_s = token_ms / 1e3
+
+    def clear(self) -> None:
+        """Nothing to empty."""
+
+    def prefill(self, tokens: Sequence[int]) -> int:
+        if self._token_s:
+            time.sleep(self._token_s * len(tokens))
+        return 0
+
+    def step(self, token: int) -> None:
+        if self._token_s:
+            time.sleep(self._token_s)
+
+    def close(self) -> None:
+        """Nothing to free."""

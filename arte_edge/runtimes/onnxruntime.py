@@ -22,10 +22,17 @@ from numpy.typing import NDArray
 from arte_edge.errors import EngineError, InputError, first_line, reading
 from arte_edge.extras import need
 from arte_edge.files import read_json
+from arte_edge.machine import thread_count
 from arte_edge.model_folder import chat_templates, token_text, tokenizer_files
 from arte_edge.onnx.check import external_problems, model_file, read_graph
-from arte_edge.onnx.genai_config import GENAI, read_genai_config
-from arte_edge.onnx.tokenizer import FileTokenizer, added_tokens, end_tokens, read_number
+from arte_edge.onnx.files import (
+    GENAI,
+    FileTokenizer,
+    added_tokens,
+    end_tokens,
+    read_genai_config,
+    read_number,
+)
 from arte_edge.runtimes.protocol import (
     BaseRuntime,
     RuntimeFacts,
@@ -33,7 +40,6 @@ from arte_edge.runtimes.protocol import (
     readable,
     until_stop,
 )
-from arte_edge.threads import thread_count
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,17 @@ from arte_edge.files import read_toml
 from arte_edge.tasks import structured
 from arte_edge.tasks.answers import canonical
 from arte_edge.tasks.tables import json_rows, text_problem
-from arte_edge.tasks.task import ANSWER_TAG, SPLITS, Answer, Example, FewShotExample, Task, rows_sha256
-from arte_edge.tasks.validation import Problem, raise_first
+from arte_edge.tasks.task import (
+    ANSWER_TAG,
+    SPLITS,
+    Answer,
+    Example,
+    FewShotExample,
+    Problem,
+    Task,
+    raise_first,
+    rows_sha256,
+)
 
 _COLUMNS = ("input", "target")
 

@@ -34,12 +34,12 @@ from arte_edge.tasks.task import (
     Answer,
     Example,
     FewShotExample,
+    Problem,
     Task,
     content_key,
     listed_letters,
     rows_sha256,
 )
-from arte_edge.tasks.validation import Problem
 
 # Published data sets have a few broken rows, which must not turn a multiple-choice task into free text.
 _ALMOST_ALL = 0.95

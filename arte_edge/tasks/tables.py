@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from arte_edge.errors import ArteError, InputError, nearest
-from arte_edge.tasks.validation import Problem, raise_first
+from arte_edge.tasks.task import Problem, raise_first
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 _USUAL = (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from rich.table import Table
 
-from arte_edge.notebook import ResultTable
+from arte_edge.console import ResultTable
 
 _SHORT = 64  # characters of a note that fit into the table, on two lines
 

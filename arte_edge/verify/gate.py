@@ -24,12 +24,12 @@ from arte_edge.tasks.task import Task
 from arte_edge.verify.accuracy import (
     answer_examples,
     check_accuracy,
+    check_as_asked,
     examples_of,
     measure_accuracy,
     noted_tokens,
     questions_for,
 )
-from arte_edge.verify.as_asked import check_as_asked
 from arte_edge.verify.chat_template import check_templates
 from arte_edge.verify.check import Check, checks_table, long_notes
 from arte_edge.verify.logits import Fidelity, Progress, fidelity_checks, measure_answers, measure_fidelity
@@ -71,7 +71,7 @@ class Verdict:
         return checks_table(self.checks)
 
     def _repr_html_(self) -> str:
-        from arte_edge.notebook import fragment
+        from arte_edge.console import fragment
 
         verdict = "matches" if self.passed else "does not match"
         thresholds = f", thresholds of {self.thresholds_of}" if self.thresholds_of else ""

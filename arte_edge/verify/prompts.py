@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from arte_edge.asking.form import Asking, held_form
-from arte_edge.asking.template import plain_template
+from arte_edge.asking.form import Asking, held_form, plain_template
 from arte_edge.errors import InputError
 from arte_edge.files import json_loads
 from arte_edge.runtimes.prompt_render import Message, Templated, render

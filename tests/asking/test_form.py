@@ -83,7 +83,7 @@ TURNS = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_form_of_a_student_is_read_from_its_own_template(form: Form) -> None:
-    from arte_edge.asking.template import with_instruction
+    from arte_edge.asking.form import with_instruction
 
     task = task_of(INTENTS, *INTENTS.choices)
     model = Model(with_instruction(TURNS, instruction(task, form), {}))

@@ -17,8 +17,8 @@ from tiny import Capture, Folders, Patch
 
 import arte_edge as ae
 from arte_edge.asking import serve as module
+from arte_edge.asking.form import with_instruction
 from arte_edge.asking.serve import serve_file
-from arte_edge.asking.template import with_instruction
 from arte_edge.cli.main import main
 from arte_edge.errors import ArteError, InputError
 from arte_edge.results.student_json import Asking, write_student

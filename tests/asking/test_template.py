@@ -4,7 +4,7 @@ from types import SimpleNamespace as Model
 
 import pytest
 
-from arte_edge.asking.template import with_instruction
+from arte_edge.asking.form import with_instruction
 from arte_edge.runtimes.prompt_render import Message, render
 
 NASTY = (

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from tiny import Patch, facts, student_file
 
-from arte_edge.asking.form import instruction
-from arte_edge.asking.template import with_instruction
+from arte_edge.asking.form import instruction, with_instruction
 from arte_edge.bench import accuracy
 from arte_edge.bench.accuracy import example_key, measure_quality
 from arte_edge.bench.runner import run_quality

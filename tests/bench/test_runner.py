@@ -87,7 +87,7 @@ def test_a_test_that_takes_too_long_is_a_row() -> None:
 
 
 def test_what_does_not_fit_is_refused_before_it_is_opened(bench_gguf: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("arte_edge.memory.available_bytes", lambda *root: 1_000_000)
+    monkeypatch.setattr("arte_edge.machine.available_bytes", lambda *root: 1_000_000)
     rows = bench([bench_gguf], QUICK)
     assert [row.status for row in rows] == ["refused", "refused"]
     assert "does not fit" in rows[0].reason

@@ -17,7 +17,7 @@ from tiny import Patch, facts
 from arte_edge.bench.settings import BenchSettings, Case, cases
 from arte_edge.bench.timing import draw_tokens, measure, metrics, min_samples, pace, percentile, spread, trend
 from arte_edge.results.rows import CpuUse
-from arte_edge.runtimes.null import NullDecoder
+from arte_edge.runtimes.loader import NullDecoder
 from arte_edge.runtimes.protocol import RuntimeFacts
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny import machine
 
-from arte_edge import memory
 from arte_edge.device.detect import detect, parse_cpuinfo, parse_sysctl, usable_cores
+from arte_edge.machine import available_bytes, total_bytes
 from arte_edge.results.rows import DeviceFacts
 
 A76_FEATURES = (
@@ -142,18 +142,18 @@ def test_a_containers_limit_counts_in_both_versions_of_control_groups(tmp_path: 
     limits = {"memory.max": "1000000000", "memory.current": "1000"}
     limits |= {"b/memory.max": "max", "b/cpu.max": "100000 100000"}
     machine(two, {f"sys/fs/cgroup/a/{name}": text for name, text in limits.items()})
-    assert memory.total_bytes(two) == 1_000_000_000
-    assert memory.available_bytes(two) == 1_000_000_000 - 1000
+    assert total_bytes(two) == 1_000_000_000
+    assert available_bytes(two) == 1_000_000_000 - 1000
     stat = two / "sys/fs/cgroup/a/memory.stat"
     stat.write_text("anon 500\ninactive_file 300\nactive_file 100\n")
-    assert memory.available_bytes(two) == 1_000_000_000 - 600, "cached files are given up on demand"
+    assert available_bytes(two) == 1_000_000_000 - 600, "cached files are given up on demand"
     assert usable_cores(two) == 1
     one = machine(tmp_path / "v1", meminfo | {"proc/self/cgroup": "4:memory:/docker/abc\n2:cpu,cpuacct:/"})
     limit = "sys/fs/cgroup/memory/memory.limit_in_bytes"  # the host's path is not mounted in here
     machine(one, {limit: "500000000"})
-    assert memory.total_bytes(one) == 500_000_000
+    assert total_bytes(one) == 500_000_000
     machine(one, {limit: "9223372036854771712"})
-    assert memory.total_bytes(one) == 8_000_000 * 1024
+    assert total_bytes(one) == 8_000_000 * 1024
 
 
 def test_a_machine_that_tells_nothing_is_still_described(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ import pytest
 import tiny
 from tiny import TASK, Folders
 
-from arte_edge.asking.form import instruction
-from arte_edge.asking.template import with_instruction
+from arte_edge.asking.form import instruction, with_instruction
 from arte_edge.checkpoint import write_chat_template
 from arte_edge.distill.config import RunConfig, dump_toml
 from arte_edge.store import write_jsonl

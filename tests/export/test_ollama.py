@@ -6,11 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arte_edge.asking.form import Asking
-from arte_edge.asking.template import with_instruction
+from arte_edge.asking.form import Asking, with_instruction
 from arte_edge.errors import InputError
-from arte_edge.export.chat import Chat
-from arte_edge.export.ollama import TemplateSegments, go_template, modelfile, template_segments
+from arte_edge.export.chat import Chat, TemplateSegments, go_template, modelfile, template_segments
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.tasks.task import Answer
 

@@ -9,8 +9,7 @@ import pytest
 from tiny import Make, Patch, change_json, edited_json
 from transformers import AutoTokenizer
 
-from arte_edge.asking.form import FORMS, Form, instruction
-from arte_edge.asking.template import with_instruction
+from arte_edge.asking.form import FORMS, Form, instruction, with_instruction
 from arte_edge.checkpoint import write_chat_template
 from arte_edge.distill.config import build, load_toml
 from arte_edge.errors import InputError

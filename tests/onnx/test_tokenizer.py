@@ -8,7 +8,7 @@ from tiny import write_jsons
 
 from arte_edge.errors import InputError
 from arte_edge.files import read_json
-from arte_edge.onnx.tokenizer import FileTokenizer, added_tokens, end_tokens
+from arte_edge.onnx.files import FileTokenizer, added_tokens, end_tokens
 from arte_edge.transformers_load import load_tokenizer
 from arte_edge.verify.tokenizer import hard_strings
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import tiny
 
-from arte_edge.asking.form import FORMS, Asking, instruction
-from arte_edge.asking.template import with_instruction
+from arte_edge.asking.form import FORMS, Asking, instruction, with_instruction
 from arte_edge.errors import InputError
 from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.folder import load_folder, read_folder

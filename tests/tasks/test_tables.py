@@ -10,7 +10,7 @@ from tiny import Patch
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.tasks.tables import json_rows, read_table
-from arte_edge.tasks.validation import Problem
+from arte_edge.tasks.task import Problem
 
 LABELS = ("light", "005", "1.50", "true", "NA")
 ROWS = list(zip(("turn on, please", 'say "hi"\nnow', "warmer; quick", "x", "y" * 9**6), LABELS, strict=True))

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from arte_edge.tasks.folder import load_folder
-from arte_edge.tasks.validation import quality_warnings
+from arte_edge.tasks.task import quality_warnings
 
 
 def test_small_and_unbalanced_splits_have_warnings(parity: Path) -> None:

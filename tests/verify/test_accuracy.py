@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 from tiny import student_file
 
-from arte_edge.asking.form import asking_of, instruction
-from arte_edge.asking.template import with_instruction
+from arte_edge.asking.form import asking_of, instruction, with_instruction
 from arte_edge.errors import InputError
 from arte_edge.results.student_json import FILE_NAME, Asking, write_student
 from arte_edge.runtimes.prompt_render import render

@@ -10,16 +10,14 @@ from typing import Any
 import pytest
 from tiny import Folders, Make, Patch
 
-from arte_edge.asking.form import Form, instruction
-from arte_edge.asking.template import with_instruction
+from arte_edge.asking.form import Form, instruction, with_instruction
 from arte_edge.gguf.convert import convert
 from arte_edge.runtimes.llamacpp import servers
 from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.onnxruntime import OnnxRuntime
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.runtimes.protocol import Runtime, Served
-from arte_edge.verify.accuracy import questions_for
-from arte_edge.verify.as_asked import check_as_asked
+from arte_edge.verify.accuracy import check_as_asked, questions_for
 from arte_edge.verify.check import Check
 from arte_edge.verify.gate import verify_file
 from arte_edge.verify.thresholds import thresholds_for

@@ -15,7 +15,7 @@ from arte_edge.gguf.reader import read_model_header
 from arte_edge.results.student_json import FidelityMetrics
 from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.protocol import Runtime
-from arte_edge.verify import as_asked
+from arte_edge.verify import accuracy
 from arte_edge.verify.gate import Verdict, verify
 from arte_edge.verify.prompts import task_prompts
 from arte_edge.verify.thresholds import thresholds_for
@@ -204,7 +204,7 @@ def judged(reference: Runtime, artifact: Any, type: str) -> Verdict:
 def test_drift_inside_prompts_rejects_no_quantized_file_whose_answers_are_the_references(
     reference: Runtime, tiny: Tiny, monkeypatch: Patch
 ) -> None:
-    monkeypatch.setattr(as_asked, "_servers", lambda *_: [])
+    monkeypatch.setattr(accuracy, "_servers", lambda *_: [])
     with closing(open_model(tiny.gguf, threads=1)) as model:
         verdict, exact = (judged(reference, Drifted(model), type) for type in ("Q4_K_M", "F16"))
     assert verdict.passed, verdict.reason
@@ -222,7 +222,7 @@ def test_one_wrong_tensor_of_a_quantized_file_shows_in_its_answers(
 ) -> None:
     import gguf
 
-    monkeypatch.setattr(as_asked, "_servers", lambda *_: [])
+    monkeypatch.setattr(accuracy, "_servers", lambda *_: [])
     other = next(t for t in gguf.GGUFReader(tiny.gguf).tensors if t.name == "blk.0.attn_v.weight")
     changes: dict[str, Any] = {
         "swapped": lambda rows: np.array(other.data),

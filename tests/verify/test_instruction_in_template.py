@@ -7,7 +7,7 @@ import pytest
 from llama_cpp import llama_chat_format
 from tiny import TEMPLATE, Make
 
-from arte_edge.asking.template import with_instruction
+from arte_edge.asking.form import with_instruction
 from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.prompt_render import Conversation, Message
 

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from arte_edge.asking.form import Form, instruction
-from arte_edge.asking.template import with_instruction
+from arte_edge.asking.form import Form, instruction, with_instruction
 from arte_edge.errors import InputError
 from arte_edge.gguf.reader import FILE_TYPES
 from arte_edge.runtimes.prompt_render import render

@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console, Group
 from rich.text import Text
 
+from arte_edge.console import ResultTable
 from arte_edge.distill.evaluation import (
     Predictions,
     majority_baseline,
@@ -26,7 +27,6 @@ from arte_edge.distill.run_context import Row, RunContext, Summary
 from arte_edge.distill.stages.own_labels import own_labels_student
 from arte_edge.models.resolve import LocalModel
 from arte_edge.models.student_file import tuned_student
-from arte_edge.notebook import ResultTable
 from arte_edge.results.accuracy import NOT_KNOWN
 from arte_edge.results.comparison import (
     AS_ASKED,

@@ -33,8 +33,8 @@ from arte_edge import errors
 from arte_edge.cache import write_atomic
 from arte_edge.distill.train.checkpoints import Workspace
 from arte_edge.errors import ArteError, InputError
+from arte_edge.machine import thread_count
 from arte_edge.store import parse_line
-from arte_edge.threads import thread_count
 
 _WORKER = "arte_edge.distill.train.rank_worker"
 _SHOWN_LINES = 6

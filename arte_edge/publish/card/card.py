@@ -34,9 +34,16 @@ from arte_edge.publish.card.body import SECTIONS, put_section, wrapped
 from arte_edge.publish.card.front_matter import merge_head, merge_model_index, read_head, split_card
 from arte_edge.publish.card.metadata import CardOptions, head_keys, hub_id, model_index
 from arte_edge.publish.publishable import accuracy_on, device_title, speeds
-from arte_edge.results.locate import find_export, read_bench, read_export
 from arte_edge.results.merge import merge_into, merge_rows, student_lock
-from arte_edge.results.student_json import FILE_NAME, Artifact, StudentFile, write_student
+from arte_edge.results.student_json import (
+    FILE_NAME,
+    Artifact,
+    StudentFile,
+    find_export,
+    read_bench,
+    read_export,
+    write_student,
+)
 
 CARD = "README.md"
 

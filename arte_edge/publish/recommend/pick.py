@@ -30,9 +30,8 @@ from arte_edge.publish.recommend.candidates import (
     pareto_front,
 )
 from arte_edge.publish.recommend.recommendation import Recommendation, Relaxation, Violation, drop_text
-from arte_edge.results.locate import find_export, read_bench, read_export
 from arte_edge.results.rows import Row
-from arte_edge.results.student_json import StudentFile
+from arte_edge.results.student_json import StudentFile, find_export, read_bench, read_export
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(?:([KMGT])(?:(I)?B)?|B)?\s*", re.IGNORECASE)
 

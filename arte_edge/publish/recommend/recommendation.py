@@ -98,7 +98,7 @@ class Recommendation:
         """The files with what is known of each; predicted values are marked ~."""
         from rich import box
 
-        from arte_edge.notebook import ResultTable
+        from arte_edge.console import ResultTable
 
         table = ResultTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("file", overflow="fold", min_width=12)
@@ -130,7 +130,7 @@ class Recommendation:
         return f"…{file.removeprefix(self.model)}" if file.startswith(self.model) else file
 
     def _repr_html_(self) -> str:
-        from arte_edge.notebook import fragment
+        from arte_edge.console import fragment
 
         return fragment(f"Files for {self.device}", [self.table], [*self.lines, *self.choice])
 

@@ -16,9 +16,8 @@ from arte_edge.distill.config import UNALIGNED
 from arte_edge.errors import InputError
 from arte_edge.files import json_loads, read_json, read_toml
 from arte_edge.results.comparison import upgraded
-from arte_edge.results.locate import find_export, find_run, read_bench
 from arte_edge.results.rows import Row
-from arte_edge.results.student_json import StudentFile, read_student
+from arte_edge.results.student_json import StudentFile, find_export, find_run, read_bench, read_student
 from arte_edge.store import read_jsonl
 
 # Of each stage the files that hold its rows. With rounds there are tune-1, validate, tailor-2 and so on besides.

@@ -32,8 +32,8 @@ from arte_edge.publish.report.charts import (
 from arte_edge.publish.report.data import RunData, read_run, stages_of
 from arte_edge.results.comparison import AS_ASKED, BASE, OWN, OWN_ALL, TEACHER, TUNED, comparison_of
 from arte_edge.results.comparison import headline as first_line
-from arte_edge.results.locate import find_run
 from arte_edge.results.rows import SpeedRow
+from arte_edge.results.student_json import find_run
 
 _SERIES = {BASE: 0, OWN: 1, OWN_ALL: 3, TUNED: 4, TEACHER: 2}
 _TEXTS = tomllib.loads((Path(__file__).parent / "templates" / "narrative.toml").read_text("utf-8"))

@@ -15,10 +15,15 @@ from numpy.typing import NDArray
 
 from arte_edge.cache import cached_measurement
 from arte_edge.gguf.reader import read_model_header
-from arte_edge.memory import available_bytes
+from arte_edge.machine import available_bytes
 from arte_edge.runtimes.autotune import fastest, machine_id, may_measure
-from arte_edge.runtimes.llamacpp.bindings import LlamaContext, LlamaModel
-from arte_edge.runtimes.llamacpp.context_memory import DEFAULT_LAYOUT, Layout, context_bytes
+from arte_edge.runtimes.llamacpp.bindings import (
+    DEFAULT_LAYOUT,
+    Layout,
+    LlamaContext,
+    LlamaModel,
+    context_bytes,
+)
 
 # The first is the default. In a unified cache attention is only fast row by row, below 64 rows
 # (ggml's GGML_FA_TILE_Q), because longer tiles attend to the cells of all sequences.

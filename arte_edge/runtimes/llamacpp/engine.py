@@ -20,11 +20,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.machine import thread_count
 from arte_edge.runtimes.choice_scoring import ChoiceScorer
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.runtimes.llamacpp.autotune import layout_for
-from arte_edge.runtimes.llamacpp.bindings import Grammar, LlamaContext, LlamaModel
-from arte_edge.runtimes.llamacpp.context_memory import Layout, check_cells_fit, check_fits
+from arte_edge.runtimes.llamacpp.bindings import (
+    Grammar,
+    Layout,
+    LlamaContext,
+    LlamaModel,
+    check_cells_fit,
+    check_fits,
+)
 from arte_edge.runtimes.llamacpp.scheduler import Job, run
 from arte_edge.runtimes.prefix_tree import (
     MAX_LEVELS,
@@ -36,7 +43,6 @@ from arte_edge.runtimes.prefix_tree import (
     plan_groups,
 )
 from arte_edge.runtimes.sampling import Repeats, draw, draw_allowed, in_loop, request_rng
-from arte_edge.threads import thread_count
 
 TREE_LAYOUT = Layout(unified=True, flash=True, ubatch=512)
 MOST_LEAVES = 125  # sequences of one batch; with the prefixes' a power of two below llama.cpp's 256

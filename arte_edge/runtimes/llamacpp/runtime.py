@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from arte_edge.errors import EngineError, InputError, first_line
 from arte_edge.gguf.reader import read_model_header
 from arte_edge.runtimes.completion import Request, Sampling
-from arte_edge.runtimes.llamacpp.bindings import LlamaContext, Row, flash_attn_in_use
-from arte_edge.runtimes.llamacpp.context_memory import ONE_SEQUENCE
+from arte_edge.runtimes.llamacpp.bindings import ONE_SEQUENCE, LlamaContext, Row, flash_attn_in_use
 from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
 from arte_edge.runtimes.llamacpp.servers import served
 from arte_edge.runtimes.llamacpp.xllamacpp import server_rendering

@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 
 from arte_edge.errors import EngineError, InputError, first_line
 from arte_edge.gguf.reader import read_model_header
+from arte_edge.machine import thread_count
 from arte_edge.runtimes.prompt_render import Conversation, Message, render
 from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts, until_stop
-from arte_edge.threads import thread_count
 
 _N_BATCH, _N_UBATCH = 2048, 512  # llama.cpp's defaults
 _TEXT_TOKENS = 2048  # of context for a prompt and its answer; the file is opened again for longer ones

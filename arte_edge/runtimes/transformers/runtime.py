@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.onnx.tokenizer import FileTokenizer
+from arte_edge.onnx.files import FileTokenizer
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.prompt_render import Conversation
 from arte_edge.runtimes.protocol import (

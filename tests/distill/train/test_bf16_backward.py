@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from arte_edge.distill.train import bf16_backward
+from arte_edge.distill.train import sft
 from arte_edge.distill.train.common import SftSettings, load
 from arte_edge.distill.train.sft import train_sft
 
@@ -11,7 +11,7 @@ from arte_edge.distill.train.sft import train_sft
 @pytest.fixture
 def multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any processor computes bfloat16 products, some of them slowly."""
-    monkeypatch.setattr(bf16_backward, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(sft, "multiplies_bfloat16", lambda: True)
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])  # without and with biases
@@ -23,7 +23,7 @@ def test_the_forward_pass_is_exact_and_every_gradient_points_the_same_way(
     found = []
     for rounded in (False, True):
         model, _ = load(tiny_checkpoint(arch=arch), frozen=False)
-        assert not rounded or bf16_backward.gradients_in_bfloat16(model)
+        assert not rounded or sft.gradients_in_bfloat16(model)
         ids = torch.arange(10, 34).reshape(2, 12)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -44,7 +44,7 @@ def test_a_training_follows_the_loss_of_float32(
 ) -> None:
     settings = SftSettings(learning_rate=1e-3, batch_size=4, epochs=4, seed=3)
     rounded = train_sft(tiny_checkpoint(), sft_rows, tmp_path / "rounded", settings)
-    monkeypatch.setattr(bf16_backward, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(sft, "multiplies_bfloat16", lambda: False)
     exact = train_sft(tiny_checkpoint(), sft_rows, tmp_path / "exact", settings)
     ours, theirs = ([row["loss"] for row in result.history] for result in (rounded, exact))
     assert ours[0] == theirs[0] and ours != theirs

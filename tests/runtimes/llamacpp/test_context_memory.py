@@ -12,9 +12,9 @@ from tiny import Patch, make_gguf
 from arte_edge.errors import EngineError
 from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.llamacpp import autotune as llama_probe
-from arte_edge.runtimes.llamacpp import context_memory as llama_layout
+from arte_edge.runtimes.llamacpp import bindings
 from arte_edge.runtimes.llamacpp.autotune import CANDIDATES, layout_for
-from arte_edge.runtimes.llamacpp.context_memory import DEFAULT_LAYOUT, check_fits, context_bytes
+from arte_edge.runtimes.llamacpp.bindings import DEFAULT_LAYOUT, check_fits, context_bytes
 
 SIZES = {"attention.head_count": 9, "attention.head_count_kv": 3, "block_count": 30}
 SIZES |= {"embedding_length": 576, "feed_forward_length": 1536}
@@ -39,7 +39,7 @@ class TestMemory:
         assert grown == 40 * 256 * 30 * 2 * 3 * 64 * 2 + scores
 
     def test_a_context_that_cannot_fit_is_rejected(self, model: Any, monkeypatch: Patch) -> None:
-        monkeypatch.setattr(llama_layout, "available_bytes", lambda: 500_000_000)
+        monkeypatch.setattr(bindings, "available_bytes", lambda: 500_000_000)
         check_fits(model, 23, 3, 512, 512)
         with pytest.raises(EngineError, match=r"^student\.gguf: 64 sequences of 512 tokens need") as error:
             check_fits(model, 67, 3, 512, 512)

@@ -11,7 +11,7 @@ from arte_edge.runtimes.completion import Request, Sampling
 
 pytest.importorskip("llama_cpp")
 from arte_edge.runtimes.llamacpp import engine as llamacpp
-from arte_edge.runtimes.llamacpp.context_memory import Layout
+from arte_edge.runtimes.llamacpp.bindings import Layout
 from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
 
 WORDS = ["sun", "moon", "tree", "river", "stone", "bread", "horse", "winter", "music", "window"]

@@ -4,7 +4,7 @@ import pytest
 from tiny import Patch
 
 from arte_edge.errors import ArteError
-from arte_edge.threads import available_cores, thread_count
+from arte_edge.machine import available_cores, thread_count
 
 
 def test_the_caller_comes_before_the_environment_and_that_before_the_cores(monkeypatch: Patch) -> None:
@@ -26,4 +26,4 @@ def test_a_wrong_number_is_an_error_of_the_user(monkeypatch: Patch, text: str) -
 def test_nobody_else_reads_the_variable() -> None:
     package = Path(__file__).parents[1] / "arte_edge"
     readers = [p for p in package.rglob("*.py") if '"ARTE_EDGE_THREADS"' in p.read_text("utf-8")]
-    assert [path.name for path in readers] == ["threads.py"]
+    assert [path.name for path in readers] == ["machine.py"]
