@@ -78,7 +78,7 @@ def wilson(right: int, n: int, level: float = 0.95) -> Interval:
     )
 
 
-def mcnemar(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> PairedTest:
+def mcnemar(a: ArrayLike, b: ArrayLike) -> PairedTest:
     """Compare two systems that answered the same questions.
 
     The p-value is the exact two-sided McNemar test: of the questions that only one
@@ -91,7 +91,6 @@ def mcnemar(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> PairedTest:
     Args:
         a: ``[n]`` whether the first system (say, the base student) was right.
         b: ``[n]`` the same of the second (the tuned student).
-        level: of the interval.
 
     Raises ValueError: the two differ in length, or are empty.
     """
@@ -104,7 +103,7 @@ def mcnemar(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> PairedTest:
     discordant = only_a + only_b
     tail = sum(comb(discordant, i) for i in range(min(only_a, only_b) + 1))
     p_value = min(1.0, 2 * tail / 2**discordant)
-    interval = _newcombe(both, only_a, only_b, first.size - both - discordant, level)
+    interval = _newcombe(both, only_a, only_b, first.size - both - discordant)
     return PairedTest(first.size, only_a, only_b, p_value, (only_b - only_a) / first.size, *interval)
 
 
@@ -159,10 +158,8 @@ def t_quantile(level: float, freedom: float) -> float:
     return float(np.sqrt(freedom) * np.tan(np.interp(level, sums / sums[-1], theta)))
 
 
-def over_seeds_and_questions(
-    grids: Sequence[ArrayLike], level: float = 0.95, n_draw: int = _BOOTSTRAPS
-) -> tuple[float, Interval]:
-    """Return the mean of paired differences and its interval over seeds and questions, by hierarchical bootstrap.
+def over_seeds_and_questions(grids: Sequence[ArrayLike], n_draw: int = _BOOTSTRAPS) -> tuple[float, Interval]:
+    """Return the mean of paired differences and its 95 % interval over seeds and questions, by hierarchical bootstrap.
 
     Each draw takes as many seeds as there are, with replacement, then questions, with replacement and the same ones for
     every seed drawn: seeds answer the same test, and its questions do not become more by that (the crossed bootstrap
@@ -172,7 +169,6 @@ def over_seeds_and_questions(
 
     Args:
         grids: for each task ``[n_seed, n_question]``, the difference of two systems (right minus right: -1, 0, 1).
-        level: of the interval.
         n_draw: number of bootstrap samples.
 
     Raises ValueError: no task, or one without seeds or questions.
@@ -193,17 +189,17 @@ def over_seeds_and_questions(
         mean += float(grid.mean())
     if not len(grids):
         raise ValueError("no task to compare on")
-    low, high = np.quantile(total / len(grids), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(total / len(grids), [0.025, 0.975])
     return mean / len(grids), Interval(float(low), float(high))
 
 
-def _newcombe(both: int, only_a: int, only_b: int, neither: int, level: float) -> Interval:
+def _newcombe(both: int, only_a: int, only_b: int, neither: int) -> Interval:
     """Join the Wilson intervals of the two shares, less what their correlation explains."""
     n = both + only_a + only_b + neither
     right_a, right_b = both + only_a, both + only_b
     share_a, share_b = right_a / n, right_b / n
-    low_a, high_a = wilson(right_a, n, level)
-    low_b, high_b = wilson(right_b, n, level)
+    low_a, high_a = wilson(right_a, n)
+    low_b, high_b = wilson(right_b, n)
     covariance = float(both * neither - only_a * only_b)
     if covariance > 0:
         covariance = max(covariance - n / 2, 0.0)

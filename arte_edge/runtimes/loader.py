@@ -180,27 +180,42 @@ def open_model(path: Path, threads: int | None = None) -> Runtime:
     if ggufs and not any(path.rglob("*.onnx")) and look(path).kind == "gguf":
         path = ggufs[0]
     kind = model_format(path)
-    if kind == "gguf" and choose_runtime(path) == "xllamacpp":
-        from arte_edge.runtimes.llamacpp.xllamacpp import XllamaRuntime
+    if kind.startswith("onnx"):
+        need("onnx", "Running ONNX models")
+    if kind == "onnx":
+        from arte_edge.runtimes.onnxruntime import check_files
 
-        return XllamaRuntime(path, threads)
-    if kind == "gguf":
+        check_files(path)
+    return _opened(path, choose_runtime(path), threads)
+
+
+def _opened(
+    path: Path,
+    runtime: str,
+    threads: int | None,
+    context_tokens: int = 0,
+    cache_types: tuple[str, str] = _DEFAULT_TYPES,
+) -> Runtime:
+    """Open a model in the runtime of this name, with room in the cache for a benchmark where that is given."""
+    if runtime == "llama-cpp-python":
         from arte_edge.runtimes.llamacpp.runtime import LlamaCppRuntime
 
-        return LlamaCppRuntime(path, threads)
-    if kind == "safetensors":
+        return LlamaCppRuntime(path, threads, context_tokens, *cache_types)
+    if runtime == "xllamacpp":
+        from arte_edge.runtimes.llamacpp.xllamacpp import XllamaRuntime
+
+        return XllamaRuntime(path, threads, context_tokens)
+    if runtime == "transformers":
         from arte_edge.runtimes.transformers.runtime import TransformersRuntime
 
-        return TransformersRuntime(path, threads)
-    from arte_edge.runtimes.onnxruntime import OnnxRuntime, check_files
+        return TransformersRuntime(path, threads, context_tokens)
+    if runtime == "onnxruntime":
+        from arte_edge.runtimes.onnxruntime import OnnxRuntime
 
-    need("onnx", "Running ONNX models")
-    if kind == "onnx":
-        check_files(path)
-        return OnnxRuntime(path, threads)
+        return OnnxRuntime(path, threads, context_tokens)
     from arte_edge.runtimes.genai import GenaiRuntime
 
-    return GenaiRuntime(path, threads)
+    return GenaiRuntime(path, threads, context_tokens)
 
 
 def choose_runtime(path: Path, runtime: str = "auto") -> str:
@@ -255,25 +270,7 @@ def open_decoder(
         raise InputError(f"-ctk/-ctv: {chosen} does not take cache types", "They are for llama-cpp-python.")
     if chosen == "null":
         return NullDecoder(context_tokens, null_ms(path) or 0.0)
-    if chosen == "llama-cpp-python":
-        from arte_edge.runtimes.llamacpp.runtime import LlamaCppRuntime
-
-        return LlamaCppRuntime(path, threads, context_tokens, type_k, type_v)
-    if chosen == "xllamacpp":
-        from arte_edge.runtimes.llamacpp.xllamacpp import XllamaRuntime
-
-        return XllamaRuntime(path, threads, context_tokens)
-    if chosen == "onnxruntime-genai":
-        from arte_edge.runtimes.genai import GenaiRuntime
-
-        return GenaiRuntime(path, threads, context_tokens)
-    if chosen == "onnxruntime":
-        from arte_edge.runtimes.onnxruntime import OnnxRuntime
-
-        return OnnxRuntime(path, threads, context_tokens)
-    from arte_edge.runtimes.transformers.runtime import TransformersRuntime
-
-    return TransformersRuntime(path, threads, context_tokens)
+    return _opened(path, chosen, threads, context_tokens, (type_k, type_v))
 
 
 _NULL = re.compile(r"null(?::(\d{1,6}(?:\.\d+)?))?")

@@ -136,13 +136,13 @@ def _nucleus(weight: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
     return order[: int(np.searchsorted(mass, top_p)) + 1]
 
 
-def in_loop(tokens: Sequence[int], longest: int = 32, times: int = 4) -> bool:
-    """Return whether the last tokens are one phrase of at most `longest` tokens repeated `times` times.
+def in_loop(tokens: Sequence[int]) -> bool:
+    """Return whether the last tokens are one phrase of at most 32 tokens repeated four times.
 
     A phrase must fill at least 24 tokens in all: "no, no, no, no" is still a text.
     """
-    for period in range(1, longest + 1):
-        need = max(period * times, 24 - 24 % period + period)
+    for period in range(1, 33):
+        need = max(4 * period, 24 - 24 % period + period)
         if len(tokens) >= need:
             tail = tokens[-need:]
             if tail[period:] == tail[:-period]:

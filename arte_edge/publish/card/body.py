@@ -40,7 +40,7 @@ def wrapped(name: str, text: str) -> str:
     return f"{_START.format(name)}\n{text.rstrip()}\n{_END.format(name)}\n"
 
 
-def put_section(body: str, name: str, text: str, newline: str, file: str = "README.md") -> str | None:
+def put_section(body: str, name: str, text: str, newline: str) -> str | None:
     """Return `body` with the text between the markers of `name` replaced; None without markers.
 
     Raises InputError: one of the two is missing, or a marker occurs twice.
@@ -52,7 +52,7 @@ def put_section(body: str, name: str, text: str, newline: str, file: str = "READ
     paired = len(starts) == len(ends) == 1 and starts[0].end() <= ends[0].start()
     if not paired or _ANY_MARK.search(body[starts[0].end() : ends[0].start()]):
         raise InputError(
-            f"{file}: the markers of '{name}' are not one start and one end",
+            f"README.md: the markers of '{name}' are not one start and one end",
             f"Leave one {_START.format(name)} and, below it, one {_END.format(name)}; or remove both.",
         )
     new = f"\n{text.rstrip()}\n".replace("\n", newline)

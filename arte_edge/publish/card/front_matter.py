@@ -45,7 +45,7 @@ def split_card(text: str) -> FrontMatter:
     return FrontMatter(found[1], found[2], found[3], text[found.end() :], newline)
 
 
-def read_head(card: FrontMatter, name: str = "README.md") -> dict[str, Any]:
+def read_head(card: FrontMatter) -> dict[str, Any]:
     """Return the keys of a card's front matter.
 
     Raises InputError: it is not a YAML mapping; the message names the line.
@@ -59,28 +59,27 @@ def read_head(card: FrontMatter, name: str = "README.md") -> dict[str, Any]:
         line = f":{mark.line + 2}" if mark else ""
         reason = getattr(error, "problem", None) or "not readable"
         raise InputError(
-            f"{name}{line}: its front matter is not valid YAML: {reason}", "Fix it by hand."
+            f"README.md{line}: its front matter is not valid YAML: {reason}", "Fix it by hand."
         ) from error
     if found is None:
         return {}
     if not isinstance(found, dict):
         raise InputError(
-            f"{name}: its front matter is not a mapping of keys", "Write 'key: value' lines between the ---."
+            "README.md: its front matter is not a mapping of keys",
+            "Write 'key: value' lines between the ---.",
         )
     return found
 
 
-def merge_head(
-    card: FrontMatter, new: Mapping[str, Any], replace: Collection[str] = (), name: str = "README.md"
-) -> FrontMatter:
+def merge_head(card: FrontMatter, new: Mapping[str, Any], replace: Collection[str] = ()) -> FrontMatter:
     """Return `card` with the keys of `new` in its front matter: the missing ones, and those in `replace`.
 
     A key of `replace` whose value is None is removed.
 
     Raises InputError: the front matter is not a YAML mapping in block style.
     """
-    there = read_head(card, name)
-    spans = _spans(card.block, name) if there else {}
+    there = read_head(card)
+    spans = _spans(card.block) if there else {}
     edits: list[tuple[int, int, str]] = []
     added = ""
     for key, value in new.items():
@@ -139,14 +138,14 @@ def _is_ours(metric: Any) -> bool:
     return isinstance(args, dict) and all(args.get(key) == value for key, value in MARK.items())
 
 
-def _spans(block: str, name: str) -> dict[str, tuple[int, int]]:
+def _spans(block: str) -> dict[str, tuple[int, int]]:
     """Return the character positions of each top-level key with its value, without comments after it."""
     import yaml
 
     root = yaml.compose(block, Loader=yaml.SafeLoader)
     if not isinstance(root, yaml.MappingNode) or root.flow_style:
         raise InputError(
-            f"{name}: its front matter is in flow style (braces)", "Write one 'key: value' a line."
+            "README.md: its front matter is in flow style (braces)", "Write one 'key: value' a line."
         )
     starts = [*(key.start_mark.index for key, _ in root.value), len(block)]
     spans = {}

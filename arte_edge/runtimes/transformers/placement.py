@@ -53,8 +53,8 @@ def fast_floats(device: torch.device, checkpoint: Path | None = None) -> Floats:
 def training_floats(checkpoint: Path, *, frozen: bool = False) -> Floats:
     """Return the floats for the forward pass of a training; the weights that are trained are float32.
 
-    Mixed precision of trained weights needs a CUDA GPU (`distill.train.sft.gradients_in_bfloat16` says why). A base that stays
-    `frozen` under LoRA is bfloat16 on a CPU too, if that multiplies it: twice as fast.
+    Mixed precision of trained weights needs a CUDA GPU (`distill.train.sft.gradients_in_bfloat16` says why). A base
+    that stays `frozen` under LoRA is bfloat16 on a CPU too, if that multiplies it: twice as fast.
     """
     device = pick_device()
     if device.type == "cuda":
