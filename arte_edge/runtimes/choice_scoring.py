@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.errors import InputError
 from arte_edge.runtimes.llamacpp.scheduler import Job
 from arte_edge.runtimes.prefix_tree import Context, Tree, longest_paths
 
@@ -62,10 +63,15 @@ class ChoiceScorer:
         self._score: dict[Context, dict[int, float]] = {}
         self._paths = longest_paths(self._next)  # the shorter contexts are on these paths
 
-    @property
-    def has_prompt(self) -> bool:
-        """Return whether there is a token before every token that counts."""
-        return () not in self._next
+    @classmethod
+    def each(
+        cls, tokenize: Callable[[str], list[int]], prompts: Sequence[str], choices: Sequence[Sequence[str]]
+    ) -> list[ChoiceScorer]:
+        """Return a scorer for each prompt with its own choices. Raises InputError: they need a prompt and have none."""
+        scorers = [cls(tokenize, prompt, own) for prompt, own in zip(prompts, choices, strict=True)]
+        if any(() in scorer._next for scorer in scorers):
+            raise InputError("Choices need a prompt before them: a model does not predict the first token")
+        return scorers
 
     @property
     def longest(self) -> int:

@@ -119,7 +119,7 @@ class Tree:
     def rows(self, shared: int) -> _Rows:
         """Return the rows after the first `shared` tokens, depth first; leaves are counted from 0."""
         # How many tokens a path shares with the next one; 0 after the last.
-        common = [_common(a, b) for a, b in pairwise(self.paths)] + [0]
+        common = [n_common(a, b) for a, b in pairwise(self.paths)] + [0]
         rows: _Rows = []
         for leaf, path in enumerate(self.paths):
             for at in range(max(shared, common[leaf - 1]), len(path)):
@@ -139,7 +139,8 @@ class Tree:
         return cls(longest_paths(path for tree in trees for path in tree.paths), readers)
 
 
-def _common(left: Context, right: Context) -> int:
+def n_common(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return how many leading tokens two lists share."""
     return next(
         (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
     )
@@ -171,7 +172,7 @@ def plan_groups(trees: Sequence[Tree], max_rows: int, max_leaves: int) -> list[G
     A tree on its own may exceed `max_rows`; none has more than `max_leaves`.
     """
     # A prefix ends before the tree's own paths diverge, and leaves a token of each context to decode.
-    limits = [min(_common(tree.paths[0], tree.paths[-1]), min(map(len, tree.readers)) - 1) for tree in trees]
+    limits = [min(n_common(tree.paths[0], tree.paths[-1]), min(map(len, tree.readers)) - 1) for tree in trees]
     order = group_by_prefix([tree.paths[0] for tree in trees], limits)
     found = [_rooted(prefix, trees[i]) for i, prefix in order]
     for level in reversed(range(MAX_LEVELS)):

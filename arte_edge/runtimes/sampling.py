@@ -22,6 +22,7 @@ _TAIL_NATS = 25.0
 _FREE = 2  # tokens that may be a phrase of before; the next one is penalised
 _BASE = 1.75  # by how much the penalty grows with each token that the phrase is longer
 _LONGEST_PHRASE = 30  # tokens, from which on it does not grow
+_LOOP_EVERY = 16  # tokens between two checks for a loop
 _COMMON = 3  # times that a phrase is in a prompt from which it is part of the form
 
 
@@ -108,6 +109,9 @@ class Constraint(Protocol):
     def accept(self, token: int) -> None:
         """Note that `token` was written."""
 
+    def close(self) -> None:
+        """Free it: the text is finished."""
+
 
 def draw_allowed(
     logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generator, allowed: Constraint
@@ -134,6 +138,48 @@ def _nucleus(weight: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
     order = some[np.argsort(-weight[some], kind="stable")]
     mass = np.cumsum(weight[order]) / total
     return order[: int(np.searchsorted(mass, top_p)) + 1]
+
+
+class Drawing:
+    """Draws the tokens of one text, and says when it ends; what a token's text ends is the subclass's to say."""
+
+    def __init__(
+        self,
+        request: Request,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        ends_line: Callable[[int], bool],
+        grammar: Constraint | None,
+    ) -> None:
+        self._sampling, self._rng, self._grammar = sampling, request_rng(request, sampling), grammar
+        nats = sampling.repeat_penalty
+        self._repeats = Repeats(prompt, nats, ends_line) if nats else None
+        self._written: list[int] = []
+
+    def draw(self, logits: NDArray[np.float32]) -> int:
+        """Return the next token id from logits ``[v]``."""
+        if self._repeats is not None:
+            logits = self._repeats.lessened(logits)
+        if self._grammar is None:
+            return draw(logits, self._sampling, self._rng)
+        return draw_allowed(logits, self._sampling, self._rng, self._grammar)
+
+    def note(self, token: int) -> None:
+        """Append the next token."""
+        self._written.append(token)
+        if self._repeats is not None:
+            self._repeats.push(token)
+
+    def limit(self) -> str:
+        """Return ``length`` or ``loop`` if the text ends with the token that was noted last, else nothing."""
+        if len(self._written) >= self._sampling.max_tokens:
+            return "length"
+        return "loop" if len(self._written) % _LOOP_EVERY == 0 and in_loop(self._written) else ""
+
+    def close(self) -> None:
+        """Free the grammar: the text is finished."""
+        if self._grammar is not None:
+            self._grammar.close()
 
 
 def in_loop(tokens: Sequence[int]) -> bool:

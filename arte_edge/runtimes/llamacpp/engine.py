@@ -42,11 +42,10 @@ from arte_edge.runtimes.prefix_tree import (
     n_cached,
     plan_groups,
 )
-from arte_edge.runtimes.sampling import Repeats, draw, draw_allowed, in_loop, request_rng
+from arte_edge.runtimes.sampling import Drawing
 
 TREE_LAYOUT = Layout(unified=True, flash=True, ubatch=512)
 MOST_LEAVES = 125  # sequences of one batch; with the prefixes' a power of two below llama.cpp's 256
-_LOOP_EVERY = 16  # tokens between two checks for a loop
 _CTX_STEP = 256  # tokens; contexts grow in steps, so that few are made
 _CELL_STEP = 1024  # likewise, for scoring
 
@@ -119,9 +118,7 @@ class LlamaCppEngine:
         self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
     ) -> list[NDArray[np.float64]]:
         """See `Engine.choose_each`; one batch for all prompts."""
-        scorers = [
-            ChoiceScorer(self.model.tokens, prompt, own) for prompt, own in zip(prompts, choices, strict=True)
-        ]
+        scorers = ChoiceScorer.each(self.model.tokens, prompts, choices)
         if self.model.can_rewind:
             self._score([tree for scorer in scorers for tree in scorer.trees(MOST_LEAVES)])
         else:
@@ -175,61 +172,40 @@ class LlamaCppEngine:
         run(made, jobs)
 
 
-class _Writer:
+class _Writer(Drawing):
     """Generates one completion: draws tokens until a stop string, an end token, a loop or the budget."""
 
     def __init__(self, model: LlamaModel, request: Request, tokens: list[int], sampling: Sampling) -> None:
-        self._model, self._sampling = model, sampling
-        self._greedy = sampling.temperature <= 0.0 and not sampling.grammar
-        self._rng = None if self._greedy else request_rng(request, sampling)
-        self._grammar = Grammar(model, sampling.grammar) if sampling.grammar else None
-        nats = sampling.repeat_penalty
-        self._repeats = Repeats(tokens, nats, lambda token: b"\n" in model.piece(token)) if nats else None
+        grammar = Grammar(model, sampling.grammar) if sampling.grammar else None
+        super().__init__(request, tokens, sampling, lambda token: b"\n" in model.piece(token), grammar)
+        self._model = model
         self._stops = [stop.encode() for stop in sampling.stop]
         self._text = bytearray()
-        self._written: list[int] = []
         self._finish = ""
         self._n_prompt = len(tokens)
         self.job = Job(tokens=tokens, outputs=frozenset([len(tokens) - 1]), on_logits=self._on_logits)
 
     def _on_logits(self, position: int, logits: NDArray[np.float32]) -> int | None:
-        token = self._draw(logits)
+        token = self.draw(logits)
         self._finish = self._reason_to_end(token)
         if not self._finish:
             return token
-        if self._grammar is not None:
-            self._grammar.close()
+        self.close()
         return None
 
     def _reason_to_end(self, token: int) -> str:
         """Append `token` to the text; return why the completion ends with it, empty if it does not."""
         if self._model.is_end(token):
             return "eos"
-        self._written.append(token)
-        if self._repeats is not None:
-            self._repeats.push(token)
-        piece = self._model.piece(token)
+        self.note(token)
         start = len(self._text)
-        self._text += piece
+        self._text += self._model.piece(token)
         for stop in self._stops:
             found = self._text.find(stop, max(0, start - len(stop)))
             if found >= 0:
                 del self._text[found + len(stop) :]
                 return "stop"
-        if len(self._written) >= self._sampling.max_tokens:
-            return "length"
-        if len(self._written) % _LOOP_EVERY == 0 and in_loop(self._written):
-            return "loop"
-        return ""
-
-    def _draw(self, logits: NDArray[np.float32]) -> int:
-        if self._repeats is not None:
-            logits = self._repeats.lessened(logits)
-        if self._rng is None:
-            return int(logits.argmax())
-        if self._grammar is None:
-            return draw(logits, self._sampling, self._rng)
-        return draw_allowed(logits, self._sampling, self._rng, self._grammar)
+        return self.limit()
 
     def completion(self) -> Completion:
         return Completion(

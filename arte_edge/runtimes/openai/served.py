@@ -219,9 +219,7 @@ class ServedEngine:
 
         Raises InputError: no prompt before the choices; CallFailed: a server cannot read one, or none is left.
         """
-        scorers = [ChoiceScorer(self.text.tokens, p, own) for p, own in zip(prompts, choices, strict=True)]
-        if not all(scorer.has_prompt for scorer in scorers):
-            raise InputError("Choices need a prompt before them: a model does not predict the first token")
+        scorers = ChoiceScorer.each(self.text.tokens, prompts, choices)
         needed: dict[tuple[int, ...], set[int]] = {}
         for scorer in scorers:
             for context, tokens in scorer.contexts.items():

@@ -32,8 +32,7 @@ from arte_edge.extras import need
 from arte_edge.model_folder import ADAPTER_WEIGHTS, read_adapter_config
 from arte_edge.runtimes.choice_scoring import ChoiceScorer, spans
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
-from arte_edge.runtimes.prefix_tree import plan_groups
-from arte_edge.runtimes.sampling import draw, draw_allowed
+from arte_edge.runtimes.prefix_tree import n_common, plan_groups
 from arte_edge.runtimes.transformers import onednn_int8
 from arte_edge.runtimes.transformers.onednn_prepack import pack
 from arte_edge.runtimes.transformers.packed_generate import generate_packed
@@ -122,7 +121,7 @@ def plan(rows: Sequence[Sequence[int]], new_tokens: int, batch_tokens: int) -> l
         row = rows[index]
         if batches:
             batch = batches[-1]
-            kept = min(shared, _common(rows[batch[-1]], row))
+            kept = min(shared, n_common(rows[batch[-1]], row))
             width = max(longest, len(row)) + new_tokens
             fits = (len(batch) + 1) * width <= batch_tokens
             if fits and (len(batch) - 1) * (shared - kept) <= kept + _NEW_BATCH_TOKENS:
@@ -138,13 +137,8 @@ def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
     """Return how many leading tokens are worth sharing: the common ones, minus one to decode in each row."""
     if len(rows) < 2:
         return 0
-    shared = min(min(map(len, rows)) - 1, *(_common(rows[0], row) for row in rows[1:]))
+    shared = min(min(map(len, rows)) - 1, *(n_common(rows[0], row) for row in rows[1:]))
     return shared if shared >= _SHORTEST_PREFIX else 0
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    n = min(len(left), len(right))
-    return next((i for i in range(n) if left[i] != right[i]), n)
 
 
 class State:
@@ -387,9 +381,7 @@ class TransformersEngine:
 
         Raises InputError: no prompt before the choices, or one too long for the model.
         """
-        scorers = [ChoiceScorer(self.text.tokens, p, own) for p, own in zip(prompts, choices, strict=True)]
-        if not all(scorer.has_prompt for scorer in scorers):
-            raise InputError("Choices need a prompt before them: a model does not predict the first token")
+        scorers = ChoiceScorer.each(self.text.tokens, prompts, choices)
         longest = max((scorer.longest for scorer in scorers), default=0)
         if longest > self.context_tokens:
             raise InputError(
@@ -454,14 +446,7 @@ def _drawing(logits: torch.Tensor, sampling: Sampling) -> Callable[[int, Writer]
     """Return a function that draws a token from a row of logits ``[b, v]`` with its writer's generator."""
     if sampling.temperature > 0.0 or sampling.grammar or sampling.repeat_penalty:
         rows = logits.cpu().numpy()
-
-        def drawn(row: int, writer: Writer) -> int:
-            values = rows[row] if writer.repeats is None else writer.repeats.lessened(rows[row])
-            if writer.grammar is not None:
-                return draw_allowed(values, sampling, writer.rng, writer.grammar)
-            return draw(values, sampling, writer.rng)
-
-        return drawn
+        return lambda row, writer: writer.draw(rows[row])
     # On a CPU numpy's argmax of a row is ten times faster than torch's.
     greedy = logits.numpy().argmax(axis=-1) if logits.device.type == "cpu" else logits.argmax(dim=-1)
     tokens: list[int] = greedy.tolist()

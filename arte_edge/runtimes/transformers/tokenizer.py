@@ -8,14 +8,12 @@ whose template may have written it, does not have it already.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arte_edge.runtimes.completion import Completion, Request, Sampling
 from arte_edge.runtimes.prompt_render import Conversation
-from arte_edge.runtimes.sampling import Repeats, in_loop, request_rng
-
-if TYPE_CHECKING:
-    from arte_edge.runtimes.llamacpp.bindings import Grammar
+from arte_edge.runtimes.protocol import until_stop
+from arte_edge.runtimes.sampling import Constraint, Drawing
 
 # llama.cpp ends generation at any of these, whatever the model's own configuration says.
 _END_TOKENS = (
@@ -30,7 +28,6 @@ _END_TOKENS = (
     "<EOT>",
 )
 _SEAM = 4  # tokens of the prompt decoded with an answer, so that its leading space is not trimmed
-_LOOP_EVERY = 16  # tokens between two checks for a loop, as in the llama.cpp engine
 
 
 class Text:
@@ -106,11 +103,8 @@ class Text:
         return decoded
 
 
-class Writer:
-    """Gathers one completion until a stop string, an end token, a loop or the budget.
-
-    A `grammar` says which tokens may follow (`arte_edge.runtimes.sampling.Constraint`); it is closed at the end.
-    """
+class Writer(Drawing):
+    """Gathers one completion until a stop string, an end token, a loop or the budget."""
 
     def __init__(
         self,
@@ -118,15 +112,10 @@ class Writer:
         request: Request,
         prompt: Sequence[int],
         sampling: Sampling,
-        grammar: Grammar | None = None,
+        grammar: Constraint | None = None,
     ) -> None:
-        self.rng = request_rng(request, sampling)
-        self.grammar = grammar
-        nats = sampling.repeat_penalty
-        self.repeats = Repeats(prompt, nats, text.ends_line) if nats else None
-        self._text, self._sampling = text, sampling
-        self._prompt = list(prompt)
-        self._written: list[int] = []
+        super().__init__(request, prompt, sampling, text.ends_line, grammar)
+        self._text, self._prompt = text, list(prompt)
         self._answer = ""
         self.finish = ""
         # A token is a byte or more, so a stop string of n bytes ends within the last n + 1 tokens.
@@ -144,24 +133,13 @@ class Writer:
 
     def push(self, token: int) -> bool:
         """Append the next token; return whether the text continues."""
-        goes_on = self._push(token)
-        if self.grammar is not None and not goes_on:
-            self.grammar.close()
-        return goes_on
-
-    def _push(self, token: int) -> bool:
         if token in self._text.ends:
             return self._end("eos")
-        self._written.append(token)
-        if self.repeats is not None:
-            self.repeats.push(token)
+        self.note(token)
         if self._sampling.stop and self._stopped():
+            self.close()
             return False
-        if len(self._written) >= self._sampling.max_tokens:
-            return self._end("length")
-        if len(self._written) % _LOOP_EVERY == 0 and in_loop(self._written):
-            return self._end("loop")
-        return True
+        return self._end(reason) if (reason := self.limit()) else True
 
     def _stopped(self) -> bool:
         n = min(self._window, len(self._written))
@@ -170,14 +148,14 @@ class Writer:
         if not any(stop in tail for stop in self._sampling.stop):
             return False
         answer = self._text.decode(self._written, self._prompt)
-        found = [(at, stop) for stop in self._sampling.stop if (at := answer.find(stop)) >= 0]
-        if found:
-            at, stop = min(found)
-            self._answer, self.finish = answer[:at] + stop, "stop"
-        return bool(found)
+        if (whole := until_stop(answer, self._sampling.stop)) is None:
+            return False
+        self._answer, self.finish = whole, "stop"
+        return True
 
     def _end(self, finish: str) -> bool:
         self._answer, self.finish = self._text.decode(self._written, self._prompt), finish
+        self.close()
         return False
 
     def completion(self, shared: int) -> Completion:

@@ -75,9 +75,9 @@ def test_a_batch_writes_what_each_prompt_gets_alone(engine: LlamaCppEngine, monk
             super().__init__(*arguments)  # type: ignore[arg-type]
             writers.append(self)
 
-        def _draw(self, logits: NDArray[np.float32]) -> int:
+        def draw(self, logits: NDArray[np.float32]) -> int:
             seen.setdefault(id(self), []).append(logits.copy())
-            return super()._draw(logits)
+            return super().draw(logits)
 
     monkeypatch.setattr(llamacpp, "_Writer", Watched)
     texts = prompts(engine, STEP_BY_STEP)
