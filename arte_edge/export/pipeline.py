@@ -37,7 +37,7 @@ from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source, gguf_fields
 from arte_edge.gguf.reader import FULL_WIDTH, read_model_header
 from arte_edge.models.artifact import Format, predicted_bytes
-from arte_edge.onnx.folder import copy_tokenizer
+from arte_edge.onnx.build import copy_tokenizer
 from arte_edge.results.accuracy import SCHEMA_VERSION, PairedAccuracy
 from arte_edge.results.student_json import (
     Artifact,

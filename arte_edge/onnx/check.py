@@ -14,8 +14,8 @@ from typing import Any
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.files import read_json
+from arte_edge.onnx.build import copy_tokenizer, reject_private_text
 from arte_edge.onnx.files import GENAI, end_tokens, read_genai_config, read_number
-from arte_edge.onnx.folder import copy_tokenizer, reject_private_text
 
 Shape = tuple[int | str, ...]
 # Writers may pad the file after the last tensor to a page.

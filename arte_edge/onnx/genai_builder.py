@@ -21,9 +21,8 @@ from arte_edge.checkpoint import shapes_of
 from arte_edge.errors import ArteError, InputError
 from arte_edge.extras import need
 from arte_edge.files import read_json
+from arte_edge.onnx.build import checkpoint_files, run_worker, staged
 from arte_edge.onnx.check import finish
-from arte_edge.onnx.child_process import run_worker
-from arte_edge.onnx.folder import checkpoint_files, staged
 
 _OPSET = 23
 _OLD, _NEW = "SimplifiedLayerNormalization", "RMSNormalization"

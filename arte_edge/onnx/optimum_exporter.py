@@ -21,9 +21,8 @@ from typing import Any, Literal
 from arte_edge.errors import ArteError, InputError
 from arte_edge.extras import need
 from arte_edge.files import read_json
+from arte_edge.onnx.build import checkpoint_files, child_environment, run_worker, staged
 from arte_edge.onnx.check import finish, model_file
-from arte_edge.onnx.child_process import child_environment, run_worker
-from arte_edge.onnx.folder import checkpoint_files, staged
 
 # Keys that version 4 has at the top level and not in rope_scaling.
 _TOP = ("rope_theta", "partial_rotary_factor")

@@ -22,9 +22,9 @@ from arte_edge.errors import ArteError, InputError
 from arte_edge.export.lora_merge import merge, read_adapter
 from arte_edge.model_folder import TOKENIZER_FILES
 from arte_edge.models import LocalModel
+from arte_edge.onnx.build import find_private_text
 from arte_edge.onnx.check import folder_problems, model_file, read_graph
 from arte_edge.onnx.files import FileTokenizer
-from arte_edge.onnx.folder import find_private_text
 from arte_edge.onnx.genai_builder import GenaiSettings, build
 from arte_edge.pii_scan import this_machine
 from arte_edge.runtimes.genai import GenaiRuntime

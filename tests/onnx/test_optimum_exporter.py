@@ -16,8 +16,8 @@ from tiny import Folders, Patch, change_json, hf_logits
 from arte_edge.errors import ArteError, InputError
 from arte_edge.model_folder import TOKENIZER_FILES
 from arte_edge.onnx import optimum_exporter
+from arte_edge.onnx.build import find_private_text
 from arte_edge.onnx.check import folder_problems, model_file
-from arte_edge.onnx.folder import find_private_text
 from arte_edge.onnx.optimum_exporter import build, find_python, for_transformers_4
 from arte_edge.pii_scan import this_machine
 from arte_edge.runtimes.onnxruntime import OnnxSession

@@ -7,7 +7,7 @@ import tiny
 
 from arte_edge.errors import ArteError
 from arte_edge.model_folder import chat_templates, tokenizer_files
-from arte_edge.onnx.folder import copy_tokenizer, find_private_text, reject_private_text
+from arte_edge.onnx.build import copy_tokenizer, find_private_text, reject_private_text
 from arte_edge.pii_scan import this_machine
 
 
