@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 _DEEPEST = 100  # tables or lists in each other; what validates, merges and writes settings is recursive too
 _SHOWN_CHARS = 200
 M = TypeVar("M", bound="BaseModel")
+T = TypeVar("T")
+V = TypeVar("V")
 _AGAIN = "Save or download it again."
 
 
@@ -112,6 +115,14 @@ def validated(model: type[M], tables: Any, source: str, hint: str = "") -> M:
         raise InputError(
             f"{source}: " + "; ".join(messages), " ".join(filter(None, hints)) or hint
         ) from error
+
+
+def checked(parse: Callable[[V], T], value: V) -> T:
+    """Parse a value inside a pydantic validator: an InputError becomes a `ValueError`, which pydantic collects."""
+    try:
+        return parse(value)
+    except InputError as error:
+        raise ValueError(f"{error.message}. {error.hint}") from None
 
 
 def problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from arte_edge.errors import InputError
-from arte_edge.files import problems, read_toml, toml_loads
+from arte_edge.files import checked, problems, read_toml, toml_loads
 
 Data = Literal[
     "arte",
@@ -69,10 +69,7 @@ def _server_or_local(ref: str) -> str:
     if ref.startswith("openai:"):
         from arte_edge.runtimes.openai.engine import parse_ref
 
-        try:
-            parse_ref(ref)
-        except InputError as error:
-            raise ValueError(f"{error.message}. {error.hint}") from None
+        checked(parse_ref, ref)
     return ref
 
 
@@ -81,19 +78,13 @@ def _addresses(urls: tuple[str, ...]) -> tuple[str, ...]:
 
     if urls == (VLLM,):
         return urls
-    try:
-        return tuple(dict.fromkeys(str(check_base_url(url)) for url in urls))
-    except InputError as error:
-        raise ValueError(f"{error.message}. {error.hint}") from None
+    return tuple(dict.fromkeys(str(checked(check_base_url, url)) for url in urls))
 
 
 def _vllm_arguments(given: tuple[str, ...]) -> tuple[str, ...]:
     from arte_edge.runtimes.openai.vllm_process import check_arguments
 
-    try:
-        return check_arguments(given)
-    except InputError as error:
-        raise ValueError(f"{error.message}. {error.hint}") from None
+    return checked(check_arguments, given)
 
 
 ModelRef = Annotated[_Name, AfterValidator(_server_or_local)]

@@ -6,14 +6,13 @@ nearest known one; thresholds that a recipe does not set are those of `arte_edge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from arte_edge import catalog
-from arte_edge.errors import InputError
-from arte_edge.files import read_toml, validated
+from arte_edge.files import checked, read_toml, validated
 from arte_edge.models.artifact import Arch, Format, format_of, gguf_format, onnx_format, unique
 from arte_edge.onnx.genai_builder import Rounding
 from arte_edge.verify.thresholds import TYPES, Thresholds, thresholds_for
@@ -47,12 +46,12 @@ class GgufSettings(_Section):
     @field_validator("types")
     @classmethod
     def _known(cls, types: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(_checked(gguf_format, name).type for name in types)
+        return tuple(checked(gguf_format, name).type for name in types)
 
     @field_validator("overrides_for")
     @classmethod
     def _known_types(cls, tables: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-        return {_checked(gguf_format, name).type: table for name, table in tables.items()}
+        return {checked(gguf_format, name).type: table for name, table in tables.items()}
 
     def overrides_of(self, type: str) -> dict[str, str]:
         """Return the per-tensor overrides of one type; its own override the general ones."""
@@ -71,7 +70,7 @@ class OnnxSettings(Rounding):
     @classmethod
     def _known(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
         for name in formats:
-            _checked(onnx_format, name)
+            checked(onnx_format, name)
         return formats
 
 
@@ -90,7 +89,7 @@ class VerifySettings(_Section):
     @classmethod
     def _known(cls, tables: dict[str, Thresholds]) -> dict[str, Thresholds]:
         for name in tables:
-            _checked(format_of, name)
+            checked(format_of, name)
         return tables
 
     def limits(self, format: Format) -> Thresholds:
@@ -138,11 +137,3 @@ def build(source: str, tables: Mapping[str, Any]) -> Recipe:
     Raises InputError: lists all wrong keys and values; for an unknown key the nearest known one.
     """
     return validated(Recipe, tables, source)
-
-
-def _checked(parse: Callable[[str], Format], name: str) -> Format:
-    """Parse a format; an error becomes a `ValueError`, which pydantic collects."""
-    try:
-        return parse(name)
-    except InputError as error:
-        raise ValueError(f"{error.message}. {error.hint}") from error
