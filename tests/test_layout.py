@@ -31,10 +31,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # At most so many, counted by the tests below. Lower a number when the code allows it; never raise one.
 LIMITS = {
     "lines of a file": 600,
-    "modules, without __init__": 214,
-    "lines of the package": 47_964,  # aim: 36,000
-    "lines of the tests": 31_177,  # aim: 21,000
-    "modules under 80 lines with one importer": 12,
+    "modules, without __init__": 200,  # aim: 190
+    "lines of the package": 47_838,  # aim: 36,000
+    "lines of the tests": 31_167,  # aim: 21,000
+    "modules under 80 lines with one importer": 1,
     "import cycles at the top of modules": 0,
     "import cycles, with imports inside functions": 0,
     "imports of a package further up": 0,
