@@ -310,11 +310,13 @@ class Calls:
     def _packs(self, prompts_each: Sequence[Prompts], size: int) -> Iterator[list[int]]:
         """Yield the indices of requests for one engine call: as many as bring the prompts to `size`."""
         pack: list[int] = []
-        for i in range(len(prompts_each)):
+        n = 0
+        for i, (prompts, _) in enumerate(prompts_each):
             pack.append(i)
-            if sum(len(prompts_each[j][0]) for j in pack) >= size:
+            n += len(prompts)
+            if n >= size:
                 yield pack
-                pack = []
+                pack, n = [], 0
         if pack:
             yield pack
 

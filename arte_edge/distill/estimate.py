@@ -479,7 +479,7 @@ def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], 
             step(1)
     if not (drafted := answers.get(Call("teacher", "question"))):
         return lengths, float(elicit.asked)
-    source.requests(0, len(drafted), [])  # it remembers which answer each prompt asked for
+    source.requests(0, len(drafted), {})  # it remembers which answer each prompt asked for
     n_valid = sum(map(len, valid_drafts(run.task, elicit.rouge, drafted, source)))
     return lengths, max(n_valid / len(drafted), _FEWEST_DRAFTS)
 
@@ -515,7 +515,7 @@ def _prompts(run: RunContext, call: Call) -> list[str]:
     if call.what == "question":
         plan = draft_plan(run.config)
         source = draft_source(run, engine, plan, Focus())
-        return [request.prompt for request in source.requests(0, _PROBE_PROMPTS, [])]
+        return [request.prompt for request in source.requests(0, _PROBE_PROMPTS, {})]
     if call.what == "rationale":
         return [rationale_prompt(run, engine, config, example.input, None) for example in examples]
     shots = answer_shots(task.seed, call.shots)

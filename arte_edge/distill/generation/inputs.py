@@ -12,13 +12,13 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from arte_edge.distill.config import ModelConfig
 from arte_edge.distill.generation.questions import Parsed, QuestionPlan
 from arte_edge.distill.prompts import input_messages, input_prefill
-from arte_edge.distill.run_context import Row, RunContext
+from arte_edge.distill.run_context import RunContext
 from arte_edge.runtimes.completion import Engine, Request
 from arte_edge.tasks.task import Example
 
@@ -85,19 +85,19 @@ class InputSource:
         self._turns: Counter[str] = Counter()
         self._asked: dict[int, str] = {}  # prompt number -> answer
 
-    def requests(self, first: int, n: int, valid: Sequence[Row]) -> list[Request]:
+    def requests(self, first: int, n: int, have: Mapping[str, int]) -> list[Request]:
         """Return prompts number `first` to ``first + n - 1``.
 
         The answers take turns by weight, whatever number is needed: asked for more, the first prompts stay cached.
         Where an answer has enough inputs, the one that lacks most has its turn.
         """
-        have = dict.fromkeys(self._quota, 0.0) | Counter(row["target"] for row in valid)
+        coming = dict.fromkeys(self._quota, 0.0) | dict(have)
         requests = []
         for number in range(first, first + n):
             label = self._turn(number)
-            if self.full(label, valid):
-                label = max(self._quota, key=lambda one: self._quota[one] - have[one])
-                have[label] += self._plan.elicit.asked / 2
+            if self.full(label, have):
+                label = max(self._quota, key=lambda one: self._quota[one] - coming[one])
+                coming[label] += self._plan.elicit.asked / 2
             self._asked[number] = label
             requests.append(Request(self.prompt(label, number)[0], number))
         return requests
@@ -127,10 +127,9 @@ class InputSource:
                 found.append("empty or too long")
         return found or ["no input at all"]
 
-    def full(self, label: str, valid: Sequence[Row]) -> bool:
+    def full(self, label: str, have: Mapping[str, int]) -> bool:
         """Return whether there are enough inputs for an answer."""
-        n = [row["target"] for row in valid].count(label)
-        return n >= self._quota.get(label, 0)
+        return have.get(label, 0) >= self._quota.get(label, 0)
 
     def prompt(self, label: str, number: int) -> tuple[str, int]:
         """Return prompt number `number`, for inputs of `label`, and the number at which its list goes on.

@@ -11,9 +11,10 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Protocol
 
 from arte_edge.distill.cached_calls import advice
@@ -72,6 +73,7 @@ class Drafts:
 
     valid: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    answers: Counter[str] = field(default_factory=Counter)  # of `valid`
     prompts: int = 0
 
     def reasons(self) -> dict[str, int]:
@@ -79,38 +81,78 @@ class Drafts:
 
 
 class NearDuplicates:
-    """Finds texts whose ROUGE-L F1 with a known text reaches a threshold (Self-Instruct's filter at 0.7)."""
+    """Finds texts whose ROUGE-L F1 with a known text reaches a threshold (Self-Instruct's filter at 0.7).
+
+    A text is compared only with those that have some of its rarest words: with all, n texts take n² comparisons.
+    """
 
     def __init__(self, threshold: float, known: Iterable[str]) -> None:
         from rouge_score import rouge_scorer
 
         self._threshold = threshold
         self._scorer = rouge_scorer.RougeScorer(["rougeL"])
-        self._known: list[tuple[str, str, Counter[str]]] = []
+        self._known: list[str] = []
+        self._n_word: list[int] = []  # of each known text
+        self._same: dict[str, int] = {}  # content key -> place of the first known text that has it
+        self._places: dict[str, list[int]] = {}  # word -> places of the known texts that have it
+        self.compared = 0  # known texts of which common words were counted
         for text in known:
             self.add(text)
 
     def add(self, text: str) -> None:
-        self._known.append((text, content_key(text), _words(text)))
+        words, place = _words(text), len(self._known)
+        self._known.append(text)
+        self._n_word.append(len(words))
+        self._same.setdefault(content_key(text), place)
+        for word in words:
+            self._places.setdefault(word, []).append(place)
 
     def find(self, text: str) -> str | None:
-        """Return a known text of which `text` is a near-duplicate."""
-        key, words = content_key(text), _words(text)
-        for known, their_key, theirs in self._known:
-            # ROUGE only sees Latin letters and digits: without them it never finds a duplicate.
-            if key == their_key:
-                return known
-            # The longest common subsequence is at most the words in common: most pairs end here.
-            common = sum((words & theirs).values())
-            if 2 * common < self._threshold * (words.total() + theirs.total()) - 1e-9:
+        """Return the first known text of which `text` is a near-duplicate."""
+        # ROUGE only sees Latin letters and digits: without them it never finds a duplicate.
+        same = self._same.get(content_key(text), len(self._known))
+        words = set(found := _words(text))
+        for place in self._candidates(found):
+            if place >= same:
+                break
+            known = self._known[place]
+            # The longest common subsequence is at most the words in common: most candidates end here.
+            least = self._threshold * (len(words) + self._n_word[place]) - 1e-9
+            if 2 * len(words.intersection(_words(known))) < least:
                 continue
             if self._scorer.score(known, text)["rougeL"].fmeasure >= self._threshold:
                 return known
-        return None
+        return self._known[same] if same < len(self._known) else None
+
+    def _candidates(self, words: Sequence[str]) -> list[int]:
+        """Return in order the places of all known texts that may have enough of `words`.
+
+        A near-duplicate of n words has at least c of them, c = r (n + c) / 2 at a threshold r, so it has one of any
+        n - c + 1: the rarest are looked up (the prefix filter of Chaudhuri et al. 2006).
+        """
+        n, r, n_word = len(words), self._threshold, self._n_word
+        if r > 1:
+            return []
+        by_word = sorted((self._places.get(word, []) for word in words), key=len)
+        rarest = by_word[: n - math.ceil(r * n / (2 - r) - 1e-9) + 1]
+        common = Counter(chain.from_iterable(rarest))
+        self.compared += len(common)
+        others, least = n - len(rarest), r * n - 2e-9
+        return sorted(
+            place
+            for place, count in common.items()
+            if 2 * min(count + others, n_word[place]) >= least + r * n_word[place]
+        )
 
 
-def _words(text: str) -> Counter[str]:
-    return Counter(re.findall(r"[a-z0-9]+", text.lower()))
+def _words(text: str) -> list[str]:
+    """Return the words that ROUGE sees, repeated ones numbered: what two texts have in common is a set."""
+    words: Counter[str] = Counter()
+    found = []
+    for word in re.findall(r"[a-z0-9]+", text.lower()):
+        words[word] += 1
+        found.append(word if words[word] == 1 else f"{word} {words[word]}")
+    return found
 
 
 def parse_questions(text: str) -> list[Parsed]:
@@ -136,13 +178,13 @@ def parse_questions(text: str) -> list[Parsed]:
 class DraftSource(Protocol):
     """Where drafts come from: prompts, and the reading of what a teacher makes of them."""
 
-    def requests(self, first: int, n: int, valid: Sequence[dict[str, Any]]) -> list[Request]:
-        """Return prompts number `first` to ``first + n - 1``; `valid` are the drafts so far."""
+    def requests(self, first: int, n: int, have: Mapping[str, int]) -> list[Request]:
+        """Return prompts number `first` to ``first + n - 1``; `have` are the valid drafts so far, by answer."""
 
     def parse(self, number: int, text: str, finish: str) -> list[Parsed]:
         """Return the drafts in the completion of a prompt."""
 
-    def full(self, label: str, valid: Sequence[dict[str, Any]]) -> bool:
+    def full(self, label: str, have: Mapping[str, int]) -> bool:
         """Return whether no more drafts with this answer are needed."""
 
 
@@ -155,7 +197,7 @@ class QuestionSource:
     config: ModelConfig
     plan: QuestionPlan
 
-    def requests(self, first: int, n: int, valid: Sequence[dict[str, Any]] = ()) -> list[Request]:
+    def requests(self, first: int, n: int, have: Mapping[str, int]) -> list[Request]:
         """See `DraftSource`; each prompt has its own sample of seeds, or all have one."""
         run, elicit, requests = self.run, self.plan.elicit, []
         for i in range(first, first + n):
@@ -171,7 +213,7 @@ class QuestionSource:
         begun = text.lstrip().startswith("<Question_")
         return parse_questions(text if begun else question_prefill(0) + text)
 
-    def full(self, label: str, valid: Sequence[dict[str, Any]]) -> bool:
+    def full(self, label: str, have: Mapping[str, int]) -> bool:
         return False
 
 
@@ -238,7 +280,7 @@ def draft_questions(
                 "Use a stronger teacher, or raise elicit.max_prompts or tailor.max_prompts. Finished calls are cached: "
                 "re-run the same command to resume.",
             )
-        requests = source.requests(drafts.prompts, n, drafts.valid)
+        requests = source.requests(drafts.prompts, n, drafts.answers)
         found = f" ({len(drafts.valid)} of {plan.needed} valid so far)"
         answers = run.calls.complete(
             engine, requests, sampling, what, so_far=found, budget=_BUDGET, spare=True
@@ -273,7 +315,7 @@ def _collect(
                 drafts.rejected.append({"reason": draft, "text": answer.text[:400], "prompt": i})
                 continue
             question, target = draft
-            if source.full(target, drafts.valid):
+            if source.full(target, drafts.answers):
                 continue
             reason, target = filters.check(question, target)
             if reason:
@@ -281,6 +323,7 @@ def _collect(
             elif len(drafts.valid) < needed:
                 key = Example(question, target).key
                 drafts.valid.append({"id": key[:16], "input": question, "target": target, "prompt": i})
+                drafts.answers[target] += 1
 
 
 class _Filter:

@@ -111,13 +111,13 @@ class AdaptivePlan:
 
     def risk(self, model: ScoreModel) -> Floats:
         """Return ``[d]``: the probability that the rank of a draft is wrong by more than a tie."""
-        risk = np.zeros(len(self.question))
+        risk, tie = np.zeros(len(self.question)), model.tie
         for drafts in self._groups():
             for sign in (1.0, -1.0):  # the best, then the worst
                 leader = max(drafts, key=lambda draft: (sign * model.mean[draft], -draft))
                 for other in drafts:
                     if other != leader:
-                        behind = sign * (model.mean[leader] - model.mean[other]) + model.tie
+                        behind = sign * (model.mean[leader] - model.mean[other]) + tie
                         p = _above(-behind, float(model.variance[leader] + model.variance[other]))
                         risk[[leader, other]] = np.maximum(risk[[leader, other]], p)
         return risk

@@ -102,11 +102,11 @@ def _hold_out(
     pairs: list[Row] = []
     for turn in range(sum(map(len, kept)) // (2 * _HOLD_OUT)):
         rows = order[turn % len(order)]
-        half = len(rows) // 2
-        better, worse = (rng.choice(part) for part in (rows[:half], rows[-half:])) if half > 1 else ({}, {})
-        if better and (pair := _pair([better], [worse], ties)) is not None:
-            rows.remove(better)
-            rows.remove(worse)
+        if (half := len(rows) // 2) < 2:
+            continue
+        better, worse = rng.choice(range(half)), len(rows) - half + rng.choice(range(half))
+        if (pair := _pair([rows[better]], [rows[worse]], ties)) is not None:
+            del rows[worse], rows[better]
             pairs.append(pair)
     return kept, pairs
 

@@ -324,7 +324,7 @@ def _probe(run: RunContext, engine: Engine) -> ProbeResult:
     Repeats of seeds are valid here: of so few drafts their share is a matter of chance.
     """
     source = held_out_source(run, engine)
-    requests = source.requests(0, run.config.align.probe_prompts, [])
+    requests = source.requests(0, run.config.align.probe_prompts, {})
     with doing("check for collapse"):
         answers = engine.complete(requests, draft_sampling(run, replace(draft_plan(run.config), seed=-1)))
     drafts = [d for i, one in enumerate(answers) for d in source.parse(i, one.text, one.finish)]

@@ -58,7 +58,7 @@ def draft_afresh(run: RunContext, engine: Engine) -> Fresh:
         source = held_out_source(run, engine)
         greedy = Sampling(max_tokens=elicit.question_tokens, repeat_penalty=repeat_penalty(run))
         answers = run.calls.complete(
-            engine, source.requests(0, n, []), greedy, "fresh questions", budget="elicit.question_tokens"
+            engine, source.requests(0, n, {}), greedy, "fresh questions", budget="elicit.question_tokens"
         )
         valid = valid_drafts(run.task, elicit.rouge, answers, source)
         n_valid = sum(map(len, valid))

@@ -86,7 +86,7 @@ def test_more_is_written_where_the_student_errs_more_and_something_everywhere(to
 
 def test_near_misses_are_written_for_confused_answers_alone(told: Any) -> None:
     run, inputs = source(told, 4000, Focus(confused={"C": ("C++", "play music")}))
-    found = [TOLD.findall(request.prompt)[-1] for request in inputs.requests(0, 400, [])]
+    found = [TOLD.findall(request.prompt)[-1] for request in inputs.requests(0, 400, {})]
     near = [(label, condition) for label, condition in found if "easy to mistake for" in condition]
     assert {label for label, _ in near} == {"C"}
     others = {re.findall(r"mistake for (.+), but the right answer must be C\.", text)[0] for _, text in near}
@@ -113,7 +113,7 @@ def test_near_misses_are_written_for_confused_answers_alone(told: Any) -> None:
 )
 def test_a_numbered_list_is_read(told: Any, text: str, finish: str, found: list[str]) -> None:
     run, inputs = source(told)
-    label = TOLD.findall(inputs.requests(0, 1, [])[0].prompt)[-1][0]
+    label = TOLD.findall(inputs.requests(0, 1, {})[0].prompt)[-1][0]
     read = inputs.parse(0, text, finish)
     assert [one if isinstance(one, str) else one[0] for one in read] == found
     assert {one[1] for one in read if not isinstance(one, str)} <= {label}

@@ -1,5 +1,7 @@
 """Draft questions: what is read out of a teacher's answer, and what is refused and why."""
 
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -124,6 +126,26 @@ class TestNearDuplicates:
         known, text = " ".join(a), " ".join(b)
         found = NearDuplicates(threshold, [known]).find(text) is not None
         assert found == (rouge_l(known, text) >= threshold)
+
+    @settings(deadline=None, max_examples=100)
+    @given(
+        texts=st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=9), min_size=1, max_size=9),
+        threshold=st.sampled_from([0.3, 0.55, 0.7, 1.0, math.inf]),
+    )
+    def test_it_finds_the_first_of_all_that_rouge_finds(
+        self, texts: Sequence[Sequence[str]], threshold: float
+    ) -> None:
+        text, *known = (" ".join(words) for words in texts)
+        every = (one for one in known if one == text or rouge_l(one, text) >= threshold)
+        assert NearDuplicates(threshold, known).find(text) == next(every, None)
+
+    def test_a_text_is_compared_with_few_of_the_known_ones(self) -> None:
+        near, rng, n = NearDuplicates(0.7, []), random.Random(0), 1000
+        for _ in range(n):
+            text = " ".join(f"w{int(50_000 ** rng.random())}" for _ in range(9))  # by Zipf's law
+            assert near.find(text) is None
+            near.add(text)
+        assert near.compared < 0.05 * n * (n - 1) / 2
 
 
 def drafted(house: Any, wanted: int) -> Drafts:
