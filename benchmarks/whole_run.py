@@ -111,7 +111,15 @@ TINY: dict[str, Any] = {
     "tune": {"epochs": 1.0},
     "evaluate": {"limit": 4, "answer_tokens": 16},
 }
-BATCHES = {"full": (8, 16, 32), "tiny": (2, 4)}
+# Three times the work: what a side spends once a stage, such as opening a model, weighs as in a real run.
+TRIPLE: dict[str, Any] = {
+    "elicit": {"questions": 24},
+    "align": {"question_pairs": 8, "rationale_pairs": 16},
+    "tailor": {"questions": 36},
+    "evaluate": {"limit": 72},
+}
+WORK: dict[str, dict[str, Any]] = {"full": {}, "triple": TRIPLE, "tiny": TINY}
+BATCHES = {"full": (8, 16, 32), "triple": (8, 16, 32), "tiny": (2, 4)}
 KEPT = {
     "models",
     "checkpoints",
@@ -145,7 +153,7 @@ def side_folder(options: argparse.Namespace, side: str, repeat: int) -> Path:
 
 def settings_of(options: argparse.Namespace, side: str) -> dict[str, Any]:
     models = {who: {"model": getattr(options, who)} for who in ("teacher", "student")}
-    return merged(BOTH, models, TINY if options.work == "tiny" else {}, {} if side == "older" else OURS)
+    return merged(BOTH, models, WORK[options.work], {} if side == "older" else OURS)
 
 
 def cold_home(options: argparse.Namespace, side: str, *, cold: bool) -> Path:
@@ -295,7 +303,7 @@ def report(found: dict[str, Any], stages: Sequence[str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--work", choices=("full", "tiny"), default="full")
+    parser.add_argument("--work", choices=tuple(WORK), default="full")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--teacher", default="qwen2.5-coder-0.5b-instruct", help="a registry name")
@@ -311,7 +319,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.folder = (options.folder or ROOT / "runs" / f"whole-run-{options.work}").resolve()
-    out = options.json or (RESULTS if options.work == "full" else options.folder) / "rows.json"
+    out = (
+        options.json or (options.folder if options.work == "tiny" else RESULTS) / f"rows-{options.work}.json"
+    )
     for repeat in range(options.repeat):
         for side in (side for side in SIDES if side in options.sides):  # plain needs the inputs of ours
             run_side(options, side, repeat)

@@ -414,16 +414,19 @@ def _bare(config: RunConfig, task: Task) -> bool:
 
 def _prefer(stage: str, config: RunConfig, task: Task, n_question: int, n_rationale: int) -> Iterator[Work]:
     """Yield the scores of so many drafts: of each question, so many rationales, or its answer alone."""
-    k = min(config.calibrate.k, config.calibrate.items, len(task.validation))
     n_each = 1 if _bare(config, task) else n_rationale
-    question = [q for q in range(n_question) for _ in range(n_each)]
+    yield _scores(stage, config, task, [q for q in range(n_question) for _ in range(n_each)])
+
+
+def _scores(stage: str, config: RunConfig, task: Task, question: Sequence[int]) -> Work:
+    """Return the scores of drafts, `question` ``[n_draft]`` saying whose each is; at most so many."""
+    k = min(config.calibrate.k, config.calibrate.items, len(task.validation))
     if config.prefer.score == "influence":  # a backward pass counts as one call
-        yield Work(stage, Call("student", "asked"), len(question) + k)
-        return
+        return Work(stage, Call("student", "asked"), len(question) + k)
     adaptive = is_adaptive(config.prefer, len(question), k)
     plan = AdaptivePlan(tuple(question), k, config.prefer.race_share, config.prefer.race_error)
     what: What = "generated" if config.prefer.score == "accuracy" else "constrained"
-    yield Work(stage, Call("student", what, 1), plan.most if adaptive else len(question) * k)
+    return Work(stage, Call("student", what, 1), plan.most if adaptive else len(question) * k)
 
 
 def _fresh_drafts(config: RunConfig, task: Task) -> Iterator[Work]:
@@ -437,12 +440,7 @@ def _fresh_drafts(config: RunConfig, task: Task) -> Iterator[Work]:
         yield Work("align", Call("teacher", "rationale"), 2 * n)
     elif not bare:
         return
-    n_draft = 2 * n * (SCORED if bare else 1)
-    if config.prefer.score == "influence":  # as in `_prefer`
-        yield Work("align", Call("student", "asked"), n_draft + k)
-        return
-    what: What = "generated" if config.prefer.score == "accuracy" else "constrained"
-    yield Work("align", Call("student", what, 1), n_draft * k)
+    yield _scores("align", config, task, range(2 * n * (SCORED if bare else 1)))
 
 
 def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], float]:

@@ -23,6 +23,10 @@ from arte_edge.distill.prompts import question_text
 
 Row = dict[str, Any]
 _HOLD_OUT = 8  # one of so many questions is held out, one of so many drafts in a pair of single drafts
+# Share of an answer's inputs at each end of their order that is set against the other end. A narrower end has fewer
+# texts, a wider one a smaller gap; two ends of 27 % tell most, and a third hardly less (Kelley 1939).
+_INPUT_END = 1 / 3
+_QUESTION_END = 0.25  # the same of questions, if a side needs no more
 _FEWEST = 4  # questions with rationale pairs, below which none is held out
 
 
@@ -63,17 +67,16 @@ def draw_question_pairs(
 
     ranked = _ranked(questions)
     kept, held_out = _hold_out([ranked], ties, random.Random(f"{seed}/question-hold-out"))
-    pairs, n_tie = _draw(
-        kept, n_pair, per_side, max(1, len(kept[0]) // 4), ties, random.Random(f"{seed}/question-pairs")
-    )
+    end = max(_QUESTION_END, per_side / max(len(kept[0]), 1))
+    pairs, n_tie = _draw(kept, n_pair, per_side, end, ties, random.Random(f"{seed}/question-pairs"))
     return Drawn([listed(pair) for pair in pairs], [listed(pair) for pair in held_out], n_tie)
 
 
 def draw_input_pairs(questions: Sequence[Row], n_pair: int, per_side: int, ties: Ties, seed: int) -> Drawn:
     """Return pairs of inputs that were written for one answer (label, chosen, rejected, gap, n).
 
-    Each side holds `per_side` inputs, fewer only where half of the answer's are fewer, from the better and from the
-    worse half of that answer's. The answers take turns.
+    Each side holds `per_side` inputs, fewer only where an end (`_INPUT_END`) of that answer's is shorter, from the best
+    and from the worst of them. The answers take turns.
     """
 
     def listed(pair: Row) -> Row:
@@ -85,7 +88,7 @@ def draw_input_pairs(questions: Sequence[Row], n_pair: int, per_side: int, ties:
         by_label[row["target"]].append(row)
     groups = [rows for _, rows in sorted(by_label.items()) if len(rows) > 1]
     kept, held_out = _hold_out(groups, ties, random.Random(f"{seed}/input-hold-out"))
-    pairs, n_tie = _draw(kept, n_pair, per_side, 0, ties, random.Random(f"{seed}/input-pairs"))
+    pairs, n_tie = _draw(kept, n_pair, per_side, _INPUT_END, ties, random.Random(f"{seed}/input-pairs"))
     return Drawn([listed(pair) for pair in pairs], [listed(pair) for pair in held_out], n_tie)
 
 
@@ -112,16 +115,15 @@ def _hold_out(
 
 
 def _draw(
-    groups: Sequence[list[Row]], n_pair: int, per_side: int, top: int, ties: Ties, rng: random.Random
+    groups: Sequence[list[Row]], n_pair: int, per_side: int, end: float, ties: Ties, rng: random.Random
 ) -> tuple[list[Row], int]:
-    """Draw pairs of sides from ranked `groups` in turn, each from the first and last `top` rows; 0: the halves."""
+    """Draw pairs of sides from ranked `groups` in turn, from the first and the last `end` (a share) of a group."""
     groups = [rows for rows in groups if len(rows) > 1]
     pairs: list[Row] = []
     for i in range(n_pair if groups else 0):
         rows = groups[i % len(groups)]
-        half = len(rows) // 2
-        n = min(per_side, half)
-        reach = min(max(top, n), half) if top else half
+        reach = max(1, min(int(end * len(rows) + 1e-9), len(rows) // 2))
+        n = min(per_side, reach)
         pair = _pair(rng.sample(rows[:reach], n), rng.sample(rows[-reach:], n), ties)
         pairs += [] if pair is None else [pair]
     return pairs, (n_pair if groups else 0) - len(pairs)

@@ -198,7 +198,7 @@ def caveats(summary: Summary) -> list[str]:
     elif kl is not None and (kl < _MOVED or same):
         found.append(
             f"the alignment changed nothing: {kl:.1e} nats a token from the original teacher"
-            + (f", all {fresh['prompts']} greedy drafts the same" if same else "")
+            + (f", all {fresh['prompts']} new drafts the same" if same else "")
             + ". No difference between the two teachers can be expected; raise align.target_kl."
         )
     elif kl is not None and kl < summary["target_kl"] / 2:
@@ -409,7 +409,7 @@ def _describe(summary: Summary) -> str:
     if fresh := summary.get("fresh"):
         longer = fresh["tokens_after"] / max(fresh["tokens_before"], 1) - 1
         parts.append(
-            f"{fresh['changed']} of {fresh['prompts']} greedy drafts changed, {longer:+.0%} tokens, "
+            f"{fresh['changed']} of {fresh['prompts']} new drafts changed, {longer:+.0%} tokens, "
             f"{fresh['valid_after']:.0%} usable ({fresh['valid_before']:.0%} before)"
         )
         if "gain" in fresh:

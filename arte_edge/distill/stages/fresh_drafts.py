@@ -1,4 +1,7 @@
-"""What an alignment did to the teacher: the drafts of both teachers for the same new prompts, greedily.
+"""What an alignment did to the teacher: the drafts of both teachers for the same new prompts.
+
+They are written as tailor writes them, inputs and questions sampled with the same random numbers, rationales greedily:
+a teacher that did not change repeats itself. (Greedily a small teacher lists its examples, and few drafts are left.)
 
 A reward margin says what was learned about the pairs, and a KL divergence how far the teacher moved, but not where to.
 So both teachers answer prompts that no stage trains on: how many answers differ, how many drafts are still valid, how
@@ -15,19 +18,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from arte_edge.asking.form import tagged
-from arte_edge.distill.generation.questions import DraftSource, repeat_penalty, valid_drafts
+from arte_edge.distill.generation.questions import DraftSource, QuestionPlan, draft_sampling, valid_drafts
 from arte_edge.distill.generation.rationales import rationale_prompt, rationale_sampling, short_shots
 from arte_edge.distill.prompts import Shot
 from arte_edge.distill.run_context import RunContext, Summary
 from arte_edge.distill.stages.elicit import draft_plan, draft_source, first_focus
 from arte_edge.distill.stages.prefer import scored_rows
-from arte_edge.runtimes.completion import Completion, Engine, Request, Sampling
+from arte_edge.runtimes.completion import Completion, Engine, Request
 from arte_edge.stats import t_quantile
 from arte_edge.tasks.answers import extract
 from arte_edge.tasks.task import Example, content_key
 
 _NO_LIMIT = 10**6  # drafts, of which no answer has enough
-SCORED = 2  # drafts of a prompt that are scored, at most
+SCORED = 4  # drafts of a prompt that are scored, at most
 _FEWEST = 3  # prompts with a draft of both teachers, below which no interval is stated
 
 
@@ -44,8 +47,11 @@ class Fresh:
 
 def held_out_source(run: RunContext, engine: Engine) -> DraftSource:
     """Return the source of question prompts that no stage trains on."""
-    plan = replace(draft_plan(run.config), seed=run.config.seed - 1, needed=_NO_LIMIT)
-    return draft_source(run, engine, plan, first_focus(run))
+    return draft_source(run, engine, _new_prompts(run), first_focus(run))
+
+
+def _new_prompts(run: RunContext) -> QuestionPlan:
+    return replace(draft_plan(run.config), seed=run.config.seed - 1, needed=_NO_LIMIT)
 
 
 def draft_afresh(run: RunContext, engine: Engine) -> Fresh:
@@ -56,9 +62,9 @@ def draft_afresh(run: RunContext, engine: Engine) -> Fresh:
     n_draft = n_valid = 0
     if run.config.n_question_pairs or not run.reasons:
         source = held_out_source(run, engine)
-        greedy = Sampling(max_tokens=elicit.question_tokens, repeat_penalty=repeat_penalty(run))
+        sampling = draft_sampling(run, _new_prompts(run))
         answers = run.calls.complete(
-            engine, source.requests(0, n, {}), greedy, "fresh questions", budget="elicit.question_tokens"
+            engine, source.requests(0, n, {}), sampling, "fresh questions", budget="elicit.question_tokens"
         )
         valid = valid_drafts(run.task, elicit.rouge, answers, source)
         n_valid = sum(map(len, valid))

@@ -38,8 +38,8 @@ def test_question_pairs_set_the_top_quarter_against_the_bottom_quarter() -> None
     assert set.union(*(numbers(pair["rejected"]) for pair in drawn.pairs)) == {0, 1, 2}
 
 
-@pytest.mark.parametrize(("n", "sides"), [(40, 5), (12, 5), (8, 4)])
-def test_a_side_is_as_long_as_its_prompt_says(n: int, sides: int) -> None:
+@pytest.mark.parametrize(("n", "sides", "of_inputs"), [(40, 5, 5), (12, 5, 4), (8, 4, 2), (2, 1, 1)])
+def test_a_side_is_as_long_as_its_prompt_says(n: int, sides: int, of_inputs: int) -> None:
     drawn = draw_question_pairs(questions(n), 6, 5, 4, NONE, seed=0)
     inputs = draw_input_pairs(questions(n), 6, 5, NONE, seed=0)
     for pair in drawn.pairs:
@@ -47,7 +47,14 @@ def test_a_side_is_as_long_as_its_prompt_says(n: int, sides: int) -> None:
             [len(numbers(pair[side])) for side in ("chosen", "rejected")] == [sides, sides] == [pair["n"]] * 2
         )
     for pair in inputs.pairs:
-        assert [len(pair[side]) for side in ("chosen", "rejected")] == [sides, sides] == [pair["n"]] * 2
+        lengths = [len(pair[side]) for side in ("chosen", "rejected")]
+        assert lengths == [of_inputs, of_inputs] == [pair["n"]] * 2
+
+
+def test_input_pairs_set_the_best_third_against_the_worst_third() -> None:
+    drawn = draw_input_pairs(questions(15), 30, 3, NONE, seed=0)
+    assert set.union(*(numbers("".join(pair["chosen"])) for pair in drawn.pairs)) == {10, 11, 12, 13, 14}
+    assert set.union(*(numbers("".join(pair["rejected"])) for pair in drawn.pairs)) == {0, 1, 2, 3, 4}
 
 
 def test_a_side_goes_on_from_the_prefilled_opening() -> None:

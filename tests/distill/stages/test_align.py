@@ -149,7 +149,7 @@ def test_a_teacher_whose_drafts_the_student_learns_more_from_is_no_warning(house
         0.09,
     )
     page = _result(summary, _TEXTS["stages"]["align"]["result"], _TEXTS["stages"]["align"]["more"])
-    assert "Of 10 greedy drafts 10 changed" in page and f"{fresh['gain']:+.3f} (95 %" in page
+    assert "Of 10 new drafts 10 changed" in page and f"{fresh['gain']:+.3f} (95 %" in page
     assert fresh["score_after"] == pytest.approx(fresh["score_before"] + fresh["gain"], abs=1e-4)
 
 
