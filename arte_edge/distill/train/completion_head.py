@@ -10,15 +10,19 @@ The rows of a supervised batch all begin with the task's instruction, and are co
 
 from __future__ import annotations
 
+from functools import cache
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from arte_edge.distill.train.ranks import is_sharded
 from arte_edge.private_apis import missing
+from arte_edge.runtimes.transformers.placement import multiplies_bfloat16
 
 if TYPE_CHECKING:
     import torch
 
+_EXACT = 64  # logits of a token that are computed in float32
+_AT_ONCE = 64  # tokens whose rows of the output layer are gathered at a time
 _FEWEST_SHARED = 8  # tokens; a shorter beginning is not worth the longer row
 
 # Families whose logits are the output layer's, neither scaled nor capped.
@@ -84,13 +88,54 @@ def _scores(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> dict[str,
     """Return TRL's per-token fields ``[n_label]`` for `hidden` ``[n_label, n_dim]``."""
     import torch
 
-    logits = output_logits(head, hidden)  # [n_label, n_vocab]
-    log_total = logits.logsumexp(-1)
-    log_probs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_total
+    if hidden.dtype == torch.bfloat16 and not head.weight.requires_grad and multiplies_bfloat16():
+        log_probs, logits = _rounded_log_probs()(hidden, head.weight, targets)
+    else:
+        logits = output_logits(head, hidden)  # [n_label, n_vocab]
+        log_probs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
     with torch.no_grad():
+        log_total = logits.logsumexp(-1)
         entropy = log_total - (torch.exp(logits - log_total.unsqueeze(-1)) * logits).sum(-1)
         mean_logits, is_top1 = logits.mean(-1), logits.argmax(-1) == targets
     return {"log_probs": log_probs, "entropy": entropy, "mean_logits": mean_logits, "is_top1": is_top1}
+
+
+@cache
+def _rounded_log_probs() -> Any:
+    """Return a function of hidden states, frozen output weights and targets: log-probabilities and rounded logits.
+
+    A product in bfloat16 takes a sixth of the time of one in float32, but rounds a logit of 16 to the next 1/8. So the
+    target's logit and the `_EXACT` largest ones, which carry the sum, are computed again in float32: log-probabilities
+    are then within 0.001. Of the logits, which are without gradient, only metrics are made. Torch is imported late.
+    """
+    import torch
+
+    class RoundedLogProbs(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = torch.nn.functional.linear(hidden, weight)
+            largest = logits.topk(min(_EXACT, len(weight)), -1).indices  # [n_label, n]
+            wide = hidden.float()
+            parts = zip(torch.split(wide, _AT_ONCE), torch.split(largest, _AT_ONCE), strict=True)
+            exact = torch.cat([torch.einsum("ld,lnd->ln", rows, weight[at].float()) for rows, at in parts])
+            logits = logits.float().scatter_(1, largest, exact)
+            of_targets = (wide * weight[targets].float()).sum(-1)
+            log_total = logits.logsumexp(-1)
+            ctx.save_for_backward(logits, log_total, weight, targets)
+            ctx.mark_non_differentiable(logits)
+            return of_targets - log_total, logits
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+            logits, log_total, weight, targets = ctx.saved_tensors
+            share = torch.exp(logits - log_total.unsqueeze(-1))
+            share.scatter_add_(1, targets.unsqueeze(1), -torch.ones_like(log_total).unsqueeze(1))
+            of_hidden = share.mul_(-grad.unsqueeze(1)).to(weight.dtype) @ weight
+            return of_hidden, None, None
+
+    return RoundedLogProbs.apply
 
 
 def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

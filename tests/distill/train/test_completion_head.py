@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from tiny import Patch
 
+from arte_edge.distill.train import completion_head
 from arte_edge.distill.train.completion_head import attends_fully, score_completions_only
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -92,6 +93,30 @@ def test_numbers_and_gradients_are_those_of_trls_own_head(
         assert torch.equal(getattr(mine, field), getattr(theirs, field))
     for name, grad in their_grads.items():
         torch.testing.assert_close(my_grads[name], grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_rounded_head_gives_the_log_probabilities_and_gradients_of_a_wide_one() -> None:
+    import torch
+
+    torch.manual_seed(0)
+    hidden = (4 * torch.randn(150, 48)).bfloat16()
+    weight, targets = torch.randn(3000, 48).bfloat16(), torch.randint(0, 3000, (150,))
+    targets[::2] = (hidden @ weight.T).argmax(-1)[::2]  # as in a text that the model may well write
+    grad = torch.randn(150)
+
+    def of(score: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        start = hidden.clone().requires_grad_()
+        found = score(start)
+        found.backward(grad)
+        assert start.grad is not None
+        return found.detach(), start.grad.float()
+
+    wide = of(lambda h: (h.float() @ weight.T.float()).log_softmax(-1).gather(1, targets[:, None])[:, 0])
+    rounded = of(lambda h: completion_head._rounded_log_probs()(h, weight, targets)[0])
+    plain = of(lambda h: (h @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0])
+    torch.testing.assert_close(rounded[0], wide[0], rtol=1e-4, atol=1e-3)
+    assert (plain[0] - wide[0]).abs().max() > 0.05, "rounding does harm here"
+    assert torch.cosine_similarity(rounded[1].flatten(), wide[1].flatten(), 0) > 0.9999
 
 
 def test_without_trls_flag_the_model_gives_its_logits(tiny_checkpoint: Any) -> None:
