@@ -20,11 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from arte_edge.bench.runner import fetch_model, run_case
-from arte_edge.bench.settings import BenchSettings, cases, describe, find_targets
+from arte_edge.bench.runner import run_case
+from arte_edge.bench.settings import BenchSettings, cases, describe
 from arte_edge.cache import write_atomic
 from arte_edge.device.detect import detect
 from arte_edge.machine import available_cores
+from arte_edge.models import resolve
 from arte_edge.stats import wilson
 
 KEYS = ("status", "contended", "contended_reason", "n_repeated", "median_ts", "samples_ts", "load_average")
@@ -65,7 +66,7 @@ def main() -> None:
         warmup=False,
         roofline=False,
     )
-    facts, target = detect(), describe(find_targets([options.model], fetch_model)[0])
+    facts, target = detect(), describe(resolve(options.model).path)
     (case,) = cases(target.path, settings, facts)
     kinds = ["contended"] * options.runs + ["quiet"] * (0 if options.contended_only else options.runs)
     random.Random(options.seed).shuffle(kinds)

@@ -177,6 +177,20 @@ def test_no_package_imports_one_further_up() -> None:
     assert len(upward) <= LIMITS["imports of a package further up"], upward
 
 
+def test_what_other_code_imports_from_the_package_is_there() -> None:
+    """Mypy reads the package alone, and most benchmarks are run by hand."""
+    files = {module_name(path): path for path in MODULES}
+    for path in OTHER_CODE:
+        for node in ast.walk(parse(path)):
+            if not isinstance(node, ast.ImportFrom) or not (room := node.module or "").startswith(
+                "arte_edge"
+            ):
+                continue
+            for name in (one.name for one in node.names):
+                there = room in files and re.search(rf"\b{name}\b", files[room].read_text("utf-8"))
+                assert there or f"{room}.{name}" in files, f"{relative(path)} imports {name} from {room}"
+
+
 def test_every_module_says_what_it_is_for() -> None:
     assert [relative(path) for path in MODULES if not (ast.get_docstring(parse(path)) or "").strip()] == []
 
