@@ -117,7 +117,7 @@ def validated(model: type[M], tables: Any, source: str, hint: str = "") -> M:
         ) from error
 
 
-def checked(parse: Callable[[V], T], value: V) -> T:
+def for_pydantic(parse: Callable[[V], T], value: V) -> T:
     """Parse a value inside a pydantic validator: an InputError becomes a `ValueError`, which pydantic collects."""
     try:
         return parse(value)

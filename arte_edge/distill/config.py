@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from arte_edge.errors import InputError
-from arte_edge.files import checked, problems, read_toml, toml_loads
+from arte_edge.files import for_pydantic, problems, read_toml, toml_loads
 
 Data = Literal[
     "arte",
@@ -69,7 +69,7 @@ def _server_or_local(ref: str) -> str:
     if ref.startswith("openai:"):
         from arte_edge.runtimes.openai.engine import parse_ref
 
-        checked(parse_ref, ref)
+        for_pydantic(parse_ref, ref)
     return ref
 
 
@@ -78,13 +78,13 @@ def _addresses(urls: tuple[str, ...]) -> tuple[str, ...]:
 
     if urls == (VLLM,):
         return urls
-    return tuple(dict.fromkeys(str(checked(check_base_url, url)) for url in urls))
+    return tuple(dict.fromkeys(str(for_pydantic(check_base_url, url)) for url in urls))
 
 
 def _vllm_arguments(given: tuple[str, ...]) -> tuple[str, ...]:
     from arte_edge.runtimes.openai.vllm_process import check_arguments
 
-    return checked(check_arguments, given)
+    return for_pydantic(check_arguments, given)
 
 
 ModelRef = Annotated[_Name, AfterValidator(_server_or_local)]

@@ -418,12 +418,14 @@ def _prefer(stage: str, config: RunConfig, task: Task, n_question: int, n_ration
     yield _scores(stage, config, task, [q for q in range(n_question) for _ in range(n_each)])
 
 
-def _scores(stage: str, config: RunConfig, task: Task, question: Sequence[int]) -> Work:
+def _scores(
+    stage: str, config: RunConfig, task: Task, question: Sequence[int], *, may_adapt: bool = True
+) -> Work:
     """Return the scores of drafts, `question` ``[n_draft]`` saying whose each is; at most so many."""
     k = min(config.calibrate.k, config.calibrate.items, len(task.validation))
     if config.prefer.score == "influence":  # a backward pass counts as one call
         return Work(stage, Call("student", "asked"), len(question) + k)
-    adaptive = is_adaptive(config.prefer, len(question), k)
+    adaptive = may_adapt and is_adaptive(config.prefer, len(question), k)
     plan = AdaptivePlan(tuple(question), k, config.prefer.race_share, config.prefer.race_error)
     what: What = "generated" if config.prefer.score == "accuracy" else "constrained"
     return Work(stage, Call("student", what, 1), plan.most if adaptive else len(question) * k)
@@ -440,7 +442,7 @@ def _fresh_drafts(config: RunConfig, task: Task) -> Iterator[Work]:
         yield Work("align", Call("teacher", "rationale"), 2 * n)
     elif not bare:
         return
-    yield _scores("align", config, task, range(2 * n * (SCORED if bare else 1)))
+    yield _scores("align", config, task, range(2 * n * (SCORED if bare else 1)), may_adapt=False)
 
 
 def probe(run: RunContext, calls: Iterable[Call]) -> tuple[dict[Call, Lengths], float]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from arte_edge import catalog
-from arte_edge.files import checked, read_toml, validated
+from arte_edge.files import for_pydantic, read_toml, validated
 from arte_edge.models.artifact import Arch, Format, format_of, gguf_format, onnx_format, unique
 from arte_edge.onnx.genai_builder import Rounding
 from arte_edge.verify.thresholds import TYPES, Thresholds, thresholds_for
@@ -46,12 +46,12 @@ class GgufSettings(_Section):
     @field_validator("types")
     @classmethod
     def _known(cls, types: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(checked(gguf_format, name).type for name in types)
+        return tuple(for_pydantic(gguf_format, name).type for name in types)
 
     @field_validator("overrides_for")
     @classmethod
     def _known_types(cls, tables: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-        return {checked(gguf_format, name).type: table for name, table in tables.items()}
+        return {for_pydantic(gguf_format, name).type: table for name, table in tables.items()}
 
     def overrides_of(self, type: str) -> dict[str, str]:
         """Return the per-tensor overrides of one type; its own override the general ones."""
@@ -70,7 +70,7 @@ class OnnxSettings(Rounding):
     @classmethod
     def _known(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
         for name in formats:
-            checked(onnx_format, name)
+            for_pydantic(onnx_format, name)
         return formats
 
 
@@ -89,7 +89,7 @@ class VerifySettings(_Section):
     @classmethod
     def _known(cls, tables: dict[str, Thresholds]) -> dict[str, Thresholds]:
         for name in tables:
-            checked(format_of, name)
+            for_pydantic(format_of, name)
         return tables
 
     def limits(self, format: Format) -> Thresholds:

@@ -76,7 +76,7 @@ class Alignment(Record):
     held_out_pairs: int = Field(ge=0)
     held_out_right: int = Field(ge=0, description="held-out pairs whose chosen text gained more")
     held_out_margin: float = Field(description="mean reward margin of the held-out pairs")
-    drafts: int | None = Field(default=None, description="new prompts that both teachers answered, greedily")
+    drafts: int | None = Field(default=None, description="new prompts that both teachers answered")
     drafts_changed: int | None = None
     valid_before: float | None = None
     valid_after: float | None = None

@@ -141,7 +141,7 @@ def _nucleus(weight: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
 
 
 class Drawing:
-    """Draws the tokens of one text, and says when it ends; what a token's text ends is the subclass's to say."""
+    """Draws the tokens of one text until a budget or a loop ends it; subclasses know stop strings and end tokens."""
 
     def __init__(
         self,
@@ -164,14 +164,14 @@ class Drawing:
             return draw(logits, self._sampling, self._rng)
         return draw_allowed(logits, self._sampling, self._rng, self._grammar)
 
-    def note(self, token: int) -> None:
+    def append(self, token: int) -> None:
         """Append the next token."""
         self._written.append(token)
         if self._repeats is not None:
             self._repeats.push(token)
 
-    def limit(self) -> str:
-        """Return ``length`` or ``loop`` if the text ends with the token that was noted last, else nothing."""
+    def reason_to_end(self) -> str:
+        """Return ``length`` or ``loop`` if the text ends with the token that was appended last, else nothing."""
         if len(self._written) >= self._sampling.max_tokens:
             return "length"
         return "loop" if len(self._written) % _LOOP_EVERY == 0 and in_loop(self._written) else ""

@@ -26,6 +26,7 @@ _HOLD_OUT = 8  # one of so many questions is held out, one of so many drafts in 
 # Share of an answer's inputs at each end of their order that is set against the other end. A narrower end has fewer
 # texts, a wider one a smaller gap; two ends of 27 % tell most, and a third hardly less (Kelley 1939).
 _INPUT_END = 1 / 3
+_LEAST = 2  # texts of an end, if there are so many: one would make all pairs of an answer the same
 _QUESTION_END = 0.25  # the same of questions, if a side needs no more
 _FEWEST = 4  # questions with rationale pairs, below which none is held out
 
@@ -122,7 +123,7 @@ def _draw(
     pairs: list[Row] = []
     for i in range(n_pair if groups else 0):
         rows = groups[i % len(groups)]
-        reach = max(1, min(int(end * len(rows) + 1e-9), len(rows) // 2))
+        reach = min(max(int(end * len(rows) + 1e-9), _LEAST), len(rows) // 2)
         n = min(per_side, reach)
         pair = _pair(rng.sample(rows[:reach], n), rng.sample(rows[-reach:], n), ties)
         pairs += [] if pair is None else [pair]

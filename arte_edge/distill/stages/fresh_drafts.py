@@ -51,7 +51,10 @@ def held_out_source(run: RunContext, engine: Engine) -> DraftSource:
 
 
 def _new_prompts(run: RunContext) -> QuestionPlan:
-    return replace(draft_plan(run.config), seed=run.config.seed - 1, needed=_NO_LIMIT)
+    temperature = run.config.tailor.temperature
+    return replace(
+        draft_plan(run.config), seed=run.config.seed - 1, needed=_NO_LIMIT, temperature=temperature
+    )
 
 
 def draft_afresh(run: RunContext, engine: Engine) -> Fresh:
@@ -127,7 +130,8 @@ def _scores(run: RunContext, original: Fresh, aligned: Fresh) -> Summary:
         {"question": str(i), "technique": -1, "tokens": 0, "text": shot.answer}
         for i, shot in enumerate(shots)
     ]
-    rows, _ = scored_rows(run, drafts, {str(i): {"input": shot.question} for i, shot in enumerate(shots)})
+    questions = {str(i): {"input": shot.question} for i, shot in enumerate(shots)}
+    rows, _ = scored_rows(run, drafts, questions, may_adapt=False)
     score = {shot: row["score"] for shot, row in zip(shots, rows, strict=True)}
     means = np.array([[np.mean([score[shot] for shot in side]) for side in pair] for pair in both])
     gains = means[:, 1] - means[:, 0]  # [n_prompt]

@@ -52,12 +52,16 @@ def prefer(run: RunContext) -> Summary:
 
 
 def scored_rows(
-    run: RunContext, drafts: Sequence[Row], questions: dict[str, Row]
+    run: RunContext, drafts: Sequence[Row], questions: dict[str, Row], *, may_adapt: bool = True
 ) -> tuple[list[Row], Summary]:
-    """Score `drafts` (rationales of `questions`, by id) as the run is configured; return a row each, and a summary."""
+    """Score `drafts` (rationales of `questions`, by id) as the run is configured; return a row each, and a summary.
+
+    Not `may_adapt`, every draft is measured on all questions: adaptive scoring finds the ends of an order, and draws
+    what it did not measure towards the mean.
+    """
     config, closed = run.config.prefer, run.task.answer.closed
     examples = _preference_set(run)
-    adaptive = is_adaptive(config, len(drafts), len(examples))
+    adaptive = may_adapt and is_adaptive(config, len(drafts), len(examples))
     length_free = config.length_free and closed
     shots = [Shot(questions[d["question"]]["input"], d["text"]) for d in drafts]
     groups = [d["question"] for d in drafts]

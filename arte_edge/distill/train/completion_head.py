@@ -64,7 +64,16 @@ def score_completions_only(model: Any, *, pairs: bool = False) -> bool:
 def _is_plain(model: Any) -> bool:
     if is_sharded():  # the backbone alone would compute with a part of the weights
         return False
-    return not missing(__name__) and model.config.model_type in _PLAIN_HEADS and model.device.type == "cpu"
+    import torch
+
+    head = model.get_output_embeddings()  # with an adapter of its own it is of another class
+    bare = type(head) is torch.nn.Linear and head.bias is None
+    return (
+        not missing(__name__)
+        and model.config.model_type in _PLAIN_HEADS
+        and bare
+        and model.device.type == "cpu"
+    )
 
 
 def packs_pairs(model: Any) -> bool:

@@ -197,7 +197,7 @@ class _Writer(Drawing):
         """Append `token` to the text; return why the completion ends with it, empty if it does not."""
         if self._model.is_end(token):
             return "eos"
-        self.note(token)
+        self.append(token)
         start = len(self._text)
         self._text += self._model.piece(token)
         for stop in self._stops:
@@ -205,7 +205,7 @@ class _Writer(Drawing):
             if found >= 0:
                 del self._text[found + len(stop) :]
                 return "stop"
-        return self.limit()
+        return self.reason_to_end()
 
     def completion(self) -> Completion:
         return Completion(

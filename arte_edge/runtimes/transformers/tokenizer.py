@@ -135,11 +135,11 @@ class Writer(Drawing):
         """Append the next token; return whether the text continues."""
         if token in self._text.ends:
             return self._end("eos")
-        self.note(token)
+        self.append(token)
         if self._sampling.stop and self._stopped():
             self.close()
             return False
-        return self._end(reason) if (reason := self.limit()) else True
+        return self._end(reason) if (reason := self.reason_to_end()) else True
 
     def _stopped(self) -> bool:
         n = min(self._window, len(self._written))
