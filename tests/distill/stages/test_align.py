@@ -129,7 +129,8 @@ def test_a_teacher_that_writes_the_same_as_before_is_a_warning_again_at_every_st
 def test_a_teacher_whose_drafts_the_student_learns_more_from_is_no_warning(house: Any, aligned: Any) -> None:
     by_draft = dict[str, float]()
 
-    def better(run: Any, drafts: list[Any], questions: Any) -> Any:
+    def better(run: Any, drafts: list[Any], questions: Any, *, may_adapt: bool) -> Any:
+        assert not may_adapt, "a mean is compared, not an order"
         assert {draft["question"] for draft in drafts} == set(questions)
         by_draft.update((draft["text"], 0.5 + 0.1 * ("improved" in draft["text"])) for draft in drafts)
         return [{"score": by_draft[draft["text"]] + 0.001 * i} for i, draft in enumerate(drafts)], {}

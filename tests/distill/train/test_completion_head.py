@@ -119,6 +119,37 @@ def test_a_rounded_head_gives_the_log_probabilities_and_gradients_of_a_wide_one(
     assert torch.cosine_similarity(rounded[1].flatten(), wide[1].flatten(), 0) > 0.9999
 
 
+def test_a_frozen_head_is_rounded_where_the_processor_multiplies_bfloat16(
+    tiny_checkpoint: Any, monkeypatch: Patch
+) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    def scored(targets: list[str], able: bool) -> tuple[bool, Any]:
+        torch.manual_seed(0)
+        monkeypatch.setattr(completion_head, "multiplies_bfloat16", lambda: able)
+        plain = with_trls_head(tiny_checkpoint(arch="qwen2")).to(torch.bfloat16)
+        model = get_peft_model(plain, LoraConfig(target_modules=targets, init_lora_weights=False))
+        base = model.get_base_model()
+        replaced = score_completions_only(base, pairs=True)
+        return replaced, outputs_and_gradients(base, pair_rows()) if replaced else None
+
+    asked: list[int] = []
+    rounded = completion_head._rounded_log_probs()
+    monkeypatch.setattr(
+        completion_head, "_rounded_log_probs", lambda: lambda *a: (asked.append(1), rounded(*a))[1]
+    )
+    (_, (wide, wide_grads)) = scored(["q_proj"], able=False)
+    assert not asked
+    (_, (mine, my_grads)) = scored(["q_proj"], able=True)
+    assert asked
+    torch.testing.assert_close(mine.log_probs, wide.log_probs, rtol=1e-3, atol=1e-3)
+    for name, grad in wide_grads.items():
+        if grad is not None:
+            torch.testing.assert_close(my_grads[name], grad, rtol=0.1, atol=0.02 * float(grad.abs().max()))
+    assert scored(["q_proj", "lm_head"], able=True) == (False, None), "the head's adapter counts"
+
+
 def test_without_trls_flag_the_model_gives_its_logits(tiny_checkpoint: Any) -> None:
     model = with_trls_head(tiny_checkpoint())
     score_completions_only(model)
