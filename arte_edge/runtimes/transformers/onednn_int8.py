@@ -58,7 +58,7 @@ def quantize(model: Any, sample: Sequence[int]) -> int:
         (module, name, child)
         for module in model.modules()
         for name, child in module.named_children()
-        if type(child) is torch.nn.Linear
+        if type(child) is torch.nn.Linear and not isinstance(module, torch.nn.ModuleDict)  # an adapter's
     ]
     largest = _largest_inputs(model, [child for _, _, child in places], sample)
     layer, inputs, head = _layer(), _Inputs(), model.get_output_embeddings()

@@ -28,7 +28,7 @@ def pack(model: Any) -> int:
         (module, name, child)
         for module in model.modules()
         for name, child in module.named_children()
-        if type(child) is torch.nn.Linear
+        if type(child) is torch.nn.Linear and not isinstance(module, torch.nn.ModuleDict)  # an adapter's
     ]
     layer = _layer()
     for module, name, child in linear:

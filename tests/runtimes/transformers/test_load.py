@@ -11,6 +11,7 @@ from arte_edge.runtimes.completion import Request, Sampling
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from arte_edge.runtimes.transformers import onednn_int8  # noqa: E402
 from arte_edge.runtimes.transformers.model import (  # noqa: E402
     TransformersEngine,
     adapter_sha256,
@@ -82,6 +83,29 @@ def test_an_adapter_changes_the_text_as_peft_itself_does(llama_folder, adapter, 
     expected = torch.log_softmax(logits, -1)[[ids[0][0], ids[1][0]]]
     assert scores[0] == pytest.approx(expected.numpy(), abs=1e-4)
     assert scores != pytest.approx(choose(llama, PREFIX, ["one", "two"], [" True", " False"]), abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_an_adapter_that_bfloat16_would_round_away_stays_beside_the_weights(
+    llama_folder, adapter, monkeypatch: Patch, dtype: str
+):
+    if dtype == "int8" and not onednn_int8.supported():
+        pytest.skip("this processor has no fast 8-bit integers")
+
+    def lost(*_: object) -> None:
+        raise ArteError("not the same model")
+
+    merged = TransformersEngine(llama_folder, sha256="0", adapter=adapter, device="cpu", dtype=dtype)
+    monkeypatch.setattr("arte_edge.transformers_load.compare_merge", lost)
+    apart = TransformersEngine(llama_folder, sha256="0", adapter=adapter, device="cpu", dtype=dtype)
+    beside = [module for module in apart.model.modules() if hasattr(module, "lora_A")]
+    assert beside and not any(hasattr(module, "lora_A") for module in merged.model.modules())
+    choices = ["one", "two"], [" True", " False"]
+    assert choose(apart, PREFIX, *choices) == pytest.approx(choose(merged, PREFIX, *choices), abs=0.05)
+    exact = TransformersEngine(llama_folder, sha256="0", device="cpu", dtype=dtype)
+    assert choose(apart, PREFIX, *choices) != pytest.approx(choose(exact, PREFIX, *choices), abs=1e-3)
+    with pytest.raises(ArteError, match="not the same model"):  # where rounding does not explain it
+        TransformersEngine(llama_folder, sha256="0", adapter=adapter, device="cpu", dtype="float32")
 
 
 def test_an_adapters_identity_is_its_weights_and_scale_and_a_pickle_is_refused(
