@@ -100,10 +100,14 @@ def test_an_adapter_that_bfloat16_would_round_away_stays_beside_the_weights(
     apart = TransformersEngine(llama_folder, sha256="0", adapter=adapter, device="cpu", dtype=dtype)
     beside = [module for module in apart.model.modules() if hasattr(module, "lora_A")]
     assert beside and not any(hasattr(module, "lora_A") for module in merged.model.modules())
-    choices = ["one", "two"], [" True", " False"]
-    assert choose(apart, PREFIX, *choices) == pytest.approx(choose(merged, PREFIX, *choices), abs=0.05)
-    exact = TransformersEngine(llama_folder, sha256="0", device="cpu", dtype=dtype)
-    assert choose(apart, PREFIX, *choices) != pytest.approx(choose(exact, PREFIX, *choices), abs=1e-3)
+    monkeypatch.undo()
+    wide, bare = (
+        TransformersEngine(llama_folder, sha256="0", adapter=one, device="cpu", dtype="float32")
+        for one in (adapter, None)
+    )
+    found = [choose(engine, PREFIX, ["one", "two"], [" True", " False"]) for engine in (apart, wide, bare)]
+    assert abs(found[0] - found[1]).mean() < 0.5 * abs(found[2] - found[1]).mean()
+    monkeypatch.setattr("arte_edge.transformers_load.compare_merge", lost)
     with pytest.raises(ArteError, match="not the same model"):  # where rounding does not explain it
         TransformersEngine(llama_folder, sha256="0", adapter=adapter, device="cpu", dtype="float32")
 
