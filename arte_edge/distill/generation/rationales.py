@@ -127,6 +127,15 @@ def label_drafts(
     return rationales, labels
 
 
+def given_labels(run: RunContext, questions: Sequence[Row]) -> tuple[list[Row], Row]:
+    """As `label_drafts` for inputs without reasons, but each keeps the answer that it was written for.
+
+    That is for what the student scores: one that does not mean its answer scores low, and an alignment learns from it.
+    """
+    labels = label_rows(run, questions, [], [None] * len(questions), "teacher")
+    return [_bare(question) for question in questions], labels
+
+
 def _bare(question: Row) -> Row:
     row = {"question": question["id"], "technique": -1, "text": tagged(question["label"])}
     return row | {"answer": question["label"], "finish": "stop", "tokens": 0, "usable": True}

@@ -17,7 +17,7 @@ from arte_edge.distill.generation.questions import (
     draft_sampling,
     elicit_inputs,
 )
-from arte_edge.distill.stages.elicit import draft_plan, draft_source
+from arte_edge.distill.stages.elicit import draft_plan, draft_source, elicit
 from arte_edge.distill.stages.fresh_drafts import draft_afresh
 from arte_edge.distill.stages.tailor import tailor
 from arte_edge.tasks.task import Answer, Example
@@ -171,6 +171,22 @@ def test_what_becomes_of_an_input_whose_teacher_contradicts_the_told_answer_is_c
         assert n % 3 > 0 or then != "dropped"
         assert row["rationale"] == f"<ans>{row['label']}</ans>"
     assert not any("step by step" in prompt for prompt in house.teacher.prompts), "nobody asked for reasons"
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("teacher", True), ("vote", False)])
+def test_an_input_that_does_not_mean_its_answer_is_scored_too(house: Any, policy: str, kept: bool) -> None:
+    house.by_label, house.teacher.knows = True, lambda n: n % 3 > 0
+    (house.folder / "check").mkdir(parents=True)
+    (house.folder / "check" / "answers.jsonl").write_text("")
+    run = house.run(elicit={"questions": 24, "label": policy})
+    run.role = "inputs"
+    summary = elicit(run)
+    rows = run.read("elicit", "rationales.jsonl")
+    written = {row["id"]: row["target"] for row in run.read("elicit", "questions.jsonl")}
+    run.close()
+    assert (len(rows) == summary["questions"] == 24) is kept and len(rows) >= 12
+    assert all(row["usable"] and row["answer"] == written[row["question"]] for row in rows)
+    assert ("votes_agree" in summary["labels"]) is not kept, "the teacher votes only where it decides"
 
 
 def test_only_a_local_teacher_of_unlike_seeds_is_kept_from_repeating(told: Any) -> None:
