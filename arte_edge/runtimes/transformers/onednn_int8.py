@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from arte_edge.private_apis import missing
+from arte_edge.runtimes.transformers.onednn_prepack import linear_layers
 
 if TYPE_CHECKING:
     import torch
@@ -52,14 +53,7 @@ def quantize(model: Any, sample: Sequence[int]) -> int:
     `sample` are the tokens of a text that shows which features are large. A replaced layer cannot be trained or
     saved. Weights that nothing else uses are freed.
     """
-    import torch
-
-    places = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if type(child) is torch.nn.Linear and not isinstance(module, torch.nn.ModuleDict)  # an adapter's
-    ]
+    places = linear_layers(model)
     largest = _largest_inputs(model, [child for _, _, child in places], sample)
     layer, inputs, head = _layer(), _Inputs(), model.get_output_embeddings()
     for module, name, child in places:

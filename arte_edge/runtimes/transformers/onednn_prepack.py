@@ -24,16 +24,23 @@ def pack(model: Any) -> int:
 
     if model.dtype != torch.bfloat16 or not supported():
         return 0
-    linear = [
+    linear = linear_layers(model)
+    layer = _layer()
+    for module, name, child in linear:
+        setattr(module, name, layer(child))
+    return len(linear)
+
+
+def linear_layers(model: Any) -> list[tuple[Any, str, Any]]:
+    """Return each linear layer of a model with its parent and its name there, without those of an adapter beside it."""
+    import torch
+
+    return [
         (module, name, child)
         for module in model.modules()
         for name, child in module.named_children()
         if type(child) is torch.nn.Linear and not isinstance(module, torch.nn.ModuleDict)  # an adapter's
     ]
-    layer = _layer()
-    for module, name, child in linear:
-        setattr(module, name, layer(child))
-    return len(linear)
 
 
 def supported() -> bool:
