@@ -76,9 +76,7 @@ class Run:
         Raises InputError: the run is not finished.
         """
         if not self.finished:
-            raise InputError(
-                f"{self.folder}: this run is not finished", "Run the same command again to resume."
-            )
+            raise InputError(f"{self.folder}: this run is not finished", "Run the same command again to resume.")
         manifest = json_loads((self.folder / "evaluate" / "manifest.json").read_bytes())
         summary: dict[str, Any] = upgraded(manifest["summary"])
         return summary
@@ -107,9 +105,7 @@ class Run:
         """
         gguf, tune = self.folder / "tune" / "student-F16.gguf", self.folder / "tune" / "manifest.json"
         if not gguf.is_file() and not tune.is_file():
-            raise InputError(
-                f"{self.folder}: no tuned student yet", "Run the same `distill` command again to resume."
-            )
+            raise InputError(f"{self.folder}: no tuned student yet", "Run the same `distill` command again to resume.")
         return gguf if gguf.is_file() else self.student
 
     def ask(self, text: str, **settings: Any) -> Reply:
@@ -342,9 +338,7 @@ def plan_run(
         "cluster": None if ray is None else {"address": ray},
     }
     flags = {key: value for key, value in given.items() if value}
-    overrides = (
-        [f"{key}={_toml(value)}" for key, value in set.items()] if isinstance(set, Mapping) else list(set)
-    )
+    overrides = [f"{key}={_toml(value)}" for key, value in set.items()] if isinstance(set, Mapping) else list(set)
     config = build(str(run or "--set"), *([load_toml(path)] if path else []), flags, parse_set(overrides))
     if path and path != user_path(str(run)) and path.name == "run.toml":  # a folder was given
         if name or str(runs) != "runs":

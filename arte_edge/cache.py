@@ -221,9 +221,7 @@ def atomic_file(out: Path, partial: Path | None = None) -> Iterator[Path]:
             yield partial
             partial.replace(out)
     except OSError as error:
-        raise ArteError(
-            f"{out}: {error.strerror or error}", "Free some space or choose another folder."
-        ) from error
+        raise ArteError(f"{out}: {error.strerror or error}", "Free some space or choose another folder.") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -59,9 +59,7 @@ class Weight:
 
     def _read(self, start: int, count: int) -> Values:
         dtype = _DTYPES[self.dtype]
-        values: Values = np.fromfile(
-            self.path, dtype, count, offset=self.offset_bytes + start * dtype.itemsize
-        )
+        values: Values = np.fromfile(self.path, dtype, count, offset=self.offset_bytes + start * dtype.itemsize)
         if len(values) != count:
             raise InputError(f"{self.path}: truncated in {self.name}", _AGAIN)
         return values

@@ -237,9 +237,7 @@ def model_progress(name: str) -> AbstractContextManager[ByteProgress]:
 class ResultTable(Table):
     """A table of the terminal that a notebook shows as an HTML table instead of as text."""
 
-    def _repr_mimebundle_(
-        self, include: Sequence[str], exclude: Sequence[str], **kwargs: Any
-    ) -> dict[str, str]:
+    def _repr_mimebundle_(self, include: Sequence[str], exclude: Sequence[str], **kwargs: Any) -> dict[str, str]:
         bundle = super()._repr_mimebundle_(include, exclude, **kwargs)
         return {**bundle, "text/html": table_html(self)}
 

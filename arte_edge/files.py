@@ -112,9 +112,7 @@ def validated(model: type[M], tables: Any, source: str, hint: str = "") -> M:
         return model.model_validate(tables)
     except ValidationError as error:
         messages, hints = zip(*problems(error, model), strict=True)
-        raise InputError(
-            f"{source}: " + "; ".join(messages), " ".join(filter(None, hints)) or hint
-        ) from error
+        raise InputError(f"{source}: " + "; ".join(messages), " ".join(filter(None, hints)) or hint) from error
 
 
 def for_pydantic(parse: Callable[[V], T], value: V) -> T:
@@ -131,9 +129,7 @@ def problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, 
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            found.append(
-                (f"unknown key '{key}'", nearest(str(item["loc"][-1]), _keys_at(item["loc"][:-1], model)))
-            )
+            found.append((f"unknown key '{key}'", nearest(str(item["loc"][-1]), _keys_at(item["loc"][:-1], model))))
         else:
             message = item["msg"].removeprefix("Value error, ")
             found.append((f"{key}: {message}" if key else message, ""))

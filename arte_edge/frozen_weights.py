@@ -87,9 +87,7 @@ def _holders() -> dict[type, Any]:
         """``x @ weight.T + bias`` of a 16-bit weight ``[n_out, n_in]`` that needs no gradient, in the floats of `x`."""
 
         @staticmethod
-        def forward(
-            ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-        ) -> torch.Tensor:
+        def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             ctx.save_for_backward(weight)
             parts = [
                 torch.nn.functional.linear(x, weight[rows].to(x.dtype), None if bias is None else bias[rows])

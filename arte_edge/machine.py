@@ -116,9 +116,7 @@ def _limits(root: Path) -> list[tuple[int, int]]:
     limits = []
     for file in cgroup_files(root, "memory", "memory.max", "memory.limit_in_bytes"):
         limit = _number(file)
-        used = _number(
-            file.with_name("memory.current" if file.name == "memory.max" else "memory.usage_in_bytes")
-        )
+        used = _number(file.with_name("memory.current" if file.name == "memory.max" else "memory.usage_in_bytes"))
         if limit is not None and limit < _NO_LIMIT_BYTES:
             limits.append((limit, max(0, (used or 0) - _page_cache(file.with_name("memory.stat")))))
     return limits

@@ -136,9 +136,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind != "LORA":
         hint = "Train with LoRA, or merge it with the program that trained it and give the merged checkpoint."
-        raise InputError(
-            f"{path}: peft_type is {kind!r}; only LoRA adapters can be merged into their base", hint
-        )
+        raise InputError(f"{path}: peft_type is {kind!r}; only LoRA adapters can be merged into their base", hint)
     return config
 
 

@@ -61,12 +61,8 @@ PRIVATE_NAMES = (
         "qx x_scale x_zero_point qw w_scale w_zero_point bias output_scale output_zero_point output_dtype",
     ),
     PrivateName("transformers", "PreTrainedConfig._attn_implementation", _ROWS, _PLAIN_CACHE),
-    PrivateName(
-        "transformers", "DynamicCache.update", _ROWS, _PLAIN_CACHE, "key_states value_states layer_idx"
-    ),
-    PrivateName(
-        _SDPA, "sdpa_attention_forward", _ROWS, _PLAIN_CACHE, "module query key value attention_mask scaling"
-    ),
+    PrivateName("transformers", "DynamicCache.update", _ROWS, _PLAIN_CACHE, "key_states value_states layer_idx"),
+    PrivateName(_SDPA, "sdpa_attention_forward", _ROWS, _PLAIN_CACHE, "module query key value attention_mask scaling"),
     PrivateName("transformers.masking_utils", "AttentionMaskInterface.register", _ROWS, _PLAIN_CACHE),
     PrivateName("transformers.masking_utils", "sdpa_mask", _ROWS, _PLAIN_CACHE),
     PrivateName(

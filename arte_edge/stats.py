@@ -73,9 +73,7 @@ def wilson(right: int, n: int, level: float = 0.95) -> Interval:
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     # The ends are exactly 0 and 1 for none and all right; rounding must not say otherwise.
-    return Interval(
-        0.0 if right == 0 else max(0.0, centre - half), 1.0 if right == n else min(1.0, centre + half)
-    )
+    return Interval(0.0 if right == 0 else max(0.0, centre - half), 1.0 if right == n else min(1.0, centre + half))
 
 
 def mcnemar(a: ArrayLike, b: ArrayLike) -> PairedTest:

@@ -54,9 +54,7 @@ def read_jsonl(path: Path) -> list[Row]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         row = parse_line(line)
         if row is None:
-            raise ArteError(
-                f"{path}:{number}: not a JSON object", "Remove the stage's folder to run it again."
-            )
+            raise ArteError(f"{path}:{number}: not a JSON object", "Remove the stage's folder to run it again.")
         rows.append(row)
     return rows
 
@@ -79,9 +77,7 @@ def _is_call(row: Row) -> bool:
     """Return whether a row has the form of a call, so that a damaged line is found when the file is opened."""
     if not all(isinstance(row[name], kind) for name, kind in _TYPES.items() if name in row):
         return False
-    numbers = (
-        value for values in row.get("logp", ()) for value in (values if isinstance(values, list) else [""])
-    )
+    numbers = (value for values in row.get("logp", ()) for value in (values if isinstance(values, list) else [""]))
     return {"key", "left"} <= row.keys() and all(isinstance(value, int | float) for value in numbers)
 
 
@@ -225,8 +221,7 @@ class Stage:
         files = {
             str(path.relative_to(self.folder)): file_sha256(path)
             for path in sorted(self.folder.rglob("*"))
-            if path.suffix in _HASHED
-            and not any(part.startswith(".") for part in path.relative_to(self.folder).parts)
+            if path.suffix in _HASHED and not any(part.startswith(".") for part in path.relative_to(self.folder).parts)
         }
         calls = self._counts()
         summary = summary | ({"calls": calls} if calls else {})

@@ -45,9 +45,7 @@ def _rejecting(what: str, hint: str) -> Iterator[None]:
     except (ArteError, MemoryError):
         raise
     except Exception as error:
-        raise InputError(
-            f"{what}: {' '.join(str(error).split())[:300] or type(error).__name__}", hint
-        ) from error
+        raise InputError(f"{what}: {' '.join(str(error).split())[:300] or type(error).__name__}", hint) from error
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -126,9 +124,7 @@ def attach_adapter(model: Any, folder: Path) -> Any:
     if odd := [key for key in sorted(loaded.unexpected_keys) if not _COPY.search(key)]:
         raise InputError(f"{folder}: does not fit its base, which has no place for {odd[0]}", hint)
     if odd := sorted(loaded.missing_keys):
-        raise InputError(
-            f"{folder}: {odd[0]} is missing, though its configuration names it", "Save it again."
-        )
+        raise InputError(f"{folder}: {odd[0]} is missing, though its configuration names it", "Save it again.")
     return live.eval()
 
 
@@ -142,9 +138,7 @@ def _resize(model: Any, folder: Path) -> None:
     if rows <= {n_row}:
         return
     if len(rows) > 1 or (None in whole and ends[-1].weight is not ends[0].weight):
-        what = (
-            f"{folder}: was trained with {max(rows)} tokens, its base has {n_row}, and some rows are missing"
-        )
+        what = f"{folder}: was trained with {max(rows)} tokens, its base has {n_row}, and some rows are missing"
         raise InputError(what, "Save the adapter with save_embedding_layers=True.")
     model.resize_token_embeddings(rows.pop(), mean_resizing=False)
 
@@ -160,9 +154,7 @@ def merge_attached(live: Any) -> Any:
     if tied:
         last.weight = torch.nn.Parameter(first.weight.detach().clone(), requires_grad=False)
         base.config.tie_word_embeddings = False
-    with _rejecting(
-        "The adapter cannot be merged", "Train it without this part, or merge it where it was trained."
-    ):
+    with _rejecting("The adapter cannot be merged", "Train it without this part, or merge it where it was trained."):
         merged = live.merge_and_unload(safe_merge=True)
     first, last = merged.get_input_embeddings(), merged.get_output_embeddings()
     if tied and torch.equal(first.weight, last.weight):
@@ -188,9 +180,7 @@ class MergeCheck:
     tokens: int
 
 
-def compare_merge(
-    name: str, before: torch.Tensor, wanted: torch.Tensor, got: torch.Tensor, dtype: str
-) -> MergeCheck:
+def compare_merge(name: str, before: torch.Tensor, wanted: torch.Tensor, got: torch.Tensor, dtype: str) -> MergeCheck:
     """Compare logits ``[n_token, n_vocab]`` of the base, of base plus adapter, and of merged weights in `dtype`.
 
     Raises ArteError: more of the adapter's effect is lost than by rounding.

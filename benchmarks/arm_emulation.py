@@ -83,9 +83,7 @@ class Said(Reporter):
 
 
 def run(*words: str | Path, **extra: Any) -> str:
-    done = subprocess.run(
-        [str(word) for word in words], check=True, stdout=subprocess.PIPE, text=True, **extra
-    )
+    done = subprocess.run([str(word) for word in words], check=True, stdout=subprocess.PIPE, text=True, **extra)
     return done.stdout
 
 
@@ -179,18 +177,14 @@ def sizes(ssh: Ssh, work: str) -> dict[str, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--gguf", type=Path, action="append", default=[])
     parser.add_argument("--onnx", type=Path, action="append", default=[])
     parser.add_argument("--task", type=Path, help="a task's folder: its accuracy too")
     parser.add_argument("--limit", type=int, default=1, help="examples of it, minutes each")
     parser.add_argument("--cpu", default="cortex-a76", help="as QEMU names it; the default is a Pi 5's")
-    parser.add_argument(
-        "--keep", action="store_true", help="an environment of an earlier run; sizes are then its"
-    )
+    parser.add_argument("--keep", action="store_true", help="an environment of an earlier run; sizes are then its")
     given = parser.parse_args()
     root = given.root.absolute()
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -262,19 +256,14 @@ def compare(given: argparse.Namespace, config: str) -> dict[str, Any]:
     for (runtime, model, prompt, text), theirs in zip(there, here, strict=True):
         runtimes = {machine: runtime, platform.machine(): theirs[0]}
         if isinstance(text, list):
-            reading.append(
-                {"model": model, "runtimes": runtimes, **distance(prompt, text, theirs[2], theirs[3])}
-            )
+            reading.append({"model": model, "runtimes": runtimes, **distance(prompt, text, theirs[2], theirs[3])})
             continue
         texts = {machine: text, platform.machine(): theirs[3]}
         row = {"model": model, "prompt": prompt, "runtimes": runtimes, "texts": texts}
         pairs.append(row | {"same": text == theirs[3]})
     text = json.dumps(pairs, indent=1, ensure_ascii=False)
     (RESULTS / "answers.json").write_text(text + "\n", encoding="utf-8")
-    same = {
-        Path(model).name: [pair["same"] for pair in pairs if pair["model"] == Path(model).name]
-        for model in models
-    }
+    same = {Path(model).name: [pair["same"] for pair in pairs if pair["model"] == Path(model).name] for model in models}
     return {
         "machine": machine,
         "same_answers": {model: f"{sum(hits)} of {len(hits)}" for model, hits in same.items()},
@@ -282,9 +271,7 @@ def compare(given: argparse.Namespace, config: str) -> dict[str, Any]:
     }
 
 
-def distance(
-    top: list[int], chosen: list[float], other_top: list[int], other_chosen: list[float]
-) -> dict[str, Any]:
+def distance(top: list[int], chosen: list[float], other_top: list[int], other_chosen: list[float]) -> dict[str, Any]:
     """Return how far two readings of one text are: the share of equal most likely tokens, and the text's own tokens."""
     n = len(top)
     gaps = [abs(a - b) for a, b in zip(chosen, other_chosen, strict=True)]

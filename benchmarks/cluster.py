@@ -148,9 +148,7 @@ def work_of(options: argparse.Namespace, folder: Path, engine: Any) -> None:
 def rows(folder: Path) -> list[bytes]:
     log = folder / "calls.jsonl"
     return (
-        [line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        if log.is_file()
-        else []
+        [line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] if log.is_file() else []
     )
 
 
@@ -264,9 +262,7 @@ class Null:
     def each(self, method: str, groups: Iterable[tuple[Any, Any]]) -> Iterator[tuple[int, list[Any]]]:
         waiting = []
         for number, (prompts, choices) in enumerate(groups):
-            waiting.append(
-                (number, [np.full(len(own), -1.25) for _, own in zip(prompts, choices, strict=True)])
-            )
+            waiting.append((number, [np.full(len(own), -1.25) for _, own in zip(prompts, choices, strict=True)]))
             if len(waiting) == 8:
                 yield from reversed(waiting)
                 waiting = []
@@ -277,9 +273,7 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
     """Return seconds and memory of drivers that store so many scores, each in a process of its own."""
     found = {}
     for n in options.rows:
-        out = subprocess.run(
-            [sys.executable, __file__, "grow", "--n", str(n)], stdout=-1, text=True, check=True
-        )
+        out = subprocess.run([sys.executable, __file__, "grow", "--n", str(n)], stdout=-1, text=True, check=True)
         found[str(n)] = json.loads(out.stdout)
         print(n, found[str(n)], flush=True)
     return found

@@ -46,9 +46,7 @@ def other_work(processes: int) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "model", nargs="?", default="smollm2-135m-instruct", help="a file, or a registry name"
-    )
+    parser.add_argument("model", nargs="?", default="smollm2-135m-instruct", help="a file, or a registry name")
     parser.add_argument("--runs", type=int, default=20, help="of each kind")
     parser.add_argument("--contended-only", action="store_true", help="on a machine that is never idle")
     parser.add_argument("--processes", type=int, default=available_cores(), help="that compete")

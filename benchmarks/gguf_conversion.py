@@ -29,9 +29,7 @@ def run(command: list[str]) -> tuple[float, float]:
     """Run a command to its end; return its wall time in seconds and its peak memory in MB."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as chatter:
-        child = subprocess.Popen(
-            command, stdout=chatter, stderr=chatter, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-        )
+        child = subprocess.Popen(command, stdout=chatter, stderr=chatter, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         _, status, usage = os.wait4(child.pid, 0)
         wall_s = time.perf_counter() - start
         child.returncode = os.waitstatus_to_exitcode(status)

@@ -110,9 +110,7 @@ class NullEngine:
             texts = [self._text(request) for request in requests]
             return [Completion(text, "stop", 100, len(text.split())) for text in texts]
 
-    def choose_each(
-        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
-    ) -> list[NDArray[np.float64]]:
+    def choose_each(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
         with self._counted(len(prompts)):
             found = []
             for prompt, own in zip(prompts, choices, strict=True):
@@ -249,9 +247,7 @@ def measure(task_name: str, n: int, folder: Path) -> Iterator[dict[str, Any]]:
 
 def figure(rows: Sequence[dict[str, Any]]) -> None:
     """Draw processor time a question of all stages, and memory a question, against the number of questions."""
-    values: dict[str, dict[float, float]] = {
-        f"{task}, {unit}": {} for task in TASKS for unit in ("ms", "KiB")
-    }
+    values: dict[str, dict[float, float]] = {f"{task}, {unit}": {} for task in TASKS for unit in ("ms", "KiB")}
     start = 0.0
     for row in rows:
         n, (ms, kib) = row["questions"], (values[f"{row['task']}, {unit}"] for unit in ("ms", "KiB"))

@@ -26,9 +26,7 @@ LABELS = (
     "SearchCreativeWork",
     "SearchScreeningEvent",
 )
-_EXAMPLES = "\n".join(
-    f"{i}. request {i}: what a person could say to an assistant in the kitchen" for i in range(1, 6)
-)
+_EXAMPLES = "\n".join(f"{i}. request {i}: what a person could say to an assistant in the kitchen" for i in range(1, 6))
 _BEGINNING = (
     "<|im_start|>system\nYou write requests to a voice assistant.<|im_end|>\n<|im_start|>user\nWrite requests with the "
     f"intent RateBook.<|im_end|>\n<|im_start|>assistant\n{_EXAMPLES}<|im_end|>\n"

@@ -163,9 +163,7 @@ def readme(rows: list[dict[str, Any]]) -> str:
         shown += f" | {row['ratio_of_best']:.3f} | {row['limit']}"
         lines.append(f"| {row['model']} | {row['threads']} | {row['test']} | {shown} |")
     n = [len(rates) for row in rows for rates in row["samples_ts"].values()]
-    worst = {
-        kind: min((r["ratio"] for r in rows if r["test"].startswith(kind)), default=0.0) for kind in LIMITS
-    }
+    worst = {kind: min((r["ratio"] for r in rows if r["test"].startswith(kind)), default=0.0) for kind in LIMITS}
     lines += ["", f"Lowest ratio: writing {worst['tg']:.3f}, reading {worst['pp']:.3f}."]
     lines += [
         f"{min(n)} to {max(n)} repetitions of each, from several processes: a process may be slow as a whole.",

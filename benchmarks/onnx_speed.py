@@ -259,9 +259,7 @@ def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         }
         ratio = {f"{a} / {b}": {k: median[a][k] / median[b][k] for k in keys} for a, b in RATIOS}
         prompts[n_prompt] = {"median": median, "ratio": ratio}
-        print(
-            f"\n{n_prompt} tokens of prompt\n\n| subject | tokens/s, clock | tokens/s, CPU time |\n|---|---:|---:|"
-        )
+        print(f"\n{n_prompt} tokens of prompt\n\n| subject | tokens/s, clock | tokens/s, CPU time |\n|---|---:|---:|")
         for name, row in [*median.items(), *ratio.items()]:
             print(f"| {name} | {row[keys[0]]:.2f} | {row[keys[1]]:.2f} |")
     summary = {

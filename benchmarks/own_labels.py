@@ -99,8 +99,7 @@ def answers(folder: Path, task: Task) -> list[bool]:
         requests = [Request(render(engine, how.messages(example.input))) for example in test]
         done = engine.complete(requests, Sampling(max_tokens=how.answer_tokens, stop=how.answer_stops))
         return [
-            matches(how.read(one.text), example.target, task.answer)
-            for one, example in zip(done, test, strict=True)
+            matches(how.read(one.text), example.target, task.answer) for one, example in zip(done, test, strict=True)
         ]
     finally:
         engine.close()
@@ -109,9 +108,7 @@ def answers(folder: Path, task: Task) -> list[bool]:
 def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Run one seed; resumes where it stopped."""
     name = f"{options.task}-{options.own}-{seed}"
-    task = make_task(
-        options.task, options.data, options.labels, options.own, seed, options.work / "tasks" / name
-    )
+    task = make_task(options.task, options.data, options.labels, options.own, seed, options.work / "tasks" / name)
     began = time.monotonic()
     run = ae.distill(
         task=task.folder,
@@ -196,9 +193,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--teacher", default="qwen2.5-coder-1.5b-instruct")
     parser.add_argument("--student", default="smollm2-135m-instruct")
-    parser.add_argument(
-        "--evaluate-teacher", action="store_true", help="on the test split too: minutes a seed"
-    )
+    parser.add_argument("--evaluate-teacher", action="store_true", help="on the test split too: minutes a seed")
     parser.add_argument("--work", type=Path, default=Path("runs/own-labels"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--summary", type=Path, help="print the summary of a results file and stop")

@@ -124,9 +124,7 @@ def score(name: str, gguf: Path, threads: int) -> None:
     for start in range(len(rows_of(name)), len(drafts), TOGETHER):
         pack = drafts[start : start + TOGETHER]
         prompts = [
-            render(
-                engine, student_messages(task, text, [Shot(draft["input"], draft["text"])]), ANSWER_PREFILL
-            )
+            render(engine, student_messages(task, text, [Shot(draft["input"], draft["text"])]), ANSWER_PREFILL)
             for draft in pack
             for text in inputs
         ]

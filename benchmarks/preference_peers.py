@@ -130,9 +130,7 @@ def llama_cpp_python(work: Work) -> Callable[[], Texts]:
     """Return llama-cpp-python's `create_completion`, which keeps the cache of the last prompt's common prefix."""
     from llama_cpp import Llama
 
-    model = Llama(
-        work["gguf"], n_ctx=1024, n_threads=work["threads"], n_threads_batch=work["threads"], verbose=False
-    )
+    model = Llama(work["gguf"], n_ctx=1024, n_threads=work["threads"], n_threads_batch=work["threads"], verbose=False)
     model.create_completion(WARM_UP, max_tokens=2)
 
     def one(prompt: str) -> tuple[str, int]:
@@ -179,9 +177,7 @@ def llama_server(work: Work) -> Callable[[], Texts]:
 def _over_http(work: Work, base: str, keep: Any, workers: int) -> Callable[[], Texts]:
     import httpx
 
-    client = httpx.Client(
-        base_url=base, timeout=600, trust_env=False, limits=httpx.Limits(max_connections=64)
-    )
+    client = httpx.Client(base_url=base, timeout=600, trust_env=False, limits=httpx.Limits(max_connections=64))
     body = {"max_tokens": work["tokens"], "temperature": 0.0, "stop": work["stop"], "cache_prompt": True}
     body |= {"repeat_penalty": 1.0, "top_k": 0, "min_p": 0.0}
 

@@ -33,13 +33,9 @@ def published_rows() -> list[dict[str, Any]]:
 
 def row_shape(row: dict[str, Any]) -> ModelSize:
     """Return the sizes of a published row: bytes a token and layers; its cache is too short to count."""
-    sizes = dict.fromkeys(
-        ("n_params", "n_kv_head", "head_dim", "n_embd", "n_ff", "n_vocab", "n_ctx_train"), 0
-    )
+    sizes = dict.fromkeys(("n_params", "n_kv_head", "head_dim", "n_embd", "n_ff", "n_vocab", "n_ctx_train"), 0)
     size_bytes = int(row["token_bytes"])
-    return ModelSize(
-        row["model"], "gguf", "", "", size_bytes, size_bytes, n_layer=row["n_layer"], kv_values=0, **sizes
-    )
+    return ModelSize(row["model"], "gguf", "", "", size_bytes, size_bytes, n_layer=row["n_layer"], kv_values=0, **sizes)
 
 
 def fitted_bandwidth(rows: list[dict[str, Any]]) -> float:

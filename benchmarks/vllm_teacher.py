@@ -152,18 +152,14 @@ def vllm_processes() -> list[psutil.Process]:
     found, python = [], os.environ["VLLM_PYTHON"]
     for process in psutil.process_iter(["cmdline", "status"]):
         words = process.info["cmdline"] or [""]
-        if process.info["status"] != psutil.STATUS_ZOMBIE and (
-            words[0] == python or words[0].startswith("VLLM::")
-        ):
+        if process.info["status"] != psutil.STATUS_ZOMBIE and (words[0] == python or words[0].startswith("VLLM::")):
             found.append(process)
     return found
 
 
 def main_own(out: Path, ray: bool) -> None:
     """Let the run start vLLM, kill the run (and with `ray` a worker before), resume it, run it once more."""
-    small = json.dumps(
-        ["--enforce-eager", "--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "16"]
-    )
+    small = json.dumps(["--enforce-eager", "--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "16"])
     os.environ |= {"ARTE_EDGE_VLLM": os.environ["VLLM_PYTHON"]} | ON_A_CPU
     SETTINGS.update({"teacher.server_args": small, "evaluate.teacher": "false", "teacher.timeout_s": 900})
     SETTINGS.update({"teacher.shots": 1, "elicit.questions": 4, "calibrate.k": 4, "calibrate.shots": "[0]"})
@@ -173,9 +169,7 @@ def main_own(out: Path, ray: bool) -> None:
 
     def step() -> None:
         events = out / "run" / "events.jsonl"
-        stages = [
-            row["name"] for row in (read_jsonl(events) if events.exists() else []) if row["event"] == "stage"
-        ]
+        stages = [row["name"] for row in (read_jsonl(events) if events.exists() else []) if row["event"] == "stage"]
         now, state = round(time.monotonic() - began), [stages[-1] if stages else "", len(vllm_processes())]
         if not seen or seen[-1][:2] != state:
             seen.append([*state, now])

@@ -178,9 +178,7 @@ def run_side(options: argparse.Namespace, side: str, repeat: int) -> None:
     done = {row["stage"] for row in read_rows(folder / "rows.jsonl")}
     if set(options.stages) <= done:
         return
-    if side == "plain" and not set(options.stages) <= {
-        row["stage"] for row in read_rows(first / "rows.jsonl")
-    }:
+    if side == "plain" and not set(options.stages) <= {row["stage"] for row in read_rows(first / "rows.jsonl")}:
         raise SystemExit(f"plain: {first} has not the inputs of these stages: run the side ours first")
     source = options.older.resolve() if side == "older" else ROOT
     python = source / ".venv" / "bin" / "python" if side == "older" else Path(sys.executable)
@@ -310,18 +308,12 @@ def main() -> None:
     parser.add_argument("--student", default="smollm2-135m-instruct", help="a registry name")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each side")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--older", type=Path, default=ROOT.parent / "base-98835bb", help="checkout with a .venv"
-    )
+    parser.add_argument("--older", type=Path, default=ROOT.parent / "base-98835bb", help="checkout with a .venv")
     parser.add_argument("--folder", type=Path, help="work folder; empty: runs/whole-run-WORK")
-    parser.add_argument(
-        "--json", type=Path, help="the result; empty: benchmarks/results/whole_run, tiny: the folder"
-    )
+    parser.add_argument("--json", type=Path, help="the result; empty: benchmarks/results/whole_run, tiny: the folder")
     options = parser.parse_args()
     options.folder = (options.folder or ROOT / "runs" / f"whole-run-{options.work}").resolve()
-    out = (
-        options.json or (options.folder if options.work == "tiny" else RESULTS) / f"rows-{options.work}.json"
-    )
+    out = options.json or (options.folder if options.work == "tiny" else RESULTS) / f"rows-{options.work}.json"
     for repeat in range(options.repeat):
         for side in (side for side in SIDES if side in options.sides):  # plain needs the inputs of ours
             run_side(options, side, repeat)

@@ -69,9 +69,7 @@ def score(model: Any, tokenizer: Any, calls: Sequence[dict[str, Any]], size: int
         inputs = tokenizer.pad({"input_ids": [rows[i] for i in places]}, return_tensors="pt")
         mask, n = inputs["attention_mask"], [len(calls[i]["choices"]) for i in places]
         assert len(set(n)) == 1, "every prompt of a closed task has the same choices"
-        options = [
-            c for i in places for c in tokenizer(calls[i]["choices"], add_special_tokens=False)["input_ids"]
-        ]
+        options = [c for i in places for c in tokenizer(calls[i]["choices"], add_special_tokens=False)["input_ids"]]
         width = max(map(len, options))
         ids = torch.tensor([o + [tokenizer.pad_token_id] * (width - len(o)) for o in options])
         real = torch.tensor([[1] * len(o) + [0] * (width - len(o)) for o in options])
@@ -144,14 +142,10 @@ class Plain:
     def _made(self, name: str) -> Path:
         """Return what an earlier stage of this side has made."""
         if not (self.folder / name).is_dir():
-            raise SystemExit(
-                f"plain: {self.folder / name} is missing: run all stages, or those before this one"
-            )
+            raise SystemExit(f"plain: {self.folder / name} is missing: run all stages, or those before this one")
         return self.folder / name
 
-    def _answer(
-        self, asks: Sequence[dict[str, Any]], checkpoint: Path, who: str, adapter: Path | None = None
-    ) -> None:
+    def _answer(self, asks: Sequence[dict[str, Any]], checkpoint: Path, who: str, adapter: Path | None = None) -> None:
         """Make the calls of `asks` with one model."""
         model, tokenizer = load(checkpoint, self.choice["floats"])
         if adapter is not None:
@@ -223,9 +217,7 @@ class Plain:
         from trl import SFTConfig, SFTTrainer
 
         how = self.settings["tune"]
-        rows = [
-            {key: row[key] for key in ("prompt", "completion")} for row in self._ordered("tune", "rows.jsonl")
-        ]
+        rows = [{key: row[key] for key in ("prompt", "completion")} for row in self._ordered("tune", "rows.jsonl")]
         model, tokenizer = load(self.student, "float32")
         trainer = SFTTrainer(
             model=model,

@@ -196,9 +196,7 @@ def main(job: dict[str, Any]) -> None:
                 data = "pairs.jsonl" if name == "align" else "rows.jsonl"
                 facts["rows"] = len(read_rows(run.folder / name / data))
             order = orders[-1] if orders else []
-            append_row(
-                clock.folder / "inputs.jsonl", {"stage": name, "calls": recorder.inputs, "order": order}
-            )
+            append_row(clock.folder / "inputs.jsonl", {"stage": name, "calls": recorder.inputs, "order": order})
             clock.end(name, **facts, store_bytes=(run.folder / "calls.jsonl").stat().st_size)
             if name == job["last"]:
                 raise Enough
@@ -217,9 +215,7 @@ def main(job: dict[str, Any]) -> None:
 
 def _convert_first(older: bool, out: Path) -> None:
     """Convert the models before the first stage, whichever stage would do it; write where their checkpoints are."""
-    owner = importlib.import_module(
-        "arte_edge.distill.pipeline" if older else "arte_edge.distill.stages.check"
-    )
+    owner = importlib.import_module("arte_edge.distill.pipeline" if older else "arte_edge.distill.stages.check")
     inner = owner.check
 
     def check(run: Any, **options: Any) -> Any:
@@ -260,9 +256,7 @@ def _run(job: dict[str, Any], run_folder: Path) -> None:
 
 
 def _run_older(job: dict[str, Any], run_folder: Path) -> None:
-    pipeline, settings = (
-        importlib.import_module(f"arte_edge.distill.{name}") for name in ("pipeline", "settings")
-    )
+    pipeline, settings = (importlib.import_module(f"arte_edge.distill.{name}") for name in ("pipeline", "settings"))
     config = settings.build(job["run_toml"], settings.load_toml(Path(job["run_toml"])))
     pipeline.run_pipeline(config, run_folder, anyway=True, update=False, as_json=False)
 
@@ -279,8 +273,7 @@ def _compare_texts(job: dict[str, Any], run_folder: Path) -> None:
     if out.is_file() or not greedy:
         return
     base, opening, resolving = (
-        importlib.import_module(f"arte_edge.{name}")
-        for name in ("engines.base", "engines.open", "models.resolve")
+        importlib.import_module(f"arte_edge.{name}") for name in ("engines.base", "engines.open", "models.resolve")
     )
     calls = greedy[0]["calls"][:TEXTS]
     how = greedy[0]["sampling"] | {"stop": tuple(greedy[0]["sampling"]["stop"])}
@@ -288,9 +281,7 @@ def _compare_texts(job: dict[str, Any], run_folder: Path) -> None:
     requests = [base.Request(call["prompt"], call["sample"]) for call in calls]
     done = engine.complete(requests, base.Sampling(**how))
     same = sum(one.text == call["text"] for one, call in zip(done, calls, strict=True))
-    out.write_text(
-        json.dumps({"n": len(calls), "equal": same, "engine": engine.identity.kind}) + "\n", "utf-8"
-    )
+    out.write_text(json.dumps({"n": len(calls), "equal": same, "engine": engine.identity.kind}) + "\n", "utf-8")
     engine.close()
 
 

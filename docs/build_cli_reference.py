@@ -43,9 +43,7 @@ def render() -> str:
 
 def _compact(body: str) -> str:
     """Move each usage line into its heading; drop `--help` and the summaries of sections that follow."""
-    usage = re.compile(
-        r"^(#+) `(arte-edge[^`]*)`\n(.*?)\*\*Usage\*\*:\n\n```console\n\$ (.*?)\n```\n\n", re.M | re.S
-    )
+    usage = re.compile(r"^(#+) `(arte-edge[^`]*)`\n(.*?)\*\*Usage\*\*:\n\n```console\n\$ (.*?)\n```\n\n", re.M | re.S)
     body = usage.sub(lambda found: f"{found[1]} `{found[4].replace(' [OPTIONS]', '')}`\n{found[3]}", body)
     body = body.replace("* `--help`: Show this message and exit.\n", "")
     body = re.sub(r"\*\*Commands\*\*:\n\n(?:\* .*\n)+\n?", "", body)

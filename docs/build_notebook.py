@@ -90,9 +90,7 @@ def execute(folder: Path, run: str = RUN) -> Any:
     page = notebook()
     for cell in page.cells if run != RUN else []:  # `force`: a small run's teacher may not be better
         cell["source"] = cell["source"].replace(f'ae.distill("{RUN}")', f"ae.distill({run!r}, force=True)")
-    NotebookClient(
-        page, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    ).execute()
+    NotebookClient(page, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
     for cell, (kind, text) in zip(page.cells, CELLS, strict=True):
         cell["source"] = text
         if kind == "markdown":

@@ -58,13 +58,9 @@ def _row(path: tuple[str, ...], model: BaseModel, presets: dict[str, Any]) -> st
 
 def _limits(metadata: list[Any]) -> str:
     """Return the limits of a count that a reader would not guess: a minimum above 1, and a maximum."""
-    limits = {
-        name: getattr(one, name, None) for one in metadata for name in ("ge", "le") if hasattr(one, name)
-    }
+    limits = {name: getattr(one, name, None) for one in metadata for name in ("ge", "le") if hasattr(one, name)}
     counts = {name: value for name, value in limits.items() if isinstance(value, int) and value > 1}
-    parts = [
-        f"{word} {counts[name]}" for name, word in (("ge", "at least"), ("le", "at most")) if name in counts
-    ]
+    parts = [f"{word} {counts[name]}" for name, word in (("ge", "at least"), ("le", "at most")) if name in counts]
     return f" ({', '.join(parts)})" if parts else ""
 
 

@@ -136,9 +136,7 @@ def make_wheel(tmp_path: Path) -> Callable[[str, bytes], Path]:
 def register(model_cache: Path) -> Make:
     """Add a model with the bytes `content` to the user's registry and return its name."""
 
-    def add(
-        name: str, content: bytes, *, packages: Sequence[str] = (), hub: str = "", sha256: str = ""
-    ) -> str:
+    def add(name: str, content: bytes, *, packages: Sequence[str] = (), hub: str = "", sha256: str = "") -> str:
         lines = [
             "[[model]]",
             f'name = "{name}"',

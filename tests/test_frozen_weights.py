@@ -41,9 +41,7 @@ def test_a_model_in_16_bits_computes_as_the_one_loaded_in_float32(
     assert left < 0.1 * whole or arch == "gemma3_text"  # its embedding scales what it looks up, and stays
 
 
-def test_gradients_pass_through_and_nothing_widened_is_kept_for_them(
-    tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_gradients_pass_through_and_nothing_widened_is_kept_for_them(tmp_path: Path, monkeypatch: Patch) -> None:
     folder = checkpoint(tmp_path / "m", "llama", "bfloat16", False)
     plain, frozen = load_model(folder, torch.float32).requires_grad_(False), load_frozen(folder)
     monkeypatch.setattr(frozen_weights, "_CHUNK", 32 * 25)  # the output layer in four parts
@@ -69,8 +67,5 @@ def test_a_checkpoint_of_other_floats_is_not_rounded(tmp_path: Path) -> None:
 
 
 def test_a_tied_matrix_is_held_once(tmp_path: Path) -> None:
-    sizes = [
-        held(load_frozen(checkpoint(tmp_path / str(tied), "llama", "float16", tied)))
-        for tied in (True, False)
-    ]
+    sizes = [held(load_frozen(checkpoint(tmp_path / str(tied), "llama", "float16", tied))) for tied in (True, False)]
     assert sizes[1] - sizes[0] == 2 * 90 * 32

@@ -51,9 +51,7 @@ def test_no_module_loads_an_optional_part_when_imported() -> None:
 
 
 @pytest.mark.parametrize(("given", "kept"), [(None, "1"), (" ", "1"), ("0", "0")])
-def test_libraries_are_told_to_report_nothing_unless_the_user_says_otherwise(
-    given: str | None, kept: str
-) -> None:
+def test_libraries_are_told_to_report_nothing_unless_the_user_says_otherwise(given: str | None, kept: str) -> None:
     names = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
     environment = {key: value for key, value in os.environ.items() if key not in names}
     environment |= {} if given is None else dict.fromkeys(names, given)
@@ -66,9 +64,7 @@ def test_libraries_are_told_to_report_nothing_unless_the_user_says_otherwise(
 @pytest.mark.parametrize("words", ["--help", "bench --help", "models --help", "tasks --help"])
 def test_help_answers_within_half_a_second(words: str) -> None:
     # Processor time, not the clock's: a busy machine makes the clock run, slow code makes both run.
-    with subprocess.Popen(
-        [sys.executable, "-m", "arte_edge", *words.split()], cwd=ROOT, stdout=-1
-    ) as process:
+    with subprocess.Popen([sys.executable, "-m", "arte_edge", *words.split()], cwd=ROOT, stdout=-1) as process:
         assert process.stdout and b"Usage" in process.stdout.read()
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -80,8 +76,7 @@ def test_peft_is_imported_without_a_word_and_fetches_no_code(tmp_path: Path) -> 
     if not all(importlib.util.find_spec(name) for name in ("peft", "bitsandbytes")):
         pytest.skip("peft and bitsandbytes are not installed")
     (tmp_path / "kernels.py").write_text(
-        "from pathlib import Path\n"
-        "def get_kernel(*args, **kwargs):\n    Path(__file__).with_name('fetched').touch()\n"
+        "from pathlib import Path\ndef get_kernel(*args, **kwargs):\n    Path(__file__).with_name('fetched').touch()\n"
     )
     code = "from arte_edge.transformers_load import import_peft; import_peft(); import sys; "
     code += "assert {'peft', 'bitsandbytes'} <= set(sys.modules)"

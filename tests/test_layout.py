@@ -150,9 +150,7 @@ def test_few_modules_are_short_and_imported_once() -> None:
     short = {
         relative(path): importers[name]
         for name, path in NAMES.items()
-        if len(importers[name]) == 1
-        and lines(path) < SHORT_LINES
-        and path.stem not in ("__init__", "__main__")
+        if len(importers[name]) == 1 and lines(path) < SHORT_LINES and path.stem not in ("__init__", "__main__")
     }
     assert len(short) <= LIMITS["modules under 80 lines with one importer"], short
 
@@ -182,9 +180,7 @@ def test_what_other_code_imports_from_the_package_is_there() -> None:
     files = {module_name(path): path for path in MODULES}
     for path in OTHER_CODE:
         for node in ast.walk(parse(path)):
-            if not isinstance(node, ast.ImportFrom) or not (room := node.module or "").startswith(
-                "arte_edge"
-            ):
+            if not isinstance(node, ast.ImportFrom) or not (room := node.module or "").startswith("arte_edge"):
                 continue
             for name in (one.name for one in node.names):
                 there = room in files and re.search(rf"\b{name}\b", files[room].read_text("utf-8"))
@@ -234,9 +230,7 @@ def test_what_is_imported_is_declared() -> None:
     declared = {canonicalize_name(Requirement(text).name) for text in texts}
     installed = packages_distributions()
     optional = {module for modules in EXTRAS.values() for module in modules}  # not all installed here
-    imported = {
-        (relative(path), name.partition(".")[0]) for path in MODULES for name, _ in imports(parse(path))
-    }
+    imported = {(relative(path), name.partition(".")[0]) for path in MODULES for name, _ in imports(parse(path))}
     known = sys.stdlib_module_names | optional | {"arte_edge"}
     missing = [
         (path, name)

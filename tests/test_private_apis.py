@@ -131,9 +131,7 @@ def test_no_private_name_of_another_package_is_used_without_being_listed() -> No
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         if module != private_apis.__name__:
             unlisted += [
-                (module, name)
-                for name in sorted(private_attributes(path) - ours)
-                if (module, name) not in listed
+                (module, name) for name in sorted(private_attributes(path) - ours) if (module, name) not in listed
             ]
     assert unlisted == []
 

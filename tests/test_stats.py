@@ -58,9 +58,7 @@ def test_wilson_refuses_impossible_counts_and_levels(right: int, n: int, level: 
     ("both", "only_a", "only_b", "neither", "low", "high"),
     [(36, 12, 2, 0, 0.0569, 0.3404), (1, 1, 7, 12, -0.5069, -0.0256), (59, 6, 16, 80, -0.1186, -0.0046)],
 )
-def test_mcnemar_intervals(
-    both: int, only_a: int, only_b: int, neither: int, low: float, high: float
-) -> None:
+def test_mcnemar_intervals(both: int, only_a: int, only_b: int, neither: int, low: float, high: float) -> None:
     a, b = answers(both, only_a, only_b, neither)
     found = mcnemar(a, b)
     assert (found.n, found.only_a, found.only_b) == (len(a), only_a, only_b)
@@ -137,9 +135,7 @@ def test_the_interval_is_that_of_welchs_test() -> None:
     assert (np.log(found.low), np.log(found.high)) == pytest.approx((interval.low, interval.high), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("freedom", "t"), [(1, 12.7062), (2, 4.30265), (4, 2.77645), (30, 2.04227), (1000, 1.96234)]
-)
+@pytest.mark.parametrize(("freedom", "t"), [(1, 12.7062), (2, 4.30265), (4, 2.77645), (30, 2.04227), (1000, 1.96234)])
 def test_the_quantile_is_that_of_the_tables(freedom: float, t: float) -> None:
     assert t_quantile(0.975, freedom) == pytest.approx(t, rel=1e-3)
 

@@ -80,10 +80,7 @@ def test_an_error_row_is_kept_but_is_not_done(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [b"{not json", b'["a list"]', b'{"no": "key"}', b"\xff\xfe", b"[" * 5000, b'{"key":[],"left":0}']
-    + [
-        b'{"key":"b","left":0,%s}' % more
-        for more in (b'"text":1', b'"finish":null', b'"logp":[["a"]]', b'"logp":1')
-    ],
+    + [b'{"key":"b","left":0,%s}' % more for more in (b'"text":1', b'"finish":null', b'"logp":[["a"]]', b'"logp":1')],
 )
 def test_a_damaged_middle_line_is_refused_with_its_number(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "calls.jsonl"
@@ -149,9 +146,7 @@ def test_a_disk_that_fills_in_mid_write_loses_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_failed_atomic_write_keeps_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_a_failed_atomic_write_keeps_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: Patch) -> None:
     path = tmp_path / "data.jsonl"
     write_atomic(path, b"old")
 
@@ -207,9 +202,7 @@ class TestStage:
         (tmp_path / "rejected.jsonl").unlink()
         assert Stage(tmp_path, ("a", 1)).todo
 
-    @pytest.mark.parametrize(
-        "manifest", ["", "{", "[]", '{"inputs": "other"}', '{"inputs": "I"}', "[" * 9000]
-    )
+    @pytest.mark.parametrize("manifest", ["", "{", "[]", '{"inputs": "other"}', '{"inputs": "I"}', "[" * 9000])
     def test_a_manifest_that_is_none_makes_it_again(self, tmp_path: Path, manifest: str) -> None:
         stage = self.finished(tmp_path)
         (tmp_path / "manifest.json").write_text(manifest.replace("I", stage.inputs))

@@ -222,9 +222,7 @@ def hf_logits(checkpoint: Path, ids: Sequence[int], adapter: Path | None = None)
         return np.asarray(model.eval()(torch.tensor([list(ids)])).logits[0])
 
 
-def save_adapter(
-    base: Path, folder: Path, ids: Sequence[int], *, more_tokens: int = 0, **lora: Any
-) -> np.ndarray:
+def save_adapter(base: Path, folder: Path, ids: Sequence[int], *, more_tokens: int = 0, **lora: Any) -> np.ndarray:
     """Write a LoRA adapter with random values to `folder`; return the logits of the model that "was trained".
 
     `more_tokens` are added to tokenizer and embedding first, and the tokenizer is saved too.
@@ -311,9 +309,7 @@ def llama_shapes(
     return found | ({} if tied else {"output.weight": (n_vocab, width)})
 
 
-def add_tensors(
-    writer: Any, shapes: Mapping[str, Sequence[int]], *, seed: int = 3, scale: float = 0.3
-) -> Path:
+def add_tensors(writer: Any, shapes: Mapping[str, Sequence[int]], *, seed: int = 3, scale: float = 0.3) -> Path:
     """Add random matrices in F16 and norms about one in F32, and finish the file."""
     random = np.random.default_rng(seed)
     for name, shape in shapes.items():

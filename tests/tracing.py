@@ -62,8 +62,6 @@ def files_run(found: set[str]) -> Iterator[None]:
 
 def documented(title: str) -> set[str]:
     """Return the files that the page names for one path."""
-    entry = re.search(
-        rf"\*\*{re.escape(title)}\*\*(.*?)(?=\n- \*\*|\n\n)", PAGE.read_text("utf-8"), re.DOTALL
-    )
+    entry = re.search(rf"\*\*{re.escape(title)}\*\*(.*?)(?=\n- \*\*|\n\n)", PAGE.read_text("utf-8"), re.DOTALL)
     assert entry is not None, title
     return set(re.findall(r"`([a-z_/]+)`", entry[1]))

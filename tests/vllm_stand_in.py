@@ -28,9 +28,7 @@ def write_command(folder: Path) -> Path:
     """Write the executable ``vllm`` into a folder."""
     path = folder / "vllm"
     rooms = [str(room) for room in (HERE / "runtimes", HERE / "runtimes" / "openai", HERE, HERE.parent)]
-    path.write_text(
-        f"#!{sys.executable}\nimport sys\nsys.path[:0] = {rooms}\nfrom vllm_stand_in import main\nmain()\n"
-    )
+    path.write_text(f"#!{sys.executable}\nimport sys\nsys.path[:0] = {rooms}\nfrom vllm_stand_in import main\nmain()\n")
     path.chmod(0o755)
     return path
 

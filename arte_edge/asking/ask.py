@@ -215,9 +215,7 @@ def choose(model: Runtime, prompt: str, options: Sequence[str], closing: str = "
             token = max(sorted(following | ends), key=lambda i: float(logits[i]))
             if token in ends:
                 return ended[0]
-        alive = {
-            option: tokens for option, tokens in alive.items() if len(tokens) > at and tokens[at] == token
-        }
+        alive = {option: tokens for option, tokens in alive.items() if len(tokens) > at and tokens[at] == token}
         at += 1
     return next(iter(alive))
 

@@ -152,9 +152,7 @@ def held_form(model: _Renders, task: Task) -> Form | None:
     return next((form for form in FORMS if instruction(task, form) in shown), None)
 
 
-def asking_of(
-    model: _Asked, task: Task, reasoning_tokens: int = _REASONING_TOKENS
-) -> tuple[Asking, list[Message]]:
+def asking_of(model: _Asked, task: Task, reasoning_tokens: int = _REASONING_TOKENS) -> tuple[Asking, list[Message]]:
     """Return how `model` is asked about `task`, and the messages to put in front of a question.
 
     A student of the task holds its instruction in its own template: nothing has to be put in front. Any other
@@ -211,9 +209,7 @@ def with_instruction(template: str | None, text: str, special_tokens: Mapping[st
 
 def _literal(text: str) -> str:
     """Return `text` as a string expression of a template."""
-    parts = [
-        "'" + "".join(_NEEDS_ESCAPE.get(char, char) for char in part) + "'" for part in _BRACES.split(text)
-    ]
+    parts = ["'" + "".join(_NEEDS_ESCAPE.get(char, char) for char in part) + "'" for part in _BRACES.split(text)]
     return parts[0] if len(parts) == 1 else f"({' + '.join(parts)})"
 
 

@@ -118,9 +118,7 @@ class _Named:
             if key in schema:
                 values = schema[key] if key == "enum" else [schema[key]]
                 return self._named(_one_of(compact(value, self._schema) for value in values))
-        kind = schema.get(
-            "type", "object" if "properties" in schema else "array" if "items" in schema else ""
-        )
+        kind = schema.get("type", "object" if "properties" in schema else "array" if "items" in schema else "")
         if "properties" not in schema:
             for key in ("anyOf", "oneOf"):
                 if key in schema:

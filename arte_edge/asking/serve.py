@@ -42,9 +42,7 @@ class Server:
         self.url = f"http://{HOST}:{port}"
         self.request = request
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the server runs)
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT
-        )
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT)
         try:
             self._wait(health)
         except BaseException:

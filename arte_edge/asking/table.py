@@ -162,9 +162,7 @@ class _Journal:
             raise InputError(f"{self.path}: damaged ({error})", "Remove it to start again.") from error
         if differ := sorted(key for key, value in self._known.items() if head.get(key) != value):
             what = f"{out}: belongs to another command, with another {' and '.join(differ)}"
-            raise InputError(
-                what, f"Give another -o, or remove {out.name} and {self.path.name} to start again."
-            )
+            raise InputError(what, f"Give another -o, or remove {out.name} and {self.path.name} to start again.")
 
     def __enter__(self) -> None:
         with disk_errors(self.path):

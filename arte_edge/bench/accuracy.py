@@ -93,8 +93,7 @@ def measure_quality(
         found = answer_examples(model, examples, questions, timed=True, grammar=grammar, progress=progress)
         contended, _ = contention([cpu.stop()], thread_count(threads))
         tokens = [  # generated; a stop token does not count
-            max(0, len(model.tokenize(one.prompt + one.text)) - len(model.tokenize(one.prompt)))
-            for one in found
+            max(0, len(model.tokenize(one.prompt + one.text)) - len(model.tokenize(one.prompt))) for one in found
         ]
         runtime = model.facts.runtime
     finally:
@@ -110,9 +109,7 @@ def measure_quality(
         **accuracy.model_dump(),
         task_sha256=task.sha256,
         partial=len(examples) < len(everything),
-        answers=tuple(
-            (example_key(one.example), (one.answer or "")[:_ANSWER_CHARS], one.right) for one in found
-        ),
+        answers=tuple((example_key(one.example), (one.answer or "")[:_ANSWER_CHARS], one.right) for one in found),
         with_grammar=accuracy_with_grammar(task, split, found),
         answer_tokens_mean=float(np.mean(tokens)),
         answer_seconds_p50=p50,

@@ -125,9 +125,7 @@ class QualityPair:
     def paired(self) -> PairedAccuracy:
         """The accuracy of b, with a as its reference, on the examples that both answered."""
         a, b = self.a, self.b
-        return paired_on_common(
-            a.model_filename, a.answers, b.model_filename, b.answers, task=b.task, split=b.split
-        )
+        return paired_on_common(a.model_filename, a.answers, b.model_filename, b.answers, task=b.task, split=b.split)
 
     @property
     def verdict(self) -> str:
@@ -193,9 +191,7 @@ def compare(a: Sequence[Row], b: Sequence[Row], *, force: bool = False) -> Compa
                 "The two were measured differently: " + "; ".join(differs),
                 "Measure both with the same settings, or compare their speeds anyway with --force.",
             )
-        speed_pairs = [
-            SpeedPair(x, y) for x, y in _pairs(speeds[0], speeds[1], lambda row: bool(row.n_prompt))
-        ]
+        speed_pairs = [SpeedPair(x, y) for x, y in _pairs(speeds[0], speeds[1], lambda row: bool(row.n_prompt))]
         if not speed_pairs:
             raise InputError("No kind of test is on both sides", "; ".join(differs))
     differs += [note for note in _notes(speed_pairs, quality_pairs) if note not in differs]
@@ -302,9 +298,7 @@ def _notes(speeds: Sequence[SpeedPair], answers: Sequence[QualityPair]) -> list[
                 found[f"{one.a.test}: {name} {why}"] = None
     for answered in answers:
         if answered.paired.n < max(answered.a.n, answered.b.n):
-            found[f"{answered.a.task}: compared on the {answered.paired.n} examples that both answered"] = (
-                None
-            )
+            found[f"{answered.a.task}: compared on the {answered.paired.n} examples that both answered"] = None
     return list(found)
 
 

@@ -130,9 +130,7 @@ def bench(
     refs = [source] if isinstance(source, str | Path) else list(source)
     paths = find_targets([str(ref) for ref in refs], lambda ref: _fetch(ref, reporter))
     ref = str(task) if task else None
-    request = Request(
-        settings=chosen, task=ref, split=split, limit=limit, bbh=bbh, speed=speed, grammar=grammar
-    )
+    request = Request(settings=chosen, task=ref, split=split, limit=limit, bbh=bbh, speed=speed, grammar=grammar)
     if device is None:
         rows = _measure(paths, request, reporter, on_row)
     else:
@@ -157,9 +155,7 @@ def bench(
 
 def run_request(request: Request, reporter: Reporter, on_row: OnRow) -> list[Row]:
     """Run a request on this machine and return its rows. Raises as `bench`."""
-    return _measure(
-        find_targets([request.source], lambda ref: _fetch(ref, reporter)), request, reporter, on_row
-    )
+    return _measure(find_targets([request.source], lambda ref: _fetch(ref, reporter)), request, reporter, on_row)
 
 
 def _measure(paths: Sequence[Path], request: Request, reporter: Reporter, on_row: OnRow) -> list[Row]:
@@ -220,9 +216,7 @@ def _progress(reporter: Reporter, label: str) -> OnProgress:
     )
 
 
-def run_case(
-    target: Target, case: Case, device: DeviceFacts, on_progress: OnProgress | None = None
-) -> SpeedRow:
+def run_case(target: Target, case: Case, device: DeviceFacts, on_progress: OnProgress | None = None) -> SpeedRow:
     """Measure one case in a child process of its own and return its row, whatever happens to it."""
     known: dict[str, Any] = {
         "test": case.test,
@@ -243,9 +237,7 @@ def run_case(
         return SpeedRow(**known, status="refused", reason=reason)
     request = {"kind": "speed", "case": json.loads(case.model_dump_json())}
     timeout_s = case.timeout_s + case.sustained_s + case.delay_s
-    answer = {
-        key: value for key, value in run_child(request, timeout_s, on_progress).items() if value is not None
-    }
+    answer = {key: value for key, value in run_child(request, timeout_s, on_progress).items() if value is not None}
     measured = answer.get("status", "ok") == "ok"
     predicted = _predicted(target, case) if measured and case.roofline else {}
     return SpeedRow(**known | predicted | answer)

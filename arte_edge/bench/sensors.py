@@ -354,9 +354,7 @@ def _temperature_files(root: Path) -> tuple[list[Path], float | None]:
 
     Of several equally specific files the hottest counts at each reading.
     """
-    kinds = {
-        file.parent: read_text(file) for file in sorted(root.glob("sys/class/thermal/thermal_zone*/type"))
-    }
+    kinds = {file.parent: read_text(file) for file in sorted(root.glob("sys/class/thermal/thermal_zone*/type"))}
     zones = [[zone for zone, kind in kinds.items() if pattern.fullmatch(kind)] for pattern in _ZONES]
     chips = _chips(root)
     for candidates in (zones[0], chips, zones[1]):
@@ -399,9 +397,7 @@ def _passive_c(zones: Sequence[Path]) -> float | None:
         value / 1000
         for zone in zones
         for kind in sorted(zone.glob("trip_point_*_type"))
-        if read_text(kind) == "passive"
-        and (value := read_integer(_beside(kind, "temp"))) is not None
-        and value > 0
+        if read_text(kind) == "passive" and (value := read_integer(_beside(kind, "temp"))) is not None and value > 0
     ]
     return min(points, default=None)
 

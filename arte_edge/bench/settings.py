@@ -26,9 +26,7 @@ from arte_edge.machine import threads_from_environment
 from arte_edge.results.rows import DeviceFacts
 from arte_edge.runtimes.loader import decoder_format, null_ms
 
-Runtime = Literal[
-    "auto", "llama-cpp-python", "xllamacpp", "onnxruntime-genai", "onnxruntime", "transformers", "null"
-]
+Runtime = Literal["auto", "llama-cpp-python", "xllamacpp", "onnxruntime-genai", "onnxruntime", "transformers", "null"]
 CacheType = Literal["f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 Split = Literal["test", "validation"]
 _MOST_TOKENS = 1_000_000
@@ -56,14 +54,10 @@ class BenchSettings(_Protocol):
 
     n_prompt: tuple[int, ...] = Field(default=(512,), description="prompt tokens; 0: no prefill test")
     n_gen: tuple[int, ...] = Field(default=(128,), description="generated tokens; 0: no decode test")
-    n_depth: tuple[int, ...] = Field(
-        default=(0,), description="tokens already in the KV cache (context depth)"
-    )
+    n_depth: tuple[int, ...] = Field(default=(0,), description="tokens already in the KV cache (context depth)")
     threads: tuple[int, ...] = Field(default=(0,), description="0: one per fast physical core")
     type_k: tuple[CacheType, ...] = Field(default=("f16",), description="KV-cache type for keys (GGUF only)")
-    type_v: tuple[CacheType, ...] = Field(
-        default=("f16",), description="KV-cache type for values (GGUF only)"
-    )
+    type_v: tuple[CacheType, ...] = Field(default=("f16",), description="KV-cache type for values (GGUF only)")
 
     @field_validator("n_prompt", "n_gen", "n_depth", mode="before")
     @classmethod
@@ -299,9 +293,7 @@ def _in_folder(folder: Path) -> list[Path]:
         if (place / FILE_NAME).is_file() and (student := read_student(place)) is not None:
             files = [place / artifact.file for artifact in student.artifacts if artifact.status == "ok"]
             if not files:
-                raise InputError(
-                    f"{place}: no file here passed verification", "See student.json for the reasons."
-                )
+                raise InputError(f"{place}: no file here passed verification", "See student.json for the reasons.")
             if missing := [file.name for file in files if not file.exists()]:
                 raise InputError(f"{place}: {missing[0]} is missing", "Export it again.")
             return files

@@ -341,10 +341,7 @@ def _hot_and_slower(readings: Sequence[Reading], limit_c: float) -> str | None:
     best, last = max(clocks[: -(-len(clocks) // 2)]), max(clocks[-(-2 * len(clocks) // 3) :])
     if last >= _CLOCK_DROP * best or hottest < limit_c - _NEAR_C:
         return ""
-    return (
-        f"clock fell from {best:.0f} to {last:.0f} MHz at {hottest:.0f} °C: "
-        "cool it, or let it rest between tests"
-    )
+    return f"clock fell from {best:.0f} to {last:.0f} MHz at {hottest:.0f} °C: cool it, or let it rest between tests"
 
 
 def metrics(case: Case, timed: Timed) -> dict[str, Any]:

@@ -54,9 +54,7 @@ def run_child(
     kills = _oom_kills(root)
     with tempfile.TemporaryFile() as errors:
         try:
-            child = subprocess.Popen(
-                list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
-            )
+            child = subprocess.Popen(list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
         except OSError as error:  # no memory for another process, or no such program
             return {"status": "crashed", "reason": f"The process could not be started: {error.strerror}."}
         activity, timed_out = "starting", False
@@ -92,9 +90,7 @@ def run_child(
         return {"status": status, "reason": reason, "peak_rss_bytes": peak_bytes}
 
 
-def _messages(
-    child: subprocess.Popen[bytes], request: dict[str, Any], ends: float
-) -> Iterator[dict[str, Any]]:
+def _messages(child: subprocess.Popen[bytes], request: dict[str, Any], ends: float) -> Iterator[dict[str, Any]]:
     """Yield the child's messages until it closes its stdout, or until `ends` (monotonic seconds)."""
     assert child.stdin is not None and child.stdout is not None
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()

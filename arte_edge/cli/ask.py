@@ -20,12 +20,8 @@ if TYPE_CHECKING:
 _SOURCE = "A run's folder or name, a .gguf file, an ONNX or checkpoint folder, or an export's folder."
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE)]
 Task = Annotated[str | None, typer.Option(help="Task of a model that has no student.json.")]
-Grammar = Annotated[
-    bool, typer.Option("--grammar/--no-grammar", help="Permit only answers in the form of the task.")
-]
-MaxTokens = Annotated[
-    int | None, typer.Option(min=1, help="Longest answer, in tokens. Default: the student's own.")
-]
+Grammar = Annotated[bool, typer.Option("--grammar/--no-grammar", help="Permit only answers in the form of the task.")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens. Default: the student's own.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -99,9 +95,7 @@ def chat(
 
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")
-    with api.open_student(
-        source, task=task, grammar=grammar, max_tokens=max_tokens, threads=threads
-    ) as student:
+    with api.open_student(source, task=task, grammar=grammar, max_tokens=max_tokens, threads=threads) as student:
         student.model  # noqa: B018 (opened before the first question)
         while True:
             if sys.stdin.isatty():

@@ -24,9 +24,7 @@ def bench(
     ] = None,
     n_depth: Annotated[
         str | None,
-        typer.Option(
-            "-d", "--n-depth", metavar="N,..", help="Tokens already in the KV cache (context depth). [0]"
-        ),
+        typer.Option("-d", "--n-depth", metavar="N,..", help="Tokens already in the KV cache (context depth). [0]"),
     ] = None,
     threads: Annotated[
         str | None,
@@ -54,9 +52,7 @@ def bench(
     warmup_s: Annotated[
         float | None, typer.Option("--warmup-seconds", metavar="S", help="Longest warm-up. [20]")
     ] = None,
-    delay_s: Annotated[
-        float | None, typer.Option("--delay", metavar="S", help="Pause before each test. [0]")
-    ] = None,
+    delay_s: Annotated[float | None, typer.Option("--delay", metavar="S", help="Pause before each test. [0]")] = None,
     sustained_s: Annotated[
         float | None,
         typer.Option("--sustained", metavar="S", help="Keep decoding this long to see throttling. [0]"),
@@ -75,18 +71,12 @@ def bench(
         bool | None,
         typer.Option("--roofline/--no-roofline", help="Also print the predicted decode rate. [on]"),
     ] = None,
-    suite: Annotated[
-        str | None, typer.Option(help="Named settings: default, quick, sustained, or a .toml.")
-    ] = None,
+    suite: Annotated[str | None, typer.Option(help="Named settings: default, quick, sustained, or a .toml.")] = None,
     task: Annotated[str | None, typer.Option(help="Also measure accuracy on this task.")] = None,
     split: Annotated[str, typer.Option(help="Split of the task: test or validation.")] = "test",
     limit: Annotated[int, typer.Option(min=0, help="Most examples; marks the result partial.")] = 0,
-    bbh: Annotated[
-        Path | None, typer.Option(help="Folder of BIG-Bench-Hard files that contains the task.")
-    ] = None,
-    speed: Annotated[
-        bool, typer.Option("--speed/--no-speed", help="Measure speed; --no-speed needs --task.")
-    ] = True,
+    bbh: Annotated[Path | None, typer.Option(help="Folder of BIG-Bench-Hard files that contains the task.")] = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed; --no-speed needs --task.")] = True,
     grammar: Annotated[
         bool, typer.Option("--grammar/--no-grammar", help="Accuracy also with the answers' grammar (GGUF).")
     ] = True,

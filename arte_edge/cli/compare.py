@@ -20,9 +20,7 @@ _RESULTS = "A bench.jsonl, output of `bench -o json`, an export or run folder, o
 
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help=_RESULTS)],
-    b: Annotated[
-        Path, typer.Argument(metavar="B", help="The results to compare with A, given in the same ways.")
-    ],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The results to compare with A, given in the same ways.")],
     force: Annotated[
         bool,
         typer.Option("--force", help="Compare speeds although settings differ, and print the differences."),

@@ -79,9 +79,7 @@ def show(device: Ref, model: Model = None, context: Context = 2048, as_json: Jso
 
 @app.command("detect")
 def detect(
-    probe: Annotated[
-        bool, typer.Option("--probe", help="Measure memory bandwidth, about 2 seconds; cached.")
-    ] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Measure memory bandwidth, about 2 seconds; cached.")] = False,
     model: Model = None,
     context: Context = 2048,
     as_json: Json = False,
@@ -116,9 +114,7 @@ def detect(
 @app.command("add")
 def add(
     name: Annotated[str, typer.Argument(help="A name, for example kitchen-pi.")],
-    host: Annotated[
-        str, typer.Argument(metavar="USER@HOST", help="As for ssh; an alias from ~/.ssh/config works.")
-    ],
+    host: Annotated[str, typer.Argument(metavar="USER@HOST", help="As for ssh; an alias from ~/.ssh/config works.")],
     base: Annotated[str, typer.Option(help="Shipped profile to inherit facts from.")] = "",
     workdir: Annotated[str, typer.Option(help="Work folder there. [~/.cache/arte-edge-device]")] = "",
     python: Annotated[str, typer.Option(help="Python interpreter there, 3.11 or newer.")] = "",
@@ -142,9 +138,7 @@ def add(
 @app.command("check")
 def check(
     device: Ref,
-    clean: Annotated[
-        bool, typer.Option("--clean", help="Also remove arte-edge's work folder there.")
-    ] = False,
+    clean: Annotated[bool, typer.Option("--clean", help="Also remove arte-edge's work folder there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check over ssh that a device is ready to measure.
@@ -232,9 +226,7 @@ def _show_profile(profile: Profile) -> None:
 
 
 def _show_model(size: ModelSize, fits: Any, speed: Any) -> None:
-    _line(
-        "model", f"{size.name}: {size.quantization or size.format}, {size.token_bytes / 1e6:.1f} MB a token"
-    )
+    _line("model", f"{size.name}: {size.quantization or size.format}, {size.token_bytes / 1e6:.1f} MB a token")
     _line("fit", fits.summary())
     if fits.verdict == "no":
         _line("", f"largest context that fits: {fits.largest_context_tokens} tokens")

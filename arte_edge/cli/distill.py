@@ -23,9 +23,7 @@ def distill(
         typer.Option(help="Teacher: name, path, Hub id, openai:MODEL@URL, or RUN/aligned."),
     ] = None,
     student: Annotated[str | None, typer.Option(help="Student model: name, path, or Hub id.")] = None,
-    bbh: Annotated[
-        Path | None, typer.Option(help="Folder of BIG-Bench Hard files that contains the task.")
-    ] = None,
+    bbh: Annotated[Path | None, typer.Option(help="Folder of BIG-Bench Hard files that contains the task.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
     runs: Annotated[Path, typer.Option(help="Parent folder of run folders.")] = Path("runs"),
     set_: Annotated[
@@ -52,9 +50,7 @@ def distill(
     ] = None,
     ray: Annotated[
         str | None,
-        typer.Option(
-            metavar="local|auto|HOST:PORT", help="Run the models on a Ray cluster: cluster.address."
-        ),
+        typer.Option(metavar="local|auto|HOST:PORT", help="Run the models on a Ray cluster: cluster.address."),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -77,9 +73,7 @@ def distill(
     ] = None,
     force: Annotated[
         bool,
-        typer.Option(
-            "--force", help="Continue even if the teacher does not significantly outperform the student."
-        ),
+        typer.Option("--force", help="Continue even if the teacher does not significantly outperform the student."),
     ] = False,
     update: Annotated[
         bool,
@@ -176,6 +170,4 @@ def study(
         for line in [*done.lines, f"Folder: {done.folder}"]:
             out.print(line, markup=False, soft_wrap=True)
     if done.stopped:
-        raise StoppedEarly(
-            f"{len(done.stopped)} of {len(done.runs)} runs stopped early", "The table is without them."
-        )
+        raise StoppedEarly(f"{len(done.stopped)} of {len(done.runs)} runs stopped early", "The table is without them.")

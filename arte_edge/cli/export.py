@@ -26,14 +26,10 @@ def export(
             help="A run's folder or name, a checkpoint or LoRA adapter folder, a Hub id, a registry name, a GGUF.",
         ),
     ] = None,
-    gguf: Annotated[
-        str | None, typer.Option(metavar="TYPES", help="GGUF types, for example Q4_K_M,Q8_0,F16.")
-    ] = None,
+    gguf: Annotated[str | None, typer.Option(metavar="TYPES", help="GGUF types, for example Q4_K_M,Q8_0,F16.")] = None,
     onnx: Annotated[
         str | None,
-        typer.Option(
-            metavar="FORMATS", help="int4, int8, fp32, optimum-fp32, optimum-int8[-arm64|-avx2|-avx512]."
-        ),
+        typer.Option(metavar="FORMATS", help="int4, int8, fp32, optimum-fp32, optimum-int8[-arm64|-avx2|-avx512]."),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -51,9 +47,7 @@ def export(
     task: Annotated[
         str | None, typer.Option(help="Task to verify with, for a source that is not a run (see `tasks ls`).")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="An adapter's 16-bit base, instead of the one it names.")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="An adapter's 16-bit base, instead of the one it names.")] = None,
     llama_cpp: Annotated[
         Path | None,
         typer.Option("--llama-cpp", metavar="DIR", help="Convert with this checkout of llama.cpp."),
@@ -64,9 +58,7 @@ def export(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace another student's files in DIR.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Use only models on this machine.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="JSON lines on stdout, the last with the result.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout, the last with the result.")] = False,
 ) -> None:
     """Export a student to GGUF and ONNX, and verify each file.
 
@@ -77,9 +69,7 @@ def export(
         _show_list(as_json)
         return
     if source is None:
-        raise InputError(
-            "Missing argument SOURCE", "Name a run, a checkpoint folder, a Hub id or a GGUF; see --help."
-        )
+        raise InputError("Missing argument SOURCE", "Name a run, a checkpoint folder, a Hub id or a GGUF; see --help.")
     from arte_edge import api
 
     reporter = Reporter(as_json=as_json)
@@ -105,9 +95,7 @@ def export(
     _show_outcome(outcome, as_json)
 
 
-def _show_estimate(
-    source: Source, formats: tuple[Format, ...], recipe: Recipe, folder: Path, as_json: bool
-) -> None:
+def _show_estimate(source: Source, formats: tuple[Format, ...], recipe: Recipe, folder: Path, as_json: bool) -> None:
     from arte_edge.checkpoint import shapes_of
     from arte_edge.export.estimate import estimate
 
@@ -127,8 +115,7 @@ def _show_outcome(outcome: Outcome, as_json: bool) -> None:
     """
     if as_json:
         failures = [
-            {"format": f.format.label, "message": f.error.message, "hint": f.error.hint}
-            for f in outcome.failures
+            {"format": f.format.label, "message": f.error.message, "hint": f.error.hint} for f in outcome.failures
         ]
         emit_json(
             {

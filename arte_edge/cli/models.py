@@ -19,9 +19,7 @@ _REF = "A name of 'models ls', a .gguf file, a checkpoint folder or a Hub id (or
 
 Ref = Annotated[str, typer.Argument(help=_REF)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Checkpoint = Annotated[
-    bool, typer.Option("--checkpoint", help="As safetensors folder; a GGUF is converted once.")
-]
+Checkpoint = Annotated[bool, typer.Option("--checkpoint", help="As safetensors folder; a GGUF is converted once.")]
 
 
 @app.command("ls")

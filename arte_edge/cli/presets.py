@@ -73,9 +73,7 @@ def copy(
 def check(
     ref: Annotated[
         str,
-        typer.Argument(
-            metavar="FILE|NAME", help="A run file, the name of a shipped preset, or a run's folder."
-        ),
+        typer.Argument(metavar="FILE|NAME", help="A run file, the name of a shipped preset, or a run's folder."),
     ],
     as_json: Json = False,
 ) -> None:

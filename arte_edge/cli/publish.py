@@ -22,15 +22,11 @@ if TYPE_CHECKING:
 def card(
     folder: Annotated[
         str,
-        typer.Argument(
-            metavar="DIR", help="An export's folder, with student.json; or the run it belongs to."
-        ),
+        typer.Argument(metavar="DIR", help="An export's folder, with student.json; or the run it belongs to."),
     ],
     base_model: Annotated[
         str | None,
-        typer.Option(
-            metavar="ID", help="Hub id of the 16-bit student; default: its base, as a finetune of it."
-        ),
+        typer.Option(metavar="ID", help="Hub id of the 16-bit student; default: its base, as a finetune of it."),
     ] = None,
     dataset: Annotated[
         list[str] | None,
@@ -84,9 +80,7 @@ def card(
         dry_run=dry_run,
     )
     if dry_run:
-        emit_json({"card": done.text, "notes": done.notes}) if as_json else out.print(
-            done.text, soft_wrap=True, end=""
-        )
+        emit_json({"card": done.text, "notes": done.notes}) if as_json else out.print(done.text, soft_wrap=True, end="")
         return
     for text in done.notes:
         err.print(text, soft_wrap=True)
@@ -103,12 +97,8 @@ def push(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="An export's folder, or a checkpoint's, with its card.")
     ],
-    to: Annotated[
-        str, typer.Option("--to", metavar="USER/REPO", help="Repository on the Hub; created if missing.")
-    ],
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Send it. Without this nothing leaves the machine.")
-    ] = False,
+    to: Annotated[str, typer.Option("--to", metavar="USER/REPO", help="Repository on the Hub; created if missing.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Send it. Without this nothing leaves the machine.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     allow: Annotated[
         list[str] | None,
@@ -172,9 +162,7 @@ def recommend(
         str | None,
         typer.Option(help="Profile (see `arte-edge devices ls`) or fingerprint; default: this machine."),
     ] = None,
-    max_ram: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Maximum peak memory: 1GB, 512MiB.")
-    ] = None,
+    max_ram: Annotated[str | None, typer.Option(metavar="SIZE", help="Maximum peak memory: 1GB, 512MiB.")] = None,
     max_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Maximum size of the file.")] = None,
     min_decode: Annotated[float | None, typer.Option(help="Minimum decode rate, tokens per second.")] = None,
     max_drop: Annotated[
@@ -233,9 +221,7 @@ def report(
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Output file; default: RUN/report.html."),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON: the path and what is missing.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the path and what is missing.")] = False,
 ) -> None:
     """Write a report on a run as one HTML page.
 

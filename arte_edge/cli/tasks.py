@@ -96,9 +96,7 @@ def show(
 
 @app.command("check")
 def check(
-    refs: Annotated[
-        list[str] | None, typer.Argument(help="Tasks to check. Default: all shipped ones.")
-    ] = None,
+    refs: Annotated[list[str] | None, typer.Argument(help="Tasks to check. Default: all shipped ones.")] = None,
     bbh: Bbh = None,
     as_json: Json = False,
 ) -> None:

@@ -18,9 +18,7 @@ _MODEL = "A name of 'models ls', a Hub id, a checkpoint folder, a .gguf file, or
 
 def verify(
     reference: Annotated[str, typer.Argument(metavar="A", help=f"The reference model. {_MODEL}")],
-    artifact: Annotated[
-        str, typer.Argument(metavar="B", help="The model to verify, named in the same ways.")
-    ],
+    artifact: Annotated[str, typer.Argument(metavar="B", help="The model to verify, named in the same ways.")],
     task: Annotated[
         str | None, typer.Option(help="Both models answer this task's validation examples (see `tasks ls`).")
     ] = None,

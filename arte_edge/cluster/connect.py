@@ -31,9 +31,7 @@ from arte_edge.runtimes.loader import Kind
 from arte_edge.runtimes.openai.vllm_process import VllmSettings
 
 _ANSWER_S = 5.0  # for an address to accept a connection
-_NODE_S = (
-    120.0  # for a node to start a process and name its versions; models may take hours to fetch and hash
-)
+_NODE_S = 120.0  # for a node to start a process and name its versions; models may take hours to fetch and hash
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray takes 127.0.0.1 for this machine's address
 _TOKEN = secrets.token_hex(32)  # of Ray on this machine
 # Settings of the driver that decide what an engine computes; secrets and paths stay where they are.
@@ -218,12 +216,8 @@ def _fitting(sizes: WorkerSizes, nodes: Sequence[dict[str, float]]) -> tuple[int
     able = [node for node in nodes if node.get("CPU", 0) >= max(sizes.cpus, 1) and node.get("GPU", 0) >= gpus]
     # A node's cores belong to its workers in equal parts; the smallest node decides, for all workers are equal.
     on_node = [int(node["GPU"] / gpus) if gpus else 1 for node in able]
-    cpus = sizes.cpus or min(
-        (max(1, int(node["CPU"] / n)) for node, n in zip(able, on_node, strict=True)), default=1
-    )
-    room = sum(
-        min(int(node["CPU"] / cpus), int(node["GPU"] / gpus) if gpus else sys.maxsize) for node in able
-    )
+    cpus = sizes.cpus or min((max(1, int(node["CPU"] / n)) for node, n in zip(able, on_node, strict=True)), default=1)
+    room = sum(min(int(node["CPU"] / cpus), int(node["GPU"] / gpus) if gpus else sys.maxsize) for node in able)
     if room < max(sizes.workers, 1):
         have = "; ".join(f"{node.get('CPU', 0):g} cores, {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise InputError(

@@ -109,9 +109,7 @@ class Pool:
         """Return what one worker's method returns; see `each`."""
         return next(iter(self.each(spec, what, [arguments])))[1]
 
-    def each(
-        self, spec: EngineSpec | None, what: str, groups: Iterable[Sequence[Any]]
-    ) -> Iterator[tuple[int, Any]]:
+    def each(self, spec: EngineSpec | None, what: str, groups: Iterable[Sequence[Any]]) -> Iterator[tuple[int, Any]]:
         """Yield the number of each group and what the workers' method `what` returns for it, as they arrive.
 
         A worker gets the first group once it has opened the engine of `spec`, or for None once it is up.
@@ -154,9 +152,7 @@ class Pool:
 class _Shared:
     """One `Pool.each` in progress: which groups are left, and who has which."""
 
-    def __init__(
-        self, pool: Pool, spec: EngineSpec | None, what: str, groups: Iterable[Sequence[Any]]
-    ) -> None:
+    def __init__(self, pool: Pool, spec: EngineSpec | None, what: str, groups: Iterable[Sequence[Any]]) -> None:
         self._pool, self._spec, self._what = pool, spec, what
         self._todo = enumerate(groups)
         first = next(self._todo, None)
@@ -186,9 +182,7 @@ class _Shared:
         if following:
             self._again.appendleft(following)
             return True
-        open_somewhere = self._spec in self._pool.facts_of or any(
-            self._spec in hand.opened for hand in waiting
-        )
+        open_somewhere = self._spec in self._pool.facts_of or any(self._spec in hand.opened for hand in waiting)
         return not open_somewhere or any(sent.group is not None for sent in self._flying.values())
 
     def _next(self) -> tuple[int, Sequence[Any]] | None:
@@ -259,9 +253,7 @@ class _Shared:
             if sent.group and callable(sent.group[0]):
                 more = "ARTE_EDGE_PROBE=0 takes the usual engine without a comparison of several. "
             if vllm is not None:
-                more = (
-                    f"A vLLM that ends also ends its worker: its log is the newest {vllm.logs}/vllm-*.log. "
-                )
+                more = f"A vLLM that ends also ends its worker: its log is the newest {vllm.logs}/vllm-*.log. "
             raise EngineError(
                 f"{n} workers died {over}: {self._why}",
                 f"A node that is short of memory kills its workers: see Ray's logs there. {more}What was finished is "
@@ -343,9 +335,7 @@ class ClusterEngine:
         """See `Engine.complete`; one worker makes all the calls."""
         return next(self.each("complete", [(requests, sampling)]))[1]
 
-    def choose_each(
-        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
-    ) -> list[NDArray[np.float64]]:
+    def choose_each(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
         """See `Engine.choose_each`; one worker makes all the calls."""
         return next(self.each("choose_each", [(prompts, choices)]))[1]
 

@@ -98,9 +98,7 @@ def adapter_sum(path: Path) -> str:
     """Return the sha256 of an adapter's weights: a GGUF file, or PEFT's folder. Raises InputError: it is not here."""
     weights = path if path.is_file() else path / "adapter_model.safetensors"
     if not weights.is_file():
-        raise InputError(
-            f"{path}: no such adapter", "A run on a cluster needs a folder that every node sees."
-        )
+        raise InputError(f"{path}: no such adapter", "A run on a cluster needs a folder that every node sees.")
     return sha256_file(weights)
 
 

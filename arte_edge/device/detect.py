@@ -24,9 +24,7 @@ CPU_FEATURES = {
         *("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni", "avx512_bf16"),
         *("avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
     ),
-    "aarch64": (
-        *("asimd", "fphp", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "svei8mm", "sve2", "sme", "sme2"),
-    ),
+    "aarch64": (*("asimd", "fphp", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "svei8mm", "sve2", "sme", "sme2"),),
     "armv7l": ("neon", "vfpv4"),
 }
 CPU_FEATURES["arm64"] = CPU_FEATURES["aarch64"]
@@ -79,9 +77,7 @@ def parse_cpuinfo(text: str, arch: str) -> Cpu:
 
 
 def _pairs(block: str) -> dict[str, str]:
-    return {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())
-    }
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
 
 
 def _clean(name: str) -> str:

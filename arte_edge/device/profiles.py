@@ -58,9 +58,7 @@ class Remote(_Table):
     workdir: str = Field(default="", description="work folder there; empty: ~/.cache/arte-edge-device")
     python: str = Field(default="python3", description="interpreter there, 3.11 or newer")
     ssh_config: str = Field(default="", description="another file than ~/.ssh/config, for `ssh -F`")
-    notes: str = Field(
-        default="", description="cooling, power supply, ambient temperature: recorded in results"
-    )
+    notes: str = Field(default="", description="cooling, power supply, ambient temperature: recorded in results")
 
     @field_validator("host")
     @classmethod
@@ -91,9 +89,7 @@ class Profile(_Table):
     system_bytes: int = Field(default=600_000_000, ge=0, description="used by the system")
     peak_bandwidth: Fact | None = Field(default=None, description="bytes/s of the memory's data sheet")
     effective_bandwidth: Fact | None = Field(default=None, description="bytes/s that decoding reaches")
-    token_overhead_s: Fact | None = Field(
-        default=None, description="fixed cost of one token: 1/rate = bytes/bw + this"
-    )
+    token_overhead_s: Fact | None = Field(default=None, description="fixed cost of one token: 1/rate = bytes/bw + this")
     power_w: Fact | None = Field(default=None, description="at the wall under load")
     throttle_c: Fact | None = Field(default=None, description="temperature above which the clock is lowered")
     match: Match | None = None
@@ -198,9 +194,7 @@ def add_device(name: str, host: str, *, base: str = "", **facts: str) -> Path:
     if (base := base or _GENERIC) not in (names := catalog.names("devices")):
         raise InputError(f"No shipped device is named '{base}'", nearest(base, names))
     document: Any = tomlkit.document()
-    document.add(
-        tomlkit.comment(f"made by `arte-edge devices add`; facts that are missing here are {base}'s")
-    )
+    document.add(tomlkit.comment(f"made by `arte-edge devices add`; facts that are missing here are {base}'s"))
     document["title"] = facts.pop("title", "") or name
     document["base"] = base
     remote = {"host": check_host(host)} | {key: value for key, value in facts.items() if value}

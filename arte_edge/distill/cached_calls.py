@@ -125,9 +125,7 @@ class Calls:
         lost.clear()
         n_done = 0  # all are counted below, those of other shards too
         with self._reporter.bar(f"{what}{so_far}", len(requests)) as step:
-            for group, todo, fresh in self._sent(
-                engine, "complete", self._planned(keys, groups, known), call
-            ):
+            for group, todo, fresh in self._sent(engine, "complete", self._planned(keys, groups, known), call):
                 tokens = store(todo, fresh)
                 self.cached += len(group) - len(todo)
                 step(len(group), tokens, len(group) - len(todo))
@@ -175,9 +173,7 @@ class Calls:
         all_of_many = len(lost) == n_done >= min(self.group, n)
         if lost and (gone or all_of_many or len(lost) > max(1, MOST_FAILED * n)):
             limit = "" if gone else f" (up to {MOST_FAILED:.0%} may)"
-            raise EngineError(
-                f"{what}: {len(lost)} of {n} calls failed{limit}: {_reasons(gone or lost)}", hint
-            )
+            raise EngineError(f"{what}: {len(lost)} of {n} calls failed{limit}: {_reasons(gone or lost)}", hint)
 
     def _key(self, engine: Engine, kind: str, *parts: Any) -> str:
         """Return the key of a call: the one under which it is stored, if it is."""
@@ -252,9 +248,7 @@ class Calls:
                 scores[g, i, : len(values)] = values
         return scores
 
-    def choose_each(
-        self, engine: Engine, prompts_each: Sequence[Prompts], what: str
-    ) -> list[list[list[float]]]:
+    def choose_each(self, engine: Engine, prompts_each: Sequence[Prompts], what: str) -> list[list[list[float]]]:
         """Return log-probabilities ``[n_ask][n_prompt][n_choice]`` of prompts with their own choices."""
         keys = [self._key(engine, "choose", list(p), [list(c) for c in own]) for p, own in prompts_each]
 
@@ -270,17 +264,13 @@ class Calls:
         def store(todo: list[int], fresh: Sequence[NDArray[np.float64]]) -> None:
             rows = iter(fresh)  # one a prompt
             logp = [[_rounded(next(rows)) for _ in prompts_each[i][0]] for i in todo]
-            self._log.append(
-                [{"key": keys[i], "what": what, "logp": one} for i, one in zip(todo, logp, strict=True)]
-            )
+            self._log.append([{"key": keys[i], "what": what, "logp": one} for i, one in zip(todo, logp, strict=True)])
             self.made += count(todo)
 
         packs = list(self._packs(prompts_each, self.together))
         self._share_out(packs, keys, known, lambda todo: store(todo, engine.choose_each(*call(todo))), what)
         with self._reporter.bar(what, count(range(len(keys)))) as step:
-            for pack, todo, fresh in self._sent(
-                engine, "choose_each", self._planned(keys, packs, known), call
-            ):
+            for pack, todo, fresh in self._sent(engine, "choose_each", self._planned(keys, packs, known), call):
                 store(todo, fresh)
                 made, every = count(todo), count(pack)
                 self.cached += every - made

@@ -50,9 +50,7 @@ def _distinct(shots: tuple[int, ...]) -> tuple[int, ...]:
 
 
 _Name = Annotated[str, Field(min_length=1)]
-_ShotCounts = Annotated[
-    tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_distinct)
-]
+_ShotCounts = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
 class _Section(BaseModel):
@@ -110,9 +108,7 @@ class ModelConfig(_Section):
         "auto",
         "auto: llamacpp for GGUF files (int8 for a teacher where that is fast), otherwise transformers",
     )
-    template: Literal["auto", "none"] = _key(
-        "auto", "none: plain-text prompts, even if the model has a chat template"
-    )
+    template: Literal["auto", "none"] = _key("auto", "none: plain-text prompts, even if the model has a chat template")
     parallel: int = _key(32, "sequences decoded together; for a server, concurrent requests", ge=1, le=200)
     shots: int = _key(0, "few-shot examples before each question", ge=0, le=40)
     requests_per_minute: float = _key(0.0, "rate limit of a server; 0: none", ge=0.0)
@@ -123,9 +119,7 @@ class ModelConfig(_Section):
 class TeacherConfig(ModelConfig):
     """The teacher: like any model, but few-shot by default. It may be one that another run aligned."""
 
-    model: ModelRef = _key(
-        ..., "as for a student; also a run's folder `aligned`: the teacher that it aligned"
-    )
+    model: ModelRef = _key(..., "as for a student; also a run's folder `aligned`: the teacher that it aligned")
     server: Servers = _key(
         (),
         "vllm: the run starts vLLM, which writes with the weights of `model` and loads its adapters; or the "
@@ -185,12 +179,8 @@ class Elicit(_Section):
     question_tokens: int = _key(300, "maximum tokens of a completion with questions", ge=16)
     rationale_tokens: int = _key(120, "maximum tokens of a rationale", ge=8)
     rouge: float = _key(0.7, "ROUGE-L F1 from which a question counts as a duplicate", gt=0.0, le=1.0)
-    by_label: bool = _key(
-        True, "closed-answer tasks: the teacher writes inputs for given answers, as many for each"
-    )
-    label: LabelPolicy = _key(
-        "teacher", "label of a draft: the teacher's target, a majority vote, or dropped"
-    )
+    by_label: bool = _key(True, "closed-answer tasks: the teacher writes inputs for given answers, as many for each")
+    label: LabelPolicy = _key("teacher", "label of a draft: the teacher's target, a majority vote, or dropped")
     grammar: bool = _key(True, "constrain the end of a rationale to an answer in its tags")
     opinion_shots: int = _key(
         24, "closed-answer tasks: few-shot examples of a direct answer, one more vote; 0: off", ge=0
@@ -267,9 +257,7 @@ class Align(_Section):
     rslora: bool = _key(True, "scale the adapter by 1/sqrt(rank): one learning rate fits every rank")
     lora_targets: tuple[_Name, ...] = _key((), "layers to adapt, such as q_proj; empty: every linear layer")
     max_length: int = _key(0, "tokens of prompt and longer side; a longer pair is dropped; 0: none is", ge=0)
-    shots: int | None = _key(
-        None, "few-shot examples in the prompts of rationale pairs; unset: as in tailor", ge=0
-    )
+    shots: int | None = _key(None, "few-shot examples in the prompts of rationale pairs; unset: as in tailor", ge=0)
     probe_every: int = _key(4, "optimizer steps between checks for model collapse", ge=1)
     probe_prompts: int = _key(4, "held-out prompts per check", ge=1)
     fresh_drafts: int = _key(
@@ -333,9 +321,7 @@ class Deploy(_Section):
 
     device: str = _key("", "device profile, or a fingerprint in `rates`; empty: no latency limit")
     file: _Name = _key("Q4_K_M", "quantization type, or name, of the file that runs on the device")
-    max_answer_seconds: float = _key(
-        3.0, "latency limit from the prompt to the last token of the answer", gt=0.0
-    )
+    max_answer_seconds: float = _key(3.0, "latency limit from the prompt to the last token of the answer", gt=0.0)
     rates: str = _key("", "measured speeds: student.json, bench.jsonl or their folder; empty: predict")
     draws: int = _key(8, "most samples for a question whose rationale is too long", ge=0)
 

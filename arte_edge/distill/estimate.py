@@ -228,9 +228,7 @@ def stage_work(config: RunConfig, task: Task, drafts_per_prompt: float) -> Itera
             yield Work("target", Call("teacher", "rationale"), n_row)
         yield Work("target" if by_label else "tune", Call("student", "asked"), n_form * n_held_out - known)
     if config.aligned:
-        yield from _drafts(
-            "elicit", config, task, draft_plan(config), len(task.techniques), drafts_per_prompt
-        )
+        yield from _drafts("elicit", config, task, draft_plan(config), len(task.techniques), drafts_per_prompt)
         yield from _calibrate(config, task)
         yield from _prefer("prefer", config, task, config.elicit.questions, len(task.techniques))
         each = min(config.align.pairs_per_question, len(task.techniques) // 2)
@@ -419,9 +417,7 @@ def _prefer(stage: str, config: RunConfig, task: Task, n_question: int, n_ration
     yield _scores(stage, config, task, [q for q in range(n_question) for _ in range(n_each)])
 
 
-def _scores(
-    stage: str, config: RunConfig, task: Task, question: Sequence[int], *, may_adapt: bool = True
-) -> Work:
+def _scores(stage: str, config: RunConfig, task: Task, question: Sequence[int], *, may_adapt: bool = True) -> Work:
     """Return the scores of drafts, `question` ``[n_draft]`` saying whose each is; at most so many."""
     k = min(config.calibrate.k, config.calibrate.items, len(task.validation))
     if config.prefer.score == "influence":  # a backward pass counts as one call
@@ -521,9 +517,7 @@ def _prompts(run: RunContext, call: Call) -> list[str]:
         return [rationale_prompt(run, engine, config, example.input, None) for example in examples]
     shots = answer_shots(task.seed, call.shots)
     if call.what == "vote":
-        return [
-            run.render(engine, direct_messages(task, e.input, shots), ANSWER_OPEN, config) for e in examples
-        ]
+        return [run.render(engine, direct_messages(task, e.input, shots), ANSWER_OPEN, config) for e in examples]
     if call.what in ("asked", "chosen"):
         how = run.asking(_form(run.config))
         asked_after = [(shot.question, how.completion(shot.answer)) for shot in shots]
@@ -544,9 +538,7 @@ def _notes(config: RunConfig, drafts_per_prompt: float, prices: Prices | None) -
         "prefer.race may stop earlier."
     ]
     if config.tune.target == "auto":
-        notes.append(
-            "tune.target: auto counts as the answer alone; a form with reasons adds rationales and tokens."
-        )
+        notes.append("tune.target: auto counts as the answer alone; a form with reasons adds rationales and tokens.")
     if config.data == "best-of-n":
         notes.append(f"best-of-n: {config.best_of} drafts for each training example (tailor.best_of).")
     if config.calibrate.models and (config.aligned or config.best_of > 1):

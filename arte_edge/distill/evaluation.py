@@ -189,8 +189,5 @@ def majority_baseline(run: RunContext, examples: Sequence[Example]) -> float:
 def _judge(
     run: RunContext, examples: Sequence[Example], answers: list[str | None], texts: Sequence[str] = ()
 ) -> Predictions:
-    right = [
-        matches(given, example.target, run.task.answer)
-        for given, example in zip(answers, examples, strict=True)
-    ]
+    right = [matches(given, example.target, run.task.answer) for given, example in zip(answers, examples, strict=True)]
     return Predictions(answers, np.array(right, dtype=np.bool_), tuple(texts))

@@ -115,9 +115,7 @@ class Shape:
     width: int
     n_vocab: int
     kv_bytes_per_token: int  # keys and values of one token in 16 bits
-    linear_sides: (
-        int  # inputs and outputs of all linear layers: times its rank, the parameters of a LoRA adapter
-    )
+    linear_sides: int  # inputs and outputs of all linear layers: times its rank, the parameters of a LoRA adapter
 
     @classmethod
     def of(cls, ref: str) -> Shape:
@@ -133,9 +131,7 @@ class Shape:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
         except (ValueError, KeyError) as error:
-            raise InputError(
-                f"{ref}: {error}", "A plan needs a text model that transformers knows."
-            ) from error
+            raise InputError(f"{ref}: {error}", "A plan needs a text model that transformers knows.") from error
         text = config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -279,11 +275,7 @@ def training(
         shape.name,
         processes,
         tokens,
-        (
-            (4 * trained + (NF4 if four_bits else _WEIGHT) * frozen) / parts
-            + gathered
-            + probed * _WEIGHT * shape.n_param
-        )
+        ((4 * trained + (NF4 if four_bits else _WEIGHT) * frozen) / parts + gathered + probed * _WEIGHT * shape.n_param)
         / _GB,
         (_TRAINED - 4 + buckets) * trained / parts / _GB,
         held * at_once / _GB,
@@ -366,9 +358,7 @@ class TokenizerOnly:
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         raise NotImplementedError("a plan makes no calls")
 
-    def choose_each(
-        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
-    ) -> list[NDArray[np.float64]]:
+    def choose_each(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
         raise NotImplementedError("a plan makes no calls")
 
     def close(self) -> None:

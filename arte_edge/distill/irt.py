@@ -132,15 +132,11 @@ def _checked(responses: ArrayLike) -> Floats:
         )
     odd = matrix[~np.isnan(matrix) & (matrix != 0) & (matrix != 1)]
     if odd.size:
-        raise InputError(
-            f"A response is 0, 1 or missing, not {odd[0]:g}", "Turn scores into right or wrong first."
-        )
+        raise InputError(f"A response is 0, 1 or missing, not {odd[0]:g}", "Turn scores into right or wrong first.")
     return matrix
 
 
-def _posterior(
-    right: Floats, wrong: Floats, discrimination: Floats, difficulty: Floats
-) -> tuple[Floats, Floats]:
+def _posterior(right: Floats, wrong: Floats, discrimination: Floats, difficulty: Floats) -> tuple[Floats, Floats]:
     """Return each respondent's weights over the nodes ``[n_respondent, n_node]`` and log evidence."""
     from scipy.special import log_expit, logsumexp
 

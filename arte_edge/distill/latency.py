@@ -104,9 +104,7 @@ def device_rates(config: Deploy, student: LocalModel) -> Rates:
     from arte_edge.device.roofline import PREFILL_FACTOR, predict
 
     profile, names = _device(config)
-    artifact, best, left_out, folder = (
-        _measured_file(config, names) if config.rates else (None, None, (), None)
-    )
+    artifact, best, left_out, folder = _measured_file(config, names) if config.rates else (None, None, (), None)
     aside = "".join(f"; {note}" for note in left_out).removesuffix(".")
     if best is not None and best.decode:
         if best.prefill:

@@ -178,11 +178,7 @@ def models_of(run: RunContext) -> Models | None:
     if not is_server(run.config.teacher.model):
         local["teacher"] = run.local(run.config.teacher)
     sizes = {who: ModelSize.of(model.path) for who, model in local.items()}
-    made = {
-        sizes[who].name
-        for who, model in local.items()
-        if checkpoint_folder(model.name, model.sha256).is_dir()
-    }
+    made = {sizes[who].name for who, model in local.items() if checkpoint_folder(model.name, model.sha256).is_dir()}
     kind = teacher_kind(local["teacher"], run.config.teacher.engine) if "teacher" in local else "auto"
     return Models(sizes.get("teacher"), sizes["student"], kind, frozenset(made), multiplies_bfloat16())
 
@@ -410,9 +406,7 @@ def computes_twice(
 ) -> bool:
     """Return whether a training in this process computes layers twice to fit: see `training_bytes`."""
     found, kept = (
-        training_bytes(
-            size, at_once=at_once, labelled=labelled, lora=lora, pairs=pairs, bfloat16=bfloat16, room=room
-        )
+        training_bytes(size, at_once=at_once, labelled=labelled, lora=lora, pairs=pairs, bfloat16=bfloat16, room=room)
         for room in (total_bytes(), 0)
     )
     return found["activations"] < kept["activations"]

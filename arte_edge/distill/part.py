@@ -68,15 +68,11 @@ def stages_of(config: RunConfig) -> list[str]:
 class Part:
     """The part that was wanted of a run: all of it unless `until`, `from_` or `share` say less."""
 
-    def __init__(
-        self, config: RunConfig, *, until: str = "", from_: str = "", share: Share | None = None
-    ) -> None:
+    def __init__(self, config: RunConfig, *, until: str = "", from_: str = "", share: Share | None = None) -> None:
         self._order = stages_of(config)
         for flag, name in (("--until", until), ("--from", from_)):
             if name and name not in self._order:
-                raise InputError(
-                    f"{flag} {name}: this run has no such stage", f"Its stages: {', '.join(self._order)}."
-                )
+                raise InputError(f"{flag} {name}: this run has no such stage", f"Its stages: {', '.join(self._order)}.")
         if share and from_:
             raise InputError("--shard and --from exclude each other", "A shard makes calls of one stage.")
         if until and from_ and self._order.index(from_) > self._order.index(until):
@@ -94,9 +90,7 @@ class Part:
         """
         if self.until and self._order.index(stage) > self._order.index(self.until):
             self.leave(folder)
-            raise PartDone(
-                f"Stopped after {self.until} (--until): the same command without it continues with {stage}."
-            )
+            raise PartDone(f"Stopped after {self.until} (--until): the same command without it continues with {stage}.")
         mark = folder / _MARK
         if not self.from_ or self._order.index(stage) < self._order.index(self.from_):
             return

@@ -123,9 +123,7 @@ def question_prefill(n_seeds: int) -> str:
     return f"<Question_{n_seeds + 1}><input>"
 
 
-def rationale_messages(
-    task: Task, question: str, technique: str | None, shots: Sequence[Shot] = ()
-) -> list[Message]:
+def rationale_messages(task: Task, question: str, technique: str | None, shots: Sequence[Shot] = ()) -> list[Message]:
     """Prompt the teacher to reason about `question`.
 
     With `technique` None this is the *naive* prompt of alignment and tailoring: the

@@ -87,9 +87,7 @@ class RunContext:
         self.role: Role = "labels"  # of the teacher; the check decides
         self.form: Form = "answer"  # of the student's answers; see `stages.target`
         self.caveats: list[str] = []  # of finished stages, which the closing text repeats
-        self.as_given = (
-            False  # True: the student runs from the file that was given, without making its F16 file
-        )
+        self.as_given = False  # True: the student runs from the file that was given, without making its F16 file
 
     def _open_log(self) -> CallLog:
         """Open the store, which no other process may then write to: they would overwrite each other's calls."""
@@ -235,19 +233,13 @@ class RunContext:
         opening = open_local if self.cluster is None else self.cluster.open
         return opening(model, kind=self.kind(config), parallel=config.parallel, adapter=adapter, dtype=dtype)
 
-    def _open_vllm(
-        self, model: LocalModel, config: TeacherConfig, adapter: tuple[Path, str] | None
-    ) -> Engine:
+    def _open_vllm(self, model: LocalModel, config: TeacherConfig, adapter: tuple[Path, str] | None) -> Engine:
         """Open an engine on the run's own vLLM server, or on one of each worker; it is started if none runs."""
         from arte_edge.runtimes.openai.vllm_process import VllmServer, VllmSettings, adapter_rank
 
         # Of a teacher that another run aligned its own.
-        rank = (
-            self.config.align.lora_rank if self.config.aligned else adapter_rank(adapter[0]) if adapter else 0
-        )
-        settings = VllmSettings(
-            (self.folder / "served").absolute(), config.server_args, rank, _limits(config)
-        )
+        rank = self.config.align.lora_rank if self.config.aligned else adapter_rank(adapter[0]) if adapter else 0
+        settings = VllmSettings((self.folder / "served").absolute(), config.server_args, rank, _limits(config))
         if self.cluster is not None:
             with doing("starting vLLM on the workers"):
                 return self.cluster.open(
@@ -301,9 +293,7 @@ class RunContext:
             try:
                 self.checkpoint(config)
             except ArteError as error:
-                self.reporter.warn(
-                    f"{config.model} runs on llama.cpp: it has no checkpoint ({error.message})"
-                )
+                self.reporter.warn(f"{config.model} runs on llama.cpp: it has no checkpoint ({error.message})")
                 chosen = "llamacpp"
         self._log.append([{"key": key, "engine": chosen}])
         return chosen

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _FILE = re.compile(r"calls-(\d+)-of-(\d+)\.jsonl")
-_BRIEF_S = (
-    10.0  # another process looks whether a lock is held, has rows to read before it works again, or starts
-)
+_BRIEF_S = 10.0  # another process looks whether a lock is held, has rows to read before it works again, or starts
 _PROBE_S = 1.0  # a lock that is held for longer is held by a worker, not by another that looks
 _POLL_S = 0.3
 
@@ -64,9 +62,7 @@ class ShardLog(CallLog):
             self.close()
             raise
         paths = [folder / "calls.jsonl"]
-        paths += [
-            folder / f"calls-{i}-of-{share.of}.jsonl" for i in range(1, share.of + 1) if i != share.number
-        ]
+        paths += [folder / f"calls-{i}-of-{share.of}.jsonl" for i in range(1, share.of + 1) if i != share.number]
         for path in set(folder.glob("calls-*-of-*.jsonl")) - {
             self.path,
             *paths,
@@ -139,9 +135,7 @@ class ShardLog(CallLog):
 
     def _begin_work(self) -> None:
         self._work.close()
-        self._work.enter_context(
-            locked(_lock(self._folder, self.share.number, self.share.of, "work"), _BRIEF_S)
-        )
+        self._work.enter_context(locked(_lock(self._folder, self.share.number, self.share.of, "work"), _BRIEF_S))
 
     def _works(self, number: int) -> bool:
         return number != self.share.number and _held(_lock(self._folder, number, self.share.of, "work"))
@@ -164,9 +158,7 @@ def merge_shards(folder: Path, log: CallLog) -> int:
                 path.unlink()
                 merged += len(fresh)
         except InputError as error:
-            raise InputError(
-                f"{folder}: shard {found[1]}/{found[2]} works in this folder", error.hint
-            ) from error
+            raise InputError(f"{folder}: shard {found[1]}/{found[2]} works in this folder", error.hint) from error
     return merged
 
 

@@ -50,9 +50,7 @@ class StudyFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field("", description="folder under runs/; empty: the file's name")
-    tasks: tuple[str | TaskConfig, ...] = Field(
-        min_length=1, description="as task.ref, or tables like [task]"
-    )
+    tasks: tuple[str | TaskConfig, ...] = Field(min_length=1, description="as task.ref, or tables like [task]")
     students: tuple[str | ModelConfig, ...] = Field(min_length=1, description="as student.model, or tables")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     reference: str = Field("", description="the arm that others are compared with, beside own labels")
@@ -177,9 +175,7 @@ def planned_runs(study: StudyFile, folder: Path) -> list[PlannedRun]:
             runs.append(PlannedRun(*names, seed, arm, config, at))
     twice = {run.folder.name for run in runs if sum(run.folder == other.folder for other in runs) > 1}
     if twice:
-        raise InputError(
-            f"two runs of this study would share a folder: {sorted(twice)[0]}", "Name each once."
-        )
+        raise InputError(f"two runs of this study would share a folder: {sorted(twice)[0]}", "Name each once.")
     if study.reference and study.reference not in study.arms:
         raise InputError(f"reference = '{study.reference}' is no arm", f"Arms: {', '.join(study.arms)}.")
     return runs
@@ -223,9 +219,7 @@ def run_study(study: StudyFile, folder: Path, reporter: Reporter, *, update: boo
             _drop_weights(arms)
         result = _result(study, folder, runs, tasks, stopped)
         if i < len(blocks) - 1 and result.rows:
-            reporter.say(
-                f" of {len(blocks)} blocks: {folder / 'study.html'} has the table so far", f"{i + 1}"
-            )
+            reporter.say(f" of {len(blocks)} blocks: {folder / 'study.html'} has the table so far", f"{i + 1}")
     return result
 
 
@@ -301,9 +295,7 @@ def _rows(
         for who, right in _answers(run, tasks[run.task]).items():
             known = found.setdefault(run.arm if who == TUNED else who, {})
             if any(len(other) != len(right) for other in known.values()):
-                raise InputError(
-                    f"{run.folder}: another number of test examples than in other runs of this study"
-                )
+                raise InputError(f"{run.folder}: another number of test examples than in other runs of this study")
             known.setdefault(run.seed, right)
     order = [BASE, OWN, OWN_ALL, *arms, TEACHER]
     for (task, student), found in rights.items():

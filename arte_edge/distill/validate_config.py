@@ -67,9 +67,7 @@ def refuse_run(config: RunConfig, task: Task, where: str = "", *, models: bool =
         problems.append((what, 'Set tune.target = "reasoning-first" or "answer-first".'))
     if config.tune.soft_labels and not votes_directly(config, task.answer):
         what = "tune.soft_labels: the teacher gives no probabilities of answers to this task"
-        how = (
-            "Set it to 0; or use a local teacher, a task of closed answers, and elicit.opinion_shots above 0."
-        )
+        how = "Set it to 0; or use a local teacher, a task of closed answers, and elicit.opinion_shots above 0."
         problems.append((what, how))
     reject(problems, where)
 
@@ -131,8 +129,7 @@ def _size_problems(n_check: int, task: Task) -> Iterator[Problem]:
         if n < needed[split]:
             yield (
                 f"Task '{task.name}': {n} {split} examples are too few; at least {needed[split]} are needed",
-                f"Label more examples in {split}.jsonl"
-                + ("; 100 are good." if split == "validation" else "."),
+                f"Label more examples in {split}.jsonl" + ("; 100 are good." if split == "validation" else "."),
             )
 
 
@@ -260,11 +257,7 @@ def _student_problems(config: RunConfig, student: LocalModel) -> Iterator[Proble
             checkpoint_family(student.path)
     except InputError as error:
         files = "the tuned student" if student.gguf else f"deploy.file = '{config.deploy.file}'"
-        instead = (
-            "Give the original checkpoint, a folder or its Hub id."
-            if student.gguf
-            else "Or take an ONNX file."
-        )
+        instead = "Give the original checkpoint, a folder or its Hub id." if student.gguf else "Or take an ONNX file."
         yield f"student.model: {error.message}: {files} cannot be written as GGUF", f"{error.hint} {instead}"
 
 

@@ -204,9 +204,7 @@ class Builder:
     @property
     def uses_imatrix(self) -> bool:
         """True if a format uses an importance matrix and there are training texts for one."""
-        return bool(self.recipe.gguf.imatrix and self.source.training) and any(
-            map(needs_imatrix, self.formats)
-        )
+        return bool(self.recipe.gguf.imatrix and self.source.training) and any(map(needs_imatrix, self.formats))
 
     def collect_imatrix(self, progress: Progress) -> None:
         """Collect the importance matrix beside the files, if one is used.
@@ -219,9 +217,7 @@ class Builder:
 
         source, out = self.source, self.cache.out / f"{self.student.name}.imatrix.gguf"
         before = out.stat().st_mtime_ns if out.exists() else 0
-        self.imatrix = collect(
-            source.checkpoint, source.training, out, dataset=source.training_from, progress=progress
-        )
+        self.imatrix = collect(source.checkpoint, source.training, out, dataset=source.training_from, progress=progress)
         self.imatrix_cached = before == out.stat().st_mtime_ns
 
     def build(self, format: Format) -> BuiltFile:
@@ -274,9 +270,7 @@ class Builder:
         places = self.cache.places(format.file_name(self.student.name))
         return self._kept("base", format, lambda out: self._convert(self.recipe.gguf.base, out), *places)
 
-    def _kept(
-        self, step: str, format: Format, build: Callable[[Path], dict[str, Any]], *places: Path
-    ) -> BuiltFile:
+    def _kept(self, step: str, format: Format, build: Callable[[Path], dict[str, Any]], *places: Path) -> BuiltFile:
         """Return a file that others are made from, found in `places` or built beside them."""
         target, inputs = self.cache.base(format.file_name(self.student.name)), self.inputs(format)
         if cached := self.cache.find(step, inputs, target, *places):
@@ -325,13 +319,9 @@ class Builder:
         bits = 8 * sum(t.size_bytes for t in tensors) / sum(t.n_value for t in tensors)
         types = Counter(tensor.type for tensor in tensors)
         stops = ", ".join(map(repr, unwritten))
-        warnings = (
-            [f"llama.cpp has no place for more end tokens: give {stops} as stop texts"] if stops else []
-        )
+        warnings = [f"llama.cpp has no place for more end tokens: give {stops} as stop texts"] if stops else []
         if left_out:
-            warnings.append(
-                f"left out of the metadata, since it names no public place: {', '.join(left_out)}"
-            )
+            warnings.append(f"left out of the metadata, since it names no public place: {', '.join(left_out)}")
         counts = {"bits_per_weight": bits, "tensor_types": dict(types.most_common())}
         return counts | {"warnings": warnings, "unwritten_ends": len(unwritten)}
 

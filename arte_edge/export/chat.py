@@ -53,9 +53,7 @@ class Chat:
     @property
     def template_sha256(self) -> str:
         """The sha256 of the template's text, empty without one."""
-        return (
-            hashlib.sha256(self.chat_template.encode()).hexdigest() if self.chat_template is not None else ""
-        )
+        return hashlib.sha256(self.chat_template.encode()).hexdigest() if self.chat_template is not None else ""
 
 
 def read_chat(checkpoint: Path, adapter: Path | None = None) -> Chat:
@@ -68,13 +66,9 @@ def read_chat(checkpoint: Path, adapter: Path | None = None) -> Chat:
     with reading(adapter or checkpoint, _AGAIN):
         config, inner = content("tokenizer_config.json"), content("tokenizer.json")
         special = content("special_tokens_map.json") | config
-        tokens = {
-            name: text for name in ("bos_token", "eos_token") if (text := token_text(special.get(name)))
-        }
+        tokens = {name: text for name in ("bos_token", "eos_token") if (text := token_text(special.get(name)))}
         bos = tokens.get("bos_token", "")
-        adds_bos = bool(bos) and (
-            config.get("add_bos_token") is True or _prepends(inner.get("post_processor"), bos)
-        )
+        adds_bos = bool(bos) and (config.get("add_bos_token") is True or _prepends(inner.get("post_processor"), bos))
         template = chat_templates(files).get("default")
         return Chat(template, tokens, adds_bos, _stops(checkpoint, inner, tokens))
 
@@ -180,9 +174,7 @@ def modelfile(files: list[str], chat: Chat, asking: Asking | None = None) -> str
     elif chat.chat_template is None:
         lines.append(_quoted("TEMPLATE", _RAW))
     else:
-        lines.append(
-            "# The chat template is more than fixed text around messages: Ollama reads it from the GGUF."
-        )
+        lines.append("# The chat template is more than fixed text around messages: Ollama reads it from the GGUF.")
     if asking:
         lines += [_quoted("SYSTEM", asking.instruction), "PARAMETER temperature 0"]
         lines.append(f"PARAMETER num_predict {asking.answer_tokens}")

@@ -125,9 +125,7 @@ def export(
             artifacts = _hold(job, builder)
             built, imatrix_sha256 = _build(job, builder)
             artifacts |= _verify(job, built, imatrix_sha256)
-        shown = tuple(
-            artifacts[format] for format in dict.fromkeys((*formats, *artifacts)) if format in artifacts
-        )
+        shown = tuple(artifacts[format] for format in dict.fromkeys((*formats, *artifacts)) if format in artifacts)
         document = _write_documents(job, shown, earlier)
         cache.close(keep_base=bool(job.failures))
     return Outcome(document, shown, tuple(job.failures), out)

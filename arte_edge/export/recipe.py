@@ -36,9 +36,7 @@ class GgufSettings(_Section):
     imatrix_prompts: int = Field(
         default=200, ge=1, description="largest number of training texts for the importance matrix"
     )
-    overrides: dict[str, str] = Field(
-        default={}, description="tensor pattern = type, for every quantized file"
-    )
+    overrides: dict[str, str] = Field(default={}, description="tensor pattern = type, for every quantized file")
     overrides_for: dict[str, dict[str, str]] = Field(
         default={}, description="overrides for one type: [gguf.overrides_for.Q4_K_M]"
     )
@@ -78,9 +76,7 @@ class VerifySettings(_Section):
     """How many prompts and examples verification uses, and its thresholds."""
 
     prompts: int = Field(default=24, ge=4, description="held-out prompts for comparing logits")
-    examples: int = Field(
-        default=100, ge=0, description="held-out task examples that both models answer; 0: none"
-    )
+    examples: int = Field(default=100, ge=0, description="held-out task examples that both models answer; 0: none")
     thresholds: dict[str, Thresholds] = Field(
         default={}, description="by format: [verify.thresholds.Q4_K_M]; unset ones have built-in values"
     )
@@ -102,9 +98,7 @@ class VerifySettings(_Section):
         for name in dict.fromkeys((general, format.label)):
             if name in self.thresholds:
                 given = self.thresholds[name]
-                limits = limits.model_copy(
-                    update={key: getattr(given, key) for key in given.model_fields_set}
-                )
+                limits = limits.model_copy(update={key: getattr(given, key) for key in given.model_fields_set})
         return limits
 
 

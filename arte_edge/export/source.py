@@ -126,9 +126,7 @@ def private_fields(gguf: Path, private: Iterable[str]) -> list[str]:
         if not isinstance(value, str) or any(text in value for text in texts):
             return isinstance(value, str)
         about = key.startswith(("general.", "quantize.", "arte_edge."))
-        return about and any(
-            f.kind in ("a path", "a secret") for f in machine.findings(value, gguf.name, key)
-        )
+        return about and any(f.kind in ("a path", "a secret") for f in machine.findings(value, gguf.name, key))
 
     return [key for key, value in read_model_header(gguf).metadata.items() if is_private(key, value)]
 

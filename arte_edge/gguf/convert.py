@@ -254,9 +254,7 @@ def _check_settings(config: dict[str, Any], family: Family, where: str) -> None:
     rope.check(config, where)
 
 
-def _without_tied_output(
-    folder: Path, config: dict[str, Any], weights: dict[str, Weight]
-) -> dict[str, Weight]:
+def _without_tied_output(folder: Path, config: dict[str, Any], weights: dict[str, Weight]) -> dict[str, Weight]:
     """Return the weights without an output matrix that is tied to the embedding and so never read."""
     if EMBEDDING not in weights:
         raise InputError(f"{folder}: {EMBEDDING} is missing", "Give a whole checkpoint of a language model.")
@@ -272,9 +270,7 @@ def _without_tied_output(
         return {name: weight for name, weight in weights.items() if name != OUTPUT}
     if OUTPUT not in weights:
         what = f"{folder}: {OUTPUT} is missing and tie_word_embeddings is not true"
-        raise InputError(
-            what, "Set the key in config.json if the model is tied; else give a whole checkpoint."
-        )
+        raise InputError(what, "Set the key in config.json if the model is tied; else give a whole checkpoint.")
     return weights
 
 
@@ -330,16 +326,12 @@ def public_card(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     try:
         card = gguf.Metadata.load_model_card(folder)
     except Exception as error:  # yaml's errors, of a dependency of gguf
-        raise InputError(
-            f"{folder / 'README.md'}: its front matter is not valid YAML", "Fix or remove it."
-        ) from error
+        raise InputError(f"{folder / 'README.md'}: its front matter is not valid YAML", "Fix or remove it.") from error
     kept: dict[str, Any] = {}
     dropped = []
     for key, value in card.items():
         values = value if isinstance(value, list) else [value]
-        public = [
-            one if isinstance(one, dict) else str(one) for one in values if _is_public(str(key), one, folder)
-        ]
+        public = [one if isinstance(one, dict) else str(one) for one in values if _is_public(str(key), one, folder)]
         if len(public) < len(values) and value is not None:
             dropped.append(str(key))
         if public:

@@ -191,9 +191,7 @@ def read_imatrix(path: Path) -> Imatrix:
     header = read_header(path)
     names = [name.removesuffix(_SUMS) for name in header.tensors if name.endswith(_SUMS)]
     if header.metadata.get("general.type") != "imatrix" or not names:
-        raise InputError(
-            f"{path}: not an importance matrix in GGUF form", "Remove it: it is collected again."
-        )
+        raise InputError(f"{path}: not an importance matrix in GGUF form", "Remove it: it is collected again.")
     sums = {name: header.floats(name + _SUMS).ravel() for name in names}
     n_token = float(header.floats(names[0] + _COUNTS).sum())
     if not (0 < n_token < 1 << 62) or not all(np.isfinite(values).all() for values in sums.values()):

@@ -156,18 +156,14 @@ def _read_source(source: Path) -> GgufHeader:
     for tensor in header.tensors.values():
         if tensor.type not in FULL_WIDTH:
             what = f"{source}: is quantized already ({tensor.name} is {tensor.type})"
-            raise InputError(
-                what, "Quantize from a file of 16 or 32 bits: a second rounding adds to the first."
-            )
+            raise InputError(what, "Quantize from a file of 16 or 32 bits: a second rounding adds to the first.")
     return header
 
 
 def _check_request(quant: QuantType, types: Mapping[str, str], matrix: Imatrix | None) -> None:
     """Reject early what llama.cpp would reject late, ignore silently, or crash on."""
     if types and not quant.is_quantized:
-        raise InputError(
-            f"Overrides have no effect on {quant.name}", "Choose a quantized type, or drop them."
-        )
+        raise InputError(f"Overrides have no effect on {quant.name}", "Choose a quantized type, or drop them.")
     hint = "Collect one first (arte_edge.gguf.imatrix), or choose IQ4_XS, Q3_K_M or a larger type."
     if matrix is None and quant.needs_imatrix:
         raise InputError(f"{quant.name} needs an importance matrix", hint)
@@ -196,9 +192,7 @@ def _read_written(partial: Path, before: GgufHeader, out: Path) -> GgufHeader:
         hint = "Look for a full disk, then try again."
         raise ArteError(f"{out}: was not written whole ({error.message})", hint) from error
     if after.shapes != before.shapes:
-        raise ArteError(
-            f"{out}: the tensors written are not the source's", "Please report this with the model."
-        )
+        raise ArteError(f"{out}: the tensors written are not the source's", "Please report this with the model.")
     return after
 
 
@@ -263,9 +257,7 @@ def _is_smaller_block(block: int, tensor: TensorInfo, source: TensorInfo) -> boo
     return changed and block > 32 and tensor.shape[-1] % block != 0 and _BLOCK_VALUES[tensor.type] < block
 
 
-def _warnings(
-    quant: QuantType, types: Mapping[str, str], after: GgufHeader, n_parameter: int
-) -> Iterator[str]:
+def _warnings(quant: QuantType, types: Mapping[str, str], after: GgufHeader, n_parameter: int) -> Iterator[str]:
     if (known := quality_warning(quant, n_parameter)) is not None:
         yield known
     for name, label in types.items():

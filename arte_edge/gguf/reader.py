@@ -257,9 +257,7 @@ def read_header(path: Path, *, any_tensor_type: bool = False) -> GgufHeader:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     for tensor in header.tensors.values():
         if tensor.type.startswith(_UNKNOWN) and not any_tensor_type:
-            raise _unusable(
-                path, f"tensor {tensor.name} has the {tensor.type}; a newer arte-edge may know it"
-            )
+            raise _unusable(path, f"tensor {tensor.name} has the {tensor.type}; a newer arte-edge may know it")
     return header
 
 

@@ -20,9 +20,7 @@ from arte_edge.gguf.reader import FLOAT32, STRING, UINT32, Field, GgufHeader
 from arte_edge.gguf.writer import Tensor
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
-_YARN_ONLY: dict[
-    str, tuple[Any, ...]
-] = {  # all that llama.cpp computes, and what stands for it in config.json
+_YARN_ONLY: dict[str, tuple[Any, ...]] = {  # all that llama.cpp computes, and what stands for it in config.json
     "beta_fast": (32, None, 0),
     "beta_slow": (1, None, 0),
     "truncate": (True,),
@@ -170,9 +168,7 @@ def _llama3_factors(rope: Mapping[str, Any], theta: float, dim: int) -> NDArray[
 def _waves(theta: float, dim: int) -> NDArray[np.float32]:
     """Return the wavelength of each pair of dimensions in tokens, ``[dim / 2]``."""
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    waves: NDArray[np.float32] = np.float32(2 * math.pi) / (
-        np.float32(1.0) / np.power(np.float32(theta), exponents)
-    )
+    waves: NDArray[np.float32] = np.float32(2 * math.pi) / (np.float32(1.0) / np.power(np.float32(theta), exponents))
     return waves
 
 
@@ -188,9 +184,7 @@ def restored(header: GgufHeader) -> dict[str, Any]:
     def number(key: str, default: float) -> float:
         value = header.metadata.get(f"{arch}.{key}", default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise InputError(
-                f"{header.path}: {arch}.{key} is {value!r}, not a number that it can be", _ORIGINAL
-            )
+            raise InputError(f"{header.path}: {arch}.{key} is {value!r}, not a number that it can be", _ORIGINAL)
         return value
 
     kind = header.metadata.get(f"{arch}.rope.scaling.type", "linear")
@@ -224,9 +218,7 @@ def restored(header: GgufHeader) -> dict[str, Any]:
 _ORIGINAL = "Give the original checkpoint (a folder or its Hub id) instead."
 
 
-def _llama3_settings(
-    header: GgufHeader, divisors: NDArray[np.float32], theta: float, context: int
-) -> dict[str, Any]:
+def _llama3_settings(header: GgufHeader, divisors: NDArray[np.float32], theta: float, context: int) -> dict[str, Any]:
     """Return settings of Llama 3's formula that give these `divisors`, which the file has in place of them.
 
     With f the largest divisor, (1/d - 1/f) / (1 - 1/f) is a line over 1/wavelength between 0 and 1: its two

@@ -180,9 +180,7 @@ def _unpack(header: GgufHeader, out: Path, report: Callable[[str], None]) -> dic
     report("checking the checkpoint")
     again = AutoTokenizer.from_pretrained(out)
     check_tokenizer(again, header)
-    ids = again(PROSE + "\n".join(PROBES))["input_ids"][
-        : min(_HELD_TOKENS, header.context_tokens or _HELD_TOKENS)
-    ]
+    ids = again(PROSE + "\n".join(PROBES))["input_ids"][: min(_HELD_TOKENS, header.context_tokens or _HELD_TOKENS)]
     return _hold(header, out, ids)
 
 
@@ -234,9 +232,7 @@ def unpacked_limits(header: GgufHeader) -> tuple[float, float]:
 def _llama_cpp_logits(header: GgufHeader, ids: list[int]) -> Any:
     from llama_cpp import Llama
 
-    runtime = Llama(
-        str(header.path), n_ctx=len(ids), logits_all=True, verbose=False, n_threads=thread_count(None)
-    )
+    runtime = Llama(str(header.path), n_ctx=len(ids), logits_all=True, verbose=False, n_threads=thread_count(None))
     try:
         runtime.eval(ids)
         return runtime.scores[: len(ids)].copy()

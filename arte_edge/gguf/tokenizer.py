@@ -301,9 +301,7 @@ def read_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerFiles:
     for token in special.values():
         if token in added and not added[token].special:
             added[token] = AddedToken(added[token].text, True, added[token].strips_right)
-    return TokenizerFiles(
-        folder, tokenizer, settings, model, added, special, templates, tuple(end_ids(folder))
-    )
+    return TokenizerFiles(folder, tokenizer, settings, model, added, special, templates, tuple(end_ids(folder)))
 
 
 def _added(folder: Path, tokenizer: dict[str, Any], settings: dict[str, Any]) -> dict[int, AddedToken]:

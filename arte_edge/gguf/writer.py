@@ -69,9 +69,7 @@ def write_gguf(out: Path, arch: str, fields: Mapping[str, Field], tensors: Seque
     infos, offset_bytes = [], 0
     for tensor in tensors:
         dims = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
-        infos.append(
-            _text(tensor.name) + dims + struct.pack("<IQ", _TYPE_NUMBERS[tensor.dtype], offset_bytes)
-        )
+        infos.append(_text(tensor.name) + dims + struct.pack("<IQ", _TYPE_NUMBERS[tensor.dtype], offset_bytes))
         offset_bytes += tensor.size_bytes + -tensor.size_bytes % _ALIGNMENT
     pairs = [_pair(key, field) for key, field in fields.items()]
     header = _header(_VERSION, _ALIGNMENT, len(tensors), pairs, b"".join(infos))
@@ -160,9 +158,7 @@ class Rewritten:
     sha256: str = ""  # of the new file, if it changed
 
 
-def rewrite(
-    path: Path, fields: Mapping[str, Field], drop: Iterable[str] = (), *, out: Path | None = None
-) -> Rewritten:
+def rewrite(path: Path, fields: Mapping[str, Field], drop: Iterable[str] = (), *, out: Path | None = None) -> Rewritten:
     """Give the file `path`, or a copy of it, the metadata `fields`, all of it or nothing.
 
     A key that exists keeps its position; a new one comes last. Memory does not grow with the file.

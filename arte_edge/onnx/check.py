@@ -52,17 +52,13 @@ def read_graph(path: Path) -> Graph:
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError is not a public class
-        raise InputError(
-            f"{path} is not a readable ONNX file: {error}", "Export or copy it again."
-        ) from error
+        raise InputError(f"{path} is not a readable ONNX file: {error}", "Export or copy it again.") from error
     initialized = {tensor.name for tensor in model.graph.initializer}
     return Graph(
         inputs={value.name: _shape(value) for value in model.graph.input if value.name not in initialized},
         outputs={value.name: _shape(value) for value in model.graph.output},
         externals=tuple(
-            _external(tensor)
-            for tensor in model.graph.initializer
-            if tensor.data_location == onnx.TensorProto.EXTERNAL
+            _external(tensor) for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL
         ),
     )
 
@@ -81,9 +77,7 @@ def _external(tensor: Any) -> ExternalTensor:
     item_bytes = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     need = (count + 1) // 2 if tensor.data_type in four_bits else count * item_bytes
     offset = int(entries.get("offset", 0))
-    return ExternalTensor(
-        tensor.name, entries.get("location", ""), offset, int(entries.get("length", need)), need
-    )
+    return ExternalTensor(tensor.name, entries.get("location", ""), offset, int(entries.get("length", need)), need)
 
 
 def external_problems(path: Path, graph: Graph) -> list[str]:
@@ -96,9 +90,7 @@ def external_problems(path: Path, graph: Graph) -> list[str]:
     for tensor in graph.externals:
         plain = PurePosixPath(tensor.location)
         if not tensor.location or plain.is_absolute() or plain.name != tensor.location:
-            problems.append(
-                f"{path.name}: {tensor.name} is in '{tensor.location}', which is not a plain file name"
-            )
+            problems.append(f"{path.name}: {tensor.name} is in '{tensor.location}', which is not a plain file name")
         elif tensor.length != tensor.need_bytes:
             problems.append(
                 f"{path.name}: {tensor.name} has {tensor.length} bytes in {tensor.location}, "
@@ -130,9 +122,7 @@ def model_file(folder: Path) -> Path:
     found = sorted(below.glob("*.onnx"))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise InputError(
-            f"{folder} must contain one ONNX model; found: {names}", "Give a folder written by export."
-        )
+        raise InputError(f"{folder} must contain one ONNX model; found: {names}", "Give a folder written by export.")
     return found[0]
 
 
@@ -224,9 +214,7 @@ def optimum_problems(folder: Path, graph: Graph, checkpoint: Path | None) -> lis
 def _names(what: str, expected: Sequence[str], actual: Mapping[str, Shape]) -> list[str]:
     missing, unknown = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     problems = [f"the graph has no {what} {', '.join(missing[:4])}"] if missing else []
-    return problems + (
-        [f"the graph's {what} {', '.join(unknown[:4])} are not in the config"] if unknown else []
-    )
+    return problems + ([f"the graph's {what} {', '.join(unknown[:4])} are not in the config"] if unknown else [])
 
 
 def _cache_problems(graph: Graph, layers: int, expected: tuple[int, object, int, object]) -> list[str]:

@@ -82,9 +82,7 @@ def read_number(path: Path, config: Mapping[str, Any], key: str) -> int:
     """Return a size in a JSON file, 0 if it has none. Raises InputError for what no size can be."""
     value = config.get(key) or 0
     if not isinstance(value, int) or not 0 <= value < _LIMIT:
-        raise InputError(
-            f"{path}: {key} is {str(value)[:40]!r}, not a size", "Export or copy the folder again."
-        )
+        raise InputError(f"{path}: {key} is {str(value)[:40]!r}, not a size", "Export or copy the folder again.")
     return value
 
 
@@ -124,9 +122,7 @@ class FileTokenizer:
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
         except Exception as error:  # the library raises bare Exceptions
-            raise InputError(
-                f"{path} cannot be read as a tokenizer: {error}", "Copy the folder again."
-            ) from error
+            raise InputError(f"{path} cannot be read as a tokenizer: {error}", "Copy the folder again.") from error
         config = read_json(folder / "tokenizer_config.json")
         bos = token_text(config.get("bos_token"))
         bos_id = self._tokenizer.token_to_id(bos) if bos else None

@@ -68,9 +68,7 @@ class Rounding(BaseModel):
         default="auto",
         description="int4 scales: k_quant searches for them, rtn rounds to nearest; auto: k_quant if possible",
     )
-    mixed: bool = Field(
-        default=True, description="8 bits for the output and the most sensitive layers (k_quant only)"
-    )
+    mixed: bool = Field(default=True, description="8 bits for the output and the most sensitive layers (k_quant only)")
 
 
 class GenaiSettings(Rounding):
@@ -102,9 +100,7 @@ def build(checkpoint: Path, out: Path, settings: GenaiSettings) -> Path:
         try:
             run_worker(job, folder.parent, what="onnxruntime-genai's model builder")
         except ArteError as error:
-            if not (
-                found := re.search(r"NotImplementedError: The (.+) (model|RoPE style) is not", error.message)
-            ):
+            if not (found := re.search(r"NotImplementedError: The (.+) (model|RoPE style) is not", error.message)):
                 raise
             config = read_json(checkpoint / "config.json")
             rope = f"rope type '{found[1]}' in " if found[2] != "model" else ""

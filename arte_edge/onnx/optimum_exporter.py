@@ -160,9 +160,7 @@ def build(
         (folder / "onnx").mkdir()
         for path in sorted(written.glob("*.onnx*")):
             path.replace(folder / "onnx" / path.name)
-        shutil.copyfile(
-            source / "config.json", folder / "config.json"
-        )  # of version 4, as for transformers.js
+        shutil.copyfile(source / "config.json", folder / "config.json")  # of version 4, as for transformers.js
         if (checkpoint / "generation_config.json").is_file():
             shutil.copyfile(checkpoint / "generation_config.json", folder / "generation_config.json")
         finish(checkpoint, folder)

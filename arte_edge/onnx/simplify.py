@@ -104,11 +104,7 @@ def _symbols(model: Any) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
         if _is_vector(data) and len(data) <= _LARGEST_SHAPE
     }
     for tensor in model.graph.initializer:
-        if (
-            tensor.data_type == onnx.TensorProto.INT64
-            and len(tensor.dims) == 1
-            and tensor.dims[0] <= _LARGEST_SHAPE
-        ):
+        if tensor.data_type == onnx.TensorProto.INT64 and len(tensor.dims) == 1 and tensor.dims[0] <= _LARGEST_SHAPE:
             values[tensor.name] = [int(size) for size in onnx.numpy_helper.to_array(tensor)]
     shapes = {
         name: [_plain(size) for size in shape]

@@ -43,9 +43,7 @@ def parse_benchmark(text: str) -> Benchmark:
     Raises InputError: it is not of that form.
     """
     if not (found := _SPEC.fullmatch(text.strip())):
-        raise InputError(
-            f"--benchmark {text}: not DATASET:TASK_ID", "For example --benchmark openai/gsm8k:gsm8k"
-        )
+        raise InputError(f"--benchmark {text}: not DATASET:TASK_ID", "For example --benchmark openai/gsm8k:gsm8k")
     return Benchmark(found["dataset"], found["task_id"], found["task"] or "")
 
 
@@ -124,9 +122,7 @@ def _scores(student: StudentFile, benchmark: Benchmark) -> list[tuple[Artifact, 
         tests = [one for one in publishable.evaluations(artifact.evaluations) if one.split == "test"]
         tasks = sorted({one.task for one in tests})
         if not benchmark.task and len(tasks) > 1:
-            raise InputError(
-                f"{flag}: which of {', '.join(tasks)}?", f"Name it: {flag}:{benchmark.task_id}=TASK"
-            )
+            raise InputError(f"{flag}: which of {', '.join(tasks)}?", f"Name it: {flag}:{benchmark.task_id}=TASK")
         found += [(artifact, one) for one in tests if benchmark.task in ("", one.task)][:1]
     if not found:
         raise InputError(

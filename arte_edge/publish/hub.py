@@ -87,9 +87,7 @@ def preview(folder: Path, machine: Machine, *, allow: Collection[str] = ()) -> P
     """
     student = read_student(folder)
     if student is None and not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder}: neither an export nor a checkpoint", "Give the folder of `arte-edge export`."
-        )
+        raise InputError(f"{folder}: neither an export nor a checkpoint", "Give the folder of `arte-edge export`.")
     if not (folder / CARD).is_file():
         raise InputError(f"{folder}: no {CARD}", f"Write the card first: arte-edge card {folder}")
     names, excluded = _export(folder, student) if student else _checkpoint(folder)
@@ -273,9 +271,7 @@ def send(found: Preview, repo: str, *, private: bool = False, message: str = "")
     try:
         probe()
     except HubError as error:
-        raise ArteError(
-            error.message, "Check the network or HF_ENDPOINT, then re-run the same command."
-        ) from error
+        raise ArteError(error.message, "Check the network or HF_ENDPOINT, then re-run the same command.") from error
     api = HfApi(endpoint=endpoint(), library_name="arte-edge")
     try:
         url = api.create_repo(repo, private=private or None, exist_ok=True)

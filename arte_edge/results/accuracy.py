@@ -39,9 +39,7 @@ class Record(BaseModel):
         """
         if (version := document.get("schema_version")) not in _READABLE:
             readable = " and ".join(map(str, _READABLE))
-            raise InputError(
-                f"{where}: schema_version is {version}, this arte-edge reads {readable}", outdated
-            )
+            raise InputError(f"{where}: schema_version is {version}, this arte-edge reads {readable}", outdated)
         try:
             return cls.model_validate_json(json.dumps(document | {"schema_version": SCHEMA_VERSION}))
         except ValidationError as error:
@@ -118,9 +116,7 @@ class PairedAccuracy(Share):
         """Return the accuracy of `right` correct answers out of `n`, with its interval and no reference."""
         low, high = wilson(right, n)
         share = right / n if n else 0.0
-        return cls(
-            task=task, split=split, n=n, right=right, accuracy=share, low=low, high=high, slot_f1=slot_f1
-        )
+        return cls(task=task, split=split, n=n, right=right, accuracy=share, low=low, high=high, slot_f1=slot_f1)
 
     def paired_with(self, name: str, reference: Sequence[bool], answers: Sequence[bool]) -> Self:
         """Return this accuracy with the difference from `reference`, which got the same examples in the same order."""

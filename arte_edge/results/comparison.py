@@ -21,9 +21,7 @@ TUNED, TEACHER = "tuned student", "teacher"
 class ComparisonRow(Share):
     """One model on the task's test split, and the difference of the tuned student from it on the same examples."""
 
-    model: str = Field(
-        description=f"{BASE}, {OWN} (the base trained on them alone), {OWN_ALL}, {TUNED}, {TEACHER}"
-    )
+    model: str = Field(description=f"{BASE}, {OWN} (the base trained on them alone), {OWN_ALL}, {TUNED}, {TEACHER}")
     setting: str = Field(description="prompting: as a user does it, constrained to the answers, or few-shot")
     difference: float | None = Field(
         default=None,

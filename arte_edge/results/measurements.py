@@ -34,9 +34,7 @@ def measured(artifact: Artifact, names: frozenset[str], rows: Sequence[Row] = ()
     """Return the measurement that counts, None if there is none; and a sentence for those that were left out."""
     speeds = [speed for speed in artifact.speeds if names & speed.names]
     found = [
-        Measured(
-            s.decode_tokens_per_s, s.prefill_tokens_per_s, s.peak_rss_bytes, _source(s.runtime, s.threads)
-        )
+        Measured(s.decode_tokens_per_s, s.prefill_tokens_per_s, s.peak_rss_bytes, _source(s.runtime, s.threads))
         for s in speeds
         if not disturbance(s)
     ]

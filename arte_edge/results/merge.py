@@ -42,9 +42,7 @@ class Merged:
     notes: tuple[str, ...] = ()
 
 
-def merge_rows(
-    folder: Path, rows: Sequence[Row], *, note: Callable[[str], None] | None = None
-) -> StudentFile:
+def merge_rows(folder: Path, rows: Sequence[Row], *, note: Callable[[str], None] | None = None) -> StudentFile:
     """Merge `rows` into ``student.json`` of `folder`, all of them or none; return the document.
 
     Args:
@@ -184,8 +182,7 @@ def _speed(key: _Key, facts: tuple[str, str], tests: tuple[SpeedTest, ...]) -> S
     decode = min(writes, key=lambda test: (abs(test.n_gen - 128), test.n_gen), default=None)
     taken = [test for test in (prefill, decode) if test is not None]
     throttled, contended = (
-        [flag for test in taken if (flag := getattr(test, name)) is not None]
-        for name in ("throttled", "contended")
+        [flag for test in taken if (flag := getattr(test, name)) is not None] for name in ("throttled", "contended")
     )
     memory = [test.peak_rss_bytes for test in taken if test.peak_rss_bytes is not None]
     warmth = [test.temperature_c_max for test in taken if test.temperature_c_max is not None]

@@ -69,9 +69,7 @@ class CpuUse(Record):
         default=None, description="largest share of the wall time that one thread was ready but had no core"
     )
     others_cores: float | None = Field(default=None, description="cores that other processes used")
-    steal_share: float | None = Field(
-        default=None, description="time taken by a hypervisor over wall time and threads"
-    )
+    steal_share: float | None = Field(default=None, description="time taken by a hypervisor over wall time and threads")
     quota_share: float | None = Field(default=None, description="likewise, stopped by a container's limit")
     switches: int | None = Field(default=None, description="involuntary context switches")
 
@@ -120,9 +118,7 @@ class SpeedRow(Record):
     samples_ts: tuple[float, ...] = ()
     median_ts: float = 0.0
     cv: float = Field(default=0.0, description="standard deviation over mean of `samples_ts`")
-    load_ms: float | None = Field(
-        default=None, description="from opening the file to a decoder that is ready"
-    )
+    load_ms: float | None = Field(default=None, description="from opening the file to a decoder that is ready")
     ttft_ms: float | None = Field(default=None, description="time to first token, median; pp rows")
     ttft_samples_ms: tuple[float, ...] = ()
     itl_p50_ms: float | None = Field(default=None, description="inter-token latency over all tokens; tg rows")
@@ -139,9 +135,7 @@ class SpeedRow(Record):
 
     # memory, temperature, energy
     peak_rss_bytes: int | None = Field(default=None, description="of the child process, with mapped weights")
-    mapped_bytes: int | None = Field(
-        default=None, description="resident part of the model's files at the end"
-    )
+    mapped_bytes: int | None = Field(default=None, description="resident part of the model's files at the end")
     temperature_c_max: float | None = None
     clock_mhz_min: float | None = None
     throttled: bool | None = Field(default=None, description="None: the device does not report it")
@@ -207,9 +201,7 @@ _LEFT_OUT = {
 def left_out_notes(disturbances: Iterable[str]) -> tuple[str, ...]:
     """Return a sentence for each kind of disturbance: how many measurements it spoiled, and what to do."""
     counts = Counter(disturbances)
-    return tuple(
-        f"{counts[kind]} measurement(s) left out, {why}." for kind, why in _LEFT_OUT.items() if counts[kind]
-    )
+    return tuple(f"{counts[kind]} measurement(s) left out, {why}." for kind, why in _LEFT_OUT.items() if counts[kind])
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -111,9 +111,7 @@ class Lineage(Record):
     teacher: Parent | None = None
     task: str = Field(default="", description="what it was tuned for")
     task_sha256: str = ""
-    method: str = Field(
-        default="", description="arte: the method of arXiv:2406.19227; else the origin of a run's data"
-    )
+    method: str = Field(default="", description="arte: the method of arXiv:2406.19227; else the origin of a run's data")
     seed: int | None = None
     alignment: Alignment | None = Field(default=None, description="null: not aligned, or not measured")
     tuning: Tuning | None = None
@@ -154,15 +152,11 @@ class Tokenizer(Record):
 class Asking(Record):
     """How the student is asked: a bare user message, through the chat template that every file carries."""
 
-    form: Literal["answer", "answer-first", "reasoning-first"] = Field(
-        description="what it writes, in which order"
-    )
+    form: Literal["answer", "answer-first", "reasoning-first"] = Field(description="what it writes, in which order")
     instruction: str = Field(description="the default system text of its chat template")
     stops: tuple[str, ...] = Field(default=(), description="texts that end an answer, beside the end token")
     answer_tokens: int = Field(ge=1, description="the most tokens of an answer")
-    choices: tuple[str, ...] = Field(
-        default=(), description="of a closed set, every answer; empty: an open one"
-    )
+    choices: tuple[str, ...] = Field(default=(), description="of a closed set, every answer; empty: an open one")
     example: str = Field(default="", description="input of a seed example, which commands on the card ask")
     grammar: str = Field(default="", description="GBNF file beside this one that permits answers alone")
     json_schema: str = Field(default="", description="JSON schema beside this one of an answer")
@@ -301,9 +295,7 @@ class Artifact(Record):
     imatrix_sha256: str = Field(default="", description="importance matrix used; empty: none")
     notes: tuple[str, ...] = Field(default=(), description="deviations from what the format's name suggests")
     fidelity: Fidelity
-    accuracy: PairedAccuracy | None = Field(
-        default=None, description="measured by the fidelity gate at export"
-    )
+    accuracy: PairedAccuracy | None = Field(default=None, description="measured by the fidelity gate at export")
     speeds: tuple[Speed, ...] = ()
     evaluations: tuple[Evaluation, ...] = Field(default=(), description="measured on devices")
 
@@ -370,9 +362,7 @@ def carry_results(folder: Path, new: StudentFile) -> StudentFile:
     for artifact in new.artifacts:
         if (was := known.get(artifact.tensor_sha256)) is not None:
             found = {"speeds": was.speeds, "evaluations": was.evaluations}
-            artifact = artifact.model_copy(
-                update={k: v for k, v in found.items() if not getattr(artifact, k)}
-            )
+            artifact = artifact.model_copy(update={k: v for k, v in found.items() if not getattr(artifact, k)})
         artifacts.append(artifact)
     update: dict[str, Any] = {"artifacts": tuple(artifacts)}
     if old.student.sha256 == new.student.sha256:

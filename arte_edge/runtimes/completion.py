@@ -114,9 +114,7 @@ class Engine(Templated, Protocol):
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Complete each prompt; one completion a request, in order. A prefix that prompts share is computed once."""
 
-    def choose_each(
-        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
-    ) -> list[NDArray[np.float64]]:
+    def choose_each(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
         """Return for each prompt the log-probabilities ``[n_choice]`` of its own choices after it.
 
         Which tokens of a choice count: see `arte_edge.runtimes.choice_scoring`.

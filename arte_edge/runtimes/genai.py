@@ -38,9 +38,7 @@ class GenaiRuntime(FolderRuntime):
         try:
             import onnxruntime_genai as runtime
         except ImportError as error:
-            raise EngineError(
-                "Running this folder needs onnxruntime-genai", "pip install 'arte-edge[onnx]'"
-            ) from error
+            raise EngineError("Running this folder needs onnxruntime-genai", "pip install 'arte-edge[onnx]'") from error
         check_files(folder)
         super().__init__(folder)
         model, _ = read_genai_config(folder)
@@ -105,17 +103,13 @@ class GenaiRuntime(FolderRuntime):
         tools = {"tools": json.dumps(list(what.tools))} if what.tools else {}
         return str(self._tokenizer.apply_chat_template(json.dumps(list(what.messages)), **tools))
 
-    def _chat(
-        self, conversations: list[list[dict[str, str]]], max_tokens: int, stop: tuple[str, ...]
-    ) -> list[str]:
+    def _chat(self, conversations: list[list[dict[str, str]]], max_tokens: int, stop: tuple[str, ...]) -> list[str]:
         """Answer as in the runtime's own examples, whose tokenizer leaves the begin token to the template."""
         tokenizer = self._runtime.Tokenizer(self._model)
         try:
             prompts = [tokenizer.encode(self._applied(Conversation(one))) for one in conversations]
         except Exception as error:  # of the template
-            raise InputError(
-                f"{self.name}: the chat template does not render: {first_line(error)}"
-            ) from error
+            raise InputError(f"{self.name}: the chat template does not render: {first_line(error)}") from error
 
         def decode(ids: list[int]) -> str:
             return "".join(map(tokenizer.create_stream().decode, ids))
@@ -158,9 +152,7 @@ class GenaiRuntime(FolderRuntime):
         try:
             generator.append_tokens(np.array(ids, dtype=np.int32))
         except Exception as error:
-            raise EngineError(
-                f"onnxruntime-genai failed: {first_line(error)}", "The model may be broken."
-            ) from error
+            raise EngineError(f"onnxruntime-genai failed: {first_line(error)}", "The model may be broken.") from error
         return generator
 
     def _generator(self, max_length: int) -> Any:

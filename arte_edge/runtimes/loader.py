@@ -154,9 +154,7 @@ def open_local(
 
     dtype = "int8" if kind == "int8" else dtype or "auto"
     vocabulary = model.gguf if find_spec("llama_cpp") else None
-    return TransformersEngine(
-        model.checkpoint(), sha256=model.sha256, adapter=path, dtype=dtype, vocabulary=vocabulary
-    )
+    return TransformersEngine(model.checkpoint(), sha256=model.sha256, adapter=path, dtype=dtype, vocabulary=vocabulary)
 
 
 def decoder_format(path: Path) -> str:

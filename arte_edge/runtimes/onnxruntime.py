@@ -122,10 +122,7 @@ class PairedCache:
         old = self._past
         sizes = [tensor.n_kv * tensor.head_size for tensor in self._tensors]
         self._past, self._present = (
-            [
-                np.empty(size * self._capacity, tensor.dtype)
-                for size, tensor in zip(sizes, self._tensors, strict=True)
-            ]
+            [np.empty(size * self._capacity, tensor.dtype) for size, tensor in zip(sizes, self._tensors, strict=True)]
             for _ in range(2)
         )
         if n_past:
@@ -181,9 +178,7 @@ class Layout:
                         "Only caches of fp32 or fp16 with known heads can be run here.",
                     )
                 name = present.replace("%d", str(layer))
-                tensors.append(
-                    CacheTensor(value.name, name, heads, size or self.head_size, _DTYPES[value.type])
-                )
+                tensors.append(CacheTensor(value.name, name, heads, size or self.head_size, _DTYPES[value.type]))
         if not tensors:
             raise InputError(f"{self.path.name} has no key-value cache: {key} is missing", "Export it again.")
         return tensors
@@ -201,9 +196,7 @@ def read_layout(folder: Path) -> Layout:
         source = folder / "config.json"
         plain = read_json(source)
         names = ("past_key_values.%d.key", "past_key_values.%d.value", "present.%d.key", "present.%d.value")
-        limit, n_vocab = (
-            read_number(source, plain, key) for key in ("max_position_embeddings", "vocab_size")
-        )
+        limit, n_vocab = (read_number(source, plain, key) for key in ("max_position_embeddings", "vocab_size"))
         return Layout(path, *names, 0, False, limit, n_vocab, end_tokens(folder))
     model, is_shared = read_genai_config(folder)
     inputs, outputs = model.decoder.inputs, model.decoder.outputs
@@ -262,9 +255,7 @@ class FolderRuntime(BaseRuntime):
         """Yield up to `max_tokens` tokens that the model writes greedily after `prompt`, without a stop token."""
 
     def _generate(self, prompts: list[str], max_tokens: int, stop: tuple[str, ...]) -> list[str]:
-        return [
-            self._text(self.tokenize(prompt), max_tokens, stop, self.tokenizer.text) for prompt in prompts
-        ]
+        return [self._text(self.tokenize(prompt), max_tokens, stop, self.tokenizer.text) for prompt in prompts]
 
     def _text(
         self,
@@ -302,18 +293,10 @@ def onnx_precision(folder: Path) -> str:
     import onnx
 
     graph = onnx.load(str(model_file(folder)), load_external_data=False).graph
-    bits = [
-        a.i
-        for node in graph.node
-        if node.op_type == "MatMulNBits"
-        for a in node.attribute
-        if a.name == "bits"
-    ]
+    bits = [a.i for node in graph.node if node.op_type == "MatMulNBits" for a in node.attribute if a.name == "bits"]
     if bits:
         return f"int{min(bits)}"
-    if any(
-        node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul", "QLinearMatMul") for node in graph.node
-    ):
+    if any(node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul", "QLinearMatMul") for node in graph.node):
         return "int8"
     kinds = {tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 2}
     return "fp16" if onnx.TensorProto.FLOAT16 in kinds else "fp32"
@@ -452,9 +435,7 @@ class OnnxSession:
             self._cache.bind(binding, self.n_past, total)
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise EngineError(
-                f"onnxruntime failed: {first_line(error)}", "The model may be broken."
-            ) from error
+            raise EngineError(f"onnxruntime failed: {first_line(error)}", "The model may be broken.") from error
         self._cache.stepped()
         self.n_past = total
         rows: NDArray[np.float32] = out[0].astype(np.float32, copy=False)

@@ -47,9 +47,7 @@ def n_cached(path: Sequence[SharedPrefix], cached: Sequence[SharedPrefix]) -> in
     return next((i for i, (a, b) in pairs if a is not b), min(len(path), len(cached)))
 
 
-def group_by_prefix(
-    lists: Sequence[Sequence[int]], limits: Sequence[int]
-) -> list[tuple[int, SharedPrefix | None]]:
+def group_by_prefix(lists: Sequence[Sequence[int]], limits: Sequence[int]) -> list[tuple[int, SharedPrefix | None]]:
     """Return ``(index of a list, its prefix)`` for every list, those with the same prefix next to each other.
 
     Otherwise the order of the lists is kept, so that batches do not depend on their content.
@@ -79,9 +77,7 @@ def _group(
             yield from ((i, prefix) for i in branch)
 
 
-def _branches(
-    lists: Sequence[Sequence[int]], limits: Sequence[int], members: list[int], start: int
-) -> list[list[int]]:
+def _branches(lists: Sequence[Sequence[int]], limits: Sequence[int], members: list[int], start: int) -> list[list[int]]:
     """Return the members grouped by their first `_SHORTEST` tokens after `start`: shorter prefixes do not pay."""
     found: dict[tuple[int, ...], list[int]] = {}
     for i in members:
@@ -141,9 +137,7 @@ class Tree:
 
 def n_common(left: Sequence[int], right: Sequence[int]) -> int:
     """Return how many leading tokens two lists share."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
-    )
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def longest_paths(contexts: Iterable[Context]) -> list[Context]:

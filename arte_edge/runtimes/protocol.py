@@ -54,9 +54,7 @@ class Rendered:
     instead: str = ""  # where it is known to put its own text in place of this right template: what to do
 
     @classmethod
-    def by(
-        cls, program: str, render: Callable[[Conversation], str], conversations: Sequence[Conversation]
-    ) -> Rendered:
+    def by(cls, program: str, render: Callable[[Conversation], str], conversations: Sequence[Conversation]) -> Rendered:
         """Call `render` for each conversation; whatever it raises is a refusal."""
         texts: list[str | None] = []
         refusal = ""
@@ -167,9 +165,7 @@ class Runtime(Decoder, Protocol):
     def generate(self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:
         """Return what the model writes greedily after each prompt, a stop string included."""
 
-    def chat(
-        self, conversations: Sequence[Sequence[Message]], max_tokens: int, stop: Sequence[str] = ()
-    ) -> list[str]:
+    def chat(self, conversations: Sequence[Sequence[Message]], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:
         """Return what the model answers greedily to each conversation, a stop string included.
 
         It is asked as its users ask it: through the runtime's own chat function, which renders the model's template
@@ -236,9 +232,7 @@ class BaseRuntime(ABC):
         keys = [(prompt, max_tokens, tuple(stop)) for prompt in prompts]
         return self._remembered(keys, prompts, lambda new: self._generate(new, max_tokens, tuple(stop)))
 
-    def chat(
-        self, conversations: Sequence[Sequence[Message]], max_tokens: int, stop: Sequence[str] = ()
-    ) -> list[str]:
+    def chat(self, conversations: Sequence[Sequence[Message]], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:
         """See `Runtime.chat`. Texts are cached, as those of `generate`."""
         if self.chat_template is None:
             raise InputError("The model has no chat template", "Give it one, or ask with a rendered prompt.")
@@ -258,9 +252,7 @@ class BaseRuntime(ABC):
     @abstractmethod
     def _generate(self, prompts: list[str], max_tokens: int, stop: tuple[str, ...]) -> list[str]: ...
 
-    def _chat(
-        self, conversations: list[list[dict[str, str]]], max_tokens: int, stop: tuple[str, ...]
-    ) -> list[str]:
+    def _chat(self, conversations: list[list[dict[str, str]]], max_tokens: int, stop: tuple[str, ...]) -> list[str]:
         """Answer through the model's template and the runtime's tokenizer, for runtimes without chat function."""
         return self._generate([render(self, messages) for messages in conversations], max_tokens, stop)
 
@@ -271,9 +263,7 @@ def check_context(name: str, limit: int, context_tokens: int) -> None:
     Raises InputError: it is.
     """
     if 0 < limit < context_tokens:
-        raise InputError(
-            f"{name} was made for {limit} tokens, the test needs {context_tokens}", "Lower -p, -n or -d."
-        )
+        raise InputError(f"{name} was made for {limit} tokens, the test needs {context_tokens}", "Lower -p, -n or -d.")
 
 
 def readable(texts: Iterable[str]) -> list[str]:

@@ -20,9 +20,7 @@ _TAG = re.compile(
     re.IGNORECASE,
 )
 # gpt-oss, as its template writes it, and as it looks when a server drops special tokens.
-_FINAL = re.compile(
-    r"<\|channel\|>final[^<]*<\|message\|>(.*?)(?:<\|(?:end|return|start|channel)\|>|\Z)", re.DOTALL
-)
+_FINAL = re.compile(r"<\|channel\|>final[^<]*<\|message\|>(.*?)(?:<\|(?:end|return|start|channel)\|>|\Z)", re.DOTALL)
 _BARE = re.compile(r"\Aanalysis(?=[A-Z\"'<])(?:.*assistant\s*final(?P<final>.*))?", re.DOTALL)
 
 

@@ -113,9 +113,7 @@ class Constraint(Protocol):
         """Free it: the text is finished."""
 
 
-def draw_allowed(
-    logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generator, allowed: Constraint
-) -> int:
+def draw_allowed(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generator, allowed: Constraint) -> int:
     """Return the next token id from logits ``[v]``, one that is `allowed`, which then knows of it."""
     # Most draws are allowed already; masking the whole vocabulary is the slow path.
     token = draw(logits, sampling, rng)

@@ -18,9 +18,7 @@ from arte_edge.tasks.task import Answer
 # Innermost tags only: in "<ans> so <ans>4</ans>" the first tag was never closed.
 _TAG = re.compile(r"<ans>((?:(?!</?ans>).)*)</ans>", re.DOTALL | re.IGNORECASE)
 # The letter alone, or followed by the option's own text when a bracket, dot or colon sets it off.
-_LETTER = re.compile(
-    r"\s*(?:\(\s*([a-z])\s*\)(?:[\s.:,].*)?|([a-z])\s*(?:[).:].*)?)\s*", re.DOTALL | re.IGNORECASE
-)
+_LETTER = re.compile(r"\s*(?:\(\s*([a-z])\s*\)(?:[\s.:,].*)?|([a-z])\s*(?:[).:].*)?)\s*", re.DOTALL | re.IGNORECASE)
 _SEVERAL = re.compile(r"\W*[A-Z]\W*(?:(?:\band\b|\bor\b|[,/&+])\W*[A-Z]\W*)+", re.IGNORECASE)  # "(A) or (B)"
 _BOOLEANS = {"true": "True", "yes": "True", "false": "False", "no": "False"}
 

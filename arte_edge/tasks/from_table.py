@@ -293,9 +293,7 @@ def clean(table: Table, answer: Answer) -> tuple[list[Example], list[str]]:
     groups = [", ".join(map(repr, group)) for group in alike.values() if group[1:]]
     notes += [f"kept apart, though nearly the same: {group}" for group in groups]
     if answer.exact:
-        notes.append(
-            "answers are compared as written, because some differ only in case, blanks or punctuation"
-        )
+        notes.append("answers are compared as written, because some differ only in case, blanks or punctuation")
     none = [f"{label!r} ({labels[label]:,} rows)" for label in labels if label.casefold() in _LOOKS_MISSING]
     notes += [f"an answer like any other: {one}; empty its cells if it means none" for one in none]
     return examples, notes

@@ -48,11 +48,7 @@ def _inlined(schema: Any, root: dict[str, Any], depth: int, seen: Counter[str]) 
         return schema
     seen["parts"] += 1
     if depth > _MAX_DEPTH or seen["parts"] > _MAX_PARTS:
-        what = (
-            f"nested more than {_MAX_DEPTH} deep"
-            if depth > _MAX_DEPTH
-            else f"of more than {_MAX_PARTS} parts"
-        )
+        what = f"nested more than {_MAX_DEPTH} deep" if depth > _MAX_DEPTH else f"of more than {_MAX_PARTS} parts"
         raise ValueError(f"the schema is {what}, or refers to itself")
     if any(isinstance(schema.get(key), str) for key in ("$dynamicRef", "$recursiveRef")):
         raise ValueError("the schema uses dynamic references; write plain ones, to #/$defs/…")
@@ -97,25 +93,15 @@ def tools_schema(tools: object) -> dict[str, Any]:
 
     Raises ValueError: not such a list, or two tools have one name.
     """
-    listed = (
-        [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
-        if isinstance(tools, list)
-        else []
-    )
+    listed = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
     names = [tool.get("name") for tool in listed if isinstance(tool, dict)]
-    if (
-        not names
-        or len(names) < len(tools if isinstance(tools, list) else ())
-        or not all(map(_is_name, names))
-    ):
+    if not names or len(names) < len(tools if isinstance(tools, list) else ()) or not all(map(_is_name, names)):
         raise ValueError('tools are a list like [{"name": "set_alarm", "parameters": {…}}, …]')
     if len(set(names)) < len(names):
         raise ValueError(f"two tools are named {Counter(names).most_common(1)[0][0]!r}")
     empty = {"type": "object", "properties": {}, "additionalProperties": False}
     calls = [(tool["name"], json.loads(schema_text(tool.get("parameters") or empty))) for tool in listed]
-    return {
-        "anyOf": [_object({"name": {"const": name}, "arguments": arguments}) for name, arguments in calls]
-    }
+    return {"anyOf": [_object({"name": {"const": name}, "arguments": arguments}) for name, arguments in calls]}
 
 
 def _is_name(name: object) -> bool:
@@ -151,13 +137,7 @@ def key_order(schema: str) -> dict[str, int]:
                 order.setdefault(name, len(order))
             for key, value in part.items():
                 if key not in _DATA:
-                    parts += (
-                        list(value.values())
-                        if key in _NAMED
-                        else value
-                        if isinstance(value, list)
-                        else [value]
-                    )
+                    parts += list(value.values()) if key in _NAMED else value if isinstance(value, list) else [value]
     return order
 
 

@@ -98,11 +98,7 @@ def open_table(path: Path, name: str = "", *, least: int = 2, as_written: bool =
     raise_first([problem] if (problem := text_problem(path)) else [], str(path))
     if suffix in (".csv", ".tsv"):
         return _open_csv(path, "\t" if suffix == ".tsv" else ",", least)
-    rows = (
-        enumerate(_json_array(path, as_written))
-        if suffix == ".json"
-        else json_rows(path, as_written=as_written)
-    )
+    rows = enumerate(_json_array(path, as_written)) if suffix == ".json" else json_rows(path, as_written=as_written)
     first = list(islice(rows, _SAMPLE_LINES))
     columns = dict.fromkeys(key for _, row in first if isinstance(row, dict) for key in row)
     if not columns:

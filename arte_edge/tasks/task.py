@@ -89,9 +89,7 @@ class Answer(BaseModel):
         default=(),
         description="fixed labels of a closed set; a choice without labels: letters of options in the input",
     )
-    exact: bool = Field(
-        default=False, description="text and json: compare texts as written, except blanks at the ends"
-    )
+    exact: bool = Field(default=False, description="text and json: compare texts as written, except blanks at the ends")
     # In task.toml the name of a file: schema = "answer.schema.json", or tools = "tools.json".
     json_schema: str = Field(default="", description="json: the schema of an answer, as text")
 
@@ -247,7 +245,5 @@ def _balance_warnings(split: str, rows: tuple[Example, ...], answer: Answer) -> 
         warnings.append(f"{split}: no example of {', '.join(missing)}")
     answer_text, n = counts.most_common(1)[0]
     if n > _TOO_COMMON * len(rows):
-        warnings.append(
-            f"{split}: {n} of {len(rows)} answers are {answer_text}; always guessing it looks like skill"
-        )
+        warnings.append(f"{split}: {n} of {len(rows)} answers are {answer_text}; always guessing it looks like skill")
     return warnings

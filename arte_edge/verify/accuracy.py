@@ -120,9 +120,7 @@ def measure_accuracy(
     """
     examples = examples_of(task, limit, final=final)
     asked = questions or questions_for(reference, task)
-    before, after = (
-        answer_examples(model, examples, asked, progress=progress) for model in (reference, artifact)
-    )
+    before, after = (answer_examples(model, examples, asked, progress=progress) for model in (reference, artifact))
     accuracy = accuracy_of(task, "test" if final else "validation", after)
     return accuracy.paired_with(reference.name, *([one.right for one in found] for found in (before, after)))
 
@@ -201,11 +199,7 @@ def check_accuracy(accuracy: PairedAccuracy, allowed: float | None) -> Check:
     if accuracy.slot_f1 is not None:
         shares += f", slot F1 {accuracy.slot_f1:.1%}"
     failed = allowed is not None and -difference > allowed and accuracy.significant
-    note = (
-        f"The artifact fails on examples that the reference answers correctly: {shares}."
-        if failed
-        else shares
-    )
+    note = f"The artifact fails on examples that the reference answers correctly: {shares}." if failed else shares
     return Check("accuracy drop", -difference, allowed, not failed, note)
 
 

@@ -100,8 +100,7 @@ def _check_programs(reference: Runtime, artifact: Runtime, allowed: int | None) 
             remarks.append("the template takes no system text: conversations with one were not compared")
         expected, of_today = _in_jinja2(model, whats), _in_jinja2(model, whats, date.today())
         ours, dated, theirs = (
-            [text and text.removeprefix(row.begin) for text in rendered.texts]
-            for rendered in (expected, of_today, row)
+            [text and text.removeprefix(row.begin) for text in rendered.texts] for rendered in (expected, of_today, row)
         )
         differ = [i for i, text in enumerate(ours) if taken[i] and text is not None and text != theirs[i]]
         lasting = [i for i in differ if theirs[i] != dated[i]]
@@ -125,15 +124,11 @@ def _check_programs(reference: Runtime, artifact: Runtime, allowed: int | None) 
 def _takes_system(model: Runtime, what: Conversation) -> bool:
     try:
         return shows_system(model.chat_template or "", what.messages, model.special_tokens)
-    except (
-        Exception
-    ):  # a template is a downloaded program: this one renders no conversation with a system text
+    except Exception:  # a template is a downloaded program: this one renders no conversation with a system text
         return False
 
 
-def _difference(
-    row: Rendered, ours: Sequence[str | None], theirs: Sequence[str | None], differ: Sequence[int]
-) -> str:
+def _difference(row: Rendered, ours: Sequence[str | None], theirs: Sequence[str | None], differ: Sequence[int]) -> str:
     expected, found = ours[differ[0]], theirs[differ[0]]
     if expected is None or found is None:
         return f"{row.program} renders {len(differ)} of {_ALL} not at all: {row.refusal}"
@@ -162,8 +157,7 @@ def _check_ids(
     note = _ALL
     if n:
         note = (
-            f"{n} of {_ALL} have different token ids; see the template check, or special tokens are parsed "
-            "differently."
+            f"{n} of {_ALL} have different token ids; see the template check, or special tokens are parsed differently."
         )
     elif runtime:
         note = f"{runtime} of {_ALL} are tokenized differently by {artifact.facts.runtime.split()[0]} itself."

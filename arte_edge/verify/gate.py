@@ -140,9 +140,7 @@ def verify(
     answering: list[Check] = []
     if task is not None:
         asked = questions_for(reference, task, answer_tokens)
-        accuracy = measure_accuracy(
-            reference, artifact, task, limit, final=final, questions=asked, progress=progress
-        )
+        accuracy = measure_accuracy(reference, artifact, task, limit, final=final, questions=asked, progress=progress)
         examples = examples_of(task, limit, final=final)
         allowed = thresholds.template_differences
         answering = [
@@ -194,9 +192,7 @@ def verify_file(
         model = open_model(artifact, threads)
     except InputError as error:
         note = error.message.replace(str(artifact), artifact.name)
-        return Verdict(
-            False, (Check("opens", None, None, False, note),), None, None, reference.name, artifact.name
-        )
+        return Verdict(False, (Check("opens", None, None, False, note),), None, None, reference.name, artifact.name)
     try:
         type = ""
         if thresholds is None:

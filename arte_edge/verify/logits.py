@@ -71,9 +71,7 @@ class Fidelity:
     answers: Fidelity | None = None  # where the reference writes its answers, see `measure_answers`
 
 
-def compare_logits(
-    reference: NDArray[np.float32], artifact: NDArray[np.float32], ids: Sequence[int]
-) -> Compared:
+def compare_logits(reference: NDArray[np.float32], artifact: NDArray[np.float32], ids: Sequence[int]) -> Compared:
     """Compare logits ``[n, v]`` after each of n `ids`, on the tokens that both vocabularies have.
 
     Raises ValueError: the two do not have n rows each.
@@ -118,9 +116,7 @@ def measure_fidelity(
     texts = [ids[:limit] for ids in map(reference.tokenize, prompts) if len(ids) > 1]
     texts = [ids for i, ids in enumerate(texts) if _shared_prefix(ids, texts[:i]) < len(ids) - 1]
     if not texts:
-        raise InputError(
-            "No usable prompt: each needs at least two tokens", "Give longer prompts with --prompts."
-        )
+        raise InputError("No usable prompt: each needs at least two tokens", "Give longer prompts with --prompts.")
     compared = []
     for done, ids in enumerate(texts):
         if progress is not None:

@@ -89,13 +89,9 @@ def _row(path: Path, number: int, line: str) -> str:
         row = json_loads(line)
     except ValueError as error:
         raise InputError(f"{path}:{number}: not JSON: {error}", "Write one JSON object a line.") from error
-    texts = (
-        [row[key] for key in ("prompt", "text", "input") if key in row] if isinstance(row, dict) else [row]
-    )
+    texts = [row[key] for key in ("prompt", "text", "input") if key in row] if isinstance(row, dict) else [row]
     if not texts or not isinstance(texts[0], str):
-        raise InputError(
-            f"{path}:{number}: no text", "A row needs `prompt`, `text` or `input`, or is a string."
-        )
+        raise InputError(f"{path}:{number}: no text", "A row needs `prompt`, `text` or `input`, or is a string.")
     return texts[0]
 
 

@@ -22,9 +22,7 @@ class Thresholds(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    token_differences: int | None = Field(
-        default=0, ge=0, description="test strings that may be tokenized differently"
-    )
+    token_differences: int | None = Field(default=0, ge=0, description="test strings that may be tokenized differently")
     runtime_differences: int | None = Field(
         default=5,
         ge=0,
@@ -33,9 +31,7 @@ class Thresholds(BaseModel):
     template_differences: int | None = Field(
         default=0, ge=0, description="conversations that may render to a different text or different ids"
     )
-    stop_differences: int | None = Field(
-        default=0, ge=0, description="stop tokens that may be missing or additional"
-    )
+    stop_differences: int | None = Field(default=0, ge=0, description="stop tokens that may be missing or additional")
     kl_mean: float | None = Field(default=None, ge=0, description="mean KL divergence, nats per token")
     kl_p99: float | None = Field(default=None, ge=0, description="its 99th percentile")
     top1: float | None = Field(
@@ -61,9 +57,7 @@ class Thresholds(BaseModel):
         return None if value == "off" else value
 
 
-def _limits(
-    kl_mean: float, kl_p99: float, top1: float, ratio: float, drop: float, drift: float = 1.5
-) -> Thresholds:
+def _limits(kl_mean: float, kl_p99: float, top1: float, ratio: float, drop: float, drift: float = 1.5) -> Thresholds:
     return Thresholds(
         kl_mean=kl_mean,
         kl_p99=kl_p99,

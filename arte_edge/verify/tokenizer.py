@@ -46,9 +46,7 @@ def hard_strings(added: Sequence[str] = ()) -> tuple[str, ...]:
     """
     half = _MAX_ADDED // 2
     chosen = tuple(added) if len(added) <= _MAX_ADDED else (*added[:half], *added[-half:])
-    placed = (
-        text for token in chosen for text in (token, f"a{token}b", f"one {token} two", f"{token}\n{token}")
-    )
+    placed = (text for token in chosen for text in (token, f"a{token}b", f"one {token} two", f"{token}\n{token}"))
     return tuple(dict.fromkeys(chain(HARD_STRINGS, placed)))
 
 
@@ -157,9 +155,7 @@ def check_stops(reference: Runtime, artifact: Runtime, allowed: int | None) -> C
     missing = reference.eos_tokens - artifact.stop_tokens
     undeclared = artifact.eos_tokens - reference.eos_tokens - reference.stop_tokens
     extra = artifact.stop_tokens - reference.stop_tokens
-    by_name = {
-        t for t in extra if t < reference.n_vocab and reference.token_text(t) in (*ENDS_BY_NAME, *_MORE_ENDS)
-    }
+    by_name = {t for t in extra if t < reference.n_vocab and reference.token_text(t) in (*ENDS_BY_NAME, *_MORE_ENDS)}
     odd = (extra - by_name) | undeclared
     # If one file declares a single stop token and the other a list, the list must contain it.
     swapped = set()

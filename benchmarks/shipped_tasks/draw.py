@@ -51,9 +51,7 @@ def quotas(labels: Sequence[T], n_rows: int) -> dict[T, int]:
     return {label: share + (index < rest) for index, label in enumerate(labels)}
 
 
-def fill(
-    make: Callable[[str], tuple[str, Example]], labels: Sequence[str], draw: Draw
-) -> dict[str, list[Example]]:
+def fill(make: Callable[[str], tuple[str, Example]], labels: Sequence[str], draw: Draw) -> dict[str, list[Example]]:
     """Fill the three splits with distinct rows from ``make(label)``, balanced over `labels`.
 
     `make` returns a key and an example with the target `label`. Keys are unique over all splits, so that no

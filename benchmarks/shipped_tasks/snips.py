@@ -60,9 +60,7 @@ def write_schema(folder: Path) -> None:
 def _every() -> dict[tuple[str, str], list[_Row]]:
     """Return all rows of the source by part (train or test) and intent."""
     if (folder := source()) is None:
-        raise FileNotFoundError(
-            "snips_slots needs ARTE_EDGE_SNIPS=<checkout of github.com/sonos/nlu-benchmark>"
-        )
+        raise FileNotFoundError("snips_slots needs ARTE_EDGE_SNIPS=<checkout of github.com/sonos/nlu-benchmark>")
     files = {"train": "train_{}_full.json", "test": "validate_{}.json"}
     return {
         (part, intent): read(folder / intent / name.format(intent), intent)

@@ -15,9 +15,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#007a5a", "#a8528a", "#2f8fc4", "#946200", "#
 
 def write_svg(plot: Plot, path: Path) -> None:
     """Write one chart with a white ground, its own colours and fonts."""
-    rules = "".join(
-        f".s{i}{{color:{colour};fill:{colour};stroke:{colour}}}" for i, colour in enumerate(_COLOURS)
-    )
+    rules = "".join(f".s{i}{{color:{colour};fill:{colour};stroke:{colour}}}" for i, colour in enumerate(_COLOURS))
     style = rules + (
         "text{font:12px system-ui,sans-serif;fill:#1c1c1c;stroke:none}.grid{stroke:#e3e3e3}"
         ".axis,.rule path{stroke:#555;fill:none}.line,.line path,.line polyline{fill:none;stroke-width:2}"

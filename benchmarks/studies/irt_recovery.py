@@ -63,9 +63,7 @@ def draw(scenario: str, n_respondent: int, rng: np.random.Generator) -> tuple[Fl
     return alpha, beta, ability, (rng.random(chance.shape) < chance).astype(np.float64)
 
 
-def probability_of(
-    scenario: str, ability: Floats, alpha: Floats, beta: Floats, quirks: Floats | float = 0.0
-) -> Floats:
+def probability_of(scenario: str, ability: Floats, alpha: Floats, beta: Floats, quirks: Floats | float = 0.0) -> Floats:
     """Return the chance ``[n, N_ITEM]`` of a right answer under the scenario's own law."""
     logit = alpha * (ability[:, None] - beta) + quirks
     floor = 0.5 if scenario == "floor" else 0.0
@@ -154,9 +152,7 @@ def girth_fits(matrix: Floats) -> dict[str, tuple[ItemParameters, float]]:
         started = time.process_time()
         found = estimate(matrix.T.astype(int))
         fits[name] = (
-            ItemParameters(
-                found["Discrimination"], found["Difficulty"], found["Ability"], np.ones(N_ITEM, bool)
-            ),
+            ItemParameters(found["Discrimination"], found["Difficulty"], found["Ability"], np.ones(N_ITEM, bool)),
             time.process_time() - started,
         )
     return fits

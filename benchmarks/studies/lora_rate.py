@@ -51,9 +51,7 @@ def distance(model: Any, watched: list[Any], before: list[torch.Tensor]) -> floa
     return nats / sum(len(b) for b in before)
 
 
-def train(
-    checkpoint: Path, pairs: list[Any], options: argparse.Namespace, rate: float, *, lora: bool
-) -> list[float]:
+def train(checkpoint: Path, pairs: list[Any], options: argparse.Namespace, rate: float, *, lora: bool) -> list[float]:
     """Return the distance after each step."""
     torch.manual_seed(0)
     model, _ = load(checkpoint, frozen=lora)

@@ -129,9 +129,7 @@ def drawn(grid: Floats, question: NDArray[np.intp], tokens: Floats | None, seed:
     rows = [row for row, key in enumerate(question) if key in keys]
     rows.sort(key=lambda row: (keys.index(question[row]), rng.random()))
     whose = [keys.index(question[row]) for row in rows]
-    return Drafts(
-        grid[rows][:, rng.permutation(grid.shape[1])], whose, None if tokens is None else tokens[rows]
-    )
+    return Drafts(grid[rows][:, rng.permutation(grid.shape[1])], whose, None if tokens is None else tokens[rows])
 
 
 def kept(name: str, grid: Mapping[str, Any]) -> dict[str, NDArray[np.intp]]:

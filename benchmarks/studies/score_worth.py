@@ -100,9 +100,7 @@ def trained(record: Record, name: str, score: Floats) -> dict[str, Any]:
         out[f"groups, {outcome}"] = with_interval(lambda at, v=value: spearman(means[at], v[at]), sets)
         out[f"groups alike, {outcome}"] = with_interval(lambda at, v=value: record.alike(means, v, at), sets)
         if len(few) > 4:
-            out[f"few parroted, {outcome}"] = with_interval(
-                lambda at, v=value: spearman(means[at], v[at]), few
-            )
+            out[f"few parroted, {outcome}"] = with_interval(lambda at, v=value: spearman(means[at], v[at]), few)
     return out | {"groups": len(record.runs), "sets": len(sets), "few": len(few)}
 
 
@@ -177,15 +175,11 @@ def of_groups(record: Record) -> dict[str, Any]:
         "a die reaches": {
             outcome: [
                 round(float(q), 3)
-                for q in np.quantile(
-                    [record.alike(die, record.outcome(outcome)) for die in dice], (0.025, 0.975)
-                )
+                for q in np.quantile([record.alike(die, record.outcome(outcome)) for die in dice], (0.025, 0.975))
             ]
             for outcome in OUTCOMES
         },
-        "random groups": {
-            outcome: round(float(record.outcome(outcome)[drawn].std(ddof=1)), 4) for outcome in OUTCOMES
-        },
+        "random groups": {outcome: round(float(record.outcome(outcome)[drawn].std(ddof=1)), 4) for outcome in OUTCOMES},
         "length": {outcome: round(spearman(length, record.outcome(outcome)), 3) for outcome in OUTCOMES}
         | {"answered": round(spearman(length, answered), 3)},
         "groups against": {

@@ -70,9 +70,7 @@ def record(name: str, student: Path, layers: float, most: int) -> None:
     seconds = known.get("cpu_s", np.full(d, np.nan))
     for n, place in enumerate([i for i in _order(study) if np.isnan(seconds[i])][:most], 1):
         draft, began = work["drafts"][place], time.process_time()
-        products[place] = influence.by_weight(
-            prompt(draft["input"], STEP_BY_STEP), f" {draft['text'].strip()}"
-        )
+        products[place] = influence.by_weight(prompt(draft["input"], STEP_BY_STEP), f" {draft['text'].strip()}")
         seconds[place] = time.process_time() - began
         if n % SAVE_EVERY == 0:
             arrays: dict[str, Any] = {"products": products, "cpu_s": seconds, "gradient_cpu_s": gradient_s}
@@ -94,9 +92,7 @@ def _order(study: Record) -> list[int]:
 
 def read() -> dict[str, Any]:
     """Return, by study, how the influence and the scores before it agree with training on one draft, and costs."""
-    return {
-        path.name.removesuffix("-first-order.npz"): _of_study(path) for path in sorted(RESULTS.glob(PATTERN))
-    }
+    return {path.name.removesuffix("-first-order.npz"): _of_study(path) for path in sorted(RESULTS.glob(PATTERN))}
 
 
 def _of_study(path: Path) -> dict[str, Any]:
@@ -159,9 +155,7 @@ def table(found: Mapping[str, Any]) -> str:
         lines += [f"{cost['a draft']} CPU s a draft, {cost['gradient of the right answers']} once", ""]
         lines += ["| score | one draft | within its question |", "|---|---|---|"]
         for key, row in study["scores"].items():
-            cells = [
-                "{:+.2f} ({:+.2f} to {:+.2f})".format(*row[of]) for of in ("one draft", "within its question")
-            ]
+            cells = ["{:+.2f} ({:+.2f} to {:+.2f})".format(*row[of]) for of in ("one draft", "within its question")]
             lines.append(f"| {key} | {cells[0]} | {cells[1]} |")
         lines.append("")
     return "\n".join(lines)

@@ -51,9 +51,7 @@ class Asking:
         shots = [Shot(draft["input"], draft["text"]) for draft in drafts]
         asked = [self.rows[i]["input"] for i in at]
         return [
-            render(self.engine, student_messages(self.task, one, [shot]), opening)
-            for shot in shots
-            for one in asked
+            render(self.engine, student_messages(self.task, one, [shot]), opening) for shot in shots for one in asked
         ]
 
     def logp(self, drafts: Sequence[Mapping[str, str]]) -> np.ndarray[Any, Any]:
@@ -86,9 +84,7 @@ def record(work: Mapping[str, Any], engine: Any, out: Path, written: int) -> Non
         grid = {
             "logp": np.full((d, v, n_choice), np.nan, dtype=np.float32),
             "right": np.full((d, v), UNASKED, dtype=np.int8),
-            "truth": np.array(
-                [o.index(r["target"]) for o, r in zip(asking.options, asking.rows, strict=True)]
-            ),
+            "truth": np.array([o.index(r["target"]) for o, r in zip(asking.options, asking.rows, strict=True)]),
             "question": np.array([draft["question"] for draft in drafts]),
             "tokens": np.array([engine.count_tokens(draft["text"]) for draft in drafts]),
             "preferred": np.array(work["preferred"]),
@@ -97,9 +93,7 @@ def record(work: Mapping[str, Any], engine: Any, out: Path, written: int) -> Non
     began = time.monotonic()
     todo = [i for i in range(d) if np.isnan(grid["logp"][i]).any()]
     asks = [("logp", todo[i : i + TOGETHER]) for i in range(0, len(todo), TOGETHER)]
-    todo = [
-        i for i in range(d) if drafts[i]["question"] < written and (grid["right"][i, at] == UNASKED).any()
-    ]
+    todo = [i for i in range(d) if drafts[i]["question"] < written and (grid["right"][i, at] == UNASKED).any()]
     asks += [("right", todo[i : i + TOGETHER]) for i in range(0, len(todo), TOGETHER)]
     for n, (what, some) in enumerate(asks):
         mine = [drafts[i] for i in some]

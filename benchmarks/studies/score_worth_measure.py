@@ -47,9 +47,7 @@ def grid(study: Study, students: Students, limit: int) -> dict[str, Any]:
     right, logp = [], []
     for start in range(0, len(shots), 40):  # forty drafts at once: the table of tokens stays small
         some = shots[start : start + 40]
-        steps = [
-            (study.prompt(row["input"], STEP_BY_STEP, shot), row["target"]) for shot in some for row in asked
-        ]
+        steps = [(study.prompt(row["input"], STEP_BY_STEP, shot), row["target"]) for shot in some for row in asked]
         force = [
             (study.prompt(row["input"], ANSWER_PREFILL, shot), own)
             for shot in some
@@ -147,27 +145,17 @@ def groups(study: Study, scores: dict[str, Floats]) -> list[dict[str, Any]]:
     size = len(several)
     for i in range(RANDOM_GROUPS):
         rng = random.Random(f"random/{i}")
-        members = (
-            [rng.choice(places) for places in several]
-            if i % 2
-            else rng.sample(range(len(study.drafts)), size)
-        )
-        planned.append(
-            {"score": "none", "part": ("any drafts", "any rationale")[i % 2], "members": members, "seed": i}
-        )
+        members = [rng.choice(places) for places in several] if i % 2 else rng.sample(range(len(study.drafts)), size)
+        planned.append({"score": "none", "part": ("any drafts", "any rationale")[i % 2], "members": members, "seed": i})
     return planned
 
 
-def train_groups(
-    study: Study, students: Students, planned: list[dict[str, Any]], out: Path, until: float
-) -> None:
+def train_groups(study: Study, students: Students, planned: list[dict[str, Any]], out: Path, until: float) -> None:
     """Train and judge group after group until the time `until` (monotonic seconds); one row each into `out`."""
     done = {(r["score"], r["part"], r["seed"]) for r in read_jsonl(out) if r["part"] != "base"}
     planned = [group for group in planned if (group["score"], group["part"], group["seed"]) not in done]
     # The same order of work whatever the time: by seed first, so that a cut leaves whole seeds of all scores.
-    planned = sorted(
-        planned, key=lambda g: (g["seed"] if g["score"] != "none" else g["seed"] // 8, len(g["members"]))
-    )
+    planned = sorted(planned, key=lambda g: (g["seed"] if g["score"] != "none" else g["seed"] // 8, len(g["members"])))
     n = len(study.work["outcome"])
     encoded = [study.training_row(draft) for draft in study.drafts]
     with out.open("a", encoding="utf-8") as file:
@@ -178,9 +166,7 @@ def train_groups(
             lanes = (some * students.m)[: students.m]
             students.reset()
             losses = students.train(_batches(lanes, encoded), RATE, WARMUP)
-            for i, (group, row) in enumerate(
-                zip(some, judged(study, students, n, written=True), strict=False)
-            ):
+            for i, (group, row) in enumerate(zip(some, judged(study, students, n, written=True), strict=False)):
                 row |= {"score": group["score"], "part": group["part"], "seed": group["seed"], "n": n}
                 row |= {"members": group["members"], "loss": round(losses[-1][i], 4)}
                 file.write(json.dumps(row) + "\n")
@@ -243,9 +229,7 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=16)
     parser.add_argument("--rows", type=int, default=300_000, help="rows times tokens in one forward pass")
     parser.add_argument("--items", type=int, default=100, help="validation questions of the grid")
-    parser.add_argument(
-        "--outcome", type=int, default=240, help="fresh questions that a trained group is asked"
-    )
+    parser.add_argument("--outcome", type=int, default=240, help="fresh questions that a trained group is asked")
     parser.add_argument("--seconds", type=float, default=600.0, help="no new training begins after that")
     options = parser.parse_args()
     began = time.monotonic()

@@ -59,8 +59,7 @@ def reliability(grid: Mapping[str, Any], k: int = 40) -> dict[str, dict[str, flo
             found.setdefault(key, []).append((pearson(a, two[key]), pearson(*inside)))
     means = {key: np.mean(pairs, axis=0).tolist() for key, pairs in found.items()}
     return {
-        key: {"all": round(every, 3), "within": round(within, 3), "k": half}
-        for key, (every, within) in means.items()
+        key: {"all": round(every, 3), "within": round(within, 3), "k": half} for key, (every, within) in means.items()
     }
 
 

@@ -106,9 +106,7 @@ class Students:
         m, b, t = shape
         y = _norm(x, w[at + "input_layernorm.weight"], self.eps)
         q, k, v = (
-            _linear(y, w[f"{at}self_attn.{name}_proj.weight"])
-            .view(m * b, t, -1, self.head_dim)
-            .transpose(1, 2)
+            _linear(y, w[f"{at}self_attn.{name}_proj.weight"]).view(m * b, t, -1, self.head_dim).transpose(1, 2)
             for name in "qkv"
         )
         q, k = _turned(q, *turn), _turned(k, *turn)
@@ -147,9 +145,7 @@ class Students:
         """
         for weight in self.master.values():
             weight.requires_grad_(True)
-        optimizer = torch.optim.AdamW(
-            self.master.values(), lr=rate, weight_decay=0.0, fused=self.device != "cpu"
-        )
+        optimizer = torch.optim.AdamW(self.master.values(), lr=rate, weight_decay=0.0, fused=self.device != "cpu")
         n, up = len(batches), int(warmup * len(batches))
         losses = []
         for step, batch in enumerate(batches):
@@ -157,9 +153,7 @@ class Students:
             optimizer.param_groups[0]["lr"] = rate * scale
             loss = self._loss(batch)
             loss.sum().backward()  # the copies share nothing: each gets its own gradient
-            squares = sum(
-                p.grad.flatten(1).square().sum(1) for p in self.master.values() if p.grad is not None
-            )
+            squares = sum(p.grad.flatten(1).square().sum(1) for p in self.master.values() if p.grad is not None)
             factor = (1.0 / (torch.as_tensor(squares).sqrt() + 1e-6)).clamp(max=1.0)
             for weight in self.master.values():
                 assert weight.grad is not None
@@ -215,9 +209,7 @@ class Students:
             last = self.hidden(w, ids.expand(self.m, -1, -1), real)[:, :, -1]
             logp = _linear(last, w["embed_tokens.weight"]).float().log_softmax(-1)
             width = max(len(wanted[i]) for i in mine)
-            index = torch.tensor(
-                [[*wanted[i], *[0] * (width - len(wanted[i]))] for i in mine], device=self.device
-            )
+            index = torch.tensor([[*wanted[i], *[0] * (width - len(wanted[i]))] for i in mine], device=self.device)
             values = logp.gather(2, index.expand(self.m, -1, -1)).tolist()
             for copy, table in enumerate(values):
                 for i, row in zip(mine, table, strict=True):

@@ -71,15 +71,11 @@ class Study:
         for mine in written:
             texts = self.tokenizer.batch_decode([self._until_end(ids) for ids in mine])
             texts = [
-                text[: text.find(ANSWER_CLOSE) + len(ANSWER_CLOSE)] if ANSWER_CLOSE in text else ""
-                for text in texts
+                text[: text.find(ANSWER_CLOSE) + len(ANSWER_CLOSE)] if ANSWER_CLOSE in text else "" for text in texts
             ]
             answers = [extract(text, kind) for text in texts]
             table.append(
-                [
-                    -1 if a is None else int(matches(a, t, kind))
-                    for a, (_, t) in zip(answers, prompts, strict=True)
-                ]
+                [-1 if a is None else int(matches(a, t, kind)) for a, (_, t) in zip(answers, prompts, strict=True)]
             )
             lengths.append([len(self.tokens(text)) for text in texts])
         return table, lengths
@@ -87,9 +83,7 @@ class Study:
     def _until_end(self, ids: list[int]) -> list[int]:
         return next((ids[:i] for i, token in enumerate(ids) if token in self.ends), ids)
 
-    def chosen(
-        self, students: Students, prompts: Sequence[tuple[str, Sequence[str]]]
-    ) -> np.ndarray[Any, Any]:
+    def chosen(self, students: Students, prompts: Sequence[tuple[str, Sequence[str]]]) -> np.ndarray[Any, Any]:
         """Return log-probabilities ``[m, n_prompt, n_choice]`` of the choices after each prompt (`choices.spans`)."""
         contexts: dict[tuple[int, ...], set[int]] = {}
         terms = []
@@ -109,14 +103,9 @@ class Study:
         values = students.next_logp(w, rows, wanted, self.rows)
         out = np.zeros((students.m, len(prompts), max(len(options) for _, options in prompts)))
         for m in range(students.m):
-            known = {
-                row: dict(zip(ids, v, strict=True))
-                for row, ids, v in zip(rows, wanted, values[m], strict=True)
-            }
+            known = {row: dict(zip(ids, v, strict=True)) for row, ids, v in zip(rows, wanted, values[m], strict=True)}
             for p, choices in enumerate(terms):
-                out[m, p, : len(choices)] = [
-                    sum(known[before][token] for before, token in one) for one in choices
-                ]
+                out[m, p, : len(choices)] = [sum(known[before][token] for before, token in one) for one in choices]
         return out
 
     def _terms(self, tail: str, options: tuple[str, ...]) -> list[list[tuple[tuple[int, ...], int]]]:
@@ -125,8 +114,7 @@ class Study:
             lists = [self.tokens(tail + option + ANSWER_CLOSE) for option in options]
             ranges = spans(lists, self.tokens(tail))
             self._choices[tail, options] = [
-                [(tuple(ids[:i]), ids[i]) for i in range(*ends)]
-                for ids, ends in zip(lists, ranges, strict=True)
+                [(tuple(ids[:i]), ids[i]) for i in range(*ends)] for ids, ends in zip(lists, ranges, strict=True)
             ]
         return self._choices[tail, options]
 

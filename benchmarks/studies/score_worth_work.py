@@ -73,9 +73,7 @@ def gather(name: str, folder: Path) -> dict[str, Any]:
         if row["usable"]
     ]
     inputs = [example.input for example in task.validation]
-    preferred = [
-        inputs.index(row["input"]) for row in read_jsonl(folder / "calibrate" / "preference_set.jsonl")
-    ]
+    preferred = [inputs.index(row["input"]) for row in read_jsonl(folder / "calibrate" / "preference_set.jsonl")]
     known = {example.key for example in (*task.seed, *task.validation)} | set(task.test_keys())
     fresh = [example for example in _fresh(name) if example.key not in known][:OUTCOME]
     rows = {

@@ -29,12 +29,8 @@ def test_what_a_student_is_trained_to_write_is_read_as_its_answer(form: Form, ta
 
 def test_each_form_has_its_order() -> None:
     assert asking("answer").completion("C", REASONS) == "C"
-    assert asking("answer-first").completion("C", REASONS) == (
-        "<ans>C</ans> It names a song, so it wants music."
-    )
-    assert asking("reasoning-first").completion("C", REASONS) == (
-        "It names a song, so it wants music. <ans>C</ans>"
-    )
+    assert asking("answer-first").completion("C", REASONS) == ("<ans>C</ans> It names a song, so it wants music.")
+    assert asking("reasoning-first").completion("C", REASONS) == ("It names a song, so it wants music. <ans>C</ans>")
 
 
 def test_an_answer_in_tags_is_read_in_the_bare_form_too_and_a_bare_one_only_there() -> None:
@@ -44,9 +40,7 @@ def test_an_answer_in_tags_is_read_in_the_bare_form_too_and_a_bare_one_only_ther
     assert asking("answer").read("I think it is C") is None
 
 
-def test_of_two_tagged_answers_the_first_counts_where_it_comes_first_and_the_last_where_it_comes_last() -> (
-    None
-):
+def test_of_two_tagged_answers_the_first_counts_where_it_comes_first_and_the_last_where_it_comes_last() -> None:
     text = "<ans>C</ans> rather than <ans>C++</ans>"
     assert asking("answer-first").read(text) == "C"
     assert asking("reasoning-first").read(text) == "C++"

@@ -72,9 +72,7 @@ def permits(tmp_path_factory: Folders) -> Permits:
     return asked
 
 
-def in_form(
-    answer: Answer, form: Form, target: str, rationale: str = "Since 1 < 2, <a> and </answer>."
-) -> str:
+def in_form(answer: Answer, form: Form, target: str, rationale: str = "Since 1 < 2, <a> and </answer>.") -> str:
     """Return what a student of a task with this answer is trained to write."""
     rows = (Example("?", target),)
     return Asking.of(Task("t", "?", answer, (), rows, rows), form, len).completion(target, rationale)
@@ -220,9 +218,7 @@ def test_of_json_nothing_else_is_permitted(permits: Permits, text: str) -> None:
 def test_every_object_of_an_inferred_schema_is_permitted(permits: Permits, data: st.DataObject) -> None:
     texts = st.text(st.characters(codec="utf-8"), max_size=5)
     scalars = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(-1e9, 1e9) | texts
-    values = st.recursive(
-        scalars, lambda some: st.lists(some, max_size=3) | st.dictionaries(texts, some, max_size=3)
-    )
+    values = st.recursive(scalars, lambda some: st.lists(some, max_size=3) | st.dictionaries(texts, some, max_size=3))
     objects = data.draw(st.lists(st.dictionaries(texts, values, max_size=4), min_size=1, max_size=4))
     answer = Answer(kind="json", json_schema=json.dumps(infer_schema(objects)))
     for value in objects:

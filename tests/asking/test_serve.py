@@ -39,9 +39,7 @@ def served(tmp_path_factory: Folders) -> Path:
     template = with_instruction(tiny.TEMPLATE, SYSTEM, {})
     (checkpoint / "chat_template.jinja").write_text(template, "utf-8")
     file = convert(checkpoint, folder / "m-Q8_0.gguf")
-    record = Asking(
-        form="answer", instruction=SYSTEM, answer_tokens=7, stops=("it's\n",), example="in the hall"
-    )
+    record = Asking(form="answer", instruction=SYSTEM, answer_tokens=7, stops=("it's\n",), example="in the hall")
     write_student(folder, tiny.student_file(tiny.artifact(), asking=record))
     return file
 

@@ -64,9 +64,7 @@ def test_every_cell_comes_back_as_it_was_with_an_answer(model: Path, tmp_path: P
     found = read_csv(done.out)
     assert [row[:3] for row in found] == rows
     assert found[0][3:] == ["student_answer", "student_text"]
-    assert [row[3] for row in found[1:-1]] == [
-        str(ae.ask(model, text, max_tokens=3).answer or "") for text in ODD
-    ]
+    assert [row[3] for row in found[1:-1]] == [str(ae.ask(model, text, max_tokens=3).answer or "") for text in ODD]
     assert found[-1][3:] == ["", ""]
     assert (done.rows, done.empty, done.failed, done.new) == (8, 1, 0, 7)
     assert "8 rows" in str(done) and "1 with an empty cell" in str(done)
@@ -108,9 +106,7 @@ def test_a_finished_table_is_not_answered_again_and_no_other_takes_its_place(
         assert ae.ask_file(model, table, out, max_tokens=3).new == 0
         for source, settings in {"in.csv": {"max_tokens": 4}, "other.csv": {"max_tokens": 3}}.items():
             (tmp_path / "other.csv").write_text("text\nsecond\n")
-            with pytest.raises(
-                InputError, match=r"belongs to another command, with another (max_tokens|table)"
-            ):
+            with pytest.raises(InputError, match=r"belongs to another command, with another (max_tokens|table)"):
                 ae.ask_file(model, tmp_path / source, out, **settings)  # type: ignore[arg-type]
     journal_of(out).unlink()
     with pytest.raises(InputError, match=r"out\.csv: there already"):

@@ -7,10 +7,7 @@ import pytest
 from arte_edge.asking.form import with_instruction
 from arte_edge.runtimes.prompt_render import Message, render
 
-NASTY = (
-    "It's {{ x }} {% if %} {# c #} \\n \\ }} %} #}\nline 2\ttab \"quotes\" 日本 {{{ }}} '+' ~ "
-    + "long " * 2000
-)
+NASTY = "It's {{ x }} {% if %} {# c #} \\n \\ }} %} #}\nline 2\ttab \"quotes\" 日本 {{{ }}} '+' ~ " + "long " * 2000
 CHATML = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"

@@ -71,9 +71,7 @@ class Pupil:
         assert all([message["role"] for message in messages] == ["user"] for messages in asked)
         return [self._answer(text) for text in self.asked[-1]]
 
-    def constrained(
-        self, messages: Sequence[Any], grammar: str, max_tokens: int, stop: Sequence[str]
-    ) -> str | None:
+    def constrained(self, messages: Sequence[Any], grammar: str, max_tokens: int, stop: Sequence[str]) -> str | None:
         assert '"even" | "odd"' in grammar and "</ans>" in stop
         if not self.follows:
             return None

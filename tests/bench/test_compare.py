@@ -15,9 +15,7 @@ PI = facts(profile="", fingerprint="a" * 16)
 LAPTOP = facts(profile="", fingerprint="b" * 16, cpu="Laptop", arch="x86_64")
 
 
-def speed(
-    name: str = "student-Q8_0.gguf", rates: Sequence[float] = (20.0, 20.2, 19.8), **more: Any
-) -> SpeedRow:
+def speed(name: str = "student-Q8_0.gguf", rates: Sequence[float] = (20.0, 20.2, 19.8), **more: Any) -> SpeedRow:
     values = {
         "model_filename": name,
         "quantization": name.partition("-")[2].partition(".")[0],

@@ -63,9 +63,7 @@ def test_a_child_that_is_killed_is_a_row_and_the_next_case_runs() -> None:
     def kill_the_first() -> None:
         ends = time.monotonic() + 20
         while time.monotonic() < ends:
-            found = [
-                c for c in psutil.Process().children() if "arte_edge.bench.worker" in " ".join(c.cmdline())
-            ]
+            found = [c for c in psutil.Process().children() if "arte_edge.bench.worker" in " ".join(c.cmdline())]
             if found:
                 os.kill(found[0].pid, signal.SIGKILL)
                 return

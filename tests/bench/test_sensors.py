@@ -102,9 +102,7 @@ def test_on_a_pi_the_firmware_says_clock_and_throttling(tmp_path: Path, write: M
 
 
 @pytest.mark.parametrize("answer", ["VCHI initialization failed", "throttled=", ""])
-def test_firmware_without_an_answer_is_ignored(
-    tmp_path: Path, write: Make, vcgencmd: Path, answer: str
-) -> None:
+def test_firmware_without_an_answer_is_ignored(tmp_path: Path, write: Make, vcgencmd: Path, answer: str) -> None:
     write(PI)
     (vcgencmd.parent / "throttled").write_text(answer)
     with Sensors(period_s=0.02, root=tmp_path, vcgencmd=str(vcgencmd)) as sensors:

@@ -22,9 +22,7 @@ from arte_edge.runtimes.protocol import RuntimeFacts
 
 
 def case(**more: Any) -> Case:
-    settings = BenchSettings(
-        n_prompt=(1,), n_gen=(0,), repetitions=3, warmup=False, threads=(1,), timeout_s=60
-    )
+    settings = BenchSettings(n_prompt=(1,), n_gen=(0,), repetitions=3, warmup=False, threads=(1,), timeout_s=60)
     (plain,) = cases(Path("null"), settings, facts())
     return plain.model_copy(update={"n_prompt": 0, "warmup_s": 5.0} | more)
 

@@ -70,9 +70,7 @@ def test_detect_probes_when_asked(capsys: Capture, model_cache: Path, monkeypatc
 
 
 def test_add_show_rm_is_a_round_trip(capsys: Capture, model_cache: Path) -> None:
-    added = cli_json(
-        capsys, "devices", "add", "kitchen", "pi@kitchen", "--base", "raspberry-pi-4b", "--notes", "fan"
-    )
+    added = cli_json(capsys, "devices", "add", "kitchen", "pi@kitchen", "--base", "raspberry-pi-4b", "--notes", "fan")
     assert Path(added["file"]).is_file()
     told = cli_json(capsys, "devices", "show", "kitchen")
     assert told["remote"]["host"] == "pi@kitchen" and told["remote"]["notes"] == "fan" and told["cores"] == 4

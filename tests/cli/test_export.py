@@ -30,9 +30,7 @@ def artifact(label: str, status: str = "ok") -> Artifact:
         "status": status,
         "reason": "" if status == "ok" else "tokens: cut otherwise\nkl mean: 0.5: gibberish",
     }
-    more |= {
-        "file": format.file_name(NAME) + ("" if status == "ok" else ".rejected") + "/" * format.is_folder
-    }
+    more |= {"file": format.file_name(NAME) + ("" if status == "ok" else ".rejected") + "/" * format.is_folder}
     more |= {"size_bytes": 105_454_624, "bits_per_weight": 6.17, "fidelity": fidelity}
     return tiny.artifact(format.type, format=format.family, accuracy=tiny.accuracy(28, **right), **more)
 

@@ -47,9 +47,7 @@ def session(leader: int) -> list[str]:
 def stopped(command: list[str], wait: bytes, number: signal.Signals, cwd: Path) -> tuple[list[str], float]:
     """Start `command`, send the signal once `wait` was printed; return what it then says, and the seconds."""
     before = signal.signal(number, signal.SIG_DFL)  # below nohup the child would inherit that it is ignored
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, cwd=cwd
-    )
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, cwd=cwd)
     signal.signal(number, before)
     assert child.stdout is not None
     try:

@@ -51,9 +51,7 @@ def bad(tmp_path: Path, monkeypatch: Patch) -> dict[str, str]:
         "below a file": "file/x.toml",
         "a link to itself": "./loop",
     }
-    return paths | {
-        name: f"./{name}" for name in ("file", "folder", "run", "student.gguf", "\udcff.gguf", *DEEP)
-    }
+    return paths | {name: f"./{name}" for name in ("file", "folder", "run", "student.gguf", "\udcff.gguf", *DEEP)}
 
 
 @pytest.mark.parametrize("verb", VERBS_OF_PATHS)
@@ -187,9 +185,7 @@ def test_an_ascii_terminal_gets_question_marks_and_json_stays_json(tmp_path: Pat
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file size limits are POSIX")
-@pytest.mark.parametrize(
-    "words", [["report", "run"], ["copy", "quickstart", "new.toml"], ["tasks", "new", "t"]]
-)
+@pytest.mark.parametrize("words", [["report", "run"], ["copy", "quickstart", "new.toml"], ["tasks", "new", "t"]])
 def test_a_disk_that_is_full_is_said(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.toml").write_text("seed = 1\n")
@@ -197,7 +193,5 @@ def test_a_disk_that_is_full_is_said(words: list[str], tmp_path: Path) -> None:
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
         f"from arte_edge.cli.main import main; sys.exit(main({words!r}))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 1 and "the disk is full" in done.stderr and "Traceback" not in done.stderr

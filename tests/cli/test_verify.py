@@ -39,9 +39,7 @@ def test_a_model_matches_itself_and_the_table_fits_80_columns(
     assert "comparing logits" in err and "comparing logits" not in out
 
 
-def test_another_model_ends_with_3_and_says_what_differs(
-    capsys: Capture, student: Path, tmp_path: Path
-) -> None:
+def test_another_model_ends_with_3_and_says_what_differs(capsys: Capture, student: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", seed=1, template="{{ messages[-1].content }} !")
     code, out, err = cli(capsys, "verify", str(student), str(other))
     assert code == 3
@@ -50,9 +48,7 @@ def test_another_model_ends_with_3_and_says_what_differs(
     assert "other" in err and "student" in err and "template" in err
 
 
-def test_json_is_the_verdict_on_one_line_whatever_the_exit_code(
-    capsys: Capture, student: Path, tmp_path: Path
-) -> None:
+def test_json_is_the_verdict_on_one_line_whatever_the_exit_code(capsys: Capture, student: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", seed=1)
     code, out, _ = cli(capsys, "verify", str(student), str(other), "--json")
     verdict: dict[str, Any] = json.loads(out)
@@ -62,9 +58,7 @@ def test_json_is_the_verdict_on_one_line_whatever_the_exit_code(
     assert str(tmp_path) not in out
 
 
-def test_a_type_sets_the_thresholds_and_prompts_can_be_given(
-    capsys: Capture, student: Path, tmp_path: Path
-) -> None:
+def test_a_type_sets_the_thresholds_and_prompts_can_be_given(capsys: Capture, student: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "p.txt"
     prompts.write_text("the cat sat on a mat\nwhat two and three are\n", encoding="utf-8")
     code, out, _ = cli(
@@ -76,9 +70,7 @@ def test_a_type_sets_the_thresholds_and_prompts_can_be_given(
 
 
 def test_a_task_adds_the_paired_accuracy(capsys: Capture, student: Path) -> None:
-    code, out, _ = cli(
-        capsys, "verify", str(student), str(student), "--task", "home_intents", "--limit", "3", "--json"
-    )
+    code, out, _ = cli(capsys, "verify", str(student), str(student), "--task", "home_intents", "--limit", "3", "--json")
     verdict = json.loads(out)
     assert code == 0
     assert (verdict["accuracy"]["n"], verdict["accuracy"]["split"]) == (3, "validation")

@@ -47,9 +47,7 @@ def two_nodes() -> Iterator[Any]:
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE_BYTES}
-    )
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE_BYTES})
     cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
     yield cluster
     cluster.shutdown()

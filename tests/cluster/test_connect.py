@@ -51,9 +51,7 @@ def test_an_address_that_nobody_answers_is_refused_at_once(closed_port: int) -> 
         connect(f"127.0.0.1:{closed_port}", WorkerSizes(), print)
 
 
-def test_a_cluster_that_is_gone_is_not_waited_for(
-    closed_port: int, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_a_cluster_that_is_gone_is_not_waited_for(closed_port: int, tmp_path: Path, monkeypatch: Patch) -> None:
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{closed_port}")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))

@@ -25,9 +25,7 @@ def all_once(work: Any) -> bool:
     return len(keys) == len(set(keys)) > 0
 
 
-def test_the_rows_are_those_of_a_run_without_ray(
-    joined: RayCluster, model: LocalModel, work: Any, rows: Any
-) -> None:
+def test_the_rows_are_those_of_a_run_without_ray(joined: RayCluster, model: LocalModel, work: Any, rows: Any) -> None:
     engine = joined.open(model, parallel=4)
     work.do(engine)
     assert work.lines() == rows
@@ -153,9 +151,7 @@ def test_a_function_that_kills_three_workers_is_named(
     assert "ARTE_EDGE_PROBE=0" in caught.value.hint
 
 
-def test_a_prompt_that_an_engine_cannot_take_is_a_row_with_a_reason(
-    joined: RayCluster, model: LocalModel
-) -> None:
+def test_a_prompt_that_an_engine_cannot_take_is_a_row_with_a_reason(joined: RayCluster, model: LocalModel) -> None:
     engine = joined.open(model, parallel=4)
     good, bad = engine.complete([Request("fine"), Request("x" * 5000)], Sampling(max_tokens=2))
     assert not good.error and "context" in bad.error

@@ -51,9 +51,7 @@ def test_a_command_on_ray_that_is_interrupted(tmp_path: Path, monkeypatch: Patch
     words = [sys.executable, "-m", "arte_edge", *command(tmp_path, "ray", "local")]
     for end in (signal.SIGTERM, None):
         before = len(stored(run))
-        with subprocess.Popen(
-            words, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        ) as driver:
+        with subprocess.Popen(words, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}) as driver:
             children = []
             while driver.poll() is None and len(stored(run)) == before:
                 time.sleep(0.1)

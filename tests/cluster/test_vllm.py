@@ -59,9 +59,7 @@ def settings(joined: RayCluster, settings_here: VllmSettings, tmp_path: Path) ->
 def alive(folder: Path) -> list[int]:
     """Return the processes of all servers that were started."""
     pids = [pid for server in started(folder / "commands") for pid in server["pids"]]
-    return [
-        pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    ]
+    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.parametrize("killed", ["server", "worker"])
@@ -119,9 +117,7 @@ def test_a_server_that_ended_while_its_worker_was_idle_is_replaced(
     (server,) = worker._servers.values()
     server._process.wait()
     # An engine of another call opens on the next server, and so does the first again.
-    assert (
-        worker.open(replace(spec, parallel=1)) == replace(facts, in_flight=1) and worker.open(spec) == facts
-    )
+    assert worker.open(replace(spec, parallel=1)) == replace(facts, in_flight=1) and worker.open(spec) == facts
     assert len(started(tmp_path / "commands")) == 2 and server.log.is_file()
     for left in worker._servers.values():
         left.close()

@@ -90,9 +90,7 @@ def competitor() -> Iterator[None]:
     """A process that is busy on the one core that this one may use."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
-    process = subprocess.Popen(
-        [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
     yield

@@ -13,9 +13,7 @@ from arte_edge.device.detect import detect, parse_cpuinfo, parse_sysctl, usable_
 from arte_edge.machine import available_bytes, total_bytes
 from arte_edge.results.rows import DeviceFacts
 
-A76_FEATURES = (
-    "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
-)
+A76_FEATURES = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
 VENDOR = "sys/class/dmi/id/sys_vendor"
 A55_FEATURES = "fp asimd fphp asimdhp asimddp"
 
@@ -127,9 +125,7 @@ def test_virtual_machines_are_found(tmp_path: Path, files: dict[str, str], virtu
     assert detect(root=root, arch="x86_64", system="Linux").virtual == virtual
 
 
-@pytest.mark.parametrize(
-    ("online", "status", "power"), [("1", "Full", "mains"), ("0", "Discharging", "battery")]
-)
+@pytest.mark.parametrize(("online", "status", "power"), [("1", "Full", "mains"), ("0", "Discharging", "battery")])
 def test_a_laptop_says_if_it_is_plugged_in(tmp_path: Path, online: str, status: str, power: str) -> None:
     files = {"AC/type": "Mains", "AC/online": online, "BAT0/type": "Battery", "BAT0/status": status}
     root = machine(tmp_path, {f"sys/class/power_supply/{name}": text for name, text in files.items()})

@@ -11,9 +11,7 @@ from arte_edge.device.model_size import ModelSize
 from arte_edge.device.profiles import find_device
 
 SMOLLM2 = model_shape()
-SMOLLM2_Q4_0 = model_shape(
-    weight_bytes=89_941_248, token_bytes_by_type={"Q8_0": 30_081_024, "Q4_0": 59_719_680}
-)
+SMOLLM2_Q4_0 = model_shape(weight_bytes=89_941_248, token_bytes_by_type={"Q8_0": 30_081_024, "Q4_0": 59_719_680})
 BY_TYPE = {"Q8_0": 146_105_344, "Q5_0": 173_150_824, "Q6_K": 42_900_480, "Q4_K": 29_417_472}
 SIZES = {"kv_values": 6144, "n_embd": 896, "n_ff": 4864, "n_vocab": 151936}
 QWEN = model_shape(weight_bytes=485_452_288, token_bytes_by_type=BY_TYPE, **SIZES)
@@ -63,10 +61,7 @@ def test_verdicts_and_the_sentence_hold_the_numbers() -> None:
 
 def test_a_refusal_says_what_would_fit() -> None:
     long = fit(SMOLLM2, 300_000_000, 8192)
-    assert (
-        does_not_fit(SMOLLM2, long, "a Zero").hint
-        == f"A context of {long.largest_context_tokens} tokens fits."
-    )
+    assert does_not_fit(SMOLLM2, long, "a Zero").hint == f"A context of {long.largest_context_tokens} tokens fits."
     big = replace(QWEN, weight_bytes=900_000_000)
     error = does_not_fit(big, fit(big, 400_000_000, 512), "raspberry-pi-zero-2w")
     assert "a.gguf on raspberry-pi-zero-2w does not fit" in error.message

@@ -61,9 +61,7 @@ def test_a_gguf_gives_its_bytes_by_type(tmp_path: Path, kind: str) -> None:
 def test_an_untied_gguf_reads_one_row_of_its_embedding(tmp_path: Path) -> None:
     path = tmp_path / "untied.gguf"
     experts = {"expert_count": 8, "expert_used_count": 2}
-    writer = tiny.gguf_writer(
-        path, block_count=1, embedding_length=64, head_count=4, head_count_kv=[2], **experts
-    )
+    writer = tiny.gguf_writer(path, block_count=1, embedding_length=64, head_count=4, head_count_kv=[2], **experts)
     for name, rows in (("token_embd.weight", 100), ("output.weight", 100), ("blk.0.ffn_up_exps.weight", 80)):
         writer.add_tensor(name, np.zeros((rows, 64), np.float16))
     tiny.finish(writer)

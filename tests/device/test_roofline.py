@@ -44,9 +44,7 @@ def test_a_profile_is_published_or_assumed_and_never_a_probe() -> None:
     told = expected(shape(), pi5)
     assert told is not None and told.source == "published" and "10.7 GB/s, derived" in told.basis
     fast = replace(shape(), n_layer=0)
-    slower = pi5.model_copy(
-        update={"token_overhead_s": Fact(value=0.1, evidence="assumed", source="made up")}
-    )
+    slower = pi5.model_copy(update={"token_overhead_s": Fact(value=0.1, evidence="assumed", source="made up")})
     assert expected(fast, pi5).decode_tokens_per_s == pytest.approx(10.7, rel=1e-3)  # type: ignore[union-attr]
     assert expected(shape(), slower).overhead_s == pytest.approx(0.1)  # type: ignore[union-attr]
     on_paper = pi5.model_copy(update={"effective_bandwidth": None})
@@ -91,9 +89,7 @@ def test_a_probe_is_kept_until_a_fresh_one_is_requested(model_cache: Path, monke
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"x": ', '{"x": 3}', '{"bytes_per_s": "fast"}'])
-def test_a_damaged_or_unwritable_cache_is_no_error(
-    model_cache: Path, monkeypatch: Patch, content: str
-) -> None:
+def test_a_damaged_or_unwritable_cache_is_no_error(model_cache: Path, monkeypatch: Patch, content: str) -> None:
     monkeypatch.setattr(roofline, "measure_bandwidth", lambda threads: 4e9)
     roofline.bandwidth(2)
     [stored] = (model_cache / "bandwidths").iterdir()

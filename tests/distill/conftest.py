@@ -114,10 +114,7 @@ class ScriptedEngine:
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self.calls += len(requests)
         self.prompts += [request.prompt for request in requests]
-        return [
-            Completion(self._text(r, sampling), "stop", prompt_tokens=9, completion_tokens=7)
-            for r in requests
-        ]
+        return [Completion(self._text(r, sampling), "stop", prompt_tokens=9, completion_tokens=7) for r in requests]
 
     def _text(self, request: Request, sampling: Sampling) -> str:
         if request.prompt.endswith("<input>"):
@@ -129,9 +126,7 @@ class ScriptedEngine:
         answer = f"<ans>{self.answer(request.prompt)}</ans>"
         return self.say(request, f"It is {self.word(request.prompt)} at once. {answer}", sampling)
 
-    def choose_each(
-        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
-    ) -> list[NDArray[np.float64]]:
+    def choose_each(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
         self.calls += len(prompts)
         answers = map(self.answer, prompts)
         return [
@@ -163,9 +158,7 @@ class House:
     task: Task = field(default_factory=make_task)
     # Out of four numbers the student knows two: what guessing gives.
     teacher: ScriptedEngine = field(default_factory=lambda: ScriptedEngine(TEACHER))
-    student: ScriptedEngine = field(
-        default_factory=lambda: ScriptedEngine(STUDENT, knows=lambda n: n % 4 < 2)
-    )
+    student: ScriptedEngine = field(default_factory=lambda: ScriptedEngine(STUDENT, knows=lambda n: n % 4 < 2))
 
     learned: Callable[[Sequence[dict[str, str]]], Callable[[int], bool]] = _learned
     by_label: bool = False
@@ -219,9 +212,7 @@ class House:
         """Run the command; return its exit code."""
         names = ["--task", "parity", "--teacher", TEACHER, "--student", STUDENT]
         names += ["--set", f"elicit.by_label={str(self.by_label).lower()}"]
-        return main(
-            ["distill", *names, "--runs", str(self.folder.parent), "--name", self.folder.name, *flags]
-        )
+        return main(["distill", *names, "--runs", str(self.folder.parent), "--name", self.folder.name, *flags])
 
 
 @pytest.fixture

@@ -28,15 +28,10 @@ class Batching:
             raise KeyboardInterrupt
         self.sizes.append(n)
 
-    def choose_each(
-        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
-    ) -> list[NDArray[np.float64]]:
+    def choose_each(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
         self._called(len(prompts))
         mates = sum(map(len, prompts))
-        return [
-            np.array([-len(p + c) - mates / 1000 for c in own])
-            for p, own in zip(prompts, choices, strict=True)
-        ]
+        return [np.array([-len(p + c) - mates / 1000 for c in own]) for p, own in zip(prompts, choices, strict=True)]
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self._called(len(requests))
@@ -48,10 +43,7 @@ def open_calls(folder: Path, **sizes: int) -> Calls:
 
 
 def asks(n: int, k: int) -> list[tuple[list[str], list[list[str]]]]:
-    return [
-        ([f"{'d' * d} {q}" for q in range(k)], [["yes", "no"][: 1 + q % 2] for q in range(k)])
-        for d in range(n)
-    ]
+    return [([f"{'d' * d} {q}" for q in range(k)], [["yes", "no"][: 1 + q % 2] for q in range(k)]) for d in range(n)]
 
 
 def choose(folder: Path, engine: Any, todo: Any) -> list[list[list[float]]]:
@@ -145,9 +137,7 @@ def ask(folder: Path, engine: Any, n: int = 100, **options: Any) -> tuple[list[C
 
 @pytest.mark.parametrize(("fault", "asked_again"), [("answer", 0), ("row", 1), ("", 1)])
 def test_a_row_that_is_always_refused_ends_no_start(tmp_path: Path, fault: Any, asked_again: int) -> None:
-    engine = Server(
-        lambda prompt: Completion("", "error", error="filtered", fault=fault) if prompt == "q7" else "fine"
-    )
+    engine = Server(lambda prompt: Completion("", "error", error="filtered", fault=fault) if prompt == "q7" else "fine")
     for n_call in (100, asked_again, asked_again):
         engine.calls = 0
         done, calls = ask(tmp_path, engine)
@@ -174,9 +164,7 @@ def test_too_many_failures_and_a_dead_server_stop_the_run(
     tmp_path: Path, lost: int, fault: Any, hint: str, most_calls: int
 ) -> None:
     engine = Server(
-        lambda prompt: (
-            Completion("", "error", error="no", fault=fault) if int(prompt[1:]) % 100 < lost else "fine"
-        )
+        lambda prompt: Completion("", "error", error="no", fault=fault) if int(prompt[1:]) % 100 < lost else "fine"
     )
     with pytest.raises(EngineError, match=r"rows: \d+ of 100 calls failed.*: no") as caught:
         ask(tmp_path, engine)

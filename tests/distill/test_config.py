@@ -76,9 +76,7 @@ def test_every_key_that_a_message_names_exists() -> None:
     for path in PACKAGE.rglob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
         docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
-        texts = (
-            node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in docstrings
-        )
+        texts = (node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in docstrings)
         for text in filter(lambda text: isinstance(text, str), texts):
             named |= {found.groups(): path.name for found in _KEY.finditer(text)}
     fields = RunConfig.model_fields

@@ -144,9 +144,7 @@ def test_fewer_valid_drafts_a_prompt_mean_more_prompts(house: Any) -> None:
 
 def test_a_server_has_no_votes_by_probability_and_its_calls_cost(house: Any) -> None:
     local = estimated(house, data="original-teacher", tailor={"questions": 10})
-    server = estimated(
-        house, Prices(100.0, 1000.0), tailor={"questions": 10}, check={"examples": 10}, **SERVER
-    )
+    server = estimated(house, Prices(100.0, 1000.0), tailor={"questions": 10}, check={"examples": 10}, **SERVER)
     assert server["tailor"].calls == local["tailor"].calls - 16
     assert server["check"].cost_usd == pytest.approx((10 * 60 * 100 + 10 * 20 * 1000) / 1e6)
     assert (server["check"].prompt_tokens, server["check"].completion_tokens) == (40 * 60, 40 * 20)
@@ -184,9 +182,7 @@ def test_a_server_that_answers_nothing_is_an_error(house: Any, monkeypatch: Patc
     assert "The probe failed: too long" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_dry_run_leaves_nothing_behind(
-    house: Any, tmp_path: Path, monkeypatch: Patch, capsys: Capture
-) -> None:
+def test_a_dry_run_leaves_nothing_behind(house: Any, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.chdir(tmp_path)
     assert house.distill("--dry-run") == 0
     first_words = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
@@ -205,9 +201,7 @@ def test_json_holds_the_stages_and_their_sum(house: Any, capsys: Capture) -> Non
     assert document["total"]["cost_usd"] is None
 
 
-def test_a_teacher_behind_a_server_costs_what_its_prices_say(
-    house: Any, capsys: Capture, monkeypatch: Patch
-) -> None:
+def test_a_teacher_behind_a_server_costs_what_its_prices_say(house: Any, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setattr("arte_edge.distill.run_context.open_engine", lambda *_, **__: house.teacher)
     flags = ["--teacher", SERVER["teacher"]["model"], "--set", "data=original-teacher", "--prices", "1,2"]
     assert house.distill("--dry-run", "--json", *flags) == 0

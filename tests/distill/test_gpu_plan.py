@@ -157,9 +157,7 @@ def test_a_wrong_flag_is_an_error(flags: list[str], says: str, capfd: Capture) -
     assert says in capfd.readouterr().err
 
 
-def test_a_folder_without_a_tokenizer_says_so(
-    folders: dict[str, Path], tmp_path: Path, capfd: Capture
-) -> None:
+def test_a_folder_without_a_tokenizer_says_so(folders: dict[str, Path], tmp_path: Path, capfd: Capture) -> None:
     shutil.copy(folders["llama"] / "config.json", tmp_path / "config.json")
     given: Any = ["distill", "--teacher", str(tmp_path), "--dry-run", "--gpus", "8xA100-80GB"]
     assert main(given) == 2

@@ -85,9 +85,7 @@ def test_a_finer_grid_of_abilities_gives_the_same_estimates(monkeypatch: Patch) 
 
 
 @given(st.floats(0.01, 10), numbers, st.lists(numbers, min_size=2, max_size=10))
-def test_the_chance_of_a_right_answer_rises_with_ability(
-    alpha: float, beta: float, abilities: list[float]
-) -> None:
+def test_the_chance_of_a_right_answer_rises_with_ability(alpha: float, beta: float, abilities: list[float]) -> None:
     chance = probability(sorted(abilities), [alpha], [beta])[:, 0]
     assert ((chance >= 0) & (chance <= 1)).all()
     assert (np.diff(chance) >= 0).all()
@@ -192,9 +190,7 @@ def test_items_with_equal_answers_are_ties() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 3), st.sampled_from("ABC")), min_size=1, max_size=40), st.data())
-def test_a_balanced_set_is_as_even_as_the_groups_allow(
-    items: list[tuple[float, str]], data: st.DataObject
-) -> None:
+def test_a_balanced_set_is_as_even_as_the_groups_allow(items: list[tuple[float, str]], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(items)))
     groups = [group for _, group in items]
     chosen = top_k(parameters([alpha for alpha, _ in items]), k, groups=groups)

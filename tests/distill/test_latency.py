@@ -36,9 +36,7 @@ def settle(run: RunContext, rates: Rates = RATES, *, update: bool = False) -> Bu
 
 def test_a_time_that_leaves_no_answer_is_refused_and_says_what_would_do() -> None:
     assert budget_tokens(2.0, 100, RATES) == 30  # (2 s - 100/200 s) · 20/s
-    with pytest.raises(
-        InputError, match=r"max_answer_seconds = 0\.6: prefill of 100 prompt tokens"
-    ) as caught:
+    with pytest.raises(InputError, match=r"max_answer_seconds = 0\.6: prefill of 100 prompt tokens") as caught:
         budget_tokens(0.6, 100, RATES)
     assert "0.9 s or more" in caught.value.hint
     assert budget_tokens(0.9, 100, RATES) == 8
@@ -194,9 +192,7 @@ def test_a_rate_beside_other_work_is_not_taken_and_it_is_said(tmp_path: Path, st
         device_rates(Deploy(device="0" * 16, rates=busy), student)
 
 
-def test_a_device_that_nobody_knows_and_nobody_measured_is_refused(
-    tmp_path: Path, student: LocalModel
-) -> None:
+def test_a_device_that_nobody_knows_and_nobody_measured_is_refused(tmp_path: Path, student: LocalModel) -> None:
     with pytest.raises(InputError, match="toaster"):
         device_rates(Deploy(device="toaster"), student)
     with pytest.raises(InputError, match=r"deploy\.device = 'toaster': no such profile, and not measured"):

@@ -56,9 +56,7 @@ def test_the_stages_follow_what_the_run_does() -> None:
 def test_all_weights_need_sixteen_bytes_each_and_frozen_ones_two() -> None:
     full = training_bytes(STUDENT, at_once=100, labelled=10, lora=None)
     assert 16 * STUDENT.n_params < full["weights and optimizer"] < 17 * STUDENT.n_params
-    frozen, roomy = (
-        training_bytes(TEACHER, at_once=100, labelled=10, lora=(8, ()), room=n * GB) for n in (16, 64)
-    )
+    frozen, roomy = (training_bytes(TEACHER, at_once=100, labelled=10, lora=(8, ()), room=n * GB) for n in (16, 64))
     assert 2 * TEACHER.n_params < frozen["weights"] < 2.2 * TEACHER.n_params
     assert roomy["weights"] == frozen["weights"] + 2 * TEACHER.n_params  # float32 is faster
     able = training_bytes(TEACHER, at_once=100, labelled=10, lora=(8, ()), bfloat16=True, room=64 * GB)
@@ -70,17 +68,14 @@ def test_all_weights_need_sixteen_bytes_each_and_frozen_ones_two() -> None:
 
 def test_a_small_machine_keeps_fewer_activations() -> None:
     needs = [
-        training_bytes(TEACHER, at_once=600, labelled=50, lora=(8, ()), room=n * GB)["activations"]
-        for n in (64, 8)
+        training_bytes(TEACHER, at_once=600, labelled=50, lora=(8, ()), room=n * GB)["activations"] for n in (64, 8)
     ]
     assert needs[1] < 0.1 * needs[0]
 
 
 def test_a_run_that_cannot_fit_names_the_stage_and_what_would_fit(monkeypatch: Patch) -> None:
     monkeypatch.setattr(plans, "total_bytes", lambda: int(4 * GB))
-    with pytest.raises(
-        InputError, match=r"align needs [\d.]+ GB of memory, there are 4.00 GB .*weights"
-    ) as caught:
+    with pytest.raises(InputError, match=r"align needs [\d.]+ GB of memory, there are 4.00 GB .*weights") as caught:
         refuse_too_large(RunConfig(), TOKENS, Models(TEACHER, STUDENT, converted=frozenset({"teacher.gguf"})))
     hint = caught.value.hint
     assert 'data = "original-teacher"' in hint and "B parameters" in hint
@@ -120,8 +115,7 @@ def test_an_8_bit_teacher_keeps_what_its_prompts_share_once() -> None:
 
 def test_examples_count_with_their_own_lengths() -> None:
     task = SimpleNamespace(
-        seed=[SimpleNamespace(input="x" * 34, target="y")] * 39
-        + [SimpleNamespace(input="x" * 699, target="y")],
+        seed=[SimpleNamespace(input="x" * 34, target="y")] * 39 + [SimpleNamespace(input="x" * 699, target="y")],
         validation=[],
         description="",
         answer=SimpleNamespace(closed=True),

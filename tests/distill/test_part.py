@@ -50,9 +50,7 @@ def test_stages_that_are_run_one_after_the_other_make_what_one_command_makes(
     assert (house.calls, len(house.trained)) == (2 * spent, 2 * trainings)
 
 
-def test_from_a_stage_on_everything_is_made_again_of_stored_calls(
-    house: Any, done: Any, tmp_path: Path
-) -> None:
+def test_from_a_stage_on_everything_is_made_again_of_stored_calls(house: Any, done: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"check.* not done"):
         done(from_="tailor")
     done(until="check")
@@ -100,9 +98,7 @@ def test_a_command_with_from_that_was_killed_resumes_where_it_was(house: Any, do
     assert (house.folder / "tailor" / "manifest.json").stat().st_mtime_ns != made
 
 
-def test_a_half_run_goes_on_in_another_place_and_makes_nothing_twice(
-    house: Any, done: Any, tmp_path: Path
-) -> None:
+def test_a_half_run_goes_on_in_another_place_and_makes_nothing_twice(house: Any, done: Any, tmp_path: Path) -> None:
     done(until="tailor")
     spent, trained = house.calls, len(house.trained)
     moved = tmp_path / "other" / "machine"
@@ -165,9 +161,7 @@ def test_shards_make_the_calls_of_a_stage_and_the_plain_command_finishes_it(
     assert contents(house.folder) == contents(tmp_path / "whole")
 
 
-def test_the_command_says_where_it_stopped_and_succeeds(
-    house: Any, capfd: Capture, monkeypatch: Patch
-) -> None:
+def test_the_command_says_where_it_stopped_and_succeeds(house: Any, capfd: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setattr("arte_edge.distill.shards._BRIEF_S", 0.0)
     house.by_label = True
     flags = ["--force", "--set", "data=original-teacher", "--set", "tailor.questions=8"]

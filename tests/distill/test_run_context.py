@@ -121,11 +121,7 @@ def test_a_stages_line_says_which_calls_failed_and_what_reasoning_cost(house: An
                 run.calls.complete(house.teacher, asked, Sampling(), "x", budget="a key")
                 stage.finish({"labels": {"outside_options": 3}})
         line = " ".join(capsys.readouterr().err.split())
-        assert (
-            "1 answers held reasoning" in line
-            and "1 calls failed: too long" in line
-            and "3 answers out" in line
-        )
+        assert "1 answers held reasoning" in line and "1 calls failed: too long" in line and "3 answers out" in line
 
 
 def test_the_engine_that_a_run_began_with_stays_whatever_the_next_machine_would_choose(

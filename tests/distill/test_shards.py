@@ -67,9 +67,7 @@ def stage(calls: Calls, engine: Any) -> list[str]:
     return texts + [c.text for c in calls.complete(engine, second, SAMPLING, "second", spare=True)]
 
 
-def start(
-    folder: Path, number: int, of: int = 3, dies: str = "", brief_s: float = 20
-) -> subprocess.Popen[str]:
+def start(folder: Path, number: int, of: int = 3, dies: str = "", brief_s: float = 20) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", WORKER, str(folder), str(number), str(of), dies, str(brief_s)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
 

@@ -132,9 +132,7 @@ def test_arms_of_one_alignment_train_it_once_and_leave_the_aligned_teacher(
     opens = run_context.open_local
     monkeypatch.setattr(run_context, "open_local", lambda model, adapter=None, **more: opens(model, **more))
     monkeypatch.setattr(align, "train_dpo", train)
-    monkeypatch.setattr(
-        "arte_edge.gguf.from_base.adapter_to_gguf", lambda *paths: paths[-1].write_bytes(b"gguf")
-    )
+    monkeypatch.setattr("arte_edge.gguf.from_base.adapter_to_gguf", lambda *paths: paths[-1].write_bytes(b"gguf"))
     more = "align.min_gap = 0.0\nalign.min_gap_errors = 0.0\ntune.target = 'answer-first'\ndata = 'arte'\n"
     arms = "".join(f"[arms.{data}]\ndata = '{data}'\n" for data in ("arte", "one-technique", "random"))
     assert study("aligned", "", arms, seeds="[0]", run=more) == 0

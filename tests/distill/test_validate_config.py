@@ -23,9 +23,7 @@ SIZES = {"llama__block_count": 1, "llama__attention__head_count": 1}
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 @pytest.mark.parametrize(("split", "n"), [("validation", 3), ("validation", 0), ("seed", 0), ("test", 0)])
-def test_a_split_that_is_too_small_is_refused(
-    house: Any, split: str, n: int, dry: list[str], capsys: Capture
-) -> None:
+def test_a_split_that_is_too_small_is_refused(house: Any, split: str, n: int, dry: list[str], capsys: Capture) -> None:
     change = {"test_inputs": frozenset()} if split == "test" else {split: getattr(house.task, split)[:n]}
     house.task = replace(house.task, **change)
     assert house.distill(*dry) == 2
@@ -92,9 +90,7 @@ def test_a_family_that_cannot_be_converted_is_refused_where_the_run_needs_it(
 
 
 @pytest.mark.parametrize("kind", ["gguf", "checkpoint"])
-def test_layers_that_no_adapter_can_change_are_refused(
-    house: Any, kind: str, make_gguf: Make, tmp_path: Path
-) -> None:
+def test_layers_that_no_adapter_can_change_are_refused(house: Any, kind: str, make_gguf: Make, tmp_path: Path) -> None:
     names = {"model.layers.0.self_attn.q_proj.weight": ("F16", [4, 4]), "model.norm.weight": ("F16", [4])}
     file, folder = make_gguf("k.gguf", **SIZES), write_safetensors(tmp_path / "c", names, model_type="llama")
     teacher, student = model(file if kind == "gguf" else folder), model(file)

@@ -15,15 +15,11 @@ BEGINS = {
 def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
     assert read_chat(tmp_path).chat_template is None
     templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
-    assert (
-        read_chat(write_jsons(tmp_path, tokenizer_config={"chat_template": templates})).chat_template == "d"
-    )
+    assert read_chat(write_jsons(tmp_path, tokenizer_config={"chat_template": templates})).chat_template == "d"
 
 
 def test_special_tokens_are_read_in_both_spellings(tmp_path: Path) -> None:
-    write_jsons(
-        tmp_path, tokenizer_config={"bos_token": {"content": "<s>"}}, special_tokens_map={"eos_token": "</s>"}
-    )
+    write_jsons(tmp_path, tokenizer_config={"bos_token": {"content": "<s>"}}, special_tokens_map={"eos_token": "</s>"})
     assert read_chat(tmp_path).special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
 
 

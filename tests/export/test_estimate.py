@@ -53,8 +53,7 @@ def test_sizes_are_within_three_percent_of_real_files(label: str, size_bytes: in
 def test_rows_that_256_divides_take_fewer_bits() -> None:
     fits, falls_back = shapes(2048, 8192, 4, 512, 32000), shapes(2048 + 64, 8192 + 64, 4, 512, 32000)
     per_weight = [
-        predicted_bytes(format_of("Q4_K_M"), s) / predicted_bytes(format_of("F16"), s)
-        for s in (fits, falls_back)
+        predicted_bytes(format_of("Q4_K_M"), s) / predicted_bytes(format_of("F16"), s) for s in (fits, falls_back)
     ]
     assert per_weight[0] < 0.9 * per_weight[1]
 

@@ -147,9 +147,7 @@ def test_the_first_file_is_used() -> None:
 def test_a_model_without_a_template_is_prompted_in_plain_text() -> None:
     template = dict(parse_modelfile(modelfile(["a.gguf"], Chat(None))))["TEMPLATE"]
     data = {"System": "Be brief.", "Prompt": "Hello"}
-    plain = Chat(None).render(
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
-    )
+    plain = Chat(None).render([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}])
     assert go.execute(template, data) == plain
 
 

@@ -149,9 +149,7 @@ def test_the_file_that_the_run_evaluated_is_the_one_that_is_exported(
     assert again.tensor_sha256 == before.tensor_sha256
 
 
-def test_the_same_command_again_builds_and_verifies_nothing(
-    source: Source, gate: Gate, tmp_path: Path
-) -> None:
+def test_the_same_command_again_builds_and_verifies_nothing(source: Source, gate: Gate, tmp_path: Path) -> None:
     run(source, tmp_path / "out", "BF16,F16")
     before = visible(tmp_path / "out")
     gate.verified.clear()
@@ -167,9 +165,7 @@ def test_another_format_later_joins_the_others(source: Source, gate: Gate, tmp_p
     assert read_student(tmp_path / "out") == outcome.student
 
 
-def test_a_file_that_fails_is_renamed_and_the_others_are_built(
-    source: Source, gate: Gate, tmp_path: Path
-) -> None:
+def test_a_file_that_fails_is_renamed_and_the_others_are_built(source: Source, gate: Gate, tmp_path: Path) -> None:
     gate.rejects = {"F32"}
     outcome = run(source, tmp_path / "out", "F32,BF16")
     assert [a.status for a in outcome.artifacts] == ["rejected", "ok"]
@@ -188,13 +184,8 @@ def test_nothing_is_made_from_a_full_width_file_that_is_not_the_student(
     outcome = run(source, tmp_path / "out", "Q8_0,BF16")
     assert gate.verified == ["F16", "BF16"]
     assert [(a.quantization, a.status) for a in outcome.artifacts] == [("BF16", "ok"), ("F16", "rejected")]
-    assert [f.format.type for f in outcome.failures] == ["Q8_0"] and "F16" in outcome.failures[
-        0
-    ].error.message
-    assert (
-        "tiny-F16.gguf.rejected" in visible(tmp_path / "out")
-        and not (tmp_path / "out/tiny-Q8_0.gguf").exists()
-    )
+    assert [f.format.type for f in outcome.failures] == ["Q8_0"] and "F16" in outcome.failures[0].error.message
+    assert "tiny-F16.gguf.rejected" in visible(tmp_path / "out") and not (tmp_path / "out/tiny-Q8_0.gguf").exists()
     gate.rejects = set()
     gate.verified.clear()
     assert [a.status for a in run(source, tmp_path / "out", "Q8_0", LOOSE).artifacts] == ["ok"]
@@ -226,9 +217,7 @@ def test_a_tuning_that_was_lost_shows_in_the_file_that_the_quantized_ones_are_ma
     with contextlib.closing(open_model(tuned)) as reference:
         hidden = verify_file(reference, tmp_path / "q4.gguf", source.prompts[:8], limits)
     assert hidden.passed, hidden.reason
-    monkeypatch.setattr(
-        module, "convert", lambda checkpoint, *rest, **more: real(tiny_student, *rest, **more)
-    )
+    monkeypatch.setattr(module, "convert", lambda checkpoint, *rest, **more: real(tiny_student, *rest, **more))
     outcome = run(source, tmp_path / "out", "Q4_K_M")
     assert [(a.quantization, a.status) for a in outcome.artifacts] == [("F16", "rejected")]
     assert "kl mean" in outcome.rejected[0].reason and [f.format.type for f in outcome.failures] == ["Q4_K_M"]
@@ -243,9 +232,7 @@ def test_looser_thresholds_bring_a_rejected_file_back(source: Source, gate: Gate
     assert "tiny-F32.gguf" in (files := visible(tmp_path / "out")) and "tiny-F32.gguf.rejected" not in files
 
 
-def test_a_format_that_cannot_be_built_does_not_stop_the_others(
-    source: Source, gate: Gate, tmp_path: Path
-) -> None:
+def test_a_format_that_cannot_be_built_does_not_stop_the_others(source: Source, gate: Gate, tmp_path: Path) -> None:
     outcome = run(source, tmp_path / "out", "IQ2_XXS,BF16")  # the first needs an importance matrix
     assert [f.format.type for f in outcome.failures] == ["IQ2_XXS"]
     assert [a.quantization for a in outcome.artifacts] == ["BF16"]
@@ -297,9 +284,7 @@ def test_what_names_no_public_place_is_left_out_of_the_metadata_and_said(
         assert key in artifact.notes[0] and "jane" not in artifact.notes[0]
 
 
-def test_a_file_of_the_user_s_own_converter_holds_its_lineage_too(
-    source: Source, gate: Gate, tmp_path: Path
-) -> None:
+def test_a_file_of_the_user_s_own_converter_holds_its_lineage_too(source: Source, gate: Gate, tmp_path: Path) -> None:
     run(source, tmp_path / "ours", "F16")
     ours = tmp_path / "ours" / "tiny-F16.gguf"
     bare = rewrite_copy(ours, tmp_path / "bare.gguf", drop=("arte_edge.", "general.name"))
@@ -310,10 +295,7 @@ def test_a_file_of_the_user_s_own_converter_holds_its_lineage_too(
     )
     run(source, tmp_path / "theirs", "F16", llama_cpp=checkout)
     fields = read_model_header(tmp_path / "theirs" / "tiny-F16.gguf").fields
-    assert (
-        "arte_edge.student.sha256" in fields
-        and "arte_edge.student.sha256" not in read_model_header(bare).fields
-    )
+    assert "arte_edge.student.sha256" in fields and "arte_edge.student.sha256" not in read_model_header(bare).fields
     assert fields["general.name"] == read_model_header(ours).fields["general.name"]
 
 
@@ -327,12 +309,8 @@ def test_measurements_survive_another_export(source: Source, gate: Gate, tmp_pat
     assert run(source, out, "F16").student.artifacts[0].speeds == (speed,)
 
 
-def test_an_end_token_that_finds_no_place_in_a_gguf_is_a_note(
-    source: Source, gate: Gate, tmp_path: Path
-) -> None:
-    ends = edited_json(
-        source.checkpoint, tmp_path / "ends", "generation_config.json", eos_token_id=[2, 0, 1, 9]
-    )
+def test_an_end_token_that_finds_no_place_in_a_gguf_is_a_note(source: Source, gate: Gate, tmp_path: Path) -> None:
+    ends = edited_json(source.checkpoint, tmp_path / "ends", "generation_config.json", eos_token_id=[2, 0, 1, 9])
     (artifact,) = run(open_source(str(ends)), tmp_path / "out", "Q8_0").artifacts
     assert gate.allowed[-1] == 1 and len(artifact.notes) == 1 and "stop text" in artifact.notes[0]
 
@@ -343,9 +321,7 @@ def test_the_tokenizer_beside_the_files_is_the_base_s(source: Source, gate: Gate
         assert path.read_bytes() == (source.checkpoint / path.name).read_bytes()
 
 
-def test_a_disk_that_is_too_small_is_reported_first(
-    source: Source, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_a_disk_that_is_too_small_is_reported_first(source: Source, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=9))
     with pytest.raises(ArteError, match="no room for these formats"):
         run(source, tmp_path / "out", "F16")

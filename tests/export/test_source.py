@@ -81,9 +81,7 @@ def test_the_keys_of_a_run_s_student() -> None:
 
 def test_what_is_not_known_is_not_written() -> None:
     keys = gguf_fields(STUDENT, Lineage(source="checkpoint", base=Parent(name="folder")), "")
-    assert not [
-        key for key in keys if key.startswith(("general.dataset", "general.license", "arte_edge.teacher"))
-    ]
+    assert not [key for key in keys if key.startswith(("general.dataset", "general.license", "arte_edge.teacher"))]
     assert "general.base_model.0.repo_url" not in keys
     assert all(field.value != b"" for field in keys.values())
 
@@ -93,9 +91,7 @@ def test_a_path_in_the_metadata_is_found(make_gguf: Make) -> None:
     assert private_fields(path, ["/home/me/"]) == ["quantize.imatrix.file"]
     rewrite(path, {"general.tags": Field(ARRAY, [b"lora", b"base:/gpfs/you/x"], STRING)})
     assert private_fields(path, ["/gpfs/you/"]) == ["quantize.imatrix.file", "general.tags"]
-    rewrite(
-        path, {"general.url": Field(STRING, b"https://me:hush@example.org")}, ["general.tags", "quantize."]
-    )
+    rewrite(path, {"general.url": Field(STRING, b"https://me:hush@example.org")}, ["general.tags", "quantize."])
     assert private_fields(path, []) == ["general.url"]
 
 
@@ -248,9 +244,7 @@ def test_a_task_brings_training_texts_and_held_out_prompts(tiny_student: Path) -
     assert all(f"system\n{task.description.strip()}" in text for text in source.training)
 
 
-def test_an_adapter_of_a_four_bit_base_is_rejected(
-    tiny_adapter: Path, tiny_student: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_of_a_four_bit_base_is_rejected(tiny_adapter: Path, tiny_student: Path, tmp_path: Path) -> None:
     four = edited_json(tiny_student, tmp_path / "four", quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(InputError, match="quantized"):
         open_source(str(tiny_adapter), base=str(four))

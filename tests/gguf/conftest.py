@@ -87,9 +87,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3": dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=16, num_hidden_layers=7),
     "smollm3": dict(num_hidden_layers=5),
     "phi3": dict(rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}),
-    "granite": {
-        f"{part}_multiplier": x for part, x in (("attention", 0.1), ("embedding", 3.0), ("residual", 0.4))
-    }
+    "granite": {f"{part}_multiplier": x for part, x in (("attention", 0.1), ("embedding", 3.0), ("residual", 0.4))}
     | {"logits_scaling": 2.0},
 }
 CHECKPOINT: dict[str, Any] = dict(

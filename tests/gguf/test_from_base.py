@@ -116,9 +116,7 @@ def test_the_metadata_and_no_private_path(tiny_model: Any, save_adapter: Any, tm
     header = read_header(out)
     kind = {"general.architecture": "qwen2", "general.type": "adapter", "adapter.type": "lora"}
     assert header.metadata == kind | {"adapter.lora.alpha": 12.0}
-    assert list(header.tensors) == [
-        f"blk.{layer}.attn_q.weight.lora_{part}" for layer in (0, 1) for part in "ab"
-    ]
+    assert list(header.tensors) == [f"blk.{layer}.attn_q.weight.lora_{part}" for layer in (0, 1) for part in "ab"]
     assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"] and b"/tmp" not in out.read_bytes()
 
 
@@ -153,9 +151,7 @@ def test_an_adapter_of_another_model_is_rejected(tiny_model: Any, save_adapter: 
 
 
 @pytest.mark.parametrize("damage", ["", "adapter_model.safetensors", "adapter_config.json"])
-def test_a_broken_adapter_is_an_error(
-    damage: str, tiny_model: Any, save_adapter: Any, tmp_path: Path
-) -> None:
+def test_a_broken_adapter_is_an_error(damage: str, tiny_model: Any, save_adapter: Any, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     if damage:
         shutil.copytree(save_adapter("llama"), broken)

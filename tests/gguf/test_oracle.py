@@ -89,6 +89,4 @@ def test_every_tensor_and_key_is_that_of_llama_cpps_converter(name: str, tmp_pat
     differ -= FROM_THE_FOLDER
     assert differ <= {*SAID_BY_US, *SAID_BY_THE_SCRIPT}
     assert {key: one.fields[key].value for key in differ - two.fields.keys()}.items() <= SAID_BY_US.items()
-    assert {
-        key: two.fields[key].value for key in differ & two.fields.keys()
-    }.items() <= SAID_BY_THE_SCRIPT.items()
+    assert {key: two.fields[key].value for key in differ & two.fields.keys()}.items() <= SAID_BY_THE_SCRIPT.items()

@@ -29,9 +29,7 @@ def model(tmp_path_factory: Folders) -> Make:
         sizes = {"vocab_size": VOCAB, "context_length": 64, "embedding_length": width, "block_count": n_layer}
         heads = {"feed_forward_length": width_ff, "head_count": width // 32, "head_count_kv": KV // 32}
         path = tmp_path_factory.mktemp("quant") / f"{width}.gguf"
-        writer = tiny.gguf_writer(
-            path, name="Tiny", file_type=1, tokenizer_model="no_vocab", **sizes, **heads
-        )
+        writer = tiny.gguf_writer(path, name="Tiny", file_type=1, tokenizer_model="no_vocab", **sizes, **heads)
         return tiny.add_tensors(writer, shapes(width, width_ff, n_layer), scale=0.1)
 
     return make

@@ -159,9 +159,7 @@ def test_reading_agrees_with_the_library_of_the_format(tiny_model: Any) -> None:
     ours, theirs = read_model_header(path), GGUFReader(path)
     for key, field in ours.fields.items():
         wanted = theirs.get_field(key).contents()
-        value = [
-            getattr(v, "decode", lambda v=v: v)() for v in np.atleast_1d(np.array(field.value, dtype=object))
-        ]
+        value = [getattr(v, "decode", lambda v=v: v)() for v in np.atleast_1d(np.array(field.value, dtype=object))]
         assert value == (wanted if isinstance(wanted, list) else [wanted])
     assert [(t.name, t.shape, t.type, t.offset_bytes, t.size_bytes) for t in ours.tensors.values()] == [
         (t.name, tuple(reversed(t.shape.tolist())), t.tensor_type.name, t.data_offset, t.n_bytes)

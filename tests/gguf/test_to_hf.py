@@ -101,9 +101,7 @@ def test_llama_3_settings_are_those_it_was_made_with(theta: float, length: int) 
         ({"rope_scaling_attn_factors": 0.5}, "attn_factor"),
     ],
 )
-def test_a_scaling_that_transformers_lacks_is_refused(
-    scaling: dict[str, Any], said: str, tmp_path: Path
-) -> None:
+def test_a_scaling_that_transformers_lacks_is_refused(scaling: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=said):
         rope.restored(read_model_header(write_speaking(tmp_path / "tiny.gguf", **scaling)))
 

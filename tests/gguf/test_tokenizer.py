@@ -164,9 +164,7 @@ def too_many(content: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("change", "named"), [(unigram, "Unigram"), (too_many, "rows")])
-def test_other_tokenizers_are_rejected(
-    change: Any, named: str, make_checkpoint: Make, tmp_path: Path
-) -> None:
+def test_other_tokenizers_are_rejected(change: Any, named: str, make_checkpoint: Make, tmp_path: Path) -> None:
     folder = changed(make_checkpoint("llama"), tmp_path / "copy", "tokenizer.json", change)
     with pytest.raises(InputError, match=named):
         convert(folder, tmp_path / "student.gguf")

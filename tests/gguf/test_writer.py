@@ -109,11 +109,7 @@ def test_any_metadata_survives_as_ggmls_own_reader_sees_it(
     rewrite(path, fields)
 
     def text(value: Any) -> Any:
-        return (
-            [v.decode() for v in value]
-            if isinstance(value, list)
-            else getattr(value, "decode", lambda: value)()
-        )
+        return [v.decode() for v in value] if isinstance(value, list) else getattr(value, "decode", lambda: value)()
 
     assert values(path) == before | {key: text(field.value) for key, field in fields.items()}
     assert read_header(path).metadata == values(path)

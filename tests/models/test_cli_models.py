@@ -19,9 +19,7 @@ def small(make_gguf: Make, make_wheel: Callable[[str, bytes], Path], register: M
     return register("small", content, packages=["whole"])
 
 
-def test_ls_shows_every_model_within_80_columns(
-    model_cache: Path, capsys: Capture, monkeypatch: Patch
-) -> None:
+def test_ls_shows_every_model_within_80_columns(model_cache: Path, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["models", "ls"]) == 0
     printed = capsys.readouterr()

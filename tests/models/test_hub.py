@@ -28,11 +28,7 @@ class TinyHub:
     error_code: str = ""  # the X-Error-Code of every answer
 
     def downloaded(self) -> list[str]:
-        return [
-            path.rsplit("/", 1)[-1]
-            for method, path, _ in self.requests
-            if method == "GET" and "resolve" in path
-        ]
+        return [path.rsplit("/", 1)[-1] for method, path, _ in self.requests if method == "GET" and "resolve" in path]
 
     def sum_of(self, name: str, content: bytes) -> str:
         return hashlib.sha256(content + (b"!" if name == self.wrong_sum_of else b"")).hexdigest()
@@ -98,9 +94,7 @@ def _handler(hub: TinyHub) -> type[BaseHTTPRequestHandler]:
                 headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             if self.command == "GET" and name == hub.breaks_off:
                 hub.breaks_off = ""
-                self._answer(
-                    200, content[: len(content) // 2], headers | {"Content-Length": str(len(content))}
-                )
+                self._answer(200, content[: len(content) // 2], headers | {"Content-Length": str(len(content))})
                 self.close_connection = True
                 return
             self._answer(206 if start else 200, content[start:], headers)

@@ -27,9 +27,7 @@ def test_a_gguf_is_named_after_its_file(model_cache: Path, make_gguf: Make) -> N
     assert resolve(str(path)) == LocalModel("student.Q8_0", sha256, path, None, "Q8_0")
 
 
-def test_a_folder_is_a_checkpoint_or_the_one_gguf_in_it(
-    model_cache: Path, make_gguf: Make, tmp_path: Path
-) -> None:
+def test_a_folder_is_a_checkpoint_or_the_one_gguf_in_it(model_cache: Path, make_gguf: Make, tmp_path: Path) -> None:
     folder = _checkpoint(tmp_path / "tuned", torch_dtype="float32")
     model = resolve(str(folder))
     assert (model.name, model.folder, model.gguf, model.quantization) == ("tuned", folder, None, "F32")
@@ -62,9 +60,7 @@ def test_a_path_that_is_not_there_is_never_taken_for_a_name(model_cache: Path, r
         resolve(ref)
 
 
-def test_a_large_file_is_summed_once_until_it_changes(
-    model_cache: Path, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_a_large_file_is_summed_once_until_it_changes(model_cache: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     path = tmp_path / "large"
     path.write_bytes(b"a" * 5_000_000)
     first = sha256_file(path)

@@ -18,9 +18,7 @@ def test_a_folder_of_either_layout_has_the_checkpoint_s_template_alone(as_key: b
         tiny.write_tokenizer(path, template=text)
     if as_key:
         (checkpoint / "chat_template.jinja").unlink()
-        tiny.change_json(
-            checkpoint / "tokenizer_config.json", lambda config: config.update(chat_template="new")
-        )
+        tiny.change_json(checkpoint / "tokenizer_config.json", lambda config: config.update(chat_template="new"))
     copy_tokenizer(checkpoint, folder)
     assert chat_templates(tokenizer_files(folder)) == {"default": "new"}
 

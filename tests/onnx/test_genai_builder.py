@@ -64,9 +64,7 @@ def test_fp32_is_the_student(genai: Callable[[str], Path], tiny_student: Path) -
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_32_cached_steps_predict_the_same_as_the_whole_text(
-    genai: Callable[[str], Path], precision: str
-) -> None:
+def test_32_cached_steps_predict_the_same_as_the_whole_text(genai: Callable[[str], Path], precision: str) -> None:
     session = OnnxSession(genai(precision), threads=1)
     whole = session.logits(IDS)
     steps = cached(session, IDS, len(IDS) - 32)
@@ -95,9 +93,7 @@ def test_quantized_weights_have_the_block_size_of_the_settings(
     import onnx
 
     settings = GenaiSettings(precision="int4", block_size=16, accuracy_level=1)
-    model = onnx.load(
-        str(model_file(build(tiny_student, tmp_path / "b16", settings))), load_external_data=False
-    )
+    model = onnx.load(str(model_file(build(tiny_student, tmp_path / "b16", settings))), load_external_data=False)
     nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
     attributes = [{row.name: row.i for row in node.attribute} for node in nodes]
     assert nodes
@@ -119,10 +115,7 @@ def test_the_folder_is_valid_and_passes_onnx_checker(
     for name in TOKENIZER_FILES:
         if (tiny_student / name).exists():
             assert (genai(precision) / name).read_bytes() == (tiny_student / name).read_bytes()
-    assert (
-        find_private_text(genai(precision), this_machine().private_paths(tiny_student, genai(precision)))
-        == {}
-    )
+    assert find_private_text(genai(precision), this_machine().private_paths(tiny_student, genai(precision))) == {}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
     assert not commit or commit[:7].encode() not in (genai(precision) / "model.onnx").read_bytes()
 
@@ -339,13 +332,9 @@ def test_an_adapter_that_the_builder_would_misread_is_merged_before(
     assert error < 1e-3 < 5e-3 < relative_error(plain, expected)
 
 
-def test_the_repetition_penalty_travels_and_greedy_answers_do_not_use_it(
-    tiny_student: Path, tmp_path: Path
-) -> None:
+def test_the_repetition_penalty_travels_and_greedy_answers_do_not_use_it(tiny_student: Path, tmp_path: Path) -> None:
     settings = {"name": "generation_config.json", "repetition_penalty": 1.5}
-    out = build(
-        edited_json(tiny_student, tmp_path / "student", **settings), tmp_path / "out", GenaiSettings()
-    )
+    out = build(edited_json(tiny_student, tmp_path / "student", **settings), tmp_path / "out", GenaiSettings())
     assert json.loads((out / "genai_config.json").read_text())["search"]["repetition_penalty"] == 1.5
     genai, plain = GenaiRuntime(out), OnnxRuntime(out)
     prompt = "turn on the light turn on the light turn on"

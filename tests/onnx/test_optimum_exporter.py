@@ -41,9 +41,7 @@ def optimum() -> Path:
 @pytest.fixture(scope="session")
 def student(tiny_student: Path, tmp_path_factory: Folders) -> Path:
     folder = shutil.copytree(tiny_student, tmp_path_factory.mktemp("optimum") / "student")
-    change_json(
-        folder / "config.json", lambda config: config["rope_parameters"].update(rope_theta=ROPE_THETA)
-    )
+    change_json(folder / "config.json", lambda config: config["rope_parameters"].update(rope_theta=ROPE_THETA))
     return folder
 
 
@@ -66,9 +64,7 @@ def exported(student: Path, optimum: Path, tmp_path_factory: Folders) -> Callabl
 def operators(folder: Path) -> Counter[str]:
     import onnx
 
-    return Counter(
-        node.op_type for node in onnx.load(model_file(folder), load_external_data=False).graph.node
-    )
+    return Counter(node.op_type for node in onnx.load(model_file(folder), load_external_data=False).graph.node)
 
 
 def test_fp32_is_the_student_with_its_rotary_base(exported: Callable[[str], Path], student: Path) -> None:
@@ -125,9 +121,7 @@ def test_a_changed_folder_is_detected(exported: Callable[[str], Path], student: 
     assert "not in the config" in "\n".join(folder_problems(folder))
 
 
-def test_a_missing_environment_is_reported_with_the_command_that_creates_it(
-    monkeypatch: Patch, tmp_path: Path
-) -> None:
+def test_a_missing_environment_is_reported_with_the_command_that_creates_it(monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ARTE_EDGE_OPTIMUM_PYTHON", raising=False)
     monkeypatch.setattr(optimum_exporter, "find_spec", lambda name: None)
@@ -137,9 +131,7 @@ def test_a_missing_environment_is_reported_with_the_command_that_creates_it(
     assert "'optimum-onnx[onnxruntime]==0.1.0' 'transformers<4.58' torch" in caught.value.hint
 
 
-@pytest.mark.parametrize(
-    ("python", "problem"), [("no-such-python", "cannot be run"), (sys.executable, "optimum-onnx")]
-)
+@pytest.mark.parametrize(("python", "problem"), [("no-such-python", "cannot be run"), (sys.executable, "optimum-onnx")])
 def test_a_named_python_without_optimum_is_rejected(monkeypatch: Patch, python: str, problem: str) -> None:
     monkeypatch.setenv("ARTE_EDGE_OPTIMUM_PYTHON", python)
     with pytest.raises(InputError, match=problem):

@@ -96,9 +96,7 @@ def test_a_traced_graph_computes_the_same_without_its_shape_arithmetic(tmp_path:
     import onnxruntime
 
     path = traced(tmp_path / "model.onnx")
-    inputs = [
-        np.random.default_rng(7).normal(size=size).astype(np.float32) for size in ((1, 5, 8), (3, 2, 8))
-    ]
+    inputs = [np.random.default_rng(7).normal(size=size).astype(np.float32) for size in ((1, 5, 8), (3, 2, 8))]
     expected = [onnxruntime.InferenceSession(path).run(None, {"x": x})[0] for x in inputs]
     assert simplify(path) == (14, 5)
     kinds = [node.op_type for node in onnx.load(str(path)).graph.node]

@@ -49,9 +49,7 @@ def test_ids_equal_those_of_transformers_with_one_begin_token(tiny_student: Path
     ):
         plain = text.removeprefix("<|begin|>")
         assert ours.tokens(text) == theirs(plain)["input_ids"]
-        assert ours.text(ours.tokens(text)) == theirs.decode(
-            theirs(plain)["input_ids"], skip_special_tokens=True
-        )
+        assert ours.text(ours.tokens(text)) == theirs.decode(theirs(plain)["input_ids"], skip_special_tokens=True)
     assert ours.text(ours.tokens("a<|im_end|>"), special=True) == "<|begin|>a<|im_end|>"
 
 

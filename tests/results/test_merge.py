@@ -45,9 +45,7 @@ def test_threads_runtimes_and_depths_have_their_own_entries(export_folder: Path)
 
 
 @pytest.mark.parametrize("kind", ["throttled", "contended"])
-def test_a_disturbed_rate_is_kept_and_marked_and_never_displaces_a_valid_one(
-    export_folder: Path, kind: str
-) -> None:
+def test_a_disturbed_rate_is_kept_and_marked_and_never_displaces_a_valid_one(export_folder: Path, kind: str) -> None:
     bad = speed_row("tg128", 9.0, **{kind: True}, test_time="2026-11-26T10:00:00Z")
     good = speed_row("tg128", 20.0, contended=False)
     for rows, is_bad, rate in (([bad], True, 9.0), ([good], False, 20.0), ([bad], False, 20.0)):
@@ -60,9 +58,7 @@ def test_a_disturbed_rate_is_kept_and_marked_and_never_displaces_a_valid_one(
 
 def test_of_equal_evaluations_the_one_with_valid_times_counts(export_folder: Path) -> None:
     late = quality_row(80, contended=True, answer_seconds_p95=9.0, test_time="2026-11-26T10:00:00Z")
-    (found,) = (
-        merge_rows(export_folder, [late, quality_row(80, answer_seconds_p95=2.0)]).artifacts[0].evaluations
-    )
+    (found,) = merge_rows(export_folder, [late, quality_row(80, answer_seconds_p95=2.0)]).artifacts[0].evaluations
     assert found.answer_seconds_p95 == 2.0 and not found.contended
 
 
@@ -113,9 +109,7 @@ def test_a_corrupt_document_is_an_input_error_and_stays_as_it_is(export_folder: 
 def test_what_stands_there_without_tests_is_somebody_elses_and_stays(export_folder: Path) -> None:
     path = export_folder / FILE_NAME
     document = json.loads(path.read_bytes())
-    document["artifacts"][0]["speeds"] = [
-        {"device": "hand", "runtime": "r", "threads": 1, "decode_tokens_per_s": 3.0}
-    ]
+    document["artifacts"][0]["speeds"] = [{"device": "hand", "runtime": "r", "threads": 1, "decode_tokens_per_s": 3.0}]
     path.write_text(json.dumps(document))  # as an older arte-edge wrote it
     merged = merge_rows(export_folder, [speed_row()])
     assert [speed.device for speed in speeds(merged)] == ["hand", "raspberry-pi-5"]

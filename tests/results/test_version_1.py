@@ -42,9 +42,7 @@ def test_a_student_json_is_read_and_written_as_the_current_version(export_1: Pat
 def test_rows_are_read_and_are_those_already_merged(export_1: Path) -> None:
     rows = read_rows(export_1 / "bench.jsonl")
     assert [row.test for row in rows if isinstance(row, SpeedRow)] == ["pp16", "tg8"] * 2
-    assert [(row.right, row.n, row.accuracy) for row in rows if isinstance(row, QualityRow)] == [
-        (0, 4, 0.0)
-    ] * 2
+    assert [(row.right, row.n, row.accuracy) for row in rows if isinstance(row, QualityRow)] == [(0, 4, 0.0)] * 2
     student = read_student(export_1)
     merged = merge_into(student, rows)
     assert merged.student == student and merged.notes == ()

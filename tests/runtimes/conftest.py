@@ -187,9 +187,7 @@ def _tiny_checkpoint(folder: Path, family: str = "llama", adds_bos: bool = False
     tokenizer = tiny.chat_tokenizer(inner, template, bos_token="<s>", eos_token="</s>")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 256}
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos")}
-    more = {"initializer_range": 0.4, "pad_token_id": None} | (
-        {"sliding_window": 12} if family == "mistral" else {}
-    )
+    more = {"initializer_range": 0.4, "pad_token_id": None} | ({"sliding_window": 12} if family == "mistral" else {})
     return tiny.save_checkpoint(folder, tokenizer, family, dtype="float32", **sizes, **ids, **more)
 
 

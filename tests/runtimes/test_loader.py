@@ -49,9 +49,7 @@ def check(path: Path, runtime: str) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("runtime", "module"), [("llama-cpp-python", "llama_cpp"), ("xllamacpp", "xllamacpp")]
-)
+@pytest.mark.parametrize(("runtime", "module"), [("llama-cpp-python", "llama_cpp"), ("xllamacpp", "xllamacpp")])
 def test_gguf(bench_gguf: Path, runtime: str, module: str) -> None:
     pytest.importorskip(module)
     whole, stepped, again, other, name, bos = check(bench_gguf, runtime)
@@ -98,9 +96,7 @@ def test_a_checkpoint_of_a_gguf_file_follows_its_grammars(smollm2: LocalModel) -
     assert engine.supports_grammar
     strict = 'root ::= "<ans>" ("yes" | "no") "</ans>"\n'
     for temperature in (0.0, 1.5):
-        done = engine.complete(
-            [Request(p) for p in ("Is it? ", "Now? ", "So ")], Sampling(temperature, grammar=strict)
-        )
+        done = engine.complete([Request(p) for p in ("Is it? ", "Now? ", "So ")], Sampling(temperature, grammar=strict))
         assert {one.text for one in done} <= {"<ans>yes</ans>", "<ans>no</ans>"}
     engine.close()
 

@@ -21,9 +21,7 @@ def grid(n_draft: int, k: int) -> list[list[int]]:
     """Prompts of a preference grid: 20 tokens of instructions, 30 of a draft, 10 of a question."""
     task = list(range(20))
     return [
-        task + [100 + d] * 30 + [1000 + q] + [2000 + at for at in range(9)]
-        for d in range(n_draft)
-        for q in range(k)
+        task + [100 + d] * 30 + [1000 + q] + [2000 + at for at in range(9)] for d in range(n_draft) for q in range(k)
     ]
 
 

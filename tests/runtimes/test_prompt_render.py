@@ -44,10 +44,7 @@ def test_a_server_that_renders_itself_gets_a_canonical_document() -> None:
     assert json.loads(rendered(CHAT_JSON, USER)) == {"messages": [USER]}
     asked = json.loads(rendered(CHAT_JSON_NEW_TURN, SYSTEM, USER, prefill="So"))
     assert asked["prefill"] == "So" and [m["role"] for m in asked["messages"]] == ["system", "user"]
-    assert (
-        asked["messages"][1]["content"].startswith(USER["content"])
-        and "So" in asked["messages"][1]["content"]
-    )
+    assert asked["messages"][1]["content"].startswith(USER["content"]) and "So" in asked["messages"][1]["content"]
 
 
 SKIPS = "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content | trim }}{% endfor %}"
@@ -102,9 +99,7 @@ def test_a_prompt_does_not_change_at_midnight() -> None:
 
 
 def test_blocks_are_trimmed_and_loops_can_break_as_templates_expect() -> None:
-    template = (
-        "{% for m in messages %}\n  {% if loop.index > 1 %}{% break %}{% endif %}\n{{ m.role }}{% endfor %}"
-    )
+    template = "{% for m in messages %}\n  {% if loop.index > 1 %}{% break %}{% endif %}\n{{ m.role }}{% endfor %}"
     assert rendered(template, USER, USER) == "user"
 
 

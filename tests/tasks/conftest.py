@@ -20,9 +20,7 @@ choices = ["even", "odd"]
 
 
 def parity_rows(start: int, stop: int) -> list[dict[str, object]]:
-    return [
-        {"input": f"Is {n} even or odd?", "target": "odd" if n % 2 else "even"} for n in range(start, stop)
-    ]
+    return [{"input": f"Is {n} even or odd?", "target": "odd" if n % 2 else "even"} for n in range(start, stop)]
 
 
 @pytest.fixture

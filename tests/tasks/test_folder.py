@@ -225,9 +225,7 @@ def slots(parity: Path, write_jsonl: Write) -> Path:
         targets: list[object] = [
             {"n": n, "a": f"v{n}"} if n % 2 else f'{{"a": "v{n}"}}' for n in range(start, start + 20)
         ]
-        write_jsonl(
-            parity / f"{split}.jsonl", [{"input": f"i{split}{n}", "target": t} for n, t in enumerate(targets)]
-        )
+        write_jsonl(parity / f"{split}.jsonl", [{"input": f"i{split}{n}", "target": t} for n, t in enumerate(targets)])
     return parity
 
 
@@ -247,9 +245,7 @@ def test_json_targets_are_read_as_objects_or_texts_into_the_form_that_a_student_
         ("[]", "'target' must be a string"),
     ],
 )
-def test_a_json_target_that_does_not_fit_is_named_with_its_line(
-    slots: Path, target: str, message: str
-) -> None:
+def test_a_json_target_that_does_not_fit_is_named_with_its_line(slots: Path, target: str, message: str) -> None:
     append(slots, "seed.jsonl", f'{{"input": "new", "target": {target}}}')
     _, problems = read_folder(slots)
     assert [problem.where for problem in problems] == ["seed.jsonl:21"]
@@ -269,9 +265,7 @@ def test_a_json_target_that_does_not_fit_is_named_with_its_line(
         ("", "task.toml", 'needs schema = "answer.schema.json"'),
     ],
 )
-def test_a_schema_that_cannot_be_used_is_named_with_its_file(
-    slots: Path, line: str, where: str, message: str
-) -> None:
+def test_a_schema_that_cannot_be_used_is_named_with_its_file(slots: Path, line: str, where: str, message: str) -> None:
     (slots / "bad.json").write_text("{", encoding="utf-8")
     (slots / "remote.json").write_text('{"$ref": "https://example.org/x"}', encoding="utf-8")
     edit(slots, 'schema = "s.json"', line)
@@ -290,9 +284,7 @@ def test_tools_give_the_schema_of_calls(slots: Path, write_jsonl: Write) -> None
     assert load_folder(slots).seed[0].target == '{"name":"add","arguments":{"a":"x"}}'
 
 
-@pytest.mark.parametrize(
-    "text", ["Say {{ x }} or {% if y %}.", "{#", "'''\n\\", "long " * 2000], ids=range(4)
-)
+@pytest.mark.parametrize("text", ["Say {{ x }} or {% if y %}.", "{#", "'''\n\\", "long " * 2000], ids=range(4))
 def test_any_description_loads_and_is_the_instruction(parity: Path, text: str) -> None:
     edit(parity, '"Say whether a number is even or odd."', json.dumps(text))
     task = load_folder(parity)
@@ -304,9 +296,7 @@ def test_any_description_loads_and_is_the_instruction(parity: Path, text: str) -
 
 
 @pytest.mark.parametrize("labels", [("C", "C++", "C#"), ("one\nline", "one"), ("a\nb", "a", "a\n b")])
-def test_labels_may_begin_alike_and_hold_line_breaks(
-    parity: Path, labels: tuple[str, ...], write_jsonl: Write
-) -> None:
+def test_labels_may_begin_alike_and_hold_line_breaks(parity: Path, labels: tuple[str, ...], write_jsonl: Write) -> None:
     edit(parity, '["even", "odd"]', json.dumps(labels))
     for split in SPLITS:
         rows = [{"input": f"{split} {n}", "target": labels[n % len(labels)]} for n in range(21)]
@@ -314,6 +304,4 @@ def test_labels_may_begin_alike_and_hold_line_breaks(
     task = load_folder(parity)
     for form in FORMS:
         how = Asking.of(task, form, len)
-        assert [how.read(how.completion(row.target)) for row in task.seed] == [
-            row.target for row in task.seed
-        ]
+        assert [how.read(how.completion(row.target)) for row in task.seed] == [row.target for row in task.seed]

@@ -69,9 +69,7 @@ def test_answers_of_a_dataset_stay_as_written(folder: Path, name: str) -> None:
     rows = [{"text": "t", "label": target} for target in ("1.50", "true", "005", "NA", "x", 7)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     cells = "text,label\n" + "".join(f"t,{row['label']}\n" for row in rows)
-    data = {".jsonl": lines, ".json": json.dumps(rows), ".csv": cells, ".gz": cells}.get(
-        Path(name).suffix, ""
-    )
+    data = {".jsonl": lines, ".json": json.dumps(rows), ".csv": cells, ".gz": cells}.get(Path(name).suffix, "")
     if name == "saved":
         datasets.Dataset.from_list(rows, on_mixed_types="use_json").save_to_disk(str(folder))
     else:

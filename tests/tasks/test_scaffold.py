@@ -152,7 +152,5 @@ def test_a_teacher_that_never_writes_four_ends_in_an_error_that_counts() -> None
 
 def test_the_started_tag_may_or_may_not_be_repeated_and_a_cut_one_is_dropped() -> None:
     text = f"{STEPS}</Technique_1>\n<Technique_2>{HALVE}\n</Technique_2>\n<Technique_3>Recall"
-    assert (
-        scaffold.parse_techniques(text) == scaffold.parse_techniques("<Technique_1>" + text) == [STEPS, HALVE]
-    )
+    assert scaffold.parse_techniques(text) == scaffold.parse_techniques("<Technique_1>" + text) == [STEPS, HALVE]
     assert scaffold.parse_techniques("I cannot do that.") == []

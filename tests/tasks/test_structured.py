@@ -196,10 +196,7 @@ def test_few_recurring_texts_are_an_enum_and_what_is_not_everywhere_is_optional(
 
 
 json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**9), 10**9)
-    | st.text(st.characters(codec="utf-8"), max_size=3),
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(st.characters(codec="utf-8"), max_size=3),
     lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text("ab$", max_size=2), some, max_size=3),
 )
 

@@ -78,9 +78,7 @@ def test_rows_with_missing_cells_are_dropped_and_named(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "header", ["text,sentence,x", "text,label,label", "text,tag,x", "turn on the lamp,light"]
-)
+@pytest.mark.parametrize("header", ["text,sentence,x", "text,label,label", "text,tag,x", "turn on the lamp,light"])
 def test_columns_are_guessed_only_where_one_fits(tmp_path: Path, header: str) -> None:
     with pytest.raises(InputError, match="is not clear") as caught:
         read_table(write_csv(tmp_path / "t.csv", [["cell"] * 4], header.split(",")))

@@ -44,9 +44,7 @@ def test_only_load_test_gives_the_test_split(parity: Path) -> None:
     task = load_folder(parity)
     test = task.load_test()
     assert task.test_keys() == {example.key for example in test}
-    held = repr(task) + repr(
-        [getattr(task, f.name) for f in dataclasses.fields(task) if f.name != "test_loader"]
-    )
+    held = repr(task) + repr([getattr(task, f.name) for f in dataclasses.fields(task) if f.name != "test_loader"])
     assert not any(example.input in held for example in test)
 
 

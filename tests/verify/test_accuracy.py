@@ -30,9 +30,7 @@ def task(n: int = 100) -> Task:
     )
 
 
-CHAT = with_instruction(
-    "{% for m in messages %}[{{ m.content }}]{% endfor %}", instruction(task(), "answer-first"), {}
-)
+CHAT = with_instruction("{% for m in messages %}[{{ m.content }}]{% endfor %}", instruction(task(), "answer-first"), {})
 
 
 @dataclass

@@ -61,9 +61,7 @@ def opened() -> Iterator[Make]:
 
 
 @pytest.mark.parametrize("kind", ["transformers", "llama.cpp", "genai", "onnxruntime"])
-def test_a_chat_is_what_the_model_writes_after_its_rendered_messages(
-    kind: str, student: Tiny, opened: Make
-) -> None:
+def test_a_chat_is_what_the_model_writes_after_its_rendered_messages(kind: str, student: Tiny, opened: Make) -> None:
     genai = student.checkpoint.parent / "genai"
     paths = {"transformers": student.checkpoint, "llama.cpp": student.gguf}
     model = opened(paths.get(kind, genai), OnnxRuntime if kind == "onnxruntime" else None)

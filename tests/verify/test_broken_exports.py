@@ -41,9 +41,7 @@ def test_the_reference_is_itself(reference: Runtime, tiny: Tiny) -> None:
     ("fields", "checks", "shown"),
     [
         (
-            {
-                "tokenizer.chat_template": b"{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-            },
+            {"tokenizer.chat_template": b"{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"},
             {"template", "template ids"},
             "<|im_start|>",
         ),
@@ -118,9 +116,7 @@ def test_one_corrupted_tensor_is_caught(reference: Runtime, tiny: Tiny, tmp_path
     assert {"kl mean", "kl p99", "top-1 agreement"} <= failed(verdict)
 
 
-def test_a_tensor_with_values_that_are_not_finite_is_caught(
-    reference: Runtime, tiny: Tiny, tmp_path: Path
-) -> None:
+def test_a_tensor_with_values_that_are_not_finite_is_caught(reference: Runtime, tiny: Tiny, tmp_path: Path) -> None:
     def poisoned(rows: NDArray[Any]) -> NDArray[Any]:
         rows[3, 3] = np.nan
         return rows
@@ -142,9 +138,7 @@ def test_a_truncated_file_is_caught(reference: Runtime, tiny: Tiny, tmp_path: Pa
     assert str(tmp_path) not in str(verdict.as_dict())  # no path of this machine in student.json
 
 
-def test_weights_that_were_rounded_to_4_bits_before_are_caught(
-    reference: Runtime, tiny: Tiny, tmp_path: Path
-) -> None:
+def test_weights_that_were_rounded_to_4_bits_before_are_caught(reference: Runtime, tiny: Tiny, tmp_path: Path) -> None:
     # The classic mistake: the base is loaded in 4 bits for training, and the adapter is merged into that.
     from gguf import GGMLQuantizationType as Type
     from gguf.quants import dequantize, quantize
@@ -155,9 +149,7 @@ def test_weights_that_were_rounded_to_4_bits_before_are_caught(
                 values = dequantize(quantize(weight.float().numpy(), Type.Q4_0), Type.Q4_0)
                 tensors[name] = weight.new_tensor(values)
 
-    bad = gate(
-        reference, convert(edited(tiny.checkpoint, tmp_path / "wrong", rounded), tmp_path / "wrong.gguf")
-    )
+    bad = gate(reference, convert(edited(tiny.checkpoint, tmp_path / "wrong", rounded), tmp_path / "wrong.gguf"))
     assert {"kl mean", "kl p99"} <= failed(bad)
     assert "4-bit base" in note(bad, "kl mean")
 

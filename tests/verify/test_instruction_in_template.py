@@ -39,9 +39,7 @@ BASES = {
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("format", ["gguf", "genai"])
-@pytest.mark.parametrize(
-    "text", [NASTY, "Name the intent.\nReply with the answer alone."], ids=["nasty", "usual"]
-)
+@pytest.mark.parametrize("text", [NASTY, "Name the intent.\nReply with the answer alone."], ids=["nasty", "usual"])
 def test_every_program_renders_what_jinja2_renders(
     format: str, base: str, text: str, with_fields: Make, good: Path, tmp_path: Path
 ) -> None:

@@ -45,14 +45,10 @@ def test_a_long_text_gives_the_same_as_its_parts() -> None:
 
 
 @given(st.integers(0, 10_000), st.floats(0.0, 40.0), st.floats(-50, 50))
-def test_divergence_is_never_negative_and_zero_for_equal_distributions(
-    seed: int, scale: float, shift: float
-) -> None:
+def test_divergence_is_never_negative_and_zero_for_equal_distributions(seed: int, scale: float, shift: float) -> None:
     p, q = logits(3, 17, seed, scale), logits(3, 17, seed + 1, scale)
     assert (compare_logits(p, q, [1, 2, 3]).kl >= 0).all()
-    same = compare_logits(
-        p, p + np.float32(shift), [1, 2, 3]
-    )  # a constant added to all logits changes nothing
+    same = compare_logits(p, p + np.float32(shift), [1, 2, 3])  # a constant added to all logits changes nothing
     np.testing.assert_allclose(same.kl, 0.0, atol=1e-9)
     assert summarize([compare_logits(p, p, [1, 2, 3])]).perplexity_ratio == 1.0
 
@@ -63,9 +59,7 @@ def test_a_vocabulary_padded_on_one_side_is_compared_on_the_tokens_both_have() -
     assert summarize([compare_logits(p, padded, [1, 2, 3, 4])]).kl_mean < 1e-9
 
 
-@pytest.mark.parametrize(
-    ("side", "value", "kl"), [("p", -np.inf, "finite"), ("q", np.nan, "inf"), ("p", np.nan, "")]
-)
+@pytest.mark.parametrize(("side", "value", "kl"), [("p", -np.inf, "finite"), ("q", np.nan, "inf"), ("p", np.nan, "")])
 def test_values_that_are_not_finite(side: str, value: float, kl: str) -> None:
     p, q = logits(3, 6, 7), logits(3, 6, 8)
     (p if side == "p" else q)[1, 5] = value
@@ -130,10 +124,7 @@ class FakeRuntime:
     def logits(self, ids: Sequence[int]) -> Any:
         self.seen.append(list(ids))
         rows = [np.random.default_rng([*ids[: i + 1]]).standard_normal(32) for i in range(len(ids))]
-        extra = [
-            self.noise * np.random.default_rng([7, *ids[: i + 1]]).standard_normal(32)
-            for i in range(len(ids))
-        ]
+        extra = [self.noise * np.random.default_rng([7, *ids[: i + 1]]).standard_normal(32) for i in range(len(ids))]
         return (np.array(rows) + np.array(extra)).astype(np.float32)
 
 

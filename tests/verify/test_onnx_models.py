@@ -57,9 +57,7 @@ def cut_weights(folder: Path) -> None:
 
 
 def end_with(token: int) -> Damage:
-    return lambda folder: change_json(
-        folder / "genai_config.json", lambda c: c["model"].update(eos_token_id=token)
-    )
+    return lambda folder: change_json(folder / "genai_config.json", lambda c: c["model"].update(eos_token_id=token))
 
 
 def zeroed(folder: Path) -> None:
@@ -93,9 +91,7 @@ def test_a_damaged_folder_fails_the_checks_that_it_concerns(
     assert shown in verdict.reason
 
 
-def test_one_changed_merge_is_caught_although_the_runtime_follows_its_file(
-    reference: Runtime, folder: Path
-) -> None:
+def test_one_changed_merge_is_caught_although_the_runtime_follows_its_file(reference: Runtime, folder: Path) -> None:
     def swap(data: dict[str, Any]) -> None:
         merges = data["model"]["merges"]
         merges[3], merges[-1] = merges[-1], merges[3]

@@ -138,9 +138,7 @@ def test_an_earlier_think_block_that_a_program_keeps_is_a_remark(genai: Make) ->
         ("gguf", TEMPLATE + "{{ date_string | default('26 Jul 2024') }}", "xllamacpp"),
     ],
 )
-def test_todays_date_is_a_remark(
-    format: str, template: str, program: str, request: pytest.FixtureRequest
-) -> None:
+def test_todays_date_is_a_remark(format: str, template: str, program: str, request: pytest.FixtureRequest) -> None:
     check = request.getfixturevalue(format)(template)
     assert check.passed
     assert program in check.note and "today's date, training wrote 2024-07-26" in check.note

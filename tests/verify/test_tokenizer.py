@@ -88,9 +88,7 @@ def test_the_models_own_added_tokens_join_the_hard_strings() -> None:
     ],
 )
 def test_a_failing_check_says_what_is_most_likely_wrong(cut: Any, sentence: str) -> None:
-    strings = (
-        ("the cat", "12 cats", "no", "yes", "other", "word") if "digit" not in sentence else HARD_STRINGS
-    )
+    strings = ("the cat", "12 cats", "no", "yes", "other", "word") if "digit" not in sentence else HARD_STRINGS
     check = tokens(Fake(cut), strings=tuple(s for s in strings if s))
     assert not check.passed
     assert sentence in check.note

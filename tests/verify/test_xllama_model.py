@@ -84,9 +84,7 @@ def test_logits_need_llama_cpp_python_and_the_error_says_so(answer: dict[str, An
 
 
 def test_it_can_be_chosen_where_both_are_installed(tiny: Tiny) -> None:
-    code = (
-        f"import os; os.environ['ARTE_EDGE_GGUF_RUNTIME'] = 'xllamacpp'\n{OPEN}\nprint(model.facts.runtime)"
-    )
+    code = f"import os; os.environ['ARTE_EDGE_GGUF_RUNTIME'] = 'xllamacpp'\n{OPEN}\nprint(model.facts.runtime)"
     assert python(code, tiny.gguf).startswith("xllamacpp 20")
     assert python(f"{OPEN}\nprint(model.facts.runtime)", tiny.gguf).startswith("llama_cpp ")
 

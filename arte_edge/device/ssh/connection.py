@@ -83,9 +83,7 @@ def connection_error(host: str, errors: str) -> ArteError:
             f"{host}: unknown host name",
             f"Check that the device is on and in this network, and that `{by_hand}` works.",
         )
-    if found := re.search(
-        r"(?m)^.*(?:Bad (?:configuration|owner)|terminating, \d+ bad|Can't open user).*$", errors
-    ):
+    if found := re.search(r"(?m)^.*(?:Bad (?:configuration|owner)|terminating, \d+ bad|Can't open user).*$", errors):
         return ArteError(f"{host}: invalid ssh configuration: {found.group().strip()}")
     return ConnectionLost(host, _last_line(errors))
 
@@ -296,9 +294,7 @@ def put_text(ssh: Ssh, path: str, text: str) -> None:
 
 _LOG_CHARS = 4000  # the end of a job's log, for the message if it fails
 # $1 interpreter, $2 our wheel, $3… arguments of the module
-_JOB = (
-    'py=$1; PYTHONPATH=$2; export PYTHONPATH; shift 2; cd / && exec "$py" -m arte_edge.device.ssh.agent "$@"'
-)
+_JOB = 'py=$1; PYTHONPATH=$2; export PYTHONPATH; shift 2; cd / && exec "$py" -m arte_edge.device.ssh.agent "$@"'
 
 
 class JobFailed(ArteError):

@@ -146,9 +146,7 @@ def plan(
             if runtimes.gguf[0] == "xllamacpp":
                 reason = "the profile prefers it"
             else:
-                remedy = (
-                    "would have to be compiled (--compile)" if found.can_compile else "there is no compiler"
-                )
+                remedy = "would have to be compiled (--compile)" if found.can_compile else "there is no compiler"
                 reason = f"llama-cpp-python has no wheel and {remedy}"
             why = f"xllamacpp, prebuilt: {reason}"
     return Plan(python, tuple(sorted(extras)), sees_system, compiles, why)
@@ -159,9 +157,7 @@ def is_offline(errors: str) -> bool:
     return _OFFLINE.search(errors) is not None
 
 
-def install_commands(
-    plan: Plan, env: str, wheel: str, *, pip: str = "", wheelhouse: str = ""
-) -> list[list[str]]:
+def install_commands(plan: Plan, env: str, wheel: str, *, pip: str = "", wheelhouse: str = "") -> list[list[str]]:
     """Return the commands that make the environment; all paths are absolute paths on the device.
 
     Args:
@@ -213,9 +209,7 @@ def own_wheel(folder: Path) -> Path:
     files = dict(_package_files())
     lines = ["Metadata-Version: 2.1", "Name: arte-edge", f"Version: {version}", "Requires-Python: >=3.11"]
     files[f"{info}/METADATA"] = "\n".join([*lines, *_requirements(), ""]).encode()
-    files[f"{info}/WHEEL"] = (
-        b"Wheel-Version: 1.0\nGenerator: arte-edge\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    )
+    files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: arte-edge\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     files[f"{info}/entry_points.txt"] = b"[console_scripts]\narte-edge = arte_edge.cli.main:main\n"
     record = [f"{name},sha256={_urlsafe(data)},{len(data)}\n" for name, data in files.items()]
     files[f"{info}/RECORD"] = "".join([*record, f"{info}/RECORD,,\n"]).encode()
@@ -290,9 +284,7 @@ def fetch_wheels(
         version,
         *(f"--platform={t}" for t in platform_tags(machine, glibc_minor)),
     ]
-    done = subprocess.run(
-        [*command, *requirements], capture_output=True, text=True, errors="replace", check=False
-    )
+    done = subprocess.run([*command, *requirements], capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         if "No module named pip" in done.stderr:
             raise ArteError(

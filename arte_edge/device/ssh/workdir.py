@@ -263,9 +263,7 @@ def missing_bytes(ssh: Ssh, work: str, blobs: Sequence[Blob]) -> int:
     return sum(max(0, sizes[key] - done) for key, done in there.items() if done is not None)
 
 
-def send(
-    ssh: Ssh, work: str, blobs: Sequence[Blob], *, policy: ReconnectPolicy, tick: Tick | None = None
-) -> None:
+def send(ssh: Ssh, work: str, blobs: Sequence[Blob], *, policy: ReconnectPolicy, tick: Tick | None = None) -> None:
     """Upload the blobs that are not on the device yet, resuming after a cut connection.
 
     Raises:

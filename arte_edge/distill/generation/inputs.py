@@ -70,9 +70,7 @@ def focus_of(pairs: Iterable[tuple[str, str | None]], *, weighted: bool) -> Focu
 class InputSource:
     """Prompts for inputs of given answers, the answer that lacks most first, and the reading of what came back."""
 
-    def __init__(
-        self, run: RunContext, engine: Engine, config: ModelConfig, plan: QuestionPlan, focus: Focus
-    ):
+    def __init__(self, run: RunContext, engine: Engine, config: ModelConfig, plan: QuestionPlan, focus: Focus):
         self._run, self._engine, self._config, self._plan, self._focus = run, engine, config, plan, focus
         rest = _FLOOR if focus.weight else 1.0
         self._weight = {label: focus.weight.get(label, rest) for label in run.task.answer.options("")}

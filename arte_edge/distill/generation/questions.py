@@ -232,9 +232,7 @@ def repeat_penalty(run: RunContext) -> float:
 
 def elicit_inputs(run: RunContext) -> dict[str, Any]:
     """Return the settings of drafting; without the penalty where there is none: earlier runs did not know it."""
-    return run.config.elicit.model_dump(
-        mode="json", exclude=None if repeat_penalty(run) else {"repeat_penalty"}
-    )
+    return run.config.elicit.model_dump(mode="json", exclude=None if repeat_penalty(run) else {"repeat_penalty"})
 
 
 def draft_sampling(run: RunContext, plan: QuestionPlan) -> Sampling:
@@ -282,9 +280,7 @@ def draft_questions(
             )
         requests = source.requests(drafts.prompts, n, drafts.answers)
         found = f" ({len(drafts.valid)} of {plan.needed} valid so far)"
-        answers = run.calls.complete(
-            engine, requests, sampling, what, so_far=found, budget=_BUDGET, spare=True
-        )
+        answers = run.calls.complete(engine, requests, sampling, what, so_far=found, budget=_BUDGET, spare=True)
         before = len(drafts.valid)
         _collect(drafts, answers, drafts.prompts, plan.needed, filters, source)
         if all(answer.error for answer in answers):

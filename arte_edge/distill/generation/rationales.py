@@ -86,8 +86,7 @@ def generate_rationales(
     # One technique after another: prompts of one technique share their prefix.
     work = [(t, technique, row) for t, technique in enumerate(techniques) for row in questions]
     requests = [
-        Request(rationale_prompt(run, engine, config, row["input"], technique, shots))
-        for _, technique, row in work
+        Request(rationale_prompt(run, engine, config, row["input"], technique, shots)) for _, technique, row in work
     ]
     sampling = rationale_sampling(run, engine, run.config.elicit.rationale_tokens)
     answers = run.calls.complete(engine, requests, sampling, what, budget=_BUDGET)
@@ -114,9 +113,7 @@ def label_drafts(
     teacher = run.config.teacher
     rationales: list[Row] = []
     if run.reasons:
-        rationales = generate_rationales(
-            run, engine, teacher, questions, techniques, f"{what} rationales", shots
-        )
+        rationales = generate_rationales(run, engine, teacher, questions, techniques, f"{what} rationales", shots)
     votes = direct_votes(run, engine, teacher, questions, "direct answers")
     how: _Policy = policy
     if run.by_label and (run.role == "inputs" or policy != "teacher"):
@@ -163,8 +160,7 @@ def direct_votes(
 ) -> list[str | None]:
     """Return the teacher's direct few-shot answer to each question, None where the answer set is open."""
     return [
-        max(own, key=own.__getitem__) if own else None
-        for own in direct_choices(run, engine, config, questions, what)
+        max(own, key=own.__getitem__) if own else None for own in direct_choices(run, engine, config, questions, what)
     ]
 
 
@@ -180,8 +176,7 @@ def direct_choices(
         return [{} for _ in questions]
     shots = answer_shots(run.task.seed, run.config.elicit.opinion_shots)
     prompts = [
-        run.render(engine, direct_messages(run.task, row["input"], shots), ANSWER_OPEN, config)
-        for row in questions
+        run.render(engine, direct_messages(run.task, row["input"], shots), ANSWER_OPEN, config) for row in questions
     ]
     choices = [[option + ANSWER_CLOSE for option in row] for row in options]
     # One request a question: when more are drafted later, those before them stay cached.
@@ -406,8 +401,7 @@ def sampled(
     )
     work = [(row, sample) for row in questions if row["label"] is not None for sample in samples]
     requests = [
-        Request(rationale_prompt(run, engine, config, row["input"], None, shots), sample)
-        for row, sample in work
+        Request(rationale_prompt(run, engine, config, row["input"], None, shots), sample) for row, sample in work
     ]
     answers = run.calls.complete(engine, requests, sampling, what, budget=_BUDGET)
     found: list[Row] = []

@@ -87,17 +87,14 @@ class AdaptivePlan:
             pilots = set(self.pilots)
             every = tuple(range(self.n_item))
             return [
-                Cells(draft, every if draft in pilots else every[: self.first])
-                for draft in range(len(self.question))
+                Cells(draft, every if draft in pilots else every[: self.first]) for draft in range(len(self.question))
             ]
         left = self.budget - int(known.sum())
         model = fit_score_model(values)
         risk = self.risk(model)
         unfinished = ~known.all(axis=1)
         # The highest risk first; ties by position, so that the order is the same on every machine.
-        order = sorted(
-            np.flatnonzero((risk > self.error) & unfinished), key=lambda draft: (-risk[draft], draft)
-        )
+        order = sorted(np.flatnonzero((risk > self.error) & unfinished), key=lambda draft: (-risk[draft], draft))
         # A round spends a third of what is left: the first estimate must not decide everything.
         spend = max(left // 3, min(left, self.block * 4))
         cells = []
@@ -213,9 +210,7 @@ def fit_score_model(values: Floats) -> ScoreModel:
                 continue
             inside = sigma[np.ix_(seen, seen)] + _JITTER * np.eye(int(seen.sum()))
             weights = np.linalg.solve(inside, sigma[np.ix_(seen, ~seen)])  # [n_seen, n_missing]
-            filled[np.ix_(rows, np.flatnonzero(~seen))] = (
-                mu[~seen] + (values[rows][:, seen] - mu[seen]) @ weights
-            )
+            filled[np.ix_(rows, np.flatnonzero(~seen))] = mu[~seen] + (values[rows][:, seen] - mu[seen]) @ weights
             rest = sigma[np.ix_(~seen, ~seen)] - sigma[np.ix_(~seen, seen)] @ weights
             extra[np.ix_(~seen, ~seen)] += len(rows) * rest
             left[rows] = max(float(rest.sum()), 0.0) / k**2

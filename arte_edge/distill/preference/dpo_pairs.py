@@ -97,9 +97,7 @@ def _ranked(questions: Sequence[Row]) -> list[Row]:
     return sorted(questions, key=lambda row: (-row["score"], row["id"]))
 
 
-def _hold_out(
-    groups: Sequence[list[Row]], ties: Ties, rng: random.Random
-) -> tuple[list[list[Row]], list[Row]]:
+def _hold_out(groups: Sequence[list[Row]], ties: Ties, rng: random.Random) -> tuple[list[list[Row]], list[Row]]:
     """Take pairs of single drafts out of the halves of ranked `groups`; return what is left of them, and the pairs."""
     kept = [list(rows) for rows in groups]
     order = sorted(kept, key=len, reverse=True)
@@ -133,10 +131,7 @@ def _draw(
 def _pair(chosen: Sequence[Row], rejected: Sequence[Row], ties: Ties) -> Row | None:
     """Return a pair of two sides, None if it is a tie."""
     means = [float(np.mean([row["score"] for row in side])) for side in (chosen, rejected)]
-    errors = [
-        math.hypot(*(row.get("standard_error", 0.0) for row in side)) / len(side)
-        for side in (chosen, rejected)
-    ]
+    errors = [math.hypot(*(row.get("standard_error", 0.0) for row in side)) / len(side) for side in (chosen, rejected)]
     gap = means[0] - means[1]
     if ties.hold(gap, *errors):
         return None
@@ -148,9 +143,7 @@ def _listing(questions: Sequence[Row], first: int) -> str:
     return text.removeprefix(f"<Question_{first}><input>")
 
 
-def draw_rationale_pairs(
-    rationales: Sequence[Row], n_pair: int, per_question: int, ties: Ties, seed: int
-) -> Drawn:
+def draw_rationale_pairs(rationales: Sequence[Row], n_pair: int, per_question: int, ties: Ties, seed: int) -> Drawn:
     """Return pairs with question id, chosen, rejected, gap.
 
     The best and the worst rationale of every question come first, then its second best and second worst, as far as

@@ -79,9 +79,7 @@ class Influence:
         start = self._encoder.prompt(prompt)
         row = [*start, *self._encoder.completion(prompt, completion)]
         gain = self._log_probabilities([(row, len(start))])  # its sign is that of the loss, turned round
-        products = [
-            (v @ g.sign().flatten()).tolist() for v, g in zip(self._v, self._gradients(gain), strict=True)
-        ]
+        products = [(v @ g.sign().flatten()).tolist() for v, g in zip(self._v, self._gradients(gain), strict=True)]
         return np.array(products, dtype=float)
 
     def _gradients(self, value: torch.Tensor) -> list[torch.Tensor]:

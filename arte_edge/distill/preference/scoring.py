@@ -136,10 +136,7 @@ def score_drafts(
     value, without_bias = (fit_score_model(g).mean if adaptive else g.mean(axis=1) for g in grids)
     measured = np.isfinite(values)
     return Scored(
-        [
-            Score(float(value[d]), float(without_bias[d]), grid.bias(d), grid.accuracy(d))
-            for d in range(len(shots))
-        ],
+        [Score(float(value[d]), float(without_bias[d]), grid.bias(d), grid.accuracy(d)) for d in range(len(shots))],
         [int(n) for n in measured.sum(axis=1)],
         [math.sqrt(variance) for variance in model.variance] if model else [0.0] * len(shots),
         int(measured.sum()),
@@ -178,9 +175,7 @@ def _by_influence(run: RunContext, shots: Sequence[Shot], examples: Sequence[Exa
                 def progress(n: int) -> None:
                     current.done += n
 
-                kept.append(
-                    Influence(run.checkpoint(run.config.student), questions, free=free, progress=progress)
-                )
+                kept.append(Influence(run.checkpoint(run.config.student), questions, free=free, progress=progress))
         return [round(float(value), 6) for value in kept[0].of(prompts[i], completions[i])]
 
     asked = [[q.prompt, list(q.choices), q.right] for q in questions]
@@ -226,8 +221,7 @@ def _measure(
         return run.render(engine, messages, ANSWER_PREFILL, student)
 
     groups = [
-        ([prompt(one.draft, item) for item in one.items], [grid.choices[item] for item in one.items])
-        for one in cells
+        ([prompt(one.draft, item) for item in one.items], [grid.choices[item] for item in one.items]) for one in cells
     ]
     for one, rows in zip(cells, run.calls.choose_each(engine, groups, "scores"), strict=True):
         for item, logp in zip(one.items, rows, strict=True):

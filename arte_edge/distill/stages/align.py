@@ -113,10 +113,7 @@ def align(run: RunContext, others: Sequence[RunContext] = ()) -> tuple[Summary, 
             adapter = _converted_adapter(run, stage.folder)
             tasks = {"tasks": 1 + len(others)} if others else {}
             stage.finish(
-                tasks
-                | _summary(run, drawn, result)
-                | {"adapter_sha256": adapter[1]}
-                | _fresh(run, adapter, original)
+                tasks | _summary(run, drawn, result) | {"adapter_sha256": adapter[1]} | _fresh(run, adapter, original)
             )
     path = _adapter_path(run, stage.folder)
     if not path.exists():  # made where the teacher ran on another engine
@@ -251,9 +248,7 @@ def _pairs(run: RunContext) -> Drawn:
     shots = short_shots(run, run.config.teacher)
     shots = shots if config.shots is None else teacher_shots(run.task, config.shots)
     for pair in (*by_rationale.pairs, *by_rationale.held_out):
-        pair["prompt"] = rationale_prompt(
-            run, engine, run.config.teacher, texts[pair["question"]], None, shots
-        )
+        pair["prompt"] = rationale_prompt(run, engine, run.config.teacher, texts[pair["question"]], None, shots)
     pairs = by_question.pairs + by_rationale.pairs
     random.Random(f"{seed}/mix").shuffle(pairs)
     # Both kinds in turn: the first ones are measured after every step.
@@ -399,9 +394,7 @@ def _describe(summary: Summary) -> str:
     )
     if margin is not None:
         # DPO's model of preference (Bradley-Terry): P(chosen over rejected) is the logistic function of the margin.
-        parts.append(
-            f"prefers the chosen text with {0.5 + 0.5 * math.tanh(margin / 2):.1%} (untrained: 50 %)"
-        )
+        parts.append(f"prefers the chosen text with {0.5 + 0.5 * math.tanh(margin / 2):.1%} (untrained: 50 %)")
     if (kl := summary.get("kl")) is not None:  # older runs measured neither this nor what follows
         parts.append(f"{kl:.2g} nats a token from the original teacher on held-out prompts")
         if n := summary["held_out"]["pairs"]:

@@ -39,9 +39,7 @@ def calibrate(run: RunContext) -> Summary:
                 for n_shot in config.shots:
                     shots, what = _shots(run, n_shot), f"{model.model} {n_shot}-shot"
                     right = respondent_answers(run, engine, model, items, shots, what).right
-                    rows.append(
-                        {"model": model.model, "shots": len(shots), "right": right.astype(int).tolist()}
-                    )
+                    rows.append({"model": model.model, "shots": len(shots), "right": right.astype(int).tolist()})
                     matrix.append(right)
             params = fit_2pl(np.array(matrix, dtype=float))
             groups = [item.target for item in items] if run.task.answer.closed else None

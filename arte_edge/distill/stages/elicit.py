@@ -35,9 +35,7 @@ def first_focus(run: RunContext) -> Focus:
     if not run.by_label:
         return Focus()
     rows = run.read("check", "answers.jsonl")
-    return focus_of(
-        ((row["target"], row["own_labels"]) for row in rows if "own_labels" in row), weighted=False
-    )
+    return focus_of(((row["target"], row["own_labels"]) for row in rows if "own_labels" in row), weighted=False)
 
 
 def elicit(run: RunContext) -> Summary:
@@ -56,9 +54,7 @@ def elicit(run: RunContext) -> Summary:
             source = draft_source(run, engine, plan, first_focus(run))
             drafts = draft_questions(run, engine, plan, "draft questions", source)
             if run.reasons or config.label != "teacher":
-                rationales, labels = label_drafts(
-                    run, engine, drafts.valid, run.task.techniques, config.label, "draft"
-                )
+                rationales, labels = label_drafts(run, engine, drafts.valid, run.task.techniques, config.label, "draft")
             else:
                 rationales, labels = given_labels(run, drafts.valid)
             repeated = reject_repeated(rationales) if run.reasons else 0
@@ -91,9 +87,7 @@ def _describe(summary: Summary) -> str:
     labels, n_repeated = summary["labels"], summary.get("parroted", 0)  # older runs have no such count
     repeated = f" ({n_repeated} repeated)" if n_repeated else ""
     if not labels["readable"]:
-        return (
-            f"{summary['questions']} questions ({rejected} rejected), {summary['usable_rationales']} labelled"
-        )
+        return f"{summary['questions']} questions ({rejected} rejected), {summary['usable_rationales']} labelled"
     return (
         f"{summary['questions']} questions ({rejected} rejected), {summary['usable_rationales']} of "
         f"{summary['rationales']} rationales usable{repeated}, {labels['agree_with_target']:.0%} agree with the target"

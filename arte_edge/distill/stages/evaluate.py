@@ -151,9 +151,7 @@ def _first(results: _Results) -> str:
     return next(setting for who, setting in results if who == TUNED)
 
 
-def _row(
-    run: RunContext, who: str, setting: str, answered: Predictions, examples: tuple[Example, ...]
-) -> Row:
+def _row(run: RunContext, who: str, setting: str, answered: Predictions, examples: tuple[Example, ...]) -> Row:
     right, n = int(answered.right.sum()), len(examples)
     interval = wilson(right, n)
     targets = (example.target for example in examples)
@@ -246,6 +244,4 @@ def show_summary(console: Console, evaluation: Summary, folder: Path, calls: tup
         f"Student: {folder / 'tune' / 'student'}",
         f"Run folder: {folder} ({calls[0]} engine calls made, {calls[1]} cached)",
     ]
-    console.print(
-        Group(Text(first, style="bold"), summary_table(evaluation), Text("\n".join(lines))), soft_wrap=True
-    )
+    console.print(Group(Text(first, style="bold"), summary_table(evaluation), Text("\n".join(lines))), soft_wrap=True)

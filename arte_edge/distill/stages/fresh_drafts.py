@@ -52,9 +52,7 @@ def held_out_source(run: RunContext, engine: Engine) -> DraftSource:
 
 def _new_prompts(run: RunContext) -> QuestionPlan:
     temperature = run.config.tailor.temperature
-    return replace(
-        draft_plan(run.config), seed=run.config.seed - 1, needed=_NO_LIMIT, temperature=temperature
-    )
+    return replace(draft_plan(run.config), seed=run.config.seed - 1, needed=_NO_LIMIT, temperature=temperature)
 
 
 def draft_afresh(run: RunContext, engine: Engine) -> Fresh:
@@ -77,13 +75,9 @@ def draft_afresh(run: RunContext, engine: Engine) -> Fresh:
     if run.config.n_rationale_pairs and run.reasons:
         inputs = [example.input for example in _new_inputs(run, n)]
         how = short_shots(run, run.config.teacher)
-        requests = [
-            Request(rationale_prompt(run, engine, run.config.teacher, text, None, how)) for text in inputs
-        ]
+        requests = [Request(rationale_prompt(run, engine, run.config.teacher, text, None, how)) for text in inputs]
         sampling = rationale_sampling(run, engine, elicit.rationale_tokens)
-        found = run.calls.complete(
-            engine, requests, sampling, "fresh rationales", budget="elicit.rationale_tokens"
-        )
+        found = run.calls.complete(engine, requests, sampling, "fresh rationales", budget="elicit.rationale_tokens")
         shots = [
             [Shot(text, answer.text)] if extract(answer.text, run.task.answer) is not None else []
             for text, answer in zip(inputs, found, strict=True)
@@ -123,13 +117,8 @@ def _scores(run: RunContext, original: Fresh, aligned: Fresh) -> Summary:
     both = [(a[:SCORED], b[:SCORED]) for a, b in zip(original.shots, aligned.shots, strict=True) if a and b]
     if len(both) < _FEWEST:
         return {}
-    shots = list(
-        dict.fromkeys(shot for a, b in both for shot in (*a, *b))
-    )  # the same one twice has one score
-    drafts = [
-        {"question": str(i), "technique": -1, "tokens": 0, "text": shot.answer}
-        for i, shot in enumerate(shots)
-    ]
+    shots = list(dict.fromkeys(shot for a, b in both for shot in (*a, *b)))  # the same one twice has one score
+    drafts = [{"question": str(i), "technique": -1, "tokens": 0, "text": shot.answer} for i, shot in enumerate(shots)]
     questions = {str(i): {"input": shot.question} for i, shot in enumerate(shots)}
     rows, _ = scored_rows(run, drafts, questions, may_adapt=False)
     score = {shot: row["score"] for shot, row in zip(shots, rows, strict=True)}

@@ -31,9 +31,7 @@ def training_rows(
     prompts = student_prompts(run, run.engine(run.config.student), how, examples)
     return [
         {"prompt": prompt, "completion": how.completion(example.target, rationale)}
-        for prompt, example, rationale in zip(
-            prompts, examples, rationales or [""] * len(examples), strict=True
-        )
+        for prompt, example, rationale in zip(prompts, examples, rationales or [""] * len(examples), strict=True)
     ]
 
 

@@ -64,9 +64,7 @@ def tailor(run: RunContext, adapter: tuple[Path, str] | None, focus: Focus, numb
     teacher, name = run.config.teacher, run.round_name("tailor", number)
     with run.stage(name, _inputs(run, adapter[1] if adapter else "", focus, number), _describe) as stage:
         if stage.todo:
-            aligned = (
-                run.engine_with(run.local(teacher), adapter, teacher) if adapter else run.engine(teacher)
-            )
+            aligned = run.engine_with(run.local(teacher), adapter, teacher) if adapter else run.engine(teacher)
             rows, rejected, scores, summary = _generate_examples(run, aligned, focus, number)
             stage.write("train.jsonl", rows)
             stage.write("rejected.jsonl", rejected)
@@ -76,9 +74,7 @@ def tailor(run: RunContext, adapter: tuple[Path, str] | None, focus: Focus, numb
     return stage.summary
 
 
-def tailor_plan(
-    config: RunConfig, task: Task, n: int = 0, number: int = 1, *, reasons: bool = True
-) -> QuestionPlan:
+def tailor_plan(config: RunConfig, task: Task, n: int = 0, number: int = 1, *, reasons: bool = True) -> QuestionPlan:
     """Return how `n` questions are drafted in round `number`; 0: as many as at first, for labelling drops some.
 
     Without `reasons` the best of n are chosen among questions, so there are n times as many.
@@ -212,16 +208,12 @@ def _labelling_engine(run: RunContext, engine: Engine) -> Engine:
     return run.engine(run.config.teacher) if run.config.data in TECHNIQUE_ARMS else engine
 
 
-def _generate(
-    run: RunContext, engine: Engine, plan: QuestionPlan, focus: Focus
-) -> tuple[Drafts, list[Row], Row]:
+def _generate(run: RunContext, engine: Engine, plan: QuestionPlan, focus: Focus) -> tuple[Drafts, list[Row], Row]:
     """Generate questions with rationales; return them, and what labelling changed."""
     config, teacher = run.config.tailor, run.config.teacher
     source = draft_source(run, engine, plan, focus)
     known = [
-        row["input"]
-        for name in _earlier(run, plan.seed - run.config.seed)
-        for row in run.read(name, "train.jsonl")
+        row["input"] for name in _earlier(run, plan.seed - run.config.seed) for row in run.read(name, "train.jsonl")
     ]
     drafts = draft_questions(run, engine, plan, "tailored questions", source, known)
     techniques: Sequence[str | None] = run.task.techniques if run.config.data in TECHNIQUE_ARMS else [None]
@@ -273,9 +265,7 @@ class _Selection:
         }
 
 
-def _select(
-    run: RunContext, questions: dict[str, Row], usable: dict[str, list[Row]], number: int
-) -> _Selection:
+def _select(run: RunContext, questions: dict[str, Row], usable: dict[str, list[Row]], number: int) -> _Selection:
     """Keep one usable rationale of each question, by the rule of the run's data."""
     data = run.config.data
     if data == "random-technique":
@@ -311,11 +301,7 @@ def _balanced(rows: list[Row], n: int) -> list[Row]:
 
 def _describe(summary: Summary) -> str:
     labels = summary["labels"]
-    agree = (
-        f", the teacher's own answer agrees with {labels['votes_agree']:.0%}"
-        if "votes_agree" in labels
-        else ""
-    )
+    agree = f", the teacher's own answer agrees with {labels['votes_agree']:.0%}" if "votes_agree" in labels else ""
     words = f", {summary['rationale_words']:.0f} words per rationale" if labels["readable"] else ""
     chosen = ""
     if picked := summary.get("selection"):
@@ -324,6 +310,4 @@ def _describe(summary: Summary) -> str:
             f"{picked['student_answers']:,} answers of the student) those kept score {picked['kept']:.3f}, all "
             f"{picked['mean']:.3f}"
         )
-    return (
-        f"{summary['examples']} training examples from {summary['questions']} questions{agree}{words}{chosen}"
-    )
+    return f"{summary['examples']} training examples from {summary['questions']} questions{agree}{words}{chosen}"

@@ -137,6 +137,4 @@ def describe(summary: Summary) -> str:
         for form, accuracy in summary["accuracy"].items()
     )
     few = "" if len(summary["accuracy"]) > 1 else f" (reasons for {summary['with_reasons']} rows are too few)"
-    return (
-        f"the student writes {summary['form']}: {tried}{few}; {summary['rows']} rows each, n = {summary['n']}"
-    )
+    return f"the student writes {summary['form']}: {tried}{few}; {summary['rows']} rows each, n = {summary['n']}"

@@ -74,9 +74,7 @@ def tune(run: RunContext, number: int = 1) -> tuple[Summary, LocalModel]:
             checkpoint, out = run.checkpoint(run.config.student), stage.folder / "student"
             with run.training("SFT") as progress:
                 processes = run.config.train.processes
-                result = train_sft(
-                    checkpoint, rows, out, _settings(run), progress=progress, processes=processes
-                )
+                result = train_sft(checkpoint, rows, out, _settings(run), progress=progress, processes=processes)
             write_chat_template(out, model.chat_template)
             losses = [row["loss"] for row in result.history if "loss" in row]
             stage.finish(

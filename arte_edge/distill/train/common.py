@@ -85,9 +85,7 @@ class _Training(_Settings):
     warmup: float = Field(ge=0, le=1, description="share of the steps with a rising learning rate")
     max_length: int = Field(default=1024, ge=8, description="tokens; a longer example is dropped and counted")
     seed: int = Field(default=0, ge=0)
-    save_every_s: float = Field(
-        default=120.0, ge=0, description="at most so many seconds of work are lost by a kill"
-    )
+    save_every_s: float = Field(default=120.0, ge=0, description="at most so many seconds of work are lost by a kill")
 
 
 class SftSettings(_Training):
@@ -137,9 +135,7 @@ class DpoSettings(_Training):
     @model_validator(mode="after")
     def _one_weight_a_loss(self) -> DpoSettings:
         if self.loss_weights and len(self.loss_weights) != len(self.losses):
-            raise ValueError(
-                f"loss_weights has {len(self.loss_weights)} values for {len(self.losses)} losses"
-            )
+            raise ValueError(f"loss_weights has {len(self.loss_weights)} values for {len(self.losses)} losses")
         return self
 
 
@@ -377,9 +373,7 @@ class Encoder:
         """
         eos = self.tokenizer.eos_token_id
         if eos is None:
-            raise InputError(
-                "The model's tokenizer has no end token", "Set eos_token in tokenizer_config.json."
-            )
+            raise InputError("The model's tokenizer has no end token", "Set eos_token in tokenizer_config.json.")
         start, whole = self.prompt(prompt), self.prompt(prompt + text)
         seam_holds = whole[: len(start)] == start
         ids: list[int] = whole[len(start) :] if seam_holds else self._plain(text)
@@ -401,9 +395,7 @@ def check_rows(rows: Sequence[Mapping[str, str]], keys: Sequence[str], what: str
         missing = [key for key in keys if not isinstance(row.get(key), str) or not row[key]]
         if missing or set(row) != set(keys):
             named = missing[0] if missing else sorted(set(row) - set(keys))[0]
-            raise InputError(
-                f"{what} {number}: '{named}' is missing, empty or unknown", f"Keys: {', '.join(keys)}."
-            )
+            raise InputError(f"{what} {number}: '{named}' is missing, empty or unknown", f"Keys: {', '.join(keys)}.")
 
 
 def examples_seen(n_example: int, epochs: float) -> int:

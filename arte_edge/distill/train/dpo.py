@@ -55,9 +55,7 @@ class DpoResult:
     seconds: float
     held_out: HeldOut
     history: tuple[dict[str, float], ...]  # a row a step: loss, logps/chosen, rewards/margins, …
-    probes: tuple[
-        dict[str, Any], ...
-    ]  # a row per check: step, valid_rate, mean_tokens, chosen_drop_nats, reason
+    probes: tuple[dict[str, Any], ...]  # a row per check: step, valid_rate, mean_tokens, chosen_drop_nats, reason
 
 
 def train_dpo(
@@ -163,9 +161,7 @@ def least_epochs(settings: DpoSettings, n_pair: int) -> float:
     return max(settings.epochs, FEWEST_STEPS * settings.batch_size * settings.accumulate / max(n_pair, 1))
 
 
-def encode_pairs(
-    encoder: Encoder, pairs: Sequence[Mapping[str, str]], max_length: int
-) -> list[dict[str, list[int]]]:
+def encode_pairs(encoder: Encoder, pairs: Sequence[Mapping[str, str]], max_length: int) -> list[dict[str, list[int]]]:
     """Return ``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` of each pair of which both texts fit."""
     encoded = []
     for pair in pairs:
@@ -223,9 +219,7 @@ class _Training:
         n_watched = min(max(settings.batch_size * settings.accumulate, 2), _MOST_WATCHED)
         watched = (self._held_out or encoded)[:n_watched]
         self.sizer = StepSizer(workspace, watched, settings.learning_rate, settings.target_kl)
-        sizer = (
-            self.sizer
-        )  # not `self`: the monitor outlives the trainer, whose memory has to be free by then
+        sizer = self.sizer  # not `self`: the monitor outlives the trainer, whose memory has to be free by then
         self.monitor = CollapseMonitor(workspace, settings, probe, ended=lambda: sizer.reached)
         lengths = [sum(len(ids) for ids in pair.values()) for pair in encoded]
         epochs = least_epochs(settings, len(encoded))

@@ -72,8 +72,7 @@ class StepSizer:
         rows = read_jsonl(self._file) if self._file.is_file() else []
         self.rows: list[dict[str, Any]] = [row for row in rows if {"step", "rate", "kl"} <= row.keys()]
         self._watched = [
-            pair | {side: pair[side][:_WATCHED_TOKENS] for side in ("chosen_ids", "rejected_ids")}
-            for pair in pairs
+            pair | {side: pair[side][:_WATCHED_TOKENS] for side in ("chosen_ids", "rejected_ids")} for pair in pairs
         ]
         self._original: list[torch.Tensor] = []
 

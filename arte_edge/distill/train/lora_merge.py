@@ -35,9 +35,7 @@ def sixteen_bits(base: Path, dtype: str) -> str:
     return "bfloat16" if overflows_float16(base) else "float16"
 
 
-def write_checkpoint(
-    model: Any, base: Path, out: Path, dtype: str = "auto", adapter: Path | None = None
-) -> Path:
+def write_checkpoint(model: Any, base: Path, out: Path, dtype: str = "auto", adapter: Path | None = None) -> Path:
     """Write `model` in 16 bits, with the configuration and tokenizer of `base`, to the folder `out`.
 
     Args:

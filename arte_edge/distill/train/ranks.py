@@ -245,14 +245,8 @@ def refuse_processes(n: int, *, sharded: bool = False) -> None:
             "Leave it out: each process then holds the whole teacher.",
         )
     if device == "mps" or (device == "cuda" and n > there):
-        has = (
-            f"{there} GPU" + "s" * (there != 1)
-            if device == "cuda"
-            else "an Apple GPU, which takes one process"
-        )
-        raise InputError(
-            f"train.processes = {n}: this machine has {has}", "Lower it; each process needs a GPU."
-        )
+        has = f"{there} GPU" + "s" * (there != 1) if device == "cuda" else "an Apple GPU, which takes one process"
+        raise InputError(f"train.processes = {n}: this machine has {has}", "Lower it; each process needs a GPU.")
 
 
 def _tail(log: Path) -> str:

@@ -207,8 +207,7 @@ def _trainer(
     lengths = [len(row["input_ids"][0] if soft else row["input_ids"]) for row in encoded]
     order = training_order(lengths, settings.batch_size, settings.epochs, settings.seed)
     ids, labels = (
-        [each for row in encoded for each in (row[key] if soft else [row[key]])]
-        for key in ("input_ids", "labels")
+        [each for row in encoded for each in (row[key] if soft else [row[key]])] for key in ("input_ids", "labels")
     )
     first, last = min(ids), max(ids)  # what these two begin with, all do
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
@@ -312,9 +311,7 @@ def _product() -> Any:
 
     class Product(torch.autograd.Function):
         @staticmethod
-        def forward(
-            ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-        ) -> torch.Tensor:
+        def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             ctx.save_for_backward(x.bfloat16(), weight)
             return torch.nn.functional.linear(x, weight, bias)
 

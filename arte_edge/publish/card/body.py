@@ -85,9 +85,7 @@ def lineage_section(student: StudentFile, options: CardOptions) -> str:
         "seed": "" if lineage.seed is None else str(lineage.seed),
         "made with": f"arte-edge {student.arte_edge_version}",
     }
-    return _table(
-        ("", ""), ((name, text if text is arte else _cell(text)) for name, text in rows.items() if text)
-    )
+    return _table(("", ""), ((name, text if text is arte else _cell(text)) for name, text in rows.items() if text))
 
 
 def files_section(student: StudentFile, options: CardOptions) -> str:
@@ -158,11 +156,7 @@ def _comparison(student: StudentFile) -> str:
         for row in student.comparison
     ]
     head = ("model", "prompting", "n", "accuracy", "95 % interval", "this student minus it")
-    part = (
-        " Only a part of the test split: for orientation."
-        if any(r.partial for r in student.comparison)
-        else ""
-    )
+    part = " Only a part of the test split: for orientation." if any(r.partial for r in student.comparison) else ""
     where = f"Test split of {_cell(student.lineage.task or 'the task')}, before quantization"
     return f"{_table(head, rows)}\n{where}; paired differences in points with 95 % intervals.{part}\n\n"
 
@@ -310,9 +304,7 @@ def use_section(student: StudentFile, options: CardOptions) -> str:
         parts.append(_code("python", _GENAI.format(model=_quoted(folder.rstrip("/")), **shown)))
     if how and how.grammar and files:
         schema = f"; `{how.json_schema}` is their JSON schema" if how.json_schema else ""
-        parts.append(
-            f"`{how.grammar}` permits answers alone (`llama-cli --grammar-file {how.grammar}`){schema}."
-        )
+        parts.append(f"`{how.grammar}` permits answers alone (`llama-cli --grammar-file {how.grammar}`){schema}.")
     return "\n\n".join(parts) or "No file passed the gate."
 
 

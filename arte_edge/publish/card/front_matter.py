@@ -58,9 +58,7 @@ def read_head(card: FrontMatter) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 2}" if mark else ""
         reason = getattr(error, "problem", None) or "not readable"
-        raise InputError(
-            f"README.md{line}: its front matter is not valid YAML: {reason}", "Fix it by hand."
-        ) from error
+        raise InputError(f"README.md{line}: its front matter is not valid YAML: {reason}", "Fix it by hand.") from error
     if found is None:
         return {}
     if not isinstance(found, dict):
@@ -144,9 +142,7 @@ def _spans(block: str) -> dict[str, tuple[int, int]]:
 
     root = yaml.compose(block, Loader=yaml.SafeLoader)
     if not isinstance(root, yaml.MappingNode) or root.flow_style:
-        raise InputError(
-            "README.md: its front matter is in flow style (braces)", "Write one 'key: value' a line."
-        )
+        raise InputError("README.md: its front matter is in flow style (braces)", "Write one 'key: value' a line.")
     starts = [*(key.start_mark.index for key, _ in root.value), len(block)]
     spans = {}
     for (key, _), (begin, after) in zip(root.value, pairwise(starts), strict=True):

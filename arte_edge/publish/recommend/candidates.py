@@ -80,12 +80,8 @@ def pareto_front(candidates: Sequence[Candidate]) -> ParetoFront:
         }
         for c in candidates
     }
-    axes = [
-        axis for axis in _AXES if axis == "size" or any(found[axis] is not None for found in values.values())
-    ]
-    known = {
-        file: tuple(v for axis in axes if (v := found[axis]) is not None) for file, found in values.items()
-    }
+    axes = [axis for axis in _AXES if axis == "size" or any(found[axis] is not None for found in values.values())]
+    known = {file: tuple(v for axis in axes if (v := found[axis]) is not None) for file, found in values.items()}
     points = {file: point for file, point in known.items() if len(point) == len(axes)}
     speed = {c.file: c.speed for c in candidates}
     front = (file for file, p in points.items() if not any(_dominates(other, p) for other in points.values()))
@@ -131,8 +127,7 @@ def candidates(
         decode = ram = prefill = None
         if best is not None:
             decode, ram, prefill = (
-                _metric(value, "measured", best.source)
-                for value in (best.decode, best.ram_bytes, best.prefill)
+                _metric(value, "measured", best.source) for value in (best.decode, best.ram_bytes, best.prefill)
             )
         if predict and (decode is None or ram is None) and (guess := predict(artifact)) is not None:
             decode = decode or _metric(guess.decode_tokens_per_s, "predicted", guess.source)
@@ -188,9 +183,7 @@ def _answer_s(artifact: Artifact, names: frozenset[str], rows: Sequence[Row]) ->
     return Metric(seconds, "measured", f"95 % of {n} answers")
 
 
-def _computed_answer_s(
-    decode: Metric | None, prefill: Metric | None, constraints: Constraints
-) -> Metric | None:
+def _computed_answer_s(decode: Metric | None, prefill: Metric | None, constraints: Constraints) -> Metric | None:
     """Return the time of an answer of the length in `constraints`, computed from the rates: a prediction."""
     if decode is None or prefill is None:
         return None

@@ -119,9 +119,7 @@ class Recommendation:
                 "pick" if c.file == self.pick else "excluded" if c.file in excluded else "",
             )
         axes = ", ".join(self.front.axes)
-        table.caption = (
-            f"* on the Pareto front of {axes}: no other file is better in one and as good in the rest"
-        )
+        table.caption = f"* on the Pareto front of {axes}: no other file is better in one and as good in the rest"
         table.caption_justify = "left"
         return table
 

@@ -237,9 +237,7 @@ def _shape(series: int, x: float, y: float, r: float = 4.2) -> str:
     if kind in _CORNERS:
         points = " ".join(f"{x + r * dx:.1f},{y + r * dy:.1f}" for dx, dy in _CORNERS[kind])
         return f'<polygon points="{points}"/>'
-    path = "".join(
-        f"M{x + r * a:.1f} {y + r * b:.1f}L{x + r * c:.1f} {y + r * d:.1f}" for a, b, c, d in _STROKES[kind]
-    )
+    path = "".join(f"M{x + r * a:.1f} {y + r * b:.1f}L{x + r * c:.1f} {y + r * d:.1f}" for a, b, c, d in _STROKES[kind])
     return f'<path class="stroke" d="{path}"/>'
 
 
@@ -411,8 +409,7 @@ def pareto_chart(device: str, points: Rows, front: Sequence[str], accuracy: bool
         Axis(y_axis.label, max(y_axis.low, 0.0), min(y_axis.high, 100.0) if accuracy else y_axis.high),
         title=f"{'Accuracy' if accuracy else 'Size'} against speed on {device}",
         desc="; ".join(
-            f"{n}: {number(p['decode'])} tokens/s, {number(p['y'])}"
-            for n, p in zip(names, points, strict=True)
+            f"{n}: {number(p['decode'])} tokens/s, {number(p['y'])}" for n, p in zip(names, points, strict=True)
         ),
         legend=[(name, i) for i, name in enumerate(names)],
     )
@@ -423,9 +420,7 @@ def pareto_chart(device: str, points: Rows, front: Sequence[str], accuracy: bool
             plot.whisker((x, x), (p["low"], p["high"]), i)
         plot.mark(x, y, i, hollow=p["predicted"], tip=f"{p['file']}: {number(x)} tokens/s")
     hollow = " Hollow marks are predicted, not measured." if any(p["predicted"] for p in points) else ""
-    return Chart(
-        plot.svg(), f"The dashed line is the Pareto front: files that no other file dominates.{hollow}"
-    )
+    return Chart(plot.svg(), f"The dashed line is the Pareto front: files that no other file dominates.{hollow}")
 
 
 def traced(rows: Sequence[SpeedRow]) -> list[SpeedRow]:
@@ -456,9 +451,7 @@ def trace_of(row: SpeedRow) -> tuple[str, Chart, Chart | None]:
         title=f"Token times: {name}",
         desc=f"{every.size} tokens, median {number(median)} ms, 95 % below {number(p95)} ms",
     )
-    block = max(
-        1, -(-every.size // _MOST_POINTS)
-    )  # tokens a point: the median of neighbours where there are many
+    block = max(1, -(-every.size // _MOST_POINTS))  # tokens a point: the median of neighbours where there are many
     start = 0
     for i, one in enumerate(times):
         points = []
@@ -493,9 +486,7 @@ def _caption(row: SpeedRow, repetitions: int, n_above: int) -> str:
         f"{repetitions} repetition{'s' * (repetitions != 1)} of {row.test}, median {number(row.median_ts)} tokens/s"
     ]
     if row.itl_p50_ms is not None and row.itl_p95_ms is not None:
-        parts.append(
-            f"half of the tokens within {number(row.itl_p50_ms)} ms, 95 % within {number(row.itl_p95_ms)} ms"
-        )
+        parts.append(f"half of the tokens within {number(row.itl_p50_ms)} ms, 95 % within {number(row.itl_p95_ms)} ms")
     if row.temperature_c_max is not None:
         parts.append(f"at most {number(row.temperature_c_max)} °C")
     if row.slope_percent_per_min is not None and row.slowed:

@@ -186,9 +186,7 @@ def _read_export(run: RunData, folder: Path) -> None:
     if not run.bench and not speeds:
         run.missing.append("speed: nothing measured yet: `arte-edge bench` on the device does it")
     elif not run.bench:
-        run.missing.append(
-            "token times: bench.jsonl, which holds every token's time, is not beside the files"
-        )
+        run.missing.append("token times: bench.jsonl, which holds every token's time, is not beside the files")
 
 
 def _read_events(run: RunData, path: Path) -> None:

@@ -147,9 +147,7 @@ def evaluation_notes(run: RunData) -> list[str]:
     if (form := summary.get("form")) in _FORMS:
         lines.append(f"The tuned student writes {_FORMS[form]}.")
     if (share := summary.get("format_share")) is not None:
-        lines.append(
-            f"Of the gain on the base student {share:.0%} is format: its gain by constrained answers."
-        )
+        lines.append(f"Of the gain on the base student {share:.0%} is format: its gain by constrained answers.")
     if summary.get("partial"):
         lines.append("Only part of the test split was evaluated: for orientation, not as evidence.")
     if (budget := summary.get("answer_budget")) is not None:

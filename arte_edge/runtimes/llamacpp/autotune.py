@@ -64,10 +64,7 @@ def probe(model: LlamaModel, threads: int) -> list[float]:
     for turn in range(_ROUNDS):
         for i, layout in enumerate(CANDIDATES):
             n_ctx = _PREFIX + _SUFFIX + _STEPS + 1
-            if (
-                context_bytes(model, _SEQUENCES + 1, -(-n_ctx // 256) * 256, layout.ubatch)
-                < available_bytes()
-            ):
+            if context_bytes(model, _SEQUENCES + 1, -(-n_ctx // 256) * 256, layout.ubatch) < available_bytes():
                 began = time.perf_counter()
                 seconds[i] = min(seconds[i], _grid_seconds(model, threads, layout))
                 if turn == 0 and i == 0 and time.perf_counter() - began > _SLOW_S:

@@ -105,11 +105,7 @@ def check_fits(model: Any, n_seq: int, spare: int, n_ctx_seq: int, ubatch: int) 
     while fitting > 0 and context_bytes(model, fitting + spare, n_ctx_seq, ubatch) > room:
         fitting -= 1
     size = f"{n_seq - spare} sequences of {n_ctx_seq} tokens need {need / 1e9:.1f} GB, {room / 1e9:.1f} GB are free"
-    hint = (
-        f"parallel = {fitting} would fit."
-        if fitting
-        else "Not even one fits: shorten the prompts or the answers."
-    )
+    hint = f"parallel = {fitting} would fit." if fitting else "Not even one fits: shorten the prompts or the answers."
     raise EngineError(f"{model.path.name}: {size}", hint)
 
 

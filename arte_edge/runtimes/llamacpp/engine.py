@@ -110,13 +110,10 @@ class LlamaCppEngine:
         self._run(jobs, sampling.max_tokens)
         too_long = f"an empty prompt, or more than the model's context of {self.model.n_ctx_train} tokens"
         return [
-            Completion("", "error", error=too_long) if writer is None else writer.completion()
-            for writer in writers
+            Completion("", "error", error=too_long) if writer is None else writer.completion() for writer in writers
         ]
 
-    def choose_each(
-        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
-    ) -> list[NDArray[np.float64]]:
+    def choose_each(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
         """See `Engine.choose_each`; one batch for all prompts."""
         scorers = ChoiceScorer.each(self.model.tokens, prompts, choices)
         if self.model.can_rewind:
@@ -165,9 +162,7 @@ class LlamaCppEngine:
             self._context = None
             layout = layout_for(self.model, self.identity.model, self.threads)
             check_fits(self.model, n_seq, MAX_LEVELS, n_ctx_seq, layout.ubatch)
-            self._context = made = LlamaContext(
-                self.model, n_seq, n_ctx_seq, self.threads, self._adapter, layout
-            )
+            self._context = made = LlamaContext(self.model, n_seq, n_ctx_seq, self.threads, self._adapter, layout)
         made.clear()
         run(made, jobs)
 
@@ -231,9 +226,7 @@ def run_trees(context: LlamaContext, groups: Sequence[Group]) -> None:
             context.drop(leaf)
 
 
-def _load_prefix(
-    context: LlamaContext, prefix: SharedPrefix | None, cached: list[SharedPrefix]
-) -> list[SharedPrefix]:
+def _load_prefix(context: LlamaContext, prefix: SharedPrefix | None, cached: list[SharedPrefix]) -> list[SharedPrefix]:
     """Decode the prefixes up to `prefix` that are not cached, drop the others; return the cached ones."""
     path = prefix.path if prefix else []
     same = n_cached(path, cached)
@@ -256,9 +249,7 @@ def _decode(context: LlamaContext, group: Group) -> None:
         part = group.rows[start : start + context.n_batch]
         tokens, positions, first, end, output = np.array(part, dtype=np.int32).T
         owners = [np.arange(MAX_LEVELS + a, MAX_LEVELS + b, dtype=np.int32) for _, _, a, b, _ in part]
-        logits = context.decode_arrays(
-            tokens, positions, np.concatenate(owners), output.astype(np.int8), end - first
-        )
+        logits = context.decode_arrays(tokens, positions, np.concatenate(owners), output.astype(np.int8), end - first)
         contexts = [paths[leaf][: at + 1] for _, at, leaf, _, is_output in part if is_output]
         for path, found in zip(contexts, logits, strict=True):
             for note in group.tree.readers[path]:

@@ -188,9 +188,7 @@ class LlamaCppRuntime(BaseRuntime):
     def _decode(self, n_tokens: int) -> None:
         status = self._lib.llama_decode(self._cache, self._batch)
         if status != 0:
-            raise EngineError(
-                f"llama_decode returned {status} for {n_tokens} tokens", "The context may be full."
-            )
+            raise EngineError(f"llama_decode returned {status} for {n_tokens} tokens", "The context may be full.")
         self._lib.llama_synchronize(self._cache)
         self._used += n_tokens
 
@@ -317,14 +315,10 @@ class LlamaCppRuntime(BaseRuntime):
         sampling = Sampling(max_tokens=max_tokens, stop=stop)
         return [done.text for done in self._engine.complete([Request(p) for p in prompts], sampling)]
 
-    def _chat(
-        self, conversations: list[list[dict[str, str]]], max_tokens: int, stop: tuple[str, ...]
-    ) -> list[str]:
+    def _chat(self, conversations: list[list[dict[str, str]]], max_tokens: int, stop: tuple[str, ...]) -> list[str]:
         return [self._answer(messages, max_tokens, stop) for messages in conversations]
 
-    def _answer(
-        self, messages: list[dict[str, str]], max_tokens: int, stop: tuple[str, ...], grammar: str = ""
-    ) -> str:
+    def _answer(self, messages: list[dict[str, str]], max_tokens: int, stop: tuple[str, ...], grammar: str = "") -> str:
         """Return what `create_chat_completion` writes, ended at a stop string, which that itself would leave out."""
         from llama_cpp import LlamaGrammar
 
@@ -364,9 +358,7 @@ class LlamaCppRuntime(BaseRuntime):
         room = self._room(conversations, max_tokens)
         return served(self._path, conversations, max_tokens, stop, room, self._engine.threads)
 
-    def constrained(
-        self, messages: Sequence[Message], grammar: str, max_tokens: int, stop: Sequence[str] = ()
-    ) -> str:
+    def constrained(self, messages: Sequence[Message], grammar: str, max_tokens: int, stop: Sequence[str] = ()) -> str:
         if self.chat_template is not None:
             return self._answer([dict(message) for message in messages], max_tokens, tuple(stop), grammar)
         sampling = Sampling(max_tokens=max_tokens, stop=tuple(stop), grammar=grammar)

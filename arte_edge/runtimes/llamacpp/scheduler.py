@@ -104,8 +104,7 @@ class _Schedule:
             start = job._next
             job._next += chunk if len(job.tokens) - start > _RIDE else 1
             rows.extend(
-                (job.tokens[at], at, slot, int(at >= job._last or at in job.outputs))
-                for at in range(start, job._next)
+                (job.tokens[at], at, slot, int(at >= job._last or at in job.outputs)) for at in range(start, job._next)
             )
         logits = self._decode(rows)
         ended = []

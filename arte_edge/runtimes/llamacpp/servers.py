@@ -112,9 +112,7 @@ def _served(
     return Served(program, tuple(texts), remark=remark, own=own)
 
 
-def _ask(
-    client: httpx.Client, conversations: Sequence[Sequence[Message]], settings: dict[str, Any]
-) -> list[str]:
+def _ask(client: httpx.Client, conversations: Sequence[Sequence[Message]], settings: dict[str, Any]) -> list[str]:
     texts = []
     for messages in conversations:
         document = {"messages": [dict(message) for message in messages], **settings}

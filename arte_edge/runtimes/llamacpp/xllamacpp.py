@@ -94,9 +94,7 @@ class XllamaServer:
 
         Raises EngineError: the server reports an error.
         """
-        return self._checked(
-            self.post("/completion", _greedy(prompt, max_tokens, settings) | {"return_tokens": True})
-        )
+        return self._checked(self.post("/completion", _greedy(prompt, max_tokens, settings) | {"return_tokens": True}))
 
     def advance(self, prompt: Sequence[int]) -> dict[str, float]:
         """Compute the logits after `prompt`, reusing what is cached of it; return the server's timings, in ms.
@@ -249,9 +247,7 @@ class XllamaRuntime(BaseRuntime):
     def _generate(self, prompts: list[str], max_tokens: int, stop: tuple[str, ...]) -> list[str]:
         return [self._text(prompt, max_tokens, stop) for prompt in prompts]
 
-    def constrained(
-        self, messages: Sequence[Message], grammar: str, max_tokens: int, stop: Sequence[str] = ()
-    ) -> str:
+    def constrained(self, messages: Sequence[Message], grammar: str, max_tokens: int, stop: Sequence[str] = ()) -> str:
         if self.chat_template is None:
             return self._text(render(self, messages), max_tokens, stop, grammar=grammar)
         return self._answer([dict(message) for message in messages], max_tokens, tuple(stop), grammar=grammar)
@@ -267,14 +263,10 @@ class XllamaRuntime(BaseRuntime):
             self._server.close()
             self._server = XllamaServer(self._path, self._threads, 2 * needed)
 
-    def _chat(
-        self, conversations: list[list[dict[str, str]]], max_tokens: int, stop: tuple[str, ...]
-    ) -> list[str]:
+    def _chat(self, conversations: list[list[dict[str, str]]], max_tokens: int, stop: tuple[str, ...]) -> list[str]:
         return [self._answer(messages, max_tokens, stop) for messages in conversations]
 
-    def _answer(
-        self, messages: list[dict[str, str]], max_tokens: int, stop: tuple[str, ...], **settings: Any
-    ) -> str:
+    def _answer(self, messages: list[dict[str, str]], max_tokens: int, stop: tuple[str, ...], **settings: Any) -> str:
         """Return what the server's chat endpoint writes, ended at a stop string, which that itself would leave out."""
         self._make_room(len(self.tokenize(self.render(messages) or "")) + max_tokens)
         text = ""
@@ -359,11 +351,7 @@ def _import() -> Any:
     except ModuleNotFoundError as error:
         raise EngineError("xllamacpp is not installed", "pip install 'arte-edge[xllamacpp]'") from error
     except ImportError as error:  # a shared library that it needs is missing
-        hint = (
-            "sudo apt install libgomp1"
-            if "libgomp" in str(error)
-            else "Install xllamacpp again, for this Python."
-        )
+        hint = "sudo apt install libgomp1" if "libgomp" in str(error) else "Install xllamacpp again, for this Python."
         raise EngineError(f"xllamacpp does not load: {error}", hint) from error
     return xllamacpp
 

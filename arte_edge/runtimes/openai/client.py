@@ -66,9 +66,7 @@ class CallFailed(EngineError):
     empty if it said none.
     """
 
-    def __init__(
-        self, message: str, hint: str = "", *, status: int = 0, fatal: bool = False, text: str = ""
-    ) -> None:
+    def __init__(self, message: str, hint: str = "", *, status: int = 0, fatal: bool = False, text: str = "") -> None:
         super().__init__(message, hint)
         self.status, self.fatal, self.text = status, fatal, text
 
@@ -391,9 +389,7 @@ class Server:
             plain = variable == "OPENAI_API_KEY" and self.url.scheme == "http" and not self._loopback
             if key and not plain:
                 if not (key.isascii() and key.isprintable()):
-                    raise InputError(
-                        f"{variable}: the key holds characters that no header may", "Copy it again."
-                    )
+                    raise InputError(f"{variable}: the key holds characters that no header may", "Copy it again.")
                 return variable, key
         return "", ""
 

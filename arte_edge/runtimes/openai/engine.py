@@ -119,9 +119,7 @@ class OpenAIEngine:
 
     @property
     def identity(self) -> EngineIdentity:
-        return EngineIdentity(
-            kind="openai", model=self.model, runtime=self._quirks.name, address=str(self._server.url)
-        )
+        return EngineIdentity(kind="openai", model=self.model, runtime=self._quirks.name, address=str(self._server.url))
 
     @property
     def chat_template(self) -> str | None:
@@ -208,9 +206,7 @@ class OpenAIEngine:
             found |= self._server.call(_PATHS["completions"], document, read, len(ids))
         return found
 
-    def choose_each(
-        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
-    ) -> list[NDArray[np.float64]]:
+    def choose_each(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
         """Raise: few servers score a given answer, none that renders messages itself. Let it generate instead."""
         raise EngineError(f"{self._server.url} is a server, which does not score given answers")
 
@@ -263,9 +259,7 @@ class OpenAIEngine:
         with self._lock:
             if parameter not in self._without:
                 self._without |= {parameter}
-                self.notes.append(
-                    f"{self.model}: the parameter {parameter} is left out from now on: {reason}"
-                )
+                self.notes.append(f"{self.model}: the parameter {parameter} is left out from now on: {reason}")
 
     def _many(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """Return ``[function(item)]`` from `max_concurrency` threads, started in the order of `items`."""
@@ -293,9 +287,7 @@ class OpenAIEngine:
             if isinstance(entry, dict) and "id" in entry
         }
         if listed and self.model not in listed:
-            raise InputError(
-                f"{self._server.url} serves no model named '{self.model}'", nearest(self.model, listed)
-            )
+            raise InputError(f"{self._server.url} serves no model named '{self.model}'", nearest(self.model, listed))
         return quirks_of(listed.get(self.model, ""))
 
     def _find_mode(

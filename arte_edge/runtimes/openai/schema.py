@@ -34,9 +34,7 @@ class ServerQuirks:
 
     name: str
     extra: Mapping[str, Any] = field(default_factory=dict)  # added to every request
-    prefill: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # makes it continue a last message of the model's
+    prefill: Mapping[str, Any] = field(default_factory=dict)  # makes it continue a last message of the model's
     template_options: bool = False  # passes `chat_template_kwargs` on to the model's template
     keeps_stops: bool = False  # `extra` makes it leave stop strings in the text
     grammar: bool = False  # supports GBNF
@@ -60,9 +58,7 @@ _PLAIN = ServerQuirks("openai-compatible")
 _OWNERS = {"vllm": _VLLM, "llamacpp": _LLAMA_SERVER, "me": _LLAMA_CPP_PYTHON, "sglang": _SGLANG}
 
 # Families whose templates can keep the model from reasoning.
-_SWITCHES_REASONING = re.compile(
-    r"qwen-?3|glm-?4\.[5-9]|smollm3|hunyuan|deepseek-v3\.[1-9]|granite-?[34]", re.I
-)
+_SWITCHES_REASONING = re.compile(r"qwen-?3|glm-?4\.[5-9]|smollm3|hunyuan|deepseek-v3\.[1-9]|granite-?[34]", re.I)
 
 
 def quirks_of(owned_by: str) -> ServerQuirks:
@@ -117,9 +113,7 @@ def body(
         document["stop"] = list(sampling.stop)
     if sampling.grammar:
         known = text is not None  # then it is vLLM, which reads GBNF too, under a name of its own
-        document |= (
-            {"structured_outputs": {"grammar": sampling.grammar}} if known else {"grammar": sampling.grammar}
-        )
+        document |= {"structured_outputs": {"grammar": sampling.grammar}} if known else {"grammar": sampling.grammar}
     if mode == "completions":
         document["prompt"] = request.prompt if text is None else text.tokens(request.prompt)
         if text is not None:
@@ -219,9 +213,7 @@ def next_logp(tokens: Sequence[int], answer: Any) -> dict[int, float]:
         raise ValueError("no log-probabilities of the tokens that were named in it") from error
 
 
-def completion(
-    answer: Any, mode: Mode, quirks: ServerQuirks, request: Request, sampling: Sampling
-) -> Completion:
+def completion(answer: Any, mode: Mode, quirks: ServerQuirks, request: Request, sampling: Sampling) -> Completion:
     """Return the completion in a server's answer, its reasoning left out; an answer without a text is an error.
 
     Raises ValueError: the document is not a completion.
@@ -229,9 +221,7 @@ def completion(
     choice = first_choice(answer)
     message = choice.get("message") if mode == "chat" else choice
     key = "content" if mode == "chat" else "text"
-    if not isinstance(message, dict) or not {key, "refusal", "reasoning_content", "tool_calls"} & set(
-        message
-    ):
+    if not isinstance(message, dict) or not {key, "refusal", "reasoning_content", "tool_calls"} & set(message):
         raise ValueError(f"no {'message' if mode == 'chat' else 'text'} in its choice")
     text, reasoning = _texts(message, key)
     if mode == "chat":

@@ -212,9 +212,7 @@ class ServedEngine:
             rows[i] = lost if row is None else replace(row, fault="row") if own else row
         return [rows[i] for i in range(len(requests))]
 
-    def choose_each(
-        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
-    ) -> list[NDArray[np.float64]]:
+    def choose_each(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
         """See `Engine.choose_each`: one call for each place where choices go apart.
 
         Raises InputError: no prompt before the choices; CallFailed: a server cannot read one, or none is left.
@@ -226,9 +224,7 @@ class ServedEngine:
                 needed.setdefault(context, set()).update(tokens)
         contexts = sorted(needed)
 
-        def score(
-            engine: OpenAIEngine, context: tuple[int, ...]
-        ) -> tuple[dict[int, float] | None, CallFailed | None]:
+        def score(engine: OpenAIEngine, context: tuple[int, ...]) -> tuple[dict[int, float] | None, CallFailed | None]:
             try:
                 return engine.next_logp(context, sorted(needed[context])), None
             except CallFailed as error:
@@ -283,9 +279,7 @@ class ServedEngine:
         how: dict[str, Any] = {"mode": "completions", "timeout_s": self._timeout_s, "retry": self._retry}
         return OpenAIEngine(name, url, text=self.text, **how, **self._settings)
 
-    def _call(
-        self, url: str, path: str, body: Mapping[str, Any] | None = None, timeout_s: float | None = None
-    ) -> Any:
+    def _call(self, url: str, path: str, body: Mapping[str, Any] | None = None, timeout_s: float | None = None) -> Any:
         """Get what is at `path`, or send `body` there, once; its answer is text."""
         retry = self._retry if body is None else RetryPolicy(attempts=1)  # 500 is what a bad adapter gets
         server = self._server(url, timeout_s or self._timeout_s, retry)
@@ -311,9 +305,7 @@ class ServedEngine:
         there = f"It lists {', '.join(names) or 'no model'}."
         if self._name:
             raise InputError(f"teacher.server_model: {url} serves no model named '{self._name}'", there)
-        raise InputError(
-            f"{url} does not list one model", f"{there} Name the teacher's: teacher.server_model."
-        )
+        raise InputError(f"{url} does not list one model", f"{there} Name the teacher's: teacher.server_model.")
 
     def _check_weights(self, url: str, engine: OpenAIEngine) -> None:
         ids = self.text.tokens(_TEXT)

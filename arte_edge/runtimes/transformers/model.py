@@ -106,9 +106,7 @@ def load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> tuple[Any, A
         model = hf.merge_attached(live)
         got = hf.logits_of(model, [hf.probe_ids(model)])
         try:
-            hf.compare_merge(
-                f"{folder} with {adapter}", before, wanted, got, str(dtype).removeprefix("torch.")
-            )
+            hf.compare_merge(f"{folder} with {adapter}", before, wanted, got, str(dtype).removeprefix("torch."))
         except ArteError:
             # DoRA needs the weights that `onednn_int8` and `onednn_prepack` replace.
             if dtype != torch.bfloat16 or read_adapter_config(adapter).get("use_dora"):
@@ -305,9 +303,7 @@ class TransformersEngine:
         self._grammars: LlamaModel | None = None  # opened with the first grammar
         self.forward = Forward(self.model, self._device)
         self._batch_tokens = batch_tokens or room_tokens(self.model.config.get_text_config(), self._device)
-        self._template: str | None = (
-            tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-        )
+        self._template: str | None = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
         config = self.model.config.get_text_config()
         self.context_tokens: int = getattr(config, "max_position_embeddings", None) or 2**31
         # Padding between a prefix and its suffix would count against a sliding window.
@@ -363,9 +359,7 @@ class TransformersEngine:
         rows = [prompts[i] for i in todo]
         if self._device.type == "cpu" and rows and self._can_pack(max(map(len, rows)) + new):
             writers = [self._writer(requests[i], prompts[i], sampling) for i in todo]
-            shares = generate_packed(
-                self.model, self._device, rows, writers, lambda logits: _drawing(logits, sampling)
-            )
+            shares = generate_packed(self.model, self._device, rows, writers, lambda logits: _drawing(logits, sampling))
             done |= {i: w.completion(n) for i, w, n in zip(todo, writers, shares, strict=True)}
             return [done[i] for i in range(len(requests))]
         for batch in plan(rows, new, self._batch_tokens):
@@ -388,9 +382,7 @@ class TransformersEngine:
             grammar = Grammar(self._grammars, sampling.grammar)
         return Writer(self.text, request, prompt, sampling, grammar)
 
-    def choose_each(
-        self, prompts: Sequence[str], choices: Sequence[Sequence[str]]
-    ) -> list[NDArray[np.float64]]:
+    def choose_each(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
         """See `Engine.choose_each`; one batch for all prompts.
 
         Raises InputError: no prompt before the choices, or one too long for the model.
@@ -398,9 +390,7 @@ class TransformersEngine:
         scorers = ChoiceScorer.each(self.text.tokens, prompts, choices)
         longest = max((scorer.longest for scorer in scorers), default=0)
         if longest > self.context_tokens:
-            raise InputError(
-                f"A prompt of {longest} tokens exceeds the model's context of {self.context_tokens}"
-            )
+            raise InputError(f"A prompt of {longest} tokens exceeds the model's context of {self.context_tokens}")
         if not self._can_pack(longest):
             return [self._choose_plain(prompt, own) for prompt, own in zip(prompts, choices, strict=True)]
         trees = [tree for scorer in scorers for tree in scorer.trees(MOST_ROWS)]

@@ -92,9 +92,7 @@ class _Inputs:
     def __init__(self) -> None:
         self._last: tuple[Any, ...] = (None,)
 
-    def of(
-        self, x: torch.Tensor, large: torch.Tensor, block: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def of(self, x: torch.Tensor, large: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the features `large` of `x` ``[n, n_large]``; the others rounded ``[n_block, n, block]``, and scales.
 
         The rounded ones are unsigned, and every block has a scale a token ``[n_block, n, 1]``.
@@ -116,9 +114,7 @@ def _layer() -> Any:
     import torch
 
     class Quantized(torch.nn.Module):
-        def __init__(
-            self, linear: torch.nn.Linear, largest: torch.Tensor, inputs: _Inputs, wide: bool
-        ) -> None:
+        def __init__(self, linear: torch.nn.Linear, largest: torch.Tensor, inputs: _Inputs, wide: bool) -> None:
             super().__init__()
             n_out, n_in = linear.weight.shape
             self.out_features, self.bias, self._inputs, self._wide = n_out, linear.bias, inputs, wide

@@ -38,9 +38,7 @@ def supports_packing(model: Any) -> bool:
     layers = set(getattr(config, "layer_types", None) or _LAYERS)
     # `scaled_dot_product_attention` does not compute soft-capped scores (Gemma 2).
     plain = getattr(config, "attn_logit_softcapping", None) is None
-    if missing(__name__) or not (
-        plain and {"position_ids", "logits_to_keep"} <= set(known) and layers <= _LAYERS
-    ):
+    if missing(__name__) or not (plain and {"position_ids", "logits_to_keep"} <= set(known) and layers <= _LAYERS):
         return False
     if config._attn_implementation == "sdpa":
         _register()
@@ -105,9 +103,7 @@ class NewTokens:
     seen: NDArray[np.bool_]  # [n, n_cells + n]: which cells each token attends to, the new ones included
 
 
-def forward_rows(
-    model: Any, device: torch.device, parts: Sequence[NewTokens], outputs: Sequence[int]
-) -> torch.Tensor:
+def forward_rows(model: Any, device: torch.device, parts: Sequence[NewTokens], outputs: Sequence[int]) -> torch.Tensor:
     """Append each part's tokens to its row; return logits ``[o, v]`` of the tokens at the indices `outputs`."""
     import torch
 
@@ -195,13 +191,9 @@ def _register() -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    def attend(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **settings: Any
-    ) -> tuple[Any, None]:
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **settings: Any) -> tuple[Any, None]:
         if not isinstance(key, _Seen):
-            found: tuple[Any, None] = sdpa_attention_forward(
-                module, query, key, value, attention_mask, **settings
-            )
+            found: tuple[Any, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
             return found
         _, heads, n, width = query.shape
         out = query.new_empty((1, n, heads, width))

@@ -41,9 +41,7 @@ class TransformersRuntime(BaseRuntime):
         Raises InputError: not a checkpoint that transformers loads, or it was made for fewer tokens;
         ArteError: torch or transformers is not installed.
         """
-        self._engine = engine = TransformersEngine(
-            folder, sha256="", device="cpu"
-        )  # a GPU would take 16 bits
+        self._engine = engine = TransformersEngine(folder, sha256="", device="cpu")  # a GPU would take 16 bits
         import torch
 
         if threads:
@@ -119,14 +117,10 @@ class TransformersRuntime(BaseRuntime):
         sampling = Sampling(max_tokens=max_tokens, stop=stop)
         return [done.text for done in self._engine.complete([Request(p) for p in prompts], sampling)]
 
-    def _chat(
-        self, conversations: list[list[dict[str, str]]], max_tokens: int, stop: tuple[str, ...]
-    ) -> list[str]:
+    def _chat(self, conversations: list[list[dict[str, str]]], max_tokens: int, stop: tuple[str, ...]) -> list[str]:
         stops = {"stop_sequence": list(stop)} if stop else {}
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of settings of sampling in the checkpoint, which greedy text does not use
+            warnings.simplefilter("ignore")  # of settings of sampling in the checkpoint, which greedy text does not use
             answers = self._pipeline(
                 conversations,
                 batch_size=_BATCH,

@@ -97,9 +97,7 @@ class Text:
         return self._plain([*seam, *ids])[len(self._plain(seam)) :]
 
     def _plain(self, ids: list[int]) -> str:
-        decoded: str = self._tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        decoded: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return decoded
 
 

@@ -82,18 +82,14 @@ def model(make_gguf: Make) -> Path:
 def bench(profile: Profile, stub: Path, model: Path) -> Make:
     """Run the stub with `model` on the device: ``bench(repetitions=2, on_row=…)``."""
 
-    def run(
-        profile: Profile = profile, repetitions: int = 1, task: str | None = None, **options: Any
-    ) -> list[Any]:
+    def run(profile: Profile = profile, repetitions: int = 1, task: str | None = None, **options: Any) -> list[Any]:
         request = Request(settings=BenchSettings(repetitions=repetitions), task=task)
         return bench_remote(profile, [model], request, **{"reporter": Said()} | options)
 
     return run
 
 
-def test_rows_come_back_verbatim_and_the_job_is_removed(
-    device: Any, bench: Make, model: Path, tmp_path: Path
-) -> None:
+def test_rows_come_back_verbatim_and_the_job_is_removed(device: Any, bench: Make, model: Path, tmp_path: Path) -> None:
     task = tmp_path / "parity task"
     task.mkdir()
     (task / "task.toml").write_text("name = 'parity'")
@@ -168,9 +164,7 @@ def test_a_kind_of_device_is_not_a_device(profile: Profile, bench: Make) -> None
         bench(profile.model_copy(update={"remote": None}))
 
 
-def test_a_folder_that_is_not_ours_is_neither_used_nor_removed(
-    device: Any, profile: Profile, bench: Make
-) -> None:
+def test_a_folder_that_is_not_ours_is_neither_used_nor_removed(device: Any, profile: Profile, bench: Make) -> None:
     (device.home / "photos").mkdir()
     (device.home / "photos/cat.jpg").write_bytes(b"cat")
     other = profile.model_copy(update={"remote": profile.remote.model_copy(update={"workdir": "~/photos"})})

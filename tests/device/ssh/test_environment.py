@@ -224,9 +224,7 @@ def test_its_metadata_name_the_extras_and_no_torch_outside_of_them(wheel: Path) 
     core = [need for need in needs if "extra ==" not in need]
     assert any(need.startswith("psutil") for need in core)
     assert not any(need.startswith(("torch", "scipy", "onnx", "gguf")) for need in core)
-    assert any(
-        need.startswith("xllamacpp") and "xllamacpp" in need.partition("extra ==")[2] for need in needs
-    )
+    assert any(need.startswith("xllamacpp") and "xllamacpp" in need.partition("extra ==")[2] for need in needs)
 
 
 def test_platform_tags_are_those_that_the_device_would_accept() -> None:

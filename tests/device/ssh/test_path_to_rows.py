@@ -34,9 +34,7 @@ os._exit(code)
 def test_the_null_model_on_a_device(device: Any, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     root, out, tracer = Path(tracing.__file__).parent, tmp_path / "found.jsonl", tmp_path / "tracer.py"
     tracer.write_text(TRACER.format(path=[str(root), str(root.parent)], out=str(out)))
-    monkeypatch.setattr(
-        remote, "install", lambda *_: sys.executable
-    )  # its module runs anyhow: it makes a plan
+    monkeypatch.setattr(remote, "install", lambda *_: sys.executable)  # its module runs anyhow: it makes a plan
     monkeypatch.setattr(remote, "BENCH", (str(tracer),))
     profile = tmp_path / "kitchen.toml"
     profile.write_text(
@@ -45,9 +43,7 @@ def test_the_null_model_on_a_device(device: Any, tmp_path: Path, monkeypatch: Pa
     )
     found = {"device/ssh/agent"}  # not traced: it runs from the uploaded wheel
     with tracing.files_run(found):
-        code = main(
-            ["bench", "null", "--device", str(profile), "-p", "4", "-n", "4", "-r", "1", "-o", "jsonl"]
-        )
+        code = main(["bench", "null", "--device", str(profile), "-p", "4", "-n", "4", "-r", "1", "-o", "jsonl"])
     assert code == 0
     assert [json.loads(line)["test"] for line in capsys.readouterr().out.splitlines()] == ["pp4", "tg4"]
     for line in out.read_text().splitlines():

@@ -200,9 +200,7 @@ def test_only_a_local_teacher_of_unlike_seeds_is_kept_from_repeating(told: Any) 
     assert penalty(elicit={"repeat_penalty": 0.0}) == (0.0, False)
     assert penalty(elicit={"by_label": False}) == (0.0, False)  # questions in tags
     assert penalty(teacher={"model": "openai:m@http://127.0.0.1:1/v1"}) == (0.0, False)
-    told.task = replace(
-        told.task, seed=tuple(Example(f"not True and {i}", label) for i, label in enumerate(LABELS))
-    )
+    told.task = replace(told.task, seed=tuple(Example(f"not True and {i}", label) for i, label in enumerate(LABELS)))
     assert penalty() == (0.0, False)
 
 

@@ -73,9 +73,7 @@ class TestParse:
         for one in found:
             assert isinstance(one, str) or (all(one) and "<target>" not in one[1])
 
-    @given(
-        st.lists(st.text(st.sampled_from("abc é?\n"), min_size=1).filter(str.strip), min_size=1, max_size=5)
-    )
+    @given(st.lists(st.text(st.sampled_from("abc é?\n"), min_size=1).filter(str.strip), min_size=1, max_size=5))
     @settings(deadline=None)
     def test_what_is_written_in_the_tags_is_read_back(self, texts: list[str]) -> None:
         text = "\n".join(block(i, t, t.strip()) for i, t in enumerate(texts, 4))
@@ -132,9 +130,7 @@ class TestNearDuplicates:
         texts=st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=9), min_size=1, max_size=9),
         threshold=st.sampled_from([0.3, 0.55, 0.7, 1.0, math.inf]),
     )
-    def test_it_finds_the_first_of_all_that_rouge_finds(
-        self, texts: Sequence[Sequence[str]], threshold: float
-    ) -> None:
+    def test_it_finds_the_first_of_all_that_rouge_finds(self, texts: Sequence[Sequence[str]], threshold: float) -> None:
         text, *known = (" ".join(words) for words in texts)
         every = (one for one in known if one == text or rouge_l(one, text) >= threshold)
         assert NearDuplicates(threshold, known).find(text) == next(every, None)
@@ -188,9 +184,7 @@ class TestDrafting:
             ("some question", "seven", "target is no answer of this task"),
         ],
     )
-    def test_a_draft_is_refused_with_the_reason(
-        self, house: Any, text: str, target: str, reason: str
-    ) -> None:
+    def test_a_draft_is_refused_with_the_reason(self, house: Any, text: str, target: str, reason: str) -> None:
         mine = Example("what becomes of seven halves when doubled", "odd")
         house.task = replace(house.task, seed=VARIED, validation=(*house.task.validation, mine))
         assert refused(house, text, target) == {reason: 1}

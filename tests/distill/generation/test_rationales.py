@@ -48,9 +48,7 @@ from arte_edge.tasks.task import Answer, Example, FewShotExample
         ("drop-disagreement", [None], None),
     ],
 )
-def test_the_policy_decides_the_label(
-    policy: LabelPolicy, answers: list[str | None], label: str | None
-) -> None:
+def test_the_policy_decides_the_label(policy: LabelPolicy, answers: list[str | None], label: str | None) -> None:
     assert decide_label(policy, "yes", answers) == decide_label(policy, "yes", answers[::-1]) == label
 
 
@@ -111,9 +109,7 @@ def test_a_letter_that_the_question_does_not_offer_has_no_vote(house: Any, polic
         ([row("a", "Same.", usable=False), row("b", "Same."), row("c", "Same.")], [1, 2]),
     ],
 )
-def test_a_text_that_answers_too_many_questions_is_rejected(
-    rows: list[dict[str, Any]], rejected: list[int]
-) -> None:
+def test_a_text_that_answers_too_many_questions_is_rejected(rows: list[dict[str, Any]], rejected: list[int]) -> None:
     before = [i for i, r in enumerate(rows) if r["usable"]]
     assert reject_repeated(rows) == len(rejected)
     assert [i for i in before if not rows[i]["usable"]] == rejected

@@ -43,9 +43,7 @@ def test_a_side_is_as_long_as_its_prompt_says(n: int, sides: int, of_inputs: int
     drawn = draw_question_pairs(questions(n), 6, 5, 4, NONE, seed=0)
     inputs = draw_input_pairs(questions(n), 6, 5, NONE, seed=0)
     for pair in drawn.pairs:
-        assert (
-            [len(numbers(pair[side])) for side in ("chosen", "rejected")] == [sides, sides] == [pair["n"]] * 2
-        )
+        assert [len(numbers(pair[side])) for side in ("chosen", "rejected")] == [sides, sides] == [pair["n"]] * 2
     for pair in inputs.pairs:
         lengths = [len(pair[side]) for side in ("chosen", "rejected")]
         assert lengths == [of_inputs, of_inputs] == [pair["n"]] * 2
@@ -122,9 +120,7 @@ def test_a_questions_best_meets_its_worst_and_its_second_best_its_second_worst()
         drawn = draw_rationale_pairs(rows, 10, per_question, Ties(0.02), seed=0)
         found = [(pair["chosen"], pair["rejected"], pair["gap"]) for pair in drawn.pairs]
         first = [("a by 1", "a by 2", 0.7), ("b by 0", "b by 1", 0.98)]
-        assert (
-            sorted(found[:2]) == first and drawn.ties == 0
-        )  # so a limit cuts second pairs before first ones
+        assert sorted(found[:2]) == first and drawn.ties == 0  # so a limit cuts second pairs before first ones
         assert found[2:] == ([("a by 0", "a by 3", 0.1)] if per_question > 1 else [])
 
 

@@ -15,8 +15,7 @@ from arte_edge.distill.preference.influence import PARTS, Influence, Question, s
 
 ROOMS = ("lamp off", "music on", "door")
 QUESTIONS = tuple(
-    Question(f"{tiny.SPECIAL[0]}turn it {'on and ' * (i % 3)}off {i}:", ROOMS[: 2 + i % 2], i % 2)
-    for i in range(9)
+    Question(f"{tiny.SPECIAL[0]}turn it {'on and ' * (i % 3)}off {i}:", ROOMS[: 2 + i % 2], i % 2) for i in range(9)
 )
 DRAFT = (f"{tiny.SPECIAL[0]}dim the lights:", " It is about the lights, so lamp off")
 STEP = 3e-5  # norms are float32 inside: a smaller one drowns in their rounding
@@ -28,9 +27,7 @@ def students(tmp_path_factory: Folders) -> Any:
         folder = tmp_path_factory.mktemp(family)
         if family == "llama":
             return tiny.write_student(folder)
-        inner = tiny.bpe(
-            [q.prompt for q in QUESTIONS] * 9 + [*ROOMS], tiny.SPECIAL, 300, begin=tiny.SPECIAL[0]
-        )
+        inner = tiny.bpe([q.prompt for q in QUESTIONS] * 9 + [*ROOMS], tiny.SPECIAL, 300, begin=tiny.SPECIAL[0])
         tokenizer = tiny.chat_tokenizer(inner, bos_token=tiny.SPECIAL[0], eos_token=tiny.SPECIAL[2])
         shape = {"head_dim": 16, "initializer_range": 0.1, "sliding_window": 8}
         return tiny.save_checkpoint(folder, tokenizer, family, dtype="bfloat16", **shape)
@@ -68,12 +65,7 @@ class Plain:
                     logp[i, j] = float(self.logp(start, self.ids(q.prompt + choice)[len(start) :]))
         logp -= np.nanmean(logp, axis=0) if free else 0.0
         return float(
-            np.mean(
-                [
-                    row[q.right] - np.log(np.nansum(np.exp(row)))
-                    for q, row in zip(QUESTIONS, logp, strict=True)
-                ]
-            )
+            np.mean([row[q.right] - np.log(np.nansum(np.exp(row))) for q, row in zip(QUESTIONS, logp, strict=True)])
         )
 
     def effect(self, *, free: bool, upper: bool) -> float:
@@ -97,9 +89,7 @@ class Plain:
     ("family", "free", "layers"),
     [("llama", True, 1.0), ("llama", False, 0.5), ("gemma3_text", True, 0.5)],
 )
-def test_the_products_are_what_a_small_step_does(
-    students: Any, family: str, free: bool, layers: float
-) -> None:
+def test_the_products_are_what_a_small_step_does(students: Any, family: str, free: bool, layers: float) -> None:
     folder = students(family)
     found = Influence(folder, QUESTIONS, free=free, layers=layers).of(*DRAFT)
     assert found.shape == (PARTS,)

@@ -75,9 +75,7 @@ def test_a_draft_that_only_shifts_the_answer_bias_moves_the_measured_score_alone
         (np.where(np.eye(2)[TRUTH] == 1, 0.0, -50.0), TRUTH, True, 1.0, 1.0, 0.0),
     ],
 )
-def test_the_parts_of_a_score(
-    logp: Any, truth: Any, soft: bool, value: float, accuracy: float, bias: float
-) -> None:
+def test_the_parts_of_a_score(logp: Any, truth: Any, soft: bool, value: float, accuracy: float, bias: float) -> None:
     score = score_log_probabilities(logp, np.array(truth), soft=soft)
     assert (score.value, score.accuracy, score.bias) == pytest.approx((value, accuracy, bias))
     assert np.isfinite(score.free)
@@ -89,9 +87,7 @@ def test_the_parts_of_a_score(
     truth=arrays(np.intp, 12, elements=st.integers(0, 2)),
     soft=st.booleans(),
 )
-def test_every_part_of_a_score_lies_between_0_and_1(
-    logp: Floats, truth: NDArray[np.intp], soft: bool
-) -> None:
+def test_every_part_of_a_score_lies_between_0_and_1(logp: Floats, truth: NDArray[np.intp], soft: bool) -> None:
     score = score_log_probabilities(logp, truth, soft=soft)
     for part in (score.value, score.free, score.bias, score.accuracy):
         assert -1e-9 <= part <= 1 + 1e-9
@@ -114,18 +110,14 @@ def test_open_answers_score_by_their_mean_log_probability() -> None:
 
 @given(LENGTHS, st.integers(0, 2**32), st.floats(-0.2, 0.2))
 @settings(deadline=None)
-def test_what_length_adds_to_scores_is_taken_out_whatever_it_is(
-    lengths: list[int], seed: int, slope: float
-) -> None:
+def test_what_length_adds_to_scores_is_taken_out_whatever_it_is(lengths: list[int], seed: int, slope: float) -> None:
     tokens = np.array(lengths, dtype=float)
     plain = np.random.default_rng(seed).random(len(tokens))
     longer = plain + slope * np.log(tokens)
     level = longer - length_effect(longer, tokens)
     assert level.mean() == pytest.approx(longer.mean())
     if np.ptp(tokens) > 0:
-        assert np.allclose(
-            level - level.mean(), plain - plain.mean() - length_effect(plain - plain.mean(), tokens)
-        )
+        assert np.allclose(level - level.mean(), plain - plain.mean() - length_effect(plain - plain.mean(), tokens))
         assert abs(np.corrcoef(level, np.log(tokens))[0, 1]) < 1e-6
 
 
@@ -158,9 +150,7 @@ def by_length(house: Any) -> Any:
 def test_drafts_are_ordered_by_what_their_length_does_not_explain_unless_told_otherwise(
     by_length: Any, scored: Any, length_free: bool
 ) -> None:
-    _, summary, rows = scored(
-        prefer={"race": "off", "length_free": length_free}, calibrate={"k": 12, "items": 20}
-    )
+    _, summary, rows = scored(prefer={"race": "off", "length_free": length_free}, calibrate={"k": 12, "items": 20})
     assert summary["drafts"] >= 12
     if not length_free:
         assert all(row["score"] == row["bias_free"] and row["length"] == 0 for row in rows)

@@ -113,9 +113,7 @@ def warnings(house: Any) -> list[str]:
     return [row["text"] for row in rows if row["event"] == "warning" and "alignment" in row["text"]]
 
 
-def test_a_teacher_that_writes_the_same_as_before_is_a_warning_again_at_every_start(
-    house: Any, aligned: Any
-) -> None:
+def test_a_teacher_that_writes_the_same_as_before_is_a_warning_again_at_every_start(house: Any, aligned: Any) -> None:
     few = {"calibrate": {"k": 20}}  # so that validation examples are left
     _, (summary, _), run = aligned(**few)
     fresh = summary["fresh"]
@@ -172,9 +170,7 @@ def test_no_fresh_drafts_are_written_where_they_are_switched_off(house: Any, ali
     assert "fresh" not in summary and "changed nothing" in run.caveats[0]
 
 
-def test_the_random_control_is_trained_on_the_questions_of_the_run_that_it_controls(
-    house: Any, aligned: Any
-) -> None:
+def test_the_random_control_is_trained_on_the_questions_of_the_run_that_it_controls(house: Any, aligned: Any) -> None:
     def pairs(data: str) -> list[Any]:
         run = aligned(data=data, elicit={"questions": 24})[2]
         rows = run.read("align", "pairs.jsonl")
@@ -185,20 +181,14 @@ def test_the_random_control_is_trained_on_the_questions_of_the_run_that_it_contr
 
 
 @pytest.mark.parametrize("by_label", [False, True])
-def test_a_prompt_asks_for_as_many_questions_as_its_sides_have(
-    house: Any, aligned: Any, by_label: bool
-) -> None:
+def test_a_prompt_asks_for_as_many_questions_as_its_sides_have(house: Any, aligned: Any, by_label: bool) -> None:
     house.by_label = by_label
     rows = aligned(elicit={"questions": 24}, align={"rationale_pairs": 0})[2].read("align", "pairs.jsonl")
     for row in rows:
-        counts = {
-            row[side].count("<target>") if not by_label else row[side].count("\n") + 1 for side in SIDES
-        }
+        counts = {row[side].count("<target>") if not by_label else row[side].count("\n") + 1 for side in SIDES}
         assert counts == {row["n"]}
         said = int(re.findall(r"Write (\d+) ", row["prompt"])[-1])
-        shown = (
-            row["prompt"].rpartition("<Question_")[2] if not by_label else row["prompt"].rpartition("\n")[2]
-        )
+        shown = row["prompt"].rpartition("<Question_")[2] if not by_label else row["prompt"].rpartition("\n")[2]
         first = int(shown.split(">")[0].removesuffix("."))
         assert said == (row["n"] if not by_label else first - 1 + row["n"])
 
@@ -262,9 +252,7 @@ def test_a_run_that_cannot_be_aligned_with_this_one_says_so(
     house: Any, aligned: Any, tmp_path: Path, damage: Any, why: str
 ) -> None:
     align_table = {"min_gap": 0.0, "min_gap_errors": 0.0, "fresh_drafts": 0}
-    run_pipeline(
-        house.config(task={"ref": "parity"}, align=align_table), tmp_path / "other", Reporter(quiet=True)
-    )
+    run_pipeline(house.config(task={"ref": "parity"}, align=align_table), tmp_path / "other", Reporter(quiet=True))
     damage(tmp_path / "other" / "run.toml")
     config = house.config(task={"ref": "parity"}, align=align_table | {"also": [str(tmp_path / "other")]})
     with pytest.raises(InputError, match=why):

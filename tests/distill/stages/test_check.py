@@ -47,9 +47,7 @@ def test_the_control_is_trained_on_the_seeds_as_it_is_asked(house: Any) -> None:
 
 
 @pytest.mark.parametrize("known", [4, 3, 2])  # of four numbers
-def test_a_teacher_that_is_not_clearly_better_writes_inputs_and_needs_no_accuracy(
-    house: Any, known: int
-) -> None:
+def test_a_teacher_that_is_not_clearly_better_writes_inputs_and_needs_no_accuracy(house: Any, known: int) -> None:
     house.by_label, house.teacher.knows = True, lambda n: n % 4 < known
     house.learned = lambda rows: lambda n: True
     summary = checked(house)
@@ -58,9 +56,7 @@ def test_a_teacher_that_is_not_clearly_better_writes_inputs_and_needs_no_accurac
 
 
 @pytest.mark.parametrize("kind", ["text", "tags"])
-def test_without_inputs_for_a_given_answer_a_teacher_as_good_as_own_labels_stops_the_run(
-    house: Any, kind: str
-) -> None:
+def test_without_inputs_for_a_given_answer_a_teacher_as_good_as_own_labels_stops_the_run(house: Any, kind: str) -> None:
     house.by_label, house.learned = kind == "text", lambda rows: lambda n: True
     if kind == "text":
         house.task = replace(house.task, answer=Answer(kind="text"))
@@ -137,9 +133,7 @@ def test_a_teacher_on_a_server_is_not_asked_to_align(house: Any, capsys: Capture
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0].nope.nope }}", "{% for %}", "{{ 1 // 0 }}"])
-def test_a_template_that_does_not_render_is_an_input_error(
-    house: Any, template: str, capsys: Capture
-) -> None:
+def test_a_template_that_does_not_render_is_an_input_error(house: Any, template: str, capsys: Capture) -> None:
     house.teacher.chat_template = template
     assert house.distill() == 2
     assert "chat template does not render" in " ".join(capsys.readouterr().err.split())

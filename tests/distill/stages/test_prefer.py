@@ -74,10 +74,7 @@ def test_a_race_stopped_in_the_middle_ends_with_the_same_scores(uneven: Any, sco
 
     def dies(prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[NDArray[np.float64]]:
         # One group of calls is finished by then.
-        if (
-            uneven.scoring_from > before
-            and uneven.calls + len(prompts) - uneven.scoring_from > calls * 3 // 4
-        ):
+        if uneven.scoring_from > before and uneven.calls + len(prompts) - uneven.scoring_from > calls * 3 // 4:
             raise KeyboardInterrupt
         return list(choose_each(prompts, choices))
 
@@ -109,7 +106,5 @@ def test_where_nothing_is_adaptive_the_stage_is_that_of_older_runs(house: Any, s
         ("off", 160, 40, False),
     ],
 )
-def test_small_grids_are_raced_only_when_asked_to(
-    race: Any, n_draft: int, n_item: int, adaptive: bool
-) -> None:
+def test_small_grids_are_raced_only_when_asked_to(race: Any, n_draft: int, n_item: int, adaptive: bool) -> None:
     assert is_adaptive(Prefer(race=race), n_draft, n_item) is adaptive

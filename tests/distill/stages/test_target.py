@@ -83,9 +83,7 @@ def test_reasons_are_the_teachers_and_stand_where_the_form_has_them(house: Any) 
 
 
 @pytest.mark.parametrize(("agree", "forms"), [(7, 1), (8, 3), (9, 3)])
-def test_forms_with_reasons_are_left_out_where_too_few_reasons_agree(
-    house: Any, agree: int, forms: int
-) -> None:
+def test_forms_with_reasons_are_left_out_where_too_few_reasons_agree(house: Any, agree: int, forms: int) -> None:
     house.task = replace(house.task, seed=house.task.seed + house.task.validation[:4])
     house.task = replace(house.task, validation=house.task.validation[4:])
     asked = [int(seed.input.split()[1]) for seed in house.task.seed]

@@ -55,9 +55,7 @@ class TestTune:
     @pytest.mark.parametrize(
         ("form", "rule"), [("answer", "the answer alone"), ("reasoning-first", "Think step by step")]
     )
-    def test_the_checkpoint_holds_the_template_that_it_was_trained_with(
-        self, house: Any, form: str, rule: str
-    ) -> None:
+    def test_the_checkpoint_holds_the_template_that_it_was_trained_with(self, house: Any, form: str, rule: str) -> None:
         _, model = tuned(house, tune={"target": form})
         template = (house.folder / "tune" / "student" / "chat_template.jinja").read_text()
         assert house.task.description in template and rule in template
@@ -93,9 +91,7 @@ class TestRounds:
         run, model = tuned(house, rounds=2)
         wrong = [row for row in run.read("validate", "answers.jsonl") if row["answer"] != row["target"]]
         assert {row["target"] for row in wrong} == {"odd"}
-        first, second = (
-            Counter(row["label"] for row in run.read(s, "train.jsonl")) for s in ("tailor", "tailor-2")
-        )
+        first, second = (Counter(row["label"] for row in run.read(s, "train.jsonl")) for s in ("tailor", "tailor-2"))
         assert first == {"odd": 8, "even": 8} and second["odd"] >= 2 * second["even"] > 0
         texts = [row["input"] for stage in ("tailor", "tailor-2") for row in run.read(stage, "train.jsonl")]
         assert len(set(texts)) == len(texts) == 2 * N
@@ -103,11 +99,7 @@ class TestRounds:
         assert summary(house, "validate-2")["right"] == 40 > summary(house, "validate")["right"]
         near = [prompt for prompt in house.teacher.prompts if "easy to mistake for even" in prompt]
         assert near and all("answer is odd" in prompt for prompt in near)
-        assert (
-            model.sha256
-            == summary(house, "tune")["student_sha256"]
-            == summary(house, "tune-2")["student_sha256"]
-        )
+        assert model.sha256 == summary(house, "tune")["student_sha256"] == summary(house, "tune-2")["student_sha256"]
 
     @pytest.mark.parametrize("by_label", [True, False])
     def test_no_validation_example_reaches_a_prompt_that_the_teacher_completes(
@@ -159,9 +151,7 @@ class TestRounds:
             tuned(house, rounds=2)
         _, model = tuned(house, rounds=2)
         assert model.sha256 == whole.sha256 and contents(house.folder) == expected
-        again = (
-            2 if (n_finished, written) == (1, False) else 0
-        )  # a trial's students are removed before it ends
+        again = 2 if (n_finished, written) == (1, False) else 0  # a trial's students are removed before it ends
         assert (house.calls, len(house.trained)) == (2 * cost, 2 * trainings + again), "nothing else twice"
 
 

@@ -111,9 +111,7 @@ train(Path(checkpoint), rows, Path(out), settings, progress=progress, **more)
 def kill(tiny_checkpoint: Make) -> Make:
     """Start a training that is killed after an optimizer step or during a look of the probe."""
 
-    def killed(
-        kind: str, rows: Any, out: Path, settings: Any, *, step: int = 0, look: int = 0, **more: Any
-    ) -> None:
+    def killed(kind: str, rows: Any, out: Path, settings: Any, *, step: int = 0, look: int = 0, **more: Any) -> None:
         call = json.dumps(
             [kind, str(tiny_checkpoint()), rows, str(out), settings.model_dump(mode="json"), step, look, more]
         )

@@ -18,9 +18,7 @@ START = ProbeResult(valid_rate=0.8, mean_tokens=60.0)
         (ProbeResult(0.8, 60), 10.1, "lost 10.1 nats"),
     ],
 )
-def test_each_sign_of_collapse_is_named_with_its_limit(
-    now: ProbeResult, drop_nats: float, named: str
-) -> None:
+def test_each_sign_of_collapse_is_named_with_its_limit(now: ProbeResult, drop_nats: float, named: str) -> None:
     reason = collapse_reason(LIMITS, START, now, drop_nats)
     assert named in reason and "limit" in reason
 
@@ -38,9 +36,7 @@ def test_within_the_limits_nothing_is_said(valid: float, tokens: float, drop_nat
         (ProbeResult(0.0, 0.0), ProbeResult(0.0, 300.0)),  # nothing valid at the start cannot fall further
     ],
 )
-def test_without_anything_to_compare_nothing_is_said(
-    start: ProbeResult | None, now: ProbeResult | None
-) -> None:
+def test_without_anything_to_compare_nothing_is_said(start: ProbeResult | None, now: ProbeResult | None) -> None:
     assert collapse_reason(LIMITS, start, now, 0.0) == ""
 
 

@@ -69,15 +69,11 @@ def test_the_model_is_gone_when_its_memory_is_freed(
         train_sft(tiny_checkpoint(), sft_rows, tmp_path / "out", SftSettings(epochs=0.5))
     else:
         pairs = [{"prompt": "<|user|>Is it?\n", "chosen": "<ans>yes</ans>", "rejected": "no"}] * 2
-        dpo.train_dpo(
-            tiny_checkpoint(), pairs, tmp_path / "out", common.DpoSettings(batch_size=2, accumulate=1)
-        )
+        dpo.train_dpo(tiny_checkpoint(), pairs, tmp_path / "out", common.DpoSettings(batch_size=2, accumulate=1))
     assert alive == [False]
 
 
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="other allocators keep memory by their own rules"
-)
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory by their own rules")
 def test_a_training_takes_freed_memory_again_without_page_faults(monkeypatch: Patch) -> None:
     monkeypatch.setenv("ARTE_EDGE_DEVICE", "cpu")
 
@@ -118,9 +114,7 @@ def test_a_training_uses_what_the_device_has(
     monkeypatch.setattr(common, "pick_device", lambda: torch.device(device))
     monkeypatch.setattr(common, "training_floats", lambda checkpoint, frozen=False: floats)
     work = Workspace(tmp_path / "out", "")
-    found = common.arguments(
-        tiny_checkpoint(), work, SftSettings(), 8, "linear", most=8, at_once=8, labelled=4
-    )
+    found = common.arguments(tiny_checkpoint(), work, SftSettings(), 8, "linear", most=8, at_once=8, labelled=4)
     assert {key for key in ("bf16", "fp16", "use_cpu", "dataloader_pin_memory") if found[key]} == flags
     dtypes = [load(tiny_checkpoint(), frozen=frozen)[0].dtype for frozen in (True, False)]
     assert dtypes == [getattr(torch, floats), torch.float32]  # trained weights are never rounded

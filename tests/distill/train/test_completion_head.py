@@ -136,9 +136,7 @@ def test_a_frozen_head_is_rounded_where_the_processor_multiplies_bfloat16(
 
     asked: list[int] = []
     rounded = completion_head._rounded_log_probs()
-    monkeypatch.setattr(
-        completion_head, "_rounded_log_probs", lambda: lambda *a: (asked.append(1), rounded(*a))[1]
-    )
+    monkeypatch.setattr(completion_head, "_rounded_log_probs", lambda: lambda *a: (asked.append(1), rounded(*a))[1])
     (_, (wide, wide_grads)) = scored(["q_proj"], able=False)
     assert not asked
     (_, (mine, my_grads)) = scored(["q_proj"], able=True)

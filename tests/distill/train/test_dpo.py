@@ -153,9 +153,7 @@ def test_pairs_are_tokenized_as_the_engines_do(tiny_checkpoint: Any) -> None:
     coder = Encoder(AutoTokenizer.from_pretrained(tiny_checkpoint(adds_bos=True)))
     pair = {"prompt": "<bos><|user|>the ans", "chosen": "wer is no", "rejected": "wer is yes"}
     (encoded,) = encode_pairs(coder, [pair], 64)
-    assert (
-        encoded["prompt_ids"] == coder.prompt("<bos><|user|>the ans") and encoded["prompt_ids"].count(1) == 1
-    )
+    assert encoded["prompt_ids"] == coder.prompt("<bos><|user|>the ans") and encoded["prompt_ids"].count(1) == 1
     for key in ("chosen", "rejected"):
         ids = encoded[f"{key}_ids"]
         assert ids[-1] == 2 and coder.tokenizer.decode(ids[:-1]) == pair[key]
@@ -168,9 +166,7 @@ def test_a_pair_that_is_too_long_is_dropped_and_counted(tiny_checkpoint: Any, tm
     assert (result.pairs, result.dropped) == (12, 1)
     with pytest.raises(InputError, match="fits into 128 tokens"):
         train_dpo(tiny_checkpoint(), [long], tmp_path / "none", settings)
-    assert (
-        train_dpo(tiny_checkpoint(), [*PAIRS, long], tmp_path / "any", FAST).dropped == 0
-    )  # 0: no limit of ours
+    assert train_dpo(tiny_checkpoint(), [*PAIRS, long], tmp_path / "any", FAST).dropped == 0  # 0: no limit of ours
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +212,7 @@ def test_a_killed_alignment_goes_on_to_the_same_adapter(
         asked.append(folder.name)
         return healthy(folder)
 
-    again = train_dpo(
-        tiny_checkpoint(), PAIRS, out, FAST, probe=probe, progress=lambda done, total: taken.append(done)
-    )
+    again = train_dpo(tiny_checkpoint(), PAIRS, out, FAST, probe=probe, progress=lambda done, total: taken.append(done))
     assert (taken, asked) == (steps, looks)
     assert again.probes == whole.probes
     assert [row["loss"] for row in again.history] == [row["loss"] for row in whole.history]
@@ -274,24 +268,18 @@ def test_a_base_in_16_bits_is_aligned_as_far(
         pytest.skip("this processor does not multiply bfloat16")
     result = train_dpo(tiny_checkpoint(), PAIRS[:10], tmp_path / "out", SIZED, held_out=PAIRS[10:])
     assert 0.085 <= result.held_out.kl <= 0.1 and result.held_out.right == 2
-    assert (
-        sized.history[0]["kl"] < result.history[0]["kl"] < 2e-4
-    )  # rounding adds little to a step that does nothing
+    assert sized.history[0]["kl"] < result.history[0]["kl"] < 2e-4  # rounding adds little to a step that does nothing
     assert {str(tensor.dtype) for tensor in adapter(result.adapter).values()} == {"torch.float32"}
 
 
-def test_a_step_beyond_the_target_is_scaled_back_before_anybody_sees_it(
-    tiny_checkpoint: Any, tmp_path: Path
-) -> None:
+def test_a_step_beyond_the_target_is_scaled_back_before_anybody_sees_it(tiny_checkpoint: Any, tmp_path: Path) -> None:
     wild = SIZED.model_copy(update={"learning_rate": 0.05, "target_kl": 0.01})
     result = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "out", wild, held_out=PAIRS[:2], probe=healthy)
     assert result.steps == result.kept_step == result.probes[-1]["step"] == 1
     assert 0.0085 <= result.held_out.kl <= 0.01
 
 
-def test_few_pairs_are_seen_again_until_there_are_steps_to_steer(
-    tiny_checkpoint: Any, tmp_path: Path
-) -> None:
+def test_few_pairs_are_seen_again_until_there_are_steps_to_steer(tiny_checkpoint: Any, tmp_path: Path) -> None:
     few = SIZED.model_copy(update={"accumulate": 2})
     result = train_dpo(tiny_checkpoint(), PAIRS[:3], tmp_path / "out", few)
     assert 5 < result.steps <= 8 and result.held_out.pairs == 0 and 0.05 < result.held_out.kl <= 0.1
@@ -329,9 +317,7 @@ def test_a_base_held_in_its_16_bits_is_aligned_as_one_in_float32(
 
     four = SIZED.model_copy(update={"epochs": 0.4})
     made: list[Path] = []
-    monkeypatch.setattr(
-        common, "load_frozen", lambda folder, **how: made.append(folder) or load_frozen(folder, **how)
-    )
+    monkeypatch.setattr(common, "load_frozen", lambda folder, **how: made.append(folder) or load_frozen(folder, **how))
     monkeypatch.setattr(common, "keeps_16_bits", lambda n_params: True)
     held = train_dpo(tiny_checkpoint(), PAIRS[:10], tmp_path / "held", four, held_out=PAIRS[10:])
     assert made
@@ -347,9 +333,7 @@ def test_a_base_held_in_its_16_bits_is_aligned_as_one_in_float32(
     )
 
 
-def test_a_teacher_of_four_bits_is_aligned_by_an_adapter_as_any_other(
-    tiny_checkpoint: Any, tmp_path: Path
-) -> None:
+def test_a_teacher_of_four_bits_is_aligned_by_an_adapter_as_any_other(tiny_checkpoint: Any, tmp_path: Path) -> None:
     bits = pytest.importorskip("bitsandbytes")
     model, _ = load(tiny_checkpoint(), frozen=True, four_bits=True)
     linear = [module for name, module in model.named_modules() if name.endswith("_proj")]
@@ -363,13 +347,9 @@ def test_a_teacher_of_four_bits_is_aligned_by_an_adapter_as_any_other(
     settings = FAST.model_copy(update={"weights": "nf4", "epochs": 2.0})
     result = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "out", settings, probe=healthy)
     assert result.history[-1]["loss"] < result.history[0]["loss"] - 0.1
-    sixteen = train_dpo(
-        tiny_checkpoint(), PAIRS, tmp_path / "16", settings.model_copy(update={"weights": "16-bit"})
-    )
+    sixteen = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "16", settings.model_copy(update={"weights": "16-bit"}))
     one, other = adapter(result.adapter), adapter(sixteen.adapter)
-    assert {name: value.shape for name, value in one.items()} == {
-        name: value.shape for name, value in other.items()
-    }
+    assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in other.items()}
     assert any((one[name] - other[name]).abs().max() > 1e-6 for name in one)  # the bases differ
 
 

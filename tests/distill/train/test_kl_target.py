@@ -7,9 +7,7 @@ from arte_edge.distill.train.kl_target import next_rate
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])  # KL after a distance of 1: how easily the model moves
 @pytest.mark.parametrize("n_step", [8, 20, 300])
-def test_where_kl_grows_with_the_square_of_the_distance_the_last_step_arrives(
-    scale: float, n_step: int
-) -> None:
+def test_where_kl_grows_with_the_square_of_the_distance_the_last_step_arrives(scale: float, n_step: int) -> None:
     target, done = 0.1, list[tuple[float, float]]()
     for step in range(n_step):
         rate = next_rate(done, n_step - step, 1e-3 / scale**0.5, target)

@@ -43,9 +43,7 @@ MERGED = {  # settings of the adapter, and whether output and embedding are one 
 
 
 @pytest.mark.parametrize("kind", MERGED)
-def test_a_merged_checkpoint_is_the_model_that_was_trained(
-    tiny_checkpoint: Any, tmp_path: Path, kind: str
-) -> None:
+def test_a_merged_checkpoint_is_the_model_that_was_trained(tiny_checkpoint: Any, tmp_path: Path, kind: str) -> None:
     lora, tied = MERGED[kind]
     base, adapter, ids = tiny_checkpoint(), tmp_path / "adapter", [*IDS, 5, 6, 7]
     wanted = save_adapter(base, adapter, ids, **lora)

@@ -46,9 +46,7 @@ def losses(result: Any) -> list[float]:
     return [row["loss"] for row in result.history]
 
 
-@pytest.mark.parametrize(
-    "kind", ["full", *(pytest.param(k, marks=pytest.mark.slow) for k in ("lora", "soft"))]
-)
+@pytest.mark.parametrize("kind", ["full", *(pytest.param(k, marks=pytest.mark.slow) for k in ("lora", "soft"))])
 def test_two_processes_tune_as_one_does(
     kind: str, tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,17 +76,13 @@ def test_two_processes_tune_as_one_does(
     assert steps == [(i, 4) for i in range(1, 5)]
     assert (two.steps, two.examples, two.dropped) == (one.steps, one.examples, one.dropped)
     ids = range(5, 25)
-    assert (
-        np.abs(hf_logits(two.checkpoint, ids) - hf_logits(one.checkpoint, ids)).max() < 0.02
-    )  # written in 16 bits
+    assert np.abs(hf_logits(two.checkpoint, ids) - hf_logits(one.checkpoint, ids)).max() < 0.02  # written in 16 bits
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
 
 
 @pytest.mark.parametrize("target_kl", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_two_processes_align_as_one_does(target_kl: float, tiny_checkpoint: Any, tmp_path: Path) -> None:
-    settings = DPO.model_copy(
-        update={"target_kl": target_kl} | ({"learning_rate": 1e-4} if target_kl else {})
-    )
+    settings = DPO.model_copy(update={"target_kl": target_kl} | ({"learning_rate": 1e-4} if target_kl else {}))
     looks: list[str] = []
 
     def probe(folder: Path) -> ProbeResult:
@@ -98,15 +92,11 @@ def test_two_processes_align_as_one_does(target_kl: float, tiny_checkpoint: Any,
 
     held_out = PAIRS[:3]
     one = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "one", settings, held_out=held_out, probe=healthy)
-    two = train_dpo(
-        tiny_checkpoint(), PAIRS, tmp_path / "two", settings, held_out=held_out, probe=probe, processes=2
-    )
+    two = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "two", settings, held_out=held_out, probe=probe, processes=2)
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
     assert len(losses(two)) == 3 or target_kl
     for key in ("rewards/chosen", "rewards/margins", "learning_rate"):
-        assert [row[key] for row in two.history[:2]] == pytest.approx(
-            [row[key] for row in one.history[:2]], abs=1e-4
-        )
+        assert [row[key] for row in two.history[:2]] == pytest.approx([row[key] for row in one.history[:2]], abs=1e-4)
     assert [check["step"] for check in two.probes] == [check["step"] for check in one.probes]
     assert looks == [f"step-{check['step']}" for check in two.probes]
     assert two.held_out.kl == pytest.approx(one.held_out.kl, rel=1e-3, abs=1e-5)

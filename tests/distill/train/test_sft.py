@@ -62,9 +62,7 @@ def test_the_student_learns_and_writes_what_it_learned_once_loaded(kind: str, tu
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_the_checkpoint_is_16_bit_with_the_bases_own_files(
-    kind: str, tuned: Any, tiny_checkpoint: Any
-) -> None:
+def test_the_checkpoint_is_16_bit_with_the_bases_own_files(kind: str, tuned: Any, tiny_checkpoint: Any) -> None:
     import torch
 
     base, out = tiny_checkpoint(), tuned[kind].checkpoint
@@ -96,18 +94,14 @@ def test_a_finished_training_returns_at_once_and_another_one_does_not(
     assert steps == [1, 2, 3, 1, 2]
 
 
-def test_a_folder_of_somebody_elses_is_not_replaced(
-    tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path
-) -> None:
+def test_a_folder_of_somebody_elses_is_not_replaced(tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="not the result of a training"):
         train_sft(tiny_checkpoint(), sft_rows, tmp_path, FULL)
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_rows_that_are_too_long_are_dropped_not_cut_and_some_must_be_left(
-    tiny_checkpoint: Any, tmp_path: Path
-) -> None:
+def test_rows_that_are_too_long_are_dropped_not_cut_and_some_must_be_left(tiny_checkpoint: Any, tmp_path: Path) -> None:
     rows = [{"prompt": "no " * n, "completion": "yes"} for n in (1, 200)]
     short = FULL.model_copy(update={"max_length": 32, "epochs": 1.0})
     result = train_sft(tiny_checkpoint(), rows, tmp_path / "some", short)
@@ -159,12 +153,8 @@ def test_without_others_a_soft_label_is_a_label(tiny_checkpoint: Any, sft_rows: 
 
     settings = FULL.model_copy(update={"epochs": 1.0, "accumulate": 2})
     hard = train_sft(tiny_checkpoint(), sft_rows, tmp_path / "hard", settings)
-    soft = train_sft(
-        tiny_checkpoint(), [row | {"others": {}} for row in sft_rows], tmp_path / "soft", settings
-    )
-    assert [row["loss"] for row in soft.history] == pytest.approx(
-        [row["loss"] for row in hard.history], rel=1e-4
-    )
+    soft = train_sft(tiny_checkpoint(), [row | {"others": {}} for row in sft_rows], tmp_path / "soft", settings)
+    assert [row["loss"] for row in soft.history] == pytest.approx([row["loss"] for row in hard.history], rel=1e-4)
     a, b = load_weights(hard.checkpoint), load_weights(soft.checkpoint)
     assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
     long = [SOFT[0] | {"others": {"no " * 100: 0.4}}]
@@ -187,9 +177,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     (out.with_name(".killed.work") / "checkpoints" / "checkpoint-4").mkdir(exist_ok=True)  # cut while written
     steps: list[int] = []
     capfd.readouterr()
-    again = train_sft(
-        tiny_checkpoint(), sft_rows, out, settings, progress=lambda done, total: steps.append(done)
-    )
+    again = train_sft(tiny_checkpoint(), sft_rows, out, settings, progress=lambda done, total: steps.append(done))
     assert "missing keys" not in capfd.readouterr().err  # a tied output layer is no weight of its own
     assert steps == [4, 5, 6]  # three steps were kept
     assert [row["loss"] for row in again.history] == [row["loss"] for row in whole.history]

@@ -96,9 +96,7 @@ def test_an_accuracy_with_a_grammar_and_a_divergence_of_answers_have_their_own_p
     files = (good.model_copy(update={"fidelity": fidelity}), *student.artifacts[1:])
     text = render_card(student.model_copy(update={"artifacts": files}), CardOptions())
     free, bound = (line for line in part(text, "accuracy").splitlines() if "raspberry-pi-5" in line)
-    assert (
-        "| 82.0% |" in free and "`, with grammar |" in bound and "| 90.0% | 80.0% to 100.0% | +8.0 |" in bound
-    )
+    assert "| 82.0% |" in free and "`, with grammar |" in bound and "| 90.0% | 80.0% to 100.0% | +8.0 |" in bound
     assert "KL of answers" in part(text, "files") and "| 0.0058 | 0.0123 |" in part(text, "files")
 
 

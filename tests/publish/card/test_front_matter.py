@@ -76,9 +76,7 @@ HEADS = st.dictionaries(st.from_regex(r"[a-z][a-z_-]{0,8}", fullmatch=True), VAL
 
 @settings(max_examples=60)
 @given(there=HEADS, wanted=HEADS, body=TEXT, crlf=st.booleans())
-def test_any_head_keeps_its_keys(
-    there: dict[str, Any], wanted: dict[str, Any], body: str, crlf: bool
-) -> None:
+def test_any_head_keeps_its_keys(there: dict[str, Any], wanted: dict[str, Any], body: str, crlf: bool) -> None:
     text = f"---\n{yaml.safe_dump(there, sort_keys=False, allow_unicode=True)}---\n{body}"
     card = split_card(text.replace("\n", "\r\n") if crlf else text)
     found = merge_head(card, wanted, replace=list(wanted)[:1])

@@ -108,9 +108,7 @@ def test_what_was_not_measured_there_is_predicted_and_says_so() -> None:
 
 def test_a_predicted_file_is_not_picked_before_a_measured_one() -> None:
     bare = file("Q4_0", 100, right=measured(50))
-    found = choose(
-        student_file(Q8, bare), PI, Constraints(), predict=lambda a: Prediction(99.0, 10**8, "sums")
-    )
+    found = choose(student_file(Q8, bare), PI, Constraints(), predict=lambda a: Prediction(99.0, 10**8, "sums"))
     assert found.pick == "m-Q8_0.gguf"
     assert "m-Q4_0.gguf may be faster: 99.0 tokens/s predicted; measure it." in found.notes
 
@@ -152,9 +150,7 @@ def test_raw_rows_count_but_not_throttled_failed_emulated_or_foreign_ones() -> N
     assert c.decode is None and "run the same `arte-edge bench` again" in c.notes[0]
     (c,) = choose(student_file(bare), PI, Constraints(), rows=[busy, row(bare, 21)]).candidates
     assert c.decode is not None and c.decode.value == 21 and c.notes == (), "it was measured again"
-    by_print = choose(
-        student_file(bare), PI, Constraints(), rows=rows[:1], names=frozenset({facts().fingerprint})
-    )
+    by_print = choose(student_file(bare), PI, Constraints(), rows=rows[:1], names=frozenset({facts().fingerprint}))
     assert by_print.candidates[0].decode is not None
 
 

@@ -116,9 +116,7 @@ class TestProbe:
         assert not asked and not list(model_cache.iterdir())
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"layout": {"ubatch": 7}}', '{"layout": {"wide": 1}}'])
-    def test_a_damaged_cache_is_replaced(
-        self, model: Any, monkeypatch: Patch, model_cache: Path, text: str
-    ) -> None:
+    def test_a_damaged_cache_is_replaced(self, model: Any, monkeypatch: Patch, model_cache: Path, text: str) -> None:
         self.times(monkeypatch, 2.0, 1.0, 3.0)
         layout_for(model, "abc", 2)
         (path,) = (model_cache / "layouts").glob("*.json")

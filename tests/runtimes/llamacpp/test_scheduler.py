@@ -74,9 +74,7 @@ PROMPT = st.lists(st.integers(1, 15), min_size=1, max_size=30)
 
 
 @given(st.lists(st.tuples(PROMPT, st.integers(1, 12)), min_size=1, max_size=25), st.integers(1, 7), PROMPT)
-def test_sequences_do_not_disturb_each_other(
-    cases: list[tuple[list[int], int]], slots: int, common: list[int]
-) -> None:
+def test_sequences_do_not_disturb_each_other(cases: list[tuple[list[int], int]], slots: int, common: list[int]) -> None:
     writers = [Writer(common * 2 + tokens, most) for tokens, most in cases]
     scheduled(writers, slots)
     assert [writer.written for writer in writers] == [writer.alone() for writer in writers]

@@ -48,9 +48,7 @@ def test_every_fault_is_survived_and_no_row_moves(serve):
     asked = requests(len(FAULTS) + 3)
     right = opened(serve()).complete(asked, Sampling())
     front = serve(faults=[[fault] for fault in FAULTS])
-    rows = opened(front, max_concurrency=4, timeout_s=1.5).complete(
-        asked, Sampling()
-    )  # below the server's hang
+    rows = opened(front, max_concurrency=4, timeout_s=1.5).complete(asked, Sampling())  # below the server's hang
     assert [row.error for row in rows] == [""] * len(asked)
     assert rows == right and len(front.posts) == len(asked) + len(FAULTS)
 
@@ -102,9 +100,7 @@ def said(text, finish="stop", usage=None):
         ((500, b""), "500: (no text)", ATTEMPTS, "row"),
     ],
 )
-def test_a_row_that_fails_has_its_own_reason_and_its_neighbours_are_whole(
-    posts, answer, reason, n_post, fault
-):
+def test_a_row_that_fails_has_its_own_reason_and_its_neighbours_are_whole(posts, answer, reason, n_post, fault):
     front = posts(lambda seen: answer if seen.body["prompt"] == "question 001" else None)
     rows = opened(front, max_concurrency=1).complete(requests(3), Sampling(stop=("\n",)))
     assert [row.finish for row in rows] == ["length", "error", "length"]
@@ -134,9 +130,7 @@ def test_a_refused_parameter_is_left_out_from_then_on_and_said_once(posts):
     assert [row.text for row in rows] == [" after question"] * 3, "what is not sent is cut here"
     assert len(front.posts) == 3 + len(REFUSED)
     assert front.posts[-1].body["max_completion_tokens"] == 7
-    assert [f"parameter {name} " in note for name, note in zip(REFUSED, engine.notes, strict=True)] == [
-        True
-    ] * 4
+    assert [f"parameter {name} " in note for name, note in zip(REFUSED, engine.notes, strict=True)] == [True] * 4
 
 
 def test_a_stop_string_inside_reasoning_is_not_sent_again(posts):
@@ -150,9 +144,7 @@ def test_a_stop_string_inside_reasoning_is_not_sent_again(posts):
 
 def test_a_server_that_is_gone_is_told_from_a_prompt_that_breaks_it(serve, closed_port):
     engine = opened(serve(faults=[[], ["500"] * ATTEMPTS]), max_concurrency=1)
-    assert engine.identity.key() == f"{engine.identity.older_key()}/{engine._server.url}", (
-        "not the other server's"
-    )
+    assert engine.identity.key() == f"{engine.identity.older_key()}/{engine._server.url}", "not the other server's"
     assert [row.fault for row in engine.complete(requests(2), Sampling())] == ["", "row"]
     engine._server.url = engine._server.url.copy_with(port=closed_port)
     assert [row.fault for row in engine.complete(requests(2), Sampling())] == ["server", "server"]
@@ -181,9 +173,7 @@ def test_a_key_that_is_refused_later_is_raised_only_if_no_row_was_answered(posts
 
 
 def test_a_spent_quota_is_not_retried(posts):
-    front = posts(
-        lambda _: (429, {"error": {"code": "insufficient_quota", "message": "You have spent it all"}})
-    )
+    front = posts(lambda _: (429, {"error": {"code": "insufficient_quota", "message": "You have spent it all"}}))
     with pytest.raises(CallFailed, match="spent it all"):
         opened(front).complete(requests(3), Sampling())
     assert len(front.posts) <= 3
@@ -232,9 +222,7 @@ def test_a_begun_answer_is_sent_only_to_a_server_that_continues_it(serve, tiny_m
         engine.complete([Request("raw text")], Sampling())
     with pytest.raises(EngineError, match="does not score"):
         engine.choose_each([prompt], [["a", "b"]])
-    assert opened(front, mode="auto", continues=not continues).continues != continues, (
-        "what a run knows holds"
-    )
+    assert opened(front, mode="auto", continues=not continues).continues != continues, "what a run knows holds"
 
 
 def test_a_grammar_goes_only_to_servers_that_take_one(serve, tiny_model):
@@ -276,9 +264,7 @@ def test_nothing_shows_the_key_or_a_part_of_it(posts, monkeypatch, caplog):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     caplog.set_level(logging.DEBUG)
     # Cut to 80 characters the text ends inside the key.
-    engine = opened(
-        posts(lambda seen: (200, f"{'.' * 70} {key}".encode()) if "001" in str(seen.body) else None)
-    )
+    engine = opened(posts(lambda seen: (200, f"{'.' * 70} {key}".encode()) if "001" in str(seen.body) else None))
     rows = engine.complete(requests(3), Sampling())
     shown = [repr(engine._server._client), repr(rows), caplog.text]
     assert rows[1].error and key[:6] not in "".join(shown)

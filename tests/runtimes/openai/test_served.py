@@ -90,9 +90,7 @@ class Vllm:
         if name in self.loaded:
             return error(400, f"The lora adapter '{name}' has already been loaded.")
         if self.lora == "off":
-            return error(
-                500, "Worker failed with error 'LoRA is not enabled. Use --enable-lora to enable LoRA.'"
-            )
+            return error(500, "Worker failed with error 'LoRA is not enabled. Use --enable-lora to enable LoRA.'")
         if not (Path(body["lora_path"]) / "adapter_config.json").is_file():
             return error(404, f"Loading lora {name} failed: No adapter found for {body['lora_path']}")
         self.loaded[name] = body["lora_path"]
@@ -106,9 +104,7 @@ class Vllm:
         if key not in self.engines:
             adapter = Path(path) if path else None
             with _LOADING:
-                self.engines[key] = TransformersEngine(
-                    self.checkpoint, sha256="", adapter=adapter, device="cpu"
-                )
+                self.engines[key] = TransformersEngine(self.checkpoint, sha256="", adapter=adapter, device="cpu")
         return self.engines[key]
 
     def _completion(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -171,14 +167,10 @@ def test_texts_and_choices_are_those_of_our_own_copy(served: Any, llama: Any) ->
     grammar = Sampling(max_tokens=2, grammar='root ::= "a"')
     assert engine.supports_grammar and engine.complete(PROMPTS[:1], grammar)[0].error == ""
     assert server.grammars == [None] * len(PROMPTS) + [{"grammar": grammar.grammar}]
-    assert set(server.wrote) == {"teacher"} and engine.count_tokens("the cat") == llama.count_tokens(
-        "the cat"
-    )
+    assert set(server.wrote) == {"teacher"} and engine.count_tokens("the cat") == llama.count_tokens("the cat")
 
 
-def test_an_adapter_is_loaded_under_its_hash_writes_and_is_unloaded(
-    served: Any, adapter: Path, llama: Any
-) -> None:
+def test_an_adapter_is_loaded_under_its_hash_writes_and_is_unloaded(served: Any, adapter: Path, llama: Any) -> None:
     engine, (server,) = served(adapter=adapter)
     name = f"arte-edge-{engine.identity.adapter[:32]}"
     assert list(server.loaded) == [name] and server.loaded[name].endswith(name)
@@ -227,9 +219,7 @@ def test_what_a_killed_run_left_is_unloaded_and_what_others_use_stays(
     # Also the engine of the original weights unloads it, and leaves the adapter of an engine that is open.
     ServedEngine(engine._urls, engine._checkpoint, "5" * 64, engine._folder).close()
     assert set(server.loaded) == {own, outside, "users-own", "arte-edge-others"}
-    assert (
-        not Path(left["arte-edge-old"]).exists() and (here / own).is_dir() and (here / "users-own").is_dir()
-    )
+    assert not Path(left["arte-edge-old"]).exists() and (here / own).is_dir() and (here / "users-own").is_dir()
     engine.close()
     assert set(server.loaded) == {outside, "users-own", "arte-edge-others"} and (tmp_path / "run").is_dir()
 
@@ -244,9 +234,7 @@ def test_an_adapter_is_unloaded_also_from_a_server_that_was_left_out(served: Any
     assert not server.loaded and not other.loaded and not Path(path).exists() and len(engine.notes) == 1
 
 
-def test_the_folder_of_an_adapter_that_stays_on_a_server_is_kept_and_noted(
-    served: Any, adapter: Path
-) -> None:
+def test_the_folder_of_an_adapter_that_stays_on_a_server_is_kept_and_noted(served: Any, adapter: Path) -> None:
     engine, (server, other) = served({"stuck": True}, {}, adapter=adapter)
     ((name, path),) = server.loaded.items()
     engine.close()
@@ -265,9 +253,7 @@ def test_servers_share_the_rows_each_its_own_part(served: Any) -> None:
     assert engine.in_flight == 6
 
 
-def test_a_server_that_dies_hands_its_rows_to_the_others_and_may_come_back(
-    served: Any, adapter: Path
-) -> None:
+def test_a_server_that_dies_hands_its_rows_to_the_others_and_may_come_back(served: Any, adapter: Path) -> None:
     engine, (short, long) = served({"dead_after": 3, "delay_s": 0.02}, {"delay_s": 0.02}, adapter=adapter)
     asked = [Request(f"{n:02d}") for n in range(16)]
     rows = engine.complete(asked, GREEDY)
@@ -332,9 +318,7 @@ def test_when_no_server_is_left_the_rows_say_so(served: Any) -> None:
         engine.choose_each(["the cat"], [["a", "b"]])
 
 
-def test_a_server_that_does_not_answer_is_left_out_and_none_is_an_error(
-    served: Any, closed_port: int
-) -> None:
+def test_a_server_that_does_not_answer_is_left_out_and_none_is_an_error(served: Any, closed_port: int) -> None:
     gone = f"http://127.0.0.1:{closed_port}/v1"
     engine, _ = served({}, urls=[gone])
     assert gone in engine.notes[0]
@@ -368,9 +352,7 @@ def test_what_is_wrong_with_a_server_is_said_before_anything_is_written(
     assert hint in caught.value.hint
 
 
-def test_other_weights_under_the_same_name_are_refused(
-    served: Any, llama_folder: Path, tmp_path: Path
-) -> None:
+def test_other_weights_under_the_same_name_are_refused(served: Any, llama_folder: Path, tmp_path: Path) -> None:
     def change(tensors: dict[str, Any]) -> None:
         name = next(name for name in tensors if name.endswith("down_proj.weight"))
         tensors[name] = -tensors[name]
@@ -393,19 +375,13 @@ def test_a_close_relative_of_the_weights_is_noted(served: Any, llama_folder: Pat
     assert f"above {_MOST_NATS:g} nats" in (Path(__file__).parents[3] / "docs/runtimes.md").read_text("utf-8")
 
 
-def test_the_folder_of_adapters_is_named_as_the_server_sees_it(
-    served: Any, adapter: Path, tmp_path: Path
-) -> None:
+def test_the_folder_of_adapters_is_named_as_the_server_sees_it(served: Any, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "there").symlink_to(tmp_path / "here")
     folder = ServerFolder.parse(f"{tmp_path}/here:{tmp_path}/there/", tmp_path / "run")
     own = folder.here.name
     assert folder == ServerFolder(tmp_path / "here" / own, f"{tmp_path}/there/{own}")
     one, other = (ServerFolder.parse(str(tmp_path), tmp_path / name / "run") for name in ("a", "b"))
-    assert (
-        one.here.parent == other.here.parent == tmp_path
-        and one.here != other.here
-        and one.there != other.there
-    )
+    assert one.here.parent == other.here.parent == tmp_path and one.here != other.here and one.there != other.there
     engine, (server,) = served()
     opened = ServedEngine(engine._urls, engine._checkpoint, "5" * 64, folder, adapter=adapter)
     assert all(path.startswith(folder.there) for path in server.loaded.values()) and server.loaded

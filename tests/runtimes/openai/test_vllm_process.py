@@ -81,9 +81,7 @@ def test_it_starts_writes_as_our_own_copy_does_and_ends_with_its_children(
     assert argv[:2] == ["serve", str(llama_folder)]
     for option in (f"--uds {server._socket}", "--max-model-len 2048", "--enable-lora --max-lora-rank 8"):
         assert option in " ".join(argv)
-    off = dict.fromkeys(
-        ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), "1"
-    )
+    off = dict.fromkeys(("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
     off["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
     assert {name: given["env"].get(name) for name in off} == off
     assert "PYTHONPATH" not in given["env"] and "ARTE_EDGE_API_KEY" not in given["env"]
@@ -102,9 +100,7 @@ def test_a_start_that_fails_says_what_the_log_says(
     commands: Path, llama_folder: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setenv("ARTE_TEST_VLLM_DOES", "fail")
-    with pytest.raises(
-        EngineError, match=r"exit code 3(?s:.*)no room for 1 GPU block\n  last line"
-    ) as caught:
+    with pytest.raises(EngineError, match=r"exit code 3(?s:.*)no room for 1 GPU block\n  last line") as caught:
         start(llama_folder, tmp_path)
     assert str(tmp_path / "served" / "vllm.log") in caught.value.message
     assert "teacher.server_args" in caught.value.hint
@@ -201,9 +197,7 @@ def test_what_needs_a_tokenizer_alone_starts_no_server(
     config = RunConfig.model_validate({"teacher": model | {"server": "vllm"}, "student": model})
     run = RunContext(config, load_task("home_intents"), tmp_path / "run", Reporter(quiet=True))
     used: list[Any] = []
-    monkeypatch.setattr(
-        "arte_edge.distill.stages.align._pairs", lambda run: used.append(run.engine(config.teacher))
-    )
+    monkeypatch.setattr("arte_edge.distill.stages.align._pairs", lambda run: used.append(run.engine(config.teacher)))
     _pairs_of_other(run)
     assert (used[0].chat_template, used[0].special_tokens) == (llama.chat_template, llama.special_tokens)
     assert used[0].count_tokens("the cat sat") == llama.count_tokens("the cat sat") and not run._engines
@@ -317,9 +311,7 @@ def test_the_command_is_found_or_said_to_be_missing_before_any_work(
         vllm_command()
     assert "pip install vllm" in caught.value.hint and "ARTE_EDGE_VLLM" in caught.value.hint
     run = ["distill", str(tmp_path / "run.toml"), "--runs", str(tmp_path / "runs"), "--dry-run"]
-    assert main(run) == 2 and "teacher.server: The command vllm is not" in " ".join(
-        capsys.readouterr().err.split()
-    )
+    assert main(run) == 2 and "teacher.server: The command vllm is not" in " ".join(capsys.readouterr().err.split())
     for folder in ("bin", "venv"):
         (tmp_path / folder).mkdir()
         made = write_command(tmp_path / folder)

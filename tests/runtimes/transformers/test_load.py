@@ -112,9 +112,7 @@ def test_an_adapter_that_bfloat16_would_round_away_stays_beside_the_weights(
         TransformersEngine(llama_folder, sha256="0", adapter=adapter, device="cpu", dtype="float32")
 
 
-def test_an_adapters_identity_is_its_weights_and_scale_and_a_pickle_is_refused(
-    llama_folder, adapter, tmp_path
-):
+def test_an_adapters_identity_is_its_weights_and_scale_and_a_pickle_is_refused(llama_folder, adapter, tmp_path):
     moved = shutil.copytree(adapter, tmp_path / "moved")
     config = json.loads((moved / "adapter_config.json").read_text())
     (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/elsewhere"}))
@@ -150,21 +148,15 @@ def test_an_adapter_of_a_tied_embedding_runs_as_it_was_trained(llama_folder, tmp
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(llama_folder, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     part = edited(llama_folder, tmp_path / "part", lambda tensors: tensors.pop(name))
-    with pytest.raises(
-        InputError, match=name.replace(".", r"\.")
-    ):  # transformers fills it with random numbers
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):  # transformers fills it with random numbers
         TransformersEngine(part, sha256="0", device="cpu")
 
 
-@pytest.mark.parametrize(
-    ("free_bytes", "tokens"), [(100 * 10**9, 262_144), (8 * 10**9, 104_166), (10**8, 16_384)]
-)
+@pytest.mark.parametrize(("free_bytes", "tokens"), [(100 * 10**9, 262_144), (8 * 10**9, 104_166), (10**8, 16_384)])
 def test_a_batch_on_a_gpu_is_as_large_as_its_free_memory_allows(
     monkeypatch: Patch, free_bytes: int, tokens: int
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, free_bytes))
-    config = SimpleNamespace(
-        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576
-    )
+    config = SimpleNamespace(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576)
     assert room_tokens(config, torch.device("cuda")) == tokens
     assert room_tokens(config, torch.device("cpu")) == 16_384

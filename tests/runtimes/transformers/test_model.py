@@ -38,10 +38,7 @@ def llama_ids(engine, text):
 
 
 def plain(folder):
-    return (
-        auto.from_pretrained(folder)
-        for auto in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM)
-    )
+    return (auto.from_pretrained(folder) for auto in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM))
 
 
 def by_generate(llama_folder, prompt, max_new_tokens):
@@ -207,18 +204,14 @@ def test_a_prompt_too_long_is_an_error_row_between_whole_ones(llama):
 def test_sequences_of_several_drafts_come_and_go_in_two_rows(llama, monkeypatch):
     """More prompts than places, three prefixes, and cells given back on the path: as the plain path writes."""
     drafts = [PREFIX * 2 + word * 9 for word in ("one ", "two ", "three ")]
-    requests = [
-        Request(f"{draft}{word} {i}?") for draft in drafts for i in (1, 2) for word in ("cat", "mat", "the")
-    ]
+    requests = [Request(f"{draft}{word} {i}?") for draft in drafts for i in (1, 2) for word in ("cat", "mat", "the")]
     sampling = Sampling(max_tokens=14)
     monkeypatch.setattr(packed, "_SLOTS", 2)
     monkeypatch.setattr(packed, "_ROWS", 2)
     monkeypatch.setattr(packed, "_REFILL_SHARE", 4)
     moved = []
     keep = kv_cache.CacheRow.keep
-    monkeypatch.setattr(
-        kv_cache.CacheRow, "keep", lambda self, cells: (moved.append(len(cells)), keep(self, cells))[1]
-    )
+    monkeypatch.setattr(kv_cache.CacheRow, "keep", lambda self, cells: (moved.append(len(cells)), keep(self, cells))[1])
     rows = llama.complete(requests, sampling)
     monkeypatch.setattr(hf, "supports_packing", lambda model: False)
     plain = llama.complete(requests, sampling)
@@ -249,9 +242,7 @@ def test_every_family_writes_and_scores_in_rows_as_in_batches(tiny_checkpoint, t
 def test_long_prompts_are_read_in_pieces_and_no_call_takes_more(llama, monkeypatch):
     """What one call has to remember is bounded, and the texts are those of prompts read at once."""
     drafts = [PREFIX * 2 + word * 9 for word in ("one ", "two ")]
-    requests = [
-        Request(f"{draft}{word * n}?") for draft in drafts for n in (1, 9, 20) for word in ("cat ", "the ")
-    ]
+    requests = [Request(f"{draft}{word * n}?") for draft in drafts for n in (1, 9, 20) for word in ("cat ", "the ")]
     requests.append(Request("mat " * 70))  # shares nothing
     sampling = Sampling(max_tokens=12)
     whole = llama.complete(requests, sampling)

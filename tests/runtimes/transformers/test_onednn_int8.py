@@ -11,9 +11,7 @@ transformers = pytest.importorskip("transformers")
 from arte_edge.runtimes.transformers import onednn_int8  # noqa: E402
 from arte_edge.runtimes.transformers.model import TransformersEngine  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not onednn_int8.supported(), reason="this processor has no fast 8-bit integers"
-)
+pytestmark = pytest.mark.skipif(not onednn_int8.supported(), reason="this processor has no fast 8-bit integers")
 PROMPTS = ["the cat sat on the mat. ", "one two three ", "is it True or False? "]
 
 
@@ -37,9 +35,7 @@ def test_log_probabilities_are_close_to_those_of_bfloat16(tiny_checkpoint, tmp_p
     assert rounded.identity.key() != exact.identity.key()
     tokens = torch.tensor([exact.text.tokens(PROMPTS[0])])
     with torch.inference_mode():
-        one, two = (
-            torch.log_softmax(e.model(input_ids=tokens).logits[0].float(), -1) for e in (exact, rounded)
-        )
+        one, two = (torch.log_softmax(e.model(input_ids=tokens).logits[0].float(), -1) for e in (exact, rounded))
     divergence = (one.exp() * (one - two)).sum(-1)
     assert divergence.mean() < 0.01, "a random model of width 32 has the coarsest blocks there are"
     assert not any(type(module) is torch.nn.Linear for module in rounded.model.modules())
@@ -69,9 +65,7 @@ def test_a_feature_a_thousand_times_larger_leaves_bits_for_the_others():
     assert (bad - wanted).abs().mean() > 2 * (good - wanted).abs().mean()
 
 
-@pytest.mark.parametrize(
-    ("n_feature", "block"), [(896, 896), (1536, 768), (4864, 1216), (8960, 1280), (100, 100)]
-)
+@pytest.mark.parametrize(("n_feature", "block"), [(896, 896), (1536, 768), (4864, 1216), (8960, 1280), (100, 100)])
 def test_blocks_divide_the_features(n_feature, block):
     assert onednn_int8._block(n_feature) == block
 

@@ -39,9 +39,7 @@ def test_texts_and_scores_are_those_of_plain_layers(tiny_checkpoint, tmp_path, m
 
 @needs_bf16
 def test_every_linear_layer_is_packed_and_its_own_weights_are_given_back(tiny_checkpoint, tmp_path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tiny_checkpoint(tmp_path / "m"), dtype=torch.bfloat16
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint(tmp_path / "m"), dtype=torch.bfloat16)
     linear = sum(type(module) is torch.nn.Linear for module in model.modules())
     before = sum(weight.numel() for weight in model.parameters())
     assert hf_pack.pack(model) == linear > 7
@@ -50,6 +48,4 @@ def test_every_linear_layer_is_packed_and_its_own_weights_are_given_back(tiny_ch
     assert hf_pack.pack(model) == 0
 
     model = engine_of(tiny_checkpoint(tmp_path / "m"), "float32").model
-    assert sum(type(module) is torch.nn.Linear for module in model.modules()) > 7, (
-        "32 bits are left as they are"
-    )
+    assert sum(type(module) is torch.nn.Linear for module in model.modules()) > 7, "32 bits are left as they are"

@@ -48,9 +48,7 @@ def test_every_proposal_followed_its_end_before(prompt: list[int], text: list[in
         if proposal:
             places = [i for i in range(1, len(tokens)) if tokens[i - 1] == tokens[-1]]
             assert any(tokens[i : i + len(proposal)] == proposal for i in places)
-        right = next(
-            (i for i, (a, b) in enumerate(zip(proposal, written, strict=False)) if a != b), len(proposal)
-        )
+        right = next((i for i, (a, b) in enumerate(zip(proposal, written, strict=False)) if a != b), len(proposal))
         taken, written = written[: right + 1], written[right + 1 :]
         lookup.add(taken)
         tokens += taken

@@ -23,9 +23,7 @@ def test_each_input_lists_four_different_dates() -> None:
 def test_the_target_is_the_date_that_is_asked_for() -> None:
     checked = 0
     for row in ROWS:
-        stated = re.match(
-            r"(Today|Yesterday|Tomorrow) (?:is|was) (\w+ \d+, \d+)\. What is the date (.+) in", row.input
-        )
+        stated = re.match(r"(Today|Yesterday|Tomorrow) (?:is|was) (\w+ \d+, \d+)\. What is the date (.+) in", row.input)
         if stated and stated[3] in DAYS:
             shift = {"Today": 0, "Yesterday": 1, "Tomorrow": -1}[stated[1]] + DAYS[stated[3]]
             right = datetime.strptime(stated[2], "%B %d, %Y").date() + timedelta(days=shift)
