@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from arte_edge.cache import cache_subdir, sha256_file
+from arte_edge.cache import cache_subdir, locked, sha256_file
 from arte_edge.errors import InputError
 from arte_edge.models.resolve import LocalModel, from_folder, from_gguf, resolve
 
@@ -20,7 +20,9 @@ def f16_student(model: LocalModel) -> LocalModel:
     if model.gguf is None or model.quantization == "F16":
         return model
     path = cache_subdir("checkpoints") / f"{model.sha256[:16]}-F16.gguf"
-    return replace(_f16_file(model.checkpoint(), model, path, model.name), ref=model.ref, made="F16")
+    checkpoint = model.checkpoint()
+    with locked("student-file", of=path):  # other runs may make it at the same time
+        return replace(_f16_file(checkpoint, model, path, model.name), ref=model.ref, made="F16")
 
 
 def quantized_student(model: LocalModel, kind: str) -> LocalModel:
@@ -37,10 +39,11 @@ def quantized_student(model: LocalModel, kind: str) -> LocalModel:
     if kind == base.quantization:
         return base
     path = cache_subdir("checkpoints") / f"{model.sha256[:16]}-{kind}.gguf"
-    if not path.is_file():
-        from arte_edge.gguf.quantize import quantize
+    with locked("student-file", of=path):
+        if not path.is_file():
+            from arte_edge.gguf.quantize import quantize
 
-        quantize(base.gguf, path, kind)
+            quantize(base.gguf, path, kind)
     sha256 = sha256_file(path)
     return LocalModel(f"{model.name} {kind}", sha256, path, None, kind, ref=model.ref, made=kind)
 

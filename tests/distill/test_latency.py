@@ -2,6 +2,8 @@
 
 import json
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +120,21 @@ def test_a_student_that_writes_is_cut_off_at_the_budget(house: Any, scored: Any,
     assert rows[0]["score"] == rows[0]["bias_free"]  # cut off, it does not pay a second time
 
 
-def test_a_student_file_is_made_once_and_kept(
+def test_a_student_file_is_made_once_and_kept_by_runs_that_start_together(
     tmp_path: Path, model_cache: Path, student: LocalModel, monkeypatch: Patch
 ) -> None:
     made: list[str] = []
 
     def quantize(source: Path, out: Path, kind: str) -> None:
         made.append(kind)
+        time.sleep(0.2)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(source.read_bytes() + b"!")
 
     monkeypatch.setattr("arte_edge.gguf.quantize.quantize", quantize)
-    first = quantized_student(student, "Q4_K_M")
-    assert quantized_student(student, "Q4_K_M") == first
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(quantized_student, [student] * 2, ["Q4_K_M"] * 2)
+    assert first == second == quantized_student(student, "Q4_K_M")
     assert made == ["Q4_K_M"] and first.quantization == "Q4_K_M" and first.sha256 != student.sha256
     assert quantized_student(student, "F16") is student
     checkpoint = LocalModel("m", "ab" * 32, None, tmp_path, "BF16")
