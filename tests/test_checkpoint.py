@@ -9,13 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import Patch, write_safetensors, write_tokenizer
 
-from arte_edge.checkpoint import (
-    dtype_and_count,
-    read_weights,
-    reject_quantized,
-    shapes_of,
-    write_chat_template,
-)
+from arte_edge.checkpoint import dtype_and_count, read_weights, reject_quantized, shapes_of, write_chat_template
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.writer import encode, widened
 from arte_edge.model_folder import chat_templates, tokenizer_files

@@ -12,18 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 RUNTIMES = ("torch", "transformers", "onnxruntime", "llama_cpp")
 # Neither needed before a verb runs, and each costs more than the whole command does.
-OPTIONAL = (
-    *RUNTIMES,
-    "accelerate",
-    "datasets",
-    "gguf",
-    "girth",
-    "peft",
-    "ray",
-    "rouge_score",
-    "scipy",
-    "trl",
-)
+OPTIONAL = (*RUNTIMES, "accelerate", "datasets", "gguf", "girth", "peft", "ray", "rouge_score", "scipy", "trl")
 
 
 def loaded_by(code: str) -> set[str]:

@@ -87,8 +87,7 @@ def imports(node: ast.AST, later: bool = False) -> Iterator[tuple[str, bool]]:
         else:
             checking = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
             yield from imports(
-                child,
-                later or checking or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda),
+                child, later or checking or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
             )
 
 
@@ -223,10 +222,7 @@ def test_every_extra_has_the_modules_it_must_bring() -> None:
 def test_what_is_imported_is_declared() -> None:
     # A module that only arrives with somebody else's package goes when that package changes.
     extras = PROJECT["optional-dependencies"]
-    texts = [
-        *PROJECT["dependencies"],
-        *(text for extra in extras if extra != "dev" for text in extras[extra]),
-    ]
+    texts = [*PROJECT["dependencies"], *(text for extra in extras if extra != "dev" for text in extras[extra])]
     declared = {canonicalize_name(Requirement(text).name) for text in texts}
     installed = packages_distributions()
     optional = {module for modules in EXTRAS.values() for module in modules}  # not all installed here

@@ -296,10 +296,7 @@ def llama_shapes(
     n_vocab: int, width: int, width_ff: int, n_layer: int = 2, kv: int = 0, tied: bool = True
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a Llama's tensors under GGUF's names."""
-    found: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (n_vocab, width),
-        "output_norm.weight": (width,),
-    }
+    found: dict[str, tuple[int, ...]] = {"token_embd.weight": (n_vocab, width), "output_norm.weight": (width,)}
     rows = {"attn_q": width, "attn_k": kv or width, "attn_v": kv or width, "attn_output": width}
     for i in range(n_layer):
         for part, n in (rows | {"ffn_gate": width_ff, "ffn_up": width_ff}).items():
@@ -419,14 +416,7 @@ def accuracy(right: int, n: int = 40, **more: Any) -> PairedAccuracy:
 
 
 def metrics(**more: Any) -> FidelityMetrics:
-    known = {
-        "n_prompts": 24,
-        "n_tokens": 965,
-        "kl_mean": 0.0058,
-        "kl_p99": 0.03,
-        "kl_max": 0.05,
-        "top1": 0.96,
-    }
+    known = {"n_prompts": 24, "n_tokens": 965, "kl_mean": 0.0058, "kl_p99": 0.03, "kl_max": 0.05, "top1": 0.96}
     ratio = {"perplexity_reference": 16.2, "perplexity_ratio": 1.001, "perplexity_ratio_error": 0.01}
     return FidelityMetrics(**known | ratio | more)
 

@@ -17,25 +17,9 @@ from arte_edge.tasks.answers import canonical
 from arte_edge.tasks.structured import infer_schema, tools_schema
 from arte_edge.tasks.task import Answer, Example, Task
 
-LABELS = (
-    "C",
-    "C++",
-    'say "hi"',
-    "a\\b",
-    "two\nlines",
-    "tab\there",
-    "größer",
-    "音楽",
-    "[x]",
-    "<b>",
-    "\u2028|*",
-)
+LABELS = ("C", "C++", 'say "hi"', "a\\b", "two\nlines", "tab\there", "größer", "音楽", "[x]", "<b>", "\u2028|*")
 ANSWERS = {
-    "labels": (
-        Answer(kind="choice", choices=LABELS),
-        LABELS,
-        ("", "C+", "C+++", "c", "say", "größ", "a", "two"),
-    ),
+    "labels": (Answer(kind="choice", choices=LABELS), LABELS, ("", "C+", "C+++", "c", "say", "größ", "a", "two")),
     "letters": (Answer(kind="choice"), ("(A)", "(Z)"), ("A", "(AB)", "(a)")),
     "boolean": (Answer(kind="boolean"), ("True", "False"), ("true", "yes", "TrueFalse")),
     "number": (Answer(kind="number"), ("7", "-3", "12.5"), ("", "seven", "1.", "--1", "1e5")),
@@ -170,10 +154,7 @@ TOOLS = [
 OBJECTS: tuple[dict[str, Any], ...] = (
     {"intent": "PlayMusic", "slots": {}},
     {"intent": "größer", "slots": {"year": 1999, "loud": True}},
-    {
-        "intent": 'say "hi"',
-        "slots": {"year": None, "artist": 'C:\\ "<é>"\n', "tags": ["a", "b"], "loud": False},
-    },
+    {"intent": 'say "hi"', "slots": {"year": None, "artist": 'C:\\ "<é>"\n', "tags": ["a", "b"], "loud": False}},
     {"intent": "PlayMusic", "slots": {"tags": []}, "at": {"x": -1.5e-7, "y": [{"z": [1, "two", None]}, {}]}},
 )
 CALLS: tuple[dict[str, Any], ...] = (

@@ -21,15 +21,7 @@ from arte_edge.errors import InputError
 
 pytest.importorskip("llama_cpp")
 
-ODD = [
-    'say "hi", then; go',
-    "two\nlines",
-    "carriage\rreturn",
-    "both\r\nof them",
-    " blanks ",
-    "=1+1",
-    "é 😀\u2028x",
-]
+ODD = ['say "hi", then; go', "two\nlines", "carriage\rreturn", "both\r\nof them", " blanks ", "=1+1", "é 😀\u2028x"]
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +46,7 @@ def read_csv(path: Path) -> list[list[str]]:
 
 
 def test_every_cell_comes_back_as_it_was_with_an_answer(model: Path, tmp_path: Path) -> None:
-    rows = [
-        ["id", "text", "answer"],
-        *([f"00{i}", text, "mine"] for i, text in enumerate(ODD)),
-        ["9", " ", ""],
-    ]
+    rows = [["id", "text", "answer"], *([f"00{i}", text, "mine"] for i, text in enumerate(ODD)), ["9", " ", ""]]
     table = write_csv(tmp_path / "in.csv", rows)
     done = ae.ask_file(model, table, tmp_path / "out.csv", max_tokens=3, with_text=True)
     found = read_csv(done.out)

@@ -22,11 +22,7 @@ QUICK = BenchSettings(n_prompt=(16,), n_gen=(80,), repetitions=3, warmup_s=1, th
 def bench(paths: list[Path], settings: BenchSettings) -> list[SpeedRow]:
     seen: list[SpeedRow] = []
     rows = run_bench(
-        paths,
-        settings,
-        device=facts(profile="", arch=platform.machine()),
-        reporter=Reporter(),
-        on_row=seen.append,
+        paths, settings, device=facts(profile="", arch=platform.machine()), reporter=Reporter(), on_row=seen.append
     )
     assert rows == seen
     return rows

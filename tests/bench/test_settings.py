@@ -25,8 +25,7 @@ def test_lists_and_ranges() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "text"),
-    [("threads", "0"), ("n_prompt", "auto"), ("n_prompt", "1;2"), ("n_gen", ""), ("n_gen", "1-9999")],
+    ("key", "text"), [("threads", "0"), ("n_prompt", "auto"), ("n_prompt", "1;2"), ("n_gen", ""), ("n_gen", "1-9999")]
 )
 def test_what_is_no_list_is_the_users_error(key: str, text: str) -> None:
     with pytest.raises(InputError, match=key):

@@ -40,11 +40,7 @@ say(result={"echo": request})
 @posix
 @pytest.mark.parametrize(
     ("number", "words"),
-    [
-        (signal.SIGSEGV, "try another --runtime"),
-        (signal.SIGILL, "another processor"),
-        (signal.SIGBUS, "shorter"),
-    ],
+    [(signal.SIGSEGV, "try another --runtime"), (signal.SIGILL, "another processor"), (signal.SIGBUS, "shorter")],
 )
 def test_a_crash_is_named_with_what_it_did_and_what_to_do(number: signal.Signals, words: str) -> None:
     answer = run(f'say(doing="repetition", done=2, total=5)\nos.kill(os.getpid(), {int(number)})')

@@ -49,9 +49,7 @@ def test_a_table_is_closed_with_a_line_and_says_the_same_as_json(
 
 
 @pytest.mark.parametrize(
-    "words",
-    [[], ["text", "--file", "in.csv"], ["--file", "in.csv"], ["text", "-o", "out.csv"], [""], ["  "]],
-    ids=str,
+    "words", [[], ["text", "--file", "in.csv"], ["--file", "in.csv"], ["text", "-o", "out.csv"], [""], ["  "]], ids=str
 )
 def test_what_makes_no_sense_is_one_error(words: list[str], bench_gguf: Path, capsys: Capture) -> None:
     assert main(["ask", str(bench_gguf), *words]) == 2

@@ -26,10 +26,7 @@ def artifact(label: str, status: str = "ok") -> Artifact:
     format = format_of(label)
     right = {"split": "validation", "n": 100, "low": 0.2, "high": 0.375}
     fidelity = Fidelity(passed=status == "ok", metrics=tiny.metrics(kl_mean=0.0312, top1=0.931))
-    more = {
-        "status": status,
-        "reason": "" if status == "ok" else "tokens: cut otherwise\nkl mean: 0.5: gibberish",
-    }
+    more = {"status": status, "reason": "" if status == "ok" else "tokens: cut otherwise\nkl mean: 0.5: gibberish"}
     more |= {"file": format.file_name(NAME) + ("" if status == "ok" else ".rejected") + "/" * format.is_folder}
     more |= {"size_bytes": 105_454_624, "bits_per_weight": 6.17, "fidelity": fidelity}
     return tiny.artifact(format.type, format=format.family, accuracy=tiny.accuracy(28, **right), **more)

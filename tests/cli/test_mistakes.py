@@ -13,19 +13,10 @@ from tiny import Capture, Make, Patch
 
 from arte_edge.cli.main import main
 
-DEEP = {
-    "deep.toml": f"x = {'[' * 5000}",
-    "dotted.toml": ".".join("a" * 3000) + " = 1",
-    "deep.json": "[" * 99999,
-}
+DEEP = {"deep.toml": f"x = {'[' * 5000}", "dotted.toml": ".".join("a" * 3000) + " = 1", "deep.json": "[" * 99999}
 # Not verbs of paths: what they do with any word is tested where they are.
 OTHERS = {"env", "ls", "tasks ls", "models ls", "devices ls", "devices detect", "devices add", "devices rm"}
-MORE = {
-    "push": ["--to", "ada/tiny"],
-    "ask": ["text"],
-    "copy": ["new.toml"],
-    "tasks new": ["--jsonl", "{bad}"],
-}
+MORE = {"push": ["--to", "ada/tiny"], "ask": ["text"], "copy": ["new.toml"], "tasks new": ["--jsonl", "{bad}"]}
 VERBS_OF_PATHS = sorted({" ".join(words) for words, _ in VERBS} - OTHERS)
 
 
@@ -73,11 +64,7 @@ def test_no_bad_option_ends_in_a_traceback(bad: dict[str, str], make_gguf: Make,
     model = str(make_gguf())
     commands = [["export", model, "--gguf", "F16", f"--{name}"] for name in ("out", "recipe", "task", "base")]
     commands += [["bench", model, f"--{name}"] for name in ("suite", "task", "output-file", "bbh")]
-    commands += [
-        ["verify", model, model, "--prompts"],
-        ["distill", "quickstart", "--runs"],
-        ["report", "run", "-o"],
-    ]
+    commands += [["verify", model, model, "--prompts"], ["distill", "quickstart", "--runs"], ["report", "run", "-o"]]
     for command in commands:
         for what in ("unknown user", "null byte", "too long", "below a file", "a link to itself"):
             assert main([*command, bad[what]]) in (1, 2), (command, what)

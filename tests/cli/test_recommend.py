@@ -18,11 +18,7 @@ NAME = "my-quite-long-student-name"
 
 def file(kind: str, size: int, decode: float, difference: float) -> Artifact:
     ends = {"difference_low": difference - 0.1, "difference_high": difference + 0.1, "p_value": 0.5}
-    rates = {
-        "decode_tokens_per_s": decode,
-        "prefill_tokens_per_s": 6 * decode,
-        "fingerprint": "0123456789abcdef",
-    }
+    rates = {"decode_tokens_per_s": decode, "prefill_tokens_per_s": 6 * decode, "fingerprint": "0123456789abcdef"}
     run = {"device": "raspberry-pi-5", "runtime": "llama_cpp 0.3.36", "threads": 4}
     speed = Speed(**run | rates, peak_rss_bytes=size + 90_000_000)
     right = accuracy(16, difference=difference, **ends)

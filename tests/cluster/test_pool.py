@@ -100,10 +100,7 @@ def test_a_driver_that_is_killed_resumes_and_pays_for_no_call_twice(
 ) -> None:
     here = Path(__file__).parent
     script = DRIVER.format(
-        path=[str(here), str(here.parent)],
-        address=two_nodes.address,
-        folder=str(tmp_path),
-        model=str(model.path),
+        path=[str(here), str(here.parent)], address=two_nodes.address, folder=str(tmp_path), model=str(model.path)
     )
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

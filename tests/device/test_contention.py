@@ -24,13 +24,7 @@ def two_cores(monkeypatch: Patch) -> None:
 
 
 def use(wall_s: float = 0.5, **more: Any) -> CpuUse:
-    quiet = {
-        "run_share": 1.0,
-        "wait_share": 0.002,
-        "others_cores": 0.02,
-        "steal_share": 0.0,
-        "quota_share": 0.0,
-    }
+    quiet = {"run_share": 1.0, "wait_share": 0.002, "others_cores": 0.02, "steal_share": 0.0, "quota_share": 0.0}
     return CpuUse(wall_s=wall_s, **quiet | more)
 
 

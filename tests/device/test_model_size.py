@@ -17,20 +17,12 @@ from arte_edge.gguf.reader import read_model_header
 from arte_edge.models import LocalModel
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
-CONFIG |= {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 100,
-    "max_position_embeddings": 512,
-}
+CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 512}
 
 
 @pytest.mark.parametrize(("tied", "token_bytes"), [(True, 600), (False, 1200 - 200)])
 def test_only_an_output_head_is_read_whole(tmp_path: Path, tied: bool, token_bytes: int) -> None:
-    tensors = {
-        "model.embed_tokens.weight": ("BF16", [100]),
-        "model.layers.0.mlp.up_proj.weight": ("BF16", [200]),
-    }
+    tensors = {"model.embed_tokens.weight": ("BF16", [100]), "model.layers.0.mlp.up_proj.weight": ("BF16", [200])}
     if not tied:
         tensors["lm_head.weight"] = ("F32", [150])
     shape = ModelSize.of(write_safetensors(tmp_path / "model", tensors, **CONFIG))

@@ -119,17 +119,7 @@ def test_an_address_is_a_device_too_and_a_file_as_well(tmp_path: Path, model_cac
     assert find_device(str(file)).title == "Board"
 
 
-HOSTS = [
-    "-oProxyCommand=touch x",
-    "pi@-x",
-    "pi@host;ls",
-    "pi@ho st",
-    "pi@host:22",
-    "$(id)@host",
-    "a@b@c",
-    "",
-    "@host",
-]
+HOSTS = ["-oProxyCommand=touch x", "pi@-x", "pi@host;ls", "pi@ho st", "pi@host:22", "$(id)@host", "a@b@c", "", "@host"]
 
 
 @pytest.mark.parametrize("host", HOSTS)

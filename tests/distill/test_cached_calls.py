@@ -153,12 +153,7 @@ TWICE, LATER = "another teacher.model", "when the server responds"
 
 @pytest.mark.parametrize(
     ("lost", "fault", "hint", "most_calls"),
-    [
-        (21, "answer", TWICE, 100),
-        (100, "answer", TWICE, 32),
-        (100, "row", TWICE, 32),
-        (1, "server", LATER, 32),
-    ],
+    [(21, "answer", TWICE, 100), (100, "answer", TWICE, 32), (100, "row", TWICE, 32), (1, "server", LATER, 32)],
 )
 def test_too_many_failures_and_a_dead_server_stop_the_run(
     tmp_path: Path, lost: int, fault: Any, hint: str, most_calls: int

@@ -111,13 +111,7 @@ def test_a_trial_on_some_of_the_seeds_and_one_without_reasons_count_their_own(ho
 
 
 def test_the_probes_of_alignment_are_counted(house: Any) -> None:
-    pairs = {
-        "question_pairs": 2,
-        "rationale_pairs": 10,
-        "batch_size": 4,
-        "probe_prompts": 2,
-        "fresh_drafts": 0,
-    }
+    pairs = {"question_pairs": 2, "rationale_pairs": 10, "batch_size": 4, "probe_prompts": 2, "fresh_drafts": 0}
     pairs |= {"target_kl": 0.0}
     for every, n_look in ((3, 2), (2, 3), (1, 4)):  # three steps, and one before the first
         align = estimated(house, elicit={"questions": 12}, align={**pairs, "probe_every": every})["align"]

@@ -111,14 +111,7 @@ def test_the_memory_of_trainings(shapes: dict[str, Shape]) -> None:
 
 
 def test_a_run_is_planned_without_weights(folders: dict[str, Path], capfd: Capture) -> None:
-    models = [
-        "--teacher",
-        str(folders["llama"]),
-        "--student",
-        str(folders["gemma"]),
-        "--task",
-        "home_intents",
-    ]
+    models = ["--teacher", str(folders["llama"]), "--student", str(folders["gemma"]), "--task", "home_intents"]
     plan = ["distill", *models, "--dry-run", "--gpus", "8xa100-80gb", "--gpu-price", "2"]
     server = "teacher.server=http://127.0.0.1:1/v1"  # of its own vLLM, which is not called
     assert main([*plan, "--json", "--set", "train.processes=4", "--set", server]) == 0

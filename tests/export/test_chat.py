@@ -6,10 +6,7 @@ from tiny import write_jsons
 
 from arte_edge.export.chat import read_chat
 
-BEGINS = {
-    "type": "TemplateProcessing",
-    "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
-}
+BEGINS = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
 
 
 def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
@@ -42,11 +39,7 @@ def test_whether_the_tokenizer_writes_the_begin_token(
 
 
 def test_stops_are_the_end_tokens_of_all_three_sources(tmp_path: Path) -> None:
-    added = [
-        {"id": 5, "content": "<|eot_id|>"},
-        {"id": 7, "content": "<|stop|>"},
-        {"id": 9, "content": "<x>"},
-    ]
+    added = [{"id": 5, "content": "<|eot_id|>"}, {"id": 7, "content": "<|stop|>"}, {"id": 9, "content": "<x>"}]
     write_jsons(
         tmp_path,
         tokenizer_config={"eos_token": "</s>"},

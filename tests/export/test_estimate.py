@@ -7,10 +7,7 @@ from arte_edge.models.artifact import format_of, predicted_bytes
 
 def shapes(hidden: int, ffn: int, n_layer: int, kv: int, vocab: int) -> dict[str, tuple[int, ...]]:
     """Return the tensors of a Llama with a tied output matrix."""
-    found: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocab, hidden),
-        "model.norm.weight": (hidden,),
-    }
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
     for i in range(n_layer):
         layer = f"model.layers.{i}."
         found |= {

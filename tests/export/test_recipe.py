@@ -27,11 +27,7 @@ def test_every_shipped_recipe_loads_and_has_thresholds() -> None:
     [
         ({"ggfu": {}}, "ggfu", "gguf"),
         ({"gguf": {"typs": []}}, "gguf.typs", "types"),
-        (
-            {"verify": {"thresholds": {"Q4_K_M": {"kl_maen": 1}}}},
-            "verify.thresholds.Q4_K_M.kl_maen",
-            "kl_mean",
-        ),
+        ({"verify": {"thresholds": {"Q4_K_M": {"kl_maen": 1}}}}, "verify.thresholds.Q4_K_M.kl_maen", "kl_mean"),
     ],
 )
 def test_an_unknown_key_names_its_nearest_neighbour(tables: dict[str, object], key: str, near: str) -> None:

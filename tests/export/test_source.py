@@ -257,10 +257,7 @@ def test_an_adapter_of_a_four_bit_base_is_rejected(tiny_adapter: Path, tiny_stud
         ({"peft_type": ["LORA"]}, "peft_type is"),
         ({"base_model_name_or_path": None}, "adapter_config.json: names no base"),
         ({"base_model_name_or_path": {"x": 1}}, "names no base"),
-        (
-            {"base_model_name_or_path": "/data/elsewhere/SmolLM2"},
-            "/data/elsewhere/SmolLM2: no such.*\n.*--base",
-        ),
+        ({"base_model_name_or_path": "/data/elsewhere/SmolLM2"}, "/data/elsewhere/SmolLM2: no such.*\n.*--base"),
         ({"base_model_name_or_path": "models/mine"}, "base_model_name_or_path.*\n.*--base"),
         ({"base_model_name_or_path": "C:\\models\\mine"}, "base_model_name_or_path.*\n.*--base"),
         ({"base_model_name_or_path": "x" * 5000}, "base_model_name_or_path.*\n.*--base"),

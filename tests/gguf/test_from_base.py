@@ -94,13 +94,7 @@ RANKS = {"rank_pattern": {"q_proj": 2, "down_proj": 8}}
     [("llama", {}, 1e-5), ("llama", RANKS, 1e-5), ("qwen2", {}, 1e-5), ("gemma3", {}, 5e-4)],
 )
 def test_llama_cpp_with_the_adapter_gives_the_logits_of_peft(
-    arch: str,
-    lora: Any,
-    tolerance: float,
-    tiny_model: Any,
-    save_adapter: Any,
-    llama_logits: Any,
-    tmp_path: Path,
+    arch: str, lora: Any, tolerance: float, tiny_model: Any, save_adapter: Any, llama_logits: Any, tmp_path: Path
 ) -> None:
     model, adapter = tiny_model(arch), save_adapter(arch, **lora)
     base = checkpoint_to_gguf(model.checkpoint, model.base_gguf, tmp_path / "base.gguf", "F32")

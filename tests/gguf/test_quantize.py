@@ -152,12 +152,7 @@ def test_what_is_said_of_the_matrix_holds_no_path(model: Make, matrix: Make, tmp
 
 
 def test_overrides_reach_the_tensors_they_name(model: Make, tmp_path: Path) -> None:
-    overrides = {
-        "/blk\\.0\\.ffn_.*/": "Q8_0",
-        "ffn_down": "q3_K",
-        "blk.*.attn_v": "F16",
-        "token_embd": "Q5_K",
-    }
+    overrides = {"/blk\\.0\\.ffn_.*/": "Q8_0", "ffn_down": "q3_K", "blk.*.attn_v": "F16", "token_embd": "Q5_K"}
     quantize(model(), tmp_path / "out.gguf", "Q4_K_M", overrides=overrides)
     types = {name: tensor.type for name, tensor in read_header(tmp_path / "out.gguf").tensors.items()}
     assert types["blk.0.ffn_up.weight"] == types["blk.0.ffn_down.weight"] == "Q8_0"  # the first match decides

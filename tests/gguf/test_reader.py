@@ -134,19 +134,10 @@ def test_a_value_of_another_kind_is_no_crash_for_anyone_who_uses_it(
 ) -> None:
     whole = read_model_header(tiny_model("llama").base_gguf)
     keys = [key for key in whole.fields if not key.startswith(("general.arch", "general.align"))]
-    for key in (
-        *keys,
-        "llama.rope.scaling.factor",
-        "llama.rope.scaling.type",
-        "llama.rope.scaling.attn_factor",
-    ):
+    for key in (*keys, "llama.rope.scaling.factor", "llama.rope.scaling.type", "llama.rope.scaling.attn_factor"):
         out = tmp_path / "wrong.gguf"
         rewrite(whole.path, {key: value}, out=out)
-        uses = (
-            rope.restored,
-            lambda h: layout_of(h).gguf_name("lm_head.weight"),
-            lambda h: ModelSize.of(h.path),
-        )
+        uses = (rope.restored, lambda h: layout_of(h).gguf_name("lm_head.weight"), lambda h: ModelSize.of(h.path))
         for use in (*uses, lambda h: (h.quantization, h.context_tokens, h.chat_template, h.parameter_count)):
             with contextlib.suppress(InputError):
                 use(read_model_header(out))

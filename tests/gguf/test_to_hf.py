@@ -46,16 +46,9 @@ def speaking_gguf(tmp_path: Path) -> Path:
     return write_speaking(tmp_path / "tiny.gguf")
 
 
-YARN = {
-    "rope_scaling_type": RopeScalingType.YARN,
-    "rope_scaling_factor": 4.0,
-    "rope_scaling_orig_ctx_len": 32,
-}
+YARN = {"rope_scaling_type": RopeScalingType.YARN, "rope_scaling_factor": 4.0, "rope_scaling_orig_ctx_len": 32}
 SCALINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    (
-        {"rope_scaling_type": RopeScalingType.LINEAR, "rope_scaling_factor": 4.0},
-        {"rope_type": "linear", "factor": 4.0},
-    ),
+    ({"rope_scaling_type": RopeScalingType.LINEAR, "rope_scaling_factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
     (YARN, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
     (YARN | {"rope_scaling_attn_factors": 0.5}, {"attention_factor": 0.5 * (1 + 0.1 * math.log(4.0))}),
     ({"divisors": [8.0] * 8}, {"rope_type": "linear", "factor": 8.0}),
@@ -147,23 +140,13 @@ def test_an_architecture_unknown_to_transformers_is_rejected(model_cache: Path, 
     ("script", "kind", "said"),
     [
         ("kill -9 $$", ArteError, "lack of memory"),
-        (
-            "echo x > $4/model.safetensors; echo 'No space left on device' >&2; exit 1",
-            DiskFull,
-            "disk is full",
-        ),
+        ("echo x > $4/model.safetensors; echo 'No space left on device' >&2; exit 1", DiskFull, "disk is full"),
         ("echo chatter >&2; echo 'Boom: it broke' >&2; exit 1", ArteError, "Boom: it broke"),
         ('echo \'{"error": "not so", "hint": "do this"}\'; exit 2', InputError, "not so"),
     ],
 )
 def test_a_child_that_fails_is_explained_and_leaves_nothing(
-    model_cache: Path,
-    speaking_gguf: Path,
-    tmp_path: Path,
-    monkeypatch: Patch,
-    script: str,
-    kind: Any,
-    said: str,
+    model_cache: Path, speaking_gguf: Path, tmp_path: Path, monkeypatch: Patch, script: str, kind: Any, said: str
 ) -> None:
     child = tmp_path / "child"
     child.write_text(f"#!/bin/sh\n{script}\n")

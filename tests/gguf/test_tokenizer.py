@@ -67,12 +67,7 @@ def test_sentencepiece_agrees(kind: str, make_checkpoint: Make, llama_tokens: An
     out = convert(checkpoint, tmp_path / "student.gguf")
     fields = read_model_header(out).fields
     assert fields["tokenizer.ggml.model"].value == b"llama"
-    known = [
-        "The quick brown fox",
-        "What is 12 + 30? The answer is 42.",
-        "HELLO World snake_case",
-        "jumps over",
-    ]
+    known = ["The quick brown fox", "What is 12 + 30? The answer is 42.", "HELLO World snake_case", "jumps over"]
     for text in (*known, "日本 🙂 ßtraße\nx", "a" * 50, "two  spaces"):
         assert llama_tokens(out, text) == hf_tokens(checkpoint, text), repr(text)
 

@@ -139,12 +139,7 @@ def test_a_named_python_without_optimum_is_rejected(monkeypatch: Patch, python: 
 
 
 def test_the_rotary_embedding_in_the_format_of_transformers_4() -> None:
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 5e5,
-        "factor": 32.0,
-        "original_max_position_embeddings": 8192,
-    }
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "original_max_position_embeddings": 8192}
     new: dict[str, Any] = {"model_type": "llama", "dtype": "bfloat16", "rope_parameters": rope}
     assert for_transformers_4(new) == {
         "model_type": "llama",

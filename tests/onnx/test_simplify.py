@@ -69,16 +69,7 @@ def traced(path: Path) -> Path:
         node("Concat", "b1 six s1 four", "six_heads", axis=0),
         node("Reshape", "repeated six_heads", "y"),
     ]
-    numbers = {
-        "zero": 0,
-        "one": 1,
-        "zeros": [0],
-        "two": [2],
-        "three": [3],
-        "four": [4],
-        "six": [6],
-        "two_axis": [2],
-    }
+    numbers = {"zero": 0, "one": 1, "zeros": [0], "two": [2], "three": [3], "four": [4], "six": [6], "two_axis": [2]}
     constants = [numpy_helper.from_array(np.array(value, np.int64), name) for name, value in numbers.items()]
     values = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)

@@ -40,13 +40,7 @@ def test_ids_equal_those_of_transformers_with_one_begin_token(tiny_student: Path
     from transformers import AutoTokenizer
 
     theirs, ours = AutoTokenizer.from_pretrained(tiny_student), FileTokenizer(tiny_student)
-    for text in (
-        "turn on the light",
-        "  two  spaces\n",
-        "<|im_start|>user\nÄ😀漢<|im_end|>",
-        "",
-        "<|begin|>again",
-    ):
+    for text in ("turn on the light", "  two  spaces\n", "<|im_start|>user\nÄ😀漢<|im_end|>", "", "<|begin|>again"):
         plain = text.removeprefix("<|begin|>")
         assert ours.tokens(text) == theirs(plain)["input_ids"]
         assert ours.text(ours.tokens(text)) == theirs.decode(theirs(plain)["input_ids"], skip_special_tokens=True)

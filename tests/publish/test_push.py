@@ -26,12 +26,7 @@ def test_nothing_is_sent_without_yes(ready: Path, hub: Make, capsys: Capture) ->
     assert main(["push", str(ready), "--to", REPO]) == 0
     out = capsys.readouterr().out
     assert server.requests == []
-    for part in (
-        REPO,
-        NAME,
-        "base_model: HuggingFaceTB/SmolLM2-135M-Instruct",
-        "tiny-Q4_K_M.gguf.rejected: ",
-    ):
+    for part in (REPO, NAME, "base_model: HuggingFaceTB/SmolLM2-135M-Instruct", "tiny-Q4_K_M.gguf.rejected: "):
         assert part in out
 
 

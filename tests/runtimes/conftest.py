@@ -90,10 +90,7 @@ class Front:
                 front.seen.append(seen)
                 fault = front._fault(raw.decode()) if self.path.endswith("/completions") else ""
                 fixed = {"429": (429, b'{"error": {"message": "busy"}}', {"Retry-After": front.retry_after})}
-                fixed |= {
-                    "500": (500, b"Internal Server Error"),
-                    "garbage": (200, b"<html>\xff no json </html>"),
-                }
+                fixed |= {"500": (500, b"Internal Server Error"), "garbage": (200, b"<html>\xff no json </html>")}
                 fixed |= {"no-completion": (200, b'{"object": "list", "choices": []}')}
                 if fault in fixed:
                     self._send(*fixed[fault])

@@ -10,11 +10,7 @@ from arte_edge.cache import cache_subdir
 from arte_edge.errors import ArteError
 from arte_edge.runtimes.autotune import Candidate, candidates_here, fastest_engine, sample_seconds
 
-LLAMA, HALF, FULL = (
-    Candidate("llamacpp"),
-    Candidate("transformers", "bfloat16"),
-    Candidate("transformers", "float32"),
-)
+LLAMA, HALF, FULL = (Candidate("llamacpp"), Candidate("transformers", "bfloat16"), Candidate("transformers", "float32"))
 WAYS = [LLAMA, HALF, FULL]
 
 

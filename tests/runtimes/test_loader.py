@@ -60,9 +60,7 @@ def test_gguf(bench_gguf: Path, runtime: str, module: str) -> None:
         assert bos == 94
 
 
-def test_the_cache_types_of_llama_bench_are_taken_and_more_than_the_context_is_refused(
-    bench_gguf: Path,
-) -> None:
+def test_the_cache_types_of_llama_bench_are_taken_and_more_than_the_context_is_refused(bench_gguf: Path) -> None:
     pytest.importorskip("llama_cpp")
     model = open_decoder(bench_gguf, threads=1, context_tokens=256, type_k="f32", type_v="bf16")
     assert (model.facts.type_k, model.facts.type_v) == ("f32", "bf16")
@@ -75,12 +73,7 @@ def test_the_cache_types_of_llama_bench_are_taken_and_more_than_the_context_is_r
 def test_a_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     words = tiny.chat_tokenizer(tiny.word_tokenizer([str(i) for i in range(96)], unk="0"), eos_token="1")
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 128,
-    }
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 4, "max_position_embeddings": 128}
     tiny.save_checkpoint(tmp_path, words, seed=3, dtype="float32", initializer_range=0.4, **sizes)
     whole, stepped, again, other, name, _ = check(tmp_path, "auto")
     assert whole == stepped == again and set(other) != {whole}

@@ -137,13 +137,7 @@ def test_new_says_which_labels_have_no_validation_row(tmp_path: Path, capsys: Ca
 def test_new_splits_a_dataset(tmp_path: Path, capsys: Capture) -> None:
     datasets = pytest.importorskip("datasets", reason="the datasets library is not installed")
     datasets.DatasetDict({"all": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "saved"))
-    argv = [
-        "tasks",
-        "new",
-        str(tmp_path / "even"),
-        "--hub",
-        f"{tmp_path / 'saved'}?split=all&input=q&target=a",
-    ]
+    argv = ["tasks", "new", str(tmp_path / "even"), "--hub", f"{tmp_path / 'saved'}?split=all&input=q&target=a"]
     written = cli_json(capsys, *argv)
     assert (written["folder"], written["name"], written["techniques"]) == (str(tmp_path / "even"), "even", [])
     assert load_folder(tmp_path / "even").answer.choices == ("no", "yes")

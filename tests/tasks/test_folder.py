@@ -55,11 +55,7 @@ def test_targets_become_canonical(parity: Path) -> None:
         ("[1, 2]", "seed.jsonl:5: not an object", ""),
         ("[" * 99999, "seed.jsonl:5: not JSON", ""),
         ('{"input": "x \\ud83d", "target": "even"}', "seed.jsonl:5: holds half of a character", ""),
-        (
-            '{"input": "x", "target": "<ans>even</ans>"}',
-            "seed.jsonl:5: target '<ans>even</ans>' holds <ans>",
-            "",
-        ),
+        ('{"input": "x", "target": "<ans>even</ans>"}', "seed.jsonl:5: target '<ans>even</ans>' holds <ans>", ""),
         ('{"input": "x", "target": NaN}', "seed.jsonl:5: 'target' must be a string", ""),
         ('{"input": "x", "target": ' + "9" * 5000 + "}", "seed.jsonl:5: not JSON", ""),
         ('{"input": "x", "targt": "even"}', "seed.jsonl:5: no 'target'", "It has: input, targt."),
@@ -207,11 +203,7 @@ def test_a_few_shot_example_of_another_split_or_with_an_error_is_rejected(
     assert caught.value.message == where
 
 
-SLOTS = {
-    "type": "object",
-    "properties": {"a": {"type": "string"}, "n": {"type": "integer"}},
-    "required": ["a"],
-}
+SLOTS = {"type": "object", "properties": {"a": {"type": "string"}, "n": {"type": "integer"}}, "required": ["a"]}
 
 
 @pytest.fixture

@@ -32,14 +32,7 @@ NUMBER, TEXT, EXACT = Answer(kind="number"), Answer(kind="text"), Answer(kind="t
 
 
 SETS = [
-    *(
-        ["3.1", "3.10", "3.2"],
-        ["007", "70"],
-        ["1,200", "12"],
-        ["-0", "0"],
-        ["C", "C#", "C++"],
-        ["false", "true"],
-    ),
+    *(["3.1", "3.10", "3.2"], ["007", "70"], ["1,200", "12"], ["-0", "0"], ["C", "C#", "C++"], ["false", "true"]),
     *(["class_1", "LABEL_0", "level 1"], ["<=50K", ">50K"], ["+", "-", "🙂"], ["one\ntwo", "one two"]),
     ["no", "Yes", "Yes.", "yes", "Ｙes"],
 ]

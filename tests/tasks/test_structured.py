@@ -15,10 +15,7 @@ SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "intent": {"enum": ["PlayMusic", "SetAlarm"]},
-        "slots": {
-            "type": "object",
-            "properties": {"year": {"type": "integer"}, "artist": {"type": "string"}},
-        },
+        "slots": {"type": "object", "properties": {"year": {"type": "integer"}, "artist": {"type": "string"}}},
     },
     "required": ["intent"],
 }
@@ -150,10 +147,7 @@ def deep(levels: int) -> dict[str, Any]:
         ({"$ref": "#/$defs/a", "$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}}, "refers to itself"),
         (deep(40), "more than 32 deep"),
         (
-            {
-                "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}] * 200}, "b": {"anyOf": [{}] * 200}},
-                "$ref": "#/$defs/a",
-            },
+            {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}] * 200}, "b": {"anyOf": [{}] * 200}}, "$ref": "#/$defs/a"},
             "20000 parts",
         ),
         ({"properties": {"a": {"pattern": "("}}}, "no regular expression"),
@@ -169,10 +163,7 @@ def test_references_are_inlined_once_and_for_all_and_keys_may_have_any_name() ->
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$defs": {"a/b": {"type": "integer"}},
-        "properties": {
-            "const": {"$ref": "#/$defs/a~1b", "description": "n"},
-            "$ref": {"enum": [{"$ref": "x"}]},
-        },
+        "properties": {"const": {"$ref": "#/$defs/a~1b", "description": "n"}, "$ref": {"enum": [{"$ref": "x"}]}},
     }
     text = schema_text(schema)
     assert json.loads(text)["properties"]["const"] == {"type": "integer", "description": "n"}

@@ -39,8 +39,7 @@ def write(path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["t.csv", "semi.csv", "tab.csv", "t.tsv", "T.CSV", "t.jsonl", "t.json", "object.json", "t.parquet"],
+    "name", ["t.csv", "semi.csv", "tab.csv", "t.tsv", "T.CSV", "t.jsonl", "t.json", "object.json", "t.parquet"]
 )
 def test_every_format_gives_the_cells_as_written(tmp_path: Path, name: str) -> None:
     table = read_table(write(tmp_path / name))
@@ -83,10 +82,7 @@ def test_columns_are_guessed_only_where_one_fits(tmp_path: Path, header: str) ->
     with pytest.raises(InputError, match="is not clear") as caught:
         read_table(write_csv(tmp_path / "t.csv", [["cell"] * 4], header.split(",")))
     assert header.replace(",", ", ") in caught.value.hint and "--input" in caught.value.hint
-    for names, columns in (
-        ("id,Query,Intent", ("Query", "Intent")),
-        ("text,input,target", ("input", "target")),
-    ):
+    for names, columns in (("id,Query,Intent", ("Query", "Intent")), ("text,input,target", ("input", "target"))):
         assert read_table(write_csv(tmp_path / "t.csv", [["x"] * 3], names.split(","))).columns == columns
 
 

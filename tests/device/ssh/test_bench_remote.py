@@ -19,12 +19,7 @@ from arte_edge.device.ssh.environment import check
 from arte_edge.device.ssh.workdir import clean
 from arte_edge.errors import ArteError, InputError
 
-BUSY = {
-    "contended": True,
-    "contended_reason": "other work",
-    "n_repeated": 3,
-    "cpu": ({"wall_s": 1, "run_share": 0.5},),
-}
+BUSY = {"contended": True, "contended_reason": "other work", "n_repeated": 3, "cpu": ({"wall_s": 1, "run_share": 0.5},)}
 SPEED = speed_row("tg8", model_filename="X", model_size=1, **BUSY)
 QUALITY = quality_row(3, model_filename="X", task="parity", n=4)
 # Replaces the benchmark where a test is about the connection: prints a row per repetition.

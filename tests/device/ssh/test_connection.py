@@ -13,13 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import Patch
 
-from arte_edge.device.ssh.connection import (
-    ConnectionLost,
-    ReconnectPolicy,
-    RemoteError,
-    Ssh,
-    connection_error,
-)
+from arte_edge.device.ssh.connection import ConnectionLost, ReconnectPolicy, RemoteError, Ssh, connection_error
 from arte_edge.errors import ArteError, InputError
 
 

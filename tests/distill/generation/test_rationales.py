@@ -91,15 +91,9 @@ def test_a_letter_that_the_question_does_not_offer_has_no_vote(house: Any, polic
     ("rows", "rejected"),
     [
         # Under three of a few questions it is refused everywhere, another text is not.
-        (
-            [*(row(f"q{i}", "Make it warm. <ans>w</ans>") for i in range(3)), row("q0", "It is cold.")],
-            [0, 1, 2],
-        ),
+        ([*(row(f"q{i}", "Make it warm. <ans>w</ans>") for i in range(3)), row("q0", "It is cold.")], [0, 1, 2]),
         # Case and spaces hide nothing.
-        (
-            [row("a", "Make it  warmer."), row("b", "make it warmer."), row("c", " Make it warmer. ")],
-            [0, 1, 2],
-        ),
+        ([row("a", "Make it  warmer."), row("b", "make it warmer."), row("c", " Make it warmer. ")], [0, 1, 2]),
         # One question may be answered alike under every technique.
         ([*(row("a", "It is dark.") for _ in range(4)), row("b", "It is dark.")], []),
         # Among many questions a twentieth may share a text.

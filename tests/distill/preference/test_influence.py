@@ -86,8 +86,7 @@ class Plain:
 
 
 @pytest.mark.parametrize(
-    ("family", "free", "layers"),
-    [("llama", True, 1.0), ("llama", False, 0.5), ("gemma3_text", True, 0.5)],
+    ("family", "free", "layers"), [("llama", True, 1.0), ("llama", False, 0.5), ("gemma3_text", True, 0.5)]
 )
 def test_the_products_are_what_a_small_step_does(students: Any, family: str, free: bool, layers: float) -> None:
     folder = students(family)

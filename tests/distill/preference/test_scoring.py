@@ -13,13 +13,7 @@ from numpy.typing import NDArray
 from tiny import Patch
 
 from arte_edge.distill.preference import scoring
-from arte_edge.distill.preference.scoring import (
-    ChoiceScores,
-    GeneratedScores,
-    Score,
-    length_effect,
-    scoring_engine,
-)
+from arte_edge.distill.preference.scoring import ChoiceScores, GeneratedScores, Score, length_effect, scoring_engine
 from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.autotune import Candidate
 

@@ -46,15 +46,7 @@ def aligned(house: Any, monkeypatch: Patch) -> Any:
     (house.folder / "check" / "answers.jsonl").write_text("")
 
     def train(
-        base: Path,
-        pairs: list[Any],
-        out: Path,
-        settings: Any,
-        *,
-        held_out: Any,
-        probe: Any,
-        progress: Any,
-        **_: Any,
+        base: Path, pairs: list[Any], out: Path, settings: Any, *, held_out: Any, probe: Any, progress: Any, **_: Any
     ) -> DpoResult:
         found.append(probe(out / "step-1"))
         with Patch.context() as patch:  # the adapter of before needs no engine of its own
@@ -142,11 +134,7 @@ def test_a_teacher_whose_drafts_the_student_learns_more_from_is_no_warning(house
     assert (fresh["prompts"], fresh["changed"], fresh["scored"], run.caveats) == (10, 10, 10, [])
     assert fresh["gain"] == pytest.approx(0.1, abs=0.01) and fresh["gain_low"] > 0.09
     told = Alignment.of(summary)
-    assert told and (told.score_gain, told.drafts_changed, told.kl_nats_per_token) == (
-        fresh["gain"],
-        10,
-        0.09,
-    )
+    assert told and (told.score_gain, told.drafts_changed, told.kl_nats_per_token) == (fresh["gain"], 10, 0.09)
     page = _result(summary, _TEXTS["stages"]["align"]["result"], _TEXTS["stages"]["align"]["more"])
     assert "Of 10 new drafts 10 changed" in page and f"{fresh['gain']:+.3f} (95 %" in page
     assert fresh["score_after"] == pytest.approx(fresh["score_before"] + fresh["gain"], abs=1e-4)

@@ -51,9 +51,7 @@ def test_another_setting_makes_the_stage_again_from_the_calls_it_shares(house: A
     assert house.calls == spent
 
 
-def test_parroted_rationales_are_counted_and_others_stay_usable_but_one_text_for_all_stops_the_run(
-    house: Any,
-) -> None:
+def test_parroted_rationales_are_counted_and_others_stay_usable_but_one_text_for_all_stops_the_run(house: Any) -> None:
     own = house.teacher.word
     house.teacher.word = lambda prompt: "plain" if "Halve" in prompt else own(prompt)
     run = house.run()

@@ -97,10 +97,7 @@ def test_json_answers_have_a_slot_f1_and_a_table_of_80_columns(house: Any) -> No
         engine.answer = lambda prompt: answer
     summary = evaluated(house, tune={"target": "answer"}, data="original-teacher")
     f1 = {(row["model"], row["setting"]): row["slot_f1"] for row in summary["rows"]}
-    assert (f1["base student", "as asked"], f1["tuned student", "as asked"]) == (
-        0.5,
-        0.0,
-    )  # "even" is no JSON
+    assert (f1["base student", "as asked"], f1["tuned student", "as asked"]) == (0.5, 0.0)  # "even" is no JSON
     table = summary_table(summary)
     columns = {str(column.header): list(column.cells) for column in table.columns}
     assert columns["slot F1"][0] == "50.0%" and columns["right (95 %)"][0] == "50% (30–70)"
@@ -136,10 +133,7 @@ def test_without_the_control_there_is_nothing_to_compare_with(house: Any) -> Non
 
 def test_shots_are_turns_in_the_students_own_form_and_the_first_setting_leads(house: Any) -> None:
     summary = evaluated(house, evaluate={"shots": [2], "teacher": False})
-    assert {row["setting"] for row in summary["rows"] if row["model"] == "tuned student"} == {
-        "2-shot",
-        "constrained",
-    }
+    assert {row["setting"] for row in summary["rows"] if row["model"] == "tuned student"} == {"2-shot", "constrained"}
     shot = "Question: Is 0 even or odd?\nAnswer:\neven\n\nQuestion: Is 1 even or odd?\nAnswer:\nodd\n\nQuestion: Is 500"
     assert any(shot in prompt for prompt in house.student.prompts)
     assert headline(summary).startswith("Not better")

@@ -125,8 +125,7 @@ def test_without_rationales_the_best_of_n_inputs_are_kept_evenly_by_label(house:
 
 
 @pytest.mark.parametrize(
-    ("data", "ways"),
-    [("random-technique", {7, 14, 21, 28}), ("one-technique", {28}), ("preferred-rationale", {28})],
+    ("data", "ways"), [("random-technique", {7, 14, 21, 28}), ("one-technique", {28}), ("preferred-rationale", {28})]
 )
 def test_a_technique_arm_keeps_one_of_the_techniques_rationales(house: Any, data: str, ways: set[int]) -> None:
     rows, *_ = selected(house, data=data, tune={"target": "reasoning-first"})

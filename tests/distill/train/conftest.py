@@ -46,11 +46,7 @@ def tiny_checkpoint(tmp_path_factory: Folders) -> Make:
             specials = ["<pad>", "<bos>", "<eos>", "<|user|>"]
             inner = tiny.bpe([TEXT] * 20, specials, 330, begin="<bos>" if adds_bos else "")
             tokenizer = tiny.chat_tokenizer(
-                inner,
-                bos_token="<bos>",
-                eos_token="<eos>",
-                pad_token="<pad>",
-                additional_special_tokens=["<|user|>"],
+                inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", additional_special_tokens=["<|user|>"]
             )
             made[adds_bos, arch] = tiny.save_checkpoint(
                 tmp_path_factory.mktemp("tiny") / "base",

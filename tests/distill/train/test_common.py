@@ -134,10 +134,7 @@ def test_missing_libraries_are_named_with_the_command(monkeypatch: Patch) -> Non
 
 
 @given(
-    st.lists(st.integers(1, 500), min_size=1, max_size=80),
-    st.integers(1, 9),
-    st.floats(0.1, 3.5),
-    st.integers(0, 5),
+    st.lists(st.integers(1, 500), min_size=1, max_size=80), st.integers(1, 9), st.floats(0.1, 3.5), st.integers(0, 5)
 )
 def test_every_example_is_seen_as_often_as_any_other(
     lengths: list[int], batch_size: int, epochs: float, seed: int

@@ -21,13 +21,7 @@ PAIRS = [
     for i in range(12)
 ]
 FAST = DpoSettings(
-    learning_rate=2e-2,
-    batch_size=2,
-    accumulate=1,
-    epochs=1.0,
-    lora=Lora(rank=4, alpha=8),
-    probe_every=2,
-    seed=1,
+    learning_rate=2e-2, batch_size=2, accumulate=1, epochs=1.0, lora=Lora(rank=4, alpha=8), probe_every=2, seed=1
 )
 
 
@@ -38,10 +32,7 @@ def adapter(folder: Path) -> dict[str, Any]:
 
 
 def healthy(folder: Path) -> ProbeResult:
-    assert sorted(file.name for file in folder.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     return ProbeResult(valid_rate=0.75, mean_tokens=40.0)
 
 
@@ -110,8 +101,7 @@ def test_the_rate_warms_up_and_falls_as_a_cosine(longer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "named"),
-    [(ProbeResult(0.1, 40.0), "valid drafts fell"), (ProbeResult(0.75, 400.0), "mean length went")],
+    ("broken", "named"), [(ProbeResult(0.1, 40.0), "valid drafts fell"), (ProbeResult(0.75, 400.0), "mean length went")]
 )
 def test_a_broken_teacher_stops_the_training_and_the_last_good_adapter_is_kept(
     broken: ProbeResult, named: str, tiny_checkpoint: Any, tmp_path: Path

@@ -20,13 +20,7 @@ from arte_edge.errors import ArteError, InputError
 
 SFT = SftSettings(learning_rate=3e-3, batch_size=4, seed=3)
 DPO = DpoSettings(
-    learning_rate=2e-2,
-    batch_size=1,
-    accumulate=4,
-    epochs=1.0,
-    lora=Lora(rank=4, alpha=8),
-    probe_every=2,
-    seed=1,
+    learning_rate=2e-2, batch_size=1, accumulate=4, epochs=1.0, lora=Lora(rank=4, alpha=8), probe_every=2, seed=1
 )
 PAIRS = [
     {
@@ -51,10 +45,7 @@ def test_two_processes_tune_as_one_does(
     kind: str, tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sft, "_without_labels", None)  # one process fills no step up
-    rows = [
-        *sft_rows,
-        {"prompt": "<|user|>Is it true?\n", "completion": "<ans>no</ans>"},
-    ]  # 13: the last step has one
+    rows = [*sft_rows, {"prompt": "<|user|>Is it true?\n", "completion": "<ans>no</ans>"}]  # 13: the last step has one
     settings = SFT.model_copy(update={"lora": Lora(rank=4, alpha=8)} if kind == "lora" else {})
     if kind == "soft":
         rows = [row | {"others": {"<ans>maybe</ans>": 0.3}} for row in rows]
@@ -268,24 +259,12 @@ def test_what_a_rank_cannot_use_is_the_error_of_one_process(
     tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="fits into 8 tokens"):
-        train_sft(
-            tiny_checkpoint(),
-            sft_rows,
-            tmp_path / "out",
-            SFT.model_copy(update={"max_length": 8}),
-            processes=2,
-        )
+        train_sft(tiny_checkpoint(), sft_rows, tmp_path / "out", SFT.model_copy(update={"max_length": 8}), processes=2)
 
 
 @pytest.mark.parametrize(
     ("batch", "accumulate", "n", "most", "expected"),
-    [
-        (4, 1, 2, 4, (2, 1)),
-        (1, 4, 2, 1, (1, 2)),
-        (8, 2, 4, 8, (4, 1)),
-        (2, 8, 2, 2, (2, 4)),
-        (6, 1, 2, 2, (1, 3)),
-    ],
+    [(4, 1, 2, 4, (2, 1)), (1, 4, 2, 1, (1, 2)), (8, 2, 4, 8, (4, 1)), (2, 8, 2, 2, (2, 4)), (6, 1, 2, 2, (1, 3))],
 )
 def test_a_steps_examples_are_dealt_out(
     batch: int, accumulate: int, n: int, most: int, expected: tuple[int, int]

@@ -140,10 +140,7 @@ def test_a_soft_label_costs_its_expected_negative_log_likelihood(
     done = train_sft(base, SOFT, tmp_path / "out", settings)
     assert done.history[0]["loss"] == pytest.approx((loss / n_token).item(), rel=1e-3)
     # The first step of Adam goes against the sign of each gradient that is not tiny.
-    before, after = (
-        model.model.embed_tokens.weight,
-        load_weights(done.checkpoint)["model.embed_tokens.weight"],
-    )
+    before, after = (model.model.embed_tokens.weight, load_weights(done.checkpoint)["model.embed_tokens.weight"])
     steep = before.grad.abs() > 1e-4
     assert steep.any() and torch.equal((after.float() - before)[steep].sign(), -before.grad[steep].sign())
 

@@ -54,11 +54,7 @@ def test_a_card_gets_a_head_in_its_own_line_ends() -> None:
 
 @pytest.mark.parametrize(
     ("block", "said"),
-    [
-        ("a: [1", r"README\.md:\d+: its front matter is not valid YAML"),
-        ("- a", "not a mapping"),
-        ("{a: 1}", "braces"),
-    ],
+    [("a: [1", r"README\.md:\d+: its front matter is not valid YAML"), ("- a", "not a mapping"), ("{a: 1}", "braces")],
 )
 def test_a_head_that_cannot_be_kept_is_refused(block: str, said: str) -> None:
     with pytest.raises(InputError, match=said):

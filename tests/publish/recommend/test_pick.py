@@ -120,12 +120,7 @@ def test_where_little_is_known_of_any_file_one_is_still_named() -> None:
 
 
 def row(a: Artifact, rate: float, **more: Any) -> SpeedRow:
-    known = {
-        "model_filename": a.file,
-        "tensor_sha256": a.tensor_sha256,
-        "runtime": "",
-        "peak_rss_bytes": None,
-    }
+    known = {"model_filename": a.file, "tensor_sha256": a.tensor_sha256, "runtime": "", "peak_rss_bytes": None}
     return speed_row("tg128", rate, **known | {"device": facts(**more.pop("device", {}))} | more)
 
 

@@ -39,13 +39,7 @@ def run(tmp_path: Path) -> Path:
     (folder / "run.toml").write_text(settings)
     share = {"accuracy": 0.5, "low": 0.4, "high": 0.6}
     check = dict.fromkeys(("teacher", "student", "student_constrained"), share)
-    check |= {
-        "n": 40,
-        "chance": 0.2,
-        "own_labels": share | {"rows": 31},
-        "role": "inputs",
-        "why": f"worse {BAD}",
-    }
+    check |= {"n": 40, "chance": 0.2, "own_labels": share | {"rows": 31}, "role": "inputs", "why": f"worse {BAD}"}
     finish(folder, "check", check)
     finish(folder, "elicit", {"old": "run without figures"})
     scores = [
@@ -62,14 +56,7 @@ def run(tmp_path: Path) -> Path:
     row = {"setting": "as asked", "n": 100, "right": 50, **share}
     rows = [{"model": name, **row} for name in ("own labels", "base student", "tuned student")]
     paired = [{"against": name, "setting": "as asked", **test} for name in ("own labels", "base student")]
-    found = {
-        "rows": rows,
-        "paired": paired,
-        "format_share": 0.5,
-        "chance": 0.2,
-        "form": "answer",
-        "partial": False,
-    }
+    found = {"rows": rows, "paired": paired, "format_share": 0.5, "chance": 0.2, "form": "answer", "partial": False}
     finish(folder, "evaluate", found)
     write(
         folder / "events.jsonl",
@@ -159,18 +146,8 @@ def test_first_it_says_whether_the_user_s_own_labels_would_have_done(run: Path, 
 def test_rounds_are_told_apart_and_the_student_that_was_kept_is_named(run: Path) -> None:
     with (run / "run.toml").open("r+") as file:
         file.write("rounds = 3\n" + (run / "run.toml").read_text())
-    tuned = {
-        "examples": 9,
-        "own_labels": 4,
-        "steps": 5,
-        "loss_first": 2.0,
-        "loss_last": 1.0,
-        "form": "answer",
-    }
-    trial = {
-        "tokens": {"answer": 3.0, "answer-first": 30.0},
-        "accuracy": {"answer": 0.6, "answer-first": 0.5},
-    }
+    tuned = {"examples": 9, "own_labels": 4, "steps": 5, "loss_first": 2.0, "loss_last": 1.0, "form": "answer"}
+    trial = {"tokens": {"answer": 3.0, "answer-first": 30.0}, "accuracy": {"answer": 0.6, "answer-first": 0.5}}
     finish(run, "target", {"form": "answer", "rows": 40, "n": 100, "with_reasons": 9, **trial})
     for n, right in ((1, 20), (2, 30)):
         finish(run, f"tune-{n}", tuned | {"steps": 5 * n})
@@ -184,10 +161,7 @@ def test_rounds_are_told_apart_and_the_student_that_was_kept_is_named(run: Path)
                                      "This is the run's student.")  # fmt: skip
     assert "run's student" not in stages["tune-1"] and "tune" not in stages
     assert (stages["validate"], stages["validate-2"]) == ("20 of 40 right (50%).", "30 of 40 right (75%).")
-    assert [line.partition(":")[0] for line in found.missing] == [
-        "calibrate",
-        "align",
-    ]  # no third round was made
+    assert [line.partition(":")[0] for line in found.missing] == ["calibrate", "align"]  # no third round was made
 
 
 def test_a_run_folder_of_the_version_before_has_a_page() -> None:

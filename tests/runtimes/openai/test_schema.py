@@ -3,14 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arte_edge.runtimes.completion import Request, Sampling
-from arte_edge.runtimes.openai.schema import (
-    body,
-    completion,
-    quirks_of,
-    refused_parameter,
-    token_counts,
-    with_stop,
-)
+from arte_edge.runtimes.openai.schema import body, completion, quirks_of, refused_parameter, token_counts, with_stop
 from arte_edge.runtimes.reasoning import OUT_OF_BUDGET, STOPPED_INSIDE
 
 PLAIN, VLLM = quirks_of(""), quirks_of("vllm")

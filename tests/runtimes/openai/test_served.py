@@ -335,12 +335,7 @@ def served_nowhere(like: ServedEngine, url: str) -> ServedEngine:
     [
         ({}, {"name": "other"}, "serves no model named 'other'", "It lists teacher"),
         ({"logprobs": False}, {}, "does not give the log-probabilities", "openai:MODEL@URL"),
-        (
-            {"lora": "no route"},
-            {"aligns": True},
-            "no route /load_lora_adapter",
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
-        ),
+        ({"lora": "no route"}, {"aligns": True}, "no route /load_lora_adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
         ({"lora": "off"}, {"aligns": True}, "LoRA is not enabled", "--enable-lora"),
     ],
 )
@@ -404,10 +399,7 @@ def test_the_store_of_a_run_says_which_teacher_wrote_and_pays_for_nothing_twice(
         run = RunContext(config, load_task("home_intents"), tmp_path / "run", Reporter(quiet=True))
         teacher, texts = config.teacher, []
         try:
-            for each in (
-                run.engine(teacher),
-                run.engine_with(run.local(teacher), (adapter, "unused"), teacher),
-            ):
+            for each in (run.engine(teacher), run.engine_with(run.local(teacher), (adapter, "unused"), teacher)):
                 texts.append([row.text for row in run.calls.complete(each, PROMPTS, GREEDY, "rows")])
         finally:
             run.close()

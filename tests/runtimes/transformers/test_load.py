@@ -128,8 +128,7 @@ def test_an_adapters_identity_is_its_weights_and_scale_and_a_pickle_is_refused(l
 
 
 @pytest.mark.parametrize(
-    "lora",
-    [{"target_modules": ["embed_tokens"]}, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}],
+    "lora", [{"target_modules": ["embed_tokens"]}, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}]
 )
 def test_an_adapter_of_a_tied_embedding_runs_as_it_was_trained(llama_folder, tmp_path, lora, monkeypatch):
     tied = edited_json(llama_folder, tmp_path / "tied", tie_word_embeddings=True)
