@@ -48,6 +48,15 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw"))]})
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that have slow tests or real models: at the end no worker waits for another's long file."""
+    late = {"slow": 0, "model": 1}
+    order = {item.path: len(late) for item in items}
+    for item in items:
+        order[item.path] = min(order[item.path], *(late.get(mark.name, len(late)) for mark in item.iter_markers()), 9)
+    items.sort(key=lambda item: order[item.path])
+
+
 @pytest.fixture(autouse=True)
 def one_torch_thread(request: pytest.FixtureRequest) -> None:
     """Tiny models run on one thread: two wait for each other longer than they compute."""

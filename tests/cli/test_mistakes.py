@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from test_cli_help import VERBS
-from tiny import Capture, Make, Patch
+from tiny import Capture, Patch
 
 from arte_edge.cli.main import main
 
@@ -60,12 +60,17 @@ def test_no_bad_path_ends_in_a_traceback(verb: str, bad: dict[str, str], capsys:
         assert code == 2 or what in ("file", "folder", "run", "student.gguf", *DEEP), (what, code, err)
 
 
-def test_no_bad_option_ends_in_a_traceback(bad: dict[str, str], make_gguf: Make, capsys: Capture) -> None:
-    model = str(make_gguf())
-    commands = [["export", model, "--gguf", "F16", f"--{name}"] for name in ("out", "recipe", "task", "base")]
-    commands += [["bench", model, f"--{name}"] for name in ("suite", "task", "output-file", "bbh")]
-    commands += [["verify", model, model, "--prompts"], ["distill", "quickstart", "--runs"], ["report", "run", "-o"]]
-    for command in commands:
+def test_no_bad_option_ends_in_a_traceback(
+    bad: dict[str, str], bench_gguf: Path, tiny_student: Path, capsys: Capture
+) -> None:
+    Path("seed").mkdir()
+    Path("seed/run.toml").write_text("seed = 1\n")
+    model, student = str(bench_gguf), str(tiny_student)
+    commands = [["export", student, "--gguf", "F16", f"--{name}"] for name in ("out", "recipe", "task", "base")]
+    commands += [["bench", model, "--no-speed", f"--{name}"] for name in ("task", "output-file")]
+    commands += [["bench", model, "--suite"], ["bench", model, "--no-speed", "--task", "x", "--bbh"]]
+    commands += [["verify", student, student, "--prompts"], ["distill", "quickstart", "--runs"]]
+    for command in [*commands, ["report", "seed", "-o"]]:
         for what in ("unknown user", "null byte", "too long", "below a file", "a link to itself"):
             assert main([*command, bad[what]]) in (1, 2), (command, what)
             err = capsys.readouterr().err

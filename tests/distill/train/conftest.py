@@ -21,7 +21,7 @@ def one_thread() -> Iterator[None]:
     import torch
 
     threads = torch.get_num_threads()
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the trainings that a test starts and kills
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that a training starts
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
@@ -80,38 +80,57 @@ def sft_rows() -> list[dict[str, str]]:
     ]
 
 
+# Imports once, which takes seconds, and forks for each training.
 _KILLED = """
-import importlib, json, os, signal, sys
+import json, os, signal, sys, traceback
 from pathlib import Path
-from typing import Any
-from arte_edge.distill.train import common
+import peft, trl
+from arte_edge.distill.train import common, dpo, sft
 from arte_edge.distill.train.collapse import ProbeResult
-kind, checkpoint, rows, out, settings, step, look, more = json.loads(sys.argv[1])
-looks = []
-def probe(folder):
-    looks.append(folder.name)
-    if len(looks) == look:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return ProbeResult(0.75, 40.0)
-def progress(done, total):
-    if done == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-train = getattr(importlib.import_module(f"arte_edge.distill.train.{kind.lower()}"), f"train_{kind.lower()}")
-more |= {"probe": probe} if kind == "Dpo" else {}
-settings = getattr(common, f"{kind}Settings")(**settings)
-train(Path(checkpoint), rows, Path(out), settings, progress=progress, **more)
+
+def train(kind, checkpoint, rows, out, settings, step, look, more):
+    looks = []
+    def probe(folder):
+        looks.append(folder.name)
+        if len(looks) == look:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ProbeResult(0.75, 40.0)
+    def progress(done, total):
+        if done == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+    start = dpo.train_dpo if kind == "Dpo" else sft.train_sft
+    more |= {"probe": probe} if kind == "Dpo" else {}
+    settings = getattr(common, f"{kind}Settings")(**settings)
+    start(Path(checkpoint), rows, Path(out), settings, progress=progress, **more)
+
+for line in sys.stdin:
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    try:
+        os.dup2(2, 1)
+        train(*json.loads(line))
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)
 """
 
 
 @pytest.fixture(scope="session")
-def kill(tiny_checkpoint: Make) -> Make:
+def kill(tiny_checkpoint: Make, tmp_path_factory: Folders) -> Iterator[Make]:
     """Start a training that is killed after an optimizer step or during a look of the probe."""
+    log = tmp_path_factory.mktemp("kill") / "log"
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ARTE_EDGE_DTYPE": "float32"}
+    environment |= {"OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES"}  # else macOS ends what is forked
+    with log.open("wb") as said:
+        server = subprocess.Popen([sys.executable, "-c", _KILLED], stderr=said, env=environment, **pipes)
 
     def killed(kind: str, rows: Any, out: Path, settings: Any, *, step: int = 0, look: int = 0, **more: Any) -> None:
-        call = json.dumps(
-            [kind, str(tiny_checkpoint()), rows, str(out), settings.model_dump(mode="json"), step, look, more]
-        )
-        child = subprocess.run([sys.executable, "-c", _KILLED, call], capture_output=True, text=True)
-        assert child.returncode == -9, child.stderr
+        call = [kind, str(tiny_checkpoint()), rows, str(out), settings.model_dump(mode="json"), step, look, more]
+        server.stdin.write(json.dumps(call) + "\n")
+        server.stdin.flush()
+        assert server.stdout.readline() == "-9\n", log.read_text()
 
-    return killed
+    yield killed
+    server.communicate()
