@@ -32,22 +32,18 @@ PAIRS = [
 ]
 
 
-def healthy(folder: Path) -> ProbeResult:
-    return ProbeResult(valid_rate=0.75, mean_tokens=40.0)
-
-
 def losses(result: Any) -> list[float]:
     return [row["loss"] for row in result.history]
 
 
-@pytest.mark.parametrize("kind", ["full", *(pytest.param(k, marks=pytest.mark.slow) for k in ("lora", "soft"))])
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora, soft labels", marks=pytest.mark.slow)])
 def test_two_processes_tune_as_one_does(
     kind: str, tiny_checkpoint: Any, sft_rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sft, "_without_labels", None)  # one process fills no step up
     rows = [*sft_rows, {"prompt": "<|user|>Is it true?\n", "completion": "<ans>no</ans>"}]  # 13: the last step has one
-    settings = SFT.model_copy(update={"lora": Lora(rank=4, alpha=8)} if kind == "lora" else {})
-    if kind == "soft":
+    settings = SFT.model_copy(update={} if kind == "full" else {"lora": Lora(rank=4, alpha=8)})
+    if kind != "full":
         rows = [row | {"others": {"<ans>maybe</ans>": 0.3}} for row in rows]
     one = train_sft(tiny_checkpoint(), rows, tmp_path / "one", settings)
     steps: list[tuple[int, int]] = []
@@ -72,53 +68,45 @@ def test_two_processes_tune_as_one_does(
 
 
 @pytest.mark.parametrize("target_kl", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
-def test_two_processes_align_as_one_does(target_kl: float, tiny_checkpoint: Any, tmp_path: Path) -> None:
+def test_two_processes_align_as_one_does(
+    target_kl: float, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = DPO.model_copy(update={"target_kl": target_kl} | ({"learning_rate": 1e-4} if target_kl else {}))
     looks: list[str] = []
+    kill: list[str] = []
 
     def probe(folder: Path) -> ProbeResult:
         looks.append(folder.name)
         assert (folder / "adapter_model.safetensors").is_file()
-        return healthy(folder)
-
-    held_out = PAIRS[:3]
-    one = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "one", settings, held_out=held_out, probe=healthy)
-    two = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "two", settings, held_out=held_out, probe=probe, processes=2)
-    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
-    assert len(losses(two)) == 3 or target_kl
-    for key in ("rewards/chosen", "rewards/margins", "learning_rate"):
-        assert [row[key] for row in two.history[:2]] == pytest.approx([row[key] for row in one.history[:2]], abs=1e-4)
-    assert [check["step"] for check in two.probes] == [check["step"] for check in one.probes]
-    assert looks == [f"step-{check['step']}" for check in two.probes]
-    assert two.held_out.kl == pytest.approx(one.held_out.kl, rel=1e-3, abs=1e-5)
-    assert two.held_out.margin == pytest.approx(one.held_out.margin, abs=1e-3)
-    ids = range(5, 25)
-    a, b = (hf_logits(tiny_checkpoint(), ids, result.adapter) for result in (one, two))
-    assert np.abs(a - b).max() < 1e-3 and np.abs(a - hf_logits(tiny_checkpoint(), ids)).max() > 0.01
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-def test_a_check_gets_the_result_of_its_own_step_whoever_is_lost_meanwhile(
-    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "noise").mkdir()
-    (tmp_path / "noise" / "sitecustomize.py").write_text(_NOISE)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'noise'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    kill = ["0"]
-
-    def probe(folder: Path) -> ProbeResult:
         step = int(folder.name.removeprefix("step-"))
         if step == 2 and kill:
             os.kill(rank_ids(tmp_path)[kill.pop()], signal.SIGKILL)
         return ProbeResult(valid_rate=0.7 + step / 100, mean_tokens=40.0 + step)
 
-    with pytest.raises(ArteError, match="process 0 ended with SIGKILL"):
-        train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "out", DPO, probe=probe, processes=2)
-    found = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "out", DPO, probe=probe, processes=2)
-    assert [(check["step"], check["valid_rate"]) for check in found.probes] == [
-        (step, pytest.approx(0.7 + step / 100)) for step in (0, 2, 3)
-    ]
+    more: dict[str, Any] = {"held_out": PAIRS[:3], "probe": probe}
+    one = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "one", settings, **more)
+    looks.clear()
+    more["processes"] = 2
+    if not target_kl and Path("/proc/self/environ").exists():  # a check gets the result of its own step then too
+        (tmp_path / "noise").mkdir()
+        (tmp_path / "noise" / "sitecustomize.py").write_text(_NOISE)
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'noise'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        kill.append("0")
+        with pytest.raises(ArteError, match="process 0 ended with SIGKILL"):
+            train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "two", settings, **more)
+    two = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "two", settings, **more)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+    assert len(losses(two)) == 3 or target_kl
+    for key in ("rewards/chosen", "rewards/margins", "learning_rate"):
+        assert [row[key] for row in two.history[:2]] == pytest.approx([row[key] for row in one.history[:2]], abs=1e-4)
+    for key in ("step", "valid_rate", "mean_tokens"):
+        assert [check[key] for check in two.probes] == [check[key] for check in one.probes]
+    assert list(dict.fromkeys(looks)) == [f"step-{check['step']}" for check in two.probes]
+    assert two.held_out.kl == pytest.approx(one.held_out.kl, rel=1e-3, abs=1e-5)
+    assert two.held_out.margin == pytest.approx(one.held_out.margin, abs=1e-3)
+    ids = range(5, 25)
+    a, b = (hf_logits(tiny_checkpoint(), ids, result.adapter) for result in (one, two))
+    assert np.abs(a - b).max() < 1e-3 and np.abs(a - hf_logits(tiny_checkpoint(), ids)).max() > 0.01
 
 
 # A library that prints, without ever ending a line.
@@ -131,15 +119,6 @@ if "RANK" in os.environ:
             time.sleep(0.02)
     threading.Thread(target=print_on, daemon=True).start()
 """
-
-
-@pytest.mark.slow
-def test_a_broken_teacher_stops_all_processes(tiny_checkpoint: Any, tmp_path: Path) -> None:
-    def probe(folder: Path) -> ProbeResult:
-        return ProbeResult(0.1 if folder.name == "step-2" else 0.75, 40.0)
-
-    found = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "out", DPO, probe=probe, processes=2)
-    assert found.steps == 2 and found.kept_step == 0 and "valid drafts fell" in found.collapse
 
 
 # Writes down what a process other than rank 0 opens for writing, makes, moves or removes below the folder.
@@ -216,7 +195,9 @@ def test_a_teacher_that_is_spread_over_processes_is_aligned_as_on_one(
     two = train_dpo(tiny_checkpoint(), PAIRS, tmp_path / "two", settings, **more)
     assert steps[0] == (1 if broken else 3)
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
-    assert (two.kept_step, two.collapse) == (one.kept_step, one.collapse) and bool(one.collapse) == broken
+    for key in ("steps", "kept_step", "collapse"):
+        assert getattr(two, key) == getattr(one, key), key
+    assert bool(one.collapse) == broken
     assert two.held_out.kl == pytest.approx(one.held_out.kl, rel=1e-3, abs=1e-6)
     assert two.held_out.margin == pytest.approx(one.held_out.margin, abs=1e-3)
     ids = range(5, 25)
