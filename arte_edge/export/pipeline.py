@@ -55,7 +55,7 @@ from arte_edge.results.student_json import (
     write_student,
 )
 from arte_edge.runtimes.loader import open_model
-from arte_edge.verify.thresholds import Thresholds
+from arte_edge.verify.check import Thresholds
 
 if TYPE_CHECKING:
     from arte_edge.runtimes.protocol import Runtime

@@ -1,7 +1,7 @@
 """Recipes: which formats to export for a device, with what settings and verification thresholds.
 
 Recipes are the TOML files in ``export/`` and the user's own. An unknown key is an error that names the
-nearest known one; thresholds that a recipe does not set are those of `arte_edge.verify.thresholds`.
+nearest known one; thresholds that a recipe does not set are those of `arte_edge.verify.check`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from arte_edge import catalog
 from arte_edge.files import for_pydantic, read_toml, validated
 from arte_edge.models.artifact import Arch, Format, format_of, gguf_format, onnx_format, unique
 from arte_edge.onnx.genai_builder import Rounding
-from arte_edge.verify.thresholds import TYPES, Thresholds, thresholds_for
+from arte_edge.verify.check import TYPES, Thresholds, thresholds_for
 
 
 class _Section(BaseModel):

@@ -11,8 +11,7 @@ from datetime import date
 
 from arte_edge.runtimes.prompt_render import FIXED_DAY, Conversation, Message, applied, shows_system
 from arte_edge.runtimes.protocol import Rendered, Runtime
-from arte_edge.verify.check import Check
-from arte_edge.verify.thresholds import Thresholds
+from arte_edge.verify.check import Check, Thresholds
 from arte_edge.verify.tokenizer import excerpt, first_difference
 
 

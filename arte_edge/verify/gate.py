@@ -31,9 +31,8 @@ from arte_edge.verify.accuracy import (
     questions_for,
 )
 from arte_edge.verify.chat_template import check_templates
-from arte_edge.verify.check import Check, checks_table, long_notes
+from arte_edge.verify.check import STRICTEST, TYPES, Check, Thresholds, checks_table, long_notes, thresholds_for
 from arte_edge.verify.logits import Fidelity, Progress, fidelity_checks, measure_answers, measure_fidelity
-from arte_edge.verify.thresholds import STRICTEST, TYPES, Thresholds, thresholds_for
 from arte_edge.verify.tokenizer import check_stops, check_tokens, check_vocabulary, hard_strings
 
 if TYPE_CHECKING:

@@ -28,8 +28,7 @@ from numpy.typing import NDArray
 
 from arte_edge.errors import ArteError, InputError
 from arte_edge.runtimes.protocol import Runtime
-from arte_edge.verify.check import Check
-from arte_edge.verify.thresholds import Thresholds
+from arte_edge.verify.check import Check, Thresholds
 from arte_edge.verify.tokenizer import first_difference
 
 Progress = Callable[[str, int, int], None]  # (step, done, total)

@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 from arte_edge.gguf.tokenizer import ENDS_BY_NAME
 from arte_edge.runtimes.protocol import Runtime
-from arte_edge.verify.check import Check
-from arte_edge.verify.thresholds import Thresholds
+from arte_edge.verify.check import Check, Thresholds
 
 # Others, fill-in-the-middle marks among them: an artifact may stop at these.
 _MORE_ENDS = (

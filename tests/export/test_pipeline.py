@@ -199,8 +199,8 @@ def test_a_tuning_that_was_lost_shows_in_the_file_that_the_quantized_ones_are_ma
     import torch
 
     from arte_edge.gguf import convert as module
+    from arte_edge.verify.check import thresholds_for
     from arte_edge.verify.gate import verify_file
-    from arte_edge.verify.thresholds import thresholds_for
 
     def tune(tensors: dict[str, Any]) -> None:
         torch.manual_seed(1)

@@ -7,7 +7,7 @@ from arte_edge.api import plan_export
 from arte_edge.errors import InputError
 from arte_edge.export.recipe import build, load_recipe
 from arte_edge.models.artifact import format_of
-from arte_edge.verify.thresholds import thresholds_for
+from arte_edge.verify.check import thresholds_for
 
 SHIPPED = {"laptop", "raspberry-pi-5", "raspberry-pi-4", "browser-onnx", "f16", "everything"}
 

@@ -18,9 +18,9 @@ from arte_edge.gguf.writer import Tensor, write_gguf
 from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.protocol import Runtime
 from arte_edge.tasks.task import Answer, Example, Task
+from arte_edge.verify.check import thresholds_for
 from arte_edge.verify.gate import Verdict, verify_file
 from arte_edge.verify.prompts import built_in_prompts
-from arte_edge.verify.thresholds import thresholds_for
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -18,9 +18,8 @@ from arte_edge.runtimes.onnxruntime import OnnxRuntime
 from arte_edge.runtimes.prompt_render import Message
 from arte_edge.runtimes.protocol import Runtime, Served
 from arte_edge.verify.accuracy import check_as_asked, questions_for
-from arte_edge.verify.check import Check
+from arte_edge.verify.check import Check, thresholds_for
 from arte_edge.verify.gate import verify_file
-from arte_edge.verify.thresholds import thresholds_for
 
 from .conftest import BOS, TEMPLATE, Tiny, parity_task, write_checkpoint
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arte_edge.errors import ArteError, InputError
+from arte_edge.verify.check import thresholds_for
 from arte_edge.verify.logits import (
     MAX_PROMPT_TOKENS,
     compare_logits,
@@ -16,7 +17,6 @@ from arte_edge.verify.logits import (
     measure_fidelity,
     summarize,
 )
-from arte_edge.verify.thresholds import thresholds_for
 
 
 def logits(rows: int, vocabulary: int, seed: int, scale: float = 2.0) -> Any:

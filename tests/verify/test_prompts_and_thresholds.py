@@ -10,8 +10,8 @@ from arte_edge.errors import InputError
 from arte_edge.gguf.reader import FILE_TYPES
 from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.task import Answer, Example, Task
+from arte_edge.verify.check import STRICTEST, TYPES, Thresholds, thresholds_for
 from arte_edge.verify.prompts import built_in_prompts, prompts_from_file, task_prompts
-from arte_edge.verify.thresholds import STRICTEST, TYPES, Thresholds, thresholds_for
 
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 

@@ -12,8 +12,7 @@ from tiny import TEMPLATE, Make, Patch
 
 from arte_edge.runtimes.loader import open_model
 from arte_edge.verify.chat_template import check_templates
-from arte_edge.verify.check import Check
-from arte_edge.verify.thresholds import Thresholds
+from arte_edge.verify.check import Check, Thresholds
 
 pytest.importorskip("xllamacpp")
 SKIPS = "{% if m.role != 'system' %}{{ m.role + m.content }}{% endif %}{% endfor %}"

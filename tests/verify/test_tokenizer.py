@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from arte_edge.runtimes.protocol import RuntimeFacts
-from arte_edge.verify.thresholds import Thresholds
+from arte_edge.verify.check import Thresholds
 from arte_edge.verify.tokenizer import (
     HARD_STRINGS,
     check_stops,
