@@ -27,7 +27,7 @@ from arte_edge.models.resolve import LocalModel
 if TYPE_CHECKING:
     from arte_edge.device.model_size import ModelSize
     from arte_edge.device.profiles import Profile
-    from arte_edge.results.measurements import Measured
+    from arte_edge.results.merge import Measured
     from arte_edge.results.student_json import Artifact
 
 FILE_NAME = "deploy.json"
@@ -148,7 +148,7 @@ def _measured_file(
 
     Raises InputError: ``deploy.rates`` is no folder or file with results.
     """
-    from arte_edge.results.measurements import best_of_rows, measured
+    from arte_edge.results.merge import best_of_rows, measured
     from arte_edge.results.student_json import find_export, read_bench, read_student
 
     given = user_path(config.rates)

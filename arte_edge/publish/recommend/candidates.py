@@ -1,7 +1,7 @@
 """The metrics of each file on one device: measured where possible, else predicted and marked so.
 
 Measurements are those that `arte-edge bench` merged into ``student.json`` and the raw rows of
-``bench.jsonl`` (`arte_edge.results.measurements`).
+``bench.jsonl`` (`arte_edge.results.merge`).
 
 A file is on the Pareto front of accuracy, speed and size unless another dominates it: is at least as good in all three
 and better in one. Files are compared only on known axes: where no accuracy was measured, the front is that of speed
@@ -16,8 +16,7 @@ from typing import Literal, get_args
 
 from arte_edge.device.roofline import Predictor
 from arte_edge.results.accuracy import PairedAccuracy
-from arte_edge.results.measurements import measured
-from arte_edge.results.merge import belongs_to, evaluation_of
+from arte_edge.results.merge import belongs_to, evaluation_of, measured
 from arte_edge.results.rows import QualityRow, Row
 from arte_edge.results.student_json import Artifact, Evaluation, StudentFile
 
