@@ -1,4 +1,4 @@
-"""How far does a response matrix carry? Parameter recovery of `arte_edge.distill.irt`, simulated.
+"""How far does a response matrix carry? Parameter recovery of `arte_edge.distill.stages.calibrate`, simulated.
 
     python benchmarks/studies/irt_recovery.py                        # 30 seeds, about 2 minutes on one core
     python benchmarks/studies/irt_recovery.py --girth-seeds 5        # beside it the girth library, 5 minutes more
@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 from score_worth_stats import spearman
 
-from arte_edge.distill.irt import ItemParameters, fit_2pl, probability, top_k
+from arte_edge.distill.stages.calibrate import ItemParameters, fit_2pl, probability, top_k
 
 Floats = NDArray[np.float64]
 RESULTS = Path(__file__).parents[1] / "results" / "irt_recovery"

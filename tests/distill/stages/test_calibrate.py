@@ -11,8 +11,8 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from tiny import Patch
 
-from arte_edge.distill import irt
-from arte_edge.distill.irt import ItemParameters, fit_2pl, probability, top_k
+from arte_edge.distill.stages import calibrate
+from arte_edge.distill.stages.calibrate import ItemParameters, fit_2pl, probability, top_k
 from arte_edge.errors import InputError
 
 Floats = NDArray[np.float64]
@@ -78,7 +78,7 @@ def test_estimates_are_the_maximum_of_the_posterior_they_claim() -> None:
 def test_a_finer_grid_of_abilities_gives_the_same_estimates(monkeypatch: Patch) -> None:
     responses = simulate(20, 100, 0)[3]
     coarse = fit_2pl(responses)
-    monkeypatch.setattr(irt, "ABILITY_NODES", np.linspace(-5, 5, 161))
+    monkeypatch.setattr(calibrate, "ABILITY_NODES", np.linspace(-5, 5, 161))
     fine = fit_2pl(responses)
     np.testing.assert_allclose(coarse.discrimination, fine.discrimination, atol=5e-4)
     np.testing.assert_allclose(coarse.difficulty, fine.difficulty, atol=5e-4)
