@@ -28,10 +28,10 @@ from arte_edge.asking.grammar import gbnf, json_schema
 from arte_edge.cache import Progress, check_free_space, sha256_checkpoint, sha256_file, write_atomic
 from arte_edge.checkpoint import dtype_and_count, read_config, shapes_of
 from arte_edge.console import Reporter
+from arte_edge.distill.train.lora_merge import merge
 from arte_edge.errors import ArteError, GateError, InputError
 from arte_edge.export.build import REJECTED, BuildCache, Builder, BuiltFile, remove, uses_base
 from arte_edge.export.chat import modelfile
-from arte_edge.export.lora_merge import merge
 from arte_edge.export.outcome import Failure, Outcome
 from arte_edge.export.recipe import Recipe
 from arte_edge.export.source import Source, gguf_fields

@@ -25,9 +25,9 @@ from arte_edge.cache import Progress, slug
 from arte_edge.checkpoint import reject_quantized
 from arte_edge.distill.aligned import aligned_teacher
 from arte_edge.distill.config import RunConfig, build, load_toml
+from arte_edge.distill.train.lora_merge import Adapter, read_adapter
 from arte_edge.errors import InputError
 from arte_edge.export.chat import Chat, read_chat
-from arte_edge.export.lora_merge import Adapter, read_adapter
 from arte_edge.files import json_loads, user_path
 from arte_edge.gguf.reader import STRING, UINT32, Field, read_model_header
 from arte_edge.model_folder import chat_templates, look, tokenizer_files

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 from arte_edge.asking.form import FORMS, Form, instruction, with_instruction
 from arte_edge.checkpoint import write_chat_template
 from arte_edge.distill.config import build, load_toml
+from arte_edge.distill.train.lora_merge import merge
 from arte_edge.errors import InputError
 from arte_edge.export.chat import read_chat
-from arte_edge.export.lora_merge import merge
 from arte_edge.export.source import PAPER, gguf_fields, open_source, parent_of, private_fields, public_name
 from arte_edge.gguf.convert import convert
 from arte_edge.gguf.reader import ARRAY, STRING, Field, read_model_header

@@ -18,8 +18,8 @@ import pytest
 from numpy.typing import NDArray
 from tiny import Folders, change_json, edited_json, hf_logits, relative_error
 
+from arte_edge.distill.train.lora_merge import merge, read_adapter
 from arte_edge.errors import ArteError, InputError
-from arte_edge.export.lora_merge import merge, read_adapter
 from arte_edge.model_folder import TOKENIZER_FILES
 from arte_edge.models import LocalModel
 from arte_edge.onnx.build import find_private_text

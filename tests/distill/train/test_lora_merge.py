@@ -8,7 +8,14 @@ from tiny import Folders, hf_logits, relative_error, save_adapter
 
 from arte_edge.checkpoint import read_config, shapes_of
 from arte_edge.distill.train.common import load
-from arte_edge.distill.train.lora_merge import check_merge, merge_adapter, sixteen_bits, write_checkpoint
+from arte_edge.distill.train.lora_merge import (
+    check_merge,
+    merge,
+    merge_adapter,
+    read_adapter,
+    sixteen_bits,
+    write_checkpoint,
+)
 from arte_edge.errors import ArteError, InputError
 from arte_edge.gguf.convert import convert
 from arte_edge.gguf.reader import read_model_header
@@ -127,3 +134,21 @@ def test_gemma_is_written_as_bfloat16(tiny_checkpoint: Any) -> None:
     assert sixteen_bits(tiny_checkpoint(), "auto") == "float16"
     assert sixteen_bits(tiny_checkpoint(arch="gemma3"), "auto") == "bfloat16"
     assert sixteen_bits(tiny_checkpoint(), "bfloat16") == "bfloat16"
+
+
+def test_a_merge_is_checked_by_logits_and_appears_whole(tiny_checkpoint: Any, adapter: Path, tmp_path: Path) -> None:
+    found = read_adapter(adapter)
+    (tmp_path / ".merged.partial").mkdir()  # left by a killed process
+    check = merge(found, found.base.checkpoint(), tmp_path / "merged", PROMPTS)
+    assert check.top1_agreement >= 0.95 and check.tokens > 20
+    assert 0 < check.mean_abs_diff < 0.1 * check.update_mean_abs
+    assert {path.name for path in tmp_path.iterdir()} == {"merged"}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tiny_checkpoint() / name).read_bytes()
+
+
+def test_after_a_failed_merge_nothing_remains(tiny_checkpoint: Any, adapter: Path, tmp_path: Path) -> None:
+    other = tiny_checkpoint(hidden_size=64)
+    with pytest.raises((InputError, ArteError)):
+        merge(read_adapter(adapter, base=str(other)), other, tmp_path / "merged", PROMPTS)
+    assert not (tmp_path / "merged").exists()
