@@ -42,8 +42,7 @@ from arte_edge.cache import write_atomic
 from arte_edge.cluster.connect import RayCluster, WorkerSizes, connect
 from arte_edge.console import Reporter
 from arte_edge.distill.cached_calls import Calls
-from arte_edge.models.resolve import LocalModel, resolve
-from arte_edge.models.student_file import f16_student
+from arte_edge.models.resolve import LocalModel, f16_student, resolve
 from arte_edge.runtimes.completion import EngineIdentity, Request, Sampling
 from arte_edge.runtimes.loader import open_local
 from arte_edge.runtimes.prompt_render import render

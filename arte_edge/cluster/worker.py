@@ -1,7 +1,7 @@
 """What runs on the nodes of a cluster: one process with engines (`Worker`), and what is checked of a node before.
 
 Arguments and results are small values of this package. A model is described, not sent: each node finds it by its
-path or its registry name and compares its sha256 (`arte_edge.models.student_file.found_here`).
+path or its registry name and compares its sha256 (`arte_edge.models.resolve.found_here`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import Any
 
 from arte_edge.cache import sha256_file
 from arte_edge.errors import ArteError, InputError
-from arte_edge.models.resolve import LocalModel
-from arte_edge.models.student_file import found_here
+from arte_edge.models.resolve import LocalModel, found_here
 from arte_edge.runtimes.completion import Engine, EngineIdentity, Method
 from arte_edge.runtimes.loader import Kind, open_local
 from arte_edge.runtimes.openai.vllm_process import VllmServer, VllmSettings, vllm_command

@@ -22,7 +22,7 @@ from arte_edge.distill.validate_config import fewer_shown, refuse_models, refuse
 from arte_edge.errors import InputError
 from arte_edge.extras import need
 from arte_edge.files import user_path
-from arte_edge.models.student_file import quantized_student
+from arte_edge.models.resolve import quantized_student
 from arte_edge.runtimes.loader import is_server
 from arte_edge.tasks.loaders import load_task
 

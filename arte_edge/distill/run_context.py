@@ -35,8 +35,7 @@ from arte_edge.distill.part import Part, PartDone
 from arte_edge.distill.shards import ShardLog, ShardStage, locked, merge_shards
 from arte_edge.errors import ArteError, InputError
 from arte_edge.files import read_json, toml_loads
-from arte_edge.models.resolve import LocalModel, resolve
-from arte_edge.models.student_file import f16_student
+from arte_edge.models.resolve import LocalModel, f16_student, resolve
 from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.loader import Kind, ServerLimits, is_server, open_engine, open_local, teacher_kind
 from arte_edge.runtimes.prompt_render import CHAT_JSON_NEW_TURN, Message, render

@@ -17,8 +17,7 @@ from arte_edge.distill.latency import FILE_NAME, Budget, Rates, budget_tokens, d
 from arte_edge.distill.pipeline import decide_budget
 from arte_edge.distill.run_context import RunContext
 from arte_edge.errors import InputError
-from arte_edge.models.resolve import LocalModel
-from arte_edge.models.student_file import quantized_student
+from arte_edge.models.resolve import LocalModel, quantized_student
 from arte_edge.results.rows import SpeedRow
 from arte_edge.results.student_json import Speed, write_student
 from arte_edge.runtimes.completion import Completion, Request, Sampling

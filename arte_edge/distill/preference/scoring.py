@@ -39,8 +39,7 @@ from arte_edge.distill.preference.adaptive import (
 from arte_edge.distill.preference.influence import Influence, Question, standard_error
 from arte_edge.distill.prompts import ANSWER_PREFILL, Shot, student_messages
 from arte_edge.distill.run_context import RunContext
-from arte_edge.models.resolve import LocalModel
-from arte_edge.models.student_file import f16_student, quantized_student
+from arte_edge.models.resolve import LocalModel, f16_student, quantized_student
 from arte_edge.runtimes.autotune import Candidate, Workload, candidates_here, fastest_engine, may_measure
 from arte_edge.runtimes.completion import Engine
 from arte_edge.runtimes.loader import is_server, open_local

@@ -15,8 +15,7 @@ from arte_edge.distill.evaluation import student_prompts
 from arte_edge.distill.run_context import Row, RunContext
 from arte_edge.distill.train.common import SftSettings
 from arte_edge.distill.train.sft import train_sft
-from arte_edge.models.resolve import LocalModel
-from arte_edge.models.student_file import tuned_student
+from arte_edge.models.resolve import LocalModel, tuned_student
 from arte_edge.tasks.task import Example
 
 _BATCH = 4

@@ -25,8 +25,7 @@ from arte_edge.distill.stages.target import describe as describe_trial
 from arte_edge.distill.stages.target import trial_of_forms
 from arte_edge.distill.train.common import Lora, SftSettings
 from arte_edge.distill.train.sft import train_sft
-from arte_edge.models.resolve import LocalModel
-from arte_edge.models.student_file import tuned_student
+from arte_edge.models.resolve import LocalModel, tuned_student
 from arte_edge.stats import wilson
 from arte_edge.store import link_folder
 from arte_edge.tasks.task import Example

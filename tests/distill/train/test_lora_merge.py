@@ -148,7 +148,9 @@ def test_a_merge_is_checked_by_logits_and_appears_whole(tiny_checkpoint: Any, ad
 
 
 def test_after_a_failed_merge_nothing_remains(tiny_checkpoint: Any, adapter: Path, tmp_path: Path) -> None:
-    other = tiny_checkpoint(hidden_size=64)
+    from transformers import AutoTokenizer
+
+    other = tiny.save_checkpoint(tmp_path / "other", AutoTokenizer.from_pretrained(tiny_checkpoint()), hidden_size=64)
     with pytest.raises((InputError, ArteError)):
         merge(read_adapter(adapter, base=str(other)), other, tmp_path / "merged", PROMPTS)
     assert not (tmp_path / "merged").exists()

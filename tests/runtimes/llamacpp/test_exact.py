@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from tiny import Patch
 
 from arte_edge.distill.prompts import ANSWER_PREFILL, ANSWER_STOPS, STEP_BY_STEP, Shot, student_messages
-from arte_edge.models.resolve import LocalModel
-from arte_edge.models.student_file import f16_student
+from arte_edge.models.resolve import LocalModel, f16_student
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.prompt_render import render
 from arte_edge.tasks.answers import extract
