@@ -470,7 +470,7 @@ def verify(
     from arte_edge.tasks.loaders import load_task
     from arte_edge.verify.check import thresholds_for
     from arte_edge.verify.gate import verify_file
-    from arte_edge.verify.prompts import prompts_for
+    from arte_edge.verify.logits import prompts_for
 
     limits = None if type is None else thresholds_for(type)
     loaded = None if task is None else load_task(str(task), bbh=None if bbh is None else user_path(bbh))

@@ -39,7 +39,7 @@ from arte_edge.results.student_json import Alignment, Data, Lineage, Parent, Stu
 from arte_edge.store import file_sha256, read_jsonl
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
-from arte_edge.verify.prompts import built_in_prompts, task_prompts
+from arte_edge.verify.logits import built_in_prompts, task_prompts
 
 PAPER = "arXiv:2406.19227"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?(:[\w.-]+)?")

@@ -22,8 +22,7 @@ from arte_edge.runtimes.protocol import Runtime, Served
 from arte_edge.tasks.answers import leaf_f1, matches
 from arte_edge.tasks.task import Example, Task
 from arte_edge.verify.check import Check
-from arte_edge.verify.logits import Progress
-from arte_edge.verify.prompts import rendered
+from arte_edge.verify.logits import Progress, rendered
 from arte_edge.verify.tokenizer import excerpt, first_difference
 
 _BATCH = 32  # examples per progress report

@@ -1,4 +1,4 @@
-"""Fidelity metrics: an artifact's next-token distributions against the reference's, and their checks.
+"""Fidelity metrics: an artifact's next-token distributions against the reference's, their checks, and the prompts.
 
 With p the reference's distribution at a position and q the artifact's, over v tokens:
 
@@ -14,6 +14,9 @@ A student that is tuned on answers alone drifts on the tokens of prompts, which 
 is sharp at random, so rounding costs many nats of what nobody reads. Where enough answers were compared, those are held
 to the limits, and all tokens to looser ones: two swapped tensors of a tuned SmolLM2-135M left 28 of 32 answers as they
 were, with 0.08 nats a token, but cost 1.07 over all tokens (a good Q4_K_M file: 0.006 and 0.09).
+
+The prompts are a task's held-out examples, rendered as for the student and followed by the correct answer as the
+student writes it; or a user's file; or built-in dialogues, which were written for this and are in no training set.
 """
 
 from __future__ import annotations
@@ -21,19 +24,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.asking.form import Asking, held_form, plain_template
 from arte_edge.errors import ArteError, InputError
+from arte_edge.files import json_loads
+from arte_edge.runtimes.prompt_render import Message, Templated, render
 from arte_edge.runtimes.protocol import Runtime
+from arte_edge.tasks.task import Task
 from arte_edge.verify.check import Check, Thresholds
 from arte_edge.verify.tokenizer import first_difference
 
 Progress = Callable[[str, int, int], None]  # (step, done, total)
 _ROWS = 64  # positions per block: sums are 64-bit, and a vocabulary may have 262,144 tokens
 MAX_PROMPT_TOKENS = 512
+_TASK_PROMPTS = 48
+_DIALOGUES: list[dict[str, str]] = json_loads(Path(__file__).with_name("dialogues.json").read_text("utf-8"))
 _ENOUGH_ANSWERS = 32  # a hundred positions or so, for labels
 
 
@@ -279,3 +289,82 @@ def _cause(found: Fidelity) -> str:
         "importance matrix), or the weights were rounded twice (such as an adapter merged into a 4-bit base), "
         "a tensor is damaged, or the weights are not the reference's"
     )
+
+
+class Prompted(Templated, Protocol):
+    """A model with its own chat template, or without one; `render` as in `arte_edge.runtimes.protocol.Runtime`."""
+
+    def render(self, messages: Sequence[Message]) -> str | None: ...
+
+
+def built_in_prompts(reference: Templated) -> list[str]:
+    """Return sixteen short dialogues with answers in the reference's own format: about 1,500 tokens."""
+    return [
+        rendered(reference, [{"role": "user", "content": dialogue["question"]}]) + dialogue["answer"]
+        for dialogue in _DIALOGUES
+    ]
+
+
+def task_prompts(reference: Prompted, task: Task, limit: int = _TASK_PROMPTS) -> list[str]:
+    """Return the prompts of up to `limit` validation examples, each with its correct answer.
+
+    Raises InputError: the task has no validation examples.
+    """
+    if not task.validation:
+        raise InputError(f"Task '{task.name}' has no validation examples", "Label some in validation.jsonl.")
+    form = held_form(reference, task)
+    asking = Asking.of(task, form or "answer", len)  # of its budget nothing is used
+    front = [] if form else [{"role": "system", "content": asking.instruction}]
+    return [
+        rendered(reference, [*front, *asking.messages(example.input)]) + asking.completion(example.target)
+        for example in task.validation[:limit]
+    ]
+
+
+def rendered(model: Templated, messages: Sequence[Message]) -> str:
+    """Return the prompt of a conversation; without a chat template a model gets `plain_template`'s.
+
+    Raises InputError: the template does not render.
+    """
+    if model.chat_template is None:
+        model = _Plain(plain_template(model.special_tokens), model.special_tokens)
+    return render(model, messages)
+
+
+@dataclass(frozen=True)
+class _Plain:
+    chat_template: str
+    special_tokens: dict[str, str]
+
+
+def prompts_from_file(path: Path) -> list[str]:
+    """Return the rendered prompts in a file: ``prompt``, ``text`` or ``input`` of ``.jsonl`` rows, else lines.
+
+    Raises InputError: the file cannot be read, or is empty.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text: {error}", "Give a UTF-8 text file.") from error
+    prompts = [_row(path, n, line) for n, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
+    if not prompts:
+        raise InputError(f"{path}: contains no prompts", "Write one prompt a line.")
+    return prompts
+
+
+def _row(path: Path, number: int, line: str) -> str:
+    try:
+        row = json_loads(line)
+    except ValueError as error:
+        raise InputError(f"{path}:{number}: not JSON: {error}", "Write one JSON object a line.") from error
+    texts = [row[key] for key in ("prompt", "text", "input") if key in row] if isinstance(row, dict) else [row]
+    if not texts or not isinstance(texts[0], str):
+        raise InputError(f"{path}:{number}: no text", "A row needs `prompt`, `text` or `input`, or is a string.")
+    return texts[0]
+
+
+def prompts_for(model: Prompted, task: Task | None, file: Path | None) -> list[str]:
+    """Return the prompts of a user's file if given, else of the task, else the built-in ones."""
+    if file is not None:
+        return prompts_from_file(file)
+    return built_in_prompts(model) if task is None else task_prompts(model, task)

@@ -34,7 +34,7 @@ ALLOWED = {
     ("runtimes/autotune.py", "wanted"),  # sample texts for a timing
     ("tasks/folder.py", "worked"),  # a table of task.toml
     ("tasks/loaders.py", "worked"),
-    ("verify/prompts.py", "told"),  # a story that logits are compared on
+    ("verify/logits.py", "told"),  # a story that logits are compared on
 }
 
 

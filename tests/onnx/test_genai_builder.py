@@ -31,7 +31,7 @@ from arte_edge.runtimes.genai import GenaiRuntime
 from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.onnxruntime import OnnxRuntime, OnnxSession
 from arte_edge.verify.gate import verify_file
-from arte_edge.verify.prompts import built_in_prompts
+from arte_edge.verify.logits import built_in_prompts
 
 IDS = [0, *np.random.default_rng(0).integers(3, 400, 60).tolist()]
 PRECISIONS = ("fp32", "int8", "int4")

@@ -20,7 +20,7 @@ from arte_edge.runtimes.protocol import Runtime
 from arte_edge.tasks.task import Answer, Example, Task
 from arte_edge.verify.check import thresholds_for
 from arte_edge.verify.gate import Verdict, verify_file
-from arte_edge.verify.prompts import built_in_prompts
+from arte_edge.verify.logits import built_in_prompts
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

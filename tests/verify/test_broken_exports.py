@@ -18,7 +18,7 @@ from arte_edge.runtimes.protocol import Runtime
 from arte_edge.verify import accuracy
 from arte_edge.verify.check import thresholds_for
 from arte_edge.verify.gate import Verdict, verify
-from arte_edge.verify.prompts import task_prompts
+from arte_edge.verify.logits import task_prompts
 
 from .conftest import Tiny, failed, gate, note, parity_task, with_tensor, write_checkpoint
 

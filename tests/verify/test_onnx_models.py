@@ -12,7 +12,7 @@ from arte_edge.runtimes.genai import GenaiRuntime
 from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.onnxruntime import OnnxRuntime
 from arte_edge.runtimes.protocol import Runtime
-from arte_edge.verify.prompts import built_in_prompts
+from arte_edge.verify.logits import built_in_prompts
 
 from .conftest import failed, gate
 

@@ -14,7 +14,7 @@ from arte_edge.models import LocalModel
 from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.protocol import Runtime
 from arte_edge.verify.gate import Verdict, verify_file
-from arte_edge.verify.prompts import built_in_prompts
+from arte_edge.verify.logits import built_in_prompts
 
 from .conftest import with_tensor
 from .test_broken_exports import unpermuted
