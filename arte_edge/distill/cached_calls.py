@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arte_edge.console import Reporter
-from arte_edge.distill.shards import ShardLog
+from arte_edge.distill.part import ShardLog
 from arte_edge.errors import EngineError
 from arte_edge.runtimes.completion import (
     Completion,

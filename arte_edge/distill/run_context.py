@@ -31,8 +31,7 @@ from arte_edge.distill.config import (
     dump_toml,
     load_toml,
 )
-from arte_edge.distill.part import Part, PartDone
-from arte_edge.distill.shards import ShardLog, ShardStage, locked, merge_shards
+from arte_edge.distill.part import Part, PartDone, ShardLog, ShardStage, locked, merge_shards
 from arte_edge.errors import ArteError, InputError
 from arte_edge.files import read_json, toml_loads
 from arte_edge.models.resolve import LocalModel, f16_student, resolve

@@ -140,7 +140,7 @@ def test_the_stages_are_those_of_the_settings(house: Any) -> None:
 def test_shards_make_the_calls_of_a_stage_and_the_plain_command_finishes_it(
     house: Any, done: Any, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    monkeypatch.setattr("arte_edge.distill.shards._BRIEF_S", 0.0)  # the others have run, or will
+    monkeypatch.setattr("arte_edge.distill.part._BRIEF_S", 0.0)  # the others have run, or will
     whole = done(tmp_path / "whole")
     spent = house.calls
     done(until="target")
@@ -162,7 +162,7 @@ def test_shards_make_the_calls_of_a_stage_and_the_plain_command_finishes_it(
 
 
 def test_the_command_says_where_it_stopped_and_succeeds(house: Any, capfd: Capture, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("arte_edge.distill.shards._BRIEF_S", 0.0)
+    monkeypatch.setattr("arte_edge.distill.part._BRIEF_S", 0.0)
     house.by_label = True
     flags = ["--force", "--set", "data=original-teacher", "--set", "tailor.questions=8"]
     assert house.distill(*flags, "--until", "check") == 0

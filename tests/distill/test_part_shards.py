@@ -13,8 +13,7 @@ import pytest
 
 from arte_edge.console import Reporter
 from arte_edge.distill.cached_calls import Calls
-from arte_edge.distill.part import PartDone, Share
-from arte_edge.distill.shards import ShardLog, locked, merge_shards
+from arte_edge.distill.part import PartDone, ShardLog, Share, locked, merge_shards
 from arte_edge.errors import EngineError, InputError
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.store import CallLog
@@ -24,10 +23,10 @@ SAMPLING = Sampling(max_tokens=4)
 WORKER = """
 import os, sys, time
 from pathlib import Path
-import test_shards as t
-from arte_edge.distill import shards
+import test_part_shards as t
+from arte_edge.distill import part
 folder, number, of, dies = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-shards._BRIEF_S = float(sys.argv[5])
+part._BRIEF_S = float(sys.argv[5])
 class Engine(t.Engine):
     def complete(self, requests, sampling):
         if dies in [r.prompt for r in requests]:
@@ -118,7 +117,7 @@ def test_a_shard_that_dies_costs_one_group_and_the_others_end(tmp_path: Path) ->
 
 
 def test_a_plain_command_and_a_shard_keep_out_of_each_others_way(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("arte_edge.distill.shards._BRIEF_S", 0.1)
+    monkeypatch.setattr("arte_edge.distill.part._BRIEF_S", 0.1)
     shard = ShardLog(tmp_path, Share(1, 2))
     with pytest.raises(InputError, match="shard 1/2 works"):
         merge_shards(tmp_path, CallLog(tmp_path / "calls.jsonl"))
@@ -155,7 +154,7 @@ class Mortal(Engine):
 
 
 def test_a_shard_that_met_a_dead_server_stops_at_once_and_resumes(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("arte_edge.distill.shards._BRIEF_S", 0.0)
+    monkeypatch.setattr("arte_edge.distill.part._BRIEF_S", 0.0)
     whole, _ = plain(tmp_path / "whole")
     folder, engine = tmp_path / "run", Mortal()
     folder.mkdir()
@@ -171,7 +170,7 @@ def test_a_shard_that_met_a_dead_server_stops_at_once_and_resumes(tmp_path: Path
 
 
 def test_another_number_of_shards_pays_for_nothing_twice(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("arte_edge.distill.shards._BRIEF_S", 0.0)
+    monkeypatch.setattr("arte_edge.distill.part._BRIEF_S", 0.0)
     engine = Mortal()
     assert "'first'" in shard(tmp_path, 1, 2, engine)
     for number in (2, 3, 1):
@@ -198,9 +197,9 @@ def test_one_that_looks_is_not_taken_for_one_that_works(tmp_path: Path) -> None:
     log.close()
 
 
-def test_shards_that_wait_for_each_other_both_end(tmp_path: Path, monkeypatch: Any) -> None:
+def test_part_shards_that_wait_for_each_other_both_end(tmp_path: Path, monkeypatch: Any) -> None:
     """As on two machines whose engines differ: no call of the one is a call of the other."""
-    monkeypatch.setattr("arte_edge.distill.shards._BRIEF_S", 1.0)
+    monkeypatch.setattr("arte_edge.distill.part._BRIEF_S", 1.0)
     process = start(tmp_path, 2, of=2, brief_s=1)
     log = ShardLog(tmp_path, Share(1, 2))
 
