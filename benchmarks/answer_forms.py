@@ -30,7 +30,7 @@ from arte_edge.console import Reporter
 from arte_edge.distill.config import build
 from arte_edge.distill.evaluation import student_answers
 from arte_edge.distill.run_context import RunContext
-from arte_edge.distill.stages.own_labels import train_briefly, training_rows
+from arte_edge.distill.stages.check import train_briefly, training_rows
 from arte_edge.distill.stages.target import reasons_for
 from arte_edge.models.resolve import LocalModel
 from arte_edge.stats import wilson

@@ -236,7 +236,7 @@ def house(tmp_path: Path, monkeypatch: Patch) -> House:
         out.write_text(json.dumps(made))
 
     monkeypatch.setattr("arte_edge.gguf.from_base.checkpoint_to_gguf", convert)
-    for stage in ("own_labels", "tune"):
+    for stage in ("check", "tune"):
         monkeypatch.setattr(f"arte_edge.distill.stages.{stage}.train_sft", house.train)
 
     real = validate_config._look_up

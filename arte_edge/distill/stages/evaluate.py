@@ -24,7 +24,7 @@ from arte_edge.distill.evaluation import (
 )
 from arte_edge.distill.prompts import Shot
 from arte_edge.distill.run_context import Row, RunContext, Summary
-from arte_edge.distill.stages.own_labels import own_labels_student
+from arte_edge.distill.stages.check import own_labels_student
 from arte_edge.models.resolve import LocalModel, tuned_student
 from arte_edge.results.accuracy import NOT_KNOWN
 from arte_edge.results.comparison import (

@@ -17,8 +17,7 @@ from arte_edge.asking.form import FORMS, Form
 from arte_edge.distill.evaluation import Predictions, student_answers
 from arte_edge.distill.generation.rationales import generate_rationales
 from arte_edge.distill.run_context import Row, RunContext, Summary
-from arte_edge.distill.stages.check import one_sided
-from arte_edge.distill.stages.own_labels import train_briefly, training_rows
+from arte_edge.distill.stages.check import one_sided, train_briefly, training_rows
 from arte_edge.tasks.answers import matches
 from arte_edge.tasks.task import Example
 

@@ -18,8 +18,8 @@ from arte_edge.checkpoint import write_chat_template
 from arte_edge.distill.evaluation import student_answers
 from arte_edge.distill.generation.inputs import focus_of
 from arte_edge.distill.run_context import Row, RunContext, Summary
+from arte_edge.distill.stages.check import training_rows
 from arte_edge.distill.stages.elicit import first_focus
-from arte_edge.distill.stages.own_labels import training_rows
 from arte_edge.distill.stages.tailor import tailor
 from arte_edge.distill.stages.target import describe as describe_trial
 from arte_edge.distill.stages.target import trial_of_forms
