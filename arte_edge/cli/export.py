@@ -97,7 +97,7 @@ def export(
 
 def _show_estimate(source: Source, formats: tuple[Format, ...], recipe: Recipe, folder: Path, as_json: bool) -> None:
     from arte_edge.checkpoint import shapes_of
-    from arte_edge.export.estimate import estimate
+    from arte_edge.export.outcome import estimate
 
     found = estimate(shapes_of(source.checkpoint), formats, recipe, n_training=len(source.training))
     if as_json:

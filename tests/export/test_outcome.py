@@ -1,6 +1,6 @@
 import pytest
 
-from arte_edge.export.estimate import estimate
+from arte_edge.export.outcome import estimate
 from arte_edge.export.recipe import Recipe, build
 from arte_edge.models.artifact import format_of, predicted_bytes
 
