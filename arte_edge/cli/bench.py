@@ -1,16 +1,24 @@
-"""``arte-edge bench``: speed, and with ``--task`` accuracy, of a model's files on this or another device."""
+"""``arte-edge bench`` and ``compare``: speed and accuracy of models here or on a device; two results side by side."""
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from arte_edge.cli import interrupt
+from arte_edge.console import emit_json
 from arte_edge.errors import ArteError, InputError
 
+if TYPE_CHECKING:
+    from arte_edge.bench.compare import Comparison, QualityPair, SpeedPair
+    from arte_edge.results.rows import QualityRow, SpeedRow
+
 _MODEL = "A .gguf file, an ONNX or checkpoint folder, an export's or a run's folder, a name of 'models ls'."
+_RESULTS = "A bench.jsonl, output of `bench -o json`, an export or run folder, or a measured model."
+_WIDTH = 80
 
 
 def bench(
@@ -129,3 +137,126 @@ def bench(
         )
     if not outcome.ok:
         raise ArteError(f"All tests failed (first: {outcome.rows[0].status})", outcome.rows[0].reason)
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help=_RESULTS)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The results to compare with A, given in the same ways.")],
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Compare speeds although settings differ, and print the differences."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two sets of results: speed and accuracy.
+
+    Speeds as ratios with confidence intervals, correct answers as paired tests. Results that are not comparable
+    (other prompt or answer lengths, threads, cache types, device, task or split) are rejected with exit code 2.
+    """
+    from arte_edge.bench.compare import compare as compare_rows
+    from arte_edge.bench.compare import rows_of
+
+    found = compare_rows(rows_of(a), rows_of(b), force=force)
+    if as_json:
+        emit_json(found.as_dict())
+    else:
+        typer.echo("\n".join(lines_of(found)))
+
+
+def lines_of(found: Comparison) -> list[str]:
+    """Return a comparison as text, 80 columns wide."""
+    lines: list[str] = []
+    groups: dict[tuple[str, ...], list[SpeedPair]] = {}
+    for one in found.speeds:
+        names = one.a.model_filename, one.b.model_filename, one.a.runtime, one.b.runtime
+        groups.setdefault(names, []).append(one)
+    for pairs in groups.values():
+        lines += _heading(pairs[0].a, pairs[0].b)
+        lines.append(f"{'test':<12} {'thr':>3} {'A t/s':>9} {'B t/s':>9}  {'B/A':>5} {'95 %':<15}  verdict")
+        lines += [_speed_line(one) for one in pairs]
+        lines += [*_costs(pairs), ""]
+    for pair in found.qualities:
+        lines += [*_heading(pair.a, pair.b), *_quality_lines(pair), ""]
+    for title, items in (
+        ("Different on both sides", found.differs),
+        ("Only in A", found.only_a),
+        ("Only in B", found.only_b),
+    ):
+        if items:
+            lines += [*_wrapped(f"{title}: {'; '.join(items)}."), ""]
+    return lines[:-1] if lines and not lines[-1] else lines
+
+
+def _heading(a: SpeedRow | QualityRow, b: SpeedRow | QualityRow) -> list[str]:
+    return [_cut(f"{side}  {row.model_filename}  ({row.runtime})") for side, row in (("A", a), ("B", b))]
+
+
+def _speed_line(one: SpeedPair) -> str:
+    shown, interval, verdict = "-", "", one.verdict
+    if one.rate is not None:
+        shown = f"{one.rate.value:.3f}"
+        if one.rate.low is not None and one.rate.high is not None:
+            interval = f"[{one.rate.low:.3f}, {one.rate.high:.3f}]"
+    verdict = one.disturbed or verdict
+    return (
+        f"{one.a.test:<12} {one.a.n_threads:>3} {_rate(one.a):>9} {_rate(one.b):>9}  "
+        f"{shown:>5} {interval:<15}  {verdict}"
+    ).rstrip()
+
+
+def _rate(row: SpeedRow) -> str:
+    if not row.ok:
+        return {"out-of-memory": "no memory", "timeout": "too long"}.get(row.status, row.status)
+    return f"{row.median_ts:.0f}" if row.median_ts >= 1000 else f"{row.median_ts:.2f}"
+
+
+def _costs(pairs: list[SpeedPair]) -> list[str]:
+    """Return the highest resident memory of the pairs, and energy where it was measured."""
+    lines = []
+    memory = [(one.a.peak_rss_bytes, one.b.peak_rss_bytes) for one in pairs]
+    known = [(a, b) for a, b in memory if a is not None and b is not None]
+    if known:
+        a, b = (max(values) / 2**20 for values in zip(*known, strict=True))
+        lines.append(f"peak memory: A {a:.0f} MiB, B {b:.0f} MiB")
+    for one in pairs:
+        if one.a.energy_j and one.b.energy_j and one.a.energy_source == one.b.energy_source:
+            a, b = (1000 * row.energy_j / _tokens(row) for row in (one.a, one.b) if row.energy_j)
+            lines.append(f"{one.a.test}: A {a:.3g} mJ a token, B {b:.3g} ({one.a.energy_source})")
+    return lines
+
+
+def _tokens(row: SpeedRow) -> int:
+    return max(1, len(row.samples_ns) * (row.n_prompt + row.n_gen))
+
+
+def _quality_lines(one: QualityPair) -> list[str]:
+    paired = one.paired
+    rights = [f"{side} {row.right}/{row.n} = {row.right / row.n:.1%}" for side, row in _sides(one)]
+    text = (
+        f"{one.a.task}, {one.a.split}: {', '.join(rights)}; B - A {paired.difference:+.1%} "
+        f"[{paired.difference_low:+.1%}, {paired.difference_high:+.1%}] on {paired.n} examples, "
+        f"p = {paired.p_value:.2g}: {one.verdict}"
+    )
+    lines = _wrapped(text)
+    times = [
+        f"{side} {row.answer_seconds_p50:.2f} s (p95 {row.answer_seconds_p95:.2f})"
+        for side, row in _sides(one)
+        if row.answer_seconds_p50 is not None and row.answer_seconds_p95 is not None
+    ]
+    if len(times) == 2:
+        lines.append(f"  an answer: {', '.join(times)}")
+        if one.a.device.fingerprint != one.b.device.fingerprint:
+            lines.append("  measured on different devices: times are not comparable")
+    return lines
+
+
+def _sides(one: QualityPair) -> tuple[tuple[str, QualityRow], tuple[str, QualityRow]]:
+    return ("A", one.a), ("B", one.b)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, subsequent_indent="  ")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"

@@ -15,21 +15,7 @@ from rich.text import Text
 
 from arte_edge import __version__
 from arte_edge.cache import DiskFull, is_disk_full
-from arte_edge.cli import (
-    ask,
-    bench,
-    compare,
-    devices,
-    distill,
-    env,
-    export,
-    interrupt,
-    models,
-    presets,
-    publish,
-    tasks,
-    verify,
-)
+from arte_edge.cli import ask, bench, devices, distill, env, export, interrupt, models, presets, publish, tasks
 from arte_edge.console import err, heartbeat, tolerate_any_encoding
 from arte_edge.errors import ArteError, InputError
 
@@ -47,9 +33,9 @@ app.command()(ask.ask)
 app.command()(ask.chat)
 app.command()(ask.serve)
 app.command()(export.export)
-app.command()(verify.verify)
+app.command()(export.verify)
 app.command()(bench.bench)
-app.command()(compare.compare)
+app.command()(bench.compare)
 app.command()(publish.recommend)
 app.command()(publish.report)
 app.command()(publish.card)

@@ -1,13 +1,16 @@
-"""``arte-edge bench``: data on stdout in every format, a wrong word is exit 2, help comes at once."""
+"""``arte-edge bench`` and ``compare``: data on stdout in every format, exit codes, and a table of 80 columns."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from tiny import Capture, cli
+import pytest
+from tiny import Capture, cli, cli_json, quality_row, speed_row
 
-from arte_edge.results.rows import SpeedRow
+from arte_edge.cli.main import main
+from arte_edge.results.rows import QualityRow, SpeedRow, append_rows
 
 QUICK = ["-p", "4", "-n", "8", "-r", "2", "--no-warmup", "-t", "1", "--no-roofline"]
 
@@ -63,3 +66,55 @@ def test_the_verb_and_its_child_need_no_torch_and_no_runtime(tmp_path: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)) == 2
+
+
+def speed(name: str, test: str, rate: float, **more: Any) -> SpeedRow:
+    samples = tuple(rate * factor for factor in (0.99, 1.0, 1.01, 1.0))
+    times = tuple(int(1e9 * int(test[2:]) / sample) for sample in samples)
+    known = {"model_filename": name, "tensor_sha256": "", "peak_rss_bytes": 300 << 20}
+    return speed_row(test, rate, **known | {"samples_ts": samples, "samples_ns": times} | more)
+
+
+def quality(name: str, right: int) -> QualityRow:
+    answers = tuple((f"{i:016x}", "on", i < right) for i in range(100))
+    times = {"answer_seconds_p50": 0.8, "answer_seconds_p95": 1.2}
+    return quality_row(right, model_filename=name, tensor_sha256="", answers=answers, low=0, high=1, **times)
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> tuple[str, str]:
+    a, b = "a-student-with-a-rather-long-name-as-people-give-them-Q8_0.gguf", "student-Q4_K_M.gguf"
+    append_rows(tmp_path / "a.jsonl", [speed(a, "pp512", 1234.5), speed(a, "tg128", 20), quality(a, 90)])
+    append_rows(tmp_path / "b.jsonl", [speed(b, "pp512", 900), speed(b, "tg128", 30), quality(b, 80)])
+    return str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+
+
+def test_the_table_has_ratio_interval_and_verdict(sides: tuple[str, str], capsys: Capture) -> None:
+    assert main(["compare", *sides]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    lines = {line.split()[0]: line for line in out.splitlines() if line.startswith(("pp", "tg"))}
+    assert "1.500 [1.4" in lines["tg128"] and lines["tg128"].endswith("faster")
+    assert lines["pp512"].endswith("slower")
+    assert "A 90/100 = 90.0%, B 80/100 = 80.0%; B - A -10.0%" in " ".join(out.split())
+    assert "p = 0.002: worse" in " ".join(out.split())
+    assert "A 0.80 s (p95 1.20)" in out and "A 300 MiB, B 300 MiB" in out
+
+
+def test_json_holds_the_same(sides: tuple[str, str], capsys: Capture) -> None:
+    document = cli_json(capsys, "compare", *sides)
+    assert [one["verdict"] for one in document["speeds"]] == ["slower", "faster"]
+    assert document["speeds"][1]["ratio"]["value"] == pytest.approx(1.5)
+    assert document["qualities"][0]["paired"]["difference"] == pytest.approx(-0.1)
+
+
+def test_another_protocol_ends_with_2_and_force_shows_it(tmp_path: Path, capsys: Capture) -> None:
+    files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    append_rows(Path(files[0]), [speed("m.gguf", "tg128", 20)])
+    append_rows(Path(files[1]), [speed("m.gguf", "tg64", 30, n_threads=2)])
+    assert main(["compare", *files]) == 2
+    said = capsys.readouterr()
+    assert "n_gen 128 against 64; n_threads 4 against 2" in " ".join(said.err.split()) and not said.out
+    assert main(["compare", *files, "--force"]) == 0
+    out = capsys.readouterr().out
+    assert "1.5" in out and "n_gen 128 against 64" in out
