@@ -31,7 +31,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # At most so many, counted by the tests below. Lower a number when the code allows it; never raise one.
 LIMITS = {
     "lines of a file": 600,
-    "modules, without __init__": 200,  # aim: 190
+    "modules, without __init__": 189,  # aim: 190
     "lines of the package": 47_980,  # aim: 36,000
     "lines of the tests": 31_311,  # aim: 21,000
     "modules under 80 lines with one importer": 1,
