@@ -1,4 +1,4 @@
-"""Stages apart: up to one, from one on, in a folder that moves, and a share of a stage's calls."""
+"""Stages apart: up to one, from one on, in a folder that moves, a share of a stage's calls; and a run made again."""
 
 import json
 import shutil
@@ -180,3 +180,19 @@ def test_the_command_says_where_it_stopped_and_succeeds(house: Any, capfd: Captu
 def test_a_share_is_read_as_it_is_written() -> None:
     assert str(Share.parse("2/4")) == "2/4"
     assert [Share.parse("2/4").owns(group) for group in range(5)] == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("stage", ["", *STAGES])
+def test_a_finished_run_costs_nothing_and_a_stage_that_was_cut_off_is_made_from_the_store(
+    house: Any, done: Any, stage: str
+) -> None:
+    first = done()
+    assert first.folder == house.folder
+    before, spent, trainings = contents(house.folder), house.calls, len(house.trained)
+    assert {name.partition("/")[0] for name in before} == set(STAGES)
+    if stage:
+        (house.folder / stage / "manifest.json").unlink()
+    assert done().evaluation == first.evaluation
+    again = 2 if stage == "target" else 0  # students of a trial are deleted when it is decided
+    assert (house.calls, len(house.trained)) == (spent, trainings + again)
+    assert contents(house.folder) == before

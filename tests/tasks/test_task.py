@@ -1,7 +1,8 @@
-"""Identity, options and test split of a task."""
+"""Identity, options, test split and warnings of a task."""
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 
 from arte_edge.errors import InputError
 from arte_edge.tasks.folder import load_folder
-from arte_edge.tasks.task import Answer, Example, listed_letters
+from arte_edge.tasks.task import Answer, Example, listed_letters, quality_warnings
 
 
 def test_the_key_of_an_example_is_its_content() -> None:
@@ -64,3 +65,13 @@ def test_the_identity_of_a_task_follows_its_content(parity: Path, file: str) -> 
     text = (parity / file).read_text(encoding="utf-8")
     (parity / file).write_text(text.replace("Is ", "Is it so that ").replace("Say", "Tell"), encoding="utf-8")
     assert load_folder(parity).sha256 != before
+
+
+def test_small_and_unbalanced_splits_have_warnings(parity: Path) -> None:
+    task = load_folder(parity)
+    odd = tuple(row for row in task.validation if row.target == "odd")
+    even = tuple(row for row in task.validation if row.target == "even")
+    weak = replace(task, seed=even[:3], validation=odd * 4 + even, notes=("dropped 1 row",))
+    parts = ("dropped 1 row", "50 rows", "no example of odd", "3 of 3 answers are even", "40 of 50 answers")
+    for warning, part in zip(quality_warnings(weak), parts, strict=True):
+        assert part in warning

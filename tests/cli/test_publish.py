@@ -1,4 +1,4 @@
-"""``arte-edge recommend`` on the command line: 80 columns, JSON, and exit codes."""
+"""``arte-edge recommend`` and ``report``: 80 columns, JSON, and exit codes."""
 
 import json
 from pathlib import Path
@@ -60,3 +60,14 @@ def test_no_file_is_exit_code_1_with_what_to_relax(export: Path, capsys: Capture
     done = capsys.readouterr()
     assert json.loads(done.out)["relax"] == [{"constraint": "min_decode", "to": 43.9}]
     assert "No file satisfies" in done.err and "Relax --min-decode 43.9." in done.err
+
+
+def test_the_page_is_written_beside_the_run_and_missing_parts_named(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "run.toml").write_text('name = "r"\n')
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    out = capsys.readouterr().out
+    assert "not included: check: this stage has not finished" in out
+    assert out.splitlines()[-1] == f"wrote {tmp_path / 'report.html'}"
+    document = cli_json(capsys, "report", str(tmp_path), "-o", str(tmp_path / "x" / "y.html"))
+    assert Path(document["report"]).is_file() and len(document["missing"]) == 9

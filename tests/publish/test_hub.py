@@ -3,8 +3,9 @@ import struct
 from pathlib import Path
 
 import pytest
-from tiny import speed_row
+from tiny import Capture, Make, Patch, cli_json, speed_row
 
+from arte_edge.cli.main import main
 from arte_edge.errors import InputError
 from arte_edge.gguf.reader import Field
 from arte_edge.gguf.writer import rewrite
@@ -146,3 +147,112 @@ def test_a_checkpoint_is_sent_with_its_card_and_looked_through(tmp_path: Path) -
         "config.json:_name_or_path: a path: /root/base",
         "model.safetensors:__metadata__.trained_in: a path: /home/grace/run",
     ]
+
+
+REPO = "ada/tiny-GGUF"
+NAME = "tiny-Q8_0.gguf"
+
+
+@pytest.fixture
+def carded(export_folder: Path, capsys: Capture) -> Path:
+    """An export as `arte-edge bench` and `arte-edge card` leave it."""
+    lines = [speed_row("tg128", 20.5), speed_row("pp512", 150.0)]
+    (export_folder / "bench.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in lines))
+    assert main(["card", str(export_folder)]) == 0
+    capsys.readouterr()
+    return export_folder
+
+
+def test_nothing_is_sent_without_yes(carded: Path, hub: Make, capsys: Capture) -> None:
+    server = hub()
+    assert main(["push", str(carded), "--to", REPO]) == 0
+    out = capsys.readouterr().out
+    assert server.requests == []
+    for part in (REPO, NAME, "base_model: HuggingFaceTB/SmolLM2-135M-Instruct", "tiny-Q4_K_M.gguf.rejected: "):
+        assert part in out
+
+
+def test_with_yes_the_hub_has_what_the_preview_showed(carded: Path, hub: Make, capsys: Capture) -> None:
+    server = hub()
+    shown = cli_json(capsys, "push", str(carded), "--to", REPO, "--private", "--yes")
+    assert set(server.files) == {file["file"] for file in shown["files"]}
+    assert all(server.files[name] == (carded / name).read_bytes() for name in server.files)
+    assert "tiny-Q4_K_M.gguf.rejected" not in server.files
+    assert server.repos[REPO]["visibility"] == "private"
+    assert shown["sent"]["url"].endswith(REPO)
+    assert any("validate-yaml" in request for request in server.requests)  # the Hub judged the card
+
+
+def test_a_push_cut_off_resumes_and_sends_large_files_once(carded: Path, hub: Make, capsys: Capture) -> None:
+    server = hub()
+    server.fail_uploads = 1
+    assert main(["push", str(carded), "--to", REPO, "--yes"]) == 1
+    assert server.commits == []
+    for _ in range(2):
+        assert main(["push", str(carded), "--to", REPO, "--yes"]) == 0
+    puts = [request for request in server.requests if request.startswith("PUT")]
+    assert len(puts) == 2  # the one that failed, and one
+    assert server.files[NAME] == (carded / NAME).read_bytes()
+
+
+def test_something_personal_stops_it_before_the_hub_is_asked(carded: Path, hub: Make, capsys: Capture) -> None:
+    server = hub()
+    card = carded / "README.md"
+    card.write_text(card.read_text() + "on 192.168.7.9\n")
+    assert main(["push", str(carded), "--to", REPO, "--yes"]) == 2
+    error = capsys.readouterr().err
+    assert "README.md:" in error and "192.168.7.9" in error and server.requests == []
+    assert main(["push", str(carded), "--to", REPO, "--yes", "--allow", "192.168.7.9"]) == 0
+    assert "README.md" in server.files
+
+
+def test_no_message_or_file_has_a_token(carded: Path, hub: Make, capsys: Capture, monkeypatch: Patch) -> None:
+    server = hub()
+    token = "hf_" + "x" * 34
+    card = carded / "README.md"
+    before = card.read_text()
+    card.write_text(f"{before}{token}\n")
+    assert main(["push", str(carded), "--to", REPO, "--yes"]) == 2
+    card.write_text(before)
+    server.refuse = 403
+    assert main(["push", str(carded), "--to", REPO, "--yes"]) == 2
+    monkeypatch.setenv("HF_TOKEN", token.replace("x", "y"))
+    server.refuse = 0
+    assert main(["push", str(carded), "--to", REPO, "--yes"]) == 2
+    printed = "".join(capsys.readouterr())
+    assert "no write access" in printed and server.files == {}
+    assert token not in printed and "yyyyyyyy" not in printed
+
+
+def test_no_token_says_how_to_log_in(carded: Path, hub: Make, capsys: Capture, monkeypatch: Patch) -> None:
+    server = hub()
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(carded / "none"))
+    assert main(["push", str(carded), "--to", REPO, "--yes"]) == 2
+    assert "hf auth login" in capsys.readouterr().err
+    assert server.requests == []
+
+
+def test_an_unreachable_hub_is_exit_code_1(carded: Path, hub: Make, capsys: Capture) -> None:
+    server = hub()
+    server.shutdown()
+    server.server_close()
+    assert main(["push", str(carded), "--to", REPO, "--yes"]) == 1
+    assert "cannot be reached" in capsys.readouterr().err
+
+
+def test_the_checkpoints_card_is_written_beside_it(carded: Path, tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    before = {path: path.read_bytes() for path in carded.iterdir()}
+    assert main(["card", str(carded), "--checkpoint", str(folder)]) == 0
+    assert "base_model_relation: finetune" in (folder / "README.md").read_text()
+    assert {path: path.read_bytes() for path in carded.iterdir()} == before
+
+
+def test_a_second_card_changes_nothing_and_a_dry_run_writes_nothing(carded: Path, capsys: Capture) -> None:
+    assert cli_json(capsys, "card", str(carded))["changed"] == []
+    (carded / "README.md").unlink()
+    assert main(["card", str(carded), "--dry-run", "--base-model", "ada/tiny"]) == 0
+    assert "base_model_relation: quantized" in capsys.readouterr().out
+    assert not (carded / "README.md").exists()
