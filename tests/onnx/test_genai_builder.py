@@ -176,13 +176,19 @@ def test_an_earlier_export_is_replaced_and_other_folders_are_not(
     genai: Callable[[str], Path], tiny_student: Path, tmp_path: Path
 ) -> None:
     out = shutil.copytree(genai("fp32"), tmp_path / "out")
-    assert build(tiny_student, out, GenaiSettings(precision="int4")) == out
+    penalty = {"name": "generation_config.json", "repetition_penalty": 1.5}
+    student = edited_json(tiny_student, tmp_path / "student", **penalty)
+    assert build(student, out, GenaiSettings(precision="int4")) == out
     assert b"MatMulNBits" in (out / "model.onnx").read_bytes()
+    # The penalty travels, and greedy answers do not use it.
+    assert json.loads((out / "genai_config.json").read_text())["search"]["repetition_penalty"] == 1.5
+    prompt = "turn on the light turn on the light turn on"
+    assert GenaiRuntime(out).generate([prompt], 16) == OnnxRuntime(out).generate([prompt], 16)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="not an ONNX export"):
         build(tiny_student, tmp_path / "mine", GenaiSettings())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "student"]
 
 
 def test_a_failed_build_is_explained_and_leaves_nothing(tiny_student: Path, tmp_path: Path) -> None:
@@ -321,12 +327,3 @@ def test_an_adapter_that_the_builder_would_misread_is_merged_before(
     expected, plain = hf_logits(base, IDS, tmp_path / "adapter"), hf_logits(base, IDS)
     error = relative_error(OnnxSession(out, threads=1).logits(IDS), expected)
     assert error < 1e-3 < 5e-3 < relative_error(plain, expected)
-
-
-def test_the_repetition_penalty_travels_and_greedy_answers_do_not_use_it(tiny_student: Path, tmp_path: Path) -> None:
-    settings = {"name": "generation_config.json", "repetition_penalty": 1.5}
-    out = build(edited_json(tiny_student, tmp_path / "student", **settings), tmp_path / "out", GenaiSettings())
-    assert json.loads((out / "genai_config.json").read_text())["search"]["repetition_penalty"] == 1.5
-    genai, plain = GenaiRuntime(out), OnnxRuntime(out)
-    prompt = "turn on the light turn on the light turn on"
-    assert genai.generate([prompt], 16) == plain.generate([prompt], 16)

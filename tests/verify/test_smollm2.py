@@ -20,7 +20,7 @@ from .conftest import with_tensor
 from .test_broken_exports import unpermuted
 
 pytestmark = pytest.mark.model
-_PROMPTS = slice(0, 16, 3)  # six of the built-in dialogues: enough for a verdict, quick on one core
+_PROMPTS = slice(0, 16, 5)  # four of the built-in dialogues: enough for a verdict, quick on one core
 
 
 @pytest.fixture(scope="module")
