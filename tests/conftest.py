@@ -8,6 +8,7 @@ import hashlib
 import os
 import sys
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -50,11 +51,10 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that have slow tests or real models: at the end no worker waits for another's long file."""
-    late = {"slow": 0, "model": 1}
-    order = {item.path: len(late) for item in items}
+    marks: dict[Path, set[str]] = defaultdict(set)
     for item in items:
-        order[item.path] = min(order[item.path], *(late.get(mark.name, len(late)) for mark in item.iter_markers()), 9)
-    items.sort(key=lambda item: order[item.path])
+        marks[item.path] |= {mark.name for mark in item.iter_markers()}
+    items.sort(key=lambda item: ("slow" not in marks[item.path], "model" not in marks[item.path]))
 
 
 @pytest.fixture(autouse=True)
