@@ -87,11 +87,12 @@ def room_tokens(config: Any, device: torch.device) -> int:
     return int(min(max(_CACHE_SHARE * free_bytes / bytes_per_token, _BATCH_TOKENS[0]), _BATCH_TOKENS[1]))
 
 
-def load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return model and tokenizer, the adapter merged in.
+def load(folder: Path, adapter: Path | None, dtype: torch.dtype, *, beside: bool = False) -> tuple[Any, Any]:
+    """Return model and tokenizer, the adapter merged in, or `beside` the weights.
 
     Merged weights in bfloat16 may round a small adapter away, as an alignment is at its first steps: then it stays
-    beside the weights, which costs a little time.
+    beside the weights too, which costs a little time. DoRA is always merged: it needs the weights that `onednn_int8`
+    and `onednn_prepack` replace.
 
     Raises InputError: not a checkpoint that transformers loads, or an adapter that does not fit it;
     ArteError: the merged model is another one than base plus adapter.
@@ -99,7 +100,10 @@ def load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> tuple[Any, A
     import torch
 
     model, tokenizer = hf.load_model(folder, dtype), hf.load_tokenizer(folder)
-    if adapter is not None:
+    if adapter is None:
+        return model, tokenizer
+    can_stay = dtype == torch.bfloat16 and not read_adapter_config(adapter).get("use_dora")
+    if not (beside and can_stay):
         before = hf.logits_of(model, [hf.probe_ids(model)])
         live = hf.attach_adapter(model, adapter)
         wanted = hf.logits_of(live, [hf.probe_ids(live)])
@@ -107,13 +111,13 @@ def load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> tuple[Any, A
         got = hf.logits_of(model, [hf.probe_ids(model)])
         try:
             hf.compare_merge(f"{folder} with {adapter}", before, wanted, got, str(dtype).removeprefix("torch."))
+            return model, tokenizer
         except ArteError:
-            # DoRA needs the weights that `onednn_int8` and `onednn_prepack` replace.
-            if dtype != torch.bfloat16 or read_adapter_config(adapter).get("use_dora"):
+            if not can_stay:
                 raise
-            del model, live
-            model = hf.attach_adapter(hf.load_model(folder, dtype), adapter).get_base_model()
-    return model, tokenizer
+        del model, live
+        model = hf.load_model(folder, dtype)
+    return hf.attach_adapter(model, adapter).get_base_model(), tokenizer
 
 
 _SHORTEST_PREFIX = 8  # tokens; sharing fewer costs more than it saves
@@ -292,7 +296,7 @@ class TransformersEngine:
                 "Set teacher.engine = 'llamacpp' for a GGUF file, or 'transformers', and continue with --update.",
             )
         kind = torch.bfloat16 if integers else pick_dtype(dtype, self._device, folder)
-        self.model, tokenizer = load(folder, adapter, kind)
+        self.model, tokenizer = load(folder, adapter, kind, beside=integers)
         self.model.to(self._device).eval()
         self.text = Text(tokenizer, self.model.generation_config.eos_token_id)
         if integers:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from arte_edge.private_apis import missing
-from arte_edge.runtimes.transformers.onednn_prepack import linear_layers
+from arte_edge.runtimes.transformers.onednn_prepack import FilePages, linear_layers
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,7 @@ _LARGE = 64  # features of each layer that stay in bfloat16
 _BLOCK = 1280  # features with one scale, at most
 _ALIGNED = 64  # features that a VNNI kernel takes at a time
 _MOST = 127
+_CHUNK = 1 << 19  # weights that are rounded together: what a processor's cache holds
 _ZERO = 128  # inputs are unsigned for oneDNN
 
 # What shows which features are large: a chat, a list, numbers and code.
@@ -48,42 +49,75 @@ def supported() -> bool:
 
 
 def quantize(model: Any, sample: Sequence[int]) -> int:
-    """Replace every linear layer of a bfloat16 `model` on the CPU; return how many were replaced.
+    """Replace every linear layer of a bfloat16 `model` on the CPU that `sample` goes through; return how many.
 
     `sample` are the tokens of a text that shows which features are large. A replaced layer cannot be trained or
-    saved. Weights that nothing else uses are freed.
+    saved. A LoRA adapter beside a layer is taken into it, in bfloat16. Weights that nothing else uses are freed.
     """
-    places = linear_layers(model)
-    largest = _largest_inputs(model, [child for _, _, child in places], sample)
-    layer, inputs, head = _layer(), _Inputs(), model.get_output_embeddings()
-    for module, name, child in places:
-        setattr(module, name, layer(child, largest[child], inputs, child is head))
-    return len(places)
-
-
-def _largest_inputs(model: Any, layers: Sequence[Any], sample: Sequence[int]) -> dict[Any, torch.Tensor]:
-    """Return the largest absolute input ``[n_in]`` of each layer while the model reads `sample`."""
     import torch
 
-    found: dict[Any, torch.Tensor] = {}
+    layer, inputs, head, pages = _layer(), _Inputs(), model.get_output_embeddings(), FilePages(model)
+    places = linear_layers(model)
+    adapters = {child: module for module, _, child in places if _is_plain_lora(module)}
+    made: dict[Any, Any] = {}
 
-    def note(layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        found[layer] = inputs[0].reshape(-1, layer.in_features).abs().amax(0).float()
+    def replace(child: Any, inputs_of_layer: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
+        """Quantize a layer as soon as the sample went through it: only one is then in memory in both forms."""
+        if child not in made:
+            largest = inputs_of_layer[0].reshape(-1, child.in_features).abs().amax(0).float()
+            made[child] = layer(child, largest, inputs, child is head, adapters.get(child))
+            pages.release(child.weight)
 
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    hooks = [child.register_forward_hook(replace) for child in {child for _, _, child in places}]
     try:
         with torch.inference_mode():
             model(input_ids=torch.tensor([list(sample)]))
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    outer = {adapter: child for child, adapter in adapters.items()}
+    for module in [*model.modules()]:
+        for name, child in module.named_children():
+            linear = outer.get(child, child)
+            if linear in made:
+                setattr(module, name, made[linear])
+    return len(made)
+
+
+def _is_plain_lora(module: Any) -> bool:
+    """Return whether a layer of PEFT adds the product of two matrices, and nothing else, to the layer inside it."""
+    if not hasattr(module, "lora_A") or len(names := module.active_adapters) != 1:
+        return False
+    return not getattr(module, "lora_variant", {}).get(names[0]) and module.lora_B[names[0]].bias is None
 
 
 def _block(n_feature: int) -> int:
     """Return the features with one scale: as many as divide `n_feature`, at most `_BLOCK`; else all of them."""
     sizes = (n_feature // n for n in range(1, n_feature // _ALIGNED + 1) if n_feature % n == 0)
     return next((size for size in sizes if size <= _BLOCK and size % _ALIGNED == 0), n_feature)
+
+
+def _rounded(weight: torch.Tensor, large: torch.Tensor, block: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the scales ``[n_out]`` of a matrix ``[n_out, n_in]``, and its rounded blocks of columns ``[n_out, block]``.
+
+    The columns `large` are zero. Some rows at a time: touching fresh memory for a whole matrix of 32-bit floats, several
+    times over, takes longer than the rounding.
+    """
+    import torch
+
+    n_out, n_in = weight.shape
+    scale = torch.empty(n_out)
+    parts = [torch.empty(n_out, block, dtype=torch.int8) for _ in range(n_in // block)]
+    n_row = max(1, _CHUNK // n_in)
+    chunk = torch.empty(min(n_row, n_out), n_in)
+    for start in range(0, n_out, n_row):
+        rows = slice(start, min(start + n_row, n_out))
+        values = chunk[: rows.stop - start].copy_(weight[rows]).index_fill_(1, large, 0.0)
+        scale[rows] = (values.abs().amax(1) / _MOST).clamp_(min=1e-12)
+        values.div_(scale[rows].unsqueeze(1)).round_()
+        for i, part in enumerate(parts):
+            part[rows] = values[:, i * block : (i + 1) * block]
+    return scale, parts
 
 
 class _Inputs:
@@ -114,26 +148,30 @@ def _layer() -> Any:
     import torch
 
     class Quantized(torch.nn.Module):
-        def __init__(self, linear: torch.nn.Linear, largest: torch.Tensor, inputs: _Inputs, wide: bool) -> None:
+        def __init__(
+            self, linear: torch.nn.Linear, largest: torch.Tensor, inputs: _Inputs, wide: bool, adapter: Any = None
+        ) -> None:
             super().__init__()
             n_out, n_in = linear.weight.shape
             self.out_features, self.bias, self._inputs, self._wide = n_out, linear.bias, inputs, wide
             self._block = _block(n_in)
             with torch.inference_mode():
-                weight = linear.weight.float()
                 self._large = largest.topk(min(_LARGE, n_in // 8)).indices
-                self._exact = weight[:, self._large].t().contiguous().to(linear.weight.dtype)
-                weight[:, self._large] = 0.0
-                self._scale = (weight.abs().amax(1) / _MOST).clamp(min=1e-12)
-                rounded = weight.div_(self._scale.unsqueeze(1)).round_().to(torch.int8)
+                self._exact = linear.weight[:, self._large].t().contiguous()
+                self._down: torch.Tensor | None = None
+                if adapter is not None:  # one more product with few columns, and some more rows of another
+                    (name,) = adapter.active_adapters
+                    down, up = adapter.lora_A[name].weight, adapter.lora_B[name].weight
+                    self._down = (adapter.scaling[name] * down).t().to(self._exact.dtype)
+                    self._exact = torch.cat([self._exact, up.t().to(self._exact.dtype)])
+                self._scale, rounded = _rounded(linear.weight, self._large, self._block)
                 self._zero = torch.zeros(n_out, dtype=torch.int64)
-                self._parts = [
-                    torch.ops.onednn.qlinear_prepack(part.contiguous(), [_TOKENS, self._block])
-                    for part in torch.split(rounded, self._block, dim=1)
-                ]
+                self._parts = [torch.ops.onednn.qlinear_prepack(part, [_TOKENS, self._block]) for part in rounded]
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             large, rounded, scales = self._inputs.of(x, self._large, self._block)
+            if self._down is not None:
+                large = torch.cat([large, x.reshape(-1, x.shape[-1]) @ self._down], dim=1)
             out = (large @ self._exact).float()
             for part, block, scale in zip(self._parts, rounded, scales, strict=True):
                 product = torch.ops.onednn.qlinear_pointwise(
