@@ -8,10 +8,19 @@ weight once more instead of keeping it. Embeddings are looked up in 16 bits and 
 Linear or Embedding layer, such as the weights of norms, is float32 throughout.
 
 The 16-bit weights are no parameters: they are in no optimizer, no state dict, and are sent to no other process.
+
+Weights in the file's own type are not read but mapped, so their pages can be given back while they are not used: the
+file still holds them (`FilePages`, `release_file`).
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,3 +146,47 @@ def _holders() -> dict[type, Any]:
             return torch.nn.functional.embedding(ids, self.held).float()
 
     return {torch.nn.Linear: HeldLinear, torch.nn.Embedding: HeldEmbedding}
+
+
+class FilePages:
+    """The pages of a model's file that its layers lie in.
+
+    Pages of a layer that was replaced stay in memory as long as any other weight of the file is used: twice the memory
+    that the model needs.
+    """
+
+    def __init__(self, model: Any) -> None:
+        uses = Counter(id(weight) for part in model.modules() for weight in part.parameters(recurse=False))
+        self._shared = {key for key, count in uses.items() if count > 1}
+        self._mapped = [place for _, place in _mapped_files()]
+
+    def release(self, weight: torch.Tensor) -> None:
+        """Give back the whole pages of `weight`, which nothing uses any more, if they are a file's and not shared."""
+        start = weight.data_ptr()
+        if id(weight) not in self._shared and any(start in place for place in self._mapped):
+            _give_back(start, start + weight.nbytes)
+
+
+def release_file(checkpoint: Path) -> None:
+    """Give back the pages of a checkpoint whose weights stay as they are; used again, they are read from the file."""
+    for path, place in _mapped_files():
+        if path.parent == checkpoint.resolve():
+            _give_back(place.start, place.stop)
+
+
+def _mapped_files() -> Iterator[tuple[Path, range]]:
+    """Yield each safetensors file that this process maps, with its addresses; nothing but on Linux."""
+    if sys.platform == "linux":
+        for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines():
+            if line.endswith(".safetensors"):  # addresses, access, offset, device, inode, path
+                addresses, *_, path = line.split(maxsplit=5)
+                start, end = (int(address, 16) for address in addresses.split("-"))
+                yield Path(path), range(start, end)
+
+
+def _give_back(start: int, end: int) -> None:
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        call = ctypes.CDLL(None).madvise
+        call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        call(first, last - first, mmap.MADV_DONTNEED)

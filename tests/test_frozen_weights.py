@@ -1,13 +1,16 @@
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import Patch, write_safetensors
 
 from arte_edge import frozen_weights
-from arte_edge.frozen_weights import load_frozen, stored_floats
+from arte_edge.frozen_weights import FilePages, load_frozen, release_file, stored_floats
 from arte_edge.transformers_load import load_model
 
 
@@ -69,3 +72,36 @@ def test_a_checkpoint_of_other_floats_is_not_rounded(tmp_path: Path) -> None:
 def test_a_tied_matrix_is_held_once(tmp_path: Path) -> None:
     sizes = [held(load_frozen(checkpoint(tmp_path / str(tied), "llama", "float16", tied))) for tied in (True, False)]
     assert sizes[1] - sizes[0] == 2 * 90 * 32
+
+
+def resident_bytes(path: Path) -> int:
+    text = Path("/proc/self/smaps").read_text()
+    return 1024 * int(re.search(rf"{path}\n(?:.*\n)*?Rss: +(\d+) kB", text)[1])  # type: ignore[index]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
+def test_weights_that_are_not_used_give_their_pages_of_the_file_back(tmp_path: Path) -> None:
+    values = {name: torch.randn(1024, 1024) for name in ("one", "both")}
+    path = tmp_path / "model.safetensors"
+    save_file(values, path)
+    mapped = load_file(path)
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(1024, 1024, bias=False) for name in ("one", "two", "three")})
+    model["one"].weight, model["two"].weight = (torch.nn.Parameter(mapped[name]) for name in ("one", "both"))
+    model["three"].weight = model["two"].weight
+
+    def same() -> bool:
+        return all(torch.equal(model[name].weight, values[key]) for name, key in (("one", "one"), ("two", "both")))
+
+    assert same()
+    size, pages = values["one"].nbytes, FilePages(model)
+    before = resident_bytes(path)
+    pages.release(model["two"].weight)
+    assert resident_bytes(path) == before >= 2 * size, "another layer uses it"
+    pages.release(model["one"].weight)
+    assert before - resident_bytes(path) >= 0.98 * size
+    assert same()
+    release_file(tmp_path / "elsewhere")
+    assert resident_bytes(path) >= 2 * size
+    release_file(tmp_path)
+    assert resident_bytes(path) < 0.02 * size
+    assert same(), "the file still holds them"

@@ -4,13 +4,15 @@
   `parallel` sequences. Teacher and student stay open together.
 * Training all weights: 16 bytes a parameter (weights, gradient and two averages of Adam in 32 bits).
 * Training an adapter: the frozen weights as they are stored (`frozen_weights`), one layer widened, 16 bytes for each
-  parameter of the adapter. While an alignment is checked, between two steps, the teacher's engine is open beside it.
+  parameter of the adapter. While an alignment is checked, between two steps, the teacher's engine is open beside it;
+  frozen weights in the file's own 16 bits are then given back.
 * Activations that the backward pass needs: a layer of a Llama keeps eleven vectors of the model's width and four of
   the feed-forward layer's for each token (both norms, queries, keys and values, attention, gate, up and their
   products), counted in transformers' code. Where they would take a run beyond `_ROOM` of the memory, only what goes
   into a layer is kept, and the layer is computed again: the numbers are the same, a step has one more forward
   pass.
-* Logits of the completions' tokens, `_LOGITS` times in 32 bits: themselves, their exponentials, two gradients.
+* Logits of the completions' tokens, `_LOGITS` times in 32 bits: themselves, their exponentials, two gradients; of a
+  frozen output layer in bfloat16 `_ROUNDED_LOGITS` times (`train.completion_head`).
 * Converting a GGUF file: the checkpoint, beside it the largest matrix in 32 bits; it runs in a process of its own.
 
 docs/runs.md has what was measured beside what this says. Lengths are those that the settings allow.
@@ -44,12 +46,13 @@ _PROGRAM, _TRAINER = (
 )  # interpreter and libraries without and with torch, TRL: measured
 _TRAINED, _HELD, _F32 = 16, 2, 4  # bytes a parameter
 _WIDE, _NARROW = 4, 11  # vectors a token and layer, see above
-_LOGITS = 4
+_LOGITS, _ROUNDED_LOGITS = 4, 2.5
 _SPARE = 1.3  # of the activations: fitted to the one alignment that was measured
 # Parts that may turn out smaller: they grow with texts and sequences, or are files' pages, which Linux can take back.
 _AT_MOST = ("cache", "logits", "activations", "engine", "file", "checkpoint")
-# Bytes a parameter while 16-bit weights become 8-bit ones: measured 2.8 (1.5B) and 3.5 (0.5B)
-_INT8_READ = 3.5
+# Bytes a parameter in 8-bit integers, some features in 16 bits; and of the output matrix while it is rounded, last:
+# measured 2.9 GB at most and 2.2 GB then (1.5B), 1.5 and 1.1 GB (0.5B), program and tokenizer with them
+_INT8, _INT8_READ = 1.15, 3
 _WIDENED = 1 << 26  # values: see `frozen_weights`
 _UBATCH, _CTX_STEP, _WATCHED, _WATCHED_PAIRS = 512, 256, 128, 4
 _CACHE_ROWS = 5  # of `packed_generate`: four in which sequences are written, and the prefixes
@@ -287,6 +290,8 @@ def _needs(config: RunConfig, tokens: Tokens, models: Models, room: int) -> Iter
         if writer:  # between two steps
             probe = engine_bytes(writer, config.align.probe_prompts, tokens.draft, kind=models.kind)
             base = {key: need[key] for key in ("weights", "adapter", "program")}
+            if models.bfloat16 or keeps_16_bits(teacher.n_params, room):
+                base["weights"] = 0
             watched = _F32 * _WATCHED * _WATCHED_PAIRS * teacher.n_vocab
             yield Need("the checks of align", base | {"logits": watched, "engine": sum(probe.values())})
     need = training_bytes(
@@ -322,7 +327,8 @@ def engine_bytes(
         cells = parallel * (own or tokens) + _CACHE_ROWS * tokens
         weights, cache = _F32 * size.n_params, 2 * size.kv_bytes(cells)  # in float32
         if kind == "int8":  # while it is read there is no cache yet
-            weights, cache = _HELD * size.n_params, max(cache, int((_INT8_READ - _HELD) * size.n_params))
+            matrix = size.n_vocab * size.n_embd
+            weights, cache = int(_INT8 * size.n_params) + matrix, max(cache, _INT8_READ * matrix)
         return {"weights": weights, "cache": cache}
     facts = detect()
     repacked = repacked_types(facts.arch, facts.features)
@@ -378,7 +384,8 @@ def training_bytes(
         fixed = {"weights": held + _F32 * widened}
         fixed["adapter"] = int(_TRAINED * lora[0] * sides * share)
     rows = labelled + (_WATCHED * _WATCHED_PAIRS // _LOGITS if pairs else 0)
-    fixed |= {"logits": _LOGITS * _F32 * rows * size.n_vocab, "program": _TRAINER}
+    copies = _ROUNDED_LOGITS if pairs and bfloat16 else _LOGITS
+    fixed |= {"logits": int(copies * _F32 * rows * size.n_vocab), "program": _TRAINER}
     # A frozen layer without an adapter does not need what goes into it.
     wide = _WIDE - bool(lora and lora[1] and "down_proj" not in lora[1])
     kept = activation_bytes(size, at_once, wide)

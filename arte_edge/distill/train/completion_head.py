@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _EXACT = 64  # logits of a token that are computed in float32
 _AT_ONCE = 64  # tokens whose rows of the output layer are gathered at a time
+_ROWS = 8  # tokens whose entropies are computed at a time
 _FEWEST_SHARED = 8  # tokens; a shorter beginning is not worth the longer row
 
 # Families whose logits are the output layer's, neither scaled nor capped.
@@ -100,7 +101,9 @@ def _scores(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> dict[str,
         log_total = logits.logsumexp(-1)
         log_probs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_total
     with torch.no_grad():
-        entropy = log_total - (torch.exp(logits - log_total.unsqueeze(-1)) * logits).sum(-1)
+        # Some rows at a time: fresh memory for copies of all logits takes longer than their exponentials.
+        parts = zip(logits.split(_ROWS), log_total.split(_ROWS), strict=True)
+        entropy = torch.cat([total - (torch.exp(row - total.unsqueeze(-1)) * row).sum(-1) for row, total in parts])
         mean_logits, is_top1 = logits.mean(-1), logits.argmax(-1) == targets
     return {"log_probs": log_probs, "entropy": entropy, "mean_logits": mean_logits, "is_top1": is_top1}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from arte_edge.cache import sha256_checkpoint
 from arte_edge.distill.train.checkpoints import Workspace, finished
-from arte_edge.distill.train.collapse import CollapseMonitor, Probe, copy_adapter
+from arte_edge.distill.train.collapse import CollapseMonitor, Probe, ProbeResult, copy_adapter
 from arte_edge.distill.train.common import (
     DpoSettings,
     Encoder,
@@ -36,6 +36,7 @@ from arte_edge.distill.train.completion_head import score_completions_only
 from arte_edge.distill.train.kl_target import FEWEST_STEPS, HeldOut, StepSizer, held_out_report
 from arte_edge.distill.train.ranks import is_main, is_sharded, slot_weights, train_on_ranks, world_size
 from arte_edge.errors import ArteError, InputError
+from arte_edge.frozen_weights import release_file
 from arte_edge.private_apis import missing
 from arte_edge.store import content_key, write_jsonl
 
@@ -220,6 +221,7 @@ class _Training:
         watched = (self._held_out or encoded)[:n_watched]
         self.sizer = StepSizer(workspace, watched, settings.learning_rate, settings.target_kl)
         sizer = self.sizer  # not `self`: the monitor outlives the trainer, whose memory has to be free by then
+        probe = probe and _with_room(probe, checkpoint)
         self.monitor = CollapseMonitor(workspace, settings, probe, ended=lambda: sizer.reached)
         lengths = [sum(len(ids) for ids in pair.values()) for pair in encoded]
         epochs = least_epochs(settings, len(encoded))
@@ -295,6 +297,16 @@ class _Training:
         else:
             set_peft_model_state_dict(model, weights)
         return held_out_report(model, self.sizer.kl(model), self._held_out, self._settings.beta)
+
+
+def _with_room(probe: Probe, checkpoint: Path) -> Probe:
+    """Return `probe`, before which the frozen teacher's weights leave the memory: the probe opens it a second time."""
+
+    def probed(adapter: Path) -> ProbeResult:
+        release_file(checkpoint)
+        return probe(adapter)
+
+    return probed
 
 
 def _set_shards(model: Any, weights: Mapping[str, Any]) -> None:

@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from arte_edge.frozen_weights import FilePages
 from arte_edge.private_apis import missing
-from arte_edge.runtimes.transformers.onednn_prepack import FilePages, linear_layers
+from arte_edge.runtimes.transformers.onednn_prepack import linear_layers
 
 if TYPE_CHECKING:
     import torch

@@ -8,17 +8,10 @@ of torch or a processor lacks them, the model stays as it is.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
-from collections import Counter
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from arte_edge.frozen_weights import FilePages
 from arte_edge.private_apis import missing
-
-if TYPE_CHECKING:
-    import torch
 
 _TOKENS = 64  # of a typical call: oneDNN chooses the block layout by it
 
@@ -50,36 +43,6 @@ def linear_layers(model: Any) -> list[tuple[Any, str, Any]]:
         for name, child in module.named_children()
         if type(child) is torch.nn.Linear and not isinstance(module, torch.nn.ModuleDict)  # an adapter's
     ]
-
-
-class FilePages:
-    """The pages of a checkpoint's file that weights lie in.
-
-    Weights in the file's own type are not read but mapped. Pages of a layer that was replaced stay in memory as long as
-    any other weight of the file is used, twice the memory that the model needs; `release` gives them back. The file
-    still holds them.
-    """
-
-    def __init__(self, model: Any) -> None:
-        uses = Counter(id(weight) for part in model.modules() for weight in part.parameters(recurse=False))
-        self._shared = {key for key, count in uses.items() if count > 1}
-        self._ranges: list[range] = []
-        if sys.platform == "linux":
-            for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
-                if line.endswith(".safetensors"):
-                    start, end = line.split(" ", 1)[0].split("-")
-                    self._ranges.append(range(int(start, 16), int(end, 16)))
-
-    def release(self, weight: torch.Tensor) -> None:
-        """Give back the whole pages of `weight`, which nothing uses any more, if they are a file's."""
-        start, size = weight.data_ptr(), weight.nbytes
-        if id(weight) in self._shared or not any(start in found for found in self._ranges):
-            return
-        first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > first:
-            call = ctypes.CDLL(None).madvise
-            call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-            call(first, end - first, mmap.MADV_DONTNEED)
 
 
 def supported() -> bool:

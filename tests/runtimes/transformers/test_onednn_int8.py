@@ -1,9 +1,5 @@
 """Products in 8-bit integers are nearly the same model, whoever shares the batch, and large features stay exact."""
 
-import re
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -11,11 +7,9 @@ from arte_edge.runtimes.completion import Request, Sampling
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-safetensors = pytest.importorskip("safetensors.torch")
 
 from arte_edge.runtimes.transformers import onednn_int8  # noqa: E402
 from arte_edge.runtimes.transformers.model import TransformersEngine  # noqa: E402
-from arte_edge.runtimes.transformers.onednn_prepack import FilePages  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not onednn_int8.supported(), reason="this processor has no fast 8-bit integers")
 PROMPTS = ["the cat sat on the mat. ", "one two three ", "is it True or False? "]
@@ -91,30 +85,6 @@ def test_layers_with_the_same_input_round_it_once():
         assert inputs._last[3] is not kept
         assert torch.equal(layers[0](x), first)
     assert np.isfinite(first.float().numpy()).all()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
-def test_a_replaced_weight_gives_its_pages_of_the_file_back_and_a_shared_one_keeps_them(tmp_path):
-    values = {name: torch.randn(1024, 1024) for name in ("one", "both")}
-    path = tmp_path / "model.safetensors"
-    safetensors.save_file(values, path)
-
-    def resident_bytes():
-        text = Path("/proc/self/smaps").read_text()
-        return 1024 * int(re.search(rf"{path}\n(?:.*\n)*?Rss: +(\d+) kB", text)[1])
-
-    mapped = safetensors.load_file(path)
-    model = torch.nn.ModuleDict({name: torch.nn.Linear(1024, 1024, bias=False) for name in ("one", "two", "three")})
-    for name, weight in (("one", "one"), ("two", "both"), ("three", "both")):
-        model[name].weight = torch.nn.Parameter(mapped[weight]) if name != "three" else model["two"].weight
-    assert all(part.weight.sum().isfinite() for part in model.values())
-    size, pages = values["one"].nbytes, FilePages(model)
-    before = resident_bytes()
-    pages.release(model["two"].weight)
-    assert resident_bytes() == before >= 2 * size
-    pages.release(model["one"].weight)
-    assert before - resident_bytes() >= 0.98 * size
-    assert torch.equal(model["one"].weight, values["one"]), "the file still holds them"
 
 
 @pytest.mark.parametrize(("lora", "plain"), [({}, True), ({"lora_bias": True}, False), ({"use_dora": True}, False)])
