@@ -45,17 +45,7 @@ if TYPE_CHECKING:
     from arte_edge.errors import ArteError
 
 __all__ = ["AnsweredTable", "ArteError", "Reply", "Run", "Server", "Student", "ask", "ask_file", "bench"]
-__all__ += [
-    "distill",
-    "export",
-    "load_run",
-    "open_student",
-    "recommend",
-    "report",
-    "serve",
-    "study",
-    "verify",
-]
+__all__ += ["distill", "export", "load_run", "open_student", "recommend", "report", "serve", "study", "verify"]
 
 __version__ = "0.1.0"
 

@@ -415,15 +415,7 @@ def export(
     from arte_edge.export.pipeline import export as run_export
 
     opened, formats, plan, folder = plan_export(
-        source,
-        gguf=gguf,
-        onnx=onnx,
-        recipe=recipe,
-        out=out,
-        task=task,
-        base=base,
-        offline=offline,
-        reporter=reporter,
+        source, gguf=gguf, onnx=onnx, recipe=recipe, out=out, task=task, base=base, offline=offline, reporter=reporter
     )
     return run_export(
         opened,

@@ -112,8 +112,7 @@ def _weight(path: Path, name: str, row: dict[str, Any], data_offset: int, size_b
     start, end = row["data_offsets"]
     if kind not in _DTYPES:
         raise InputError(
-            f"{path}: {name} is {kind}, not a 16- or 32-bit float",
-            "Give the checkpoint before quantization.",
+            f"{path}: {name} is {kind}, not a 16- or 32-bit float", "Give the checkpoint before quantization."
         )
     size_fits = end - start == math.prod(shape) * _DTYPES[kind].itemsize and min(shape, default=0) >= 0
     if not size_fits or start < 0 or data_offset + end > size_bytes:

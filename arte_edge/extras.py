@@ -8,17 +8,7 @@ from arte_edge.errors import ArteError
 
 # extra -> the modules it must provide; the keys are the extras of pyproject.toml
 EXTRAS = {
-    "train": (
-        "torch",
-        "transformers",
-        "trl",
-        "peft",
-        "datasets",
-        "pyarrow",
-        "accelerate",
-        "scipy",
-        "rouge_score",
-    ),
+    "train": ("torch", "transformers", "trl", "peft", "datasets", "pyarrow", "accelerate", "scipy", "rouge_score"),
     "gguf": ("llama_cpp", "gguf"),
     "onnx": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir", "tokenizers"),
     "optimum": ("optimum",),
@@ -37,6 +27,5 @@ def need(extra: str, why: str) -> None:
     """Raise `ArteError` with the pip command if a module of `extra` is not installed. Imports none of them."""
     if missing := missing_modules(extra):
         raise ArteError(
-            f"{why} needs {', '.join(missing)}, which is not installed",
-            f"pip install 'arte-edge[{extra}]'",
+            f"{why} needs {', '.join(missing)}, which is not installed", f"pip install 'arte-edge[{extra}]'"
         )

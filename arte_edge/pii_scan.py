@@ -74,14 +74,7 @@ class Machine:
         return sorted((text for text in texts if len(text) >= _RARE), key=len, reverse=True)
 
     def findings(
-        self,
-        text: str,
-        file: str,
-        key: str,
-        *,
-        allow: Collection[str] = (),
-        names: bool = True,
-        mail: bool = True,
+        self, text: str, file: str, key: str, *, allow: Collection[str] = (), names: bool = True, mail: bool = True
     ) -> Iterator[Finding]:
         """Yield the personal data in `text`.
 

@@ -197,10 +197,7 @@ def main() -> int:
 def measure(given: argparse.Namespace, config: str) -> int:
     remote = Remote(host="arm", ssh_config=config)
     profile = Profile(name="arm", title="emulated", cores=1, memory_bytes=(8 << 30,), remote=remote)
-    summary: dict[str, Any] = {
-        "cpu": given.cpu,
-        "emulator": run("qemu-aarch64-static", "--version").split("\n")[0],
-    }
+    summary: dict[str, Any] = {"cpu": given.cpu, "emulator": run("qemu-aarch64-static", "--version").split("\n")[0]}
     if not given.keep:
         clean(profile)
     # Emulated, a token takes seconds: the shortest tests that still go through prefill and decode.

@@ -48,12 +48,7 @@ def repetition(files: list[Path], task: Task, examples: tuple[Example, ...]) -> 
             for side in (0, 1) if i % 2 == 0 else (1, 0):
                 (one,) = answer_examples(models[side], [example], asked[side], timed=True)
                 tokens = len(models[side].tokenize(one.prompt + one.text)) - len(models[side].tokenize(one.prompt))
-                found[side] = {
-                    "answer": one.answer,
-                    "right": one.right,
-                    "tokens": tokens,
-                    "seconds": one.seconds,
-                }
+                found[side] = {"answer": one.answer, "right": one.right, "tokens": tokens, "seconds": one.seconds}
             rows.append(found)
         return rows
     finally:

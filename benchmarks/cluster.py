@@ -280,10 +280,7 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
 
 def grow(options: argparse.Namespace) -> None:
     """Store scores of 50 questions after each of n / 50 drafts, and read them again as a resumed run does."""
-    questions, labels = (
-        [f"question {i} of the task, in a sentence" for i in range(50)],
-        ["yes", "no", "maybe"],
-    )
+    questions, labels = ([f"question {i} of the task, in a sentence" for i in range(50)], ["yes", "no", "maybe"])
     asks = [([f"draft {d}: {q}" for q in questions], [labels] * 50) for d in range(options.n // 50)]
     base_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     engine: Any = Null()
@@ -300,10 +297,7 @@ def grow(options: argparse.Namespace) -> None:
         again.choose_each(engine, asks, "scores")
         assert again.made == 0
         found = {"prompts_mib": round(base_mib), "peak_mib": round(peak_mib), "seconds": round(stored_s, 1)}
-        found |= {
-            "cpu_seconds": round(stored_cpu_s, 1),
-            "resumed_cpu_seconds": round(time.process_time() - cpu, 1),
-        }
+        found |= {"cpu_seconds": round(stored_cpu_s, 1), "resumed_cpu_seconds": round(time.process_time() - cpu, 1)}
         print(json.dumps(found | {"file_mb": round(file_bytes / 1e6, 1)}))
 
 

@@ -74,10 +74,7 @@ def main() -> None:
             row = run_case(target, case, facts)
         cpu = [use.model_dump() for use in row.cpu]
         rows.append({"kind": kind} | {key: getattr(row, key) for key in KEYS} | {"cpu": cpu})
-        print(
-            f"{number}/{len(kinds)} {kind}: {row.median_ts:.1f} tokens/s, contended: {row.contended}",
-            flush=True,
-        )
+        print(f"{number}/{len(kinds)} {kind}: {row.median_ts:.1f} tokens/s, contended: {row.contended}", flush=True)
     summary = {kind: _summary([row for row in rows if row["kind"] == kind]) for kind in sorted(set(kinds))}
     about = {key: getattr(case, key) for key in ("test", "threads", "repetitions")}
     about |= {"model": target.model_filename, "processes": options.processes, "seed": options.seed}

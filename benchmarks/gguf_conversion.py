@@ -52,10 +52,7 @@ def main() -> None:
         script = str(given.llama_cpp / "convert_hf_to_gguf.py")
         commands = {
             "arte-edge": [sys.executable, "-c", OURS, str(given.checkpoint), out],
-            "llama.cpp": [
-                *(sys.executable, script, str(given.checkpoint)),
-                *("--outfile", out, "--outtype", "f16"),
-            ],
+            "llama.cpp": [*(sys.executable, script, str(given.checkpoint)), *("--outfile", out, "--outtype", "f16")],
         }
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for turn in range(given.runs + 1):

@@ -156,10 +156,7 @@ class NullEngine:
 
 def config_of(task: str, n: int) -> RunConfig:
     """Return a run of `n` questions in elicit, as many training examples, and pairs in proportion."""
-    models = {
-        "teacher": {"model": "null-teacher", "engine": "llamacpp"},
-        "student": {"model": "null-student"},
-    }
+    models = {"teacher": {"model": "null-teacher", "engine": "llamacpp"}, "student": {"model": "null-student"}}
     sizes = {"elicit": {"questions": n}, "tailor": {"questions": n}, "prefer": {"engine": "student"}}
     pairs = {"align": {"question_pairs": n, "rationale_pairs": n}}
     return RunConfig.model_validate({"task": {"ref": task}, **models, **sizes, **pairs})

@@ -341,10 +341,7 @@ def _limited() -> Iterator[None]:
         raise _TooSlow
 
     # Processor time, so that a busy machine is no fault; and much more time on the clock, for what waits.
-    timers = (
-        (signal.ITIMER_PROF, signal.SIGPROF, LIMIT_S),
-        (signal.ITIMER_REAL, signal.SIGALRM, 6 * LIMIT_S),
-    )
+    timers = ((signal.ITIMER_PROF, signal.SIGPROF, LIMIT_S), (signal.ITIMER_REAL, signal.SIGALRM, 6 * LIMIT_S))
     before = [signal.signal(number, stop) for _, number, _ in timers]
     for timer, _, seconds in timers:
         signal.setitimer(timer, seconds)
@@ -436,10 +433,7 @@ def main(arguments: Sequence[str]) -> int:
                     kind = f"{fault.reader}: {fault.what.split(': ')[0]}"
                     kinds[kind] += 1
                     first.setdefault(kind, fault)
-        print(
-            f"{reader.name}: {n_reader} inputs, {n_fault} faults, {time.monotonic() - started:.0f} s",
-            flush=True,
-        )
+        print(f"{reader.name}: {n_reader} inputs, {n_fault} faults, {time.monotonic() - started:.0f} s", flush=True)
     for kind, count in kinds.most_common(given.show):
         one = first[kind]
         print(f"{count:6} {kind}\n       first: input {one.number}, {one.file}: {one.what}")

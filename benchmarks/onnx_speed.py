@@ -181,14 +181,7 @@ def export(model: str, folders: Path, arch: str) -> None:
                 (readable / path.name).symlink_to(path)
             config = for_transformers_4(json.loads((checkpoint / "config.json").read_text("utf-8")))
             (readable / "config.json").write_text(json.dumps(config), "utf-8")
-            command = [
-                str(optimum_exporter.find_python()),
-                __file__,
-                "--folders",
-                str(folders),
-                "--arch",
-                arch,
-            ]
+            command = [str(optimum_exporter.find_python()), __file__, "--folders", str(folders), "--arch", arch]
             subprocess.run([*command, "--make-stock", name], check=True)
 
 

@@ -76,12 +76,7 @@ def make_task(name: str, data: Path, n_label: int, n_own: int, seed: int, out: P
     for split, part in (("seed", own), ("validation", rest[:100]), ("test", list(once.values()))):
         lines = [json.dumps({"input": row["input"], "target": row["target"]}) for row in part]
         (out / f"{split}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    techniques = [
-        "Say what is asked for.",
-        "Name the key words.",
-        "Rule out other intents.",
-        "Say it briefly.",
-    ]
+    techniques = ["Say what is asked for.", "Name the key words.", "Rule out other intents.", "Say it briefly."]
     (out / "task.toml").write_text(
         f'name = "{out.name}"\ndescription = "{ABOUT[name]}: {", ".join(labels)}."\n'
         f'techniques = {json.dumps(techniques)}\n\n[answer]\nkind = "choice"\nchoices = {json.dumps(labels)}\n',

@@ -227,10 +227,7 @@ SUBJECTS: dict[str, tuple[Callable[[Work], Callable[[], Texts]], dict[str, Any]]
     "llama-cpp-python": (llama_cpp_python, {}),
     "llama-cpp-python server": (llama_cpp_python_server, {}),
     **{
-        f"llama-server {n} slots{' unified' * unified}": (
-            llama_server,
-            {"slots": n, "unified": unified, "lookup": ""},
-        )
+        f"llama-server {n} slots{' unified' * unified}": (llama_server, {"slots": n, "unified": unified, "lookup": ""})
         for unified in (False, True)
         for n in (8, 20, 40)
     },

@@ -58,10 +58,7 @@ def compare_published() -> list[dict[str, Any]]:
         assert told is not None
         results.append(
             row
-            | {
-                "expected_ts": round(told.decode_tokens_per_s, 2),
-                "error": told.decode_tokens_per_s / rate - 1,
-            }
+            | {"expected_ts": round(told.decode_tokens_per_s, 2), "error": told.decode_tokens_per_s / rate - 1}
             | {"error_left_out": 1 / seconds / rate - 1}
         )
     return results

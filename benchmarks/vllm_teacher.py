@@ -74,11 +74,7 @@ SETTINGS = {
     "evaluate.shots": "[0]",
     "evaluate.answer_tokens": 24,
 }
-ON_A_CPU = {
-    "VLLM_TARGET_DEVICE": "cpu",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
+ON_A_CPU = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 POST = '"POST /v1/completions'
 
 
@@ -89,22 +85,9 @@ def server(python: str, checkpoint: Path, log: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
-    command += [
-        "--served-model-name",
-        "teacher",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--enforce-eager",
-    ]
+    command += ["--served-model-name", "teacher", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     command += ["--max-model-len", "2048", "--max-num-seqs", "16", "--enable-lora", "--max-lora-rank", "8"]
-    here = ON_A_CPU | {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-    }
+    here = ON_A_CPU | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | here
     env |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     with log.open("wb") as out:
@@ -187,10 +170,7 @@ def main_own(out: Path, ray: bool) -> None:
     row |= {"all_gone_after_s": round(time.monotonic() - killed, 1), "left": len(vllm_processes())}
     row |= {"resumed": distil("vllm", out, more=more, step=step)}
     at_end = len(seen)
-    row |= {
-        "again": distil("vllm", out, more=more, step=step),
-        "started_again": any(n for _, n, _ in seen[at_end:]),
-    }
+    row |= {"again": distil("vllm", out, more=more, step=step), "started_again": any(n for _, n, _ in seen[at_end:])}
     keys = [row["key"] for row in read_jsonl(out / "run" / "calls.jsonl")]
     summary = json.loads((out / "run" / "align" / "manifest.json").read_text())["summary"]
     row |= {"stored": len(keys), "stored_twice": len(keys) - len(set(keys)), "written": written(out)}

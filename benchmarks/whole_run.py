@@ -93,13 +93,7 @@ OURS: dict[str, Any] = {
     "teacher": {"role": "labels"},
     "check": {"own_labels": False},
     "elicit": {"by_label": False},
-    "align": {
-        "pairs_per_question": 1,
-        "min_gap_errors": 0.0,
-        "target_kl": 0.0,
-        "rslora": False,
-        "fresh_drafts": 0,
-    },
+    "align": {"pairs_per_question": 1, "min_gap_errors": 0.0, "target_kl": 0.0, "rslora": False, "fresh_drafts": 0},
     "tune": {"target": "reasoning-first", "own_labels": False},
 }
 TINY: dict[str, Any] = {
@@ -120,13 +114,7 @@ TRIPLE: dict[str, Any] = {
 }
 WORK: dict[str, dict[str, Any]] = {"full": {}, "triple": TRIPLE, "tiny": TINY}
 BATCHES = {"full": (8, 16, 32), "triple": (8, 16, 32), "tiny": (2, 4)}
-KEPT = {
-    "models",
-    "checkpoints",
-    "hub",
-    "locks",
-    "hashes.json",
-}  # of a side's cache folder; the rest is measured anew
+KEPT = {"models", "checkpoints", "hub", "locks", "hashes.json"}  # of a side's cache folder; the rest is measured anew
 
 
 def merged(*layers: dict[str, Any]) -> dict[str, Any]:

@@ -59,11 +59,7 @@ class Asking:
 
     @classmethod
     def of(
-        cls,
-        task: Task,
-        form: Form,
-        count_tokens: Callable[[str], int],
-        reasoning_tokens: int = _REASONING_TOKENS,
+        cls, task: Task, form: Form, count_tokens: Callable[[str], int], reasoning_tokens: int = _REASONING_TOKENS
     ) -> Asking:
         """Return how a student of `task` is asked; `count_tokens` counts in its tokenizer.
 

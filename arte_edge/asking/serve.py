@@ -108,8 +108,7 @@ def serve_file(student: Student, port: int, threads: int | None = None) -> Serve
             probe.bind((HOST, port))
         except OSError as error:
             raise InputError(
-                f"Port {port} of {HOST} cannot be used: {error.strerror}",
-                f"Give another: --port {port + 1}.",
+                f"Port {port} of {HOST} cannot be used: {error.strerror}", f"Give another: --port {port + 1}."
             ) from error
     question = student.example or "Your question"
     request: dict[str, object] = {"messages": [{"role": "user", "content": question}], "temperature": 0}

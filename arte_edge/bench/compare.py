@@ -12,15 +12,7 @@ from typing import Any, TypeVar
 from arte_edge.errors import InputError
 from arte_edge.files import json_loads
 from arte_edge.results.accuracy import PairedAccuracy, paired_on_common
-from arte_edge.results.rows import (
-    BENCH_NAME,
-    QualityRow,
-    Row,
-    SpeedRow,
-    disturbance,
-    parse_row,
-    read_rows,
-)
+from arte_edge.results.rows import BENCH_NAME, QualityRow, Row, SpeedRow, disturbance, parse_row, read_rows
 from arte_edge.stats import Ratio, ratio
 
 _MEASURE = "Measure it first: arte-edge bench {path}"

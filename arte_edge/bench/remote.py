@@ -20,15 +20,7 @@ from arte_edge.device.memory_estimate import does_not_fit, fit
 from arte_edge.device.model_size import ModelSize
 from arte_edge.device.profiles import Profile
 from arte_edge.device.ssh.connection import ConnectionLost, JobFailed, ReconnectPolicy, RemoteJob, Ssh
-from arte_edge.device.ssh.environment import (
-    Site,
-    env_bytes_missing,
-    install,
-    own_wheel,
-    plan,
-    read_marker,
-    send_wheel,
-)
+from arte_edge.device.ssh.environment import Site, env_bytes_missing, install, own_wheel, plan, read_marker, send_wheel
 from arte_edge.device.ssh.workdir import Probe, blobs_of, missing_bytes, place, prepare, probe, reach
 from arte_edge.errors import ArteError
 from arte_edge.files import json_loads
@@ -97,10 +89,7 @@ def bench_remote(
     def say(text: str) -> None:
         reporter.note(f"{name}: {text}")
 
-    with (
-        Ssh(remote.host, config=remote.ssh_config) as ssh,
-        TemporaryDirectory(prefix="arte-edge-") as scratch,
-    ):
+    with Ssh(remote.host, config=remote.ssh_config) as ssh, TemporaryDirectory(prefix="arte-edge-") as scratch:
         found = probe(ssh, remote)
         needs = found, formats.values(), profile.runtimes, remote.host
         chosen = plan(*needs, compile_there=compile_there)

@@ -338,9 +338,7 @@ def main(request: str) -> int:
     """Run a `Request` given as JSON and print its rows as JSON lines; return 1 if no test succeeded."""
     try:
         rows = run_request(
-            Request.model_validate_json(request),
-            _Lines(),
-            lambda row: print(row.model_dump_json(), flush=True),
+            Request.model_validate_json(request), _Lines(), lambda row: print(row.model_dump_json(), flush=True)
         )
     except ArteError as error:
         print(f"{error.message} {error.hint}".rstrip(), file=sys.stderr)

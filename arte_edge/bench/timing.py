@@ -16,14 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arte_edge.bench.sensors import (
-    FREQUENCY_CAPPED,
-    SOFT_LIMIT,
-    STICKY_SHIFT,
-    THROTTLED,
-    UNDER_VOLTAGE,
-    EnergyMeter,
-)
+from arte_edge.bench.sensors import FREQUENCY_CAPPED, SOFT_LIMIT, STICKY_SHIFT, THROTTLED, UNDER_VOLTAGE, EnergyMeter
 from arte_edge.bench.settings import Case
 from arte_edge.device.contention import CpuMeter, contention
 from arte_edge.results.rows import CpuUse, Reading

@@ -122,8 +122,7 @@ def _print(reply: Reply, as_json: bool) -> None:
 
 def serve(
     source: Annotated[
-        str,
-        typer.Argument(metavar="FILE", help="A .gguf file, an export's folder, or a run's folder or name."),
+        str, typer.Argument(metavar="FILE", help="A .gguf file, an export's folder, or a run's folder or name.")
     ],
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8080,
     threads: Threads = None,

@@ -47,8 +47,7 @@ def bench(
         int | None, typer.Option("-r", "--repetitions", metavar="N", help="Measured repetitions. [5]")
     ] = None,
     type_k: Annotated[
-        str | None,
-        typer.Option("-ctk", "--cache-type-k", metavar="T,..", help="KV-cache type for keys (GGUF). [f16]"),
+        str | None, typer.Option("-ctk", "--cache-type-k", metavar="T,..", help="KV-cache type for keys (GGUF). [f16]")
     ] = None,
     type_v: Annotated[
         str | None,
@@ -62,8 +61,7 @@ def bench(
     ] = None,
     delay_s: Annotated[float | None, typer.Option("--delay", metavar="S", help="Pause before each test. [0]")] = None,
     sustained_s: Annotated[
-        float | None,
-        typer.Option("--sustained", metavar="S", help="Keep decoding this long to see throttling. [0]"),
+        float | None, typer.Option("--sustained", metavar="S", help="Keep decoding this long to see throttling. [0]")
     ] = None,
     power_watts: Annotated[
         float | None, typer.Option(metavar="W", help="Steady reading of an external power meter.")
@@ -72,12 +70,10 @@ def bench(
         float | None, typer.Option("--timeout", metavar="S", help="Timeout per test, seconds. [1800]")
     ] = None,
     runtime: Annotated[
-        str | None,
-        typer.Option(help="llama-cpp-python, xllamacpp, onnxruntime-genai, onnxruntime, ... [auto]"),
+        str | None, typer.Option(help="llama-cpp-python, xllamacpp, onnxruntime-genai, onnxruntime, ... [auto]")
     ] = None,
     roofline: Annotated[
-        bool | None,
-        typer.Option("--roofline/--no-roofline", help="Also print the predicted decode rate. [on]"),
+        bool | None, typer.Option("--roofline/--no-roofline", help="Also print the predicted decode rate. [on]")
     ] = None,
     suite: Annotated[str | None, typer.Option(help="Named settings: default, quick, sustained, or a .toml.")] = None,
     task: Annotated[str | None, typer.Option(help="Also measure accuracy on this task.")] = None,
@@ -89,8 +85,7 @@ def bench(
         bool, typer.Option("--grammar/--no-grammar", help="Accuracy also with the answers' grammar (GGUF).")
     ] = True,
     device: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|USER@HOST", help="Measure on this device over ssh (see 'devices')."),
+        str | None, typer.Option(metavar="NAME|USER@HOST", help="Measure on this device over ssh (see 'devices').")
     ] = None,
     compile_there: Annotated[
         bool, typer.Option("--compile", help="With --device: compile llama-cpp-python there.")
@@ -143,8 +138,7 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help=_RESULTS)],
     b: Annotated[Path, typer.Argument(metavar="B", help="The results to compare with A, given in the same ways.")],
     force: Annotated[
-        bool,
-        typer.Option("--force", help="Compare speeds although settings differ, and print the differences."),
+        bool, typer.Option("--force", help="Compare speeds although settings differ, and print the differences.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

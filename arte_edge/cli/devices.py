@@ -20,8 +20,7 @@ _REF = "A name of 'devices ls', a .toml file, or user@host."
 Ref = Annotated[str, typer.Argument(help=_REF)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[
-    Path | None,
-    typer.Option("--model", metavar="PATH", help="Print whether this model fits and its predicted speed."),
+    Path | None, typer.Option("--model", metavar="PATH", help="Print whether this model fits and its predicted speed.")
 ]
 Context = Annotated[int, typer.Option("--context", min=1, help="Tokens of context, with --model.")]
 

@@ -14,13 +14,11 @@ from arte_edge.errors import InputError, StoppedEarly
 
 def distill(
     run: Annotated[
-        str | None,
-        typer.Argument(help="A run.toml, a shipped preset's name (see `arte-edge ls`), or a run's folder."),
+        str | None, typer.Argument(help="A run.toml, a shipped preset's name (see `arte-edge ls`), or a run's folder.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="Task: a shipped name, a folder, or hub:org/name.")] = None,
     teacher: Annotated[
-        str | None,
-        typer.Option(help="Teacher: name, path, Hub id, openai:MODEL@URL, or RUN/aligned."),
+        str | None, typer.Option(help="Teacher: name, path, Hub id, openai:MODEL@URL, or RUN/aligned.")
     ] = None,
     student: Annotated[str | None, typer.Option(help="Student model: name, path, or Hub id.")] = None,
     bbh: Annotated[Path | None, typer.Option(help="Folder of BIG-Bench Hard files that contains the task.")] = None,
@@ -30,8 +28,7 @@ def distill(
         list[str] | None, typer.Option("--set", help="Override one key, such as align.learning_rate=1e-6.")
     ] = None,
     until: Annotated[
-        str | None,
-        typer.Option(metavar="STAGE", help="Stop after this stage; the same command without it continues."),
+        str | None, typer.Option(metavar="STAGE", help="Stop after this stage; the same command without it continues.")
     ] = None,
     from_: Annotated[
         str | None,
@@ -53,14 +50,12 @@ def distill(
         typer.Option(metavar="local|auto|HOST:PORT", help="Run the models on a Ray cluster: cluster.address."),
     ] = None,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Estimate calls, tokens and cost of every stage, and stop."),
+        bool, typer.Option("--dry-run", help="Estimate calls, tokens and cost of every stage, and stop.")
     ] = False,
     prices: Annotated[
         str | None,
         typer.Option(
-            metavar="PROMPT,COMPLETION",
-            help="With --dry-run: dollars per million tokens of a teacher behind a server.",
+            metavar="PROMPT,COMPLETION", help="With --dry-run: dollars per million tokens of a teacher behind a server."
         ),
     ] = None,
     gpus: Annotated[
@@ -68,16 +63,14 @@ def distill(
         typer.Option(metavar="NxKIND", help="With --dry-run: hours and memory on such GPUs, as 8xA100-80GB."),
     ] = None,
     gpu_price: Annotated[
-        float | None,
-        typer.Option(metavar="USD", help="With --gpus: dollars that one of them costs for an hour."),
+        float | None, typer.Option(metavar="USD", help="With --gpus: dollars that one of them costs for an hour.")
     ] = None,
     force: Annotated[
         bool,
         typer.Option("--force", help="Continue even if the teacher does not significantly outperform the student."),
     ] = False,
     update: Annotated[
-        bool,
-        typer.Option("--update", help="Change the settings of an existing run; finished calls are reused."),
+        bool, typer.Option("--update", help="Change the settings of an existing run; finished calls are reused.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON lines on stdout.")] = False,
 ) -> None:
@@ -90,15 +83,7 @@ def distill(
     from arte_edge import api
 
     config, folder = api.plan_run(
-        run,
-        task=task,
-        teacher=teacher,
-        student=student,
-        bbh=bbh,
-        name=name,
-        runs=runs,
-        set=set_ or [],
-        ray=ray,
+        run, task=task, teacher=teacher, student=student, bbh=bbh, name=name, runs=runs, set=set_ or [], ray=ray
     )
     if prices and not dry_run:
         raise InputError("--prices needs --dry-run", "A run itself counts calls and tokens, not dollars.")
@@ -123,14 +108,7 @@ def distill(
     interrupt.resumes()
     reporter = Reporter(None if shard else folder / "events.jsonl", as_json=as_json)
     done = run_pipeline(
-        config,
-        folder,
-        reporter,
-        force=force,
-        update=update,
-        until=until or "",
-        from_=from_ or "",
-        shard=shard or "",
+        config, folder, reporter, force=force, update=update, until=until or "", from_=from_ or "", shard=shard or ""
     )
     calls = (done.calls_made, done.calls_cached)
     if as_json:
@@ -144,8 +122,7 @@ def study(
     file: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="Tasks, students, seeds and arms.")],
     runs: Annotated[Path, typer.Option(help="Parent folder of the study's folder.")] = Path("runs"),
     update: Annotated[
-        bool,
-        typer.Option("--update", help="Change the settings of existing runs; finished calls are reused."),
+        bool, typer.Option("--update", help="Change the settings of existing runs; finished calls are reused.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a line for each run that ends, and the table, as JSON.")

@@ -35,16 +35,12 @@ def export(
         typer.Option(metavar="FORMATS", help="int4, int8, fp32, optimum-fp32, optimum-int8[-arm64|-avx2|-avx512]."),
     ] = None,
     recipe: Annotated[
-        str | None,
-        typer.Option(help="A shipped recipe or your own .toml; --gguf and --onnx replace its formats."),
+        str | None, typer.Option(help="A shipped recipe or your own .toml; --gguf and --onnx replace its formats.")
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out",
-            "-o",
-            metavar="DIR",
-            help="Output folder. Default: RUN/export for a run, else NAME-export.",
+            "--out", "-o", metavar="DIR", help="Output folder. Default: RUN/export for a run, else NAME-export."
         ),
     ] = None,
     task: Annotated[
@@ -52,8 +48,7 @@ def export(
     ] = None,
     base: Annotated[str | None, typer.Option(help="An adapter's 16-bit base, instead of the one it names.")] = None,
     llama_cpp: Annotated[
-        Path | None,
-        typer.Option("--llama-cpp", metavar="DIR", help="Convert with this checkout of llama.cpp."),
+        Path | None, typer.Option("--llama-cpp", metavar="DIR", help="Convert with this checkout of llama.cpp.")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List recipes and formats, and exit.")] = False,
     dry_run: Annotated[
@@ -77,15 +72,7 @@ def export(
 
     reporter = Reporter(as_json=as_json)
     opened, formats, settings, folder = api.plan_export(
-        source,
-        gguf=gguf,
-        onnx=onnx,
-        recipe=recipe,
-        out=out,
-        task=task,
-        base=base,
-        offline=offline,
-        reporter=reporter,
+        source, gguf=gguf, onnx=onnx, recipe=recipe, out=out, task=task, base=base, offline=offline, reporter=reporter
     )
     if dry_run:
         _show_estimate(opened, formats, settings, folder, as_json)
@@ -173,12 +160,10 @@ def verify(
         bool, typer.Option("--test", help="Use the task's test split. Only for a final evaluation.")
     ] = False,
     prompts: Annotated[
-        Path | None,
-        typer.Option(help="Compare logits on these texts: .jsonl with `prompt`, or one per line."),
+        Path | None, typer.Option(help="Compare logits on these texts: .jsonl with `prompt`, or one per line.")
     ] = None,
     type_: Annotated[
-        str | None,
-        typer.Option("--type", help="Use the thresholds of this type, for example Q4_K_M or int4."),
+        str | None, typer.Option("--type", help="Use the thresholds of this type, for example Q4_K_M or int4.")
     ] = None,
     bbh: Annotated[Path | None, typer.Option(help="Folder of BIG-Bench-Hard files with the task.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of B's runtime.")] = None,

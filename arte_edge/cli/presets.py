@@ -72,8 +72,7 @@ def copy(
 
 def check(
     ref: Annotated[
-        str,
-        typer.Argument(metavar="FILE|NAME", help="A run file, the name of a shipped preset, or a run's folder."),
+        str, typer.Argument(metavar="FILE|NAME", help="A run file, the name of a shipped preset, or a run's folder.")
     ],
     as_json: Json = False,
 ) -> None:

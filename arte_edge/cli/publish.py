@@ -21,41 +21,35 @@ if TYPE_CHECKING:
 
 def card(
     folder: Annotated[
-        str,
-        typer.Argument(metavar="DIR", help="An export's folder, with student.json; or the run it belongs to."),
+        str, typer.Argument(metavar="DIR", help="An export's folder, with student.json; or the run it belongs to.")
     ],
     base_model: Annotated[
         str | None,
         typer.Option(metavar="ID", help="Hub id of the 16-bit student; default: its base, as a finetune of it."),
     ] = None,
     dataset: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ID", help="Hub id of published training data; may be repeated."),
+        list[str] | None, typer.Option(metavar="ID", help="Hub id of published training data; may be repeated.")
     ] = None,
     license_: Annotated[
         str | None, typer.Option("--license", metavar="ID", help="Licence; default: the base's.")
     ] = None,
     repo: Annotated[
-        str | None,
-        typer.Option(metavar="USER/REPO", help="Repository it will be pushed to, for links to raw results."),
+        str | None, typer.Option(metavar="USER/REPO", help="Repository it will be pushed to, for links to raw results.")
     ] = None,
     benchmark: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="ID:TASK",
-            help="Write .eval_results for a benchmark of the Hub: openai/gsm8k:gsm8k[=TASK].",
+            metavar="ID:TASK", help="Write .eval_results for a benchmark of the Hub: openai/gsm8k:gsm8k[=TASK]."
         ),
     ] = None,
     checkpoint: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Write the 16-bit student's card there; DIR is not changed."),
+        Path | None, typer.Option(metavar="FOLDER", help="Write the 16-bit student's card there; DIR is not changed.")
     ] = None,
     allow_throttled: Annotated[
         bool, typer.Option("--allow-throttled", help="Include rates of a throttled device, marked so.")
     ] = False,
     gguf_keys: Annotated[
-        bool,
-        typer.Option("--gguf-keys/--no-gguf-keys", help="Write the results into the GGUF files' metadata."),
+        bool, typer.Option("--gguf-keys/--no-gguf-keys", help="Write the results into the GGUF files' metadata.")
     ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the card and change nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -155,12 +149,10 @@ def _print(found: Preview, repo: str, private: bool) -> None:
 
 def recommend(
     source: Annotated[
-        str,
-        typer.Argument(metavar="RUN|FOLDER", help="A run's folder or name, or a folder with student.json."),
+        str, typer.Argument(metavar="RUN|FOLDER", help="A run's folder or name, or a folder with student.json.")
     ],
     device: Annotated[
-        str | None,
-        typer.Option(help="Profile (see `arte-edge devices ls`) or fingerprint; default: this machine."),
+        str | None, typer.Option(help="Profile (see `arte-edge devices ls`) or fingerprint; default: this machine.")
     ] = None,
     max_ram: Annotated[str | None, typer.Option(metavar="SIZE", help="Maximum peak memory: 1GB, 512MiB.")] = None,
     max_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Maximum size of the file.")] = None,
@@ -218,8 +210,7 @@ def _show(found: Recommendation) -> None:
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name under runs/.")],
     out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Output file; default: RUN/report.html."),
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Output file; default: RUN/report.html.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the path and what is missing.")] = False,
 ) -> None:

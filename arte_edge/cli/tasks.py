@@ -140,8 +140,7 @@ def new(
     split_seed: Annotated[int, typer.Option("--seed", help="Seed of the split.")] = 0,
     description: Annotated[str, typer.Option("--description", help="Description of the task.")] = "",
     teacher: Annotated[
-        str | None,
-        typer.Option("--teacher", metavar="MODEL", help="Let this model propose the technique prompts."),
+        str | None, typer.Option("--teacher", metavar="MODEL", help="Let this model propose the technique prompts.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -249,11 +248,7 @@ def _report(ref: str, bbh: Path | None) -> dict[str, Any]:
         return {"task": ref, "problems": [{"where": "", "what": error.message, "hint": error.hint}]}
     report: dict[str, Any] = {"task": ref, "problems": [asdict(problem) for problem in problems]}
     if task:
-        report |= {
-            "n_rows": _summary(task)["n_rows"],
-            "sha256": task.sha256,
-            "remarks": quality_warnings(task),
-        }
+        report |= {"n_rows": _summary(task)["n_rows"], "sha256": task.sha256, "remarks": quality_warnings(task)}
     return report
 
 

@@ -109,14 +109,7 @@ def _arm_name(cores: list[dict[str, str]]) -> str:
 
 
 # sysctl's name of a feature on Apple silicon -> Linux's
-_ARM_FEATURES = {
-    "FP16": "asimdhp",
-    "DotProd": "asimddp",
-    "I8MM": "i8mm",
-    "BF16": "bf16",
-    "SME": "sme",
-    "SME2": "sme2",
-}
+_ARM_FEATURES = {"FP16": "asimdhp", "DotProd": "asimddp", "I8MM": "i8mm", "BF16": "bf16", "SME": "sme", "SME2": "sme2"}
 _APPLE = {f"hw.optional.arm.FEAT_{apple}": linux for apple, linux in _ARM_FEATURES.items()} | {
     f"hw.optional.{apple}": linux
     for apple, linux in {"AdvSIMD": "asimd", "avx2_0": "avx2", "avx512f": "avx512f", "fma": "fma"}.items()

@@ -26,12 +26,7 @@ _WIDE_VALUES, _NARROW_VALUES, _F32_BYTES = 3, 6, 4
 _VOCAB_BYTES = 334  # of one token's text, score and maps; the two models above, 49152 and 151936 tokens
 # Interpreter, libraries and our own code. Measured: 47 MB with llama.cpp alone, 101 MB with
 # onnxruntime-genai (SmolLM2-135M int4, loaded less weights and vocabulary). Assumed with torch.
-_PROCESS_BYTES = {
-    "gguf": 60_000_000,
-    "onnx-genai": 110_000_000,
-    "onnx": 110_000_000,
-    "safetensors": 500_000_000,
-}
+_PROCESS_BYTES = {"gguf": 60_000_000, "onnx-genai": 110_000_000, "onnx": 110_000_000, "safetensors": 500_000_000}
 _TIGHT = 0.9  # above this share of the memory any other program makes it swap
 _STEP_TOKENS = 256
 
@@ -82,11 +77,7 @@ def _batch_values(size: ModelSize) -> int:
 
 
 def fit(
-    size: ModelSize,
-    memory_bytes: int,
-    context_tokens: int,
-    *,
-    repacked: Collection[str] = ("Q4_0", "Q4_K", "IQ4_NL"),
+    size: ModelSize, memory_bytes: int, context_tokens: int, *, repacked: Collection[str] = ("Q4_0", "Q4_K", "IQ4_NL")
 ) -> Fit:
     """Return the memory that a model needs, against `memory_bytes` available; `repacked`: see `repacked_types`."""
     is_gguf = size.format == "gguf"

@@ -145,12 +145,7 @@ class ModelSize:
     @classmethod
     def of(cls, path: Path) -> ModelSize:
         """Return the sizes of a GGUF file, or a folder with ONNX or safetensors weights; InputError: it is neither."""
-        readers = {
-            "gguf": _of_gguf,
-            "onnx-genai": _of_genai,
-            "onnx": _of_onnx,
-            "safetensors": _of_safetensors,
-        }
+        readers = {"gguf": _of_gguf, "onnx-genai": _of_genai, "onnx": _of_onnx, "safetensors": _of_safetensors}
         read = readers[model_format(path)]
         with reading(path, "Is it a language model? Then fetch or export it again."):
             return read(path)

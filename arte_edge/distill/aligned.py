@@ -69,10 +69,7 @@ def aligned_teacher(ref: str) -> AlignedTeacher | None:
 def write_aligned(run_folder: Path, base_ref: str, base: LocalModel) -> None:
     """Write ``aligned/`` from the finished stage ``align`` of a run."""
     folder, stage = run_folder / "aligned", run_folder / "align"
-    weights = {
-        "adapter": stage / "adapter" / "adapter_model.safetensors",
-        "adapter.gguf": stage / "adapter.gguf",
-    }
+    weights = {"adapter": stage / "adapter" / "adapter_model.safetensors", "adapter.gguf": stage / "adapter.gguf"}
     adapters = {name: sha256_file(path) for name, path in weights.items() if path.is_file()}
     here = user_path(base_ref)
     told = {"base": str(here.resolve()) if here.exists() else base_ref, "base_sha256": base.sha256}

@@ -21,22 +21,13 @@ from numpy.typing import NDArray
 from arte_edge.console import Reporter
 from arte_edge.distill.part import ShardLog
 from arte_edge.errors import EngineError
-from arte_edge.runtimes.completion import (
-    Completion,
-    Engine,
-    Method,
-    Request,
-    Sampling,
-    SpreadEngine,
-    without_reasoning,
-)
+from arte_edge.runtimes.completion import Completion, Engine, Method, Request, Sampling, SpreadEngine, without_reasoning
 from arte_edge.runtimes.reasoning import OUT_OF_BUDGET
 from arte_edge.store import CallLog, content_key
 
 GROUP = 32  # calls that are sent and stored together
 MOST_FAILED = 0.2  # share of a stage's calls to a server that may fail, and always one; more stop the run
 
-_OLDER = content_key("server of calls without an address")
 
 # Prompts and the choices of each ``[n_prompt][n_choice]``; their shared prefix is computed once.
 Prompts = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -82,7 +73,7 @@ class Calls:
         how = sampling.as_dict()
         # A server with known weights says how many it takes at once.
         size = self.together if together and local else max(self.group, getattr(engine, "in_flight", 0))
-        keys = [self._key(engine, "complete", r.prompt, how, r.sample) for r in requests]
+        keys = [content_key("complete", engine.identity.key(), r.prompt, how, r.sample) for r in requests]
         groups = [list(range(start, min(start + size, len(keys)))) for start in range(0, len(keys), size)]
 
         by = {"by": engine.identity.short()}
@@ -175,26 +166,6 @@ class Calls:
             limit = "" if gone else f" (up to {MOST_FAILED:.0%} may)"
             raise EngineError(f"{what}: {len(lost)} of {n} calls failed{limit}: {_reasons(gone or lost)}", hint)
 
-    def _key(self, engine: Engine, kind: str, *parts: Any) -> str:
-        """Return the key of a call: the one under which it is stored, if it is."""
-        identity = engine.identity
-        key, owner = content_key(kind, identity.key(), *parts), self._log.get(_OLDER, "address")
-        if identity.address and (owner is None or owner["address"] == identity.address):
-            older = content_key(kind, identity.older_key(), *parts)
-            return key if self._log.get(key) or not self._log.get(older) else older
-        return key
-
-    def claim_older(self, engine: Engine, *, warn: bool = False) -> None:
-        """Note that calls from before keys held an address are this server's, the first that the run meets since."""
-        if self._log.get(_OLDER) is None:
-            address = engine.identity.address
-            if warn and len(self._log):
-                self._reporter.warn(
-                    f"the calls stored so far do not say which server answered: they count as {address}'s; prompts "
-                    "that begin an answer are sent again where a server does not continue it"
-                )
-            self._log.append([{"key": _OLDER, "address": address}])
-
     def take_counts(self) -> dict[str, Any]:
         """Return what became of the calls since the last time, nothing if all is well, and count anew."""
         odd, self._odd = list(self._odd.values()), {}
@@ -230,11 +201,7 @@ class Calls:
         return without_reasoning(done) if thinks else done
 
     def choose(
-        self,
-        engine: Engine,
-        groups: Sequence[Sequence[str]],
-        choices: Sequence[Sequence[str]],
-        what: str,
+        self, engine: Engine, groups: Sequence[Sequence[str]], choices: Sequence[Sequence[str]], what: str
     ) -> NDArray[np.float64]:
         """Return log-probabilities ``[n_group, n_prompt, n_choice]`` of `choices` after each prompt.
 
@@ -250,7 +217,8 @@ class Calls:
 
     def choose_each(self, engine: Engine, prompts_each: Sequence[Prompts], what: str) -> list[list[list[float]]]:
         """Return log-probabilities ``[n_ask][n_prompt][n_choice]`` of prompts with their own choices."""
-        keys = [self._key(engine, "choose", list(p), [list(c) for c in own]) for p, own in prompts_each]
+        who = engine.identity.key()
+        keys = [content_key("choose", who, list(p), [list(c) for c in own]) for p, own in prompts_each]
 
         def known(i: int) -> bool:
             return self._is_scored(keys[i], prompts_each[i][1])

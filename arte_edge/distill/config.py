@@ -11,15 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from arte_edge.errors import InputError
 from arte_edge.files import for_pydantic, problems, read_toml, toml_loads
@@ -105,8 +97,7 @@ class ModelConfig(_Section):
 
     model: ModelRef = _key(..., "registry name, path, Hub id, or openai:MODEL@URL")
     engine: Literal["auto", "llamacpp", "transformers", "int8"] = _key(
-        "auto",
-        "auto: llamacpp for GGUF files (int8 for a teacher where that is fast), otherwise transformers",
+        "auto", "auto: llamacpp for GGUF files (int8 for a teacher where that is fast), otherwise transformers"
     )
     template: Literal["auto", "none"] = _key("auto", "none: plain-text prompts, even if the model has a chat template")
     parallel: int = _key(32, "sequences decoded together; for a server, concurrent requests", ge=1, le=200)
@@ -130,8 +121,7 @@ class TeacherConfig(ModelConfig):
     )
     server_model: str = _key("", "the servers' name of the model; empty: the one that they list")
     server_folder: str = _key(
-        "",
-        "folder for adapters that servers elsewhere see too, PATH or HERE:THERE; empty: in the run's folder",
+        "", "folder for adapters that servers elsewhere see too, PATH or HERE:THERE; empty: in the run's folder"
     )
     shots: int = _key(8, "few-shot examples before each question", ge=0, le=40)
     role: Literal["auto", "labels", "inputs"] = _key(

@@ -299,10 +299,7 @@ def plan_gpus(
             each = lengths[work.call]
             hours.setdefault(work.stage, 0.0)
             hours[work.stage] += call_hours(one, work.n * each.prompt, work.n * each.completion)
-    trainings = [
-        *_alignment(config, task, lengths, shapes, rest),
-        _tuning(config, task, lengths, shapes, rest),
-    ]
+    trainings = [*_alignment(config, task, lengths, shapes, rest), _tuning(config, task, lengths, shapes, rest)]
     notes = [
         "Hours: vLLM's measured shares of the GPU's peak, prefixes computed each time, stages one after the other; "
         "docs/cluster.md says how far off they are. Loading models and the students of own labels are not in them."

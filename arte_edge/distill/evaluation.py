@@ -17,20 +17,8 @@ from numpy.typing import NDArray
 from arte_edge.asking.form import ANSWER_CLOSE, ANSWER_OPEN, Asking
 from arte_edge.asking.grammar import gbnf
 from arte_edge.distill.config import ModelConfig
-from arte_edge.distill.generation.rationales import (
-    direct_votes,
-    rationale_prompt,
-    rationale_sampling,
-    votes_directly,
-)
-from arte_edge.distill.prompts import (
-    ANSWER_PREFILL,
-    ANSWER_STOPS,
-    STEP_BY_STEP,
-    Shot,
-    student_messages,
-    teacher_shots,
-)
+from arte_edge.distill.generation.rationales import direct_votes, rationale_prompt, rationale_sampling, votes_directly
+from arte_edge.distill.prompts import ANSWER_PREFILL, ANSWER_STOPS, STEP_BY_STEP, Shot, student_messages, teacher_shots
 from arte_edge.distill.run_context import RunContext
 from arte_edge.runtimes.completion import Engine, Request, Sampling
 from arte_edge.runtimes.prompt_render import render
@@ -52,12 +40,7 @@ class Predictions:
 
 
 def student_answers(
-    run: RunContext,
-    engine: Engine,
-    how: Asking,
-    examples: Sequence[Example],
-    what: str,
-    shots: Sequence[Shot] = (),
+    run: RunContext, engine: Engine, how: Asking, examples: Sequence[Example], what: str, shots: Sequence[Shot] = ()
 ) -> Predictions:
     """Ask a student as its users will: the bare input through its chat template, decoded greedily."""
     sampling = Sampling(max_tokens=how.answer_tokens, stop=how.answer_stops)
@@ -118,12 +101,7 @@ def teacher_answers(run: RunContext, examples: Sequence[Example]) -> tuple[Predi
 
 
 def respondent_answers(
-    run: RunContext,
-    engine: Engine,
-    config: ModelConfig,
-    examples: Sequence[Example],
-    shots: Sequence[Shot],
-    what: str,
+    run: RunContext, engine: Engine, config: ModelConfig, examples: Sequence[Example], shots: Sequence[Shot], what: str
 ) -> Predictions:
     """Take the likeliest answer of any model, which is given the task and `shots` in its prompt."""
     prompts = [
@@ -142,12 +120,7 @@ def respondent_answers(
 
 
 def _chosen(
-    run: RunContext,
-    engine: Engine,
-    prompts: Sequence[str],
-    examples: Sequence[Example],
-    closing: str,
-    what: str,
+    run: RunContext, engine: Engine, prompts: Sequence[str], examples: Sequence[Example], closing: str, what: str
 ) -> Predictions:
     """Take the likeliest of each example's options after its prompt; `closing` tells C from C++."""
     options = [run.task.answer.options(example.input) for example in examples]
@@ -158,11 +131,7 @@ def _chosen(
 
 
 def reasoned_answers_each(
-    run: RunContext,
-    engine: Engine,
-    lists: Sequence[tuple[Sequence[Example], Sequence[Shot]]],
-    tokens: int,
-    what: str,
+    run: RunContext, engine: Engine, lists: Sequence[tuple[Sequence[Example], Sequence[Shot]]], tokens: int, what: str
 ) -> list[Predictions]:
     """Let the student reason and answer after each list's own shots (paper, section 3.3), all in the same batches."""
     student = run.config.student

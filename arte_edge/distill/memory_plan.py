@@ -40,10 +40,7 @@ if TYPE_CHECKING:
     from arte_edge.distill.run_context import RunContext
     from arte_edge.tasks.task import Task
 
-_PROGRAM, _TRAINER = (
-    250_000_000,
-    500_000_000,
-)  # interpreter and libraries without and with torch, TRL: measured
+_PROGRAM, _TRAINER = (250_000_000, 500_000_000)  # interpreter and libraries without and with torch, TRL: measured
 _TRAINED, _HELD, _F32 = 16, 2, 4  # bytes a parameter
 _WIDE, _NARROW = 4, 11  # vectors a token and layer, see above
 _LOGITS, _ROUNDED_LOGITS = 4, 2.5
@@ -272,8 +269,7 @@ def _needs(config: RunConfig, tokens: Tokens, models: Models, room: int) -> Iter
     )
     parts = {f"teacher's {key}": n for key, n in open_teacher.items()}
     yield Need(
-        "drafts and scores",
-        parts | {f"student's {key}": n for key, n in open_student.items()} | {"program": _TRAINER},
+        "drafts and scores", parts | {f"student's {key}": n for key, n in open_student.items()} | {"program": _TRAINER}
     )
     if teacher is not None and config.aligned:
         need = training_bytes(

@@ -281,8 +281,7 @@ def locked(path: Path, timeout_s: float = 0.0) -> Iterator[None]:
         lock.acquire(timeout=timeout_s)
     except Timeout as error:
         raise InputError(
-            f"{path.parent}: another process works in this folder",
-            "Wait for it, or give this run another --name.",
+            f"{path.parent}: another process works in this folder", "Wait for it, or give this run another --name."
         ) from error
     try:
         yield

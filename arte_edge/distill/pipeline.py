@@ -89,8 +89,7 @@ def run_pipeline(
     for ref in config.align.also:
         if not (user_path(ref) / "run.toml").is_file() or user_path(ref).resolve() == folder.resolve():
             raise InputError(
-                f"align.also: {ref}: not the folder of another run",
-                "Start that run first; it may be unfinished.",
+                f"align.also: {ref}: not the folder of another run", "Start that run first; it may be unfinished."
             )
     part = Part(config, until=until, from_=from_, share=Share.parse(shard) if shard else None)
     if part.share and update:

@@ -81,11 +81,7 @@ def question_messages(task: Task, seeds: Sequence[Example], n_new: int) -> list[
 
 
 def input_messages(
-    task: Task,
-    label: str,
-    n_input: int,
-    condition: str,
-    others: Sequence[tuple[str, Sequence[Example]]] = (),
+    task: Task, label: str, n_input: int, condition: str, others: Sequence[tuple[str, Sequence[Example]]] = ()
 ) -> list[Message]:
     """Prompt the teacher for `n_input` inputs whose right answer is `label`, one a line.
 

@@ -22,15 +22,7 @@ from arte_edge.cache import Progress, write_atomic
 from arte_edge.console import Reporter, doing, model_progress
 from arte_edge.distill.aligned import AlignedTeacher, aligned_teacher
 from arte_edge.distill.cached_calls import Calls
-from arte_edge.distill.config import (
-    ModelConfig,
-    RunConfig,
-    TeacherConfig,
-    build,
-    differences,
-    dump_toml,
-    load_toml,
-)
+from arte_edge.distill.config import ModelConfig, RunConfig, TeacherConfig, build, differences, dump_toml, load_toml
 from arte_edge.distill.part import Part, PartDone, ShardLog, ShardStage, locked, merge_shards
 from arte_edge.errors import ArteError, InputError
 from arte_edge.files import read_json, toml_loads
@@ -208,7 +200,6 @@ class RunContext:
         engine = open_engine(model.model, parallel=model.parallel, limits=limits)
         if known is None:
             continues = engine.chat_template != CHAT_JSON_NEW_TURN
-            self.calls.claim_older(engine, warn=model == self.config.teacher)
             self._log.append([{"key": key, "continues": continues}])
         return engine
 

@@ -140,10 +140,7 @@ class StudyResult:
     def as_dict(self) -> dict[str, Any]:
         keys = ("difference", "low", "high")
         rows = [
-            {
-                **vars(row),
-                "minus": {name: dict(zip(keys, found, strict=True)) for name, found in row.minus.items()},
-            }
+            {**vars(row), "minus": {name: dict(zip(keys, found, strict=True)) for name, found in row.minus.items()}}
             for row in self.rows
         ]
         return {"reference": self.reference, "rows": rows, "runs": list(self.runs)}
@@ -253,17 +250,12 @@ def _drop_weights(runs: Sequence[PlannedRun]) -> None:
 
 
 def _result(
-    study: StudyFile,
-    folder: Path,
-    runs: Sequence[PlannedRun],
-    tasks: Mapping[str, Task],
-    stopped: Mapping[Path, str],
+    study: StudyFile, folder: Path, runs: Sequence[PlannedRun], tasks: Mapping[str, Task], stopped: Mapping[Path, str]
 ) -> StudyResult:
     """Make the table of the runs that are done, and write it."""
     done = [run for run in runs if _is_done(run, tasks[run.task])]
     reference = study.reference or next(
-        (arm for arm, keys in study.arms.items() if keys.get("data") == "original-teacher"),
-        next(iter(study.arms)),
+        (arm for arm, keys in study.arms.items() if keys.get("data") == "original-teacher"), next(iter(study.arms))
     )
     result = StudyResult(
         folder,
@@ -307,11 +299,7 @@ def _rows(
 
 
 def _lines(
-    task: str,
-    student: str,
-    found: Sequence[dict[str, dict[int, _Bools]]],
-    order: Sequence[str],
-    reference: str,
+    task: str, student: str, found: Sequence[dict[str, dict[int, _Bools]]], order: Sequence[str], reference: str
 ) -> Iterator[StudyRow]:
     """Yield a line for each of `order` that all of `found`, a table a task, have."""
     for who in order:

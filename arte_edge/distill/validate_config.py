@@ -12,15 +12,7 @@ from typing import Any
 
 from arte_edge.checkpoint import read_weights
 from arte_edge.distill.aligned import aligned_teacher
-from arte_edge.distill.config import (
-    TECHNIQUE_ARMS,
-    UNALIGNED,
-    VLLM,
-    Problem,
-    RunConfig,
-    problems_of,
-    reject,
-)
+from arte_edge.distill.config import TECHNIQUE_ARMS, UNALIGNED, VLLM, Problem, RunConfig, problems_of, reject
 from arte_edge.distill.generation.rationales import votes_directly
 from arte_edge.distill.run_context import tells_labels
 from arte_edge.errors import ArteError, InputError
@@ -41,12 +33,7 @@ def find_problems(tables: Mapping[str, Any]) -> list[Problem]:
 
     Task and models are checked even if other keys are wrong.
     """
-    return [
-        *problems_of(tables),
-        *_task_problems(tables),
-        *_model_problems(tables),
-        *_server_problems(tables),
-    ]
+    return [*problems_of(tables), *_task_problems(tables), *_model_problems(tables), *_server_problems(tables)]
 
 
 def refuse_run(config: RunConfig, task: Task, where: str = "", *, models: bool = True) -> None:
@@ -222,10 +209,7 @@ def _rank_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield what prevents the training on several processes, each of which takes its share of every step."""
     n = config.train.processes
     if config.train.shard_teacher and n == 1:
-        yield (
-            "train.shard_teacher: one process cannot share weights",
-            "Set train.processes to the number of GPUs.",
-        )
+        yield ("train.shard_teacher: one process cannot share weights", "Set train.processes to the number of GPUs.")
     if config.train.shard_teacher and not config.teacher.addresses:
         yield (
             "train.shard_teacher: the teacher also writes during align, and without addresses in teacher.server that "

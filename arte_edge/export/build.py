@@ -27,13 +27,7 @@ from typing import Any, Literal, cast
 from filelock import FileLock, Timeout
 
 from arte_edge import __version__
-from arte_edge.cache import (
-    Progress,
-    access_error,
-    cleanup_on_full_disk,
-    sha256_file,
-    write_atomic,
-)
+from arte_edge.cache import Progress, access_error, cleanup_on_full_disk, sha256_file, write_atomic
 from arte_edge.checkpoint import read_config
 from arte_edge.errors import ArteError, InputError
 from arte_edge.export.recipe import Recipe

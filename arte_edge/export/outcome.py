@@ -115,11 +115,7 @@ class Estimate:
 
 
 def estimate(
-    shapes: Mapping[str, tuple[int, ...]],
-    formats: Sequence[Format],
-    recipe: Recipe,
-    *,
-    n_training: int,
+    shapes: Mapping[str, tuple[int, ...]], formats: Sequence[Format], recipe: Recipe, *, n_training: int
 ) -> Estimate:
     """Estimate the export of a checkpoint with tensors of these `shapes` and a number of training texts."""
     n_parameter = sum(math.prod(shape) for shape in shapes.values())

@@ -499,10 +499,7 @@ def _write_asking(out: Path, source: Source) -> Asking | None:
     """Write the grammar and the JSON schema of a student's answers where they have one; return how it is asked."""
     how = source.asking
     grammar, schema = (gbnf(how.answer, how.form), json_schema(how.answer)) if how else (None, None)
-    texts = {
-        GRAMMAR: grammar,
-        JSON_SCHEMA: json.dumps(schema, ensure_ascii=False, indent=1) if schema else None,
-    }
+    texts = {GRAMMAR: grammar, JSON_SCHEMA: json.dumps(schema, ensure_ascii=False, indent=1) if schema else None}
     for name, text in texts.items():
         if text is None:
             (out / name).unlink(missing_ok=True)

@@ -30,8 +30,7 @@ class GgufSettings(_Section):
         default="F16", description="full-width file that the others are quantized from"
     )
     imatrix: bool = Field(
-        default=True,
-        description="weight rounding errors by activations on training texts, if there are any",
+        default=True, description="weight rounding errors by activations on training texts, if there are any"
     )
     imatrix_prompts: int = Field(
         default=200, ge=1, description="largest number of training texts for the importance matrix"

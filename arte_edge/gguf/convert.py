@@ -28,15 +28,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from arte_edge.cache import atomic_file
-from arte_edge.checkpoint import (
-    EMBEDDING,
-    OUTPUT,
-    Weight,
-    check_tied,
-    read_config,
-    read_weights,
-    reject_quantized,
-)
+from arte_edge.checkpoint import EMBEDDING, OUTPUT, Weight, check_tied, read_config, read_weights, reject_quantized
 from arte_edge.errors import ArteError, InputError, reading
 from arte_edge.extras import need
 from arte_edge.gguf import rope
@@ -50,15 +42,7 @@ from arte_edge.gguf.names import (
     tensor_position,
     weight_tensor,
 )
-from arte_edge.gguf.reader import (
-    ARRAY,
-    FLOAT32,
-    QUANT_TYPES,
-    STRING,
-    UINT32,
-    Field,
-    read_model_header,
-)
+from arte_edge.gguf.reader import ARRAY, FLOAT32, QUANT_TYPES, STRING, UINT32, Field, read_model_header
 from arte_edge.gguf.tokenizer import read_tokenizer, vocabulary
 from arte_edge.gguf.writer import Tensor, write_gguf
 
@@ -66,17 +50,7 @@ _SCRIPT = "convert_hf_to_gguf.py"
 _SHOWN_LINES = 3
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Keys of a model card from which gguf makes metadata, and whose values may be a path.
-_CARD_KEYS = {
-    "base_model",
-    "base_models",
-    "datasets",
-    "dataset",
-    "tags",
-    "license_link",
-    "name",
-    "model_name",
-    "url",
-}
+_CARD_KEYS = {"base_model", "base_models", "datasets", "dataset", "tags", "license_link", "name", "model_name", "url"}
 _NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 # The tensors that llama.cpp cannot do without, whatever the family
 _NEEDED = ("token_embd.weight", "output_norm.weight")

@@ -91,12 +91,7 @@ def to_checkpoint(name: str, gguf: Path, sha256: str, progress: Progress | None 
             with cleanup_on_full_disk(staging, what):
                 check_free_space(staging, 2 * header.parameter_count, what)
                 held = _run_child(gguf, staging, what, progress)
-                origin = {
-                    "gguf": gguf.name,
-                    "sha256": sha256,
-                    "quantization": header.quantization,
-                    "held": held,
-                }
+                origin = {"gguf": gguf.name, "sha256": sha256, "quantization": header.quantization, "held": held}
                 (staging / "origin.json").write_text(json.dumps(origin, indent=1) + "\n", "utf-8")
                 staging.chmod(0o755)  # mkdtemp's folder would be closed to other users of a shared cache
                 rename_into_place(staging, final)

@@ -139,8 +139,7 @@ def _call(hub_id: str, revision: str, call: Callable[[], _T]) -> _T:
         return call()
     except errors.GatedRepoError as error:
         raise HubError(
-            f"{hub_id} is gated on the Hub",
-            f"Accept its terms at {endpoint()}/{hub_id}, then 'hf auth login'.",
+            f"{hub_id} is gated on the Hub", f"Accept its terms at {endpoint()}/{hub_id}, then 'hf auth login'."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise HubError(

@@ -61,8 +61,7 @@ class Rounding(BaseModel):
         default=32, description="weights per scale; smaller is more accurate and larger on disk"
     )
     accuracy_level: Literal[1, 2, 3, 4] = Field(
-        default=4,
-        description="type of matrix products: 4 int8 (fastest on a CPU), 3 bf16, 2 fp16, 1 fp32 (exact)",
+        default=4, description="type of matrix products: 4 int8 (fastest on a CPU), 3 bf16, 2 fp16, 1 fp32 (exact)"
     )
     algorithm: Literal["auto", "k_quant", "rtn"] = Field(
         default="auto",

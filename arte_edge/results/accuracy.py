@@ -57,10 +57,7 @@ class Share(Record):
     low: float = Field(ge=0, le=1, description="95 % Wilson interval")
     high: float = Field(ge=0, le=1)
     slot_f1: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="of JSON answers: micro F1 over the values in them, each by its path",
+        default=None, ge=0, le=1, description="of JSON answers: micro F1 over the values in them, each by its path"
     )
     difference: float | None = Field(default=None, description="accuracy minus that of the reference, paired")
     difference_low: float | None = Field(default=None, description="95 % interval of the difference")
@@ -176,8 +173,7 @@ def paired_on_common(
     common = [(first[key], right) for key, _, right in b if key in first]
     if not common:
         raise InputError(
-            f"{name_a} and {name_b} have no example in common",
-            "Measure both on the same split of the same task.",
+            f"{name_a} and {name_b} have no example in common", "Measure both on the same split of the same task."
         )
     reference, answers = zip(*common, strict=True)
     accuracy = PairedAccuracy.of(task, split, sum(answers), len(answers))

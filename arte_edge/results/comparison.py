@@ -24,8 +24,7 @@ class ComparisonRow(Share):
     model: str = Field(description=f"{BASE}, {OWN} (the base trained on them alone), {OWN_ALL}, {TUNED}, {TEACHER}")
     setting: str = Field(description="prompting: as a user does it, constrained to the answers, or few-shot")
     difference: float | None = Field(
-        default=None,
-        description="accuracy of the tuned student minus this one, paired; null: it is the tuned student",
+        default=None, description="accuracy of the tuned student minus this one, paired; null: it is the tuned student"
     )
     partial: bool = Field(default=False, description="only a part of the test split, for trying out")
 

@@ -62,8 +62,7 @@ def merge_rows(folder: Path, rows: Sequence[Row], *, note: Callable[[str], None]
             student = read_student(folder)
         except InputError as error:
             raise InputError(
-                error.message,
-                "Nothing is lost: the rows are in bench.jsonl. Export again, then: arte-edge card DIR.",
+                error.message, "Nothing is lost: the rows are in bench.jsonl. Export again, then: arte-edge card DIR."
             ) from error
         if student is None:
             raise InputError(f"{folder}: no {FILE_NAME} here", "Make files first: arte-edge export RUN.")
@@ -101,10 +100,7 @@ def merge_into(student: StudentFile, rows: Iterable[Row]) -> Merged:
             notes[f"{row.model_filename}: no file in {FILE_NAME} has these tensors; not merged"] = None
     artifacts = tuple(_with(artifact, mine.get(i, [])) for i, artifact in enumerate(student.artifacts))
     changed = student.model_copy(
-        update={
-            "artifacts": artifacts,
-            "student_evaluations": _evaluations(student.student_evaluations, own),
-        }
+        update={"artifacts": artifacts, "student_evaluations": _evaluations(student.student_evaluations, own)}
     )
     return Merged(changed, tuple(notes))
 

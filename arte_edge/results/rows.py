@@ -177,8 +177,7 @@ class QualityRow(DeviceAccuracy):
     task: str
     split: Literal["test", "validation"]
     answers: Answers = Field(
-        default=(),
-        description="per example: sha256 of its input (16 hex digits), the extracted answer, correct or not",
+        default=(), description="per example: sha256 of its input (16 hex digits), the extracted answer, correct or not"
     )
     answer_tokens_mean: float | None = Field(default=None, description="tokens generated per answer")
     device: DeviceFacts

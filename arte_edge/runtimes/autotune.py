@@ -44,14 +44,7 @@ _EXAMPLES = (
 )
 _ROOMS = ("bedroom", "kitchen", "hall", "garage", "bathroom", "attic", "cellar", "garden")
 _WISHES = ("It is far too cold in the", "Somebody left the light on in the")
-_CHOICES = (
-    "brighter</ans>",
-    "louder</ans>",
-    "warmer</ans>",
-    "switch off</ans>",
-    "switch on</ans>",
-    "cooler</ans>",
-)
+_CHOICES = ("brighter</ans>", "louder</ans>", "warmer</ans>", "switch off</ans>", "switch on</ans>", "cooler</ans>")
 
 
 @dataclass(frozen=True)
@@ -116,19 +109,13 @@ def fastest_engine(
             # Skip engines that fail to run; the default is always available.
             with suppress(ArteError, RuntimeError, MemoryError):
                 seconds[-1] = _timed(open_engine, candidate, workload)
-        return {
-            "engine": str(candidates[fastest(seconds, _WORTH)]),
-            "seconds": [round(s, 3) for s in seconds],
-        }
+        return {"engine": str(candidates[fastest(seconds, _WORTH)]), "seconds": [round(s, 3) for s in seconds]}
 
     def read(row: Mapping[str, Any]) -> Candidate | None:
         return next((candidate for candidate in candidates if str(candidate) == row["engine"]), None)
 
     return cached_measurement(
-        "engine",
-        [machine_id(), workload, [str(candidate) for candidate in candidates], *facts],
-        read,
-        measure,
+        "engine", [machine_id(), workload, [str(candidate) for candidate in candidates], *facts], read, measure
     )
 
 

@@ -56,15 +56,12 @@ class EngineIdentity:
     address: str = ""  # of a server, normalized: two servers may give one name to two models
 
     def key(self) -> str:
-        return f"{self.older_key()}/{self.address}" if self.address else self.older_key()
+        key = "/".join((self.kind, self.model, self.quantization, self.adapter))
+        return f"{key}/{self.address}" if self.address else key
 
     def short(self) -> str:
         """Return who wrote, for people: kind, weights (or a server's name of them) and adapter."""
         return "/".join((self.kind, self.model if self.address else self.model[:12], self.adapter[:12]))
-
-    def older_key(self) -> str:
-        """Return the key of calls that were stored before it held the address."""
-        return "/".join((self.kind, self.model, self.quantization, self.adapter))
 
 
 @dataclass(frozen=True)

@@ -93,11 +93,7 @@ def open_engine(
 
 
 _LEAST_INT8 = 300_000_000  # parameters; smaller models gain little over llama.cpp, and lose more to rounding
-_INT8_FAMILIES = (
-    "llama",
-    "qwen2",
-    "qwen3",
-)  # those whose checkpoint from a GGUF file is known to be the same
+_INT8_FAMILIES = ("llama", "qwen2", "qwen3")  # those whose checkpoint from a GGUF file is known to be the same
 _INT8_ROOM = 3  # times the weights in 16 bits: while they are read, these and those of 8 bits are in memory
 
 
@@ -242,13 +238,7 @@ def warm_import(path: Path, runtime: str = "auto") -> None:
 
 
 def open_decoder(
-    path: Path,
-    *,
-    threads: int,
-    context_tokens: int,
-    runtime: str = "auto",
-    type_k: str = "f16",
-    type_v: str = "f16",
+    path: Path, *, threads: int, context_tokens: int, runtime: str = "auto", type_k: str = "f16", type_v: str = "f16"
 ) -> Decoder:
     """Open a model for a benchmark.
 

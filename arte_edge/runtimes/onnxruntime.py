@@ -25,21 +25,8 @@ from arte_edge.files import read_json
 from arte_edge.machine import thread_count
 from arte_edge.model_folder import chat_templates, token_text, tokenizer_files
 from arte_edge.onnx.check import external_problems, model_file, read_graph
-from arte_edge.onnx.files import (
-    GENAI,
-    FileTokenizer,
-    added_tokens,
-    end_tokens,
-    read_genai_config,
-    read_number,
-)
-from arte_edge.runtimes.protocol import (
-    BaseRuntime,
-    RuntimeFacts,
-    check_context,
-    readable,
-    until_stop,
-)
+from arte_edge.onnx.files import GENAI, FileTokenizer, added_tokens, end_tokens, read_genai_config, read_number
+from arte_edge.runtimes.protocol import BaseRuntime, RuntimeFacts, check_context, readable, until_stop
 
 
 @dataclass(frozen=True)
@@ -140,10 +127,7 @@ class PairedCache:
         self._past, self._present = self._present, self._past
 
 
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-}
+_DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 
 
 @dataclass(frozen=True)
@@ -258,11 +242,7 @@ class FolderRuntime(BaseRuntime):
         return [self._text(self.tokenize(prompt), max_tokens, stop, self.tokenizer.text) for prompt in prompts]
 
     def _text(
-        self,
-        prompt: Sequence[int],
-        max_tokens: int,
-        stop: tuple[str, ...],
-        decode: Callable[[list[int]], str],
+        self, prompt: Sequence[int], max_tokens: int, stop: tuple[str, ...], decode: Callable[[list[int]], str]
     ) -> str:
         ids: list[int] = []
         for token in self.written(prompt, max_tokens):
@@ -465,8 +445,7 @@ class OnnxRuntime(FolderRuntime):
         if not context_tokens:
             self.tokenizer  # noqa: B018 (an unreadable tokenizer.json is reported on opening)
         self.facts = RuntimeFacts(
-            runtime=f"onnxruntime {onnxruntime.__version__}",
-            build=" ".join(onnxruntime.get_build_info().split()),
+            runtime=f"onnxruntime {onnxruntime.__version__}", build=" ".join(onnxruntime.get_build_info().split())
         )
 
     def clear(self) -> None:

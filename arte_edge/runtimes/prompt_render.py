@@ -46,12 +46,7 @@ class Templated(Protocol):
 
 
 def render(
-    model: Templated,
-    messages: Sequence[Message],
-    prefill: str = "",
-    *,
-    plain: bool = False,
-    thinking: bool = True,
+    model: Templated, messages: Sequence[Message], prefill: str = "", *, plain: bool = False, thinking: bool = True
 ) -> str:
     """Return the prompt text for `messages` (``role`` and ``content`` each), ending where the model continues.
 

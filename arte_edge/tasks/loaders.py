@@ -20,16 +20,7 @@ from arte_edge.extras import need
 from arte_edge.files import user_path
 from arte_edge.tasks.folder import load_folder
 from arte_edge.tasks.from_table import SPLIT, Split, prose, task_from_table
-from arte_edge.tasks.tables import (
-    GUESSED,
-    SUFFIXES,
-    Columns,
-    Source,
-    Table,
-    arrow_source,
-    open_table,
-    read_table,
-)
+from arte_edge.tasks.tables import GUESSED, SUFFIXES, Columns, Source, Table, arrow_source, open_table, read_table
 from arte_edge.tasks.task import FewShotExample, Task
 
 _TEXT = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")

@@ -157,10 +157,7 @@ def propose_techniques(engine: Engine, task_description: str, seeds: Sequence[Ex
         messages = [
             {"role": "user", "content": text["prompt"].format(**text["example"])},
             {"role": "assistant", "content": _tagged(text["example"]["techniques"])},
-            {
-                "role": "user",
-                "content": text["prompt"].format(description=task_description, examples=examples),
-            },
+            {"role": "user", "content": text["prompt"].format(description=task_description, examples=examples)},
         ]
         prompt = render(engine, messages, _START)
         # The first answer is greedy; the others must differ from it.

@@ -148,10 +148,7 @@ def json_rows(path: Path, *, as_written: bool = False) -> Iterator[tuple[int, An
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield (
-                    number,
-                    _object(_decode(line, f"{path.name}:{number}", as_written), f"{path.name}:{number}"),
-                )
+                yield (number, _object(_decode(line, f"{path.name}:{number}", as_written), f"{path.name}:{number}"))
 
 
 def _decode(text: str, where: str, as_written: bool) -> Any:

@@ -86,8 +86,7 @@ class Answer(BaseModel):
 
     kind: Kind = Field(description="choice, boolean, number, text or json")
     choices: tuple[str, ...] = Field(
-        default=(),
-        description="fixed labels of a closed set; a choice without labels: letters of options in the input",
+        default=(), description="fixed labels of a closed set; a choice without labels: letters of options in the input"
     )
     exact: bool = Field(default=False, description="text and json: compare texts as written, except blanks at the ends")
     # In task.toml the name of a file: schema = "answer.schema.json", or tools = "tools.json".

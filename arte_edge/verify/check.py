@@ -89,9 +89,7 @@ class Thresholds(BaseModel):
 
     token_differences: int | None = Field(default=0, ge=0, description="test strings that may be tokenized differently")
     runtime_differences: int | None = Field(
-        default=5,
-        ge=0,
-        description="texts that the runtime may tokenize differently from its correct tokenizer file",
+        default=5, ge=0, description="texts that the runtime may tokenize differently from its correct tokenizer file"
     )
     template_differences: int | None = Field(
         default=0, ge=0, description="conversations that may render to a different text or different ids"
@@ -124,12 +122,7 @@ class Thresholds(BaseModel):
 
 def _limits(kl_mean: float, kl_p99: float, top1: float, ratio: float, drop: float, drift: float = 1.5) -> Thresholds:
     return Thresholds(
-        kl_mean=kl_mean,
-        kl_p99=kl_p99,
-        top1=top1,
-        perplexity_ratio=ratio,
-        accuracy_drop=drop,
-        drift=drift,
+        kl_mean=kl_mean, kl_p99=kl_p99, top1=top1, perplexity_ratio=ratio, accuracy_drop=drop, drift=drift
     )
 
 

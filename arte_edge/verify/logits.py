@@ -137,10 +137,7 @@ def measure_fidelity(
 
 
 def measure_answers(
-    reference: Runtime,
-    artifact: Runtime,
-    answers: Sequence[tuple[str, str]],
-    progress: Progress | None = None,
+    reference: Runtime, artifact: Runtime, answers: Sequence[tuple[str, str]], progress: Progress | None = None
 ) -> Fidelity | None:
     """Compare both models at the positions where the reference writes: on its own `answers`, each behind its prompt.
 
@@ -246,13 +243,7 @@ def _checks(found: Fidelity, limits: Thresholds, of: str = "") -> list[Check]:
     sample = f"{found.n_tokens} tokens of {found.n_prompts} {'answers' if of else 'prompts'}"
     rows: tuple[tuple[str, float, float | None, bool, str], ...] = (
         ("kl mean", found.kl_mean, limits.kl_mean, _within(found.kl_mean, limits.kl_mean), sample),
-        (
-            "kl p99",
-            found.kl_p99,
-            limits.kl_p99,
-            _within(found.kl_p99, limits.kl_p99),
-            f"max {found.kl_max:.3g}",
-        ),
+        ("kl p99", found.kl_p99, limits.kl_p99, _within(found.kl_p99, limits.kl_p99), f"max {found.kl_max:.3g}"),
         ("top-1 agreement", found.top1, limits.top1, _within(-found.top1, limits.top1, -1), ""),
         (
             "perplexity ratio",

@@ -17,10 +17,7 @@ __all__ = ["SEED", "generate"]
 SEED = 1752
 _LETTERS = ("(A)", "(B)", "(C)", "(D)")
 _YEARS = (1985, 2029)
-_NAMES = (
-    *("Amara", "Bruno", "Chen", "Dalia", "Emil", "Freya", "Hugo", "Imani", "Jonas", "Leila"),
-    *("Noor", "Petra"),
-)
+_NAMES = (*("Amara", "Bruno", "Chen", "Dalia", "Emil", "Freya", "Hugo", "Imani", "Jonas", "Leila"), *("Noor", "Petra"))
 _FEASTS = (
     ("New Year's Day", 1, 1),
     ("Valentine's Day", 2, 14),
@@ -109,23 +106,11 @@ def _fact(draw: Draw) -> tuple[str, date]:
         lambda: (f"It was {_long(today - _days(n))} {n} days ago.", today),
         lambda: (f"It will be {_long(today + _days(n))} in {n} days.", today),
         lambda: (f"The day after tomorrow is {_long(today + _days(2))}.", today),
-        lambda: (
-            f"{name}'s parcel was due on {_long(today - _days(n))}, but it came today, {n} days late.",
-            today,
-        ),
-        lambda: (
-            f"{name}'s exam was set for {_long(today + _days(n))}, but it is held today, {n} days early.",
-            today,
-        ),
+        lambda: (f"{name}'s parcel was due on {_long(today - _days(n))}, but it came today, {n} days late.", today),
+        lambda: (f"{name}'s exam was set for {_long(today + _days(n))}, but it is held today, {n} days early.", today),
         lambda: (f"{name} borrowed a book exactly two weeks ago, on {_long(today - _days(14))}.", today),
-        lambda: (
-            f"{name}'s wall calendar still shows {_long(today - _days(1))}, which was yesterday.",
-            today,
-        ),
-        lambda: (
-            f"{name}, who writes the day before the month, dated a letter {today:%d/%m/%Y} this morning.",
-            today,
-        ),
+        lambda: (f"{name}'s wall calendar still shows {_long(today - _days(1))}, which was yesterday.", today),
+        lambda: (f"{name}, who writes the day before the month, dated a letter {today:%d/%m/%Y} this morning.", today),
         birthday,
         feast,
     )

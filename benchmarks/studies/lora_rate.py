@@ -75,10 +75,7 @@ def train(checkpoint: Path, pairs: list[Any], options: argparse.Namespace, rate:
         optimizer.step()
         optimizer.zero_grad()
         found.append(distance(model, watched, before))
-        print(
-            f"  {'LoRA' if lora else 'all weights'}, rate {rate:.2e}: {found[-1]:.3e} nats a token",
-            flush=True,
-        )
+        print(f"  {'LoRA' if lora else 'all weights'}, rate {rate:.2e}: {found[-1]:.3e} nats a token", flush=True)
     return found
 
 

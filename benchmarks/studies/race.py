@@ -173,10 +173,7 @@ def compared(draws: Sequence[Drafts], share: float) -> dict[str, Any]:
     """Race every draw and spend the same calls evenly; return the mean agreements and their intervals."""
     raced = [race(one, share) for one in draws]
     spent = [even(one, share) for one in draws]
-    row: dict[str, Any] = {
-        "share": share,
-        "drafts": round(float(np.mean([len(one.question) for one in draws])), 1),
-    }
+    row: dict[str, Any] = {"share": share, "drafts": round(float(np.mean([len(one.question) for one in draws])), 1)}
     row |= {"seeds": len(draws), "measured": round(float(np.mean([r[1] for r in raced])), 4)}
     lists = ([r[0] for r in raced], [e[0] for e in spent], [e[1] for e in spent])
     for way, agreements in zip(WAYS, lists, strict=True):

@@ -22,14 +22,7 @@ import numpy as np
 from score_worth_scores import UNASKED
 
 from arte_edge.cache import atomic_file
-from arte_edge.distill.prompts import (
-    ANSWER_CLOSE,
-    ANSWER_PREFILL,
-    ANSWER_STOPS,
-    STEP_BY_STEP,
-    Shot,
-    student_messages,
-)
+from arte_edge.distill.prompts import ANSWER_CLOSE, ANSWER_PREFILL, ANSWER_STOPS, STEP_BY_STEP, Shot, student_messages
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.loader import open_engine
 from arte_edge.runtimes.prompt_render import render

@@ -103,10 +103,7 @@ def main() -> None:
             arrays: dict[str, Any] = {key: np.array(values) for key, values in found.items()}
             np.savez_compressed(file, **arrays)
         change = found["probability_free"][-1]
-        print(
-            f"{len(found['places'])} of {len(places)}, {time.monotonic() - began:.0f} s, {change:+.5f}",
-            flush=True,
-        )
+        print(f"{len(found['places'])} of {len(places)}, {time.monotonic() - began:.0f} s, {change:+.5f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -189,11 +189,7 @@ class Students:
 
     @torch.no_grad()
     def next_logp(
-        self,
-        w: dict[str, torch.Tensor],
-        rows: Sequence[Sequence[int]],
-        wanted: Sequence[Sequence[int]],
-        tokens: int,
+        self, w: dict[str, torch.Tensor], rows: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], tokens: int
     ) -> list[list[list[float]]]:
         """Return ``[m][row][wanted]`` log-probabilities of the tokens `wanted` after each row, for every copy."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -219,12 +215,7 @@ class Students:
 
     @torch.no_grad()
     def write(
-        self,
-        w: dict[str, torch.Tensor],
-        rows: Sequence[Sequence[int]],
-        new: int,
-        ends: frozenset[int],
-        tokens: int,
+        self, w: dict[str, torch.Tensor], rows: Sequence[Sequence[int]], new: int, ends: frozenset[int], tokens: int
     ) -> list[list[list[int]]]:
         """Return what every copy writes after each row, greedily: ``[m][row]`` of up to `new` tokens."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

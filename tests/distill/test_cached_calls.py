@@ -183,12 +183,7 @@ def test_reasoning_is_left_out_of_what_is_stored_and_counted(tmp_path: Path) -> 
     assert ask(tmp_path, engine, 1)[0][0].text == "<think>abc</think>a"
 
 
-def test_servers_of_one_model_name_share_no_answers_and_older_calls_are_found(tmp_path: Path) -> None:
+def test_servers_of_one_model_name_share_no_answers(tmp_path: Path) -> None:
     one, other = Server(lambda _: "one"), Server(lambda _: "other", "http://other/v1")
     assert [ask(tmp_path, engine, 2)[0][0].text for engine in (one, other, one)] == ["one", "other", "one"]
     assert (one.calls, other.calls) == (2, 2)
-    folder = tmp_path / "older"
-    ask(folder, Server(lambda _: "older", ""), 2)
-    assert ask(folder, one, 2)[0][0].text == "older" and one.calls == 2
-    open_calls(folder).claim_older(one)  # type: ignore[arg-type]
-    assert ask(folder, other, 2)[0][0].text == "other", "those of another server answer for nobody else"

@@ -85,11 +85,7 @@ def _handler(hub: TinyHub) -> type[BaseHTTPRequestHandler]:
 
         def _file(self, name: str, content: bytes) -> None:
             start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
-            headers = {
-                "ETag": f'"{hub.sum_of(name, content)}"',
-                "X-Repo-Commit": COMMIT,
-                "Accept-Ranges": "bytes",
-            }
+            headers = {"ETag": f'"{hub.sum_of(name, content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
             if start:
                 headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             if self.command == "GET" and name == hub.breaks_off:
@@ -150,11 +146,7 @@ def test_wrong_bytes_of_the_hub_are_replaced_by_the_mirror_s(
 
 
 def test_a_quantization_is_picked_by_name(hub: TinyHub, gguf_bytes: bytes) -> None:
-    hub.repositories["me/it"] = {
-        "it-q4_k_m.gguf": gguf_bytes,
-        "it-q4_k_s.gguf": b"other",
-        "sub/it-q4_k.gguf": b"other",
-    }
+    hub.repositories["me/it"] = {"it-q4_k_m.gguf": gguf_bytes, "it-q4_k_s.gguf": b"other", "sub/it-q4_k.gguf": b"other"}
     model = resolve("me/it:Q4_K_M")
     assert model.gguf is not None and model.gguf.name == "it-q4_k_m.gguf"
     assert (model.name, hub.downloaded()) == ("me/it:Q4_K_M", ["it-q4_k_m.gguf"])

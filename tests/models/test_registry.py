@@ -67,11 +67,7 @@ def test_a_user_adds_a_model_and_replaces_a_shipped_one(model_cache: Path) -> No
     ("text", "message", "hint"),
     [
         (_GOOD.replace("license", "licence"), "unknown key 'licence'", "license"),
-        (
-            _GOOD.replace('id = "me/mine"', 'id = "me/mine", revison = "x"'),
-            "unknown key 'hub.revison'",
-            "revision",
-        ),
+        (_GOOD.replace('id = "me/mine"', 'id = "me/mine", revison = "x"'), "unknown key 'hub.revison'", "revision"),
         (_GOOD + 'mirror = { version = "1", parts = [{ package = "p", membr = "x" }] }', "membr", "member"),
         (_GOOD.replace("0" * 64, "abc"), "mine: sha256", ""),
         (_GOOD.replace('hub = { id = "me/mine" }', ""), r"\[hub\], \[mirror\]", ""),

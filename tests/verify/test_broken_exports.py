@@ -48,11 +48,7 @@ def test_the_reference_is_itself(reference: Runtime, tiny: Tiny) -> None:
         # The runtime puts the begin token in front anyway, so the ids are the same.
         ({"tokenizer.chat_template": TEMPLATE.replace("{{ bos_token }}", "").encode()}, {"template"}, "BOS"),
         ({"tokenizer.chat_template": None}, {"template"}, "artifact has no chat template"),
-        (
-            {"tokenizer.ggml.add_bos_token": False},
-            {"tokens", "vocabulary"},
-            "lacks the begin token '<|begin|>'",
-        ),
+        ({"tokenizer.ggml.add_bos_token": False}, {"tokens", "vocabulary"}, "lacks the begin token '<|begin|>'"),
     ],
 )
 def test_a_changed_field_fails_the_checks_that_it_concerns(
@@ -154,9 +150,7 @@ def test_weights_that_were_rounded_to_4_bits_before_are_caught(reference: Runtim
     assert "4-bit base" in note(bad, "kl mean")
 
 
-def test_a_word_that_llama_cpp_alone_takes_for_an_end_is_told_and_not_held_against_the_file(
-    tmp_path: Path,
-) -> None:
+def test_a_word_that_llama_cpp_alone_takes_for_an_end_is_told_and_not_held_against_the_file(tmp_path: Path) -> None:
     # Qwen2.5-Coder has "</s>" as an ordinary word, and llama.cpp parses it and stops there by its name.
     checkpoint = write_checkpoint(tmp_path / "student", unreachable="</s>")
     model = open_model(checkpoint)

@@ -29,12 +29,7 @@ USER: Message = {"role": "user", "content": " 'Q'? {{ x }}\n\\n"}
 TURNS: list[Message] = [USER, {"role": "assistant", "content": "A"}, {"role": "user", "content": "R?"}]
 SYSTEM: Message = {"role": "system", "content": "My own {words}."}
 CONVERSATIONS = [Conversation(m) for m in ([USER], TURNS, [SYSTEM, USER], [SYSTEM, *TURNS])]
-BASES = {
-    "system": TEMPLATE,
-    "no system": NO_SYSTEM,
-    "chatml": llama_chat_format.CHATML_CHAT_TEMPLATE,
-    "none": None,
-}
+BASES = {"system": TEMPLATE, "no system": NO_SYSTEM, "chatml": llama_chat_format.CHATML_CHAT_TEMPLATE, "none": None}
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -68,8 +68,7 @@ def shuffled(rows: NDArray[Any]) -> NDArray[Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
-    [("blk.15.ffn_down.weight", shuffled), ("blk.3.attn_q.weight", partial(unpermuted, heads=9))],
+    ("name", "change"), [("blk.15.ffn_down.weight", shuffled), ("blk.3.attn_q.weight", partial(unpermuted, heads=9))]
 )
 def test_one_wrong_tensor_shows_through_the_rounding_of_4_bits(
     student: Runtime, f16: Path, tmp_path: Path, name: str, change: Any

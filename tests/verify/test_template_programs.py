@@ -58,8 +58,7 @@ def test_a_template_that_all_render_alike_passes_and_the_programs_are_named(
 
 
 @pytest.mark.parametrize(
-    "expression",
-    ["7 // 2", "2 ** 3", "'aaa'.replace('a', 'b', 1)", "loop.cycle('a', 'b')", "'%05.2f' % 3.14"],
+    "expression", ["7 // 2", "2 ** 3", "'aaa'.replace('a', 'b', 1)", "loop.cycle('a', 'b')", "'%05.2f' % 3.14"]
 )
 def test_a_template_that_llama_cpp_does_not_start_with_is_rejected(gguf: Make, expression: str) -> None:
     template = f"{{% for m in messages %}}{{{{ {expression} }}}}{{{{ m.content }}}}{{% endfor %}}"

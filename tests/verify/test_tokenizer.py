@@ -7,14 +7,7 @@ import pytest
 
 from arte_edge.runtimes.protocol import RuntimeFacts
 from arte_edge.verify.check import Thresholds
-from arte_edge.verify.tokenizer import (
-    HARD_STRINGS,
-    check_stops,
-    check_tokens,
-    check_vocabulary,
-    excerpt,
-    hard_strings,
-)
+from arte_edge.verify.tokenizer import HARD_STRINGS, check_stops, check_tokens, check_vocabulary, excerpt, hard_strings
 
 
 def letters(text: str) -> list[int]:

@@ -200,11 +200,7 @@ class Ssh:
         """
         with tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(
-                self._command(script, args),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                bufsize=0,
+                self._command(script, args), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, bufsize=0
             )
             try:
                 yield Channel(self.host, process, errors)
@@ -399,6 +395,5 @@ class RemoteJob:
             if (event := parse_line(line.encode())) is not None:
                 return event
         raise ArteError(
-            f"{self.ssh.host}: no answer from arte-edge's agent there",
-            "`arte-edge devices check … --clean` resets it.",
+            f"{self.ssh.host}: no answer from arte-edge's agent there", "`arte-edge devices check … --clean` resets it."
         )

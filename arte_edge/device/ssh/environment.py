@@ -27,18 +27,7 @@ from arte_edge import catalog
 from arte_edge.cache import megabytes, sha256_file
 from arte_edge.device.profiles import Profile, Runtimes
 from arte_edge.device.ssh.connection import JobFailed, ReconnectPolicy, RemoteJob, Ssh, put_text
-from arte_edge.device.ssh.workdir import (
-    OLDEST_PYTHON,
-    Blob,
-    Probe,
-    Python,
-    Tick,
-    blobs_of,
-    place,
-    probe,
-    reach,
-    send,
-)
+from arte_edge.device.ssh.workdir import OLDEST_PYTHON, Blob, Probe, Python, Tick, blobs_of, place, probe, reach, send
 from arte_edge.errors import ArteError, InputError
 from arte_edge.files import json_loads
 from arte_edge.store import content_key
@@ -279,11 +268,7 @@ def fetch_wheels(
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--only-binary=:all:", "--dest", str(folder), "--implementation", "cp"]
-    command += [
-        "--python-version",
-        version,
-        *(f"--platform={t}" for t in platform_tags(machine, glibc_minor)),
-    ]
+    command += ["--python-version", version, *(f"--platform={t}" for t in platform_tags(machine, glibc_minor))]
     done = subprocess.run([*command, *requirements], capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         if "No module named pip" in done.stderr:
@@ -416,8 +401,7 @@ def _fetch(site: Site, requirements: list[str], plan: Plan) -> list[str]:
     """Download wheels with their dependencies here and upload them; return their paths, in one folder."""
     if site.found.system != "Linux":
         raise ArteError(
-            f"{site.ssh.host} reaches no package index",
-            "Connect it to a network for the first run; wheels are cached.",
+            f"{site.ssh.host} reaches no package index", "Connect it to a network for the first run; wheels are cached."
         )
     machine = site.found.machine.lower()
     machine = {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
@@ -462,10 +446,7 @@ def check(profile: Profile) -> Report:
             used = ssh.run(_USED, found.work, timeout_s=300).strip()
         except ArteError as error:
             return Report(remote.host, (Finding("ssh", "failed", error.message, error.hint),))
-    findings = [
-        Finding("ssh", "ok", f"{found.system} {found.machine}"),
-        *_software(found, profile, remote.host),
-    ]
+    findings = [Finding("ssh", "ok", f"{found.system} {found.machine}"), *_software(found, profile, remote.host)]
     if found.memory_bytes:
         free = f", {megabytes(found.available_bytes)} free" if found.available_bytes else ""
         findings.append(Finding("memory", "ok", f"{megabytes(found.memory_bytes)}{free}"))

@@ -300,10 +300,7 @@ def _send_one(
         done_bytes = int(ssh.run(_SETTLED, part, _SETTLE_S))
     policy.reached(blob.sha256, done_bytes)
     there[blob.sha256] = max(1, done_bytes)
-    with (
-        blob.local.open("rb") as file,
-        ssh.open(_APPEND, part, blob.sha256, whole, str(blob.size_bytes)) as channel,
-    ):
+    with blob.local.open("rb") as file, ssh.open(_APPEND, part, blob.sha256, whole, str(blob.size_bytes)) as channel:
         file.seek(done_bytes)
         with suppress(BrokenPipeError):  # `finish` raises the reason
             while data := file.read(_CHUNK_BYTES):

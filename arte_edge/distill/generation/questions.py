@@ -28,8 +28,7 @@ from arte_edge.tasks.task import Example, Task, content_key
 
 # An opening tag of the next question ends the last one too: small teachers forget to close it.
 _QUESTION = re.compile(
-    r"<input>(?P<input>.*?)</input>\s*<target>(?P<target>.*?)</target>\s*(?P<close></Question_\d+>)?",
-    re.DOTALL,
+    r"<input>(?P<input>.*?)</input>\s*<target>(?P<target>.*?)</target>\s*(?P<close></Question_\d+>)?", re.DOTALL
 )
 _BLOCK = re.compile(r"<Question_\d+>(.*?)(?=<Question_\d+>|\Z)", re.DOTALL)
 _TAG = re.compile(r"</?(input|target|ans|Question_\d+)>")  # "<=50K" is an answer
@@ -247,12 +246,7 @@ def draft_sampling(run: RunContext, plan: QuestionPlan) -> Sampling:
 
 
 def draft_questions(
-    run: RunContext,
-    engine: Engine,
-    plan: QuestionPlan,
-    what: str,
-    source: DraftSource,
-    known: Sequence[str] = (),
+    run: RunContext, engine: Engine, plan: QuestionPlan, what: str, source: DraftSource, known: Sequence[str] = ()
 ) -> Drafts:
     """Draft until `plan.needed` valid questions exist, none of them a near-duplicate of the `known` ones.
 
@@ -285,8 +279,7 @@ def draft_questions(
         _collect(drafts, answers, drafts.prompts, plan.needed, filters, source)
         if all(answer.error for answer in answers):
             raise EngineError(
-                f"{what}: every call failed: {answers[0].error}",
-                advice(answers, _BUDGET, plan.elicit.question_tokens),
+                f"{what}: every call failed: {answers[0].error}", advice(answers, _BUDGET, plan.elicit.question_tokens)
             )
         drafts.prompts += n
         empty_rounds = empty_rounds + 1 if len(drafts.valid) == before else 0
@@ -294,12 +287,7 @@ def draft_questions(
 
 
 def _collect(
-    drafts: Drafts,
-    answers: Sequence[Completion],
-    first: int,
-    needed: int,
-    filters: _Filter,
-    source: DraftSource,
+    drafts: Drafts, answers: Sequence[Completion], first: int, needed: int, filters: _Filter, source: DraftSource
 ) -> None:
     for i, answer in enumerate(answers, first):
         if answer.error:

@@ -206,11 +206,7 @@ def _drop_outside(kind: Answer, question: Row, rationale: Row) -> None:
 
 
 def label_rows(
-    run: RunContext,
-    questions: Sequence[Row],
-    rationales: Sequence[Row],
-    votes: Sequence[str | None],
-    policy: _Policy,
+    run: RunContext, questions: Sequence[Row], rationales: Sequence[Row], votes: Sequence[str | None], policy: _Policy
 ) -> Row:
     """Set ``label`` on each question and ``usable`` on each rationale, in place; return what that changed.
 
@@ -233,10 +229,7 @@ def label_rows(
         answers = [comparable(r["answer"], kind) if r["answer"] is not None else None for r in mine]
         label = decide_label(policy, target, [*answers, vote])
         # The label keeps the spelling of its source, not the normalized form of the comparison.
-        written = {
-            target: question["target"],
-            **{a: r["answer"] for a, r in zip(answers, mine, strict=True) if a},
-        }
+        written = {target: question["target"], **{a: r["answer"] for a, r in zip(answers, mine, strict=True) if a}}
         question["label"] = written.get(label) if label is not None else None
         changed += label is not None and label != target
         dropped += label is None

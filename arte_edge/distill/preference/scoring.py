@@ -29,13 +29,7 @@ from numpy.typing import NDArray
 from arte_edge.asking.form import ANSWER_CLOSE
 from arte_edge.console import doing
 from arte_edge.distill.config import Prefer
-from arte_edge.distill.preference.adaptive import (
-    AdaptivePlan,
-    Cells,
-    Floats,
-    fit_score_model,
-    interleave_answers,
-)
+from arte_edge.distill.preference.adaptive import AdaptivePlan, Cells, Floats, fit_score_model, interleave_answers
 from arte_edge.distill.preference.influence import Influence, Question, standard_error
 from arte_edge.distill.prompts import ANSWER_PREFILL, Shot, student_messages
 from arte_edge.distill.run_context import RunContext

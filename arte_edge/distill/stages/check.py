@@ -165,10 +165,7 @@ def _problem(summary: Summary) -> str | None:
     return None
 
 
-_DOES = {
-    "labels": "the teacher labels",
-    "inputs": "the teacher writes inputs for given answers and does not label",
-}
+_DOES = {"labels": "the teacher labels", "inputs": "the teacher writes inputs for given answers and does not label"}
 
 
 def _describe(summary: Summary) -> str:

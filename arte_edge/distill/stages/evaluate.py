@@ -27,16 +27,7 @@ from arte_edge.distill.run_context import Row, RunContext, Summary
 from arte_edge.distill.stages.check import own_labels_student
 from arte_edge.models.resolve import LocalModel, tuned_student
 from arte_edge.results.accuracy import NOT_KNOWN
-from arte_edge.results.comparison import (
-    AS_ASKED,
-    BASE,
-    OWN,
-    OWN_ALL,
-    TEACHER,
-    TUNED,
-    comparison_of,
-    headline,
-)
+from arte_edge.results.comparison import AS_ASKED, BASE, OWN, OWN_ALL, TEACHER, TUNED, comparison_of, headline
 from arte_edge.stats import format_share, mcnemar, wilson
 from arte_edge.tasks.answers import leaf_f1
 from arte_edge.tasks.task import Example

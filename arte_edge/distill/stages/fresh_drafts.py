@@ -128,7 +128,4 @@ def _scores(run: RunContext, original: Fresh, aligned: Fresh) -> Summary:
     gain = float(gains.mean())
     values = [*means.mean(axis=0), gain, gain - half, gain + half]
     names = ("score_before", "score_after", "gain", "gain_low", "gain_high")
-    return {
-        "scored": len(both),
-        **{name: round(float(v), 4) for name, v in zip(names, values, strict=True)},
-    }
+    return {"scored": len(both), **{name: round(float(v), 4) for name, v in zip(names, values, strict=True)}}

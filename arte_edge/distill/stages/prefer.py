@@ -22,13 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from arte_edge.distill.preference.scoring import (
-    Score,
-    is_adaptive,
-    length_effect,
-    score_drafts,
-    scoring_engine,
-)
+from arte_edge.distill.preference.scoring import Score, is_adaptive, length_effect, score_drafts, scoring_engine
 from arte_edge.distill.prompts import Shot
 from arte_edge.distill.run_context import Row, RunContext, Summary
 from arte_edge.stats import pearson

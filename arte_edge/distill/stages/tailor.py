@@ -114,10 +114,7 @@ def _selection_inputs(run: RunContext) -> dict[str, Any]:
     if data == "one-technique":
         return {"selection": data, "scores": run.outputs("prefer")}
     n_draft = run.config.tailor.questions * run.config.best_of
-    return {
-        "selection": data,
-        **({} if data == "random-technique" else scoring_inputs(run, n_draft, "calibrate")),
-    }
+    return {"selection": data, **({} if data == "random-technique" else scoring_inputs(run, n_draft, "calibrate"))}
 
 
 def _earlier(run: RunContext, number: int) -> list[str]:

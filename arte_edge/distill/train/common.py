@@ -230,10 +230,7 @@ def load(checkpoint: Path, *, frozen: bool, four_bits: bool = False) -> tuple[An
 
         dtype = getattr(torch, floats)
         nf4 = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
         model = load_model(checkpoint, dtype, attn_implementation="sdpa", quantization_config=nf4)
         for layer in model.modules():

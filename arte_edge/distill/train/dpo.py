@@ -136,10 +136,7 @@ def train_here(
     measured = sizer.rates()
     for row in history:
         if (at := measured.get(int(row.get("step", 0)))) is not None:
-            row |= {
-                "learning_rate": at["rate"],
-                "kl": at["kl"],
-            }  # the schedule's own figure is the first rate
+            row |= {"learning_rate": at["rate"], "kl": at["kl"]}  # the schedule's own figure is the first rate
     staged = copy_adapter(monitor.adapter(monitor.good_step), workspace.folder / "result")
     write_jsonl(staged / "log.jsonl", [*history, *({"probe": check} for check in monitor.checks)])
     report = {
@@ -212,8 +209,7 @@ class _Training:
         encoded = encode_pairs(Encoder(tokenizer), pairs, limit)
         if not encoded:
             raise InputError(
-                f"No preference pair fits into {limit} tokens",
-                "Raise align.max_length, or shorten the drafts.",
+                f"No preference pair fits into {limit} tokens", "Raise align.max_length, or shorten the drafts."
             )
         self._settings, self._workspace, self.n_pair = settings, workspace, len(encoded)
         self._held_out = encode_pairs(Encoder(tokenizer), held_out, limit)
@@ -234,10 +230,7 @@ class _Training:
             examples += examples[-1:] * (len(weights) - len(order))
             examples = [{**row, "weight": weight} for row, weight in zip(examples, weights, strict=True)]
         sides = [len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in encoded]
-        longest = {
-            "at_once": settings.batch_size * max(lengths),
-            "labelled": settings.batch_size * max(sides),
-        }
+        longest = {"at_once": settings.batch_size * max(lengths), "labelled": settings.batch_size * max(sides)}
         self.trainer = TokenisedDPOTrainer(
             model=model,
             args=DPOConfig(
@@ -251,11 +244,7 @@ class _Training:
             train_dataset=Dataset.from_list(examples),
             processing_class=tokenizer,
             peft_config=lora_config(settings.lora),
-            callbacks=[
-                keep_going(workspace, settings.save_every_s, progress),
-                *watchers,
-                self.monitor.callback(),
-            ],
+            callbacks=[keep_going(workspace, settings.save_every_s, progress), *watchers, self.monitor.callback()],
         )
         self.trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for data
         main_rank_saves(self.trainer)

@@ -117,13 +117,7 @@ class StepSizer:
                     group["lr"] = next_rate(done, left, sizer._first, sizer._target)
 
             def on_step_end(
-                self,
-                args: Any,
-                state: Any,
-                control: Any,
-                model: Any = None,
-                optimizer: Any = None,
-                **kwargs: Any,
+                self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
             ) -> None:
                 done = [(row["rate"], row["kl"]) for row in sizer.rows]
                 left = state.max_steps - state.global_step + 1

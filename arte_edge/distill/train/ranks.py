@@ -196,9 +196,7 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _follow(
-    rank: subprocess.Popen[bytes],
-    progress: Callable[[int, int], None] | None,
-    probe: Callable[[Path], Any] | None,
+    rank: subprocess.Popen[bytes], progress: Callable[[int, int], None] | None, probe: Callable[[Path], Any] | None
 ) -> ArteError | None:
     """Do what rank 0 says until it ends; return the error that it names, if it names one."""
     failure = None

@@ -253,11 +253,7 @@ def _without_labels(example: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(
-    model: Any,
-    checkpoint: Path,
-    rows: Sequence[Mapping[str, Any]],
-    settings: SftSettings,
-    workspace: Workspace,
+    model: Any, checkpoint: Path, rows: Sequence[Mapping[str, Any]], settings: SftSettings, workspace: Workspace
 ) -> tuple[Path, dict[str, Any] | None]:
     """Write the trained model to the work folder; return its path, and the check of a merge."""
     staged = workspace.folder / "result"

@@ -296,10 +296,7 @@ def use_section(student: StudentFile, options: CardOptions) -> str:
             f"llama-cli -m {gguf} --jinja -st --temp 0 -n {tokens} -p {shlex.quote(question)}",
             f"ollama create {name} -f Modelfile && ollama run {name} {shlex.quote(question)}",
         )
-        parts += [
-            _code("sh", "\n".join(lines)),
-            _code("python", _LLAMA_CPP.format(model=_quoted(gguf), **shown)),
-        ]
+        parts += [_code("sh", "\n".join(lines)), _code("python", _LLAMA_CPP.format(model=_quoted(gguf), **shown))]
     if folder := files.get("onnx-genai"):
         parts.append(_code("python", _GENAI.format(model=_quoted(folder.rstrip("/")), **shown)))
     if how and how.grammar and files:

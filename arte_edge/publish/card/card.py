@@ -238,11 +238,7 @@ def _bench_fields(artifact: Artifact, allow_throttled: bool) -> dict[str, Field]
 def _fidelity_fields(artifact: Artifact) -> dict[str, Field]:
     if (metrics := artifact.fidelity.metrics) is None:
         return {}
-    found = {
-        "kl_mean": metrics.kl_mean,
-        "top1_agreement": metrics.top1,
-        "ppl_ratio": metrics.perplexity_ratio,
-    }
+    found = {"kl_mean": metrics.kl_mean, "top1_agreement": metrics.top1, "ppl_ratio": metrics.perplexity_ratio}
     return {f"{_FIDELITY}{name}": Field(FLOAT32, v) for name, v in found.items() if v is not None}
 
 

@@ -63,8 +63,7 @@ def read_head(card: FrontMatter) -> dict[str, Any]:
         return {}
     if not isinstance(found, dict):
         raise InputError(
-            "README.md: its front matter is not a mapping of keys",
-            "Write 'key: value' lines between the ---.",
+            "README.md: its front matter is not a mapping of keys", "Write 'key: value' lines between the ---."
         )
     return found
 

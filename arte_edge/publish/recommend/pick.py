@@ -21,14 +21,7 @@ from arte_edge.cache import megabytes
 from arte_edge.device.profiles import Profile
 from arte_edge.device.roofline import Predictor
 from arte_edge.errors import InputError
-from arte_edge.publish.recommend.candidates import (
-    Candidate,
-    Constraints,
-    Metric,
-    ParetoFront,
-    candidates,
-    pareto_front,
-)
+from arte_edge.publish.recommend.candidates import Candidate, Constraints, Metric, ParetoFront, candidates, pareto_front
 from arte_edge.publish.recommend.recommendation import Recommendation, Relaxation, Violation, drop_text
 from arte_edge.results.rows import Row
 from arte_edge.results.student_json import StudentFile, find_export, read_bench, read_export
@@ -168,14 +161,7 @@ def _violations(c: Candidate, constraints: Constraints) -> list[Violation]:
     limits = (
         ("max_size", constraints.max_size_bytes, size, "size", 1, megabytes),
         ("max_ram", constraints.max_ram_bytes, c.ram, "memory", 1, megabytes),
-        (
-            "max_answer_seconds",
-            constraints.max_answer_seconds,
-            c.answer_s,
-            "answer time",
-            1,
-            "{:.1f} s".format,
-        ),
+        ("max_answer_seconds", constraints.max_answer_seconds, c.answer_s, "answer time", 1, "{:.1f} s".format),
         ("min_decode", constraints.min_decode, c.decode, "decode rate", -1, "{:.1f} tokens/s".format),
     )
     found = []

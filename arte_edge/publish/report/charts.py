@@ -108,13 +108,7 @@ class Plot:
     """A frame to draw into. `y` is an axis, or the names of rows from top to bottom."""
 
     def __init__(
-        self,
-        x: Axis,
-        y: Axis | Sequence[str],
-        *,
-        title: str,
-        desc: str,
-        legend: Sequence[tuple[str, int]] = (),
+        self, x: Axis, y: Axis | Sequence[str], *, title: str, desc: str, legend: Sequence[tuple[str, int]] = ()
     ) -> None:
         """Begin a chart; `title` and `desc` are read out by screen readers, `legend` is (name, series)."""
         self.x, self.y = x, y if isinstance(y, Axis) else None
@@ -296,8 +290,7 @@ def histogram_chart(values: Sequence[float], label: str, what: str) -> Chart | N
             plot.box((low, high), (0, n), 4, tip=f"{n} from {number(low)} to {number(high)}")
     plot.rule(float(np.median(data)), "median")
     return Chart(
-        plot.svg(),
-        f"{data.size} {what}, mean {number(data.mean())}, standard deviation {number(data.std())}.",
+        plot.svg(), f"{data.size} {what}, mean {number(data.mean())}, standard deviation {number(data.std())}."
     )
 
 

@@ -17,13 +17,7 @@ from arte_edge.cache import cached_measurement
 from arte_edge.gguf.reader import read_model_header
 from arte_edge.machine import available_bytes
 from arte_edge.runtimes.autotune import fastest, machine_id, may_measure
-from arte_edge.runtimes.llamacpp.bindings import (
-    DEFAULT_LAYOUT,
-    Layout,
-    LlamaContext,
-    LlamaModel,
-    context_bytes,
-)
+from arte_edge.runtimes.llamacpp.bindings import DEFAULT_LAYOUT, Layout, LlamaContext, LlamaModel, context_bytes
 
 # The first is the default. In a unified cache attention is only fast row by row, below 64 rows
 # (ggml's GGML_FA_TILE_Q), because longer tiles attend to the cells of all sequences.
@@ -50,10 +44,7 @@ def layout_for(model: LlamaModel, sha256: str, threads: int) -> Layout:
 
     def measure() -> dict[str, Any]:
         seconds = probe(model, threads)
-        return {
-            "layout": asdict(CANDIDATES[fastest(seconds, _WORTH)]),
-            "seconds": [round(s, 4) for s in seconds],
-        }
+        return {"layout": asdict(CANDIDATES[fastest(seconds, _WORTH)]), "seconds": [round(s, 4) for s in seconds]}
 
     return cached_measurement("layout", facts, _read, measure)
 

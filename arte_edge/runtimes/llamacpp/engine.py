@@ -24,24 +24,9 @@ from arte_edge.machine import thread_count
 from arte_edge.runtimes.choice_scoring import ChoiceScorer
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.runtimes.llamacpp.autotune import layout_for
-from arte_edge.runtimes.llamacpp.bindings import (
-    Grammar,
-    Layout,
-    LlamaContext,
-    LlamaModel,
-    check_cells_fit,
-    check_fits,
-)
+from arte_edge.runtimes.llamacpp.bindings import Grammar, Layout, LlamaContext, LlamaModel, check_cells_fit, check_fits
 from arte_edge.runtimes.llamacpp.scheduler import Job, run
-from arte_edge.runtimes.prefix_tree import (
-    MAX_LEVELS,
-    Group,
-    SharedPrefix,
-    Tree,
-    cells_of,
-    n_cached,
-    plan_groups,
-)
+from arte_edge.runtimes.prefix_tree import MAX_LEVELS, Group, SharedPrefix, Tree, cells_of, n_cached, plan_groups
 from arte_edge.runtimes.sampling import Drawing
 
 TREE_LAYOUT = Layout(unified=True, flash=True, ubatch=512)
@@ -135,13 +120,7 @@ class LlamaCppEngine:
             self._scoring = None
             check_cells_fit(self.model, cells, MOST_LEAVES + MAX_LEVELS, TREE_LAYOUT.ubatch)
             self._scoring = made = LlamaContext(
-                self.model,
-                MOST_LEAVES + MAX_LEVELS,
-                cells,
-                self.threads,
-                self._adapter,
-                TREE_LAYOUT,
-                cells=cells,
+                self.model, MOST_LEAVES + MAX_LEVELS, cells, self.threads, self._adapter, TREE_LAYOUT, cells=cells
             )
         made.clear()
         run_trees(made, groups)

@@ -63,12 +63,7 @@ class LlamaCppRuntime(BaseRuntime):
     """`Runtime` of one GGUF file."""
 
     def __init__(
-        self,
-        path: Path,
-        threads: int | None = None,
-        context_tokens: int = 0,
-        type_k: str = "f16",
-        type_v: str = "f16",
+        self, path: Path, threads: int | None = None, context_tokens: int = 0, type_k: str = "f16", type_v: str = "f16"
     ) -> None:
         """Check the file's header and load it.
 

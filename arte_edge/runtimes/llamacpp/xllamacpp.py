@@ -336,13 +336,7 @@ def _render_all(path: Path, template: str, conversations: list[dict[str, Any]]) 
 
 
 def _greedy(prompt: Sequence[int], max_tokens: int, settings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "prompt": list(prompt),
-        "max_tokens": max_tokens,
-        "n_predict": max_tokens,
-        "temperature": 0.0,
-        **settings,
-    }
+    return {"prompt": list(prompt), "max_tokens": max_tokens, "n_predict": max_tokens, "temperature": 0.0, **settings}
 
 
 def _import() -> Any:

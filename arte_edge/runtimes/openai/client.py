@@ -47,13 +47,7 @@ class Transient(Exception):
     """
 
     def __init__(
-        self,
-        reason: str,
-        wait_s: float | None = None,
-        *,
-        hint: str = _OVERLOADED,
-        attempts: int = 0,
-        text: str = "",
+        self, reason: str, wait_s: float | None = None, *, hint: str = _OVERLOADED, attempts: int = 0, text: str = ""
     ) -> None:
         super().__init__(reason)
         self.wait_s, self.hint, self.attempts, self.text = wait_s, hint, attempts, text
@@ -247,14 +241,7 @@ class Server:
     """Sends JSON to one server, with retries and limits. Safe to use from many threads."""
 
     def __init__(
-        self,
-        base_url: str,
-        *,
-        timeout_s: float,
-        retry: RetryPolicy,
-        limiter: RateLimiter,
-        key: str = "",
-        uds: str = "",
+        self, base_url: str, *, timeout_s: float, retry: RetryPolicy, limiter: RateLimiter, key: str = "", uds: str = ""
     ) -> None:
         """`key`: of this server; empty: the environment's. `uds`: the Unix socket that it listens on; empty: a port."""
         self.url = check_base_url(base_url)
@@ -268,10 +255,7 @@ class Server:
             timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s), pool=None),
             limits=limits,
             transport=httpx.HTTPTransport(uds=uds, limits=limits) if uds else None,
-            headers={
-                "User-Agent": f"arte-edge/{__version__}",
-                **({"Authorization": f"Bearer {key}"} if key else {}),
-            },
+            headers={"User-Agent": f"arte-edge/{__version__}", **({"Authorization": f"Bearer {key}"} if key else {})},
             trust_env=not self._loopback,  # a proxy cannot reach this machine's loopback
         )
 
@@ -325,9 +309,7 @@ class Server:
                     asked = f"; it asks to wait {asked_s:.0f} s" if asked_s else ""
                     often = f"{tries} time{'s' if tries > 1 else ''}"
                     raise CallFailed(
-                        f"{url} failed {often}, the last time with: {error}{asked}",
-                        error.hint,
-                        text=error.text,
+                        f"{url} failed {often}, the last time with: {error}{asked}", error.hint, text=error.text
                     ) from error
                 self._limiter.hold(asked_s)
                 self.stop.wait(self._retry.wait_s(tries, error.wait_s))

@@ -103,12 +103,7 @@ class OpenAIEngine:
         self._lock = threading.Lock()
         self._seen_bytes, self._seen_tokens = _BYTES_PER_TOKEN, 1.0  # of prompts, to learn their ratio
         limiter = RateLimiter(requests_per_minute, tokens_per_minute)
-        how: dict[str, Any] = {
-            "timeout_s": timeout_s,
-            "retry": retry or RetryPolicy(),
-            "key": key,
-            "uds": uds,
-        }
+        how: dict[str, Any] = {"timeout_s": timeout_s, "retry": retry or RetryPolicy(), "key": key, "uds": uds}
         self._server = Server(base_url, limiter=limiter, **how)
         try:
             self._quirks = self._look_up_model()
@@ -238,11 +233,7 @@ class OpenAIEngine:
         return row
 
     def _post(
-        self,
-        mode: schema.Mode,
-        body: Callable[[frozenset[str]], dict[str, Any]],
-        read: Callable[[Any], T],
-        tokens: int,
+        self, mode: schema.Mode, body: Callable[[frozenset[str]], dict[str, Any]], read: Callable[[Any], T], tokens: int
     ) -> T:
         """Send what `body` makes without the parameters that were refused, until no other is."""
         while True:

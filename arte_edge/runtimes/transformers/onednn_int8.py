@@ -99,10 +99,10 @@ def _block(n_feature: int) -> int:
 
 
 def _rounded(weight: torch.Tensor, large: torch.Tensor, block: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return the scales ``[n_out]`` of a matrix ``[n_out, n_in]``, and its rounded blocks of columns ``[n_out, block]``.
+    """Return the scales ``[n_out]`` of a matrix ``[n_out, n_in]``, and its rounded blocks ``[n_out, block]``.
 
-    The columns `large` are zero. Some rows at a time: touching fresh memory for a whole matrix of 32-bit floats, several
-    times over, takes longer than the rounding.
+    The columns `large` are zero. Some rows at a time: touching fresh memory for a whole matrix of 32-bit floats takes
+    longer than the rounding.
     """
     import torch
 
@@ -176,19 +176,7 @@ def _layer() -> Any:
             out = (large @ self._exact).float()
             for part, block, scale in zip(self._parts, rounded, scales, strict=True):
                 product = torch.ops.onednn.qlinear_pointwise(
-                    block,
-                    1.0,
-                    _ZERO,
-                    part,
-                    self._scale,
-                    self._zero,
-                    None,
-                    1.0,
-                    0,
-                    torch.float32,
-                    "none",
-                    [],
-                    "",
+                    block, 1.0, _ZERO, part, self._scale, self._zero, None, 1.0, 0, torch.float32, "none", [], ""
                 )
                 out.addcmul_(product, scale)
             if self.bias is not None:

@@ -127,11 +127,7 @@ def forward_rows(model: Any, device: torch.device, parts: Sequence[NewTokens], o
 
 
 def load_prefix(
-    model: Any,
-    device: torch.device,
-    row: CacheRow,
-    prefix: SharedPrefix | None,
-    cached: Sequence[SharedPrefix],
+    model: Any, device: torch.device, row: CacheRow, prefix: SharedPrefix | None, cached: Sequence[SharedPrefix]
 ) -> list[SharedPrefix]:
     """Make `prefix` the whole content of the row, computing what is missing; return the cached prefixes."""
     path = prefix.path if prefix else []

@@ -19,14 +19,7 @@ from numpy.typing import NDArray
 from arte_edge.onnx.files import FileTokenizer
 from arte_edge.runtimes.completion import Request, Sampling
 from arte_edge.runtimes.prompt_render import Conversation
-from arte_edge.runtimes.protocol import (
-    BaseRuntime,
-    Rendered,
-    RuntimeFacts,
-    check_context,
-    readable,
-    until_stop,
-)
+from arte_edge.runtimes.protocol import BaseRuntime, Rendered, RuntimeFacts, check_context, readable, until_stop
 from arte_edge.runtimes.transformers.model import State, TransformersEngine
 
 _BATCH = 16  # conversations that the pipeline answers together
@@ -55,8 +48,7 @@ class TransformersRuntime(BaseRuntime):
         self.n_vocab = int(engine.model.config.get_text_config().vocab_size)
         self.context_tokens: int = context_tokens or engine.context_tokens
         self.facts = RuntimeFacts(
-            runtime=engine.identity.runtime,
-            build=f"{engine.identity.quantization}, {torch.get_num_threads()} threads",
+            runtime=engine.identity.runtime, build=f"{engine.identity.quantization}, {torch.get_num_threads()} threads"
         )
         self.tokenizer_class = f"tokenizer_class {engine.text.class_name}"
         self.eos_tokens = engine.text.declared_ends

@@ -105,12 +105,7 @@ class Writer(Drawing):
     """Gathers one completion until a stop string, an end token, a loop or the budget."""
 
     def __init__(
-        self,
-        text: Text,
-        request: Request,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        grammar: Constraint | None = None,
+        self, text: Text, request: Request, prompt: Sequence[int], sampling: Sampling, grammar: Constraint | None = None
     ) -> None:
         super().__init__(request, prompt, sampling, text.ends_line, grammar)
         self._text, self._prompt = text, list(prompt)

@@ -144,7 +144,7 @@ def test_a_stop_string_inside_reasoning_is_not_sent_again(posts):
 
 def test_a_server_that_is_gone_is_told_from_a_prompt_that_breaks_it(serve, closed_port):
     engine = opened(serve(faults=[[], ["500"] * ATTEMPTS]), max_concurrency=1)
-    assert engine.identity.key() == f"{engine.identity.older_key()}/{engine._server.url}", "not the other server's"
+    assert engine.identity.key().endswith(f"/{engine._server.url}"), "not the other server's"
     assert [row.fault for row in engine.complete(requests(2), Sampling())] == ["", "row"]
     engine._server.url = engine._server.url.copy_with(port=closed_port)
     assert [row.fault for row in engine.complete(requests(2), Sampling())] == ["server", "server"]

@@ -86,9 +86,7 @@ def test_an_adapter_changes_the_text_as_peft_itself_does(llama_folder, adapter, 
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_an_adapter_that_bfloat16_would_round_away_is_not_merged(
-    llama_folder, adapter, monkeypatch: Patch, dtype: str
-):
+def test_an_adapter_that_bfloat16_would_round_away_is_not_merged(llama_folder, adapter, monkeypatch: Patch, dtype: str):
     if dtype == "int8" and not onednn_int8.supported():
         pytest.skip("this processor has no fast 8-bit integers")
 
