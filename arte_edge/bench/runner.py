@@ -130,6 +130,10 @@ def bench(
     refs = [source] if isinstance(source, str | Path) else list(source)
     paths = find_targets([str(ref) for ref in refs], lambda ref: _fetch(ref, reporter))
     ref = str(task) if task else None
+    if ref:
+        from arte_edge.tasks.loaders import load_task
+
+        load_task(ref, bbh=bbh)  # a mistake in it is said before anything is measured
     request = Request(settings=chosen, task=ref, split=split, limit=limit, bbh=bbh, speed=speed, grammar=grammar)
     if device is None:
         rows = _measure(paths, request, reporter, on_row)
@@ -286,7 +290,7 @@ def run_quality(
     from arte_edge.tasks.loaders import load_task
 
     assert request.task is not None
-    loaded = load_task(request.task, bbh=request.bbh)  # rejected here, not once per model
+    loaded = load_task(request.task, bbh=request.bbh)
     targets = sorted((describe(path) for path in models), key=lambda t: t.quantization not in _SIXTEEN_BITS)
     threads = request.settings.threads[0] or decode_threads(device)
     reference: QualityRow | None = None

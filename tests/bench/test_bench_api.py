@@ -34,10 +34,10 @@ def test_it_returns_rows_and_prints_nothing(capsys: Capture) -> None:
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_wrong_value_is_an_input_error_that_names_it() -> None:
-    for wrong, named in (({"n_promt": 4}, "n_prompt"), ({"n_gen": 2.5}, "n_gen")):
+def test_a_wrong_value_is_an_input_error_that_names_it_before_anything_is_measured() -> None:
+    for wrong, named in (({"n_promt": 4}, "n_prompt"), ({"n_gen": 2.5}, "n_gen"), ({"task": "no_such"}, "no_such")):
         with pytest.raises(InputError) as error:
-            bench("null", **wrong)
+            bench("null", on_row=lambda row: pytest.fail(row.test), **QUICK | wrong)
         assert named in f"{error.value.message} {error.value.hint}"
 
 
