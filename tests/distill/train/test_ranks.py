@@ -44,7 +44,7 @@ def test_two_processes_tune_as_one_does(
     rows = [*sft_rows, {"prompt": "<|user|>Is it true?\n", "completion": "<ans>no</ans>"}]  # 13: the last step has one
     settings = SFT.model_copy(update={} if kind == "full" else {"lora": Lora(rank=4, alpha=8)})
     if kind != "full":
-        rows = [row | {"others": {"<ans>maybe</ans>": 0.3}} for row in rows]
+        rows = [row | {"others": {"<ans>maybe</ans>": 0.05 + 0.05 * (i % 7)}} for i, row in enumerate(rows)]
     one = train_sft(tiny_checkpoint(), rows, tmp_path / "one", settings)
     steps: list[tuple[int, int]] = []
     listening: set[str] = set()
