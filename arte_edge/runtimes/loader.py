@@ -94,7 +94,7 @@ def open_engine(
 
 _LEAST_INT8 = 300_000_000  # parameters; smaller models gain little over llama.cpp, and lose more to rounding
 _INT8_FAMILIES = ("llama", "qwen2", "qwen3")  # those whose checkpoint from a GGUF file is known to be the same
-_INT8_ROOM = 3  # times the weights in 16 bits: while they are read, these and those of 8 bits are in memory
+_INT8_ROOM = 2  # times the weights in 16 bits: opening takes less than one and a half (docs/runs.md)
 
 
 def teacher_kind(model: LocalModel, kind: Kind) -> Kind:

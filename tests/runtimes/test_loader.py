@@ -104,6 +104,7 @@ def _header(n: int, architecture: str = "qwen2") -> Any:
         (_header(500_000_000), 16 << 30, True, "int8"),
         (_header(135_000_000), 16 << 30, True, "llamacpp"),
         (_header(500_000_000, "mamba"), 16 << 30, True, "llamacpp"),
+        (_header(1_777_000_000), 8_000_000_000, True, "int8"),  # with an output matrix of its own, on a laptop
         (_header(8_000_000_000), 16 << 30, True, "llamacpp"),
         (_header(500_000_000), 16 << 30, False, "llamacpp"),
     ],
