@@ -10,17 +10,15 @@ Linear or Embedding layer, such as the weights of norms, is float32 throughout.
 The 16-bit weights are no parameters: they are in no optimizer, no state dict, and are sent to no other process.
 
 Weights in the file's own type are not read but mapped, so their pages can be given back while they are not used: the
-file still holds them (`FilePages`, `release_file`).
+file still holds them (`FilePages`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,44 +147,47 @@ def _holders() -> dict[type, Any]:
 
 
 class FilePages:
-    """The pages of a model's file that its layers lie in.
+    """The pages of files that a model's weights lie in; none but on Linux.
 
     Pages of a layer that was replaced stay in memory as long as any other weight of the file is used: twice the memory
     that the model needs.
     """
 
     def __init__(self, model: Any) -> None:
+        self._model = model
         uses = Counter(id(weight) for part in model.modules() for weight in part.parameters(recurse=False))
         self._shared = {key for key, count in uses.items() if count > 1}
-        self._mapped = [place for _, place in _mapped_files()]
+        self._mapped = _private_files() if sys.platform == "linux" else []
 
     def release(self, weight: torch.Tensor) -> None:
         """Give back the whole pages of `weight`, which nothing uses any more, if they are a file's and not shared."""
+        if id(weight) not in self._shared:
+            self._give_back(weight)
+
+    def release_frozen(self) -> None:
+        """Give back those of every weight that is not trained; used again, it is read from the file."""
+        for part in self._model.modules():
+            held = [part.held] if hasattr(part, "held") else []
+            for weight in [*held, *part.parameters(recurse=False)]:
+                if not weight.requires_grad:
+                    self._give_back(weight)
+
+    def _give_back(self, weight: torch.Tensor) -> None:
         start = weight.data_ptr()
-        if id(weight) not in self._shared and any(start in place for place in self._mapped):
-            _give_back(start, start + weight.nbytes)
+        if any(start in place for place in self._mapped):
+            first, last = -(-start // mmap.PAGESIZE), (start + weight.nbytes) // mmap.PAGESIZE
+            if last > first:
+                call = ctypes.CDLL(None).madvise
+                call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+                call(first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE, mmap.MADV_DONTNEED)
 
 
-def release_file(checkpoint: Path) -> None:
-    """Give back the pages of a checkpoint whose weights stay as they are; used again, they are read from the file."""
-    for path, place in _mapped_files():
-        if path.parent == checkpoint.resolve():
-            _give_back(place.start, place.stop)
-
-
-def _mapped_files() -> Iterator[tuple[Path, range]]:
-    """Yield each safetensors file that this process maps, with its addresses; nothing but on Linux."""
-    if sys.platform == "linux":
-        for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines():
-            if line.endswith(".safetensors"):  # addresses, access, offset, device, inode, path
-                addresses, *_, path = line.split(maxsplit=5)
-                start, end = (int(address, 16) for address in addresses.split("-"))
-                yield Path(path), range(start, end)
-
-
-def _give_back(start: int, end: int) -> None:
-    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-    if last > first:
-        call = ctypes.CDLL(None).madvise
-        call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        call(first, last - first, mmap.MADV_DONTNEED)
+def _private_files() -> list[range]:
+    """Return the addresses of files that this process maps for itself, and could write to, as weights are."""
+    found = []
+    for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
+        addresses, access, _, _, inode, *_ = line.split(maxsplit=5)
+        if access == "rw-p" and inode != "0":
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            found.append(range(start, end))
+    return found

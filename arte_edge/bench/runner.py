@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arte_edge import catalog
 from arte_edge.bench.settings import (
     BenchSettings,
     Case,
@@ -127,23 +128,21 @@ def bench(
     if not speed and task is None:
         raise InputError("Without speed and without a task there is nothing to measure", "Give a task.")
     chosen = make_settings("bench", load_suite(suite or "default"), settings)
-    refs = [source] if isinstance(source, str | Path) else list(source)
-    paths = find_targets([str(ref) for ref in refs], lambda ref: _fetch(ref, reporter))
-    ref = str(task) if task else None
-    if ref:
+    if device is not None and bbh is not None:
+        raise InputError("bbh cannot be used with a device", "Give a task folder as task.")
+    if ref := str(task) if task else None:  # a mistake in it is said before anything is fetched or measured
         from arte_edge.tasks.loaders import load_task
 
-        load_task(ref, bbh=bbh)  # a mistake in it is said before anything is measured
+        load_task(ref if device is None else str(catalog.find("tasks", ref)), bbh=bbh)
+    refs = [source] if isinstance(source, str | Path) else list(source)
+    paths = find_targets([str(ref) for ref in refs], lambda ref: _fetch(ref, reporter))
     request = Request(settings=chosen, task=ref, split=split, limit=limit, bbh=bbh, speed=speed, grammar=grammar)
     if device is None:
         rows = _measure(paths, request, reporter, on_row)
     else:
-        from arte_edge import catalog
         from arte_edge.bench.remote import bench_remote
         from arte_edge.device.profiles import find_device
 
-        if bbh is not None:
-            raise InputError("bbh cannot be used with a device", "Give a task folder as task.")
         rows = bench_remote(
             find_device(device),
             paths,

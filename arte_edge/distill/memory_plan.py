@@ -286,8 +286,9 @@ def _needs(config: RunConfig, tokens: Tokens, models: Models, room: int) -> Iter
         if writer:  # between two steps
             probe = engine_bytes(writer, config.align.probe_prompts, tokens.draft, kind=models.kind)
             base = {key: need[key] for key in ("weights", "adapter", "program")}
-            if models.bfloat16 or keeps_16_bits(teacher.n_params, room):
-                base["weights"] = 0
+            mapped = models.bfloat16 or keeps_16_bits(teacher.n_params, room)
+            if mapped and _is_bfloat16(teacher) and config.align.weights != "nf4":
+                base["weights"] = need["weights"] * (config.train.processes - 1)
             watched = _F32 * _WATCHED * _WATCHED_PAIRS * teacher.n_vocab
             yield Need("the checks of align", base | {"logits": watched, "engine": sum(probe.values())})
     need = training_bytes(
@@ -325,6 +326,8 @@ def engine_bytes(
         if kind == "int8":  # while it is read there is no cache yet
             matrix = size.n_vocab * size.n_embd
             weights, cache = int(_INT8 * size.n_params) + matrix, max(cache, _INT8_READ * matrix)
+            if not _is_bfloat16(size):  # read, not mapped
+                weights = max(weights, _HELD * size.n_params)
         return {"weights": weights, "cache": cache}
     facts = detect()
     repacked = repacked_types(facts.arch, facts.features)
@@ -337,6 +340,11 @@ def engine_bytes(
         "repacked copy": copies,
         "cache": size.kv_bytes(n_seq * cells) + _F32 * (n_seq * size.n_vocab + batch),
     }
+
+
+def _is_bfloat16(size: ModelSize) -> bool:
+    """Return whether the checkpoint of a model is bfloat16: it is mapped then, and pages can be given back."""
+    return size.quantization == "BF16" or (size.format == "gguf" and size.quantization not in ("F16", "F32"))
 
 
 def activation_bytes(size: ModelSize, tokens: int, wide: int = _WIDE, *, twice: bool = False) -> int:

@@ -186,8 +186,10 @@ def f16_student(model: LocalModel) -> LocalModel:
         return model
     path = cache_subdir("checkpoints") / f"{model.sha256[:16]}-F16.gguf"
     checkpoint = model.checkpoint()
-    with locked("student-file", of=path):  # other runs may make it at the same time
-        return replace(_f16_file(checkpoint, model, path, model.name), ref=model.ref, made="F16")
+    if not path.is_file():
+        with locked("student-file", of=path):  # other runs may make it at the same time
+            _f16_file(checkpoint, model, path, model.name)
+    return replace(_f16_file(checkpoint, model, path, model.name), ref=model.ref, made="F16")
 
 
 def quantized_student(model: LocalModel, kind: str) -> LocalModel:
@@ -204,11 +206,12 @@ def quantized_student(model: LocalModel, kind: str) -> LocalModel:
     if kind == base.quantization:
         return base
     path = cache_subdir("checkpoints") / f"{model.sha256[:16]}-{kind}.gguf"
-    with locked("student-file", of=path):
-        if not path.is_file():
-            from arte_edge.gguf.quantize import quantize
+    if not path.is_file():
+        from arte_edge.gguf.quantize import quantize
 
-            quantize(base.gguf, path, kind)
+        with locked("student-file", of=path):
+            if not path.is_file():
+                quantize(base.gguf, path, kind)
     sha256 = sha256_file(path)
     return LocalModel(f"{model.name} {kind}", sha256, path, None, kind, ref=model.ref, made=kind)
 

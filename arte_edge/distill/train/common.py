@@ -142,14 +142,10 @@ class DpoSettings(_Training):
 def free_memory() -> None:
     """Free the memory of a training: the next stage opens a model of the same size.
 
-    A trainer and its callbacks reference each other, so the garbage collector has to run; and glibc
-    keeps freed memory until malloc_trim.
+    A trainer and its callbacks reference each other, so the garbage collector has to run.
     """
     gc.collect()
     empty_cache(pick_device())
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # musl has no malloc_trim
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from how far the teacher has moved (`kl_target`).
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from arte_edge.distill.train.completion_head import score_completions_only
 from arte_edge.distill.train.kl_target import FEWEST_STEPS, HeldOut, StepSizer, held_out_report
 from arte_edge.distill.train.ranks import is_main, is_sharded, slot_weights, train_on_ranks, world_size
 from arte_edge.errors import ArteError, InputError
-from arte_edge.frozen_weights import release_file
+from arte_edge.frozen_weights import FilePages
 from arte_edge.private_apis import missing
 from arte_edge.store import content_key, write_jsonl
 
@@ -217,7 +218,7 @@ class _Training:
         watched = (self._held_out or encoded)[:n_watched]
         self.sizer = StepSizer(workspace, watched, settings.learning_rate, settings.target_kl)
         sizer = self.sizer  # not `self`: the monitor outlives the trainer, whose memory has to be free by then
-        probe = probe and _with_room(probe, checkpoint)
+        probe = probe and _with_room(probe, model)
         self.monitor = CollapseMonitor(workspace, settings, probe, ended=lambda: sizer.reached)
         lengths = [sum(len(ids) for ids in pair.values()) for pair in encoded]
         epochs = least_epochs(settings, len(encoded))
@@ -288,11 +289,13 @@ class _Training:
         return held_out_report(model, self.sizer.kl(model), self._held_out, self._settings.beta)
 
 
-def _with_room(probe: Probe, checkpoint: Path) -> Probe:
-    """Return `probe`, before which the frozen teacher's weights leave the memory: the probe opens it a second time."""
+def _with_room(probe: Probe, model: Any) -> Probe:
+    """Return `probe`, before which the frozen weights of `model` leave the memory: the probe opens them once more."""
+    weak = weakref.ref(model)  # the monitor, which has the probe, outlives the trainer
 
     def probed(adapter: Path) -> ProbeResult:
-        release_file(checkpoint)
+        if (frozen := weak()) is not None:
+            FilePages(frozen).release_frozen()
         return probe(adapter)
 
     return probed

@@ -14,6 +14,7 @@ Notation: b rows, s cached positions, n new positions, v vocabulary size.
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import inspect
 import json
@@ -117,7 +118,12 @@ def load(folder: Path, adapter: Path | None, dtype: torch.dtype, *, beside: bool
                 raise
         del model, live
         model = hf.load_model(folder, dtype)
-    return hf.attach_adapter(model, adapter).get_base_model(), tokenizer
+    model = hf.attach_adapter(model, adapter).get_base_model()
+    for module in [*model.modules()]:
+        for name, child in module.named_children():
+            if hasattr(child, "original_module"):  # of a layer that was trained whole
+                setattr(module, name, child.modules_to_save[child.active_adapters[0]])
+    return model, tokenizer
 
 
 _SHORTEST_PREFIX = 8  # tokens; sharing fewer costs more than it saves
@@ -340,6 +346,7 @@ class TransformersEngine:
         """Free the model's memory; the engine cannot be used afterwards."""
         vars(self).pop("model", None)
         vars(self).pop("forward", None)
+        gc.collect()
         if self._grammars is not None:
             self._grammars.close()
             self._grammars = None

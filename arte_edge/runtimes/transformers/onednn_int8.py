@@ -12,6 +12,7 @@ processor lacks them, `supported` is false.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,31 +59,32 @@ def quantize(model: Any, sample: Sequence[int]) -> int:
     import torch
 
     layer, inputs, head, pages = _layer(), _Inputs(), model.get_output_embeddings(), FilePages(model)
-    places = linear_layers(model)
-    adapters = {child: module for module, _, child in places if _is_plain_lora(module)}
-    made: dict[Any, Any] = {}
+    head = getattr(head, "base_layer", head)
+    within = {child: (module, name) for module in model.modules() for name, child in module.named_children()}
+    slots: dict[Any, list[tuple[Any, str, Any]]] = defaultdict(list)  # of each layer, with the adapter that it takes in
+    for module, name, child in linear_layers(model):
+        slots[child].append((*within[module], module) if _is_plain_lora(module) else (module, name, None))
+    del within, module, child
+    n_layer = len(slots)
 
-    def replace(child: Any, inputs_of_layer: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
+    def replace(child: Any, read: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
         """Quantize a layer as soon as the sample went through it: only one is then in memory in both forms."""
-        if child not in made:
-            largest = inputs_of_layer[0].reshape(-1, child.in_features).abs().amax(0).float()
-            made[child] = layer(child, largest, inputs, child is head, adapters.get(child))
+        if child in slots:
+            places = slots.pop(child)
+            largest = read[0].reshape(-1, child.in_features).abs().amax(0).float()
+            made = layer(child, largest, inputs, child is head, places[0][2])
+            for module, name, _ in places:
+                setattr(module, name, made)
             pages.release(child.weight)
 
-    hooks = [child.register_forward_hook(replace) for child in {child for _, _, child in places}]
+    hooks = [child.register_forward_hook(replace) for child in slots]
     try:
         with torch.inference_mode():
             model(input_ids=torch.tensor([list(sample)]))
     finally:
         for hook in hooks:
             hook.remove()
-    outer = {adapter: child for child, adapter in adapters.items()}
-    for module in [*model.modules()]:
-        for name, child in module.named_children():
-            linear = outer.get(child, child)
-            if linear in made:
-                setattr(module, name, made[linear])
-    return len(made)
+    return n_layer - len(slots)
 
 
 def _is_plain_lora(module: Any) -> bool:

@@ -25,12 +25,13 @@ def pack(model: Any) -> int:
 
     if model.dtype != torch.bfloat16 or not supported():
         return 0
-    linear = linear_layers(model)
-    layer, pages = _layer(), FilePages(model)
-    for module, name, child in linear:
+    linear, layer, pages = linear_layers(model), _layer(), FilePages(model)
+    n_layer = len(linear)
+    while linear:  # the list would keep what is replaced
+        module, name, child = linear.pop()
         setattr(module, name, layer(child))
         pages.release(child.weight)
-    return len(linear)
+    return n_layer
 
 
 def linear_layers(model: Any) -> list[tuple[Any, str, Any]]:

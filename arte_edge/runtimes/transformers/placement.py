@@ -7,7 +7,10 @@ device: MPS has none.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -77,10 +80,13 @@ def overflows_float16(checkpoint: Path) -> bool:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Return freed memory of a GPU to the system."""
+    """Return freed memory of a GPU, or what glibc keeps of it, to the system."""
     import torch
 
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+    elif sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # musl has no malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)

@@ -11,6 +11,7 @@ from arte_edge.distill.train.common import CollapseLimits, DpoSettings, Encoder,
 from arte_edge.distill.train.dpo import _set_shards, encode_pairs, train_dpo
 from arte_edge.distill.train.sft import train_sft
 from arte_edge.errors import ArteError, InputError
+from arte_edge.frozen_weights import FilePages
 
 PAIRS = [
     {
@@ -104,13 +105,16 @@ def test_the_rate_warms_up_and_falls_as_a_cosine(longer: Any) -> None:
     ("broken", "named"), [(ProbeResult(0.1, 40.0), "valid drafts fell"), (ProbeResult(0.75, 400.0), "mean length went")]
 )
 def test_a_broken_teacher_stops_the_training_and_the_last_good_adapter_is_kept(
-    broken: ProbeResult, named: str, tiny_checkpoint: Any, tmp_path: Path
+    broken: ProbeResult, named: str, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
     seen: list[dict[str, Any]] = []
+    given_back: list[Any] = []
+    monkeypatch.setattr(FilePages, "release_frozen", lambda pages: given_back.append(pages))
 
     def probe(folder: Path) -> ProbeResult:
+        assert len(given_back) == len(seen) + 1, "before the probe opens the teacher a second time"
         seen.append(adapter(folder))
         changes = any(weight.any() for name, weight in seen[-1].items() if "lora_B" in name)
         assert is_untrained(folder) == (not changes) == (len(seen) == 1)

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from tiny import save_adapter
 
+from arte_edge.frozen_weights import FilePages
 from arte_edge.runtimes.completion import Request, Sampling
 
 torch = pytest.importorskip("torch")
@@ -94,3 +96,18 @@ def test_an_adapter_that_is_more_than_two_matrices_stays_beside_a_layer(lora, pl
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], **lora))
     found = [onednn_int8._is_plain_lora(module) for module in model.modules() if hasattr(module, "lora_A")]
     assert found == [plain]
+
+
+@pytest.mark.parametrize("lora", [{}, {"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_logits_are_wide_and_pages_given_back_whatever_an_adapter_adapts(tiny_checkpoint, tmp_path, monkeypatch, lora):
+    pytest.importorskip("peft")
+    folder = tiny_checkpoint(tmp_path / "m", "qwen2")
+    save_adapter(folder, tmp_path / "adapter", [1, 2], **lora)
+    released = []
+    monkeypatch.setattr(FilePages, "release", lambda pages, weight: released.append(weight.shape))
+    engine = TransformersEngine(folder, sha256="0", adapter=tmp_path / "adapter", device="cpu", dtype="int8")
+    with torch.inference_mode():
+        assert engine.model(input_ids=torch.tensor([[1, 2]])).logits.dtype == torch.float32
+    layers = [module for module in engine.model.modules() if type(module).__name__ == "Quantized"]
+    assert len(released) == len(layers) == 7 * engine.model.config.num_hidden_layers + 1
+    assert not any(hasattr(module, "lora_A") for module in engine.model.modules())
