@@ -6,9 +6,8 @@
     ├── StoppedEarly     4  stopped on purpose; re-run the same command to resume
     └── EngineError      1  a model runtime or a server failed
 
-A message says what is wrong and where (``run.toml: align.learning_rat``); the
-hint says what to do about it. `arte_edge.cli` catches `ArteError` once and
-prints both; a traceback appears only with ``--debug``.
+A message says what is wrong and where (``run.toml: align.learning_rat``); the hint says what to do about it.
+`arte_edge.cli` catches `ArteError` once and prints both; a traceback appears only with ``--debug``.
 """
 
 from __future__ import annotations

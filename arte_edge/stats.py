@@ -58,9 +58,8 @@ class Ratio:
 def wilson(right: int, n: int, level: float = 0.95) -> Interval:
     """Return the score interval of the share ``right / n``.
 
-    E. B. Wilson, J. Am. Stat. Assoc. 22 (1927) 209–212. Unlike the textbook
-    ``p ± z·s`` it keeps its coverage for few questions and for shares near 0 or 1.
-    Without any answer (``n = 0``) every share is possible: 0 to 1.
+    E. B. Wilson, J. Am. Stat. Assoc. 22 (1927) 209–212. Unlike the textbook ``p ± z·s`` it keeps its coverage for few
+    questions and for shares near 0 or 1. Without any answer (``n = 0``) every share is possible: 0 to 1.
 
     Raises ValueError: `right` is not between 0 and `n`.
     """
@@ -79,12 +78,10 @@ def wilson(right: int, n: int, level: float = 0.95) -> Interval:
 def mcnemar(a: ArrayLike, b: ArrayLike) -> PairedTest:
     """Compare two systems that answered the same questions.
 
-    The p-value is the exact two-sided McNemar test: of the questions that only one
-    of the two got right, how surprising is the split under a fair coin (Q. McNemar,
-    Psychometrika 12 (1947) 153–157). The interval of the paired difference is the
-    square-and-add one, method 10 of R. G. Newcombe, Stat. Med. 17 (1998) 2635–2650.
-    The exact test is the more careful of the two, so near 0.05 the interval may
-    leave zero out while the p-value is still above.
+    The p-value is the exact two-sided McNemar test: of the questions that only one of the two got right, how surprising
+    is the split under a fair coin (Q. McNemar, Psychometrika 12 (1947) 153–157). The interval of the paired difference
+    is the square-and-add one, method 10 of R. G. Newcombe, Stat. Med. 17 (1998) 2635–2650. The exact test is the more
+    careful of the two, so near 0.05 the interval may leave zero out while the p-value is still above.
 
     Args:
         a: ``[n]`` whether the first system (say, the base student) was right.
@@ -108,9 +105,8 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> PairedTest:
 def format_share(base: float, base_forced: float, tuned: float) -> float | None:
     """Return which share, 0 to 1, of the gain from `base` to `tuned` is answer format alone.
 
-    A base student that knows the answer but never closes the answer tag scores
-    nothing. `base_forced` is its accuracy with the answer forced out of it: what
-    forcing alone recovers was known before the training. None if `tuned` is no
+    A base student that knows the answer but never closes the answer tag scores nothing. `base_forced` is its accuracy
+    with the answer forced out of it: what forcing alone recovers was known before the training. None if `tuned` is no
     better than `base`: there is no gain to share out.
     """
     if tuned <= base:

@@ -122,9 +122,8 @@ def question_prefill(n_seeds: int) -> str:
 def rationale_messages(task: Task, question: str, technique: str | None, shots: Sequence[Shot] = ()) -> list[Message]:
     """Prompt the teacher to reason about `question`.
 
-    With `technique` None this is the *naive* prompt of alignment and tailoring: the
-    text of the technique is removed, so that the teacher learns by itself when to use
-    it (paper, section 3.4, "prompt erasure").
+    With `technique` None this is the *naive* prompt of alignment and tailoring: the text of the technique is removed,
+    so that the teacher learns by itself when to use it (paper, section 3.4, "prompt erasure").
     """
     how = technique.strip() if technique else STEP_BY_STEP
     system = f"{task.description.strip()}\n{_BRIEF} {_TAG_RULE}"

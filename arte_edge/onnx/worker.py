@@ -8,8 +8,7 @@ A script for any interpreter, so only the standard library is imported at its to
     {"job": "simplify", "path": "..."}
     {"job": "quantize", "source": "...", "out": "...", "arch": "avx2"}
 
-The input stays open while the parent lives. When it closes, also because the parent was killed, this process
-ends.
+The input stays open while the parent lives. When it closes, also because the parent was killed, this process ends.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """``.eval_results/*.yaml``: a score on a benchmark registered on the Hub, for its leaderboard.
 
-Only for datasets that are registered as benchmarks, which is checked on the Hub where it can be reached. Only
-scores on the whole test split count, and only those of the listed file itself. The format has no field for
-quantization or hardware, so `notes` has both (hub-docs: eval-results). Values are in percent, as in the entries
-of other models.
+Only for datasets that are registered as benchmarks, which is checked on the Hub where it can be reached. Only scores on
+the whole test split count, and only those of the listed file itself. The format has no field for quantization or
+hardware, so `notes` has both (hub-docs: eval-results). Values are in percent, as in the entries of other models.
 """
 
 from __future__ import annotations

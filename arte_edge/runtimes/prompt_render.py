@@ -1,9 +1,8 @@
 """Render messages to the one text that is hashed, sent and decoded.
 
-A model with a chat template gets its own template, run in jinja2's sandbox (a
-template is a program that came with a download). A model without one gets plain
-text. A `prefill` starts the model's answer for it, which is how small models keep
-to a format.
+A model with a chat template gets its own template, run in jinja2's sandbox (a template is a program that came with a
+download). A model without one gets plain text. A `prefill` starts the model's answer for it, which is how small models
+keep to a format.
 """
 
 from __future__ import annotations

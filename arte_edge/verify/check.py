@@ -1,11 +1,10 @@
 """One check of the gate with the table of several, and the default thresholds for each quantization type.
 
-A recipe can override them. Perplexity thresholds are published losses of models of 0.5 to 2 billion parameters with
-an importance matrix (wikitext, Qwen2.5-0.5B and 1.5B; llama.cpp pull requests 4930, 4969 and 6936): Q8_0 +0.5 %,
-Q6_K +0.7 %, Q5_K_M +2 %, Q4_K_M +4 %, int8 +0.5 %, plain int4 +10 %. SmolLM2-135M meets them with an importance
-matrix (see docs/verify.md); its Q5_K_M without one does not. Those of divergence and agreement leave room for a
-tuned student, which has sharper distributions and loses more nats (0.12 for Q4_K_M of the quick start);
-larger models lose less.
+A recipe can override them. Perplexity thresholds are published losses of models of 0.5 to 2 billion parameters with an
+importance matrix (wikitext, Qwen2.5-0.5B and 1.5B; llama.cpp pull requests 4930, 4969 and 6936): Q8_0 +0.5 %, Q6_K +0.7
+%, Q5_K_M +2 %, Q4_K_M +4 %, int8 +0.5 %, plain int4 +10 %. SmolLM2-135M meets them with an importance matrix (see
+docs/verify.md); its Q5_K_M without one does not. Those of divergence and agreement leave room for a tuned student,
+which has sharper distributions and loses more nats (0.12 for Q4_K_M of the quick start); larger models lose less.
 """
 
 from __future__ import annotations

@@ -193,10 +193,9 @@ def summarize(compared: Sequence[Compared]) -> Fidelity:
 def _ratio_error(compared: Sequence[Compared]) -> float:
     """Return the standard error of the mean log-ratio over all tokens, NaN for a single prompt.
 
-    Tokens of one prompt vary together, and so do occurrences of one token (the answer format is in every
-    prompt). With both clusterings the variance is that over prompts plus that over token ids minus that over
-    their intersections (A. C. Cameron, J. B. Gelbach and D. L. Miller, J. Bus. Econ. Stat. 29 (2011) 238–249),
-    and not less than either alone.
+    Tokens of one prompt vary together, and so do occurrences of one token (the answer format is in every prompt). With
+    both clusterings the variance is that over prompts plus that over token ids minus that over their intersections (A.
+    C. Cameron, J. B. Gelbach and D. L. Miller, J. Bus. Econ. Stat. 29 (2011) 238–249), and not less than either alone.
     """
     if len(compared) < 2:
         return float("nan")

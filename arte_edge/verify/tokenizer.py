@@ -1,9 +1,8 @@
 """Tokenizer checks: both models must tokenize texts equally and stop at the same tokens.
 
-A converter that misses a pre-tokenizer, a merge or an added token gives the model wrong ids without any error.
-Each group in ``hard_strings.json`` covers a known kind of fault: digits (split one by one, in threes, or not at
-all), runs of blanks, special tokens in text, scripts without spaces, combining marks, characters that normalizers
-drop.
+A converter that misses a pre-tokenizer, a merge or an added token gives the model wrong ids without any error. Each
+group in ``hard_strings.json`` covers a known kind of fault: digits (split one by one, in threes, or not at all), runs
+of blanks, special tokens in text, scripts without spaces, combining marks, characters that normalizers drop.
 """
 
 from __future__ import annotations

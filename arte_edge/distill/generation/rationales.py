@@ -4,9 +4,8 @@ Prompts are a technique's or the naive one. Where the engine supports a grammar,
 free and only its end is constrained to an answer of the task in its tags: small teachers invent labels
 ("heater") and forget tags.
 
-A teacher gives an answer when it generates the question (its *target*) and again at the end of every
-rationale. Small teachers often disagree with themselves; the label policy decides, and the stage counts
-what it changed.
+A teacher gives an answer when it generates the question (its *target*) and again at the end of every rationale. Small
+teachers often disagree with themselves; the label policy decides, and the stage counts what it changed.
 
 A student generates answers as long as those that it was trained on, so under a latency budget
 (`arte_edge.distill.latency`) its training data must fit. Truncating breaks the format, and dropping loses most

@@ -4,9 +4,8 @@ Questions are sampled with the prompt of alignment at temperature 1; rationales 
 prompt, greedily: which technique to use is now the teacher's choice. Under a latency limit the
 rationales have to fit it (`arte_edge.distill.generation.rationales`).
 
-A teacher generates some labels far more often than others, and the balance of labels affects the
-student more than any score of its drafts does (benchmarks/studies): of more usable examples than needed
-a balanced subset is taken.
+A teacher generates some labels far more often than others, and the balance of labels affects the student more than any
+score of its drafts does (benchmarks/studies): of more usable examples than needed a balanced subset is taken.
 
 Other arms select in place of aligning, or beside it. With ``best-of-n`` the original teacher, which may be a server,
 writes n drafts for each example and the one that the student prefers is kept: n rationales of a question, or n inputs

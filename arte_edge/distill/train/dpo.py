@@ -1,9 +1,8 @@
 """Align the teacher with the student's preferences: DPO with LoRA, with checks for model collapse.
 
-The reference model is the teacher without its adapter, so one copy of the weights
-serves both. TRL's trainer gets token ids that are made here, as the engines make
-them, and TRL's metrics are checked by `collapse`. With ``target_kl`` the rate follows
-from how far the teacher has moved (`kl_target`).
+The reference model is the teacher without its adapter, so one copy of the weights serves both. TRL's trainer gets token
+ids that are made here, as the engines make them, and TRL's metrics are checked by `collapse`. With ``target_kl`` the
+rate follows from how far the teacher has moved (`kl_target`).
 """
 
 from __future__ import annotations
@@ -77,11 +76,10 @@ def train_dpo(
     How far the teacher has moved, and what it has learned, is measured on the pairs `held_out`; without any, how far
     on `pairs`.
 
-    `probe` runs before the first step, every ``settings.probe_every`` steps and after the last
-    one; on a collapse training stops and the last good adapter is used. Killed at any moment, the
-    same call resumes from its last checkpoint to the same adapter; a finished one returns at once. With several
-    `processes` each has a share of every step's pairs (`ranks`) and, `sharded`, of the weights; `probe` runs in this
-    one.
+    `probe` runs before the first step, every ``settings.probe_every`` steps and after the last one; on a collapse
+    training stops and the last good adapter is used. Killed at any moment, the same call resumes from its last
+    checkpoint to the same adapter; a finished one returns at once. With several `processes` each has a share of every
+    step's pairs (`ranks`) and, `sharded`, of the weights; `probe` runs in this one.
 
     Raises:
         InputError: no pairs, a pair without its texts, no pair that fits, an unreadable checkpoint,

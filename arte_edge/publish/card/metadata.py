@@ -1,9 +1,8 @@
 """The keys of a model card's front matter: lineage, licence, library, tags and the measured results.
 
-Names follow the Hub (hub-docs: modelcard.md). An export holds quantized files: named after the
-student's own repository it is ``quantized``, and without one ``finetune`` of the student's base,
-since that is what it comes from on the Hub. ``metrics[].args`` is the only structured place for
-quantization, runtime, threads, device and interval. A score is
+Names follow the Hub (hub-docs: modelcard.md). An export holds quantized files: named after the student's own repository
+it is ``quantized``, and without one ``finetune`` of the student's base, since that is what it comes from on the Hub.
+``metrics[].args`` is the only structured place for quantization, runtime, threads, device and interval. A score is
 listed only with the file it was measured on.
 """
 

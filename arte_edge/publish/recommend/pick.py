@@ -5,9 +5,8 @@ whose accuracy is statistically indistinguishable from the best: their 95 % inte
 file's accuracy. With few examples that is most of them, and speed decides. A file whose speed is only
 predicted is never preferred to one that was measured, however fast the prediction.
 
-``max_drop`` is compared with the measured paired difference from the 16-bit student, significant or
-not; the message says which. A constraint that cannot be checked, because nothing was measured or
-predicted, counts as not satisfied.
+``max_drop`` is compared with the measured paired difference from the 16-bit student, significant or not; the message
+says which. A constraint that cannot be checked, because nothing was measured or predicted, counts as not satisfied.
 """
 
 from __future__ import annotations

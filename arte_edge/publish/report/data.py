@@ -1,7 +1,6 @@
 """The contents of a run folder: settings, stage summaries and rows, times, the export, the benchmark.
 
-What does not exist yet is listed as missing, so an interrupted run has a report too. Only damaged files are
-an error.
+What does not exist yet is listed as missing, so an interrupted run has a report too. Only damaged files are an error.
 """
 
 from __future__ import annotations

@@ -55,10 +55,9 @@ ONE_SEQUENCE = Layout(flash=True)  # llama.cpp's own choice for one sequence, wh
 def context_bytes(model: Any, n_seq: int, n_ctx_seq: int, ubatch: int) -> int:
     """Return what a context of `n_seq` sequences with `n_ctx_seq` tokens each allocates, in bytes, about.
 
-    Keys and values (16 bits), logits of one row a sequence, and the activations of one
-    `ubatch`: the widest tensor, which is logits or the feed-forward layer's, twice, and twice
-    the attention scores of its rows, which flash attention does without. For models with
-    layers that remember less than the whole context it is an upper bound.
+    Keys and values (16 bits), logits of one row a sequence, and the activations of one `ubatch`: the widest tensor,
+    which is logits or the feed-forward layer's, twice, and twice the attention scores of its rows, which flash
+    attention does without. For models with layers that remember less than the whole context it is an upper bound.
     """
     logits = n_seq * model.n_vocab * _F32_BYTES
     widest = max(model.n_vocab // 2, model.size("embedding_length") * 4, model.size("feed_forward_length"))

@@ -90,9 +90,8 @@ class OpenAIEngine:
     ) -> None:
         """Connect, check that the server has the model, and find out the mode.
 
-        In chat mode, whether the server `continues` an answer that was begun for the model; None: find out.
-        With `text`, the model's own tokenizer, prompts of completions are sent as token ids. `key`, `uds`: see
-        `Server`.
+        In chat mode, whether the server `continues` an answer that was begun for the model; None: find out. With
+        `text`, the model's own tokenizer, prompts of completions are sent as token ids. `key`, `uds`: see `Server`.
 
         Raises InputError: an address that is none, or a model that the server does not list;
         CallFailed: the server does not answer or refuses the key.

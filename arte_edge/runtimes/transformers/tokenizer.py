@@ -1,8 +1,7 @@
 """From text to tokens and back, with a transformers tokenizer.
 
-Special tokens in a prompt are parsed, because a rendered prompt holds them as text.
-The begin token is added only where the tokenizer adds it by itself and the prompt,
-whose template may have written it, does not have it already.
+Special tokens in a prompt are parsed, because a rendered prompt holds them as text. The begin token is added only where
+the tokenizer adds it by itself and the prompt, whose template may have written it, does not have it already.
 """
 
 from __future__ import annotations
