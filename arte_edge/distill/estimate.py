@@ -389,7 +389,8 @@ def _drafts(
     yield Work(stage, Call("teacher", "question"), sent)
     if not _bare(config, task):
         yield Work(stage, Call("teacher", "rationale"), plan.needed * n_technique)
-    kept = stage == "elicit" and _bare(config, task) and config.elicit.label == "teacher"  # no vote on them
+    policy = config.elicit.label if stage == "elicit" else config.tailor.label
+    kept = _bare(config, task) and policy == "teacher"  # no vote on them
     if votes_directly(config, task.answer) and not kept:
         yield Work(stage, Call("teacher", "vote", config.elicit.opinion_shots), plan.needed)
 

@@ -111,7 +111,7 @@ def test_a_study_that_was_cut_off_goes_on_and_a_finished_one_costs_nothing(
         return train(*args, **more)
 
     with monkeypatch.context() as patch:
-        for stage in ("own_labels", "tune"):
+        for stage in ("check", "tune"):
             patch.setattr(f"arte_edge.distill.stages.{stage}.train_sft", dies)
         assert study("cut") == 1
     assert study("cut") == 0

@@ -161,20 +161,6 @@ def test_soft_labels_hold_the_teachers_distribution_beside_the_label(house: Any,
         assert summary["soft_labels"] == WANTED and len(rows) > WANTED
 
 
-@pytest.mark.parametrize("role", ["labels", "inputs"])
-def test_inputs_keep_their_answers_where_the_policy_trusts_the_teacher(house: Any, role: str) -> None:
-    house.by_label = True
-    house.teacher.answer = lambda prompt: "odd"
-    kept = {}
-    for policy in ("teacher", "drop-disagreement"):
-        run = house.run(tailor={"questions": WANTED, "label": policy}, tune={"target": "answer"})
-        run.role = role
-        tailor(run, None, Focus())
-        kept[policy] = {row["label"] for row in run.read("tailor", "train.jsonl")}
-        run.close()
-    assert kept == {"teacher": {"even", "odd"}, "drop-disagreement": {"odd"}}
-
-
 def test_a_teacher_that_dropped_half_of_its_questions_drafts_twice_as_many_at_once(house: Any) -> None:
     house.by_label = True
     drafted = []
