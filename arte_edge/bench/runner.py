@@ -130,10 +130,13 @@ def bench(
     chosen = make_settings("bench", load_suite(suite or "default"), settings)
     if device is not None and bbh is not None:
         raise InputError("bbh cannot be used with a device", "Give a task folder as task.")
-    if ref := str(task) if task else None:  # a mistake in it is said before anything is fetched or measured
+    ref = str(task) if task else None
+    if ref:  # a mistake in it is said before anything is fetched or measured
         from arte_edge.tasks.loaders import load_task
 
-        load_task(ref if device is None else str(catalog.find("tasks", ref)), bbh=bbh)
+        if device is not None:
+            ref = str(catalog.find("tasks", ref))
+        load_task(ref, bbh=bbh)
     refs = [source] if isinstance(source, str | Path) else list(source)
     paths = find_targets([str(ref) for ref in refs], lambda ref: _fetch(ref, reporter))
     request = Request(settings=chosen, task=ref, split=split, limit=limit, bbh=bbh, speed=speed, grammar=grammar)
@@ -146,7 +149,7 @@ def bench(
         rows = bench_remote(
             find_device(device),
             paths,
-            request.model_copy(update={"task": str(catalog.find("tasks", ref)) if ref else None}),
+            request,
             reporter=reporter,
             compile_there=compile_there,
             on_row=on_row,

@@ -11,6 +11,7 @@ fastest when many sequences share a batch.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -185,11 +186,7 @@ def f16_student(model: LocalModel) -> LocalModel:
     if model.gguf is None or model.quantization == "F16":
         return model
     path = cache_subdir("checkpoints") / f"{model.sha256[:16]}-F16.gguf"
-    checkpoint = model.checkpoint()
-    if not path.is_file():
-        with locked("student-file", of=path):  # other runs may make it at the same time
-            _f16_file(checkpoint, model, path, model.name)
-    return replace(_f16_file(checkpoint, model, path, model.name), ref=model.ref, made="F16")
+    return replace(_f16_file(model.checkpoint(), model, path, model.name), ref=model.ref, made="F16")
 
 
 def quantized_student(model: LocalModel, kind: str) -> LocalModel:
@@ -205,13 +202,14 @@ def quantized_student(model: LocalModel, kind: str) -> LocalModel:
         )
     if kind == base.quantization:
         return base
-    path = cache_subdir("checkpoints") / f"{model.sha256[:16]}-{kind}.gguf"
-    if not path.is_file():
+    path, source = cache_subdir("checkpoints") / f"{model.sha256[:16]}-{kind}.gguf", base.gguf
+
+    def make() -> None:
         from arte_edge.gguf.quantize import quantize
 
-        with locked("student-file", of=path):
-            if not path.is_file():
-                quantize(base.gguf, path, kind)
+        quantize(source, path, kind)
+
+    _make_once(path, make)
     sha256 = sha256_file(path)
     return LocalModel(f"{model.name} {kind}", sha256, path, None, kind, ref=model.ref, made=kind)
 
@@ -227,12 +225,22 @@ def tuned_student(model: LocalModel, checkpoint: Path, out: Path) -> LocalModel:
 
 
 def _f16_file(checkpoint: Path, model: LocalModel, path: Path, name: str) -> LocalModel:
-    if not path.is_file():
+    def make() -> None:
         from arte_edge.gguf.from_base import checkpoint_to_gguf
 
         assert model.gguf is not None  # both callers looked
         checkpoint_to_gguf(checkpoint, model.gguf, path)
+
+    _make_once(path, make)
     return LocalModel(name, sha256_file(path), path, None, "F16", ref=str(path.absolute()))
+
+
+def _make_once(path: Path, make: Callable[[], None]) -> None:
+    """Call `make` if the file `path` is missing, in one process: other runs may want it at the same time."""
+    if not path.is_file():
+        with locked("student-file", of=path):
+            if not path.is_file():
+                make()
 
 
 def found_here(model: LocalModel) -> LocalModel:

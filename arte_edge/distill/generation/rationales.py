@@ -107,29 +107,23 @@ def label_drafts(
     """Label `questions` in place; return their rationales as `generate_rationales` does, and what labelling changed.
 
     Where the student gives the answer alone the teacher need not reason: each labelled question has one rationale,
-    which is its answer in tags.
+    which is its answer in tags. With the policy "teacher" nobody votes there, and each input keeps the answer that it
+    was written for: one that does not mean it scores low with the student, and an alignment learns from that.
     """
     teacher = run.config.teacher
     rationales: list[Row] = []
     if run.reasons:
         rationales = generate_rationales(run, engine, teacher, questions, techniques, f"{what} rationales", shots)
-    votes = direct_votes(run, engine, teacher, questions, "direct answers")
+    votes: Sequence[str | None] = [None] * len(questions)
     how: _Policy = policy
-    if run.by_label and (run.role == "inputs" or policy != "teacher"):
-        how = "told" if run.role == "inputs" else "direct"
+    if run.reasons or policy != "teacher":
+        votes = direct_votes(run, engine, teacher, questions, "direct answers")
+        if run.by_label and (run.role == "inputs" or policy != "teacher"):
+            how = "told" if run.role == "inputs" else "direct"
     labels = label_rows(run, questions, rationales, votes, how)
     if not run.reasons:
         rationales = [_bare(question) for question in questions if question["label"] is not None]
     return rationales, labels
-
-
-def given_labels(run: RunContext, questions: Sequence[Row]) -> tuple[list[Row], Row]:
-    """As `label_drafts` for inputs without reasons, but each keeps the answer that it was written for.
-
-    That is for what the student scores: one that does not mean its answer scores low, and an alignment learns from it.
-    """
-    labels = label_rows(run, questions, [], [None] * len(questions), "teacher")
-    return [_bare(question) for question in questions], labels
 
 
 def _bare(question: Row) -> Row:

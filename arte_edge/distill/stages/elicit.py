@@ -11,7 +11,7 @@ from arte_edge.distill.generation.questions import (
     draft_questions,
     elicit_inputs,
 )
-from arte_edge.distill.generation.rationales import given_labels, label_drafts, reject_repeated
+from arte_edge.distill.generation.rationales import label_drafts, reject_repeated
 from arte_edge.distill.run_context import RunContext, Summary
 from arte_edge.errors import StoppedEarly
 from arte_edge.runtimes.completion import Engine
@@ -53,10 +53,7 @@ def elicit(run: RunContext) -> Summary:
             plan = draft_plan(run.config)
             source = draft_source(run, engine, plan, first_focus(run))
             drafts = draft_questions(run, engine, plan, "draft questions", source)
-            if run.reasons or config.label != "teacher":
-                rationales, labels = label_drafts(run, engine, drafts.valid, run.task.techniques, config.label, "draft")
-            else:
-                rationales, labels = given_labels(run, drafts.valid)
+            rationales, labels = label_drafts(run, engine, drafts.valid, run.task.techniques, config.label, "draft")
             repeated = reject_repeated(rationales) if run.reasons else 0
             if not any(row["usable"] for row in rationales):
                 raise StoppedEarly(

@@ -30,7 +30,6 @@ from arte_edge.distill.generation.inputs import Focus
 from arte_edge.distill.generation.questions import Drafts, QuestionPlan, draft_questions, elicit_inputs
 from arte_edge.distill.generation.rationales import (
     direct_choices,
-    given_labels,
     label_drafts,
     over_budget,
     reject_repeated,
@@ -217,10 +216,7 @@ def _generate(run: RunContext, engine: Engine, plan: QuestionPlan, focus: Focus)
     engine = _labelling_engine(run, engine)
     # Not truncated at a latency budget: a truncated rationale teaches the student to stop early.
     shots = short_shots(run, teacher)
-    if run.by_label and not run.reasons and config.label == "teacher":
-        rationales, labels = given_labels(run, drafts.valid)
-    else:
-        rationales, labels = label_drafts(run, engine, drafts.valid, techniques, config.label, "tailored", shots)
+    rationales, labels = label_drafts(run, engine, drafts.valid, techniques, config.label, "tailored", shots)
     if not run.reasons:
         return drafts, rationales, labels | {"parroted": 0}
     every = [*rationales]
