@@ -97,7 +97,7 @@ class ModelConfig(_Section):
 
     model: ModelRef = _key(..., "registry name, path, Hub id, or openai:MODEL@URL")
     engine: Literal["auto", "llamacpp", "transformers", "int8"] = _key(
-        "auto", "auto: llamacpp for GGUF files (int8 for a teacher where that is fast), otherwise transformers"
+        "auto", "auto: llamacpp for GGUF files (a teacher: int8 or transformers where faster), otherwise transformers"
     )
     template: Literal["auto", "none"] = _key("auto", "none: plain-text prompts, even if the model has a chat template")
     parallel: int = _key(32, "sequences decoded together; for a server, concurrent requests", ge=1, le=200)

@@ -322,10 +322,10 @@ def engine_bytes(
     """
     if size.format != "gguf" or kind in ("transformers", "int8"):
         cells = parallel * (own or tokens) + _CACHE_ROWS * tokens
-        weights, cache = _F32 * size.n_params, 2 * size.kv_bytes(cells)  # in float32
+        head = size.n_vocab * size.n_embd  # packed, beside an embedding that may be the same matrix
+        weights, cache = _F32 * (size.n_params + head), 2 * size.kv_bytes(cells)  # in float32
         if kind == "int8":  # while it is read there is no cache yet
-            matrix = size.n_vocab * size.n_embd
-            weights, cache = int(_INT8 * size.n_params) + matrix, max(cache, _INT8_READ * matrix)
+            weights, cache = int(_INT8 * size.n_params) + head, max(cache, _INT8_READ * head)
             if not _is_bfloat16(size):  # read, not mapped
                 weights = max(weights, _HELD * size.n_params)
         return {"weights": weights, "cache": cache}

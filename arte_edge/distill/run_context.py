@@ -278,7 +278,7 @@ class RunContext:
         # A run from before the choice was stored has an adapter and texts of the usual engine.
         older = (self.folder / "check" / "manifest.json").is_file()
         chosen = "auto" if older else self.where_models_run(teacher_kind, model, config.engine)
-        if chosen == "int8":
+        if model.gguf is not None and chosen in ("int8", "transformers"):
             try:
                 self.checkpoint(config)
             except ArteError as error:

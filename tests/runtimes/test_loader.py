@@ -101,21 +101,27 @@ def _header(n: int, architecture: str = "qwen2") -> Any:
 @pytest.mark.parametrize(
     ("header", "memory_bytes", "able", "chosen"),
     [
-        (_header(500_000_000), 16 << 30, True, "int8"),
-        (_header(135_000_000), 16 << 30, True, "llamacpp"),
-        (_header(500_000_000, "mamba"), 16 << 30, True, "llamacpp"),
-        (_header(1_777_000_000), 8_000_000_000, True, "int8"),  # with an output matrix of its own, on a laptop
-        (_header(8_000_000_000), 16 << 30, True, "llamacpp"),
-        (_header(500_000_000), 16 << 30, False, "llamacpp"),
+        (_header(500_000_000), 16 << 30, "int8", "int8"),
+        (_header(135_000_000), 16 << 30, "int8", "llamacpp"),
+        (_header(500_000_000, "mamba"), 16 << 30, "int8", "llamacpp"),
+        (_header(1_777_000_000), 8_000_000_000, "int8", "int8"),  # with an output matrix of its own, on a laptop
+        (_header(8_000_000_000), 16 << 30, "int8", "llamacpp"),
+        (_header(500_000_000), 16 << 30, "float32", "transformers"),
+        (_header(135_000_000), 16 << 30, "float32", "llamacpp"),
+        (_header(500_000_000, "mamba"), 16 << 30, "float32", "llamacpp"),
+        (_header(500_000_000), 8_000_000_000, "float32", "llamacpp"),  # too large beside an alignment
+        (_header(500_000_000), 16 << 30, "", "llamacpp"),
     ],
 )
-def test_a_large_teacher_is_multiplied_in_integers_where_that_is_fast(
-    monkeypatch: Patch, header: Any, memory_bytes: int, able: bool, chosen: str
+def test_a_large_teacher_runs_in_the_numbers_that_are_fastest_where_they_fit(
+    monkeypatch: Patch, header: Any, memory_bytes: int, able: str, chosen: str
 ) -> None:
     pytest.importorskip("torch")
     monkeypatch.setattr(loader, "read_model_header", lambda path: header)
     monkeypatch.setattr(loader, "total_bytes", lambda: memory_bytes)
-    monkeypatch.setattr("arte_edge.runtimes.transformers.onednn_int8.supported", lambda: able)
+    monkeypatch.setattr("arte_edge.runtimes.transformers.onednn_int8.supported", lambda: able == "int8")
+    packs = "arte_edge.runtimes.transformers.onednn_prepack.supports_float32"
+    monkeypatch.setattr(packs, lambda: able == "float32")
     monkeypatch.setenv("ARTE_EDGE_DEVICE", "cpu")
     model = LocalModel("m", "0", Path("m.gguf"), None, "Q4_K_M")
     assert loader.teacher_kind(model, "auto") == chosen
