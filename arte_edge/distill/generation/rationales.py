@@ -223,7 +223,7 @@ def label_rows(
         label = decide_label(policy, target, [*answers, vote])
         # The label keeps the spelling of its source, not the normalized form of the comparison.
         written = {target: question["target"], **{a: r["answer"] for a, r in zip(answers, mine, strict=True) if a}}
-        question["label"] = written.get(label) if label is not None else None
+        question["label"] = None if label is None else written.get(label, label)  # a vote is one of the task's answers
         changed += label is not None and label != target
         dropped += label is None
         for rationale, answer in zip(mine, answers, strict=True):

@@ -20,6 +20,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -36,7 +37,7 @@ from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, S
 from arte_edge.runtimes.prefix_tree import n_common, plan_groups
 from arte_edge.runtimes.transformers import onednn_int8
 from arte_edge.runtimes.transformers.onednn_prepack import pack
-from arte_edge.runtimes.transformers.packed_generate import generate_packed
+from arte_edge.runtimes.transformers.packed_generate import FLOAT32_ROWS, generate_packed
 from arte_edge.runtimes.transformers.packed_kv_cache import MOST_ROWS, run_trees, supports_packing
 from arte_edge.runtimes.transformers.placement import Floats, empty_cache, fast_floats, pick_device
 
@@ -370,7 +371,9 @@ class TransformersEngine:
         rows = [prompts[i] for i in todo]
         if self._device.type == "cpu" and rows and self._can_pack(max(map(len, rows)) + new):
             writers = [self._writer(requests[i], prompts[i], sampling) for i in todo]
-            shares = generate_packed(self.model, self._device, rows, writers, lambda logits: _drawing(logits, sampling))
+            draw = partial(_drawing, sampling=sampling)
+            most = FLOAT32_ROWS if self.identity.quantization == "float32" else 0
+            shares = generate_packed(self.model, self._device, rows, writers, draw, most)
             done |= {i: w.completion(n) for i, w, n in zip(todo, writers, shares, strict=True)}
             return [done[i] for i in range(len(requests))]
         for batch in plan(rows, new, self._batch_tokens):

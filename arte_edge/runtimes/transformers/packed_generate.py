@@ -4,7 +4,8 @@ Each step decodes a sequence's last token together with proposed next tokens, fo
 followed the same few tokens before (speculative decoding without a second model, arXiv 2211.17192). A small model
 repeats the example, the question and what it wrote to other questions, and texts of other sequences are searched
 too. A proposed token costs one row of a batch that is decoded anyway; a right one saves a whole step, a wrong one is
-discarded, so the text does not change. The cells of discarded tokens are masked and freed.
+discarded, so the text does not change. The cells of discarded tokens are masked and freed. Where a row costs the same
+however many there are, as in float32 on a CPU from some dozen on, nothing is proposed beyond these.
 
 Prefixes are computed in a row of their own and copied to the rows whose sequences extend them.
 """
@@ -74,6 +75,10 @@ class PromptLookup:
                 break
         return self._proposal
 
+    def shorten(self, n: int) -> None:
+        """Note that only the first `n` tokens of the proposal are tried."""
+        del self._proposal[n:]
+
     def add(self, tokens: Sequence[int]) -> None:
         """Append what was generated since the proposal: the right part of it and one more token."""
         if self._proposal:
@@ -88,6 +93,7 @@ class PromptLookup:
 
 _ROWS, _SLOTS = 4, 12  # rows, and sequences in each: attention grows with the square of a row
 _MOST_NEW = 512  # tokens of a row in one call: its mask has so many rows and a column a cell
+FLOAT32_ROWS = 16  # packed weights, Zen 2: a product of 8 rows takes 1.7 times one of a row, of 32 rows 2.6 times that
 _REFILL_SHARE = 8  # new sequences enter when one slot in so many is free
 _DEAD_SHARE = 0.15  # of a row's cells masked for all sequences: then they are freed
 
@@ -101,12 +107,14 @@ def generate_packed(
     prompts: Sequence[Sequence[int]],
     writers: Sequence[Writer],
     drawing: Callable[[torch.Tensor], Draw],
+    most_rows: int = 0,
 ) -> list[int]:
     """Generate after every prompt; return how many tokens of each prompt came from a shared prefix ``[n]``.
 
-    `drawing` (logits ``[n, v]``) returns a function that draws a token from one of their rows.
+    `drawing` (logits ``[n, v]``) returns a function that draws a token from one of their rows. Proposed tokens fill a
+    step up to `most_rows` tokens; 0: any number is proposed.
     """
-    return _Schedule(model, device, prompts, writers, drawing).run()
+    return _Schedule(model, device, prompts, writers, drawing, most_rows).run()
 
 
 @dataclass
@@ -118,9 +126,11 @@ class _Sequence:
     position: int  # of the first of them
     seen: View
 
-    def drop_proposal(self) -> None:
-        self.pending = self.pending[: len(self.pending) - self.n_proposed]
-        self.n_proposed = 0
+    def shorten_proposal(self, most: int) -> None:
+        surplus = max(self.n_proposed - most, 0)
+        self.pending = self.pending[: len(self.pending) - surplus]
+        self.n_proposed -= surplus
+        self.lookup.shorten(self.n_proposed)
 
     def read(self, n: int, view: NDArray[np.bool_]) -> None:
         """Mark the first `n` tokens of a prompt too long for one call as read; `view` is the mask of the last one."""
@@ -159,16 +169,17 @@ class _Group:
     prefix: SharedPrefix | None = None
     prefix_view: View = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
 
-    def part(self) -> tuple[NewTokens, list[int], list[int]]:
+    def part(self, most_proposed: int) -> tuple[NewTokens, list[int], list[int]]:
         """Return what is decoded next, how many tokens of each sequence, and after which of them tokens are drawn.
 
         Generating sequences come first; prompts are read in pieces that fit into `_MOST_NEW`.
         """
         taken: list[int] = []
         for one in self.live:
+            one.shorten_proposal(most_proposed)
             left = max(_MOST_NEW - sum(taken), 0)
             if len(one.pending) > left:
-                one.drop_proposal()
+                one.shorten_proposal(0)
             taken.append(min(len(one.pending), left))
         n, total = self.row.n_cells, sum(taken)
         mask = np.zeros((total, n + total), dtype=np.bool_)
@@ -227,8 +238,9 @@ class _Schedule:
         prompts: Sequence[Sequence[int]],
         writers: Sequence[Writer],
         drawing: Callable[[torch.Tensor], Draw],
+        most_rows: int,
     ) -> None:
-        self._model, self._device = model, device
+        self._model, self._device, self._most_rows = model, device, most_rows
         self._prompts, self._writers, self._drawing = prompts, writers, drawing
         self._waiting = deque(group_by_prefix(prompts, [len(prompt) - 1 for prompt in prompts]))
         self._groups = [_Group() for _ in range(_ROWS)]
@@ -274,7 +286,9 @@ class _Schedule:
     def _step(self) -> None:
         """Decode the pending tokens of all sequences in one call, and let the sequences draw."""
         groups = [group for group in self._groups if group.live]
-        made = [group.part() for group in groups]
+        n_live = sum(len(group.live) for group in groups)
+        most = max(self._most_rows // n_live - 1, 0) if self._most_rows else _MOST
+        made = [group.part(most) for group in groups]
         outputs: list[int] = []
         start = 0
         for part, _, own in made:

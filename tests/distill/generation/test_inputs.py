@@ -165,12 +165,14 @@ def test_what_becomes_of_an_input_whose_teacher_contradicts_the_told_answer_is_c
     assert 0.15 < differ < 0.5
     assert labels["questions_dropped"] == pytest.approx(differ if then == "dropped" else 0, abs=1e-3)
     assert labels["label_changed"] == pytest.approx(differ if then == "changed" else 0, abs=1e-3)
-    assert len(rows) == 24 and sum(row["label"] == "odd" for row in rows) in range(11, 14)
+    assert len(rows) == 24 and sum(row["label"] == "odd" for row in rows) in range(10, 15)
     for row in rows:
         n = int(row["input"].split()[1])
         assert (row["label"] == ("odd" if n % 2 else "even")) is (n % 3 > 0 or then != "changed")
         assert n % 3 > 0 or then != "dropped"
         assert row["rationale"] == f"<ans>{row['label']}</ans>"
+    contradicted = [row for row in rows if int(row["input"].split()[1]) % 3 == 0]
+    assert bool(contradicted) is (then != "dropped")
     assert not any("step by step" in prompt for prompt in house.teacher.prompts), "nobody asked for reasons"
 
 

@@ -282,6 +282,7 @@ def counted(engine, requests, sampling):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_proposals_change_no_text_and_right_ones_save_steps(llama, monkeypatch, temperature):
+    monkeypatch.setattr(hf, "FLOAT32_ROWS", 0)
     sampling = Sampling(max_tokens=24, temperature=temperature, stop=("True",))
     requests = [Request(PREFIX + suffix, sample=i) for i in range(3) for suffix in SUFFIXES]
     written, looked_up = [], PromptLookup.propose
@@ -302,6 +303,21 @@ def test_proposals_change_no_text_and_right_ones_save_steps(llama, monkeypatch, 
     assert steps["right"][1] < 0.5 * steps["none"][1]
     assert steps["wrong"][1] == steps["none"][1]
     assert {finish for _, finish, _ in steps["none"][0]} >= {"length"}
+
+
+@pytest.mark.parametrize("rows", [2, 6])
+def test_in_float32_proposals_only_fill_a_step_up_to_some_rows(llama, monkeypatch, rows):
+    monkeypatch.setattr(PromptLookup, "propose", lambda self: self._proposal or self._tokens[-8:])
+    monkeypatch.setattr(hf, "FLOAT32_ROWS", rows)
+    sizes, forward = [], packed.forward_rows
+
+    def noted(model, device, parts, outputs):
+        sizes.append(sum(len(part.tokens) for part in parts))
+        return forward(model, device, parts, outputs)
+
+    monkeypatch.setattr(packed, "forward_rows", noted)
+    llama.complete([Request(PREFIX + suffix) for suffix in SUFFIXES[:3]], Sampling(max_tokens=12))
+    assert max(sizes[2:]) == max(rows // 3 * 3, 3), "after the prefix and the prompts, while all three write"
 
 
 def by_full_forward(llama_folder, context, choice):
