@@ -32,6 +32,7 @@ from arte_edge.distill.gpu_plan import NF4
 from arte_edge.errors import InputError
 from arte_edge.gguf.to_hf import checkpoint_folder
 from arte_edge.machine import available_bytes, total_bytes
+from arte_edge.runtimes.llamacpp.engine import widens
 from arte_edge.runtimes.loader import Kind, is_server, teacher_kind
 from arte_edge.runtimes.prefix_tree import MAX_LEVELS
 
@@ -336,7 +337,7 @@ def engine_bytes(
     heads = max(1, size.n_embd // max(1, size.head_dim))
     batch = 2 * _UBATCH * (max(4 * size.n_embd, size.n_ff) + cells * heads)  # activations, attention scores
     return {
-        "weights": _HELD * size.n_params if held else size.weight_bytes,
+        "weights": (_F32 if widens(size.n_params) else _HELD) * size.n_params if held else size.weight_bytes,
         "repacked copy": copies,
         "cache": size.kv_bytes(n_seq * cells) + _F32 * (n_seq * size.n_vocab + batch),
     }

@@ -41,6 +41,7 @@ def layout_for(model: LlamaModel, sha256: str, threads: int) -> Layout:
         return DEFAULT_LAYOUT
     tensors = [[each.name, each.shape, each.type] for each in read_model_header(model.path).tensors.values()]
     facts = [machine_id(), threads, tensors, f"{model.lib.__name__} {model.lib.__version__}", _SEQUENCES]
+    facts += ["float32"] * model.widened
 
     def measure() -> dict[str, Any]:
         seconds = probe(model, threads)

@@ -225,6 +225,7 @@ class LlamaModel:
     def __init__(self, path: Path, *, vocabulary_only: bool = False) -> None:
         self.lib = load_llama_cpp()
         self.path = path
+        self.widened = False  # whether the weights are a float32 copy of those in the file
         _heard.clear()
         params = model_params(self.lib)
         params.vocab_only = vocabulary_only

@@ -10,16 +10,27 @@ behind it. The cache is unified, which makes copies free, and the cells of a bat
 attention covers the prefix and one batch. Where the cells of a batch are contiguous, flash attention works on tiles
 of 64 × 64; in the split cache of `scheduler` each sequence has fewer than 64 rows and would be attended to row by
 row, which takes longer than all the rest.
+
+With AVX2 alone llama.cpp widens 16-bit weights for every product, so a small 16-bit model is opened as a float32 copy
+of it (`as_float32`): the same weights, texts and scores up to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from arte_edge.cache import cache_subdir
+from arte_edge.device.detect import detect
+from arte_edge.errors import ArteError
+from arte_edge.gguf.quantize import quantize
+from arte_edge.gguf.reader import read_model_header
 from arte_edge.machine import thread_count
 from arte_edge.runtimes.choice_scoring import ChoiceScorer
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
@@ -33,6 +44,7 @@ TREE_LAYOUT = Layout(unified=True, flash=True, ubatch=512)
 MOST_LEAVES = 125  # sequences of one batch; with the prefixes' a power of two below llama.cpp's 256
 _CTX_STEP = 256  # tokens; contexts grow in steps, so that few are made
 _CELL_STEP = 1024  # likewise, for scoring
+_WIDENED = (50_000_000, 300_000_000)  # parameters: a copy of at most 1.2 GB, made in seconds when a model is opened
 
 
 class LlamaCppEngine:
@@ -52,7 +64,9 @@ class LlamaCppEngine:
         threads: int | None = None,
     ) -> None:
         """Load the file. `parallel` is how many sequences decode together at most."""
-        self.model = LlamaModel(gguf)
+        with as_float32(gguf) as path:
+            self.model = LlamaModel(path)
+        self.model.path, self.model.widened = gguf, path != gguf
         self.identity = EngineIdentity(
             kind="llamacpp",
             model=sha256,
@@ -144,6 +158,31 @@ class LlamaCppEngine:
             self._context = made = LlamaContext(self.model, n_seq, n_ctx_seq, self.threads, self._adapter, layout)
         made.clear()
         run(made, jobs)
+
+
+def widens(n_params: int) -> bool:
+    """Return whether 16-bit weights are faster as float32 here: 1.6 times writing, 1.8 times scoring (Zen 2, 135M)."""
+    facts = detect()
+    able = os.name == "posix" and "avx2" in facts.features and "avx512f" not in facts.features
+    return able and _WIDENED[0] <= n_params <= _WIDENED[1]
+
+
+@contextmanager
+def as_float32(gguf: Path) -> Iterator[Path]:
+    """Yield a float32 copy of a 16-bit model where `widens` says so, else the file itself.
+
+    The copy is removed at the end: what a process has mapped stays until it closes it.
+    """
+    header = read_model_header(gguf)
+    types = {tensor.type for tensor in header.tensors.values()}
+    with ExitStack() as stack:
+        path = gguf
+        if types & {"F16", "BF16"} and types <= {"F16", "BF16", "F32"} and widens(header.parameter_count):
+            with suppress(ArteError, OSError):  # no room on the disk: the file itself does
+                folder = stack.enter_context(tempfile.TemporaryDirectory(dir=cache_subdir("staging")))
+                quantize(gguf, Path(folder) / gguf.name, "F32")
+                path = Path(folder) / gguf.name
+        yield path
 
 
 class _Writer(Drawing):

@@ -28,7 +28,7 @@ def model(tmp_path: Path) -> Any:
     def size(*keys: str) -> int:
         return next((SIZES[key] for key in keys if key in SIZES), 0)
 
-    return SimpleNamespace(n_vocab=49_152, path=make_gguf(tmp_path / "student.gguf"), size=size, lib=lib)
+    return SimpleNamespace(n_vocab=49_152, path=make_gguf(tmp_path / "student.gguf"), size=size, lib=lib, widened=False)
 
 
 class TestMemory:

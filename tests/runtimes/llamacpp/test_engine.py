@@ -2,17 +2,21 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
-from tiny import Patch, choose
+from tiny import Patch, choose, make_gguf
 
+from arte_edge.errors import ArteError
 from arte_edge.models.resolve import LocalModel
 from arte_edge.runtimes.completion import Request, Sampling
 
 pytest.importorskip("llama_cpp")
 from arte_edge.runtimes.llamacpp import engine as llamacpp
 from arte_edge.runtimes.llamacpp.bindings import Layout
-from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine
+from arte_edge.runtimes.llamacpp.engine import LlamaCppEngine, as_float32
 
 WORDS = ["sun", "moon", "tree", "river", "stone", "bread", "horse", "winter", "music", "window"]
 SHARED = "You are a helpful assistant who answers in one short and friendly sentence.\n"
@@ -98,3 +102,46 @@ def test_the_order_of_prompts_and_choices_does_not_matter(engine: LlamaCppEngine
     scores = choose(engine, "", PROMPTS[:4], [" yes", " no"])
     turned = choose(engine, "", PROMPTS[3::-1], [" no", " yes"])
     assert turned[::-1, ::-1] == pytest.approx(scores, abs=1e-2)
+
+
+@pytest.fixture
+def avx2(monkeypatch: Patch, tmp_path: Path) -> Path:
+    """A processor with AVX2 alone, for which even a tiny model is worth a copy; returns the folder of the copies."""
+    monkeypatch.setenv("ARTE_EDGE_HOME", str(tmp_path))
+    monkeypatch.setattr(llamacpp, "detect", lambda: SimpleNamespace(features=("avx", "avx2")))
+    monkeypatch.setattr(llamacpp, "_WIDENED", (0, 300_000_000))
+    return tmp_path / "staging"
+
+
+def test_small_16_bit_weights_are_widened_where_that_is_faster(
+    avx2: Path, bench_gguf: Path, monkeypatch: Patch
+) -> None:
+    def written() -> tuple[bool, list[str], list[float]]:
+        made = LlamaCppEngine(bench_gguf, sha256="5" * 64)
+        assert made.model.path == bench_gguf and not [*avx2.glob("*")], "the copy is removed at once"
+        found = texts(made, ["ab", "abc"], Sampling(max_tokens=8))
+        (scores,) = choose(made, "abc", [""], ["x", "yz", "w"])
+        made.close()
+        return made.model.widened, found, [float(each) for each in scores]
+
+    widened, wide_texts, wide_scores = written()
+    monkeypatch.setattr(llamacpp, "detect", lambda: SimpleNamespace(features=("avx2", "avx512f")))
+    kept, own_texts, own_scores = written()
+    assert widened and not kept
+    assert wide_texts == own_texts and wide_scores == pytest.approx(own_scores, abs=0.02)
+
+
+@pytest.mark.parametrize("why", ["quantized", "large", "no room"])
+def test_other_weights_are_opened_as_they_are(
+    avx2: Path, bench_gguf: Path, tmp_path: Path, monkeypatch: Patch, why: str
+) -> None:
+    path = bench_gguf
+    if why == "quantized":
+        path = make_gguf(tmp_path / "m-Q8_0.gguf")
+    elif why == "large":
+        monkeypatch.setattr(llamacpp, "_WIDENED", (0, 1_000))
+    else:
+        monkeypatch.setattr(llamacpp, "quantize", Mock(side_effect=ArteError("the disk is full")))
+    with as_float32(path) as opened:
+        assert opened == path
+    assert not [*avx2.glob("*")]
