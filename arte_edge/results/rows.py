@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from arte_edge.cache import locked
 from arte_edge.errors import ArteError, InputError
 from arte_edge.results.accuracy import SCHEMA_VERSION, Answers, DeviceAccuracy, Record
 from arte_edge.store import parse_line
@@ -211,27 +212,28 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
     if not rows:
         return
     data = b"".join(row.model_dump_json().encode() + b"\n" for row in rows)
-    try:
-        before = path.read_bytes() if path.exists() else b""
-        file = path.open("ab")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    size, last = len(before), before.rpartition(b"\n")[2]
-    if last and parse_line(last) is None:  # cut off by a crash
-        size -= len(last)
-    elif last:  # some editors drop the newline at the end
-        data = b"\n" + data
-    try:
-        with file:
-            file.truncate(size)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        os.truncate(path, size)
-        raise ArteError(
-            f"{path}: {error.strerror}; earlier rows are unchanged", "Free some space and measure again."
-        ) from error
+    with locked("bench", of=path):  # a benchmark here and one on a device may write at the same moment
+        try:
+            before = path.read_bytes() if path.exists() else b""
+            file = path.open("ab")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+        size, last = len(before), before.rpartition(b"\n")[2]
+        if last and parse_line(last) is None:  # cut off by a crash
+            size -= len(last)
+        elif last:  # some editors drop the newline at the end
+            data = b"\n" + data
+        try:
+            with file:
+                file.truncate(size)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            os.truncate(path, size)
+            raise ArteError(
+                f"{path}: {error.strerror}; earlier rows are unchanged", "Free some space and measure again."
+            ) from error
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -1,7 +1,9 @@
 """bench.jsonl keeps every row that was written whole, whatever happened to the last one."""
 
 import errno
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -91,3 +93,20 @@ def test_a_full_disk_leaves_the_earlier_rows(tmp_path: Path, monkeypatch: Patch)
     with pytest.raises(ArteError, match=r"bench\.jsonl: No space left"):
         append_rows(path, [speed_row()] * 2)
     assert read_rows(path) == [speed_row()]
+
+
+def test_two_that_append_at_the_same_moment_keep_each_others_rows(tmp_path: Path, monkeypatch: Patch) -> None:
+    path, whole_open = tmp_path / "bench.jsonl", Path.open
+    other = threading.Thread(target=append_rows, args=(path, [speed_row("pp512")]))
+
+    def meanwhile(file: Path, *args: Any, **more: Any) -> Any:
+        if args == ("ab",) and other.ident is None:  # between the first one's look at the file and its writing
+            other.start()
+            other.join(0.5)
+        return whole_open(file, *args, **more)
+
+    append_rows(path, [speed_row("tg8")])
+    monkeypatch.setattr(Path, "open", meanwhile)
+    append_rows(path, [speed_row("tg128")])
+    other.join()
+    assert sorted(row.test for row in read_rows(path) if isinstance(row, SpeedRow)) == ["pp512", "tg128", "tg8"]
