@@ -234,6 +234,14 @@ def model_progress(name: str) -> AbstractContextManager[ByteProgress]:
     return step_progress(name, " MB", 1_000_000)
 
 
+WIDTH = 80  # of text that is printed as it is
+
+
+def cut(text: str) -> str:
+    """Return `text` short enough for a line."""
+    return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
+
+
 class ResultTable(Table):
     """A table of the terminal that a notebook shows as an HTML table instead of as text."""
 

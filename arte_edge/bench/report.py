@@ -17,14 +17,13 @@ from pathlib import Path
 
 from arte_edge.bench.settings import Reporter
 from arte_edge.cache import megabytes, write_atomic
-from arte_edge.console import Step, doing, err
+from arte_edge.console import WIDTH, Step, cut, doing, err
 from arte_edge.errors import InputError, nearest
 from arte_edge.files import user_path
 from arte_edge.results.rows import QualityRow, Row, SpeedRow, append_rows
 
 FORMATS = ("csv", "json", "jsonl", "md")
 
-_WIDTH = 80
 _TITLES = ("test", "thr", "t/s", "TTFT ms", "ITL p50", "p95", "MiB", "°C")
 _WIDTHS, _SIDES = (10, 3, 14, 7, 7, 5, 5, 4), "<>>>>>>>"
 _MIB = 1 << 20
@@ -70,7 +69,7 @@ def _heading(row: SpeedRow) -> list[str]:
     facts.append(row.runtime)
     if {row.type_k, row.type_v} - {"", "f16"}:
         facts.append(f"cache {row.type_k}/{row.type_v}")
-    return [_cut(row.model_filename), _cut(", ".join(filter(None, facts)))]
+    return [cut(row.model_filename), cut(", ".join(filter(None, facts)))]
 
 
 def summary(rows: Sequence[SpeedRow]) -> list[str]:
@@ -102,7 +101,7 @@ def summary(rows: Sequence[SpeedRow]) -> list[str]:
 def quality_line(row: QualityRow) -> str:
     """Return one file's accuracy in one or two lines."""
     if row.status != "ok":
-        return textwrap.fill(f"{row.model_filename}: {row.task}: {row.status}: {row.reason}", _WIDTH)
+        return textwrap.fill(f"{row.model_filename}: {row.task}: {row.status}: {row.reason}", WIDTH)
     share = row.right / max(row.n, 1)
     text = f"{row.model_filename}: {row.task} {row.split}: {row.right}/{row.n} correct, {share:.1%}"
     text += f" ({row.low:.1%} to {row.high:.1%})"
@@ -118,7 +117,7 @@ def quality_line(row: QualityRow) -> str:
         text += f", {bound.difference_points} points"
     if row.partial:
         text += "; partial: not all of the split"
-    return textwrap.fill(text, _WIDTH, subsequent_indent="  ")
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ")
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -206,7 +205,7 @@ def _notes(row: SpeedRow) -> list[str]:
     return [
         line
         for text in notes
-        for line in textwrap.wrap(f"{row.test}, {row.n_threads} thr: {text}", _WIDTH, subsequent_indent="  ")
+        for line in textwrap.wrap(f"{row.test}, {row.n_threads} thr: {text}", WIDTH, subsequent_indent="  ")
     ]
 
 
@@ -225,10 +224,6 @@ def _row(cells: Sequence[str], widths: Sequence[int], sides: str) -> str:
 def _rule(widths: Sequence[int], sides: str) -> str:
     cells = ["-" * w if side == "<" else "-" * (w - 1) + ":" for w, side in zip(widths, sides, strict=True)]
     return _row(cells, widths, sides)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
 
 
 class Output(Reporter):

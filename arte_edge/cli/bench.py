@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from arte_edge.cli import interrupt
-from arte_edge.console import emit_json
+from arte_edge.console import WIDTH, cut, emit_json
 from arte_edge.errors import ArteError, InputError
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 _MODEL = "A .gguf file, an ONNX or checkpoint folder, an export's or a run's folder, a name of 'models ls'."
 _RESULTS = "A bench.jsonl, output of `bench -o json`, an export or run folder, or a measured model."
-_WIDTH = 80
 
 
 def bench(
@@ -182,7 +181,7 @@ def lines_of(found: Comparison) -> list[str]:
 
 
 def _heading(a: SpeedRow | QualityRow, b: SpeedRow | QualityRow) -> list[str]:
-    return [_cut(f"{side}  {row.model_filename}  ({row.runtime})") for side, row in (("A", a), ("B", b))]
+    return [cut(f"{side}  {row.model_filename}  ({row.runtime})") for side, row in (("A", a), ("B", b))]
 
 
 def _speed_line(one: SpeedPair) -> str:
@@ -249,8 +248,4 @@ def _sides(one: QualityPair) -> tuple[tuple[str, QualityRow], tuple[str, Quality
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, subsequent_indent="  ")
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ")

@@ -25,7 +25,7 @@ from arte_edge.errors import InputError, reading
 from arte_edge.files import run_file, user_path
 from arte_edge.results.accuracy import SCHEMA_VERSION, DeviceAccuracy, PairedAccuracy, Record
 from arte_edge.results.comparison import ComparisonRow
-from arte_edge.results.rows import BENCH_NAME, Row, disturbance, read_rows
+from arte_edge.results.rows import BENCH_NAME, Row, Status, disturbance, read_rows
 
 FILE_NAME = "student.json"
 _SHA256 = r"^[0-9a-f]{64}$"
@@ -215,7 +215,7 @@ class SpeedTest(Record):
     test: str
     n_prompt: int = Field(ge=0)
     n_gen: int = Field(ge=0)
-    status: Literal["ok", "crashed", "out-of-memory", "timeout", "refused"] = "ok"
+    status: Status = "ok"
     reason: str = Field(default="", description="why it is not ok")
     test_time: str = Field(default="", description="when it was measured, ISO 8601, UTC")
     n_samples: int = Field(default=0, ge=0, description="repetitions that count")

@@ -74,12 +74,6 @@ def test_a_child_that_is_killed_is_a_row_and_the_next_case_runs() -> None:
     assert second.status == "ok" and second.median_ts == pytest.approx(20, rel=0.1)
 
 
-def test_a_test_that_takes_too_long_is_a_row() -> None:
-    settings = QUICK.model_copy(update={"n_prompt": (100,), "n_gen": (0,), "timeout_s": 2.0})
-    (row,) = bench([Path("null:100")], settings)
-    assert row.status == "timeout" and "--timeout" in row.reason
-
-
 def test_what_does_not_fit_is_refused_before_it_is_opened(bench_gguf: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr("arte_edge.machine.available_bytes", lambda *root: 1_000_000)
     rows = bench([bench_gguf], QUICK)
