@@ -55,6 +55,12 @@ class Candidate:
         return self.artifact.file
 
     @property
+    def change(self) -> PairedAccuracy | None:
+        """The accuracy with a difference from the 16-bit student: the gate's where no device had a 16-bit file."""
+        known = (one for one in (self.accuracy, self.artifact.accuracy) if one and one.difference is not None)
+        return next(known, None)
+
+    @property
     def speed(self) -> float:
         """The decode rate in tokens/s; 0 if it is not known."""
         return self.decode.value if self.decode else 0.0

@@ -174,10 +174,10 @@ def _violations(c: Candidate, constraints: Constraints) -> list[Violation]:
             reason = f"{what} {predicted}{text(metric.value)}, limit {text(limit)}"
             found.append(Violation(c.file, name, reason, metric.value))
     if (most_points := constraints.max_drop) is not None:
-        if c.accuracy is None or c.accuracy.difference is None:
+        if (change := c.change) is None or change.difference is None:
             found.append(Violation(c.file, "max_drop", "accuracy was not measured against the student's"))
-        elif (points := -100 * c.accuracy.difference) > most_points + 1e-9:
-            reason = f"{drop_text(c.accuracy)}, limit {most_points:g}"
+        elif (points := -100 * change.difference) > most_points + 1e-9:
+            reason = f"{drop_text(change)}, limit {most_points:g}"
             found.append(Violation(c.file, "max_drop", reason, points))
     return found
 

@@ -89,8 +89,9 @@ class Recommendation:
         """The choice and the reason for it; without a choice what to relax."""
         if self.pick is None:
             return [self.why, self.hint]
-        accuracy = self.candidate(self.pick).accuracy
-        against = f" Against the 16-bit student: {drop_text(accuracy)}." if accuracy else ""
+        picked = self.candidate(self.pick)
+        known = picked.change or picked.accuracy
+        against = f" Against the 16-bit student: {drop_text(known)}." if known else ""
         return [f"Use {Path(self.pick).name}.", self.why + against]
 
     @property
@@ -107,7 +108,7 @@ class Recommendation:
         table.add_column("", no_wrap=True)
         excluded = {one.file for one in self.violations}
         for c in self.candidates:
-            difference = c.accuracy.difference if c.accuracy else None
+            difference = c.change.difference if c.change else None
             table.add_row(
                 self._short(c.file) + ("*" if c.file in self.front.files else ""),
                 megabytes(c.artifact.size_bytes),

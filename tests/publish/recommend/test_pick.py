@@ -168,6 +168,15 @@ def test_answers_on_the_device_stand_before_the_gates_but_never_beside_other_exa
         assert [c.accuracy.n for c in found.candidates if c.accuracy] == [100, 100]
 
 
+def test_answers_on_a_device_without_a_16_bit_file_leave_the_gates_difference() -> None:
+    rows = [quality(Q8), quality(Q4, right=80)]  # more examples, and none of them paired
+    found = choose(student_file(Q8, Q4), PI, Constraints(max_drop=2), rows=rows)
+    assert [c.accuracy.n for c in found.candidates if c.accuracy] == [200, 200]
+    assert found.pick == "m-Q8_0.gguf" and "n = 100" in found.choice[1]
+    assert [(one.file, one.needs) for one in found.violations] == [("m-Q4_K_M.gguf", 5)]
+    assert [text for text in found.table.columns[6].cells] == ["+0.0", "-5.0"]
+
+
 def test_the_front_holds_what_no_other_file_beats() -> None:
     found = choose(student_file(F16, Q8, Q4), PI, Constraints())
     assert found.front.files == ("m-Q4_K_M.gguf", "m-Q8_0.gguf")  # F16 is slower, larger and no better
