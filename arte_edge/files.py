@@ -50,6 +50,11 @@ def user_path(ref: str | Path, *, recorded: bool = False) -> Path:
     return path
 
 
+def own_name(path: Path) -> str:
+    """Return the last part of `path` as its user wrote it: of a link its own name, not its target's."""
+    return path.resolve().name if path.name in ("", "..") else path.name
+
+
 def json_loads(text: str | bytes) -> Any:
     """Return what `json.loads` does; for text that is nested too deeply it raises JSONDecodeError too."""
     try:

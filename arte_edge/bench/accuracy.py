@@ -1,4 +1,4 @@
-"""Accuracy on the device: a model answers a task's examples, paired with the answers of a reference.
+"""Accuracy on the device: a model answers a task's examples.
 
 This is the child's side; `arte_edge.bench.runner.run_quality` starts one child process per model.
 """
@@ -17,7 +17,6 @@ from arte_edge.bench.settings import Request, Split, describe
 from arte_edge.bench.timing import OnProgress
 from arte_edge.device.contention import CpuMeter, contention
 from arte_edge.machine import thread_count
-from arte_edge.results.accuracy import PairedAccuracy, paired_on_common
 from arte_edge.results.rows import DeviceFacts, QualityRow
 from arte_edge.runtimes.loader import open_model
 from arte_edge.tasks.task import Example, Task
@@ -40,15 +39,16 @@ def measure_request(request: dict[str, Any], report: OnProgress) -> dict[str, An
     from arte_edge.tasks.loaders import load_task
 
     report("loading", 0, 0)
-    reference, asked = request["reference"], Request.model_validate(request["request"])
+    asked = Request.model_validate(request["request"])
     row = measure_quality(
         Path(asked.source),
         load_task(str(asked.task), bbh=asked.bbh),
         split=asked.split,
         limit=asked.limit,
         grammar=asked.grammar,
-        reference=None if reference is None else QualityRow.model_validate_json(json.dumps(reference)),
         threads=request["threads"],
+        runtime=asked.settings.runtime,
+        answer_tokens=asked.answer_tokens,
         device=DeviceFacts.model_validate_json(json.dumps(request["device"])),
         progress=report,
     )
@@ -61,8 +61,8 @@ def measure_quality(
     *,
     split: Split = "test",
     limit: int = 0,
-    reference: QualityRow | None = None,
     threads: int | None = None,
+    runtime: str = "auto",
     device: DeviceFacts,
     answer_tokens: int = 0,
     grammar: bool = True,
@@ -71,7 +71,7 @@ def measure_quality(
     """Let the model at `path` answer the task's examples and return the row; partial with a `limit`.
 
     Args:
-        reference: the 16-bit student's row on the same task and split, on any machine.
+        runtime: see `arte_edge.runtimes.loader.choose_runtime`.
         answer_tokens: budget of an answer; 0: what the ``student.json`` beside the file says, else from the task.
         grammar: also answer with a grammar, where the answers have one and the runtime follows it.
 
@@ -82,7 +82,7 @@ def measure_quality(
     everything = examples_of(task, final=split == "test")
     examples = everything[:limit] if limit else everything
     target = describe(path)
-    model = open_model(path, threads)
+    model = open_model(path, threads, runtime)
     try:
         begin = datetime.now(UTC)
         cpu = CpuMeter(thread_count(threads))
@@ -95,15 +95,15 @@ def measure_quality(
         tokens = [  # generated; a stop token does not count
             max(0, len(model.tokenize(one.prompt + one.text)) - len(model.tokenize(one.prompt))) for one in found
         ]
-        runtime = model.facts.runtime
+        opened = model.facts.runtime
     finally:
         model.close()
     accuracy = accuracy_of(task, split, found)
     seconds = [one.seconds for one in found if one.seconds is not None]
     p50, p95 = np.percentile(seconds, (50, 95)).tolist() if seconds else (None, None)
-    row = QualityRow(
+    return QualityRow(
         **target.row_fields,
-        runtime=runtime,
+        runtime=opened,
         n_threads=thread_count(threads),
         test_time=begin.strftime("%Y-%m-%dT%H:%M:%SZ"),
         **accuracy.model_dump(),
@@ -117,11 +117,6 @@ def measure_quality(
         contended=contended,
         device=device,
     )
-    if reference is None:
-        return row
-    paired = paired_on_common(reference.model_filename, reference.answers, row.model_filename, row.answers)
-    own = set(PairedAccuracy.of("", "", 0, 0).model_fields_set)  # on all examples, not only the common ones
-    return row.model_copy(update=paired.model_dump(exclude=own))
 
 
 def example_key(example: Example) -> str:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from pydantic import ValidationError
 
-from arte_edge.bench.settings import Reporter, Request
+from arte_edge.bench.settings import Reporter, Request, describe
 from arte_edge.cache import megabytes
 from arte_edge.device.memory_estimate import does_not_fit, fit
 from arte_edge.device.model_size import ModelSize
@@ -23,8 +24,8 @@ from arte_edge.device.ssh.connection import ConnectionLost, JobFailed, Reconnect
 from arte_edge.device.ssh.environment import Site, env_bytes_missing, install, own_wheel, plan, read_marker, send_wheel
 from arte_edge.device.ssh.workdir import Probe, blobs_of, missing_bytes, place, prepare, probe, reach
 from arte_edge.errors import ArteError
-from arte_edge.files import json_loads
-from arte_edge.results.rows import QualityRow, Row, SpeedRow
+from arte_edge.files import json_loads, own_name
+from arte_edge.results.rows import SIXTEEN_BITS, QualityRow, Row, SpeedRow, paired
 from arte_edge.runtimes.loader import decoder_format
 from arte_edge.store import content_key
 
@@ -65,7 +66,7 @@ def bench_remote(
     compile_there: bool = False,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Benchmark `models` on the device and return its rows unchanged.
+    """Benchmark `models` on the device and return its rows, with the differences of accuracy from a 16-bit file.
 
     After an interruption the same call resumes: files already there are not uploaded again, a running
     benchmark is joined, and finished models are not measured again.
@@ -83,7 +84,9 @@ def bench_remote(
     """
     remote = reach(profile)
     formats = {model: decoder_format(model) for model in models}
-    files = [model for model, kind in formats.items() if kind != "null"]
+    if request.task:  # the others are paired with its answers
+        models = sorted(models, key=lambda model: describe(model).quantization not in SIXTEEN_BITS)
+    files = [model for model in models if formats[model] != "null"]
     name = profile.name or remote.host
 
     def say(text: str) -> None:
@@ -96,7 +99,8 @@ def bench_remote(
         marker = read_marker(ssh, f"{found.work}/{chosen.env_name}")
         chosen = plan(*needs, compile_there=compile_there, installed=marker.extras)
         check_memory(found, files, request.settings.context_tokens, remote.host)
-        blobs = [blob for model in files for blob in blobs_of(model)]
+        copies = [blobs_of(model) for model in files]
+        blobs = [blob for copy in copies for blob in copy]
         inputs = blobs_of(Path(request.task)) if request.task else []
         missing = missing_bytes(ssh, found.work, [*blobs, *inputs])
         check_disk(found, missing + env_bytes_missing(marker, chosen, ENV_BYTES), remote.host)
@@ -109,17 +113,29 @@ def bench_remote(
         python = install(site, chosen, wheel, wheel_there)
         site.send([*blobs, *inputs])
         task = f"./task/{inputs[0].name.partition('/')[0]}" if inputs else None
-        sources = [f"./models/{m.resolve().name}" if m in files else str(m) for m in models]
-        requests = [request.model_copy(update={"source": source, "task": task}) for source in sources]
+        requests = [request.model_copy(update={"task": task} | _there(model, files, task)) for model in models]
         commands = [[python, *BENCH, one.model_dump_json()] for one in requests]
         key = content_key(commands, [(blob.name, blob.sha256) for blob in [*blobs, *inputs]])
         job = site.job(f"bench-{key[:12]}", chosen.python, wheel_there)
         if not job.is_prepared():
-            place(ssh, found.work, f"{job.folder}/models", blobs)
+            for n, copy in enumerate(copies):  # two models may have one name
+                place(ssh, found.work, f"{job.folder}/models/{n}", copy)
             place(ssh, found.work, f"{job.folder}/task", inputs)
             job.prepare(commands, keep_going=True)
         say("measuring")
-        return _measure(job, say, on_row, {model.resolve().name for model in models})
+        return _measure(job, say, on_row, {own_name(model) for model in models})
+
+
+def _there(model: Path, files: Sequence[Path], task: str | None) -> dict[str, Any]:
+    """Return what a request says of `model`: where it is on the device, and what its student.json here says."""
+    if model not in files:
+        return {"source": str(model)}
+    source = f"./models/{files.index(model)}/{own_name(model)}"
+    if task is None:
+        return {"source": source}
+    from arte_edge.verify.accuracy import noted_tokens
+
+    return {"source": source, "answer_tokens": noted_tokens(model)}
 
 
 def _measure(
@@ -136,7 +152,10 @@ def _measure(
             say(f"not a result: {line[:200]}")
             return
         test = (row.test, row.type_k, row.type_v) if isinstance(row, SpeedRow) else (row.task, row.split)
-        rows[content_key(test, row.model_filename, row.sha256, row.n_threads)] = row
+        key = content_key(test, row.model_filename, row.sha256, row.n_threads)
+        if isinstance(row, QualityRow):
+            row = paired(row, [one for other, one in rows.items() if other != key])
+        rows[key] = row
         if on_row:
             on_row(row)
 

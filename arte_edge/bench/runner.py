@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,10 @@ from arte_edge.bench.worker import run_child
 from arte_edge.cache import megabytes
 from arte_edge.device.model_size import ModelSize
 from arte_edge.errors import ArteError, InputError
+from arte_edge.files import own_name
 from arte_edge.results.accuracy import PairedAccuracy
-from arte_edge.results.rows import DeviceFacts, QualityRow, Row, SpeedRow
+from arte_edge.results.rows import BENCH_NAME, SIXTEEN_BITS, DeviceFacts, QualityRow, Row, SpeedRow, append_rows, paired
 from arte_edge.runtimes.loader import choose_runtime
-
-_QUALITY_TIMEOUT_S = 7200.0  # of one model
-_SIXTEEN_BITS = ("F16", "BF16", "F32", "fp32", "fp16")
 
 OnRow = Callable[[Row], None]
 
@@ -140,8 +139,17 @@ def bench(
     refs = [source] if isinstance(source, str | Path) else list(source)
     paths = find_targets([str(ref) for ref in refs], lambda ref: _fetch(ref, reporter))
     request = Request(settings=chosen, task=ref, split=split, limit=limit, bbh=bbh, speed=speed, grammar=grammar)
+    exports = _Exports(paths if save else (), reporter)
     if device is None:
-        rows = _measure(paths, request, reporter, on_row)
+
+        def keep(row: Row) -> None:  # at once: a later model may end this process
+            exports.append(row)
+            on_row(row)
+
+        try:
+            rows = _measure(paths, request, reporter, keep)
+        finally:
+            exports.merge()
     else:
         from arte_edge.bench.remote import bench_remote
         from arte_edge.device.profiles import find_device
@@ -154,8 +162,9 @@ def bench(
             compile_there=compile_there,
             on_row=on_row,
         )
-    if save:
-        _save(paths, rows, reporter)
+        for row in rows:  # until here the device keeps them
+            exports.append(row)
+        exports.merge()
     return BenchOutcome(tuple(paths), tuple(rows))
 
 
@@ -176,25 +185,35 @@ def _measure(paths: Sequence[Path], request: Request, reporter: Reporter, on_row
     return rows
 
 
-def _save(paths: Sequence[Path], rows: Sequence[Row], reporter: Reporter) -> None:
-    """Append rows to the ``bench.jsonl`` of their exports, and merge them into student.json."""
-    from arte_edge.results.merge import merge_rows
-    from arte_edge.results.rows import BENCH_NAME, append_rows
-    from arte_edge.results.student_json import FILE_NAME as STUDENT
+class _Exports:
+    """The export of each measured file, where its rows are kept; a file that is in none has no rows to keep."""
 
-    names = [path.name for path in paths]
-    folders = {path.name: path.resolve().parent for path in paths if names.count(path.name) == 1}
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        reporter.note(f"{', '.join(twice)}: several files of this name, so the results are not saved")
-    for folder in sorted(set(folders.values())):
-        own = [row for row in rows if folders.get(row.model_filename) == folder]
-        if not own or not (folder / STUDENT).is_file():
-            continue
-        append_rows(folder / BENCH_NAME, own)
-        try:
-            merge_rows(folder, own, note=reporter.note)
-        except ArteError as error:  # the rows are saved; a damaged student.json must not fail the benchmark
-            reporter.note(f"not merged into {STUDENT}: {error.message}. {error.hint}".rstrip(". "))
+    def __init__(self, paths: Sequence[Path], reporter: Reporter) -> None:
+        from arte_edge.results.student_json import FILE_NAME
+
+        names = Counter(map(own_name, paths))
+        folders = {own_name(path): path.resolve().parent for path in paths}
+        self._folders = {n: f for n, f in folders.items() if names[n] == 1 and (f / FILE_NAME).is_file()}
+        self._rows: defaultdict[Path, list[Row]] = defaultdict(list)
+        self._reporter = reporter
+        if twice := sorted(name for name in names if names[name] > 1):
+            reporter.note(f"{', '.join(twice)}: several files of this name, so the results are not saved")
+
+    def append(self, row: Row) -> None:
+        """Append a row to ``bench.jsonl``. Raises as `append_rows`."""
+        if folder := self._folders.get(row.model_filename):
+            append_rows(folder / BENCH_NAME, [row])
+            self._rows[folder].append(row)
+
+    def merge(self) -> None:
+        """Merge the appended rows into student.json; a damaged one must not fail the benchmark."""
+        from arte_edge.results.merge import merge_rows
+
+        for folder, rows in self._rows.items():
+            try:
+                merge_rows(folder, rows, note=self._reporter.note)
+            except ArteError as error:
+                self._reporter.note(f"not merged into student.json: {error.message}. {error.hint}".rstrip(". "))
 
 
 def run_bench(
@@ -285,17 +304,18 @@ def _predicted(target: Target, case: Case) -> dict[str, Any]:
 def run_quality(
     models: Sequence[Path], request: Request, *, device: DeviceFacts, reporter: Reporter, on_row: OnRow
 ) -> list[QualityRow]:
-    """Let every model answer the examples of the request's task and return the rows, failures included.
+    """Return a row of answers to the request's task for every model, failures included; errors as `run_bench`.
 
     The 16-bit file of an export comes first, and the others are paired with its answers.
     """
     from arte_edge.tasks.loaders import load_task
 
     assert request.task is not None
-    loaded = load_task(request.task, bbh=request.bbh)
-    targets = sorted((describe(path) for path in models), key=lambda t: t.quantization not in _SIXTEEN_BITS)
-    threads = request.settings.threads[0] or decode_threads(device)
-    reference: QualityRow | None = None
+    loaded, settings = load_task(request.task, bbh=request.bbh), request.settings
+    targets = sorted((describe(path) for path in models), key=lambda t: t.quantization not in SIXTEEN_BITS)
+    for target in targets:
+        choose_runtime(target.path, settings.runtime)
+    threads = settings.threads[0] or decode_threads(device)
     rows: list[QualityRow] = []
     for number, target in enumerate(targets, 1):
         asked = {
@@ -303,23 +323,20 @@ def run_quality(
             "request": request.model_copy(update={"source": str(target.path)}).model_dump(mode="json"),
             "threads": threads,
             "device": device.model_dump(mode="json"),
-            "reference": None if reference is None else reference.model_dump(mode="json"),
         }
         label = f"{number}/{len(targets)} {target.model_filename} {loaded.name}"
-        answer = run_child(asked, _QUALITY_TIMEOUT_S, _progress(reporter, label))
+        answer = run_child(asked, settings.timeout_s, _progress(reporter, label), per_step=True)
         if "row" in answer:
-            row = QualityRow.model_validate_json(json.dumps(answer["row"]))
+            row = paired(QualityRow.model_validate_json(json.dumps(answer["row"])), rows)
         else:
             row = QualityRow(
                 **target.row_fields | PairedAccuracy.of(loaded.name, request.split, 0, 0).model_dump(),
                 status=answer["status"],
                 reason=answer["reason"],
-                runtime=choose_runtime(target.path),
+                runtime=choose_runtime(target.path, settings.runtime),
                 n_threads=threads,
                 device=device,
             )
-        if reference is None and row.status == "ok" and target.quantization in _SIXTEEN_BITS:
-            reference = row
         rows.append(row)
         on_row(row)
     return rows

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from arte_edge import catalog
 from arte_edge.device.model_size import ModelSize
 from arte_edge.errors import InputError
-from arte_edge.files import read_toml, user_path, validated
+from arte_edge.files import own_name, read_toml, user_path, validated
 from arte_edge.machine import threads_from_environment
 from arte_edge.results.rows import DeviceFacts
 from arte_edge.runtimes.loader import decoder_format, null_ms
@@ -43,7 +43,9 @@ class _Protocol(BaseModel):
     warmup_s: float = Field(default=20.0, gt=0, description="longest warm-up")
     delay_s: float = Field(default=0.0, ge=0, description="pause before each test")
     sustained_s: float = Field(default=0.0, ge=0, description="keep decoding for this long")
-    timeout_s: float = Field(default=1800.0, gt=0, description="timeout per test, on top of `sustained_s`")
+    timeout_s: float = Field(
+        default=1800.0, gt=0, description="timeout per test, on top of `sustained_s`, and per answer to a task"
+    )
     power_watts: float | None = Field(default=None, gt=0, description="steady reading of an external meter")
     runtime: Runtime = "auto"
     roofline: bool = Field(default=True, description="also predict the decode rate from memory bandwidth")
@@ -121,6 +123,7 @@ class Request(BaseModel):
     bbh: Path | None = None
     speed: bool = True
     grammar: bool = True
+    answer_tokens: int = 0  # budget of an answer; 0: what the student.json beside the file says
 
 
 class Case(_Protocol):
@@ -319,7 +322,7 @@ def describe(path: Path) -> Target:
     return Target(
         path=path,
         format=kind,  # type: ignore[arg-type]
-        model_filename=path.resolve().name if path.name in ("", ".", "..") else path.name,
+        model_filename=own_name(path),
         model_type=size.architecture,
         model_size=sum(file.stat().st_size for file in files if file.is_file()),
         model_n_params=size.n_params,

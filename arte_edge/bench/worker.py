@@ -42,6 +42,7 @@ def run_child(
     timeout_s: float,
     on_progress: OnProgress | None = None,
     *,
+    per_step: bool = False,
     command: Sequence[str] = _CHILD,
     root: Path = _ROOT,
 ) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def run_child(
     Args:
         timeout_s: after this time the child is killed.
         on_progress: called with (activity, done, total).
+        per_step: `timeout_s` is the longest time without progress, however long the whole takes.
     """
     kills = _oom_kills(root)
     with tempfile.TemporaryFile() as errors:
@@ -60,7 +62,7 @@ def run_child(
         activity, timed_out = "starting", False
         result: dict[str, Any] | None = None
         try:
-            for message in _messages(child, request, time.monotonic() + timeout_s):
+            for message in _messages(child, request, timeout_s, per_step):
                 if "result" in message:
                     result = message["result"]
                     break
@@ -78,6 +80,8 @@ def run_child(
         if timed_out:
             status = "timeout"
             reason = f"Not done after {timeout_s:g} s, {activity}. Raise --timeout, or lower -p, -n or -r."
+            if per_step:
+                reason = f"No progress for {timeout_s:g} s, {activity}. Raise --timeout, or end before it with --limit."
         else:
             evidence = ""
             if hasattr(signal, "SIGKILL") and code == -signal.SIGKILL:
@@ -90,14 +94,17 @@ def run_child(
         return {"status": status, "reason": reason, "peak_rss_bytes": peak_bytes}
 
 
-def _messages(child: subprocess.Popen[bytes], request: dict[str, Any], ends: float) -> Iterator[dict[str, Any]]:
-    """Yield the child's messages until it closes its stdout, or until `ends` (monotonic seconds)."""
+def _messages(
+    child: subprocess.Popen[bytes], request: dict[str, Any], timeout_s: float, per_step: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield the child's messages until it closes its stdout, or until the timeout of the whole or of a message."""
     assert child.stdin is not None and child.stdout is not None
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_pump, args=(child.stdout, lines), daemon=True).start()
     with contextlib.suppress(BrokenPipeError, OSError):
         child.stdin.write(json.dumps(request).encode() + b"\n")
         child.stdin.flush()  # not closed: the child exits when its stdin ends
+    ends = time.monotonic() + timeout_s
     while (left_s := ends - time.monotonic()) > 0:
         try:
             line = lines.get(timeout=left_s)
@@ -109,6 +116,7 @@ def _messages(child: subprocess.Popen[bytes], request: dict[str, Any], ends: flo
         with contextlib.suppress(ValueError):
             message = json.loads(line)
             if isinstance(message, dict):
+                ends = time.monotonic() + timeout_s if per_step else ends
                 yield message
 
 

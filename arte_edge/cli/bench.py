@@ -66,7 +66,7 @@ def bench(
         float | None, typer.Option(metavar="W", help="Steady reading of an external power meter.")
     ] = None,
     timeout_s: Annotated[
-        float | None, typer.Option("--timeout", metavar="S", help="Timeout per test, seconds. [1800]")
+        float | None, typer.Option("--timeout", metavar="S", help="Timeout per test and per answer, seconds. [1800]")
     ] = None,
     runtime: Annotated[
         str | None, typer.Option(help="llama-cpp-python, xllamacpp, onnxruntime-genai, onnxruntime, ... [auto]")

@@ -21,10 +21,11 @@ from pydantic import Field
 
 from arte_edge.cache import locked
 from arte_edge.errors import ArteError, InputError
-from arte_edge.results.accuracy import SCHEMA_VERSION, Answers, DeviceAccuracy, Record
+from arte_edge.results.accuracy import SCHEMA_VERSION, Answers, DeviceAccuracy, PairedAccuracy, Record, paired_on_common
 from arte_edge.store import parse_line
 
 BENCH_NAME = "bench.jsonl"
+SIXTEEN_BITS = ("F16", "BF16", "F32", "fp32", "fp16")  # types of a file that others are compared with
 
 # ok; the child process died; the kernel killed it for memory; too long; rejected before it began
 Status = Literal["ok", "crashed", "out-of-memory", "timeout", "refused"]
@@ -185,6 +186,20 @@ class QualityRow(DeviceAccuracy):
 
 
 Row = SpeedRow | QualityRow
+
+
+def paired(row: QualityRow, earlier: Iterable[Row]) -> QualityRow:
+    """Return `row` with its difference from the first 16-bit file among the `earlier` rows, if there is one.
+
+    The process that measures knows one file alone, so the rows are paired where they arrive.
+    """
+    answered = (one for one in (row, *earlier) if isinstance(one, QualityRow) and one.status == "ok")
+    reference = next((one for one in answered if one is not row and one.quantization in SIXTEEN_BITS), None)
+    if row.status != "ok" or reference is None:
+        return row
+    found = paired_on_common(reference.model_filename, reference.answers, row.model_filename, row.answers)
+    own = set(PairedAccuracy.of("", "", 0, 0).model_fields_set)  # on all examples, not only the common ones
+    return row.model_copy(update=found.model_dump(exclude=own))
 
 
 def disturbance(rate: Any) -> str:

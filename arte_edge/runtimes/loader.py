@@ -168,13 +168,14 @@ def decoder_format(path: Path) -> str:
     return "null" if null_ms(path) is not None and not path.exists() else model_format(path)
 
 
-def open_model(path: Path, threads: int | None = None) -> Runtime:
+def open_model(path: Path, threads: int | None = None, runtime: str = "auto") -> Runtime:
     """Open a GGUF file, the only GGUF file in a folder, an ONNX folder or a checkpoint folder.
 
     Args:
         threads: of the runtime; None: ``ARTE_EDGE_THREADS``, or every core this process may use.
+        runtime: see `choose_runtime`.
 
-    Raises InputError: nothing there, damaged, or no model that can be opened;
+    Raises InputError: nothing there, damaged, no model that can be opened, or not by this runtime;
     ArteError: the runtime for it is not installed.
     """
     ggufs = sorted(path.glob("*.gguf"))
@@ -187,7 +188,7 @@ def open_model(path: Path, threads: int | None = None) -> Runtime:
         from arte_edge.runtimes.onnxruntime import check_files
 
         check_files(path)
-    return _opened(path, choose_runtime(path), threads)
+    return _opened(path, choose_runtime(path, runtime), threads)
 
 
 def _opened(

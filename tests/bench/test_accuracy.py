@@ -7,17 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import Patch, facts, student_file
+from tiny import Patch, facts, quality_row, speed_row, student_file
 
 from arte_edge.asking.form import instruction, with_instruction
-from arte_edge.bench import accuracy
-from arte_edge.bench.accuracy import example_key, measure_quality
+from arte_edge.bench import accuracy, runner
+from arte_edge.bench.accuracy import example_key, measure_quality, measure_request
 from arte_edge.bench.runner import run_quality
 from arte_edge.bench.settings import BenchSettings, Reporter, Request, Target
 from arte_edge.errors import InputError
 from arte_edge.models import LocalModel
 from arte_edge.results.accuracy import paired_on_common
-from arte_edge.results.rows import QualityRow
+from arte_edge.results.rows import QualityRow, paired
 from arte_edge.results.student_json import Asking, write_student
 from arte_edge.runtimes.prompt_render import render
 from arte_edge.runtimes.protocol import RuntimeFacts
@@ -95,10 +95,12 @@ class Shelf:
     def __init__(self, monkeypatch: Patch, folder: Path, **pupils: int) -> None:
         self.paths = {name: folder / f"{name}.gguf" for name in pupils}
         self.opened: list[Pupil] = []
+        self.runtimes: list[str] = []
 
-        def open_model(path: Path, threads: int | None = None) -> Pupil:
+        def open_model(path: Path, threads: int | None = None, runtime: str = "auto") -> Pupil:
             assert not any(pupil.open for pupil in self.opened)  # a small device holds one at a time
             self.opened.append(Pupil(path.name, pupils[path.stem]))
+            self.runtimes.append(runtime)
             return self.opened[-1]
 
         for path in self.paths.values():
@@ -162,10 +164,47 @@ def test_the_budget_of_an_answer_is_the_one_beside_the_file(shelf: Shelf, tmp_pa
     assert [max(pupil.budgets) for pupil in shelf.opened] == [96, 250, 40]
 
 
+def test_the_child_gets_the_runtime_and_the_budget_of_the_request(shelf: Shelf, monkeypatch: Patch) -> None:
+    monkeypatch.setattr("arte_edge.tasks.loaders.load_task", lambda *_, **__: TASK)
+    request = Request(
+        source=str(shelf.paths["good"]),
+        task="parity",
+        limit=1,
+        answer_tokens=250,  # a device has no student.json beside the file
+        settings=BenchSettings(runtime="xllamacpp"),
+    )
+    asked = {"request": request.model_dump(mode="json"), "threads": 1, "device": DEVICE.model_dump(mode="json")}
+    measure_request(asked, lambda *_: None)
+    assert shelf.runtimes == ["xllamacpp"] and max(shelf.opened[0].budgets) == 250
+
+
+def test_a_sweep_begins_with_the_16_bit_file_and_limits_the_time_of_an_answer(monkeypatch: Patch) -> None:
+    answers = tuple((f"{i:016x}", "on", i < 90) for i in range(100))
+    seen: list[tuple[str, float, bool]] = []
+
+    def run_child(asked: Any, timeout_s: float, progress: Any, *, per_step: bool) -> dict[str, Any]:
+        name = Path(asked["request"]["source"]).name
+        seen.append((name, timeout_s, per_step))
+        row = quality_row(90, model_filename=name, quantization=name[2:-5], answers=answers)
+        return {"row": row.model_dump(mode="json")}
+
+    monkeypatch.setattr(runner, "run_child", run_child)
+    monkeypatch.setattr(runner, "choose_runtime", lambda *_: "llama-cpp-python")
+    monkeypatch.setattr(runner, "describe", lambda path: Target(path, "gguf", path.name, quantization=path.stem[2:]))
+    request = Request(settings=BenchSettings(threads=(1,), timeout_s=7), task="home_intents")
+    files = [Path("m-Q8_0.gguf"), Path("m-F16.gguf")]
+    rows = run_quality(files, request, device=DEVICE, reporter=Reporter(), on_row=lambda row: None)
+    assert seen == [("m-F16.gguf", 7, True), ("m-Q8_0.gguf", 7, True)]
+    assert [(row.reference, row.difference) for row in rows] == [("", None), ("m-F16.gguf", 0)]
+
+
 def test_the_difference_is_paired_with_a_row_of_any_machine(shelf: Shelf) -> None:
     earlier = shelf.measure("good").model_copy(update={"device": facts(arch="arm64")})
-    earlier = QualityRow.model_validate_json(earlier.model_dump_json())
-    row = shelf.measure("worse", reference=earlier)
+    earlier = QualityRow.model_validate_json(earlier.model_dump_json()).model_copy(update={"quantization": "F16"})
+    failed = earlier.model_copy(update={"status": "crashed", "answers": ()})
+    row = shelf.measure("worse")
+    assert paired(row, [speed_row(), failed, row]) == row
+    row = paired(row, [failed, earlier, row])
     test = mcnemar([True] * 40, [False] * 12 + [True] * 28)
     assert (row.reference, row.reference_right) == ("good.gguf", 40)
     assert (row.difference, row.p_value) == (test.difference, test.p_value)
@@ -175,7 +214,8 @@ def test_the_difference_is_paired_with_a_row_of_any_machine(shelf: Shelf) -> Non
 
 
 def test_a_limit_marks_the_row_and_pairs_the_same_examples(shelf: Shelf) -> None:
-    row = shelf.measure("worse", limit=20, reference=shelf.measure("good"))
+    whole = shelf.measure("good").model_copy(update={"quantization": "F16"})
+    row = paired(shelf.measure("worse", limit=20), [whole])
     assert (row.n, row.right, row.partial, row.reference_right) == (20, 8, True, 20)
     assert row.difference == pytest.approx(-12 / 20)
     assert shelf.measure("good", limit=40).partial is False
@@ -199,7 +239,7 @@ def test_a_question_that_was_asked_before_has_no_time(monkeypatch: Patch, shelf:
 
 def run(path: Path, task: str = "home_intents", **options: Any) -> QualityRow:
     seen: list[QualityRow] = []
-    request = Request(settings=BenchSettings(threads=(1,)), task=task, **options)
+    request = Request(**{"settings": BenchSettings(threads=(1,)), "task": task} | options)
     (row,) = run_quality([path], request, device=DEVICE, reporter=Reporter(), on_row=seen.append)
     assert seen == [row]
     return row
@@ -211,7 +251,7 @@ def test_a_real_file_answers_and_equals_itself(smollm2: LocalModel) -> None:
     task = load_task("home_intents")
     options: dict[str, Any] = {"split": "validation", "limit": 2, "device": DEVICE, "answer_tokens": 16}
     first = measure_quality(smollm2.gguf, task, **options)
-    again = measure_quality(smollm2.gguf, task, reference=first, **options)
+    again = paired(measure_quality(smollm2.gguf, task, **options), [first.model_copy(update={"quantization": "F16"})])
     assert first.with_grammar is not None and first.with_grammar.n == 2
     assert first.answers == again.answers and again.difference == 0 and again.p_value == 1
     assert (first.format, first.quantization, first.partial) == ("gguf", "Q4_1", True)
@@ -227,3 +267,5 @@ def test_a_model_that_cannot_answer_is_a_row_with_a_reason() -> None:
     assert (row.n, row.right, row.task) == (0, 0, "home_intents")
     with pytest.raises(InputError, match="home_intens"):
         run(Path("null"), "home_intens")
+    with pytest.raises(InputError, match="does not run null models"):
+        run(Path("null"), settings=BenchSettings(runtime="xllamacpp"))

@@ -96,6 +96,14 @@ def test_a_child_that_hangs_is_killed_in_time() -> None:
     assert "in warm-up 3 of 10" in answer["reason"] and "--timeout" in answer["reason"]
 
 
+def test_a_child_that_gets_on_is_not_killed_where_the_time_is_per_step() -> None:
+    slow = 'for i in range(6):\n    say(doing="answers", done=i, total=40); time.sleep(0.5)\n'
+    assert run(slow + "say(result={})", timeout_s=2.0, per_step=True) == {}
+    answer = run(slow + "time.sleep(60)", timeout_s=2.0, per_step=True)
+    assert answer["status"] == "timeout" and "in answers 5 of 40" in answer["reason"]
+    assert "--timeout" in answer["reason"] and "--limit" in answer["reason"] and "-p" not in answer["reason"]
+
+
 def test_a_child_that_answers_and_hangs_does_not_hold_us_up(monkeypatch: Patch) -> None:
     monkeypatch.setattr("arte_edge.bench.worker._EXIT_S", 0.3)
     start = time.monotonic()

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from tiny import Capture, artifact, cli, cli_json, quality_row, speed_row, student_file
 
+from arte_edge.bench import runner
 from arte_edge.bench.settings import find_targets
 from arte_edge.cli.main import main
 from arte_edge.models.artifact import checksums_of
-from arte_edge.results.rows import QualityRow, SpeedRow, append_rows, read_rows
+from arte_edge.results.rows import QualityRow, Row, SpeedRow, append_rows, read_rows
 from arte_edge.results.student_json import write_student
 
 QUICK = ["-p", "4", "-n", "8", "-r", "2", "--no-warmup", "-t", "1", "--no-roofline"]
@@ -153,6 +154,18 @@ def test_rows_are_kept_beside_student_json_unless_told_otherwise(capsys: Capture
     (speed,) = after["artifacts"][0]["speeds"]
     assert speed["threads"] == 1
     assert {test["test"]: test["tokens_per_s"] > 0 for test in speed["tests"]} == {"pp4": True, "tg8": True}
+
+
+def test_a_benchmark_that_is_interrupted_keeps_the_rows_until_then(bench_export: Path) -> None:
+    def interrupt(row: Row) -> None:
+        assert read_rows(bench_export / "bench.jsonl") == [row], "on the disk before anything else happens"
+        raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {"n_prompt": 4, "n_gen": 8, "repetitions": 1, "warmup": False, "roofline": False}
+    with pytest.raises(KeyboardInterrupt):
+        runner.bench(bench_export, on_row=interrupt, threads=1, **settings)
+    (speed,) = json.loads((bench_export / "student.json").read_text())["artifacts"][0]["speeds"]
+    assert [test["test"] for test in speed["tests"]] == ["pp4"]
 
 
 def test_a_damaged_student_json_does_not_lose_the_measurement(capsys: Capture, bench_export: Path) -> None:

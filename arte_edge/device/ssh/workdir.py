@@ -18,7 +18,7 @@ from arte_edge.cache import sha256_file
 from arte_edge.device.profiles import Profile, Remote
 from arte_edge.device.ssh.connection import ConnectionLost, ReconnectPolicy, Ssh
 from arte_edge.errors import ArteError, InputError
-from arte_edge.files import json_loads
+from arte_edge.files import json_loads, own_name
 
 OLDEST_PYTHON = (3, 11)  # requires-python of pyproject.toml
 _BUILD_TOOLS = (("cc", "gcc", "clang"), ("c++", "g++", "clang++"))
@@ -242,7 +242,7 @@ def blobs_of(path: Path) -> list[Blob]:
     else:
         inside = {file: file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()}
         names = {
-            file: f"{path.resolve().name}/{name.as_posix()}"
+            file: f"{own_name(path)}/{name.as_posix()}"
             for file, name in inside.items()
             if not any(part.startswith(".") for part in name.parts)
         }

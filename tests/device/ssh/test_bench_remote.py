@@ -7,28 +7,33 @@ from typing import Any
 
 import psutil
 import pytest
-from tiny import Make, Patch, quality_row, speed_row
+from tiny import Make, Patch, quality_row, speed_row, student_file
 
 from arte_edge.bench import remote as remote_module
 from arte_edge.bench.remote import bench_remote
 from arte_edge.bench.settings import BenchSettings, Reporter, Request
+from arte_edge.cache import sha256_file
 from arte_edge.device.profiles import Profile, Remote
 from arte_edge.device.ssh.agent import state
 from arte_edge.device.ssh.connection import ConnectionLost, RemoteError
 from arte_edge.device.ssh.environment import check
 from arte_edge.device.ssh.workdir import clean
 from arte_edge.errors import ArteError, InputError
+from arte_edge.results.rows import QualityRow, Row
+from arte_edge.results.student_json import Asking, write_student
 
 BUSY = {"contended": True, "contended_reason": "other work", "n_repeated": 3, "cpu": ({"wall_s": 1, "run_share": 0.5},)}
 SPEED = speed_row("tg8", model_filename="X", model_size=1, **BUSY)
-QUALITY = quality_row(3, model_filename="X", task="parity", n=4)
+ANSWERS = tuple((f"{i:016x}", "on", i < 3) for i in range(4))
+QUALITY = quality_row(3, model_filename="X", task="parity", n=4, answers=ANSWERS)
 # Replaces the benchmark where a test is about the connection: prints a row per repetition.
 STUB = """
-import json, sys, time, pathlib
+import hashlib, json, sys, time, pathlib
 request = json.loads(sys.argv[1])
 model = pathlib.Path(request["source"])
 assert model.exists(), model
-row = json.loads({speed!r}) | {{"model_filename": model.name, "model_size": 7}}
+own = {{"model_filename": model.name, "sha256": hashlib.sha256(model.read_bytes()).hexdigest()}}
+row = json.loads({speed!r}) | own
 for i in range(request["settings"]["repetitions"]):
     print(json.dumps(row | {{"test": "tg%d" % i}}), flush=True)
     print("test", i, "é[bold]", file=sys.stderr, flush=True)
@@ -36,7 +41,8 @@ for i in range(request["settings"]["repetitions"]):
 if request["task"]:
     task = pathlib.Path(request["task"])
     assert (task / "task.toml").read_text() == "name = 'parity'"
-    print(json.dumps(json.loads({quality!r}) | {{"model_filename": model.name}}), flush=True)
+    own |= {{"answer_tokens_mean": request["answer_tokens"], "quantization": model.stem[-3:]}}
+    print(json.dumps(json.loads({quality!r}) | own), flush=True)
 """
 
 
@@ -90,15 +96,48 @@ def test_rows_come_back_verbatim_and_the_job_is_removed(device: Any, bench: Make
     (task / "task.toml").write_text("name = 'parity'")
     said, seen = Said(), []
     rows = bench(repetitions=2, reporter=said, task=str(task), on_row=seen.append)
-    own = {"model_filename": model.name, "model_size": 7}
+    own = {"model_filename": model.name, "sha256": sha256_file(model)}
     expected = [SPEED.model_copy(update=own | {"test": test}) for test in ("tg0", "tg1")]
-    assert rows == [*expected, QUALITY.model_copy(update={"model_filename": model.name})] == seen
+    answered = QUALITY.model_copy(update=own | {"answer_tokens_mean": 0, "quantization": "8_0"})
+    assert rows == [*expected, answered] == seen
     assert "GGUF runs on " in said.text and "é[bold]" in said.text
     assert list((device.work / "jobs").iterdir()) == []
     assert device.work.stat().st_mode & 0o777 == 0o700
     sent = device.proxy.sent_bytes
     bench()
     assert device.proxy.sent_bytes - sent < 200_000  # neither wheel nor model again
+
+
+def test_files_of_one_name_and_links_are_measured_each_for_itself(
+    profile: Profile, stub: Path, make_gguf: Make, tmp_path: Path
+) -> None:
+    for name in ("old", "new", "snapshot"):
+        (tmp_path / name).mkdir()
+    old, new = make_gguf("old/m.gguf", rows=8), make_gguf("new/m.gguf", rows=16)
+    link = tmp_path / "snapshot" / "linked.gguf"  # as in the Hub's cache, where the target is called by its hash
+    link.symlink_to(old.rename(tmp_path / "old" / "5eb63bbb"))
+    old.symlink_to("5eb63bbb")
+    request = Request(settings=BenchSettings(repetitions=1))
+    rows = bench_remote(profile, [old, new, link], request, reporter=Said())
+    expected = [(path.name, sha256_file(path)) for path in (old, new, link)]
+    assert [(row.model_filename, row.sha256) for row in rows] == expected
+
+
+def test_the_16_bit_file_answers_first_the_others_are_paired_with_it_and_budgets_are_those_noted_here(
+    profile: Profile, stub: Path, make_gguf: Make, bench_gguf: Path, tmp_path: Path
+) -> None:
+    model, task = make_gguf("m-Q8_0.gguf"), tmp_path / "parity"
+    task.mkdir()
+    (task / "task.toml").write_text("name = 'parity'")
+    asking = Asking(form="reasoning-first", instruction="Say it.", answer_tokens=250)
+    write_student(tmp_path, student_file(asking=asking))
+    request = Request(settings=BenchSettings(repetitions=1), task=str(task))
+    seen: list[Row] = []
+    rows = bench_remote(profile, [model, bench_gguf], request, reporter=Said(), on_row=seen.append)
+    assert rows == seen
+    first, second = (row for row in rows if isinstance(row, QualityRow))
+    assert (first.model_filename, first.difference, first.answer_tokens_mean) == ("tiny-F16.gguf", None, 0)
+    assert (second.reference, second.difference, second.answer_tokens_mean) == ("tiny-F16.gguf", 0, 250)
 
 
 def test_a_cut_in_mid_benchmark_and_a_caller_that_left_lose_no_row(device: Any, bench: Make) -> None:
