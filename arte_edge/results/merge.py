@@ -6,9 +6,9 @@ test a valid one wins over a throttled or contended one, that over a failure, an
 newer: a rerun replaces its own entry and no other, and merging is idempotent and independent of the
 order of the rows. The rows themselves stay in ``bench.jsonl``.
 
-The speed of a file on a device is read from both documents (`measured`). Measurements of a throttled device, beside
-other work, or under an emulator are left out. Of several of a file (threads, runtimes) the one with the highest decode
-rate counts, with its own prefill rate and memory.
+The speed of a file on a device is read from both documents, merged in the same way (`measured`). Measurements of a
+throttled device, beside other work, or under an emulator are left out. Of several of a file (threads, runtimes) the
+one with the highest decode rate counts, with its own prefill rate and memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from arte_edge.cache import locked
@@ -265,60 +264,28 @@ Found = tuple[Measured | None, tuple[str, ...]]
 
 def measured(artifact: Artifact, names: frozenset[str], rows: Sequence[Row] = ()) -> Found:
     """Return the measurement that counts, None if there is none; and a sentence for those that were left out."""
-    speeds = [speed for speed in artifact.speeds if names & speed.names]
-    found = [
-        Measured(s.decode_tokens_per_s, s.prefill_tokens_per_s, s.peak_rss_bytes, _source(s.runtime, s.threads))
-        for s in speeds
-        if not disturbance(s)
-    ]
     mine = [row for row in _speed_rows(rows, names) if belongs_to(row, artifact)]
-    best, left_out = _best(mine, found)
-    # A row of bench.jsonl is merged into student.json too: it must not count twice.
-    kinds = left_out if mine else [kind for speed in speeds for kind in speed.disturbances]
-    return best, left_out_notes(kinds)
+    return _best([speed for speed in _speeds(artifact.speeds, mine) if names & speed.names])
 
 
 def best_of_rows(rows: Sequence[Row], file: str, names: frozenset[str]) -> Found:
     """Return the same of a file by its name or quantization type, where its hash is unknown."""
     mine = [row for row in _speed_rows(rows, names) if file in (row.quantization, row.model_filename)]
-    best, left_out = _best(mine, [])
-    return best, left_out_notes(left_out)
+    return _best(_speeds((), mine))
 
 
-def _best(rows: Sequence[SpeedRow], found: Sequence[Measured]) -> tuple[Measured | None, list[str]]:
-    """Return the fastest of `found` and the valid rows; and what disturbed others, but for a rate measured again."""
-
-    def test(row: SpeedRow) -> tuple[str | int, ...]:
-        return row.model_filename, row.runtime, row.n_threads, row.n_prompt, row.n_gen, row.n_depth
-
-    valid = [row for row in rows if not disturbance(row)]
-    again = set(map(test, valid))
-    kinds = [disturbance(row) for row in rows if not (row.contended and test(row) in again)]
-    best = max([*found, *_from_rows(valid)], key=lambda one: one.decode or 0.0, default=None)
-    return best, [kind for kind in kinds if kind]
-
-
-def _from_rows(rows: Sequence[SpeedRow]) -> list[Measured]:
-    """Return one measurement for each runtime and number of threads; an empty cache first (``n_depth`` least)."""
-    groups: dict[tuple[str, int], list[SpeedRow]] = defaultdict(list)
-    for row in rows:
-        groups[row.runtime, row.n_threads].append(row)
-    found = []
-    for (runtime, threads), group in groups.items():
-        depth = min(row.n_depth for row in group)
-        writes = [row.median_ts or row.avg_ts for row in group if row.n_gen and row.n_depth == depth]
-        reads = [row.median_ts or row.avg_ts for row in group if not row.n_gen and row.n_depth == depth]
-        ram = [row.peak_rss_bytes for row in group if row.peak_rss_bytes is not None]
-        decode, prefill = median(writes) if writes else None, median(reads) if reads else None
-        found.append(Measured(decode, prefill, max(ram, default=None), _source(runtime, threads)))
-    return found
+def _best(speeds: Sequence[Speed]) -> Found:
+    """Return the fastest that nothing disturbed; a disturbed test that was measured again is not among `speeds`."""
+    valid = [speed for speed in speeds if not disturbance(speed)]
+    best = max(valid, key=lambda speed: speed.decode_tokens_per_s or 0.0, default=None)
+    left_out = left_out_notes(kind for speed in speeds for kind in speed.disturbances)
+    if best is None:
+        return None, left_out
+    source = f"{best.runtime}, {best.threads} thread{'s' * (best.threads != 1)}"
+    return Measured(best.decode_tokens_per_s, best.prefill_tokens_per_s, best.peak_rss_bytes, source), left_out
 
 
 def _speed_rows(rows: Sequence[Row], names: frozenset[str]) -> list[SpeedRow]:
     """Return the valid tests on the device, none under an emulator."""
     tests = (row for row in rows if isinstance(row, SpeedRow) and row.ok)
     return [row for row in tests if "qemu" not in row.device.virtual and names & row.device.names]
-
-
-def _source(runtime: str, threads: int) -> str:
-    return f"{runtime}, {threads} thread{'s' * (threads != 1)}"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import facts, quality_row, speed_row
 
 from arte_edge.errors import InputError
-from arte_edge.results.merge import merge_into, merge_rows
+from arte_edge.results.merge import measured, merge_into, merge_rows
 from arte_edge.results.rows import Row
 from arte_edge.results.student_json import FILE_NAME, Speed, StudentFile, carry_results, read_student
 
@@ -35,6 +35,16 @@ def test_a_rerun_replaces_its_own_entry_and_no_other(export_folder: Path) -> Non
     merge_rows(export_folder, [speed_row("tg128", 20.0), speed_row("tg128", 5.0, device=other)])
     found = speeds(merge_rows(export_folder, [speed_row("tg128", 22.0, test_time="2026-11-25T08:00:00Z")]))
     assert [(s.device, s.decode_tokens_per_s) for s in found] == [("raspberry-pi-5", 22.0), ("f" * 16, 5.0)]
+
+
+def test_the_newest_rate_of_a_test_is_the_speed_of_both_documents(export_folder: Path) -> None:
+    old, short = speed_row("tg128", 15.0), speed_row("tg16", 30.0)
+    new = speed_row("tg128", 10.0, type_k="q8_0", test_time="2026-11-25T08:00:00Z")
+    before = read(export_folder).artifacts[0]
+    merged = merge_rows(export_folder, [old]).artifacts[0]
+    for artifact, rows in ((before, [old, short, new]), (merged, [short, new]), (merged, [new])):
+        found, notes = measured(artifact, frozenset({"raspberry-pi-5"}), rows)
+        assert found is not None and (found.decode, found.source, notes) == (10.0, "llama_cpp 0.3.36, 4 threads", ())
 
 
 def test_threads_runtimes_and_depths_have_their_own_entries(export_folder: Path) -> None:
@@ -75,7 +85,7 @@ def test_rows_of_unknown_tensors_emulators_and_no_runtime_are_told_and_left_out(
     notes: list[str] = []
     before = (export_folder / FILE_NAME).read_bytes()
     merge_rows(export_folder, rows, note=notes.append)
-    assert [any(word in note for note in notes) for word in ("has its tensors", "emulator", "empty runtime")]
+    assert all(any(word in note for note in notes) for word in ("has these tensors", "emulator", "null runtime"))
     assert len(notes) == 3
     assert (export_folder / FILE_NAME).read_bytes() == before
 

@@ -129,7 +129,7 @@ def test_raw_rows_count_but_not_throttled_failed_emulated_or_foreign_ones() -> N
     rows = [
         row(bare, 21, peak_rss_bytes=200_000_000),
         row(bare, 18, n_threads=2),
-        row(bare, 99, throttled=True),
+        row(bare, 99, throttled=True, n_threads=1),
         row(bare, 98, device=dict(virtual="qemu-user")),
         row(bare, 97, device=dict(profile="orange-pi-5")),
         row(bare, 96, status="crashed"),
