@@ -30,7 +30,7 @@ from arte_edge.publish.recommend.pick import recommend
 from arte_edge.publish.recommend.recommendation import Recommendation
 from arte_edge.publish.report.page import ReportPage, report
 from arte_edge.results.comparison import upgraded
-from arte_edge.results.student_json import FILE_NAME, find_run
+from arte_edge.results.student_json import FILE_NAME, MODEL_MARKS, find_folder, find_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -168,11 +168,12 @@ def open_student(
     """
     from arte_edge.tasks.loaders import load_task
 
-    path, loaded = user_path(source), None if task is None else load_task(str(task))
+    path = find_folder(source, "run.toml", FILE_NAME, *MODEL_MARKS)
+    loaded = None if task is None else load_task(str(task))
     if not path.exists() and path.suffix in (".gguf", ".onnx"):
         raise InputError(f"{path}: no such file", "Give a model's file, an export's folder, or a run.")
     if not path.exists() or (path / "run.toml").is_file():
-        run = load_run(source)
+        run = load_run(path)
         known = run.config.task
         own = load_task(known.ref, bbh=None if known.bbh is None else Path(known.bbh))
         if loaded is not None and loaded.sha256 != own.sha256:

@@ -35,7 +35,7 @@ from arte_edge.models.resolve import resolve
 from arte_edge.pii_scan import Machine
 from arte_edge.results.accuracy import SCHEMA_VERSION
 from arte_edge.results.comparison import ComparisonRow, comparison_of
-from arte_edge.results.student_json import Alignment, Data, Lineage, Parent, Student, Tuning
+from arte_edge.results.student_json import MODEL_MARKS, Alignment, Data, Lineage, Parent, Student, Tuning, find_folder
 from arte_edge.store import file_sha256, read_jsonl
 from arte_edge.tasks.loaders import load_task
 from arte_edge.tasks.task import Task
@@ -204,8 +204,8 @@ def open_source(
         ArteError: it cannot be fetched or converted.
     """
     folder = user_path(ref, recorded=True)
-    if not folder.exists() and re.fullmatch(r"[\w.-]+", ref) and (Path("runs") / ref / "run.toml").is_file():
-        folder = Path("runs") / ref
+    if ((run := find_folder(ref, "run.toml", *MODEL_MARKS)) / "run.toml").is_file():
+        folder = run
     if folder.parts[:1] == ("runs",) and not folder.exists():  # no repository of the Hub's user "runs"
         hint = "List the folders below runs/, or run `arte-edge distill` first."
         raise InputError(f"{ref}: no such run", hint)

@@ -9,7 +9,7 @@ A speed entry is one file on one device with one runtime and number of threads. 
 that was run there, and a summary of them, taken from valid tests where there are any, else from tests
 on a throttled device or beside other work, and marked so.
 
-`find_run` and `find_export` find a run or an export by name or path.
+`find_run` and `find_export` find a run or an export by name or path, both with `find_folder`.
 """
 
 from __future__ import annotations
@@ -370,13 +370,29 @@ def carry_results(folder: Path, new: StudentFile) -> StudentFile:
     return new.model_copy(update=update)
 
 
+# A folder that `bench`, `ask` or `export` can use although it is neither a run nor an export.
+MODEL_MARKS = ("*config.json", "*.gguf")
+
+
+def find_folder(ref: str | Path, *marks: str, runs: str | Path = "runs") -> Path:
+    """Return the path `ref`, or what has that name in the folder `runs`: the first that holds one of `marks`.
+
+    A task's folder often has the name of a run, and is none. If neither holds one, the first that exists is returned.
+    """
+    path = user_path(ref)
+    if str(ref).startswith("."):  # ./name is a path and no name
+        return path
+    below = user_path(Path(runs) / ref)
+    held = [one for one in (path, below) if any(any(one.glob(mark)) for mark in marks)]
+    return next(iter(held), below if below.is_dir() and not path.exists() else path)
+
+
 def find_run(ref: str | Path, runs: str | Path = "runs") -> Path:
     """Return the folder of a run: a path, or a name in the folder `runs`.
 
     Raises InputError: there is no such folder, or it holds no run.
     """
-    path = user_path(ref)
-    path = path if path.is_dir() else user_path(Path(runs) / ref)
+    path = find_folder(ref, "run.toml", runs=runs)
     if not path.is_dir():
         raise InputError(f"{ref}: no such folder", "Give a run's folder, or its name under runs/.")
     return run_file(path).parent
@@ -387,9 +403,7 @@ def find_export(ref: str | Path) -> Path:
 
     Raises InputError: there is none, or there are several.
     """
-    path = user_path(ref)
-    if not path.exists() and (Path("runs") / path).is_dir():
-        path = Path("runs") / path
+    path = find_folder(ref, FILE_NAME, f"*/{FILE_NAME}", "run.toml")
     if path.is_file() and path.name in (FILE_NAME, BENCH_NAME):
         return path.parent
     for folder in (path, path / "export"):

@@ -141,6 +141,8 @@ def test_a_run_and_its_file_answer_alike(tmp_path: Path, monkeypatch: Patch) -> 
     pytest.importorskip("llama_cpp")
     run, text = write_run(tmp_path / "runs" / "mine"), "dim the lights in the hall"
     by_file = ae.ask(run / "tune" / "student-F16.gguf", text, task=tiny.TASK)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "task.toml").touch()  # a task's folder of that name is no run
     monkeypatch.chdir(tmp_path)
     replies = [ae.ask(run, text), ae.load_run("mine").ask(text), ae.ask("mine", text)]
     assert {(reply.answer, reply.text, reply.tokens) for reply in replies} == {

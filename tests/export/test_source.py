@@ -195,6 +195,8 @@ def test_no_text_of_the_test_split_is_read(tiny_run: Path, monkeypatch: Patch) -
 def test_a_run_is_found_by_its_name(tiny_run: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     shutil.copytree(tiny_run, tmp_path / "runs" / "mine")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()  # a task of that name, as `arte-edge tasks new` makes one
+    (tmp_path / "mine" / "task.toml").touch()
     assert open_source("mine").lineage.source == "run"
     with pytest.raises(InputError, match="runs/nowhere: no such run"):  # nor looked for on the Hub
         open_source("runs/nowhere")

@@ -1,10 +1,18 @@
 from pathlib import Path
 
 import pytest
-from tiny import artifact, change_json, student_file
+from tiny import Patch, artifact, change_json, student_file
 
 from arte_edge.errors import InputError
-from arte_edge.results.student_json import FILE_NAME, Speed, StudentFile, read_student, write_student
+from arte_edge.results.student_json import (
+    FILE_NAME,
+    Speed,
+    StudentFile,
+    find_export,
+    find_run,
+    read_student,
+    write_student,
+)
 
 SPEED = Speed(device="pi5", runtime="llama.cpp", threads=4, decode_tokens_per_s=20.5)
 STUDENT = student_file(artifact(speeds=(SPEED,)))
@@ -50,3 +58,20 @@ def test_every_number_with_a_unit_says_it_in_its_name() -> None:
             kinds = {field.get("type"), *(option.get("type") for option in field.get("anyOf", ()))}
             if "number" in kinds and name not in unitless | {"bits_per_weight", "perplexity_reference"}:
                 assert name.endswith(units), f"{table}.{name}"
+
+
+def test_a_run_is_found_by_its_name_beside_a_folder_of_that_name(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/tickets")
+    write_student(run / "export", STUDENT)
+    (run / "run.toml").touch()
+    assert (find_run("tickets"), find_export("tickets")) == (run, run / "export")
+    Path("tickets").mkdir()
+    Path("tickets/task.toml").touch()
+    assert (find_run("tickets"), find_export("tickets")) == (run, run / "export")
+    with pytest.raises(InputError, match="not a run but a task"):
+        find_run("./tickets")
+    write_student(Path("tickets/pi"), STUDENT)
+    assert find_export("tickets") == Path("tickets/pi")
+    Path("tickets/run.toml").touch()
+    assert find_run("tickets") == Path("tickets")
