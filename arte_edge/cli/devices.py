@@ -88,7 +88,7 @@ def detect(
     from arte_edge.device.detect import detect as facts_of
     from arte_edge.device.memory_estimate import fit, repacked_types
     from arte_edge.device.model_size import ModelSize
-    from arte_edge.device.roofline import bandwidth, expected_here, is_busy
+    from arte_edge.device.roofline import bandwidth, expected, is_busy
     from arte_edge.machine import available_bytes
 
     facts = facts_of()
@@ -96,11 +96,12 @@ def detect(
     found |= {"available_bytes": available_bytes(), "sensors": _sensors()}
     if (probe or model) and is_busy():
         err.print("This machine is busy: the bandwidth is measured too low and not cached.")
-    found["read_bytes_per_s"] = bandwidth(facts.cores, fresh=True) if probe else None
+    rate = bandwidth(facts.cores, fresh=probe) if probe or model else None
+    found["read_bytes_per_s"] = rate if probe else None
     size = ModelSize.of(model) if model else None
     repacked = repacked_types(facts.arch, facts.features)
     fits = fit(size, found["available_bytes"], context, repacked=repacked) if size else None
-    speed = expected_here(size, facts.cores, context, fresh=probe) if size else None
+    speed = expected(size, rate, context) if size and rate else None
     if as_json:
         emit_json(found | _model_json(size, fits, speed))
         return

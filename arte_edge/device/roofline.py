@@ -43,18 +43,13 @@ def bandwidth(threads: int, *, fresh: bool = False) -> float:
     )
 
 
-def measure_bandwidth(threads: int, total_bytes: int = 0) -> float:
-    """Measure the read bandwidth in bytes/s.
-
-    Args:
-        total_bytes: size of all arrays; 0: a quarter of the available memory, at most 512 MB.
-    """
+def measure_bandwidth(threads: int) -> float:
+    """Measure the read bandwidth in bytes/s, with arrays of a quarter of the available memory, at most 512 MB."""
     import numpy as np
 
     from arte_edge.machine import available_bytes
 
-    total_bytes = total_bytes or min(_MAX_BYTES, available_bytes() // 4)
-    share = max(1 << 20, total_bytes // threads) // 8
+    share = max(1 << 20, min(_MAX_BYTES, available_bytes() // 4) // threads) // 8
     arrays = [np.ones(share, dtype=np.int64) for _ in range(threads)]
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:
@@ -124,9 +119,9 @@ def expected(size: ModelSize, basis: Profile | float, context_tokens: int = 0) -
     return Expected(tokens_per_s, source, text, weights_s, kv_s, overhead_s, is_upper_bound=source == "probe")
 
 
-def expected_here(size: ModelSize, threads: int, context_tokens: int = 0, *, fresh: bool = False) -> Expected:
-    """Return the upper bound on this machine from its memory bandwidth, which is cached unless `fresh`."""
-    found = expected(size, bandwidth(threads, fresh=fresh), context_tokens)
+def expected_here(size: ModelSize, threads: int, context_tokens: int = 0) -> Expected:
+    """Return the upper bound on this machine from its memory bandwidth, which is measured once and cached."""
+    found = expected(size, bandwidth(threads), context_tokens)
     assert found is not None  # a bandwidth is known
     return found
 
@@ -169,10 +164,10 @@ def predictor(folder: Path, profile: Profile, context_tokens: int) -> Predictor:
 
 def predict(size: ModelSize, profile: Profile, context_tokens: int) -> Prediction:
     """Return the prediction for a model of these sizes on the device."""
-    from arte_edge.device.memory_estimate import fit
+    from arte_edge.device.memory_estimate import fit_profile
 
     speed = expected(size, profile, context_tokens)
-    found = fit(size, profile.memory_bytes[0], context_tokens)
+    found = fit_profile(size, profile, context_tokens)
     rate = speed.decode_tokens_per_s if speed else None
     return Prediction(
         rate,

@@ -69,6 +69,15 @@ def test_detect_probes_when_asked(capsys: Capture, model_cache: Path, monkeypatc
     assert "12.5 GB/s" in capsys.readouterr().out
 
 
+def test_detect_predicts_from_the_bandwidth_that_it_prints(
+    capsys: Capture, model_cache: Path, monkeypatch: Patch, model: Path
+) -> None:
+    rates = iter([12e9, 13e9])
+    monkeypatch.setattr("arte_edge.device.roofline.measure_bandwidth", lambda threads: next(rates))
+    found = cli_json(capsys, "devices", "detect", "--probe", "--model", str(model))
+    assert found["read_bytes_per_s"] == 12e9 and "12.0 GB/s" in found["expected"]["basis"]
+
+
 def test_add_show_rm_is_a_round_trip(capsys: Capture, model_cache: Path) -> None:
     added = cli_json(capsys, "devices", "add", "kitchen", "pi@kitchen", "--base", "raspberry-pi-4b", "--notes", "fan")
     assert Path(added["file"]).is_file()
