@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from arte_edge.errors import InputError
+from arte_edge.onnx.files import GENAI
 from arte_edge.results.accuracy import PairedAccuracy
 from arte_edge.runtimes.loader import open_model
 from arte_edge.runtimes.protocol import Runtime
@@ -195,7 +196,7 @@ def verify_file(
     try:
         type = ""
         if thresholds is None:
-            type = model.quantization if model.quantization in TYPES else STRICTEST
+            type = _type_of(model, artifact)
             thresholds = thresholds_for(type)
         verdict = verify(
             reference,
@@ -211,3 +212,11 @@ def verify_file(
         return replace(verdict, thresholds_of=type)
     finally:
         model.close()
+
+
+def _type_of(model: Runtime, artifact: Path) -> str:
+    """Return the type whose thresholds count: int8 of optimum's layout has its own, as in a recipe."""
+    type = model.quantization
+    if type == "int8" and not (artifact / GENAI).is_file():
+        type = "optimum-int8"
+    return type if type in TYPES else STRICTEST

@@ -1,9 +1,14 @@
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
 from arte_edge.errors import InputError
 from arte_edge.gguf.reader import FILE_TYPES
 from arte_edge.verify.check import STRICTEST, TYPES, Thresholds, thresholds_for
+from arte_edge.verify.gate import _type_of
 
 
 def test_every_gguf_type_has_thresholds() -> None:
@@ -20,6 +25,15 @@ def test_fewer_bits_never_have_a_stricter_threshold(name: str) -> None:
     limits = [getattr(TYPES[type], name) for type in order]
     assert limits == sorted(limits)
     assert [TYPES[type].top1 for type in order] == sorted((TYPES[t].top1 for t in order), reverse=True)  # type: ignore[type-var]
+
+
+def test_int8_of_optimum_is_judged_by_the_limits_of_its_export(tmp_path: Path) -> None:
+    model: Any = SimpleNamespace(quantization="int8")
+    assert _type_of(model, tmp_path) == "optimum-int8"
+    (tmp_path / "genai_config.json").touch()
+    assert _type_of(model, tmp_path) == "int8"
+    model.quantization = "int3"
+    assert _type_of(model, tmp_path) == STRICTEST
 
 
 def test_thresholds_of_a_recipe_are_checked() -> None:
