@@ -222,7 +222,9 @@ def _own_hosts() -> Iterator[str]:
         except InputError:  # `arte-edge devices check` reports it
             continue
         if profile.remote:
-            yield from (profile.remote.host, *re.split(r"[@.]", profile.remote.host))
+            yield profile.remote.host
+            parts = re.split(r"[@.]", profile.remote.host)
+            yield from (part for part in parts if not part.isdigit())  # 192 and 168 are figures of a card too
 
 
 def preview_push(folder: Path, repo: str, *, allow: Collection[str] = ()) -> Preview:

@@ -6,12 +6,13 @@ import pytest
 from tiny import Capture, Make, Patch, cli_json, speed_row
 
 from arte_edge.cli.main import main
+from arte_edge.device.profiles import add_device
 from arte_edge.errors import InputError
 from arte_edge.gguf.reader import Field
 from arte_edge.gguf.writer import rewrite
 from arte_edge.pii_scan import Machine
 from arte_edge.publish.card.card import write_card, write_keys
-from arte_edge.publish.hub import preview
+from arte_edge.publish.hub import _own_hosts, preview
 from arte_edge.results.merge import merge_rows
 from arte_edge.results.student_json import Asking, read_student, write_student
 
@@ -97,6 +98,12 @@ def test_a_harmless_text_is_let_through(ready: Path, text: str) -> None:
     card = ready / "README.md"
     card.write_text(f"{card.read_text()}{text.replace('ada.l', 'grace')}\n")
     assert found(ready) == []
+
+
+def test_the_figures_of_a_devices_address_are_no_names(model_cache: Path) -> None:
+    add_device("kitchen", "ada@192.168.1.5")
+    add_device("attic", "ada@attic.local")
+    assert {*_own_hosts()} == {"kitchen", "ada", "ada@192.168.1.5", "attic", "local", "ada@attic.local"}
 
 
 def test_it_is_found_in_json_by_its_key(ready: Path) -> None:
