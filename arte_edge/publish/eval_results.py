@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from arte_edge.cache import is_offline, write_atomic
+from arte_edge.cache import is_offline, slug, write_atomic
 from arte_edge.errors import InputError
 from arte_edge.publish import publishable
 from arte_edge.publish.card.front_matter import dump_yaml
@@ -20,7 +20,7 @@ from arte_edge.results.student_json import Artifact, Evaluation, StudentFile
 
 FOLDER = ".eval_results"
 _SPEC = re.compile(r"(?P<dataset>[\w-][\w.-]*/[\w-][\w.-]*):(?P<task_id>[\w.-]+)(?:=(?P<task>.+))?")
-_ANSWER_S = 10.0
+_OURS = ", greedy, n="  # in the notes of every file that this module wrote
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def write_eval_results(
 ) -> list[Path]:
     """Write one file for each benchmark and measured file; return those that changed.
 
+    What an earlier call wrote for these benchmarks and this one does not, as of a file that was rejected since, goes.
+
     Raises InputError: nothing was measured on a whole test split, or several tasks were and none is named.
     """
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
@@ -91,11 +93,11 @@ def write_eval_results(
     for benchmark in benchmarks:  # check all before the first file is written
         if (text := check_registered(benchmark)) and note:
             note(text)
-    written = []
+    written, current = [], set()
     for benchmark, artifact, score in found:
         kind = "GGUF" if artifact.format == "gguf" else artifact.format
         interval = f"95 % interval {100 * score.low:.1f}-{100 * score.high:.1f}"
-        notes = f"{kind} {artifact.quantization}, {score.runtime}, greedy, n={score.n}, {interval}"
+        notes = f"{kind} {artifact.quantization}, {score.runtime}{_OURS}{score.n}, {interval}"
         entry = EvalResultEntry(
             dataset_id=benchmark.dataset,
             task_id=benchmark.task_id,
@@ -105,11 +107,16 @@ def write_eval_results(
             source_name="arte-edge bench" if repo else None,
             notes=f"{notes}, on {publishable.device_title(score)}",
         )
-        path = folder / FOLDER / f"{benchmark.slug}-{artifact.quantization.lower()}.yaml"
+        path = folder / FOLDER / f"{benchmark.slug}-{slug(artifact.file.rstrip('/')).lower()}.yaml"
+        current.add(path)
         data = dump_yaml(eval_result_entries_to_yaml([entry])).encode()
         if not path.is_file() or path.read_bytes() != data:
             write_atomic(path, data)
             written.append(path)
+    for benchmark in benchmarks:
+        for path in {*(folder / FOLDER).glob(f"{benchmark.slug}-*.yaml")} - current:
+            if _OURS in path.read_text("utf-8", errors="replace"):
+                path.unlink()
     return written
 
 

@@ -21,7 +21,7 @@ def test_a_whole_test_split_becomes_an_entry_of_the_hubs_form(export_folder: Pat
     notes: list[str] = []
     student = merge_rows(export_folder, [quality_row(80)])
     (path,) = write_eval_results(export_folder, student, [GSM8K], repo="ada/tiny-GGUF", note=notes.append)
-    assert path == export_folder / ".eval_results" / "gsm8k-gsm8k-q8_0.yaml"
+    assert path == export_folder / ".eval_results" / "gsm8k-gsm8k-tiny-q8_0.gguf.yaml"
     (entry,) = parse_eval_result_entries(yaml.safe_load(path.read_text()))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 80.0)
     assert entry.date == "2026-11-24"  # a quoted text, not a date of YAML's
@@ -29,6 +29,24 @@ def test_a_whole_test_split_becomes_an_entry_of_the_hubs_form(export_folder: Pat
     assert entry.source_url == "https://huggingface.co/ada/tiny-GGUF/blob/main/bench.jsonl"
     assert len(notes) == 1 and "not checked" in notes[0]
     assert write_eval_results(export_folder, student, [GSM8K], repo="ada/tiny-GGUF") == []
+
+
+def test_every_file_has_an_entry_and_one_that_was_rejected_has_none_any_more(export_folder: Path) -> None:
+    student = merge_rows(export_folder, [quality_row(80)])
+    first = student.artifacts[0]
+    folders = [
+        first.model_copy(update={"file": f"tiny-{kind}/", "format": kind[:-5], "quantization": "int8"})
+        for kind in ("onnx-genai-int8", "onnx-optimum-int8")
+    ]
+    several = student.model_copy(update={"artifacts": (first, *folders)})
+    assert len(write_eval_results(export_folder, several, [GSM8K])) == 3
+    mine = export_folder / ".eval_results" / "gsm8k-gsm8k-mine.yaml"
+    mine.write_text("- value: 1\n")  # written by hand
+    rejected = folders[0].model_copy(update={"status": "rejected"})
+    several = student.model_copy(update={"artifacts": (first, rejected, folders[1])})
+    assert write_eval_results(export_folder, several, [GSM8K]) == []
+    names = ("mine", "tiny-onnx-optimum-int8", "tiny-q8_0.gguf")
+    assert sorted(path.name for path in mine.parent.iterdir()) == [f"gsm8k-gsm8k-{name}.yaml" for name in names]
 
 
 @pytest.mark.parametrize("change", [{"partial": True}, {"split": "validation"}])
