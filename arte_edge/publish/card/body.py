@@ -299,6 +299,8 @@ def use_section(student: StudentFile, options: CardOptions) -> str:
         parts += [_code("sh", "\n".join(lines)), _code("python", _LLAMA_CPP.format(model=_quoted(gguf), **shown))]
     if folder := files.get("onnx-genai"):
         parts.append(_code("python", _GENAI.format(model=_quoted(folder.rstrip("/")), **shown)))
+    if folder := files.get("onnx-optimum"):
+        parts.append(f"`{folder}` runs in plain onnxruntime, optimum and transformers.js.")
     if how and how.grammar and files:
         schema = f"; `{how.json_schema}` is their JSON schema" if how.json_schema else ""
         parts.append(f"`{how.grammar}` permits answers alone (`llama-cli --grammar-file {how.grammar}`){schema}.")

@@ -134,6 +134,16 @@ def test_the_16_bit_score_is_never_a_files(export_folder: Path) -> None:
     assert ModelCard(text).data.eval_results is None
 
 
+def test_a_portable_folder_alone_is_a_file_that_passed(export_folder: Path) -> None:
+    student = read(export_folder).model_copy(update={"asking": None})
+    folder = student.artifacts[0].model_copy(update={"file": "tiny-onnx/", "format": "onnx-optimum"})
+    text = part(render_card(student.model_copy(update={"artifacts": (folder,)}), CardOptions()), "use")
+    assert "`tiny-onnx/` runs in plain onnxruntime" in text and "No file passed" not in text
+    bad = folder.model_copy(update={"status": "rejected"})
+    none = part(render_card(student.model_copy(update={"artifacts": (bad,)}), CardOptions()), "use")
+    assert "No file passed the gate." in none
+
+
 def test_throttled_rates_and_partial_accuracies_are_omitted(export_folder: Path) -> None:
     rows = [speed_row("tg128", 9.25, throttled=True), quality_row(3, n=4, partial=True, low=0.3, high=0.95)]
     student = merge_rows(export_folder, rows)
