@@ -111,7 +111,9 @@ def _lacks_optimum(python: Path) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"cannot be run ({error})"
-    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+    if not done.returncode:
+        return ""
+    return next(reversed(done.stderr.strip().splitlines()), f"exit {done.returncode}")
 
 
 def build(

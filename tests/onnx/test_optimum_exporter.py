@@ -138,6 +138,15 @@ def test_a_named_python_without_optimum_is_rejected(monkeypatch: Patch, python: 
         find_python()
 
 
+def test_a_named_python_that_ends_without_a_word_is_rejected(monkeypatch: Patch, tmp_path: Path) -> None:
+    silent = tmp_path / "python"
+    silent.write_text("#!/bin/sh\nexit 3\n")
+    silent.chmod(0o755)
+    monkeypatch.setenv("ARTE_EDGE_OPTIMUM_PYTHON", str(silent))
+    with pytest.raises(InputError, match="exit 3"):
+        find_python()
+
+
 def test_the_rotary_embedding_in_the_format_of_transformers_4() -> None:
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "original_max_position_embeddings": 8192}
     new: dict[str, Any] = {"model_type": "llama", "dtype": "bfloat16", "rope_parameters": rope}
