@@ -29,6 +29,7 @@ _LONG = "lorem ipsum dolor sit amet " * 1000  # longer than a limit that a token
 HARD_STRINGS: tuple[str, ...] = tuple(dict.fromkeys(chain(*_GROUPS.values(), [_LONG])))
 _BATCH = 32  # vocabulary entries per call
 _SHOWN = 6  # ids shown in a message
+_EXCERPT = 32  # characters of a text shown there
 
 
 class _Difference(NamedTuple):
@@ -194,9 +195,9 @@ def first_difference(one: Sequence[object], other: Sequence[object]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def excerpt(text: str, at: int = 0, width: int = 32) -> str:
+def excerpt(text: str, at: int = 0) -> str:
     """Return `text` around the position `at`, quoted, with escapes for invisible characters."""
-    start = max(0, at - width // 4)
-    part = text[start : start + width]
-    before, after = "…" if start else "", "…" if start + width < len(text) else ""
+    start = max(0, at - _EXCERPT // 4)
+    part = text[start : start + _EXCERPT]
+    before, after = "…" if start else "", "…" if start + _EXCERPT < len(text) else ""
     return f"{before}{part!a}{after}" if not part.isprintable() else f"{before}{part!r}{after}"

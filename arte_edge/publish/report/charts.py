@@ -224,7 +224,8 @@ def _legend_of(entries: Sequence[tuple[str, int]]) -> tuple[str, float]:
     return "".join(parts), (y + 2 if entries else 0.0)
 
 
-def _shape(series: int, x: float, y: float, r: float = 4.2) -> str:
+def _shape(series: int, x: float, y: float) -> str:
+    r = 4.2
     kind = SHAPES[series % len(SHAPES)]
     if kind == "circle":
         return f'<circle cx="{x}" cy="{y}" r="{r}"/>'
