@@ -1,4 +1,4 @@
-"""What the version before wrote is still read: student.json, bench.jsonl, an export folder, a run folder."""
+"""What the version before wrote is still read: student.json, bench.jsonl, an export folder."""
 
 import json
 import shutil
@@ -8,8 +8,6 @@ import pytest
 
 from arte_edge.publish.card.card import card
 from arte_edge.publish.recommend.pick import recommend
-from arte_edge.publish.report.data import read_run
-from arte_edge.publish.report.page import report
 from arte_edge.results.merge import merge_into
 from arte_edge.results.rows import QualityRow, SpeedRow, read_rows
 from arte_edge.results.student_json import read_student, write_student
@@ -56,13 +54,3 @@ def test_an_export_folder_keeps_its_card_and_can_be_asked(export_1: Path) -> Non
     assert card(export_1, gguf_keys=False).changed == ()
     found = recommend(export_1, device="generic-x86")
     assert found.pick is not None and len(found.candidates) == 3
-
-
-def test_a_run_folder_has_a_report(tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(OLD / "run", tmp_path / "run"))
-    found = read_run(str(folder))
-    assert list(found.summaries) == ["check", "elicit", "calibrate", "prefer", "tailor"]
-    assert found.summaries["prefer"]["k"] == 8 and found.cost["elicit"].calls > 0
-    page = report(folder)
-    assert page.path == folder / "report.html" and page.path.is_file()
-    assert any(line.startswith("tune") for line in page.missing)
