@@ -49,7 +49,6 @@ __all__ += ["export", "load_run", "open_student", "recommend", "report", "serve"
 
 PathLike = str | Path
 _DEFAULT_RECIPE = "laptop"
-_SIXTEEN_BITS = ("F32", "F16", "BF16", "fp32", "fp16", "")
 
 
 @dataclass(frozen=True)
@@ -459,6 +458,7 @@ def verify(
 
     Raises InputError: no such model or task; ArteError: a runtime is missing or failed.
     """
+    from arte_edge.gguf.reader import UNQUANTIZED
     from arte_edge.runtimes.loader import open_model
     from arte_edge.tasks.loaders import load_task
     from arte_edge.verify.check import thresholds_for
@@ -483,7 +483,7 @@ def verify(
             threads=threads,
             progress=progress,
         )
-        if model.quantization in _SIXTEEN_BITS:
+        if model.quantization in (*UNQUANTIZED, ""):
             return verdict
         note = f"The reference is itself quantized ({model.quantization}): earlier losses do not show."
         return replace(verdict, notes=(note,))

@@ -29,7 +29,7 @@ from arte_edge.distill.train.lora_merge import Adapter, read_adapter
 from arte_edge.errors import InputError
 from arte_edge.export.chat import Chat, read_chat
 from arte_edge.files import json_loads, user_path
-from arte_edge.gguf.reader import STRING, UINT32, Field, read_model_header
+from arte_edge.gguf.reader import FULL_WIDTH, STRING, UINT32, Field, read_model_header
 from arte_edge.model_folder import chat_templates, look, tokenizer_files
 from arte_edge.models.resolve import resolve
 from arte_edge.pii_scan import Machine
@@ -131,7 +131,7 @@ def private_fields(gguf: Path, private: Iterable[str]) -> list[str]:
     return [key for key, value in read_model_header(gguf).metadata.items() if is_private(key, value)]
 
 
-_NOT_QUANTIZED = ("F16", "BF16", "F32", "")
+_NOT_QUANTIZED = (*FULL_WIDTH, "")
 
 
 @dataclass(frozen=True)
