@@ -74,11 +74,12 @@ def budget_tokens(max_answer_seconds: float, prompt_tokens: int, rates: Rates) -
 def penalize_length(score: float, tokens: int, most_tokens: int, *, log: bool) -> float:
     """Return a draft's `score` times the share of the draft that the device can generate in time.
 
-    `log`: it is a log-probability in nats, to which the logarithm of that share is added. So a draft that is a
-    little too long is a little worse, and the ranking of two long drafts is kept.
+    `score` is a probability, of which an estimate may be below zero: that stays. `log`: it is a log-probability in
+    nats, to which the logarithm of that share is added. So a draft that is a little too long is a little worse, and
+    the ranking of two long drafts is kept.
     """
     share = min(1.0, most_tokens / max(tokens, 1))
-    return score + math.log(share) if log else score * share
+    return score + math.log(share) if log else min(score, score * share)
 
 
 def new_budget(folder: Path, config: Deploy, prompt_tokens: int, rates: Rates) -> Budget:

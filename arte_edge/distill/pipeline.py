@@ -238,7 +238,9 @@ def decide_budget(run: RunContext, *, update: bool) -> Budget:
     if not update and (stored := stored_budget(run.folder, config)) is not None:
         return stored
     rates, engine = device_rates(config, run.local(student)), run.engine(student)
-    prompts = student_prompts(run, engine, run.asking(), run.task.validation)
+    target = run.config.tune.target
+    how = run.asking(None if target == "auto" else target)  # that of a trial is not known yet
+    prompts = student_prompts(run, engine, how, run.task.validation)
     counts = [engine.count_tokens(prompt) for prompt in prompts]
     long_prompt = math.ceil(float(np.percentile(counts, _PROMPT_PERCENTILE)))
     budget = new_budget(run.folder, config, long_prompt, rates)

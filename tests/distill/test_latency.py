@@ -4,6 +4,7 @@ import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import Patch, artifact, facts, speed_row, student_file
 
+from arte_edge.asking.form import instruction
 from arte_edge.distill.config import Deploy
 from arte_edge.distill.latency import FILE_NAME, Budget, Rates, budget_tokens, device_rates, penalize_length
 from arte_edge.distill.pipeline import decide_budget
+from arte_edge.distill.preference.scoring import Score
 from arte_edge.distill.run_context import RunContext
+from arte_edge.distill.stages.prefer import _row
 from arte_edge.errors import InputError
 from arte_edge.models.resolve import LocalModel, quantized_student
 from arte_edge.results.rows import SpeedRow
 from arte_edge.results.student_json import Speed, write_student
 from arte_edge.runtimes.completion import Completion, Request, Sampling
+from arte_edge.tasks.task import Answer
 
 RATES = Rates(20.0, 200.0, "measured", "llama_cpp, 4 threads")
 DEVICE = {"deploy": {"device": "raspberry-pi-5", "max_answer_seconds": 2.0}}
@@ -61,6 +66,7 @@ def test_only_what_is_too_long_pays_and_longer_pays_more() -> None:
     assert penalize_length(-1.0, 30, 30, log=True) == -1.0
     # A log-probability is below zero: a factor would reward length.
     assert penalize_length(-1.0, 60, 30, log=True) == pytest.approx(-1.0 + math.log(0.5))
+    assert penalize_length(-0.4, 60, 30, log=False) == -0.4  # an estimate of a probability
     assert penalize_length(-1.0, 90, 30, log=True) < penalize_length(-1.0, 60, 30, log=True)
 
 
@@ -82,19 +88,28 @@ def test_the_budget_is_decided_once(house: Any) -> None:
     run.close()
 
 
+def test_the_prompt_is_that_of_the_configured_form(house: Any) -> None:
+    tokens = {}
+    for form in ("answer", "reasoning-first"):
+        run = house.run(tune={"target": form}, **SMALL, **DEVICE)
+        tokens[form] = settle(run, update=True).prompt_tokens
+        run.close()
+    more = instruction(house.task, "reasoning-first"), instruction(house.task, "answer")
+    assert tokens["reasoning-first"] - tokens["answer"] == len(more[0].split()) - len(more[1].split()) > 0
+
+
 def test_without_a_device_there_is_no_budget_and_no_trace_of_one(house: Any, scored: Any) -> None:
     assert Deploy().device == ""
     run, _, rows = scored(**SMALL)
     assert run.budget is None and not (house.folder / FILE_NAME).exists()
     assert run.most_tokens(96) == 96
     assert "student_tokens" not in rows[0]
-    # That its inputs are those of a run from before there was a [deploy]: test_old_run.py.
 
 
 def test_a_draft_that_is_too_long_pays_and_is_what_the_teacher_unlearns(house: Any, scored: Any) -> None:
     first = "Look at the last digit"  # the technique that takes 60 words where the others take 6
     house.teacher.say = lambda r, text, _: "so it goes on " * 15 + text if first in r.prompt else text
-    _, summary, rows = scored(Budget(20, 10, RATES), **SMALL, **DEVICE)
+    _, summary, rows = scored(Budget(20, 10, RATES), "reasoning-first", **SMALL, **DEVICE)
     long = [row for row in rows if row["over_budget"]]
     short = [row for row in rows if not row["over_budget"]]
     assert {row["technique"] for row in long} == {0} and {row["technique"] for row in short} == {1, 2, 3}
@@ -103,6 +118,25 @@ def test_a_draft_that_is_too_long_pays_and_is_what_the_teacher_unlearns(house: A
     for row in long:
         assert row["score"] == pytest.approx(row["bias_free"] * 20 / row["student_tokens"], abs=1e-6)
     assert max(row["score"] for row in long) < min(row["score"] for row in short)
+
+
+def test_the_length_fit_is_taken_out_after_the_penalty_and_an_influence_pays_none(house: Any) -> None:
+    draft = {"question": "q", "technique": 0, "tokens": 7, "text": "so it goes on " * 10 + "<ans>odd</ans>"}
+    run = house.run(**SMALL, **DEVICE)
+    run.budget, run.form = Budget(10, 10, RATES), "reasoning-first"
+
+    def score(plain: float, by_length: float = 0.0) -> Any:
+        return _row(run, house.student, draft, Score(plain, plain, 0.0, 0.5), plain, by_length)
+
+    n = len(draft["text"].split())
+    assert score(0.3, 0.5)["score"] == pytest.approx(0.3 * 10 / n - 0.5, abs=1e-6)
+    assert score(0.3, 0.5)["over_budget"]
+    run.form, run.config = "answer", house.config(**SMALL, **DEVICE)
+    assert score(0.3)["score"] == 0.3 and score(0.3)["student_tokens"] == 1
+    run.form, run.config = "reasoning-first", house.config(prefer={"score": "influence"}, **SMALL, **DEVICE)
+    house.task = run.task = replace(run.task, answer=Answer(kind="text"))
+    assert score(-0.4)["score"] == -0.4 and score(7.0)["score"] == 7.0
+    run.close()
 
 
 def test_a_student_that_writes_is_cut_off_at_the_budget(house: Any, scored: Any, monkeypatch: Patch) -> None:

@@ -306,9 +306,17 @@ def rationale_grammar(answer: Answer, tokens: int) -> str:
     return gbnf(answer, "reasoning-first", min(most, _MAX_CHARS)) or ""
 
 
+def student_text(run: RunContext, rationale: str) -> str:
+    """Return what the student writes of a teacher's rationale: in the form ``answer`` the answer in it alone."""
+    return extract(rationale, run.task.answer) or "" if run.form == "answer" else rationale.strip()
+
+
 def over_budget(run: RunContext, rationales: Iterable[Row]) -> list[Row]:
-    """Return the rationales that the student could not generate in time, counted in its own tokens."""
-    if run.budget is None:
+    """Return the rationales that the student could not generate in time, counted in its own tokens.
+
+    None where there is no reasoning: a label is as long as the task has it.
+    """
+    if run.budget is None or not run.reasons:
         return []
     fits = _fits(run)
     return [row for row in rationales if not fits(row["text"])]
@@ -377,7 +385,9 @@ def sampled(
     """Sample rationales, one for each of `samples`, of the labelled questions; return the usable ones as `resample`."""
     kind, shots = run.task.answer, short_shots(run, config)
     greedy = rationale_sampling(run, engine, run.config.elicit.rationale_tokens)
-    most = greedy.max_tokens if run.budget is None else round(run.budget.answer_tokens * _SLACK)
+    most = greedy.max_tokens
+    if run.budget is not None and run.form != "answer":
+        most = round(run.budget.answer_tokens * _SLACK)
     sampling = replace(
         greedy,
         temperature=run.config.tailor.temperature,
@@ -405,7 +415,7 @@ def _fits(run: RunContext) -> Callable[[str], bool]:
     """Return a test whether the student could generate a text in time, counted in its own tokens."""
     assert run.budget is not None
     count, most = run.engine(run.config.student).count_tokens, run.budget.answer_tokens
-    return lambda text: count(f" {text.strip()}") <= most
+    return lambda text: count(f" {student_text(run, text)}") <= most
 
 
 def _short_enough(run: RunContext, rationales: Sequence[Row]) -> set[str]:

@@ -10,7 +10,8 @@ well the student then answers the preference set. Three such scores, and one of 
 
 The score of a question is the mean over its rationales. On a closed answer set drafts are ranked
 without the answer bias that they induce (`preference.scoring`) and without what their length explains.
-Under a latency limit, drafts that are too long are penalized (`arte_edge.distill.latency`).
+Under a latency limit, drafts that are too long are penalized (`arte_edge.distill.latency`); not an influence, which is
+signed and that of training data, of which tailoring takes none that is too long.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from arte_edge.distill.generation.rationales import student_text
 from arte_edge.distill.preference.scoring import Score, is_adaptive, length_effect, score_drafts, scoring_engine
 from arte_edge.distill.prompts import Shot
 from arte_edge.distill.run_context import Row, RunContext, Summary
+from arte_edge.runtimes.completion import Engine
 from arte_edge.stats import pearson
 from arte_edge.tasks.task import Example
 
@@ -68,8 +71,8 @@ def scored_rows(
     free = config.bias_free and closed
     plain = np.array([score.free if free else score.value for score in scored.scores])
     by_length = length_effect(plain, tokens) if length_free else np.zeros(len(plain))
-    rows = [_row(run, *one) for one in zip(drafts, scored.scores, plain, by_length, tokens, strict=True)]
-    summary = _summary(rows, plain, len(examples))
+    rows = [_row(run, engine, *one) for one in zip(drafts, scored.scores, plain, by_length, strict=True)]
+    summary = _summary(rows, plain, len(examples)) | {"measured": scored.cells}
     summary["engine"] = f"{engine.identity.kind} {engine.identity.quantization}".strip()
     if adaptive or any(scored.errors):
         for row, items, error in zip(rows, scored.items, scored.errors, strict=True):
@@ -107,16 +110,17 @@ def scoring_inputs(run: RunContext, n_draft: int, *stages: str) -> dict[str, Any
     }
 
 
-def _row(run: RunContext, draft: Row, score: Score, plain: float, by_length: float, tokens: float) -> Row:
+def _row(run: RunContext, engine: Engine, draft: Row, score: Score, plain: float, by_length: float) -> Row:
     """Return a row of scores.jsonl: `plain` ranks drafts before `by_length` is taken out."""
-    final, budget = float(plain - by_length), {}
-    if run.budget is not None:
-        most = run.budget.answer_tokens
-        budget = {"student_tokens": int(tokens), "over_budget": int(tokens) > most}
-        if run.config.prefer.score != "accuracy":  # there the student itself was cut off
+    budget = {}
+    if run.budget is not None and run.reasons:
+        n, most = engine.count_tokens(f" {student_text(run, draft['text'])}"), run.budget.answer_tokens
+        budget = {"student_tokens": n, "over_budget": n > most}
+        if run.config.prefer.score in ("likelihood", "forced"):  # for accuracy the student itself was cut off
             from arte_edge.distill.latency import penalize_length
 
-            final = penalize_length(final, int(tokens), most, log=not run.task.answer.closed)
+            plain = penalize_length(plain, n, most, log=not run.task.answer.closed)
+    final = float(plain - by_length)
     return {
         "question": draft["question"],
         "technique": draft["technique"],

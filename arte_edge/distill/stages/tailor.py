@@ -246,7 +246,7 @@ class _Selection:
     rationale: dict[str, Row]
     score: dict[str, float]
     scores: list[Row]
-    cells: int = 0  # answers of the student that the scores took
+    cells: int = 0  # answers of the student that the scores took; for influence, gradients
 
     def summary(self, examples: Sequence[Row], written: Sequence[Row]) -> Summary:
         """Return what the selection cost and gained; `written` are all rationales of the teacher."""
@@ -284,9 +284,8 @@ def _select(run: RunContext, questions: dict[str, Row], usable: dict[str, list[R
         key = draft["question"]
         if key not in kept or row["score"] > kept[key][0]:
             kept[key] = row["score"], draft
-    cells = summary["race"]["measured"] if "race" in summary else len(drafts) * summary["k"]
     best = {key: draft for key, (_, draft) in kept.items()}
-    return _Selection(best, {key: score for key, (score, _) in kept.items()}, rows, cells)
+    return _Selection(best, {key: score for key, (score, _) in kept.items()}, rows, summary["measured"])
 
 
 def _balanced(rows: list[Row], n: int) -> list[Row]:
@@ -303,7 +302,7 @@ def _describe(summary: Summary) -> str:
     if picked := summary.get("selection"):
         chosen = (
             f"; of {picked['scored']} drafts ({picked['teacher_tokens']:,} tokens of the teacher's rationales, "
-            f"{picked['student_answers']:,} answers of the student) those kept score {picked['kept']:.3f}, all "
+            f"{picked['student_answers']:,} calls of the student) those kept score {picked['kept']:.3f}, all "
             f"{picked['mean']:.3f}"
         )
     return f"{summary['examples']} training examples from {summary['questions']} questions{agree}{words}{chosen}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from arte_edge.asking.form import Form
 from arte_edge.distill.config import LabelPolicy
 from arte_edge.distill.generation.inputs import Focus
 from arte_edge.distill.generation.rationales import (
@@ -156,12 +157,12 @@ class Rambling:
 
 
 def written(
-    house: Any, says: Rambling, budget: int | None = 8, **tables: Any
+    house: Any, says: Rambling, budget: int | None = 8, form: Form = "reasoning-first", **tables: Any
 ) -> tuple[RunContext, dict[str, Any], list[dict[str, Any]]]:
     """Tailor on a device with this budget; return the run, the summary and the training data."""
     house.teacher.say = says
     run: RunContext = house.run(tailor={"questions": 8}, **(DEVICE if budget else {}) | tables)
-    run.budget = budget and Budget(budget, 10, RATES)
+    run.budget, run.form = budget and Budget(budget, 10, RATES), form
     try:
         return run, tailor(run, None, Focus()), run.read("tailor", "train.jsonl")
     finally:
@@ -226,6 +227,17 @@ def test_draws_go_on_for_those_alone_that_lack_one(house: Any) -> None:
 def test_draws_do_not_vote(house: Any) -> None:
     rows = written(house, Rambling(brief=[7], wrong=range(7)))[2]
     assert {(row["label"], row["rationale"][:12]) for row in rows} == {("even", "Draw 7 says ")}
+
+
+@pytest.mark.parametrize("by_label", [True, False])
+def test_where_the_student_gives_the_answer_alone_no_tags_and_no_reasoning_count(house: Any, by_label: bool) -> None:
+    house.by_label = by_label
+    says = Rambling()
+    _, summary, rows = written(house, says, 1, form="answer")  # "<ans>odd</ans>" is one word, what is in front more
+    assert len(rows) == 8 and summary["over_budget"] == summary["drawn_again"] == 0 and not says.drawn
+    if by_label:  # a label of the task is what it is
+        house.student.count_tokens = lambda text: 99
+        assert len(written(house, says, 2, form="answer")[2]) == 8
 
 
 def test_without_draws_or_a_budget_nothing_is_drawn_and_what_is_too_long_is_counted(house: Any) -> None:

@@ -135,6 +135,7 @@ def test_a_killed_scoring_goes_on_and_a_student_is_loaded_only_for_what_is_missi
     assert loaded == [12, 12] and len(set(made)) == len(made) == summary["drafts"]
     # What is scored is what the student will be trained on: the bare question, the rationale, the tagged answer.
     assert all("It is" in text and text.endswith("</ans>") and "Let's" not in prompt for prompt, text in made)
+    assert summary["measured"] == summary["drafts"]  # gradients, whatever the number of questions
     assert rows[0]["standard_error"] > 0 and rows[0]["items"] == 12
     means = run.read("prefer", "questions.jsonl")
     n = means[0]["rationales"]
