@@ -37,7 +37,7 @@ from arte_edge.distill.preference.dpo_pairs import (
 )
 from arte_edge.distill.prompts import question_messages, question_prefill, teacher_shots
 from arte_edge.distill.run_context import Row, RunContext, Summary
-from arte_edge.distill.stages.elicit import draft_plan, first_focus
+from arte_edge.distill.stages.elicit import draft_plan, first_focus, focus_inputs
 from arte_edge.distill.stages.fresh_drafts import Fresh, draft_afresh, held_out_source, versus
 from arte_edge.distill.train.collapse import ProbeResult, is_untrained
 from arte_edge.distill.train.common import DpoSettings, Lora
@@ -133,6 +133,7 @@ def _inputs(run: RunContext) -> Summary:
         "scores": run.outputs("prefer"),
         "asked": [run.config.elicit.shown, run.config.elicit.asked],
         **run.data_inputs(),
+        **focus_inputs(run),
     }
 
 

@@ -38,6 +38,12 @@ def first_focus(run: RunContext) -> Focus:
     return focus_of(((row["target"], row["own_labels"]) for row in rows if "own_labels" in row), weighted=False)
 
 
+def focus_inputs(run: RunContext) -> Summary:
+    """Return what the check decides of drafts: the near misses, where there are any."""
+    confused = first_focus(run).confused
+    return {"confused": confused} if confused else {}
+
+
 def elicit(run: RunContext) -> Summary:
     """Write questions.jsonl, rejected.jsonl and rationales.jsonl. Raises StoppedEarly: no rationale is usable."""
     config, teacher = run.config.elicit, run.config.teacher
@@ -46,6 +52,7 @@ def elicit(run: RunContext) -> Summary:
         "teacher": run.identity(teacher),
         "task": run.task.sha256,
         **run.data_inputs(),
+        **focus_inputs(run),
     }
     with run.stage("elicit", inputs, _describe) as stage:
         if stage.todo:

@@ -1,5 +1,6 @@
 """Drafting with a scripted teacher: what is kept, and that what is kept is not asked again."""
 
+import json
 from typing import Any
 
 import pytest
@@ -49,6 +50,19 @@ def test_another_setting_makes_the_stage_again_from_the_calls_it_shares(house: A
     run = house.run(elicit={"questions": 8, "label": "vote"})
     assert elicit(run)["labels"]["policy"] == "vote"
     assert house.calls == spent
+
+
+def test_other_confusions_in_the_check_make_other_drafts(house: Any) -> None:
+    house.by_label, answers = True, house.folder / "check" / "answers.jsonl"
+    answers.parent.mkdir(parents=True)
+    manifest, made = house.folder / "elicit" / "manifest.json", []
+    for given in ("odd", "odd", "even"):
+        answers.write_text(json.dumps({"target": "odd", "own_labels": given}) + "\n")
+        run = house.run()
+        elicit(run)
+        run.close()
+        made.append((manifest.read_text(), house.calls))
+    assert made[0] == made[1] and made[2][0] != made[1][0]
 
 
 def test_parroted_rationales_are_counted_and_others_stay_usable_but_one_text_for_all_stops_the_run(house: Any) -> None:
