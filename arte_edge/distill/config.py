@@ -378,8 +378,9 @@ class RunConfig(_Section):
 
 
 def short_name(model: str) -> str:
-    """Return a model reference as a part of a folder's name."""
-    return Path(model.split("@")[0].split(":")[-1]).name.lower().removesuffix(".gguf")
+    """Return a model reference as a part of a folder's name; a quantization stays in it."""
+    name = Path(model.removeprefix("openai:").partition("@")[0]).name
+    return name.lower().replace(":", "-").removesuffix(".gguf")
 
 
 def load_toml(path: Path) -> dict[str, Any]:

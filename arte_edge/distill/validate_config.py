@@ -1,7 +1,7 @@
 """What makes a run impossible, found before any model is downloaded or called; all problems are reported at once.
 
-`arte-edge check` calls `find_problems`. A run itself calls `refuse_run` and, once its models are on this
-machine, `refuse_models`: a family or a layer that cannot be converted would otherwise fail hours later.
+`arte-edge check` calls `find_problems`, a run `refuse_run`: both report the same. Once its models are on this machine
+a run also calls `refuse_models`: a family or a layer that cannot be converted would otherwise fail hours later.
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ def find_problems(tables: Mapping[str, Any]) -> list[Problem]:
 
     Task and models are checked even if other keys are wrong.
     """
-    return [*problems_of(tables), *_task_problems(tables), *_model_problems(tables), *_server_problems(tables)]
+    wrong, (task, unreadable) = problems_of(tables), _task(tables)
+    found = [*wrong, *unreadable, *_model_problems(tables), *_server_problems(tables)]
+    if task is not None:
+        examples = _value(tables, "check", "examples")
+        found += _size_problems(examples if isinstance(examples, int) else 0, task)
+    if wrong:
+        return found
+    config = RunConfig.model_validate(tables)
+    return [*found, *_rank_problems(config), *(_misfits(config, task) if task else ())]
 
 
 def refuse_run(config: RunConfig, task: Task, where: str = "", *, models: bool = True) -> None:
@@ -43,7 +51,14 @@ def refuse_run(config: RunConfig, task: Task, where: str = "", *, models: bool =
     """
     tables = config.model_dump()
     problems = [*(_model_problems(tables) if models else ()), *_size_problems(config.check.examples, task)]
-    problems += [*_server_problems(tables), *_rank_problems(config)]
+    problems += [*_server_problems(tables), *_rank_problems(config), *_misfits(config, task)]
+    reject(problems, where)
+
+
+def _misfits(config: RunConfig, task: Task) -> Iterator[Problem]:
+    """Yield what `config` asks for and this kind of task does not allow."""
+    from arte_edge.distill.stages.calibrate import respondents
+
     reasons = config.tune.target in ("answer-first", "reasoning-first")
     needs = f'data = "{config.data}" chooses among rationales' if config.data in TECHNIQUE_ARMS else ""
     if config.aligned and not config.n_question_pairs and not needs:
@@ -51,12 +66,23 @@ def refuse_run(config: RunConfig, task: Task, where: str = "", *, models: bool =
         needs = f'data = "{config.data}"{key} aligns the teacher on rationales alone'
     if needs and tells_labels(config, task) and not reasons:
         what = f"{needs}, and this student may learn answers without any"
-        problems.append((what, 'Set tune.target = "reasoning-first" or "answer-first".'))
+        yield what, 'Set tune.target = "reasoning-first" or "answer-first".'
     if config.tune.soft_labels and not votes_directly(config, task.answer):
         what = "tune.soft_labels: the teacher gives no probabilities of answers to this task"
         how = "Set it to 0; or use a local teacher, a task of closed answers, and elicit.opinion_shots above 0."
-        problems.append((what, how))
-    reject(problems, where)
+        yield what, how
+    if config.teacher.role == "inputs" and not tells_labels(config, task):
+        yield (
+            'teacher.role = "inputs": inputs cannot be written for a given answer of this task',
+            'Set it to "labels" or "auto".' + ("" if config.elicit.by_label else " Or set elicit.by_label to true."),
+        )
+    calibrates = config.aligned or config.data == "best-of-n"
+    if calibrates and len(respondents(config, closed=task.answer.closed)) * len(config.calibrate.shots) < 2:
+        yield (
+            f"calibrate: {config.student.model} with {config.calibrate.shots[0]} shots alone answers the validation "
+            "questions (a server gives no probabilities), and one cannot tell which of them discriminate",
+            "List more numbers in calibrate.shots, or models in calibrate.models.",
+        )
 
 
 def refuse_models(config: RunConfig, teacher: LocalModel | None, student: LocalModel) -> None:
@@ -96,17 +122,15 @@ def _value(tables: Mapping[str, Any], section: str, key: str) -> Any:
     return getattr(getattr(RunConfig(), section), key)
 
 
-def _task_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
+def _task(tables: Mapping[str, Any]) -> tuple[Task | None, list[Problem]]:
+    """Return the task, None if it cannot be read, and why."""
     ref, bbh = _value(tables, "task", "ref"), _value(tables, "task", "bbh")
     if not ref or not isinstance(ref, str) or not isinstance(bbh, str | None):
-        return  # reported already
+        return None, []  # reported already
     try:
-        task = load_task(ref, bbh=Path(bbh) if bbh else None)
+        return load_task(ref, bbh=Path(bbh) if bbh else None), []
     except ArteError as error:
-        yield f"task.ref: {error.message}", error.hint
-        return
-    examples = _value(tables, "check", "examples")
-    yield from _size_problems(examples if isinstance(examples, int) else 0, task)
+        return None, [(f"task.ref: {error.message}", error.hint)]
 
 
 def _size_problems(n_check: int, task: Task) -> Iterator[Problem]:
@@ -150,7 +174,7 @@ def _model_problems(tables: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _look_up(ref: str) -> None:
-    """Raise if `ref` names no model. Downloads nothing and hashes no large file."""
+    """Raise if `ref` names no model. Downloads nothing, but hashes the weights of a checkpoint folder."""
     path = user_path(ref)
     if is_server(ref):
         return  # its address is checked with the configuration

@@ -139,7 +139,7 @@ def load_task(ref: str, *, bbh: Path | None = None) -> Task:
     """Load the task `ref`; with `bbh`, from that folder of BIG-Bench Hard files; an `InputError` says what is wrong."""
     name, options = _parse(ref)
     path = user_path(name)
-    if bbh is not None or name.endswith(".json"):
+    if bbh is not None or (name.endswith(".json") and path.is_file()):
         split = _split(ref, options, _OPTIONS)
         folder, name = (bbh, name) if bbh else (path.parent, path.stem)
         return load_bbh(folder, name, split, (options.get("input"), options.get("target")))

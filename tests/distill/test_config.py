@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import arte_edge
 from arte_edge import catalog
-from arte_edge.distill.config import RunConfig, build, differences, dump_toml, load_toml, parse_set
+from arte_edge.distill.config import RunConfig, build, differences, dump_toml, load_toml, parse_set, short_name
 from arte_edge.distill.validate_config import find_problems
 from arte_edge.errors import InputError
 
@@ -117,6 +117,11 @@ def test_a_later_layer_or_set_wins_and_leaves_its_neighbours() -> None:
 def test_what_is_no_assignment_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="not of the form key=value"):
         parse_set([text])
+
+
+def test_students_of_one_quantization_have_folders_of_their_own() -> None:
+    refs = ("org/one:Q4_K_M", "org/two:Q4_K_M", "org/two@v1:Q4_K_M", "dir/Three.gguf", "openai:a/four@http://x:1/v1")
+    assert [short_name(ref) for ref in refs] == ["one-q4_k_m", "two-q4_k_m", "two", "three", "four"]
 
 
 def test_differences_are_dotted_keys() -> None:

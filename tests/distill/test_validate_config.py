@@ -12,7 +12,7 @@ from arte_edge.distill.stages.calibrate import calibrate
 from arte_edge.distill.stages.check import check
 from arte_edge.distill.stages.elicit import elicit
 from arte_edge.distill.stages.evaluate import evaluate
-from arte_edge.distill.validate_config import fewer_shown, refuse_models, refuse_run
+from arte_edge.distill.validate_config import fewer_shown, find_problems, refuse_models, refuse_run
 from arte_edge.errors import InputError
 from arte_edge.models.resolve import LocalModel
 from arte_edge.tasks.loaders import load_task
@@ -119,6 +119,39 @@ def test_steps_that_processes_cannot_share_are_found_before_any_call() -> None:
     with pytest.raises(InputError, match=r"align\.weights"):
         refuse_run(RunConfig.model_validate(four), task)
     refuse_run(RunConfig.model_validate({"train": {"processes": 4}}), task)
+
+
+def test_a_run_and_its_check_find_the_same() -> None:
+    task, base = load_task("home_intents"), {"task": {"ref": "home_intents"}}
+    for tables in (
+        {"data": "one-technique", "train": {"processes": 3}},
+        {"tune": {"soft_labels": 0.5}, "elicit": {"opinion_shots": 0}},
+        {"teacher": {"model": RunConfig().teacher.model, "role": "inputs"}, "elicit": {"by_label": False}},
+    ):
+        with pytest.raises(InputError) as caught:
+            refuse_run(RunConfig.model_validate(base | tables), task)
+        found = find_problems(base | tables)
+        assert found and caught.value.message == "; ".join(what for what, _ in found)
+
+
+def test_a_teacher_that_cannot_write_for_a_given_answer_is_given_no_role_of_it(house: Any, capsys: Capture) -> None:
+    assert house.distill("--set", "teacher.role=inputs") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "teacher.role" in said and "elicit.by_label to true" in said and house.calls == 0
+    house.by_label = True
+    refuse_run(house.config(teacher={"model": house.teacher.name, "role": "inputs"}), house.task)
+
+
+def test_one_respondent_cannot_calibrate_and_is_found_before_any_call(house: Any) -> None:
+    tables: dict[str, Any] = {"data": "best-of-n", "calibrate": {"shots": [0]}}
+    tables["teacher"] = {"model": "openai:m@http://127.0.0.1:1/v1"}
+    with pytest.raises(InputError, match=r"calibrate: .* 0 shots alone") as caught:
+        refuse_run(house.config(**tables), house.task)
+    assert "calibrate.shots" in caught.value.hint
+    refuse_run(house.config(**tables | {"data": "original-teacher"}), house.task)  # which calibrates nothing
+    refuse_run(house.config(**tables | {"calibrate": {"shots": [0, 1]}}), house.task)
+    refuse_run(house.config(**tables | {"calibrate": {"shots": [0], "models": [house.teacher.name]}}), house.task)
+    refuse_run(house.config(**tables), replace(house.task, answer=Answer(kind="text")))
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,13 @@ def test_an_unknown_task_or_folder_is_an_input_error(layout: Path) -> None:
         load_bbh(layout / "none", "parity")
 
 
+def test_a_file_that_is_not_there_is_no_matter_of_bbh(layout: Path) -> None:
+    for missing in (layout / "tickets.json", layout / "none" / "tickets.json"):
+        with pytest.raises(InputError, match=r"tickets\.json: no such file") as caught:
+            load_task(str(missing))
+        assert "bbh" not in caught.value.hint
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"rows": []}', '{"examples": [{"input": "x"}]}', '{"examples": 4}', "[" * 99999]
 )
