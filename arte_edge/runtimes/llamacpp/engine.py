@@ -18,7 +18,9 @@ of it (`as_float32`): the same weights, texts and scores up to rounding.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -44,6 +46,7 @@ TREE_LAYOUT = Layout(unified=True, flash=True, ubatch=512)
 MOST_LEAVES = 125  # sequences of one batch; with the prefixes' a power of two below llama.cpp's 256
 _CTX_STEP = 256  # tokens; contexts grow in steps, so that few are made
 _CELL_STEP = 1024  # likewise, for scoring
+_COPY, _COPY_S = "float32-", 600  # name of a copy's folder, and the seconds that making one can take
 _WIDENED = (50_000_000, 300_000_000)  # parameters: a copy of at most 1.2 GB, made in seconds when a model is opened
 
 
@@ -171,7 +174,8 @@ def widens(n_params: int) -> bool:
 def as_float32(gguf: Path) -> Iterator[Path]:
     """Yield a float32 copy of a 16-bit model where `widens` says so, else the file itself.
 
-    The copy is removed at the end: what a process has mapped stays until it closes it.
+    The copy is removed at the end: what a process has mapped stays until it closes it. Those that a killed process left
+    behind are removed with the next one.
     """
     header = read_model_header(gguf)
     types = {tensor.type for tensor in header.tensors.values()}
@@ -179,7 +183,11 @@ def as_float32(gguf: Path) -> Iterator[Path]:
         path = gguf
         if types & {"F16", "BF16"} and types <= {"F16", "BF16", "F32"} and widens(header.parameter_count):
             with suppress(ArteError, OSError):  # no room on the disk: the file itself does
-                folder = stack.enter_context(tempfile.TemporaryDirectory(dir=cache_subdir("staging")))
+                staging = cache_subdir("staging")
+                for left_over in staging.glob(f"{_COPY}*"):
+                    if time.time() - left_over.stat().st_mtime > _COPY_S:
+                        shutil.rmtree(left_over, ignore_errors=True)
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=_COPY, dir=staging))
                 quantize(gguf, Path(folder) / gguf.name, "F32")
                 path = Path(folder) / gguf.name
         yield path
