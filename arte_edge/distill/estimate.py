@@ -140,7 +140,9 @@ def dry_run(
                     shapes[who] = Shape.of(model.model)
                 elif gpus and not is_server(model.model):
                     shapes[who] = Shape.of_file(run.local(model))
-                if bare[who] or (who == "teacher" and config.teacher.starts_vllm):  # a start takes minutes
+                served = is_server(model.model) or (who == "teacher" and config.teacher.addresses)
+                # Reading weights takes seconds, a start of vLLM minutes; llama.cpp only maps its file.
+                if bare[who] or not (served or run.on_llamacpp(model)):
                     run.lend(model, TokenizerOnly(model.model if bare[who] else str(run.checkpoint(model))))
             run.reporter.say("Counting the tokens of a few prompts of each kind …")
             calls = {work.call for work in stage_work(config, task, 1.0)}
