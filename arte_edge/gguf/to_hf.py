@@ -6,9 +6,10 @@ tokens and the same predictions. What transformers' reader ignores silently make
 (``tokenizer.ggml.pre``) and the rotary scaling are restored here, and whatever else it may miss is an error.
 ``origin.json`` in the folder has the comparison.
 
-A child process does it, ``python -m arte_edge.gguf.to_hf GGUF OUT``, so that running out of memory ends the child and
-not the run, all of its memory is returned, and the output of the libraries does not mix with our progress. It reports
-to its parent in JSON lines: ``{"step": …}``, or ``{"error": …, "hint": …}``.
+A child process does it, ``python -P -m arte_edge.gguf.to_hf GGUF OUT``, so that running out of memory ends the child
+and not the run, all of its memory is returned, and the output of the libraries does not mix with our progress. It
+reports to its parent in JSON lines: ``{"step": …}``, or ``{"error": …, "hint": …}``. Its input stays open while the
+parent lives: when it closes, also because the parent was killed, the child ends.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from heapq import __about__ as PROSE  # an essay: rotary scaling shows after some hundred tokens
 from pathlib import Path
@@ -102,12 +104,12 @@ def to_checkpoint(name: str, gguf: Path, sha256: str, progress: Progress | None 
 
 def _run_child(gguf: Path, out: Path, what: str, progress: Progress | None) -> dict[str, float]:
     """Run this module; pass its steps to `progress`, its errors to the caller, and return its comparison."""
-    command = [sys.executable, "-m", "arte_edge.gguf.to_hf", str(gguf.absolute()), str(out)]
+    command = [sys.executable, "-P", "-m", "arte_edge.gguf.to_hf", str(gguf.absolute()), str(out)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     failure: dict[str, str] = {}
     held: dict[str, float] = {}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": output}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": output}
         child = subprocess.Popen(command, **pipes, text=True, env=environment)
         try:
             for line in child.stdout or ():
@@ -120,6 +122,8 @@ def _run_child(gguf: Path, out: Path, what: str, progress: Progress | None) -> d
             if child.poll() is None and sys.exc_info()[0] is not None:
                 child.kill()
             code = child.wait()
+            if child.stdin:
+                child.stdin.close()
         output.seek(0)
         printed = output.read()
     if code == 0:
@@ -286,8 +290,16 @@ def check_tokenizer(tokenizer: Any, header: GgufHeader) -> None:
         runtime.close()
 
 
+def _exit_with_parent() -> None:
+    # Not sys.stdin: a thread that holds its lock is fatal when the interpreter exits.
+    while os.read(0, 4096):
+        pass
+    os._exit(130)
+
+
 def main(argv: list[str]) -> int:
     """Unpack the GGUF ``argv[0]`` into the folder ``argv[1]``; return the exit code of the error."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     # Whatever the libraries print to stdout goes to stderr: only our messages reach the parent.
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,11 +101,13 @@ def test_a_scaling_that_transformers_lacks_is_refused(scaling: dict[str, Any], s
 
 
 def test_the_checkpoint_has_the_tokens_logits_and_template_of_its_gguf(
-    model_cache: Path, speaking_gguf: Path, llama_logits: Make, monkeypatch: Patch
+    model_cache: Path, speaking_gguf: Path, llama_logits: Make, monkeypatch: Patch, tmp_path: Path
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    (tmp_path / "heapq.py").write_text("raise SystemExit('the working directory is on the path of the child')")
+    monkeypatch.chdir(tmp_path)
     model = resolve(str(speaking_gguf))
     steps: list[str] = []
     folder = model.checkpoint(lambda step, *_: steps.append(step))
@@ -140,7 +143,7 @@ def test_an_architecture_unknown_to_transformers_is_rejected(model_cache: Path, 
     ("script", "kind", "said"),
     [
         ("kill -9 $$", ArteError, "lack of memory"),
-        ("echo x > $4/model.safetensors; echo 'No space left on device' >&2; exit 1", DiskFull, "disk is full"),
+        ("echo x > $5/model.safetensors; echo 'No space left on device' >&2; exit 1", DiskFull, "disk is full"),
         ("echo chatter >&2; echo 'Boom: it broke' >&2; exit 1", ArteError, "Boom: it broke"),
         ('echo \'{"error": "not so", "hint": "do this"}\'; exit 2', InputError, "not so"),
     ],
@@ -158,6 +161,16 @@ def test_a_child_that_fails_is_explained_and_leaves_nothing(
     assert type(caught.value) is kind
     assert not checkpoint_folder(model.name, model.sha256).exists()
     assert not list((model_cache / "staging").iterdir())
+
+
+def test_the_child_ends_with_its_parent(speaking_gguf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = [sys.executable, "-P", "-m", "arte_edge.gguf.to_hf", str(speaking_gguf), str(out)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
+        assert child.stdin is not None
+        child.stdin.close()  # as when the parent was killed
+        assert child.wait(60) == 130
+    assert not out.exists()
 
 
 def test_a_tokenizer_that_cuts_otherwise_is_refused(speaking_gguf: Path) -> None:
