@@ -46,13 +46,13 @@ def test_an_update_goes_on_and_is_the_run_from_then_on(house: Any) -> None:
         opened(house)
 
 
-def test_a_run_goes_on_elsewhere_and_is_still_that_run(house: Any) -> None:
-    opened(house)
-    there = opened(house, cluster={"address": "head:6379", "workers": 8})
-    assert b"head:6379" in there, "resumed by its folder it goes on there"
-    assert b"head:6379" not in opened(house)
+@pytest.mark.parametrize("machine", [{"cluster": {"address": "head:6379", "workers": 8}}, {"train": {"processes": 4}}])
+def test_a_run_goes_on_elsewhere_and_is_still_that_run(house: Any, machine: dict[str, Any]) -> None:
+    here = opened(house)
+    assert opened(house, **machine) != here, "resumed by its folder it goes on there"
+    assert opened(house) == here
     with pytest.raises(InputError, match="holds another run: seed differs"):
-        opened(house, seed=7, cluster={"address": "auto"})
+        opened(house, seed=7, **machine)
 
 
 @pytest.mark.parametrize("first", ["teacher", "student"])
@@ -162,10 +162,3 @@ def test_a_damaged_check_is_made_again_and_a_sibling_with_one_lends_nothing(hous
             assert stage.todo
             stage.finish({})
     run.close()
-
-
-def test_another_number_of_processes_is_no_other_run(house: Any) -> None:
-    open_folder(house.config(), house.folder, house.task, update=False)
-    open_folder(house.config(train={"processes": 4}), house.folder, house.task, update=False)
-    with pytest.raises(InputError, match="seed"):
-        open_folder(house.config(seed=4), house.folder, house.task, update=False)

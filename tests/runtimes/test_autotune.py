@@ -88,7 +88,7 @@ def test_a_kept_answer_that_cannot_be_read_is_measured_again() -> None:
     quick = opening({LLAMA: 0.02, HALF: 0.001, FULL: 0.02}, opened)
     fastest_engine(WAYS, quick, "choose", [])
     (file,) = cache_subdir("engines").glob("*.json")
-    for text in ("{", json.dumps({"way": "abacus"}), json.dumps([1])):
+    for text in ("{", json.dumps({"engine": "abacus"}), json.dumps([1])):
         file.write_text(text)
         assert fastest_engine(WAYS, quick, "choose", []) == HALF
     assert len(opened) == 12 and json.loads(file.read_text())["engine"] == "transformers bfloat16"
