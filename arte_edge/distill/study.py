@@ -39,7 +39,7 @@ from arte_edge.tasks.task import Task
 
 _Bools = NDArray[np.bool_]
 _Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
-_FREE = {BASE: BASE, OWN: OWN, OWN_ALL: OWN_ALL, TEACHER: TEACHER}  # in the answers of every run
+_FREE = (BASE, OWN, OWN_ALL, TEACHER)  # in the answers of every run
 _TOLD = ("prefer", "align", "tailor", "tune")  # stages whose numbers say where an effect is lost
 _DONE = "study-done"  # of a run folder: the sha256 of its run.toml when it was evaluated
 

@@ -19,7 +19,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from arte_edge.cache import Progress
 from arte_edge.device.model_size import model_format
 from arte_edge.errors import InputError
 from arte_edge.extras import need
@@ -69,27 +68,19 @@ def is_server(ref: str) -> bool:
     return ref.startswith("openai:")
 
 
-def open_engine(
-    ref: str,
-    *,
-    kind: Kind = "auto",
-    parallel: int = 32,
-    offline: bool = False,
-    progress: Progress | None = None,
-    limits: ServerLimits = _NO_LIMITS,
-) -> Engine:
+def open_engine(ref: str, *, parallel: int = 32, limits: ServerLimits = _NO_LIMITS) -> Engine:
     """Open the engine of `ref`, fetching the model if it is not here yet.
 
     `parallel` is how many sequences decode together, or how many requests a server gets at once;
     `limits` are for servers alone.
 
-    Raises InputError: an unknown model, or one that this kind of engine cannot run.
+    Raises InputError: an unknown model, or one that no engine here can run.
     """
     if is_server(ref):
         from arte_edge.runtimes.openai.engine import OpenAIEngine, parse_ref
 
         return OpenAIEngine(*parse_ref(ref), max_concurrency=parallel, **asdict(limits))
-    return open_local(resolve(ref, offline=offline, progress=progress), kind=kind, parallel=parallel)
+    return open_local(resolve(ref), parallel=parallel)
 
 
 _LEAST_CONVERTED = 300_000_000  # parameters; smaller models gain little over llama.cpp, and lose more to rounding
