@@ -95,7 +95,7 @@ class TaskConfig(_Section):
 class ModelConfig(_Section):
     """A model and how to run it."""
 
-    model: ModelRef = _key(..., "registry name, path, Hub id, or openai:MODEL@URL")
+    model: ModelRef = _key(..., "registry name, path or Hub id")
     engine: Literal["auto", "llamacpp", "transformers", "int8"] = _key(
         "auto", "auto: llamacpp for GGUF files (a teacher: int8 or transformers where faster), otherwise transformers"
     )
@@ -110,7 +110,9 @@ class ModelConfig(_Section):
 class TeacherConfig(ModelConfig):
     """The teacher: like any model, but few-shot by default. It may be one that another run aligned."""
 
-    model: ModelRef = _key(..., "as for a student; also a run's folder `aligned`: the teacher that it aligned")
+    model: ModelRef = _key(
+        ..., "as for a student, openai:MODEL@URL, or a run's folder `aligned`: the teacher that it aligned"
+    )
     server: Servers = _key(
         (),
         "vllm: the run starts vLLM, which writes with the weights of `model` and loads its adapters; or the "
