@@ -30,6 +30,7 @@ from arte_edge.publish.recommend.pick import recommend
 from arte_edge.publish.recommend.recommendation import Recommendation
 from arte_edge.publish.report.page import ReportPage, report
 from arte_edge.results.comparison import upgraded
+from arte_edge.results.rows import SIXTEEN_BITS
 from arte_edge.results.student_json import FILE_NAME, MODEL_MARKS, find_folder, find_run
 
 if TYPE_CHECKING:
@@ -458,7 +459,6 @@ def verify(
 
     Raises InputError: no such model or task; ArteError: a runtime is missing or failed.
     """
-    from arte_edge.gguf.reader import UNQUANTIZED
     from arte_edge.runtimes.loader import open_model
     from arte_edge.tasks.loaders import load_task
     from arte_edge.verify.check import thresholds_for
@@ -483,7 +483,7 @@ def verify(
             threads=threads,
             progress=progress,
         )
-        if model.quantization in (*UNQUANTIZED, ""):
+        if model.quantization in (*SIXTEEN_BITS, ""):
             return verdict
         note = f"The reference is itself quantized ({model.quantization}): earlier losses do not show."
         return replace(verdict, notes=(note,))

@@ -50,8 +50,6 @@ TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
 }
 # Types of unquantized weights: a GGUF of one of these is written directly from a checkpoint.
 FULL_WIDTH = ("F32", "F16", "BF16")
-# The same, with the precisions of ONNX graphs.
-UNQUANTIZED = (*FULL_WIDTH, "fp32", "fp16")
 
 
 class QuantType(NamedTuple):
