@@ -514,7 +514,7 @@ def _prompts(run: RunContext, call: Call) -> list[str]:
         source = draft_source(run, engine, plan, Focus())
         return [request.prompt for request in source.requests(0, _PROBE_PROMPTS, {})]
     if call.what == "rationale":
-        return [rationale_prompt(run, engine, config, example.input, None) for example in examples]
+        return [rationale_prompt(run, engine, example.input, None) for example in examples]
     shots = answer_shots(task.seed, call.shots)
     if call.what == "vote":
         return [run.render(engine, direct_messages(task, e.input, shots), ANSWER_OPEN, config) for e in examples]

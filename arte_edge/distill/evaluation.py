@@ -90,9 +90,9 @@ def teacher_answers(run: RunContext, examples: Sequence[Example]) -> tuple[Predi
     teacher, engine = run.config.teacher, run.engine(run.config.teacher)
     if votes_directly(run.config, run.task.answer):
         n_shot = min(run.config.elicit.opinion_shots, len(run.task.seed))
-        votes = direct_votes(run, engine, teacher, [{"input": e.input} for e in examples], "teacher")
+        votes = direct_votes(run, engine, [{"input": e.input} for e in examples], "teacher")
         return _judge(run, examples, votes), f"{n_shot}-shot"
-    requests = [Request(rationale_prompt(run, engine, teacher, e.input, None)) for e in examples]
+    requests = [Request(rationale_prompt(run, engine, e.input, None)) for e in examples]
     sampling = rationale_sampling(run, engine, run.config.elicit.rationale_tokens)
     completions = run.calls.complete(engine, requests, sampling, "teacher", budget="elicit.rationale_tokens")
     texts = [completion.text for completion in completions]

@@ -15,7 +15,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from arte_edge.distill.config import ModelConfig
 from arte_edge.distill.generation.questions import Parsed, QuestionPlan
 from arte_edge.distill.prompts import input_messages, input_prefill
 from arte_edge.distill.run_context import RunContext
@@ -70,8 +69,8 @@ def focus_of(pairs: Iterable[tuple[str, str | None]], *, weighted: bool) -> Focu
 class InputSource:
     """Prompts for inputs of given answers, the answer that lacks most first, and the reading of what came back."""
 
-    def __init__(self, run: RunContext, engine: Engine, config: ModelConfig, plan: QuestionPlan, focus: Focus):
-        self._run, self._engine, self._config, self._plan, self._focus = run, engine, config, plan, focus
+    def __init__(self, run: RunContext, engine: Engine, plan: QuestionPlan, focus: Focus):
+        self._run, self._engine, self._plan, self._focus = run, engine, plan, focus
         rest = _FLOOR if focus.weight else 1.0
         self._weight = {label: focus.weight.get(label, rest) for label in run.task.answer.options("")}
         total = sum(self._weight.values())
@@ -146,4 +145,4 @@ class InputSource:
         lists = [(other, self._by_label[other][:_SHOWN]) for other in others if other in self._by_label]
         n_input = len(shown) + self._plan.elicit.asked
         messages = input_messages(self._run.task, label, n_input, condition, lists)
-        return self._run.render(self._engine, messages, input_prefill(shown), self._config), len(shown) + 1
+        return self._run.render(self._engine, messages, input_prefill(shown), self._run.config.teacher), len(shown) + 1

@@ -18,7 +18,7 @@ from itertools import chain
 from typing import Any, Protocol
 
 from arte_edge.distill.cached_calls import advice
-from arte_edge.distill.config import Elicit, ModelConfig
+from arte_edge.distill.config import Elicit
 from arte_edge.distill.prompts import question_messages, question_prefill
 from arte_edge.distill.run_context import RunContext
 from arte_edge.errors import EngineError, StoppedEarly
@@ -193,7 +193,6 @@ class QuestionSource:
 
     run: RunContext
     engine: Engine
-    config: ModelConfig
     plan: QuestionPlan
 
     def requests(self, first: int, n: int, have: Mapping[str, int]) -> list[Request]:
@@ -203,7 +202,7 @@ class QuestionSource:
             rng = random.Random(f"{self.plan.seed}/{first if elicit.one_draw else i}")
             seeds = rng.sample(list(run.task.seed), min(elicit.shown, len(run.task.seed)))
             messages = question_messages(run.task, seeds, elicit.asked)
-            prompt = run.render(self.engine, messages, question_prefill(len(seeds)), self.config)
+            prompt = run.render(self.engine, messages, question_prefill(len(seeds)), run.config.teacher)
             requests.append(Request(prompt, i))
         return requests
 

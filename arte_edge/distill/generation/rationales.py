@@ -28,7 +28,7 @@ from typing import Literal
 
 from arte_edge.asking.form import ANSWER_CLOSE, ANSWER_OPEN, tagged
 from arte_edge.asking.grammar import gbnf
-from arte_edge.distill.config import LabelPolicy, ModelConfig, RunConfig
+from arte_edge.distill.config import LabelPolicy, RunConfig
 from arte_edge.distill.prompts import (
     ANSWER_STOPS,
     Shot,
@@ -58,20 +58,18 @@ _CLAUSE = re.compile(r"[,;:.!?]\s+|[，；：。！？、]\s*|\n+")
 def rationale_prompt(
     run: RunContext,
     engine: Engine,
-    config: ModelConfig,
     question: str,
     technique: str | None,
     shots: Sequence[Shot] | None = None,
 ) -> str:
     """Return the rendered prompt; `technique` None is the naive step-by-step prompt, `shots` None the task's."""
-    shots = teacher_shots(run.task, config.shots) if shots is None else shots
-    return run.render(engine, rationale_messages(run.task, question, technique, shots), "", config)
+    shots = teacher_shots(run.task, run.config.teacher.shots) if shots is None else shots
+    return run.render(engine, rationale_messages(run.task, question, technique, shots), "", run.config.teacher)
 
 
 def generate_rationales(
     run: RunContext,
     engine: Engine,
-    config: ModelConfig,
     questions: Sequence[Row],
     techniques: Sequence[str | None],
     what: str,
@@ -84,9 +82,7 @@ def generate_rationales(
     """
     # One technique after another: prompts of one technique share their prefix.
     work = [(t, technique, row) for t, technique in enumerate(techniques) for row in questions]
-    requests = [
-        Request(rationale_prompt(run, engine, config, row["input"], technique, shots)) for _, technique, row in work
-    ]
+    requests = [Request(rationale_prompt(run, engine, row["input"], technique, shots)) for _, technique, row in work]
     sampling = rationale_sampling(run, engine, run.config.elicit.rationale_tokens)
     answers = run.calls.complete(engine, requests, sampling, what, budget=_BUDGET)
     return [
@@ -110,14 +106,13 @@ def label_drafts(
     which is its answer in tags. With the policy "teacher" nobody votes there, and each input keeps the answer that it
     was written for: one that does not mean it scores low with the student, and an alignment learns from that.
     """
-    teacher = run.config.teacher
     rationales: list[Row] = []
     if run.reasons:
-        rationales = generate_rationales(run, engine, teacher, questions, techniques, f"{what} rationales", shots)
+        rationales = generate_rationales(run, engine, questions, techniques, f"{what} rationales", shots)
     votes: Sequence[str | None] = [None] * len(questions)
     how: _Policy = policy
     if run.reasons or policy != "teacher":
-        votes = direct_votes(run, engine, teacher, questions, "direct answers")
+        votes = direct_votes(run, engine, questions, "direct answers")
         if run.by_label and (run.role == "inputs" or policy != "teacher"):
             how = "told" if run.role == "inputs" else "direct"
     labels = label_rows(run, questions, rationales, votes, how)
@@ -148,18 +143,12 @@ def votes_directly(config: RunConfig, answer: Answer) -> bool:
     return answer.closed and config.elicit.opinion_shots > 0 and not is_server(config.teacher.model)
 
 
-def direct_votes(
-    run: RunContext, engine: Engine, config: ModelConfig, questions: Sequence[Row], what: str
-) -> list[str | None]:
+def direct_votes(run: RunContext, engine: Engine, questions: Sequence[Row], what: str) -> list[str | None]:
     """Return the teacher's direct few-shot answer to each question, None where the answer set is open."""
-    return [
-        max(own, key=own.__getitem__) if own else None for own in direct_choices(run, engine, config, questions, what)
-    ]
+    return [max(own, key=own.__getitem__) if own else None for own in direct_choices(run, engine, questions, what)]
 
 
-def direct_choices(
-    run: RunContext, engine: Engine, config: ModelConfig, questions: Sequence[Row], what: str
-) -> list[dict[str, float]]:
+def direct_choices(run: RunContext, engine: Engine, questions: Sequence[Row], what: str) -> list[dict[str, float]]:
     """Return the log-probability of each answer to each question, without reasoning; none where the set is open.
 
     With many examples and no reasoning a small teacher is often more accurate than with reasoning.
@@ -169,7 +158,8 @@ def direct_choices(
         return [{} for _ in questions]
     shots = answer_shots(run.task.seed, run.config.elicit.opinion_shots)
     prompts = [
-        run.render(engine, direct_messages(run.task, row["input"], shots), ANSWER_OPEN, config) for row in questions
+        run.render(engine, direct_messages(run.task, row["input"], shots), ANSWER_OPEN, run.config.teacher)
+        for row in questions
     ]
     choices = [[option + ANSWER_CLOSE for option in row] for row in options]
     # One request a question: when more are drafted later, those before them stay cached.
@@ -322,7 +312,7 @@ def over_budget(run: RunContext, rationales: Iterable[Row]) -> list[Row]:
     return [row for row in rationales if not fits(row["text"])]
 
 
-def short_shots(run: RunContext, config: ModelConfig) -> list[Shot] | None:
+def short_shots(run: RunContext) -> list[Shot] | None:
     """Return the teacher's few-shot examples shortened to the budget; None without one: the task's own.
 
     One that no shortening makes fit is left out.
@@ -330,7 +320,9 @@ def short_shots(run: RunContext, config: ModelConfig) -> list[Shot] | None:
     if run.budget is None:
         return None
     fits = _fits(run)
-    short = [(shot.question, shortened(shot.answer, fits)) for shot in teacher_shots(run.task, config.shots)]
+    short = [
+        (shot.question, shortened(shot.answer, fits)) for shot in teacher_shots(run.task, run.config.teacher.shots)
+    ]
     return [Shot(question, answer) for question, answer in short if answer is not None]
 
 
@@ -350,7 +342,6 @@ def shortened(text: str, fits: Callable[[str], bool]) -> str | None:
 def resample(
     run: RunContext,
     engine: Engine,
-    config: ModelConfig,
     questions: Sequence[Row],
     rationales: Sequence[Row],
     policy: LabelPolicy,
@@ -369,21 +360,20 @@ def resample(
         have = _short_enough(run, [*rationales, *found])
         lacking = [row for row in questions if row["id"] not in have]
         samples = range(first, min(first + _SAMPLES_PER_ROUND, draws))
-        found += sampled(run, engine, config, lacking, samples, policy, "shorter rationales")
+        found += sampled(run, engine, lacking, samples, policy, "shorter rationales")
     return found
 
 
 def sampled(
     run: RunContext,
     engine: Engine,
-    config: ModelConfig,
     questions: Sequence[Row],
     samples: Sequence[int],
     policy: LabelPolicy,
     what: str,
 ) -> list[Row]:
     """Sample rationales, one for each of `samples`, of the labelled questions; return the usable ones as `resample`."""
-    kind, shots = run.task.answer, short_shots(run, config)
+    kind, shots = run.task.answer, short_shots(run)
     greedy = rationale_sampling(run, engine, run.config.elicit.rationale_tokens)
     most = greedy.max_tokens
     if run.budget is not None and run.form != "answer":
@@ -396,9 +386,7 @@ def sampled(
         seed=run.config.seed + 1,  # as the tailored questions
     )
     work = [(row, sample) for row in questions if row["label"] is not None for sample in samples]
-    requests = [
-        Request(rationale_prompt(run, engine, config, row["input"], None, shots), sample) for row, sample in work
-    ]
+    requests = [Request(rationale_prompt(run, engine, row["input"], None, shots), sample) for row, sample in work]
     answers = run.calls.complete(engine, requests, sampling, what, budget=_BUDGET)
     found: list[Row] = []
     for (question, _), completion in zip(work, answers, strict=True):

@@ -241,10 +241,10 @@ def _pairs(run: RunContext) -> Drawn:
     by_rationale = draw_rationale_pairs(
         rationales if run.reasons else [], n_pair, config.pairs_per_question, ties, seed
     )
-    shots = short_shots(run, run.config.teacher)
+    shots = short_shots(run)
     shots = shots if config.shots is None else teacher_shots(run.task, config.shots)
     for pair in (*by_rationale.pairs, *by_rationale.held_out):
-        pair["prompt"] = rationale_prompt(run, engine, run.config.teacher, texts[pair["question"]], None, shots)
+        pair["prompt"] = rationale_prompt(run, engine, texts[pair["question"]], None, shots)
     pairs = by_question.pairs + by_rationale.pairs
     random.Random(f"{seed}/mix").shuffle(pairs)
     # Both kinds in turn: the first ones are measured after every step.
@@ -279,7 +279,7 @@ def _prompt_inputs(run: RunContext, engine: Engine, plan: QuestionPlan, pairs: l
     focus = first_focus(run)
     for i, pair in enumerate(pairs):
         asked = plan.elicit.model_copy(update={"asked": pair["n"]})
-        source = InputSource(run, engine, run.config.teacher, replace(plan, elicit=asked), focus)
+        source = InputSource(run, engine, replace(plan, elicit=asked), focus)
         pair["prompt"], first = source.prompt(pair["label"], i)
         for side in ("chosen", "rejected"):
             lines = "\n".join(f"{number}. {text}" for number, text in enumerate(pair[side], first))

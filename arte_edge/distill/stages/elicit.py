@@ -26,8 +26,8 @@ def draft_plan(config: RunConfig) -> QuestionPlan:
 def draft_source(run: RunContext, engine: Engine, plan: QuestionPlan, focus: Focus) -> DraftSource:
     """Return how the teacher is asked for drafts: told an answer where the task has fixed ones, else in tags."""
     if run.by_label:
-        return InputSource(run, engine, run.config.teacher, plan, focus)
-    return QuestionSource(run, engine, run.config.teacher, plan)
+        return InputSource(run, engine, plan, focus)
+    return QuestionSource(run, engine, plan)
 
 
 def first_focus(run: RunContext) -> Focus:

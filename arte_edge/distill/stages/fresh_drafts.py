@@ -74,8 +74,8 @@ def draft_afresh(run: RunContext, engine: Engine) -> Fresh:
             shots = [[Shot(text, tagged(label)) for text, label in drafts] for drafts in valid]
     if run.config.n_rationale_pairs and run.reasons:
         inputs = [example.input for example in _new_inputs(run, n)]
-        how = short_shots(run, run.config.teacher)
-        requests = [Request(rationale_prompt(run, engine, run.config.teacher, text, None, how)) for text in inputs]
+        how = short_shots(run)
+        requests = [Request(rationale_prompt(run, engine, text, None, how)) for text in inputs]
         sampling = rationale_sampling(run, engine, elicit.rationale_tokens)
         found = run.calls.complete(engine, requests, sampling, "fresh rationales", budget="elicit.rationale_tokens")
         shots = [

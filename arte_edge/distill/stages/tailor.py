@@ -166,7 +166,7 @@ def _generate_examples(
     rows = _balanced(examples, config.questions) if even else examples[: config.questions]
     if run.config.tune.soft_labels:  # the calls were made for the labels
         engine = _labelling_engine(run, engine)
-        found = direct_choices(run, engine, run.config.teacher, rows, "soft labels")
+        found = direct_choices(run, engine, rows, "soft labels")
         rows = [row | {"choices": choices} for row, choices in zip(rows, found, strict=True)]
     words = [len(row["rationale"].split()) for row in rows]
     kept = [picked.rationale[row["id"]] for row in rows]
@@ -206,7 +206,7 @@ def _labelling_engine(run: RunContext, engine: Engine) -> Engine:
 
 def _generate(run: RunContext, engine: Engine, plan: QuestionPlan, focus: Focus) -> tuple[Drafts, list[Row], Row]:
     """Generate questions with rationales; return them, and what labelling changed."""
-    config, teacher = run.config.tailor, run.config.teacher
+    config = run.config.tailor
     source = draft_source(run, engine, plan, focus)
     known = [
         row["input"] for name in _earlier(run, plan.seed - run.config.seed) for row in run.read(name, "train.jsonl")
@@ -215,15 +215,15 @@ def _generate(run: RunContext, engine: Engine, plan: QuestionPlan, focus: Focus)
     techniques: Sequence[str | None] = run.task.techniques if run.config.data in TECHNIQUE_ARMS else [None]
     engine = _labelling_engine(run, engine)
     # Not truncated at a latency budget: a truncated rationale teaches the student to stop early.
-    shots = short_shots(run, teacher)
+    shots = short_shots(run)
     rationales, labels = label_drafts(run, engine, drafts.valid, techniques, config.label, "tailored", shots)
     if not run.reasons:
         return drafts, rationales, labels | {"parroted": 0}
     every = [*rationales]
     if run.config.best_of > 1:
         samples = range(1, run.config.best_of)  # beside the greedy one
-        every += sampled(run, engine, teacher, drafts.valid, samples, config.label, "sampled rationales")
-    every += resample(run, engine, teacher, drafts.valid, every, config.label)
+        every += sampled(run, engine, drafts.valid, samples, config.label, "sampled rationales")
+    every += resample(run, engine, drafts.valid, every, config.label)
     return drafts, every, labels | {"parroted": reject_repeated(every)}
 
 

@@ -66,7 +66,7 @@ def reasons_for(run: RunContext, seeds: Sequence[Example]) -> list[str]:
     """Let the teacher reason about labelled examples; a rationale that comes to another answer is left out."""
     teacher = run.config.teacher
     questions = [{"id": str(i), "input": seed.input} for i, seed in enumerate(seeds)]
-    rows = generate_rationales(run, run.engine(teacher), teacher, questions, [None], "reasons for own labels")
+    rows = generate_rationales(run, run.engine(teacher), questions, [None], "reasons for own labels")
     return [
         row["text"] if matches(row["answer"], seed.target, run.task.answer) else ""
         for row, seed in zip(rows, seeds, strict=True)

@@ -45,7 +45,7 @@ def told(house: Any) -> Any:
 def source(house: Any, needed: int = 20, focus: Focus | None = None) -> tuple[Any, InputSource]:
     run = house.run()
     plan = QuestionPlan(run.config.elicit, needed, 1.0, 0, 0)
-    return run, InputSource(run, house.teacher, run.config.teacher, plan, focus or Focus())
+    return run, InputSource(run, house.teacher, plan, focus or Focus())
 
 
 def drafted(house: Any, needed: int = 20, focus: Focus | None = None) -> Drafts:

@@ -148,7 +148,7 @@ def drafted(house: Any, wanted: int) -> Drafts:
     run = house.run()
     teacher, plan = run.config.teacher, QuestionPlan(run.config.elicit, wanted, 1.0, 0, 0)
     engine = run.engine(teacher)
-    return draft_questions(run, engine, plan, "drafts", QuestionSource(run, engine, teacher, plan))
+    return draft_questions(run, engine, plan, "drafts", QuestionSource(run, engine, plan))
 
 
 VARIED = (

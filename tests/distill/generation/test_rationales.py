@@ -195,7 +195,7 @@ def test_the_teacher_is_shown_what_fits_and_only_under_a_budget(house: Any) -> N
     shown: dict[str, Any] = {"teacher": {"model": "scripted-teacher", "shots": 3}}
     says = Rambling(brief=[0])
     run, _, _ = written(house, says, 5, **shown)
-    assert short_shots(run, run.config.teacher) == [
+    assert short_shots(run) == [
         ("Is 1 even or odd?", "So it is odd. <ans>odd</ans>"),
         ("Is 3 even or odd?", "It ends in 3. <ans>odd</ans>"),
     ]
@@ -203,7 +203,7 @@ def test_the_teacher_is_shown_what_fits_and_only_under_a_budget(house: Any) -> N
     assert all("So it is odd." in prompt and "alone" not in prompt for prompt in says.prompts)
     house.folder, free = house.folder.parent / "other", Rambling()
     run, _, _ = written(house, free, None, **shown)
-    assert short_shots(run, run.config.teacher) is None
+    assert short_shots(run) is None
     assert free.prompts and all("One is alone, so it is odd." in prompt for prompt in free.prompts)
 
 

@@ -185,7 +185,7 @@ def test_rationale_prompts_are_those_of_tailoring_unless_set(house: Any, aligned
     run = aligned(align={"question_pairs": 0})[2]
     (row, *_) = run.read("align", "pairs.jsonl")
     text = next(q["input"] for q in run.read("prefer", "questions.jsonl") if q["id"] == row["question"])
-    assert row["prompt"] == rationale_prompt(run, house.teacher, run.config.teacher, text, None)
+    assert row["prompt"] == rationale_prompt(run, house.teacher, text, None)
     assert row["prompt"].count("Question:") == 1 + run.config.teacher.shots
     (row, *_) = aligned(align={"question_pairs": 0, "shots": 0})[2].read("align", "pairs.jsonl")
     assert row["prompt"].count("Question:") == 1
