@@ -1,6 +1,6 @@
 """Checkpoint folders (safetensors) in transformers: loading, batched forward passes, and the engine over them.
 
-Adapters are merged into the weights on loading, so the model that runs is the model that is deployed. No code from a
+Adapters are merged into the weights on loading, or added beside packed ones (`load`). No code from a
 checkpoint is run, no pickles are read.
 
 Rows of a batch are aligned at their ends, with padding between the shared prefix and a row's own tokens (left padding
@@ -35,7 +35,7 @@ from arte_edge.model_folder import ADAPTER_WEIGHTS, read_adapter_config
 from arte_edge.runtimes.choice_scoring import ChoiceScorer, spans
 from arte_edge.runtimes.completion import Completion, EngineIdentity, Request, Sampling
 from arte_edge.runtimes.prefix_tree import n_common, plan_groups
-from arte_edge.runtimes.transformers import onednn_int8
+from arte_edge.runtimes.transformers import onednn_int8, onednn_prepack
 from arte_edge.runtimes.transformers.onednn_prepack import pack
 from arte_edge.runtimes.transformers.packed_generate import FLOAT32_ROWS, generate_packed
 from arte_edge.runtimes.transformers.packed_kv_cache import MOST_ROWS, run_trees, supports_packing
@@ -92,9 +92,9 @@ def room_tokens(config: Any, device: torch.device) -> int:
 def load(folder: Path, adapter: Path | None, dtype: torch.dtype, *, beside: bool = False) -> tuple[Any, Any]:
     """Return model and tokenizer, the adapter merged in, or `beside` the weights.
 
-    Merged weights in bfloat16 may round a small adapter away, as an alignment is at its first steps: then it stays
-    beside the weights too, which costs a little time. DoRA is always merged: it needs the weights that `onednn_int8`
-    and `onednn_prepack` replace.
+    Beside packed weights an adapter costs less time than a merge with its check. Merged weights in bfloat16 may round a
+    small adapter away, as an alignment is at its first steps: then it stays beside them too. DoRA is always merged: it
+    needs the weights that `onednn_int8` and `onednn_prepack` replace.
 
     Raises InputError: not a checkpoint that transformers loads, or an adapter that does not fit it;
     ArteError: the merged model is another one than base plus adapter.
@@ -104,7 +104,7 @@ def load(folder: Path, adapter: Path | None, dtype: torch.dtype, *, beside: bool
     model, tokenizer = hf.load_model(folder, dtype), hf.load_tokenizer(folder)
     if adapter is None:
         return model, tokenizer
-    can_stay = dtype == torch.bfloat16 and not read_adapter_config(adapter).get("use_dora")
+    can_stay = not read_adapter_config(adapter).get("use_dora")
     if not (beside and can_stay):
         before = hf.logits_of(model, [hf.probe_ids(model)])
         live = hf.attach_adapter(model, adapter)
@@ -115,7 +115,7 @@ def load(folder: Path, adapter: Path | None, dtype: torch.dtype, *, beside: bool
             hf.compare_merge(f"{folder} with {adapter}", before, wanted, got, str(dtype).removeprefix("torch."))
             return model, tokenizer
         except ArteError:
-            if not can_stay:
+            if not (can_stay and dtype == torch.bfloat16):
                 raise
         del model, live
         model = hf.load_model(folder, dtype)
@@ -303,7 +303,8 @@ class TransformersEngine:
                 "Set teacher.engine = 'llamacpp' for a GGUF file, or 'transformers', and continue with --update.",
             )
         kind = torch.bfloat16 if integers else pick_dtype(dtype, self._device, folder)
-        self.model, tokenizer = load(folder, adapter, kind, beside=integers)
+        packs = self._device.type == "cpu" and kind == torch.float32 and onednn_prepack.supports_float32()
+        self.model, tokenizer = load(folder, adapter, kind, beside=integers or packs)
         self.model.to(self._device).eval()
         self.text = Text(tokenizer, self.model.generation_config.eos_token_id)
         if integers:

@@ -11,7 +11,7 @@ from arte_edge.runtimes.completion import Request, Sampling
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from arte_edge.runtimes.transformers import onednn_int8  # noqa: E402
+from arte_edge.runtimes.transformers import onednn_int8, onednn_prepack  # noqa: E402
 from arte_edge.runtimes.transformers.model import (  # noqa: E402
     TransformersEngine,
     adapter_sha256,
@@ -19,6 +19,7 @@ from arte_edge.runtimes.transformers.model import (  # noqa: E402
 )
 from arte_edge.runtimes.transformers.tokenizer import Text  # noqa: E402
 
+PACKS = "arte_edge.runtimes.transformers.onednn_prepack.supports_float32"
 PREFIX = "the cat sat on the mat, and then the question was asked: "
 
 
@@ -108,6 +109,9 @@ def test_an_adapter_that_bfloat16_would_round_away_is_not_merged(llama_folder, a
     found = [choose(engine, PREFIX, ["one", "two"], [" True", " False"]) for engine in (apart, wide, bare)]
     assert abs(found[0] - found[1]).mean() < 0.5 * abs(found[2] - found[1]).mean()
     monkeypatch.setattr("arte_edge.transformers_load.compare_merge", lost)
+    if onednn_prepack.supports_float32():  # then it stays beside packed weights, and nothing is merged
+        TransformersEngine(llama_folder, sha256="0", adapter=adapter, device="cpu", dtype="float32")
+    monkeypatch.setattr(PACKS, lambda: False)
     with pytest.raises(ArteError, match="not the same model"):  # where rounding does not explain it
         TransformersEngine(llama_folder, sha256="0", adapter=adapter, device="cpu", dtype="float32")
 
@@ -138,6 +142,10 @@ def test_an_adapter_of_a_tied_embedding_runs_as_it_was_trained(llama_folder, tmp
     engine = TransformersEngine(tmp_path / "base", sha256="0", adapter=tmp_path / "adapter", device="cpu")
     got = engine.forward.extend(engine.forward.empty(), [ids])[0].numpy()
     assert relative_error(got, wanted) < 1e-4
+    monkeypatch.setattr(PACKS, lambda: False)
+    engine = TransformersEngine(tmp_path / "base", sha256="0", adapter=tmp_path / "adapter", device="cpu")
+    got = engine.forward.extend(engine.forward.empty(), [ids])[0].numpy()
+    assert relative_error(got, wanted) < 1e-4, "merged too"
     room = "arte_edge.transformers_load.merge_attached"
     monkeypatch.setattr(room, lambda live: live.merge_and_unload())  # PEFT's own, into the shared matrix
     with pytest.raises(ArteError, match="not the same model"):
