@@ -325,11 +325,13 @@ def engine_bytes(
         cells = parallel * (own or tokens) + _CACHE_ROWS * tokens
         head = size.n_vocab * size.n_embd  # packed, beside an embedding that may be the same matrix
         weights, cache = _F32 * (size.n_params + head), 2 * size.kv_bytes(cells)  # in float32
+        parts = {"checkpoint": _HELD * size.n_params}  # mapped while it is read
         if kind == "int8":  # while it is read there is no cache yet
             weights, cache = int(_INT8 * size.n_params) + head, max(cache, _INT8_READ * head)
             if not _is_bfloat16(size):  # read, not mapped
                 weights = max(weights, _HELD * size.n_params)
-        return {"weights": weights, "cache": cache}
+            parts = {}
+        return {"weights": weights, "cache": cache} | parts
     facts = detect()
     repacked = repacked_types(facts.arch, facts.features)
     copies = 0 if held else sum(size.token_bytes_by_type.get(kind, 0) for kind in repacked)
