@@ -49,15 +49,23 @@ def test_libraries_are_told_to_report_nothing_unless_the_user_says_otherwise(giv
     assert done.stdout.split() == [kept.encode()] * 3
 
 
+def run_cpu_s(*arguments: str) -> tuple[bytes, float]:
+    """Run Python; return its output and its processor time, which another busy process does not raise."""
+    with subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=-1) as process:
+        assert process.stdout
+        output = process.stdout.read()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return output, used.ru_utime + used.ru_stime
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="wait4 is POSIX")
 @pytest.mark.parametrize("words", ["--help", "bench --help", "models --help", "tasks --help"])
 def test_help_answers_within_half_a_second(words: str) -> None:
-    # Processor time, not the clock's: a busy machine makes the clock run, slow code makes both run.
-    with subprocess.Popen([sys.executable, "-m", "arte_edge", *words.split()], cwd=ROOT, stdout=-1) as process:
-        assert process.stdout and b"Usage" in process.stdout.read()
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0 and used.ru_utime + used.ru_stime < 0.5
+    output, cpu_s = run_cpu_s("-m", "arte_edge", *words.split())
+    _, base_s = run_cpu_s("-c", "import typer, rich")  # over 0.1 s only where the processor is slow
+    assert b"Usage" in output and cpu_s < max(0.5, 5 * base_s)
 
 
 def test_peft_is_imported_without_a_word_and_fetches_no_code(tmp_path: Path) -> None:

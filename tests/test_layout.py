@@ -32,8 +32,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 LIMITS = {
     "lines of a file": 600,
     "modules, without __init__": 189,  # aim: 190
-    "lines of the package": 46_728,  # aim: 36,000
-    "lines of the tests": 30_665,  # aim: 21,000
+    "lines of the package": 46_714,  # aim: 36,000
+    "lines of the tests": 30_673,  # aim: 21,000
     "modules under 80 lines with one importer": 1,
     "import cycles at the top of modules": 0,
     "import cycles, with imports inside functions": 0,
